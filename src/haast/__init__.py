@@ -1,0 +1,32 @@
+"""Haast: EAGLE speculative decoding for any Hugging Face causal LM, without changing what it says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from haast.api import Generation, Haast, Piece
+    from haast.drafters.shape import DraftShape
+    from haast.engine import Stats
+    from haast.sampling import SamplingConfig
+
+__version__ = "0.1.0"
+__all__ = ["DraftShape", "Generation", "Haast", "Piece", "SamplingConfig", "Stats", "__version__"]
+
+_HOMES = {
+    "DraftShape": "haast.drafters.shape",
+    "Generation": "haast.api",
+    "Haast": "haast.api",
+    "Piece": "haast.api",
+    "SamplingConfig": "haast.sampling",
+    "Stats": "haast.engine",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # torch takes seconds to import; `haast --help` must not.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'haast' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

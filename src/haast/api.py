@@ -1,0 +1,229 @@
+"""The library's front door: `Haast.from_pretrained(...).generate(...)` and `.stream(...)`.
+
+Owns what users touch: prompts as text or chat messages, settings as keywords, text and statistics out. Decoding lives
+in `engine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from haast.drafters.base import Drafter
+from haast.drafters.eagle import EagleDrafter
+from haast.drafters.shape import DraftShape
+from haast.drafters.vanilla import VanillaDrafter
+from haast.engine import Engine, Stats, StopConfig, check_prompts
+from haast.errors import PromptError
+from haast.heads.checkpoint import check_fits, load_head, read_head_config
+from haast.models import DEFAULT_MODEL, load_target
+from haast.sampling import Processor, SamplingConfig
+from haast.target import Target
+from haast.text import StopWatch, TextStream
+
+Prompt = str | Sequence[int] | Sequence[dict[str, str]]  # text, token ids, or chat messages
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of new text. `drafted`: its last token was drafted and accepted; else the target's own bonus token."""
+
+    text: str
+    drafted: bool
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one call generated."""
+
+    text: str
+    tokens: tuple[int, ...]
+    stats: Stats
+
+
+class Haast:
+    """A target and a drafter, ready to answer.
+
+    Build with `from_pretrained`; the constructor takes parts that are already loaded.
+    """
+
+    def __init__(self, target: Target, drafter: Drafter) -> None:
+        self.target = target
+        self.drafter = drafter
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | PreTrainedModel = DEFAULT_MODEL,
+        *,
+        head: str | Path | None = "default",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        shape: DraftShape | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+        packing: str = "auto",
+    ) -> Haast:
+        """Load a target and its head.
+
+        Args:
+            model: a name as in `haast.models.load_target`, or a loaded transformers causal LM (left as it is: not
+                packed, not moved, only its attention implementation is set).
+            head: a head's folder; "default" is the one shipped for the default model; None decodes without drafting.
+            tokenizer: for a loaded model; a named model brings its own.
+            shape: chain, static or dynamic tree and its size; None takes what suits this package's default model.
+            dtype, device, packing: see `load_target`; they apply to named models.
+
+        Raises:
+            ValueError: a setting, model or head is not usable; the message says what to do.
+        """
+        folder = find_head(head, model if isinstance(model, str) else None)
+        if folder is not None:
+            read_head_config(folder)  # a broken head is told before the model loads
+        if isinstance(model, str):
+            target = load_target(model, dtype=dtype, device=device, packing=packing)
+        else:
+            target = Target(model, tokenizer)
+        if folder is None:
+            return cls(target, VanillaDrafter())
+        loaded = load_head(folder)
+        check_fits(loaded.module.config, target.hidden_size, target.vocab_size, str(target.model.name_or_path))
+        return cls(target, EagleDrafter(target, loaded, shape or DraftShape()))
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        processors: Sequence[Processor] = (),
+        eos: Sequence[int] | None = None,
+        stop: Sequence[str] = (),
+        chat: bool = True,
+    ) -> Generation:
+        """Answer one prompt; the text is what vanilla decoding with the same settings gives.
+
+        Args:
+            prompt: text, chat messages (`{"role": ..., "content": ...}`), or token ids.
+            max_new_tokens: exact upper bound of new tokens.
+            temperature, top_k, top_p, min_p, repetition_penalty, seed, processors: see `SamplingConfig`.
+            eos: token ids that end the text; None takes the model's own.
+            stop: strings that end the text; they are cut from it (the tokens keep the one that completed them).
+            chat: put a text prompt through the model's chat template, where it has one.
+        """
+        sampling = SamplingConfig(
+            temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(processors)
+        )
+        stats = Stats()
+        stream = self._pieces(prompt, sampling, max_new_tokens, eos, stop, chat, stats)
+        tokens: list[int] = []
+        text = ""
+        for piece in stream:
+            tokens.extend(piece.tokens)
+            text += piece.text
+        return Generation(text, tuple(tokens), stats)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 256,
+        sampling: SamplingConfig | None = None,
+        eos: Sequence[int] | None = None,
+        stop: Sequence[str] = (),
+        chat: bool = True,
+        stats: Stats | None = None,
+    ) -> Iterator[Piece]:
+        """As `generate`, piece by piece as text is accepted. Stop iterating at any time: what came is what was said."""
+        return self._pieces(prompt, sampling or SamplingConfig(), max_new_tokens, eos, stop, chat, stats or Stats())
+
+    def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            PromptError: text without a tokenizer, or an empty prompt.
+        """
+        if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
+            return [int(item) for item in prompt]  # type: ignore[call-overload]
+        tokenizer = self.tokenizer
+        if isinstance(prompt, str):
+            if not prompt:
+                raise PromptError("the prompt is empty")
+            if not chat or not tokenizer.chat_template:
+                return list(tokenizer(prompt)["input_ids"])
+            prompt = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)  # type: ignore[arg-type]
+        return list(encoded["input_ids"])
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The target's tokenizer. Raises PromptError where there is none."""
+        if self.target.tokenizer is None:
+            raise PromptError("this target was given without a tokenizer: pass token ids, or give the tokenizer")
+        return self.target.tokenizer
+
+    def eos_ids(self) -> tuple[int, ...]:
+        """The token ids with which the model ends a text."""
+        config = self.target.model.generation_config
+        ids = None if config is None else config.eos_token_id
+        if ids is None:
+            ids = self.target.config.eos_token_id
+        if ids is None:
+            return ()
+        return (ids,) if isinstance(ids, int) else tuple(ids)
+
+    def _pieces(
+        self,
+        prompt: Prompt,
+        sampling: SamplingConfig,
+        max_new_tokens: int,
+        eos: Sequence[int] | None,
+        stop: Sequence[str],
+        chat: bool,
+        stats: Stats,
+    ) -> Iterator[Piece]:
+        ids = self.encode(prompt, chat)
+        check_prompts([ids], self.target.context_length, self.target.vocab_size)
+        texts = None if self.target.tokenizer is None else TextStream(self.target.tokenizer, stop)
+        if stop and texts is None:
+            raise PromptError("stop strings need a tokenizer: give one, or stop by eos ids")
+        watch = StopWatch(self.tokenizer, stop) if stop else None
+        rules = StopConfig(max_new_tokens, self.eos_ids() if eos is None else tuple(eos), watch)
+        return self._run(ids, sampling, rules, texts, stats)
+
+    def _run(
+        self, ids: list[int], sampling: SamplingConfig, rules: StopConfig, texts: TextStream | None, stats: Stats
+    ) -> Iterator[Piece]:
+        held: list[int] = []
+        for emission in Engine(self.target, self.drafter).run([ids], sampling, rules, stats):
+            for place, token in enumerate(emission.tokens):
+                held.append(token)
+                text = "" if texts is None else texts.push(token)
+                last = emission.finished and place + 1 == len(emission.tokens)
+                if last and texts is not None:
+                    text += texts.finish()
+                if text or last or texts is None:
+                    yield Piece(text, place < emission.drafted, tuple(held))
+                    held = []
+
+
+def find_head(head: str | Path | None, model: str | None) -> Path | None:
+    """The folder of a head by the user's word. Raises ValueError where "default" names none for this model."""
+    if head is None:
+        return None
+    if head != "default":
+        return Path(head).expanduser()
+    if model != DEFAULT_MODEL:
+        raise ValueError(
+            f"no head is shipped for {model or 'a model given as an object'!r}: give its folder, or None to decode "
+            f"without drafting (`haast train --model ...` makes a head)"
+        )
+    return Path(__file__).parent / "data" / "heads" / DEFAULT_MODEL

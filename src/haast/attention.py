@@ -1,0 +1,92 @@
+"""Tree attention: the one place that knows the mask, and the attention function that reads it.
+
+Owns the additive mask of a tree over a cache (past and ancestors, cut by a sliding window where a layer has one) and
+the attention function registered with transformers under the name "haast". Stock modules call it through
+`AttentionInterface`; nothing is patched. Source: EAGLE (arXiv 2401.15077), section 3.3; SpecInfer (arXiv 2305.09781).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+from haast import native
+from haast.tree import DraftTree
+
+NAME = "haast"
+
+
+def tree_bias(tree: DraftTree, lengths: Sequence[int], dtype: torch.dtype, window: int | None = None) -> Tensor:
+    """The additive mask (rows, 1, nodes, slots): 0 where a node may look, the dtype's minimum elsewhere.
+
+    Slot j of a row is a committed position for j < length, node j - length after that, and nothing beyond its nodes.
+    `window` keeps only keys whose position is less than `window` behind the query's.
+    """
+    slots, device = max(lengths) + tree.nodes, tree.tokens.device
+    seen = torch.zeros(tree.rows, tree.nodes, slots, dtype=torch.bool, device=device)
+    for row, length in enumerate(lengths):
+        seen[row, :, :length] = tree.live[row].unsqueeze(1)  # dead nodes see only themselves
+        seen[row, :, length : length + tree.nodes] = tree.ancestors[row]
+        if window is not None and length + tree.nodes > window:
+            query = length + tree.depths[row]
+            key = torch.arange(slots, device=device)
+            key[length : length + tree.nodes] = query
+            seen[row] &= query.unsqueeze(1) - key < window
+    bias = torch.zeros(seen.shape, dtype=dtype, device=device)
+    return bias.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of `query` (rows, heads, nodes, dim) over `key`, `value` (rows, kv_heads, slots, dim).
+
+    Grouped queries share their key head by a reshape, so keys and values are never copied. Returns
+    (rows, nodes, heads, dim). Without a mask (the model used outside Haast) transformers' own sdpa answers.
+    """
+    if attention_mask is None or dropout:
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+        return output, None
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if _native_fits(query):
+        return native.tree_attention(query, key, value, attention_mask, scale, softcap or 0.0), None
+    rows, heads, nodes, dim = query.shape
+    kv_heads = key.shape[1]
+    grouped = (query * scale).reshape(rows, kv_heads, (heads // kv_heads) * nodes, dim)
+    scores = grouped @ key.transpose(2, 3)  # (rows, kv_heads, group * nodes, slots)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.view(rows, kv_heads, heads // kv_heads, nodes, -1) + attention_mask.unsqueeze(1)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    output = weights.view(rows, kv_heads, (heads // kv_heads) * nodes, -1) @ value
+    return output.view(rows, heads, nodes, value.shape[-1]).transpose(1, 2).contiguous(), None
+
+
+def _native_fits(query: Tensor) -> bool:
+    return (
+        native.available()
+        and query.dtype is torch.float32
+        and query.device.type == "cpu"
+        and query.shape[-1] % 8 == 0
+        and not torch.is_grad_enabled()
+    )
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

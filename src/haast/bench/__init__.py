@@ -1,0 +1,1 @@
+"""Measurement: decoders side by side in one run, on one clock, by one counting rule."""

@@ -1,0 +1,129 @@
+"""The decoders a bench compares, behind one method and one clock.
+
+Owns how one decoder answers one prompt and what is timed. Prefill ends when the first token is there, for every arm:
+decode time is from that moment to the end of the call, and the first token is not counted.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from haast.drafters.base import Drafter
+from haast.engine import Engine, Stats, StopConfig
+from haast.sampling import SamplingConfig
+from haast.target import Target
+
+KNOWN = ("vanilla", "eagle", "hf")
+
+
+@dataclass(frozen=True)
+class ArmRun:
+    """One prompt answered once."""
+
+    tokens: tuple[int, ...]
+    ms_prefill: float  # until the first token
+    ms_decode: float  # from there to the end
+    stats: Stats | None  # None for a decoder outside the engine
+
+
+class Arm(ABC):
+    """One decoder."""
+
+    name: str
+
+    @abstractmethod
+    def run(self, prompt: Sequence[int], max_new_tokens: int) -> ArmRun:
+        """Answer `prompt` (token ids)."""
+
+
+class EngineArm(Arm):
+    """Vanilla or drafted decoding in Haast's engine."""
+
+    def __init__(self, target: Target, drafter: Drafter, sampling: SamplingConfig, eos: Sequence[int]) -> None:
+        self.name = drafter.name
+        self._engine, self._sampling, self._eos = Engine(target, drafter), sampling, tuple(eos)
+
+    def run(self, prompt: Sequence[int], max_new_tokens: int) -> ArmRun:
+        stats, tokens = Stats(), list[int]()
+        begun = first = perf_counter()
+        for emission in self._engine.run([prompt], self._sampling, StopConfig(max_new_tokens, self._eos), stats):
+            if not tokens:
+                first = perf_counter()
+            tokens.extend(emission.tokens)
+        end = perf_counter()
+        return ArmRun(tuple(tokens), 1e3 * (first - begun), 1e3 * (end - first), stats)
+
+
+class StockArm(Arm):
+    """`model.generate` of transformers, greedy, its own instance of the model with its own attention."""
+
+    name = "hf"
+
+    def __init__(self, model: PreTrainedModel, eos: Sequence[int]) -> None:
+        self._model = model.eval()
+        self._eos = list(eos)
+
+    @torch.inference_mode()
+    def run(self, prompt: Sequence[int], max_new_tokens: int) -> ArmRun:
+        ids = torch.tensor([list(prompt)])
+        self._model.generation_config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=self._eos or None,
+            pad_token_id=self._eos[0] if self._eos else 0,
+        )
+        watch = _FirstToken()
+        generate: Any = self._model.generate
+        begun = perf_counter()
+        output = generate(ids, attention_mask=torch.ones_like(ids), streamer=watch)
+        end = perf_counter()
+        tokens = tuple(output[0, ids.shape[1] :].tolist())
+        return ArmRun(tokens, 1e3 * (watch.first - begun), 1e3 * (end - watch.first), None)
+
+
+class _FirstToken(BaseStreamer):
+    """Notes when the first new token arrives; the call before it hands over the prompt."""
+
+    def __init__(self) -> None:
+        self.first, self._calls = 0.0, 0
+
+    def put(self, value: Tensor) -> None:
+        self._calls += 1
+        if self._calls == 2:
+            self.first = perf_counter()
+
+    def end(self) -> None:
+        return
+
+
+def check_decoders(names: str, head: bool, temperature: float) -> tuple[str, ...]:
+    """The decoders of a comma-separated list.
+
+    Raises:
+        ValueError: an empty list, an unknown or doubled name, `eagle` without a head, or `hf` with sampling.
+    """
+    chosen = tuple(name.strip() for name in names.split(",") if name.strip())
+    if not chosen:
+        raise ValueError(f"decoders={names!r} names none: choose some of {','.join(KNOWN)}")
+    unknown = [name for name in chosen if name not in KNOWN]
+    if unknown:
+        raise ValueError(f"unknown decoders {unknown}: choose some of {','.join(KNOWN)}")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"decoders={names!r} names one twice: name each once")
+    if "eagle" in chosen and not head:
+        raise ValueError("decoder 'eagle' needs a head: give --head, or leave eagle out of --decoders")
+    if "hf" in chosen and temperature > 0:
+        raise ValueError(
+            f"decoder 'hf' draws its own random numbers, so its text cannot be compared at temperature={temperature}: "
+            f"use temperature 0, or leave hf out of --decoders"
+        )
+    return chosen

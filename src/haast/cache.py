@@ -1,0 +1,156 @@
+"""The KV cache of a tree decoder: preallocated, per-row lengths, commit by gather.
+
+Owns key and value storage for one model (target or head). Knows nothing of tokens, masks or acceptance: it appends n
+slots per row behind that row's committed length, and `commit` keeps the accepted ones. Rows are contiguous from slot
+0 (no left padding), so a committed slot's index is its position. It is a transformers `Cache`, so stock models take it
+as `past_key_values`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+_CHUNK = 256  # slots; capacity grows in multiples, at least doubling, so that a long text is copied O(log n) times
+
+
+class _Layer(DynamicLayer):
+    """What stock model code may ask of one layer; storage lives in the owning cache."""
+
+    def __init__(self, owner: TreeCache) -> None:
+        super().__init__()
+        self._owner = owner
+
+    def get_seq_length(self) -> int:
+        return self._owner.longest
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._owner.longest + query_length, 0
+
+
+class TreeCache(Cache):
+    """Keys and values of `layers` layers for `rows` sequences. All shapes (rows, kv_heads, slots, head_dim)."""
+
+    def __init__(self, layers: int, rows: int, capacity: int = _CHUNK) -> None:
+        if layers < 1 or rows < 1 or capacity < 1:
+            raise ValueError(f"a cache needs layers, rows, capacity >= 1, got {layers}, {rows}, {capacity}")
+        super().__init__(layers=[_Layer(self) for _ in range(layers)])
+        self.rows = rows
+        self.capacity = _round_up(capacity)
+        self.lengths = [0] * rows  # committed slots per row
+        # Layers of one shape share one slab (layers, rows, kv_heads, capacity, head_dim), so a commit is one gather.
+        self._slabs: list[Tensor] = []
+        self._place: dict[tuple[int, int], tuple[int, int]] = {}  # (layer, 0 key or 1 value) -> (slab, index)
+        self._pending = 0
+        self.updated_layers: set[int] = set()
+
+    @property
+    def longest(self) -> int:
+        """Committed length of the longest row."""
+        return max(self.lengths)
+
+    def begin(self, nodes: int) -> int:
+        """Make room for `nodes` new slots per row; returns how many slots attention has to read."""
+        self._pending = nodes
+        used = self.longest + nodes
+        if used > self.capacity:
+            self._grow(used)
+        return used
+
+    @torch.inference_mode()
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store the new nodes' keys and values (rows, kv_heads, nodes, dim); returns the used part of the cache."""
+        assert key_states.shape[2] == self._pending, "call begin(nodes) before the forward"
+        self.updated_layers.add(layer_idx)
+        return self._store(key_states, layer_idx, 0), self._store(value_states, layer_idx, 1)
+
+    @torch.inference_mode()
+    def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
+        """Keep the accepted nodes of each row in path order; None (or an empty path) keeps nothing of that row.
+
+        Raises:
+            ValueError: a path does not fit the nodes of the last forward.
+        """
+        if len(paths) != self.rows:
+            raise ValueError(f"commit needs one path per row: {self.rows} rows, {len(paths)} paths")
+        for row, path in enumerate(paths):
+            if not path:
+                continue
+            if min(path) < 0 or max(path) >= self._pending:
+                raise ValueError(f"row {row}: path {list(path)} does not fit the {self._pending} nodes of the forward")
+            self._keep(row, path)
+        self._pending = 0
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget everything of a row from slot `length` on; 0 frees the row for another sequence."""
+        if not 0 <= length <= self.lengths[row]:
+            raise ValueError(f"row {row} holds {self.lengths[row]} slots and can't be cut to {length}")
+        self.lengths[row] = length
+
+    @torch.inference_mode()
+    def copy_row(self, source: TreeCache, source_row: int, row: int) -> None:
+        """Take over a committed row of another cache of the same model."""
+        length = source.lengths[source_row]
+        if length > self.capacity:
+            self._grow(length)
+        for key, (slab, index) in source._place.items():
+            theirs = source._slabs[slab][index][source_row, :, :length]
+            mine, at = self._slot(key, theirs.unsqueeze(0))
+            self._slabs[mine][at][row, :, :length] = theirs
+        self.lengths[row] = length
+
+    def _keep(self, row: int, path: Sequence[int]) -> None:
+        length, kept = self.lengths[row], len(path)
+        moved = next((i for i, node in enumerate(path) if node != i), kept)  # the path's prefix may be in place
+        if moved < kept:
+            source = torch.tensor([length + node for node in path[moved:]])
+            for slab in self._slabs:
+                lane = slab[:, row]  # (layers, kv_heads, capacity, dim)
+                lane[:, :, length + moved : length + kept] = lane.index_select(2, source.to(slab.device))
+        self.lengths[row] = length + kept
+
+    def _store(self, states: Tensor, layer: int, which: int) -> Tensor:
+        slab, index = self._slot((layer, which), states)
+        store, nodes, longest = self._slabs[slab][index], states.shape[2], self.longest
+        if min(self.lengths) == longest:
+            store[:, :, longest : longest + nodes] = states
+        else:
+            for row, length in enumerate(self.lengths):
+                store[row, :, length : length + nodes] = states[row]
+        return store[:, :, : longest + nodes]
+
+    def _slot(self, key: tuple[int, int], like: Tensor) -> tuple[int, int]:
+        if key not in self._place:
+            self._place[key] = self._allocate(key, like)
+        return self._place[key]
+
+    def _allocate(self, key: tuple[int, int], like: Tensor) -> tuple[int, int]:
+        shape = (self.rows, like.shape[1], self.capacity, like.shape[3])
+        taken = set(self._place.values())
+        for number, slab in enumerate(self._slabs):
+            if slab.shape[1:] == shape and slab.dtype == like.dtype and slab.device == like.device:
+                free = next((i for i in range(slab.shape[0]) if (number, i) not in taken), None)
+                if free is not None:
+                    return number, free
+        # Guess that the layers to come look like this one (keys and values); one that does not gets a slab of its own.
+        layers = 2 * len(self.layers) if not self._slabs else 1
+        self._slabs.append(torch.zeros(layers, *shape, dtype=like.dtype, device=like.device))
+        return len(self._slabs) - 1, 0
+
+    def _grow(self, needed: int) -> None:
+        capacity = max(_round_up(needed), 2 * self.capacity)
+        for number, slab in enumerate(self._slabs):
+            wider = slab.new_zeros(*slab.shape[:3], capacity, slab.shape[4])
+            wider[:, :, :, : self.capacity] = slab
+            self._slabs[number] = wider
+        self.capacity = capacity
+
+
+def _round_up(slots: int) -> int:
+    return -(-slots // _CHUNK) * _CHUNK

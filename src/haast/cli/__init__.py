@@ -1,0 +1,44 @@
+"""The command line. Owns the list of commands; each group of commands has its own file.
+
+Nothing here imports torch: `haast --help` answers at once, and commands import what they need when they run.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from haast.cli import generate, info, measure, train
+from haast.cli.boundary import Boundary
+from haast.cli.settings import expanded
+
+app = typer.Typer(
+    cls=Boundary,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: importing rich would cost most of the answer's time
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="EAGLE speculative decoding: a Hugging Face LLM answers faster and says the same.",
+)
+for _command in (
+    generate.generate,
+    generate.chat,
+    train.regenerate,
+    train.train,
+    measure.verify,
+    measure.bench,
+    info.info,
+):
+    app.command()(expanded(_command))
+
+
+@app.callback()
+def _settings(
+    ctx: typer.Context,
+    debug: bool = typer.Option(False, "--debug", help="On an error, show the traceback."),
+) -> None:
+    ctx.obj = {"debug": debug, **(ctx.obj or {})}
+
+
+def main() -> None:
+    """Entry point of the `haast` command."""
+    app(prog_name="haast")

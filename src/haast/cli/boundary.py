@@ -1,0 +1,87 @@
+"""Where errors become one line, and results become files. Knows no command.
+
+Exit codes: 0 fine; 1 a check failed; 2 wrong input; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any, TextIO
+
+import typer
+from typer.core import TyperGroup
+
+
+class Boundary(TyperGroup):
+    """The command group: wrong input ends with one clear line on stderr and exit code 2, Ctrl-C with 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command named on the command line."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except BrokenPipeError:  # the reader of a pipe (`haast ... | head`) has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except (ValueError, OSError) as error:
+            if isinstance(ctx.obj, dict) and ctx.obj.get("debug"):
+                traceback.print_exc(file=sys.stderr)
+            typer.echo(f"haast: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+
+
+def check_writable(path: str | None) -> None:
+    """Refuse a result file that cannot be written, before any work. None and "-" (stdout) always can.
+
+    Raises:
+        ValueError: the folder is missing or read-only, or the path is a folder.
+    """
+    if path is None or path == "-":
+        return
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise ValueError(f"cannot write {file}: it is a folder; give a file name in it")
+    try:
+        descriptor, probe = tempfile.mkstemp(dir=file.parent, prefix=".haast-")
+        os.close(descriptor)
+        Path(probe).unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write {file} ({error.strerror}): choose another place or make the folder") from error
+
+
+def write_json(document: Any, path: str | None) -> None:
+    """Write a result to `path` (a whole file or none of it), or to stdout for "-"; None does nothing.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    if path is None:
+        return
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    write_text(Path(path).expanduser(), text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file behind a rename, so that a kill or a full disk leaves no half file. Raises ValueError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {path} ({error.strerror}): choose another place or free space") from error
+
+
+def human_output(json_path: str | None) -> TextIO:
+    """Where words for people go: stdout, or stderr while stdout carries JSON."""
+    return sys.stderr if json_path == "-" else sys.stdout

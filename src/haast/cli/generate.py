@@ -1,0 +1,251 @@
+"""`haast generate` and `haast chat`: text as it is accepted. Owns streaming to a terminal; decoding is `haast.api`'s."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from haast.cli.boundary import check_writable, human_output, write_json
+from haast.cli.settings import Drafting, JsonOption, Loading, Sampling, check_at_least
+
+if TYPE_CHECKING:
+    from haast.api import Haast, Piece, Prompt
+    from haast.engine import Stats
+    from haast.sampling import SamplingConfig
+
+_GREEN, _RESET = "\x1b[32m", "\x1b[0m"
+_WARMUP = 8  # tokens
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How long a text goes on, and how it is shown."""
+
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Exact upper bound of new tokens.")] = 256
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be repeated.")] = (
+        None
+    )
+    plain: Annotated[bool, typer.Option("--plain", help="Don't colour drafted tokens (green).")] = False
+
+    def check(self) -> None:
+        """Raises ValueError."""
+        check_at_least("max_new_tokens", self.max_new_tokens)
+        if any(not text for text in self.stop or ()):
+            raise ValueError("an empty --stop text would end every answer at once: leave it out")
+
+
+@dataclass
+class Said:
+    """What was said so far; it stays when an interrupt comes."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+
+    def listen(self, pieces: Iterable[Piece], out: TextIO | None, colour: bool) -> None:
+        """Take in pieces as they come, showing them on `out`."""
+        for piece in pieces:
+            self.text += piece.text
+            self.tokens.extend(piece.tokens)
+            if out is not None and piece.text:
+                out.write(f"{_GREEN}{piece.text}{_RESET}" if colour and piece.drafted else piece.text)
+                out.flush()
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from stdin.")],
+    loading: Loading,
+    drafting: Drafting,
+    sampling: Sampling,
+    ending: Ending,
+    raw: Annotated[bool, typer.Option("--raw", help="Don't put the prompt through the chat template.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Decode without drafting first, then with it.")] = False,
+    rounds: Annotated[int, typer.Option(metavar="R", help="With --compare: timed runs of each.")] = 1,
+    json_out: JsonOption = None,
+) -> None:
+    """Answer one prompt, streamed; drafted tokens are green, the target's own are not.
+
+    \b
+    haast generate "Why is the sky blue?"
+    haast generate "Why is the sky blue?" --compare --max-new-tokens 128
+    haast generate "Once upon a time" --raw --temperature 0.8 --seed 7 --json out.json
+    """
+    ending.check()
+    check_at_least("rounds", rounds)
+    law = sampling.check()
+    loading.check()
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    if not prompt:
+        raise ValueError("the prompt is empty: give some text")
+    check_writable(json_out)
+    if compare and drafting.head == "none":
+        raise ValueError("--compare needs a head: leave out --head none")
+    drafter, vanilla = _load(loading, drafting)
+    if compare:
+        _compare(drafter, vanilla, prompt, law, ending, not raw, rounds, json_out)
+        return
+    out = human_output(json_out)
+    said, stats = _answer(drafter, prompt, law, ending, not raw, out)
+    write_json(_document(said, stats), json_out)
+
+
+def chat(
+    loading: Loading,
+    drafting: Drafting,
+    sampling: Sampling,
+    ending: Ending,
+    system: Annotated[str, typer.Option(metavar="TEXT", help="A system message to begin with.")] = "",
+) -> None:
+    """Talk with the model. /reset forgets the dialogue, /exit (or end of input) leaves, Ctrl-C cuts an answer short.
+
+    \b
+    haast chat
+    haast chat --temperature 0.7 --seed 1 --system "Answer in one sentence."
+    """
+    ending.check()
+    law = sampling.check()
+    loading.check()
+    model, _ = _load(loading, drafting)
+    if not model.tokenizer.chat_template:
+        raise ValueError(f"{loading.model} has no chat template, so it cannot chat: use `haast generate --raw`")
+    beginning = [{"role": "system", "content": system}] if system else []
+    history = list(beginning)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            typer.echo()
+            return
+        if line == "/exit":
+            return
+        if line == "/reset":
+            history = list(beginning)
+        elif line:
+            history = _turn(model, history, line, law, ending)
+
+
+def _turn(
+    model: Haast, history: list[dict[str, str]], line: str, law: SamplingConfig, ending: Ending
+) -> list[dict[str, str]]:
+    """One exchange; returns the dialogue with it, or as it was where it no longer fits the context."""
+    from haast.errors import PromptError
+
+    asked = [*history, {"role": "user", "content": line}]
+    said = Said()
+    try:
+        pieces = model.stream(asked, max_new_tokens=ending.max_new_tokens, sampling=law, stop=ending.stop or ())
+        said.listen(pieces, sys.stdout, _coloured(ending, sys.stdout))
+    except PromptError as error:
+        typer.echo(f"haast: this dialogue is too long: {error}; /reset begins a new one", err=True)
+        return history
+    except KeyboardInterrupt:
+        typer.echo(" [cut short]", nl=False)
+    typer.echo()
+    return [*asked, {"role": "assistant", "content": said.text}]
+
+
+def _load(loading: Loading, drafting: Drafting) -> tuple[Haast, Haast]:
+    """The target with its drafter, and without."""
+    from haast.api import Haast
+    from haast.drafters.vanilla import VanillaDrafter
+
+    shape = drafting.check(loading.model)
+    target = loading.load()
+    drafter = drafting.load(target, loading.model, shape)
+    return Haast(target, drafter or VanillaDrafter()), Haast(target, VanillaDrafter())
+
+
+def _answer(
+    model: Haast, prompt: Prompt, law: SamplingConfig, ending: Ending, chat: bool, out: TextIO | None
+) -> tuple[Said, Stats]:
+    """One answer, shown on `out`, with its line of statistics on stderr; Ctrl-C prints it as well."""
+    from haast.engine import Stats
+
+    said, stats = Said(), Stats()
+    pieces = model.stream(
+        prompt, max_new_tokens=ending.max_new_tokens, sampling=law, stop=ending.stop or (), chat=chat, stats=stats
+    )
+    try:
+        said.listen(pieces, out, out is not None and _coloured(ending, out))
+    finally:
+        if out is not None:
+            out.write("\n")
+            out.flush()
+            typer.echo(f"[{describe(stats)}]", err=True)
+    return said, stats
+
+
+def _compare(
+    drafter: Haast,
+    vanilla: Haast,
+    prompt: str,
+    law: SamplingConfig,
+    ending: Ending,
+    chat: bool,
+    rounds: int,
+    json_out: str | None,
+) -> None:
+    """Vanilla, then drafted, on one prompt; further rounds are silent and in alternating order."""
+    from dataclasses import replace
+
+    out = human_output(json_out)
+    warm = replace(ending, max_new_tokens=min(_WARMUP, ending.max_new_tokens))
+    arms = [("vanilla", vanilla), ("eagle", drafter)]
+    for _, model in arms:
+        _answer(model, prompt, law, warm, chat, None)
+    runs: dict[str, list[tuple[Said, Stats]]] = {name: [] for name, _ in arms}
+    for number in range(rounds):
+        for name, model in arms if number % 2 == 0 else reversed(arms):
+            if number == 0:
+                out.write(f"--- {name}\n")
+            runs[name].append(_answer(model, prompt, law, ending, chat, out if number == 0 else None))
+    speeds = {name: median(stats.tokens_per_s for _, stats in done) for name, done in runs.items()}
+    speedup = speeds["eagle"] / speeds["vanilla"] if speeds["vanilla"] else 0.0
+    tau = runs["eagle"][0][1].tau
+    texts = {name: [said.tokens for said, _ in done] for name, done in runs.items()}
+    same = all(tokens == texts["vanilla"][0] for done in texts.values() for tokens in done)
+    out.write("--- the same text" if same else "--- NOT the same text")
+    out.write(f": {speedup:.2f} times faster, tau {tau:.2f} tokens per target forward\n")
+    kind = None if same else _judge(vanilla, vanilla.encode(prompt, chat), texts, law, out)
+    document: dict[str, Any] = {name: _document(*done[0]) for name, done in runs.items()}
+    document |= {"same": same, "kind": kind, "speedup": speedup, "tau": tau, "tokens_per_s": speeds, "rounds": rounds}
+    write_json(document, json_out)
+    if kind == "bug":
+        raise typer.Exit(1)
+
+
+def _judge(
+    model: Haast, prompt: Sequence[int], texts: dict[str, list[list[int]]], law: SamplingConfig, out: TextIO
+) -> str:
+    """Say where the texts part, and why; returns "tie" or "bug"."""
+    from haast.checking import diagnose
+
+    wanted = texts["vanilla"][0]
+    other = next(tokens for done in texts.values() for tokens in done if tokens != wanted)
+    found = diagnose(model.target, prompt, wanted, other, law)
+    assert found is not None, "the texts differ"
+    out.write(f"first difference at token {found.index}: {found.kind} (gap {found.gap:.2g}, tie up to {found.allowed:.2g})\n")
+    return found.kind
+
+
+def describe(stats: Stats) -> str:
+    """A run in one line."""
+    words = f"{stats.tokens} tokens, {stats.tokens_per_s:.1f} tokens/s, tau {stats.tau:.2f}"
+    if stats.acceptance_by_depth:
+        words += ", acceptance by depth " + " ".join(f"{value:.2f}" for value in stats.acceptance_by_depth)
+    return words
+
+
+def _coloured(ending: Ending, out: TextIO) -> bool:
+    return not ending.plain and out.isatty()
+
+
+def _document(said: Said, stats: Stats) -> dict[str, Any]:
+    from haast.bench.report import stats_document
+
+    return {"text": said.text, "tokens": said.tokens, "stats": stats_document(stats)}

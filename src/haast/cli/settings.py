@@ -1,0 +1,188 @@
+"""Options that several commands share, as frozen dataclasses, and their expansion into flags.
+
+A command takes `loading: Loading`, say, and `expanded` gives it one flag per field. Owns no decoding; the checks are
+those of the dataclasses that the library itself uses.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from haast.drafters.shape import DraftShape
+
+if TYPE_CHECKING:
+    from haast.drafters.eagle import EagleDrafter
+    from haast.sampling import SamplingConfig
+    from haast.target import Target
+
+DEFAULT_MODEL = "smollm2-135m-instruct"  # haast.models has the same; importing it would import torch
+
+JsonOption = Annotated[
+    str | None, typer.Option("--json", metavar="OUT", help="Write the result to this file; '-' is stdout.")
+]
+PromptsOption = Annotated[
+    Path | None, typer.Option("--prompts", metavar="FILE", help="JSON lines with `turns` or `prompt`.")
+]
+LimitOption = Annotated[int | None, typer.Option("--limit", metavar="N", help="Take only the first N prompts.")]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Which target, and how it is loaded."""
+
+    model: Annotated[str, typer.Option(help="Name, hub id, folder or .gguf file.")] = DEFAULT_MODEL
+    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or float64.")] = "float32"
+    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu"
+    packing: Annotated[str, typer.Option(help="auto, f16 (packed 16-bit linears on the CPU) or off.")] = "auto"
+    threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads; torch's own choice if absent.")] = None
+
+    def check(self) -> None:
+        """Refuse impossible settings and apply the thread count; nothing is loaded. Raises ValueError."""
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads={self.threads} is not allowed: give 1 or more")
+        import torch
+
+        from haast.models import check_precision, resolve
+
+        check_precision(self.dtype, self.device, self.packing)
+        resolve(self.model)
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+
+    def load(self) -> Target:
+        """Load the target. Raises ValueError."""
+        from transformers.utils import logging
+
+        from haast.models import load_target
+
+        logging.disable_progress_bar()
+        return load_target(self.model, dtype=self.dtype, device=self.device, packing=self.packing)
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """Which head, and how far and wide it drafts."""
+
+    head: Annotated[str, typer.Option(help="A head's folder; 'default' is the shipped one, 'none' drafts nothing.")] = (
+        "default"
+    )
+    shape: Annotated[str, typer.Option(help="dynamic, static or chain.")] = DraftShape.kind
+    nodes: Annotated[int, typer.Option(metavar="N", help="Tree budget, root included.")] = DraftShape.nodes
+    depth: Annotated[int, typer.Option(metavar="N", help="Levels below the root.")] = DraftShape.depth
+    draft_top_k: Annotated[int, typer.Option(metavar="N", help="Children per expanded node.")] = DraftShape.top_k
+    width: Annotated[int, typer.Option(metavar="N", help="Nodes expanded per level.")] = DraftShape.width
+
+    def check(self, model: str) -> DraftShape:
+        """Refuse an impossible shape, a head that is not there, or one for another model where its config says so.
+
+        Raises:
+            ValueError: the setting; HeadMismatchError: the head.
+        """
+        shape = DraftShape(self.shape, self.depth, self.draft_top_k, self.width, self.nodes)
+        folder = self.folder(model)
+        if folder is not None:
+            from haast.heads.checkpoint import check_fits, read_head_config
+
+            config = read_head_config(folder)
+            sizes = _sizes_on_disk(model)
+            if sizes is not None:
+                check_fits(config, *sizes, model)
+        return shape
+
+    def folder(self, model: str) -> Path | None:
+        """Where the head lies; None for 'none'. Raises ValueError where 'default' names none."""
+        from haast.api import find_head
+
+        return find_head(None if self.head == "none" else self.head, model)
+
+    def load(self, target: Target, model: str, shape: DraftShape) -> EagleDrafter | None:
+        """The drafter; None without a head. Raises HeadMismatchError."""
+        from haast.drafters.eagle import EagleDrafter
+        from haast.heads.checkpoint import check_fits, load_head
+
+        folder = self.folder(model)
+        if folder is None:
+            return None
+        head = load_head(folder)
+        check_fits(head.module.config, target.hidden_size, target.vocab_size, model)
+        return EagleDrafter(target, head, shape)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The law of the next token."""
+
+    temperature: Annotated[float, typer.Option(metavar="T", help="0 is greedy.")] = 0.0
+    top_k: Annotated[int, typer.Option(metavar="K", help="Keep the K likeliest tokens; 0 is off.")] = 0
+    top_p: Annotated[float, typer.Option(metavar="P", help="Keep the likeliest tokens of mass P; 1 is off.")] = 1.0
+    min_p: Annotated[float, typer.Option(metavar="P", help="Drop tokens below P times the best; 0 is off.")] = 0.0
+    repetition_penalty: Annotated[float, typer.Option(metavar="X", help="1 is off.")] = 1.0
+    seed: Annotated[int, typer.Option(metavar="S", help="Same seed, same text, with or without drafting.")] = 0
+
+    def check(self) -> SamplingConfig:
+        """The library's own configuration. Raises ValueError."""
+        from haast.sampling import SamplingConfig
+
+        return SamplingConfig(
+            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed
+        )
+
+
+def check_at_least(name: str, value: int, least: int = 1) -> None:
+    """Raises ValueError below `least`."""
+    if value < least:
+        raise ValueError(f"{name}={value} is not allowed: give {least} or more")
+
+
+def _sizes_on_disk(model: str) -> tuple[int, int] | None:
+    """(hidden size, vocabulary) of a local model folder; None where only loading tells."""
+    if not (Path(model).expanduser() / "config.json").is_file():
+        return None
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(Path(model).expanduser()).get_text_config()
+    except (OSError, KeyError, ValueError):
+        return None  # loading the model tells what is wrong with it
+    return int(config.hidden_size), int(config.vocab_size)
+
+
+def expanded(function: Callable[..., None]) -> Callable[..., None]:
+    """The command with every dataclass parameter replaced by one option per field."""
+    hints = get_type_hints(function, include_extras=True)
+    groups = {name: kind for name, kind in hints.items() if is_dataclass(kind) and isinstance(kind, type)}
+
+    @functools.wraps(function)
+    def command(**values: Any) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+        function(**values)
+
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name in groups:
+            parameters.extend(_options(groups[parameter.name]))
+        else:
+            kind = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(parameter.replace(annotation=hints[parameter.name], kind=kind))
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del command.__wrapped__  # type: ignore[attr-defined]
+    return command
+
+
+def _options(kind: type[Any]) -> list[inspect.Parameter]:
+    hints = get_type_hints(kind, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    made = []
+    for field in fields(kind):
+        assert field.default is not MISSING, "an option group's fields have defaults"
+        made.append(inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name]))
+    return made

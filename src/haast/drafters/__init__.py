@@ -1,0 +1,1 @@
+"""Drafters: each proposes one tree per step from what it has observed. None imports the engine."""

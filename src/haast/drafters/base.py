@@ -1,0 +1,56 @@
+"""The drafter contract: observe what was accepted, propose a tree. Prefill and step look the same.
+
+    target ran on      root   a      b            tokens[i] is the token that FOLLOWS
+    features           f_root f_a    f_b          the position that gave features[i]
+    Accepted.tokens    a      b      bonus
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from haast.tree import DraftTree
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What one target forward settled, ragged rows padded to the longest. Filled by the engine."""
+
+    tokens: Tensor  # (rows, longest) int64: the token following each kept position
+    features: Tensor  # (rows, longest, hidden): the target's features at the kept positions
+    counts: tuple[int, ...]  # kept positions per row; 0 for a row that has ended
+
+
+class Drafter(ABC):
+    """Proposes one tree of a fixed node count per step. Owns its own state; `start` forgets it."""
+
+    name: str
+
+    @property
+    @abstractmethod
+    def nodes(self) -> int:
+        """Nodes of every proposed tree, root included: the static shape of the target's forward."""
+
+    @abstractmethod
+    def start(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Begin a batch of texts; `prompts` are token ids per row, for drafters that look things up."""
+
+    @abstractmethod
+    def observe(self, accepted: Accepted) -> None:
+        """Take in kept positions (the whole prompt at first): their features, and the tokens that follow them."""
+
+    @abstractmethod
+    def propose(self) -> DraftTree:
+        """The next tree, rooted at each row's last observed token."""
+
+
+def last_tokens(accepted: Accepted, before: Tensor | None) -> Tensor:
+    """Each row's newest token (rows,): the next root. Rows that kept nothing stay at `before`."""
+    counts = torch.tensor(accepted.counts, device=accepted.tokens.device)
+    newest = accepted.tokens.gather(1, (counts - 1).clamp_min(0).unsqueeze(1)).squeeze(1)
+    return newest if before is None else torch.where(counts > 0, newest, before)

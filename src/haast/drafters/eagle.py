@@ -1,0 +1,201 @@
+"""EAGLE drafting: extrapolate features, draft tokens through the target's frozen embedding and LM head.
+
+Owns the head's own cache and the growth of the tree. Sources: EAGLE (arXiv 2401.15077, section 3) for the pairs and
+the head; EAGLE-2 (arXiv 2406.16858, section 4) for expansion by cumulative probability and reranking to a budget.
+
+    committed pairs   (f_0, e_1) .. (f_{p-1}, e_p)      recomputed from true features at every `observe`
+    root              token p, and the last pair's output extrapolates f_p, whose logits are the root's children
+    node at depth d   pair (extrapolated f_{p+d-1}, embedding of its token), rotary position p + d - 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from haast.attention import tree_bias
+from haast.cache import TreeCache
+from haast.drafters.base import Accepted, Drafter, last_tokens
+from haast.drafters.shape import DraftShape, plan
+from haast.heads.checkpoint import Head, check_fits
+from haast.speed.packing import PackedLinear, pack_linears
+from haast.target import Target
+from haast.tree import DraftTree
+
+
+class EagleDrafter(Drafter):
+    """Drafts with a `FeatExtrapolator`.
+
+    Args:
+        target: whose embedding and LM head are borrowed.
+        head: a head trained for this target. Its module is taken over: moved to the target's device and dtype, and
+            packed where the target is packed.
+        shape: chain, static or dynamic tree, and its size.
+
+    Raises:
+        HeadMismatchError: the head was made for another target.
+    """
+
+    name = "eagle"
+
+    def __init__(self, target: Target, head: Head, shape: DraftShape | None = None) -> None:
+        check_fits(head.module.config, target.hidden_size, target.vocab_size, type(target.model).__name__)
+        self._target = target
+        self._module = head.module.to(device=target.device, dtype=target.dtype)
+        vocab = None if head.draft_vocab is None else head.draft_vocab.to(target.device)
+        self._vocab = vocab
+        self._lm_head: nn.Module = target.lm_head
+        if vocab is not None:
+            rows = target.head_rows(vocab)
+            self._lm_head = nn.Linear(*reversed(rows.shape), bias=False, device=rows.device, dtype=rows.dtype)
+            self._lm_head.weight = nn.Parameter(rows, requires_grad=False)
+        if isinstance(target.lm_head, PackedLinear):
+            pack_linears(self._module)
+            if vocab is not None:
+                self._lm_head = PackedLinear.from_weight(rows)
+        self.reshape(shape or DraftShape())
+        self._cache: TreeCache | None = None
+        self._root: Tensor | None = None
+        self._extrapolated: Tensor | None = None  # (rows, hidden): f at the root's position
+
+    def reshape(self, shape: DraftShape) -> None:
+        """Draft another shape from the next step on."""
+        self.shape = shape
+        self._plan = plan(shape, self._target.vocab_size if self._vocab is None else len(self._vocab))
+        device, fixed = self._target.device, self._plan
+        self._frontier = [torch.tensor(level, device=device).unsqueeze(0) for level in fixed.frontier or ()]
+        self._keep = None if fixed.keep is None else torch.tensor(fixed.keep, device=device).unsqueeze(0)
+
+    @property
+    def nodes(self) -> int:
+        return self._plan.nodes
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> None:
+        self._cache = TreeCache(1, len(prompts), max(len(prompt) for prompt in prompts) + 256)
+        self._root = self._extrapolated = None
+
+    @torch.inference_mode()
+    def observe(self, accepted: Accepted) -> None:
+        cache = self._cache
+        assert cache is not None, "start comes before observe"
+        counts = torch.tensor(accepted.counts, device=accepted.tokens.device)
+        live = torch.arange(accepted.tokens.shape[1], device=counts.device) < counts.unsqueeze(1)
+        pairs = DraftTree.chain(accepted.tokens, live)
+        positions = torch.tensor(cache.lengths, device=counts.device).unsqueeze(1) + pairs.depths
+        bias = tree_bias(pairs, cache.lengths, accepted.features.dtype)
+        cache.begin(pairs.nodes)
+        output = self._module(self._target.embed(accepted.tokens), accepted.features, positions, bias, cache)
+        cache.commit([range(count) for count in accepted.counts])
+        last = output[torch.arange(len(counts), device=counts.device), (counts - 1).clamp_min(0)]  # (rows, hidden)
+        kept = self._extrapolated
+        self._extrapolated = last if kept is None else torch.where(counts.unsqueeze(1) > 0, last, kept)
+        self._root = last_tokens(accepted, self._root)
+
+    @torch.inference_mode()
+    def propose(self) -> DraftTree:
+        assert self._cache is not None and self._root is not None and self._extrapolated is not None
+        committed = list(self._cache.lengths)
+        features = self._extrapolated.unsqueeze(1)  # (rows, 1, hidden)
+        grown = _Growth(self._root)
+        tokens, scores = self._children(features, grown.root_scores())
+        index = grown.add(tokens, scores, parents=None)
+        seen: Tensor | None = None
+        for level, width in enumerate(self._plan.widths):
+            chosen = self._frontier[level] if self._plan.frontier is not None else _best(scores, width)
+            chosen = chosen.expand(len(scores), -1)  # (rows, width) within this level's candidates
+            parent = chosen // self._plan.top_k
+            features = features.gather(1, parent.unsqueeze(2).expand(-1, -1, features.shape[2]))
+            seen = _see(seen, parent, chosen.shape[1])
+            picked = tokens.gather(1, chosen)
+            features = self._extend(picked, features, seen, committed, level)
+            frontier = index.gather(1, chosen)  # candidate numbers of the frontier
+            tokens, scores = self._children(features, scores.gather(1, chosen))
+            index = grown.add(tokens, scores, frontier.repeat_interleave(self._plan.top_k, dim=1))
+        for row, length in enumerate(committed):
+            self._cache.truncate(row, length)
+        return grown.tree(self._plan.nodes, self._keep)
+
+    def _children(self, features: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The `top_k` likeliest next tokens per feature: target ids and cumulative log-probabilities, (rows, w * k)."""
+        draft_logprobs = self._lm_head(features).float().log_softmax(-1)  # (rows, w, draft vocabulary)
+        best, ids = draft_logprobs.topk(self._plan.top_k, dim=-1)
+        if self._vocab is not None:
+            ids = self._vocab[ids]
+        return ids.flatten(1), (scores.unsqueeze(2) + best).flatten(1)
+
+    def _extend(self, tokens: Tensor, features: Tensor, seen: Tensor, committed: list[int], level: int) -> Tensor:
+        """Run the frontier through the head; its keys and values stay behind the committed ones until `truncate`."""
+        cache = self._cache
+        assert cache is not None
+        rows, width = tokens.shape
+        slots = max(committed) + seen.shape[2]
+        mask = torch.zeros(rows, width, slots, dtype=torch.bool, device=tokens.device)
+        for row, length in enumerate(committed):
+            mask[row, :, :length] = True
+            mask[row, :, length : length + seen.shape[2]] = seen[row]
+        bias = torch.zeros(mask.shape, dtype=features.dtype, device=tokens.device)
+        bias = bias.masked_fill_(~mask, torch.finfo(features.dtype).min).unsqueeze(1)
+        positions = (torch.tensor(committed, device=tokens.device) + level).unsqueeze(1).expand(rows, width)
+        cache.begin(width)
+        output: Tensor = self._module(self._target.embed(tokens), features, positions, bias, cache)
+        cache.commit([range(width)] * rows)
+        return output
+
+
+class _Growth:
+    """The candidates of one proposal, level after level, and the tree made of the best of them."""
+
+    def __init__(self, root: Tensor) -> None:
+        self._root = root  # (rows,)
+        self._tokens: list[Tensor] = []
+        self._scores: list[Tensor] = []
+        self._parents: list[Tensor] = []
+        self._count = 0
+
+    def root_scores(self) -> Tensor:
+        return torch.zeros(len(self._root), 1, device=self._root.device)
+
+    def add(self, tokens: Tensor, scores: Tensor, parents: Tensor | None) -> Tensor:
+        """Add candidates (rows, n) whose parents are candidate numbers (None: the root); returns their numbers."""
+        rows, added = tokens.shape
+        self._tokens.append(tokens)
+        self._scores.append(scores)
+        self._parents.append(torch.full_like(tokens, -1) if parents is None else parents)
+        numbers = torch.arange(self._count, self._count + added, device=tokens.device).expand(rows, added)
+        self._count += added
+        return numbers
+
+    def tree(self, nodes: int, keep: Tensor | None) -> DraftTree:
+        """The `nodes - 1` best candidates under the root, in candidate order, so parents precede children.
+
+        A child's score never exceeds its parent's and the sort is stable, so a chosen node's parent is chosen too.
+        """
+        tokens, parents = torch.cat(self._tokens, 1), torch.cat(self._parents, 1)
+        if keep is None:
+            keep = _best(torch.cat(self._scores, 1), nodes - 1)
+        keep = keep.expand(len(tokens), -1)
+        place = torch.full((len(tokens), self._count + 1), -1, device=tokens.device)  # candidate -> node; last is root
+        place.scatter_(1, keep, torch.arange(1, nodes, device=tokens.device).expand_as(keep))
+        place[:, -1] = 0
+        parent_nodes = place.gather(1, parents.gather(1, keep) % (self._count + 1))
+        root = self._root.unsqueeze(1)
+        return DraftTree.from_parents(
+            torch.cat([root, tokens.gather(1, keep)], 1), torch.cat([torch.full_like(root, -1), parent_nodes], 1)
+        )
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """Indices (rows, count) of the best scores, ascending; among equals the earlier index wins."""
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    return order[:, :count].sort(dim=1).values
+
+
+def _see(seen: Tensor | None, parent: Tensor, width: int) -> Tensor:
+    """Which in-flight pairs each node of the new frontier sees: its parent's view and itself. (rows, width, in flight)."""
+    rows = parent.shape[0]
+    eye = torch.eye(width, dtype=torch.bool, device=parent.device).expand(rows, -1, -1)
+    if seen is None:
+        return eye
+    return torch.cat([seen.gather(1, parent.unsqueeze(2).expand(-1, -1, seen.shape[2])), eye], dim=2)

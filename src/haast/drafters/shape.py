@@ -1,0 +1,94 @@
+"""What a draft looks like: chain, static tree or dynamic tree, as index plans that the EAGLE loop follows.
+
+Owns only shapes. Each level expands `width` frontier nodes into `top_k` children; a plan says which of those candidates
+are expanded next and which enter the tree. A dynamic plan (EAGLE-2, arXiv 2406.16858, section 4) leaves both to the
+scores; a static one fixes them beforehand.
+
+    candidates are numbered level by level:   level 1: ranks 0..k-1 under the root
+                                              level l: frontier position * k + rank, after all earlier levels
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Assumed chance that the child of each rank is right, by which a static tree spends its nodes; ranks beyond the list
+# fall off geometrically. Only the order of the products matters. Chosen once, not tuned on any evaluation prompt.
+_RANK_CHANCE = (0.5, 0.14, 0.07, 0.045, 0.03, 0.022, 0.017, 0.013, 0.01, 0.008)
+
+
+@dataclass(frozen=True)
+class DraftShape:
+    """How far and how wide to draft.
+
+    Attributes:
+        kind: "dynamic", "static" or "chain".
+        depth: levels below the root, so the draft runs `depth` forwards a step (one of them over accepted tokens).
+        top_k: children per expanded node.
+        width: nodes expanded per level (dynamic trees).
+        nodes: nodes of the tree, root included: the target's forward size. A chain has depth + 1 whatever is given.
+    """
+
+    kind: str = "dynamic"
+    depth: int = 5
+    top_k: int = 8
+    width: int = 8
+    nodes: int = 60
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("dynamic", "static", "chain"):
+            raise ValueError(f"kind={self.kind!r} is no draft shape: choose dynamic, static or chain")
+        for name in ("depth", "top_k", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed: give 1 or more")
+        if self.nodes < 2:
+            raise ValueError(f"nodes={self.nodes} is not allowed: a drafted tree has 2 nodes or more (root and a draft)")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A shape resolved: children per node, frontier size per level, and for a fixed tree the indices to take."""
+
+    top_k: int
+    widths: tuple[int, ...]  # frontier size before level 2, 3, ...
+    nodes: int
+    frontier: tuple[tuple[int, ...], ...] | None = None  # per level, candidate indices within the level
+    keep: tuple[int, ...] | None = None  # indices into all candidates
+
+
+def plan(shape: DraftShape, vocab: int) -> Plan:
+    """Resolve `shape` for a draft vocabulary of `vocab` tokens; counts that can't be reached are lowered."""
+    if shape.kind == "chain":
+        return Plan(1, (1,) * (shape.depth - 1), shape.depth + 1, ((0,),) * (shape.depth - 1), tuple(range(shape.depth)))
+    top_k = min(shape.top_k, vocab)
+    if shape.kind == "static":
+        return _static(shape.depth, top_k, shape.nodes)
+    widths, reachable = [], top_k
+    for _ in range(shape.depth - 1):
+        widths.append(min(shape.width, top_k if not widths else widths[-1] * top_k))
+        reachable += widths[-1] * top_k
+    return Plan(top_k, tuple(widths), min(shape.nodes, 1 + reachable))
+
+
+def _static(depth: int, top_k: int, nodes: int) -> Plan:
+    """The `nodes` most likely rank paths under `_RANK_CHANCE`, as index lists."""
+    chance = [_RANK_CHANCE[min(r, 9)] * 0.8 ** max(r - 9, 0) for r in range(top_k)]
+    chosen: set[tuple[int, ...]] = set()
+    open_paths = {(rank,): chance[rank] for rank in range(top_k)}
+    while open_paths and len(chosen) < nodes - 1:
+        best = max(open_paths, key=lambda path: (open_paths[path], path))
+        score = open_paths.pop(best)
+        chosen.add(best)
+        if len(best) < depth:
+            open_paths.update({(*best, rank): score * chance[rank] for rank in range(top_k)})
+    frontier, keep, offset = [], [], 0
+    parents: list[tuple[int, ...]] = [()]
+    for level in range(1, max(len(path) for path in chosen) + 1):
+        layer = sorted(path for path in chosen if len(path) == level)
+        inside = {path: parents.index(path[:-1]) * top_k + path[-1] for path in layer}
+        keep.extend(offset + inside[path] for path in layer)
+        offset += len(parents) * top_k
+        parents = [path for path in layer if any(other[:-1] == path for other in chosen)]
+        if parents:
+            frontier.append(tuple(inside[path] for path in parents))
+    return Plan(top_k, tuple(len(f) for f in frontier), len(chosen) + 1, tuple(frontier), tuple(keep))

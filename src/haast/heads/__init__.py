@@ -1,0 +1,1 @@
+"""Trainable draft modules: forward passes and their files. No decoding, no training."""

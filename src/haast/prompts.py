@@ -1,0 +1,80 @@
+"""Prompt files: JSON lines with `turns` or `prompt`. Owns reading and checking them; knows no tokenizer."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: the user's turns, first to last, and whatever else its line said."""
+
+    id: str
+    turns: tuple[str, ...]
+    category: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers (from 1) and objects of a .jsonl or .jsonl.gz file; blank lines are skipped.
+
+    Raises:
+        ValueError: the file cannot be read, or a line is no JSON object (the message has its number).
+    """
+    path = Path(path)
+    number = 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    value = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(
+                        f"{path}, line {number}: not JSON ({error.msg}): mend or remove the line"
+                    ) from error
+                if not isinstance(value, dict):
+                    raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(value).__name__}")
+                yield number, value
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path} after line {number}: {error}") from error
+
+
+def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
+    """The first `limit` prompts of a file (all of them for None).
+
+    Args:
+        path: JSON lines, each with `turns` (a list of texts) or `prompt` (one text); `id` and `category` are optional.
+        limit: at least 1.
+
+    Raises:
+        ValueError: a bad limit, an unreadable or empty file, or a malformed line (the message has its number).
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} is not allowed: give 1 or more prompts")
+    prompts: list[Prompt] = []
+    for number, value in read_json_lines(path):
+        if limit is not None and len(prompts) == limit:
+            break
+        prompts.append(_prompt(value, f"{path}, line {number}", number))
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts: give JSON lines with `turns` or `prompt`")
+    return prompts
+
+
+def _prompt(value: dict[str, Any], where: str, number: int) -> Prompt:
+    rest = dict(value)
+    turns = rest.pop("turns", None)
+    single = rest.pop("prompt", None)
+    if turns is None:
+        turns = [] if single is None else [single]
+    if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
+        raise ValueError(f"{where}: expected `turns` (a list of non-empty texts) or `prompt` (a non-empty text)")
+    name = rest.pop("id", rest.pop("question_id", number))
+    return Prompt(str(name), tuple(turns), str(rest.pop("category", "")), rest)

@@ -1,0 +1,135 @@
+"""The law of the next token: processors in vanilla's order, and one keyed draw per emitted position.
+
+Owns how logits become a token. Knows nothing of trees or drafters: it is given the logits at one node and the token
+history of that node's own path. A draw depends on (seed, row, position) alone, so every drafter that walks the same
+text consumes the same randomness: same seed, same text as vanilla (DESIGN, decision 3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+Processor = Callable[[Tensor, Tensor], Tensor]  # (history (1, length) int64, scores (1, vocab)) -> scores (1, vocab)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are chosen. Temperature 0 is greedy; the defaults change nothing but the temperature.
+
+    `processors` are any transformers `LogitsProcessor` (or callable of that shape). They run where `generate` runs
+    them: after the repetition penalty, before temperature, top-k, top-p and min-p. They are called exactly once per
+    chosen token, in order, with that token's own history (a stop rule may cut off the last tokens chosen).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    processors: tuple[LogitsProcessor | Processor, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.temperature >= 0 and math.isfinite(self.temperature), "temperature", "0 (greedy) or above"),
+            (self.top_k >= 0, "top_k", "0 (off) or above"),
+            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1 (off)"),
+            (0 <= self.min_p < 1, "min_p", "0 (off) or above, below 1"),
+            (self.repetition_penalty > 0, "repetition_penalty", "above 0 (1 is off)"),
+            (0 <= self.seed < 2**63, "seed", "between 0 and 2**63 - 1"),
+        )
+        for ok, name, wanted in checks:
+            if not ok:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed: give a value {wanted}")
+
+
+class Sampler:
+    """Chooses one token from the logits at one position. Greedy at temperature 0, else inverse-CDF of one keyed draw."""
+
+    def __init__(self, config: SamplingConfig) -> None:
+        self.config = config
+        chain: list[LogitsProcessor | Processor] = []
+        if config.repetition_penalty != 1.0:
+            chain.append(RepetitionPenaltyLogitsProcessor(penalty=config.repetition_penalty))
+        chain.extend(config.processors)
+        if config.temperature > 0:
+            if config.top_k > 0:
+                chain.append(TopKLogitsWarper(top_k=config.top_k))
+            if config.top_p < 1.0:
+                chain.append(TopPLogitsWarper(top_p=config.top_p))
+            if config.min_p > 0.0:
+                chain.append(MinPLogitsWarper(min_p=config.min_p))
+        self._before_temperature = len(config.processors) + (config.repetition_penalty != 1.0)
+        self._chain = chain
+
+    @property
+    def plain(self) -> bool:
+        """True when the choice needs no history: greedy without any processor."""
+        return self.config.temperature == 0 and not self._chain
+
+    def scores(self, history: Sequence[int], logits: Tensor) -> Tensor:
+        """Processed logits (vocab,) for one position; `history` holds all tokens before it, the prompt included."""
+        scores = logits.unsqueeze(0)  # (1, vocab)
+        if scores.dtype in (torch.float16, torch.bfloat16):
+            scores = scores.float()
+        if self._chain:
+            ids = torch.tensor([list(history)], dtype=torch.long, device=logits.device)
+            for i, process in enumerate(self._chain):
+                if i == self._before_temperature and self.config.temperature > 0:
+                    scores = scores / self.config.temperature
+                scores = process(ids, scores)
+        if self.config.temperature > 0 and len(self._chain) == self._before_temperature:
+            scores = scores / self.config.temperature
+        return scores[0]
+
+    def probs(self, history: Sequence[int], logits: Tensor) -> Tensor:
+        """Target probabilities (vocab,) in float64 at one position (one-hot when greedy)."""
+        scores = self.scores(history, logits)
+        if self.config.temperature == 0:
+            return torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).double()
+        return scores.double().softmax(-1)
+
+    def choose(self, row: int, history: Sequence[int], logits: Tensor) -> int:
+        """The token at position len(history) of `row`: the argmax, or the inverse CDF of that position's own draw."""
+        if self.plain:
+            return int(logits.argmax(-1))
+        if self.config.temperature == 0:
+            return int(self.scores(history, logits).argmax(-1))
+        cumulative = self.probs(history, logits).cumsum(-1)
+        point = keyed_uniform(self.config.seed, row, len(history)) * float(cumulative[-1])
+        index = int(torch.searchsorted(cumulative, cumulative.new_tensor(point), right=True))
+        if index < cumulative.shape[-1]:
+            return index
+        # Rounding put the point on the very end of the scale: take the last token that has any probability.
+        return int((cumulative < cumulative[-1]).sum())
+
+
+def keyed_uniform(seed: int, row: int, position: int) -> float:
+    """A uniform draw in [0, 1) with 53 random bits, a pure function of its three keys.
+
+    Three rounds of the SplitMix64 finaliser (Steele et al., OOPSLA 2014), one per key, so that neighbouring keys give
+    unrelated draws.
+    """
+    state = 0
+    for key in (seed, row, position):
+        state = _mix((state ^ key) + 0x9E3779B97F4A7C15)
+    return (state >> 11) / float(1 << 53)
+
+
+def _mix(value: int) -> int:
+    value &= 0xFFFFFFFFFFFFFFFF
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return value ^ (value >> 31)

@@ -1,0 +1,235 @@
+"""The target: any Hugging Face causal LM, unpatched, that answers for a tree of nodes.
+
+Owns the one place where Haast calls a transformers model: logits and features (the LM head's input, i.e. the state
+after the final norm; EAGLE, arXiv 2401.15077, section 3) for every node of a tree, in one forward. Knows nothing of
+drafters or acceptance. Nothing stays on the model: hooks live for the length of a call; only the attention
+implementation is chosen, through transformers' own switch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from haast import attention
+from haast.cache import TreeCache
+from haast.errors import UnsupportedModelError
+from haast.speed.packing import PackedLinear
+from haast.tree import DraftTree
+
+_GATHERABLE = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """One forward over a tree."""
+
+    features: Tensor  # (rows, nodes, hidden): the LM head's input at every node
+    logits: Tensor  # (rows, nodes or 1, vocab), raw; 1 when only the last live node was asked for
+    hidden: dict[int, Tensor]  # HF hidden_states index -> (rows, nodes, hidden)
+
+
+class Target:
+    """A frozen causal LM behind one method, `forward`.
+
+    Args:
+        model: any transformers causal LM in eval mode, on any one device.
+        tokenizer: optional; needed where text goes in or comes out.
+
+    Raises:
+        UnsupportedModelError: encoder-decoder, recurrent state, no LM head, or attention that can't take a tree.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        refuse_unsupported(model)
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.config = model.config.get_text_config()
+        self.hidden_size = int(self.config.hidden_size)
+        self.layers = int(self.config.num_hidden_layers)
+        self.embedding: nn.Module = model.get_input_embeddings()
+        # The embedding may be padded past the tokenizer's vocabulary; the law is over what the head emits.
+        self.vocab_size = int(self.config.vocab_size)
+        _choose_attention(model)
+        self._probe()
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """The module from features to logits; packed where the target is."""
+        head = self.model.get_output_embeddings()
+        assert head is not None, "refuse_unsupported lets no model without an LM head through"
+        return head
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding lives, and so where tokens are sent."""
+        return next(self.embedding.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations."""
+        return next(self.embedding.parameters()).dtype
+
+    @property
+    def context_length(self) -> int | None:
+        """Positions the target was made for; None where its config does not say."""
+        limit = getattr(self.config, "max_position_embeddings", None)
+        return None if limit is None else int(limit)
+
+    def new_cache(self, rows: int = 1, capacity: int = 256) -> TreeCache:
+        """An empty cache for `rows` sequences."""
+        return TreeCache(self.layers, rows, capacity)
+
+    @torch.inference_mode()
+    def forward(
+        self, tree: DraftTree, cache: TreeCache, *, last_only: bool = False, hidden_layers: Sequence[int] = ()
+    ) -> TargetOutput:
+        """Run every node of `tree` behind each row's committed past. The cache holds the nodes until `commit`.
+
+        Args:
+            tree: (rows, nodes); positions are the row's committed length plus the node's depth.
+            cache: this target's cache of the same row count.
+            last_only: logits of each row's last live node only (prefill), as (rows, 1, vocab).
+            hidden_layers: HF `hidden_states` indices to return besides (0 is the embedding's output).
+
+        Raises:
+            ValueError: the tree and the cache differ in rows, or a layer index does not exist.
+        """
+        self._check(tree, cache, hidden_layers)
+        cache.begin(tree.nodes)
+        captured: dict[str, Tensor] = {}
+        arguments = self._arguments(tree, cache)
+        arguments["output_hidden_states"] = bool(hidden_layers)
+        last = tree.live.sum(1) - 1  # (rows,)
+        with self._capture(captured):
+            if last_only and self._decoder_gives_features:
+                arguments["logits_to_keep"] = torch.unique(last)
+            output = self.model(input_ids=tree.tokens, use_cache=True, past_key_values=cache, **arguments)
+        features = captured["decoder"] if self._decoder_gives_features else captured["head"]
+        logits: Tensor = output.logits
+        if last_only:
+            if self._decoder_gives_features:
+                last = torch.searchsorted(torch.unique(last), last)
+            logits = logits[torch.arange(tree.rows, device=logits.device), last].unsqueeze(1)
+        hidden = {index: output.hidden_states[index] for index in hidden_layers}
+        return TargetOutput(features, logits, hidden)
+
+    @torch.inference_mode()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Input embeddings of `tokens` (any shape) -> (..., hidden)."""
+        output: Tensor = self.embedding(tokens)
+        return output
+
+    @torch.inference_mode()
+    def head_logits(self, features: Tensor) -> Tensor:
+        """The frozen LM head over features (..., hidden) -> (..., vocab)."""
+        output: Tensor = self.lm_head(features)
+        return output
+
+    def head_rows(self, tokens: Tensor) -> Tensor:
+        """The LM head's weight rows for `tokens` (n,) -> (n, hidden), as the head computes with them."""
+        head = self.lm_head
+        weight = head.unpack() if isinstance(head, PackedLinear) else head.weight
+        assert isinstance(weight, Tensor), "an LM head has a weight"
+        return weight.detach()[tokens]
+
+    def _check(self, tree: DraftTree, cache: TreeCache, hidden_layers: Sequence[int]) -> None:
+        if tree.rows != cache.rows:
+            raise ValueError(f"the tree has {tree.rows} rows, the cache {cache.rows}: they must be equal")
+        for index in hidden_layers:
+            if not 0 <= index <= self.layers:
+                raise ValueError(f"hidden layer {index} does not exist: this target has 0 to {self.layers}")
+
+    def _arguments(self, tree: DraftTree, cache: TreeCache) -> dict[str, Any]:
+        lengths = torch.tensor(cache.lengths, device=tree.tokens.device)
+        positions = lengths.unsqueeze(1) + tree.depths
+        if self.context_length is not None:  # drafts beyond the context are never emitted; learned positions end there
+            positions = positions.clamp_max(self.context_length - 1)
+        arguments: dict[str, Any] = {"position_ids": positions}
+        window = getattr(self.config, "sliding_window", None)
+        if not getattr(self.config, "use_sliding_window", True):
+            window = None
+        types = getattr(self.config, "layer_types", None)
+        if types:  # such models take one mask per kind of layer
+            masks = {}
+            for kind in set(types):
+                cut = window if kind == "sliding_attention" else None
+                masks[kind] = attention.tree_bias(tree, cache.lengths, self.dtype, cut)
+            arguments["attention_mask"] = masks
+        else:
+            arguments["attention_mask"] = attention.tree_bias(tree, cache.lengths, self.dtype, window)
+        return arguments
+
+    @contextmanager
+    def _capture(self, captured: dict[str, Tensor]) -> Iterator[None]:
+        def before_head(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            captured["head"] = inputs[0]
+
+        def after_decoder(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            captured["decoder"] = output.last_hidden_state
+
+        hooks = [
+            self.lm_head.register_forward_pre_hook(before_head),
+            self.model.get_decoder().register_forward_hook(after_decoder),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.inference_mode()
+    def _probe(self) -> None:
+        """Two tokens through the model: does it use our cache, and is the decoder's output what the head reads?"""
+        self._decoder_gives_features = False
+        cache, captured = self.new_cache(), {}
+        tree = DraftTree.chain(torch.zeros(1, 2, dtype=torch.long, device=self.device))
+        cache.begin(2)
+        name = type(self.model).__name__
+        try:
+            with self._capture(captured):
+                self.model(input_ids=tree.tokens, use_cache=True, past_key_values=cache, **self._arguments(tree, cache))
+        except (TypeError, KeyError, AttributeError, RuntimeError) as error:
+            raise UnsupportedModelError(
+                f"{name} can't take a tree: a two-token forward with a 4-D mask, position_ids and Haast's cache "
+                f"failed with {type(error).__name__}: {error}"
+            ) from error
+        if len(cache.updated_layers) != self.layers or "head" not in captured:
+            raise UnsupportedModelError(
+                f"{name} keeps state outside the KV cache (it stored {len(cache.updated_layers)} of {self.layers} "
+                f"layers there), so rejected tokens can't be removed; use a model whose layers are all attention"
+            )
+        self._decoder_gives_features = "decoder" in captured and torch.equal(captured["decoder"], captured["head"])
+
+
+def refuse_unsupported(model: PreTrainedModel) -> None:
+    """Refuse what can't be drafted for, by class name and reason, before any work."""
+    name, config = type(model).__name__, model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; Haast drafts for decoder-only causal LMs")
+    if getattr(type(model), "_is_stateful", False):
+        raise UnsupportedModelError(
+            f"{name} carries a recurrent state (SSM or linear attention): the state of rejected tokens can't be "
+            f"removed, so a tree can't be verified; use an attention-only model"
+        )
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - _GATHERABLE
+    if kinds:
+        raise UnsupportedModelError(
+            f"{name} has layers of kind {sorted(kinds)}, whose state can't be gathered by tree path; "
+            f"supported kinds are {sorted(_GATHERABLE)}"
+        )
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModelError(f"{name} has no LM head; load it with AutoModelForCausalLM")
+
+
+def _choose_attention(model: PreTrainedModel) -> None:
+    # Models whose attention is more than scores and softmax (sinks, say) support only their own eager code.
+    flags: Callable[[str], bool] = lambda name: bool(getattr(type(model), name, False))  # noqa: E731
+    haast_fits = flags("_supports_sdpa") and flags("_supports_attention_backend")
+    model.set_attn_implementation(attention.NAME if haast_fits else "eager")

@@ -1,0 +1,84 @@
+"""From tokens to text as they come: whole characters only, stop strings across token borders.
+
+Owns incremental detokenisation and the search for stop strings. Knows nothing of decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+
+class TextStream:
+    """Turns a growing list of tokens into text that never has to be taken back.
+
+    Text that may be the beginning of a stop string, or half a character, is held until it is settled; a stop string
+    itself is never given out.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
+        if any(not stop for stop in stops):
+            raise ValueError("an empty stop string would end every text at once: leave it out")
+        self._tokenizer, self._stops = tokenizer, tuple(stops)
+        self._tokens: list[int] = []
+        self._window = 0  # tokens before it are settled: their text no longer changes
+        self._prefix = 0  # where the window's context begins; some tokenizers join words by looking back
+        self._pending = ""  # decoded, but possibly the beginning of a stop string
+        self.text = ""  # given out so far
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Add one token; returns the text that became certain, cut before a stop string."""
+        if self.stopped:
+            return ""
+        self._tokens.append(token)
+        before = self._decode(self._prefix, self._window)
+        now = self._decode(self._prefix, len(self._tokens))
+        if now.endswith("\ufffd"):  # half a character; the next token completes it
+            return ""
+        self._pending += now[len(before) :]
+        self._prefix, self._window = self._window, len(self._tokens)
+        return self._release(final=False)
+
+    def finish(self) -> str:
+        """No token follows: returns what was held back."""
+        if self.stopped:
+            return ""
+        before = self._decode(self._prefix, self._window)
+        self._pending += self._decode(self._prefix, len(self._tokens))[len(before) :]
+        self._prefix = self._window = len(self._tokens)
+        return self._release(final=True)
+
+    def _decode(self, begin: int, end: int) -> str:
+        return str(self._tokenizer.decode(self._tokens[begin:end], skip_special_tokens=True))
+
+    def _release(self, final: bool) -> str:
+        found = [at for at in (self._pending.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self.stopped = True
+            return self._give(min(found))
+        keep = 0
+        if not final:
+            for stop in self._stops:
+                longest = min(len(stop) - 1, len(self._pending))
+                keep = max(keep, next((n for n in range(longest, 0, -1) if self._pending.endswith(stop[:n])), 0))
+        return self._give(len(self._pending) - keep)
+
+    def _give(self, count: int) -> str:
+        out, self._pending = self._pending[:count], self._pending[count:]
+        self.text += out
+        return out
+
+
+class StopWatch:
+    """The engine's view of stop strings, for one row: feed it the new tokens, it says when one was completed."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> None:
+        self._stream, self._seen = TextStream(tokenizer, stops), 0
+
+    def __call__(self, row: int, new: Sequence[int]) -> bool:
+        for token in new[self._seen :]:
+            self._stream.push(token)
+        self._seen = len(new)
+        return self._stream.stopped

@@ -1,0 +1,74 @@
+"""Checkpoints of a training run: atomic files, the newest two kept. Owns the files; knows nothing of their content."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+_KEEP = 2
+
+
+def write_probe(folder: Path) -> None:
+    """Create `folder` and check that files can be written there, before any work is done.
+
+    Raises:
+        ValueError: the folder is read-only or the disk is full.
+    """
+    probe = folder / ".haast-probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"\0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({error.strerror}): choose another folder or free space") from error
+
+
+def atomic_save(state: dict[str, Any], path: Path) -> None:
+    """`torch.save` behind a rename, so that a kill or a full disk leaves the old file whole.
+
+    Raises:
+        ValueError: the disk is full or the folder read-only.
+    """
+    temporary = path.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise ValueError(
+            f"cannot write checkpoint {path} ({error}): free space; the run resumes from the one before"
+        ) from error
+
+
+def save_state(folder: Path, state: dict[str, Any], step: int) -> Path:
+    """Write `state-<step>.pt`, drop all but the newest two, and return its path."""
+    path = folder / f"state-{step:08d}.pt"
+    atomic_save(state, path)
+    for old in sorted(folder.glob("state-*.pt"))[:-_KEEP]:
+        old.unlink()
+    return path
+
+
+def load_newest(folder: Path) -> dict[str, Any] | None:
+    """The newest state that can be read; None where there is none.
+
+    Raises:
+        ValueError: there are states, but none can be read.
+    """
+    paths = sorted(folder.glob("state-*.pt"), reverse=True)
+    for path in paths:
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, LookupError, UnpicklingError):
+            continue
+        return state
+    if paths:
+        raise ValueError(f"none of the checkpoints in {folder} can be read: delete them and start again")
+    return None

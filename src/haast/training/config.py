@@ -1,0 +1,77 @@
+"""The one configuration of head training. Owns defaults and their checks; knows nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+# Views, at most a quarter of the run. In the first hundred steps Adam's steps all point one way, and with the large
+# dimensions of the LM head's input a fast start throws the logits far off (measured: CE 18 instead of 8).
+_LEAST_WARMUP = 100_000
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a head is trained. A *view* is one supervised position seen once; `views` is the length of the whole run."""
+
+    views: int = 10_000_000
+    learning_rate: float = 2e-3
+    final_learning_rate: float = 0.02  # share of learning_rate at the end of the cosine
+    warmup: float = 0.05  # share of the run, but at least 100,000 views or a quarter of it; 0 is none
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0  # gradient norm
+    ce_weight: float = 1.0
+    feature_weight: float = 0.1
+    draft_vocab: int = 8192
+    batch_tokens: int = 1536  # positions a step, prompt positions included
+    output_init: float = 0.1  # scale of fc, o_proj and down_proj at the start
+    feature_noise: float = 0.0  # uniform, width in units of each dimension's rms
+    ema: float = 0.0  # decay of the weight average that is evaluated and exported; 0 is off
+    alignment_steps: int = 1  # passes in which the head reads its own features (HASS); 1 reads the target's only
+    step_decay: float = 0.8  # weight of pass s is step_decay ** s
+    log_every: int = 50_000  # views
+    evaluate_every: int = 500_000  # views
+    checkpoint_every: int = 250_000  # views
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        above_zero = (
+            "views learning_rate clip draft_vocab batch_tokens output_init alignment_steps step_decay "
+            "log_every evaluate_every checkpoint_every"
+        )
+        for name in above_zero.split():
+            self._require(name, getattr(self, name) > 0, "above 0")
+        for name in ("weight_decay", "ce_weight", "feature_weight", "feature_noise", "seed"):
+            self._require(name, getattr(self, name) >= 0, "0 or above")
+        for name in ("warmup", "beta1", "beta2", "ema"):
+            self._require(name, 0 <= getattr(self, name) < 1, "0 or above and below 1")
+        self._require("final_learning_rate", 0 <= self.final_learning_rate <= 1, "between 0 and 1")
+        self._require("ce_weight", self.ce_weight + self.feature_weight > 0, "above 0, or feature_weight above 0")
+
+    def _require(self, name: str, ok: bool, wanted: str) -> None:
+        value = getattr(self, name)
+        if not ok or not math.isfinite(value):
+            raise ValueError(f"{name}={value} is not allowed in training: give a value {wanted}")
+
+    @staticmethod
+    def from_mapping(values: Mapping[str, Any]) -> TrainConfig:
+        """Build from names and values; an unknown name fails and lists the known ones."""
+        known = [field.name for field in fields(TrainConfig)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown training settings {unknown}: the known ones are {', '.join(known)}")
+        return TrainConfig(**values)
+
+    def learning_rate_at(self, views: int) -> float:
+        """Linear warm-up, then a cosine down to final_learning_rate * learning_rate at the end of the run."""
+        done = min(views / self.views, 1.0)
+        warmup = max(self.warmup, min(_LEAST_WARMUP / self.views, 0.25) if self.warmup else 0.0)
+        if done < warmup:
+            return self.learning_rate * max(done / warmup, 0.02)
+        angle = math.pi * (done - warmup) / (1 - warmup)
+        floor = self.final_learning_rate
+        return self.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(angle)))

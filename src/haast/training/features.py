@@ -1,0 +1,312 @@
+"""Feature shards: what the target knows at each position, computed once and stored.
+
+Owns the shard format, its limits, and extraction. Knows nothing of heads or losses. A shard is `NAME.safetensors` with
+the tensors of `Example` laid end to end plus `lengths` (sequences) int32, and `NAME.jsonl` with one answer record per
+sequence in the same order. Per token: 2 * hidden + 6 * k + 5 bytes (1.2 KB for SmolLM2-135M and k = 16).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from haast.errors import HeadMismatchError
+from haast.prompts import read_json_lines
+from haast.target import Target
+from haast.training.batches import Example
+from haast.training.data import TokenSequence, record_key
+from haast.training.report import RateColumn
+from haast.tree import DraftTree
+
+FORMAT = "haast-features-1"
+_GB = 10**9
+_TENSORS = ("tokens", "features", "supervised", "topk_ids", "topk_probs")
+_LOGIT_ROWS = 256  # positions whose logits exist at a time
+_PER_SHARD = 256  # sequences
+
+
+@dataclass(frozen=True)
+class ShardIdentity:
+    """Whose features these are."""
+
+    target: str  # name or path of the model
+    hidden_size: int
+    vocab_size: int
+    topk: int
+    tokenizer: str  # hash of the vocabulary
+
+    @staticmethod
+    def of(target: Target, name: str, topk: int = 16) -> ShardIdentity:
+        """The identity of a target's features."""
+        if not 1 <= topk <= target.vocab_size:
+            raise ValueError(f"topk={topk} is not allowed: give 1 to {target.vocab_size}")
+        digest = "none" if target.tokenizer is None else tokenizer_hash(target.tokenizer)
+        return ShardIdentity(name, target.hidden_size, target.vocab_size, topk, digest)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Stored size of one position."""
+        return 2 * self.hidden_size + 6 * self.topk + 5
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A short hash of the vocabulary, the same on every machine."""
+    words = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
+
+
+def check_room(folder: Path, tokens: int, identity: ShardIdentity, max_gb: float) -> float:
+    """Estimate what `tokens` positions take, in GB, and refuse what is too much, before anything is written.
+
+    Raises:
+        ValueError: above `max_gb`, or above nine tenths of the free disk.
+    """
+    if max_gb <= 0:
+        raise ValueError(f"max_gb={max_gb} is not allowed: give a cap above 0")
+    size = tokens * identity.bytes_per_token / _GB
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free / _GB
+    remedy = "take fewer sequences, or train without shards (features in memory)"
+    if size > max_gb:
+        raise ValueError(
+            f"features of {tokens} tokens take {size:.3g} GB, the cap is {max_gb:g} GB: raise it, {remedy}"
+        )
+    if size > 0.9 * free:
+        raise ValueError(f"features of {tokens} tokens take {size:.3g} GB, {free:.3g} GB are free: make room, {remedy}")
+    return size
+
+
+class ShardWriter:
+    """Collects sequences and writes them in shards, each behind a rename. Use `with`: leaving writes what is left.
+
+    Args:
+        folder: created where missing.
+        identity: written into each shard.
+        max_gb: hard cap on the folder's shards, those already there included.
+        prefix: of shard names.
+    """
+
+    def __init__(self, folder: Path, identity: ShardIdentity, max_gb: float, prefix: str = "shard") -> None:
+        self._folder, self._identity, self._max_gb, self._prefix = folder, identity, max_gb, prefix
+        folder.mkdir(parents=True, exist_ok=True)
+        self._entries: list[tuple[Example, dict[str, Any]]] = []
+        self._used = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        self._number = len(list(folder.glob(f"{prefix}-*.safetensors")))
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+
+    def add(self, example: Example, record: dict[str, Any]) -> None:
+        """Queue one sequence; every 256 make a shard."""
+        self._entries.append((example, record))
+        if len(self._entries) >= _PER_SHARD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the queue as one shard. The records go first: a shard exists only with them.
+
+        Raises:
+            ValueError: over the cap, a feature that fp16 cannot hold, or the disk is full.
+        """
+        if not self._entries:
+            return
+        examples = [example for example, _ in self._entries]
+        tensors = {name: torch.cat([getattr(e, name) for e in examples]).contiguous() for name in _TENSORS}
+        tensors["lengths"] = torch.tensor([len(e.tokens) for e in examples], dtype=torch.int32)
+        if not bool(torch.isfinite(tensors["features"]).all()):
+            raise ValueError("features exceed the range of fp16 (65504): this target's features cannot be stored")
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        if self._used + size > self._max_gb * _GB:
+            raise ValueError(
+                f"the shards in {self._folder} would take {(self._used + size) / _GB:.3g} GB, the cap is "
+                f"{self._max_gb:g} GB: raise it or stop here, what is written can be trained on"
+            )
+        while (path := self._folder / f"{self._prefix}-{self._number:05d}.safetensors").exists():
+            self._number += 1
+        _write_shard(path, tensors, [record for _, record in self._entries], self._identity)
+        self._used += size
+        self._entries = []
+
+
+def _write_shard(
+    path: Path, tensors: dict[str, Tensor], records: list[dict[str, Any]], identity: ShardIdentity
+) -> None:
+    temporary = path.with_suffix(".tmp")
+    metadata = {"format": FORMAT, **{name: str(value) for name, value in asdict(identity).items()}}
+    try:
+        path.with_suffix(".jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        save_file(tensors, temporary, metadata)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(
+            f"cannot write shard {path} ({error}): free space; what was written before is whole"
+        ) from error
+
+
+def read_shards(folder: Path, identity: ShardIdentity | None = None) -> tuple[list[Example], list[dict[str, Any]]]:
+    """Examples (views of memory-mapped files) and their records, in order of file name.
+
+    Args:
+        folder: of shards.
+        identity: refuse shards of another target; None takes what is there. Shards without metadata are checked by
+            their sizes only.
+
+    Raises:
+        ValueError: no shards, or a corrupt one (the message names it).
+        HeadMismatchError: a shard of another target.
+    """
+    examples: list[Example] = []
+    records: list[dict[str, Any]] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = _read_shard(path, identity)
+        lengths = tensors["lengths"].tolist()
+        parts = [torch.split(tensors[name], lengths) for name in _TENSORS]
+        examples.extend(Example(*part) for part in zip(*parts, strict=True))
+        own = [record for _, record in read_json_lines(path.with_suffix(".jsonl"))]
+        if len(own) != len(lengths):
+            raise ValueError(f"{path} has {len(lengths)} sequences but {len(own)} records beside it: delete both files")
+        records.extend(own)
+    if not examples:
+        raise ValueError(f"{folder} holds no feature shards (*.safetensors): extract some first")
+    return examples, records
+
+
+def _read_shard(path: Path, identity: ShardIdentity | None) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in (*_TENSORS, "lengths")}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"feature shard {path} is corrupt ({error}): delete it and extract again") from error
+    total = int(tensors["lengths"].sum())
+    if any(tensors[name].shape[0] != total for name in _TENSORS):
+        raise ValueError(f"feature shard {path} is corrupt: its tensors differ in length; delete it and extract again")
+    if metadata and metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {metadata.get('format')!r}, not {FORMAT!r}: extract features with Haast")
+    if identity is not None:
+        _refuse_foreign(path, tensors, metadata, identity)
+    return tensors
+
+
+def _refuse_foreign(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], identity: ShardIdentity) -> None:
+    found: dict[str, Any] = {"hidden_size": tensors["features"].shape[1]}
+    if metadata:
+        found |= {"vocab_size": int(metadata["vocab_size"]), "tokenizer": metadata["tokenizer"]}
+    highest = max(int(tensors["tokens"].max()), int(tensors["topk_ids"].max()))
+    if highest >= identity.vocab_size:
+        found.setdefault("vocab_size", f"above {highest}")
+    for name, value in found.items():
+        wanted = getattr(identity, name)
+        if value != wanted:
+            raise HeadMismatchError(
+                f"feature shard {path} has {name} {value}, this target {wanted}: extract features with this target"
+            )
+
+
+@torch.inference_mode()
+def stream_examples(
+    target: Target, sequences: Sequence[TokenSequence], topk: int = 16, batch_tokens: int = 2048
+) -> Iterator[tuple[int, Example]]:
+    """The target's features of each sequence, nothing written: the mode without shards.
+
+    Args:
+        target: the frozen model.
+        sequences: at least three tokens each.
+        topk: the teacher's best tokens per supervised position.
+        batch_tokens: most positions of one forward, padding included.
+
+    Yields:
+        Index into `sequences`, and its example; similar lengths come together.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
+    current: list[int] = []
+    for index in order:
+        if current and len(sequences[index].tokens) * (len(current) + 1) > batch_tokens:
+            yield from zip(current, _forward(target, [sequences[i] for i in current], topk), strict=True)
+            current = []
+        current.append(index)
+    if current:
+        yield from zip(current, _forward(target, [sequences[i] for i in current], topk), strict=True)
+
+
+def _forward(target: Target, sequences: list[TokenSequence], topk: int) -> list[Example]:
+    lengths = [len(s.tokens) for s in sequences]
+    longest, rows = max(lengths), len(sequences)
+    tokens = torch.zeros(rows, longest, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : lengths[row]] = torch.tensor(sequence.tokens)
+    live = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
+    tree = DraftTree.chain(tokens.to(target.device), live.to(target.device))
+    # Logits are made below, for the answers only.
+    features = target.forward(tree, target.new_cache(rows, longest), last_only=True).features
+    return [_example(target, s, features[row, : len(s.tokens)], topk) for row, s in enumerate(sequences)]
+
+
+def _example(target: Target, sequence: TokenSequence, features: Tensor, topk: int) -> Example:
+    supervised = torch.tensor(sequence.supervised)
+    answers = supervised | torch.cat([supervised[1:], supervised.new_zeros(1)])  # also what predicts the first token
+    ids = torch.zeros(len(sequence.tokens), topk, dtype=torch.int32)
+    probs = torch.zeros(len(sequence.tokens), topk, dtype=torch.float16)
+    for rows in torch.split(answers.nonzero()[:, 0], _LOGIT_ROWS):
+        ids[rows], probs[rows] = teacher_topk(target.head_logits(features[rows.to(features.device)]), topk)
+    tokens = torch.tensor(sequence.tokens, dtype=torch.int32)
+    return Example(tokens, features.half().cpu(), supervised.to(torch.uint8), ids, probs)
+
+
+def teacher_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Of logits (n, vocab): ids (n, k) int32 and softmax probabilities (n, k) float16, best first, on the CPU."""
+    logits = logits.float()
+    values, ids = logits.topk(k, dim=-1)
+    return ids.int().cpu(), (values - logits.logsumexp(-1, keepdim=True)).exp().half().cpu()
+
+
+def extract(
+    target: Target,
+    sequences: Sequence[TokenSequence],
+    folder: Path,
+    identity: ShardIdentity,
+    *,
+    max_gb: float = 20.0,
+    batch_tokens: int = 2048,
+    quiet: bool = False,
+) -> int:
+    """Write shards of the target's features; sequences that are already there are skipped.
+
+    Returns:
+        How many sequences were added.
+
+    Raises:
+        ValueError: over the cap or the free disk (before anything is computed), or the disk filled up.
+    """
+    if folder.exists() and any(folder.glob("*.safetensors")):
+        done = {record_key(record) for record in read_shards(folder, identity)[1]}
+        sequences = [s for s in sequences if s.key not in done]
+    sequences = [s for s in sequences if len(s.tokens) >= 3]
+    check_room(folder, sum(len(s.tokens) for s in sequences), identity, max_gb)
+    columns = (BarColumn(), TextColumn("{task.completed:.0f} of {task.total:.0f} tokens"), RateColumn())
+    with (
+        Progress(*columns, TimeRemainingColumn(), disable=quiet) as bar,
+        ShardWriter(folder, identity, max_gb) as writer,
+    ):
+        task, count = bar.add_task("", total=sum(len(s.tokens) for s in sequences), counted=0), 0
+        for index, example in stream_examples(target, sequences, identity.topk, batch_tokens):
+            writer.add(example, sequences[index].record)
+            count += len(example.tokens)
+            bar.update(task, completed=count, counted=count)
+    return len(sequences)

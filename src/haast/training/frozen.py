@@ -1,0 +1,78 @@
+"""The frozen ends of a target that train a head: embedding and LM head; and the draft vocabulary.
+
+Owns copies of the two matrices and the frequency ranking. Knows nothing of the trainable part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from haast.errors import HeadMismatchError
+from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
+from haast.target import Target
+from haast.training.batches import Example
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What of the target trains a head: its two ends, in the training dtype on the CPU."""
+
+    embeddings: Tensor  # (vocab, hidden)
+    head: Tensor  # (vocab, hidden)
+    bias: Tensor | None  # (vocab,)
+    eos_ids: tuple[int, ...]
+
+    @staticmethod
+    def of(target: Target) -> Frozen:
+        """Read a target's embedding and LM head."""
+        ids = torch.arange(target.vocab_size, device=target.device)
+        bias = getattr(target.lm_head, "bias", None)
+        return Frozen(
+            target.embed(ids).float().cpu().clone(),
+            target.head_rows(ids).detach().float().cpu().clone(),
+            None if bias is None else bias.detach().float().cpu().clone(),
+            end_tokens(target),
+        )
+
+
+def end_tokens(target: Target) -> tuple[int, ...]:
+    """Tokens that end an answer, from the generation configuration, else the model's; empty where there are none."""
+    generation = target.model.generation_config
+    ends = None if generation is None else generation.eos_token_id
+    ends = target.config.eos_token_id if ends is None else ends
+    if ends is None:
+        return ()
+    return tuple(int(end) for end in ends) if isinstance(ends, list | tuple) else (int(ends),)
+
+
+def choose_draft_vocab(examples: Sequence[Example], vocab: int, size: int, always: Sequence[int] = ()) -> Tensor:
+    """The `size` tokens with most teacher mass on supervised positions, `always` among them; (size,) int64, sorted."""
+    mass = torch.zeros(vocab, dtype=torch.float64)
+    for example in examples:
+        mask = example.supervised.bool()
+        mass.index_add_(0, example.topk_ids[mask].long().flatten(), example.topk_probs[mask].double().flatten())
+    mass[list(always)] = torch.inf
+    return mass.topk(min(size, vocab)).indices.sort().values
+
+
+def check_sizes(config: FeatExtrapolatorConfig, frozen: Frozen, example: Example) -> None:
+    """Refuse a head, a target and features that differ in hidden size or vocabulary.
+
+    Raises:
+        HeadMismatchError: they differ; the message has both values.
+    """
+    vocab, hidden = frozen.head.shape
+    if (config.vocab_size, config.hidden_size) != (vocab, hidden):
+        raise HeadMismatchError(
+            f"the head is for vocabulary {config.vocab_size} and hidden size {config.hidden_size}, the target has "
+            f"{vocab} and {hidden}: derive the head's configuration from this target"
+        )
+    if example.features.shape[1] != hidden:
+        raise HeadMismatchError(
+            f"the features have hidden size {example.features.shape[1]}, the target {hidden}: extract them "
+            "with this target"
+        )

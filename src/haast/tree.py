@@ -1,0 +1,107 @@
+"""The draft tree: tokens with parents, as tensors.
+
+Owns the shape of a draft (who is whose parent, how deep, who may see whom). Knows nothing of models, caches or
+probabilities. A chain is a tree, a prompt is a chain, and vanilla decoding is a tree of one node, so one forward path
+serves them all. Source: token trees as in SpecInfer (arXiv 2305.09781) and EAGLE (arXiv 2401.15077, section 3.3).
+
+    node      0    1    2    3         0
+    token     A    B    C    D        / \\
+    parent   -1    0    0    1       1   2
+    depth     0    1    1    2       |
+                                     3
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """One tree of equal node count per row. Build with `from_parents`, `chain` or `roots`, which fill every field.
+
+    Node 0 is the root: the last emitted token, not yet in the target's cache. Parents precede their children.
+    Siblings stand in the drafter's order of preference. Dead nodes pad ragged rows to one static shape: they are run,
+    see only themselves, and can neither be accepted nor have live children. Probes are run but never accepted.
+    """
+
+    tokens: Tensor  # (rows, nodes) int64
+    parents: Tensor  # (rows, nodes) int64; -1 at the root and at dead nodes
+    depths: Tensor  # (rows, nodes) int64; edges up to the root, 0 for dead nodes
+    ancestors: Tensor  # (rows, nodes, nodes) bool; [r, i, j]: node i sees node j (itself included)
+    live: Tensor  # (rows, nodes) bool
+    probe: Tensor | None = None  # (rows, nodes) bool
+
+    @property
+    def rows(self) -> int:
+        """Sequences in the batch."""
+        return int(self.tokens.shape[0])
+
+    @property
+    def nodes(self) -> int:
+        """Nodes per row, dead ones included."""
+        return int(self.tokens.shape[1])
+
+    @staticmethod
+    def from_parents(
+        tokens: Tensor, parents: Tensor, live: Tensor | None = None, probe: Tensor | None = None
+    ) -> DraftTree:
+        """Build a tree from `tokens` and `parents`, both (rows, nodes) int64.
+
+        Raises:
+            ValueError: shapes differ, a parent does not precede its child, or a live node hangs on a dead one.
+        """
+        if tokens.ndim != 2 or tokens.shape != parents.shape or tokens.shape[1] == 0:
+            raise ValueError(
+                f"a tree needs tokens and parents of one shape (rows, nodes >= 1), got "
+                f"{tuple(tokens.shape)} and {tuple(parents.shape)}"
+            )
+        rows, nodes = tokens.shape
+        index = torch.arange(nodes, device=tokens.device)
+        if live is None:
+            live = torch.ones_like(tokens, dtype=torch.bool)
+        parents = parents.masked_fill(~live, -1)
+        if bool((parents >= index).any()) or bool((parents[:, 1:] < 0).logical_and(live[:, 1:]).any()):
+            raise ValueError("every node but the root needs a parent with a smaller index than its own")
+        if not bool(live.gather(1, parents.clamp_min(0)).logical_or(parents < 0).all()):
+            raise ValueError("a live node has a dead parent: mark it dead too")
+        step = torch.zeros(rows, nodes, nodes + 1, device=tokens.device)
+        step.scatter_(2, (parents + 1).unsqueeze(2), 1.0)  # column 0 collects the parents of roots and dead nodes
+        reach = step[:, :, 1:] + torch.eye(nodes, device=tokens.device)
+        for _ in range(max(nodes - 1, 1).bit_length()):  # reach doubles: 2^k edges after k products
+            wider = (reach @ reach).clamp_(max=1.0)
+            if torch.equal(wider, reach):
+                break
+            reach = wider
+        depths = reach.sum(-1).long() - 1
+        return DraftTree(tokens, parents, depths, reach > 0.5, live, probe)
+
+    @staticmethod
+    def chain(tokens: Tensor, live: Tensor | None = None) -> DraftTree:
+        """A chain: `tokens` (rows, nodes), each the child of the one before; `live` marks a ragged row's true part."""
+        rows, nodes = tokens.shape
+        index = torch.arange(nodes, device=tokens.device)
+        if live is None:
+            live = torch.ones_like(tokens, dtype=torch.bool)
+        parents = (index - 1).expand(rows, nodes).masked_fill(~live, -1)
+        lower = torch.ones(nodes, nodes, dtype=torch.bool, device=tokens.device).tril()
+        eye = torch.eye(nodes, dtype=torch.bool, device=tokens.device)
+        ancestors = torch.where(live.unsqueeze(2), lower, eye)
+        return DraftTree(tokens, parents, index.expand(rows, nodes) * live, ancestors, live)
+
+    @staticmethod
+    def roots(tokens: Tensor) -> DraftTree:
+        """A root alone in every row: vanilla decoding. `tokens` is (rows,)."""
+        return DraftTree.chain(tokens.unsqueeze(1))
+
+    def children(self, row: int) -> list[list[int]]:
+        """For every node of `row`, its live children that may be accepted, in the drafter's order of preference."""
+        kids: list[list[int]] = [[] for _ in range(self.nodes)]
+        barred = (~self.live[row]).tolist() if self.probe is None else (self.probe[row] | ~self.live[row]).tolist()
+        for node, parent in enumerate(self.parents[row].tolist()):
+            if parent >= 0 and not barred[node]:
+                kids[parent].append(node)
+        return kids

@@ -1,0 +1,33 @@
+"""One thread (tiny models starve with two on a loaded machine), a seeded hypothesis profile, and shared tiny models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fakes import random_head, tiny_target
+from hypothesis import HealthCheck, settings
+
+from haast.heads.checkpoint import Head
+from haast.target import Target
+
+torch.set_num_threads(1)
+settings.register_profile(
+    "haast",
+    deadline=None,
+    derandomize=True,
+    print_blob=False,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("haast")
+
+
+@pytest.fixture(scope="session")
+def llama() -> Target:
+    """A tiny random llama in fp64 with grouped queries; its greedy text wanders."""
+    return tiny_target()
+
+
+@pytest.fixture
+def head(llama: Target) -> Head:
+    """A random head for `llama`; fresh each time, since a drafter takes the module over."""
+    return random_head(llama)

@@ -1,0 +1,231 @@
+"""Tiny models and fake drafters: never right, always right, sometimes right, and trees of any shape."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from haast.drafters.base import Accepted, Drafter
+from haast.drafters.vanilla import VanillaDrafter
+from haast.engine import Emission, Engine, Stats, StopConfig
+from haast.heads.checkpoint import Head
+from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
+from haast.sampling import SamplingConfig, keyed_uniform
+from haast.target import Target
+from haast.tree import DraftTree
+
+VOCAB = 32
+
+
+def tiny_llama(
+    vocab: int = VOCAB, hidden: int = 32, layers: int = 2, context: int = 512, std: float = 0.4, seed: int = 0
+) -> LlamaForCausalLM:
+    """A random llama in fp64. A large `std` makes the text wander instead of repeating one token."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        initializer_range=std,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config).double().eval()
+
+
+def tiny_target(vocab: int = VOCAB, layers: int = 2, context: int = 512, std: float = 0.4, seed: int = 0) -> Target:
+    """`tiny_llama` behind a Target."""
+    return Target(tiny_llama(vocab, layers=layers, context=context, std=std, seed=seed))
+
+
+def random_head(target: Target, draft_vocab: Sequence[int] | None = None, seed: int = 1) -> Head:
+    """An untrained head that fits `target`, optionally over a reduced draft vocabulary (ascending ids)."""
+    torch.manual_seed(seed)
+    module = FeatExtrapolator(FeatExtrapolatorConfig.for_target(target.config))
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    vocab = None if draft_vocab is None else torch.tensor(draft_vocab)
+    return Head(module.eval().requires_grad_(False), vocab, {})
+
+
+def decode(
+    target: Target,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    max_new: int,
+    sampling: SamplingConfig | None = None,
+    *,
+    eos: tuple[int, ...] = (),
+    stop: Callable[[int, Sequence[int]], bool] | None = None,
+    stats: Stats | None = None,
+) -> list[list[int]]:
+    """The new tokens of every row."""
+    rules = StopConfig(max_new, eos, stop)
+    return collect(Engine(target, drafter).run(prompts, sampling or SamplingConfig(), rules, stats), len(prompts))
+
+
+def collect(emissions: Iterable[Emission], rows: int) -> list[list[int]]:
+    """Emissions put together per row; nothing may follow a row's end."""
+    texts: list[list[int]] = [[] for _ in range(rows)]
+    ended = [False] * rows
+    for emission in emissions:
+        assert not ended[emission.row], "a row that ended must stay silent"
+        texts[emission.row].extend(emission.tokens)
+        ended[emission.row] = emission.finished
+    assert all(ended), "every row must say that it ended"
+    return texts
+
+
+def vanilla(
+    target: Target, prompts: Sequence[Sequence[int]], max_new: int, sampling: SamplingConfig | None = None
+) -> list[list[int]]:
+    """What the target says by itself."""
+    return decode(target, VanillaDrafter(), prompts, max_new, sampling)
+
+
+def full_texts(target: Target, prompts: Sequence[Sequence[int]], max_new: int) -> list[list[int]]:
+    """Prompt and greedy continuation per row: what an oracle knows."""
+    return [[*prompt, *new] for prompt, new in zip(prompts, vanilla(target, prompts, max_new), strict=True)]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One drafted node; `parent` counts the root as 0."""
+
+    token: int
+    parent: int
+    live: bool = True
+    probe: bool = False
+
+
+class FakeDrafter(Drafter):
+    """Keeps each row's history from what the engine tells it, and asks `draft` for the nodes under the root."""
+
+    def __init__(self, nodes: int) -> None:
+        self._nodes = nodes
+        self.histories: list[list[int]] = []
+
+    @property
+    def nodes(self) -> int:
+        return self._nodes
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> None:
+        self.histories = [[prompt[0]] for prompt in prompts]
+
+    def observe(self, accepted: Accepted) -> None:
+        assert accepted.tokens.shape == accepted.features.shape[:2], "one feature per kept position"
+        for row, count in enumerate(accepted.counts):
+            self.histories[row].extend(accepted.tokens[row, :count].tolist())
+
+    def propose(self) -> DraftTree:
+        drafts = [self.draft(row, history) for row, history in enumerate(self.histories)]
+        assert all(len(draft) == self._nodes - 1 for draft in drafts), "a drafter's trees have one size"
+        roots = [Node(history[-1], -1) for history in self.histories]
+        trees = [[root, *draft] for root, draft in zip(roots, drafts, strict=True)]
+        return DraftTree.from_parents(
+            torch.tensor([[node.token for node in tree] for tree in trees]),
+            torch.tensor([[node.parent for node in tree] for tree in trees]),
+            torch.tensor([[node.live for node in tree] for tree in trees]),
+            torch.tensor([[node.probe for node in tree] for tree in trees]),
+        )
+
+    def draft(self, row: int, history: list[int]) -> list[Node]:
+        """The nodes under the root, parents first."""
+        raise NotImplementedError
+
+
+class OracleChain(FakeDrafter):
+    """A chain that knows the text: the token at position p is right where `right(row, p)` says so, else off by one."""
+
+    name = "oracle"
+
+    def __init__(
+        self, texts: Sequence[Sequence[int]], depth: int, right: Callable[[int, int], bool], vocab: int = VOCAB
+    ) -> None:
+        super().__init__(depth + 1)
+        self._texts, self._depth, self._right, self._vocab = texts, depth, right, vocab
+
+    def draft(self, row: int, history: list[int]) -> list[Node]:
+        text, begin = self._texts[row], len(history)
+        tokens = [
+            ((text[p] if p < len(text) else 0) + (not self._right(row, p))) % self._vocab
+            for p in range(begin, begin + self._depth)
+        ]
+        return [Node(token, parent) for parent, token in enumerate(tokens)]
+
+
+def never(texts: Sequence[Sequence[int]], depth: int = 3) -> OracleChain:
+    """Every draft is wrong."""
+    return OracleChain(texts, depth, lambda row, position: False)
+
+
+def always(texts: Sequence[Sequence[int]], depth: int = 3) -> OracleChain:
+    """Every draft is right."""
+    return OracleChain(texts, depth, lambda row, position: True)
+
+
+def sometimes(texts: Sequence[Sequence[int]], depth: int = 3, rate: float = 0.6, seed: int = 0) -> OracleChain:
+    """A seeded mix of both."""
+    return OracleChain(texts, depth, lambda row, position: keyed_uniform(seed, row, position) < rate)
+
+
+class RandomTrees(FakeDrafter):
+    """Random parents and tokens, twins among siblings, dead nodes and probes; a node is the oracle's with chance `rate`.
+
+    The tree is a function of (seed, row, position) alone, so it depends on the prefix only.
+    """
+
+    name = "random"
+
+    def __init__(
+        self,
+        nodes: int,
+        seed: int,
+        texts: Sequence[Sequence[int]] = (),
+        *,
+        rate: float = 0.5,
+        dead: float = 0.0,
+        probes: float = 0.0,
+        vocab: int = VOCAB,
+    ) -> None:
+        super().__init__(nodes)
+        self._seed, self._texts, self._vocab = seed, texts, vocab
+        self._rate, self._dead, self._probes = rate, dead, probes
+
+    def draft(self, row: int, history: list[int]) -> list[Node]:
+        rng = random.Random(f"{self._seed} {row} {len(history)}")
+        text = self._texts[row] if self._texts else []
+        made, depths = [Node(history[-1], -1)], [0]
+        for number in range(1, self._nodes):
+            parent = rng.randrange(number)
+            depth = depths[parent] + 1
+            place = len(history) + depth - 1
+            right = rng.random() < self._rate and place < len(text)
+            token = text[place] if right else rng.randrange(self._vocab)
+            live = made[parent].live and rng.random() >= self._dead
+            made.append(Node(token, parent, live, rng.random() < self._probes))
+            depths.append(depth)
+        return made[1:]
+
+
+def chi_square_p(observed: Sequence[float], expected: Sequence[float]) -> float:
+    """Chance of a chi-square at least as large under the expected counts; cells below 5 are pooled into one."""
+    cells = [(o, e) for o, e in zip(observed, expected, strict=True) if e >= 5]
+    rest = [(o, e) for o, e in zip(observed, expected, strict=True) if e < 5]
+    pooled = (sum(o for o, _ in rest), sum(e for _, e in rest))
+    if pooled[1] == 0 and pooled[0] > 0:
+        return 0.0  # something that cannot happen did
+    if pooled[1] > 0:
+        cells.append(pooled)
+    statistic = sum((o - e) ** 2 / e for o, e in cells)
+    half = torch.tensor((len(cells) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(half, torch.tensor(statistic / 2, dtype=torch.float64)))

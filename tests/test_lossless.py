@@ -1,0 +1,415 @@
+"""The promise: whatever is drafted, the text is vanilla's. fp64, tiny random models."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from itertools import product
+
+import pytest
+import torch
+from fakes import (
+    VOCAB,
+    FakeDrafter,
+    RandomTrees,
+    always,
+    chi_square_p,
+    collect,
+    decode,
+    full_texts,
+    never,
+    random_head,
+    sometimes,
+    tiny_llama,
+    tiny_target,
+    vanilla,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from haast import engine as engine_module
+from haast.drafters.base import Drafter
+from haast.drafters.eagle import EagleDrafter
+from haast.drafters.shape import DraftShape
+from haast.drafters.vanilla import VanillaDrafter
+from haast.engine import Engine, Stats, StopConfig
+from haast.sampling import Sampler, SamplingConfig, keyed_uniform
+from haast.target import Target
+from haast.tree import DraftTree
+from haast.verify import RowVerdict, Verdict, verify
+
+NEW = 16
+
+Prompts = list[list[int]]
+shapes = st.builds(
+    DraftShape,
+    kind=st.sampled_from(["dynamic", "static", "chain"]),
+    depth=st.integers(1, 5),
+    top_k=st.integers(1, 8),
+    width=st.integers(1, 8),
+    nodes=st.integers(2, 40),
+)
+batches = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12), min_size=1, max_size=3)
+draft_vocabs = st.sampled_from([None, tuple(range(0, VOCAB, 2)), tuple(range(5, VOCAB))])
+
+
+@cache
+def target() -> Target:
+    return tiny_target()
+
+
+@cache
+def small_context() -> Target:
+    return tiny_target(context=24)
+
+
+def fake_drafters(texts: Sequence[Sequence[int]], seed: int) -> list[Drafter]:
+    return [
+        never(texts),
+        always(texts),
+        always(texts, depth=1),
+        sometimes(texts, depth=4, seed=seed),
+        RandomTrees(9, seed, texts, rate=0.7),
+        RandomTrees(17, seed, texts, rate=0.8, dead=0.2),
+        RandomTrees(17, seed, texts, rate=0.8, probes=0.3),
+        RandomTrees(12, seed, texts, rate=0.6, dead=0.2, probes=0.2),
+        RandomTrees(2, seed),
+    ]
+
+
+# ------------------------------------------------------------------ greedy
+
+
+@settings(max_examples=30)
+@given(shape=shapes, prompts=batches, vocab=draft_vocabs, seed=st.integers(0, 3))
+def test_greedy_eagle_says_what_vanilla_says(
+    shape: DraftShape, prompts: Prompts, vocab: tuple[int, ...] | None, seed: int
+) -> None:
+    drafter = EagleDrafter(target(), random_head(target(), vocab, seed), shape)
+    assert decode(target(), drafter, prompts, NEW) == vanilla(target(), prompts, NEW)
+
+
+@settings(max_examples=12)
+@given(prompts=batches, seed=st.integers(0, 1000))
+def test_greedy_fakes_say_what_vanilla_says(prompts: Prompts, seed: int) -> None:
+    texts = full_texts(target(), prompts, NEW)
+    expected = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+    for drafter in fake_drafters(texts, seed):
+        assert decode(target(), drafter, prompts, NEW) == expected
+
+
+@settings(max_examples=12)
+@given(prompts=batches, shape=shapes)
+def test_a_row_does_not_depend_on_its_batch(prompts: Prompts, shape: DraftShape) -> None:
+    drafter = EagleDrafter(target(), random_head(target()), shape)
+    alone = [decode(target(), drafter, [prompt], NEW)[0] for prompt in prompts]
+    assert decode(target(), drafter, prompts, NEW) == alone
+    assert vanilla(target(), prompts, NEW) == alone
+
+
+@settings(max_examples=6)
+@given(prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12))
+def test_vanilla_says_what_stock_generate_says(prompt: list[int]) -> None:
+    assert vanilla(target(), [prompt], NEW)[0] == stock_generate(prompt)
+
+
+def test_the_texts_wander_and_drafts_are_accepted() -> None:
+    # Guards the tests above: with constant text or nothing accepted they would show little.
+    prompts = [[1, 2, 3], [7], [9, 9, 4, 1]]
+    assert all(len(set(text)) >= 5 for text in vanilla(target(), prompts, 32))
+    shape, stats = DraftShape("dynamic", depth=3, top_k=8, width=8, nodes=40), Stats()
+    decode(target(), EagleDrafter(target(), random_head(target()), shape), prompts, 32, stats=stats)
+    assert 1.1 < stats.tau < 3.9
+    assert len(stats.accepted_by_depth) >= 2 and stats.accepted_by_depth[1] > 0
+
+
+def stock_generate(prompt: list[int]) -> list[int]:
+    model = tiny_llama()
+    ids = torch.tensor([prompt])
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW)
+    assert isinstance(output, Tensor)
+    new: list[int] = output[0, len(prompt) :].tolist()
+    return new
+
+
+# ------------------------------------------------------------------ sampled, same seed
+
+
+def history_processor(history: Tensor, scores: Tensor) -> Tensor:
+    """Stateless: bans one token and lifts another, by what was said before."""
+    scores = scores.clone()
+    scores[:, int(history.sum()) % scores.shape[-1]] = -torch.inf
+    scores[:, (3 * int(history[0, -1]) + history.shape[1]) % scores.shape[-1]] += 3.0
+    return scores
+
+
+class CountingProcessor:
+    """Stateful: what it does depends on how often it was called, and it checks that histories only ever grow by one."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.before: list[int] = []
+
+    def __call__(self, history: Tensor, scores: Tensor) -> Tensor:
+        now = history[0].tolist()
+        assert not self.before or now[:-1] == self.before, "called with a history out of order"
+        self.before = now
+        self.calls += 1
+        scores = scores.clone()
+        scores[:, self.calls % scores.shape[-1]] += 4.0
+        return scores
+
+
+laws = st.builds(
+    SamplingConfig,
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.5]),
+    top_k=st.sampled_from([0, 1, 4, VOCAB + 5]),
+    top_p=st.sampled_from([1.0, 0.9, 0.4]),
+    min_p=st.sampled_from([0.0, 0.05, 0.5]),
+    repetition_penalty=st.sampled_from([1.0, 1.3, 0.8]),
+    seed=st.integers(0, 2**63 - 1),
+    processors=st.sampled_from([(), (history_processor,)]),
+)
+
+
+@settings(max_examples=40)
+@given(shape=shapes, prompts=batches, law=laws, vocab=draft_vocabs)
+def test_the_same_seed_gives_vanillas_text(
+    shape: DraftShape, prompts: Prompts, law: SamplingConfig, vocab: tuple[int, ...] | None
+) -> None:
+    drafter = EagleDrafter(target(), random_head(target(), vocab), shape)
+    assert decode(target(), drafter, prompts, NEW, law) == vanilla(target(), prompts, NEW, law)
+
+
+@settings(max_examples=12)
+@given(prompts=batches, law=laws, seed=st.integers(0, 1000))
+def test_the_same_seed_gives_vanillas_text_with_fakes(prompts: Prompts, law: SamplingConfig, seed: int) -> None:
+    new = vanilla(target(), prompts, NEW, law)
+    texts = [[*prompt, *row] for prompt, row in zip(prompts, new, strict=True)]
+    for drafter in fake_drafters(texts, seed):
+        assert decode(target(), drafter, prompts, NEW, law) == new
+
+
+@settings(max_examples=15)
+@given(shape=shapes, prompts=batches, temperature=st.sampled_from([0.0, 1.0]))
+def test_a_stateful_processor_is_called_once_per_token_in_order(
+    shape: DraftShape, prompts: Prompts, temperature: float
+) -> None:
+    mine, theirs = CountingProcessor(), CountingProcessor()
+    eagle = EagleDrafter(target(), random_head(target()), shape)
+    one = prompts[:1]
+    ours = decode(target(), eagle, one, NEW, SamplingConfig(temperature, seed=5, processors=(mine,)))
+    assert ours == vanilla(target(), one, NEW, SamplingConfig(temperature, seed=5, processors=(theirs,)))
+
+
+def test_seeds_and_rows_differ() -> None:
+    prompts = [[3, 1, 4]] * 3
+    one = vanilla(target(), prompts, 24, SamplingConfig(1.0, seed=1))
+    assert one[0] != one[1] != one[2]
+    assert one != vanilla(target(), prompts, 24, SamplingConfig(1.0, seed=2))
+    assert one == vanilla(target(), prompts, 24, SamplingConfig(1.0, seed=1))
+
+
+# ------------------------------------------------------------------ the sampled law
+
+SMALL, ROWS, RUNS = 5, 250, 16
+LAW = SamplingConfig(temperature=0.9, top_p=0.97, repetition_penalty=1.1)
+PROMPT = [1, 3]
+
+
+@cache
+def small_target() -> Target:
+    return tiny_target(vocab=SMALL, layers=1, std=0.12, seed=3)
+
+
+def exact_law() -> dict[tuple[int, ...], float]:
+    """P(string) of all strings of length 3, from the stock model's logits over every prefix."""
+    model = tiny_llama(vocab=SMALL, layers=1, std=0.12, seed=3)
+    sampler, law = Sampler(LAW), {}
+
+    @cache
+    def probs(history: tuple[int, ...]) -> Tensor:
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([history])).logits[0, -1]
+        return sampler.probs(history, logits)
+
+    for string in product(range(SMALL), repeat=3):
+        chance = 1.0
+        for i, token in enumerate(string):
+            chance *= float(probs((*PROMPT, *string[:i]))[token])
+        law[string] = chance
+    return law
+
+
+def law_p_value(drafter: Drafter) -> float:
+    law, seen = exact_law(), Counter[tuple[int, ...]]()
+    assert abs(sum(law.values()) - 1) < 1e-9
+    for seed in range(RUNS):
+        config = SamplingConfig(LAW.temperature, LAW.top_k, LAW.top_p, LAW.min_p, LAW.repetition_penalty, seed)
+        texts = decode(small_target(), drafter, [PROMPT] * ROWS, 3, config)
+        seen.update(tuple(text) for text in texts)
+    strings = sorted(law)
+    return chi_square_p([seen[s] for s in strings], [law[s] * ROWS * RUNS for s in strings])
+
+
+def small_eagle() -> EagleDrafter:
+    shape = DraftShape("dynamic", depth=2, top_k=2, width=2, nodes=5)
+    return EagleDrafter(small_target(), random_head(small_target()), shape)
+
+
+def biased(
+    tree: DraftTree, logits: Tensor, sampler: Sampler, histories: Sequence[Sequence[int] | None]
+) -> Verdict:
+    """Accepts the root's preferred child with chance 0.3 more than is right; else it is the true rule."""
+    honest = verify(tree, logits, sampler, histories).rows
+    rows: list[RowVerdict | None] = []
+    for row, (verdict, history) in enumerate(zip(honest, histories, strict=True)):
+        children = tree.children(row)[0]
+        if verdict is None or history is None or not children:
+            rows.append(verdict)
+        elif keyed_uniform(sampler.config.seed + 10**6, row, len(history)) >= 0.3:
+            rows.append(verdict)
+        else:
+            child = children[0]
+            token = int(tree.tokens[row, child])
+            bonus = sampler.choose(row, [*history, token], logits[row, child])
+            rows.append(RowVerdict((0, child), (token, bonus), (True,)))
+    return Verdict(tuple(rows))
+
+
+def test_the_sampled_law_is_exact_over_all_strings_of_length_3() -> None:
+    assert law_p_value(small_eagle()) > 1e-3
+
+
+def test_a_biased_rule_fails_the_same_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "verify", biased)
+    assert law_p_value(small_eagle()) < 1e-9
+
+
+# ------------------------------------------------------------------ stop rules
+
+
+def drafters_for(prompt: list[int], at: Target) -> list[Drafter]:
+    texts = [[*prompt, *vanilla(at, [prompt], 40)[0]]]
+    shape = DraftShape("dynamic", depth=4, top_k=6, width=4, nodes=20)
+    eagle = EagleDrafter(at, random_head(at), shape)
+    return [VanillaDrafter(), eagle, never(texts), always(texts, 5), sometimes(texts), RandomTrees(9, 0, texts)]
+
+
+@pytest.mark.parametrize("limit", range(1, 14))
+def test_max_new_tokens_is_exact(limit: int) -> None:
+    prompt = [4, 8, 15]
+    whole = vanilla(target(), [prompt], 40)[0]
+    for drafter in drafters_for(prompt, target()):
+        assert decode(target(), drafter, [prompt], limit) == [whole[:limit]]
+
+
+def test_every_end_token_in_the_middle_of_an_accepted_path_ends_the_text() -> None:
+    prompt = [4, 8, 15]
+    whole = vanilla(target(), [prompt], 40)[0]
+    for end in sorted(set(whole)):
+        cut = whole[: whole.index(end) + 1]
+        for drafter in drafters_for(prompt, target()):
+            stats = Stats()
+            assert decode(target(), drafter, [prompt], 40, eos=(end, VOCAB + 7), stats=stats) == [cut]
+            assert stats.tokens == len(cut) and stats.decoded_tokens == len(cut) - 1
+
+
+def test_one_row_ends_while_others_go_on() -> None:
+    prompts = [[4, 8, 15], [16, 23], [1]]
+    texts = full_texts(target(), prompts, 20)
+    whole = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+    end = whole[1][6]
+    cut = [row[: row.index(end) + 1] if end in row else row for row in whole]
+    assert len({len(row) for row in cut}) > 1, "the rows must end at different places"
+    for drafter in [VanillaDrafter(), *fake_drafters(texts, 1)]:
+        assert decode(target(), drafter, prompts, 20, eos=(end,)) == cut
+
+
+def test_the_stop_callback_sees_every_token_once_and_ends_the_text() -> None:
+    prompt = [4, 8, 15]
+    whole = vanilla(target(), [prompt], 40)[0]
+    for drafter in drafters_for(prompt, target()):
+        seen: list[list[int]] = []
+
+        def stop(row: int, new: Sequence[int], seen: list[list[int]] = seen) -> bool:
+            assert row == 0
+            seen.append(list(new))
+            return len(new) == 7
+
+        assert decode(target(), drafter, [prompt], 40, stop=stop) == [whole[:7]]
+        assert seen == [whole[:n] for n in range(1, 8)]
+
+
+@pytest.mark.parametrize("length", [1, 18, 22, 23])
+def test_the_text_ends_where_the_context_ends(length: int) -> None:
+    prompt = random.Random(length).choices(range(VOCAB), k=length)
+    whole = vanilla(small_context(), [prompt], 100)[0]
+    assert len(prompt) + len(whole) == 24
+    for drafter in drafters_for(prompt, small_context()):
+        assert decode(small_context(), drafter, [prompt], 100) == [whole]
+
+
+def test_drafts_beyond_learned_positions_are_harmless() -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=20, n_embd=32, n_layer=2, n_head=4, initializer_range=0.4,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    gpt2 = Target(GPT2LMHeadModel(config).double())
+    prompt = list(range(13))
+    whole = vanilla(gpt2, [prompt], 100)[0]
+    assert len(whole) == 7
+    for drafter in drafters_for(prompt, gpt2):
+        assert decode(gpt2, drafter, [prompt], 100) == [whole]
+
+
+# ------------------------------------------------------------------ abandoning
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_an_engine_can_be_used_again_after_abandoning_a_run(steps: int) -> None:
+    prompts, others = [[4, 8, 15], [16, 23]], [[7, 7, 7, 1, 2]]
+    texts = full_texts(target(), others, 12)
+    expected = [text[len(prompt) :] for text, prompt in zip(texts, others, strict=True)]
+    shape = DraftShape("static", depth=3, top_k=4, nodes=12)
+    for drafter in (EagleDrafter(target(), random_head(target()), shape), RandomTrees(8, 0), VanillaDrafter()):
+        engine = Engine(target(), drafter)
+        run = engine.run(prompts, SamplingConfig(), StopConfig(20))
+        kept = [next(run) for _ in range(steps)]
+        del run
+        assert kept[0].tokens
+        again = collect(engine.run(others, SamplingConfig(), StopConfig(12)), 1)
+        assert again == expected
+
+
+def test_a_closed_run_yields_no_more() -> None:
+    run = Engine(target(), RandomTrees(8, 0)).run([[1, 2]], SamplingConfig(), StopConfig(9))
+    next(run)
+    run.close()  # type: ignore[attr-defined]
+    assert list(run) == []
+
+
+def test_what_was_yielded_before_an_interrupt_is_vanillas_prefix() -> None:
+    prompt = [4, 8, 15]
+    whole = vanilla(target(), [prompt], 40)[0]
+
+    class Interrupted(FakeDrafter):
+        name = "interrupted"
+        steps = 0
+
+        def draft(self, row: int, history: list[int]) -> list:  # type: ignore[type-arg]
+            self.steps += 1
+            if self.steps == 4:
+                raise KeyboardInterrupt
+            return []
+
+    said: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        for emission in Engine(target(), Interrupted(1)).run([prompt], SamplingConfig(), StopConfig(40)):
+            said.extend(emission.tokens)
+    assert said == whole[:4]

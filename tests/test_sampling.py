@@ -1,0 +1,130 @@
+"""The law of the next token: transformers' own scores, keyed draws, and settings that are refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from fakes import chi_square_p, tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from haast.sampling import Sampler, SamplingConfig, keyed_uniform
+
+
+class Lift(LogitsProcessor):
+    """Lifts one token by the history; a nonlinear step, so that its place among the others matters."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        scores[:, int(input_ids.sum()) % scores.shape[-1]] += 2.5
+        return torch.tanh(scores / 4) * 4
+
+
+@settings(max_examples=40)
+@given(
+    temperature=st.sampled_from([0.4, 1.0, 1.7]),
+    top_k=st.sampled_from([0, 1, 6, 50]),
+    top_p=st.sampled_from([1.0, 0.8, 0.3]),
+    min_p=st.sampled_from([0.0, 0.1, 0.6]),
+    penalty=st.sampled_from([1.0, 1.4, 0.7]),
+    custom=st.booleans(),
+)
+def test_scores_are_those_of_generate(
+    temperature: float, top_k: int, top_p: float, min_p: float, penalty: float, custom: bool
+) -> None:
+    prompt = [3, 1, 4, 1, 5]
+    model, ids = tiny_llama(), torch.tensor([prompt])
+    extra = (Lift(),) if custom else ()
+    torch.manual_seed(0)
+    output: Any = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=GenerationConfig(
+            do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p or None,
+            repetition_penalty=penalty, max_new_tokens=6, output_scores=True, output_logits=True,
+            return_dict_in_generate=True,
+        ),
+        logits_processor=LogitsProcessorList(extra),
+    )  # fmt: skip
+    sampler = Sampler(SamplingConfig(temperature, top_k, top_p, min_p, penalty, processors=extra))
+    for step, (raw, expected) in enumerate(zip(output.logits, output.scores, strict=True)):
+        history = output.sequences[0, : len(prompt) + step].tolist()
+        mine = sampler.scores(history, raw[0])
+        assert torch.equal(mine.isneginf(), expected[0].isneginf())
+        assert torch.allclose(mine, expected[0].to(mine.dtype), rtol=1e-6, atol=1e-6)
+
+
+def test_greedy_applies_penalty_and_processors_and_no_warper() -> None:
+    logits = torch.tensor([1.0, 0.9, 0.2, -1.0], dtype=torch.float64)
+    config = SamplingConfig(0.0, top_k=1, top_p=0.1, min_p=0.9, repetition_penalty=2.0)
+    assert Sampler(config).scores([0, 3], logits).tolist() == [0.5, 0.9, 0.2, -2.0]
+    assert Sampler(config).choose(0, [0, 3], logits) == 1
+    assert Sampler(config).probs([0, 3], logits).tolist() == [0, 1, 0, 0]
+    assert Sampler(SamplingConfig()).plain and not Sampler(config).plain
+    assert Sampler(SamplingConfig()).choose(0, [0, 3], logits) == 0
+
+
+def test_a_choice_is_the_inverse_cdf_of_its_own_draw() -> None:
+    logits = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
+    sampler = Sampler(SamplingConfig(1.0, seed=9))
+    for position in range(1, 200):
+        draw = keyed_uniform(9, 2, position)
+        expected = 0 if draw < 0.2 else 1 if draw < 0.7 else 2
+        assert sampler.choose(2, [0] * position, logits) == expected
+
+
+def test_impossible_tokens_are_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf])
+    sampler = Sampler(SamplingConfig(1.0))
+    for draw, expected in ((0.0, 1), (1 - 2**-53, 3), (1.0, 3)):
+        monkeypatch.setattr("haast.sampling.keyed_uniform", lambda *keys, draw=draw: draw)
+        assert sampler.choose(0, [0], logits) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_processed_in_fp32(dtype: torch.dtype) -> None:
+    logits = torch.randn(8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    scores = Sampler(SamplingConfig(0.7)).scores([1], logits)
+    assert scores.dtype is torch.float32 and torch.equal(scores, logits.float() / 0.7)
+
+
+def uniform_p(draws: list[float], cells: int = 50) -> float:
+    counts = Counter(int(draw * cells) for draw in draws)
+    return chi_square_p([counts[cell] for cell in range(cells)], [len(draws) / cells] * cells)
+
+
+@pytest.mark.parametrize("vary", ["seed", "row", "position"])
+def test_keyed_draws_are_uniform_along_every_key(vary: str) -> None:
+    keys = {"seed": 0, "row": 0, "position": 0}
+    draws = [keyed_uniform(**{**keys, vary: value}) for value in range(20000)]
+    assert 0 <= min(draws) and max(draws) < 1 and len(set(draws)) == len(draws)
+    assert uniform_p(draws) > 1e-3
+    steps = [(b - a) % 1.0 for a, b in zip(draws, draws[1:], strict=False)]
+    assert uniform_p(steps) > 1e-3, "neighbouring keys must be unrelated"
+    assert uniform_p([draw**1.05 for draw in draws]) < 1e-6, "the test itself must see a small bias"
+
+
+def test_keyed_draws_are_a_pure_function_of_all_three_keys() -> None:
+    assert keyed_uniform(1, 2, 3) == keyed_uniform(1, 2, 3)
+    values = {keyed_uniform(s, r, p) for s in range(12) for r in range(12) for p in range(12)}
+    assert len(values) == 12**3
+    assert keyed_uniform(2**63 - 1, 0, 0) != keyed_uniform(2**62 - 1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_k", -1),
+        ("top_p", 0.0), ("top_p", 1.01), ("top_p", float("nan")), ("min_p", -0.1), ("min_p", 1.0),
+        ("repetition_penalty", 0.0), ("repetition_penalty", -1.0), ("repetition_penalty", float("nan")),
+        ("repetition_penalty", float("inf")), ("seed", -1), ("seed", 2**63),
+    ],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused_by_name_and_value(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value} is not allowed: give a value "):
+        SamplingConfig(**{name: value})

@@ -1,0 +1,545 @@
+"""Training: index shift by brute force, whitening, losses, resume, shards, regeneration. Tiny models, no network."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from haast.errors import HeadMismatchError
+from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
+from haast.prompts import Prompt, read_prompts
+from haast.sampling import Sampler, SamplingConfig, keyed_uniform
+from haast.target import Target
+from haast.training import features, regenerate, trainer
+from haast.training.alignment import chain_passes
+from haast.training.batches import BatchOrder, Example, PackedBatch, pack
+from haast.training.config import TrainConfig
+from haast.training.data import TokenSequence, describe_supervised, encode_answer, encode_prompt, read_answers
+from haast.training.losses import teacher_cross_entropy
+from haast.training.regenerate import RegenerateConfig
+from haast.training.selftest import overfit_self_test
+from haast.training.whitened import Scales, WhitenedHead, load_plain, plain_weights
+
+VOCAB, HIDDEN, END = 64, 32, 2
+WORDS = ["<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant"] + [f"w{i}" for i in range(5, VOCAB)]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|> {{ m['role'] }} {{ m['content'] }} <|im_end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|> assistant{% endif %}"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products gain nothing from threads, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    make: Any = PreTrainedTokenizerFast  # its constructor is untyped
+    fast: PreTrainedTokenizerFast = make(tokenizer_object=words, eos_token="<|im_end|>", unk_token="<unk>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+@pytest.fixture(scope="module")
+def target(tokenizer: PreTrainedTokenizerFast) -> Target:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=END,
+        initializer_range=0.3,
+    )
+    return Target(LlamaForCausalLM(config).double(), tokenizer)
+
+
+def sequences(count: int, seed: int = 0) -> list[TokenSequence]:
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for number in range(count):
+        prompt, answer = 4 + number % 3, 9 + number % 5
+        tokens = torch.randint(5, VOCAB, (prompt + answer,), generator=generator).tolist()
+        made.append(TokenSequence(tokens, [False] * prompt + [True] * answer, {"id": str(number), "temperature": 0.0}))
+    return made
+
+
+@pytest.fixture(scope="module")
+def examples(target: Target) -> list[Example]:
+    return [example for _, example in sorted(features.stream_examples(target, sequences(12), topk=8, batch_tokens=64))]
+
+
+@pytest.fixture(scope="module")
+def frozen(target: Target) -> trainer.Frozen:
+    return trainer.Frozen.of(target)
+
+
+def head_config(target: Target) -> FeatExtrapolatorConfig:
+    return FeatExtrapolatorConfig.for_target(target.config)
+
+
+def small(**changes: Any) -> TrainConfig:
+    base = TrainConfig(
+        views=1500, draft_vocab=48, batch_tokens=60, log_every=100, evaluate_every=700, checkpoint_every=400
+    )
+    return replace(base, **changes)
+
+
+def whitened(target: Target, examples: list[Example], dtype: torch.dtype = torch.float64) -> WhitenedHead:
+    table = target.embed(torch.arange(VOCAB)).to(dtype)
+    scales = Scales.measure(examples, table)
+    return WhitenedHead(head_config(target), scales, 1.0, 3)
+
+
+def inputs(head: WhitenedHead, target: Target, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    table = target.embed(torch.arange(VOCAB)).clone() / head.scales.embedding
+    return table, batch.features.double() / head.scales.feature
+
+
+# Index shift and packing
+
+
+def test_pack_follows_the_drawing_by_brute_force(examples: list[Example]) -> None:
+    batch = pack(examples[:3])
+    row = query = 0
+    for example in examples[:3]:
+        tokens = example.tokens.tolist()
+        for t in range(len(tokens) - 2):
+            assert torch.equal(batch.features[row], example.features[t].float())
+            assert int(batch.next_tokens[row]) == tokens[t + 1]
+            assert int(batch.positions[row]) == t
+            if example.supervised[t + 1] and example.supervised[t + 2]:
+                assert int(batch.queries[query]) == row
+                assert torch.equal(batch.wanted[query], example.features[t + 1].float())
+                assert torch.equal(batch.teacher_ids[query], example.topk_ids[t + 1].long())
+                query += 1
+            row += 1
+    assert (row, query) == (len(batch.features), batch.views)
+
+
+def test_the_teacher_predicts_the_token_after_next(target: Target) -> None:
+    tokens = [7, 8, 9, 10, 11, 12]
+    ((_, example),) = features.stream_examples(target, [TokenSequence(tokens, [False] * 2 + [True] * 4)], topk=4)
+    with torch.inference_mode():
+        logits = target.model(input_ids=torch.tensor([tokens])).logits[0]
+    batch = pack([example])
+    assert batch.positions[batch.queries].tolist() == [1, 2, 3]  # x_{t+1} and x_{t+2} are both the assistant's
+    for query, t in enumerate([1, 2, 3]):
+        assert batch.teacher_ids[query].tolist() == logits[t + 1].topk(4).indices.tolist()
+        law = logits[t + 1].softmax(-1)[batch.teacher_ids[query]]
+        assert torch.allclose(batch.teacher_probs[query].double(), law, atol=1e-3)
+
+
+def test_every_example_comes_once_an_epoch() -> None:
+    order = BatchOrder([5 + i % 7 for i in range(1200)], 40, 1)
+    assert sorted(i for batch in order.epoch(0) for i in batch) == list(range(1200))
+    assert order.epoch(0) == order.epoch(0) != order.epoch(1)
+
+
+# The head
+
+
+def test_whitened_head_is_the_feat_extrapolator(target: Target, examples: list[Example]) -> None:
+    head = whitened(target, examples)
+    with torch.no_grad():
+        head.norm.add_(torch.randn(HIDDEN, generator=torch.Generator().manual_seed(1)) * 0.1)
+    batch = pack(examples[:4])
+    table, whites = inputs(head, target, batch)
+    got = head(batch, head.remember(batch, table[batch.next_tokens], whites)) * head.scales.feature
+    plain = FeatExtrapolator(head_config(target)).double()
+    plain.load_state_dict(plain_weights(head))
+    start, rows = 0, []
+    for length in batch.lengths.tolist():
+        part = slice(start, start + length)
+        embedded = target.embed(batch.next_tokens[part]).clone().unsqueeze(0)
+        known = batch.features[part].double().unsqueeze(0)
+        rows.append(plain(embedded, known, batch.positions[part].unsqueeze(0))[0])
+        start += length
+    assert torch.allclose(got, torch.cat(rows)[batch.queries], atol=1e-5)
+    other = WhitenedHead(head.config, head.scales, 1.0, 4)
+    load_plain(other, plain_weights(head))
+    assert torch.allclose(other.fc, head.fc)
+    with pytest.raises(ValueError, match=r"fc\.weight"):
+        load_plain(other, {})
+
+
+def test_alignment_pass_reads_what_a_draft_reads(target: Target, examples: list[Example]) -> None:
+    """Pass s at the end of one chain equals a plain head run over true pairs, then its own features."""
+    head = whitened(target, examples)
+    batch = pack(examples[:2])
+    table, whites = inputs(head, target, batch)
+    plain = FeatExtrapolator(head_config(target)).double()
+    plain.load_state_dict(plain_weights(head))
+    first = int(batch.lengths[0])
+    known = batch.features[:first].double()
+    embedded = target.embed(batch.next_tokens[:first]).clone()
+    for number, (output, rows) in enumerate(chain_passes(head, batch, table, whites, 3)):
+        for place, query in enumerate(rows.tolist()):
+            end = int(batch.queries[query])
+            if end >= first:
+                break
+            own = known[: end - number + 1]
+            for _ in range(number):  # draft one more feature, then read it
+                count = len(own)
+                grown = plain(embedded[None, :count], own[None], torch.arange(count)[None])[0, -1:]
+                own = torch.cat([own, grown])
+            count = len(own)
+            wanted = plain(embedded[None, :count], own[None], torch.arange(count)[None])[0, -1]
+            assert torch.allclose(output[place] * head.scales.feature, wanted, atol=1e-5)
+    assert number == 2
+
+
+def test_teacher_cross_entropy_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("haast.training.losses._CHUNK", 3)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(8, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 5, generator=generator, dtype=torch.float64)
+    bias = torch.randn(11, generator=generator, dtype=torch.float64)
+    ids = torch.stack([torch.randperm(11, generator=generator)[:3] for _ in range(8)])
+    probs = torch.rand(8, 3, generator=generator, dtype=torch.float64) / 3
+    probs[2] = 0  # nothing of the teacher is in the draft vocabulary
+    got, hits = teacher_cross_entropy(states, weight, ids, probs, bias)
+    (own,) = torch.autograd.grad(got, states)
+    law = functional.log_softmax(states @ weight.T + bias, dim=-1)
+    wanted = -(law.gather(1, ids) * probs).sum(-1).mean()
+    (reference,) = torch.autograd.grad(wanted, states)
+    assert torch.allclose(got, wanted) and torch.allclose(own, reference)
+    agree = ((states @ weight.T + bias).argmax(-1) == ids[:, 0]) & (probs[:, 0] > 0)
+    assert int(hits) == int(agree.sum())
+
+
+# Training runs
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "views_per_s"} for line in lines]
+
+
+@pytest.mark.parametrize("changes", [{}, {"feature_noise": 0.2, "ema": 0.9, "alignment_steps": 2}])
+def test_a_resumed_run_repeats_the_curve_bit_for_bit(
+    target: Target, frozen: trainer.Frozen, examples: list[Example], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    def make(name: str) -> trainer.Trainer:
+        parts = (small(**changes), head_config(target), frozen, examples[:9], examples[9:], tmp_path / name)
+        return trainer.Trainer(*parts, measure_tau=lambda head, vocab: 1.5, quiet=True)
+
+    whole = make("whole")
+    whole.run()
+    killed = make("killed")
+    step, left = killed._step, iter(range(37))
+
+    def dying(batch: PackedBatch) -> dict[str, float]:
+        if next(left, None) is None:
+            raise RuntimeError("killed")
+        return step(batch)
+
+    killed._step = dying  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="killed"):
+        killed.run()
+    again = make("killed")
+    with pytest.raises(ValueError, match="resume it"):
+        again.run()
+    again.run(resume=True)
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    for one, other in zip(whole.head.parameters(), again.head.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert len(list((tmp_path / "whole").glob("state-*.pt"))) == 2
+    assert (tmp_path / "whole" / "best" / "head.pt").exists()
+
+
+def test_ctrl_c_finishes_the_step_and_saves(
+    target: Target, frozen: trainer.Frozen, examples: list[Example], tmp_path: Path
+) -> None:
+    run = trainer.Trainer(small(), head_config(target), frozen, examples, [], tmp_path, quiet=True)
+    step, count = run._step, 0
+
+    def interrupted(batch: PackedBatch) -> dict[str, float]:
+        nonlocal count
+        count += 1
+        if count == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(batch)
+
+    run._step = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    assert count == 3 and [path.name for path in tmp_path.glob("*.pt")] == ["state-00000003.pt"]
+
+
+def test_resume_refuses_other_settings_and_unreadable_states(
+    target: Target, frozen: trainer.Frozen, examples: list[Example], tmp_path: Path
+) -> None:
+    def make(config: TrainConfig) -> trainer.Trainer:
+        return trainer.Trainer(config, head_config(target), frozen, examples, [], tmp_path, quiet=True)
+
+    make(small(views=100)).run()
+    with pytest.raises(ValueError, match="clip"):
+        make(small(views=100, clip=0.5)).run(resume=True)
+    for path in tmp_path.glob("state-*.pt"):
+        path.write_bytes(b"torn")
+    with pytest.raises(ValueError, match="delete them"):
+        make(small(views=100)).run(resume=True)
+
+
+def test_a_tau_of_one_raises_the_alarm_and_the_best_is_kept(
+    target: Target, frozen: trainer.Frozen, examples: list[Example], tmp_path: Path
+) -> None:
+    taus = iter([1.6, 1.01, 1.2])
+    kept: list[float] = []
+    trainer.Trainer(
+        small(views=1500, evaluate_every=500),
+        head_config(target),
+        frozen,
+        examples,
+        [],
+        tmp_path,
+        measure_tau=lambda head, vocab: next(taus),
+        export=lambda folder, head, vocab: kept.append(1.0),
+        quiet=True,
+    ).run()
+    assert [("alarm" in line) for line in curve(tmp_path) if "tau" in line] == [False, True, False]
+    assert len(kept) == 1
+
+
+def test_overfit_self_test_passes_and_fails_on_shuffled_labels(
+    target: Target, frozen: trainer.Frozen, examples: list[Example], tmp_path: Path
+) -> None:
+    run = overfit_self_test
+    assert run(head_config(target), frozen, examples[:4], tmp_path, draft_vocab=VOCAB, steps=120) > 0.9
+    shuffled = []
+    for e in examples[:4]:
+        order = torch.randperm(len(e.tokens), generator=torch.Generator().manual_seed(1))
+        shuffled.append(replace(e, topk_ids=e.topk_ids[order], topk_probs=e.topk_probs[order]))
+    with pytest.raises(ValueError, match="do not belong together"):
+        run(head_config(target), frozen, shuffled, tmp_path, draft_vocab=VOCAB, steps=20)
+    with pytest.raises(ValueError, match="after 2 steps"):
+        run(head_config(target), frozen, examples, tmp_path, draft_vocab=VOCAB, steps=2)
+
+
+def test_settings_are_checked() -> None:
+    for name in ("views", "learning_rate", "batch_tokens", "clip"):
+        with pytest.raises(ValueError, match=f"{name}=-1"):
+            TrainConfig.from_mapping({name: -1})
+    with pytest.raises(ValueError, match="speed"):
+        TrainConfig.from_mapping({"speed": 3})
+    with pytest.raises(ValueError, match="batch=0"):
+        RegenerateConfig(batch=0)
+    with pytest.raises(ValueError, match="temperatures"):
+        RegenerateConfig(temperatures=((-1.0, 1.0),))
+    rates = [TrainConfig(views=10**7).learning_rate_at(v * 10**5) for v in range(101)]
+    assert rates[0] < rates[5] == pytest.approx(2e-3) and rates[-1] == pytest.approx(4e-5)
+
+
+def test_sizes_that_differ_are_refused(
+    target: Target, frozen: trainer.Frozen, examples: list[Example], tmp_path: Path
+) -> None:
+    with pytest.raises(HeadMismatchError, match="vocabulary 65"):
+        trainer.Trainer(small(), replace(head_config(target), vocab_size=65), frozen, examples, [], tmp_path)
+    unsupervised = [replace(e, supervised=torch.zeros_like(e.supervised)) for e in examples]
+    with pytest.raises(ValueError, match="nothing to train on"):
+        trainer.Trainer(small(), head_config(target), frozen, unsupervised, [], tmp_path)
+
+
+# Shards
+
+
+def identity(target: Target) -> features.ShardIdentity:
+    return features.ShardIdentity.of(target, "tiny", topk=8)
+
+
+def test_shards_round_trip_and_resume(target: Target, examples: list[Example], tmp_path: Path) -> None:
+    assert features.extract(target, sequences(5), tmp_path, identity(target), quiet=True) == 5
+    assert features.extract(target, sequences(12), tmp_path, identity(target), quiet=True, batch_tokens=64) == 7
+    stored, records = features.read_shards(tmp_path, identity(target))
+    assert sorted(record["id"] for record in records) == sorted(str(i) for i in range(12))
+    for example, record in zip(stored, records, strict=True):
+        wanted = examples[int(record["id"])]
+        assert torch.equal(example.tokens, wanted.tokens) and torch.equal(example.topk_ids, wanted.topk_ids)
+        assert torch.allclose(example.features.float(), wanted.features.float(), atol=1e-3)
+
+
+def test_shards_over_the_cap_are_refused_before_anything_is_written(target: Target, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the cap is 1e-06 GB"):
+        features.extract(target, sequences(12), tmp_path, identity(target), max_gb=1e-6, quiet=True)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="are free"):
+        features.check_room(tmp_path, 10**15, identity(target), 1e15)
+
+
+def test_corrupt_and_foreign_shards_are_refused(target: Target, tmp_path: Path) -> None:
+    features.extract(target, sequences(3), tmp_path, identity(target), quiet=True)
+    changes: list[tuple[str, Any]] = [("hidden_size", 31), ("vocab_size", 65), ("tokenizer", "other")]
+    for name, value in changes:
+        with pytest.raises(HeadMismatchError, match=name):
+            features.read_shards(tmp_path, replace(identity(target), **{name: value}))
+    (path,) = tmp_path.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="corrupt"):
+        features.read_shards(tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match="no feature shards"):
+        features.read_shards(tmp_path)
+
+
+# Text
+
+
+def test_only_the_assistants_tokens_are_supervised(tokenizer: PreTrainedTokenizerFast) -> None:
+    record = {"id": "a", "prompt": "w7 w8", "response": "w9", "response_ids": [9, 10, END]}
+    sequence = encode_answer(tokenizer, record)
+    assert " ".join(WORDS[i] for i in sequence.tokens) == (
+        "<|im_start|> user w7 w8 <|im_end|> <|im_start|> assistant w9 w10 <|im_end|>"
+    )
+    assert sequence.supervised == [False] * 7 + [True] * 3
+    shown = describe_supervised(tokenizer, sequence)
+    assert "3 of 10 tokens supervised" in shown.plain
+    assert [shown.plain[s.start : s.end] for s in shown.spans if "green" in str(s.style)] == ["w9 w10 <|im_end|>"]
+    with pytest.raises(ValueError, match="another target's"):
+        encode_answer(tokenizer, {**record, "response_ids": [VOCAB]})
+
+
+def test_prompt_files_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one"}\n\n{"turns": ["two", "three"], "id": "x", "source": "s"}\n')
+    first, second = read_prompts(path)
+    assert (first.id, first.turns, second.turns, second.extra) == ("1", ("one",), ("two", "three"), {"source": "s"})
+    assert len(read_prompts(path, 1)) == 1
+    for text, message in (
+        ('{"prompt": "one"}\n{"prompt": \n', "line 2: not JSON"),
+        ('{"prompt": "one"}\n[1]\n', "line 2: expected a JSON object"),
+        ('{"prompt": "one"}\n{"turns": []}\n', "line 2"),
+        ("", "holds no prompts"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_prompts(path)
+    with pytest.raises(ValueError, match="limit=0"):
+        read_prompts(path, 0)
+    with pytest.raises(ValueError, match="cannot read"):
+        read_prompts(tmp_path / "none.jsonl")
+    path.write_text('{"id": "a", "prompt": "p", "response": "r"}\n')
+    with pytest.raises(ValueError, match=r"line 1: .*response_ids"):
+        read_answers(path)
+
+
+# Regeneration
+
+
+def prompts() -> list[Prompt]:
+    return [Prompt(f"p{i}", (" ".join(f"w{5 + (7 * i + j) % 50}" for j in range(1 + i % 4)),)) for i in range(9)]
+
+
+def settings(**changes: Any) -> RegenerateConfig:
+    return replace(RegenerateConfig(batch=3, max_new_tokens=12, max_prompt_tokens=64, seed=5), **changes)
+
+
+def answered(path: Path) -> dict[str, dict[str, Any]]:
+    return {record["id"]: record for record in read_answers(path)}
+
+
+def test_answers_are_those_of_one_row_at_a_time(
+    target: Target, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = settings()
+    regenerate.regenerate(target, tokenizer, prompts(), tmp_path / "a.jsonl", config, quiet=True)
+    got = answered(tmp_path / "a.jsonl")
+    assert len(got) == 9 and len({r["temperature"] for r in got.values()}) > 1
+    for index, prompt in enumerate(prompts()):
+        tokens = encode_prompt(tokenizer, prompt.turns)
+        begin = len(tokens)
+        sampler = Sampler(SamplingConfig(temperature=config.temperature(index), seed=5))
+        while len(tokens) - begin < 12 and (len(tokens) == begin or tokens[-1] != END):
+            with torch.inference_mode():
+                logits = target.model(input_ids=torch.tensor([tokens])).logits[0, -1]
+            tokens.append(sampler.choose(index, tokens, logits))
+        assert got[prompt.id]["response_ids"] == tokens[begin:]
+        assert got[prompt.id]["finished"] == (tokens[-1] == END)
+
+
+def test_a_killed_regeneration_resumes_to_the_same_answers(
+    target: Target, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    regenerate.regenerate(target, tokenizer, prompts(), whole, settings(), quiet=True)
+    append, left = regenerate._append, iter(range(4))
+
+    def dying(file: Any, record: dict[str, Any], path: Path) -> None:
+        if next(left, None) is None:
+            file.write(b'{"id": "p0", "resp')  # a kill in the middle of a line
+            raise KeyboardInterrupt
+        append(file, record, path)
+
+    monkeypatch.setattr(regenerate, "_append", dying)
+    with pytest.raises(KeyboardInterrupt):
+        regenerate.regenerate(target, tokenizer, prompts(), cut, settings(), quiet=True)
+    monkeypatch.undo()
+    added = regenerate.regenerate(target, tokenizer, prompts(), cut, settings(batch=2), quiet=True)
+    assert added == 5 and answered(cut) == answered(whole)
+    cut.write_text("{\n" + cut.read_text())
+    with pytest.raises(ValueError, match="line 1"):
+        regenerate.regenerate(target, tokenizer, prompts(), cut, settings(), quiet=True)
+
+
+def test_features_captured_while_answering_equal_extracted_ones(
+    target: Target, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = settings(features_dir=tmp_path / "shards", topk=8)
+    regenerate.regenerate(target, tokenizer, prompts(), tmp_path / "a.jsonl", config, name="tiny", quiet=True)
+    stored, records = features.read_shards(tmp_path / "shards", identity(target))
+    assert len(stored) == 9
+    wanted = dict(features.stream_examples(target, [encode_answer(tokenizer, r) for r in records], topk=8))
+    for number, example in enumerate(stored):
+        assert torch.equal(example.tokens, wanted[number].tokens)
+        assert torch.equal(example.supervised, wanted[number].supervised)
+        assert torch.equal(example.topk_ids[:-1], wanted[number].topk_ids[:-1])
+        assert torch.allclose(example.features[:-1].float(), wanted[number].features[:-1].float(), atol=2e-3)
+
+
+def test_regeneration_refuses_before_the_model_runs(
+    target: Target, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write to"):
+        out = tmp_path / "file" / "a.jsonl"
+        regenerate.regenerate(target, tokenizer, prompts(), out, settings(), quiet=True)
+    with pytest.raises(ValueError, match="same id"):
+        twice = [*prompts(), *prompts()]
+        regenerate.regenerate(target, tokenizer, twice, tmp_path / "a.jsonl", settings(), quiet=True)
+    long = [Prompt("long", (" ".join(["w9"] * 80),))]
+    assert regenerate.regenerate(target, tokenizer, long, tmp_path / "a.jsonl", settings(), quiet=True) == 0
+
+
+def rows() -> Iterator[tuple[float, int]]:
+    yield from ((temperature, row) for row in range(40) for temperature in (0.0, 0.7, 1.0))
+
+
+def test_batched_choice_is_the_samplers() -> None:
+    logits = torch.randn(120, 50, generator=torch.Generator().manual_seed(0)) * 2
+    asked = list(rows())
+    points = [keyed_uniform(9, row, 4) for _, row in asked]
+    got = regenerate.choose_batch(logits, [t for t, _ in asked], points).tolist()
+    for place, (temperature, row) in enumerate(asked):
+        sampler = Sampler(SamplingConfig(temperature=temperature, seed=9))
+        assert got[place] == sampler.choose(row, [1, 2, 3, 4], logits[place])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -39,7 +40,9 @@ def tiny_llama(
         eos_token_id=None,
         pad_token_id=None,
     )
-    return LlamaForCausalLM(config).double().eval()
+    model: Any = LlamaForCausalLM(config)
+    tiny: LlamaForCausalLM = model.double().eval()
+    return tiny
 
 
 def tiny_target(vocab: int = VOCAB, layers: int = 2, context: int = 512, std: float = 0.4, seed: int = 0) -> Target:
@@ -179,7 +182,7 @@ def sometimes(texts: Sequence[Sequence[int]], depth: int = 3, rate: float = 0.6,
 
 
 class RandomTrees(FakeDrafter):
-    """Random parents and tokens, twins among siblings, dead nodes and probes; a node is the oracle's with chance `rate`.
+    """Random parents and tokens, twin siblings, dead nodes and probes; a node is the oracle's with chance `rate`.
 
     The tree is a function of (seed, row, position) alone, so it depends on the prefix only.
     """

@@ -80,11 +80,11 @@ class TreeCache(Cache):
         if len(paths) != self.rows:
             raise ValueError(f"commit needs one path per row: {self.rows} rows, {len(paths)} paths")
         for row, path in enumerate(paths):
-            if not path:
-                continue
-            if min(path) < 0 or max(path) >= self._pending:
+            if path and (min(path) < 0 or max(path) >= self._pending):
                 raise ValueError(f"row {row}: path {list(path)} does not fit the {self._pending} nodes of the forward")
-            self._keep(row, path)
+        for row, path in enumerate(paths):
+            if path:
+                self._keep(row, path)
         self._pending = 0
 
     def truncate(self, row: int, length: int) -> None:

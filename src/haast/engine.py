@@ -158,6 +158,7 @@ class _Run:
     def emissions(self) -> Iterator[Emission]:
         """Prefill, then step until every row has ended."""
         begun = perf_counter()
+        self._drafter.owner = self
         self._drafter.start(self._histories)
         first = self._prefill()
         self._stats.ms_prefill += 1e3 * (perf_counter() - begun)
@@ -188,6 +189,11 @@ class _Run:
         return [self._emit(row, (token,), 0) for row, token in sorted(first.items())]
 
     def _step(self) -> list[Emission]:
+        if self._drafter.owner is not self:
+            raise RuntimeError(
+                "another generation was started with this drafter while this one was running, so its drafts no longer "
+                "belong to this text; finish one before you start the next, or load a second Haast"
+            )
         start = perf_counter()
         tree = self._drafter.propose()
         drafted = self._now()

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from haast import native
 from haast.errors import UnsupportedModelError
+from haast.speed.fusing import fuse_small_modules
 from haast.speed.packing import pack_linears
 from haast.target import Target
 
@@ -87,6 +88,7 @@ def load_target(
     target = Target(model.to(target_device), tokenizer)
     if wants_packing(packing, wanted, target_device):
         pack_linears(target.model)
+        fuse_small_modules(target.model)
     return target
 
 

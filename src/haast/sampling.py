@@ -47,7 +47,7 @@ class SamplingConfig:
             (self.top_k >= 0, "top_k", "0 (off) or above"),
             (0 < self.top_p <= 1, "top_p", "above 0 and at most 1 (off)"),
             (0 <= self.min_p < 1, "min_p", "0 (off) or above, below 1"),
-            (self.repetition_penalty > 0, "repetition_penalty", "above 0 (1 is off)"),
+            (0 < self.repetition_penalty < math.inf, "repetition_penalty", "above 0 and finite (1 is off)"),
             (0 <= self.seed < 2**63, "seed", "between 0 and 2**63 - 1"),
         )
         for ok, name, wanted in checks:
@@ -56,13 +56,13 @@ class SamplingConfig:
 
 
 class Sampler:
-    """Chooses one token from the logits at one position. Greedy at temperature 0, else inverse-CDF of one keyed draw."""
+    """Chooses a token from one position's logits: greedy at temperature 0, else the inverse CDF of a keyed draw."""
 
     def __init__(self, config: SamplingConfig) -> None:
         self.config = config
         chain: list[LogitsProcessor | Processor] = []
         if config.repetition_penalty != 1.0:
-            chain.append(RepetitionPenaltyLogitsProcessor(penalty=config.repetition_penalty))
+            chain.append(RepetitionPenaltyLogitsProcessor(penalty=float(config.repetition_penalty)))
         chain.extend(config.processors)
         if config.temperature > 0:
             if config.top_k > 0:

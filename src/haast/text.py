@@ -37,6 +37,8 @@ class TextStream:
         now = self._decode(self._prefix, len(self._tokens))
         if now.endswith("\ufffd"):  # half a character; the next token completes it
             return ""
+        if now == before:  # a special token, say: no context for what follows, so the window stays where it is
+            return ""
         self._pending += now[len(before) :]
         self._prefix, self._window = self._window, len(self._tokens)
         return self._release(final=False)

@@ -54,6 +54,7 @@ def verify(tree: DraftTree, logits: Tensor, sampler: Sampler, histories: Sequenc
 def _walk(tree: DraftTree, row: int, logits: Tensor, sampler: Sampler, history: Sequence[int]) -> RowVerdict:
     children = tree.children(row)
     tokens = tree.tokens[row].tolist()
+    assert tokens[0] == history[-1], "the root is the last emitted token"
     past = list(history)
     path, emitted, first_choice = [0], [], []
     while True:

@@ -69,13 +69,13 @@ class StockArm(Arm):
     name = "hf"
 
     def __init__(self, model: PreTrainedModel, eos: Sequence[int]) -> None:
-        self._model = model.eval()
+        self._model = model.eval()  # type: ignore[no-untyped-call]
         self._eos = list(eos)
 
     @torch.inference_mode()
     def run(self, prompt: Sequence[int], max_new_tokens: int) -> ArmRun:
-        ids = torch.tensor([list(prompt)])
-        self._model.generation_config = GenerationConfig(
+        ids = torch.tensor([list(prompt)], device=self._model.device)
+        self._model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=self._eos or None,

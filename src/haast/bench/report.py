@@ -148,7 +148,7 @@ def environment(target: Target, model: str, prompts: Path, count: int, settings:
         "packing": "f16" if packed else "off",
         "versions": versions(),
         "commit": git_commit(),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "prompts_file": str(prompts),
         "prompts_sha256": hashlib.sha256(prompts.read_bytes()).hexdigest(),
         "prompts_count": count,
@@ -184,7 +184,9 @@ def git_commit() -> dict[str, Any] | None:
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=20)
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=20
+        )
         return done.stdout.strip()
 
     try:

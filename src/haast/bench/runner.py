@@ -135,7 +135,7 @@ def differences(
 
     Engine decoders share one target, so a difference between them is judged: tie or bug.
     """
-    reference = next((name for name in ("vanilla", "eagle", "hf") if name in records))
+    reference = next(name for name in ("vanilla", "eagle", "hf") if name in records)
     found = []
     for place, prompt in enumerate(prompts):
         wanted = records[reference][place].tokens

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from haast.cli import generate, info, measure, train
+from haast.cli import bench, generate, info, train, verify
 from haast.cli.boundary import Boundary
 from haast.cli.settings import expanded
 
@@ -24,8 +24,8 @@ for _command in (
     generate.chat,
     train.regenerate,
     train.train,
-    measure.verify,
-    measure.bench,
+    verify.verify,
+    bench.bench,
     info.info,
 ):
     app.command()(expanded(_command))

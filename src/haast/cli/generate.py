@@ -1,4 +1,4 @@
-"""`haast generate` and `haast chat`: text as it is accepted. Owns streaming to a terminal; decoding is `haast.api`'s."""
+"""`haast generate` and `haast chat`: text as it is accepted. Owns the terminal; decoding is `haast.api`'s."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def _compare(
     texts = {name: [said.tokens for said, _ in done] for name, done in runs.items()}
     same = all(tokens == texts["vanilla"][0] for done in texts.values() for tokens in done)
     out.write("--- the same text" if same else "--- NOT the same text")
-    out.write(f": {speedup:.2f} times faster, tau {tau:.2f} tokens per target forward\n")
+    out.write(f": speed-up {speedup:.2f}x, tau {tau:.2f} tokens per target forward\n")
     kind = None if same else _judge(vanilla, vanilla.encode(prompt, chat), texts, law, out)
     document: dict[str, Any] = {name: _document(*done[0]) for name, done in runs.items()}
     document |= {"same": same, "kind": kind, "speedup": speedup, "tau": tau, "tokens_per_s": speeds, "rounds": rounds}
@@ -229,7 +229,8 @@ def _judge(
     other = next(tokens for done in texts.values() for tokens in done if tokens != wanted)
     found = diagnose(model.target, prompt, wanted, other, law)
     assert found is not None, "the texts differ"
-    out.write(f"first difference at token {found.index}: {found.kind} (gap {found.gap:.2g}, tie up to {found.allowed:.2g})\n")
+    gaps = f"gap {found.gap:.2g}, a tie up to {found.allowed:.2g}"
+    out.write(f"first difference at token {found.index}: {found.kind} ({gaps})\n")
     return found.kind
 
 

@@ -62,7 +62,7 @@ class Loading:
 
         from haast.models import load_target
 
-        logging.disable_progress_bar()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         return load_target(self.model, dtype=self.dtype, device=self.device, packing=self.packing)
 
 
@@ -130,9 +130,7 @@ class Sampling:
         """The library's own configuration. Raises ValueError."""
         from haast.sampling import SamplingConfig
 
-        return SamplingConfig(
-            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed
-        )
+        return SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed)
 
 
 def check_at_least(name: str, value: int, least: int = 1) -> None:
@@ -174,7 +172,7 @@ def expanded(function: Callable[..., None]) -> Callable[..., None]:
             parameters.append(parameter.replace(annotation=hints[parameter.name], kind=kind))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    del command.__wrapped__  # type: ignore[attr-defined]
+    del command.__wrapped__
     return command
 
 

@@ -30,6 +30,7 @@ class Drafter(ABC):
     """Proposes one tree of a fixed node count per step. Owns its own state; `start` forgets it."""
 
     name: str
+    owner: object = None  # the run whose text this drafter follows; set by the engine, which checks it every step
 
     @property
     @abstractmethod

@@ -20,6 +20,7 @@ from haast.cache import TreeCache
 from haast.drafters.base import Accepted, Drafter, last_tokens
 from haast.drafters.shape import DraftShape, plan
 from haast.heads.checkpoint import Head, check_fits
+from haast.speed.fusing import fuse_small_modules
 from haast.speed.packing import PackedLinear, pack_linears
 from haast.target import Target
 from haast.tree import DraftTree
@@ -53,6 +54,7 @@ class EagleDrafter(Drafter):
             self._lm_head.weight = nn.Parameter(rows, requires_grad=False)
         if isinstance(target.lm_head, PackedLinear):
             pack_linears(self._module)
+            fuse_small_modules(self._module)
             if vocab is not None:
                 self._lm_head = PackedLinear.from_weight(rows)
         self.reshape(shape or DraftShape())

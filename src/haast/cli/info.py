@@ -1,0 +1,100 @@
+"""`haast info`: what is installed, where it lies, and what the model and head are. Owns the listing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from haast.cli.boundary import check_writable, human_output, write_json
+from haast.cli.settings import Drafting, JsonOption, Loading
+
+if TYPE_CHECKING:
+    from haast.target import Target
+
+
+def info(loading: Loading, drafting: Drafting, json_out: JsonOption = None) -> None:
+    """Show versions, device, native kernels, and the facts of the model and head.
+
+    \b
+    haast info
+    haast info --model ./my-model --head ./my-head --json -
+    """
+    loading.check()
+    check_writable(json_out)
+    head = _head(drafting, loading.model)
+    document = {"haast": _installation(), "model": _model(loading.load(), loading), "head": head}
+    out = human_output(json_out)
+    if json_out != "-":
+        for name, facts in document.items():
+            print(name, file=out)
+            for key, value in facts.items():
+                print(f"  {key:18} {value}", file=out)
+    write_json(document, json_out)
+
+
+def _installation() -> dict[str, Any]:
+    import torch
+
+    import haast
+    from haast import native
+    from haast.bench.report import cpu_name, git_commit, versions
+
+    return {
+        **versions(),
+        "folder": str(Path(haast.__file__).parent),
+        "commit": git_commit(),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.is_available(),
+        "native_kernels": native.available(),
+        "native_accelerated": native.accelerated(),
+        "native_why_not": native.why_not(),
+    }
+
+
+def _model(target: Target, loading: Loading) -> dict[str, Any]:
+    from haast.models import resolve
+    from haast.speed.packing import PackedLinear
+
+    source = resolve(loading.model)
+    packed = {module for module in target.model.modules() if isinstance(module, PackedLinear)}
+    parameters = sum(p.numel() for p in target.model.parameters())
+    tied = bool(getattr(target.config, "tie_word_embeddings", False))
+    for module in packed:  # packed weights are buffers; a tied head's are the embedding's once more
+        if not (tied and module is target.lm_head):
+            parameters += module.in_features * module.out_features
+    return {
+        "name": loading.model,
+        "class": type(target.model).__name__,
+        "location": source.location if source.gguf is None else str(Path(source.location) / source.gguf),
+        "parameters": parameters,
+        "layers": target.layers,
+        "hidden_size": target.hidden_size,
+        "vocab_size": target.vocab_size,
+        "context": target.context_length,
+        "dtype": loading.dtype,
+        "packed_linears": len(packed),
+        "device": str(target.device),
+    }
+
+
+def _head(drafting: Drafting, model: str) -> dict[str, Any]:
+    """A head that is not there is a fact, not an error."""
+    from haast.heads.checkpoint import load_head
+
+    try:
+        folder = drafting.folder(model)
+        if folder is None:
+            return {"name": "none"}
+        head = load_head(folder)
+    except ValueError as error:
+        return {"name": drafting.head, "problem": str(error)}
+    return {
+        "name": drafting.head,
+        "location": str(folder),
+        "parameters": sum(p.numel() for p in head.module.parameters()),
+        "draft_vocab": None if head.draft_vocab is None else len(head.draft_vocab),
+        "sizes": asdict(head.module.config),
+        "about": head.about,
+    }

@@ -1,0 +1,56 @@
+"""Prompts and parts that verify and bench need. Owns the order of checks: files first, then the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from haast.cli.settings import Drafting, Loading, check_at_least
+
+if TYPE_CHECKING:
+    from haast.bench.runner import BenchPrompt
+    from haast.drafters.eagle import EagleDrafter
+    from haast.drafters.shape import DraftShape
+    from haast.prompts import Prompt
+    from haast.target import Target
+
+_OWN_PROMPTS = (
+    "Explain in a few sentences why the sky is blue.",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "List three things to check before a long drive.",
+    "A train goes 60 km in 45 minutes. How fast is it in km/h? Show the steps.",
+)
+
+
+def read_prompt_file(path: Path | None, limit: int | None) -> list[Prompt]:
+    from haast.prompts import Prompt, read_prompts
+
+    if path is not None:
+        return read_prompts(path, limit)
+    if limit is not None:
+        check_at_least("limit", limit)
+    return [Prompt(f"built-in {i}", (text,)) for i, text in enumerate(_OWN_PROMPTS[:limit], start=1)]
+
+
+def load_all(
+    loading: Loading, drafting: Drafting, shape: DraftShape | None, prompts: Sequence[Prompt], raw: bool = False
+) -> tuple[Target, EagleDrafter | None, list[BenchPrompt]]:
+    """Target, drafter (None without a shape or head) and encoded first turns. Raises ValueError as loading does."""
+    from haast.api import Haast
+    from haast.bench.runner import BenchPrompt
+    from haast.drafters.vanilla import VanillaDrafter
+    from haast.engine import check_prompts
+
+    target = loading.load()
+    drafter = None if shape is None else drafting.load(target, loading.model, shape)
+    encoder = Haast(target, VanillaDrafter())
+    encoded = []
+    for prompt in prompts:
+        tokens = encoder.encode(prompt.turns[0], chat=not raw)
+        try:
+            check_prompts([tokens], target.context_length, target.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"prompt {prompt.id!r}: {error}") from error
+        encoded.append(BenchPrompt(prompt.id, prompt.category, tuple(tokens)))
+    return target, drafter, encoded

@@ -1,0 +1,183 @@
+"""One training run joined to the real engine: measured tau, the exported head, and its model card.
+
+Owns what the trainer leaves open: `measure_tau`, `export`, and which sequences are held out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from haast.api import Haast
+from haast.bench.report import TAU_CONVENTION
+from haast.cli.boundary import write_text
+from haast.drafters.eagle import EagleDrafter
+from haast.drafters.shape import DraftShape
+from haast.drafters.vanilla import VanillaDrafter
+from haast.engine import Engine, Stats, StopConfig
+from haast.heads.checkpoint import Head, save_head
+from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
+from haast.sampling import SamplingConfig
+from haast.target import Target
+from haast.training.batches import Example
+from haast.training.config import TrainConfig
+from haast.training.frozen import Frozen
+from haast.training.selftest import overfit_self_test
+from haast.training.trainer import Trainer
+
+_HOLD_OUT_EVERY, _HELD_OUT_AT_MOST = 50, 200
+_SELF_TEST_EXAMPLES = 4
+
+
+class Run:
+    """What one training run knows.
+
+    Args:
+        target: the model.
+        name: its name, for the card.
+        settings: of the trainer.
+        examples: all sequences; every 50th (200 at most) is held out.
+        records: the answer records behind them, for the card's counts.
+        command: the command line, for the card.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        name: str,
+        settings: TrainConfig,
+        examples: Sequence[Example],
+        records: Sequence[dict[str, Any]],
+        command: str,
+    ) -> None:
+        self._target, self._name, self._settings, self._command = target, name, settings, command
+        self._records = list(records)
+        held = set(range(0, len(examples), _HOLD_OUT_EVERY)) if len(examples) >= _HOLD_OUT_EVERY else set()
+        held = set(sorted(held)[:_HELD_OUT_AT_MOST])
+        self._valid = [example for i, example in enumerate(examples) if i in held]
+        self._train = [example for i, example in enumerate(examples) if i not in held]
+        self._head_config = FeatExtrapolatorConfig.for_target(target.config)
+        self._prompts: list[list[int]] = []
+        self._tau: float | None = None
+        self._measured = ""
+
+    def self_test(self, folder: Path) -> float:
+        """Overfit one batch; returns the agreement. Raises ValueError where it stays low."""
+        frozen, some = Frozen.of(self._target), self._train[:_SELF_TEST_EXAMPLES]
+        return overfit_self_test(self._head_config, frozen, some, folder, draft_vocab=self._settings.draft_vocab)
+
+    def train(
+        self,
+        out: Path,
+        prompts: Sequence[str],
+        tokens: int,
+        nodes: int,
+        start_from: dict[str, Tensor] | None,
+        resume: bool,
+        quiet: bool = False,
+    ) -> dict[str, float]:
+        """Train; the best head lies in `out`/best with its card.
+
+        Args:
+            out: folder of the run.
+            prompts: texts on which tau is measured; empty selects by held-out cross-entropy.
+            tokens: new tokens on each.
+            nodes: tree budget there.
+            start_from: plain weights to begin with.
+            resume: go on with the run in `out`.
+            quiet: no progress on the terminal.
+        """
+        encoder = Haast(self._target, VanillaDrafter())
+        self._prompts = [encoder.encode(prompt) for prompt in prompts]
+        self._tokens, self._shape = tokens, DraftShape(nodes=nodes)
+        self._measured = f"{len(prompts)} prompts, greedy, {tokens} new tokens, dynamic tree of {nodes} nodes"
+        trainer = Trainer(
+            self._settings,
+            self._head_config,
+            Frozen.of(self._target),
+            self._train,
+            self._valid,
+            out,
+            self.measure_tau if prompts else None,
+            self.export,
+            start_from,
+            quiet,
+        )
+        return trainer.run(resume)
+
+    def measure_tau(self, head: FeatExtrapolator, draft_vocab: Tensor) -> float:
+        """Tau of the real engine on the validation prompts, greedy."""
+        # The drafter takes its module over and packs it, so it gets a copy.
+        drafter = EagleDrafter(self._target, Head(copy.deepcopy(head), draft_vocab, {}), self._shape)
+        stats = Stats()
+        stop = StopConfig(self._tokens, Haast(self._target, drafter).eos_ids())
+        for prompt in self._prompts:
+            for _ in Engine(self._target, drafter).run([prompt], SamplingConfig(), stop, stats):
+                continue
+        self._tau = stats.tau
+        return stats.tau
+
+    def export(self, folder: Path, head: FeatExtrapolator, draft_vocab: Tensor) -> None:
+        """Store a head as users load it, and its model card."""
+        about = self.about()
+        weights = {name: tensor.to(torch.float32) for name, tensor in head.state_dict().items()}
+        save_head(folder, self._head_config, weights, draft_vocab, about)
+        write_text(folder / "README.md", self.card(len(draft_vocab), about))
+
+    def about(self) -> dict[str, Any]:
+        """What a head's config says of its making."""
+        sources = Counter((str(r.get("source", "")), str(r.get("licence", ""))) for r in self._records)
+        return {
+            "target": self._name,
+            "command": self._command,
+            "views": self._settings.views,
+            "settings": asdict(self._settings),
+            "sequences": len(self._train),
+            "tokens": sum(len(example.tokens) for example in self._train),
+            "supervised_tokens": sum(int(example.supervised.sum()) for example in self._train),
+            "data": [{"source": s, "licence": w, "answers": n} for (s, w), n in sorted(sources.items())],
+            "tau": self._tau,
+            "tau_measured_on": self._measured if self._prompts else None,
+            "tau_convention": TAU_CONVENTION,
+        }
+
+    def card(self, draft_vocab: int, about: dict[str, Any]) -> str:
+        """The model card."""
+        tau = "not measured" if about["tau"] is None else f"{about['tau']:.3f} ({about['tau_measured_on']})"
+        rows = [f"| {d['source'] or '-'} | {d['licence'] or '-'} | {d['answers']} |" for d in about["data"]]
+        recipe = [f"| {name} | {value} |" for name, value in about["settings"].items()]
+        return "\n".join(
+            [
+                f"# EAGLE head for {self._name}",
+                "",
+                f"A FeatExtrapolator trained by Haast on answers that {self._name} gave itself. It drafts over "
+                f"{draft_vocab} tokens; the target checks every one, so the text is the target's own.",
+                "",
+                f"- tau on validation prompts: {tau}; {TAU_CONVENTION}",
+                f"- trained on {about['sequences']} sequences, {about['tokens']} tokens, "
+                f"{about['supervised_tokens']} of them supervised; best evaluation of a run of {about['views']} views",
+                f"- command: `{self._command}`",
+                "",
+                "## Data",
+                "",
+                "Prompts by source; every answer was made by the target.",
+                "",
+                "| source | licence | answers |",
+                "|---|---|---|",
+                *rows,
+                "",
+                "## Recipe",
+                "",
+                "| setting | value |",
+                "|---|---|",
+                *recipe,
+                "",
+            ]
+        )

@@ -1,0 +1,145 @@
+"""`haast verify`. Owns its flags and what it prints; the judgement is `haast.checking`'s."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from haast.cli.boundary import check_writable, human_output, write_json
+from haast.cli.loading import load_all, read_prompt_file
+from haast.cli.settings import Drafting, JsonOption, LimitOption, Loading, PromptsOption, check_at_least
+
+if TYPE_CHECKING:
+    from haast.bench.runner import BenchPrompt
+    from haast.checking import Comparison, LawTest
+    from haast.drafters.eagle import EagleDrafter
+    from haast.drafters.shape import DraftShape
+    from haast.sampling import SamplingConfig
+    from haast.target import Target
+_TINY_SAMPLES = 1000  # fewer would not see the control's bias
+
+
+def verify(
+    loading: Loading,
+    drafting: Drafting,
+    prompts: PromptsOption = None,
+    limit: LimitOption = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="New tokens per prompt.")] = 128,
+    temperature: Annotated[float, typer.Option(metavar="T", help="Of the sampled checks; above 0.")] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="S")] = 0,
+    samples: Annotated[int, typer.Option(metavar="N", help="Draws per chi-square test; 0 leaves them out.")] = 2000,
+    json_out: JsonOption = None,
+) -> None:
+    """Check that drafting changes nothing: the same greedy text, the same sampled text, the same law.
+
+    Every difference is classed: a floating-point tie (the two tokens' scores are closer than rounding) or a bug.
+    Ends with exit code 1 on a bug.
+
+    \b
+    haast verify
+    haast verify --prompts mt_bench.jsonl --limit 40 --max-new-tokens 128
+    haast verify --model ./my-model --head ./my-head --dtype float64 --packing off --json verify.json
+    """
+    from haast.sampling import SamplingConfig
+
+    check_at_least("max_new_tokens", max_new_tokens)
+    check_at_least("samples", samples, 0)
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} is not allowed in verify: the sampled checks need one above 0")
+    laws = {"greedy": SamplingConfig(), "sampled": SamplingConfig(temperature=temperature, seed=seed)}
+    if drafting.head == "none":
+        raise ValueError("verify needs a head: leave out --head none")
+    loading.check()
+    chosen = read_prompt_file(prompts, limit)
+    check_writable(json_out)
+    shape = drafting.check(loading.model)
+    target, drafter, encoded = load_all(loading, drafting, shape, chosen)
+    assert drafter is not None, "a head was asked for"
+    out = human_output(json_out)
+    results: list[dict[str, Any]] = []
+    for prompt in encoded:
+        for kind, law in laws.items():
+            results.append(_verify_one(target, drafter, prompt, kind, law, max_new_tokens))
+            print(_verify_line(results[-1]), file=out, flush=True)
+    tests = _laws(target, drafter, encoded[0].tokens, laws["sampled"], samples) if samples else []
+    for test in tests:
+        verdict = "passed" if test.passed else "BUG"
+        expected = ", must fail" if test.expected_to_fail else ""
+        print(f"chi-square, {test.name}{expected}: p = {test.p_value:.3g}, {test.samples} samples: {verdict}", file=out)
+    _verify_end(target, loading, shape, results, tests, json_out)
+
+
+def _verify_one(
+    target: Target, drafter: EagleDrafter, prompt: BenchPrompt, kind: str, law: SamplingConfig, max_new_tokens: int
+) -> dict[str, Any]:
+    from haast.checking import compare
+    from haast.engine import StopConfig
+    from haast.training.frozen import end_tokens
+
+    done: Comparison = compare(target, drafter, prompt.tokens, law, StopConfig(max_new_tokens, end_tokens(target)))
+    return {
+        "prompt": prompt.id,
+        "check": kind,
+        "same": done.divergence is None,
+        "tokens": len(done.vanilla),
+        "tau": done.drafted_stats.tau,
+        "divergence": None if done.divergence is None else asdict(done.divergence),
+    }
+
+
+def _verify_line(result: dict[str, Any]) -> str:
+    words = f"{result['prompt']}, {result['check']}: {result['tokens']} tokens, tau {result['tau']:.2f}: "
+    found = result["divergence"]
+    if found is None:
+        return words + "the same"
+    name = "floating-point tie" if found["kind"] == "tie" else "BUG"
+    return words + (
+        f"{name} at token {found['index']} ({found['vanilla']} or {found['drafted']}): gap {found['gap']:.2g}, top-2 "
+        f"logit gap {found['top2_gap']:.2g}, a tie up to {found['allowed']:.2g}"
+    )
+
+
+def _laws(
+    target: Target, drafter: EagleDrafter, prompt: Sequence[int], law: SamplingConfig, samples: int
+) -> list[LawTest]:
+    from haast.checking import sampled_law, tiny_law
+
+    own = sampled_law(target, drafter, prompt, law, samples) if len(prompt) > 1 else []
+    return tiny_law(max(samples, _TINY_SAMPLES), law.seed) + own
+
+
+def _verify_end(
+    target: Target,
+    loading: Loading,
+    shape: DraftShape,
+    results: list[dict[str, Any]],
+    tests: list[LawTest],
+    json_out: str | None,
+) -> None:
+    from haast.bench.report import versions
+    from haast.checking import tolerance
+
+    ties = sum(r["divergence"] is not None and r["divergence"]["kind"] == "tie" for r in results)
+    bugs = sum(r["divergence"] is not None and r["divergence"]["kind"] == "bug" for r in results)
+    bugs += sum(not test.passed for test in tests)
+    document = {
+        "bugs": bugs,
+        "ties": ties,
+        "tolerance": tolerance(target.dtype),
+        "tolerance_of": "the largest processed logit at that position (greedy: gap in logits, sampled: in probability)",
+        "comparisons": results,
+        "laws": [{**asdict(test), "passed": test.passed} for test in tests],
+        "model": loading.model,
+        "dtype": loading.dtype,
+        "shape": asdict(shape),
+        "versions": versions(),
+    }
+    same = sum(r["same"] for r in results)
+    words = f"{same} of {len(results)} texts the same, {ties} floating-point ties, {bugs} bugs"
+    print(words, file=human_output(json_out))
+    write_json(document, json_out)
+    if bugs:
+        raise typer.Exit(1)

@@ -1,0 +1,436 @@
+"""The command line end to end on a tiny saved model and a random head: results, refusals, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
+
+from haast import models as models_module
+from haast.api import Haast
+from haast.cli import app, settings
+from haast.heads.checkpoint import save_head
+from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
+from haast.prompts import read_json_lines
+from haast.sampling import Sampler
+from haast.tree import DraftTree
+from haast.verify import RowVerdict, Verdict, verify
+
+SPECIAL = ["<|im_start|>", "<|im_end|>"]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+EXACT = ["--dtype", "float64", "--packing", "off"]
+SMALL = ["--depth", "2", "--draft-top-k", "2", "--width", "2", "--nodes", "5"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny_config(hidden: int = 32) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=258,
+        hidden_size=hidden,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=257,
+        initializer_range=0.3,
+    )
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate([*alphabet, *SPECIAL])}, merges=[]))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=words, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"]
+    )
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def save_random_head(folder: Path, config: LlamaConfig) -> Path:
+    torch.manual_seed(1)
+    sizes = FeatExtrapolatorConfig.for_target(config)
+    weights = FeatExtrapolator(sizes).state_dict()
+    save_head(folder, sizes, dict(weights), torch.arange(0, 258, 2), {"note": "random"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, head/, other-head/ (another hidden size), prompts.jsonl, valid.jsonl."""
+    folder = tmp_path_factory.mktemp("home")
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config()).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    save_random_head(folder / "head", tiny_config())
+    save_random_head(folder / "other-head", tiny_config(64))
+    lines = [{"id": f"p{i}", "category": "ab"[i % 2], "turns": [f"Say {i}.", "Again."]} for i in range(3)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def haast_run(*words: object, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words], input=stdin)
+
+
+def parts(home: Path) -> list[str]:
+    return ["--model", str(home / "model"), "--head", str(home / "head"), *EXACT, *SMALL]
+
+
+def document(result: Result) -> Any:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def refused(result: Result, *words: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("haast: ") and result.stderr.count("\n") == 1, result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+# --- help
+
+
+def test_help_answers_fast_without_torch() -> None:
+    code = (
+        "import sys, time; begun = time.process_time()\n"
+        "sys.argv = ['haast', '--help']\n"
+        "from haast.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'rich'} & set(sys.modules)\n"
+        "print('cpu', time.process_time() - begun, 'heavy', sorted(heavy), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    for command in ("generate", "chat", "regenerate", "train", "verify", "bench", "info"):
+        assert command in done.stdout
+    words = done.stderr.split()
+    assert done.stderr.rstrip().endswith("heavy []")
+    assert float(words[1]) < 0.5
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "regenerate", "train", "verify", "bench", "info"])
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    result = haast_run(command, "--help")
+    assert result.exit_code == 0
+    assert f"  haast {command}" in result.output
+
+
+def test_the_default_model_is_the_librarys() -> None:
+    assert settings.DEFAULT_MODEL == models_module.DEFAULT_MODEL
+
+
+# --- generate and chat
+
+
+def test_generate_streams_what_the_library_says(home: Path, tmp_path: Path) -> None:
+    result = haast_run("generate", "Hello", *parts(home), "--max-new-tokens", 12, "--json", tmp_path / "out.json")
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "out.json").read_text())
+    model = Haast.from_pretrained(str(home / "model"), head=None, dtype="float64", packing="off")
+    wanted = model.generate("Hello", max_new_tokens=12)
+    assert written["text"] == wanted.text and written["tokens"] == list(wanted.tokens)
+    assert result.stdout == wanted.text + "\n"
+    assert "\x1b" not in result.stdout  # no terminal, no colour
+    assert "tokens/s, tau" in result.stderr
+    assert written["stats"]["tau"] >= 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_generate_samples_alike_with_and_without_a_head(home: Path) -> None:
+    law = ["--temperature", 1.0, "--seed", 5, "--max-new-tokens", 16, "--raw", "--json", "-"]
+    drafted = document(haast_run("generate", "Hello", *parts(home), *law))
+    vanilla = document(haast_run("generate", "Hello", *parts(home), "--head", "none", *law))
+    assert drafted["tokens"] == vanilla["tokens"]
+
+
+def test_generate_reads_stdin_and_stops_at_a_string(home: Path) -> None:
+    whole = document(haast_run("generate", "-", *parts(home), "--max-new-tokens", 16, "--json", "-", stdin="Hello"))
+    stop = whole["text"][3:5]
+    cut = document(haast_run("generate", "Hello", *parts(home), "--stop", stop, "--json", "-"))
+    assert cut["text"] == whole["text"][: whole["text"].index(stop)]
+
+
+def test_compare_says_the_same_text_and_the_speed_up(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    words = ["--compare", "--rounds", 2, "--max-new-tokens", 8, "--json", out]
+    result = haast_run("generate", "Hello", *parts(home), *words)
+    assert result.exit_code == 0, result.output
+    assert "--- vanilla" in result.stdout and "the same text" in result.stdout and "speed-up" in result.stdout
+    written = json.loads(out.read_text())
+    assert written["same"] and written["vanilla"]["tokens"] == written["eagle"]["tokens"]
+    assert written["speedup"] == pytest.approx(written["tokens_per_s"]["eagle"] / written["tokens_per_s"]["vanilla"])
+
+
+def test_interrupt_keeps_what_was_said(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(100))
+
+    def interrupted(*words: Any) -> Verdict:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return verify(*words)
+
+    monkeypatch.setattr("haast.engine.verify", interrupted)
+    result = haast_run("generate", "Hello", *parts(home), "--max-new-tokens", 50)
+    assert result.exit_code == 130
+    assert len(result.stdout) > 1 and "tau" in result.stderr
+
+
+def test_colour_marks_drafted_text(home: Path) -> None:
+    from io import StringIO
+
+    from haast.api import Piece
+    from haast.cli.generate import Said
+
+    out, said = StringIO(), Said()
+    said.listen([Piece("a", True, (1,)), Piece("b", False, (2,))], out, colour=True)
+    assert out.getvalue() == "\x1b[32ma\x1b[0mb" and said.text == "ab" and said.tokens == [1, 2]
+
+
+def test_chat_keeps_history_resets_and_leaves(home: Path) -> None:
+    talk = "Hi\nAnd you?\n/reset\nHi\n/exit\nnever said\n"
+    result = haast_run("chat", *parts(home), "--max-new-tokens", 6, stdin=talk)
+    assert result.exit_code == 0, result.output
+    answers = [line.removeprefix("> ") for line in result.stdout.split("> ")]
+    assert answers[1] == answers[4] or answers[1].strip() == answers[4].strip()
+    assert haast_run("chat", *parts(home), stdin="").exit_code == 0  # end of input
+
+
+def test_chat_survives_an_interrupted_answer(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(100))
+
+    def interrupted(*words: Any) -> Verdict:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return verify(*words)
+
+    monkeypatch.setattr("haast.engine.verify", interrupted)
+    result = haast_run("chat", *parts(home), "--max-new-tokens", 6, stdin="Hi\nGo on\n/exit\n")
+    assert result.exit_code == 0, result.output
+    assert "[cut short]" in result.stdout and result.stdout.count("> ") == 3
+
+
+def test_chat_refuses_a_dialogue_beyond_the_context(home: Path) -> None:
+    result = haast_run("chat", *parts(home), "--max-new-tokens", 4, stdin="x" * 300 + "\nHi\n/exit\n")
+    assert result.exit_code == 0
+    assert "too long" in result.stderr and "256" in result.stderr and "/reset" in result.stderr
+
+
+# --- regenerate, train, info
+
+
+def test_regenerate_then_train_then_generate(home: Path, tmp_path: Path) -> None:
+    model, answers, run = ["--model", home / "model", *EXACT], tmp_path / "answers.jsonl", tmp_path / "run"
+    make = ["regenerate", *model, "--prompts", home / "prompts.jsonl", "--out", answers, "--json", "-"]
+    assert document(haast_run(*make, "--max-new-tokens", 12))["added"] == 3
+    again = haast_run(*make)
+    assert document(again)["added"] == 0 and len(list(read_json_lines(answers))) == 3
+    model[2:4] = ["--dtype", "float32"]
+    shown = haast_run("train", *model, "--answers", answers, "--out", run, "--show-data", 1)
+    assert shown.exit_code == 0 and "tokens supervised" in shown.stdout
+    length = ["--views", 60, "--draft-vocab", 64, "--batch-tokens", 64, "--valid-prompts", home / "prompts.jsonl"]
+    length += ["--valid-limit", 1, "--valid-tokens", 6, "--topk", 4, "--valid-nodes", 5]
+    trained = haast_run("train", *model, "--answers", answers, "--out", run, *length, "--json", "-")
+    assert document(trained)["tau"] >= 1
+    card = (run / "best" / "README.md").read_text()
+    assert "tau on validation prompts: " in card and "| answers |" in card and "learning_rate" in card
+    about = json.loads((run / "best" / "config.json").read_text())["about"]
+    assert about["views"] == 60 and about["tau"] >= 1
+    refused(haast_run("train", *model, "--answers", answers, "--out", run, *length), "resume")
+    said = haast_run("generate", "Hi", *parts(home), "--head", run / "best", "--max-new-tokens", 4)
+    assert said.exit_code == 0, said.output
+
+
+def test_train_from_shards_and_self_test(home: Path, tmp_path: Path) -> None:
+    model = ["--model", home / "model", "--packing", "off"]
+    answers, shards, run = tmp_path / "answers.jsonl", tmp_path / "shards", tmp_path / "run"
+    prompts = ["--prompts", home / "prompts.jsonl", "--max-new-tokens", 16]
+    made = haast_run("regenerate", *model, *prompts, "--out", answers, "--shards", shards, "--topk", 4)
+    assert made.exit_code == 0, made.output
+    test = haast_run("train", *model, "--shards", shards, "--out", run, "--topk", 4, "--self-test", "--json", "-")
+    assert document(test)["self_test"] > 0.9
+    short = ["--views", 40, "--topk", 4, "--json", "-"]
+    assert "head" in document(haast_run("train", *model, "--shards", shards, "--out", run, *short))
+    assert "head" in document(haast_run("train", *model, "--shards", shards, "--out", run, *short, "--resume"))
+
+
+def test_info_states_model_and_head(home: Path) -> None:
+    facts = document(haast_run("info", *parts(home), "--json", "-"))
+    stock = LlamaForCausalLM(tiny_config())
+    assert facts["model"]["parameters"] == sum(p.numel() for p in stock.parameters())
+    assert facts["head"]["draft_vocab"] == 129 and facts["head"]["about"] == {"note": "random"}
+    assert set(facts["haast"]) >= {"torch", "transformers", "threads", "native_kernels", "native_why_not"}
+    lost = document(haast_run("info", *parts(home), "--head", home / "nowhere", "--json", "-"))
+    assert "nowhere" in lost["head"]["problem"]
+    assert "draft_vocab" in haast_run("info", *parts(home)).stdout
+
+
+def test_packed_parameters_are_counted(home: Path) -> None:
+    packed = ["--model", home / "model", "--head", "none", "--packing", "f16", "--json", "-"]
+    facts = document(haast_run("info", *packed))
+    stock = LlamaForCausalLM(tiny_config())
+    assert facts["model"]["packed_linears"] > 0
+    assert facts["model"]["parameters"] == sum(p.numel() for p in stock.parameters())
+
+
+# --- verify
+
+
+def test_verify_finds_nothing_wrong(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "verify.json"
+    words = ["--prompts", home / "prompts.jsonl", "--limit", 2, "--max-new-tokens", 12, "--samples", 300, "--json", out]
+    result = haast_run("verify", *parts(home), *words)
+    assert result.exit_code == 0, result.output
+    written = json.loads(out.read_text())
+    assert written["bugs"] == written["ties"] == 0
+    assert [c["check"] for c in written["comparisons"]] == ["greedy", "sampled"] * 2
+    assert [law["expected_to_fail"] for law in written["laws"][:2]] == [False, True]
+    assert len(written["laws"]) >= 3 and all(law["passed"] for law in written["laws"])
+
+
+def test_verify_exits_1_on_a_planted_bug(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def credulous(tree: DraftTree, logits: Any, sampler: Sampler, histories: Any) -> Verdict:
+        """Accepts the first draft unseen."""
+        rows: list[RowVerdict | None] = []
+        for row, history in enumerate(histories):
+            if history is None:
+                rows.append(None)
+                continue
+            children = tree.children(row)[0]
+            if not children:
+                rows.append(RowVerdict((0,), (sampler.choose(row, history, logits[row, 0]),), ()))
+                continue
+            child = children[0]
+            token = int(tree.tokens[row, child])
+            bonus = sampler.choose(row, [*history, token], logits[row, child])
+            rows.append(RowVerdict((0, child), (token, bonus), (True,)))
+        return Verdict(tuple(rows))
+
+    monkeypatch.setattr("haast.engine.verify", credulous)
+    words = ["--prompts", home / "prompts.jsonl", "--limit", 1, "--max-new-tokens", 12]
+    result = haast_run("verify", *parts(home), *words, "--samples", 0)
+    assert result.exit_code == 1, result.output
+    assert "BUG at token 1" in result.stdout
+    tests = haast_run("verify", *parts(home), *words[:-1], 1, "--samples", 300)  # one token: no draft, so only the laws
+    assert tests.exit_code == 1
+    assert "strings of length 3: p = 0" in tests.stdout and "BUG" in tests.stdout
+    bench = haast_run("bench", *parts(home), *words, "--json", "-")
+    assert bench.exit_code == 1 and "haast verify" in bench.stderr
+
+
+# --- bad input, before the model loads
+
+
+@pytest.fixture
+def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loads(*_words: Any, **_more: Any) -> None:
+        raise AssertionError("the model was loaded before the input was checked")
+
+    monkeypatch.setattr("haast.models.load_target", loads)
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--max-new-tokens", "0"], "max_new_tokens=0"),
+        (["--temperature", "-1"], "temperature=-1.0"),
+        (["--top-p", "0"], "top_p=0.0"),
+        (["--nodes", "1"], "nodes=1"),
+        (["--depth", "0"], "depth=0"),
+        (["--shape", "bush"], "bush"),
+        (["--threads", "0"], "threads=0"),
+        (["--dtype", "int4"], "int4"),
+        (["--device", "abacus"], "abacus"),
+        (["--packing", "f8"], "f8"),
+        (["--stop", ""], "--stop"),
+        (["--model", "./nowhere"], "./nowhere"),
+        (["--head", "./nowhere"], "nowhere"),
+        (["--head", "default"], "no head is shipped"),
+        (["--json", "/nowhere/out.json"], "/nowhere/out.json"),
+        (["--compare", "--rounds", "0"], "rounds=0"),
+    ],
+)
+def test_generate_refuses(home: Path, words: list[str], named: str) -> None:
+    result = haast_run("generate", "Hello", "--model", home / "model", "--head", home / "head", *words)
+    refused(result, named)
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_heads_that_do_not_fit_are_refused(home: Path, tmp_path: Path) -> None:
+    model = ["--model", home / "model"]
+    refused(haast_run("generate", "Hello", *model, "--head", home / "other-head"), "hidden_size is 64", "32")
+    corrupt = save_random_head(tmp_path / "head", tiny_config())
+    (corrupt / "config.json").write_text("{")
+    refused(haast_run("generate", "Hello", *model, "--head", corrupt), "not JSON")
+    refused(haast_run("generate", "", *model, "--head", home / "head"), "empty")
+
+
+def test_corrupt_weights_and_long_prompts_are_refused(home: Path, tmp_path: Path) -> None:
+    corrupt = save_random_head(tmp_path / "head", tiny_config())
+    (corrupt / "model.safetensors").write_bytes(b"\x08garbage")
+    refused(haast_run("generate", "Hello", *parts(home), "--head", corrupt), "model.safetensors", "corrupt")
+    refused(haast_run("generate", "x" * 300, *parts(home)), "256")
+    (tmp_path / "long.jsonl").write_text(json.dumps({"id": "long", "prompt": "x" * 300}) + "\n")
+    refused(haast_run("bench", *parts(home), "--prompts", tmp_path / "long.jsonl"), "'long'", "256")
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize("command", ["verify", "bench", "regenerate"])
+def test_prompt_files_are_checked_first(home: Path, tmp_path: Path, command: str) -> None:
+    own = ["--out", tmp_path / "out.jsonl"] if command == "regenerate" else ["--head", home / "head"]
+    begin = [command, "--model", home / "model", *own, "--prompts"]
+    (tmp_path / "empty.jsonl").write_text("\n")
+    refused(haast_run(*begin, tmp_path / "empty.jsonl"), "holds no prompts")
+    (tmp_path / "torn.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    refused(haast_run(*begin, tmp_path / "torn.jsonl"), "line 2")
+    refused(haast_run(*begin, tmp_path / "nowhere.jsonl"), "nowhere.jsonl")
+    refused(haast_run(*begin, home / "prompts.jsonl", "--limit", 0), "limit=0")
+    below_a_file = tmp_path / "empty.jsonl" / "out.json"
+    refused(haast_run(*begin, home / "prompts.jsonl", "--json", below_a_file), str(below_a_file))
+    if command == "regenerate":
+        begin[4] = tmp_path / "empty.jsonl" / "answers.jsonl"
+        refused(haast_run(*begin, home / "prompts.jsonl"), "cannot write")
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_train_refuses_before_loading(home: Path, tmp_path: Path) -> None:
+    model = ["train", "--model", home / "model", "--out"]
+    refused(haast_run(*model, tmp_path), "--answers")
+    refused(haast_run(*model, tmp_path, "--shards", tmp_path), "no feature shards")
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"id": "a", "prompt": "b", "response": "c", "response_ids": [1, 2, 3]}\n{"id": "d"}\n')
+    refused(haast_run(*model, tmp_path / "run", "--answers", answers), "line 2")
+    answers.write_text(answers.read_text().splitlines()[0])
+    refused(haast_run(*model, answers / "run", "--answers", answers), "cannot write")
+    refused(haast_run(*model, tmp_path / "run", "--answers", answers, "--views", 0), "views=0")
+    refused(haast_run(*model, tmp_path / "run", "--answers", answers, "--start-from", tmp_path / "x"), "no head at")
+
+
+def test_debug_shows_the_traceback(home: Path) -> None:
+    words = ["generate", "Hello", "--model", home / "model", "--nodes", 0]
+    assert "Traceback" not in haast_run(*words).stderr
+    assert "Traceback" in haast_run("--debug", *words).stderr

@@ -1,0 +1,71 @@
+"""Fused modules give the numbers of the modules that they replace, and leave alone what they do not understand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from haast import native
+from haast.speed.fusing import FusedRMSNorm, FusedSwiGLU, fuse_small_modules
+from haast.speed.packing import pack_linears
+
+needs_kernels = pytest.mark.skipif(not native.available(), reason="no native kernels")
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@needs_kernels
+def test_llama_keeps_its_numbers() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    pack_linears(model)
+    tokens = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        before = model(tokens).logits
+        report = fuse_small_modules(model)
+        after = model(tokens).logits
+    assert (report.norms, report.feed_forwards) == (5, 2)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+@needs_kernels
+def test_a_norm_of_another_law_is_left_alone() -> None:
+    """Gemma scales by 1 + weight, and its feed-forward uses GELU: neither may be swapped."""
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8)).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if type(module).__name__ == "Gemma2RMSNorm":
+                module.weight.normal_()  # type: ignore[union-attr,operator]
+    pack_linears(model)
+    report = fuse_small_modules(model)
+    assert (report.norms, report.feed_forwards) == (0, 0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 2, 7, 24])
+def test_rows_are_independent(rows: int) -> None:
+    torch.manual_seed(rows)
+    norm = FusedRMSNorm(torch.randn(48), 1e-5)
+    gate, up, down = (nn.Linear(a, b, bias=False) for a, b in ((48, 80), (48, 80), (80, 48)))
+    holder = nn.Module()
+    holder.gate_proj, holder.up_proj, holder.down_proj = gate, up, down
+    pack_linears(holder)
+    swiglu = FusedSwiGLU(holder.gate_proj, holder.up_proj, holder.down_proj)
+    x = torch.randn(rows, 48)
+
+    def run(batch: Tensor) -> Tensor:
+        return swiglu(norm(batch))  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        together = run(x)
+        alone = torch.cat([run(row.unsqueeze(0)) for row in x])
+    assert torch.equal(together, alone)

@@ -1,0 +1,136 @@
+"""Imports point one way (DESIGN, "Rooms"), and the front door and the commands load neither torch nor transformers."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import haast
+
+SOURCE = Path(haast.__file__).parent
+
+# A room is a module or a package directly under haast; it may import rooms of smaller rank, and itself.
+RANKS = [
+    {"errors", "tree", "sampling", "text", "prompts", "native"},
+    {"verify", "cache", "speed"},
+    {"attention"},
+    {"target"},
+    {"models"},
+    {"heads"},
+    {"drafters"},
+    {"engine"},
+    {"api"},
+    {"training", "checking"},
+    {"bench", "formats", "serving"},
+    {"cli"},
+]
+RANK = {room: number for number, rooms in enumerate(RANKS) for room in rooms}
+
+# Rooms that may know less than their rank would allow: all that they import of Haast.
+ONLY = {
+    "verify": {"haast.sampling", "haast.tree"},
+    "engine": {
+        "haast.cache", "haast.drafters.base", "haast.errors", "haast.sampling", "haast.target", "haast.tree",
+        "haast.verify",
+    },
+    "errors": set(), "tree": set(), "sampling": set(), "text": set(), "prompts": set(), "native": set(), "cache": set(),
+    "speed": {"haast.native"},
+}  # fmt: skip
+
+
+def modules() -> list[str]:
+    """Dotted names of all modules under haast, the root itself left out: it only names what the rooms hold."""
+    names = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        if parts:
+            names.append(".".join(("haast", *parts)))
+    return names
+
+
+MODULES = modules()
+
+
+def read(module: str) -> str:
+    path = SOURCE.joinpath(*module.split(".")[1:])
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return file.read_text(encoding="utf-8")
+
+
+def imports(source: str, known: list[str]) -> Iterator[str]:
+    """The Haast modules that a source imports, wherever it does: in functions and under TYPE_CHECKING too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("haast."))
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            if node.module and node.module.split(".")[0] == "haast":
+                for alias in node.names:
+                    whole = f"{node.module}.{alias.name}"
+                    if whole in known or node.module != "haast":
+                        yield whole if whole in known else node.module
+
+
+def complaints(module: str, source: str, known: list[str]) -> list[str]:
+    """What is wrong with one module's imports."""
+    room = module.split(".")[1]
+    wrong = []
+    for imported in imports(source, known):
+        other = imported.split(".")[1]
+        if other == room:
+            continue
+        if RANK[other] >= RANK[room]:
+            wrong.append(f"{module} imports {imported}, which stands above or beside it")
+        if room in ONLY and imported not in ONLY[room]:
+            wrong.append(f"{module} imports {imported}; it may import only {sorted(ONLY[room])}")
+    return wrong
+
+
+def test_every_room_has_a_rank() -> None:
+    assert {module.split(".")[1] for module in MODULES} <= set(RANK), "give the new room a rank in this test"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module: str) -> None:
+    assert complaints(module, read(module), MODULES) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("haast.drafters.eagle", "from haast.engine import Stats"),
+        ("haast.drafters.eagle", "from haast import engine"),
+        ("haast.drafters.eagle", "def f():\n    import haast.engine"),
+        ("haast.engine", "from haast.drafters.eagle import EagleDrafter"),
+        ("haast.engine", "from haast.drafters import vanilla"),
+        ("haast.verify", "from haast.target import Target"),
+        ("haast.verify", "from haast.cache import TreeCache"),
+        ("haast.tree", "from haast.sampling import Sampler"),
+        ("haast.heads.checkpoint", "from haast.training import config"),
+        ("haast.engine", "if True:\n    from haast.api import Haast"),
+        ("haast.target", "from haast.models import resolve"),
+    ],
+)
+def test_a_wrong_import_is_seen(module: str, line: str) -> None:
+    assert module in MODULES
+    assert complaints(module, f"{read(module)}\n{line}\n", MODULES) != []
+
+
+@pytest.mark.parametrize("module", ["haast", "haast.cli"])
+def test_importing_is_light(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
+
+
+def test_the_front_door_names_what_it_has() -> None:
+    for name in haast.__all__:
+        assert getattr(haast, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Haste'"):
+        haast.Haste  # noqa: B018

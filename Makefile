@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow lint bench clean
+.PHONY: demo test slow lint bench readme clean
 
 demo: $(STAMP)
 	$(BIN)/haast generate --compare --rounds 2 --max-new-tokens 128 "Explain to a child why the sky is blue, and list three things that are also blue."
@@ -23,6 +23,9 @@ lint: $(STAMP)
 bench: $(STAMP)
 	@test -n "$(PROMPTS)" || { echo "usage: make bench PROMPTS=prompts.jsonl"; exit 2; }
 	$(BIN)/haast bench --decoders vanilla,eagle,hf --prompts $(PROMPTS) --limit 20 --max-new-tokens 128 --json results/bench.json
+
+readme: $(STAMP)
+	$(BIN)/python -m haast.bench.readme
 
 $(STAMP): pyproject.toml setup.py constraints.txt src/haast/native/kernels.cpp
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Haast needs Python 3.11 or newer")'

@@ -276,8 +276,7 @@ def test_eagle_drafts_what_the_papers_say(
     head = random_head(target(), vocab)
     drafter = EagleDrafter(target(), head, shape)
     features = [
-        target().forward(DraftTree.chain(torch.tensor([text])), target().new_cache()).features[0, :-1]
-        for text in texts
+        target().forward(DraftTree.chain(torch.tensor([text])), target().new_cache()).features[0, :-1] for text in texts
     ]
     drafter.start([text[:1] for text in texts])
     told = [0] * len(texts)  # pairs that the drafter has observed, per row; ragged steps of 0 to 3, at least 1 at first

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,10 +11,10 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 from haast import native
 from haast.speed.fusing import FusedRMSNorm, FusedSwiGLU, fuse_small_modules
-from haast.speed.packing import pack_linears
+from haast.speed.packing import PackedLinear, pack_linears
 
 needs_kernels = pytest.mark.skipif(not native.available(), reason="no native kernels")
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -44,7 +46,7 @@ def test_a_norm_of_another_law_is_left_alone() -> None:
     with torch.no_grad():
         for module in model.modules():
             if type(module).__name__ == "Gemma2RMSNorm":
-                module.weight.normal_()  # type: ignore[union-attr,operator]
+                module.weight.normal_()
     pack_linears(model)
     report = fuse_small_modules(model)
     assert (report.norms, report.feed_forwards) == (0, 0)
@@ -59,7 +61,7 @@ def test_rows_are_independent(rows: int) -> None:
     holder = nn.Module()
     holder.gate_proj, holder.up_proj, holder.down_proj = gate, up, down
     pack_linears(holder)
-    swiglu = FusedSwiGLU(holder.gate_proj, holder.up_proj, holder.down_proj)
+    swiglu = FusedSwiGLU(*(packed for packed in holder.children() if isinstance(packed, PackedLinear)))
     x = torch.randn(rows, 48)
 
     def run(batch: Tensor) -> Tensor:

@@ -261,9 +261,7 @@ def small_eagle() -> EagleDrafter:
     return EagleDrafter(small_target(), random_head(small_target()), shape)
 
 
-def biased(
-    tree: DraftTree, logits: Tensor, sampler: Sampler, histories: Sequence[Sequence[int] | None]
-) -> Verdict:
+def biased(tree: DraftTree, logits: Tensor, sampler: Sampler, histories: Sequence[Sequence[int] | None]) -> Verdict:
     """Accepts the root's preferred child with chance 0.3 more than is right; else it is the true rule."""
     honest = verify(tree, logits, sampler, histories).rows
     rows: list[RowVerdict | None] = []

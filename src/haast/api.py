@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -119,9 +120,7 @@ class Haast:
             stop: strings that end the text; they are cut from it (the tokens keep the one that completed them).
             chat: put a text prompt through the model's chat template, where it has one.
         """
-        sampling = SamplingConfig(
-            temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(processors)
-        )
+        sampling = SamplingConfig(temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(processors))
         stats = Stats()
         stream = self._pieces(prompt, sampling, max_new_tokens, eos, stop, chat, stats)
         tokens: list[int] = []
@@ -151,16 +150,25 @@ class Haast:
         Raises:
             PromptError: text without a tokenizer, or an empty prompt.
         """
-        if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
-            return [int(item) for item in prompt]  # type: ignore[call-overload]
-        tokenizer = self.tokenizer
         if isinstance(prompt, str):
-            if not prompt:
-                raise PromptError("the prompt is empty")
-            if not chat or not tokenizer.chat_template:
-                return list(tokenizer(prompt)["input_ids"])
-            prompt = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)  # type: ignore[arg-type]
+            return self._encode_text(prompt, chat)
+        ids = [item for item in prompt if isinstance(item, int)]
+        if len(ids) == len(prompt):
+            return ids
+        messages = [item for item in prompt if isinstance(item, dict)]
+        if len(messages) != len(prompt):
+            raise PromptError("a prompt is text, a list of token ids, or a list of chat messages, not a mixture")
+        return self._encode_chat(messages)
+
+    def _encode_text(self, text: str, chat: bool) -> list[int]:
+        if not text:
+            raise PromptError("the prompt is empty")
+        if chat and self.tokenizer.chat_template:
+            return self._encode_chat([{"role": "user", "content": text}])
+        return list(self.tokenizer(text)["input_ids"])
+
+    def _encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        encoded: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         return list(encoded["input_ids"])
 
     @property

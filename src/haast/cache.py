@@ -18,11 +18,11 @@ from transformers.cache_utils import Cache, DynamicLayer
 _CHUNK = 256  # slots; capacity grows in multiples, at least doubling, so that a long text is copied O(log n) times
 
 
-class _Layer(DynamicLayer):
+class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     """What stock model code may ask of one layer; storage lives in the owning cache."""
 
     def __init__(self, owner: TreeCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._owner = owner
 
     def get_seq_length(self) -> int:

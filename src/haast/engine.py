@@ -175,7 +175,9 @@ class _Run:
             end = min(begin + _PREFILL, longest)
             counts = [max(0, min(length, end) - begin) for length in self._prompt_lengths]
             chunk = self._pad([prompt[begin:end] for prompt in prompts])
-            live = torch.arange(chunk.shape[1], device=chunk.device) < torch.tensor(counts, device=chunk.device)[:, None]
+            live = (
+                torch.arange(chunk.shape[1], device=chunk.device) < torch.tensor(counts, device=chunk.device)[:, None]
+            )
             output = self._target.forward(DraftTree.chain(chunk, live), self._cache, last_only=True)
             self._cache.commit([range(count) for count in counts])
             verdicts: list[RowVerdict | None] = []

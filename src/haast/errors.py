@@ -1,9 +1,9 @@
 """What can go wrong at Haast's boundary. All are `ValueError`s that name the value and the remedy.
 
-    ValueError
-    ├── UnsupportedModelError   the target cannot be drafted for (encoder-decoder, recurrent state, no LM head)
-    ├── HeadMismatchError       the head does not fit the target, or its files are incomplete or corrupt
-    └── PromptError             a prompt is empty or longer than the target's context
+ValueError
+├── UnsupportedModelError   the target cannot be drafted for (encoder-decoder, recurrent state, no LM head)
+├── HeadMismatchError       the head does not fit the target, or its files are incomplete or corrupt
+└── PromptError             a prompt is empty or longer than the target's context
 """
 
 

@@ -85,7 +85,8 @@ def load_target(
     source = resolve(name)
     model, tokenizer = _load(source, wanted)
     target_device = torch.device(device)
-    target = Target(model.to(target_device), tokenizer)
+    model.to(device=target_device)  # type: ignore[call-arg]  # moves in place
+    target = Target(model, tokenizer)
     if wants_packing(packing, wanted, target_device):
         pack_linears(target.model)
         fuse_small_modules(target.model)
@@ -134,7 +135,8 @@ def _load(source: ModelSource, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
         config = AutoConfig.from_pretrained(location)
         if config.is_encoder_decoder:
             raise UnsupportedModelError(
-                f"{source.name} ({type(config).__name__}) is an encoder-decoder; Haast drafts for decoder-only causal LMs"
+                f"{source.name} ({type(config).__name__}) is an encoder-decoder; Haast drafts for decoder-only "
+                f"causal LMs"
             )
         model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(location)

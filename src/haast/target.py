@@ -48,7 +48,7 @@ class Target:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         refuse_unsupported(model)
-        self.model = model.eval()
+        self.model: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
         self.tokenizer = tokenizer
         self.config = model.config.get_text_config()
         self.hidden_size = int(self.config.hidden_size)
@@ -62,7 +62,7 @@ class Target:
     @property
     def lm_head(self) -> nn.Module:
         """The module from features to logits; packed where the target is."""
-        head = self.model.get_output_embeddings()
+        head: nn.Module | None = self.model.get_output_embeddings()
         assert head is not None, "refuse_unsupported lets no model without an LM head through"
         return head
 
@@ -188,7 +188,8 @@ class Target:
     def _probe(self) -> None:
         """Two tokens through the model: does it use our cache, and is the decoder's output what the head reads?"""
         self._decoder_gives_features = False
-        cache, captured = self.new_cache(), {}
+        cache = self.new_cache()
+        captured: dict[str, Tensor] = {}
         tree = DraftTree.chain(torch.zeros(1, 2, dtype=torch.long, device=self.device))
         cache.begin(2)
         name = type(self.model).__name__
@@ -224,7 +225,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
             f"{name} has layers of kind {sorted(kinds)}, whose state can't be gathered by tree path; "
             f"supported kinds are {sorted(_GATHERABLE)}"
         )
-    if model.get_output_embeddings() is None:
+    if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         raise UnsupportedModelError(f"{name} has no LM head; load it with AutoModelForCausalLM")
 
 

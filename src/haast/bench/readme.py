@@ -1,7 +1,7 @@
 """The README's numbers, from the JSON files in `results/` and nothing else.
 
-Owns the text between `<!-- results:NAME -->` and `<!-- end -->`. `python -m haast.bench.readme` rewrites it; a test keeps
-the two equal.
+Owns the text between `<!-- results:NAME -->` and `<!-- end -->`. `python -m haast.bench.readme` rewrites it; a test
+keeps the two equal.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The drafter contract: observe what was accepted, propose a tree. Prefill and step look the same.
 
-    target ran on      root   a      b            tokens[i] is the token that FOLLOWS
-    features           f_root f_a    f_b          the position that gave features[i]
-    Accepted.tokens    a      b      bonus
+target ran on      root   a      b            tokens[i] is the token that FOLLOWS
+features           f_root f_a    f_b          the position that gave features[i]
+Accepted.tokens    a      b      bonus
 """
 
 from __future__ import annotations

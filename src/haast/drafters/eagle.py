@@ -50,8 +50,9 @@ class EagleDrafter(Drafter):
         self._lm_head: nn.Module = target.lm_head
         if vocab is not None:
             rows = target.head_rows(vocab)
-            self._lm_head = nn.Linear(*reversed(rows.shape), bias=False, device=rows.device, dtype=rows.dtype)
-            self._lm_head.weight = nn.Parameter(rows, requires_grad=False)
+            linear = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device=rows.device, dtype=rows.dtype)
+            linear.weight = nn.Parameter(rows, requires_grad=False)
+            self._lm_head = linear
         if isinstance(target.lm_head, PackedLinear):
             pack_linears(self._module)
             fuse_small_modules(self._module)
@@ -195,7 +196,7 @@ def _best(scores: Tensor, count: int) -> Tensor:
 
 
 def _see(seen: Tensor | None, parent: Tensor, width: int) -> Tensor:
-    """Which in-flight pairs each node of the new frontier sees: its parent's view and itself. (rows, width, in flight)."""
+    """Which in-flight pairs each node of the new frontier sees, (rows, width, in flight): its parent's and itself."""
     rows = parent.shape[0]
     eye = torch.eye(width, dtype=torch.bool, device=parent.device).expand(rows, -1, -1)
     if seen is None:

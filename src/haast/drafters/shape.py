@@ -42,7 +42,9 @@ class DraftShape:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: give 1 or more")
         if self.nodes < 2:
-            raise ValueError(f"nodes={self.nodes} is not allowed: a drafted tree has 2 nodes or more (root and a draft)")
+            raise ValueError(
+                f"nodes={self.nodes} is not allowed: a drafted tree has 2 nodes or more (root and a draft)"
+            )
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,14 @@ class Plan:
 def plan(shape: DraftShape, vocab: int) -> Plan:
     """Resolve `shape` for a draft vocabulary of `vocab` tokens; counts that can't be reached are lowered."""
     if shape.kind == "chain":
-        return Plan(1, (1,) * (shape.depth - 1), shape.depth + 1, ((0,),) * (shape.depth - 1), tuple(range(shape.depth)))
+        return Plan(
+            1, (1,) * (shape.depth - 1), shape.depth + 1, ((0,),) * (shape.depth - 1), tuple(range(shape.depth))
+        )
     top_k = min(shape.top_k, vocab)
     if shape.kind == "static":
         return _static(shape.depth, top_k, shape.nodes)
-    widths, reachable = [], top_k
+    widths: list[int] = []
+    reachable = top_k
     for _ in range(shape.depth - 1):
         widths.append(min(shape.width, top_k if not widths else widths[-1] * top_k))
         reachable += widths[-1] * top_k
@@ -74,14 +79,16 @@ def _static(depth: int, top_k: int, nodes: int) -> Plan:
     """The `nodes` most likely rank paths under `_RANK_CHANCE`, as index lists."""
     chance = [_RANK_CHANCE[min(r, 9)] * 0.8 ** max(r - 9, 0) for r in range(top_k)]
     chosen: set[tuple[int, ...]] = set()
-    open_paths = {(rank,): chance[rank] for rank in range(top_k)}
+    open_paths: dict[tuple[int, ...], float] = {(rank,): chance[rank] for rank in range(top_k)}
     while open_paths and len(chosen) < nodes - 1:
         best = max(open_paths, key=lambda path: (open_paths[path], path))
         score = open_paths.pop(best)
         chosen.add(best)
         if len(best) < depth:
             open_paths.update({(*best, rank): score * chance[rank] for rank in range(top_k)})
-    frontier, keep, offset = [], [], 0
+    frontier: list[tuple[int, ...]] = []
+    keep: list[int] = []
+    offset = 0
     parents: list[tuple[int, ...]] = [()]
     for level in range(1, max(len(path) for path in chosen) + 1):
         layer = sorted(path for path in chosen if len(path) == level)

@@ -42,13 +42,21 @@ def save_head(
     about: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write a head atomically file by file. `weights` are plain tensors under the official names."""
+    """Write a head atomically file by file. `weights` are plain tensors under the official names.
+
+    Raises:
+        ValueError: a weight is not finite in `dtype`.
+    """
+    stored = {name: tensor.detach().to(dtype) for name, tensor in weights.items()}
+    for name, tensor in stored.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds values that {dtype} can't: save the head in torch.float32")
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "model.safetensors", {name: tensor.detach().to(dtype) for name, tensor in weights.items()})
+    _write(folder / "model.safetensors", stored)
     if draft_vocab is not None:
         offsets = draft_vocab.long() - torch.arange(len(draft_vocab))
         _write(folder / "draft_vocab.safetensors", {"d2t": offsets})
-    document = {"format": _FORMAT, "head": asdict(config), "about": about or {}}
+    document: dict[str, Any] = {"format": _FORMAT, "head": asdict(config), "about": about or {}}
     if draft_vocab is not None:
         document["draft_vocab_size"] = len(draft_vocab)
     temporary = folder / "config.json.tmp"

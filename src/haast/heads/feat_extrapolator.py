@@ -85,7 +85,7 @@ class FeatExtrapolator(nn.Module):
         llama = config.llama()
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         layer = LlamaDecoderLayer(llama, layer_idx=0)
-        layer.input_layernorm = nn.Identity()  # the official layout has no norm before attention
+        layer.add_module("input_layernorm", nn.Identity())  # the official layout has no norm before attention
         self.layers = nn.ModuleList([layer])
         self.rotary = LlamaRotaryEmbedding(llama)
 

@@ -115,8 +115,8 @@ def scalar_path() -> Iterator[None]:
 def _check(name: str, tensor: Tensor, ndim: int) -> None:
     if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
         raise ValueError(
-            f"{name} is {tensor.dtype} on {tensor.device}; the native kernels and packed linears take float32 on the CPU: "
-            "load the model with dtype=torch.float32 there, or do not pack it"
+            f"{name} is {tensor.dtype} on {tensor.device}; the native kernels and packed linears take float32 on the "
+            "CPU: load the model with dtype=torch.float32 there, or do not pack it"
         )
     if tensor.dim() != ndim:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {ndim} dimensions")
@@ -250,7 +250,7 @@ def tree_attention(
         q: (rows, heads, n, d) fp32.
         k: (rows, kv_heads, slots, d) fp32; any strides as long as d is contiguous (a view of a cache is fine).
         v: as k.
-        mask: (rows or 1, 1, n, slots) fp32, added to the scores; a value of -1e30 or less hides the slot. None: all seen.
+        mask: (rows or 1, 1, n, slots) fp32, added to the scores; -1e30 or less hides the slot. None: all seen.
         scaling: factor on q k^T.
         softcap: scores become softcap * tanh(score / softcap); 0 is off.
         threads: default `torch.get_num_threads()`.

@@ -2,8 +2,8 @@
 
 Owns: `PackedLinear`, the operator `haast::linear_f16` and `pack_linears`. Knows nothing of trees or decoding.
 
-Weights are rounded to fp16 once; activations and sums stay fp32. On a CPU a forward over a few rows costs the time to read
-the weights, so half the bytes is up to half the time, and the panel layout makes several rows nearly free.
+Weights are rounded to fp16 once; activations and sums stay fp32. On a CPU a forward over a few rows costs the time to
+read the weights, so half the bytes is up to half the time, and the panel layout makes several rows nearly free.
 Rows are independent: a row's result has the same bits whatever rows stand beside it (not so for `reference=True`, which
 leaves the order of sums to PyTorch).
 """
@@ -21,9 +21,10 @@ from haast import native
 
 __all__ = ["PackedLinear", "PackingReport", "pack_linears"]
 
-# The operator that compiled graphs call. Measured for a 32 x 16 layer on the development CPU, microseconds per call: bare ctypes
-# 1.6, native.linear_f16 7, PackedLinear 8, nn.Linear 10, this Library operator 13, a torch.library.custom_op 32. A forward
-# has 211 linears, so eager code calls the kernel directly and only a graph under construction takes the operator.
+# The operator that compiled graphs call. A 32 x 16 layer on the development CPU, microseconds per call on a
+# busy machine: bare ctypes 1.6, native.linear_f16 9, PackedLinear 10, nn.Linear 10, this Library operator 15, a
+# torch.library.custom_op 32. A forward has 211 linears, so eager code calls the kernel directly and only a graph under
+# construction takes the operator.
 _LIBRARY = torch.library.Library("haast", "DEF")  # type: ignore[no-untyped-call]
 _SCHEMA = "linear_f16(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor"
 _LIBRARY.define(_SCHEMA)  # type: ignore[no-untyped-call]
@@ -149,16 +150,16 @@ class PackingReport:
 def pack_linears(model: nn.Module, *, reference: bool = False) -> PackingReport:
     """Replace every `nn.Linear` and transformers `Conv1D` of a model by a `PackedLinear`, in place.
 
-    The LM head is included; an embedding tied to it keeps its own fp32 weight. The whole model is frozen, since nothing can be
-    trained through packed weights. Norms and embeddings stay as they are.
+    The LM head is included; an embedding tied to it keeps its own fp32 weight. The whole model is frozen, since nothing
+    can be trained through packed weights. Norms and embeddings stay as they are.
 
     Args:
         model: fp32, on the CPU.
         reference: use the slow PyTorch form (see `PackedLinear.from_weight`).
 
     Raises:
-        ValueError: the model holds another dtype or device, or weights beyond fp16's range. The message names the layer;
-            layers before it are already packed.
+        ValueError: the model holds another dtype or device, or weights beyond fp16's range. The message names the
+            layer; layers before it are already packed.
     """
     layers = parameters = bytes_after = 0
     shared: dict[int, PackedLinear] = {}  # one module used at two places stays one module

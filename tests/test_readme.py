@@ -1,0 +1,52 @@
+"""The README's commands exist and its numbers are those of `results/`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+from click.testing import CliRunner
+
+from haast.bench.readme import render
+from haast.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_the_tables_say_what_the_results_say() -> None:
+    assert README.count("<!-- results:") >= 2
+    assert render(README, ROOT / "results") == README, "run `make readme`"
+
+
+def test_a_changed_number_would_be_noticed() -> None:
+    number = re.search(r"\| eagle \| ([0-9.]+) \|", README)
+    assert number is not None
+    forged = README.replace(f"| eagle | {number[1]} |", "| eagle | 999.9 |", 1)
+    assert render(forged, ROOT / "results") == README
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("haast ")])
+def test_its_commands_and_flags_exist(command: str) -> None:
+    name = command.split()[1]
+    help_text = CliRunner().invoke(typer.main.get_command(app), [name, "--help"]).output
+    assert f"haast {name}" in help_text
+    for flag in re.findall(r"--[a-z-]+", command):
+        assert flag in help_text, f"{command}: no flag {flag}"
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make ")])
+def test_its_make_targets_exist(command: str) -> None:
+    assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_no_absolute_path_of_a_machine_in_results() -> None:
+    for path in (ROOT / "results").glob("*.json"):
+        assert not re.search(r'"[^"]*(/home/|/work/|/root/|/tmp/|\.\./)', path.read_text(encoding="utf-8")), path.name

@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-import typer
-from click.testing import CliRunner
+from typer.testing import CliRunner
 
 from haast.bench.readme import render
 from haast.cli import app
@@ -36,7 +35,7 @@ def test_a_changed_number_would_be_noticed() -> None:
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("haast ")])
 def test_its_commands_and_flags_exist(command: str) -> None:
     name = command.split()[1]
-    help_text = CliRunner().invoke(typer.main.get_command(app), [name, "--help"]).output
+    help_text = CliRunner().invoke(app, [name, "--help"]).output
     assert f"haast {name}" in help_text
     for flag in re.findall(r"--[a-z-]+", command):
         assert flag in help_text, f"{command}: no flag {flag}"

@@ -66,6 +66,13 @@ def resolve(name: str) -> ModelSource:
     return ModelSource(name, name)
 
 
+def config_on_disk(name: str) -> Path | None:
+    """The folder whose config.json describes the model, where one lies on this machine already. Raises as `resolve`."""
+    source = resolve(name)
+    folder = Path(source.location) if source.gguf is None else _converted_folder(source)
+    return folder if (folder / "config.json").is_file() else None
+
+
 def load_target(
     name: str = DEFAULT_MODEL, *, dtype: str = "float32", device: str = "cpu", packing: str = "auto"
 ) -> Target:
@@ -151,10 +158,7 @@ def _load(source: ModelSource, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
 def _converted(source: ModelSource) -> Path:
     """The safetensors copy of a GGUF file in the assets cache, made at first use."""
     assert source.gguf is not None
-    file = Path(source.location) / source.gguf
-    stat = file.stat()
-    digest = hashlib.sha256(f"1|{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    folder = cached_assets_path(library_name="haast", namespace="gguf", subfolder=f"{file.stem}-{digest}")
+    file, folder = Path(source.location) / source.gguf, _converted_folder(source)
     if (folder / "complete").is_file():
         return folder
     transformers_logging.get_logger(__name__).warning(
@@ -166,6 +170,14 @@ def _converted(source: ModelSource) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         staged.replace(folder)
     return folder
+
+
+def _converted_folder(source: ModelSource) -> Path:
+    assert source.gguf is not None
+    file = Path(source.location) / source.gguf
+    stat = file.stat()
+    digest = hashlib.sha256(f"1|{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    return cached_assets_path(library_name="haast", namespace="gguf", subfolder=f"{file.stem}-{digest}")
 
 
 def _convert(source: ModelSource, folder: Path) -> None:

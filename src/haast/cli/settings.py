@@ -140,13 +140,16 @@ def check_at_least(name: str, value: int, least: int = 1) -> None:
 
 
 def _sizes_on_disk(model: str) -> tuple[int, int] | None:
-    """(hidden size, vocabulary) of a local model folder; None where only loading tells."""
-    if not (Path(model).expanduser() / "config.json").is_file():
-        return None
+    """(hidden size, vocabulary) of a model whose configuration is on this machine; None where only loading tells."""
     from transformers import AutoConfig
 
+    from haast.models import config_on_disk
+
+    folder = config_on_disk(model)
+    if folder is None:
+        return None
     try:
-        config = AutoConfig.from_pretrained(Path(model).expanduser()).get_text_config()
+        config = AutoConfig.from_pretrained(folder).get_text_config()
     except (OSError, KeyError, ValueError):
         return None  # loading the model tells what is wrong with it
     return int(config.hidden_size), int(config.vocab_size)

@@ -1,0 +1,90 @@
+"""On the packed CPU path a node has the same bits whatever stands beside it: lossless without a footnote about ties."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from haast import native
+from haast.drafters.base import Drafter
+from haast.drafters.eagle import EagleDrafter
+from haast.drafters.shape import DraftShape
+from haast.drafters.vanilla import VanillaDrafter
+from haast.engine import Engine, Stats, StopConfig
+from haast.heads.checkpoint import Head
+from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
+from haast.sampling import SamplingConfig
+from haast.speed.fusing import fuse_small_modules
+from haast.speed.packing import pack_linears
+from haast.target import Target
+from haast.tree import DraftTree
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="no native kernels")
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+    )
+    made = Target(LlamaForCausalLM(config))
+    pack_linears(made.model)
+    report = fuse_small_modules(made.model)
+    assert report.norms == 7 and report.feed_forwards == 3
+    return made
+
+
+def eagle(target: Target, shape: DraftShape) -> EagleDrafter:
+    torch.manual_seed(7)
+    module = FeatExtrapolator(FeatExtrapolatorConfig.for_target(target.config)).requires_grad_(False)
+    return EagleDrafter(target, Head(module, torch.arange(0, 97, 2), {}), shape)
+
+
+def text(target: Target, drafter: Drafter, prompt: list[int], sampling: SamplingConfig) -> tuple[list[int], Stats]:
+    stats, tokens = Stats(), []
+    for emission in Engine(target, drafter).run([prompt], sampling, StopConfig(48), stats):
+        tokens.extend(emission.tokens)
+    return tokens, stats
+
+
+@pytest.mark.parametrize("nodes", [2, 5, 6, 7, 12, 13, 24, 60])
+def test_a_nodes_logits_and_features_have_the_same_bits_alone_and_in_a_tree(target: Target, nodes: int) -> None:
+    generator = torch.Generator().manual_seed(nodes)
+    prompt = torch.randint(0, 97, (1, 11), generator=generator)
+    parents = torch.tensor([[-1] + [int(torch.randint(0, i, (), generator=generator)) for i in range(1, nodes)]])
+    tree = DraftTree.from_parents(torch.randint(0, 97, (1, nodes), generator=generator), parents)
+    cache = target.new_cache()
+    target.forward(DraftTree.chain(prompt), cache)
+    cache.commit([range(11)])
+    together = target.forward(tree, copy.deepcopy(cache))
+    path = [nodes - 1]
+    while path[0]:
+        path.insert(0, int(parents[0, path[0]]))
+    for node in path:
+        alone = target.forward(DraftTree.roots(tree.tokens[:, node]), cache)
+        cache.commit([[0]])
+        assert torch.equal(alone.logits[0, 0], together.logits[0, node])
+        assert torch.equal(alone.features[0, 0], together.features[0, node])
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=1.0, top_p=0.9, seed=3)])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "chain"])
+def test_drafted_text_is_vanillas(target: Target, kind: str, sampling: SamplingConfig) -> None:
+    for seed in range(6):
+        prompt = torch.randint(0, 97, (9,), generator=torch.Generator().manual_seed(seed)).tolist()
+        wanted, _ = text(target, VanillaDrafter(), prompt, sampling)
+        drafted, stats = text(target, eagle(target, DraftShape(kind, 3, 4, 4, 14)), prompt, sampling)
+        assert drafted == wanted
+        assert stats.target_forwards <= len(wanted)

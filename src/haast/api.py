@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.shape import CPU_NODES, DEVICE_NODES, DraftShape, shape_for
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine import Engine, Stats, StopConfig, check_prompts
 from haast.errors import PromptError
@@ -75,7 +75,7 @@ class Haast:
                 packed, not moved, only its attention implementation is set).
             head: a head's folder; "default" is the one shipped for the default model; None decodes without drafting.
             tokenizer: for a loaded model; a named model brings its own.
-            shape: chain, static or dynamic tree and its size; None takes what suits this package's default model.
+            shape: chain, static or dynamic tree and its size; None is a small tree on a CPU, 60 nodes elsewhere.
             dtype, device, packing: see `load_target`; they apply to named models.
 
         Raises:
@@ -92,7 +92,9 @@ class Haast:
             return cls(target, VanillaDrafter())
         loaded = load_head(folder)
         check_fits(loaded.module.config, target.hidden_size, target.vocab_size, str(target.model.name_or_path))
-        return cls(target, EagleDrafter(target, loaded, shape or DraftShape()))
+        if shape is None:
+            shape = shape_for(CPU_NODES if target.device.type == "cpu" else DEVICE_NODES)
+        return cls(target, EagleDrafter(target, loaded, shape))
 
     def generate(
         self,

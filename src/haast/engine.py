@@ -8,12 +8,14 @@ Prefill has a step's shape (a chain of prompt tokens, all kept), so one path ser
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
+from haast import native
 from haast.cache import TreeCache
 from haast.drafters.base import Accepted, Drafter
 from haast.errors import PromptError
@@ -164,7 +166,9 @@ class _Run:
         self._stats.ms_prefill += 1e3 * (perf_counter() - begun)
         yield from first
         while any(self._running):
-            yield from self._step()
+            with native.sole_threads() if self._target.packed else nullcontext():
+                emitted = self._step()
+            yield from emitted
 
     def _prefill(self) -> list[Emission]:
         prompts = [list(history) for history in self._histories]

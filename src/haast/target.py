@@ -67,6 +67,11 @@ class Target:
         return head
 
     @property
+    def packed(self) -> bool:
+        """Whether the linear layers are packed 16-bit ones, run by the native kernels."""
+        return isinstance(self.lm_head, PackedLinear) and not self.lm_head.reference
+
+    @property
     def device(self) -> torch.device:
         """Where the embedding lives, and so where tokens are sent."""
         return next(self.embedding.parameters()).device

@@ -56,7 +56,7 @@ def bench(
         raise ValueError("bench needs prompts: give --prompts FILE (JSON lines with `turns` or `prompt`)")
     chosen = read_prompt_file(prompts, limit)
     check_writable(json_out)
-    shape = drafting.check(loading.model) if "eagle" in names else None
+    shape = drafting.check(loading.model, loading.device) if "eagle" in names else None
     target, drafter, encoded = load_all(loading, drafting, shape, chosen, raw)
     arms = _arms(names, target, drafter, loading, config)
     settings = {"shape": None if shape is None else asdict(shape), **_plain(config), "raw": raw}

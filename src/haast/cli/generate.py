@@ -154,7 +154,7 @@ def _load(loading: Loading, drafting: Drafting) -> tuple[Haast, Haast]:
     from haast.api import Haast
     from haast.drafters.vanilla import VanillaDrafter
 
-    shape = drafting.check(loading.model)
+    shape = drafting.check(loading.model, loading.device)
     target = loading.load()
     drafter = drafting.load(target, loading.model, shape)
     return Haast(target, drafter or VanillaDrafter()), Haast(target, VanillaDrafter())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from haast.drafters.shape import DraftShape
+from haast.drafters.shape import CPU_NODES, DEVICE_NODES, DraftShape, shape_for
 
 if TYPE_CHECKING:
     from haast.drafters.eagle import EagleDrafter
@@ -74,18 +74,22 @@ class Drafting:
         "default"
     )
     shape: Annotated[str, typer.Option(help="dynamic, static or chain.")] = DraftShape.kind
-    nodes: Annotated[int, typer.Option(metavar="N", help="Tree budget, root included.")] = DraftShape.nodes
-    depth: Annotated[int, typer.Option(metavar="N", help="Levels below the root.")] = DraftShape.depth
-    draft_top_k: Annotated[int, typer.Option(metavar="N", help="Children per expanded node.")] = DraftShape.top_k
-    width: Annotated[int, typer.Option(metavar="N", help="Nodes expanded per level.")] = DraftShape.width
+    nodes: Annotated[int | None, typer.Option(metavar="N", help="Tree budget, root included; 4 on a CPU, else 60.")] = (
+        None
+    )
+    depth: Annotated[int | None, typer.Option(metavar="N", help="Levels below the root; by the budget.")] = None
+    draft_top_k: Annotated[int | None, typer.Option(metavar="N", help="Children per node; by the budget.")] = None
+    width: Annotated[int | None, typer.Option(metavar="N", help="Nodes expanded per level; by the budget.")] = None
 
-    def check(self, model: str) -> DraftShape:
+    def check(self, model: str, device: str) -> DraftShape:
         """Refuse an impossible shape, a head that is not there, or one for another model where its config says so.
 
         Raises:
             ValueError: the setting; HeadMismatchError: the head.
         """
-        shape = DraftShape(self.shape, self.depth, self.draft_top_k, self.width, self.nodes)
+        usual = CPU_NODES if device.startswith("cpu") else DEVICE_NODES
+        nodes = usual if self.nodes is None else self.nodes
+        shape = shape_for(nodes, self.shape, self.depth, self.draft_top_k, self.width)
         folder = self.folder(model)
         if folder is not None:
             from haast.heads.checkpoint import check_fits, read_head_config

@@ -19,7 +19,7 @@ from haast.api import Haast
 from haast.bench.report import TAU_CONVENTION
 from haast.cli.boundary import write_text
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.shape import shape_for
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine import Engine, Stats, StopConfig
 from haast.heads.checkpoint import Head, save_head
@@ -96,7 +96,7 @@ class Run:
         """
         encoder = Haast(self._target, VanillaDrafter())
         self._prompts = [encoder.encode(prompt) for prompt in prompts]
-        self._tokens, self._shape = tokens, DraftShape(nodes=nodes)
+        self._tokens, self._shape = tokens, shape_for(nodes)
         self._measured = f"{len(prompts)} prompts, greedy, {tokens} new tokens, dynamic tree of {nodes} nodes"
         trainer = Trainer(
             self._settings,

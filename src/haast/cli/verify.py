@@ -55,7 +55,7 @@ def verify(
     loading.check()
     chosen = read_prompt_file(prompts, limit)
     check_writable(json_out)
-    shape = drafting.check(loading.model)
+    shape = drafting.check(loading.model, loading.device)
     target, drafter, encoded = load_all(loading, drafting, shape, chosen)
     assert drafter is not None, "a head was asked for"
     out = human_output(json_out)

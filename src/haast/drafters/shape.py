@@ -47,6 +47,22 @@ class DraftShape:
             )
 
 
+# Per node budget (the first row that holds it): depth, and children per node = nodes expanded per level. Chosen on
+# validation prompts with the shipped head: a small budget is spent on the likeliest few, a large one also goes deep.
+_BY_BUDGET = ((5, 2, 3), (8, 3, 4), (16, 4, 6), (32, 5, 8))
+_LARGEST = (6, 10)
+CPU_NODES, DEVICE_NODES = 4, 60  # budgets where none is given: on few cores every node costs, on a GPU few do
+
+
+def shape_for(
+    nodes: int, kind: str = "dynamic", depth: int | None = None, top_k: int | None = None, width: int | None = None
+) -> DraftShape:
+    """A shape that spends `nodes` well; what is given stays as given. Raises ValueError as `DraftShape` does."""
+    deep, wide = next(((d, k) for most, d, k in _BY_BUDGET if nodes <= most), _LARGEST)
+    children = wide if top_k is None else top_k
+    return DraftShape(kind, deep if depth is None else depth, children, children if width is None else width, nodes)
+
+
 @dataclass(frozen=True)
 class Plan:
     """A shape resolved: children per node, frontier size per level, and for a fixed tree the indices to take."""

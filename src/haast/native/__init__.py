@@ -73,6 +73,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 _library, _reason = _load()
+_kernel_threads: int | None = None  # set inside `sole_threads` alone
 
 
 def _native() -> ctypes.CDLL:
@@ -110,6 +111,29 @@ def scalar_path() -> Iterator[None]:
         yield
     finally:
         library.haast_force_scalar(0)
+
+
+@contextlib.contextmanager
+def sole_threads() -> Iterator[None]:
+    """Inside the block the kernels keep torch's thread count and torch itself runs on one.
+
+    torch's idle OpenMP threads spin for milliseconds after each parallel operator, on the very cores that the kernels'
+    helpers want. In a decode step its operators are too small to gain from threads: measured on two cores, a 4-node
+    verification took 31 ms with them and 26 ms without.
+    """
+    global _kernel_threads
+    before, kept = torch.get_num_threads(), _kernel_threads
+    _kernel_threads = kept or before
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        _kernel_threads = kept
+
+
+def _threads() -> int:
+    return _kernel_threads or torch.get_num_threads()
 
 
 def _check(name: str, tensor: Tensor, ndim: int) -> None:
@@ -158,7 +182,7 @@ def linear_f16(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int
         packed: what `pack_f16` returned.
         bias: (out_features) fp32, or None.
         out_features: rows of the weight before padding.
-        threads: default `torch.get_num_threads()`.
+        threads: default torch's own count, also inside `sole_threads`.
 
     Returns:
         (..., out_features) fp32, contiguous.
@@ -189,7 +213,7 @@ def linear_f16(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int
         out_features,
         stride,
         out_features,
-        threads or torch.get_num_threads(),
+        threads or _threads(),
     )
     return y
 
@@ -253,7 +277,7 @@ def tree_attention(
         mask: (rows or 1, 1, n, slots) fp32, added to the scores; -1e30 or less hides the slot. None: all seen.
         scaling: factor on q k^T.
         softcap: scores become softcap * tanh(score / softcap); 0 is off.
-        threads: default `torch.get_num_threads()`.
+        threads: default torch's own count, also inside `sole_threads`.
 
     Returns:
         (rows, n, heads, d) fp32, contiguous; zeros where a node sees no slot.
@@ -304,7 +328,7 @@ def tree_attention(
         mask_node,
         scaling,
         softcap,
-        threads or torch.get_num_threads(),
+        threads or _threads(),
     )
     return out
 
@@ -318,7 +342,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, threads: int | None = None) 
         raise ValueError(f"weight has {weight.shape[0]} values; x has shape {tuple(x.shape)}")
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty(x.shape)
-    threads = threads or torch.get_num_threads()
+    threads = threads or _threads()
     rows = x.numel() // dim
     _native().haast_rms_norm_f32(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, dim, eps, threads)
     return y
@@ -331,7 +355,7 @@ def swiglu(gate_up: Tensor, threads: int | None = None) -> Tensor:
         raise ValueError(f"gate_up has shape {tuple(gate_up.shape)}; the last dimension must be even")
     gate_up, width = gate_up.contiguous(), gate_up.shape[-1] // 2
     y = torch.empty((*gate_up.shape[:-1], width))
-    threads = threads or torch.get_num_threads()
+    threads = threads or _threads()
     rows = gate_up.numel() // max(2 * width, 1)
     _native().haast_swiglu_f32(gate_up.data_ptr(), y.data_ptr(), rows, width, threads)
     return y

@@ -8,14 +8,12 @@ Prefill has a step's shape (a chain of prompt tokens, all kept), so one path ser
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from haast import native
 from haast.cache import TreeCache
 from haast.drafters.base import Accepted, Drafter
 from haast.errors import PromptError
@@ -166,7 +164,7 @@ class _Run:
         self._stats.ms_prefill += 1e3 * (perf_counter() - begun)
         yield from first
         while any(self._running):
-            with native.sole_threads() if self._target.packed else nullcontext():
+            with self._target.step_threads():
                 emitted = self._step()
             yield from emitted
 

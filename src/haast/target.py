@@ -9,7 +9,7 @@ implementation is chosen, through transformers' own switch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from haast import attention
+from haast import attention, native
 from haast.cache import TreeCache
 from haast.errors import UnsupportedModelError
 from haast.speed.packing import PackedLinear
@@ -70,6 +70,10 @@ class Target:
     def packed(self) -> bool:
         """Whether the linear layers are packed 16-bit ones, run by the native kernels."""
         return isinstance(self.lm_head, PackedLinear) and not self.lm_head.reference
+
+    def step_threads(self) -> AbstractContextManager[None]:
+        """Wrap a decode step in it: the threads go to the native kernels where they do the work."""
+        return native.sole_threads() if self.packed else nullcontext()
 
     @property
     def device(self) -> torch.device:

@@ -35,16 +35,17 @@ def measure_v_curve(
     cache.commit([range(committed)])
     timed: dict[int, list[float]] = {n: [] for n in node_counts}
     drafted: list[tuple[float, float]] = []
-    for turn in range(rounds + 1):
-        for n in node_counts:
-            tree = DraftTree.chain(torch.arange(n, device=target.device).unsqueeze(0) % target.vocab_size)
-            begun = _now(target)
-            target.forward(tree, cache)
-            elapsed = 1e3 * (_now(target) - begun)
-            if turn:
-                timed[n].append(elapsed)
-        if drafter is not None:
-            drafted.append(_draft_step(target, drafter, tokens, prefix))
+    with target.step_threads():
+        for turn in range(rounds + 1):
+            for n in node_counts:
+                tree = DraftTree.chain(torch.arange(n, device=target.device).unsqueeze(0) % target.vocab_size)
+                begun = _now(target)
+                target.forward(tree, cache)
+                elapsed = 1e3 * (_now(target) - begun)
+                if turn:
+                    timed[n].append(elapsed)
+            if drafter is not None:
+                drafted.append(_draft_step(target, drafter, tokens, prefix))
     ms = {n: median(values) for n, values in timed.items()}
     one = ms[min(ms)]
     result: dict[str, Any] = {

@@ -27,7 +27,7 @@ SIZES: dict[str, Any] = {
 @needs_kernels
 def test_llama_keeps_its_numbers() -> None:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
     pack_linears(model)
     tokens = torch.arange(12).view(1, 12)
     with torch.no_grad():
@@ -42,7 +42,7 @@ def test_llama_keeps_its_numbers() -> None:
 def test_a_norm_of_another_law_is_left_alone() -> None:
     """Gemma scales by 1 + weight, and its feed-forward uses GELU: neither may be swapped."""
     torch.manual_seed(0)
-    model = Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8)).eval()
+    model = Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8))
     with torch.no_grad():
         for module in model.modules():
             if type(module).__name__ == "Gemma2RMSNorm":

@@ -53,7 +53,8 @@ def eagle(target: Target, shape: DraftShape) -> EagleDrafter:
 
 
 def text(target: Target, drafter: Drafter, prompt: list[int], sampling: SamplingConfig) -> tuple[list[int], Stats]:
-    stats, tokens = Stats(), []
+    stats = Stats()
+    tokens: list[int] = []
     for emission in Engine(target, drafter).run([prompt], sampling, StopConfig(48), stats):
         tokens.extend(emission.tokens)
     return tokens, stats

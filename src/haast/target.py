@@ -62,7 +62,7 @@ class Target:
     @property
     def lm_head(self) -> nn.Module:
         """The module from features to logits; packed where the target is."""
-        head: nn.Module | None = self.model.get_output_embeddings()
+        head: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         assert head is not None, "refuse_unsupported lets no model without an LM head through"
         return head
 
@@ -183,9 +183,10 @@ class Target:
         def after_decoder(_module: nn.Module, _inputs: Any, output: Any) -> None:
             captured["decoder"] = output.last_hidden_state
 
+        decoder: nn.Module = self.model.get_decoder()  # type: ignore[no-untyped-call]
         hooks = [
             self.lm_head.register_forward_pre_hook(before_head),
-            self.model.get_decoder().register_forward_hook(after_decoder),
+            decoder.register_forward_hook(after_decoder),
         ]
         try:
             yield

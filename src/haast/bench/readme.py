@@ -33,12 +33,27 @@ def render(readme: str, results: Path) -> str:
 
 
 def _table(document: dict[str, Any], name: str) -> str:
+    if not any(row["decoder"] == "vanilla" for row in document["rows"]):  # no denominator: a run for tau alone
+        return _tau_table(document) + "\n" + _provenance(document["environment"], name) + "\n"
     lines = [
         "| decoder | tokens/s | vs vanilla | vs stock `generate` | tau | tau without loops | first draft right |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [_line(row) for row in document["rows"]]
     return "\n".join(lines) + "\n\n" + _provenance(document["environment"], name) + "\n"
+
+
+def _tau_table(document: dict[str, Any]) -> str:
+    lines = [
+        "| decoder | nodes | prompts | tau | tau without loops | first draft right, by depth |",
+        "|---|---|---|---|---|---|",
+    ]
+    nodes = document["environment"]["settings"]["shape"]["nodes"]
+    for row in document["rows"]:
+        alpha = " ".join(f"{value:.2f}" for value in row["alpha_by_depth"])
+        looped = f"{row['tau_loop_filtered']:.2f} ({row['prompts'] - row['looping_outputs']} prompts)"
+        lines.append(f"| {row['decoder']} | {nodes} | {row['prompts']} | {row['tau']:.2f} | {looped} | {alpha} |")
+    return "\n".join(lines) + "\n"
 
 
 def _line(row: dict[str, Any]) -> str:

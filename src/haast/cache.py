@@ -121,8 +121,11 @@ class TreeCache(Cache):
         if min(self.lengths) == longest:
             store[:, :, longest : longest + nodes] = states
         else:
-            for row, length in enumerate(self.lengths):
-                store[row, :, length : length + nodes] = states[row]
+            rows = torch.arange(self.rows, device=store.device).unsqueeze(1)
+            slots = torch.tensor(self.lengths, device=store.device).unsqueeze(1) + torch.arange(
+                nodes, device=store.device
+            )
+            store[rows, :, slots] = states.transpose(1, 2)  # (rows, nodes, kv_heads, dim)
         return store[:, :, : longest + nodes]
 
     def _slot(self, key: tuple[int, int], like: Tensor) -> tuple[int, int]:

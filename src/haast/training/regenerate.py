@@ -128,14 +128,16 @@ class _Batch:
         while True:
             for row, answer in enumerate(self._rows):
                 while answer is None and (entering := next(waiting, None)) is not None:
-                    self._enter(row, entering)
+                    with self._target.step_threads():
+                        self._enter(row, entering)
                     if entering.ended(self._end_ids, self._config.max_new_tokens):
                         yield entering
                         continue
                     self._rows[row] = answer = entering
             if not self._narrow():
                 return
-            self._step()
+            with self._target.step_threads():
+                self._step()
             for row, answer in enumerate(self._rows):
                 if answer is not None and answer.ended(self._end_ids, self._config.max_new_tokens):
                     self._rows[row] = None

@@ -87,7 +87,7 @@ def test_packing_rounds_as_torch_does_on_both_paths() -> None:
     rows = native.pack_f16(weight).view(torch.float16).transpose(1, 2).reshape(-1, 33)
     assert torch.equal(rows[:81], weight.half())
     assert not rows[81:].any()
-    with native.scalar_path():
+    with native.narrow_path():
         assert torch.equal(native.pack_f16(weight), native.pack_f16(weight))
         again = native.pack_f16(weight)
     assert torch.equal(again, native.pack_f16(weight))
@@ -97,10 +97,23 @@ def test_packing_rounds_as_torch_does_on_both_paths() -> None:
 def test_scalar_linear_agrees_and_is_row_independent() -> None:
     packed, x = native.pack_f16(randn(50, 70) * 1e-3), randn(9, 70)
     fast = native.linear_f16(x, packed, None, 50)
-    with native.scalar_path():
+    with native.narrow_path():
         slow = native.linear_f16(x, packed, None, 50)
         assert torch.equal(native.linear_f16(x[4:5], packed, None, 50), slow[4:5])
     torch.testing.assert_close(slow, fast, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not native.features() & 8, reason="no AVX-512 here")
+@pytest.mark.parametrize(("in_features", "out_features"), [(100, 577), (577, 100), (64, 2048), (17, 15), (3, 129)])
+def test_avx512_and_avx2_give_the_same_bits(in_features: int, out_features: int) -> None:
+    packed, bias = native.pack_f16(randn(out_features, in_features)), randn(out_features, seed=1)
+    x = randn(31, in_features, seed=2)
+    for rows in range(1, 32):
+        for b in (None, bias):
+            wide = native.linear_f16(x[:rows], packed, b, out_features)
+            with native.narrow_path(1):
+                narrow = native.linear_f16(x[:rows], packed, b, out_features)
+            assert torch.equal(wide, narrow), f"{rows} rows"
 
 
 @needs_native
@@ -187,7 +200,7 @@ def test_attention_is_right_on_random_trees(d: int, group: int, softcap: float) 
             torch.testing.assert_close(
                 native.tree_attention(q, k, v, m, d**-0.5, softcap), expected, rtol=1e-5, atol=2e-6
             )
-            with native.scalar_path():
+            with native.narrow_path():
                 slow = native.tree_attention(q, k, v, m, d**-0.5, softcap)
             torch.testing.assert_close(slow, expected, rtol=1e-5, atol=2e-6)
 
@@ -240,7 +253,7 @@ def test_a_node_that_sees_nothing_gets_zeros(masked: float) -> None:
     mask[:, :, 1] = masked
     for scalar in (False, True):
         if scalar:
-            with native.scalar_path():
+            with native.narrow_path():
                 out = native.tree_attention(q, k, v, mask, 0.25)
         else:
             out = native.tree_attention(q, k, v, mask, 0.25)
@@ -267,7 +280,7 @@ def test_rms_norm_and_swiglu(dim: int) -> None:
     expected = functional.rms_norm(x.double(), [dim], weight.double(), 1e-5).float()
     silu = (functional.silu(gate_up[:, :dim].double()) * gate_up[:, dim:].double()).float()
     fast = native.rms_norm(x, weight, 1e-5), native.swiglu(gate_up)
-    with native.scalar_path():
+    with native.narrow_path():
         slow = native.rms_norm(x, weight, 1e-5), native.swiglu(gate_up)
     for norm, gated in (fast, slow):
         torch.testing.assert_close(norm, expected, rtol=2e-6, atol=1e-6)

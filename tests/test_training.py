@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import signal
 from collections.abc import Iterator
@@ -14,14 +15,16 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from haast.errors import HeadMismatchError
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.prompts import Prompt, read_prompts
 from haast.sampling import Sampler, SamplingConfig, keyed_uniform
+from haast.speed.fusing import fuse_small_modules
+from haast.speed.packing import pack_linears
 from haast.target import Target
-from haast.training import features, regenerate, trainer
+from haast.training import features, initialise, regenerate, trainer
 from haast.training.alignment import chain_passes
 from haast.training.batches import BatchOrder, Example, PackedBatch, pack
 from haast.training.config import TrainConfig
@@ -30,6 +33,7 @@ from haast.training.losses import teacher_cross_entropy
 from haast.training.regenerate import RegenerateConfig
 from haast.training.selftest import overfit_self_test
 from haast.training.whitened import Scales, WhitenedHead, load_plain, plain_weights
+from haast.tree import DraftTree
 
 VOCAB, HIDDEN, END = 64, 32, 2
 WORDS = ["<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant"] + [f"w{i}" for i in range(5, VOCAB)]
@@ -229,6 +233,74 @@ def test_teacher_cross_entropy_and_its_gradient(monkeypatch: pytest.MonkeyPatch)
     assert int(hits) == int(agree.sum())
 
 
+# A start from the target's last layer
+
+
+def lone_pair(target: Target) -> list[Example]:
+    """One supervised pair, whose norms are therefore the typical ones."""
+    return [e for _, e in features.stream_examples(target, [TokenSequence([7, 8, 9], [False, True, True])], topk=4)]
+
+
+def test_a_head_begins_as_the_targets_last_layer(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the rms is what it is taken for, and one pair leaves the regression no error, the closed form is exact."""
+    torch.manual_seed(4)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, eos_token_id=END, initializer_range=0.3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    layer = model.model.layers[-1]
+    with torch.no_grad():
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm, model.model.norm):
+            norm.weight.uniform_(0.5, 2.0)
+        layer.self_attn.o_proj.weight.zero_()  # the target's position 1 looks at position 0, the head's pair 0 cannot
+    plain_target = Target(model, tokenizer)
+    monkeypatch.setattr(initialise, "_RIDGE", 1e-6)
+    (example,) = lone_pair(plain_target)
+    weights = initialise.last_layer_weights(plain_target, head_config(plain_target), [example])
+    head = FeatExtrapolator(head_config(plain_target))
+    head.load_state_dict(weights)
+    following = plain_target.embed(example.tokens[1:2].long()).clone().unsqueeze(0)
+    with torch.no_grad():
+        fused = head.fc(torch.cat([following, example.features[:1].float().unsqueeze(0)], -1))
+        extrapolated = head(following, example.features[:1].float().unsqueeze(0), torch.zeros(1, 1, dtype=torch.long))
+    assert torch.allclose(extrapolated[0, 0], example.features[1].float(), atol=0.02)
+    entering = plain_target.forward(
+        DraftTree.chain(example.tokens[:2].long().unsqueeze(0)), plain_target.new_cache(), hidden_layers=(1,)
+    ).hidden[1][:, 1]
+    with torch.no_grad():
+        for ours, theirs in (("q_proj", layer.self_attn.q_proj), ("v_proj", layer.self_attn.v_proj)):
+            got = functional.linear(fused[0], weights[f"layers.0.self_attn.{ours}.weight"])
+            assert torch.allclose(got, theirs(layer.input_layernorm(entering)), atol=0.02), ours
+
+
+def test_packed_and_plain_targets_give_the_same_start(tokenizer: PreTrainedTokenizerFast) -> None:
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, eos_token_id=END,
+    )  # fmt: skip
+    plain_target = Target(LlamaForCausalLM(config), tokenizer)
+    some = [e for _, e in features.stream_examples(plain_target, sequences(8), topk=4)]
+    wanted = initialise.last_layer_weights(plain_target, head_config(plain_target), some)
+    packed_target = Target(plain_target.model, tokenizer)
+    pack_linears(packed_target.model)
+    fuse_small_modules(packed_target.model)
+    got = initialise.last_layer_weights(packed_target, head_config(packed_target), some)
+    for name, weight in wanted.items():
+        assert float((got[name] - weight).norm() / weight.norm()) < 0.01, name
+
+
+def test_a_target_without_a_llama_layer_is_named(target: Target, examples: list[Example]) -> None:
+    gpt2 = Target(GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=64)))
+    assert "GPT2LMHeadModel" in initialise.why_not_last_layer(gpt2, head_config(gpt2))
+    assert not initialise.why_not_last_layer(target, head_config(target))
+    with pytest.raises(ValueError, match=r"gate_proj is \(48, 32\), the head's \(40, 32\).*'random'"):
+        initialise.last_layer_weights(target, replace(head_config(target), intermediate_size=40), examples)
+
+
 # Training runs
 
 
@@ -342,6 +414,10 @@ def test_settings_are_checked() -> None:
     for name in ("views", "learning_rate", "batch_tokens", "clip"):
         with pytest.raises(ValueError, match=f"{name}=-1"):
             TrainConfig.from_mapping({name: -1})
+    with pytest.raises(ValueError, match=r"initialisation='zero'.*last-layer"):
+        TrainConfig(initialisation="zero")
+    with pytest.raises(ValueError, match="matmul_precision='low'"):
+        TrainConfig(matmul_precision="low")
     with pytest.raises(ValueError, match="speed"):
         TrainConfig.from_mapping({"speed": 3})
     with pytest.raises(ValueError, match="batch=0"):
@@ -527,6 +603,9 @@ def test_regeneration_refuses_before_the_model_runs(
     with pytest.raises(ValueError, match="same id"):
         twice = [*prompts(), *prompts()]
         regenerate.regenerate(target, tokenizer, twice, tmp_path / "a.jsonl", settings(), quiet=True)
+    with (tmp_path / "a.jsonl").open("ab") as held, pytest.raises(ValueError, match="another run is writing"):
+        fcntl.flock(held, fcntl.LOCK_EX)
+        regenerate.regenerate(target, tokenizer, prompts(), tmp_path / "a.jsonl", settings(), quiet=True)
     long = [Prompt("long", (" ".join(["w9"] * 80),))]
     assert regenerate.regenerate(target, tokenizer, long, tmp_path / "a.jsonl", settings(), quiet=True) == 0
 

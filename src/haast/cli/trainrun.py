@@ -29,6 +29,7 @@ from haast.target import Target
 from haast.training.batches import Example
 from haast.training.config import TrainConfig
 from haast.training.frozen import Frozen
+from haast.training.initialise import last_layer_weights, why_not_last_layer
 from haast.training.selftest import overfit_self_test
 from haast.training.trainer import Trainer
 
@@ -90,7 +91,7 @@ class Run:
             prompts: texts on which tau is measured; empty selects by held-out cross-entropy.
             tokens: new tokens on each.
             nodes: tree budget there.
-            start_from: plain weights to begin with.
+            start_from: plain weights to begin with; None leaves that to the settings' `initialisation`.
             resume: go on with the run in `out`.
             quiet: no progress on the terminal.
         """
@@ -98,6 +99,8 @@ class Run:
         self._prompts = [encoder.encode(prompt) for prompt in prompts]
         self._tokens, self._shape = tokens, shape_for(nodes)
         self._measured = f"{len(prompts)} prompts, greedy, {tokens} new tokens, dynamic tree of {nodes} nodes"
+        if start_from is None and not resume:
+            start_from = self._initial_weights()
         trainer = Trainer(
             self._settings,
             self._head_config,
@@ -111,6 +114,12 @@ class Run:
             quiet,
         )
         return trainer.run(resume)
+
+    def _initial_weights(self) -> dict[str, Tensor] | None:
+        wanted = self._settings.initialisation
+        if wanted == "random" or (wanted == "auto" and why_not_last_layer(self._target, self._head_config)):
+            return None
+        return last_layer_weights(self._target, self._head_config, self._train)
 
     def measure_tau(self, head: FeatExtrapolator, draft_vocab: Tensor) -> float:
         """Tau of the real engine on the validation prompts, greedy."""

@@ -25,9 +25,9 @@ __all__ = [
     "available",
     "features",
     "linear_f16",
+    "narrow_path",
     "pack_f16",
     "rms_norm",
-    "scalar_path",
     "swiglu",
     "tree_attention",
     "why_not",
@@ -35,8 +35,8 @@ __all__ = [
 
 LANES = 16  # outputs in a weight panel
 
-_ABI = 1
-_ALL_FEATURES = 7  # AVX2 | FMA | F16C
+_ABI = 2
+_FAST = 7  # AVX2 | FMA | F16C
 _REMEDY = "reinstall Haast where a C++ compiler is installed (pip install -v shows its messages)"
 
 
@@ -44,7 +44,7 @@ def _declare(library: ctypes.CDLL) -> None:
     """Set the argument types once; ctypes then converts plain ints without looking at them again."""
     pointer, count, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     signatures = {
-        "haast_force_scalar": [flag],
+        "haast_limit_path": [flag],
         "haast_pack_f16": [pointer] * 2 + [count] * 2,
         "haast_linear_f16": [pointer] * 4 + [count] * 5 + [flag],
         "haast_tree_attention_f32": [pointer] * 5 + [count] * 17 + [number] * 2 + [flag],
@@ -93,24 +93,24 @@ def why_not() -> str:
 
 
 def features() -> int:
-    """CPU features found, a bit mask: 1 AVX2, 2 FMA, 4 F16C; 0 without the library."""
+    """CPU features found, a bit mask: 1 AVX2, 2 FMA, 4 F16C, 8 AVX-512 F; 0 without the library."""
     return 0 if _library is None else int(_library.haast_features())
 
 
 def accelerated() -> bool:
-    """Whether the kernels run their AVX2 path on this CPU."""
-    return features() == _ALL_FEATURES
+    """Whether the kernels run their AVX2 path (or the AVX-512 one, which gives the same bits) on this CPU."""
+    return features() & _FAST == _FAST
 
 
 @contextlib.contextmanager
-def scalar_path() -> Iterator[None]:
-    """Force the portable path inside the block, process wide. For tests."""
+def narrow_path(at_most: int = 0) -> Iterator[None]:
+    """Inside the block use no wider path than 0 portable, 1 AVX2, 2 AVX-512; process wide. For tests."""
     library = _native()
-    library.haast_force_scalar(1)
+    library.haast_limit_path(at_most)
     try:
         yield
     finally:
-        library.haast_force_scalar(0)
+        library.haast_limit_path(2)
 
 
 @contextlib.contextmanager

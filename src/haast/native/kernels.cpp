@@ -23,6 +23,7 @@
 // Runtime dispatch: only these functions may use AVX2, so the file is built without -march and runs anywhere.
 #define AVX static __attribute__((target("avx2,fma,f16c")))
 #define AVX_INLINE static inline __attribute__((target("avx2,fma,f16c"), always_inline))
+#define AVX512 static __attribute__((target("avx512f,avx2,fma,f16c")))
 #endif
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -36,22 +37,27 @@ constexpr int64_t kSerialWork = 1 << 15;  // multiply-adds below which a second 
 constexpr int64_t kAhead = 1024;          // bytes that the weights are prefetched ahead
 constexpr float kMasked = -1e30f;         // mask values up to here (finfo.min and -inf too) hide a slot
 
-bool force_scalar = false;  // for tests only: the portable path on a CPU that has the fast one
+enum Path { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+
+Path widest = kAvx512;  // lowered for tests only: a narrower path on a CPU that has a wider one
 
 int cpu_features() {
 #if defined(HAAST_X86)
     __builtin_cpu_init();
     return (__builtin_cpu_supports("avx2") ? 1 : 0) | (__builtin_cpu_supports("fma") ? 2 : 0) |
-           (__builtin_cpu_supports("f16c") ? 4 : 0);
+           (__builtin_cpu_supports("f16c") ? 4 : 0) | (__builtin_cpu_supports("avx512f") ? 8 : 0);
 #else
     return 0;
 #endif
 }
 
-bool use_avx() {
-    static const bool found = cpu_features() == 7;
-    return found && !force_scalar;
+Path path() {
+    static const int features = cpu_features();
+    static const Path found = (features & 7) != 7 ? kScalar : features & 8 ? kAvx512 : kAvx2;
+    return found < widest ? found : widest;
 }
+
+bool use_avx() { return path() >= kAvx2; }
 
 void pause() {
 #if defined(HAAST_X86)
@@ -315,6 +321,91 @@ AVX void linear_avx(const void* job, int64_t first, int64_t last) {
         for (; p + 4 <= last; p += 4) all_rows<4>(a, a.packed + p * step, p);
     for (; p + 2 <= last; p += 2) all_rows<2>(a, a.packed + p * step, p);
     for (; p < last; ++p) all_rows<1>(a, a.packed + p * step, p);
+}
+
+// ---------------------------------------------------------------- linear: AVX-512 path
+
+// A panel is one register, and there are 32 of them. Each output is the same chain of FMAs as on AVX2: the same bits.
+template <int R, int P>
+AVX512 void tile512(const float* x, int64_t x_stride, const uint16_t* w, int64_t in, float* y, int64_t y_stride,
+                    const float* bias, int64_t valid) {
+    __m512 acc[R][P];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) acc[r][p] = _mm512_setzero_ps();
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < in; ++k) {
+        __m512 wv[P];
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) {
+            const uint16_t* wk = w + (p * in + k) * kLanes;
+            _mm_prefetch(reinterpret_cast<const char*>(wk) + kAhead, _MM_HINT_T0);
+            // The masked form with every lane on is the plain instruction; gcc 12 warns of the plain intrinsic.
+            wv[p] = _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(wk)));
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+            const __m512 xv = _mm512_set1_ps(x[r * x_stride + k]);
+#pragma GCC unroll 8
+            for (int p = 0; p < P; ++p) acc[r][p] = _mm512_fmadd_ps(xv, wv[p], acc[r][p]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+        const int64_t left = valid - p * kLanes;
+        const __mmask16 lanes = left >= kLanes ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+        const __m512 b = bias ? _mm512_maskz_loadu_ps(lanes, bias + p * kLanes) : _mm512_setzero_ps();
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r)
+            _mm512_mask_storeu_ps(y + r * y_stride + p * kLanes, lanes, bias ? _mm512_add_ps(acc[r][p], b) : acc[r][p]);
+    }
+}
+
+constexpr int64_t kMaxRows512 = 12;  // 12 rows x 2 panels = 24 accumulators, 2 weights, 1 broadcast: 27 of 32
+
+template <int P>
+AVX512 void rows_by_panels512(int64_t rows, const float* x, int64_t xs, const uint16_t* w, int64_t in, float* y,
+                              int64_t ys, const float* bias, int64_t valid) {
+    switch (rows) {
+        case 1: return tile512<1, P>(x, xs, w, in, y, ys, bias, valid);
+        case 2: return tile512<2, P>(x, xs, w, in, y, ys, bias, valid);
+        case 3: return tile512<3, P>(x, xs, w, in, y, ys, bias, valid);
+        case 4: return tile512<4, P>(x, xs, w, in, y, ys, bias, valid);
+        case 5: return tile512<5, P>(x, xs, w, in, y, ys, bias, valid);
+        case 6: return tile512<6, P>(x, xs, w, in, y, ys, bias, valid);
+        case 7: return tile512<7, P>(x, xs, w, in, y, ys, bias, valid);
+        case 8: return tile512<8, P>(x, xs, w, in, y, ys, bias, valid);
+        case 9: return tile512<9, P>(x, xs, w, in, y, ys, bias, valid);
+        case 10: return tile512<10, P>(x, xs, w, in, y, ys, bias, valid);
+        case 11: return tile512<11, P>(x, xs, w, in, y, ys, bias, valid);
+        default: return tile512<12, P>(x, xs, w, in, y, ys, bias, valid);
+    }
+}
+
+template <int P>
+AVX512 void all_rows512(const Linear& a, const uint16_t* w, int64_t panel) {
+    const int64_t blocks = (a.rows + kMaxRows512 - 1) / kMaxRows512, base = a.rows / blocks, longer = a.rows % blocks;
+    const float* bias = a.bias ? a.bias + panel * kLanes : nullptr;
+    for (int64_t b = 0, r = 0; b < blocks; ++b) {
+        const int64_t rows = base + (b < longer ? 1 : 0);
+        float* y = a.y + r * a.y_stride + panel * kLanes;
+        rows_by_panels512<P>(rows, a.x + r * a.x_stride, a.x_stride, w, a.in, y, a.y_stride, bias,
+                             a.out - panel * kLanes);
+        r += rows;
+    }
+}
+
+AVX512 void linear_avx512(const void* job, int64_t first, int64_t last) {
+    const Linear& a = *static_cast<const Linear*>(job);
+    const int64_t step = a.in * kLanes;
+    int64_t p = first;
+    if (a.rows == 1)
+        for (; p + 8 <= last; p += 8)
+            tile512<1, 8>(a.x, a.x_stride, a.packed + p * step, a.in, a.y + p * kLanes, a.y_stride,
+                          a.bias ? a.bias + p * kLanes : nullptr, a.out - p * kLanes);
+    for (; p + 2 <= last; p += 2) all_rows512<2>(a, a.packed + p * step, p);
+    for (; p < last; ++p) all_rows512<1>(a, a.packed + p * step, p);
 }
 
 AVX void pack_avx(const float* w, uint16_t* panel, int64_t valid, int64_t in) {
@@ -691,19 +782,21 @@ AVX void swiglu_avx(const void* job, int64_t first, int64_t last) {
 
 #if defined(HAAST_X86)
 #define PICK(name) (use_avx() ? name##_avx : name##_scalar)
+#define PICK_LINEAR (path() == kAvx512 ? linear_avx512 : PICK(linear))
 #else
 #define PICK(name) (name##_scalar)
+#define PICK_LINEAR PICK(linear)
 #endif
 
 }  // namespace
 
 // ---------------------------------------------------------------- the C ABI
 
-EXPORT int haast_abi() { return 1; }  // raised with every change of a signature: a stale library is refused at load
+EXPORT int haast_abi() { return 2; }  // raised with every change of a signature: a stale library is refused at load
 
-EXPORT int haast_features() { return cpu_features(); }  // 1 AVX2, 2 FMA, 4 F16C
+EXPORT int haast_features() { return cpu_features(); }  // 1 AVX2, 2 FMA, 4 F16C, 8 AVX-512 F
 
-EXPORT void haast_force_scalar(int on) { force_scalar = on != 0; }
+EXPORT void haast_limit_path(int at_most) { widest = static_cast<Path>(at_most); }  // 0 portable, 1 AVX2, 2 AVX-512
 
 // w (out_features, in_features) contiguous -> out (ceil(out_features / 16), in_features, 16) fp16, zero padded.
 EXPORT void haast_pack_f16(const float* w, uint16_t* out, int64_t out_features, int64_t in_features) {
@@ -730,7 +823,7 @@ EXPORT void haast_linear_f16(const float* x, const uint16_t* packed, const float
     const Linear a{x, packed, bias, y, rows, in_features, out_features, x_stride, y_stride};
     const int64_t panels = (out_features + kLanes - 1) / kLanes;
     if (rows * in_features * out_features < kSerialWork) threads = 1;
-    pool().run(PICK(linear), &a, panels, chunk_of(panels, threads), threads);
+    pool().run(PICK_LINEAR, &a, panels, chunk_of(panels, threads), threads);
 }
 
 // Shapes and strides as in struct Attention; d may be any number, but only multiples of 8 are fast.

@@ -28,9 +28,11 @@ class TrainConfig:
     feature_weight: float = 0.1
     draft_vocab: int = 8192
     batch_tokens: int = 1536  # positions a step, prompt positions included
-    output_init: float = 0.1  # scale of fc, o_proj and down_proj at the start
+    initialisation: str = "auto"  # last-layer: as the target's own; random; auto: the first where the target allows it
+    output_init: float = 0.1  # scale of fc, o_proj and down_proj at a random start
     feature_noise: float = 0.0  # uniform, width in units of each dimension's rms
     ema: float = 0.0  # decay of the weight average that is evaluated and exported; 0 is off
+    matmul_precision: str = "medium"  # torch.set_float32_matmul_precision while training
     alignment_steps: int = 1  # passes in which the head reads its own features (HASS); 1 reads the target's only
     step_decay: float = 0.8  # weight of pass s is step_decay ** s
     log_every: int = 50_000  # views
@@ -49,6 +51,8 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 0, "0 or above")
         for name in ("warmup", "beta1", "beta2", "ema"):
             self._require(name, 0 <= getattr(self, name) < 1, "0 or above and below 1")
+        self._require_one_of("initialisation", ("auto", "last-layer", "random"))
+        self._require_one_of("matmul_precision", ("highest", "high", "medium"))
         self._require("final_learning_rate", 0 <= self.final_learning_rate <= 1, "between 0 and 1")
         self._require("ce_weight", self.ce_weight + self.feature_weight > 0, "above 0, or feature_weight above 0")
 
@@ -56,6 +60,10 @@ class TrainConfig:
         value = getattr(self, name)
         if not ok or not math.isfinite(value):
             raise ValueError(f"{name}={value} is not allowed in training: give a value {wanted}")
+
+    def _require_one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            raise ValueError(f"{name}={getattr(self, name)!r} is not allowed in training: give {', '.join(allowed)}")
 
     @staticmethod
     def from_mapping(values: Mapping[str, Any]) -> TrainConfig:

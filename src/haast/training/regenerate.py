@@ -10,6 +10,7 @@ size nor an interruption changes it (where the target's rows are independent; ot
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from haast.training.checkpoints import write_probe
 from haast.training.data import encode_prompt
 from haast.training.features import ShardIdentity, ShardWriter, teacher_topk
 from haast.training.frozen import end_tokens
-from haast.training.report import RateColumn
+from haast.training.report import Heartbeat, RateColumn
 from haast.tree import DraftTree
 
 _TEMPERATURE_DRAW = 2**40  # a position no text reaches: the draw that picks an answer's temperature
@@ -258,17 +259,20 @@ def regenerate(
         How many answers were added. Prompts longer than `max_prompt_tokens` are left out.
 
     Raises:
-        ValueError: a folder that cannot be written (before the model runs), two prompts of one id, a full disk.
+        ValueError: a folder that cannot be written (before the model runs), two prompts of one id, a full disk, or
+            another run is writing to `out_path`.
     """
     for folder in (out_path.parent, *([config.features_dir] if config.features_dir else [])):
         write_probe(folder)
     if len({prompt.id for prompt in prompts}) < len(prompts):
         raise ValueError("two prompts have the same id: give each line its own, answers are resumed by id")
-    done = {str(record.get("id")) for record in mend_answers(out_path)}
     ends, added = end_tokens(target), 0
     columns = (BarColumn(), TextColumn("{task.completed:.0f} of {task.total:.0f} answers"), RateColumn())
     with ExitStack() as stack:
         file = stack.enter_context(out_path.open("ab"))
+        _lock(file, out_path)
+        done = {str(record.get("id")) for record in mend_answers(out_path)}
+        beat = Heartbeat(quiet)
         bar = stack.enter_context(Progress(*columns, TimeRemainingColumn(), disable=quiet))
         task = bar.add_task("", total=len(prompts), completed=len(done), counted=0)
         writer = None
@@ -283,7 +287,18 @@ def regenerate(
                 writer.add(answer.example(), record)
             added, tokens = added + 1, tokens + len(answer.tokens)
             bar.update(task, advance=1, counted=tokens)
+            beat.line(f"{len(done) + added} of {len(prompts)} answers", tokens)
     return added
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    """Held until the file is closed, also by a kill. Two runs on one file would answer the same prompts twice."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"another run is writing to {path}: wait for it, or give another --out") from error
+    except OSError:  # a file system without locks
+        return
 
 
 def _waiting(

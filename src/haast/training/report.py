@@ -24,6 +24,22 @@ class RateColumn(ProgressColumn):
         return Text(f"{task.fields.get('counted', 0) / max(task.elapsed or 0.0, 1e-9):.0f} tokens/s")
 
 
+class Heartbeat:
+    """For logs, where a progress bar draws nothing: one line a minute. On a terminal and with `quiet` it is silent."""
+
+    def __init__(self, quiet: bool, seconds: float = 60.0) -> None:
+        self._console, self._seconds = Console(stderr=True, quiet=quiet), seconds
+        self._start = self._last = time.monotonic()
+
+    def line(self, words: str, tokens: int) -> None:
+        """Say how far a job is, unless the last line is fresh; `tokens` since the start give the rate."""
+        now = time.monotonic()
+        if self._console.is_terminal or now - self._last < self._seconds:
+            return
+        self._last = now
+        self._console.print(f"{words}  {tokens / (now - self._start):.0f} tokens/s", highlight=False)
+
+
 class Reporter:
     """Collects sums between log lines.
 

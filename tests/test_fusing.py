@@ -7,7 +7,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    OlmoConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from haast import native
 from haast.speed.fusing import FusedRMSNorm, FusedSwiGLU, fuse_small_modules
@@ -34,7 +46,7 @@ def test_llama_keeps_its_numbers() -> None:
         before = model(tokens).logits
         report = fuse_small_modules(model)
         after = model(tokens).logits
-    assert (report.norms, report.feed_forwards) == (5, 2)
+    assert (report.norms, report.feed_forwards, report.attentions) == (5, 2, 2)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
@@ -50,6 +62,29 @@ def test_a_norm_of_another_law_is_left_alone() -> None:
     pack_linears(model)
     report = fuse_small_modules(model)
     assert (report.norms, report.feed_forwards) == (0, 0)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("kind", "fused"), [(Qwen2Config, 2), (MistralConfig, 2), (Qwen3Config, 0), (CohereConfig, 0), (OlmoConfig, 2)]
+)
+def test_attention_is_fused_where_it_is_llamas(kind: type[PretrainedConfig], fused: int) -> None:
+    """Qwen2 has biases; Qwen3 norms its heads and Cohere interleaves the rotation: those two must stay."""
+    torch.manual_seed(0)
+    config = kind(**SIZES, head_dim=8, attn_implementation="sdpa", pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_proj.bias"):
+                nn.init.normal_(parameter)
+    pack_linears(model)
+    tokens = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        before = model(tokens).logits
+        report = fuse_small_modules(model)
+        after = model(tokens).logits
+    assert report.attentions == fused
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
 @needs_kernels

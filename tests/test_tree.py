@@ -68,8 +68,7 @@ def test_the_mask_is_past_and_ancestors_cut_by_the_window(
             walked = line(parents[row], live[row], node)
             place = length + len(walked) - 1
             slots = {length + n: length + len(line(parents[row], live[row], n)) - 1 for n in walked}
-            if live[row][node]:
-                slots.update({past: past for past in range(length)})
+            slots.update({past: past for past in range(length)})
             seen = sorted(slot for slot, position in slots.items() if window is None or place - position < window)
             assert (bias[row, 0, node] == 0).nonzero().flatten().tolist() == seen
 

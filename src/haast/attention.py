@@ -28,18 +28,45 @@ def tree_bias(tree: DraftTree, lengths: Sequence[int], dtype: torch.dtype, windo
     Slot j of a row is a committed position for j < length, node j - length after that, and nothing beyond its nodes.
     `window` keeps only keys whose position is less than `window` behind the query's.
     """
-    slots, device = max(lengths) + tree.nodes, tree.tokens.device
-    seen = torch.zeros(tree.rows, tree.nodes, slots, dtype=torch.bool, device=device)
-    for row, length in enumerate(lengths):
-        seen[row, :, :length] = tree.live[row].unsqueeze(1)  # dead nodes see only themselves
-        seen[row, :, length : length + tree.nodes] = tree.ancestors[row]
-        if window is not None and length + tree.nodes > window:
+    bias = in_flight_bias(tree.ancestors, lengths, dtype)
+    if window is not None and max(lengths) + tree.nodes > window:
+        key = torch.arange(bias.shape[3], device=bias.device)
+        for row, length in enumerate(lengths):
             query = length + tree.depths[row]
-            key = torch.arange(slots, device=device)
-            key[length : length + tree.nodes] = query
-            seen[row] &= query.unsqueeze(1) - key < window
-    bias = torch.zeros(seen.shape, dtype=dtype, device=device)
-    return bias.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
+            place = key.clone()
+            place[length : length + tree.nodes] = query
+            bias[row, 0].masked_fill_(query.unsqueeze(1) - place >= window, torch.finfo(dtype).min)
+    return bias
+
+
+def in_flight_bias(seen: Tensor, lengths: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The mask of nodes that see all of their row's past, and of what is in flight behind it just what `seen` says.
+
+    Args:
+        seen: (rows, nodes, in flight) bool.
+        lengths: committed slots per row; what is in flight stands behind them.
+        dtype: of the mask.
+
+    Returns:
+        (rows, 1, nodes, longest length + in flight), 0 or the dtype's minimum.
+    """
+    rows, nodes, flight = seen.shape
+    lowest, longest = torch.finfo(dtype).min, max(lengths)
+    bias = torch.zeros(rows, 1, nodes, longest + flight, dtype=dtype, device=seen.device)
+    hidden = ~seen
+    if min(lengths) == longest:
+        bias[:, 0, :, longest:].masked_fill_(hidden, lowest)
+        return bias
+    for row, length in enumerate(lengths):
+        bias[row, 0, :, length : length + flight].masked_fill_(hidden[row], lowest)
+        bias[row, 0, :, length + flight :] = lowest
+    return bias
+
+
+def chain_bias(nodes: int, lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The mask of `nodes` positions that follow one another, in every row: causal behind the row's past."""
+    causal = torch.ones(nodes, nodes, dtype=torch.bool, device=device).tril_()
+    return in_flight_bias(causal.expand(len(lengths), -1, -1), lengths, dtype)
 
 
 def attend(

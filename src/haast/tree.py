@@ -25,7 +25,7 @@ class DraftTree:
 
     Node 0 is the root: the last emitted token, not yet in the target's cache. Parents precede their children.
     Siblings stand in the drafter's order of preference. Dead nodes pad ragged rows to one static shape: they are run,
-    see only themselves, and can neither be accepted nor have live children. Probes are run but never accepted.
+    seen by no other node, and can neither be accepted nor have live children. Probes are run but never accepted.
     """
 
     tokens: Tensor  # (rows, nodes) int64

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from haast.attention import tree_bias
+from haast.attention import chain_bias, in_flight_bias
 from haast.cache import TreeCache
 from haast.drafters.base import Accepted, Drafter, last_tokens
 from haast.drafters.shape import DraftShape, plan
@@ -83,12 +83,11 @@ class EagleDrafter(Drafter):
     def observe(self, accepted: Accepted) -> None:
         cache = self._cache
         assert cache is not None, "start comes before observe"
-        counts = torch.tensor(accepted.counts, device=accepted.tokens.device)
-        live = torch.arange(accepted.tokens.shape[1], device=counts.device) < counts.unsqueeze(1)
-        pairs = DraftTree.chain(accepted.tokens, live)
-        positions = torch.tensor(cache.lengths, device=counts.device).unsqueeze(1) + pairs.depths
-        bias = tree_bias(pairs, cache.lengths, accepted.features.dtype)
-        cache.begin(pairs.nodes)
+        nodes, device = accepted.tokens.shape[1], accepted.tokens.device
+        counts = torch.tensor(accepted.counts, device=device)
+        positions = torch.tensor(cache.lengths, device=device).unsqueeze(1) + torch.arange(nodes, device=device)
+        bias = chain_bias(nodes, cache.lengths, accepted.features.dtype, device)  # a shorter row's tail is not kept
+        cache.begin(nodes)
         output = self._module(self._target.embed(accepted.tokens), accepted.features, positions, bias, cache)
         cache.commit([range(count) for count in accepted.counts])
         last = output[torch.arange(len(counts), device=counts.device), (counts - 1).clamp_min(0)]  # (rows, hidden)
@@ -133,13 +132,7 @@ class EagleDrafter(Drafter):
         cache = self._cache
         assert cache is not None
         rows, width = tokens.shape
-        slots = max(committed) + seen.shape[2]
-        mask = torch.zeros(rows, width, slots, dtype=torch.bool, device=tokens.device)
-        for row, length in enumerate(committed):
-            mask[row, :, :length] = True
-            mask[row, :, length : length + seen.shape[2]] = seen[row]
-        bias = torch.zeros(mask.shape, dtype=features.dtype, device=tokens.device)
-        bias = bias.masked_fill_(~mask, torch.finfo(features.dtype).min).unsqueeze(1)
+        bias = in_flight_bias(seen, committed, features.dtype)
         positions = (torch.tensor(committed, device=tokens.device) + level).unsqueeze(1).expand(rows, width)
         cache.begin(width)
         output: Tensor = self._module(self._target.embed(tokens), features, positions, bias, cache)

@@ -28,6 +28,7 @@ __all__ = [
     "narrow_path",
     "pack_f16",
     "rms_norm",
+    "rotate_",
     "swiglu",
     "tree_attention",
     "why_not",
@@ -35,7 +36,7 @@ __all__ = [
 
 LANES = 16  # outputs in a weight panel
 
-_ABI = 2
+_ABI = 3
 _FAST = 7  # AVX2 | FMA | F16C
 _REMEDY = "reinstall Haast where a C++ compiler is installed (pip install -v shows its messages)"
 
@@ -49,6 +50,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "haast_linear_f16": [pointer] * 4 + [count] * 5 + [flag],
         "haast_tree_attention_f32": [pointer] * 5 + [count] * 17 + [number] * 2 + [flag],
         "haast_rms_norm_f32": [pointer] * 3 + [count] * 2 + [number, flag],
+        "haast_rotate_f32": [pointer] * 3 + [count] * 5 + [flag],
         "haast_swiglu_f32": [pointer] * 2 + [count] * 2 + [flag],
     }
     for name, arguments in signatures.items():
@@ -346,6 +348,44 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, threads: int | None = None) 
     rows = x.numel() // dim
     _native().haast_rms_norm_f32(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, dim, eps, threads)
     return y
+
+
+def rotate_(x: Tensor, cosine: Tensor, sine: Tensor, heads: int, threads: int | None = None) -> Tensor:
+    """Apply rotary embeddings in place to the first heads of every row, halves paired as Llama pairs them.
+
+    Args:
+        x: (rows, nodes, width) fp32, contiguous; heads of size d from the start of each width.
+        cosine: (rows or 1, nodes, d) fp32, d even.
+        sine: as cosine.
+        heads: how many heads to rotate; what stands behind them stays.
+        threads: default torch's own count, also inside `sole_threads`.
+
+    Returns:
+        `x`.
+    """
+    _check("x", x, 3)
+    _check("cosine", cosine, 3)
+    _check("sine", sine, 3)
+    (rows, nodes, width), (angle_rows, angle_nodes, d) = x.shape, cosine.shape
+    fits = sine.shape == cosine.shape and angle_rows in (1, rows) and angle_nodes == nodes
+    if not fits or d % 2 or heads * d > width or not x.is_contiguous():
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, cosine {tuple(cosine.shape)}, sine {tuple(sine.shape)}, heads {heads}; "
+            "expected x (rows, nodes, width) contiguous and twice (rows or 1, nodes, even d), heads * d within width"
+        )
+    cosine, sine = cosine.contiguous(), sine.contiguous()
+    _native().haast_rotate_f32(
+        x.data_ptr(),
+        cosine.data_ptr(),
+        sine.data_ptr(),
+        rows * nodes,
+        heads,
+        d,
+        width,
+        angle_rows * nodes,
+        threads or _threads(),
+    )
+    return x
 
 
 def swiglu(gate_up: Tensor, threads: int | None = None) -> Tensor:

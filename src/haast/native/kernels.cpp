@@ -739,6 +739,29 @@ void swiglu_scalar(const void* job, int64_t first, int64_t last) {
     }
 }
 
+struct Rotation {
+    float* x;  // (tokens, x_stride): `heads` heads of d values from the start of each row
+    const float *cosine, *sine;
+    int64_t heads, d, x_stride, period;
+};
+
+// Rotary embedding in place, halves paired as Llama pairs them; products are rounded before the sum, as torch rounds.
+void rotate(const void* job, int64_t first, int64_t last) {
+    const Rotation& a = *static_cast<const Rotation*>(job);
+    const int64_t half = a.d / 2;
+    for (int64_t r = first; r < last; ++r) {
+        const float *c = a.cosine + r % a.period * a.d, *s = a.sine + r % a.period * a.d;
+        for (int64_t h = 0; h < a.heads; ++h) {
+            float *lo = a.x + r * a.x_stride + h * a.d, *hi = lo + half;
+            for (int64_t i = 0; i < half; ++i) {
+                const float x = lo[i], y = hi[i];
+                lo[i] = x * c[i] - y * s[i];
+                hi[i] = y * c[half + i] + x * s[half + i];
+            }
+        }
+    }
+}
+
 #if defined(HAAST_X86)
 AVX void rms_norm_avx(const void* job, int64_t first, int64_t last) {
     const RowWise& a = *static_cast<const RowWise*>(job);
@@ -792,7 +815,7 @@ AVX void swiglu_avx(const void* job, int64_t first, int64_t last) {
 
 // ---------------------------------------------------------------- the C ABI
 
-EXPORT int haast_abi() { return 2; }  // raised with every change of a signature: a stale library is refused at load
+EXPORT int haast_abi() { return 3; }  // raised with every change of a signature: a stale library is refused at load
 
 EXPORT int haast_features() { return cpu_features(); }  // 1 AVX2, 2 FMA, 4 F16C, 8 AVX-512 F
 
@@ -854,6 +877,13 @@ EXPORT void haast_rms_norm_f32(const float* x, const float* weight, float* y, in
                                int threads) {
     const RowWise a{x, weight, y, dim, eps};
     pool().run(PICK(rms_norm), &a, rows, 8, rows * dim < kSerialWork ? 1 : threads);
+}
+
+// Rotate the first `heads` heads (of even size d) of every row of x in place; row r takes angle row r % period.
+EXPORT void haast_rotate_f32(float* x, const float* cosine, const float* sine, int64_t rows, int64_t heads, int64_t d,
+                             int64_t x_stride, int64_t period, int threads) {
+    const Rotation a{x, cosine, sine, heads, d, x_stride, period};
+    pool().run(rotate, &a, rows, 16, rows * heads * d < kSerialWork ? 1 : threads);
 }
 
 // y (rows, width) = silu(gate) * up from gate_up (rows, 2 * width): gate first, both contiguous.

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
-from haast.speed.fusing import FusedSwiGLU
+from haast.speed.fusing import FusedAttention, FusedSwiGLU
 from haast.speed.packing import PackedLinear
 from haast.target import Target
 from haast.training.batches import Example, usable
@@ -171,12 +171,12 @@ def _find(target: Target) -> _LastLayer | str:
     if set(inside) != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
         return f"the layers of {name} hold {sorted(inside)}, not a Llama layer's four parts"
     attention, mlp = inside["self_attn"], inside["mlp"]
-    weights = {key: _weight(dict(attention.named_children()).get(key)) for key in _LINEARS[:4]}
-    if isinstance(mlp, FusedSwiGLU):
-        gate, up = mlp.gate_up.unpack().chunk(2)
-        weights |= {"gate_proj": gate, "up_proj": up, "down_proj": mlp.down_proj.unpack()}
-    else:
-        weights |= {key: _weight(dict(mlp.named_children()).get(key)) for key in _LINEARS[4:]}
+    weights: dict[str, Tensor | None] = {}
+    for module, names in ((attention, _LINEARS[:4]), (mlp, _LINEARS[4:])):
+        if isinstance(module, FusedAttention | FusedSwiGLU):
+            weights |= module.parts()
+        else:
+            weights |= {key: _weight(dict(module.named_children()).get(key)) for key in names}
     known = {key: weight.detach().float().cpu() for key, weight in weights.items() if weight is not None}
     if len(known) < len(_LINEARS) or any("norm" in key for key, _ in attention.named_children()):
         return (

@@ -107,7 +107,7 @@ class FusedAttention(nn.Module):
     def parts(self) -> dict[str, Tensor]:
         """The weights (out, in) by the names that they had before."""
         sizes = [count * self.head_dim for count in (self.heads, self.kv_heads, self.kv_heads)]
-        query, key, value = self.qkv_proj.unpack().split(sizes)
+        query, key, value = torch.split(self.qkv_proj.unpack(), sizes)
         return {"q_proj": query, "k_proj": key, "v_proj": value, "o_proj": self.o_proj.unpack()}
 
 

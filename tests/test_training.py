@@ -309,7 +309,10 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name != "views_per_s"} for line in lines]
 
 
-@pytest.mark.parametrize("changes", [{}, {"feature_noise": 0.2, "ema": 0.9, "alignment_steps": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"optimizer": "muon", "learning_rate": 1e-3}, {"feature_noise": 0.2, "ema": 0.9, "alignment_steps": 2}],
+)
 def test_a_resumed_run_repeats_the_curve_bit_for_bit(
     target: Target, frozen: trainer.Frozen, examples: list[Example], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -416,6 +419,8 @@ def test_settings_are_checked() -> None:
             TrainConfig.from_mapping({name: -1})
     with pytest.raises(ValueError, match=r"initialisation='zero'.*last-layer"):
         TrainConfig(initialisation="zero")
+    with pytest.raises(ValueError, match="optimizer='sgd'"):
+        TrainConfig(optimizer="sgd")
     with pytest.raises(ValueError, match="matmul_precision='low'"):
         TrainConfig(matmul_precision="low")
     with pytest.raises(ValueError, match="speed"):

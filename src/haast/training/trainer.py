@@ -26,6 +26,7 @@ from haast.training.batches import BatchOrder, Example, PackedBatch, pack, usabl
 from haast.training.config import TrainConfig
 from haast.training.frozen import Frozen, check_sizes, choose_draft_vocab
 from haast.training.losses import feature_loss, teacher_cross_entropy
+from haast.training.optimizer import HeadOptimizer
 from haast.training.report import Reporter
 from haast.training.whitened import Scales, WhitenedHead, load_plain, plain_weights
 
@@ -101,10 +102,7 @@ class Trainer:
             (self.draft_vocab,), torch.arange(len(self._rows))
         )
         self._averages = [p.detach().clone() for p in self.head.parameters()] if config.ema else []
-        betas = (config.beta1, config.beta2)
-        self._optimizer = torch.optim.AdamW(
-            self.head.parameters(), config.learning_rate, betas, weight_decay=config.weight_decay, fused=True
-        )
+        self._optimizer = HeadOptimizer(self.head.parameters(), config)
         self._noise = torch.Generator().manual_seed(config.seed)
         self._at = _Progress()
         self._report = Reporter(config.views, out_dir / "metrics.jsonl", quiet)
@@ -150,15 +148,12 @@ class Trainer:
         return result
 
     def _step(self, batch: PackedBatch) -> dict[str, float]:
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.config.learning_rate_at(self._at.views)
         loss, sums = self._loss(batch)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.config.clip)
         if not bool(torch.isfinite(norm)):
             raise ValueError(f"the gradient is not finite at step {self._at.step}: lower learning_rate and resume")
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        self._optimizer.step(self.config.learning_rate_at(self._at.views))
         if self._averages:
             decay = min(self.config.ema, (1 + self._at.step) / (10 + self._at.step))
             torch._foreach_lerp_(self._averages, [p.detach() for p in self.head.parameters()], 1 - decay)

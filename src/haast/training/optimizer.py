@@ -1,0 +1,59 @@
+"""The optimiser of a head: AdamW, or Muon for the matrices and AdamW for the rest.
+
+Owns which parameter goes where, and one state for checkpoints. Muon (Jordan et al., 2024) orthogonalises each matrix's
+momentum. Its step is scaled to the size of AdamW's (Moonlight, arXiv 2502.16982), so both take the same learning rates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from haast.training.config import TrainConfig
+
+
+class HeadOptimizer:
+    """Steps all parameters with one learning rate.
+
+    Args:
+        parameters: of the head.
+        config: `optimizer`, `beta1`, `beta2`, `weight_decay`.
+
+    Raises:
+        ValueError: Muon is asked for and this torch has none.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], config: TrainConfig) -> None:
+        every = list(parameters)
+        betas = (config.beta1, config.beta2)
+        matrices = [p for p in every if p.ndim == 2] if config.optimizer == "muon" else []
+        others = [p for p in every if p.ndim != 2] if matrices else every
+        self._parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(others, config.learning_rate, betas, weight_decay=config.weight_decay, fused=True)
+        ]
+        if matrices:
+            muon: Any = getattr(torch.optim, "Muon", None)
+            if muon is None:
+                raise ValueError(f"optimizer='muon' needs torch 2.9 or newer, this is {torch.__version__}: use 'adamw'")
+            rate, decay = config.learning_rate, config.weight_decay
+            self._parts.append(muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+
+    def step(self, learning_rate: float) -> None:
+        """Apply the gradients and forget them."""
+        for part in self._parts:
+            for group in part.param_groups:
+                group["lr"] = learning_rate
+            part.step()
+            part.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs."""
+        return {"parts": [part.state_dict() for part in self._parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a checkpoint's state of the same configuration."""
+        for part, own in zip(self._parts, state["parts"], strict=True):
+            part.load_state_dict(own)

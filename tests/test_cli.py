@@ -283,8 +283,9 @@ def test_info_states_model_and_head(home: Path) -> None:
     assert facts["model"]["parameters"] == sum(p.numel() for p in stock.parameters())
     assert facts["head"]["draft_vocab"] == 129 and facts["head"]["about"] == {"note": "random"}
     assert set(facts["haast"]) >= {"torch", "transformers", "threads", "native_kernels", "native_why_not"}
-    lost = document(haast_run("info", *parts(home), "--head", home / "nowhere", "--json", "-"))
-    assert "nowhere" in lost["head"]["problem"]
+    lost = haast_run("info", *parts(home), "--head", home / "nowhere", "--json", "-")
+    assert lost.exit_code == 1 and "nowhere" in json.loads(lost.stdout)["head"]["problem"]
+    assert haast_run("--version").stdout.startswith("haast ")
     assert "draft_vocab" in haast_run("info", *parts(home)).stdout
 
 

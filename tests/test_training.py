@@ -505,7 +505,13 @@ def test_prompt_files_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "one"}\n\n{"turns": ["two", "three"], "id": "x", "source": "s"}\n')
     first, second = read_prompts(path)
-    assert (first.id, first.turns, second.turns, second.extra) == ("1", ("one",), ("two", "three"), {"source": "s"})
+    assert (first.turns, second.id, second.turns, second.extra) == (("one",), "x", ("two", "three"), {"source": "s"})
+    (tmp_path / "other.jsonl").write_text(
+        '{"prompt": "two"}\n{"prompt": "one"}\n{"prompt": "six"}\n{"prompt": "ten"}\n'
+    )
+    two, one, *_ = read_prompts(tmp_path / "other.jsonl")
+    assert one.id == first.id != two.id, "a prompt without an id is known by its text, not by its line"
+    assert [p.turns for p in read_prompts(tmp_path / "other.jsonl", 2, spread=True)] == [("two",), ("six",)]
     assert len(read_prompts(path, 1)) == 1
     for text, message in (
         ('{"prompt": "one"}\n{"prompt": \n', "line 2: not JSON"),
@@ -611,6 +617,9 @@ def test_regeneration_refuses_before_the_model_runs(
     with (tmp_path / "a.jsonl").open("ab") as held, pytest.raises(ValueError, match="another run is writing"):
         fcntl.flock(held, fcntl.LOCK_EX)
         regenerate.regenerate(target, tokenizer, prompts(), tmp_path / "a.jsonl", settings(), quiet=True)
+    (tmp_path / "b.jsonl").write_text('{"id": "p0", "model": "another"}\n')
+    with pytest.raises(ValueError, match=r"answers of another, not of tiny.*--out"):
+        regenerate.regenerate(target, tokenizer, prompts(), tmp_path / "b.jsonl", settings(), name="tiny", quiet=True)
     long = [Prompt("long", (" ".join(["w9"] * 80),))]
     assert regenerate.regenerate(target, tokenizer, long, tmp_path / "a.jsonl", settings(), quiet=True) == 0
 

@@ -230,7 +230,9 @@ def find_head(head: str | Path | None, model: str | None) -> Path | None:
     if head is None:
         return None
     if head != "default":
-        return Path(head).expanduser()
+        folder = Path(head).expanduser()
+        best = folder / "best"  # the folder of a training run
+        return best if not (folder / "config.json").exists() and (best / "config.json").exists() else folder
     if model != DEFAULT_MODEL:
         raise ValueError(
             f"no head is shipped for {model or 'a model given as an object'!r}: give its folder, or None to decode "

@@ -175,8 +175,8 @@ def _converted(source: ModelSource) -> Path:
 def _converted_folder(source: ModelSource) -> Path:
     assert source.gguf is not None
     file = Path(source.location) / source.gguf
-    stat = file.stat()
-    digest = hashlib.sha256(f"1|{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    with file.open("rb") as content:  # by content, so that every environment's copy of one file shares the conversion
+        digest = hashlib.file_digest(content, "sha256").hexdigest()[:16]
     return cached_assets_path(library_name="haast", namespace="gguf", subfolder=f"{file.stem}-{digest}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -43,15 +44,18 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(value).__name__}")
                 yield number, value
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path} after line {number}: {error}") from error
+        where = f" after line {number}" if number else ""
+        raise ValueError(f"cannot read {path}{where}: {error}") from error
 
 
-def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
+def read_prompts(path: str | Path, limit: int | None = None, spread: bool = False) -> list[Prompt]:
     """The first `limit` prompts of a file (all of them for None).
 
     Args:
         path: JSON lines, each with `turns` (a list of texts) or `prompt` (one text); `id` and `category` are optional.
+            Without an `id` (or `question_id`) a prompt is known by a hash of its turns.
         limit: at least 1.
+        spread: take them evenly from the whole file instead, since such files are often sorted by category.
 
     Raises:
         ValueError: a bad limit, an unreadable or empty file, or a malformed line (the message has its number).
@@ -60,15 +64,17 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
         raise ValueError(f"limit={limit} is not allowed: give 1 or more prompts")
     prompts: list[Prompt] = []
     for number, value in read_json_lines(path):
-        if limit is not None and len(prompts) == limit:
+        if limit is not None and not spread and len(prompts) == limit:
             break
-        prompts.append(_prompt(value, f"{path}, line {number}", number))
+        prompts.append(_prompt(value, f"{path}, line {number}"))
     if not prompts:
         raise ValueError(f"{path} holds no prompts: give JSON lines with `turns` or `prompt`")
+    if limit is not None and limit < len(prompts):
+        prompts = [prompts[i * len(prompts) // limit] for i in range(limit)]
     return prompts
 
 
-def _prompt(value: dict[str, Any], where: str, number: int) -> Prompt:
+def _prompt(value: dict[str, Any], where: str) -> Prompt:
     rest = dict(value)
     turns = rest.pop("turns", None)
     single = rest.pop("prompt", None)
@@ -76,5 +82,8 @@ def _prompt(value: dict[str, Any], where: str, number: int) -> Prompt:
         turns = [] if single is None else [single]
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
         raise ValueError(f"{where}: expected `turns` (a list of non-empty texts) or `prompt` (a non-empty text)")
-    name = rest.pop("id", rest.pop("question_id", number))
+    name = rest.pop("question_id", None)
+    name = rest.pop("id", name)
+    if name is None:
+        name = hashlib.sha256("\0".join(turns).encode()).hexdigest()[:12]
     return Prompt(str(name), tuple(turns), str(rest.pop("category", "")), rest)

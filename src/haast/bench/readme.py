@@ -36,10 +36,12 @@ def _table(document: dict[str, Any], name: str) -> str:
     if not any(row["decoder"] == "vanilla" for row in document["rows"]):  # no denominator: a run for tau alone
         return _tau_table(document) + "\n" + _provenance(document["environment"], name) + "\n"
     lines = [
-        "| decoder | tokens/s | vs vanilla | vs stock `generate` | tau | tau without loops | first draft right |",
-        "|---|---|---|---|---|---|---|",
+        "| decoder | nodes | tokens/s | vs vanilla | vs stock `generate` | tau | tau without loops | first right |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    lines += [_line(row) for row in document["rows"]]
+    shape = document["environment"]["settings"]["shape"]
+    nodes = {"eagle": "" if shape is None else str(shape["nodes"])}
+    lines += [_line(row, nodes.get(row["decoder"], "")) for row in document["rows"]]
     return "\n".join(lines) + "\n\n" + _provenance(document["environment"], name) + "\n"
 
 
@@ -56,7 +58,7 @@ def _tau_table(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: dict[str, Any], nodes: str) -> str:
     def times(value: float | None) -> str:
         return "" if value is None else f"{value:.2f}x"
 
@@ -66,6 +68,7 @@ def _line(row: dict[str, Any]) -> str:
     alpha = row["alpha_by_depth"][0] if row["alpha_by_depth"] else None
     cells = (
         row["decoder"],
+        nodes,
         f"{row['tokens_per_s']:.1f}",
         times(row["speedup_vs_vanilla"]),
         times(row["speedup_vs_hf"]),

@@ -31,9 +31,18 @@ for _command in (
     app.command()(expanded(_command))
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"haast {version('haast')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _settings(
     ctx: typer.Context,
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
     debug: bool = typer.Option(False, "--debug", help="On an error, show the traceback."),
 ) -> None:
     ctx.obj = {"debug": debug, **(ctx.obj or {})}

@@ -12,7 +12,7 @@ import typer
 
 from haast.cli.boundary import check_writable, human_output, write_json
 from haast.cli.loading import load_all, read_prompt_file
-from haast.cli.settings import Drafting, JsonOption, LimitOption, Loading, PromptsOption, Sampling
+from haast.cli.settings import Drafting, JsonOption, Loading, PromptsOption, Sampling, SpreadLimitOption
 
 if TYPE_CHECKING:
     from haast.bench.arms import Arm
@@ -26,7 +26,7 @@ def bench(
     drafting: Drafting,
     sampling: Sampling,
     prompts: PromptsOption = None,
-    limit: LimitOption = None,
+    limit: SpreadLimitOption = None,
     decoders: Annotated[str, typer.Option(metavar="A,B,C", help="Of vanilla, eagle, hf.")] = "vanilla,eagle",
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="New tokens per prompt.")] = 128,
     rounds: Annotated[int, typer.Option(metavar="R", help="Timed rounds; the median per prompt counts.")] = 1,
@@ -43,6 +43,12 @@ def bench(
     haast bench --prompts mt_bench.jsonl --limit 20 --decoders vanilla,eagle,hf --json bench.json
     haast bench --prompts mt_bench.jsonl --nodes 24 --rounds 3 --v-curve --json -
     """
+    if prompts is None:
+        raise ValueError("bench needs prompts: give --prompts FILE (JSON lines with `turns` or `prompt`)")
+    chosen = read_prompt_file(prompts, limit)
+    check_writable(json_out)
+    drafting.check_shape(loading.device)
+
     from haast.bench.arms import check_decoders
     from haast.bench.runner import BenchConfig
 
@@ -52,10 +58,6 @@ def bench(
     if "hf" in names and (law.repetition_penalty != 1.0):
         raise ValueError("decoder 'hf' is greedy without penalties here: leave out --repetition-penalty, or hf")
     loading.check()
-    if prompts is None:
-        raise ValueError("bench needs prompts: give --prompts FILE (JSON lines with `turns` or `prompt`)")
-    chosen = read_prompt_file(prompts, limit)
-    check_writable(json_out)
     shape = drafting.check(loading.model, loading.device) if "eagle" in names else None
     target, drafter, encoded = load_all(loading, drafting, shape, chosen, raw)
     arms = _arms(names, target, drafter, loading, config)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from haast.cli.boundary import check_writable, human_output, write_json
 from haast.cli.settings import Drafting, JsonOption, Loading
@@ -28,9 +31,22 @@ def info(loading: Loading, drafting: Drafting, json_out: JsonOption = None) -> N
     if json_out != "-":
         for name, facts in document.items():
             print(name, file=out)
-            for key, value in facts.items():
-                print(f"  {key:18} {value}", file=out)
+            for key, value in _flat(facts):
+                print(f"  {key:22} {value}", file=out)
     write_json(document, json_out)
+    if "problem" in head:
+        raise typer.Exit(1)
+
+
+def _flat(facts: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Facts for people: nested ones on lines of their own, empty ones left out, lists counted."""
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}.{name}", inner) for name, inner in _flat(value))
+        elif isinstance(value, list):
+            yield key, f"{len(value)} entries (all with --json)"
+        elif value not in ("", None):
+            yield key, value
 
 
 def _installation() -> dict[str, Any]:

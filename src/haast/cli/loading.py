@@ -27,7 +27,7 @@ def read_prompt_file(path: Path | None, limit: int | None) -> list[Prompt]:
     from haast.prompts import Prompt, read_prompts
 
     if path is not None:
-        return read_prompts(path, limit)
+        return read_prompts(path, limit, spread=True)
     if limit is not None:
         check_at_least("limit", limit)
     return [Prompt(f"built-in {i}", (text,)) for i, text in enumerate(_OWN_PROMPTS[:limit], start=1)]

@@ -31,6 +31,9 @@ PromptsOption = Annotated[
     Path | None, typer.Option("--prompts", metavar="FILE", help="JSON lines with `turns` or `prompt`.")
 ]
 LimitOption = Annotated[int | None, typer.Option("--limit", metavar="N", help="Take only the first N prompts.")]
+SpreadLimitOption = Annotated[
+    int | None, typer.Option("--limit", metavar="N", help="Take only N prompts, evenly from the whole file.")
+]
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,7 @@ class Drafting:
         Raises:
             ValueError: the setting; HeadMismatchError: the head.
         """
-        usual = CPU_NODES if device.startswith("cpu") else DEVICE_NODES
-        nodes = usual if self.nodes is None else self.nodes
-        shape = shape_for(nodes, self.shape, self.depth, self.draft_top_k, self.width)
+        shape = self.check_shape(device)
         folder = self.folder(model)
         if folder is not None:
             from haast.heads.checkpoint import check_fits, read_head_config
@@ -99,6 +100,12 @@ class Drafting:
             if sizes is not None:
                 check_fits(config, *sizes, model)
         return shape
+
+    def check_shape(self, device: str) -> DraftShape:
+        """The shape that the settings name. Raises ValueError; imports nothing."""
+        usual = CPU_NODES if device.startswith("cpu") else DEVICE_NODES
+        nodes = usual if self.nodes is None else self.nodes
+        return shape_for(nodes, self.shape, self.depth, self.draft_top_k, self.width)
 
     def folder(self, model: str) -> Path | None:
         """Where the head lies; None for 'none'. Raises ValueError where 'default' names none."""
@@ -189,5 +196,8 @@ def _options(kind: type[Any]) -> list[inspect.Parameter]:
     made = []
     for field in fields(kind):
         assert field.default is not MISSING, "an option group's fields have defaults"
-        made.append(inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name]))
+        annotation = hints[field.name]
+        if "help" in field.metadata:  # a configuration of the library, which knows no typer
+            annotation = Annotated[annotation, typer.Option(help=field.metadata["help"])]
+        made.append(inspect.Parameter(field.name, keyword, default=field.default, annotation=annotation))
     return made

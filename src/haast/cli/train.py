@@ -90,8 +90,10 @@ def regenerate(
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; finished answers are in {out}, the same command goes on from there", err=True)
         raise
-    typer.echo(f"{added} answers added to {out}", err=True)
-    write_json({"added": added, "prompts": len(chosen), "answers": str(out)}, json_out)
+    left_out = len(chosen) - added
+    words = f"; {left_out} prompts were answered there before, or are too long" if left_out else ""
+    typer.echo(f"{added} answers added to {out}{words}", err=True)
+    write_json({"added": added, "left_out": left_out, "prompts": len(chosen), "answers": str(out)}, json_out)
 
 
 def _temperatures(words: str) -> tuple[tuple[float, float], ...]:

@@ -10,7 +10,7 @@ import typer
 
 from haast.cli.boundary import check_writable, human_output, write_json
 from haast.cli.loading import load_all, read_prompt_file
-from haast.cli.settings import Drafting, JsonOption, LimitOption, Loading, PromptsOption, check_at_least
+from haast.cli.settings import Drafting, JsonOption, Loading, PromptsOption, SpreadLimitOption, check_at_least
 
 if TYPE_CHECKING:
     from haast.bench.runner import BenchPrompt
@@ -26,7 +26,7 @@ def verify(
     loading: Loading,
     drafting: Drafting,
     prompts: PromptsOption = None,
-    limit: LimitOption = None,
+    limit: SpreadLimitOption = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="New tokens per prompt.")] = 128,
     temperature: Annotated[float, typer.Option(metavar="T", help="Of the sampled checks; above 0.")] = 1.0,
     seed: Annotated[int, typer.Option(metavar="S")] = 0,
@@ -43,18 +43,20 @@ def verify(
     haast verify --prompts mt_bench.jsonl --limit 40 --max-new-tokens 128
     haast verify --model ./my-model --head ./my-head --dtype float64 --packing off --json verify.json
     """
-    from haast.sampling import SamplingConfig
-
     check_at_least("max_new_tokens", max_new_tokens)
     check_at_least("samples", samples, 0)
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} is not allowed in verify: the sampled checks need one above 0")
-    laws = {"greedy": SamplingConfig(), "sampled": SamplingConfig(temperature=temperature, seed=seed)}
     if drafting.head == "none":
         raise ValueError("verify needs a head: leave out --head none")
-    loading.check()
     chosen = read_prompt_file(prompts, limit)
     check_writable(json_out)
+    drafting.check_shape(loading.device)
+
+    from haast.sampling import SamplingConfig
+
+    laws = {"greedy": SamplingConfig(), "sampled": SamplingConfig(temperature=temperature, seed=seed)}
+    loading.check()
     shape = drafting.check(loading.model, loading.device)
     target, drafter, encoded = load_all(loading, drafting, shape, chosen)
     assert drafter is not None, "a head was asked for"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 # Views, at most a quarter of the run. In the first hundred steps Adam's steps all point one way, and with the large
@@ -12,34 +12,39 @@ from typing import Any
 _LEAST_WARMUP = 100_000
 
 
+def _setting(default: Any, words: str) -> Any:
+    """A field with the words that `haast train --help` says of it."""
+    return field(default=default, metadata={"help": words})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How a head is trained. A *view* is one supervised position seen once; `views` is the length of the whole run."""
 
-    views: int = 10_000_000
-    optimizer: str = "adamw"  # or muon: fewer views for the same loss; wants fast bf16 products (AVX-512 BF16, a GPU)
-    learning_rate: float = 2e-3
-    final_learning_rate: float = 0.02  # share of learning_rate at the end of the cosine
-    warmup: float = 0.05  # share of the run, but at least 100,000 views or a quarter of it; 0 is none
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip: float = 1.0  # gradient norm
-    ce_weight: float = 1.0
-    feature_weight: float = 0.1
-    draft_vocab: int = 8192
-    batch_tokens: int = 1536  # positions a step, prompt positions included
-    initialisation: str = "auto"  # last-layer: as the target's own; random; auto: the first where the target allows it
-    output_init: float = 0.1  # scale of fc, o_proj and down_proj at a random start
-    feature_noise: float = 0.0  # uniform, width in units of each dimension's rms
-    ema: float = 0.0  # decay of the weight average that is evaluated and exported; 0 is off
-    matmul_precision: str = "medium"  # torch.set_float32_matmul_precision while training
-    alignment_steps: int = 1  # passes in which the head reads its own features (HASS); 1 reads the target's only
-    step_decay: float = 0.8  # weight of pass s is step_decay ** s
-    log_every: int = 50_000  # views
-    evaluate_every: int = 500_000  # views
-    checkpoint_every: int = 250_000  # views
-    seed: int = 0
+    views: int = _setting(10_000_000, "Length of the run: supervised positions seen, each epoch's anew.")
+    optimizer: str = _setting("adamw", "Or muon: fewer views for the same loss; wants fast bf16 products.")
+    learning_rate: float = _setting(2e-3, "Its peak, after the warm-up.")
+    final_learning_rate: float = _setting(0.02, "Where the cosine ends, as a share of the learning rate.")
+    warmup: float = _setting(0.05, "Share of the run, but at least 100,000 views or a quarter of it; 0 is none.")
+    weight_decay: float = _setting(0.01, "Decoupled from the gradient.")
+    beta1: float = _setting(0.9, "Of AdamW.")
+    beta2: float = _setting(0.95, "Of AdamW.")
+    clip: float = _setting(1.0, "Largest gradient norm.")
+    ce_weight: float = _setting(1.0, "Of the soft cross-entropy against the teacher's best tokens.")
+    feature_weight: float = _setting(0.1, "Of the Smooth L1 on features, in units of each dimension's rms.")
+    draft_vocab: int = _setting(8192, "Tokens that the head drafts: those the target likes most.")
+    batch_tokens: int = _setting(1536, "Positions a step, prompt positions included.")
+    initialisation: str = _setting("auto", "last-layer (the target's own), random, or auto: the first if it fits.")
+    output_init: float = _setting(0.1, "Scale of fc, o_proj and down_proj at a random start.")
+    feature_noise: float = _setting(0.0, "Width of uniform noise on features, in units of each dimension's rms.")
+    ema: float = _setting(0.0, "Decay of the weight average that is evaluated and exported; 0 is off.")
+    matmul_precision: str = _setting("medium", "Of fp32 products: highest, high or medium, as torch has it.")
+    alignment_steps: int = _setting(1, "Passes in which the head reads its own features (HASS); 1 is none.")
+    step_decay: float = _setting(0.8, "Weight of pass s is this to the power of s.")
+    log_every: int = _setting(50_000, "Views between log lines.")
+    evaluate_every: int = _setting(500_000, "Views between evaluations.")
+    checkpoint_every: int = _setting(250_000, "Views between checkpoints.")
+    seed: int = _setting(0, "Of weights, order and noise.")
 
     def __post_init__(self) -> None:
         above_zero = (
@@ -70,7 +75,7 @@ class TrainConfig:
     @staticmethod
     def from_mapping(values: Mapping[str, Any]) -> TrainConfig:
         """Build from names and values; an unknown name fails and lists the known ones."""
-        known = [field.name for field in fields(TrainConfig)]
+        known = [setting.name for setting in fields(TrainConfig)]
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(f"unknown training settings {unknown}: the known ones are {', '.join(known)}")

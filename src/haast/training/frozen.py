@@ -55,7 +55,7 @@ def choose_draft_vocab(examples: Sequence[Example], vocab: int, size: int, alway
     for example in examples:
         mask = example.supervised.bool()
         mass.index_add_(0, example.topk_ids[mask].long().flatten(), example.topk_probs[mask].double().flatten())
-    mass[list(always)] = torch.inf
+    mass[[token for token in always if token < vocab]] = torch.inf
     return mass.topk(min(size, vocab)).indices.sort().values
 
 

@@ -88,10 +88,11 @@ class _Answer:
     def ended(self, end_ids: Sequence[int], limit: int) -> bool:
         return self.tokens[-1] in end_ids or len(self.tokens) >= limit
 
-    def record(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> dict[str, Any]:
+    def record(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int], model: str) -> dict[str, Any]:
         extra = self.prompt.extra
         return {
             "id": self.prompt.id,
+            "model": model,
             "category": self.prompt.category,
             "source": extra.get("source", ""),
             "licence": extra.get("licence", ""),
@@ -252,7 +253,7 @@ def regenerate(
         prompts: in the same order on every run: a prompt's draws are keyed by its place.
         out_path: JSON lines, see `data.read_answers`.
         config: settings.
-        name: the target's name, stored in feature shards.
+        name: the target's name, stored with answers and in feature shards.
         quiet: no progress line.
 
     Returns:
@@ -271,7 +272,9 @@ def regenerate(
     with ExitStack() as stack:
         file = stack.enter_context(out_path.open("ab"))
         _lock(file, out_path)
-        done = {str(record.get("id")) for record in mend_answers(out_path)}
+        before = mend_answers(out_path)
+        _refuse_foreign(before, name, out_path)
+        done = {str(record.get("id")) for record in before}
         beat = Heartbeat(quiet)
         bar = stack.enter_context(Progress(*columns, TimeRemainingColumn(), disable=quiet))
         task = bar.add_task("", total=len(prompts), completed=len(done), counted=0)
@@ -281,7 +284,7 @@ def regenerate(
             writer = stack.enter_context(ShardWriter(config.features_dir, identity, config.max_gb))
         tokens = 0
         for answer in _Batch(target, config, ends).run(_waiting(tokenizer, prompts, config, done)):
-            record = answer.record(tokenizer, ends)
+            record = answer.record(tokenizer, ends, name)
             _append(file, record, out_path)
             if writer is not None:
                 writer.add(answer.example(), record)
@@ -289,6 +292,12 @@ def regenerate(
             bar.update(task, advance=1, counted=tokens)
             beat.line(f"{len(done) + added} of {len(prompts)} answers", tokens)
     return added
+
+
+def _refuse_foreign(records: Sequence[dict[str, Any]], name: str, path: Path) -> None:
+    others = sorted({str(record["model"]) for record in records if record.get("model", name) != name})
+    if others:
+        raise ValueError(f"{path} holds answers of {', '.join(others)}, not of {name}: give another --out")
 
 
 def _lock(file: IO[bytes], path: Path) -> None:

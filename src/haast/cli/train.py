@@ -150,6 +150,7 @@ def train(
     from haast.cli.trainrun import Run
 
     examples, sources = _examples(target, loading.model, records, data, limit)
+    _warn_of_others(sources, loading.model)
     run = Run(target, loading.model, settings, examples, sources, shlex.join(sys.argv))
     if self_test:
         reached = run.self_test(out)
@@ -164,6 +165,16 @@ def train(
         raise
     typer.echo(f"the best head is in {out / 'best'}", err=True)
     write_json({**result, "head": str(out / "best")}, json_out)
+
+
+def _warn_of_others(records: Sequence[dict[str, Any]], model: str) -> None:
+    others = [str(record["model"]) for record in records if record.get("model", model) != model]
+    if others:
+        typer.echo(
+            f"warning: {len(others)} of {len(records)} answers were made by {', '.join(sorted(set(others)))}, not by "
+            f"{model}: a head learns best from its own target's answers (`haast regenerate`)",
+            err=True,
+        )
 
 
 def _read_records(data: TrainingData, limit: int | None) -> list[dict[str, Any]]:

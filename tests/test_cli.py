@@ -260,8 +260,14 @@ def test_regenerate_then_train_then_generate(home: Path, tmp_path: Path) -> None
     about = json.loads((run / "best" / "config.json").read_text())["about"]
     assert about["views"] == 60 and about["tau"] >= 1
     refused(haast_run("train", *model, "--answers", answers, "--out", run, *length), "resume")
-    said = haast_run("generate", "Hi", *parts(home), "--head", run / "best", "--max-new-tokens", 4)
-    assert said.exit_code == 0, said.output
+    for head in (run / "best", run):  # the folder of a run stands for the best head in it
+        said = haast_run("generate", "Hi", *parts(home), "--head", head, "--max-new-tokens", 4)
+        assert said.exit_code == 0, said.output
+    others = answers.read_text().replace(str(home / "model"), "another-model")
+    (tmp_path / "others.jsonl").write_text(others)
+    again = ["train", *model, "--answers", tmp_path / "others.jsonl", "--out", tmp_path / "b", *length[:6]]
+    warned = haast_run(*again, "--views", 20)
+    assert "3 of 3 answers were made by another-model" in warned.stderr
 
 
 def test_train_from_shards_and_self_test(home: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ things stand between:
 2. The input. h at t + 1 is not known when drafting, but the embedding e of the token at t + 1 and the feature f of t
    are: `fc` is the ridge regression of D h on the two.
 
-Measured on SmolLM2-135M-Instruct: held-out cross-entropy 3.18 before the first step (random weights: 7.64), and 2.44
-against 2.89 after 300,000 views (results/initialisation.json).
+A trial on 1,170 answers of SmolLM2-135M-Instruct: held-out cross-entropy 3.18 before the first step (random weights:
+7.64), and 2.44 against 2.89 after 300,000 views.
 """
 
 from __future__ import annotations

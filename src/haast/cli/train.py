@@ -151,7 +151,7 @@ def train(
 
     examples, sources = _examples(target, loading.model, records, data, limit)
     _warn_of_others(sources, loading.model)
-    run = Run(target, loading.model, settings, examples, sources, shlex.join(sys.argv))
+    run = Run(target, loading.model, settings, examples, sources, shlex.join(["haast", *sys.argv[1:]]))
     if self_test:
         reached = run.self_test(out)
         typer.echo(f"self-test passed: top-1 agreement {reached:.3f} on one batch", err=True)

@@ -265,8 +265,8 @@ def test_regenerate_then_train_then_generate(home: Path, tmp_path: Path) -> None
         assert said.exit_code == 0, said.output
     others = answers.read_text().replace(str(home / "model"), "another-model")
     (tmp_path / "others.jsonl").write_text(others)
-    again = ["train", *model, "--answers", tmp_path / "others.jsonl", "--out", tmp_path / "b", *length[:6]]
-    warned = haast_run(*again, "--views", 20)
+    foreign = ["train", *model, "--answers", tmp_path / "others.jsonl", "--out", tmp_path / "b", *length[:6]]
+    warned = haast_run(*foreign, "--views", 20)
     assert "3 of 3 answers were made by another-model" in warned.stderr
 
 

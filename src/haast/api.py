@@ -230,7 +230,10 @@ def find_head(head: str | Path | None, model: str | None) -> Path | None:
     if head is None:
         return None
     if head != "default":
-        folder = Path(head).expanduser()
+        try:
+            folder = Path(head).expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"no head at {head} ({error}): give the folder in full") from error
         best = folder / "best"  # the folder of a training run
         return best if not (folder / "config.json").exists() and (best / "config.json").exists() else folder
     if model != DEFAULT_MODEL:

@@ -83,15 +83,16 @@ def attend(
     """Attention of `query` (rows, heads, nodes, dim) over `key`, `value` (rows, kv_heads, slots, dim).
 
     Grouped queries share their key head by a reshape, so keys and values are never copied. Returns
-    (rows, nodes, heads, dim). Without a mask (the model used outside Haast) transformers' own sdpa answers.
+    (rows, nodes, heads, dim). Without a mask, or with transformers' own boolean one (the model used outside Haast),
+    transformers' sdpa answers.
     """
-    if attention_mask is None or dropout:
+    if attention_mask is None or attention_mask.dtype is torch.bool or dropout:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
         return output, None
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    if _native_fits(query):
+    if _native_fits(query, value):
         return native.tree_attention(query, key, value, attention_mask, scale, softcap or 0.0), None
     rows, heads, nodes, dim = query.shape
     kv_heads = key.shape[1]
@@ -105,12 +106,13 @@ def attend(
     return output.view(rows, heads, nodes, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
-def _native_fits(query: Tensor) -> bool:
+def _native_fits(query: Tensor, value: Tensor) -> bool:
     return (
         native.available()
         and query.dtype is torch.float32
         and query.device.type == "cpu"
         and query.shape[-1] % 8 == 0
+        and value.shape[-1] == query.shape[-1]
         and not torch.is_grad_enabled()
     )
 

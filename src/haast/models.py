@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import cached_assets_path
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -28,6 +29,8 @@ from haast.speed.packing import pack_linears
 from haast.target import Target
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+# What transformers, safetensors and tokenizers raise at files that are missing, torn, or do not fit one another.
+_UNLOADABLE = (OSError, KeyError, ValueError, TypeError, RuntimeError, ZeroDivisionError, SafetensorError)
 _SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -52,7 +55,10 @@ def resolve(name: str) -> ModelSource:
             return ModelSource(name, _SMOLLM2_HUB)
         folder = Path(package.origin).parent
         return ModelSource(name, str(folder), next(folder.glob("*.gguf")).name)
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"no model at {name} ({error}): give the folder in full") from error
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ValueError(f"no GGUF file at {path}")
@@ -118,6 +124,12 @@ def check_precision(dtype: str, device: str, packing: str) -> torch.dtype:
         raise ValueError(f"device={device!r} is unknown to torch: {error}") from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r} was asked for, but torch sees no CUDA device: use device='cpu'")
+    if place.type not in ("cpu", "cuda"):
+        try:
+            torch.zeros(1, device=place).add_(1).item()
+        except (RuntimeError, NotImplementedError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device={device!r} does not work here ({reason}): use device='cpu'") from error
     if packing == "f16" and (dtype != "float32" or place.type != "cpu"):
         raise ValueError(f"packing='f16' works on a float32 CPU model, not {dtype} on {device}: use packing='off'")
     return dtypes[dtype]
@@ -147,9 +159,12 @@ def _load(source: ModelSource, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
             )
         model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(location)
-    except (OSError, KeyError) as error:
+    except UnsupportedModelError:
+        raise
+    except _UNLOADABLE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"can't load the model {source.name!r} (looked in {source.location}): {str(error).splitlines()[0]} "
+            f"can't load the model {source.name!r} (looked in {source.location}): {reason} "
             f"Give a folder, a .gguf file, a hub id that this machine can reach, or {DEFAULT_MODEL!r}"
         ) from error
     return model, tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,14 +37,14 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     continue
                 try:
                     value = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{path}, line {number}: not JSON ({error.msg}): mend or remove the line"
-                    ) from error
+                    if "\\ud" in line.lower():  # escaped halves of a character decode to what cannot be encoded again
+                        json.dumps(value, ensure_ascii=False).encode()
+                except (ValueError, RecursionError) as error:  # torn, of absurd depth or size, or no text
+                    raise ValueError(f"{path}, line {number}: not JSON ({error}): mend or remove the line") from error
                 if not isinstance(value, dict):
                     raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(value).__name__}")
                 yield number, value
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         where = f" after line {number}" if number else ""
         raise ValueError(f"cannot read {path}{where}: {error}") from error
 

@@ -21,6 +21,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+_LEAST = 1e-6  # a smaller divisor would make fp32 scores overflow
 Processor = Callable[[Tensor, Tensor], Tensor]  # (history (1, length) int64, scores (1, vocab)) -> scores (1, vocab)
 
 
@@ -43,11 +44,19 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         checks = (
-            (self.temperature >= 0 and math.isfinite(self.temperature), "temperature", "0 (greedy) or above"),
+            (
+                self.temperature == 0 or _LEAST <= self.temperature < math.inf,
+                "temperature",
+                f"0 (greedy), or {_LEAST:g} or above",
+            ),
             (self.top_k >= 0, "top_k", "0 (off) or above"),
             (0 < self.top_p <= 1, "top_p", "above 0 and at most 1 (off)"),
             (0 <= self.min_p < 1, "min_p", "0 (off) or above, below 1"),
-            (0 < self.repetition_penalty < math.inf, "repetition_penalty", "above 0 and finite (1 is off)"),
+            (
+                _LEAST <= self.repetition_penalty < math.inf,
+                "repetition_penalty",
+                f"{_LEAST:g} or above and finite (1 is off)",
+            ),
             (0 <= self.seed < 2**63, "seed", "between 0 and 2**63 - 1"),
         )
         for ok, name, wanted in checks:
@@ -85,6 +94,7 @@ class Sampler:
         if scores.dtype in (torch.float16, torch.bfloat16):
             scores = scores.float()
         if self._chain:
+            scores = scores.clone()  # processors may write in place, and the target's logits are not theirs
             ids = torch.tensor([list(history)], dtype=torch.long, device=logits.device)
             for i, process in enumerate(self._chain):
                 if i == self._before_temperature and self.config.temperature > 0:

@@ -89,6 +89,10 @@ class Target:
     def context_length(self) -> int | None:
         """Positions the target was made for; None where its config does not say."""
         limit = getattr(self.config, "max_position_embeddings", None)
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            # transformers switches all angles of a forward by its largest position: nodes would change one another.
+            limit = rope.get("original_max_position_embeddings", limit)
         return None if limit is None else int(limit)
 
     def new_cache(self, rows: int = 1, capacity: int = 256) -> TreeCache:
@@ -197,7 +201,7 @@ class Target:
     @torch.inference_mode()
     def _probe(self) -> None:
         """Two tokens through the model: does it use our cache, and is the decoder's output what the head reads?"""
-        self._decoder_gives_features = False
+        self._decoder_gives_features = False  # known only after the forward below
         cache = self.new_cache()
         captured: dict[str, Tensor] = {}
         tree = DraftTree.chain(torch.zeros(1, 2, dtype=torch.long, device=self.device))
@@ -206,7 +210,7 @@ class Target:
         try:
             with self._capture(captured):
                 self.model(input_ids=tree.tokens, use_cache=True, past_key_values=cache, **self._arguments(tree, cache))
-        except (TypeError, KeyError, AttributeError, RuntimeError) as error:
+        except (TypeError, KeyError, AttributeError, RuntimeError, ValueError, IndexError) as error:
             raise UnsupportedModelError(
                 f"{name} can't take a tree: a two-token forward with a 4-D mask, position_ids and Haast's cache "
                 f"failed with {type(error).__name__}: {error}"
@@ -217,6 +221,31 @@ class Target:
                 f"layers there), so rejected tokens can't be removed; use a model whose layers are all attention"
             )
         self._decoder_gives_features = "decoder" in captured and torch.equal(captured["decoder"], captured["head"])
+        self._probe_tree()
+
+    def _probe_tree(self) -> None:
+        """Does a node of a tree answer as in a chain of its own path, whatever its slot and its row's neighbour?
+
+        A model that takes positions from slots, or looks through the mask, fails here.
+        """
+        past, path, twin = [3, 1, 4, 1, 5], [2, 6, 5], [9, 2]
+        past, path, twin = ([i % self.vocab_size for i in tokens] for tokens in (past, path, twin))
+        both = torch.tensor([past + path, twin + [0] * 6], device=self.device)
+        live = torch.tensor([[True] * 8, [True] * 2 + [False] * 6], device=self.device)
+        cache = self.new_cache(2)
+        expected = self.forward(DraftTree.chain(both, live), cache).logits[0, 5:].double()  # (3, vocab)
+        cache.commit([range(5), range(2)])
+        # Slots 0 1 2 3 4 hold the path's nodes at 0, 3 and 4; between them stand a sibling and its child.
+        tokens = torch.tensor([[path[0], 0, past[0], path[1], path[2]]] * 2, device=self.device)
+        parents = torch.tensor([[-1, 0, 1, 0, 3]] * 2, device=self.device)
+        found = self.forward(DraftTree.from_parents(tokens, parents), cache).logits[0, [0, 3, 4]].double()
+        error, scale = float((found - expected).abs().max()), float(expected.abs().max())
+        tolerance = {torch.float64: 1e-5, torch.float32: 1e-3}.get(self.dtype, 0.2)
+        if not error <= tolerance * max(scale, 1e-6):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} can't verify a tree: a node's logits differ by {error:.2g} (of "
+                f"{scale:.2g}) from those of its path alone, so it takes positions or masks otherwise than given"
+            )
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
@@ -228,6 +257,11 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{name} carries a recurrent state (SSM or linear attention): the state of rejected tokens can't be "
             f"removed, so a tree can't be verified; use an attention-only model"
+        )
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        raise UnsupportedModelError(
+            f"{name} has local attention layers that measure distance in cache slots, where a tree's nodes stand "
+            f"beside one another; a model with global or sliding-window attention works"
         )
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - _GATHERABLE
     if kinds:

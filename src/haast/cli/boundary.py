@@ -1,6 +1,6 @@
 """Where errors become one line, and results become files. Knows no command.
 
-Exit codes: 0 fine; 1 a check failed; 2 wrong input; 130 Ctrl-C.
+Exit codes: 0 fine; 1 a check failed; 2 wrong input; 3 an error of Haast's own; 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, TextIO
 import typer
 from typer.core import TyperGroup
 
+_INTERNAL = (RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
+
 
 class Boundary(TyperGroup):
     """The command group: wrong input ends with one clear line on stderr and exit code 2, Ctrl-C with 130."""
@@ -29,11 +31,19 @@ class Boundary(TyperGroup):
         except BrokenPipeError:  # the reader of a pipe (`haast ... | head`) has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
+        except (typer.Exit, typer.Abort):
+            raise
         except (ValueError, OSError) as error:
             if isinstance(ctx.obj, dict) and ctx.obj.get("debug"):
                 traceback.print_exc(file=sys.stderr)
             typer.echo(f"haast: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from None
+        except _INTERNAL as error:
+            if isinstance(ctx.obj, dict) and ctx.obj.get("debug"):
+                traceback.print_exc(file=sys.stderr)
+            words = " ".join(f"{type(error).__name__}: {error}".split())
+            typer.echo(f"haast: internal error, {words} (haast --debug ... shows where; please report it)", err=True)
+            raise typer.Exit(3) from None
 
 
 def check_writable(path: str | None) -> None:
@@ -44,7 +54,9 @@ def check_writable(path: str | None) -> None:
     """
     if path is None or path == "-":
         return
-    file = Path(path).expanduser()
+    file = _expanded(path)
+    if _is_special(file):
+        return
     if file.is_dir():
         raise ValueError(f"cannot write {file}: it is a folder; give a file name in it")
     try:
@@ -68,11 +80,27 @@ def write_json(document: Any, path: str | None) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
         return
-    write_text(Path(path).expanduser(), text)
+    write_text(_expanded(path), text)
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"cannot write {path} ({error}): give the folder in full") from error
+
+
+def _is_special(path: Path) -> bool:
+    """A pipe or a device, which is written to and never replaced."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file behind a rename, so that a kill or a full disk leaves no half file. Raises ValueError."""
+    if _is_special(path):
+        path.write_text(text, encoding="utf-8")
+        return
+    path = path.resolve()  # the file behind a link, not the link, is replaced
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")

@@ -132,8 +132,11 @@ def train(
     from haast.training.checkpoints import write_probe
 
     loading.check()
-    for name in ("valid_limit", "valid_tokens", "topk", "max_tokens"):
+    for name in ("valid_limit", "valid_tokens", "topk"):
         check_at_least(name, getattr(data, name))
+    check_at_least("max_tokens", data.max_tokens, 3)
+    if not data.max_gb > 0:
+        raise ValueError(f"max_gb={data.max_gb} is not allowed: give a size above 0")
     check_at_least("valid_nodes", data.valid_nodes, 2)
     check_at_least("show_data", show_data, 0)
     if data.answers is None and data.shards is None:
@@ -205,7 +208,8 @@ def _sequences(target: Target, records: Sequence[dict[str, Any]], data: Training
         raise ValueError("the target has no tokenizer, so answers cannot be put through its chat template")
     if not records:
         raise ValueError("--show-data shows answers: give --answers FILE")
-    return [encode_answer(target.tokenizer, record, data.max_tokens) for record in records]
+    known = max(target.vocab_size, len(target.tokenizer))
+    return [encode_answer(target.tokenizer, record, data.max_tokens, known) for record in records]
 
 
 def _show(target: Target, sequences: Sequence[TokenSequence]) -> None:

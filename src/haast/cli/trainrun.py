@@ -21,7 +21,7 @@ from haast.cli.boundary import write_text
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import shape_for
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, StopConfig
+from haast.engine import Engine, Stats, StopConfig, check_prompts
 from haast.heads.checkpoint import Head, save_head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.sampling import SamplingConfig
@@ -97,6 +97,8 @@ class Run:
         """
         encoder = Haast(self._target, VanillaDrafter())
         self._prompts = [encoder.encode(prompt) for prompt in prompts]
+        if prompts:
+            check_prompts(self._prompts, self._target.context_length, self._target.vocab_size)
         self._tokens, self._shape = tokens, shape_for(nodes)
         self._measured = f"{len(prompts)} prompts, greedy, {tokens} new tokens, dynamic tree of {nodes} nodes"
         if start_from is None and not resume:

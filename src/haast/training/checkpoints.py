@@ -68,7 +68,8 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, LookupError, UnpicklingError):
             continue
-        return state
+        if "config" in state and "progress" in state:
+            return state
     if paths:
         raise ValueError(f"none of the checkpoints in {folder} can be read: delete them and start again")
     return None

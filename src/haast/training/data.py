@@ -71,7 +71,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str]) -> l
 
 
 def encode_answer(
-    tokenizer: PreTrainedTokenizerBase, record: dict[str, Any], max_tokens: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    record: dict[str, Any],
+    max_tokens: int | None = None,
+    vocab_size: int | None = None,
 ) -> TokenSequence:
     """A record as tokens: the templated prompt, then the very tokens the target answered with (never re-tokenised).
 
@@ -79,12 +82,14 @@ def encode_answer(
         tokenizer: the target's.
         record: see `read_answers`.
         max_tokens: cut longer sequences at the end; None keeps all.
+        vocab_size: the target's, which may be padded past the tokenizer's; None takes the tokenizer's.
     """
     prompt = encode_prompt(tokenizer, [record["prompt"]])
     answer = [int(i) for i in record["response_ids"]]
-    if max(answer) >= len(tokenizer):
+    known = len(tokenizer) if vocab_size is None else vocab_size
+    if max(answer) >= known:
         raise ValueError(
-            f"answer {record['id']} has token {max(answer)}, the tokenizer knows {len(tokenizer)}: these answers are "
+            f"answer {record['id']} has token {max(answer)}, the target knows {known}: these answers are "
             f"another target's, make them with this one"
         )
     tokens = prompt + answer

@@ -208,6 +208,7 @@ def _refuse_foreign(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
     found: dict[str, Any] = {"hidden_size": tensors["features"].shape[1]}
     if metadata:
         found |= {"vocab_size": int(metadata["vocab_size"]), "tokenizer": metadata["tokenizer"]}
+    found["topk"] = tensors["topk_ids"].shape[1]
     highest = max(int(tensors["tokens"].max()), int(tensors["topk_ids"].max()))
     if highest >= identity.vocab_size:
         found.setdefault("vocab_size", f"above {highest}")
@@ -215,7 +216,8 @@ def _refuse_foreign(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
         wanted = getattr(identity, name)
         if value != wanted:
             raise HeadMismatchError(
-                f"feature shard {path} has {name} {value}, this target {wanted}: extract features with this target"
+                f"feature shard {path} has {name} {value}, wanted is {wanted}: extract features with this target and "
+                f"setting"
             )
 
 

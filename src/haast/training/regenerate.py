@@ -10,6 +10,7 @@ size nor an interruption changes it (where the target's rows are independent; ot
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -36,6 +37,7 @@ from haast.training.frozen import end_tokens
 from haast.training.report import Heartbeat, RateColumn
 from haast.tree import DraftTree
 
+_RECORD_BEGINS = b'{"id": '
 _TEMPERATURE_DRAW = 2**40  # a position no text reaches: the draw that picks an answer's temperature
 
 
@@ -58,7 +60,8 @@ class RegenerateConfig:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed in regeneration: give a value above 0")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} is not allowed: give 0 or above")
-        if not self.temperatures or any(t < 0 or not math.isfinite(t) or w <= 0 for t, w in self.temperatures):
+        ok = all(t >= 0 and math.isfinite(t) and 0 < share < math.inf for t, share in self.temperatures)
+        if not self.temperatures or not ok:
             raise ValueError(
                 f"temperatures={self.temperatures} is not allowed: give (temperature 0 or above, share above 0) pairs"
             )
@@ -81,12 +84,13 @@ class _Answer:
     prompt: Prompt
     prompt_tokens: list[int]
     temperature: float
+    limit: int  # new tokens at most
     tokens: list[int] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)  # (n, hidden) float16 each
     teacher: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def ended(self, end_ids: Sequence[int], limit: int) -> bool:
-        return self.tokens[-1] in end_ids or len(self.tokens) >= limit
+    def ended(self, end_ids: Sequence[int]) -> bool:
+        return self.tokens[-1] in end_ids or len(self.tokens) >= self.limit
 
     def record(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int], model: str) -> dict[str, Any]:
         extra = self.prompt.extra
@@ -132,7 +136,7 @@ class _Batch:
                 while answer is None and (entering := next(waiting, None)) is not None:
                     with self._target.step_threads():
                         self._enter(row, entering)
-                    if entering.ended(self._end_ids, self._config.max_new_tokens):
+                    if entering.ended(self._end_ids):
                         yield entering
                         continue
                     self._rows[row] = answer = entering
@@ -141,7 +145,7 @@ class _Batch:
             with self._target.step_threads():
                 self._step()
             for row, answer in enumerate(self._rows):
-                if answer is not None and answer.ended(self._end_ids, self._config.max_new_tokens):
+                if answer is not None and answer.ended(self._end_ids):
                     self._rows[row] = None
                     yield answer
 
@@ -214,20 +218,24 @@ def choose_batch(logits: Tensor, temperatures: Sequence[float], points: Sequence
 def mend_answers(path: Path) -> list[dict[str, Any]]:
     """Read an answers file of an interrupted run, cutting a torn last line off the file.
 
+    Only what a kill leaves is cut: a tail without its newline that begins as a record does.
+
     Raises:
-        ValueError: a line before the last is malformed (the message has its number).
+        ValueError: a line is no answer record (the message has its number); the file is left as it is.
     """
     if not path.exists():
         return []
     content, kept, records = path.read_bytes(), 0, []
     lines = content.splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}): mend or remove the line") from error
-        if record is None:
+        if not line.endswith(b"\n") and _RECORD_BEGINS.startswith(line[: len(_RECORD_BEGINS)]):
             break
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error}): mend or remove the line") from error
+        if not isinstance(record, dict) or not line.endswith(b"\n"):
+            raise ValueError(f"{path}, line {number}: no answer record: is this an answers file? Give another --out")
         records.append(record)
         kept += len(line)
     if kept < len(content):
@@ -257,7 +265,7 @@ def regenerate(
         quiet: no progress line.
 
     Returns:
-        How many answers were added. Prompts longer than `max_prompt_tokens` are left out.
+        How many answers were added. Prompts longer than `max_prompt_tokens`, or than the context, are left out.
 
     Raises:
         ValueError: a folder that cannot be written (before the model runs), two prompts of one id, a full disk, or
@@ -270,7 +278,7 @@ def regenerate(
     ends, added = end_tokens(target), 0
     columns = (BarColumn(), TextColumn("{task.completed:.0f} of {task.total:.0f} answers"), RateColumn())
     with ExitStack() as stack:
-        file = stack.enter_context(out_path.open("ab"))
+        file = stack.enter_context(out_path.open("ab", buffering=0))
         _lock(file, out_path)
         before = mend_answers(out_path)
         _refuse_foreign(before, name, out_path)
@@ -283,7 +291,7 @@ def regenerate(
             identity = ShardIdentity.of(target, name, config.topk)
             writer = stack.enter_context(ShardWriter(config.features_dir, identity, config.max_gb))
         tokens = 0
-        for answer in _Batch(target, config, ends).run(_waiting(tokenizer, prompts, config, done)):
+        for answer in _Batch(target, config, ends).run(_waiting(target, tokenizer, prompts, config, done)):
             record = answer.record(tokenizer, ends, name)
             _append(file, record, out_path)
             if writer is not None:
@@ -311,19 +319,26 @@ def _lock(file: IO[bytes], path: Path) -> None:
 
 
 def _waiting(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], config: RegenerateConfig, done: set[str]
+    target: Target,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    config: RegenerateConfig,
+    done: set[str],
 ) -> Iterator[_Answer]:
+    context = target.context_length
     for index, prompt in enumerate(prompts):
         if prompt.id not in done:
             tokens = encode_prompt(tokenizer, prompt.turns[:1])
-            if len(tokens) <= config.max_prompt_tokens:
-                yield _Answer(index, prompt, tokens, config.temperature(index))
+            room = config.max_new_tokens if context is None else min(config.max_new_tokens, context - len(tokens))
+            if len(tokens) <= config.max_prompt_tokens and room > 0:
+                yield _Answer(index, prompt, tokens, config.temperature(index), room)
 
 
 def _append(file: IO[bytes], record: dict[str, Any], path: Path) -> None:
     try:
-        file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        file.flush()
+        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        if file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(file.fileno())
     except OSError as error:
         raise ValueError(

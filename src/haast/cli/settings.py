@@ -77,7 +77,7 @@ class Drafting:
         "default"
     )
     shape: Annotated[str, typer.Option(help="dynamic, static or chain.")] = DraftShape.kind
-    nodes: Annotated[int | None, typer.Option(metavar="N", help="Tree budget, root included; 4 on a CPU, else 60.")] = (
+    nodes: Annotated[int | None, typer.Option(metavar="N", help="Tree budget, root included; 6 on a CPU, else 60.")] = (
         None
     )
     depth: Annotated[int | None, typer.Option(metavar="N", help="Levels below the root; by the budget.")] = None

@@ -49,9 +49,9 @@ class DraftShape:
 
 # Per node budget (the first row that holds it): depth, and children per node = nodes expanded per level. Chosen on
 # validation prompts with the shipped head: a small budget is spent on the likeliest few, a large one also goes deep.
-_BY_BUDGET = ((5, 2, 3), (8, 3, 4), (16, 4, 6), (32, 5, 8))
+_BY_BUDGET = ((4, 2, 3), (6, 3, 3), (8, 3, 4), (16, 4, 6), (32, 5, 8))
 _LARGEST = (6, 10)
-CPU_NODES, DEVICE_NODES = 4, 60  # budgets where none is given: on few cores every node costs, on a GPU few do
+CPU_NODES, DEVICE_NODES = 6, 60  # budgets where none is given: on few cores every node costs, on a GPU few do
 
 
 def shape_for(

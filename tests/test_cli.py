@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typer.testing import CliRunner, Result
 from haast import models as models_module
 from haast.api import Haast
 from haast.cli import app, settings
+from haast.cli.boundary import check_writable, write_json
 from haast.heads.checkpoint import save_head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.prompts import read_json_lines
@@ -441,3 +443,33 @@ def test_debug_shows_the_traceback(home: Path) -> None:
     words = ["generate", "Hello", "--model", home / "model", "--nodes", 0]
     assert "Traceback" not in haast_run(*words).stderr
     assert "Traceback" in haast_run("--debug", *words).stderr
+
+
+def test_results_go_through_links_and_into_pipes(tmp_path: Path) -> None:
+    real, link = tmp_path / "real.json", tmp_path / "link.json"
+    real.write_text("old")
+    link.symlink_to(real)
+    write_json({"a": 1}, str(link))
+    assert link.is_symlink() and json.loads(real.read_text()) == {"a": 1}
+    check_writable("/dev/null")
+    write_json({"a": 1}, "/dev/null")
+    assert not Path("/dev/null").is_file()
+    with pytest.raises(ValueError, match="~nobody-of-this-name"):
+        check_writable("~nobody-of-this-name/x.json")
+
+
+def test_an_error_of_our_own_is_one_line_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("planted")
+
+    monkeypatch.setattr("haast.models.load_target", broken)
+    result = haast_run("generate", "Hi", *parts(home))
+    assert result.exit_code == 3 and result.stderr.count("\n") == 1
+    assert "internal error" in result.stderr and "planted" in result.stderr
+
+
+def test_a_torn_model_is_named(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "model", tmp_path / "torn")
+    weights = tmp_path / "torn" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    refused(haast_run("generate", "Hi", "--model", tmp_path / "torn", "--head", "none"), "can't load the model", "torn")

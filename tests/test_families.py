@@ -237,3 +237,41 @@ def test_wrong_calls_are_refused() -> None:
         target.forward(tree, target.new_cache(2))
     with pytest.raises(ValueError, match="hidden layer 3 does not exist"):
         target.forward(tree, target.new_cache(), hidden_layers=(3,))
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [
+        ("gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 4}),
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 128}),
+        ("bart", {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
+                  "is_decoder": True, "is_encoder_decoder": False}),
+    ],
+)  # fmt: skip
+def test_models_that_take_positions_from_slots_are_refused(kind: str, extra: dict[str, Any]) -> None:
+    """They would answer a node of a tree otherwise than vanilla does: lossy without a word."""
+    with pytest.raises(UnsupportedModelError, match=r"slots|can't verify a tree|can't take a tree"):
+        Target(tiny(kind, **extra)())
+
+
+def test_longrope_is_used_up_to_where_its_angles_switch() -> None:
+    factors = [1.0, 1.0, 1.0, 1.0]
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": [4.0] * 4,
+            "original_max_position_embeddings": 64}  # fmt: skip
+    model = tiny("phi3", rope_parameters=rope, original_max_position_embeddings=64)()
+    assert Target(model).context_length == 64
+
+
+@pytest.mark.parametrize(("name", "padding"), [("llama", 5), ("mistral-sliding", 0)])
+def test_a_model_answers_as_before_outside_haast(name: str, padding: int) -> None:
+    """transformers hands the attention boolean masks then; they hide, they are not added."""
+    model = stock(name)
+    model.set_attn_implementation("sdpa")  # eager gives a padded row NaN by itself
+    text = torch.tensor([random.Random(3).choices(range(VOCAB), k=20)] * 2)
+    kept = torch.ones_like(text)
+    kept[0, :padding] = 0
+    with torch.inference_mode():
+        before = model(input_ids=text, attention_mask=kept).logits[:, padding:]
+        Target(model)
+        after = model(input_ids=text, attention_mask=kept).logits[:, padding:]
+    assert float((before - after).abs().max()) < 1e-5

@@ -136,3 +136,15 @@ def test_keyed_draws_are_a_pure_function_of_all_three_keys() -> None:
 def test_settings_out_of_range_are_refused_by_name_and_value(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name}={value} is not allowed: give a value "):
         SamplingConfig(**{name: value})
+
+
+def test_a_processor_may_write_in_place() -> None:
+    def banned(_history: Tensor, scores: Tensor) -> Tensor:
+        scores[:, 3] = -torch.inf
+        return scores
+
+    with torch.inference_mode():
+        logits = torch.tensor([0.0, 1.0, 2.0, 9.0])
+    sampler = Sampler(SamplingConfig(processors=(banned,)))
+    assert sampler.choose(0, [1], logits) == 2
+    assert logits.tolist() == [0.0, 1.0, 2.0, 9.0], "the target's logits stay as they were"

@@ -636,3 +636,22 @@ def test_batched_choice_is_the_samplers() -> None:
     for place, (temperature, row) in enumerate(asked):
         sampler = Sampler(SamplingConfig(temperature=temperature, seed=9))
         assert got[place] == sampler.choose(row, [1, 2, 3, 4], logits[place])
+
+
+@pytest.mark.parametrize("content", ["my only note", "null\n", '{"id": "a"}\n5\n{"id": "b"}\n', '{"id": "a"}\nnote'])
+def test_a_file_of_something_else_is_left_alone(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"line \d: "):
+        regenerate.mend_answers(path)
+    assert path.read_text() == content
+
+
+def test_answers_end_at_the_context(target: Target, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """The target holds 256 positions."""
+    many = [Prompt("long", (" ".join(["w9"] * 245),)), Prompt("longer", (" ".join(["w9"] * 300),))]
+    config = settings(max_prompt_tokens=1000)
+    regenerate.regenerate(target, tokenizer, many, tmp_path / "a.jsonl", config, quiet=True)
+    (record,) = read_answers(tmp_path / "a.jsonl")
+    whole = len(encode_prompt(tokenizer, [record["prompt"]])) + len(record["response_ids"])
+    assert record["id"] == "long" and whole <= 256

@@ -134,8 +134,10 @@ def per_prompt(records: Records, prompts: Sequence[BenchPrompt]) -> list[dict[st
     return listed
 
 
-def environment(target: Target, model: str, prompts: Path, count: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Where and how the numbers came about."""
+def environment(
+    target: Target, model: str, prompts: Path | None, count: int, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Where and how the numbers came about; `prompts` is None for Haast's own few."""
     packed = any(isinstance(module, PackedLinear) for module in target.model.modules())
     return {
         "cpu": cpu_name(),
@@ -149,8 +151,8 @@ def environment(target: Target, model: str, prompts: Path, count: int, settings:
         "versions": versions(),
         "commit": git_commit(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "prompts_file": str(prompts),
-        "prompts_sha256": hashlib.sha256(prompts.read_bytes()).hexdigest(),
+        "prompts_file": None if prompts is None else str(prompts),
+        "prompts_sha256": None if prompts is None else hashlib.sha256(prompts.read_bytes()).hexdigest(),
         "prompts_count": count,
         "settings": settings,
         "tau_convention": TAU_CONVENTION,

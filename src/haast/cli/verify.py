@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from haast.bench.runner import BenchPrompt
     from haast.checking import Comparison, LawTest
     from haast.drafters.eagle import EagleDrafter
-    from haast.drafters.shape import DraftShape
     from haast.sampling import SamplingConfig
     from haast.target import Target
 _TINY_SAMPLES = 1000  # fewer would not see the control's bias
@@ -53,6 +52,7 @@ def verify(
     check_writable(json_out)
     drafting.check_shape(loading.device)
 
+    from haast.bench.report import environment
     from haast.sampling import SamplingConfig
 
     laws = {"greedy": SamplingConfig(), "sampled": SamplingConfig(temperature=temperature, seed=seed)}
@@ -71,7 +71,9 @@ def verify(
         verdict = "passed" if test.passed else "BUG"
         expected = ", must fail" if test.expected_to_fail else ""
         print(f"chi-square, {test.name}{expected}: p = {test.p_value:.3g}, {test.samples} samples: {verdict}", file=out)
-    _verify_end(target, loading, shape, results, tests, json_out)
+    settings = {"shape": asdict(shape), "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    where = environment(target, loading.model, prompts, len(encoded), settings)
+    _verify_end(target, where, results, tests, json_out)
 
 
 def _verify_one(
@@ -115,13 +117,11 @@ def _laws(
 
 def _verify_end(
     target: Target,
-    loading: Loading,
-    shape: DraftShape,
+    environment: dict[str, Any],
     results: list[dict[str, Any]],
     tests: list[LawTest],
     json_out: str | None,
 ) -> None:
-    from haast.bench.report import versions
     from haast.checking import tolerance
 
     ties = sum(r["divergence"] is not None and r["divergence"]["kind"] == "tie" for r in results)
@@ -134,10 +134,7 @@ def _verify_end(
         "tolerance_of": "the largest processed logit at that position (greedy: gap in logits, sampled: in probability)",
         "comparisons": results,
         "laws": [{**asdict(test), "passed": test.passed} for test in tests],
-        "model": loading.model,
-        "dtype": loading.dtype,
-        "shape": asdict(shape),
-        "versions": versions(),
+        "environment": environment,
     }
     same = sum(r["same"] for r in results)
     words = f"{same} of {len(results)} texts the same, {ties} floating-point ties, {bugs} bugs"

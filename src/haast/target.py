@@ -92,7 +92,8 @@ class Target:
         rope = getattr(self.config, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":
             # transformers switches all angles of a forward by its largest position: nodes would change one another.
-            limit = rope.get("original_max_position_embeddings", limit)
+            own = getattr(self.config, "original_max_position_embeddings", limit)
+            limit = rope.get("original_max_position_embeddings") or own
         return None if limit is None else int(limit)
 
     def new_cache(self, rows: int = 1, capacity: int = 256) -> TreeCache:

@@ -18,7 +18,7 @@ from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import CPU_NODES, DEVICE_NODES, DraftShape, shape_for
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine import Engine, Stats, StopConfig, check_prompts
-from haast.errors import PromptError
+from haast.errors import PromptError, expanded
 from haast.heads.checkpoint import check_fits, load_head, read_head_config
 from haast.models import DEFAULT_MODEL, load_target
 from haast.sampling import Processor, SamplingConfig
@@ -230,10 +230,7 @@ def find_head(head: str | Path | None, model: str | None) -> Path | None:
     if head is None:
         return None
     if head != "default":
-        try:
-            folder = Path(head).expanduser()
-        except RuntimeError as error:
-            raise ValueError(f"no head at {head} ({error}): give the folder in full") from error
+        folder = expanded(head, "no head at")
         best = folder / "best"  # the folder of a training run
         return best if not (folder / "config.json").exists() and (best / "config.json").exists() else folder
     if model != DEFAULT_MODEL:

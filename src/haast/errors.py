@@ -6,6 +6,18 @@ ValueError
 └── PromptError             a prompt is empty or longer than the target's context
 """
 
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def expanded(path: str | Path, complaint: str) -> Path:
+    """The path with `~` resolved. Raises ValueError, beginning with `complaint`, where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{complaint} {path} ({error}): give the folder in full") from error
+
 
 class UnsupportedModelError(ValueError):
     """The target model cannot be drafted for; the message names its class and why."""

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from haast import native
-from haast.errors import UnsupportedModelError
+from haast.errors import UnsupportedModelError, expanded
 from haast.speed.fusing import fuse_small_modules
 from haast.speed.packing import pack_linears
 from haast.target import Target
@@ -55,10 +55,7 @@ def resolve(name: str) -> ModelSource:
             return ModelSource(name, _SMOLLM2_HUB)
         folder = Path(package.origin).parent
         return ModelSource(name, str(folder), next(folder.glob("*.gguf")).name)
-    try:
-        path = Path(name).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"no model at {name} ({error}): give the folder in full") from error
+    path = expanded(name, "no model at")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ValueError(f"no GGUF file at {path}")

@@ -16,6 +16,8 @@ from typing import Any, TextIO
 import typer
 from typer.core import TyperGroup
 
+from haast.errors import expanded
+
 _INTERNAL = (RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
 
 
@@ -54,7 +56,7 @@ def check_writable(path: str | None) -> None:
     """
     if path is None or path == "-":
         return
-    file = _expanded(path)
+    file = expanded(path, "cannot write")
     if _is_special(file):
         return
     if file.is_dir():
@@ -80,14 +82,7 @@ def write_json(document: Any, path: str | None) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
         return
-    write_text(_expanded(path), text)
-
-
-def _expanded(path: str) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"cannot write {path} ({error}): give the folder in full") from error
+    write_text(expanded(path, "cannot write"), text)
 
 
 def _is_special(path: Path) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from haast.drafters.eagle import EagleDrafter
 from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head, check_fits, load_head, read_head_config, save_head
-from haast.heads.feat_extrapolator import FeatExtrapolator
+from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.target import Target
 
 DRAFT_VOCAB = torch.tensor([0, 2, 3, 9, VOCAB - 1])
@@ -121,9 +121,12 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (remove("config.json"), "no head at .*config.json"),
     "config is not JSON": (write("config.json", b'{"format": '), "config.json is not JSON"),
     "config is not text": (write("config.json", b"\xff\xfe\x00"), "config.json is not JSON"),
-    "config is a list": (write("config.json", b"[1]"), "format 'list' is not"),
-    "another tool's format": (write("config.json", b'{"architectures": ["LlamaForCausalLM"]}'), "format None is not"),
-    "a later format": (configure(lambda d: d.update(format="haast-feat-extrapolator-9")), "extrapolator-9' is not"),
+    "config is a list": (write("config.json", b"[1]"), "format 'list' is none of"),
+    "another tool's format": (
+        write("config.json", b'{"architectures": ["LlamaForCausalLM"]}'),
+        "format None is none of",
+    ),
+    "a later format": (configure(lambda d: d.update(format="haast-feat-extrapolator-9")), "extrapolator-9' is none of"),
     "no sizes": (configure(lambda d: d.pop("head")), "was not written by Haast"),
     "unknown size": (sizes(colour="red"), "config.json.*colour"),
     "a size is missing": (configure(lambda d: d["head"].pop("hidden_size")), "config.json.*hidden_size"),
@@ -175,6 +178,7 @@ def test_what_is_not_a_folder_is_no_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize("field", ["hidden_size", "vocab_size"])
 def test_a_head_for_another_target_is_refused_with_both_sizes(field: str, llama: Target, head: Head) -> None:
     changes: dict[str, Any] = {field: 64}
+    assert isinstance(head.module.config, FeatExtrapolatorConfig)
     config = replace(head.module.config, **changes)
     with pytest.raises(HeadMismatchError, match=f"its {field} is 64, mine has 32"):
         check_fits(config, 32, VOCAB, "mine")

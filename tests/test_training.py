@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from haast.training.alignment import chain_passes
 from haast.training.batches import BatchOrder, Example, PackedBatch, pack
 from haast.training.config import TrainConfig
 from haast.training.data import TokenSequence, describe_supervised, encode_answer, encode_prompt, read_answers
-from haast.training.losses import teacher_cross_entropy
+from haast.training.losses import teacher_loss
 from haast.training.regenerate import RegenerateConfig
 from haast.training.selftest import overfit_self_test
 from haast.training.whitened import Scales, WhitenedHead, load_plain, plain_weights
@@ -166,11 +166,13 @@ def test_every_example_comes_once_an_epoch() -> None:
 
 def test_whitened_head_is_the_feat_extrapolator(target: Target, examples: list[Example]) -> None:
     head = whitened(target, examples)
+    layer: Any = head.layers[0]
     with torch.no_grad():
-        head.norm.add_(torch.randn(HIDDEN, generator=torch.Generator().manual_seed(1)) * 0.1)
+        layer.norm.add_(torch.randn(HIDDEN, generator=torch.Generator().manual_seed(1)) * 0.1)
     batch = pack(examples[:4])
     table, whites = inputs(head, target, batch)
-    got = head(batch, head.remember(batch, table[batch.next_tokens], whites)) * head.scales.feature
+    ((got, _),) = chain_passes(head, batch, table[batch.next_tokens], whites, 1)
+    got = got * head.scales.feature
     plain = FeatExtrapolator(head_config(target)).double()
     plain.load_state_dict(plain_weights(head))
     start, rows = 0, []
@@ -181,7 +183,7 @@ def test_whitened_head_is_the_feat_extrapolator(target: Target, examples: list[E
         rows.append(plain(embedded, known, batch.positions[part].unsqueeze(0))[0])
         start += length
     assert torch.allclose(got, torch.cat(rows)[batch.queries], atol=1e-5)
-    other = WhitenedHead(head.config, head.scales, 1.0, 4)
+    other = WhitenedHead(head_config(target), head.scales, 1.0, 4)
     load_plain(other, plain_weights(head))
     assert torch.allclose(other.fc, head.fc)
     with pytest.raises(ValueError, match=r"fc\.weight"):
@@ -198,7 +200,7 @@ def test_alignment_pass_reads_what_a_draft_reads(target: Target, examples: list[
     first = int(batch.lengths[0])
     known = batch.features[:first].double()
     embedded = target.embed(batch.next_tokens[:first]).clone()
-    for number, (output, rows) in enumerate(chain_passes(head, batch, table, whites, 3)):
+    for number, (output, rows) in enumerate(chain_passes(head, batch, table[batch.next_tokens], whites, 3)):
         for place, query in enumerate(rows.tolist()):
             end = int(batch.queries[query])
             if end >= first:
@@ -223,8 +225,9 @@ def test_teacher_cross_entropy_and_its_gradient(monkeypatch: pytest.MonkeyPatch)
     ids = torch.stack([torch.randperm(11, generator=generator)[:3] for _ in range(8)])
     probs = torch.rand(8, 3, generator=generator, dtype=torch.float64) / 3
     probs[2] = 0  # nothing of the teacher is in the draft vocabulary
-    got, hits = teacher_cross_entropy(states, weight, ids, probs, bias)
-    (own,) = torch.autograd.grad(got, states)
+    sums = teacher_loss(states, weight, ids, probs, bias)
+    got, hits = sums.ce / 8, sums.hits
+    (own,) = torch.autograd.grad(sums.loss / 8, states)
     law = functional.log_softmax(states @ weight.T + bias, dim=-1)
     wanted = -(law.gather(1, ids) * probs).sum(-1).mean()
     (reference,) = torch.autograd.grad(wanted, states)
@@ -306,7 +309,7 @@ def test_a_target_without_a_llama_layer_is_named(target: Target, examples: list[
 
 def curve(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "views_per_s"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in ("views_per_s", "seconds")} for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -325,10 +328,10 @@ def test_a_resumed_run_repeats_the_curve_bit_for_bit(
     killed = make("killed")
     step, left = killed._step, iter(range(37))
 
-    def dying(batch: PackedBatch) -> dict[str, float]:
+    def dying(batches: Sequence[PackedBatch]) -> dict[str, float]:
         if next(left, None) is None:
             raise RuntimeError("killed")
-        return step(batch)
+        return step(batches)
 
     killed._step = dying  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="killed"):
@@ -350,12 +353,12 @@ def test_ctrl_c_finishes_the_step_and_saves(
     run = trainer.Trainer(small(), head_config(target), frozen, examples, [], tmp_path, quiet=True)
     step, count = run._step, 0
 
-    def interrupted(batch: PackedBatch) -> dict[str, float]:
+    def interrupted(batches: Sequence[PackedBatch]) -> dict[str, float]:
         nonlocal count
         count += 1
         if count == 3:
             signal.raise_signal(signal.SIGINT)
-        return step(batch)
+        return step(batches)
 
     run._step = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):

@@ -180,7 +180,9 @@ class _Run:
             live = (
                 torch.arange(chunk.shape[1], device=chunk.device) < torch.tensor(counts, device=chunk.device)[:, None]
             )
-            output = self._target.forward(DraftTree.chain(chunk, live), self._cache, last_only=True)
+            layers = self._drafter.target_layers
+            tree = DraftTree.chain(chunk, live)
+            output = self._target.forward(tree, self._cache, last_only=True, hidden_layers=layers)
             self._cache.commit([range(count) for count in counts])
             verdicts: list[RowVerdict | None] = []
             for row, count in enumerate(counts):
@@ -201,7 +203,7 @@ class _Run:
         start = perf_counter()
         tree = self._drafter.propose()
         drafted = self._now()
-        output = self._target.forward(tree, self._cache)
+        output = self._target.forward(tree, self._cache, hidden_layers=self._drafter.target_layers)
         verified = self._now()
         histories = [h if on else None for h, on in zip(self._histories, self._running, strict=True)]
         verdict = verify(tree, output.logits, self._sampler, histories)
@@ -249,7 +251,9 @@ class _Run:
         counts = tuple(0 if row is None else len(row.path) for row in rows)
         paths = self._pad([[] if row is None else row.path for row in rows]).to(device)
         tokens = self._pad([[] if row is None else row.tokens for row in rows])
-        features = output.features.gather(1, paths.unsqueeze(2).expand(-1, -1, output.features.shape[2]))
+        layers = self._drafter.target_layers
+        features = torch.cat([output.hidden[i] for i in layers], dim=-1) if layers else output.features
+        features = features.gather(1, paths.unsqueeze(2).expand(-1, -1, features.shape[2]))
         self._drafter.observe(Accepted(tokens, features, counts))
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> Tensor:

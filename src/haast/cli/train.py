@@ -16,6 +16,7 @@ from haast.cli.settings import JsonOption, LimitOption, Loading, PromptsOption, 
 from haast.training.config import TrainConfig
 
 if TYPE_CHECKING:
+    from haast.heads.checkpoint import Head
     from haast.target import Target
     from haast.training.batches import Example
     from haast.training.data import TokenSequence
@@ -145,14 +146,15 @@ def train(
     prompts = [] if data.valid_prompts is None else read_prompts(data.valid_prompts, data.valid_limit)
     write_probe(out)
     check_writable(json_out)
-    weights = _start_weights(start_from)
+    begin = _start_head(start_from)
     target = loading.load()
     if show_data:
         _show(target, _sequences(target, records, data)[:show_data])
         return
-    from haast.cli.trainrun import Run
+    from haast.cli.trainrun import Run, layer_ids
 
-    examples, sources = _examples(target, loading.model, records, data, limit)
+    layers = layer_ids(settings, target)
+    examples, sources = _examples(target, loading.model, records, data, limit, layers)
     _warn_of_others(sources, loading.model)
     run = Run(target, loading.model, settings, examples, sources, shlex.join(["haast", *sys.argv[1:]]))
     if self_test:
@@ -162,7 +164,7 @@ def train(
         return
     turns = [prompt.turns[0] for prompt in prompts]
     try:
-        result = run.train(out, turns, data.valid_tokens, data.valid_nodes, weights, resume, quiet=json_out == "-")
+        result = run.train(out, turns, data.valid_tokens, data.valid_nodes, begin, resume, quiet=json_out == "-")
     except KeyboardInterrupt:
         typer.echo(f"\nstopped and saved; go on with --resume --out {out}", err=True)
         raise
@@ -193,12 +195,12 @@ def _read_records(data: TrainingData, limit: int | None) -> list[dict[str, Any]]
     return []
 
 
-def _start_weights(folder: Path | None) -> dict[str, Any] | None:
+def _start_head(folder: Path | None) -> Head | None:
     if folder is None:
         return None
     from haast.heads.checkpoint import load_head
 
-    return dict(load_head(folder).module.state_dict())
+    return load_head(folder)
 
 
 def _sequences(target: Target, records: Sequence[dict[str, Any]], data: TrainingData) -> list[TokenSequence]:
@@ -224,12 +226,17 @@ def _show(target: Target, sequences: Sequence[TokenSequence]) -> None:
 
 
 def _examples(
-    target: Target, name: str, records: Sequence[dict[str, Any]], data: TrainingData, limit: int | None
+    target: Target,
+    name: str,
+    records: Sequence[dict[str, Any]],
+    data: TrainingData,
+    limit: int | None,
+    layers: tuple[int, ...],
 ) -> tuple[list[Example], list[dict[str, Any]]]:
     """Examples and the records they came from: from shards (made where missing), or in memory."""
     from haast.training.features import ShardIdentity, extract, read_shards, stream_examples
 
-    identity = ShardIdentity.of(target, name, data.topk)
+    identity = ShardIdentity.of(target, name, data.topk, layers)
     if data.shards is not None:
         if records:
             extract(
@@ -243,5 +250,5 @@ def _examples(
         examples, sources = read_shards(data.shards, identity)
         return examples[:limit], sources[:limit]
     sequences = [s for s in _sequences(target, records, data) if len(s.tokens) >= 3]
-    made = dict(stream_examples(target, sequences, data.topk))
+    made = dict(stream_examples(target, sequences, data.topk, layer_ids=layers))
     return [made[i] for i in range(len(sequences))], [sequence.record for sequence in sequences]

@@ -22,8 +22,12 @@ from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import shape_for
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine import Engine, Stats, StopConfig, check_prompts
+from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head, save_head
-from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
+from haast.heads.config import HeadConfig
+from haast.heads.eagle3 import Eagle3Config, default_layers
+from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
+from haast.heads.module import DraftModule
 from haast.sampling import SamplingConfig
 from haast.target import Target
 from haast.training.batches import Example
@@ -64,7 +68,7 @@ class Run:
         held = set(sorted(held)[:_HELD_OUT_AT_MOST])
         self._valid = [example for i, example in enumerate(examples) if i in held]
         self._train = [example for i, example in enumerate(examples) if i not in held]
-        self._head_config = FeatExtrapolatorConfig.for_target(target.config)
+        self._head_config = head_config(settings, target)
         self._prompts: list[list[int]] = []
         self._tau: float | None = None
         self._measured = ""
@@ -80,10 +84,10 @@ class Run:
         prompts: Sequence[str],
         tokens: int,
         nodes: int,
-        start_from: dict[str, Tensor] | None,
+        start_from: Head | None,
         resume: bool,
         quiet: bool = False,
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Train; the best head lies in `out`/best with its card.
 
         Args:
@@ -91,7 +95,7 @@ class Run:
             prompts: texts on which tau is measured; empty selects by held-out cross-entropy.
             tokens: new tokens on each.
             nodes: tree budget there.
-            start_from: plain weights to begin with; None leaves that to the settings' `initialisation`.
+            start_from: a head to begin with; None leaves that to the settings' `initialisation`.
             resume: go on with the run in `out`.
             quiet: no progress on the terminal.
         """
@@ -101,8 +105,9 @@ class Run:
             check_prompts(self._prompts, self._target.context_length, self._target.vocab_size)
         self._tokens, self._shape = tokens, shape_for(nodes)
         self._measured = f"{len(prompts)} prompts, greedy, {tokens} new tokens, dynamic tree of {nodes} nodes"
-        if start_from is None and not resume:
-            start_from = self._initial_weights()
+        weights, vocab = (None, None) if start_from is None else _parts(start_from, self._head_config)
+        if weights is None and not resume:
+            weights = self._initial_weights()
         trainer = Trainer(
             self._settings,
             self._head_config,
@@ -112,18 +117,25 @@ class Run:
             out,
             self.measure_tau if prompts else None,
             self.export,
-            start_from,
+            weights,
+            vocab,
             quiet,
         )
         return trainer.run(resume)
 
     def _initial_weights(self) -> dict[str, Tensor] | None:
-        wanted = self._settings.initialisation
-        if wanted == "random" or (wanted == "auto" and why_not_last_layer(self._target, self._head_config)):
+        wanted, sizes = self._settings.initialisation, self._head_config
+        plain = sizes.num_hidden_layers == 1 and not sizes.markov_rank and self._settings.head != "eagle3"
+        if wanted == "last-layer" and not plain:
+            raise ValueError(
+                "initialisation='last-layer' fits a FeatExtrapolator of one layer without a Markov bias: use 'auto'"
+            )
+        fits = plain and self._settings.inputs == "feature+shifted-token"
+        if wanted == "random" or not fits or (wanted == "auto" and why_not_last_layer(self._target, sizes)):
             return None
-        return last_layer_weights(self._target, self._head_config, self._train)
+        return last_layer_weights(self._target, sizes, self._train)
 
-    def measure_tau(self, head: FeatExtrapolator, draft_vocab: Tensor) -> float:
+    def measure_tau(self, head: DraftModule, draft_vocab: Tensor) -> float:
         """Tau of the real engine on the validation prompts, greedy."""
         # The drafter takes its module over and packs it, so it gets a copy.
         drafter = EagleDrafter(self._target, Head(copy.deepcopy(head), draft_vocab, {}), self._shape)
@@ -135,11 +147,11 @@ class Run:
         self._tau = stats.tau
         return stats.tau
 
-    def export(self, folder: Path, head: FeatExtrapolator, draft_vocab: Tensor) -> None:
+    def export(self, folder: Path, head: DraftModule, draft_vocab: Tensor) -> None:
         """Store a head as users load it, and its model card."""
         about = self.about()
         weights = {name: tensor.to(torch.float32) for name, tensor in head.state_dict().items()}
-        save_head(folder, self._head_config, weights, draft_vocab, about)
+        save_head(folder, head.config, weights, draft_vocab, about)
         write_text(folder / "README.md", self.card(len(draft_vocab), about))
 
     def about(self) -> dict[str, Any]:
@@ -168,8 +180,8 @@ class Run:
             [
                 f"# EAGLE head for {self._name}",
                 "",
-                f"A FeatExtrapolator trained by Haast on answers that {self._name} gave itself. It drafts over "
-                f"{draft_vocab} tokens; the target checks every one, so the text is the target's own.",
+                f"A head of kind {about['settings']['head']}, trained by Haast on answers that {self._name} gave "
+                f"itself. It drafts over {draft_vocab} tokens; the target checks each, so the text is the target's own.",
                 "",
                 f"- tau on validation prompts: {tau}; {TAU_CONVENTION}",
                 f"- trained on {about['sequences']} sequences, {about['tokens']} tokens, "
@@ -192,3 +204,31 @@ class Run:
                 "",
             ]
         )
+
+
+def layer_ids(settings: TrainConfig, target: Target) -> tuple[int, ...]:
+    """The HF `hidden_states` indices that the head of these settings reads; none for a FeatExtrapolator."""
+    return default_layers(target.config) if settings.head == "eagle3" else ()
+
+
+def head_config(settings: TrainConfig, target: Target) -> HeadConfig:
+    """The sizes of the head that these settings ask for."""
+    shared: dict[str, Any] = {"num_hidden_layers": settings.layers, "markov_rank": settings.markov_rank}
+    if settings.head == "eagle3":
+        layers = layer_ids(settings, target)
+        return Eagle3Config.for_target(target.config, layer_ids=layers, fc_norm=settings.fc_norm, **shared)
+    return FeatExtrapolatorConfig.for_target(target.config, inputs=settings.inputs, **shared)
+
+
+def _parts(head: Head, wanted: HeadConfig) -> tuple[dict[str, Tensor], Tensor | None]:
+    """A head's weights, and its draft vocabulary where weights belong to it.
+
+    Raises:
+        HeadMismatchError: it is of another kind than the settings ask for.
+    """
+    if type(head.module.config) is not type(wanted):
+        raise HeadMismatchError(
+            f"start_from is a {type(head.module).__name__}, which does not fit the settings' --head: change one of both"
+        )
+    bound = isinstance(wanted, Eagle3Config) or wanted.markov_rank > 0
+    return dict(head.module.state_dict()), head.draft_vocab if bound else None

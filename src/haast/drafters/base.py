@@ -22,7 +22,7 @@ class Accepted:
     """What one target forward settled, ragged rows padded to the longest. Filled by the engine."""
 
     tokens: Tensor  # (rows, longest) int64: the token following each kept position
-    features: Tensor  # (rows, longest, hidden): the target's features at the kept positions
+    features: Tensor  # (rows, longest, width): at the kept positions, what the drafter asked for (`target_layers`)
     counts: tuple[int, ...]  # kept positions per row; 0 for a row that has ended
 
 
@@ -30,6 +30,8 @@ class Drafter(ABC):
     """Proposes one tree of a fixed node count per step. Owns its own state; `start` forgets it."""
 
     name: str
+    # HF `hidden_states` indices that `Accepted.features` lays side by side; empty: the features (the LM head's input).
+    target_layers: tuple[int, ...] = ()
     owner: object = None  # the run whose text this drafter follows; set by the engine, which checks it every step
 
     @property

@@ -1,7 +1,8 @@
-"""EAGLE drafting: extrapolate features, draft tokens through the target's frozen embedding and LM head.
+"""EAGLE drafting: extrapolate features, draft tokens through the target's frozen embedding and an LM head.
 
 Owns the head's own cache and the growth of the tree. Sources: EAGLE (arXiv 2401.15077, section 3) for the pairs and
-the head; EAGLE-2 (arXiv 2406.16858, section 4) for expansion by cumulative probability and reranking to a budget.
+the head; EAGLE-2 (arXiv 2406.16858, section 4) for expansion by cumulative probability and reranking to a budget;
+EAGLE-3 (arXiv 2503.01840, section 3) for states fused from several layers. Which of both a head is, the head knows.
 
     committed pairs   (f_0, e_1) .. (f_{p-1}, e_p)      recomputed from true features at every `observe`
     root              token p, and the last pair's output extrapolates f_p, whose logits are the root's children
@@ -20,6 +21,7 @@ from haast.cache import TreeCache
 from haast.drafters.base import Accepted, Drafter, last_tokens
 from haast.drafters.shape import DraftShape, plan
 from haast.heads.checkpoint import Head, check_fits
+from haast.heads.module import DraftModule
 from haast.speed.fusing import fuse_small_modules
 from haast.speed.packing import PackedLinear, pack_linears
 from haast.target import Target
@@ -27,7 +29,7 @@ from haast.tree import DraftTree
 
 
 class EagleDrafter(Drafter):
-    """Drafts with a `FeatExtrapolator`.
+    """Drafts with a `FeatExtrapolator` or an `Eagle3Head`.
 
     Args:
         target: whose embedding and LM head are borrowed.
@@ -45,23 +47,18 @@ class EagleDrafter(Drafter):
         check_fits(head.module.config, target.hidden_size, target.vocab_size, type(target.model).__name__)
         self._target = target
         self._module = head.module.to(device=target.device, dtype=target.dtype)
+        self.target_layers = head.module.target_layers
         vocab = None if head.draft_vocab is None else head.draft_vocab.to(target.device)
         self._vocab = vocab
-        self._lm_head: nn.Module = target.lm_head
-        if vocab is not None:
-            rows = target.head_rows(vocab)
-            linear = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device=rows.device, dtype=rows.dtype)
-            linear.weight = nn.Parameter(rows, requires_grad=False)
-            self._lm_head = linear
-        if isinstance(target.lm_head, PackedLinear):
+        packed = isinstance(target.lm_head, PackedLinear)
+        self._lm_head = _draft_lm_head(target, self._module, vocab, packed)
+        if packed:
             pack_linears(self._module)
             fuse_small_modules(self._module)
-            if vocab is not None:
-                self._lm_head = PackedLinear.from_weight(rows)
         self.reshape(shape or DraftShape())
         self._cache: TreeCache | None = None
         self._root: Tensor | None = None
-        self._extrapolated: Tensor | None = None  # (rows, hidden): f at the root's position
+        self._extrapolated: Tensor | None = None  # (rows, hidden): the state at the root's position
 
     def reshape(self, shape: DraftShape) -> None:
         """Draft another shape from the next step on."""
@@ -76,8 +73,10 @@ class EagleDrafter(Drafter):
         return self._plan.nodes
 
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
-        self._cache = TreeCache(1, len(prompts), max(len(prompt) for prompt in prompts) + 256)
+        layers = self._module.config.num_hidden_layers
+        self._cache = TreeCache(layers, len(prompts), max(len(prompt) for prompt in prompts) + 256)
         self._root = self._extrapolated = None
+        self._first = torch.tensor([prompt[0] for prompt in prompts], device=self._target.device)
 
     @torch.inference_mode()
     def observe(self, accepted: Accepted) -> None:
@@ -88,7 +87,9 @@ class EagleDrafter(Drafter):
         positions = torch.tensor(cache.lengths, device=device).unsqueeze(1) + torch.arange(nodes, device=device)
         bias = chain_bias(nodes, cache.lengths, accepted.features.dtype, device)  # a shorter row's tail is not kept
         cache.begin(nodes)
-        output = self._module(self._target.embed(accepted.tokens), accepted.features, positions, bias, cache)
+        paired = accepted.tokens if self._module.follows_token else self._at(accepted.tokens)
+        states = self._module.fuse(accepted.features)
+        output = self._module(self._target.embed(paired), states, positions, bias, cache)
         cache.commit([range(count) for count in accepted.counts])
         last = output[torch.arange(len(counts), device=counts.device), (counts - 1).clamp_min(0)]  # (rows, hidden)
         kept = self._extrapolated
@@ -101,7 +102,8 @@ class EagleDrafter(Drafter):
         committed = list(self._cache.lengths)
         features = self._extrapolated.unsqueeze(1)  # (rows, 1, hidden)
         grown = _Growth(self._root)
-        tokens, scores = self._children(features, grown.root_scores())
+        before = self._root.unsqueeze(1)  # (rows, 1): the token that each node of the frontier carries
+        tokens, scores = self._children(features, before, grown.root_scores())
         index = grown.add(tokens, scores, parents=None)
         seen: Tensor | None = None
         for level, width in enumerate(self._plan.widths):
@@ -111,17 +113,24 @@ class EagleDrafter(Drafter):
             features = features.gather(1, parent.unsqueeze(2).expand(-1, -1, features.shape[2]))
             seen = _see(seen, parent, chosen.shape[1])
             picked = tokens.gather(1, chosen)
-            features = self._extend(picked, features, seen, committed, level)
-            frontier = index.gather(1, chosen)  # candidate numbers of the frontier
-            tokens, scores = self._children(features, scores.gather(1, chosen))
+            paired = picked if self._module.follows_token else before.gather(1, parent)
+            features = self._extend(paired, features, seen, committed, level)
+            frontier, before = index.gather(1, chosen), picked  # candidate numbers and tokens of the frontier
+            tokens, scores = self._children(features, before, scores.gather(1, chosen))
             index = grown.add(tokens, scores, frontier.repeat_interleave(self._plan.top_k, dim=1))
         for row, length in enumerate(committed):
             self._cache.truncate(row, length)
         return grown.tree(self._plan.nodes, self._keep)
 
-    def _children(self, features: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The `top_k` likeliest next tokens per feature: target ids and cumulative log-probabilities, (rows, w * k)."""
-        draft_logprobs = self._lm_head(features).float().log_softmax(-1)  # (rows, w, draft vocabulary)
+    def _at(self, following: Tensor) -> Tensor:
+        """The tokens (rows, n) at the observed positions, given those that follow them."""
+        start = self._first if self._root is None else self._root
+        return torch.cat([start.unsqueeze(1), following[:, :-1]], dim=1)
+
+    def _children(self, states: Tensor, before: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The `top_k` likeliest next tokens per state: target ids and cumulative log-probabilities, (rows, w * k)."""
+        read = self._module.lm_input(states, before)
+        draft_logprobs = self._lm_head(read).float().log_softmax(-1)  # (rows, w, draft vocabulary)
         best, ids = draft_logprobs.topk(self._plan.top_k, dim=-1)
         if self._vocab is not None:
             ids = self._vocab[ids]
@@ -138,6 +147,20 @@ class EagleDrafter(Drafter):
         output: Tensor = self._module(self._target.embed(tokens), features, positions, bias, cache)
         cache.commit([range(width)] * rows)
         return output
+
+
+def _draft_lm_head(target: Target, module: DraftModule, vocab: Tensor | None, packed: bool) -> nn.Module:
+    """The LM head over the draft vocabulary: the target's own rows, the head's own, or the target's whole head."""
+    ids = torch.arange(target.vocab_size, device=target.device) if vocab is None else vocab
+    theirs = target.head_rows(ids)
+    rows = module.lm_rows(theirs)
+    if vocab is None and rows is theirs:
+        return target.lm_head
+    if packed:
+        return PackedLinear.from_weight(rows)
+    linear = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device=rows.device, dtype=rows.dtype)
+    linear.weight = nn.Parameter(rows, requires_grad=False)
+    return linear
 
 
 class _Growth:

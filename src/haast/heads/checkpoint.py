@@ -1,7 +1,9 @@
-"""A head on disk: `config.json`, `model.safetensors`, and `draft_vocab.safetensors` where it drafts over fewer tokens.
+"""A head on disk: `config.json`, `model.safetensors`, and `draft_vocab.safetensors` where a FeatExtrapolator drafts
+over fewer tokens than the target knows.
 
-Owns the files and their checks. `model.safetensors` holds the official EAGLE-1 layout and nothing else; the draft
-vocabulary lies beside it as `d2t` (target id = draft id + d2t[draft id], the EAGLE-3 convention).
+Owns the files and their checks. `model.safetensors` holds the official EAGLE-1 or EAGLE-3 layout and nothing else. The
+draft vocabulary is `d2t` (target id = draft id + d2t[draft id]): beside an EAGLE-1 head, which has no such tensor, in a
+file of its own; inside an EAGLE-3 head, with `t2d` (which target ids are drafted), as its official files have it.
 """
 
 from __future__ import annotations
@@ -18,9 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from haast.errors import HeadMismatchError
+from haast.heads.config import HeadConfig
+from haast.heads.eagle3 import Eagle3Config, Eagle3Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
+from haast.heads.module import DraftModule
 
-_FORMAT = "haast-feat-extrapolator-1"
+_FEAT, _EAGLE3 = "haast-feat-extrapolator-1", "haast-eagle3-1"
+_CONFIGS: dict[str, type[HeadConfig]] = {_FEAT: FeatExtrapolatorConfig, _EAGLE3: Eagle3Config}
 # What transformers and torch raise at sizes that make no Llama layer: a word, zero, a negative, an unknown name.
 _NO_SIZES = (TypeError, ValueError, KeyError, ZeroDivisionError, RuntimeError, StrictDataclassError)
 
@@ -29,20 +35,22 @@ _NO_SIZES = (TypeError, ValueError, KeyError, ZeroDivisionError, RuntimeError, S
 class Head:
     """A loaded head: the module, the target ids it drafts over (None: all), and what its files say of its making."""
 
-    module: FeatExtrapolator
+    module: DraftModule
     draft_vocab: Tensor | None  # (draft vocabulary,) int64, ascending target ids
     about: dict[str, Any]
 
 
 def save_head(
     folder: Path,
-    config: FeatExtrapolatorConfig,
+    config: HeadConfig,
     weights: dict[str, Tensor],
     draft_vocab: Tensor | None,
     about: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> None:
     """Write a head atomically file by file. `weights` are plain tensors under the official names.
+
+    `draft_vocab` are the ascending target ids that the head drafts over; None is all of them.
 
     Raises:
         ValueError: a weight is not finite in `dtype`.
@@ -52,11 +60,16 @@ def save_head(
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} holds values that {dtype} can't: save the head in torch.float32")
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "model.safetensors", stored)
+    eagle3 = isinstance(config, Eagle3Config)
     if draft_vocab is not None:
-        offsets = draft_vocab.long() - torch.arange(len(draft_vocab))
-        _write(folder / "draft_vocab.safetensors", {"d2t": offsets})
-    document: dict[str, Any] = {"format": _FORMAT, "head": asdict(config), "about": about or {}}
+        offsets = {"d2t": draft_vocab.long() - torch.arange(len(draft_vocab))}
+        if eagle3:
+            drafted = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, draft_vocab.long(), True)
+            stored |= {**offsets, "t2d": drafted}
+        else:
+            _write(folder / "draft_vocab.safetensors", offsets)
+    _write(folder / "model.safetensors", stored)
+    document: dict[str, Any] = {"format": _EAGLE3 if eagle3 else _FEAT, "head": asdict(config), "about": about or {}}
     if draft_vocab is not None:
         document["draft_vocab_size"] = len(draft_vocab)
     temporary = folder / "config.json.tmp"
@@ -71,25 +84,52 @@ def load_head(folder: Path) -> Head:
         HeadMismatchError: files are missing or corrupt, tensors are missing, unknown or of the wrong shape.
     """
     document = _read_config(folder)
-    known = {field.name for field in fields(FeatExtrapolatorConfig)}
+    config = _config(folder, document)
+    size = document.get("draft_vocab_size")
+    try:
+        module = _module(config, size)
+    except _NO_SIZES as error:
+        raise HeadMismatchError(f"{folder / 'config.json'}: sizes do not make a head: {error}") from error
+    path = folder / "model.safetensors"
+    weights = _read_tensors(path)
+    vocab = None
+    if isinstance(config, Eagle3Config):
+        mapping: dict[str, Tensor] = {n: weights.pop(n) for n in ("d2t", "t2d") if n in weights}
+        if size is not None or mapping:
+            if len(mapping) == 1:
+                raise HeadMismatchError(f"{path} has {next(iter(mapping))} alone of d2t and t2d; fetch the head again")
+            vocab = _draft_vocab(path, mapping, config.drafts, config.vocab_size)
+            drafted = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, vocab, True)
+            if not torch.equal(mapping["t2d"].bool(), drafted):
+                raise HeadMismatchError(f"{path}: t2d and d2t name different tokens; fetch or train the head again")
+    elif size is not None:
+        beside = folder / "draft_vocab.safetensors"
+        vocab = _draft_vocab(beside, _read_tensors(beside), int(size), config.vocab_size)
+    _check_tensors(folder, module, weights)
+    module.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return Head(module.eval().requires_grad_(False), vocab, dict(document.get("about", {})))
+
+
+def _module(config: HeadConfig, draft_vocab_size: int | None) -> DraftModule:
+    if isinstance(config, Eagle3Config):
+        return Eagle3Head(config)
+    assert isinstance(config, FeatExtrapolatorConfig), "there are two kinds"
+    return FeatExtrapolator(config, draft_vocab_size)
+
+
+def _config(folder: Path, document: dict[str, Any]) -> HeadConfig:
+    kind = _CONFIGS[document["format"]]
+    known = {field.name for field in fields(kind)}
     unknown = set(document["head"]) - known
     if unknown:
         raise HeadMismatchError(f"{folder / 'config.json'}: unknown keys {sorted(unknown)}; known are {sorted(known)}")
     try:
-        module = FeatExtrapolator(FeatExtrapolatorConfig(**document["head"]))
-    except _NO_SIZES as error:
+        return kind(**document["head"])
+    except (TypeError, ValueError) as error:
         raise HeadMismatchError(f"{folder / 'config.json'}: sizes do not make a head: {error}") from error
-    weights = _read_tensors(folder / "model.safetensors")
-    _check_tensors(folder, module, weights)
-    module.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    vocab = None
-    size = document.get("draft_vocab_size")
-    if size is not None:
-        vocab = _draft_vocab(folder / "draft_vocab.safetensors", int(size), module.config.vocab_size)
-    return Head(module.eval().requires_grad_(False), vocab, dict(document.get("about", {})))
 
 
-def check_fits(head: FeatExtrapolatorConfig, hidden_size: int, vocab_size: int, target: str) -> None:
+def check_fits(head: HeadConfig, hidden_size: int, vocab_size: int, target: str) -> None:
     """Refuse a head made for another target.
 
     Raises:
@@ -106,12 +146,9 @@ def check_fits(head: FeatExtrapolatorConfig, hidden_size: int, vocab_size: int, 
             )
 
 
-def read_head_config(folder: Path) -> FeatExtrapolatorConfig:
+def read_head_config(folder: Path) -> HeadConfig:
     """The head's sizes alone, to check them before a model loads. Raises HeadMismatchError as `load_head` does."""
-    try:
-        return FeatExtrapolatorConfig(**_read_config(folder)["head"])
-    except TypeError as error:
-        raise HeadMismatchError(f"{folder / 'config.json'}: sizes do not make a head: {error}") from error
+    return _config(folder, _read_config(folder))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -122,9 +159,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise HeadMismatchError(f"{path} is not JSON ({error}); fetch or train the head again") from error
-    if not isinstance(document, dict) or document.get("format") != _FORMAT or "head" not in document:
+    if not isinstance(document, dict) or document.get("format") not in _CONFIGS or "head" not in document:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
-        raise HeadMismatchError(f"{path}: format {found!r} is not {_FORMAT!r}; this file was not written by Haast")
+        raise HeadMismatchError(
+            f"{path}: format {found!r} is none of {', '.join(map(repr, _CONFIGS))}; this file was not written by Haast"
+        )
     return document
 
 
@@ -137,13 +176,13 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise HeadMismatchError(f"{path} is corrupt ({error}); fetch or train the head again") from error
 
 
-def _check_tensors(folder: Path, module: FeatExtrapolator, weights: dict[str, Tensor]) -> None:
+def _check_tensors(folder: Path, module: DraftModule, weights: dict[str, Tensor]) -> None:
     wanted = module.state_dict()
     missing, unknown = sorted(set(wanted) - set(weights)), sorted(set(weights) - set(wanted))
     if missing or unknown:
         raise HeadMismatchError(
             f"{folder / 'model.safetensors'}: missing tensors {missing}, unknown tensors {unknown}; "
-            f"a FeatExtrapolator has exactly {sorted(wanted)}"
+            f"a {type(module).__name__} has exactly {sorted(wanted)}"
         )
     for name, tensor in weights.items():
         if tensor.shape != wanted[name].shape:
@@ -157,10 +196,9 @@ def _check_tensors(folder: Path, module: FeatExtrapolator, weights: dict[str, Te
             )
 
 
-def _draft_vocab(path: Path, size: int, vocab_size: int) -> Tensor:
-    tensors = _read_tensors(path)
-    if set(tensors) != {"d2t"}:
-        raise HeadMismatchError(f"{path}: expected the tensor d2t alone, found {sorted(tensors)}")
+def _draft_vocab(path: Path, tensors: dict[str, Tensor], size: int, vocab_size: int) -> Tensor:
+    if "d2t" not in tensors or set(tensors) - {"d2t", "t2d"}:
+        raise HeadMismatchError(f"{path}: expected the draft vocabulary d2t, found {sorted(tensors)}")
     ids = tensors["d2t"].long() + torch.arange(len(tensors["d2t"]))
     ascending = len(ids) > 0 and bool((ids[1:] > ids[:-1]).all()) and int(ids[0]) >= 0 and int(ids[-1]) < vocab_size
     if len(ids) != size or not ascending:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class Example:
     supervised: Tensor  # (n,) uint8; 1 on the assistant's tokens
     topk_ids: Tensor  # (n, k) int32, best first: the target's next token after this position
     topk_probs: Tensor  # (n, k) float16, raw softmax
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # (n, layers * hidden) float16: captured states
 
     @property
     def pairs(self) -> int:
@@ -51,7 +52,8 @@ class Example:
 class PackedBatch:
     """Sequences end to end. N pairs, M supervised ones, B sequences, at most L pairs and Q queries in one."""
 
-    features: Tensor  # (N, hidden) float32: f_t
+    features: Tensor  # (N, width) float32: f_t, or the captured states at t
+    tokens: Tensor  # (N,) int64: x_t
     next_tokens: Tensor  # (N,) int64: x_{t+1}
     positions: Tensor  # (N,) int64: t
     queries: Tensor  # (M,) int64: rows of the pack that are supervised
@@ -60,6 +62,7 @@ class PackedBatch:
     teacher_probs: Tensor  # (M, k) float32
     key_slots: Tensor  # (B, L) int64: row of the pack at pair slot j, 0 where there is none
     query_slots: Tensor  # (B, Q) int64: index into `queries` at slot i, 0 where there is none
+    key_places: Tensor  # (N,) int64: b * L + j, where pair n stands in the padded form
     query_places: Tensor  # (M,) int64: b * Q + i, where query m stands in the padded form
     lengths: Tensor  # (B,) int64 pairs per sequence
 
@@ -71,11 +74,15 @@ class PackedBatch:
     def seen(self, back: int) -> Tensor:
         """(B, Q, L) bool: the pair slots at least `back` positions behind each query (0: itself included)."""
         at = self.positions[self.queries][self.query_slots]  # (B, Q)
-        return torch.arange(self.key_slots.shape[1]) <= at.unsqueeze(2) - back
+        return torch.arange(self.key_slots.shape[1], device=at.device) <= at.unsqueeze(2) - back
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch on `device`."""
+        return PackedBatch(*(getattr(self, each.name).to(device) for each in fields(self)))
 
 
-def pack(examples: Sequence[Example]) -> PackedBatch:
-    """Lay sequences end to end; see the module docstring for the shift."""
+def pack(examples: Sequence[Example], captured: bool = False) -> PackedBatch:
+    """Lay sequences end to end; see the module docstring for the shift. `captured` takes `hidden` for features."""
     lengths = [example.pairs for example in examples]
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     own = [example.queries() for example in examples]  # positions within the sequence
@@ -89,7 +96,8 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
         query_slots[row, :count] = torch.arange(first, first + count)
     after = [(example, q + 1) for example, q in zip(examples, own, strict=True)]
     return PackedBatch(
-        features=torch.cat([e.features[: e.pairs] for e in examples]).float(),
+        features=torch.cat([(e.hidden if captured else e.features)[: e.pairs] for e in examples]).float(),
+        tokens=torch.cat([e.tokens[:-2] for e in examples]).long(),
         next_tokens=torch.cat([e.tokens[1:-1] for e in examples]).long(),
         positions=torch.cat([torch.arange(length) for length in lengths]),
         queries=torch.cat([q + start for q, start in zip(own, starts, strict=True)]),
@@ -98,6 +106,7 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
         teacher_probs=torch.cat([e.topk_probs[q] for e, q in after]).float(),
         key_slots=key_slots,
         query_slots=query_slots,
+        key_places=torch.cat([torch.arange(length) + row * longest for row, length in enumerate(lengths)]),
         query_places=torch.cat([torch.arange(c) + row * most for row, c in enumerate(counts)]),
         lengths=torch.tensor(lengths),
     )

@@ -47,9 +47,14 @@ def atomic_save(state: dict[str, Any], path: Path) -> None:
         ) from error
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """Where the state of a step lies."""
+    return folder / f"state-{step:08d}.pt"
+
+
 def save_state(folder: Path, state: dict[str, Any], step: int) -> Path:
     """Write `state-<step>.pt`, drop all but the newest two, and return its path."""
-    path = folder / f"state-{step:08d}.pt"
+    path = path_of(folder, step)
     atomic_save(state, path)
     for old in sorted(folder.glob("state-*.pt"))[:-_KEEP]:
         old.unlink()

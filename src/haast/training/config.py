@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from haast.heads.kinds import INPUTS, KINDS
+
 # Views, at most a quarter of the run. In the first hundred steps Adam's steps all point one way, and with the large
 # dimensions of the LM head's input a fast start throws the logits far off (measured: CE 18 instead of 8).
 _LEAST_WARMUP = 100_000
@@ -22,6 +24,11 @@ class TrainConfig:
     """How a head is trained. A *view* is one supervised position seen once; `views` is the length of the whole run."""
 
     views: int = _setting(10_000_000, "Length of the run: supervised positions seen, each epoch's anew.")
+    head: str = _setting("feat-extrapolator", "EAGLE-1/2's head, or eagle3.")
+    layers: int = _setting(1, "Decoder layers of the head. Other engines load one.")
+    inputs: str = _setting("feature+shifted-token", "Or feature+token, feature, token: ablations of the pairs.")
+    fc_norm: bool = _setting(False, "Norm each captured state in front of an Eagle3Head's fc (EAGLE-3.1).")
+    markov_rank: int = _setting(0, "Rank of a previous-token bias on the draft's logits; 0 is none.")
     optimizer: str = _setting("adamw", "Or muon: fewer views for the same loss; wants fast bf16 products.")
     learning_rate: float = _setting(2e-3, "Its peak, after the warm-up.")
     final_learning_rate: float = _setting(0.02, "Where the cosine ends, as a share of the learning rate.")
@@ -31,9 +38,14 @@ class TrainConfig:
     beta2: float = _setting(0.95, "Of AdamW.")
     clip: float = _setting(1.0, "Largest gradient norm.")
     ce_weight: float = _setting(1.0, "Of the soft cross-entropy against the teacher's best tokens.")
+    teacher_top: int = _setting(0, "Distil only the teacher's K best tokens, renormalised; 0 is all that are stored.")
+    lk_after: float = _setting(1.0, "Share of the run after which acceptance joins the loss (LK); 1 is never.")
+    lk_sharpness: float = _setting(3.0, "How fast cross-entropy gives way as acceptance grows.")
     feature_weight: float = _setting(0.1, "Of the Smooth L1 on features, in units of each dimension's rms.")
     draft_vocab: int = _setting(8192, "Tokens that the head drafts: those the target likes most.")
-    batch_tokens: int = _setting(1536, "Positions a step, prompt positions included.")
+    batch_tokens: int = _setting(1536, "Positions a batch, prompt positions included.")
+    accumulate: int = _setting(1, "Batches a step and process.")
+    mixed_precision: str = _setting("no", "no or bf16: of products, under autocast.")
     initialisation: str = _setting("auto", "last-layer (the target's own), random, or auto: the first if it fits.")
     output_init: float = _setting(0.1, "Scale of fc, o_proj and down_proj at a random start.")
     feature_noise: float = _setting(0.0, "Width of uniform noise on features, in units of each dimension's rms.")
@@ -44,23 +56,37 @@ class TrainConfig:
     log_every: int = _setting(50_000, "Views between log lines.")
     evaluate_every: int = _setting(500_000, "Views between evaluations.")
     checkpoint_every: int = _setting(250_000, "Views between checkpoints.")
+    patience: int = _setting(0, "End after so many evaluations without a better tau; 0 is never.")
+    until_tau: float = _setting(0.0, "End once an evaluation measures this tau; 0 is never.")
     seed: int = _setting(0, "Of weights, order and noise.")
 
     def __post_init__(self) -> None:
         above_zero = (
-            "views learning_rate clip draft_vocab batch_tokens output_init alignment_steps step_decay "
-            "log_every evaluate_every checkpoint_every"
+            "views layers learning_rate clip draft_vocab batch_tokens accumulate output_init alignment_steps "
+            "step_decay log_every evaluate_every checkpoint_every"
         )
         for name in above_zero.split():
             self._require(name, getattr(self, name) > 0, "above 0")
-        for name in ("weight_decay", "ce_weight", "feature_weight", "feature_noise", "seed"):
+        not_below_zero = (
+            "weight_decay ce_weight feature_weight feature_noise seed markov_rank teacher_top lk_sharpness patience "
+            "until_tau"
+        )
+        for name in not_below_zero.split():
             self._require(name, getattr(self, name) >= 0, "0 or above")
         for name in ("warmup", "beta1", "beta2", "ema"):
             self._require(name, 0 <= getattr(self, name) < 1, "0 or above and below 1")
         self._require_one_of("initialisation", ("auto", "last-layer", "random"))
         self._require_one_of("optimizer", ("adamw", "muon"))
         self._require_one_of("matmul_precision", ("highest", "high", "medium"))
-        self._require("final_learning_rate", 0 <= self.final_learning_rate <= 1, "between 0 and 1")
+        self._require_one_of("mixed_precision", ("no", "bf16"))
+        self._require_one_of("head", KINDS)
+        self._require_one_of("inputs", INPUTS)
+        for name in ("final_learning_rate", "lk_after"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        if self.head == "eagle3" and self.inputs != INPUTS[0]:
+            raise ValueError(f"inputs={self.inputs!r} is an ablation of head='feat-extrapolator', not of 'eagle3'")
+        if self.head != "eagle3" and self.fc_norm:
+            raise ValueError("fc_norm=True is an option of head='eagle3': a FeatExtrapolator's features are normed")
         self._require("ce_weight", self.ce_weight + self.feature_weight > 0, "above 0, or feature_weight above 0")
 
     def _require(self, name: str, ok: bool, wanted: str) -> None:
@@ -80,6 +106,10 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"unknown training settings {unknown}: the known ones are {', '.join(known)}")
         return TrainConfig(**values)
+
+    def sharpness_at(self, views: int) -> float | None:
+        """Of the LK mix once it has begun; None is cross-entropy alone."""
+        return self.lk_sharpness if views >= self.lk_after * self.views and self.lk_after < 1 else None
 
     def learning_rate_at(self, views: int) -> float:
         """Linear warm-up, then a cosine down to final_learning_rate * learning_rate at the end of the run."""

@@ -2,7 +2,8 @@
 
 Owns the shard format, its limits, and extraction. Knows nothing of heads or losses. A shard is `NAME.safetensors` with
 the tensors of `Example` laid end to end plus `lengths` (sequences) int32, and `NAME.jsonl` with one answer record per
-sequence in the same order. Per token: 2 * hidden + 6 * k + 5 bytes (1.2 KB for SmolLM2-135M and k = 16).
+sequence in the same order. Per token: 2 * hidden * (1 + captured layers) + 6 * k + 5 bytes (1.2 KB for SmolLM2-135M and
+k = 16; 4.7 KB with the three layers of an Eagle3Head).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from haast.tree import DraftTree
 FORMAT = "haast-features-1"
 _GB = 10**9
 _TENSORS = ("tokens", "features", "supervised", "topk_ids", "topk_probs")
+_CAPTURED = "hidden"  # stored where layers are captured
 _LOGIT_ROWS = 256  # positions whose logits exist at a time
 _PER_SHARD = 256  # sequences
 
@@ -46,19 +48,20 @@ class ShardIdentity:
     vocab_size: int
     topk: int
     tokenizer: str  # hash of the vocabulary
+    layer_ids: tuple[int, ...] = ()  # HF `hidden_states` indices captured besides
 
     @staticmethod
-    def of(target: Target, name: str, topk: int = 16) -> ShardIdentity:
+    def of(target: Target, name: str, topk: int = 16, layer_ids: Sequence[int] = ()) -> ShardIdentity:
         """The identity of a target's features."""
         if not 1 <= topk <= target.vocab_size:
             raise ValueError(f"topk={topk} is not allowed: give 1 to {target.vocab_size}")
         digest = "none" if target.tokenizer is None else tokenizer_hash(target.tokenizer)
-        return ShardIdentity(name, target.hidden_size, target.vocab_size, topk, digest)
+        return ShardIdentity(name, target.hidden_size, target.vocab_size, topk, digest, tuple(layer_ids))
 
     @property
     def bytes_per_token(self) -> int:
         """Stored size of one position."""
-        return 2 * self.hidden_size + 6 * self.topk + 5
+        return 2 * self.hidden_size * (1 + len(self.layer_ids)) + 6 * self.topk + 5
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -126,9 +129,10 @@ class ShardWriter:
         if not self._entries:
             return
         examples = [example for example, _ in self._entries]
-        tensors = {name: torch.cat([getattr(e, name) for e in examples]).contiguous() for name in _TENSORS}
+        names = (*_TENSORS, _CAPTURED) if self._identity.layer_ids else _TENSORS
+        tensors = {name: torch.cat([getattr(e, name) for e in examples]).contiguous() for name in names}
         tensors["lengths"] = torch.tensor([len(e.tokens) for e in examples], dtype=torch.int32)
-        if not bool(torch.isfinite(tensors["features"]).all()):
+        if not all(bool(torch.isfinite(tensors[name]).all()) for name in ("features", *names[len(_TENSORS) :])):
             raise ValueError("features exceed the range of fp16 (65504): this target's features cannot be stored")
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         if self._used + size > self._max_gb * _GB:
@@ -148,6 +152,7 @@ def _write_shard(
 ) -> None:
     temporary = path.with_suffix(".tmp")
     metadata = {"format": FORMAT, **{name: str(value) for name, value in asdict(identity).items()}}
+    metadata["layer_ids"] = _words(identity.layer_ids)
     try:
         path.with_suffix(".jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         save_file(tensors, temporary, metadata)
@@ -176,7 +181,7 @@ def read_shards(folder: Path, identity: ShardIdentity | None = None) -> tuple[li
     for path in sorted(folder.glob("*.safetensors")):
         tensors = _read_shard(path, identity)
         lengths = tensors["lengths"].tolist()
-        parts = [torch.split(tensors[name], lengths) for name in _TENSORS]
+        parts = [torch.split(tensors[name], lengths) for name in (*_TENSORS, _CAPTURED) if name in tensors]
         examples.extend(Example(*part) for part in zip(*parts, strict=True))
         own = [record for _, record in read_json_lines(path.with_suffix(".jsonl"))]
         if len(own) != len(lengths):
@@ -191,7 +196,9 @@ def _read_shard(path: Path, identity: ShardIdentity | None) -> dict[str, Tensor]
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in (*_TENSORS, "lengths")}
+            wanted = identity is None or identity.layer_ids  # states that nobody asks for are not read
+            captured = [name for name in file.keys() if name == _CAPTURED and wanted]  # noqa: SIM118 - no mapping
+            tensors = {name: file.get_tensor(name) for name in (*_TENSORS, "lengths", *captured)}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"feature shard {path} is corrupt ({error}): delete it and extract again") from error
     total = int(tensors["lengths"].sum())
@@ -209,6 +216,8 @@ def _refuse_foreign(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
     if metadata:
         found |= {"vocab_size": int(metadata["vocab_size"]), "tokenizer": metadata["tokenizer"]}
     found["topk"] = tensors["topk_ids"].shape[1]
+    if identity.layer_ids:
+        found["layer_ids"] = _ids(metadata.get("layer_ids", "none"))
     highest = max(int(tensors["tokens"].max()), int(tensors["topk_ids"].max()))
     if highest >= identity.vocab_size:
         found.setdefault("vocab_size", f"above {highest}")
@@ -221,9 +230,21 @@ def _refuse_foreign(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
             )
 
 
+def _words(layer_ids: Sequence[int]) -> str:
+    return ",".join(map(str, layer_ids)) or "none"
+
+
+def _ids(words: str) -> tuple[int, ...]:
+    return () if words == "none" else tuple(int(word) for word in words.split(","))
+
+
 @torch.inference_mode()
 def stream_examples(
-    target: Target, sequences: Sequence[TokenSequence], topk: int = 16, batch_tokens: int = 2048
+    target: Target,
+    sequences: Sequence[TokenSequence],
+    topk: int = 16,
+    batch_tokens: int = 2048,
+    layer_ids: Sequence[int] = (),
 ) -> Iterator[tuple[int, Example]]:
     """The target's features of each sequence, nothing written: the mode without shards.
 
@@ -232,6 +253,7 @@ def stream_examples(
         sequences: at least three tokens each.
         topk: the teacher's best tokens per supervised position.
         batch_tokens: most positions of one forward, padding included.
+        layer_ids: HF `hidden_states` indices to capture besides, for an Eagle3Head.
 
     Yields:
         Index into `sequences`, and its example; similar lengths come together.
@@ -240,14 +262,14 @@ def stream_examples(
     current: list[int] = []
     for index in order:
         if current and len(sequences[index].tokens) * (len(current) + 1) > batch_tokens:
-            yield from zip(current, _forward(target, [sequences[i] for i in current], topk), strict=True)
+            yield from zip(current, _forward(target, [sequences[i] for i in current], topk, layer_ids), strict=True)
             current = []
         current.append(index)
     if current:
-        yield from zip(current, _forward(target, [sequences[i] for i in current], topk), strict=True)
+        yield from zip(current, _forward(target, [sequences[i] for i in current], topk, layer_ids), strict=True)
 
 
-def _forward(target: Target, sequences: list[TokenSequence], topk: int) -> list[Example]:
+def _forward(target: Target, sequences: list[TokenSequence], topk: int, layer_ids: Sequence[int]) -> list[Example]:
     lengths = [len(s.tokens) for s in sequences]
     longest, rows = max(lengths), len(sequences)
     tokens = torch.zeros(rows, longest, dtype=torch.long)
@@ -256,11 +278,17 @@ def _forward(target: Target, sequences: list[TokenSequence], topk: int) -> list[
     live = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
     tree = DraftTree.chain(tokens.to(target.device), live.to(target.device))
     # Logits are made below, for the answers only.
-    features = target.forward(tree, target.new_cache(rows, longest), last_only=True).features
-    return [_example(target, s, features[row, : len(s.tokens)], topk) for row, s in enumerate(sequences)]
+    output = target.forward(tree, target.new_cache(rows, longest), last_only=True, hidden_layers=layer_ids)
+    captured = [output.hidden[index] for index in layer_ids] or [output.features[..., :0]]
+    hidden = torch.cat(captured, dim=-1).half().cpu()
+    features = output.features
+    return [
+        _example(target, s, features[row, : len(s.tokens)], topk, hidden[row, : len(s.tokens)])
+        for row, s in enumerate(sequences)
+    ]
 
 
-def _example(target: Target, sequence: TokenSequence, features: Tensor, topk: int) -> Example:
+def _example(target: Target, sequence: TokenSequence, features: Tensor, topk: int, hidden: Tensor) -> Example:
     supervised = torch.tensor(sequence.supervised)
     answers = supervised | torch.cat([supervised[1:], supervised.new_zeros(1)])  # also what predicts the first token
     ids = torch.zeros(len(sequence.tokens), topk, dtype=torch.int32)
@@ -268,7 +296,7 @@ def _example(target: Target, sequence: TokenSequence, features: Tensor, topk: in
     for rows in torch.split(answers.nonzero()[:, 0], _LOGIT_ROWS):
         ids[rows], probs[rows] = teacher_topk(target.head_logits(features[rows.to(features.device)]), topk)
     tokens = torch.tensor(sequence.tokens, dtype=torch.int32)
-    return Example(tokens, features.half().cpu(), supervised.to(torch.uint8), ids, probs)
+    return Example(tokens, features.half().cpu(), supervised.to(torch.uint8), ids, probs, hidden.clone())
 
 
 def teacher_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -307,7 +335,7 @@ def extract(
         ShardWriter(folder, identity, max_gb) as writer,
     ):
         task, count = bar.add_task("", total=sum(len(s.tokens) for s in sequences), counted=0), 0
-        for index, example in stream_examples(target, sequences, identity.topk, batch_tokens):
+        for index, example in stream_examples(target, sequences, identity.topk, batch_tokens, identity.layer_ids):
             writer.add(example, sequences[index].record)
             count += len(example.tokens)
             bar.update(task, completed=count, counted=count)

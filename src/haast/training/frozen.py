@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from haast.errors import HeadMismatchError
-from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
+from haast.heads.config import HeadConfig
 from haast.target import Target
 from haast.training.batches import Example
 
@@ -25,6 +25,7 @@ class Frozen:
     head: Tensor  # (vocab, hidden)
     bias: Tensor | None  # (vocab,)
     eos_ids: tuple[int, ...]
+    final_gain: Tensor | None = None  # (hidden,) gain of the norm under the LM head; None where it is no RMS norm
 
     @staticmethod
     def of(target: Target) -> Frozen:
@@ -36,7 +37,19 @@ class Frozen:
             target.head_rows(ids).detach().float().cpu().clone(),
             None if bias is None else bias.detach().float().cpu().clone(),
             end_tokens(target),
+            _final_gain(target),
         )
+
+
+def _final_gain(target: Target) -> Tensor | None:
+    """What the final norm makes of ones, however it stores its gain."""
+    decoder: nn.Module = target.model.get_decoder()  # type: ignore[no-untyped-call]
+    final = dict(decoder.named_children()).get("norm")
+    if final is None or any(name == "bias" for name, _ in final.named_parameters()):
+        return None
+    ones = torch.ones(1, target.hidden_size, dtype=target.dtype, device=target.device)
+    gain: Tensor = final(ones)
+    return gain[0].detach().float().cpu()
 
 
 def end_tokens(target: Target) -> tuple[int, ...]:
@@ -59,7 +72,7 @@ def choose_draft_vocab(examples: Sequence[Example], vocab: int, size: int, alway
     return mass.topk(min(size, vocab)).indices.sort().values
 
 
-def check_sizes(config: FeatExtrapolatorConfig, frozen: Frozen, example: Example) -> None:
+def check_sizes(config: HeadConfig, frozen: Frozen, example: Example) -> None:
     """Refuse a head, a target and features that differ in hidden size or vocabulary.
 
     Raises:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
+from haast.heads.config import HeadConfig
 from haast.speed.fusing import FusedAttention, FusedSwiGLU
 from haast.speed.packing import PackedLinear
 from haast.target import Target
@@ -49,7 +49,7 @@ class _LastLayer:
     weights: dict[str, Tensor]
 
 
-def why_not_last_layer(target: Target, config: FeatExtrapolatorConfig) -> str:
+def why_not_last_layer(target: Target, config: HeadConfig) -> str:
     """One line that says why a head of these sizes can't begin as the target's last layer; empty where it can."""
     found = _find(target)
     if isinstance(found, str):
@@ -65,9 +65,7 @@ def why_not_last_layer(target: Target, config: FeatExtrapolatorConfig) -> str:
 
 
 @torch.no_grad()
-def last_layer_weights(
-    target: Target, config: FeatExtrapolatorConfig, examples: Sequence[Example]
-) -> dict[str, Tensor]:
+def last_layer_weights(target: Target, config: HeadConfig, examples: Sequence[Example]) -> dict[str, Tensor]:
     """Plain weights (EAGLE-1's tensors) of a head that begins as the target's last layer.
 
     Args:

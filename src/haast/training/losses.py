@@ -1,12 +1,22 @@
-"""The two losses of a head (EAGLE, arXiv 2401.15077, section 3.2). Owns the arithmetic; knows no modules or data.
+"""The losses of a head. Owns the arithmetic; knows no modules or data.
 
-Soft cross-entropy against the teacher's top-k, over a draft vocabulary, with the gradient made in place from the logits
-of one chunk: logits for every position never exist, and there is one exponential pass. Smooth L1 on features.
+Soft cross-entropy against the teacher's top-k (EAGLE, arXiv 2401.15077, section 3.2; top-k distillation as in HASS,
+arXiv 2408.15766), or its mix with the acceptance itself (LK losses, arXiv 2602.23881), over a draft vocabulary.
+Gradients are made in place from the logits of one chunk, so logits for every position never exist and there is one
+exponential pass. Smooth L1 on features.
+
+Of one position, with p the teacher's probabilities on its k tokens and q the head's softmax:
+
+    ce = - sum p log q                       d ce / d logits = mass(p) q - p
+    acceptance = sum min(p, q)               d acceptance / d logits = q (I - sum I q),  I = 1 where q < p
+    lk = w ce - (1 - w) acceptance           w = exp(- sharpness * acceptance), held constant
+
+Where the head is bad, w is near 1 and cross-entropy leads; where it is good, what counts is acceptance.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,17 +25,35 @@ from torch.nn import functional
 _CHUNK = 256  # positions whose logits exist at a time: with 8k tokens 8 MB, which stay in the cache
 
 
-class _TeacherCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies; only the features get a gradient (the LM head is frozen)."""
+class Sums(NamedTuple):
+    """Over positions: what is minimised, cross-entropy in nats, right first choices, acceptance at temperature 1."""
+
+    loss: Tensor
+    ce: Tensor
+    hits: Tensor
+    acceptance: Tensor
+
+
+class _TeacherLoss(torch.autograd.Function):
+    """Sums over positions, with the gradients of features and of the weight's columns from `frozen` on."""
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, probs: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        total = features.new_zeros(())
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        probs: Tensor,
+        frozen: int,
+        sharpness: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        loss, ce, accepted = (features.new_zeros(()) for _ in range(3))
         hits = torch.zeros((), dtype=torch.long, device=features.device)
-        gradient = torch.empty_like(features)
-        wants_gradient = ctx.needs_input_grad[0]
+        wants = ctx.needs_input_grad
+        gradient = torch.empty_like(features) if wants[0] else features.new_empty(0)
+        trained = weight[:, frozen:]
+        of_weight = torch.zeros_like(trained) if wants[1] else features.new_empty(0)
         for start in range(0, features.shape[0], _CHUNK):
             part = slice(start, start + _CHUNK)
             logits = features[part] @ weight.T  # (chunk, vocab)
@@ -37,42 +65,65 @@ class _TeacherCrossEntropy(torch.autograd.Function):
             hits += ((raw[:, :1] >= best) & (probs[part, :1] > 0)).sum()
             law = torch.softmax(logits, -1, out=logits)
             log_total = best - law.amax(-1, keepdim=True).log()
-            total += ((log_total - raw) * probs[part]).sum()
-            if wants_gradient:
-                mass = probs[part].sum(-1, keepdim=True)
-                law.scatter_add_(1, ids[part], -probs[part] / mass.clamp_min(1e-12))
-                torch.mm(law, weight, out=gradient[part])
-                gradient[part] *= mass
-        ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(hits)
-        return total, hits
+            own_ce = ((log_total - raw) * probs[part]).sum(-1, keepdim=True)
+            own = law.gather(1, ids[part])  # q on the teacher's tokens
+            overlap = torch.minimum(own, probs[part]).sum(-1, keepdim=True)
+            ce += own_ce.sum()
+            accepted += overlap.sum()
+            share = torch.ones_like(overlap) if sharpness is None else torch.exp(-sharpness * overlap)
+            loss += (share * own_ce - (1 - share) * overlap).sum()
+            if wants[0] or wants[1]:
+                below = (own < probs[part]) * own * (1 - share)  # (1 - w) I q
+                # w (mass q - p) - (1 - w) q (I - sum I q)
+                law *= share * probs[part].sum(-1, keepdim=True) + below.sum(-1, keepdim=True)
+                law.scatter_add_(1, ids[part], -share * probs[part] - below)
+                if wants[0]:
+                    torch.mm(law, weight, out=gradient[part])
+                if wants[1]:
+                    of_weight.addmm_(law.T, features[part, frozen:])
+        ctx.save_for_backward(gradient, of_weight)
+        ctx.frozen, ctx.wants = frozen, (wants[0], wants[1])
+        ctx.mark_non_differentiable(ce, hits, accepted)
+        return loss, ce, hits, accepted
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * outer[0], None, None, None, None
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, of_weight = ctx.saved_tensors
+        of_features = gradient * outer[0] if ctx.wants[0] else None
+        whole = functional.pad(of_weight * outer[0], (ctx.frozen, 0)) if ctx.wants[1] else None
+        return of_features, whole, None, None, None, None, None
 
 
-def teacher_cross_entropy(
-    features: Tensor, weight: Tensor, ids: Tensor, probs: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of softmax(features @ weight.T + bias) against the teacher's top-k, and agreement.
+def teacher_loss(
+    features: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    probs: Tensor,
+    bias: Tensor | None = None,
+    *,
+    frozen: int | None = None,
+    sharpness: float | None = None,
+) -> Sums:
+    """Loss of softmax(features @ weight.T + bias) against the teacher's top-k, and agreement.
 
     A teacher's token outside the draft vocabulary is left out: its probability must be 0 here. What is left is not
     renormalised, so a position of which the draft vocabulary knows little weighs little.
 
     Args:
-        features: (positions, hidden) float.
-        weight: (draft vocabulary, hidden), frozen.
-        ids: (positions, k) int64 in the draft vocabulary, the teacher's first choice first.
+        features: (positions, width) float.
+        weight: (draft vocabulary, width).
+        ids: (positions, k) int64 in the draft vocabulary, the teacher's first choice first; no id twice unless its
+            further probabilities are 0.
         probs: (positions, k); 0 where an id is to be ignored.
         bias: (draft vocabulary,), frozen, or None.
+        frozen: leading columns of the weight that get no gradient; None is all of them.
+        sharpness: of the LK mix, see the module docstring; None is cross-entropy alone.
 
     Returns:
-        The mean cross-entropy in nats, and how many positions' best token is the teacher's first choice.
+        Sums over positions; only `loss` has a gradient.
     """
-    total, hits = _TeacherCrossEntropy.apply(features, weight, bias, ids, probs)  # type: ignore[no-untyped-call]
-    return total / features.shape[0], hits
+    columns = weight.shape[1] if frozen is None else frozen
+    return Sums(*_TeacherLoss.apply(features, weight, bias, ids, probs, columns, sharpness))  # type: ignore[no-untyped-call]
 
 
 def feature_loss(extrapolated: Tensor, wanted: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class HeadOptimizer:
         betas = (config.beta1, config.beta2)
         matrices = [p for p in every if p.ndim == 2] if config.optimizer == "muon" else []
         others = [p for p in every if p.ndim != 2] if matrices else every
-        self._parts: list[torch.optim.Optimizer] = [
+        self.parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(others, config.learning_rate, betas, weight_decay=config.weight_decay, fused=True)
         ]
         if matrices:
@@ -39,21 +39,12 @@ class HeadOptimizer:
             if muon is None:
                 raise ValueError(f"optimizer='muon' needs torch 2.9 or newer, this is {torch.__version__}: use 'adamw'")
             rate, decay = config.learning_rate, config.weight_decay
-            self._parts.append(muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
 
     def step(self, learning_rate: float) -> None:
         """Apply the gradients and forget them."""
-        for part in self._parts:
+        for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = learning_rate
             part.step()
             part.zero_grad()
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
-        return {"parts": [part.state_dict() for part in self._parts]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a checkpoint's state of the same configuration."""
-        for part, own in zip(self._parts, state["parts"], strict=True):
-            part.load_state_dict(own)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-_SUMS = ("loss", "ce", "feature", "top1", "views")
+_SUMS = ("loss", "ce", "feature", "top1", "accepted", "views")
 
 
 class RateColumn(ProgressColumn):
@@ -43,8 +43,9 @@ class Heartbeat:
 class Reporter:
     """Collects sums between log lines.
 
-    Metrics lines: step, views, loss, ce, feature, top1, views_per_s; evaluations have valid_ce, valid_feature,
-    valid_top1, tau.
+    Metrics lines: step, views, loss, ce, feature, top1, accepted (probability that a draft of the head's first choices
+    is kept at temperature 1), views_per_s; evaluations have the same of held-out sequences as valid_*, valid_alpha (by
+    depth), tau and seconds.
 
     Args:
         total: views of the whole run.
@@ -63,6 +64,10 @@ class Reporter:
     def state(self) -> dict[str, float]:
         """The sums since the last line, for a checkpoint."""
         return dict(self._sums)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What metrics.jsonl holds so far."""
+        return [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.exists() else []
 
     def start(self, step: int, sums: Mapping[str, float] | None = None) -> None:
         """Forget lines after `step` (a resumed run writes them again) and take over a checkpoint's sums."""
@@ -100,11 +105,11 @@ class Reporter:
         self._console.print(f"{self._views} views  {self._words()}", highlight=False)
         self._sums, self._since = dict.fromkeys(_SUMS, 0.0), time.monotonic()
 
-    def evaluation(self, step: int, views: int, values: Mapping[str, float], tau_is_one: bool) -> None:
+    def evaluation(self, step: int, views: int, values: Mapping[str, Any], tau_is_one: bool) -> None:
         """Write an evaluation; `tau_is_one` raises the alarm."""
         alarm = "tau is about 1: nothing the head drafts is accepted; check the index shift, the target and the data"
         self._write({"step": step, "views": views, **values, **({"alarm": alarm} if tau_is_one else {})})
-        words = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        words = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
         self._console.print(f"{views} views  evaluation  {words}", style="bold", highlight=False)
         if tau_is_one:
             self._console.print(f"alarm: {alarm}", style="bold red")
@@ -133,6 +138,10 @@ class Reporter:
     def _write(self, values: Mapping[str, Any]) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps(values) + "\n")
+
+
+def _short(value: Any) -> str:
+    return " ".join(f"{part:.2f}" for part in value) if isinstance(value, list) else f"{value:.3f}"
 
 
 def _step_of(line: str) -> float:

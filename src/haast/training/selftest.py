@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
+from haast.heads.config import HeadConfig
+from haast.heads.eagle3 import Eagle3Config
 from haast.training.batches import Example, pack, usable
 from haast.training.config import TrainConfig
 from haast.training.frozen import Frozen
@@ -17,7 +18,7 @@ _TEACHER_AGREES = 0.9  # less than 1: stored features are rounded to fp16
 
 
 def overfit_self_test(
-    head_config: FeatExtrapolatorConfig,
+    head_config: HeadConfig,
     frozen: Frozen,
     examples: Sequence[Example],
     out_dir: Path,
@@ -63,12 +64,14 @@ def overfit_self_test(
         draft_vocab=draft_vocab,
         batch_tokens=sum(example.pairs for example in some),
         learning_rate=5e-3,
+        head="eagle3" if isinstance(head_config, Eagle3Config) else "feat-extrapolator",
         log_every=views,
         evaluate_every=views,
         checkpoint_every=views,
     )
     with TemporaryDirectory(dir=out_dir) as folder:
-        reached = Trainer(config, head_config, frozen, some, some, Path(folder), quiet=True).run()["valid_top1"]
+        run = Trainer(config, head_config, frozen, some, some, Path(folder), quiet=True)
+        reached = float(run.run()["valid_top1"])
     if reached < wanted:
         raise ValueError(
             f"self-test: top-1 {reached:.2f} on one batch after {steps} steps, {wanted} wanted. The teacher agrees "

@@ -1,40 +1,45 @@
-"""The training loop of a FeatExtrapolator (EAGLE, arXiv 2401.15077, section 3.2; loss weights from our own ablation).
+"""The training loop of a head (EAGLE, arXiv 2401.15077, section 3.2; EAGLE-3, arXiv 2503.01840, section 3.2).
 
 Owns steps, schedule, checkpoints, metrics and the choice of the best head by measured tau. Knows neither the engine (it
 is handed `measure_tau`) nor how a head is stored for users. A run is a pure function of its configuration and data: a
-resumed run repeats the loss curve bit for bit on the same CPU and thread count.
+resumed run repeats the loss curve bit for bit on the same CPU and thread count, and a step of n processes is a step of
+one process that accumulates n times as many batches.
 """
 
 from __future__ import annotations
 
-import signal
-import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
+from haast.heads.config import HeadConfig
+from haast.heads.eagle3 import Eagle3Config
+from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
+from haast.heads.module import DraftModule
 from haast.training import checkpoints
-from haast.training.alignment import chain_passes
 from haast.training.batches import BatchOrder, Example, PackedBatch, pack, usable
 from haast.training.config import TrainConfig
 from haast.training.frozen import Frozen, check_sizes, choose_draft_vocab
-from haast.training.losses import feature_loss, teacher_cross_entropy
+from haast.training.interrupt import interrupt_flag, matmul_precision
+from haast.training.objective import ALPHAS, Objective
 from haast.training.optimizer import HeadOptimizer
+from haast.training.processes import Processes
 from haast.training.report import Reporter
-from haast.training.whitened import Scales, WhitenedHead, load_plain, plain_weights
+from haast.training.whitened import Scales, TrainedHead, WhitenedHead, load_plain, plain_weights
+from haast.training.whitened3 import WhitenedEagle3
 
 __all__ = ["Frozen", "MeasureTau", "Trainer", "choose_draft_vocab", "plain_weights"]
 
-MeasureTau = Callable[[FeatExtrapolator, Tensor], float]  # (head in eval mode, draft vocabulary ids) -> tau
+MeasureTau = Callable[[DraftModule, Tensor], float]  # (head in eval mode, draft vocabulary ids) -> tau
 _TAU_IS_ONE = 1.05  # a head below this drafts nothing that is accepted
 _EARLY = 0.2  # share of the run before which a tau of one is no alarm
+_MARKS = (1.5, 2.0, 2.4, 2.8, 3.2, 3.6)  # taus whose time is told
 
 
 @dataclass
@@ -49,7 +54,10 @@ class _Progress:
     evaluated: int = 0
     saved: int = 0
     tau: float = 0.0
-    best_tau: float = 0.0
+    best: float = 0.0  # the best evaluation's score: its tau where one is measured
+    worse: int = 0  # evaluations since then
+    ended: bool = False  # by patience or until_tau
+    seconds: float = 0.0  # spent in the loop, evaluations included
 
 
 class Trainer:
@@ -57,7 +65,7 @@ class Trainer:
 
     Args:
         config: settings.
-        head_config: sizes of the head.
+        head_config: sizes of the head; an Eagle3Config's `draft_vocab_size` is set here.
         frozen: the target's ends.
         train: sequences to learn from.
         valid: held-out sequences for cross-entropy and top-1 agreement.
@@ -65,6 +73,7 @@ class Trainer:
         measure_tau: the real engine on validation prompts; None leaves selection to the validation cross-entropy.
         export: how a head is stored, (folder, head, draft vocabulary) -> None; None stores a bare `head.pt`.
         start_from: plain weights of a head to start from (see `initialise`); None is noise.
+        draft_vocab: target ids to draft over; None takes the likeliest `config.draft_vocab`.
         quiet: no terminal output.
 
     Raises:
@@ -74,67 +83,81 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        head_config: FeatExtrapolatorConfig,
+        head_config: HeadConfig,
         frozen: Frozen,
         train: Sequence[Example],
         valid: Sequence[Example],
         out_dir: Path,
         measure_tau: MeasureTau | None = None,
-        export: Callable[[Path, FeatExtrapolator, Tensor], None] | None = None,
+        export: Callable[[Path, DraftModule, Tensor], None] | None = None,
         start_from: dict[str, Tensor] | None = None,
+        draft_vocab: Tensor | None = None,
         quiet: bool = False,
     ) -> None:
-        self.config, self.head_config, self.out_dir = config, head_config, out_dir
+        self.config, self.out_dir = config, out_dir
         self.train_set, self.valid_set = usable(train), usable(valid)
         self._order = BatchOrder([e.pairs for e in self.train_set], config.batch_tokens, config.seed)
         check_sizes(head_config, frozen, self.train_set[0])
         checkpoints.write_probe(out_dir)
         self._measure_tau, self._export = measure_tau, export
-        self.draft_vocab = choose_draft_vocab(self.train_set, len(frozen.head), config.draft_vocab, frozen.eos_ids)
-        scales = Scales.measure(self.train_set, frozen.embeddings)
-        self.head = WhitenedHead(head_config, scales, config.output_init, config.seed)
+        if draft_vocab is None:
+            draft_vocab = choose_draft_vocab(self.train_set, len(frozen.head), config.draft_vocab, frozen.eos_ids)
+        self.draft_vocab = draft_vocab
+        self.head = make_head(config, head_config, frozen, self.train_set, draft_vocab)
+        self.head_config = self.head.config
         if start_from is not None:
             load_plain(self.head, start_from)
-        self._embeddings = frozen.embeddings / scales.embedding
-        self._rows = (frozen.head[self.draft_vocab] * scales.feature).contiguous()  # (draft vocabulary, hidden)
-        self._bias = None if frozen.bias is None else frozen.bias[self.draft_vocab]
-        self._draft_index = torch.full((len(frozen.head),), -1).index_put(
-            (self.draft_vocab,), torch.arange(len(self._rows))
-        )
-        self._averages = [p.detach().clone() for p in self.head.parameters()] if config.ema else []
-        self._optimizer = HeadOptimizer(self.head.parameters(), config)
-        self._noise = torch.Generator().manual_seed(config.seed)
+        self._processes = Processes(config.mixed_precision)
+        self._refuse_sharded()
+        self._captured = not self.head.regresses
+        self._plain = make_head(config, head_config, frozen, self.train_set, draft_vocab)  # whole and on the CPU
+        self._objective = self._processes.prepare(Objective(self.head, frozen, draft_vocab, config))
+        trained = [p for p in self._objective.parameters() if p.requires_grad]
+        self._averages = [p.detach().clone() for p in trained] if config.ema else []
+        self._optimizer = HeadOptimizer(trained, config)
         self._at = _Progress()
-        self._report = Reporter(config.views, out_dir / "metrics.jsonl", quiet)
+        self._report = Reporter(config.views, out_dir / "metrics.jsonl", quiet or not self._processes.main)
 
-    def run(self, resume: bool = False) -> dict[str, float]:
-        """Train to the end (or Ctrl-C, which saves first). Returns the last evaluation.
+    def run(self, resume: bool = False) -> dict[str, Any]:
+        """Train to the end (or Ctrl-C, which saves first). Returns the last evaluation, and the seconds to each tau.
 
         Raises:
             KeyboardInterrupt: after the checkpoint was written.
             ValueError: there is a run in the folder and `resume` is false, or its settings differ.
         """
         self._open(resume)
-        result: dict[str, float] = {}
-        products = _matmul_precision(self.config.matmul_precision)
-        with self._report.live(self._at.views), _interrupt_flag() as interrupted, products:
-            for epoch, place, indices in self._order.batches(self._at.epoch, self._at.place):
-                if self._at.views >= self.config.views or interrupted.is_set():
+        result: dict[str, Any] = {}
+        stopped, products = False, matmul_precision(self.config.matmul_precision)
+        with self._report.live(self._at.views), interrupt_flag() as interrupted, products:
+            batches, begun = self._order.batches(self._at.epoch, self._at.place), time.monotonic()
+            before = self._at.seconds
+            while self._at.views < self.config.views and not self._at.ended:
+                stopped = self._processes.any(interrupted.is_set())
+                if stopped:
                     break
-                sums = self._step(pack([self.train_set[i] for i in indices]))
-                self._at.step, self._at.epoch, self._at.place = self._at.step + 1, epoch, place
-                self._at.views += int(sums["views"])
-                self._report.step(self._at.views, sums, self._at.tau)
+                self._advance(batches)
+                self._at.seconds = before + time.monotonic() - begun
                 result = self._periodic() or result
-        if interrupted.is_set():
+        if stopped:
             self.save()
             raise KeyboardInterrupt
         self._report.line(self._at.step)
-        result = self.evaluate()
+        result = result if self._at.ended and result else self.evaluate()
         self.save()
-        return result
+        return result | {"seconds": self._at.seconds, "seconds_to_tau": self._marks()}
 
-    def _periodic(self) -> dict[str, float] | None:
+    def _advance(self, batches: Iterator[tuple[int, int, list[int]]]) -> None:
+        """One step: every process takes its share of the next batches."""
+        share = self.config.accumulate
+        taken = [next(batches) for _ in range(share * self._processes.count)]
+        first = share * self._processes.index
+        mine = [pack([self.train_set[i] for i in indices], self._captured) for _, _, indices in taken[first:][:share]]
+        sums = self._step(mine)
+        self._at.step, (self._at.epoch, self._at.place, _) = self._at.step + 1, taken[-1]
+        self._at.views += int(sums["views"])
+        self._report.step(self._at.views, sums, self._at.tau)
+
+    def _periodic(self) -> dict[str, Any] | None:
         at, config, result = self._at, self.config, None
         if at.views - at.logged >= config.log_every:
             self._report.line(at.step)
@@ -147,75 +170,85 @@ class Trainer:
             self.save()
         return result
 
-    def _step(self, batch: PackedBatch) -> dict[str, float]:
-        loss, sums = self._loss(batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.config.clip)
-        if not bool(torch.isfinite(norm)):
+    def _step(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
+        """Gradients of all batches of all processes, one step of the optimiser; returns sums over their views."""
+        config, totals = self.config, dict[str, Tensor]()
+        for number, batch in enumerate(batches):
+            noise = self._noise(batch, self._processes.index * len(batches) + number)
+            batch = batch.to(self._processes.device)
+            sharpness = config.sharpness_at(self._at.views)
+            loss, sums = self._objective(batch, noise, sharpness, config.alignment_steps)
+            self._processes.backward(self._objective, loss, meet=number == len(batches) - 1)
+            for name in ("views", "loss", "ce", "feature", "top1", "accepted"):
+                totals[name] = totals.get(name, torch.zeros(())) + sums.get(name, torch.zeros(())).cpu()
+        reached = self._processes.sums(totals)
+        for parameter in self._objective.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= reached["views"]
+        norm = self._processes.clip(self._objective, config.clip)
+        if not norm < float("inf"):
             raise ValueError(f"the gradient is not finite at step {self._at.step}: lower learning_rate and resume")
-        self._optimizer.step(self.config.learning_rate_at(self._at.views))
+        self._optimizer.step(config.learning_rate_at(self._at.views))
         if self._averages:
-            decay = min(self.config.ema, (1 + self._at.step) / (10 + self._at.step))
-            torch._foreach_lerp_(self._averages, [p.detach() for p in self.head.parameters()], 1 - decay)
-        return sums
+            decay = min(config.ema, (1 + self._at.step) / (10 + self._at.step))
+            trained = [p.detach() for p in self._objective.parameters() if p.requires_grad]
+            torch._foreach_lerp_(self._averages, trained, 1 - decay)
+        return reached
 
-    def _loss(self, batch: PackedBatch, training: bool = True) -> tuple[Tensor, dict[str, float]]:
-        """Weighted mean of all passes, and the first pass's sums over its views."""
-        scales, config = self.head.scales, self.config
-        features = batch.features.to(scales.feature.dtype) / scales.feature
-        if training and config.feature_noise:
-            features = features + (torch.rand(features.shape, generator=self._noise) - 0.5) * config.feature_noise
-        wanted = batch.wanted.to(scales.feature.dtype) / scales.feature
-        ids = self._draft_index[batch.teacher_ids]
-        probs = batch.teacher_probs.to(wanted.dtype) * (ids >= 0)
-        ids = ids.clamp_min(0)
-        total, weights, sums = torch.zeros(()), 0.0, {}
-        passes = chain_passes(self.head, batch, self._embeddings, features, config.alignment_steps if training else 1)
-        for number, (output, rows) in enumerate(passes):
-            every = number == 0
-            teacher = (ids, probs) if every else (ids[rows], probs[rows])
-            ce, hits = teacher_cross_entropy(output, self._rows, *teacher, self._bias)
-            regression = feature_loss(output, wanted if every else wanted[rows])
-            weight = config.step_decay**number
-            total = total + weight * (config.ce_weight * ce + config.feature_weight * regression)
-            weights += weight
-            if every:
-                sums = {"ce": float(ce.detach()), "feature": float(regression.detach()), "loss": float(total.detach())}
-                sums = {name: value * batch.views for name, value in sums.items()}
-                sums |= {"top1": float(hits), "views": float(batch.views)}
-        return total / weights, sums
+    def _noise(self, batch: PackedBatch, number: int) -> Tensor | None:
+        """Uniform noise, a function of seed, step and place in the step alone."""
+        width = self.config.feature_noise
+        if not width:
+            return None
+        keyed = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self._at.step) * 1024 + number)
+        noise = (torch.rand(batch.features.shape, generator=keyed) - 0.5) * width
+        return noise.to(self._processes.device)
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Held-out cross-entropy, top-1 agreement and tau, with the averaged weights; keeps the best head."""
-        values: dict[str, float] = {}
+    def evaluate(self) -> dict[str, Any]:
+        """Held-out cross-entropy, agreement by depth and tau, with the averaged weights; keeps the best head."""
+        values: dict[str, Any] = {}
         with self._report.paused(), self._averaged():
-            sums: dict[str, float] = {}
             if self.valid_set:
-                order = BatchOrder([e.pairs for e in self.valid_set], self.config.batch_tokens, 0)
-                for indices in order.epoch(0):
-                    for name, value in self._loss(pack([self.valid_set[i] for i in indices]), False)[1].items():
-                        sums[name] = sums.get(name, 0.0) + value
-                values = {f"valid_{name}": sums[name] / sums["views"] for name in ("ce", "feature", "top1")}
+                values = self._held_out()
             head = self.plain_head()
             if self._measure_tau is not None:
-                values["tau"] = self._at.tau = float(self._measure_tau(head, self.draft_vocab))
+                own = float(self._measure_tau(head, self.draft_vocab)) if self._processes.main else 0.0
+                values["tau"] = self._at.tau = self._processes.agree(own)
             score = values.get("tau", 1 / (1 + values.get("valid_ce", 1.0)))
-            if score >= self._at.best_tau:
-                self._at.best_tau = score
-                self._store(self.out_dir / "best", head)
+            self._at.worse = 0 if score >= self._at.best else self._at.worse + 1
+            if score >= self._at.best:
+                self._at.best = score
+                if self._processes.main:
+                    self._store(self.out_dir / "best", head)
+        patience, wanted = self.config.patience, self.config.until_tau
+        self._at.ended = bool(patience and self._at.worse >= patience) or bool(wanted and self._at.tau >= wanted)
         early = self._at.views < _EARLY * self.config.views
         alarm = "tau" in values and values["tau"] < _TAU_IS_ONE and not early
-        self._report.evaluation(self._at.step, self._at.views, values, alarm)
+        told = values | {"seconds": round(self._at.seconds, 1)}
+        self._report.evaluation(self._at.step, self._at.views, told, alarm)
         return values
 
-    def plain_head(self) -> FeatExtrapolator:
-        """The present weights as users get them, in eval mode."""
-        head = FeatExtrapolator(self.head_config).to(self.head.scales.feature.dtype)
-        head.load_state_dict(plain_weights(self.head))
-        return head.eval()
+    def _held_out(self) -> dict[str, Any]:
+        """Means over held-out views; `valid_alpha[n]`: agreement when n of the states read are the head's own."""
+        order, sums = BatchOrder([e.pairs for e in self.valid_set], self.config.batch_tokens, 0), dict[str, float]()
+        for indices in order.epoch(0):
+            batch = pack([self.valid_set[i] for i in indices], self._captured).to(self._processes.device)
+            for name, value in self._objective(batch, passes=ALPHAS)[1].items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        kinds = ("ce", "feature", "top1", "accepted") if self.head.regresses else ("ce", "top1", "accepted")
+        values: dict[str, Any] = {f"valid_{name}": sums[name] / sums["views"] for name in kinds}
+        depths = [i for i in range(ALPHAS) if sums.get(f"tried_{i}")]
+        return values | {"valid_alpha": [round(sums[f"right_{i}"] / sums[f"tried_{i}"], 4) for i in depths]}
 
-    def _store(self, folder: Path, head: FeatExtrapolator) -> None:
+    def plain_head(self) -> DraftModule:
+        """The present weights as users get them, in eval mode."""
+        prefix = "head."
+        weights = self._processes.weights(self._objective)
+        self._plain.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
+        return self._plain.plain(plain_weights(self._plain))
+
+    def _store(self, folder: Path, head: DraftModule) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if self._export is not None:
             self._export(folder, head, self.draft_vocab)
@@ -224,7 +257,7 @@ class Trainer:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        parameters = list(self.head.parameters())
+        parameters = [p for p in self._objective.parameters() if p.requires_grad]
         own = [p.data for p in parameters]
         for parameter, average in zip(parameters, self._averages, strict=bool(self._averages)):
             parameter.data = average
@@ -234,20 +267,39 @@ class Trainer:
             for parameter, data in zip(parameters, own, strict=True):
                 parameter.data = data
 
+    def _marks(self) -> dict[str, float]:
+        """Seconds until an evaluation first measured each tau."""
+        found = {}
+        for line in self._report.lines():
+            for mark in _MARKS:
+                if line.get("tau", 0.0) >= mark and str(mark) not in found:
+                    found[str(mark)] = line["seconds"]
+        return found
+
+    def _refuse_sharded(self) -> None:
+        for name, wrong in (("optimizer", self.config.optimizer == "muon"), ("ema", self.config.ema > 0)):
+            if self._processes.sharded and wrong:
+                value = getattr(self.config, name)
+                raise ValueError(f"{name}={value!r} needs whole parameters, FSDP shards them: use adamw without ema")
+
     def save(self) -> Path:
         """Write a checkpoint; returns its path."""
         state: dict[str, Any] = {
             "config": asdict(self.config),
             "head": asdict(self.head_config),
             "examples": len(self.train_set),
-            "weights": self.head.state_dict(),
+            "processes": self._processes.count,
+            "weights": self._processes.weights(self._objective),
             "averages": self._averages,
-            "optimizer": self._optimizer.state_dict(),
-            "noise": self._noise.get_state(),
+            "optimizer": self._processes.optimizer_state(self._objective, self._optimizer.parts),
             "progress": asdict(self._at),
             "report": self._report.state(),
         }
-        return checkpoints.save_state(self.out_dir, state, self._at.step)
+        path = checkpoints.path_of(self.out_dir, self._at.step)
+        if self._processes.main:
+            checkpoints.save_state(self.out_dir, state, self._at.step)
+        self._processes.wait()
+        return path
 
     def _open(self, resume: bool) -> None:
         state = checkpoints.load_newest(self.out_dir)
@@ -256,52 +308,34 @@ class Trainer:
             return
         if not resume:
             raise ValueError(f"{self.out_dir} holds a training run: resume it, or choose another folder")
-        changed = {
-            k: (v, asdict(self.config).get(k)) for k, v in state["config"].items() if asdict(self.config).get(k) != v
-        }
+        own = asdict(self.config) | {"processes": self._processes.count}
+        then = state["config"] | {"processes": state.get("processes", 1)}
+        changed = {k: (then.get(k), own.get(k)) for k in sorted({*then, *own}) if then.get(k) != own.get(k)}
         if changed or state["head"] != asdict(self.head_config) or state["examples"] != len(self.train_set):
             raise ValueError(
                 f"{self.out_dir} was trained otherwise, so it cannot be resumed: settings (then, now) {changed}, "
                 f"sequences {state['examples']} then, {len(self.train_set)} now"
             )
-        self.head.load_state_dict(state["weights"])
-        self._averages = state["averages"]
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._noise.set_state(state["noise"])
+        self._processes.load_weights(self._objective, state["weights"])
+        self._processes.load_optimizer_state(self._objective, self._optimizer.parts, state["optimizer"])
+        self._averages = [average.to(self._processes.device) for average in state["averages"]]
         self._at = _Progress(**state["progress"])
         self._report.start(self._at.step, state["report"])
 
 
-@contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
-    """Below "highest" fp32 products may be rounded to TF32 or bf16 where the hardware multiplies those.
-
-    On x86 it also moves them from MKL to oneDNN, in full fp32 where there is no AMX: measured on two Zen 5 cores, 480
-    against 205 GFLOP/s and 1.6 times the views a second.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def _interrupt_flag() -> Iterator[threading.Event]:
-    """Within, Ctrl-C sets a flag, so that a step is never cut in half; a second Ctrl-C interrupts at once."""
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-
-    def handle(_signal: int, _frame: FrameType | None) -> None:
-        if flag.is_set():
-            raise KeyboardInterrupt
-        flag.set()
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGINT, before)
+def make_head(
+    config: TrainConfig,
+    head_config: HeadConfig,
+    frozen: Frozen,
+    examples: Sequence[Example],
+    draft_vocab: Tensor,
+) -> TrainedHead:
+    """A head of the asked kind at its random start (an Eagle3Head's LM head and final norm are the target's)."""
+    scales = Scales.measure(list(examples), frozen.embeddings)
+    if isinstance(head_config, Eagle3Config):
+        sizes = Eagle3Config(**(asdict(head_config) | {"draft_vocab_size": len(draft_vocab)}))
+        random = config.initialisation == "random"
+        rows, gain = (None, None) if random else (frozen.head[draft_vocab], frozen.final_gain)
+        return WhitenedEagle3(sizes, scales, gain, rows, config.output_init, config.seed)
+    assert isinstance(head_config, FeatExtrapolatorConfig), "there are two kinds"
+    return WhitenedHead(head_config, scales, config.output_init, config.seed, len(draft_vocab))

@@ -1,9 +1,10 @@
-"""The FeatExtrapolator as it is trained: in whitened units, over packed batches.
+"""Heads as they are trained: in whitened units, over packed batches.
 
-Owns the trainable parameters, the fixed scales, and the way to and from plain weights. A target's features are badly
-conditioned (single dimensions reach twenty times the median's rms), so the head is trained in z = feature / rms of that
-dimension, embeddings in units of their own rms. The scales are fixed, hence fold into plain weights exactly: what is
-saved is EAGLE-1's layout, and `FeatExtrapolator` with those weights computes the same function (tested in fp64).
+Owns what both kinds share (units, layers, how a pass goes through them) and the FeatExtrapolator's parameters. A
+target's features are badly conditioned (single dimensions reach twenty times the median's rms), so a head is trained in
+z = feature / rms of that dimension, embeddings in units of their own rms. The units are fixed, hence fold into plain
+weights exactly: what is saved is EAGLE-1's layout, and `FeatExtrapolator` with those weights computes the same function
+(tested in fp64).
 
     plain                                     whitened (r: feature rms per dimension, e: embedding rms)
     h = fc [emb; f]                           z = fc' [emb / e; f / r]          fc = diag(r) fc' diag(1/e, 1/r)
@@ -11,183 +12,210 @@ saved is EAGLE-1's layout, and `FeatExtrapolator` with those weights computes th
     h + o_proj(.), h + down_proj(.)           z + o'(.), z + down'(.)           o = diag(r) o', down = diag(r) down'
     norm(h) = w h / rms(h)                    w' g z / rms(r z)                 w = g w' / r,  g = rms(r)
     logits = head h                           (head diag(r)) z
-
-Prompt positions are keys and values only: their queries, MLP and logits are never computed.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
-from haast.training.batches import Example, PackedBatch
+from haast.heads.config import HeadConfig
+from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
+from haast.heads.module import DraftModule
+from haast.training.batches import Example
+from haast.training.layers import Angles, DraftLayer
 
 _SCALE_EXAMPLES = 200  # enough for an rms
 _FLOOR = 0.025  # of the overall rms: a nearly constant dimension is not blown up
+Parts = dict[str, tuple[Tensor, Tensor]]  # plain name -> (whitened part, factor that makes it plain)
 
 
 @dataclass(frozen=True)
 class Scales:
-    """Fixed units: `feature` (hidden,) rms of each dimension, `embedding` one rms."""
+    """Fixed units: rms of each dimension, and one rms for embeddings."""
 
-    feature: Tensor
+    feature: Tensor  # (hidden,) of the LM head's input
     embedding: float
+    hidden: Tensor | None = None  # (layers * hidden,) of captured hidden states, where there are any
 
     @staticmethod
     def measure(examples: list[Example], embeddings: Tensor) -> Scales:
         """From assistant positions of some examples; `embeddings` is (vocab, hidden)."""
         some = examples[:_SCALE_EXAMPLES]
-        features = torch.cat([e.features[:-1][e.supervised[:-1].bool()] for e in some]).float()
         tokens = torch.cat([e.tokens[e.supervised.bool()] for e in some]).long()
-        square = features.square().mean(0)
-        rms = square.sqrt().clamp_min(_FLOOR * float(square.mean().sqrt()))
-        if not bool(torch.isfinite(rms).all()) or float(rms.min()) <= 0:
-            raise ValueError("the features to train on are all zero or not finite: extract them again")
-        return Scales(rms.to(embeddings.dtype), float(embeddings[tokens].float().square().mean().sqrt()))
+        size = float(embeddings[tokens].float().square().mean().sqrt())
+        feature = _rms([e.features[:-1][e.supervised[:-1].bool()] for e in some])
+        captured = bool(some) and some[0].hidden.shape[1] > 0
+        hidden = _rms([e.hidden[:-1][e.supervised[:-1].bool()] for e in some]) if captured else None
+        dtype = embeddings.dtype
+        return Scales(feature.to(dtype), size, None if hidden is None else hidden.to(dtype))
 
 
-class Memory(NamedTuple):
-    """What n pairs leave for attention."""
-
-    fused: Tensor  # (n, hidden), whitened
-    keys: Tensor  # (n, kv_heads, dim), rotated
-    values: Tensor  # (n, kv_heads, dim)
-    cosine: Tensor  # (n, 1, dim)
-    sine: Tensor  # (n, 1, dim)
+def _rms(parts: list[Tensor]) -> Tensor:
+    square = torch.cat(parts).float().square().mean(0)
+    rms = square.sqrt().clamp_min(_FLOOR * float(square.mean().sqrt()))
+    if not bool(torch.isfinite(rms).all()) or float(rms.min()) <= 0:
+        raise ValueError("the features to train on are all zero or not finite: extract them again")
+    return rms
 
 
-def _rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    turned: Tensor = rotate_half(states)  # type: ignore[no-untyped-call]
-    return states * cosine + turned * sine
+class TrainedHead(nn.Module, ABC):
+    """What training needs of a head, whichever kind it is."""
 
+    regresses = False  # whether states aim at the target's features
+    follows_token = True
 
-class WhitenedHead(nn.Module):
-    """A FeatExtrapolator's parameters in whitened units. Linear weights are (out, in)."""
-
-    def __init__(self, config: FeatExtrapolatorConfig, scales: Scales, output_init: float, seed: int) -> None:
+    def __init__(self, config: HeadConfig, scales: Scales, seed: int) -> None:
         super().__init__()
-        hidden, inner = config.hidden_size, config.intermediate_size
         self.config, self.scales = config, scales
-        self.heads, self.kv_heads, self.dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        generator = torch.Generator().manual_seed(seed)
-
-        def matrix(outputs: int, inputs: int, gain: float = 1.0) -> nn.Parameter:
-            normal = torch.randn(outputs, inputs, generator=generator)
-            return nn.Parameter((normal * gain * inputs**-0.5).to(scales.feature.dtype))
-
-        self.fc = matrix(hidden, 2 * hidden, output_init)
-        self.query = matrix(self.heads * self.dim, hidden)
-        self.key_value = matrix(2 * self.kv_heads * self.dim, hidden)
-        self.out = matrix(hidden, self.heads * self.dim, 0.5 * output_init)
-        self.gate_up = matrix(2 * inner, hidden)
-        self.down = matrix(hidden, inner, 0.5 * output_init)
-        self.norm = nn.Parameter(torch.ones_like(scales.feature))
-        self.act = ACT2FN[config.hidden_act]
+        self._generator, self._dtype = torch.Generator().manual_seed(seed), scales.feature.dtype
+        self.layers = nn.ModuleList()
         self.rotary = LlamaRotaryEmbedding(config.llama())
-        self.gain = float(scales.feature.square().mean().sqrt())
 
-    def remember(self, batch: PackedBatch, embeddings: Tensor, features: Tensor, rows: Tensor | None = None) -> Memory:
-        """Fuse pairs and make their keys and values.
+    def matrix(self, outputs: int, inputs: int, gain: float = 1.0) -> nn.Parameter:
+        """A random weight."""
+        normal = torch.randn(outputs, inputs, generator=self._generator)
+        return nn.Parameter((normal * gain * inputs**-0.5).to(self._dtype))
 
-        Args:
-            batch: N pairs.
-            embeddings: (n, hidden) of the next tokens, whitened.
-            features: (n, hidden), whitened.
-            rows: (n,) which of the batch's pairs these are; None is all of them.
-        """
-        fused = functional.linear(torch.cat([embeddings, features], dim=1), self.fc)  # (n, hidden)
-        positions = batch.positions if rows is None else batch.positions[rows]
-        cosine, sine = self.rotary(fused, position_ids=positions.unsqueeze(0))
-        cosine, sine = cosine[0].unsqueeze(1), sine[0].unsqueeze(1)  # (n, 1, dim)
-        keys, values = functional.linear(fused, self.key_value).view(-1, 2, self.kv_heads, self.dim).unbind(1)
-        return Memory(fused, _rotate(keys, cosine, sine), values, cosine, sine)
+    def angles(self, positions: Tensor) -> Angles:
+        """Rotary angles of positions (n,)."""
+        cosine, sine = self.rotary(self.scales.feature.to(positions.device), position_ids=positions.unsqueeze(0))
+        return Angles(cosine[0].unsqueeze(1), sine[0].unsqueeze(1))
 
-    def ask(self, fused: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """Rotated queries (n, heads, dim) of fused pairs (n, hidden)."""
-        return _rotate(functional.linear(fused, self.query).view(-1, self.heads, self.dim), cosine, sine)
+    @abstractmethod
+    def fuse(self, features: Tensor) -> Tensor:
+        """The target's features (n, width), whitened, as states (n, hidden)."""
 
-    def finish(self, fused: Tensor, attended: Tensor) -> Tensor:
-        """The rest of the layer: (n, hidden) and (n, heads * dim) -> the next features (n, hidden), whitened."""
-        state = fused + functional.linear(attended, self.out)
-        return state + self._mlp(state)
+    @abstractmethod
+    def enter(self, embeddings: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Pairs of (n, hidden), whitened, as residual stream (n, hidden) and what the first layer's q, k, v read."""
 
-    def forward(self, batch: PackedBatch, memory: Memory) -> Tensor:
-        """The next features (M, hidden), whitened, at the supervised pairs; `memory` holds all N pairs."""
-        own = memory.fused[batch.queries]
-        asked = self.ask(own, memory.cosine[batch.queries], memory.sine[batch.queries])
-        return self.finish(own, self._attend(batch, asked, memory))
+    def predict(self, states: Tensor) -> Tensor:
+        """States (n, hidden) as the LM head reads them."""
+        return states
 
-    def padded_keys(self, batch: PackedBatch, memory: Memory) -> tuple[Tensor, Tensor]:
-        """Keys and values of every sequence, (B, heads, L, dim) each, grouped heads repeated."""
-        group = self.heads // self.kv_heads
-        key = memory.keys[batch.key_slots].transpose(1, 2).repeat_interleave(group, 1)
-        value = memory.values[batch.key_slots].transpose(1, 2).repeat_interleave(group, 1)
-        return key, value
+    @abstractmethod
+    def rows(self) -> Tensor | None:
+        """Trained rows (draft vocabulary, hidden) of the LM head; None takes the target's frozen ones."""
 
-    def _attend(self, batch: PackedBatch, asked: Tensor, memory: Memory) -> Tensor:
-        query = asked[batch.query_slots].transpose(1, 2)  # (B, heads, Q, dim)
-        key, value = self.padded_keys(batch, memory)
-        seen = batch.seen(0).unsqueeze(1)
-        output = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
-        return output.transpose(1, 2).flatten(0, 1).flatten(1)[batch.query_places]
+    def embed_before(self, tokens: Tensor) -> Tensor | None:
+        """(n, rank): the Markov bias's part of the LM head's input; None where there is no bias."""
+        return self.markov_embed[tokens] if self.config.markov_rank else None
 
-    def _mlp(self, state: Tensor) -> Tensor:
-        square = (state * self.scales.feature).square().mean(-1, keepdim=True)
-        normed = state * torch.rsqrt(square + self.config.rms_norm_eps) * (self.gain * self.norm)
-        gate, up = functional.linear(normed, self.gate_up).chunk(2, dim=-1)
-        return functional.linear(self.act(gate) * up, self.down)
+    def add_markov(self, draft_vocab: int) -> None:
+        """Parameters of the bias of the previous token; it begins as zero, since its rows do."""
+        rank = self.config.markov_rank
+        if rank:
+            self.markov_embed = self.matrix(self.config.vocab_size, rank, rank**0.5)
+            self.markov_rows = nn.Parameter(torch.zeros(draft_vocab, rank, dtype=self._dtype))
+
+    def markov_parts(self) -> Parts:
+        """See `parts`."""
+        if not self.config.markov_rank:
+            return {}
+        one = torch.ones(())
+        return {"markov.embed.weight": (self.markov_embed, one), "markov.rows.weight": (self.markov_rows, one)}
+
+    @abstractmethod
+    def parts(self) -> Parts:
+        """Every plain tensor as its whitened part and the factor (broadcastable to it) between the two."""
+
+    @abstractmethod
+    def plain(self, weights: dict[str, Tensor]) -> DraftModule:
+        """The module that users get, with plain weights, in eval mode."""
 
 
-def _plain_scales(head: WhitenedHead) -> dict[str, Tensor]:
-    """Of every plain weight, the factor (broadcastable to it) that turns whitened into plain."""
-    feature = head.scales.feature
-    inverse, hidden = 1 / feature, head.config.hidden_size
-    pair = torch.cat([torch.full((hidden,), 1 / head.scales.embedding, dtype=feature.dtype), inverse])
-    layer = "layers.0."
-    return {
-        "fc.weight": feature[:, None] * pair,
-        f"{layer}self_attn.q_proj.weight": inverse,
-        f"{layer}self_attn.k_proj.weight": inverse,
-        f"{layer}self_attn.v_proj.weight": inverse,
-        f"{layer}self_attn.o_proj.weight": feature[:, None],
-        f"{layer}mlp.gate_proj.weight": torch.ones(()),
-        f"{layer}mlp.up_proj.weight": torch.ones(()),
-        f"{layer}mlp.down_proj.weight": feature[:, None],
-        f"{layer}post_attention_layernorm.weight": head.gain * inverse,
+def layer_parts(layer: DraftLayer, prefix: str, reads: Tensor) -> Parts:
+    """A layer's plain tensors; `reads` (width,) are the factors of what q, k and v read."""
+    units, one = layer.units, torch.ones((), device=layer.units.device)
+    key, value = layer.key_value.chunk(2)
+    gate, up = layer.gate_up.chunk(2)
+    parts: Parts = {
+        f"{prefix}self_attn.q_proj.weight": (layer.query, reads),
+        f"{prefix}self_attn.k_proj.weight": (key, reads),
+        f"{prefix}self_attn.v_proj.weight": (value, reads),
+        f"{prefix}self_attn.o_proj.weight": (layer.out, units[:, None]),
+        f"{prefix}mlp.gate_proj.weight": (gate, one),
+        f"{prefix}mlp.up_proj.weight": (up, one),
+        f"{prefix}mlp.down_proj.weight": (layer.down, units[:, None]),
+        f"{prefix}post_attention_layernorm.weight": (layer.norm, layer.gain / units),
     }
+    if layer.normed:
+        parts[f"{prefix}input_layernorm.weight"] = (layer.input_norm, layer.gain / units)
+    return parts
 
 
-def _whitened_parts(head: WhitenedHead) -> dict[str, Tensor]:
-    key, value = head.key_value.chunk(2)
-    gate, up = head.gate_up.chunk(2)
-    parts = (head.fc, head.query, key, value, head.out, gate, up, head.down, head.norm)
-    return dict(zip(_plain_scales(head), parts, strict=True))
+class WhitenedHead(TrainedHead):
+    """A FeatExtrapolator's parameters in whitened units."""
+
+    regresses = True
+
+    def __init__(
+        self, config: FeatExtrapolatorConfig, scales: Scales, output_init: float, seed: int, draft_vocab: int = 0
+    ) -> None:
+        super().__init__(config, scales, seed)
+        hidden = config.hidden_size
+        self.inputs = config.inputs
+        self.follows_token = config.inputs != "feature+token"
+        self.fc = self.matrix(hidden, 2 * hidden, output_init)
+        for number in range(config.num_hidden_layers):
+            self.layers.append(DraftLayer(config, scales.feature, hidden, number > 0, self.matrix, output_init))
+        self.add_markov(draft_vocab or config.vocab_size)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        return features
+
+    def enter(self, embeddings: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        if self.inputs == "feature":
+            embeddings = torch.zeros_like(embeddings)
+        elif self.inputs == "token":
+            states = torch.zeros_like(states)
+        fused = functional.linear(torch.cat([embeddings, states], dim=1), self.fc)  # (n, hidden)
+        return fused, fused
+
+    def rows(self) -> Tensor | None:
+        return None
+
+    def parts(self) -> Parts:
+        feature = self.scales.feature.to(self.fc.device)
+        inverse, hidden = 1 / feature, self.config.hidden_size
+        pair = torch.cat([torch.full_like(feature, 1 / self.scales.embedding), inverse])
+        assert len(pair) == 2 * hidden, "embedding and feature"
+        parts: Parts = {"fc.weight": (self.fc, feature[:, None] * pair)}
+        for number, layer in enumerate(self.layers):
+            assert isinstance(layer, DraftLayer), "nothing else is in the list"
+            reads = torch.ones_like(feature) if layer.normed else inverse
+            parts |= layer_parts(layer, f"layers.{number}.", reads)
+        return parts | self.markov_parts()
+
+    def plain(self, weights: dict[str, Tensor]) -> DraftModule:
+        assert isinstance(self.config, FeatExtrapolatorConfig), "its own configuration"
+        rows = self.markov_rows.shape[0] if self.config.markov_rank else None
+        module = FeatExtrapolator(self.config, rows).to(self._dtype)
+        module.load_state_dict(weights)
+        return module.eval()
 
 
 @torch.no_grad()
-def plain_weights(head: WhitenedHead) -> dict[str, Tensor]:
-    """EAGLE-1's tensors (`fc.weight`, `layers.0.*`), the fixed scales folded in; loads into `FeatExtrapolator`."""
-    scales = _plain_scales(head)
-    return {name: (part * scales[name]).contiguous() for name, part in _whitened_parts(head).items()}
+def plain_weights(head: TrainedHead) -> dict[str, Tensor]:
+    """The official tensors, the fixed units folded in; they load into the head's plain module."""
+    return {name: (part * factor).contiguous().cpu() for name, (part, factor) in head.parts().items()}
 
 
 @torch.no_grad()
-def load_plain(head: WhitenedHead, weights: dict[str, Tensor]) -> None:
+def load_plain(head: TrainedHead, weights: dict[str, Tensor]) -> None:
     """Start from a head's plain weights instead of noise.
 
     Raises:
         ValueError: a tensor is missing or has another shape.
     """
-    scales = _plain_scales(head)
-    for name, part in _whitened_parts(head).items():
+    for name, (part, factor) in head.parts().items():
         if name not in weights or weights[name].shape != part.shape:
             found = tuple(weights[name].shape) if name in weights else "nothing"
             raise ValueError(f"cannot start from these weights: {name} should be {tuple(part.shape)}, found {found}")
-        part.copy_(weights[name] / scales[name])
+        part.copy_(weights[name] / factor)

@@ -1,0 +1,70 @@
+"""Sizes that both kinds of EAGLE head share, derived from the target's own. Owns configuration; knows no modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from transformers import LlamaConfig, PretrainedConfig
+
+from haast import attention
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Sizes of a head. `vocab_size` and `hidden_size` are the target's own and are checked when they meet.
+
+    `markov_rank` adds a low-rank bias of the previous token to the draft's logits (DSpark, arXiv 2607.05147).
+    """
+
+    hidden_size: int
+    vocab_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    rope_parameters: dict[str, Any] | None = None
+    num_hidden_layers: int = 1
+    markov_rank: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_hidden_layers < 1:
+            raise ValueError(f"num_hidden_layers={self.num_hidden_layers} is no head: give 1 or more layers")
+        if self.markov_rank < 0:
+            raise ValueError(f"markov_rank={self.markov_rank} is not allowed: give 0 (none) or more")
+
+    @classmethod
+    def for_target(cls, config: PretrainedConfig, **more: Any) -> Self:
+        """Derive a head's sizes and RoPE from the target's (text) configuration; `more` are the head's own settings."""
+        hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or hidden // heads
+        inner = getattr(config, "intermediate_size", None) or 8 * hidden // 3
+        rope = getattr(config, "rope_parameters", None) or {}
+        if "rope_theta" not in rope:  # nested by layer type (gemma 3), or a target without RoPE (gpt2)
+            rope = rope.get("full_attention", {})
+        if "rope_theta" not in rope or float(rope.get("partial_rotary_factor", 1.0)) != 1.0:
+            rope = {"rope_type": "default", "rope_theta": float(rope.get("rope_theta", 10000.0))}
+        return cls(
+            hidden_size=hidden,
+            vocab_size=int(config.vocab_size),
+            intermediate_size=int(inner),
+            num_attention_heads=heads,
+            num_key_value_heads=int(kv_heads),
+            head_dim=int(head_dim),
+            rms_norm_eps=float(getattr(config, "rms_norm_eps", 1e-5)),
+            max_position_embeddings=int(getattr(config, "max_position_embeddings", 4096)),
+            rope_parameters=dict(rope),
+            **more,
+        )
+
+    def llama(self) -> LlamaConfig:
+        """The transformers configuration of the head's decoder layers."""
+        own = {field.name: getattr(self, field.name) for field in fields(HeadConfig) if field.name != "markov_rank"}
+        own["rope_parameters"] = self.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        config = LlamaConfig(**own, tie_word_embeddings=False)
+        config._attn_implementation = attention.NAME
+        return config

@@ -1,0 +1,86 @@
+"""What a drafter needs of a head, whichever kind it is. Owns the contract and the Markov bias; knows no trees.
+
+features of the target ──fuse──► state ──┐
+                                         ├─forward─► next state ──lm_input──► LM head over `lm_rows` ─► next token
+embedding of the following token ────────┘              │
+                                         └──────────────┘ when drafting, a state is fed back
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from haast.cache import TreeCache
+from haast.heads.config import HeadConfig
+
+
+class DraftModule(nn.Module, ABC):
+    """A head's forward pass, with the parts that differ between kinds behind methods."""
+
+    config: HeadConfig
+
+    @property
+    def target_layers(self) -> tuple[int, ...]:
+        """HF `hidden_states` indices that `fuse` reads, laid side by side; empty means the feature itself."""
+        return ()
+
+    @property
+    def follows_token(self) -> bool:
+        """Whether a pair holds the token after the feature's position (EAGLE) or the one at it (an ablation)."""
+        return True
+
+    @abstractmethod
+    def fuse(self, features: Tensor) -> Tensor:
+        """The target's features (rows, nodes, width) as the head's state (rows, nodes, hidden)."""
+
+    @abstractmethod
+    def forward(
+        self,
+        embeddings: Tensor,
+        states: Tensor,
+        position_ids: Tensor,
+        bias: Tensor | None = None,
+        cache: TreeCache | None = None,
+    ) -> Tensor:
+        """One step ahead.
+
+        Args:
+            embeddings: (rows, nodes, hidden) of the token that follows each state.
+            states: (rows, nodes, hidden), fused from the target's features or this head's own.
+            position_ids: (rows, nodes) positions of the states.
+            bias: additive mask (rows, 1, nodes, slots); None is causal self-attention without a past.
+            cache: keys and values of earlier pairs, one layer for each of the head's.
+
+        Returns:
+            (rows, nodes, hidden): the next states.
+        """
+
+    @abstractmethod
+    def lm_rows(self, target_rows: Tensor) -> Tensor:
+        """Weight (draft vocabulary, width) of the draft's LM head; `target_rows` are the target's for the same ids."""
+
+    def lm_input(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """What the draft's LM head reads: (rows, nodes, width), of states and of the tokens (rows, nodes) before."""
+        normed = self.normed(states)
+        return torch.cat([normed, self.markov.embed(tokens)], dim=-1) if self.config.markov_rank else normed
+
+    def normed(self, states: Tensor) -> Tensor:
+        """States as logits are made of them."""
+        return states
+
+    def add_markov(self, draft_vocab_size: int) -> None:
+        """Create the bias of the previous token where the configuration asks for one."""
+        if self.config.markov_rank:
+            self.markov = Markov(self.config.vocab_size, draft_vocab_size, self.config.markov_rank)
+
+
+class Markov(nn.Module):
+    """logits += rows @ embed(previous token): a bigram table of low rank."""
+
+    def __init__(self, vocab: int, draft_vocab: int, rank: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab, rank)
+        self.rows = nn.Linear(rank, draft_vocab, bias=False)

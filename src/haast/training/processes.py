@@ -1,0 +1,107 @@
+"""One process or many: what accelerate says of them, and the few collective operations a trainer needs.
+
+Owns the accelerator. Knows no heads and no losses. `accelerate launch` (or torchrun) decides how many processes there
+are and whether parameters are sharded (FSDP); one process without a launcher needs neither.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class Processes:
+    """The processes of a run.
+
+    Args:
+        mixed_precision: "no" or "bf16".
+    """
+
+    def __init__(self, mixed_precision: str = "no") -> None:
+        # The frozen ends are buffers, the same everywhere and never changed.
+        plain = DistributedDataParallelKwargs(broadcast_buffers=False)
+        self._accelerator: Any = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[plain])
+        self.count: int = self._accelerator.num_processes
+        self.index: int = self._accelerator.process_index
+        self.main: bool = self._accelerator.is_main_process
+        self.device: torch.device = self._accelerator.device
+        self.sharded: bool = self._accelerator.distributed_type == DistributedType.FSDP
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """The module on this process's device, wrapped for gradients to meet."""
+        prepared: nn.Module = self._accelerator.prepare(module)
+        return prepared
+
+    def backward(self, module: nn.Module, loss: Tensor, meet: bool) -> None:
+        """Add the gradients of `loss`; with `meet` those of all processes are summed, as the last batch of a step does.
+
+        The wrappers take the mean over processes, so the loss is multiplied by their number.
+        """
+        context: AbstractContextManager[Any] = nullcontext() if meet else self._accelerator.no_sync(module)
+        with context:
+            self._accelerator.backward(loss * self.count)
+
+    def clip(self, module: nn.Module, most: float) -> float:
+        """Clip the norm of all gradients; returns what it was."""
+        norm: Any = torch.nn.utils.clip_grad_norm_(module.parameters(), most)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a sharded one
+        return float(norm)
+
+    def sums(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """Each value summed over processes; all must bring the same names."""
+        names = sorted(values)
+        every = torch.stack([values[name].detach().double().cpu() for name in names]).to(
+            torch.float32 if self.device.type == "mps" else torch.float64
+        )
+        if self.count > 1:
+            every = self._accelerator.reduce(every.to(self.device), reduction="sum").cpu()
+        return dict(zip(names, every.tolist(), strict=True))
+
+    def agree(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+        if self.count == 1:
+            return value
+        box = [value]
+        broadcast_object_list(box)
+        return box[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        return self.sums({"flag": torch.tensor(float(flag))})["flag"] > 0
+
+    def weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """All parameters, whole and on the CPU, without the wrapper's prefix."""
+        state = get_model_state_dict(module, options=_FULL)
+        return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+    def load_weights(self, module: nn.Module, weights: dict[str, Tensor]) -> None:
+        """Take over what `weights` returned."""
+        set_model_state_dict(module, dict[str, Any](weights), options=_FULL)
+
+    def optimizer_state(self, module: nn.Module, parts: list[torch.optim.Optimizer]) -> dict[str, Any]:
+        """State of the optimisers, whole and on the CPU, by parameter name."""
+        return dict(get_optimizer_state_dict(module, parts, options=_FULL))
+
+    def load_optimizer_state(
+        self, module: nn.Module, parts: list[torch.optim.Optimizer], state: dict[str, Any]
+    ) -> None:
+        """Take over what `optimizer_state` returned."""
+        set_optimizer_state_dict(module, parts, optim_state_dict=state, options=_FULL)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self._accelerator.wait_for_everyone()

@@ -1,0 +1,337 @@
+"""Both kinds of head, as trained and as users get them: the same function, the same drafts, losslessly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from haast.drafters.eagle import EagleDrafter
+from haast.drafters.shape import DraftShape
+from haast.drafters.vanilla import VanillaDrafter
+from haast.engine import Engine, StopConfig
+from haast.errors import HeadMismatchError
+from haast.heads.checkpoint import Head, load_head, save_head
+from haast.heads.config import HeadConfig
+from haast.heads.eagle3 import Eagle3Config, default_layers
+from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
+from haast.heads.module import DraftModule
+from haast.sampling import SamplingConfig
+from haast.speed.fusing import fuse_small_modules
+from haast.speed.packing import pack_linears
+from haast.target import Target
+from haast.training.alignment import chain_passes
+from haast.training.batches import Example, PackedBatch, pack
+from haast.training.config import TrainConfig
+from haast.training.data import TokenSequence
+from haast.training.features import ShardIdentity, extract, read_shards, stream_examples
+from haast.training.frozen import Frozen
+from haast.training.losses import teacher_loss
+from haast.training.objective import Objective
+from haast.training.selftest import overfit_self_test
+from haast.training.trainer import Trainer, make_head
+from haast.training.whitened import TrainedHead, load_plain, plain_weights
+
+VOCAB, HIDDEN, LAYERS = 60, 32, (1, 2, 3)
+DRAFTED = torch.arange(2, 50)
+KINDS = {
+    "feat": {},
+    "feat, two layers": {"num_hidden_layers": 2},
+    "feat, markov": {"markov_rank": 4},
+    "feat, unshifted": {"inputs": "feature+token"},
+    "feat, feature alone": {"inputs": "feature"},
+    "feat, token alone": {"inputs": "token"},
+    "eagle3": {"layer_ids": LAYERS},
+    "eagle3, all options": {"layer_ids": LAYERS, "fc_norm": True, "num_hidden_layers": 2, "markov_rank": 4},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def llama(dtype: torch.dtype = torch.float64) -> Target:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=1, initializer_range=0.3,
+    )  # fmt: skip
+    return Target(LlamaForCausalLM(config).to(dtype))
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return llama()
+
+
+def sequences(count: int = 10) -> list[TokenSequence]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for number in range(count):
+        prompt, answer = 3 + number % 3, 9 + number % 4
+        tokens = torch.randint(2, VOCAB, (prompt + answer,), generator=generator).tolist()
+        made.append(TokenSequence(tokens, [False] * prompt + [True] * answer, {"id": str(number)}))
+    return made
+
+
+@pytest.fixture(scope="module")
+def examples(target: Target) -> list[Example]:
+    made = stream_examples(target, sequences(), topk=8, batch_tokens=64, layer_ids=LAYERS)
+    return [example for _, example in sorted(made, key=lambda pair: pair[0])]
+
+
+def sizes(target: Target, kind: str) -> HeadConfig:
+    settings: dict[str, Any] = KINDS[kind]
+    family: type[HeadConfig] = Eagle3Config if kind.startswith("eagle3") else FeatExtrapolatorConfig
+    return family.for_target(target.config, **settings)
+
+
+def shaken(head: TrainedHead) -> TrainedHead:
+    """Every parameter away from its start, so that no factor is hidden behind a one or a zero."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.1)
+    return head
+
+
+def trained(target: Target, kind: str, examples: list[Example], dtype: torch.dtype = torch.float64) -> TrainedHead:
+    frozen = Frozen.of(target)
+    frozen = replace(frozen, embeddings=frozen.embeddings.to(dtype), head=frozen.head.to(dtype))
+    config = TrainConfig(head="eagle3" if kind.startswith("eagle3") else "feat-extrapolator", output_init=1.0)
+    return shaken(make_head(config, sizes(target, kind), frozen, examples, DRAFTED))
+
+
+def plain(head: TrainedHead) -> DraftModule:
+    return head.plain(plain_weights(head))
+
+
+def pairs(head: TrainedHead, target: Target, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain embeddings of what pairs hold, and the same and the features in whitened units."""
+    held = batch.next_tokens if head.follows_token else batch.tokens
+    embedded = target.embed(held).clone()
+    units = head.scales.feature if head.regresses else head.scales.hidden
+    assert units is not None
+    return embedded, embedded / head.scales.embedding, batch.features.double() / units
+
+
+def unit(head: TrainedHead) -> Tensor:
+    """What makes a whitened state plain."""
+    found: Any = head.scales.feature if head.regresses else dict(head.named_buffers())["units"]
+    assert isinstance(found, Tensor)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_passes_read_what_drafts_read(kind: str, target: Target, examples: list[Example]) -> None:
+    """Pass s at the end of a chain equals the users' module over true pairs, then over its own states."""
+    head = trained(target, kind, examples)
+    module = plain(head)
+    batch = pack(examples[:2], captured=not head.regresses)
+    embedded, embeddings, features = pairs(head, target, batch)
+    first = int(batch.lengths[0])
+    known = module.fuse(batch.features[:first].double().unsqueeze(0))[0].detach()
+    seen = 0
+    for number, (output, rows) in enumerate(chain_passes(head, batch, embeddings, features, 3)):
+        for place, query in enumerate(rows.tolist()):
+            end = int(batch.queries[query])
+            if end >= first:
+                break
+            own = known[: end - number + 1]
+            for _ in range(number):  # draft one more state, then read it
+                count = len(own)
+                grown = module(embedded[None, :count], own[None], torch.arange(count)[None])[0, -1:]
+                own = torch.cat([own, grown])
+            count = len(own)
+            wanted = module(embedded[None, :count], own[None], torch.arange(count)[None])[0, -1]
+            assert torch.allclose(output[place] * unit(head), wanted, atol=2e-5), (number, query)
+            seen += 1
+    assert number == 2 and seen > 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_and_drafting_see_the_same_logits(kind: str, target: Target, examples: list[Example]) -> None:
+    head = trained(target, kind, examples)
+    module = plain(head)
+    frozen = Frozen.of(target)
+    frozen = replace(frozen, embeddings=frozen.embeddings.double(), head=frozen.head.double())
+    objective = Objective(
+        head, frozen, DRAFTED, TrainConfig(head="eagle3" if not head.regresses else "feat-extrapolator")
+    )
+    states = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    before = torch.tensor([3, 4, 5, 6, 7])
+    weight, _ = objective._rows()
+    ours = objective._read(states, before) @ weight.T
+    rows = module.lm_rows(target.head_rows(DRAFTED))
+    theirs = module.lm_input((states * unit(head)).unsqueeze(0), before.unsqueeze(0))[0] @ rows.T
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_weights_come_back(kind: str, target: Target, examples: list[Example]) -> None:
+    head = trained(target, kind, examples)
+    frozen = Frozen.of(target)
+    other = trained(target, kind, examples)
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    load_plain(other, plain_weights(head))
+    for (name, one), (_, two) in zip(head.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.allclose(one, two), name
+    with pytest.raises(ValueError, match=r"fc\.weight"):
+        load_plain(other, {})
+    assert frozen.final_gain is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_head_drafts_losslessly(kind: str, target: Target, examples: list[Example], tmp_path: Path) -> None:
+    module = plain(trained(target, kind, examples))
+    save_head(tmp_path, module.config, dict(module.state_dict()), DRAFTED, dtype=torch.float32)
+    head = load_head(tmp_path)
+    assert head.draft_vocab is not None and torch.equal(head.draft_vocab, DRAFTED)
+    prompts = [[5, 9, 3, 7], [4, 4, 8]]
+    stop, texts = StopConfig(24), []
+    for drafter in (VanillaDrafter(), EagleDrafter(target, head, DraftShape(depth=3, top_k=3, width=3, nodes=10))):
+        for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0, seed=3)):
+            rows: list[list[int]] = [[], []]
+            for emission in Engine(target, drafter).run(prompts, sampling, stop):
+                rows[emission.row].extend(emission.tokens)
+            texts.append(rows)
+    assert texts[:2] == texts[2:]
+
+
+@pytest.mark.parametrize("kind", ["feat", "feat, markov", "feat, two layers", "eagle3", "eagle3, all options"])
+def test_a_batch_learnt_by_heart_is_drafted_by_heart(kind: str, examples: list[Example], tmp_path: Path) -> None:
+    """Training, export and engine belong together: what the head was overfitted on is accepted nearly whole."""
+    target = llama(torch.float32)
+    generator = Engine(target, VanillaDrafter())
+    prompt = [5, 9, 3, 7]
+    text = prompt + [t for e in generator.run([prompt], SamplingConfig(), StopConfig(40)) for t in e.tokens]
+    sequence = TokenSequence(text, [False] * 4 + [True] * 40, {})
+    some = [e for _, e in stream_examples(target, [sequence], topk=4, layer_ids=LAYERS)]
+    config = TrainConfig(
+        views=38 * 250, batch_tokens=60, draft_vocab=VOCAB, learning_rate=5e-3, alignment_steps=3, initialisation="random",
+        log_every=10**6, evaluate_every=10**6, checkpoint_every=10**6,
+        head="eagle3" if kind.startswith("eagle3") else "feat-extrapolator",
+    )  # fmt: skip
+    run = Trainer(config, sizes(target, kind), Frozen.of(target), some, some, tmp_path, quiet=True)
+    found = run.run()
+    assert found["valid_top1"] > 0.95, found
+    drafter = EagleDrafter(target, Head(run.plain_head(), run.draft_vocab, {}), DraftShape(kind="chain", depth=3))
+    engine, steps = Engine(target, drafter), 0
+    got = []
+    for emission in engine.run([prompt], SamplingConfig(), StopConfig(40)):
+        got.extend(emission.tokens)
+        steps += 1
+    assert prompt + got == text and steps <= 16, steps  # 40 tokens in chains of 3 drafts and a bonus
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "eagle3, all options", "feat, markov"])
+def test_packed_targets_pack_every_head(kind: str, examples: list[Example]) -> None:
+    target = llama(torch.float32)
+    pack_linears(target.model)
+    fuse_small_modules(target.model)
+    head = Head(plain(trained(target, kind, examples, torch.float32)), DRAFTED, {})
+    drafter = EagleDrafter(target, head, DraftShape(depth=2, top_k=3, width=3, nodes=6))
+    texts = []
+    for each in (VanillaDrafter(), drafter):
+        out = Engine(target, each).run([[5, 9, 3, 7]], SamplingConfig(), StopConfig(24))
+        texts.append([token for emission in out for token in emission.tokens])
+    assert texts[0] == texts[1]
+
+
+def test_the_lk_mix_is_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("haast.training.losses._CHUNK", 3)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(8, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    ids = torch.stack([torch.randperm(11, generator=generator)[:3] for _ in range(8)])
+    probs = torch.rand(8, 3, generator=generator, dtype=torch.float64) / 3
+    sums = teacher_loss(states, weight, ids, probs, frozen=2, sharpness=3.0)
+    own = torch.autograd.grad(sums.loss, (states, weight))
+    law = (states @ weight.T).softmax(-1).gather(1, ids)
+    acceptance = torch.minimum(law, probs).sum(-1)
+    share = torch.exp(-3.0 * acceptance).detach()
+    wanted = (share * -(law.log() * probs).sum(-1) - (1 - share) * acceptance).sum()
+    reference = torch.autograd.grad(wanted, (states, weight))
+    assert torch.allclose(sums.loss, wanted) and torch.allclose(sums.acceptance, acceptance.sum())
+    assert torch.allclose(own[0], reference[0])
+    assert torch.allclose(own[1][:, 2:], reference[1][:, 2:]) and not own[1][:, :2].any()
+
+
+def test_an_official_eagle3_layout(target: Target, examples: list[Example], tmp_path: Path) -> None:
+    module = plain(trained(target, "eagle3", examples))
+    save_head(tmp_path, module.config, dict(module.state_dict()), DRAFTED)
+    stored = load_file(tmp_path / "model.safetensors")
+    wide = {"q_proj": HIDDEN, "k_proj": HIDDEN // 2, "v_proj": HIDDEN // 2}
+    wanted = {f"midlayer.self_attn.{name}.weight": (rows, 2 * HIDDEN) for name, rows in wide.items()}
+    wanted |= {"midlayer.self_attn.o_proj.weight": (HIDDEN, HIDDEN), "fc.weight": (HIDDEN, 3 * HIDDEN)}
+    wanted |= {f"midlayer.mlp.{name}_proj.weight": (48, HIDDEN) for name in ("gate", "up")}
+    wanted |= {"midlayer.mlp.down_proj.weight": (HIDDEN, 48), "lm_head.weight": (48, HIDDEN), "norm.weight": (HIDDEN,)}
+    norms = ("hidden_norm", "input_layernorm", "post_attention_layernorm")
+    wanted |= {f"midlayer.{name}.weight": (HIDDEN,) for name in norms} | {"d2t": (48,), "t2d": (VOCAB,)}
+    assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == wanted
+    assert int(stored["t2d"].sum()) == 48 and torch.equal(torch.arange(48) + stored["d2t"], DRAFTED)
+    stored["t2d"] = stored["t2d"].roll(1)
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(HeadMismatchError, match="t2d and d2t name different tokens"):
+        load_head(tmp_path)
+    del stored["t2d"]
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(HeadMismatchError, match="d2t alone"):
+        load_head(tmp_path)
+
+
+def test_shards_of_another_layer_set_are_refused(target: Target, examples: list[Example], tmp_path: Path) -> None:
+    identity = ShardIdentity.of(target, "tiny", 8, LAYERS)
+    assert extract(target, sequences(3), tmp_path, identity, quiet=True) == 3
+    found, _ = read_shards(tmp_path, identity)
+    assert found[0].hidden.shape == (len(found[0].tokens), 3 * HIDDEN)
+    assert torch.allclose(found[0].hidden.float(), examples[0].hidden.float(), atol=1e-2)
+    with pytest.raises(HeadMismatchError, match=r"layer_ids \(1, 2, 3\), wanted is \(0, 2, 3\)"):
+        read_shards(tmp_path, replace(identity, layer_ids=(0, 2, 3)))
+    without, _ = read_shards(tmp_path, replace(identity, layer_ids=()))
+    assert without[0].hidden.shape[1] == 0
+    other = tmp_path / "other"
+    extract(target, sequences(3), other, ShardIdentity.of(target, "tiny", 8), quiet=True)
+    with pytest.raises(HeadMismatchError, match=r"layer_ids \(\), wanted is \(1, 2, 3\)"):
+        read_shards(other, identity)
+
+
+def test_wrong_sizes_and_settings_are_named(target: Target) -> None:
+    assert default_layers(target.config) == (1, 2)
+    assert default_layers(LlamaConfig(num_hidden_layers=30)) == (2, 15, 27)
+    for layers in ((), (2, 1), (1, 1)):
+        with pytest.raises(ValueError, match="layer_ids"):
+            Eagle3Config.for_target(target.config, layer_ids=layers)
+    with pytest.raises(ValueError, match="draft_vocab_size=99"):
+        Eagle3Config.for_target(target.config, layer_ids=(1,), draft_vocab_size=99)
+    with pytest.raises(ValueError, match="inputs='both'"):
+        FeatExtrapolatorConfig.for_target(target.config, inputs="both")
+    with pytest.raises(ValueError, match="num_hidden_layers=0"):
+        FeatExtrapolatorConfig.for_target(target.config, num_hidden_layers=0)
+    with pytest.raises(ValueError, match="head='medusa'"):
+        TrainConfig(head="medusa")
+    with pytest.raises(ValueError, match="an ablation of head='feat-extrapolator'"):
+        TrainConfig(head="eagle3", inputs="token")
+    with pytest.raises(ValueError, match="fc_norm"):
+        TrainConfig(fc_norm=True)
+
+
+def test_the_self_test_overfits_an_eagle3_head(examples: list[Example], tmp_path: Path) -> None:
+    target = llama(torch.float32)
+    some = [e for _, e in stream_examples(target, sequences(4), topk=8, layer_ids=LAYERS)]
+    reached = overfit_self_test(
+        sizes(target, "eagle3"), Frozen.of(target), some, tmp_path, draft_vocab=VOCAB, steps=150
+    )
+    assert reached > 0.9

@@ -41,7 +41,7 @@ from haast.training.whitened import TrainedHead, load_plain, plain_weights
 
 VOCAB, HIDDEN, LAYERS = 60, 32, (1, 2, 3)
 DRAFTED = torch.arange(2, 50)
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "feat": {},
     "feat, two layers": {"num_hidden_layers": 2},
     "feat, markov": {"markov_rank": 4},
@@ -67,7 +67,8 @@ def llama(dtype: torch.dtype = torch.float64) -> Target:
         vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, eos_token_id=1, initializer_range=0.3,
     )  # fmt: skip
-    return Target(LlamaForCausalLM(config).to(dtype))
+    model: Any = LlamaForCausalLM(config)
+    return Target(model.to(dtype))
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +221,8 @@ def test_a_batch_learnt_by_heart_is_drafted_by_heart(kind: str, examples: list[E
     sequence = TokenSequence(text, [False] * 4 + [True] * 40, {})
     some = [e for _, e in stream_examples(target, [sequence], topk=4, layer_ids=LAYERS)]
     config = TrainConfig(
-        views=38 * 250, batch_tokens=60, draft_vocab=VOCAB, learning_rate=5e-3, alignment_steps=3, initialisation="random",
+        views=38 * 250, batch_tokens=60, draft_vocab=VOCAB, learning_rate=5e-3, alignment_steps=3,
+        initialisation="random",
         log_every=10**6, evaluate_every=10**6, checkpoint_every=10**6,
         head="eagle3" if kind.startswith("eagle3") else "feat-extrapolator",
     )  # fmt: skip
@@ -229,7 +231,7 @@ def test_a_batch_learnt_by_heart_is_drafted_by_heart(kind: str, examples: list[E
     assert found["valid_top1"] > 0.95, found
     drafter = EagleDrafter(target, Head(run.plain_head(), run.draft_vocab, {}), DraftShape(kind="chain", depth=3))
     engine, steps = Engine(target, drafter), 0
-    got = []
+    got: list[int] = []
     for emission in engine.run([prompt], SamplingConfig(), StopConfig(40)):
         got.extend(emission.tokens)
         steps += 1
@@ -274,7 +276,9 @@ def test_an_official_eagle3_layout(target: Target, examples: list[Example], tmp_
     save_head(tmp_path, module.config, dict(module.state_dict()), DRAFTED)
     stored = load_file(tmp_path / "model.safetensors")
     wide = {"q_proj": HIDDEN, "k_proj": HIDDEN // 2, "v_proj": HIDDEN // 2}
-    wanted = {f"midlayer.self_attn.{name}.weight": (rows, 2 * HIDDEN) for name, rows in wide.items()}
+    wanted: dict[str, tuple[int, ...]] = {
+        f"midlayer.self_attn.{name}.weight": (rows, 2 * HIDDEN) for name, rows in wide.items()
+    }
     wanted |= {"midlayer.self_attn.o_proj.weight": (HIDDEN, HIDDEN), "fc.weight": (HIDDEN, 3 * HIDDEN)}
     wanted |= {f"midlayer.mlp.{name}_proj.weight": (48, HIDDEN) for name in ("gate", "up")}
     wanted |= {"midlayer.mlp.down_proj.weight": (HIDDEN, 48), "lm_head.weight": (48, HIDDEN), "norm.weight": (HIDDEN,)}

@@ -181,7 +181,7 @@ class Run:
                 f"# EAGLE head for {self._name}",
                 "",
                 f"A head of kind {about['settings']['head']}, trained by Haast on answers that {self._name} gave "
-                f"itself. It drafts over {draft_vocab} tokens; the target checks each, so the text is the target's own.",
+                f"itself. It drafts over {draft_vocab} tokens; the target checks each, so the text is the target's.",
                 "",
                 f"- tau on validation prompts: {tau}; {TAU_CONVENTION}",
                 f"- trained on {about['sequences']} sequences, {about['tokens']} tokens, "

@@ -45,6 +45,7 @@ class TrainConfig:
     draft_vocab: int = _setting(8192, "Tokens that the head drafts: those the target likes most.")
     batch_tokens: int = _setting(1536, "Positions a batch, prompt positions included.")
     accumulate: int = _setting(1, "Batches a step and process.")
+    shard: bool = _setting(False, "Shard parameters and optimiser over the processes (FSDP).")
     mixed_precision: str = _setting("no", "no or bf16: of products, under autocast.")
     initialisation: str = _setting("auto", "last-layer (the target's own), random, or auto: the first if it fits.")
     output_init: float = _setting(0.1, "Scale of fc, o_proj and down_proj at a random start.")

@@ -26,10 +26,18 @@ class Objective(nn.Module):
         head: in training.
         frozen: the target's ends.
         draft_vocab: (draft vocabulary,) ascending target ids.
-        config: weights of the losses, passes, noise.
+        config: weights of the losses.
+        device: where it is computed.
     """
 
-    def __init__(self, head: TrainedHead, frozen: Frozen, draft_vocab: Tensor, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        head: TrainedHead,
+        frozen: Frozen,
+        draft_vocab: Tensor,
+        config: TrainConfig,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
+    ) -> None:
         super().__init__()
         self.head, self._config = head, config
         scales = head.scales
@@ -37,22 +45,14 @@ class Objective(nn.Module):
         index = torch.full((len(frozen.head),), -1).index_put((draft_vocab,), torch.arange(len(draft_vocab)))
         rows = frozen.head[:0] if own else (frozen.head[draft_vocab] * scales.feature).contiguous()
         bias = None if own or frozen.bias is None else frozen.bias[draft_vocab]
-        buffers = {
-            "embeddings": frozen.embeddings / scales.embedding,  # (vocab, hidden)
-            "frozen_rows": rows,  # (draft vocabulary, hidden)
-            "bias": bias,
-            "draft_index": index,  # (vocab,): place in the draft vocabulary, -1 where there is none
-            "feature_units": scales.feature,
-            "input_units": scales.feature if scales.hidden is None or head.regresses else scales.hidden,
-        }
-        for name, tensor in buffers.items():
-            self.register_buffer(name, tensor, persistent=False)
-        self.embeddings: Tensor
-        self.frozen_rows: Tensor
-        self.bias: Tensor | None
-        self.draft_index: Tensor
-        self.feature_units: Tensor
-        self.input_units: Tensor
+        # Plain attributes: as buffers they would be sent from process to process, and they never change.
+        self._embeddings = (frozen.embeddings / scales.embedding).to(device)  # (vocab, hidden)
+        self._frozen_rows = rows.to(device)  # (draft vocabulary, hidden)
+        self._bias = None if bias is None else bias.to(device)
+        self._draft_index = index.to(device)  # (vocab,): place in the draft vocabulary, -1 where there is none
+        self._feature_units = scales.feature.to(device)
+        captured = None if head.regresses else scales.hidden
+        self._input_units = self._feature_units if captured is None else captured.to(device)
 
     def forward(
         self, batch: PackedBatch, noise: Tensor | None = None, sharpness: float | None = None, passes: int = 1
@@ -70,18 +70,18 @@ class Objective(nn.Module):
             the first pass, `views`, and per pass i the right first choices `right_i` and their positions `tried_i`.
         """
         head, config = self.head, self._config
-        features = batch.features.to(self.input_units.dtype) / self.input_units
+        features = batch.features.to(self._input_units.dtype) / self._input_units
         features = features if noise is None else features + noise
         ids, probs = self._teacher(batch)
         weight, frozen = self._rows()
         total, weights, sums = features.new_zeros(()), 0.0, {"views": torch.tensor(float(batch.views))}
         held = batch.next_tokens if head.follows_token else batch.tokens
-        for number, (output, rows) in enumerate(chain_passes(head, batch, self.embeddings[held], features, passes)):
+        for number, (output, rows) in enumerate(chain_passes(head, batch, self._embeddings[held], features, passes)):
             read = self._read(output, batch.next_tokens[batch.queries[rows]])
-            found = teacher_loss(read, weight, ids[rows], probs[rows], self.bias, frozen=frozen, sharpness=sharpness)
+            found = teacher_loss(read, weight, ids[rows], probs[rows], self._bias, frozen=frozen, sharpness=sharpness)
             loss = config.ce_weight * found.loss / len(rows)
             if head.regresses:
-                wanted = batch.wanted[rows].to(output.dtype) / self.feature_units
+                wanted = batch.wanted[rows].to(output.dtype) / self._feature_units
                 regression = feature_loss(output, wanted)
                 loss = loss + config.feature_weight * regression
                 sums.setdefault("feature", regression.detach() * batch.views)
@@ -97,8 +97,8 @@ class Objective(nn.Module):
     def _teacher(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """The teacher's best tokens in the draft vocabulary; ids outside get probability 0."""
         most = self._config.teacher_top or batch.teacher_ids.shape[1]
-        ids = self.draft_index[batch.teacher_ids[:, :most]]
-        probs = batch.teacher_probs[:, :most].to(self.input_units.dtype)
+        ids = self._draft_index[batch.teacher_ids[:, :most]]
+        probs = batch.teacher_probs[:, :most].to(self._input_units.dtype)
         if self._config.teacher_top:  # a teacher cut short is taken as certain of what is left
             probs = probs / probs.sum(-1, keepdim=True).clamp_min(1e-6)
         return ids.clamp_min(0), probs * (ids >= 0)
@@ -106,7 +106,7 @@ class Objective(nn.Module):
     def _rows(self) -> tuple[Tensor, int]:
         """The LM head's weight over the draft vocabulary, and how many leading columns of it are frozen."""
         own = self.head.rows()
-        rows, frozen = (self.frozen_rows, self.frozen_rows.shape[1]) if own is None else (own, 0)
+        rows, frozen = (self._frozen_rows, self._frozen_rows.shape[1]) if own is None else (own, 0)
         if self.head.config.markov_rank:
             rows = torch.cat([rows, self.head.markov_rows], dim=1)
         return rows, frozen

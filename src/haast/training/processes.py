@@ -1,7 +1,7 @@
 """One process or many: what accelerate says of them, and the few collective operations a trainer needs.
 
 Owns the accelerator. Knows no heads and no losses. `accelerate launch` (or torchrun) decides how many processes there
-are and whether parameters are sharded (FSDP); one process without a launcher needs neither.
+are; one process needs no launcher.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -29,20 +30,27 @@ class Processes:
 
     Args:
         mixed_precision: "no" or "bf16".
+        shard: FSDP instead of whole parameters in every process.
+
+    Raises:
+        ValueError: sharding is asked of a single process.
     """
 
-    def __init__(self, mixed_precision: str = "no") -> None:
-        # The frozen ends are buffers, the same everywhere and never changed.
-        plain = DistributedDataParallelKwargs(broadcast_buffers=False)
-        self._accelerator: Any = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[plain])
+    def __init__(self, mixed_precision: str = "no", shard: bool = False) -> None:
+        self._accelerator: Any = Accelerator(mixed_precision=mixed_precision)
         self.count: int = self._accelerator.num_processes
         self.index: int = self._accelerator.process_index
         self.main: bool = self._accelerator.is_main_process
         self.device: torch.device = self._accelerator.device
-        self.sharded: bool = self._accelerator.distributed_type == DistributedType.FSDP
+        self.sharded = shard
+        if shard and self.count == 1:
+            raise ValueError("shard=True needs several processes: start the command with `accelerate launch`")
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """The module on this process's device, wrapped for gradients to meet."""
+        if self.sharded:  # torch's own, since accelerate shards on accelerators only
+            fully_shard(module.to(self.device))
+            return module
         prepared: nn.Module = self._accelerator.prepare(module)
         return prepared
 
@@ -51,7 +59,11 @@ class Processes:
 
         The wrappers take the mean over processes, so the loss is multiplied by their number.
         """
-        context: AbstractContextManager[Any] = nullcontext() if meet else self._accelerator.no_sync(module)
+        context: AbstractContextManager[Any] = nullcontext()
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(meet)
+        elif not meet:
+            context = self._accelerator.no_sync(module)
         with context:
             self._accelerator.backward(loss * self.count)
 
@@ -84,7 +96,7 @@ class Processes:
         return self.sums({"flag": torch.tensor(float(flag))})["flag"] > 0
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """All parameters, whole and on the CPU, without the wrapper's prefix."""
+        """All parameters, whole and on the CPU, without the wrapper's prefix; on the main process only."""
         state = get_model_state_dict(module, options=_FULL)
         return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 

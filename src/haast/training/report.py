@@ -51,9 +51,11 @@ class Reporter:
         total: views of the whole run.
         path: metrics.jsonl; lines are appended.
         quiet: write the file only.
+        writes: this process writes the file; of several one does.
     """
 
-    def __init__(self, total: int, path: Path, quiet: bool) -> None:
+    def __init__(self, total: int, path: Path, quiet: bool, writes: bool = True) -> None:
+        self._writes = writes
         self._path, self._console, self._total = path, Console(quiet=quiet), total
         self._sums = dict.fromkeys(_SUMS, 0.0)
         self._since = time.monotonic()
@@ -72,7 +74,7 @@ class Reporter:
     def start(self, step: int, sums: Mapping[str, float] | None = None) -> None:
         """Forget lines after `step` (a resumed run writes them again) and take over a checkpoint's sums."""
         self._sums |= dict(sums or {})
-        if self._path.exists():
+        if self._writes and self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
             self._path.write_text("".join(line + "\n" for line in kept))
 
@@ -136,6 +138,8 @@ class Reporter:
         )
 
     def _write(self, values: Mapping[str, Any]) -> None:
+        if not self._writes:
+            return
         with self._path.open("a") as file:
             file.write(json.dumps(values) + "\n")
 

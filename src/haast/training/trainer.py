@@ -98,7 +98,9 @@ class Trainer:
         self.train_set, self.valid_set = usable(train), usable(valid)
         self._order = BatchOrder([e.pairs for e in self.train_set], config.batch_tokens, config.seed)
         check_sizes(head_config, frozen, self.train_set[0])
-        checkpoints.write_probe(out_dir)
+        self._processes = Processes(config.mixed_precision, config.shard)
+        if self._processes.main:
+            checkpoints.write_probe(out_dir)
         self._measure_tau, self._export = measure_tau, export
         if draft_vocab is None:
             draft_vocab = choose_draft_vocab(self.train_set, len(frozen.head), config.draft_vocab, frozen.eos_ids)
@@ -107,16 +109,18 @@ class Trainer:
         self.head_config = self.head.config
         if start_from is not None:
             load_plain(self.head, start_from)
-        self._processes = Processes(config.mixed_precision)
         self._refuse_sharded()
         self._captured = not self.head.regresses
         self._plain = make_head(config, head_config, frozen, self.train_set, draft_vocab)  # whole and on the CPU
-        self._objective = self._processes.prepare(Objective(self.head, frozen, draft_vocab, config))
+        self._objective = self._processes.prepare(
+            Objective(self.head, frozen, draft_vocab, config, self._processes.device)
+        )
         trained = [p for p in self._objective.parameters() if p.requires_grad]
         self._averages = [p.detach().clone() for p in trained] if config.ema else []
         self._optimizer = HeadOptimizer(trained, config)
         self._at = _Progress()
-        self._report = Reporter(config.views, out_dir / "metrics.jsonl", quiet or not self._processes.main)
+        main = self._processes.main
+        self._report = Reporter(config.views, out_dir / "metrics.jsonl", quiet or not main, writes=main)
 
     def run(self, resume: bool = False) -> dict[str, Any]:
         """Train to the end (or Ctrl-C, which saves first). Returns the last evaluation, and the seconds to each tau.
@@ -211,15 +215,16 @@ class Trainer:
         with self._report.paused(), self._averaged():
             if self.valid_set:
                 values = self._held_out()
-            head = self.plain_head()
+            weights = self._processes.weights(self._objective)
+            head = self._plain_head(weights) if self._processes.main else None
             if self._measure_tau is not None:
-                own = float(self._measure_tau(head, self.draft_vocab)) if self._processes.main else 0.0
+                own = 0.0 if head is None else float(self._measure_tau(head, self.draft_vocab))
                 values["tau"] = self._at.tau = self._processes.agree(own)
             score = values.get("tau", 1 / (1 + values.get("valid_ce", 1.0)))
             self._at.worse = 0 if score >= self._at.best else self._at.worse + 1
             if score >= self._at.best:
                 self._at.best = score
-                if self._processes.main:
+                if head is not None:
                     self._store(self.out_dir / "best", head)
         patience, wanted = self.config.patience, self.config.until_tau
         self._at.ended = bool(patience and self._at.worse >= patience) or bool(wanted and self._at.tau >= wanted)
@@ -242,9 +247,11 @@ class Trainer:
         return values | {"valid_alpha": [round(sums[f"right_{i}"] / sums[f"tried_{i}"], 4) for i in depths]}
 
     def plain_head(self) -> DraftModule:
-        """The present weights as users get them, in eval mode."""
+        """The present weights as users get them, in eval mode (on the main process)."""
+        return self._plain_head(self._processes.weights(self._objective))
+
+    def _plain_head(self, weights: dict[str, Tensor]) -> DraftModule:
         prefix = "head."
-        weights = self._processes.weights(self._objective)
         self._plain.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
         return self._plain.plain(plain_weights(self._plain))
 

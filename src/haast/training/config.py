@@ -39,6 +39,7 @@ class TrainConfig:
     clip: float = _setting(1.0, "Largest gradient norm.")
     ce_weight: float = _setting(1.0, "Of the soft cross-entropy against the teacher's best tokens.")
     teacher_top: int = _setting(0, "Distil only the teacher's K best tokens, renormalised; 0 is all that are stored.")
+    rejected_weight: float = _setting(1.0, "Of views whose first choice the target would reject; 1 is as others.")
     lk_after: float = _setting(1.0, "Share of the run after which acceptance joins the loss (LK); 1 is never.")
     lk_sharpness: float = _setting(3.0, "How fast cross-entropy gives way as acceptance grows.")
     feature_weight: float = _setting(0.1, "Of the Smooth L1 on features, in units of each dimension's rms.")
@@ -53,6 +54,7 @@ class TrainConfig:
     ema: float = _setting(0.0, "Decay of the weight average that is evaluated and exported; 0 is off.")
     matmul_precision: str = _setting("medium", "Of fp32 products: highest, high or medium, as torch has it.")
     alignment_steps: int = _setting(1, "Passes in which the head reads its own features (HASS); 1 is none.")
+    align_after: float = _setting(0.0, "Share of the run with one pass only, before alignment begins.")
     step_decay: float = _setting(0.8, "Weight of pass s is this to the power of s.")
     log_every: int = _setting(50_000, "Views between log lines.")
     evaluate_every: int = _setting(500_000, "Views between evaluations.")
@@ -64,7 +66,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         above_zero = (
             "views layers learning_rate clip draft_vocab batch_tokens accumulate output_init alignment_steps "
-            "step_decay log_every evaluate_every checkpoint_every"
+            "step_decay rejected_weight log_every evaluate_every checkpoint_every"
         )
         for name in above_zero.split():
             self._require(name, getattr(self, name) > 0, "above 0")
@@ -82,7 +84,7 @@ class TrainConfig:
         self._require_one_of("mixed_precision", ("no", "bf16"))
         self._require_one_of("head", KINDS)
         self._require_one_of("inputs", INPUTS)
-        for name in ("final_learning_rate", "lk_after"):
+        for name in ("final_learning_rate", "lk_after", "align_after"):
             self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         if self.head == "eagle3" and self.inputs != INPUTS[0]:
             raise ValueError(f"inputs={self.inputs!r} is an ablation of head='feat-extrapolator', not of 'eagle3'")
@@ -107,6 +109,10 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"unknown training settings {unknown}: the known ones are {', '.join(known)}")
         return TrainConfig(**values)
+
+    def passes_at(self, views: int) -> int:
+        """Alignment steps once they have begun; one before."""
+        return self.alignment_steps if views >= self.align_after * self.views else 1
 
     def sharpness_at(self, views: int) -> float | None:
         """Of the LK mix once it has begun; None is cross-entropy alone."""

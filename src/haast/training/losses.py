@@ -47,6 +47,7 @@ class _TeacherLoss(torch.autograd.Function):
         probs: Tensor,
         frozen: int,
         sharpness: float | None,
+        rejected: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         loss, ce, accepted = (features.new_zeros(()) for _ in range(3))
         hits = torch.zeros((), dtype=torch.long, device=features.device)
@@ -62,7 +63,9 @@ class _TeacherLoss(torch.autograd.Function):
             raw = logits.gather(1, ids[part])  # (chunk, k)
             best = logits.amax(-1, keepdim=True)
             # The teacher's first choice comes first, with probability 0 where the draft vocabulary lacks it.
-            hits += ((raw[:, :1] >= best) & (probs[part, :1] > 0)).sum()
+            hit = (raw[:, :1] >= best) & (probs[part, :1] > 0)
+            hits += hit.sum()
+            counts = torch.where(hit, 1.0, rejected)  # (chunk, 1): the weight of each position
             law = torch.softmax(logits, -1, out=logits)
             log_total = best - law.amax(-1, keepdim=True).log()
             own_ce = ((log_total - raw) * probs[part]).sum(-1, keepdim=True)
@@ -71,12 +74,12 @@ class _TeacherLoss(torch.autograd.Function):
             ce += own_ce.sum()
             accepted += overlap.sum()
             share = torch.ones_like(overlap) if sharpness is None else torch.exp(-sharpness * overlap)
-            loss += (share * own_ce - (1 - share) * overlap).sum()
+            loss += (counts * (share * own_ce - (1 - share) * overlap)).sum()
             if wants[0] or wants[1]:
                 below = (own < probs[part]) * own * (1 - share)  # (1 - w) I q
                 # w (mass q - p) - (1 - w) q (I - sum I q)
-                law *= share * probs[part].sum(-1, keepdim=True) + below.sum(-1, keepdim=True)
-                law.scatter_add_(1, ids[part], -share * probs[part] - below)
+                law *= counts * (share * probs[part].sum(-1, keepdim=True) + below.sum(-1, keepdim=True))
+                law.scatter_add_(1, ids[part], -counts * (share * probs[part] + below))
                 if wants[0]:
                     torch.mm(law, weight, out=gradient[part])
                 if wants[1]:
@@ -91,7 +94,7 @@ class _TeacherLoss(torch.autograd.Function):
         gradient, of_weight = ctx.saved_tensors
         of_features = gradient * outer[0] if ctx.wants[0] else None
         whole = functional.pad(of_weight * outer[0], (ctx.frozen, 0)) if ctx.wants[1] else None
-        return of_features, whole, None, None, None, None, None
+        return of_features, whole, None, None, None, None, None, None
 
 
 def teacher_loss(
@@ -103,6 +106,7 @@ def teacher_loss(
     *,
     frozen: int | None = None,
     sharpness: float | None = None,
+    rejected: float = 1.0,
 ) -> Sums:
     """Loss of softmax(features @ weight.T + bias) against the teacher's top-k, and agreement.
 
@@ -118,12 +122,14 @@ def teacher_loss(
         bias: (draft vocabulary,), frozen, or None.
         frozen: leading columns of the weight that get no gradient; None is all of them.
         sharpness: of the LK mix, see the module docstring; None is cross-entropy alone.
+        rejected: weight of a position whose first choice the target would not take: training on the present head's
+            own rejections, the idea of on-policy distillation (Draft-OPD, arXiv 2605.29343) without decoding.
 
     Returns:
         Sums over positions; only `loss` has a gradient.
     """
     columns = weight.shape[1] if frozen is None else frozen
-    return Sums(*_TeacherLoss.apply(features, weight, bias, ids, probs, columns, sharpness))  # type: ignore[no-untyped-call]
+    return Sums(*_TeacherLoss.apply(features, weight, bias, ids, probs, columns, sharpness, rejected))  # type: ignore[no-untyped-call]
 
 
 def feature_loss(extrapolated: Tensor, wanted: Tensor) -> Tensor:

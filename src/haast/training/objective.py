@@ -78,7 +78,16 @@ class Objective(nn.Module):
         held = batch.next_tokens if head.follows_token else batch.tokens
         for number, (output, rows) in enumerate(chain_passes(head, batch, self._embeddings[held], features, passes)):
             read = self._read(output, batch.next_tokens[batch.queries[rows]])
-            found = teacher_loss(read, weight, ids[rows], probs[rows], self._bias, frozen=frozen, sharpness=sharpness)
+            found = teacher_loss(
+                read,
+                weight,
+                ids[rows],
+                probs[rows],
+                self._bias,
+                frozen=frozen,
+                sharpness=sharpness,
+                rejected=config.rejected_weight,
+            )
             loss = config.ce_weight * found.loss / len(rows)
             if head.regresses:
                 wanted = batch.wanted[rows].to(output.dtype) / self._feature_units

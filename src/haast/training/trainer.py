@@ -181,7 +181,7 @@ class Trainer:
             noise = self._noise(batch, self._processes.index * len(batches) + number)
             batch = batch.to(self._processes.device)
             sharpness = config.sharpness_at(self._at.views)
-            loss, sums = self._objective(batch, noise, sharpness, config.alignment_steps)
+            loss, sums = self._objective(batch, noise, sharpness, config.passes_at(self._at.views))
             self._processes.backward(self._objective, loss, meet=number == len(batches) - 1)
             for name in ("views", "loss", "ce", "feature", "top1", "accepted"):
                 totals[name] = totals.get(name, torch.zeros(())) + sums.get(name, torch.zeros(())).cpu()

@@ -29,6 +29,7 @@ from haast.speed.packing import pack_linears
 from haast.target import Target
 from haast.training.alignment import chain_passes
 from haast.training.batches import Example, PackedBatch, pack
+from haast.training.bigrams import bigram_directions
 from haast.training.config import TrainConfig
 from haast.training.data import TokenSequence
 from haast.training.features import ShardIdentity, extract, read_shards, stream_examples
@@ -270,6 +271,18 @@ def test_the_lk_mix_is_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.allclose(sums.loss, wanted) and torch.allclose(sums.acceptance, acceptance.sum())
     assert torch.allclose(own[0], reference[0])
     assert torch.allclose(own[1][:, 2:], reference[1][:, 2:]) and not own[1][:, :2].any()
+
+
+def test_bigram_directions_tell_what_follows_what(target: Target) -> None:
+    """Two groups of tokens, each followed by its own: one direction parts them, and unseen tokens are at zero."""
+    tokens = [2, 10, 3, 11, 2, 11, 3, 10, 2, 10] * 3 + [4, 20, 5, 21, 4, 21, 5, 20] * 3
+    made = stream_examples(target, [TokenSequence(tokens, [True] * len(tokens), {})], topk=2)
+    directions = bigram_directions([e for _, e in made], VOCAB, DRAFTED, 4)
+    assert directions.shape == (VOCAB, 4) and not directions[40].any()
+    assert float(directions[[2, 3, 10, 11, 4, 5, 20, 21]].square().mean()) == pytest.approx(1.0, rel=1e-4)
+    unit_rows = torch.nn.functional.normalize(directions, dim=1)
+    alike = unit_rows @ unit_rows.T
+    assert float(alike[2, 3]) > 0.9 and float(alike[4, 5]) > 0.9 and abs(float(alike[2, 4])) < 0.1
 
 
 def test_an_official_eagle3_layout(target: Target, examples: list[Example], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.heads.module import DraftModule
 from haast.training import checkpoints
 from haast.training.batches import BatchOrder, Example, PackedBatch, pack, usable
+from haast.training.bigrams import bigram_directions
 from haast.training.config import TrainConfig
 from haast.training.frozen import Frozen, check_sizes, choose_draft_vocab
 from haast.training.interrupt import interrupt_flag, matmul_precision
@@ -343,6 +344,12 @@ def make_head(
         sizes = Eagle3Config(**(asdict(head_config) | {"draft_vocab_size": len(draft_vocab)}))
         random = config.initialisation == "random"
         rows, gain = (None, None) if random else (frozen.head[draft_vocab], frozen.final_gain)
-        return WhitenedEagle3(sizes, scales, gain, rows, config.output_init, config.seed)
-    assert isinstance(head_config, FeatExtrapolatorConfig), "there are two kinds"
-    return WhitenedHead(head_config, scales, config.output_init, config.seed, len(draft_vocab))
+        head: TrainedHead = WhitenedEagle3(sizes, scales, gain, rows, config.output_init, config.seed)
+    else:
+        assert isinstance(head_config, FeatExtrapolatorConfig), "there are two kinds"
+        head = WhitenedHead(head_config, scales, config.output_init, config.seed, len(draft_vocab))
+    if head_config.markov_rank and config.initialisation != "random":
+        directions = bigram_directions(examples, head_config.vocab_size, draft_vocab, head_config.markov_rank)
+        with torch.no_grad():
+            head.markov_embed.copy_(directions)
+    return head

@@ -1,17 +1,23 @@
-"""What a training run tells: one progress line, log lines, and metrics.jsonl. Owns the words; knows no tensors."""
+"""What a training run tells: one progress line, log lines, metrics.jsonl, and whoever follows those lines.
+
+Owns the words and the file. Knows no tensors, and not what a watcher makes of a line.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from haast.training.findings import Finding, findings_table
 
 _SUMS = ("loss", "ce", "feature", "top1", "views")
 
@@ -40,20 +46,42 @@ class Heartbeat:
         self._console.print(f"{words}  {tokens / (now - self._start):.0f} tokens/s", highlight=False)
 
 
+class Watcher(Protocol):
+    """Follows the metrics lines of a run: curves, TensorBoard. One that fails is dropped, the training goes on.
+
+    Every method may raise ImportError (an optional package is missing) or OSError (nothing can be written).
+    """
+
+    @property
+    def name(self) -> str:
+        """What it makes, for messages."""
+
+    def start(self, kept: Sequence[Mapping[str, Any]]) -> None:
+        """A run begins, or goes on after the lines `kept`; later ones, if there were any, are void."""
+
+    def line(self, values: Mapping[str, Any]) -> None:
+        """A line was written."""
+
+    def close(self) -> None:
+        """The run is over, or was interrupted."""
+
+
 class Reporter:
     """Collects sums between log lines.
 
     Metrics lines: step, views, loss, ce, feature, top1, views_per_s; evaluations have valid_ce, valid_feature,
-    valid_top1, tau.
+    valid_top1, tau, and where tau is about 1 `alarm`, the findings of the checks.
 
     Args:
         total: views of the whole run.
         path: metrics.jsonl; lines are appended.
-        quiet: write the file only.
+        quiet: write files only.
+        watchers: are told of every line.
     """
 
-    def __init__(self, total: int, path: Path, quiet: bool) -> None:
+    def __init__(self, total: int, path: Path, quiet: bool, watchers: Sequence[Watcher] = ()) -> None:
         self._path, self._console, self._total = path, Console(quiet=quiet), total
+        self._watchers, self._lines = list(watchers), 0
         self._sums = dict.fromkeys(_SUMS, 0.0)
         self._since = time.monotonic()
         self._views = 0
@@ -61,15 +89,30 @@ class Reporter:
         self._task = TaskID(0)
 
     def state(self) -> dict[str, float]:
-        """The sums since the last line, for a checkpoint."""
-        return dict(self._sums)
+        """For a checkpoint: the sums since the last line, and how many lines there are."""
+        return {**self._sums, "lines": self._lines}
 
-    def start(self, step: int, sums: Mapping[str, float] | None = None) -> None:
-        """Forget lines after `step` (a resumed run writes them again) and take over a checkpoint's sums."""
-        self._sums |= dict(sums or {})
-        if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
-            self._path.write_text("".join(line + "\n" for line in kept))
+    def start(self, step: int, state: Mapping[str, float] | None = None) -> None:
+        """Take over a checkpoint's state, and forget the lines written after it: a resumed run writes them again.
+
+        Raises:
+            ValueError: the file cannot be written.
+        """
+        state = state or {}
+        self._sums |= {name: state[name] for name in _SUMS if name in state}
+        written = self._path.read_text().splitlines() if self._path.exists() else []
+        kept = [values for values in map(_parsed, written) if values is not None and values["step"] <= step]
+        kept = kept[: int(state.get("lines", len(kept)))]  # the last step may have had lines after its checkpoint
+        self._lines = len(kept)
+        temporary = self._path.with_suffix(".tmp")
+        with self._writing():
+            temporary.write_text("".join(json.dumps(values) + "\n" for values in kept))
+            temporary.replace(self._path)
+        self._tell(lambda watcher: watcher.start(kept))
+
+    def close(self) -> None:
+        """Let the watchers finish."""
+        self._tell(lambda watcher: watcher.close())
 
     @contextmanager
     def live(self, views: int) -> Iterator[None]:
@@ -100,14 +143,16 @@ class Reporter:
         self._console.print(f"{self._views} views  {self._words()}", highlight=False)
         self._sums, self._since = dict.fromkeys(_SUMS, 0.0), time.monotonic()
 
-    def evaluation(self, step: int, views: int, values: Mapping[str, float], tau_is_one: bool) -> None:
-        """Write an evaluation; `tau_is_one` raises the alarm."""
-        alarm = "tau is about 1: nothing the head drafts is accepted; check the index shift, the target and the data"
-        self._write({"step": step, "views": views, **values, **({"alarm": alarm} if tau_is_one else {})})
+    def evaluation(
+        self, step: int, views: int, values: Mapping[str, float], findings: Sequence[Finding] | None
+    ) -> None:
+        """Write an evaluation; `findings` are given where tau is about 1, and raise the alarm."""
+        alarm = {} if findings is None else {"alarm": [asdict(finding) for finding in findings]}
+        self._write({"step": step, "views": views, **values, **alarm})
         words = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
         self._console.print(f"{views} views  evaluation  {words}", style="bold", highlight=False)
-        if tau_is_one:
-            self._console.print(f"alarm: {alarm}", style="bold red")
+        if findings is not None:
+            self._console.print(findings_table(findings))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -131,12 +176,35 @@ class Reporter:
         )
 
     def _write(self, values: Mapping[str, Any]) -> None:
-        with self._path.open("a") as file:
+        with self._writing(), self._path.open("a") as file:
             file.write(json.dumps(values) + "\n")
+        self._lines += 1
+        self._tell(lambda watcher: watcher.line(values))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(
+                f"cannot write {self._path} ({error.strerror}): free space; the run resumes from its last checkpoint"
+            ) from error
+
+    def _tell(self, act: Callable[[Watcher], None]) -> None:
+        """Do something with every watcher; one that fails is named once and dropped."""
+        for watcher in list(self._watchers):
+            try:
+                act(watcher)
+            except (ImportError, OSError) as error:
+                self._watchers.remove(watcher)
+                remedy = ": pip install 'haast[curves]'" if isinstance(error, ImportError) else ""
+                self._console.print(f"no {watcher.name} ({error}){remedy}; training goes on", highlight=False)
 
 
-def _step_of(line: str) -> float:
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A metrics line; None for a torn one."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a torn last line
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -24,15 +24,17 @@ from haast.training import checkpoints
 from haast.training.alignment import chain_passes
 from haast.training.batches import BatchOrder, Example, PackedBatch, pack, usable
 from haast.training.config import TrainConfig
+from haast.training.findings import Finding
 from haast.training.frozen import Frozen, check_sizes, choose_draft_vocab
 from haast.training.losses import feature_loss, teacher_cross_entropy
 from haast.training.optimizer import HeadOptimizer
-from haast.training.report import Reporter
+from haast.training.report import Reporter, Watcher
 from haast.training.whitened import Scales, WhitenedHead, load_plain, plain_weights
 
-__all__ = ["Frozen", "MeasureTau", "Trainer", "choose_draft_vocab", "plain_weights"]
+__all__ = ["Explain", "Frozen", "MeasureTau", "Trainer", "choose_draft_vocab", "plain_weights"]
 
 MeasureTau = Callable[[FeatExtrapolator, Tensor], float]  # (head in eval mode, draft vocabulary ids) -> tau
+Explain = Callable[[dict[str, float], Tensor], list[Finding]]  # (an evaluation, draft vocabulary ids) -> what is wrong
 _TAU_IS_ONE = 1.05  # a head below this drafts nothing that is accepted
 _EARLY = 0.2  # share of the run before which a tau of one is no alarm
 
@@ -66,6 +68,8 @@ class Trainer:
         export: how a head is stored, (folder, head, draft vocabulary) -> None; None stores a bare `head.pt`.
         start_from: plain weights of a head to start from (see `initialise`); None is noise.
         quiet: no terminal output.
+        explain: looks for the causes of a tau of about 1; None raises the alarm alone.
+        watchers: follow the metrics, see `report.Watcher`.
 
     Raises:
         ValueError: nothing to train on, sizes that do not fit, or a folder that cannot be written.
@@ -83,13 +87,15 @@ class Trainer:
         export: Callable[[Path, FeatExtrapolator, Tensor], None] | None = None,
         start_from: dict[str, Tensor] | None = None,
         quiet: bool = False,
+        explain: Explain | None = None,
+        watchers: Sequence[Watcher] = (),
     ) -> None:
         self.config, self.head_config, self.out_dir = config, head_config, out_dir
         self.train_set, self.valid_set = usable(train), usable(valid)
         self._order = BatchOrder([e.pairs for e in self.train_set], config.batch_tokens, config.seed)
         check_sizes(head_config, frozen, self.train_set[0])
         checkpoints.write_probe(out_dir)
-        self._measure_tau, self._export = measure_tau, export
+        self._measure_tau, self._export, self._explain = measure_tau, export, explain
         self.draft_vocab = choose_draft_vocab(self.train_set, len(frozen.head), config.draft_vocab, frozen.eos_ids)
         scales = Scales.measure(self.train_set, frozen.embeddings)
         self.head = WhitenedHead(head_config, scales, config.output_init, config.seed)
@@ -105,7 +111,7 @@ class Trainer:
         self._optimizer = HeadOptimizer(self.head.parameters(), config)
         self._noise = torch.Generator().manual_seed(config.seed)
         self._at = _Progress()
-        self._report = Reporter(config.views, out_dir / "metrics.jsonl", quiet)
+        self._report = Reporter(config.views, out_dir / "metrics.jsonl", quiet, watchers)
 
     def run(self, resume: bool = False) -> dict[str, float]:
         """Train to the end (or Ctrl-C, which saves first). Returns the last evaluation.
@@ -114,7 +120,11 @@ class Trainer:
             KeyboardInterrupt: after the checkpoint was written.
             ValueError: there is a run in the folder and `resume` is false, or its settings differ.
         """
-        self._open(resume)
+        with closing(self._report):
+            self._open(resume)
+            return self._train()
+
+    def _train(self) -> dict[str, float]:
         result: dict[str, float] = {}
         products = _matmul_precision(self.config.matmul_precision)
         with self._report.live(self._at.views), _interrupt_flag() as interrupted, products:
@@ -129,10 +139,9 @@ class Trainer:
         if interrupted.is_set():
             self.save()
             raise KeyboardInterrupt
+        self.save()  # first: a resumed run writes the last lines again, and a failing evaluation costs no training
         self._report.line(self._at.step)
-        result = self.evaluate()
-        self.save()
-        return result
+        return self.evaluate()
 
     def _periodic(self) -> dict[str, float] | None:
         at, config, result = self._at, self.config, None
@@ -206,7 +215,8 @@ class Trainer:
                 self._store(self.out_dir / "best", head)
         early = self._at.views < _EARLY * self.config.views
         alarm = "tau" in values and values["tau"] < _TAU_IS_ONE and not early
-        self._report.evaluation(self._at.step, self._at.views, values, alarm)
+        findings = (self._explain(values, self.draft_vocab) if self._explain else []) if alarm else None
+        self._report.evaluation(self._at.step, self._at.views, values, findings)
         return values
 
     def plain_head(self) -> FeatExtrapolator:

@@ -121,6 +121,8 @@ def draw_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _panel(axes: Axes, metrics: Sequence[Mapping[str, Any]], title: str, names: Mapping[str, str]) -> None:
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
     colours = {"loss": "0.7", "train": "tab:blue", "held out": "tab:orange", "validation prompts": "tab:green"}
     for name, label in names.items():
         xs, ys = _series(metrics, name)
@@ -133,6 +135,9 @@ def _panel(axes: Axes, metrics: Sequence[Mapping[str, Any]], title: str, names: 
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.legend(fontsize=8)
     else:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="0.5")

@@ -198,7 +198,8 @@ class Reporter:
             except (ImportError, OSError) as error:
                 self._watchers.remove(watcher)
                 remedy = ": pip install 'haast[curves]'" if isinstance(error, ImportError) else ""
-                self._console.print(f"no {watcher.name} ({error}){remedy}; training goes on", highlight=False)
+                words = f"no {watcher.name} ({error}){remedy}; training goes on"
+                self._console.print(words, highlight=False, markup=False)
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

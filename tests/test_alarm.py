@@ -14,11 +14,12 @@ from fakes import tiny_target
 from rich.console import Console
 
 from haast.training.alarm import diagnose
-from haast.training.batches import Example
+from haast.training.batches import Example, pack
 from haast.training.data import TokenSequence
 from haast.training.features import stream_examples
 from haast.training.findings import findings_table
 from haast.training.frozen import Frozen, choose_draft_vocab
+from haast.training.losses import teacher_cross_entropy
 
 VOCAB, OPENING = 64, [3, 1, 4]
 CHECKS = {"features", "mask", "answers", "draft vocabulary", "learning", "engine", "template"}
@@ -44,7 +45,7 @@ def healthy(examples: list[Example]) -> Evidence:
         "examples": examples,
         "frozen": Frozen.of(tiny_target(vocab=VOCAB)),
         "draft_vocab": choose_draft_vocab(examples, VOCAB, 60),
-        "values": {"tau": 1.02, "valid_ce": 1.5, "valid_top1": 0.1},
+        "values": {"tau": 1.02, "valid_ce": 0.9, "valid_top1": 0.1},
         "records": [{"id": str(i), "model": "tiny"} for i in range(80)],
         "prompts": [[*OPENING, 9, 9], [*OPENING, 8]],
         "model": "tiny",
@@ -97,10 +98,10 @@ def values(**changes: float) -> Callable[[Evidence], Evidence]:
         (hardly_supervised, "mask", r"[01]\.\d% of tokens are supervised; 0 of 64"),
         (record_field("model", "other-7b"), "answers", r"34 of 80 were made by another model \(other-7b\), 0 were"),
         (record_field("retokenised", True), "answers", "0 of 80 were made by another model, 34 were tokenised"),
-        (values(valid_ce=3.9), "learning", "is 3.90, chance is 4.09.*learning_rate"),
+        (values(valid_ce=3.9), "learning", r"is 3.90, chance is 3\.\d\d.*learning_rate"),
         (values(valid_ce=float("nan")), "learning", "is nan"),
         (values(valid_top1=0.55), "engine", "agreement is 55%, tau 1.02; tau should be about 1.6 or more"),
-        (lambda _: {"prompts": [[1, *OPENING, 9], [1, *OPENING]]}, "template", r"0 of 2 .* 3 tokens \[3, 1, 4\]"),
+        (lambda _: {"prompts": [[1, *OPENING, 9], [1, *OPENING]]}, "template", r"0 of 2 .* 3 tokens that all"),
     ],
 )
 def test_each_planted_cause_is_found(
@@ -109,6 +110,15 @@ def test_each_planted_cause_is_found(
     found = suspects(healthy | plant(healthy))
     assert set(found) == {check}
     assert re.search(words, found[check]), found[check]
+
+
+def test_chance_is_what_a_uniform_head_comes_to(healthy: Evidence) -> None:
+    """By the loss that is trained, over the teacher's stored mass: less than ln(vocabulary)."""
+    batch = pack(healthy["examples"][:64])
+    uniform = torch.zeros(batch.views, 2)
+    ce, _ = teacher_cross_entropy(uniform, torch.zeros(VOCAB, 2), batch.teacher_ids, batch.teacher_probs)
+    every = healthy | {"draft_vocab": torch.arange(VOCAB), "values": {"tau": 1.0, "valid_ce": float(ce)}}
+    assert f"is {float(ce):.2f}, chance is {float(ce):.2f}" in suspects(every)["learning"]
 
 
 def test_a_narrow_draft_vocabulary_is_found(healthy: Evidence) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from haast.training.frozen import Frozen
 from haast.training.selftest import TEACHER_AGREES, teacher_agreement
 
 _SAMPLE = 64  # sequences looked at, evenly from all: enough for shares, a second at most
-_TINY_SHARE = 0.02  # supervised tokens; long prompts with short answers reach 0.05
+_TINY_SHARE = 0.02  # of supervised tokens; even short answers about long texts are more
 _ALIEN_SHARE = 0.1  # of answers
-_COVERED = 0.8  # of the teacher's mass; 8192 tokens of English cover 0.98
-_OF_CHANCE = 0.6  # of ln(draft vocabulary); knowing only how frequent each token is comes to 0.73 (SmolLM2, 8192)
+_COVERED = 0.8  # of the teacher's mass; 8192 cover 0.99 of the tokens in SmolLM2's answers
+_OF_CHANCE = (
+    0.6  # of a uniform head's cross-entropy; knowing only how frequent each token is comes to 0.73 (SmolLM2, 8192)
+)
 _AGREES_OFTEN = 0.2  # held-out top-1 from which tau should be well above 1: it is the chance that a first draft holds
 _TEMPLATE = 8  # tokens; more would reach into the first words of a prompt
 
@@ -52,12 +55,13 @@ def diagnose(
     """
     step = max(len(examples) // _SAMPLE, 1)
     some = list(examples)[::step][:_SAMPLE]
+    mass = _Mass.of(some, draft_vocab, len(frozen.head))
     found = [
         _teacher(some, frozen),
         _supervision(some),
         _origin(records, model),
-        _coverage(some, draft_vocab, len(frozen.head)),
-        _learning(values, len(draft_vocab)),
+        _coverage(mass, len(draft_vocab)),
+        _learning(values, mass, len(draft_vocab)),
         _inference(values),
         _template(some, prompts),
     ]
@@ -107,29 +111,44 @@ def _origin(records: Sequence[Mapping[str, Any]], model: str) -> Finding | None:
     )
 
 
-def _coverage(examples: Sequence[Example], draft_vocab: Tensor, vocab: int) -> Finding | None:
-    known = torch.zeros(vocab, dtype=torch.float64)
-    known[draft_vocab] = 1
-    total = covered = 0.0
-    for example in examples:
-        mask = example.supervised.bool()
-        probs = example.topk_probs[mask].double()
-        total += float(probs.sum())
-        covered += float((probs * known[example.topk_ids[mask].long()]).sum())
-    if not total:
+@dataclass(frozen=True)
+class _Mass:
+    """The teacher's probability at the positions that are learned from."""
+
+    positions: int
+    stored: float  # sum over positions; its best tokens only, so below their number
+    covered: float  # of that, on tokens of the draft vocabulary
+
+    @staticmethod
+    def of(examples: Sequence[Example], draft_vocab: Tensor, vocab: int) -> _Mass:
+        known = torch.zeros(vocab, dtype=torch.float64)
+        known[draft_vocab] = 1
+        positions, stored, covered = 0, 0.0, 0.0
+        for example in examples:
+            after = example.queries() + 1
+            probs = example.topk_probs[after].double()  # (m, k)
+            positions += len(after)
+            stored += float(probs.sum())
+            covered += float((probs * known[example.topk_ids[after].long()]).sum())
+        return _Mass(positions, stored, covered)
+
+
+def _coverage(mass: _Mass, size: int) -> Finding | None:
+    if not mass.stored:
         return None
     return _finding(
         "draft vocabulary",
-        covered < _COVERED * total,
-        f"its {len(draft_vocab)} tokens cover {covered / total:.1%} of the teacher's mass",
+        mass.covered < _COVERED * mass.stored,
+        f"its {size} tokens cover {mass.covered / mass.stored:.1%} of the teacher's mass",
         "what the target says is not among the tokens drafted: raise draft_vocab",
     )
 
 
-def _learning(values: Mapping[str, float], size: int) -> Finding | None:
-    if "valid_ce" not in values:
+def _learning(values: Mapping[str, float], mass: _Mass, size: int) -> Finding | None:
+    if "valid_ce" not in values or not mass.positions:
         return None
-    ce, chance = values["valid_ce"], math.log(size)
+    # The cross-entropy is a sum over the mass that is stored and drafted, so a uniform head's is a share of ln(size).
+    ce, chance = values["valid_ce"], math.log(size) * mass.covered / mass.positions
     return _finding(
         "learning",
         not ce < _OF_CHANCE * chance,  # so that NaN is suspect
@@ -164,7 +183,7 @@ def _template(examples: Sequence[Example], prompts: Sequence[Sequence[int]]) -> 
     return _finding(
         "template",
         2 * same < len(prompts),
-        f"{same} of {len(prompts)} validation prompts begin with the {len(shared)} tokens {shared} that all training "
+        f"{same} of {len(prompts)} validation prompts begin with the {len(shared)} tokens that all training "
         "sequences begin with",
         "the two were put through different chat templates: make both with this target's",
     )

@@ -191,10 +191,11 @@ class Reporter:
             ) from error
 
     def _tell(self, act: Callable[[Watcher], None]) -> None:
-        """Do something with every watcher; one that fails is named once and dropped."""
+        """Do something with every watcher, off the clock; one that fails is named once and dropped."""
         for watcher in list(self._watchers):
             try:
-                act(watcher)
+                with self.paused():
+                    act(watcher)
             except (ImportError, OSError) as error:
                 self._watchers.remove(watcher)
                 remedy = ": pip install 'haast[curves]'" if isinstance(error, ImportError) else ""

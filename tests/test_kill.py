@@ -147,7 +147,7 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(trained: Path) -> None:
     assert metrics(trained) == before
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
+@pytest.mark.parametrize("kept", [0.5, *(pytest.param(k, marks=pytest.mark.slow) for k in (0.0, 0.999))])
 def test_a_kill_while_a_checkpoint_is_written(trained: Path, tmp_path: Path, kept: float) -> None:
     """The newest state and a temporary file lie there in part: the state before is taken, and both are cleared away."""
     assert run(kill_jobs.train, tmp_path, False, VIEWS, (tmp_path / "metrics.jsonl", 8, 0.0))

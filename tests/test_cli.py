@@ -257,6 +257,7 @@ def test_regenerate_then_train_then_generate(home: Path, tmp_path: Path) -> None
     length += ["--valid-limit", 1, "--valid-tokens", 6, "--topk", 4, "--valid-nodes", 5]
     trained = haast_run("train", *model, "--answers", answers, "--out", run, *length, "--json", "-")
     assert document(trained)["tau"] >= 1
+    assert (run / "curves.png").exists() and list((run / "tensorboard").glob("events*"))
     card = (run / "best" / "README.md").read_text()
     assert "tau on validation prompts: " in card and "| answers |" in card and "learning_rate" in card
     about = json.loads((run / "best" / "config.json").read_text())["about"]
@@ -270,6 +271,11 @@ def test_regenerate_then_train_then_generate(home: Path, tmp_path: Path) -> None
     foreign = ["train", *model, "--answers", tmp_path / "others.jsonl", "--out", tmp_path / "b", *length[:6]]
     warned = haast_run(*foreign, "--views", 20)
     assert "3 of 3 answers were made by another-model" in warned.stderr
+    untrained = ["--initialisation", "random", "--learning-rate", 1e-9, *length[6:]]
+    alarmed = haast_run(
+        "train", *model, "--answers", tmp_path / "others.jsonl", "--out", tmp_path / "c", *length[:6], *untrained
+    )
+    assert "suspect  answers" in alarmed.stdout and "3 of 3 were made by another model" in alarmed.stdout
 
 
 def test_train_from_shards_and_self_test(home: Path, tmp_path: Path) -> None:

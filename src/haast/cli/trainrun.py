@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from haast.api import Haast
@@ -30,11 +31,15 @@ from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.heads.module import DraftModule
 from haast.sampling import SamplingConfig
 from haast.target import Target
+from haast.training.alarm import diagnose
 from haast.training.batches import Example
 from haast.training.config import TrainConfig
+from haast.training.curves import Curves
+from haast.training.findings import Finding
 from haast.training.frozen import Frozen
 from haast.training.initialise import last_layer_weights, why_not_last_layer
 from haast.training.selftest import overfit_self_test
+from haast.training.tensorboard import TensorBoard
 from haast.training.trainer import Trainer
 
 _HOLD_OUT_EVERY, _HELD_OUT_AT_MOST = 50, 200
@@ -120,6 +125,8 @@ class Run:
             weights,
             vocab,
             quiet,
+            self.explain,
+            (Curves(out), TensorBoard(out)),
         )
         return trainer.run(resume)
 
@@ -147,11 +154,21 @@ class Run:
         self._tau = stats.tau
         return stats.tau
 
+    def explain(self, values: dict[str, Any], draft_vocab: Tensor) -> list[Finding]:
+        """What the checks behind an alarm find."""
+        frozen = Frozen.of(self._target)
+        return diagnose(self._train, frozen, draft_vocab, values, self._records, self._prompts, self._name)
+
     def export(self, folder: Path, head: DraftModule, draft_vocab: Tensor) -> None:
-        """Store a head as users load it, and its model card."""
+        """Store a head as users load it, and its model card. Raises ValueError where it cannot be written."""
         about = self.about()
         weights = {name: tensor.to(torch.float32) for name, tensor in head.state_dict().items()}
-        save_head(folder, head.config, weights, draft_vocab, about)
+        try:
+            save_head(folder, head.config, weights, draft_vocab, about)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"cannot write the head to {folder} ({error}): free space and go on with --resume"
+            ) from error
         write_text(folder / "README.md", self.card(len(draft_vocab), about))
 
     def about(self) -> dict[str, Any]:

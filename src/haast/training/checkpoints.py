@@ -56,7 +56,8 @@ def save_state(folder: Path, state: dict[str, Any], step: int) -> Path:
     """Write `state-<step>.pt`, drop all but the newest two, and return its path."""
     path = path_of(folder, step)
     atomic_save(state, path)
-    for old in sorted(folder.glob("state-*.pt"))[:-_KEEP]:
+    torn = folder.glob("state-*.tmp")  # of a run killed while it wrote, at a step that does not come again
+    for old in [*sorted(folder.glob("state-*.pt"))[:-_KEEP], *torn]:
         old.unlink()
     return path
 

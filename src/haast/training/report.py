@@ -1,17 +1,23 @@
-"""What a training run tells: one progress line, log lines, and metrics.jsonl. Owns the words; knows no tensors."""
+"""What a training run tells: one progress line, log lines, metrics.jsonl, and whoever follows those lines.
+
+Owns the words and the file. Knows no tensors, and not what a watcher makes of a line.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from haast.training.findings import Finding, findings_table
 
 _SUMS = ("loss", "ce", "feature", "top1", "accepted", "views")
 
@@ -40,23 +46,47 @@ class Heartbeat:
         self._console.print(f"{words}  {tokens / (now - self._start):.0f} tokens/s", highlight=False)
 
 
+class Watcher(Protocol):
+    """Follows the metrics lines of a run: curves, TensorBoard. One that fails is dropped, the training goes on.
+
+    Every method may raise ImportError (an optional package is missing) or OSError (nothing can be written).
+    """
+
+    @property
+    def name(self) -> str:
+        """What it makes, for messages."""
+
+    def start(self, kept: Sequence[Mapping[str, Any]]) -> None:
+        """A run begins, or goes on after the lines `kept`; later ones, if there were any, are void."""
+
+    def line(self, values: Mapping[str, Any]) -> None:
+        """A line was written."""
+
+    def close(self) -> None:
+        """The run is over, or was interrupted."""
+
+
 class Reporter:
     """Collects sums between log lines.
 
-    Metrics lines: step, views, loss, ce, feature, top1, accepted (probability that a draft of the head's first choices
-    is kept at temperature 1), views_per_s; evaluations have the same of held-out sequences as valid_*, valid_alpha (by
-    depth), tau and seconds.
+    Metrics lines: step, views, loss, ce, feature, top1, accepted (the overlap of the head's and the teacher's
+    probabilities), views_per_s; evaluations have the same of held-out sequences as valid_*, valid_alpha (agreement by
+    depth), tau, seconds, and where tau is about 1 `alarm`, the findings of the checks.
 
     Args:
         total: views of the whole run.
         path: metrics.jsonl; lines are appended.
-        quiet: write the file only.
-        writes: this process writes the file; of several one does.
+        quiet: write files only.
+        watchers: are told of every line.
+        writes: of several processes one writes; the others keep their sums only.
     """
 
-    def __init__(self, total: int, path: Path, quiet: bool, writes: bool = True) -> None:
+    def __init__(
+        self, total: int, path: Path, quiet: bool, watchers: Sequence[Watcher] = (), writes: bool = True
+    ) -> None:
         self._writes = writes
         self._path, self._console, self._total = path, Console(quiet=quiet), total
+        self._watchers, self._lines = list(watchers), 0
         self._sums = dict.fromkeys(_SUMS, 0.0)
         self._since = time.monotonic()
         self._views = 0
@@ -64,19 +94,36 @@ class Reporter:
         self._task = TaskID(0)
 
     def state(self) -> dict[str, float]:
-        """The sums since the last line, for a checkpoint."""
-        return dict(self._sums)
+        """For a checkpoint: the sums since the last line, and how many lines there are."""
+        return {**self._sums, "lines": self._lines}
 
     def lines(self) -> list[dict[str, Any]]:
         """What metrics.jsonl holds so far."""
-        return [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.exists() else []
+        written = self._path.read_text().splitlines() if self._path.exists() else []
+        return [values for values in map(_parsed, written) if values is not None]
 
-    def start(self, step: int, sums: Mapping[str, float] | None = None) -> None:
-        """Forget lines after `step` (a resumed run writes them again) and take over a checkpoint's sums."""
-        self._sums |= dict(sums or {})
-        if self._writes and self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
-            self._path.write_text("".join(line + "\n" for line in kept))
+    def start(self, step: int, state: Mapping[str, float] | None = None) -> None:
+        """Take over a checkpoint's state, and forget the lines written after it: a resumed run writes them again.
+
+        Raises:
+            ValueError: the file cannot be written.
+        """
+        state = state or {}
+        self._sums |= {name: state[name] for name in _SUMS if name in state}
+        if not self._writes:
+            return
+        kept = [values for values in self.lines() if values["step"] <= step]
+        kept = kept[: int(state.get("lines", len(kept)))]  # the last step may have had lines after its checkpoint
+        self._lines = len(kept)
+        temporary = self._path.with_suffix(".tmp")
+        with self._writing():
+            temporary.write_text("".join(json.dumps(values) + "\n" for values in kept))
+            temporary.replace(self._path)
+        self._tell(lambda watcher: watcher.start(kept))
+
+    def close(self) -> None:
+        """Let the watchers finish."""
+        self._tell(lambda watcher: watcher.close())
 
     @contextmanager
     def live(self, views: int) -> Iterator[None]:
@@ -107,14 +154,14 @@ class Reporter:
         self._console.print(f"{self._views} views  {self._words()}", highlight=False)
         self._sums, self._since = dict.fromkeys(_SUMS, 0.0), time.monotonic()
 
-    def evaluation(self, step: int, views: int, values: Mapping[str, Any], tau_is_one: bool) -> None:
-        """Write an evaluation; `tau_is_one` raises the alarm."""
-        alarm = "tau is about 1: nothing the head drafts is accepted; check the index shift, the target and the data"
-        self._write({"step": step, "views": views, **values, **({"alarm": alarm} if tau_is_one else {})})
+    def evaluation(self, step: int, views: int, values: Mapping[str, Any], findings: Sequence[Finding] | None) -> None:
+        """Write an evaluation; `findings` are given where tau is about 1, and raise the alarm."""
+        alarm = {} if findings is None else {"alarm": [asdict(finding) for finding in findings]}
+        self._write({"step": step, "views": views, **values, **alarm})
         words = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
         self._console.print(f"{views} views  evaluation  {words}", style="bold", highlight=False)
-        if tau_is_one:
-            self._console.print(f"alarm: {alarm}", style="bold red")
+        if findings is not None:
+            self._console.print(findings_table(findings))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -140,16 +187,41 @@ class Reporter:
     def _write(self, values: Mapping[str, Any]) -> None:
         if not self._writes:
             return
-        with self._path.open("a") as file:
+        with self._writing(), self._path.open("a") as file:
             file.write(json.dumps(values) + "\n")
+        self._lines += 1
+        self._tell(lambda watcher: watcher.line(values))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(
+                f"cannot write {self._path} ({error.strerror}): free space; the run resumes from its last checkpoint"
+            ) from error
+
+    def _tell(self, act: Callable[[Watcher], None]) -> None:
+        """Do something with every watcher, off the clock; one that fails is named once and dropped."""
+        for watcher in list(self._watchers):
+            try:
+                with self.paused():
+                    act(watcher)
+            except (ImportError, OSError) as error:
+                self._watchers.remove(watcher)
+                remedy = ": pip install 'haast[curves]'" if isinstance(error, ImportError) else ""
+                words = f"no {watcher.name} ({error}){remedy}; training goes on"
+                self._console.print(words, highlight=False, markup=False)
 
 
 def _short(value: Any) -> str:
     return " ".join(f"{part:.2f}" for part in value) if isinstance(value, list) else f"{value:.3f}"
 
 
-def _step_of(line: str) -> float:
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A metrics line; None for a torn one."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a torn last line
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None

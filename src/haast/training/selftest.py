@@ -14,7 +14,7 @@ from haast.training.frozen import Frozen
 from haast.training.trainer import Trainer
 
 _SEQUENCES = 4
-_TEACHER_AGREES = 0.9  # less than 1: stored features are rounded to fp16
+TEACHER_AGREES = 0.9  # less than 1: stored features are rounded to fp16
 
 
 def overfit_self_test(
@@ -54,7 +54,7 @@ def overfit_self_test(
     remedy = (
         "the features, tokens and teacher of the shards do not belong together; extract them again with this target"
     )
-    if agreement < _TEACHER_AGREES:
+    if agreement < TEACHER_AGREES:
         raise ValueError(
             f"self-test: the LM head agrees with the teacher at {agreement:.0%} of positions only: {remedy}"
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,20 @@ from haast.training import checkpoints
 from haast.training.batches import BatchOrder, Example, PackedBatch, pack, usable
 from haast.training.bigrams import bigram_directions
 from haast.training.config import TrainConfig
+from haast.training.findings import Finding
 from haast.training.frozen import Frozen, check_sizes, choose_draft_vocab
 from haast.training.interrupt import interrupt_flag, matmul_precision
 from haast.training.objective import ALPHAS, Objective
 from haast.training.optimizer import HeadOptimizer
 from haast.training.processes import Processes
-from haast.training.report import Reporter
+from haast.training.report import Reporter, Watcher
 from haast.training.whitened import Scales, TrainedHead, WhitenedHead, load_plain, plain_weights
 from haast.training.whitened3 import WhitenedEagle3
 
-__all__ = ["Frozen", "MeasureTau", "Trainer", "choose_draft_vocab", "plain_weights"]
+__all__ = ["Explain", "Frozen", "MeasureTau", "Trainer", "choose_draft_vocab", "plain_weights"]
 
 MeasureTau = Callable[[DraftModule, Tensor], float]  # (head in eval mode, draft vocabulary ids) -> tau
+Explain = Callable[[dict[str, Any], Tensor], list[Finding]]  # (an evaluation, draft vocabulary ids) -> what is wrong
 _TAU_IS_ONE = 1.05  # a head below this drafts nothing that is accepted
 _EARLY = 0.2  # share of the run before which a tau of one is no alarm
 _MARKS = (1.5, 2.0, 2.4, 2.8, 3.2, 3.6)  # taus whose time is told
@@ -76,6 +78,8 @@ class Trainer:
         start_from: plain weights of a head to start from (see `initialise`); None is noise.
         draft_vocab: target ids to draft over; None takes the likeliest `config.draft_vocab`.
         quiet: no terminal output.
+        explain: looks for the causes of a tau of about 1; None raises the alarm alone.
+        watchers: follow the metrics, see `report.Watcher`.
 
     Raises:
         ValueError: nothing to train on, sizes that do not fit, or a folder that cannot be written.
@@ -94,6 +98,8 @@ class Trainer:
         start_from: dict[str, Tensor] | None = None,
         draft_vocab: Tensor | None = None,
         quiet: bool = False,
+        explain: Explain | None = None,
+        watchers: Sequence[Watcher] = (),
     ) -> None:
         self.config, self.out_dir = config, out_dir
         self.train_set, self.valid_set = usable(train), usable(valid)
@@ -102,7 +108,7 @@ class Trainer:
         self._processes = Processes(config.mixed_precision, config.shard)
         if self._processes.main:
             checkpoints.write_probe(out_dir)
-        self._measure_tau, self._export = measure_tau, export
+        self._measure_tau, self._export, self._explain = measure_tau, export, explain
         if draft_vocab is None:
             draft_vocab = choose_draft_vocab(self.train_set, len(frozen.head), config.draft_vocab, frozen.eos_ids)
         self.draft_vocab = draft_vocab
@@ -121,7 +127,9 @@ class Trainer:
         self._optimizer = HeadOptimizer(trained, config)
         self._at = _Progress()
         main = self._processes.main
-        self._report = Reporter(config.views, out_dir / "metrics.jsonl", quiet or not main, writes=main)
+        self._report = Reporter(
+            config.views, out_dir / "metrics.jsonl", quiet or not main, watchers if main else (), main
+        )
 
     def run(self, resume: bool = False) -> dict[str, Any]:
         """Train to the end (or Ctrl-C, which saves first). Returns the last evaluation, and the seconds to each tau.
@@ -130,7 +138,11 @@ class Trainer:
             KeyboardInterrupt: after the checkpoint was written.
             ValueError: there is a run in the folder and `resume` is false, or its settings differ.
         """
-        self._open(resume)
+        with closing(self._report):
+            self._open(resume)
+            return self._train()
+
+    def _train(self) -> dict[str, Any]:
         result: dict[str, Any] = {}
         stopped, products = False, matmul_precision(self.config.matmul_precision)
         with self._report.live(self._at.views), interrupt_flag() as interrupted, products:
@@ -146,9 +158,10 @@ class Trainer:
         if stopped:
             self.save()
             raise KeyboardInterrupt
-        self._report.line(self._at.step)
-        result = result if self._at.ended and result else self.evaluate()
-        self.save()
+        self.save()  # first: a resumed run writes the last lines again, and a failing evaluation costs no training
+        if not (self._at.ended and result):
+            self._report.line(self._at.step)
+            result = self.evaluate()
         return result | {"seconds": self._at.seconds, "seconds_to_tau": self._marks()}
 
     def _advance(self, batches: Iterator[tuple[int, int, list[int]]]) -> None:
@@ -232,7 +245,8 @@ class Trainer:
         early = self._at.views < _EARLY * self.config.views
         alarm = "tau" in values and values["tau"] < _TAU_IS_ONE and not early
         told = values | {"seconds": round(self._at.seconds, 1)}
-        self._report.evaluation(self._at.step, self._at.views, told, alarm)
+        findings = (self._explain(values, self.draft_vocab) if self._explain else []) if alarm else None
+        self._report.evaluation(self._at.step, self._at.views, told, findings)
         return values
 
     def _held_out(self) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""Jobs that a test kills: a small training run and a small regeneration, each a pure function of its folder's state.
+
+They run in processes of their own (see `test_kill`), so they take paths and plain values.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from fakes import tiny_target
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
+from haast.prompts import Prompt
+from haast.training.config import TrainConfig
+from haast.training.data import TokenSequence
+from haast.training.features import stream_examples
+from haast.training.regenerate import RegenerateConfig, regenerate
+from haast.training.trainer import Frozen, Trainer
+
+VOCAB = 64
+ANSWERS = 24
+
+
+def train(folder: Path, resume: bool, views: int) -> None:
+    """Train in `folder`, with a checkpoint at every step, a metrics line at every other, and a few evaluations."""
+    torch.set_num_threads(1)
+    target = tiny_target(vocab=VOCAB)
+    draws = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(VOCAB, (14 + i % 5,), generator=draws).tolist() for i in range(12)]
+    sequences = [TokenSequence(t, [False] * 4 + [True] * (len(t) - 4)) for t in tokens]
+    examples = [example for _, example in sorted(stream_examples(target, sequences, topk=8))]
+    config = TrainConfig(
+        views=views,
+        draft_vocab=48,
+        batch_tokens=60,
+        feature_noise=0.2,
+        ema=0.9,
+        log_every=60,
+        evaluate_every=views // 4,
+        checkpoint_every=1,
+    )
+    parts = (config, FeatExtrapolatorConfig.for_target(target.config), Frozen.of(target), examples[:9], examples[9:])
+    Trainer(*parts, folder, measure_tau=lambda head, vocab: 1.5, quiet=True).run(resume)
+
+
+def answer(folder: Path, resume: bool, length: int) -> None:
+    """Answer prompts into `folder`/answers.jsonl; going on is what it does anyhow, so `resume` changes nothing."""
+    torch.set_num_threads(1)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    make: Any = PreTrainedTokenizerFast  # its constructor is untyped
+    prompts = [
+        Prompt(f"p{i}", (" ".join(f"w{(7 * i + j) % VOCAB}" for j in range(1 + i % 4)),)) for i in range(ANSWERS)
+    ]
+    config = RegenerateConfig(batch=3, max_new_tokens=length, seed=5)
+    target = tiny_target(vocab=VOCAB)
+    regenerate(target, make(tokenizer_object=words), prompts, folder / "answers.jsonl", config, name="tiny", quiet=True)

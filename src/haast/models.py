@@ -165,7 +165,8 @@ def load_tokenizer(name: str = DEFAULT_MODEL) -> tuple[PreTrainedTokenizerBase, 
         tokenizer = AutoTokenizer.from_pretrained(location)
         ends = AutoConfig.from_pretrained(location).get_text_config().eos_token_id
         with contextlib.suppress(OSError):  # not every model has one
-            ends = GenerationConfig.from_pretrained(location).eos_token_id or ends
+            own = GenerationConfig.from_pretrained(location).eos_token_id
+            ends = ends if own is None else own
     except _UNLOADABLE as error:
         raise _unloadable(source, error) from error
     ends = tokenizer.eos_token_id if ends is None else ends

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -137,19 +136,19 @@ def regenerate(
 def _run(
     loading: Loading, prompts: Sequence[Prompt], out: Path, config: RegenerateConfig, endpoint: EndpointConfig | None
 ) -> Outcome:
-    name, quiet = loading.model, not sys.stderr.isatty()
+    name = loading.model
     if endpoint is not None:
         from haast.models import load_tokenizer
         from haast.training.endpoint import regenerate_from_endpoint
 
         tokenizer, ends = load_tokenizer(name)
-        return regenerate_from_endpoint(tokenizer, ends, prompts, out, config, endpoint, name=name, quiet=quiet)
+        return regenerate_from_endpoint(tokenizer, ends, prompts, out, config, endpoint, name=name)
     from haast.training.regenerate import regenerate as run
 
     target = loading.load()
     if target.tokenizer is None:
         raise ValueError(f"{name} has no tokenizer, so it cannot answer prompts")
-    return run(target, target.tokenizer, prompts, out, config, name=name, quiet=quiet)
+    return run(target, target.tokenizer, prompts, out, config, name=name)
 
 
 def _summary(outcome: Outcome, out: Path) -> str:

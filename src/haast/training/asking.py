@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from haast.loops import loop_share
@@ -183,7 +184,10 @@ class AnswerProgress(AbstractContextManager["AnswerProgress"]):
 
     def __init__(self, questions: Questions, quiet: bool) -> None:
         columns = (BarColumn(), TextColumn("{task.completed:.0f} of {task.total:.0f} answers"), RateColumn())
-        self._bar, self._beat = Progress(*columns, TimeRemainingColumn(), disable=quiet), Heartbeat(quiet)
+        console = Console(stderr=True)
+        quiet_bar = quiet or not console.is_terminal
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet_bar)
+        self._beat = Heartbeat(quiet)
         self._task = self._bar.add_task("", total=questions.total, completed=questions.before, counted=0)
         self._total, self._done, self._tokens = questions.total, questions.before, 0
 

@@ -25,7 +25,7 @@ Message = dict[str, str]  # role, content
 
 @dataclass(frozen=True)
 class _Span:
-    """Characters [start, stop) of a render. `exact`: a token that straddles `start` is not the model's."""
+    """Characters [start, stop) of a render. `exact`: a generation prompt ends at `start`."""
 
     start: int
     stop: int
@@ -65,8 +65,13 @@ def encode_chat(
         return _encode_plain(tokenizer, messages)
     text = _render(tokenizer, messages, thinking)
     spans = _spans(tokenizer, messages, thinking, text)
-    tokens = _tokens(tokenizer, text)
-    places = _places(tokenizer, text, tokens, spans)
+    tokens, cut = _tokens(tokenizer, text), 0
+    if spans[-1].exact:
+        prompt = _tokens(tokenizer, text[: spans[-1].start])
+        if tokens[: len(prompt)] != prompt:  # the model reads the prompt by itself, so its tokens are those
+            cut = spans[-1].start
+            tokens = prompt + _tokens(tokenizer, text[cut:])
+    places = _places(tokenizer, text, cut, tokens, spans)
     return tokens, [place in places for place in range(len(tokens))]
 
 
@@ -216,16 +221,24 @@ def _first_special(tokenizer: PreTrainedTokenizerBase, text: str, start: int) ->
     return place, place + len(word)
 
 
-def _places(tokenizer: PreTrainedTokenizerBase, text: str, tokens: list[int], spans: Sequence[_Span]) -> set[int]:
-    """Places of the tokens of `text` that lie in one of the spans."""
+def _places(
+    tokenizer: PreTrainedTokenizerBase, text: str, cut: int, tokens: list[int], spans: Sequence[_Span]
+) -> set[int]:
+    """Places of the tokens that lie in one of the spans; the text was tokenised in two parts, up to `cut` and on.
+
+    A token that runs into a span belongs to it if it only brings spaces along.
+    """
     if not tokenizer.is_fast:
         return {i for s in spans for i in range(*(_count(tokenizer, text[:end], tokens) for end in (s.start, s.stop)))}
-    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    offsets: list[tuple[int, int]] = []
+    for part, begin in ((text[:cut], 0), (text[cut:], cut)):
+        encoded: Any = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
+        offsets += [(begin + start, begin + stop) for start, stop in encoded["offset_mapping"]]
     return {
         place
-        for place, (start, stop) in enumerate(encoded["offset_mapping"])
+        for place, (start, stop) in enumerate(offsets)
         for span in spans
-        if start < span.stop and stop > span.start and (start >= span.start or not span.exact)
+        if start < span.stop and stop > span.start and not text[start : span.start].strip()
     }
 
 

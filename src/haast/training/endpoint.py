@@ -240,6 +240,7 @@ class _Run:
         import openai
 
         while True:
+            extra = dict(self._extra)  # another worker may take names out meanwhile
             try:
                 return await client.chat.completions.create(
                     model=self._model,
@@ -248,7 +249,7 @@ class _Run:
                     top_p=1.0,
                     max_tokens=self._config.max_new_tokens,
                     seed=question.seed(self._config.seed),
-                    extra_body=dict(self._extra),
+                    extra_body=extra,
                 )
             except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
                 raise self._wrong_key(error) from error
@@ -260,7 +261,7 @@ class _Run:
             except (openai.RateLimitError, openai.InternalServerError, openai.APIConnectionError) as error:
                 raise NoAnswerError(f"no answer after {self._endpoint.retries} retries ({_words(error)})") from error
             except openai.APIStatusError as error:
-                unknown = [name for name in self._extra if name in str(error)]
+                unknown = [name for name in extra if name in str(error)]
                 if not unknown:
                     raise NoAnswerError(f"refused ({_words(error)})", refused=True) from error
                 for name in unknown:

@@ -104,6 +104,7 @@ EMPTY = "<think>\n\n</think>\n\n"
         (None, ["say", "<think>\nhm\n</think>\n\none"], ["<think>\nhm\n</think>\n\none"]),
         (None, ["say", "<think>\nhm\n</think>\n\none", "a", "<think>\nso\n</think>\n\ntwo"],
          ["one", "<think>\nso\n</think>\n\ntwo"]),  # earlier thoughts are not rendered, so nothing of them is learnt
+        (None, ["say", f"{EMPTY}one", "say", f"{EMPTY}one"], ["one", f"{EMPTY}one"]),
         (None, ["say", "", "a", "two"], ["", f"{EMPTY}two"]),
     ],
 )  # fmt: skip
@@ -161,6 +162,22 @@ def test_the_end_of_turn_is_the_templates(name: str) -> None:
 
 
 # Templates and tokenizers of other kinds
+
+
+def test_a_thought_that_only_the_generation_prompt_opens_is_not_looked_for() -> None:
+    """DeepSeek-R1's way: the prompt ends with <think>, renders have neither it nor the thought."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}"
+        "<|Assistant|>{{ m.content.split('</think>')[-1] }}<eos>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
+    )
+    tokenizer = bytes_tokenizer(template, "<eos>", ["<|User|>", "<|Assistant|>"], plain=("<think>", "</think>"))
+    check_template(tokenizer)
+    given = encode_answer(tokenizer, chat("one", "hm</think>one", "one", "so</think>two"))
+    assert supervised(tokenizer, given) == ["one<eos>", "two<eos>"]
+    itself = encode_answer(tokenizer, own(tokenizer, "say", "hm</think>one<eos>"))
+    assert supervised(tokenizer, itself) == ["hm</think>one<eos>"]
+    assert "<think>\nhm" in str(tokenizer.decode(itself.tokens))
 
 
 def test_without_special_tokens_the_answers_own_words_are_supervised() -> None:

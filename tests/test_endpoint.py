@@ -285,9 +285,11 @@ def _reasoning(body: Body) -> Body:
 def test_addresses_and_names_are_checked(server: Server, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"localhost:8000.*http://"):
         EndpointConfig("localhost:8000")
-    for name, value in (("concurrency", 0), ("rate", 0.0), ("timeout", -1.0), ("retries", -1)):
+    wrong: list[dict[str, Any]] = [{"concurrency": 0}, {"rate": 0.0}, {"timeout": -1.0}, {"retries": -1}]
+    for setting in wrong:
+        ((name, value),) = setting.items()
         with pytest.raises(ValueError, match=f"{name}={value}"):
-            EndpointConfig("http://localhost", **{name: value})
+            EndpointConfig("http://localhost", **setting)
     for url in ("http://h:1", "http://h:1/v1/", "http://h:1/v1/chat/completions"):
         assert EndpointConfig(url).base == "http://h:1/v1"
     server.models = ["a", "b"]

@@ -26,6 +26,7 @@ from haast.training.asking import Outcome, Question, Questions, RegenerateConfig
 from haast.training.chat import encode_prompt
 from haast.training.data import encode_answer
 from haast.training.regenerate import regenerate
+from haast.training.report import Heartbeat
 
 TOKENIZER = family("smollm2")
 
@@ -128,7 +129,7 @@ def test_questions_follow_one_another() -> None:
 def test_a_log_gets_lines_and_the_rest_is_quiet(
     target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(asking, "Heartbeat", partial(asking.Heartbeat, seconds=0.0))
+    monkeypatch.setattr(asking, "Heartbeat", partial(Heartbeat, seconds=0.0))
     regenerate(target, TOKENIZER, prompts()[:1], tmp_path / "a.jsonl", settings())
     said = capsys.readouterr()
     assert said.err.startswith("1 of 1 answers") and "tokens/s" in said.err and said.err.count("\n") == 1
@@ -146,7 +147,7 @@ def haast_run(*words: object) -> Result:
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Path]:
     """model/ and answers.jsonl: two straight answers and a loop."""
-    model = tiny_llama(len(TOKENIZER), context=300)
+    model: Any = tiny_llama(len(TOKENIZER), context=300)  # `float` is untyped
     model.float().save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
     texts = ["one two three", "one and two and three", "and so " * 12]
@@ -202,3 +203,19 @@ def test_given_text_is_trained_on_with_a_warning(home: Path) -> None:
     result = haast_run(*words)
     assert result.exit_code == 0, result.output
     assert "2 of 2 answers are given text" in result.stderr
+
+
+# Whose features
+
+
+def test_features_of_a_sibling_model_are_refused(home: Path) -> None:
+    torch.manual_seed(0)
+    other: Any = tiny_llama(len(TOKENIZER), context=300, seed=7)
+    other.float().save_pretrained(home / "sibling")
+    TOKENIZER.save_pretrained(home / "sibling")
+    begin = ["train", "--packing", "off", "--topk", 4, "--draft-vocab", 64, "--batch-tokens", 64, "--views", 20]
+    begin += ["--shards", home / "shards", "--out", home / "run"]
+    made = haast_run(*begin, "--model", home / "model", "--answers", home / "answers.jsonl")
+    assert made.exit_code == 0, made.output
+    refused = haast_run(*begin, "--model", home / "sibling", "--resume")
+    assert refused.exit_code == 2 and "not this target's" in refused.stderr and "another folder" in refused.stderr

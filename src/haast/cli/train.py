@@ -221,11 +221,13 @@ def _stored(
     """Examples of shards. Shards hold looping answers too: the filter is each training run's own choice."""
     from haast.loops import loops
     from haast.training.features import extract, read_shards
+    from haast.training.provenance import check_features
 
     if records:
         sequences = _sequences(target, records, data)
         extract(target, sequences, folder, identity, max_gb=data.max_gb, quiet=not sys.stderr.isatty())
     examples, sources = read_shards(folder, identity)
+    check_features(target, examples, str(folder))
     examples, sources = examples[:limit], sources[:limit]
     if data.loops == "keep":
         return examples, sources

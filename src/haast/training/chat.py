@@ -176,7 +176,8 @@ def _gaps(
     for place, message in enumerate(messages):
         if message["role"] == "assistant":
             marks.append(_MARK.format(place))
-            assert marks[-1] not in text, "a mark is no word that anybody says"
+            if marks[-1] in text:
+                raise ValueError(f"the word {marks[-1]} stands for answers in Haast: leave this conversation out")
             message = {**message, "content": marks[-1]}
         marked.append(message)
     rest, gaps = _render(tokenizer, marked, thinking), []
@@ -197,16 +198,16 @@ def _stop(tokenizer: PreTrainedTokenizerBase, text: str, start: int, content: st
     The end is the special token that the gap begins with; without one, the end of the answer's own words.
     """
     at = text.find(content, start)
-    said = start if at < 0 else at + len(content)  # a template may have taken words (earlier thinking) out
     end = _first_special(tokenizer, gap, 0)
+    if at >= 0 and end is not None and gap[slice(*end)] in text[start:at]:
+        at = -1  # these are the same words in a later turn
+    said = start if at < 0 else at + len(content)  # a template may have taken words (earlier thinking) out
     if end is not None and not gap[: end[0]].strip():
         place = text.find(gap[slice(*end)], said)
         if place >= 0:
             return place + end[1] - end[0], end[1]
     if at < 0:
-        raise ValueError(
-            f"the answer {content[:40]!r} is not in what the chat template makes of it: shorten it to that"
-        )
+        raise ValueError(f"the answer {content[:40]!r} is not in what the chat template makes of it: leave it out")
     return said, 0
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from openai.types.chat import ChatCompletion
 
 _TRIES = 3  # of a reply that is no chat completion
+_CONNECT = 10.0  # seconds that a server may take to pick up
 _GIVE_UP = 8  # failures in a row, or refusals before any answer, that end a run
 # Servers have sampling defaults of their own; without these, answers would not be of the law that was asked for.
 _PLAIN_LAW: dict[str, Any] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -165,7 +166,7 @@ class _Run:
         async with openai.AsyncOpenAI(
             base_url=self._endpoint.base,
             api_key=self._endpoint.api_key or "none",
-            timeout=self._endpoint.timeout,
+            timeout=openai.Timeout(self._endpoint.timeout, connect=_CONNECT),
             max_retries=self._endpoint.retries,
             http_client=http,
         ) as client:

@@ -24,7 +24,6 @@ from haast.bench.runner import (
     BenchPrompt,
     Record,
     differences,
-    loop_share,
     peak_rss_mb,
     reset_peak_rss,
     rotated,
@@ -38,6 +37,7 @@ from haast.drafters.vanilla import VanillaDrafter
 from haast.engine import Stats
 from haast.heads.checkpoint import Head, save_head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
+from haast.loops import loop_share
 from haast.sampling import SamplingConfig
 from haast.target import Target
 

@@ -16,7 +16,7 @@ SOURCE = Path(haast.__file__).parent
 
 # A room is a module or a package directly under haast; it may import rooms of smaller rank, and itself.
 RANKS = [
-    {"errors", "tree", "sampling", "text", "prompts", "native"},
+    {"errors", "tree", "sampling", "text", "prompts", "loops", "native"},
     {"verify", "cache", "speed"},
     {"attention"},
     {"target"},
@@ -38,8 +38,8 @@ ONLY = {
         "haast.cache", "haast.drafters.base", "haast.errors", "haast.sampling", "haast.target", "haast.tree",
         "haast.verify",
     },
-    "errors": set(), "tree": set(), "sampling": set(), "text": set(), "prompts": set(), "native": set(), "cache": set(),
-    "speed": {"haast.native"},
+    "errors": set(), "tree": set(), "sampling": set(), "text": set(), "prompts": set(), "loops": set(),
+    "native": set(), "cache": set(), "speed": {"haast.native"},
 }  # fmt: skip
 
 

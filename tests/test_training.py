@@ -24,13 +24,15 @@ from haast.sampling import Sampler, SamplingConfig, keyed_uniform
 from haast.speed.fusing import fuse_small_modules
 from haast.speed.packing import pack_linears
 from haast.target import Target
-from haast.training import features, initialise, regenerate, trainer
+from haast.training import answers, features, initialise, regenerate, trainer
 from haast.training.alignment import chain_passes
+from haast.training.answers import read_answers
+from haast.training.asking import RegenerateConfig
 from haast.training.batches import BatchOrder, Example, PackedBatch, pack
+from haast.training.chat import encode_prompt
 from haast.training.config import TrainConfig
-from haast.training.data import TokenSequence, describe_supervised, encode_answer, encode_prompt, read_answers
+from haast.training.data import TokenSequence, describe_supervised, encode_answer
 from haast.training.losses import teacher_loss
-from haast.training.regenerate import RegenerateConfig
 from haast.training.selftest import overfit_self_test
 from haast.training.whitened import Scales, WhitenedHead, load_plain, plain_weights
 from haast.tree import DraftTree
@@ -529,7 +531,7 @@ def test_prompt_files_are_checked(tmp_path: Path) -> None:
         read_prompts(path, 0)
     with pytest.raises(ValueError, match="cannot read"):
         read_prompts(tmp_path / "none.jsonl")
-    path.write_text('{"id": "a", "prompt": "p", "response": "r"}\n')
+    path.write_text('{"id": "a", "prompt": "p"}\n')
     with pytest.raises(ValueError, match=r"line 1: .*response_ids"):
         read_answers(path)
 
@@ -573,7 +575,7 @@ def test_a_killed_regeneration_resumes_to_the_same_answers(
 ) -> None:
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     regenerate.regenerate(target, tokenizer, prompts(), whole, settings(), quiet=True)
-    append, left = regenerate._append, iter(range(4))
+    append, left = answers.append_record, iter(range(4))
 
     def dying(file: Any, record: dict[str, Any], path: Path) -> None:
         if next(left, None) is None:
@@ -581,12 +583,12 @@ def test_a_killed_regeneration_resumes_to_the_same_answers(
             raise KeyboardInterrupt
         append(file, record, path)
 
-    monkeypatch.setattr(regenerate, "_append", dying)
+    monkeypatch.setattr(answers, "append_record", dying)
     with pytest.raises(KeyboardInterrupt):
         regenerate.regenerate(target, tokenizer, prompts(), cut, settings(), quiet=True)
     monkeypatch.undo()
-    added = regenerate.regenerate(target, tokenizer, prompts(), cut, settings(batch=2), quiet=True)
-    assert added == 5 and answered(cut) == answered(whole)
+    again = regenerate.regenerate(target, tokenizer, prompts(), cut, settings(batch=2), quiet=True)
+    assert (again.before, again.added) == (4, 5) and answered(cut) == answered(whole)
     cut.write_text("{\n" + cut.read_text())
     with pytest.raises(ValueError, match="line 1"):
         regenerate.regenerate(target, tokenizer, prompts(), cut, settings(), quiet=True)
@@ -624,7 +626,7 @@ def test_regeneration_refuses_before_the_model_runs(
     with pytest.raises(ValueError, match=r"answers of another, not of tiny.*--out"):
         regenerate.regenerate(target, tokenizer, prompts(), tmp_path / "b.jsonl", settings(), name="tiny", quiet=True)
     long = [Prompt("long", (" ".join(["w9"] * 80),))]
-    assert regenerate.regenerate(target, tokenizer, long, tmp_path / "a.jsonl", settings(), quiet=True) == 0
+    assert regenerate.regenerate(target, tokenizer, long, tmp_path / "a.jsonl", settings(), quiet=True).left_out == 1
 
 
 def rows() -> Iterator[tuple[float, int]]:
@@ -646,7 +648,7 @@ def test_a_file_of_something_else_is_left_alone(content: str, tmp_path: Path) ->
     path = tmp_path / "notes.txt"
     path.write_text(content)
     with pytest.raises(ValueError, match=r"line \d: "):
-        regenerate.mend_answers(path)
+        answers.mend_answers(path)
     assert path.read_text() == content
 
 

@@ -6,6 +6,7 @@ converted copy loads in a second). Knows nothing of decoding.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -19,7 +20,14 @@ import torch
 from huggingface_hub import cached_assets_path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from haast import native
@@ -143,6 +151,30 @@ def load_stock(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreT
     return _load(resolve(name), check_precision(dtype, "cpu", "off"))
 
 
+def load_tokenizer(name: str = DEFAULT_MODEL) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
+    """A target's tokenizer and the tokens that end its answers, without its weights.
+
+    The ends are the generation configuration's, else the model's, else the tokenizer's; empty where none has any.
+
+    Raises:
+        ValueError: a model that is not there, or whose files do not load.
+    """
+    source = resolve(name)
+    location = source.location if source.gguf is None else str(_converted(source))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location)
+        ends = AutoConfig.from_pretrained(location).get_text_config().eos_token_id
+        with contextlib.suppress(OSError):  # not every model has one
+            own = GenerationConfig.from_pretrained(location).eos_token_id
+            ends = ends if own is None else own
+    except _UNLOADABLE as error:
+        raise _unloadable(source, error) from error
+    ends = tokenizer.eos_token_id if ends is None else ends
+    if ends is None:
+        return tokenizer, ()
+    return tokenizer, tuple(int(end) for end in ends) if isinstance(ends, list | tuple) else (int(ends),)
+
+
 def _load(source: ModelSource, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     location = source.location
     if source.gguf is not None:
@@ -159,12 +191,16 @@ def _load(source: ModelSource, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
     except UnsupportedModelError:
         raise
     except _UNLOADABLE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"can't load the model {source.name!r} (looked in {source.location}): {reason} "
-            f"Give a folder, a .gguf file, a hub id that this machine can reach, or {DEFAULT_MODEL!r}"
-        ) from error
+        raise _unloadable(source, error) from error
     return model, tokenizer
+
+
+def _unloadable(source: ModelSource, error: Exception) -> ValueError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return ValueError(
+        f"can't load the model {source.name!r} (looked in {source.location}): {reason} "
+        f"Give a folder, a .gguf file, a hub id that this machine can reach, or {DEFAULT_MODEL!r}"
+    )
 
 
 def _converted(source: ModelSource) -> Path:

@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 import haast
-from haast.bench.runner import LOOP_SHARE, NGRAM, BenchPrompt, Difference, Record, Records, loop_share
+from haast.bench.runner import BenchPrompt, Difference, Record, Records
 from haast.engine import Stats
+from haast.loops import LOOP_SHARE, NGRAM, loop_share, loops
 from haast.speed.packing import PackedLinear
 from haast.target import Target
 
@@ -51,7 +52,7 @@ def build_rows(records: Records, prompts: Sequence[BenchPrompt]) -> list[dict[st
 def _row(name: str, own: Sequence[Record], prompts: Sequence[BenchPrompt]) -> dict[str, Any]:
     engine = own[0].runs[0].stats is not None
     total = _merged(own)
-    straight = [record for record in own if loop_share(record.tokens) <= LOOP_SHARE]
+    straight = [record for record in own if not loops(record.tokens)]
     steps = max(total.target_forwards, 1)
     categories = sorted({prompt.category for prompt in prompts if prompt.category})
     by_category = {

@@ -17,8 +17,6 @@ from haast.checking.divergence import Divergence, diagnose
 from haast.sampling import SamplingConfig
 from haast.target import Target
 
-NGRAM, LOOP_SHARE = 8, 0.3  # an output loops when more than 30 % of its 8-grams were there before
-
 
 @dataclass(frozen=True)
 class BenchConfig:
@@ -152,12 +150,6 @@ def differences(
                 found.append(Difference(prompt.id, name, reference, index, judged))
                 break
     return found
-
-
-def loop_share(tokens: Sequence[int]) -> float:
-    """Share of an output's 8-grams that occurred before in it; 0 for shorter outputs."""
-    grams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def reset_peak_rss() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from haast.cli import bench, generate, info, train, verify
+from haast.cli import bench, generate, info, regenerate, train, verify
 from haast.cli.boundary import Boundary
 from haast.cli.settings import expanded
 
@@ -22,7 +22,7 @@ app = typer.Typer(
 for _command in (
     generate.generate,
     generate.chat,
-    train.regenerate,
+    regenerate.regenerate,
     train.train,
     verify.verify,
     bench.bench,

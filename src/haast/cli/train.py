@@ -1,4 +1,4 @@
-"""`haast regenerate` and `haast train`. Owns their flags and the joining of trainer and engine; no training here."""
+"""`haast train`. Owns its flags, its checks, and how answers become examples; no training here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from haast.cli.boundary import check_writable, write_json
-from haast.cli.settings import JsonOption, LimitOption, Loading, PromptsOption, check_at_least
+from haast.cli.settings import JsonOption, LimitOption, Loading, check_at_least
 from haast.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from haast.target import Target
     from haast.training.batches import Example
     from haast.training.data import TokenSequence
+    from haast.training.features import ShardIdentity
 
 
 @dataclass(frozen=True)
@@ -41,68 +42,22 @@ class TrainingData:
     topk: Annotated[int, typer.Option(metavar="K", help="The teacher's best tokens kept per position.")] = 16
     max_tokens: Annotated[int, typer.Option(metavar="N", help="Cut longer sequences.")] = 2048
     max_gb: Annotated[float, typer.Option(metavar="GB", help="Most that shards may take.")] = 20.0
+    loops: Annotated[
+        str, typer.Option(metavar="keep|drop", help="Answers of which over 30 % of the 8-grams repeat.")
+    ] = "keep"
 
-
-def regenerate(
-    loading: Loading,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Answers are appended; done ones are skipped.")],
-    prompts: PromptsOption = None,
-    limit: LimitOption = None,
-    batch: Annotated[int, typer.Option(metavar="N", help="Answers in the making at a time.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N")] = 256,
-    max_prompt_tokens: Annotated[int, typer.Option(metavar="N", help="Longer prompts are left out.")] = 1024,
-    temperatures: Annotated[str, typer.Option(metavar="T:SHARE,...", help="Each prompt draws one.")] = (
-        "0:0.5,0.7:0.25,1:0.25"
-    ),
-    seed: Annotated[int, typer.Option(metavar="S")] = 0,
-    shards: Annotated[Path | None, typer.Option(metavar="DIR", help="Also store features there.")] = None,
-    topk: Annotated[int, typer.Option(metavar="K", help="The teacher's best tokens kept per position.")] = 16,
-    max_gb: Annotated[float, typer.Option(metavar="GB", help="Most that shards may take.")] = 20.0,
-    json_out: JsonOption = None,
-) -> None:
-    """Let the target answer prompts itself: the text a head is trained on. Run again to resume.
-
-    \b
-    haast regenerate --prompts train_prompts.jsonl.gz --out answers.jsonl
-    haast regenerate --prompts prompts.jsonl --limit 1000 --out answers.jsonl --shards features/
-    """
-    from haast.prompts import read_prompts
-    from haast.training.checkpoints import write_probe
-    from haast.training.regenerate import RegenerateConfig
-    from haast.training.regenerate import regenerate as run
-
-    config = RegenerateConfig(
-        batch, max_new_tokens, max_prompt_tokens, _temperatures(temperatures), seed, shards, topk, max_gb
-    )
-    loading.check()
-    if prompts is None:
-        raise ValueError("regenerate needs prompts: give --prompts FILE (JSON lines with `turns` or `prompt`)")
-    chosen = read_prompts(prompts, limit)
-    if out.is_dir():
-        raise ValueError(f"cannot write {out}: it is a folder; give a file name in it")
-    for folder in (out.parent, *([shards] if shards else [])):
-        write_probe(folder)
-    check_writable(json_out)
-    target = loading.load()
-    if target.tokenizer is None:
-        raise ValueError(f"{loading.model} has no tokenizer, so it cannot answer prompts")
-    try:
-        added = run(target, target.tokenizer, chosen, out, config, name=loading.model, quiet=not sys.stderr.isatty())
-    except KeyboardInterrupt:
-        typer.echo(f"\nstopped; finished answers are in {out}, the same command goes on from there", err=True)
-        raise
-    left_out = len(chosen) - added
-    words = f"; {left_out} prompts were answered there before, or are too long" if left_out else ""
-    typer.echo(f"{added} answers added to {out}{words}", err=True)
-    write_json({"added": added, "left_out": left_out, "prompts": len(chosen), "answers": str(out)}, json_out)
-
-
-def _temperatures(words: str) -> tuple[tuple[float, float], ...]:
-    try:
-        pairs = [pair.split(":") for pair in words.split(",")]
-        return tuple((float(temperature), float(share)) for temperature, share in pairs)
-    except ValueError as error:
-        raise ValueError(f"temperatures={words!r} is not of the form 0:0.5,0.7:0.25,1:0.25") from error
+    def check(self) -> None:
+        """Raises ValueError."""
+        for name in ("valid_limit", "valid_tokens", "topk"):
+            check_at_least(name, getattr(self, name))
+        check_at_least("max_tokens", self.max_tokens, 3)
+        check_at_least("valid_nodes", self.valid_nodes, 2)
+        if not self.max_gb > 0:
+            raise ValueError(f"max_gb={self.max_gb} is not allowed: give a size above 0")
+        if self.loops not in ("keep", "drop"):
+            raise ValueError(f"loops={self.loops!r} is unknown: choose keep or drop")
+        if self.answers is None and self.shards is None:
+            raise ValueError("train needs data: give --answers FILE or --shards DIR (`haast regenerate` makes both)")
 
 
 def train(
@@ -133,15 +88,8 @@ def train(
     from haast.training.checkpoints import write_probe
 
     loading.check()
-    for name in ("valid_limit", "valid_tokens", "topk"):
-        check_at_least(name, getattr(data, name))
-    check_at_least("max_tokens", data.max_tokens, 3)
-    if not data.max_gb > 0:
-        raise ValueError(f"max_gb={data.max_gb} is not allowed: give a size above 0")
-    check_at_least("valid_nodes", data.valid_nodes, 2)
+    data.check()
     check_at_least("show_data", show_data, 0)
-    if data.answers is None and data.shards is None:
-        raise ValueError("train needs data: give --answers FILE or --shards DIR (`haast regenerate` makes both)")
     records = _read_records(data, limit)
     prompts = [] if data.valid_prompts is None else read_prompts(data.valid_prompts, data.valid_limit)
     write_probe(out)
@@ -149,7 +97,7 @@ def train(
     begin = _start_head(start_from)
     target = loading.load()
     if show_data:
-        _show(target, _sequences(target, records, data)[:show_data])
+        _show(target, _straight(target, records, data)[:show_data])
         return
     from haast.cli.trainrun import Run, layer_ids
 
@@ -180,10 +128,17 @@ def _warn_of_others(records: Sequence[dict[str, Any]], model: str) -> None:
             f"{model}: a head learns best from its own target's answers (`haast regenerate`)",
             err=True,
         )
+    given = sum(not record.get("response_ids") for record in records if "prompt" in record or "messages" in record)
+    if given:
+        typer.echo(
+            f"warning: {given} of {len(records)} answers are given text: a head learns best from its own target's "
+            f"answers (`haast regenerate`)",
+            err=True,
+        )
 
 
 def _read_records(data: TrainingData, limit: int | None) -> list[dict[str, Any]]:
-    from haast.training.data import read_answers
+    from haast.training.answers import read_answers
 
     if limit is not None:
         check_at_least("limit", limit)
@@ -204,14 +159,32 @@ def _start_head(folder: Path | None) -> Head | None:
 
 
 def _sequences(target: Target, records: Sequence[dict[str, Any]], data: TrainingData) -> list[TokenSequence]:
-    from haast.training.data import encode_answer
+    from haast.training.data import encode_answers
 
     if target.tokenizer is None:
         raise ValueError("the target has no tokenizer, so answers cannot be put through its chat template")
     if not records:
         raise ValueError("--show-data shows answers: give --answers FILE")
     known = max(target.vocab_size, len(target.tokenizer))
-    return [encode_answer(target.tokenizer, record, data.max_tokens, known) for record in records]
+    return encode_answers(target.tokenizer, records, data.max_tokens, known)
+
+
+def _straight(target: Target, records: Sequence[dict[str, Any]], data: TrainingData) -> list[TokenSequence]:
+    """The sequences without those that loop, where these are to be dropped."""
+    from haast.loops import loops
+
+    sequences = _sequences(target, records, data)
+    if data.loops == "keep":
+        return sequences
+    kept = [sequence for sequence in sequences if not loops(sequence.answer)]
+    _say_dropped(len(sequences), len(kept))
+    return kept
+
+
+def _say_dropped(all_of_them: int, kept: int) -> None:
+    typer.echo(f"{all_of_them - kept} of {all_of_them} answers left out, since they loop", err=True)
+    if not kept:
+        raise ValueError("all answers loop, so nothing is left to train on: give --loops keep, or other answers")
 
 
 def _show(target: Target, sequences: Sequence[TokenSequence]) -> None:
@@ -234,21 +207,37 @@ def _examples(
     layers: tuple[int, ...],
 ) -> tuple[list[Example], list[dict[str, Any]]]:
     """Examples and the records they came from: from shards (made where missing), or in memory."""
-    from haast.training.features import ShardIdentity, extract, read_shards, stream_examples
+    from haast.training.features import ShardIdentity, stream_examples
 
     identity = ShardIdentity.of(target, name, data.topk, layers)
     if data.shards is not None:
-        if records:
-            extract(
-                target,
-                _sequences(target, records, data),
-                data.shards,
-                identity,
-                max_gb=data.max_gb,
-                quiet=not sys.stderr.isatty(),
-            )
-        examples, sources = read_shards(data.shards, identity)
-        return examples[:limit], sources[:limit]
-    sequences = [s for s in _sequences(target, records, data) if len(s.tokens) >= 3]
+        return _stored(target, records, data, data.shards, identity, limit)
+    sequences = [s for s in _straight(target, records, data) if len(s.tokens) >= 3]
     made = dict(stream_examples(target, sequences, data.topk, layer_ids=layers))
     return [made[i] for i in range(len(sequences))], [sequence.record for sequence in sequences]
+
+
+def _stored(
+    target: Target,
+    records: Sequence[dict[str, Any]],
+    data: TrainingData,
+    folder: Path,
+    identity: ShardIdentity,
+    limit: int | None,
+) -> tuple[list[Example], list[dict[str, Any]]]:
+    """Examples of shards. Shards hold looping answers too: the filter is each training run's own choice."""
+    from haast.loops import loops
+    from haast.training.features import extract, read_shards
+    from haast.training.provenance import check_features
+
+    if records:
+        sequences = _sequences(target, records, data)
+        extract(target, sequences, folder, identity, max_gb=data.max_gb, quiet=not sys.stderr.isatty())
+    examples, sources = read_shards(folder, identity)
+    check_features(target, examples, str(folder))
+    examples, sources = examples[:limit], sources[:limit]
+    if data.loops == "keep":
+        return examples, sources
+    kept = [i for i, e in enumerate(examples) if not loops(e.tokens[e.supervised.bool()].tolist())]
+    _say_dropped(len(examples), len(kept))
+    return [examples[i] for i in kept], [sources[i] for i in kept]

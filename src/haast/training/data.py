@@ -1,22 +1,21 @@
-"""Answers as training sequences: records, chat template, and which tokens are supervised.
+"""Answers as training sequences: tokens, and which of them are supervised.
 
-Owns the text side of training. Knows nothing of models, features or losses. Supervised are the assistant's tokens, the
-end-of-turn token included, and nothing else: the head is to draft what the target says, not what users say.
+Owns the joining of records and chat templates. Knows nothing of models, features or losses. Supervised are the
+assistant's tokens, the end-of-turn token included, and nothing else: the head is to draft what the target says, not
+what users say. Of an own answer these are the very tokens it was made of; of given text, those of its render.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from haast.prompts import read_json_lines
-
-_FIELDS = {"id": str, "prompt": str, "response": str, "response_ids": list}
+from haast.training.answers import record_key, refuse_other_tokenizer
+from haast.training.chat import check_template, encode_chat, encode_prompt, tokenizer_hash
 
 
 @dataclass(frozen=True)
@@ -32,42 +31,27 @@ class TokenSequence:
         """What tells this answer from others to the same prompt."""
         return record_key(self.record)
 
+    @property
+    def answer(self) -> list[int]:
+        """The supervised tokens."""
+        return [token for token, mine in zip(self.tokens, self.supervised, strict=True) if mine]
 
-def record_key(record: dict[str, Any]) -> str:
-    """An answer's identity: prompt id and temperature."""
-    return f"{record.get('id')}@{record.get('temperature', 0.0)}"
 
-
-def read_answers(path: str | Path) -> list[dict[str, Any]]:
-    """Answer records of a .jsonl or .jsonl.gz file, as `haast regenerate` writes them.
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[dict[str, Any]],
+    max_tokens: int | None = None,
+    vocab_size: int | None = None,
+) -> list[TokenSequence]:
+    """`encode_answer` for many, with the checks that need making only once.
 
     Raises:
-        ValueError: unreadable or empty file, or a line that is no answer record (the message has its number).
+        HeadMismatchError: answers made with another tokenizer.
+        ValueError: a chat template that does not tell where the assistant speaks, or a record that can't be encoded.
     """
-    records = []
-    for number, value in read_json_lines(path):
-        for name, kind in _FIELDS.items():
-            if not isinstance(value.get(name), kind):
-                raise ValueError(f"{path}, line {number}: an answer record needs `{name}` ({kind.__name__})")
-        if not value["response_ids"] or not all(isinstance(i, int) and i >= 0 for i in value["response_ids"]):
-            raise ValueError(f"{path}, line {number}: `response_ids` should be a non-empty list of token ids")
-        records.append(value)
-    if not records:
-        raise ValueError(f"{path} holds no answers: make some with `haast regenerate`")
-    return records
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str]) -> list[int]:
-    """Tokens of a conversation up to where the assistant speaks. `turns` alternate user, assistant, ..., user.
-
-    A tokenizer without a chat template gets the turns as plain text.
-    """
-    if tokenizer.chat_template is None:
-        return [int(i) for i in tokenizer.encode("\n".join(turns))]
-    roles = ("user", "assistant")
-    messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
-    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return [int(i) for i in encoded["input_ids"]]
+    refuse_other_tokenizer(records, tokenizer_hash(tokenizer), "the answers")
+    check_template(tokenizer)
+    return [encode_answer(tokenizer, record, max_tokens, vocab_size) for record in records]
 
 
 def encode_answer(
@@ -76,25 +60,45 @@ def encode_answer(
     max_tokens: int | None = None,
     vocab_size: int | None = None,
 ) -> TokenSequence:
-    """A record as tokens: the templated prompt, then the very tokens the target answered with (never re-tokenised).
+    """A record as tokens.
+
+    An own answer is the templated prompt (what was said before it included), then the very tokens the target answered
+    with, never re-tokenised. Given text is rendered and tokenised whole, see `chat.encode_chat`.
 
     Args:
         tokenizer: the target's.
-        record: see `read_answers`.
+        record: see `answers`.
         max_tokens: cut longer sequences at the end; None keeps all.
         vocab_size: the target's, which may be padded past the tokenizer's; None takes the tokenizer's.
+
+    Raises:
+        ValueError: tokens that the target does not know, or given text in whose render an answer is not found.
     """
-    prompt = encode_prompt(tokenizer, [record["prompt"]])
-    answer = [int(i) for i in record["response_ids"]]
+    if record.get("response_ids"):
+        turns = [*record.get("history", []), record["prompt"]]
+        prompt = encode_prompt(tokenizer, turns, record.get("thinking"))
+        tokens = prompt + [int(i) for i in record["response_ids"]]
+        supervised = [False] * len(prompt) + [True] * len(record["response_ids"])
+    else:
+        try:
+            tokens, supervised = encode_chat(tokenizer, _messages(record), record.get("thinking"))
+        except ValueError as error:
+            raise ValueError(f"answer {record.get('id')}: {error}") from error
     known = len(tokenizer) if vocab_size is None else vocab_size
-    if max(answer) >= known:
+    if max(tokens) >= known:
         raise ValueError(
-            f"answer {record['id']} has token {max(answer)}, the target knows {known}: these answers are "
+            f"answer {record['id']} has token {max(tokens)}, the target knows {known}: these answers are "
             f"another target's, make them with this one"
         )
-    tokens = prompt + answer
-    supervised = [False] * len(prompt) + [True] * len(answer)
     return TokenSequence(tokens[:max_tokens], supervised[:max_tokens], record)
+
+
+def _messages(record: dict[str, Any]) -> list[dict[str, str]]:
+    """A given record as a chat."""
+    if "messages" in record:
+        return [{"role": message["role"], "content": message["content"]} for message in record["messages"]]
+    turns = [*record.get("history", []), record["prompt"], record["response"]]
+    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 
 def describe_supervised(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence) -> Text:

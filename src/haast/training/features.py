@@ -8,7 +8,6 @@ k = 16; 4.7 KB with the three layers of an Eagle3Head).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -21,13 +20,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from haast.errors import HeadMismatchError
 from haast.prompts import read_json_lines
 from haast.target import Target
+from haast.training.answers import record_key
 from haast.training.batches import Example
-from haast.training.data import TokenSequence, record_key
+from haast.training.chat import tokenizer_hash
+from haast.training.data import TokenSequence
 from haast.training.report import RateColumn
 from haast.tree import DraftTree
 
@@ -62,12 +62,6 @@ class ShardIdentity:
     def bytes_per_token(self) -> int:
         """Stored size of one position."""
         return 2 * self.hidden_size * (1 + len(self.layer_ids)) + 6 * self.topk + 5
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A short hash of the vocabulary, the same on every machine."""
-    words = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
-    return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
 def check_room(folder: Path, tokens: int, identity: ShardIdentity, max_gb: float) -> float:

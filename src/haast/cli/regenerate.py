@@ -1,0 +1,170 @@
+"""`haast regenerate`. Owns its flags and their checks, before anything loads; no answering here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from haast.cli.boundary import check_writable, write_json
+from haast.cli.settings import JsonOption, LimitOption, Loading, PromptsOption
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from haast.prompts import Prompt
+    from haast.training.asking import Outcome, RegenerateConfig
+    from haast.training.endpoint import EndpointConfig
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How answers are made."""
+
+    batch: Annotated[int, typer.Option(metavar="N", help="Answers in the making at a time.")] = 32
+    max_new_tokens: Annotated[int, typer.Option(metavar="N")] = 256
+    max_prompt_tokens: Annotated[int, typer.Option(metavar="N", help="Longer prompts are left out.")] = 1024
+    temperatures: Annotated[str, typer.Option(metavar="T:SHARE,...", help="Each prompt draws one.")] = (
+        "0:0.5,0.7:0.25,1:0.25"
+    )
+    seed: Annotated[int, typer.Option(metavar="S")] = 0
+    turns: Annotated[int, typer.Option(metavar="N", help="User turns of a prompt that are answered, at most.")] = 1
+    thinking: Annotated[
+        bool | None, typer.Option("--thinking/--no-thinking", help="The template's enable_thinking (Qwen3).")
+    ] = None
+    shards: Annotated[Path | None, typer.Option(metavar="DIR", help="Also store features there.")] = None
+    topk: Annotated[int, typer.Option(metavar="K", help="The teacher's best tokens kept per position.")] = 16
+    max_gb: Annotated[float, typer.Option(metavar="GB", help="Most that shards may take.")] = 20.0
+
+    def check(self) -> RegenerateConfig:
+        """The library's own configuration. Raises ValueError."""
+        from haast.training.asking import RegenerateConfig
+
+        return RegenerateConfig(
+            batch=self.batch,
+            max_new_tokens=self.max_new_tokens,
+            max_prompt_tokens=self.max_prompt_tokens,
+            temperatures=_temperatures(self.temperatures),
+            seed=self.seed,
+            features_dir=self.shards,
+            topk=self.topk,
+            max_gb=self.max_gb,
+            turns=self.turns,
+            thinking=self.thinking,
+        )
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A server that answers instead of this process."""
+
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="An OpenAI-compatible server that runs the target.")
+    ] = None
+    endpoint_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The target's name there; needed where it serves several.")
+    ] = None
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="VAR", help="The environment variable that holds its key.")
+    ] = None
+    concurrency: Annotated[int, typer.Option(metavar="N", help="Requests in flight at a time.")] = 32
+    rate: Annotated[float | None, typer.Option(metavar="R", help="Requests a second, at most.")] = None
+
+    def check(self) -> EndpointConfig | None:
+        """The library's own configuration; None without --endpoint. Raises ValueError."""
+        if self.endpoint is None:
+            for name in ("endpoint_model", "api_key_env", "rate"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"--{name.replace('_', '-')} is for a server: give --endpoint URL too")
+            return None
+        from haast.training.endpoint import EndpointConfig, check_installed
+
+        key = None if self.api_key_env is None else os.environ.get(self.api_key_env)
+        if self.api_key_env is not None and not key:
+            raise ValueError(f"--api-key-env {self.api_key_env}: there is no such environment variable, or it is empty")
+        config = EndpointConfig(self.endpoint, self.endpoint_model, key, self.concurrency, self.rate)
+        check_installed()
+        return config
+
+
+def regenerate(
+    loading: Loading,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Answers are appended; done ones are skipped.")],
+    answering: Answering,
+    serving: Serving,
+    prompts: PromptsOption = None,
+    limit: LimitOption = None,
+    json_out: JsonOption = None,
+) -> None:
+    """Let the target answer prompts itself: the text a head is trained on. Run again to resume.
+
+    With --endpoint a server that runs the target answers, and only the tokenizer of --model is loaded here.
+
+    \b
+    haast regenerate --prompts train_prompts.jsonl.gz --out answers.jsonl
+    haast regenerate --prompts prompts.jsonl --limit 1000 --out answers.jsonl --shards features/
+    haast regenerate --prompts prompts.jsonl --turns 3 --out answers.jsonl --endpoint http://localhost:8000/v1
+    """
+    from haast.prompts import read_prompts
+    from haast.training.checkpoints import write_probe
+
+    config, endpoint = answering.check(), serving.check()
+    if endpoint is not None and config.features_dir is not None:
+        raise ValueError("--shards stores features, which no endpoint tells: give --shards to `haast train` instead")
+    loading.check()
+    if prompts is None:
+        raise ValueError("regenerate needs prompts: give --prompts FILE (JSON lines with `turns` or `prompt`)")
+    chosen = read_prompts(prompts, limit)
+    if out.is_dir():
+        raise ValueError(f"cannot write {out}: it is a folder; give a file name in it")
+    for folder in (out.parent, *([config.features_dir] if config.features_dir else [])):
+        write_probe(folder)
+    check_writable(json_out)
+    try:
+        outcome = _run(loading, chosen, out, config, endpoint)
+    except KeyboardInterrupt:
+        typer.echo(f"\nstopped; finished answers are in {out}, the same command goes on from there", err=True)
+        raise
+    typer.echo(_summary(outcome, out), err=True)
+    counts = {"added": outcome.added, "before": outcome.before, "left_out": outcome.left_out, "failed": outcome.failed}
+    write_json({**counts, "prompts": len(chosen), "answers": str(out)}, json_out)
+
+
+def _run(
+    loading: Loading, prompts: Sequence[Prompt], out: Path, config: RegenerateConfig, endpoint: EndpointConfig | None
+) -> Outcome:
+    name = loading.model
+    if endpoint is not None:
+        from haast.models import load_tokenizer
+        from haast.training.endpoint import regenerate_from_endpoint
+
+        tokenizer, ends = load_tokenizer(name)
+        return regenerate_from_endpoint(tokenizer, ends, prompts, out, config, endpoint, name=name)
+    from haast.training.regenerate import regenerate as run
+
+    target = loading.load()
+    if target.tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer, so it cannot answer prompts")
+    return run(target, target.tokenizer, prompts, out, config, name=name)
+
+
+def _summary(outcome: Outcome, out: Path) -> str:
+    words = [f"{outcome.added} answers added to {out}"]
+    if outcome.before:
+        words.append(f"{outcome.before} were there before")
+    if outcome.failed:
+        words.append(f"{outcome.failed} got no answer, the last because: {outcome.complaint}")
+    if outcome.left_out:
+        words.append(f"{outcome.left_out} were left out (too long, or behind a turn without an answer)")
+    return "; ".join(words)
+
+
+def _temperatures(words: str) -> tuple[tuple[float, float], ...]:
+    try:
+        pairs = [pair.split(":") for pair in words.split(",")]
+        return tuple((float(temperature), float(share)) for temperature, share in pairs)
+    except ValueError as error:
+        raise ValueError(f"temperatures={words!r} is not of the form 0:0.5,0.7:0.25,1:0.25") from error

@@ -1,0 +1,300 @@
+"""A server answers prompts in the target's place: any OpenAI-compatible endpoint (vLLM, SGLang, llama.cpp).
+
+Owns requests: their pace, what is tried again, and when to stop. The `openai` package does the
+protocol, and the waiting after 429, 5xx, timeouts and lost connections (`Retry-After` included). The server must run
+the target itself; only the target's tokenizer is needed here. Where the server tells token ids (vLLM) they are taken,
+else its text is tokenised again and the record says `retokenised`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from transformers import PreTrainedTokenizerBase
+
+from haast.prompts import Prompt
+from haast.training.answers import AnswersFile
+from haast.training.asking import AnswerProgress, Outcome, Question, Questions, RegenerateConfig
+from haast.training.chat import check_template, encode_prompt, tokenizer_hash
+from haast.training.checkpoints import write_probe
+from haast.training.replies import NoAnswerError, Reply, ReplyReader, why_unusable
+
+if TYPE_CHECKING:
+    import openai
+    from openai.types.chat import ChatCompletion
+
+_TRIES = 3  # of a reply that is no chat completion
+_CONNECT = 10.0  # seconds that a server may take to pick up
+_GIVE_UP = 8  # failures in a row, or refusals before any answer, that end a run
+# Servers have sampling defaults of their own; without these, answers would not be of the law that was asked for.
+_PLAIN_LAW: dict[str, Any] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+@dataclass(frozen=True)
+class EndpointConfig:
+    """Where answers come from.
+
+    Args:
+        url: of the server, with or without /v1.
+        model: its name there; None asks the server, which must then serve one model only.
+        api_key: None where the server wants none.
+        concurrency: requests in flight at a time.
+        rate: requests a second at most, repeated ones included; None is no limit.
+        timeout: seconds that one answer may take.
+        retries: of one request, with growing waits.
+    """
+
+    url: str
+    model: str | None = None
+    api_key: str | None = None
+    concurrency: int = 32
+    rate: float | None = None
+    timeout: float = 600.0
+    retries: int = 8
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ValueError(f"endpoint={self.url!r} is no address: give one like http://localhost:8000/v1")
+        for name, least in (("concurrency", 1), ("retries", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed: give {least} or more")
+        for name in ("rate", "timeout"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name}={value} is not allowed: give a value above 0")
+
+    @property
+    def base(self) -> str:
+        """The address below which /chat/completions lies."""
+        url = self.url.rstrip("/").removesuffix("/chat/completions")
+        return url if urlsplit(url).path else f"{url}/v1"
+
+
+def check_installed() -> None:
+    """Raises ValueError where the `openai` package is missing."""
+    if importlib.util.find_spec("openai") is None:
+        raise ValueError('--endpoint needs the openai package, which is not installed: pip install "haast[endpoint]"')
+
+
+def regenerate_from_endpoint(
+    tokenizer: PreTrainedTokenizerBase,
+    end_ids: Sequence[int],
+    prompts: Sequence[Prompt],
+    out_path: Path,
+    config: RegenerateConfig,
+    endpoint: EndpointConfig,
+    *,
+    name: str = "",
+    quiet: bool = False,
+) -> Outcome:
+    """Let a server answer every prompt's turns, appending to `out_path`; done ones are skipped.
+
+    Args:
+        tokenizer: the target's, with a chat template.
+        end_ids: tokens that end the target's answers.
+        prompts: in the same order on every run: a prompt's temperature and seed are keyed by its place.
+        out_path: JSON lines, see `answers`.
+        config: settings; `batch` and the features are local regeneration's.
+        endpoint: the server.
+        name: the target's name, stored with answers.
+        quiet: no progress line.
+
+    Returns:
+        The counts; refused prompts (400: too long, say) are among the failed.
+
+    Raises:
+        ValueError: no `openai` package, a wrong address, model or key, a server that stopped answering, one whose chat
+            template is another or that parts reasoning from answers, or what `AnswersFile` and `Questions` refuse.
+    """
+    check_installed()
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{name} has no chat template, but an endpoint answers chats: set tokenizer.chat_template")
+    check_template(tokenizer)
+    write_probe(out_path.parent)
+    digest = tokenizer_hash(tokenizer)
+    with AnswersFile(out_path, name, digest) as file:
+        questions = Questions(prompts, config.turns, file.records)
+        with AnswerProgress(questions, quiet) as progress:
+            run = _Run(tokenizer, end_ids, config, endpoint, name, digest, file, questions, progress)
+            try:
+                asyncio.run(run.everything())
+            except ExceptionGroup as group:  # of the workers; the first one's is what went wrong
+                raise group.exceptions[0] from group
+    return Outcome(questions.total, questions.before, run.added, run.failed, run.complaint)
+
+
+class _Run:
+    """Workers that ask until no question is left."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        end_ids: Sequence[int],
+        config: RegenerateConfig,
+        endpoint: EndpointConfig,
+        name: str,
+        digest: str,
+        file: AnswersFile,
+        questions: Questions,
+        progress: AnswerProgress,
+    ) -> None:
+        self._tokenizer, self._config, self._endpoint = tokenizer, config, endpoint
+        self._name, self._digest = name, digest
+        self._file, self._questions, self._progress = file, questions, progress
+        self._reader = ReplyReader(tokenizer, end_ids, name)
+        self._extra = _PLAIN_LAW | {"return_token_ids": True}
+        if config.thinking is not None:
+            self._extra["chat_template_kwargs"] = {"enable_thinking": config.thinking}
+        self._model = endpoint.model or ""
+        self._in_a_row = 0
+        self.added = self.failed = 0
+        self.complaint = ""
+
+    async def everything(self) -> None:
+        """Ask all questions. Raises ValueError (in a group) where going on makes no sense."""
+        import openai
+
+        pace = _Pace(self._endpoint.rate)
+        http = openai.DefaultAsyncHttpxClient(event_hooks={"request": [pace.wait]})
+        async with openai.AsyncOpenAI(
+            base_url=self._endpoint.base,
+            api_key=self._endpoint.api_key or "none",
+            timeout=openai.Timeout(self._endpoint.timeout, connect=_CONNECT),
+            max_retries=self._endpoint.retries,
+            http_client=http,
+        ) as client:
+            self._model = await self._served(client)
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self._endpoint.concurrency, self._questions.total)):
+                    group.create_task(self._work(client))
+
+    async def _served(self, client: openai.AsyncOpenAI) -> str:
+        """The model to ask for; also finds out at once whether anybody answers, and takes the key."""
+        import openai
+
+        try:
+            served = [model.id async for model in client.with_options(max_retries=2).models.list()]
+        except openai.APIConnectionError as error:
+            raise ValueError(f"nothing answers at {self._endpoint.base} ({error}): is the server up?") from error
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise self._wrong_key(error) from error
+        except (openai.APIError, ValueError, TypeError):  # a server that keeps no list
+            served = []
+        if self._endpoint.model is None and len(served) != 1:
+            raise ValueError(
+                f"{self._endpoint.base} serves {', '.join(served) or 'models that it does not name'}: say which with "
+                f"--endpoint-model"
+            )
+        return self._endpoint.model or served[0]
+
+    async def _work(self, client: openai.AsyncOpenAI) -> None:
+        while (question := self._questions.take()) is not None:
+            prompt = encode_prompt(self._tokenizer, question.turns, self._config.thinking)
+            if len(prompt) > self._config.max_prompt_tokens:
+                continue
+            try:
+                reply = await self._ask(client, question, prompt)
+            except NoAnswerError as failure:
+                self._count(failure)
+                continue
+            self._in_a_row = 0
+            self._keep(question, reply)
+
+    def _keep(self, question: Question, reply: Reply) -> None:
+        record = question.record(self._config, self._name, self._digest, reply.text, reply.tokens, reply.finished)
+        extra = {"endpoint_model": self._model, **({"retokenised": True} if reply.retokenised else {})}
+        self._file.add(record | extra)
+        self._questions.answered(question)
+        self.added += 1
+        self._progress.step(len(reply.tokens))
+
+    def _count(self, failure: NoAnswerError) -> None:
+        """Account a prompt without an answer; raises ValueError where there is no end of them."""
+        self.failed, self.complaint = self.failed + 1, str(failure)
+        self._in_a_row += not failure.refused
+        never = failure.refused and not self.added and not self._questions.before and self.failed >= _GIVE_UP
+        if self._in_a_row >= _GIVE_UP or never:
+            raise ValueError(
+                f"{self._endpoint.base} left {self.failed} prompts without an answer, the last because: {failure}; "
+                f"finished answers are kept: mend the server or the settings and run again"
+            )
+
+    async def _ask(self, client: openai.AsyncOpenAI, question: Question, prompt: list[int]) -> Reply:
+        """One answer. Raises NoAnswerError for this prompt alone, ValueError where all would fail."""
+        problem = ""
+        for _ in range(_TRIES):
+            completion = await self._request(client, question)
+            problem = why_unusable(completion)
+            if completion is not None and not problem:
+                return self._reader.read(completion, question, prompt)
+        raise NoAnswerError(problem)
+
+    async def _request(self, client: openai.AsyncOpenAI, question: Question) -> ChatCompletion | None:
+        """The server's words; None where they are no completion. Settings that it doesn't know are not sent again."""
+        import openai
+
+        while True:
+            extra = dict(self._extra)  # another worker may take names out meanwhile
+            try:
+                return await client.chat.completions.create(
+                    model=self._model,
+                    messages=_messages(question),
+                    temperature=self._config.temperature(question.index),
+                    top_p=1.0,
+                    max_tokens=self._config.max_new_tokens,
+                    seed=question.seed(self._config.seed),
+                    extra_body=extra,
+                )
+            except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+                raise self._wrong_key(error) from error
+            except openai.NotFoundError as error:
+                raise ValueError(
+                    f"{self._endpoint.base} does not serve {self._model!r} ({_words(error)}): give the name that it "
+                    f"serves with --endpoint-model, and check the address"
+                ) from error
+            except (openai.RateLimitError, openai.InternalServerError, openai.APIConnectionError) as error:
+                raise NoAnswerError(f"no answer after {self._endpoint.retries} retries ({_words(error)})") from error
+            except openai.APIStatusError as error:
+                unknown = [name for name in extra if name in str(error)]
+                if not unknown:
+                    raise NoAnswerError(f"refused ({_words(error)})", refused=True) from error
+                for name in unknown:
+                    self._extra.pop(name, None)
+            except (openai.APIError, ValueError):  # a body that is no JSON, or none of a completion
+                return None
+
+    def _wrong_key(self, error: openai.APIStatusError) -> ValueError:
+        return ValueError(
+            f"{self._endpoint.base} does not take the key ({_words(error)}): put the right one into an environment "
+            f"variable and name it with --api-key-env"
+        )
+
+
+class _Pace:
+    """Lets a request pass every 1/rate seconds. Hooked into the HTTP client, so that repeated ones wait too."""
+
+    def __init__(self, rate: float | None) -> None:
+        self._gap, self._next = 0.0 if rate is None else 1 / rate, 0.0
+
+    async def wait(self, _request: object) -> None:
+        """Sleep until it is this request's turn."""
+        now = asyncio.get_running_loop().time()
+        at = max(now, self._next)
+        self._next = at + self._gap
+        await asyncio.sleep(at - now)
+
+
+def _messages(question: Question) -> Any:
+    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(question.turns)]
+
+
+def _words(error: Exception) -> str:
+    """An error on one line of bearable length."""
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,221 @@
+"""Several turns answered by the target in this process, and loops left out of training. A tiny model, no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chats import family
+from fakes import tiny_llama
+from typer.testing import CliRunner, Result
+
+from haast.cli import app
+from haast.loops import LOOP_SHARE, loop_share, loops
+from haast.prompts import Prompt
+from haast.sampling import Sampler, SamplingConfig
+from haast.target import Target
+from haast.training import answers, asking, features
+from haast.training.answers import read_answers
+from haast.training.asking import Outcome, Question, Questions, RegenerateConfig
+from haast.training.chat import encode_prompt
+from haast.training.data import encode_answer
+from haast.training.regenerate import regenerate
+from haast.training.report import Heartbeat
+
+TOKENIZER = family("smollm2")
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return Target(tiny_llama(len(TOKENIZER), context=300), TOKENIZER)
+
+
+def prompts() -> list[Prompt]:
+    return [Prompt(f"p{i}", tuple(f"say {i} {turn}" for turn in range(1 + i % 3))) for i in range(5)]
+
+
+def settings(**changes: Any) -> RegenerateConfig:
+    return replace(RegenerateConfig(batch=3, max_new_tokens=8, max_prompt_tokens=250, seed=5, turns=2), **changes)
+
+
+def by_id(path: Path) -> dict[str, dict[str, Any]]:
+    return {record["id"]: record for record in read_answers(path)}
+
+
+def ask(target: Target, out: Path, **changes: Any) -> Outcome:
+    return regenerate(target, TOKENIZER, prompts(), out, settings(**changes), quiet=True)
+
+
+def test_a_later_turn_is_answered_knowing_the_earlier_answers(target: Target, tmp_path: Path) -> None:
+    assert ask(target, tmp_path / "a.jsonl") == Outcome(total=8, before=0, added=8)
+    got = by_id(tmp_path / "a.jsonl")
+    assert set(got) == {"p0", "p1", "p1#2", "p2", "p2#2", "p3", "p4", "p4#2"}
+    first, second = got["p1"], got["p1#2"]
+    assert "history" not in first and second["history"] == ["say 1 0", first["response"]]
+    assert second["prompt"] == "say 1 1" and second["temperature"] == first["temperature"]
+    greedy = next(r for r in got.values() if r["id"].endswith("#2") and r["temperature"] == 0)
+    tokens = encode_prompt(TOKENIZER, [*greedy["history"], greedy["prompt"]])
+    begin, sampler = len(tokens), Sampler(SamplingConfig())
+    while len(tokens) - begin < len(greedy["response_ids"]):
+        with torch.inference_mode():
+            logits = target.model(input_ids=torch.tensor([tokens])).logits[0, -1]
+        tokens.append(sampler.choose(0, tokens, logits))
+    assert tokens[begin:] == greedy["response_ids"]
+    sequence = encode_answer(TOKENIZER, greedy)
+    assert sequence.tokens == tokens and sum(sequence.supervised) == len(tokens) - begin
+
+
+def test_neither_the_batch_nor_a_kill_between_turns_changes_answers(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    ask(target, whole, batch=1)
+    append, left = answers.append_record, iter(range(3))
+
+    def dying(file: Any, record: dict[str, Any], path: Path) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        append(file, record, path)
+
+    monkeypatch.setattr(answers, "append_record", dying)
+    with pytest.raises(KeyboardInterrupt):
+        ask(target, cut)
+    monkeypatch.undo()
+    again = ask(target, cut, batch=4)
+    assert (again.before, again.added) == (3, 5) and by_id(cut) == by_id(whole)
+    more = ask(target, cut, turns=3)  # a run that asks for more goes on from there
+    assert (more.total, more.before, more.added) == (9, 8, 1) and "p2#3" in by_id(cut)
+    assert len(by_id(cut)["p2#3"]["history"]) == 4
+
+
+def test_features_of_later_turns_are_those_of_the_whole_conversation(target: Target, tmp_path: Path) -> None:
+    ask(target, tmp_path / "a.jsonl", features_dir=tmp_path / "shards", topk=4)
+    stored, records = features.read_shards(tmp_path / "shards")
+    wanted = dict(features.stream_examples(target, [encode_answer(TOKENIZER, r) for r in records], topk=4))
+    for number, example in enumerate(stored):
+        assert torch.equal(example.tokens, wanted[number].tokens)
+        assert torch.equal(example.supervised, wanted[number].supervised)
+        assert torch.allclose(example.features[:-1].float(), wanted[number].features[:-1].float(), atol=2e-3)
+
+
+def test_what_stands_behind_a_missing_answer_is_left_out(target: Target, tmp_path: Path) -> None:
+    many = [Prompt("long", ("x" * 400, "more")), Prompt("late", ("say", "y" * 400, "more")), Prompt("fine", ("say",))]
+    outcome = regenerate(target, TOKENIZER, many, tmp_path / "a.jsonl", settings(turns=3), quiet=True)
+    assert (outcome.total, outcome.added, outcome.left_out) == (6, 2, 4)
+
+
+def test_questions_follow_one_another() -> None:
+    records: dict[str, dict[str, Any]] = {"p2": {"response": "two"}}
+    questions = Questions(prompts(), 3, records)
+    assert (questions.total, questions.before) == (9, 1)
+    taken = [question.id for question in iter(questions.take, None)]
+    assert taken == ["p0", "p1", "p2#2", "p3", "p4"] and questions.take() is None
+    records["p1"] = {"response": "one"}
+    questions.answered(Question(1, 0, prompts()[1]))
+    following = questions.take()
+    assert following is not None and following.turns == ["say 1 0", "one", "say 1 1"]
+    with pytest.raises(ValueError, match="same id"):
+        Questions([Prompt("a", ("x", "y")), Prompt("a#2", ("z",))], 2, {})
+    draws = {question.draw(5, 10) for question in (following, Question(1, 0, prompts()[1]))}
+    assert len(draws) == 2, "turns draw apart"
+
+
+def test_a_log_gets_lines_and_the_rest_is_quiet(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(asking, "Heartbeat", partial(Heartbeat, seconds=0.0))
+    regenerate(target, TOKENIZER, prompts()[:1], tmp_path / "a.jsonl", settings())
+    said = capsys.readouterr()
+    assert said.err.startswith("1 of 1 answers") and "tokens/s" in said.err and said.err.count("\n") == 1
+    regenerate(target, TOKENIZER, prompts()[:1], tmp_path / "b.jsonl", settings(), quiet=True)
+    assert said.out == "" and capsys.readouterr() == ("", "")
+
+
+# Loops
+
+
+def haast_run(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    """model/ and answers.jsonl: two straight answers and a loop."""
+    model: Any = tiny_llama(len(TOKENIZER), context=300)  # `float` is untyped
+    model.float().save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    texts = ["one two three", "one and two and three", "and so " * 12]
+    records = [
+        {"id": f"a{i}", "prompt": "say", "response": text, "response_ids": TOKENIZER.encode(text)}
+        for i, text in enumerate(texts)
+    ]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    yield tmp_path
+
+
+def test_the_limit_of_a_loop() -> None:
+    assert not loops(range(100)) and loops([1, 2] * 20) and loop_share([1, 2] * 20) > LOOP_SHARE
+
+
+def test_records_say_how_much_they_loop(target: Target, tmp_path: Path) -> None:
+    ask(target, tmp_path / "a.jsonl", max_new_tokens=30)
+    for record in read_answers(tmp_path / "a.jsonl"):
+        assert record["loop_share"] == pytest.approx(loop_share(record["response_ids"]), abs=1e-4)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_loops_are_left_out_on_demand(home: Path, shards: bool) -> None:
+    begin = ["train", "--model", home / "model", "--packing", "off", "--answers", home / "answers.jsonl"]
+    begin += ["--topk", 4, "--draft-vocab", 64, "--batch-tokens", 64, "--views", 20, "--json", "-"]
+    begin += ["--shards", home / "shards"] if shards else []
+    counts = {}
+    for choice in ("keep", "drop"):
+        result = haast_run(*begin, "--loops", choice, "--out", home / choice)
+        assert result.exit_code == 0, result.output
+        assert ("1 of 3 answers left out, since they loop" in result.stderr) == (choice == "drop")
+        counts[choice] = json.loads((home / choice / "best" / "config.json").read_text())["about"]["sequences"]
+    assert counts == {"keep": 3, "drop": 2}
+
+
+def test_the_viewer_shows_what_is_left(home: Path) -> None:
+    begin = ["train", "--model", home / "model", "--packing", "off", "--answers", home / "answers.jsonl"]
+    shown = haast_run(*begin, "--out", home / "run", "--show-data", 9, "--loops", "drop")
+    assert shown.exit_code == 0 and shown.stdout.count("tokens supervised") == 2 and "and so" not in shown.stdout
+    wrong = haast_run(*begin, "--out", home / "run", "--loops", "maybe")
+    assert wrong.exit_code == 2 and "loops='maybe'" in wrong.stderr
+    (home / "answers.jsonl").write_text((home / "answers.jsonl").read_text().splitlines()[2] + "\n")
+    none = haast_run(*begin, "--out", home / "run", "--loops", "drop")
+    assert none.exit_code == 2 and "nothing is left" in none.stderr
+
+
+def test_given_text_is_trained_on_with_a_warning(home: Path) -> None:
+    chat = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "one two three and two"}]
+    given = [{"prompt": "say", "response": "one two three one"}, {"messages": chat}]
+    (home / "given.jsonl").write_text("".join(json.dumps(record) + "\n" for record in given))
+    words = ["train", "--model", home / "model", "--packing", "off", "--answers", home / "given.jsonl", "--topk", 4]
+    words += ["--draft-vocab", 64, "--batch-tokens", 64, "--views", 20, "--out", home / "run"]
+    result = haast_run(*words)
+    assert result.exit_code == 0, result.output
+    assert "2 of 2 answers are given text" in result.stderr
+
+
+# Whose features
+
+
+def test_features_of_a_sibling_model_are_refused(home: Path) -> None:
+    torch.manual_seed(0)
+    other: Any = tiny_llama(len(TOKENIZER), context=300, seed=7)
+    other.float().save_pretrained(home / "sibling")
+    TOKENIZER.save_pretrained(home / "sibling")
+    begin = ["train", "--packing", "off", "--topk", 4, "--draft-vocab", 64, "--batch-tokens", 64, "--views", 20]
+    begin += ["--shards", home / "shards", "--out", home / "run"]
+    made = haast_run(*begin, "--model", home / "model", "--answers", home / "answers.jsonl")
+    assert made.exit_code == 0, made.output
+    refused = haast_run(*begin, "--model", home / "sibling", "--resume")
+    assert refused.exit_code == 2 and "not this target's" in refused.stderr and "another folder" in refused.stderr

@@ -1,0 +1,243 @@
+"""Which settings make a head better per second of training, and faster per token: one table, same data, same seconds.
+
+    python benchmarks/ablation.py --shards features/ --valid-prompts valid.jsonl --json results/ablation.json
+
+Every row changes something of the base. A row's run is as long as its own speed allows in --seconds of training
+(measured first), so a setting that costs twice per view sees half the views. Rows that are in the JSON already are kept,
+so the same command resumes. tau and times are those of the real engine on validation prompts, never on evaluation prompts.
+
+Data: --shards hold the target's own answers with the states of several layers (`haast train --head eagle3 --shards`
+writes them); --more-shards more answers for the rows with 2x and 4x data; --given-shards somebody else's text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from haast.api import Haast
+from haast.bench.report import environment
+from haast.cli.trainrun import head_config
+from haast.drafters.base import Drafter
+from haast.drafters.eagle import EagleDrafter
+from haast.drafters.shape import shape_for
+from haast.drafters.vanilla import VanillaDrafter
+from haast.engine import Engine, Stats, StopConfig
+from haast.heads.checkpoint import Head
+from haast.models import load_target
+from haast.prompts import read_prompts
+from haast.sampling import SamplingConfig
+from haast.target import Target
+from haast.training.answers import record_key
+from haast.training.batches import Example
+from haast.training.config import TrainConfig
+from haast.training.features import read_shards
+from haast.training.frozen import Frozen
+from haast.training.initialise import last_layer_weights
+from haast.training.trainer import Trainer
+
+_PROBE = 8.0  # seconds of training that measure a row's speed
+_VANILLA = 4  # prompts that time a one-token forward beside each head
+_NODES = {"small": 6, "large": 60}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: what differs from the base."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    data: str = "own"
+    times: int = 1  # how much of the data, in units of the base's
+
+
+ROWS = (
+    Row("base"),
+    Row("alignment, 2 steps", {"alignment_steps": 2}),
+    Row("alignment, 3 steps", {"alignment_steps": 3}),
+    Row("alignment, 2 steps, after 70 %", {"alignment_steps": 2, "align_after": 0.7}),
+    Row("EAGLE-3 head", {"head": "eagle3"}),
+    Row("EAGLE-3 head, 3 steps", {"head": "eagle3", "alignment_steps": 3}),
+    Row("EAGLE-3 head, 3 steps, normed states", {"head": "eagle3", "alignment_steps": 3, "fc_norm": True}),
+    Row("draft vocabulary 4k", {"draft_vocab": 4096}),
+    Row("draft vocabulary 16k", {"draft_vocab": 16384}),
+    Row("draft vocabulary full", {"draft_vocab": 10**6}),
+    Row("given text", data="given"),
+    Row("random start", {"initialisation": "random"}),
+    Row("teacher's first choice only", {"teacher_top": 1}),
+    Row("data 2x", times=2),
+    Row("data 4x", times=4),
+    Row("feature noise 0.2", {"feature_noise": 0.2}),
+    Row("acceptance loss (LK) after half", {"lk_after": 0.5}),
+    Row("rejected drafts count double", {"rejected_weight": 2.0}),
+    Row("Markov bias, rank 64", {"markov_rank": 64}),
+    Row("two layers", {"layers": 2}),
+    Row("no feature loss", {"feature_weight": 0.0}),
+    Row("average of weights", {"ema": 0.99}),
+    Row("AdamW", {"optimizer": "adamw", "learning_rate": 2e-3, "weight_decay": 0.01}),
+)
+
+
+class Bench:
+    """The target, the prompts, and how a head is measured on both."""
+
+    def __init__(self, target: Target, prompts: list[str], tokens: int) -> None:
+        self.target, encoder = target, Haast(target, VanillaDrafter())
+        self._prompts, self._tokens, self._ends = [encoder.encode(p) for p in prompts], tokens, encoder.eos_ids()
+
+    def run(self, drafter: Drafter, limit: int | None = None) -> Stats:
+        """Decode the prompts greedily."""
+        stats = Stats()
+        for prompt in self._prompts[:limit]:
+            for _ in Engine(self.target, drafter).run(
+                [prompt], SamplingConfig(), StopConfig(self._tokens, self._ends), stats
+            ):
+                continue
+        return stats
+
+    def measure(self, head: Head) -> dict[str, Any]:
+        """tau by tree size, cost of a draft level in target forwards (c), and the speed-up on this machine."""
+        found: dict[str, Any] = {}
+        for name, nodes in _NODES.items():
+            shape = shape_for(nodes)
+            drafter = EagleDrafter(self.target, copy.deepcopy(head), shape)
+            vanilla, own = self.run(VanillaDrafter(), _VANILLA), self.run(drafter)
+            one = vanilla.ms_decode / vanilla.target_forwards
+            steps = own.target_forwards
+            found[name] = {
+                "nodes": nodes,
+                "depth": shape.depth,
+                "tau": own.tau,
+                "c": own.ms_draft / steps / shape.depth / one,
+                "v": own.ms_verify / steps / one,
+                "o": own.ms_overhead / steps / one,
+                "speedup": own.tau * one * steps / own.ms_decode,
+                "alpha_by_depth": own.alpha_by_depth,
+            }
+        return found
+
+
+def train_row(
+    row: Row, base: TrainConfig, bench: Bench, data: dict[str, list[Example]], seconds: float
+) -> dict[str, Any]:
+    """Train and measure one row."""
+    config = replace(base, **row.settings)
+    size = len(data["own"]) * row.times
+    examples = (data["own"] + data["more"])[:size] if row.data == "own" else data[row.data]
+    if len(examples) < size:
+        raise ValueError(f"{row.name} needs {size} sequences, there are {len(examples)}: give more")
+    sizes, frozen = head_config(config, bench.target), Frozen.of(bench.target)
+    plain = config.head != "eagle3" and config.layers == 1 and not config.markov_rank
+    start = None
+    if plain and config.initialisation != "random":
+        start = last_layer_weights(bench.target, sizes, examples)
+    parts = (sizes, frozen, examples, data["valid"])
+    with TemporaryDirectory() as folder:
+        probe = replace(config, views=10**9)
+        rate = _speed(Trainer(probe, *parts, Path(folder) / "probe", start_from=start, quiet=True))
+        views = max(int(rate * seconds), 1000)
+        run = Trainer(replace(config, views=views), *parts, Path(folder) / "run", start_from=start, quiet=True)
+        result = run.run()
+        head = Head(run.plain_head().requires_grad_(False), run.draft_vocab, {})
+    tokens = sum(int(e.supervised.sum()) for e in examples)
+    return {
+        "row": row.name,
+        "settings": row.settings,
+        "data": {
+            "kind": row.data,
+            "sequences": len(examples),
+            "supervised_tokens": tokens,
+        },
+        "views": views,
+        "views_per_s": rate,
+        "seconds": result["seconds"],
+        "parameters": sum(p.numel() for p in head.module.parameters()),
+        **{name: value for name, value in result.items() if name.startswith("valid")},
+        **bench.measure(head),
+    }
+
+
+def _speed(trainer: Trainer) -> float:
+    """Views a second, after a short start."""
+    order = trainer._order.batches()
+    for _ in range(2):
+        trainer._advance(order)
+    begun, before = time.monotonic(), trainer._at.views
+    while time.monotonic() - begun < _PROBE:
+        trainer._advance(order)
+    return (trainer._at.views - before) / (time.monotonic() - begun)
+
+
+def main() -> None:
+    """Run the rows that are not in the JSON yet."""
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--model", default="smollm2-135m-instruct")
+    words.add_argument("--shards", type=Path, required=True)
+    words.add_argument("--more-shards", type=Path)
+    words.add_argument("--given-shards", type=Path)
+    words.add_argument("--valid-prompts", type=Path, required=True)
+    words.add_argument("--valid-limit", type=int, default=20)
+    words.add_argument("--valid-tokens", type=int, default=64)
+    words.add_argument("--sequences", type=int, default=3000)
+    words.add_argument("--seconds", type=float, default=60.0)
+    words.add_argument("--rows", help="names, separated by semicolons; all if absent")
+    words.add_argument("--json", type=Path, required=True)
+    given = words.parse_args()
+    base = TrainConfig(
+        optimizer="muon", learning_rate=8e-4, weight_decay=0.1, batch_tokens=3072, evaluate_every=10**9,
+        log_every=10**9, checkpoint_every=10**9,
+    )  # fmt: skip
+    target = load_target(given.model)
+    bench = Bench(
+        target, [p.turns[0] for p in read_prompts(given.valid_prompts, given.valid_limit)], given.valid_tokens
+    )
+    data = _data(given)
+    done = json.loads(given.json.read_text()) if given.json.exists() else {"rows": []}
+    wanted = None if given.rows is None else given.rows.split(";")
+    for row in ROWS:
+        known = {r["row"] for r in done["rows"]}
+        if row.name in known or (wanted is not None and row.name not in wanted) or not data[row.data]:
+            continue
+        begun = time.monotonic()
+        done["rows"].append(train_row(row, base, bench, data, given.seconds))
+        done |= {
+            "environment": environment(
+                target, given.model, given.valid_prompts, given.valid_limit, {"seconds": given.seconds}
+            ),
+            "base": {name: getattr(base, name) for name in base.__dataclass_fields__},
+            "seconds_per_row": given.seconds,
+            "measured_on": f"{given.valid_limit} validation prompts, greedy, {given.valid_tokens} new tokens",
+        }
+        temporary = given.json.with_suffix(".tmp")
+        temporary.write_text(json.dumps(done, indent=1) + "\n")
+        temporary.replace(given.json)
+        print(_line(done["rows"][-1]), f"({time.monotonic() - begun:.0f} s)", flush=True)
+
+
+def _data(given: argparse.Namespace) -> dict[str, list[Example]]:
+    own, records = read_shards(given.shards)
+    known, more = {record_key(record) for record in records}, list[Example]()
+    if given.more_shards is not None:
+        pairs = zip(*read_shards(given.more_shards), strict=True)
+        more = [example for example, record in pairs if record_key(record) not in known]
+    other = [] if given.given_shards is None else read_shards(given.given_shards)[0]
+    valid = own[given.sequences : given.sequences + 150]
+    return {"own": own[: given.sequences], "more": more, "given": other[: given.sequences], "valid": valid}
+
+
+def _line(row: dict[str, Any]) -> str:
+    small, large = row["small"], row["large"]
+    return (
+        f"{row['row']:40s} views {row['views'] / 1e3:5.0f}k  ce {row['valid_ce']:.3f}  tau {small['tau']:.3f} / "
+        f"{large['tau']:.3f}  c {small['c']:.3f}  speed-up {small['speedup']:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -3,8 +3,8 @@
     python benchmarks/ablation.py --shards features/ --valid-prompts valid.jsonl --json results/ablation.json
 
 Every row changes something of the base. A row's run is as long as its own speed allows in --seconds of training
-(measured first), so a setting that costs twice per view sees half the views. Rows that are in the JSON already are kept,
-so the same command resumes. tau and times are those of the real engine on validation prompts, never on evaluation prompts.
+(measured first), so a setting that costs twice per view sees half the views. Rows that are in the JSON already are
+kept, so the same command resumes. tau and times are those of the real engine on validation prompts.
 
 Data: --shards hold the target's own answers with the states of several layers (`haast train --head eagle3 --shards`
 writes them); --more-shards more answers for the rows with 2x and 4x data; --given-shards somebody else's text.

@@ -1,0 +1,162 @@
+"""Why EAGLE reads features and the token after: the paper's ablation (arXiv 2401.15077, figure 4) on one's own target.
+
+    python benchmarks/why_it_works.py --shards features/ --valid-prompts valid.jsonl --json results/why-it-works.json
+
+Four heads that differ in what a pair holds, each from the same noise over the same views, measured by held-out
+agreement when n of the states read are the head's own (n-alpha) and by tau of the real engine on chains. And how far
+feature and token sequences follow from their past: the share of variance that ridge regression on the last k explains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from ablation import Bench
+from torch import Tensor
+
+from haast.bench.report import environment
+from haast.cli.trainrun import head_config
+from haast.drafters.eagle import EagleDrafter
+from haast.drafters.shape import DraftShape
+from haast.heads.checkpoint import Head
+from haast.heads.kinds import INPUTS
+from haast.models import load_target
+from haast.prompts import read_prompts
+from haast.training.batches import Example
+from haast.training.config import TrainConfig
+from haast.training.features import read_shards
+from haast.training.frozen import Frozen
+from haast.training.trainer import Trainer
+
+_PASTS = (1, 2, 4)
+_DEPTH = 5  # of the chains that tau is measured on
+
+
+def compressibility(examples: list[Example], embeddings: Tensor, held_out: int) -> dict[str, Any]:
+    """Share of held-out variance explained, by what is predicted and from what; dimensions count alike.
+
+    Args:
+        examples: sequences; the last `held_out` are not fitted on.
+        embeddings: (vocab, hidden) of the target.
+        held_out: how many sequences test.
+    """
+    features = [e.features[:-1][e.supervised[:-1].bool()].float() for e in examples]
+    tokens = [embeddings[e.tokens[:-1][e.supervised[:-1].bool()].long()] for e in examples]
+    features, tokens = _standard(features), _standard(tokens)
+    kinds = ("feature from features", "feature from features and its token", "token from tokens")
+    found: dict[str, Any] = {kind: {} for kind in kinds}
+    for past in _PASTS:
+        cases = {
+            "feature from features": [_lagged(f, f, past) for f in features],
+            "feature from features and its token": [
+                (torch.cat([x, t[past:]], 1), y)
+                for (x, y), t in zip([_lagged(f, f, past) for f in features], tokens, strict=True)
+            ],
+            "token from tokens": [_lagged(t, t, past) for t in tokens],
+        }
+        for name, pairs in cases.items():
+            found[name][str(past)] = _explained(pairs[:-held_out], pairs[-held_out:])
+    return found
+
+
+def _standard(parts: list[Tensor]) -> list[Tensor]:
+    every = torch.cat(parts)
+    mean, deviation = every.mean(0), every.std(0).clamp_min(1e-6)
+    return [(part - mean) / deviation for part in parts]
+
+
+def _lagged(source: Tensor, wanted: Tensor, past: int) -> tuple[Tensor, Tensor]:
+    count = max(len(source) - past, 0)
+    return torch.cat([source[i : i + count] for i in range(past)], 1), wanted[past:]
+
+
+def _explained(fit: list[tuple[Tensor, Tensor]], test: list[tuple[Tensor, Tensor]]) -> float:
+    x, y = (torch.cat(parts) for parts in zip(*fit, strict=True))
+    square = x.T @ x + 0.02 * len(x) * torch.eye(x.shape[1])
+    solved = torch.linalg.solve(square.double(), (x.T @ y).double()).float()
+    x, y = (torch.cat(parts) for parts in zip(*test, strict=True))
+    return float(1 - (y - x @ solved).square().sum() / (y - y.mean(0)).square().sum())
+
+
+def draw(document: dict[str, Any], path: Path) -> None:
+    """Agreement by depth, tau, and explained variance as one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    colours = {name: f"C{i}" for i, name in enumerate(INPUTS)}
+    for row in document["inputs"]:
+        alphas = row["valid_alpha"]
+        left.plot(range(len(alphas)), alphas, marker="o", label=row["inputs"], color=colours[row["inputs"]])
+    left.set(xlabel="states of its own that the head reads (n)", ylabel="agreement with the target (n-alpha)")
+    left.set_xticks(range(5))
+    left.legend(fontsize=8)
+    rows = document["inputs"]
+    middle.barh([r["inputs"] for r in rows], [r["tau"] for r in rows], color=[colours[r["inputs"]] for r in rows])
+    middle.bar_label(middle.containers[0], fmt="%.2f", padding=3)
+    middle.set(xlabel=f"tau, chains of {_DEPTH} drafts", xlim=(1, max(r["tau"] for r in rows) * 1.15))
+    middle.invert_yaxis()
+    for name, values in document["explained_variance"].items():
+        right.plot([int(p) for p in values], list(values.values()), marker="o", label=name)
+    right.set(xlabel="positions of the past", ylabel="variance explained (held out)", ylim=(0, 1))
+    right.set_xticks(_PASTS)
+    right.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Train the four heads, fit the regressions, write the JSON and the picture."""
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--model", default="smollm2-135m-instruct")
+    words.add_argument("--shards", type=Path, required=True)
+    words.add_argument("--valid-prompts", type=Path, required=True)
+    words.add_argument("--valid-limit", type=int, default=20)
+    words.add_argument("--sequences", type=int, default=3000)
+    words.add_argument("--views", type=int, default=400_000)
+    words.add_argument("--json", type=Path, required=True)
+    words.add_argument("--png", type=Path)
+    given = words.parse_args()
+    target = load_target(given.model)
+    prompts = [p.turns[0] for p in read_prompts(given.valid_prompts, given.valid_limit)]
+    bench, frozen = Bench(target, prompts, 64), Frozen.of(target)
+    examples = read_shards(given.shards)[0][: given.sequences + 150]
+    settings = {"views": given.views, "sequences": given.sequences}
+    base = TrainConfig(
+        views=given.views, initialisation="random", optimizer="muon", learning_rate=1e-3, weight_decay=0.1,
+        batch_tokens=3072, evaluate_every=10**9, log_every=10**9, checkpoint_every=10**9,
+    )  # fmt: skip
+    rows = []
+    for inputs in INPUTS:
+        config = replace(base, inputs=inputs)
+        parts = (head_config(config, target), frozen, examples[: given.sequences], examples[given.sequences :])
+        with TemporaryDirectory() as folder:
+            run = Trainer(config, *parts, Path(folder), quiet=True)
+            result = run.run()
+            head = Head(run.plain_head().requires_grad_(False), run.draft_vocab, {})
+        drafter = EagleDrafter(target, head, DraftShape("chain", depth=_DEPTH))
+        stats = bench.run(drafter)
+        rows.append({"inputs": inputs, "tau": stats.tau, "alpha_by_depth": stats.alpha_by_depth, **result})
+        print(f"{inputs:24s} tau {stats.tau:.3f}  n-alpha {result['valid_alpha']}", flush=True)
+    document = {
+        "inputs": rows,
+        "explained_variance": compressibility(examples, frozen.embeddings, 150),
+        "shape": f"chain of {_DEPTH}",
+        "environment": environment(target, given.model, given.valid_prompts, len(prompts), settings),
+    }
+    given.json.write_text(json.dumps(document, indent=1) + "\n")
+    draw(document, given.png or given.json.with_suffix(".png"))
+    print(json.dumps(document["explained_variance"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

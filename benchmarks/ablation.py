@@ -40,11 +40,12 @@ from haast.training.config import TrainConfig
 from haast.training.features import read_shards
 from haast.training.frozen import Frozen
 from haast.training.initialise import last_layer_weights
+from haast.training.interrupt import matmul_precision
 from haast.training.trainer import Trainer
 
 _PROBE = 8.0  # seconds of training that measure a row's speed
 _VANILLA = 4  # prompts that time a one-token forward beside each head
-_NODES = {"small": 6, "large": 60}
+_TREES = {"small": (6, None), "large": (60, 10)}  # nodes, and on how many of the prompts (None: all)
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,10 @@ class Bench:
     def measure(self, head: Head) -> dict[str, Any]:
         """tau by tree size, cost of a draft level in target forwards (c), and the speed-up on this machine."""
         found: dict[str, Any] = {}
-        for name, nodes in _NODES.items():
+        for name, (nodes, limit) in _TREES.items():
             shape = shape_for(nodes)
             drafter = EagleDrafter(self.target, copy.deepcopy(head), shape)
-            vanilla, own = self.run(VanillaDrafter(), _VANILLA), self.run(drafter)
+            vanilla, own = self.run(VanillaDrafter(), _VANILLA), self.run(drafter, limit)
             one = vanilla.ms_decode / vanilla.target_forwards
             steps = own.target_forwards
             found[name] = {
@@ -166,11 +167,12 @@ def train_row(
 def _speed(trainer: Trainer) -> float:
     """Views a second, after a short start."""
     order = trainer._order.batches()
-    for _ in range(2):
-        trainer._advance(order)
-    begun, before = time.monotonic(), trainer._at.views
-    while time.monotonic() - begun < _PROBE:
-        trainer._advance(order)
+    with matmul_precision(trainer.config.matmul_precision):
+        for _ in range(2):
+            trainer._advance(order)
+        begun, before = time.monotonic(), trainer._at.views
+        while time.monotonic() - begun < _PROBE:
+            trainer._advance(order)
     return (trainer._at.views - before) / (time.monotonic() - begun)
 
 

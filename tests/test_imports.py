@@ -28,6 +28,7 @@ RANKS = [
     {"training", "checking"},
     {"bench", "formats", "serving"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {room: number for number, rooms in enumerate(RANKS) for room in rooms}
 

@@ -140,24 +140,30 @@ def environment(
 ) -> dict[str, Any]:
     """Where and how the numbers came about; `prompts` is None for Haast's own few."""
     packed = any(isinstance(module, PackedLinear) for module in target.model.modules())
-    return {
-        "cpu": cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "load_average": list(os.getloadavg()),
+    return machine() | {
         "device": str(target.device),
-        "threads": torch.get_num_threads(),
         "model": model,
         "dtype": str(target.dtype).removeprefix("torch."),
         "packing": "f16" if packed else "off",
-        "versions": versions(),
-        "commit": git_commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "prompts_file": None if prompts is None else str(prompts),
         "prompts_sha256": None if prompts is None else hashlib.sha256(prompts.read_bytes()).hexdigest(),
         "prompts_count": count,
         "settings": settings,
         "tau_convention": TAU_CONVENTION,
         "loop_filter": f"outputs with more than {LOOP_SHARE:.0%} repeated {NGRAM}-grams are left out",
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What ran on what, without a target."""
+    return {
+        "cpu": cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "load_average": list(os.getloadavg()),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "commit": git_commit(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -123,14 +124,22 @@ def regenerate(
     for folder in (out.parent, *([config.features_dir] if config.features_dir else [])):
         write_probe(folder)
     check_writable(json_out)
+    begun = time.monotonic()
     try:
         outcome = _run(loading, chosen, out, config, endpoint)
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; finished answers are in {out}, the same command goes on from there", err=True)
         raise
     typer.echo(_summary(outcome, out), err=True)
-    counts = {"added": outcome.added, "before": outcome.before, "left_out": outcome.left_out, "failed": outcome.failed}
-    write_json({**counts, "prompts": len(chosen), "answers": str(out)}, json_out)
+    if json_out is not None:
+        from haast.bench.report import machine
+        from haast.bench.runner import peak_rss_mb
+
+        seconds = time.monotonic() - begun  # loading included
+        speed = {"tokens": outcome.tokens, "seconds": seconds, "tokens_per_s": outcome.tokens / seconds}
+        counts: dict[str, Any] = {name: getattr(outcome, name) for name in ("added", "before", "left_out", "failed")}
+        counts |= {"prompts": len(chosen), "answers": str(out), **speed, "peak_rss_mb": peak_rss_mb()}
+        write_json({**counts, "environment": machine()}, json_out)
 
 
 def _run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -117,7 +117,13 @@ def train(
         typer.echo(f"\nstopped and saved; go on with --resume --out {out}", err=True)
         raise
     typer.echo(f"the best head is in {out / 'best'}", err=True)
-    write_json({**result, "head": str(out / "best")}, json_out)
+    if json_out is not None:
+        from haast.bench.report import environment
+        from haast.bench.runner import peak_rss_mb
+
+        where = environment(target, loading.model, data.valid_prompts, len(prompts), asdict(settings))
+        document = {**result, "metrics": run.metrics(out), "peak_rss_mb": peak_rss_mb(), "environment": where}
+        write_json({**document, "head": str(out / "best")}, json_out)
 
 
 def _warn_of_others(records: Sequence[dict[str, Any]], model: str) -> None:

@@ -6,6 +6,7 @@ Owns what the trainer leaves open: `measure_tau`, `export`, and which sequences 
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -142,6 +143,12 @@ class Run:
             return None
         return last_layer_weights(self._target, sizes, self._train)
 
+    @staticmethod
+    def metrics(out: Path) -> list[dict[str, Any]]:
+        """The evaluations of a run, as metrics.jsonl has them."""
+        lines = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        return [line for line in lines if "seconds" in line]
+
     def measure_tau(self, head: DraftModule, draft_vocab: Tensor) -> float:
         """Tau of the real engine on the validation prompts, greedy."""
         # The drafter takes its module over and packs it, so it gets a copy.
@@ -188,6 +195,10 @@ class Run:
             "tau_convention": TAU_CONVENTION,
         }
 
+    def _own(self) -> int:
+        """Answers that the target made itself, as their records say."""
+        return sum("response_ids" in r and r.get("model", self._name) == self._name for r in self._records)
+
     def card(self, draft_vocab: int, about: dict[str, Any]) -> str:
         """The model card."""
         tau = "not measured" if about["tau"] is None else f"{about['tau']:.3f} ({about['tau_measured_on']})"
@@ -197,8 +208,8 @@ class Run:
             [
                 f"# EAGLE head for {self._name}",
                 "",
-                f"A head of kind {about['settings']['head']}, trained by Haast on answers that {self._name} gave "
-                f"itself. It drafts over {draft_vocab} tokens; the target checks each, so the text is the target's.",
+                f"A head of kind {about['settings']['head']}, trained by Haast for {self._name}. It drafts "
+                f"over {draft_vocab} tokens; the target checks each, so the text is the target's own.",
                 "",
                 f"- tau on validation prompts: {tau}; {TAU_CONVENTION}",
                 f"- trained on {about['sequences']} sequences, {about['tokens']} tokens, "
@@ -207,7 +218,7 @@ class Run:
                 "",
                 "## Data",
                 "",
-                "Prompts by source; every answer was made by the target.",
+                f"Prompts by source; {self._own()} of {len(self._records)} answers were made by {self._name}.",
                 "",
                 "| source | licence | answers |",
                 "|---|---|---|",

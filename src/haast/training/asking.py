@@ -172,6 +172,7 @@ class Outcome:
     added: int
     failed: int = 0  # refused by a server, or never answered
     complaint: str = ""  # the last failure's
+    tokens: int = 0  # of the answers added
 
     @property
     def left_out(self) -> int:
@@ -189,7 +190,7 @@ class AnswerProgress(AbstractContextManager["AnswerProgress"]):
         self._bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet_bar)
         self._beat = Heartbeat(quiet)
         self._task = self._bar.add_task("", total=questions.total, completed=questions.before, counted=0)
-        self._total, self._done, self._tokens = questions.total, questions.before, 0
+        self._total, self._done, self.tokens = questions.total, questions.before, 0
 
     def __enter__(self) -> AnswerProgress:
         self._bar.start()
@@ -200,6 +201,6 @@ class AnswerProgress(AbstractContextManager["AnswerProgress"]):
 
     def step(self, tokens: int) -> None:
         """One more answer, of so many tokens."""
-        self._done, self._tokens = self._done + 1, self._tokens + tokens
-        self._bar.update(self._task, advance=1, counted=self._tokens)
-        self._beat.line(f"{self._done} of {self._total} answers", self._tokens)
+        self._done, self.tokens = self._done + 1, self.tokens + tokens
+        self._bar.update(self._task, advance=1, counted=self.tokens)
+        self._beat.line(f"{self._done} of {self._total} answers", self.tokens)

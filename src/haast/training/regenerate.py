@@ -205,7 +205,7 @@ def regenerate(
                 writer.add(answer.example(), record)
             added += 1
             progress.step(len(answer.tokens))
-    return Outcome(questions.total, questions.before, added)
+    return Outcome(questions.total, questions.before, added, tokens=progress.tokens)
 
 
 def _waiting(

@@ -1,7 +1,7 @@
-"""The README's numbers, from the JSON files in `results/` and nothing else.
+"""The numbers of the README and of docs/, from the JSON files in `results/` and nothing else.
 
-Owns the text between `<!-- results:NAME -->` and `<!-- end -->`. `python -m haast.bench.readme` rewrites it; a test
-keeps the two equal.
+Owns the text between `<!-- results:NAME -->` and `<!-- end -->`: a table of decoders, of an ablation, of a training run
+or of the input study, by what the JSON holds. `python -m haast.bench.readme` rewrites it; a test keeps the two equal.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ def render(readme: str, results: Path) -> str:
 
 
 def _table(document: dict[str, Any], name: str) -> str:
+    for key, table in (("base", _ablation), ("seconds_to_tau", _training), ("explained_variance", _inputs)):
+        if key in document:
+            return table(document) + "\n" + _provenance(document["environment"], name) + "\n"
     if not any(row["decoder"] == "vanilla" for row in document["rows"]):  # no denominator: a run for tau alone
         return _tau_table(document) + "\n" + _provenance(document["environment"], name) + "\n"
     lines = [
@@ -43,6 +46,58 @@ def _table(document: dict[str, Any], name: str) -> str:
     nodes = {"eagle": "" if shape is None else str(shape["nodes"])}
     lines += [_line(row, nodes.get(row["decoder"], "")) for row in document["rows"]]
     return "\n".join(lines) + "\n\n" + _provenance(document["environment"], name) + "\n"
+
+
+def _ablation(document: dict[str, Any]) -> str:
+    lines = [
+        "| row | views/s | views | held-out CE | tau, 6 nodes | tau, 60 nodes | c | speed-up |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    best = max(row["small"]["speedup"] for row in document["rows"])
+    for row in document["rows"]:
+        small, large = row["small"], row["large"]
+        speed = f"{small['speedup']:.2f}x"
+        speed = f"**{speed}**" if small["speedup"] == best else speed
+        lines.append(
+            f"| {row['row']} | {row['views_per_s']:.0f} | {row['views'] / 1e3:.0f}k | {row['valid_ce']:.3f} | "
+            f"{small['tau']:.3f} | {large['tau']:.3f} | {small['c']:.3f} | {speed} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _training(document: dict[str, Any]) -> str:
+    lines = [
+        "| views | minutes | held-out CE | agreement, by own states read | tau |",
+        "|---|---|---|---|---|",
+    ]
+    for line in document["metrics"]:
+        alphas = " ".join(f"{value:.2f}" for value in line["valid_alpha"])
+        lines.append(
+            f"| {line['views'] / 1e6:.2f} M | {line['seconds'] / 60:.1f} | {line['valid_ce']:.3f} | {alphas} | "
+            f"{line['tau']:.3f} |"
+        )
+    reached = ", ".join(f"{tau} in {seconds / 60:.0f} min" for tau, seconds in document["seconds_to_tau"].items())
+    return "\n".join(lines) + f"\n\nFirst evaluation with a tau of at least: {reached}. Peak memory {_gb(document)}.\n"
+
+
+def _gb(document: dict[str, Any]) -> str:
+    return f"{document['peak_rss_mb'] / 1e3:.1f} GB"
+
+
+def _inputs(document: dict[str, Any]) -> str:
+    lines = [
+        "| a pair holds | 0-alpha | 1-alpha | 2-alpha | 3-alpha | 4-alpha | tau |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in document["inputs"]:
+        alphas = " | ".join(f"{value:.2f}" for value in row["valid_alpha"])
+        lines.append(f"| {row['inputs']} | {alphas} | {row['tau']:.2f} |")
+    pasts = list(next(iter(document["explained_variance"].values())))
+    lines += ["", "| predicted from the past | " + " | ".join(f"{p} back" for p in pasts) + " |"]
+    lines.append("|---|" + "---|" * len(pasts))
+    for name, values in document["explained_variance"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{value:.0%}" for value in values.values()) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def _tau_table(document: dict[str, Any]) -> str:
@@ -89,12 +144,12 @@ def _provenance(environment: dict[str, Any], name: str) -> str:
 
 
 def main() -> None:
-    """Rewrite README.md in the current folder from results/."""
-    path = Path("README.md")
-    old = path.read_text(encoding="utf-8")
-    new = render(old, Path("results"))
-    path.write_text(new, encoding="utf-8")
-    sys.stdout.write("README.md is up to date\n" if old == new else "README.md rewritten\n")
+    """Rewrite README.md and docs/ in the current folder from results/."""
+    for path in (Path("README.md"), *sorted(Path("docs").glob("*.md"))):
+        old = path.read_text(encoding="utf-8")
+        new = render(old, Path("results"))
+        path.write_text(new, encoding="utf-8")
+        sys.stdout.write(f"{path} {'is up to date' if old == new else 'rewritten'}\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The numbers of the README and of docs/, from the JSON files in `results/` and nothing else.
 
-Owns the text between `<!-- results:NAME -->` and `<!-- end -->`: a table of decoders, of an ablation, of a training run
-or of the input study, by what the JSON holds. `python -m haast.bench.readme` rewrites it; a test keeps the two equal.
+Owns the text between `<!-- results:NAME -->` (or NAME+NAME: one table of tau) and `<!-- end -->`: a table of decoders,
+of an ablation, of a training run or of the input study, by what the JSON holds. `python -m haast.bench.readme` rewrites
+it; a test keeps the two equal.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_BLOCK = re.compile(r"(<!-- results:(?P<name>[a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- results:(?P<name>[a-z0-9+-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def render(readme: str, results: Path) -> str:
@@ -23,13 +24,20 @@ def render(readme: str, results: Path) -> str:
     """
 
     def block(match: re.Match[str]) -> str:
-        path = results / f"{match['name']}.json"
-        if not path.is_file():
-            raise ValueError(f"the README names {path.name}, which is not in {results}: run the bench that writes it")
-        document = json.loads(path.read_text(encoding="utf-8"))
-        return match[1] + _table(document, path.name) + match[3]
+        documents = {f"{name}.json": _read(results / f"{name}.json") for name in match["name"].split("+")}
+        if len(documents) > 1:
+            return match[1] + _tau_table(documents) + match[3]
+        ((name, document),) = documents.items()
+        return match[1] + _table(document, name) + match[3]
 
     return _BLOCK.sub(block, readme)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"a page names {path.name}, which is not in {path.parent}: run the bench that writes it")
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
 
 
 def _table(document: dict[str, Any], name: str) -> str:
@@ -37,7 +45,7 @@ def _table(document: dict[str, Any], name: str) -> str:
         if key in document:
             return table(document) + "\n" + _provenance(document["environment"], name) + "\n"
     if not any(row["decoder"] == "vanilla" for row in document["rows"]):  # no denominator: a run for tau alone
-        return _tau_table(document) + "\n" + _provenance(document["environment"], name) + "\n"
+        return _tau_table({name: document})
     lines = [
         "| decoder | nodes | tokens/s | vs vanilla | vs stock `generate` | tau | tau without loops | first right |",
         "|---|---|---|---|---|---|---|---|",
@@ -100,17 +108,24 @@ def _inputs(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _tau_table(document: dict[str, Any]) -> str:
+def _tau_table(documents: dict[str, dict[str, Any]]) -> str:
     lines = [
-        "| decoder | nodes | prompts | tau | tau without loops | first draft right, by depth |",
+        "| prompts | temperature | nodes | tau | tau without loops | first draft right, by depth |",
         "|---|---|---|---|---|---|",
     ]
-    nodes = document["environment"]["settings"]["shape"]["nodes"]
-    for row in document["rows"]:
-        alpha = " ".join(f"{value:.2f}" for value in row["alpha_by_depth"])
-        looped = f"{row['tau_loop_filtered']:.2f} ({row['prompts'] - row['looping_outputs']} prompts)"
-        lines.append(f"| {row['decoder']} | {nodes} | {row['prompts']} | {row['tau']:.2f} | {looped} | {alpha} |")
-    return "\n".join(lines) + "\n"
+    sources = []
+    for name, document in documents.items():
+        where = document["environment"]
+        settings, prompts = where["settings"], Path(where["prompts_file"]).stem
+        for row in document["rows"]:
+            alpha = " ".join(f"{value:.2f}" for value in row["alpha_by_depth"])
+            looped = f"{row['tau_loop_filtered']:.2f} ({row['prompts'] - row['looping_outputs']} prompts)"
+            lines.append(
+                f"| {prompts} ({row['prompts']}) | {settings['sampling']['temperature']:g} | "
+                f"{settings['shape']['nodes']} | {row['tau']:.2f} | {looped} | {alpha} |"
+            )
+        sources.append(_provenance(where, name))
+    return "\n".join(lines) + "\n\n" + "\n".join(sources) + "\n"
 
 
 def _line(row: dict[str, Any], nodes: str) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -131,8 +132,6 @@ def train_row(
     config = replace(base, **row.settings)
     size = len(data["own"]) * row.times
     examples = (data["own"] + data["more"])[:size] if row.data == "own" else data[row.data]
-    if len(examples) < size:
-        raise ValueError(f"{row.name} needs {size} sequences, there are {len(examples)}: give more")
     sizes, frozen = head_config(config, bench.target), Frozen.of(bench.target)
     plain = config.head != "eagle3" and config.layers == 1 and not config.markov_rank
     start = None
@@ -140,8 +139,12 @@ def train_row(
         start = last_layer_weights(bench.target, sizes, examples)
     parts = (sizes, frozen, examples, data["valid"])
     with TemporaryDirectory() as folder:
-        probe = replace(config, views=10**9)
-        rate = _speed(Trainer(probe, *parts, Path(folder) / "probe", start_from=start, quiet=True))
+        late = replace(config, views=10**9, align_after=0.0)
+        rate = _speed(Trainer(late, *parts, Path(folder) / "late", start_from=start, quiet=True))
+        if config.align_after:
+            early = replace(late, alignment_steps=1)
+            first = _speed(Trainer(early, *parts, Path(folder) / "early", start_from=start, quiet=True))
+            rate = 1 / (config.align_after / first + (1 - config.align_after) / rate)
         views = max(int(rate * seconds), 1000)
         run = Trainer(replace(config, views=views), *parts, Path(folder) / "run", start_from=start, quiet=True)
         result = run.run()
@@ -206,6 +209,9 @@ def main() -> None:
         known = {r["row"] for r in done["rows"]}
         if row.name in known or (wanted is not None and row.name not in wanted) or not data[row.data]:
             continue
+        if row.data == "own" and len(data["own"]) + len(data["more"]) < len(data["own"]) * row.times:
+            print(f"{row.name}: left out, it needs {row.times} times the sequences of --shards; give --more-shards")
+            continue
         begun = time.monotonic()
         done["rows"].append(train_row(row, base, bench, data, given.seconds))
         done |= {
@@ -229,6 +235,8 @@ def _data(given: argparse.Namespace) -> dict[str, list[Example]]:
         pairs = zip(*read_shards(given.more_shards), strict=True)
         more = [example for example, record in pairs if record_key(record) not in known]
     other = [] if given.given_shards is None else read_shards(given.given_shards)[0]
+    for examples in (own, more, other):  # shards lie in order of length
+        random.Random(0).shuffle(examples)
     valid = own[given.sequences : given.sequences + 150]
     return {"own": own[: given.sequences], "more": more, "given": other[: given.sequences], "valid": valid}
 

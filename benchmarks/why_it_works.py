@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -129,7 +130,9 @@ def main() -> None:
     target = load_target(given.model)
     prompts = [p.turns[0] for p in read_prompts(given.valid_prompts, given.valid_limit)]
     bench, frozen = Bench(target, prompts, 64), Frozen.of(target)
-    examples = read_shards(given.shards)[0][: given.sequences + 150]
+    examples = read_shards(given.shards)[0]
+    random.Random(0).shuffle(examples)  # shards lie in order of length
+    examples = examples[: given.sequences + 150]
     settings = {"views": given.views, "sequences": given.sequences}
     base = TrainConfig(
         views=given.views, initialisation="random", optimizer="muon", learning_rate=1e-3, weight_decay=0.1,

@@ -142,16 +142,25 @@ class Target:
 
     @torch.inference_mode()
     def head_logits(self, features: Tensor) -> Tensor:
-        """The frozen LM head over features (..., hidden) -> (..., vocab)."""
+        """The frozen LM head over features (..., hidden) -> (..., vocab), scaled and capped as the model does."""
         output: Tensor = self.lm_head(features)
-        return output
+        if self.logit_scale != 1.0:
+            output = output * self.logit_scale
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return output if cap is None else cap * torch.tanh(output / cap)
 
     def head_rows(self, tokens: Tensor) -> Tensor:
-        """The LM head's weight rows for `tokens` (n,) -> (n, hidden), as the head computes with them."""
+        """The LM head's weight rows for `tokens` (n,) -> (n, hidden), in the scale of the model's logits."""
         head = self.lm_head
         weight = head.unpack() if isinstance(head, PackedLinear) else head.weight
         assert isinstance(weight, Tensor), "an LM head has a weight"
-        return weight.detach()[tokens]
+        rows = weight.detach()[tokens]
+        return rows if self.logit_scale == 1.0 else rows * self.logit_scale
+
+    def head_bias(self, tokens: Tensor) -> Tensor | None:
+        """The LM head's bias for `tokens` (n,), in the scale of the model's logits; None where it has none."""
+        bias = getattr(self.lm_head, "bias", None)
+        return None if bias is None else bias.detach()[tokens] * self.logit_scale
 
     def _check(self, tree: DraftTree, cache: TreeCache, hidden_layers: Sequence[int]) -> None:
         if tree.rows != cache.rows:
@@ -203,6 +212,7 @@ class Target:
     def _probe(self) -> None:
         """Two tokens through the model: does it use our cache, and is the decoder's output what the head reads?"""
         self._decoder_gives_features = False  # known only after the forward below
+        self.logit_scale = 1.0
         cache = self.new_cache()
         captured: dict[str, Tensor] = {}
         tree = DraftTree.chain(torch.zeros(1, 2, dtype=torch.long, device=self.device))
@@ -210,7 +220,8 @@ class Target:
         name = type(self.model).__name__
         try:
             with self._capture(captured):
-                self.model(input_ids=tree.tokens, use_cache=True, past_key_values=cache, **self._arguments(tree, cache))
+                arguments = self._arguments(tree, cache)
+                output = self.model(input_ids=tree.tokens, use_cache=True, past_key_values=cache, **arguments)
         except (TypeError, KeyError, AttributeError, RuntimeError, ValueError, IndexError) as error:
             raise UnsupportedModelError(
                 f"{name} can't take a tree: a two-token forward with a 4-D mask, position_ids and Haast's cache "
@@ -221,9 +232,20 @@ class Target:
                 f"{name} keeps state outside the KV cache (it stored {len(cache.updated_layers)} of {self.layers} "
                 f"layers there), so rejected tokens can't be removed; use a model whose layers are all attention"
             )
+        self._measure_scale(captured["head"], output.logits)
         self._decoder_gives_features = "decoder" in captured and torch.equal(captured["decoder"], captured["head"])
         self._probe_tree()
 
+    def _measure_scale(self, features: Tensor, logits: Tensor) -> None:
+        """Some models multiply what their LM head gives (Cohere, Granite): `logit_scale` is by how much."""
+        raw, logits = self.lm_head(features).double(), logits.double()
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        if cap is not None:
+            logits = cap * torch.atanh((logits / cap).clamp(-0.999, 0.999))
+        scale = float((raw * logits).sum() / raw.square().sum().clamp_min(1e-12))
+        self.logit_scale = 1.0 if abs(scale - 1) < 0.01 or not scale > 0 else scale
+
+    @torch.inference_mode()
     def _probe_tree(self) -> None:
         """Does a node of a tree answer as in a chain of its own path, whatever its slot and its row's neighbour?
 

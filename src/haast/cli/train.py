@@ -92,15 +92,21 @@ def train(
     check_at_least("show_data", show_data, 0)
     records = _read_records(data, limit)
     prompts = [] if data.valid_prompts is None else read_prompts(data.valid_prompts, data.valid_limit)
-    write_probe(out)
-    check_writable(json_out)
+    main = _main_process(data)
+    if main:
+        write_probe(out)
+        check_writable(json_out)
+    if any(out.glob("state-*.pt")) and not (resume or show_data or self_test):
+        raise ValueError(f"{out} holds a training run: go on with --resume, or choose another folder")
     begin = _start_head(start_from)
     target = loading.load()
     if show_data:
         _show(target, _straight(target, records, data)[:show_data])
         return
-    from haast.cli.trainrun import Run, layer_ids
+    from haast.cli.trainrun import Run, head_config, layer_ids, start_parts
 
+    if begin is not None:  # before hours are spent
+        start_parts(begin, head_config(settings, target))
     layers = layer_ids(settings, target)
     examples, sources = _examples(target, loading.model, records, data, limit, layers)
     _warn_of_others(sources, loading.model)
@@ -116,6 +122,8 @@ def train(
     except KeyboardInterrupt:
         typer.echo(f"\nstopped and saved; go on with --resume --out {out}", err=True)
         raise
+    if not main:
+        return
     typer.echo(f"the best head is in {out / 'best'}", err=True)
     if json_out is not None:
         from haast.bench.report import environment
@@ -124,6 +132,23 @@ def train(
         where = environment(target, loading.model, data.valid_prompts, len(prompts), asdict(settings))
         document = {**result, "metrics": run.metrics(out), "peak_rss_mb": peak_rss_mb(), "environment": where}
         write_json({**document, "head": str(out / "best")}, json_out)
+
+
+def _main_process(data: TrainingData) -> bool:
+    """Whether this process speaks for all; of several that a launcher has started, one does.
+
+    Raises:
+        ValueError: several processes would have to extract features, each into the same folder.
+    """
+    from accelerate import PartialState
+
+    state = PartialState()
+    if state.num_processes > 1 and data.answers is not None:
+        raise ValueError(
+            f"--answers {data.answers} cannot be turned into features by {state.num_processes} processes at once: make "
+            f"shards with one first (--answers ... --shards DIR --self-test), then give --shards DIR alone"
+        )
+    return bool(state.is_main_process)
 
 
 def _warn_of_others(records: Sequence[dict[str, Any]], model: str) -> None:
@@ -172,7 +197,8 @@ def _sequences(target: Target, records: Sequence[dict[str, Any]], data: Training
     if not records:
         raise ValueError("--show-data shows answers: give --answers FILE")
     known = max(target.vocab_size, len(target.tokenizer))
-    return encode_answers(target.tokenizer, records, data.max_tokens, known)
+    longest = min(data.max_tokens, target.context_length or data.max_tokens)
+    return encode_answers(target.tokenizer, records, longest, known)
 
 
 def _straight(target: Target, records: Sequence[dict[str, Any]], data: TrainingData) -> list[TokenSequence]:

@@ -29,6 +29,7 @@ from haast.heads.checkpoint import Head, save_head
 from haast.heads.config import HeadConfig
 from haast.heads.eagle3 import Eagle3Config, default_layers
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
+from haast.heads.kinds import INPUTS
 from haast.heads.module import DraftModule
 from haast.sampling import SamplingConfig
 from haast.target import Target
@@ -111,8 +112,8 @@ class Run:
             check_prompts(self._prompts, self._target.context_length, self._target.vocab_size)
         self._tokens, self._shape = tokens, shape_for(nodes)
         self._measured = f"{len(prompts)} prompts, greedy, {tokens} new tokens, dynamic tree of {nodes} nodes"
-        weights, vocab = (None, None) if start_from is None else _parts(start_from, self._head_config)
-        if weights is None and not resume:
+        weights, vocab = (None, None) if start_from is None else start_parts(start_from, self._head_config)
+        if weights is None and not (resume and any(out.glob("state-*.pt"))):
             weights = self._initial_weights()
         trainer = Trainer(
             self._settings,
@@ -128,17 +129,14 @@ class Run:
             quiet,
             self.explain,
             (Curves(out), TensorBoard(out)),
+            on_cpu=self._target.device.type == "cpu",
         )
         return trainer.run(resume)
 
     def _initial_weights(self) -> dict[str, Tensor] | None:
         wanted, sizes = self._settings.initialisation, self._head_config
-        plain = sizes.num_hidden_layers == 1 and not sizes.markov_rank and self._settings.head != "eagle3"
-        if wanted == "last-layer" and not plain:
-            raise ValueError(
-                "initialisation='last-layer' fits a FeatExtrapolator of one layer without a Markov bias: use 'auto'"
-            )
-        fits = plain and self._settings.inputs == "feature+shifted-token"
+        fits = isinstance(sizes, FeatExtrapolatorConfig) and sizes.inputs == INPUTS[0]
+        fits = fits and sizes.num_hidden_layers == 1 and not sizes.markov_rank
         if wanted == "random" or not fits or (wanted == "auto" and why_not_last_layer(self._target, sizes)):
             return None
         return last_layer_weights(self._target, sizes, self._train)
@@ -152,7 +150,8 @@ class Run:
     def measure_tau(self, head: DraftModule, draft_vocab: Tensor) -> float:
         """Tau of the real engine on the validation prompts, greedy."""
         # The drafter takes its module over and packs it, so it gets a copy.
-        drafter = EagleDrafter(self._target, Head(copy.deepcopy(head), draft_vocab, {}), self._shape)
+        stored = copy.deepcopy(head).half().float()  # as it is exported
+        drafter = EagleDrafter(self._target, Head(stored, draft_vocab, {}), self._shape)
         stats = Stats()
         stop = StopConfig(self._tokens, Haast(self._target, drafter).eos_ids())
         for prompt in self._prompts:
@@ -248,15 +247,21 @@ def head_config(settings: TrainConfig, target: Target) -> HeadConfig:
     return FeatExtrapolatorConfig.for_target(target.config, inputs=settings.inputs, **shared)
 
 
-def _parts(head: Head, wanted: HeadConfig) -> tuple[dict[str, Tensor], Tensor | None]:
+def start_parts(head: Head, wanted: HeadConfig) -> tuple[dict[str, Tensor], Tensor | None]:
     """A head's weights, and its draft vocabulary where weights belong to it.
 
     Raises:
-        HeadMismatchError: it is of another kind than the settings ask for.
+        HeadMismatchError: it is of another kind than the settings ask for, or has other options.
     """
     if type(head.module.config) is not type(wanted):
         raise HeadMismatchError(
             f"start_from is a {type(head.module).__name__}, which does not fit the settings' --head: change one of both"
         )
+    mine = asdict(head.module.config) | {"draft_vocab_size": None}  # follows from the vocabulary below
+    asked = asdict(wanted) | {"draft_vocab_size": None}
+    other = {name: (mine[name], asked[name]) for name in mine if mine[name] != asked[name]}
+    if other:
+        raise HeadMismatchError(f"start_from is a head with other settings; (its own, asked for): {other}")
     bound = isinstance(wanted, Eagle3Config) or wanted.markov_rank > 0
-    return dict(head.module.state_dict()), head.draft_vocab if bound else None
+    every = torch.arange(wanted.vocab_size) if head.draft_vocab is None else head.draft_vocab
+    return dict(head.module.state_dict()), every if bound else None

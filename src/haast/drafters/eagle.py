@@ -154,12 +154,15 @@ def _draft_lm_head(target: Target, module: DraftModule, vocab: Tensor | None, pa
     ids = torch.arange(target.vocab_size, device=target.device) if vocab is None else vocab
     theirs = target.head_rows(ids)
     rows = module.lm_rows(theirs)
-    if vocab is None and rows is theirs:
+    if vocab is None and rows is theirs and target.logit_scale == 1.0:
         return target.lm_head
+    bias = None if module.own_lm_head else target.head_bias(ids)
     if packed:
-        return PackedLinear.from_weight(rows)
-    linear = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device=rows.device, dtype=rows.dtype)
+        return PackedLinear(rows, bias)
+    linear = nn.Linear(rows.shape[1], rows.shape[0], bias is not None, device=rows.device, dtype=rows.dtype)
     linear.weight = nn.Parameter(rows, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
 
 

@@ -1,7 +1,8 @@
 """A head on disk: `config.json`, `model.safetensors`, and `draft_vocab.safetensors` where a FeatExtrapolator drafts
 over fewer tokens than the target knows.
 
-Owns the files and their checks. `model.safetensors` holds the official EAGLE-1 or EAGLE-3 layout and nothing else. The
+Owns the files and their checks. `model.safetensors` holds the official EAGLE-1 or EAGLE-3 layout; options that the
+official layouts do not know (more layers, a Markov bias, normed states) add tensors under names of their own. The
 draft vocabulary is `d2t` (target id = draft id + d2t[draft id]): beside an EAGLE-1 head, which has no such tensor, in a
 file of its own; inside an EAGLE-3 head, with `t2d` (which target ids are drafted), as its official files have it.
 """

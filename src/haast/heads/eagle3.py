@@ -115,6 +115,10 @@ class Eagle3Head(DraftModule):
     def target_layers(self) -> tuple[int, ...]:
         return self.config.layer_ids
 
+    @property
+    def own_lm_head(self) -> bool:
+        return True
+
     def fuse(self, features: Tensor) -> Tensor:
         if self.config.fc_norm:
             parts = features.chunk(len(self.fc_norm), dim=-1)

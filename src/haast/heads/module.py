@@ -32,6 +32,11 @@ class DraftModule(nn.Module, ABC):
         """Whether a pair holds the token after the feature's position (EAGLE) or the one at it (an ablation)."""
         return True
 
+    @property
+    def own_lm_head(self) -> bool:
+        """Whether logits come from the head's own rows; else from the target's."""
+        return False
+
     @abstractmethod
     def fuse(self, features: Tensor) -> Tensor:
         """The target's features (rows, nodes, width) as the head's state (rows, nodes, hidden)."""

@@ -16,6 +16,7 @@ A sequence of n tokens so gives n - 2 pairs. All of them are keys and values; on
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -115,6 +116,14 @@ def pack(examples: Sequence[Example], captured: bool = False) -> PackedBatch:
 def usable(examples: Sequence[Example]) -> list[Example]:
     """The examples that have anything to supervise."""
     return [example for example in examples if bool(example.queries().numel())]
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """A short hash of the sequences and what is supervised, in their order."""
+    told = hashlib.sha256()
+    for example in examples:
+        told.update(example.tokens.numpy().tobytes() + example.supervised.numpy().tobytes())
+    return f"{len(examples)} sequences, {told.hexdigest()[:16]}"
 
 
 class BatchOrder:

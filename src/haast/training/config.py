@@ -86,6 +86,16 @@ class TrainConfig:
         self._require_one_of("inputs", INPUTS)
         for name in ("final_learning_rate", "lk_after", "align_after"):
             self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        if self.head == "eagle3" and not self.ce_weight:
+            raise ValueError("ce_weight=0 leaves head='eagle3' nothing to learn: it has no feature loss")
+        plain = self.head != "eagle3" and self.layers == 1 and not self.markov_rank and self.inputs == INPUTS[0]
+        if self.initialisation == "last-layer" and not plain:
+            raise ValueError(
+                "initialisation='last-layer' fits a FeatExtrapolator of one layer without a Markov bias, on EAGLE's "
+                "own inputs: use 'auto'"
+            )
+        if self.shard and (self.optimizer == "muon" or self.ema):
+            raise ValueError("shard=True splits parameters that optimizer='muon' and ema need whole: use adamw, ema=0")
         if self.head == "eagle3" and self.inputs != INPUTS[0]:
             raise ValueError(f"inputs={self.inputs!r} is an ablation of head='feat-extrapolator', not of 'eagle3'")
         if self.head != "eagle3" and self.fc_norm:

@@ -290,6 +290,8 @@ def _example(target: Target, sequence: TokenSequence, features: Tensor, topk: in
     for rows in torch.split(answers.nonzero()[:, 0], _LOGIT_ROWS):
         ids[rows], probs[rows] = teacher_topk(target.head_logits(features[rows.to(features.device)]), topk)
     tokens = torch.tensor(sequence.tokens, dtype=torch.int32)
+    if not bool(torch.isfinite(hidden).all()):
+        raise ValueError("captured states exceed the range of fp16 (65504): this target's states cannot be stored")
     return Example(tokens, features.half().cpu(), supervised.to(torch.uint8), ids, probs, hidden.clone())
 
 
@@ -298,6 +300,17 @@ def teacher_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     logits = logits.float()
     values, ids = logits.topk(k, dim=-1)
     return ids.int().cpu(), (values - logits.logsumexp(-1, keepdim=True)).exp().half().cpu()
+
+
+def _same_layers(folder: Path, identity: ShardIdentity) -> None:
+    """Raises HeadMismatchError where shards of other captured layers lie: the folder would fit no head."""
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found = _ids((file.metadata() or {}).get("layer_ids", "none"))
+        if found != identity.layer_ids:
+            raise HeadMismatchError(
+                f"feature shard {path} has layer_ids {found}, wanted is {identity.layer_ids}: give another folder"
+            )
 
 
 def extract(
@@ -319,6 +332,7 @@ def extract(
         ValueError: over the cap or the free disk (before anything is computed), or the disk filled up.
     """
     if folder.exists() and any(folder.glob("*.safetensors")):
+        _same_layers(folder, identity)
         done = {record_key(record) for record in read_shards(folder, identity)[1]}
         sequences = [s for s in sequences if s.key not in done]
     sequences = [s for s in sequences if len(s.tokens) >= 3]

@@ -31,7 +31,7 @@ class Frozen:
     def of(target: Target) -> Frozen:
         """Read a target's embedding and LM head."""
         ids = torch.arange(target.vocab_size, device=target.device)
-        bias = getattr(target.lm_head, "bias", None)
+        bias = target.head_bias(ids)
         return Frozen(
             target.embed(ids).float().cpu().clone(),
             target.head_rows(ids).detach().float().cpu().clone(),
@@ -42,14 +42,26 @@ class Frozen:
 
 
 def _final_gain(target: Target) -> Tensor | None:
-    """What the final norm makes of ones, however it stores its gain."""
     decoder: nn.Module = target.model.get_decoder()  # type: ignore[no-untyped-call]
     final = dict(decoder.named_children()).get("norm")
-    if final is None or any(name == "bias" for name, _ in final.named_parameters()):
+    return None if final is None else rms_gain(final)
+
+
+@torch.no_grad()
+def rms_gain(norm: nn.Module) -> Tensor | None:
+    """The (hidden,) gain of an RMS norm, however the module stores it: what it makes of ones. None for other norms.
+
+    An RMS norm keeps signs; one that takes the mean away makes nothing of ones, or only its bias.
+    """
+    weight = next(norm.parameters(), None)
+    if weight is None or weight.ndim != 1:
         return None
-    ones = torch.ones(1, target.hidden_size, dtype=target.dtype, device=target.device)
-    gain: Tensor = final(ones)
-    return gain[0].detach().float().cpu()
+    ones = torch.ones(1, len(weight), dtype=weight.dtype, device=weight.device)
+    gain, negative = norm(ones)[0].float(), norm(-ones)[0].float()
+    if not torch.allclose(negative, -gain, atol=1e-4) or not bool((gain.abs() > 1e-4).any()):
+        return None
+    found: Tensor = gain.detach().cpu()
+    return found
 
 
 def end_tokens(target: Target) -> tuple[int, ...]:

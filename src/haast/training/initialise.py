@@ -31,6 +31,7 @@ from haast.speed.fusing import FusedAttention, FusedSwiGLU
 from haast.speed.packing import PackedLinear
 from haast.target import Target
 from haast.training.batches import Example, usable
+from haast.training.frozen import rms_gain
 from haast.training.whitened import Scales
 from haast.tree import DraftTree
 
@@ -168,6 +169,8 @@ def _find(target: Target) -> _LastLayer | str:
     inside = dict(layers[-1].named_children())
     if set(inside) != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
         return f"the layers of {name} hold {sorted(inside)}, not a Llama layer's four parts"
+    if any(rms_gain(norm) is None for norm in (inside["input_layernorm"], inside["post_attention_layernorm"], final)):
+        return f"the norms of {name} are no RMS norms with a gain"
     attention, mlp = inside["self_attn"], inside["mlp"]
     weights: dict[str, Tensor | None] = {}
     for module, names in ((attention, _LINEARS[:4]), (mlp, _LINEARS[4:])):
@@ -190,10 +193,9 @@ def _weight(module: nn.Module | None) -> Tensor | None:
 
 
 def _gain(norm: nn.Module) -> Tensor:
-    """The (hidden,) gain of an RMS norm, however the module stores it: what it makes of ones."""
-    weight = next(norm.parameters())
-    gain: Tensor = norm(torch.ones(1, len(weight), dtype=weight.dtype, device=weight.device))
-    return gain[0].detach().float().cpu()
+    gain = rms_gain(norm)
+    assert gain is not None, "_find takes RMS norms only"
+    return gain
 
 
 def _rms(x: Tensor) -> Tensor:

@@ -129,7 +129,11 @@ def teacher_loss(
         Sums over positions; only `loss` has a gradient.
     """
     columns = weight.shape[1] if frozen is None else frozen
-    return Sums(*_TeacherLoss.apply(features, weight, bias, ids, probs, columns, sharpness, rejected))  # type: ignore[no-untyped-call]
+    features, probs = features.to(weight.dtype), probs.to(weight.dtype)  # under autocast they may come in bf16
+    with torch.autocast(features.device.type, enabled=False):  # in-place arithmetic wants one dtype
+        apply: Any = _TeacherLoss.apply  # untyped in torch
+        found = apply(features, weight, bias, ids, probs, columns, sharpness, rejected)
+    return Sums(*found)
 
 
 def feature_loss(extrapolated: Tensor, wanted: Tensor) -> Tensor:

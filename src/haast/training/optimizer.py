@@ -1,4 +1,4 @@
-"""The optimiser of a head: AdamW, or Muon for the matrices and AdamW for the rest.
+"""The optimiser of a head: AdamW, or Muon for the matrices inside and AdamW for the rest.
 
 Owns which parameter goes where, and one state for checkpoints. Muon (Jordan et al., 2024) orthogonalises each matrix's
 momentum. Its step is scaled to the size of AdamW's (Moonlight, arXiv 2502.16982), so both take the same learning rates.
@@ -14,23 +14,27 @@ from torch import nn
 
 from haast.training.config import TrainConfig
 
+_ENDS = ("lm_head", "markov_embed", "markov_rows")
+
 
 class HeadOptimizer:
     """Steps all parameters with one learning rate.
 
     Args:
-        parameters: of the head.
+        parameters: (name, parameter) of the head; embeddings and LM heads, which are no maps between states, stay with
+            AdamW.
         config: `optimizer`, `beta1`, `beta2`, `weight_decay`.
 
     Raises:
         ValueError: Muon is asked for and this torch has none.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], config: TrainConfig) -> None:
-        every = list(parameters)
-        betas = (config.beta1, config.beta2)
-        matrices = [p for p in every if p.ndim == 2] if config.optimizer == "muon" else []
-        others = [p for p in every if p.ndim != 2] if matrices else every
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> None:
+        betas, muonic = (config.beta1, config.beta2), config.optimizer == "muon"
+        matrices, others = list[nn.Parameter](), list[nn.Parameter]()
+        for name, parameter in parameters:
+            inside = parameter.ndim == 2 and name.rsplit(".", 1)[-1] not in _ENDS
+            (matrices if muonic and inside else others).append(parameter)
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(others, config.learning_rate, betas, weight_decay=config.weight_decay, fused=True)
         ]

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -31,13 +32,15 @@ class Processes:
     Args:
         mixed_precision: "no" or "bf16".
         shard: FSDP instead of whole parameters in every process.
+        on_cpu: whatever accelerators there are.
 
     Raises:
         ValueError: sharding is asked of a single process.
     """
 
-    def __init__(self, mixed_precision: str = "no", shard: bool = False) -> None:
-        self._accelerator: Any = Accelerator(mixed_precision=mixed_precision)
+    def __init__(self, mixed_precision: str = "no", shard: bool = False, on_cpu: bool = False) -> None:
+        self._accelerator: Any = Accelerator(cpu=on_cpu)
+        self._mixed = mixed_precision == "bf16"
         self.count: int = self._accelerator.num_processes
         self.index: int = self._accelerator.process_index
         self.main: bool = self._accelerator.is_main_process
@@ -45,6 +48,10 @@ class Processes:
         self.sharded = shard
         if shard and self.count == 1:
             raise ValueError("shard=True needs several processes: start the command with `accelerate launch`")
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Products in bf16 within, where mixed precision was asked for. Torch's own, so sharded modules have it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed)
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """The module on this process's device, wrapped for gradients to meet."""
@@ -70,7 +77,7 @@ class Processes:
     def clip(self, module: nn.Module, most: float) -> float:
         """Clip the norm of all gradients; returns what it was."""
         norm: Any = torch.nn.utils.clip_grad_norm_(module.parameters(), most)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a sharded one
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return float(norm)
 
     def sums(self, values: dict[str, Tensor]) -> dict[str, float]:

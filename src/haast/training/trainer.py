@@ -23,7 +23,7 @@ from haast.heads.eagle3 import Eagle3Config
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.heads.module import DraftModule
 from haast.training import checkpoints
-from haast.training.batches import BatchOrder, Example, PackedBatch, pack, usable
+from haast.training.batches import BatchOrder, Example, PackedBatch, digest, pack, usable
 from haast.training.bigrams import bigram_directions
 from haast.training.config import TrainConfig
 from haast.training.findings import Finding
@@ -80,6 +80,7 @@ class Trainer:
         quiet: no terminal output.
         explain: looks for the causes of a tau of about 1; None raises the alarm alone.
         watchers: follow the metrics, see `report.Watcher`.
+        on_cpu: train there even where accelerate would find something faster.
 
     Raises:
         ValueError: nothing to train on, sizes that do not fit, or a folder that cannot be written.
@@ -100,15 +101,23 @@ class Trainer:
         quiet: bool = False,
         explain: Explain | None = None,
         watchers: Sequence[Watcher] = (),
+        on_cpu: bool = False,
     ) -> None:
         self.config, self.out_dir = config, out_dir
         self.train_set, self.valid_set = usable(train), usable(valid)
         self._order = BatchOrder([e.pairs for e in self.train_set], config.batch_tokens, config.seed)
         check_sizes(head_config, frozen, self.train_set[0])
-        self._processes = Processes(config.mixed_precision, config.shard)
+        self._data = digest([*self.train_set, *self.valid_set])
+        self._processes = Processes(config.mixed_precision, config.shard, on_cpu)
         if self._processes.main:
             checkpoints.write_probe(out_dir)
         self._measure_tau, self._export, self._explain = measure_tau, export, explain
+        stored = self.train_set[0].topk_ids.shape[1]
+        if config.teacher_top > stored:
+            raise ValueError(f"teacher_top={config.teacher_top} is more than the {stored} tokens that are stored")
+        self._resumable = checkpoints.load_newest(out_dir)
+        if self._resumable is not None:  # ids that a head's rows belong to, wherever they came from
+            draft_vocab = self._resumable.get("draft_vocab", draft_vocab)
         if draft_vocab is None:
             draft_vocab = choose_draft_vocab(self.train_set, len(frozen.head), config.draft_vocab, frozen.eos_ids)
         self.draft_vocab = draft_vocab
@@ -116,14 +125,13 @@ class Trainer:
         self.head_config = self.head.config
         if start_from is not None:
             load_plain(self.head, start_from)
-        self._refuse_sharded()
         self._captured = not self.head.regresses
         self._plain = make_head(config, head_config, frozen, self.train_set, draft_vocab)  # whole and on the CPU
         self._objective = self._processes.prepare(
             Objective(self.head, frozen, draft_vocab, config, self._processes.device)
         )
-        trained = [p for p in self._objective.parameters() if p.requires_grad]
-        self._averages = [p.detach().clone() for p in trained] if config.ema else []
+        trained = [(name, p) for name, p in self._objective.named_parameters() if p.requires_grad]
+        self._averages = [p.detach().clone() for _, p in trained] if config.ema else []
         self._optimizer = HeadOptimizer(trained, config)
         self._at = _Progress()
         main = self._processes.main
@@ -195,7 +203,8 @@ class Trainer:
             noise = self._noise(batch, self._processes.index * len(batches) + number)
             batch = batch.to(self._processes.device)
             sharpness = config.sharpness_at(self._at.views)
-            loss, sums = self._objective(batch, noise, sharpness, config.passes_at(self._at.views))
+            with self._processes.autocast():
+                loss, sums = self._objective(batch, noise, sharpness, config.passes_at(self._at.views))
             self._processes.backward(self._objective, loss, meet=number == len(batches) - 1)
             for name in ("views", "loss", "ce", "feature", "top1", "accepted"):
                 totals[name] = totals.get(name, torch.zeros(())) + sums.get(name, torch.zeros(())).cpu()
@@ -205,7 +214,10 @@ class Trainer:
                 parameter.grad /= reached["views"]
         norm = self._processes.clip(self._objective, config.clip)
         if not norm < float("inf"):
-            raise ValueError(f"the gradient is not finite at step {self._at.step}: lower learning_rate and resume")
+            raise ValueError(
+                f"the gradient is not finite at step {self._at.step}: start again in another folder with a lower "
+                f"learning_rate, or from {self.out_dir / 'best'}"
+            )
         self._optimizer.step(config.learning_rate_at(self._at.views))
         if self._averages:
             decay = min(config.ema, (1 + self._at.step) / (10 + self._at.step))
@@ -234,7 +246,7 @@ class Trainer:
             if self._measure_tau is not None:
                 own = 0.0 if head is None else float(self._measure_tau(head, self.draft_vocab))
                 values["tau"] = self._at.tau = self._processes.agree(own)
-            score = values.get("tau", 1 / (1 + values.get("valid_ce", 1.0)))
+            score = self._processes.agree(values.get("tau", 1 / (1 + values.get("valid_ce", 1.0))))
             self._at.worse = 0 if score >= self._at.best else self._at.worse + 1
             if score >= self._at.best:
                 self._at.best = score
@@ -243,7 +255,7 @@ class Trainer:
         patience, wanted = self.config.patience, self.config.until_tau
         self._at.ended = bool(patience and self._at.worse >= patience) or bool(wanted and self._at.tau >= wanted)
         early = self._at.views < _EARLY * self.config.views
-        alarm = "tau" in values and values["tau"] < _TAU_IS_ONE and not early
+        alarm = "tau" in values and values["tau"] < _TAU_IS_ONE and not early and self._processes.main
         told = values | {"seconds": round(self._at.seconds, 1)}
         findings = (self._explain(values, self.draft_vocab) if self._explain else []) if alarm else None
         self._report.evaluation(self._at.step, self._at.views, told, findings)
@@ -263,7 +275,8 @@ class Trainer:
 
     def plain_head(self) -> DraftModule:
         """The present weights as users get them, in eval mode (on the main process)."""
-        return self._plain_head(self._processes.weights(self._objective))
+        with self._averaged():
+            return self._plain_head(self._processes.weights(self._objective))
 
     def _plain_head(self, weights: dict[str, Tensor]) -> DraftModule:
         prefix = "head."
@@ -298,18 +311,13 @@ class Trainer:
                     found[str(mark)] = line["seconds"]
         return found
 
-    def _refuse_sharded(self) -> None:
-        for name, wrong in (("optimizer", self.config.optimizer == "muon"), ("ema", self.config.ema > 0)):
-            if self._processes.sharded and wrong:
-                value = getattr(self.config, name)
-                raise ValueError(f"{name}={value!r} needs whole parameters, FSDP shards them: use adamw without ema")
-
     def save(self) -> Path:
         """Write a checkpoint; returns its path."""
         state: dict[str, Any] = {
             "config": asdict(self.config),
             "head": asdict(self.head_config),
-            "examples": len(self.train_set),
+            "data": self._data,
+            "draft_vocab": self.draft_vocab,
             "processes": self._processes.count,
             "weights": self._processes.weights(self._objective),
             "averages": self._averages,
@@ -324,19 +332,19 @@ class Trainer:
         return path
 
     def _open(self, resume: bool) -> None:
-        state = checkpoints.load_newest(self.out_dir)
+        state = self._resumable
         if state is None:
             self._report.start(0)
             return
         if not resume:
             raise ValueError(f"{self.out_dir} holds a training run: resume it, or choose another folder")
-        own = asdict(self.config) | {"processes": self._processes.count}
-        then = state["config"] | {"processes": state.get("processes", 1)}
+        own = asdict(self.config) | asdict(self.head_config) | {"processes": self._processes.count, "data": self._data}
+        then = state["config"] | state["head"] | {"processes": state["processes"], "data": state["data"]}
         changed = {k: (then.get(k), own.get(k)) for k in sorted({*then, *own}) if then.get(k) != own.get(k)}
-        if changed or state["head"] != asdict(self.head_config) or state["examples"] != len(self.train_set):
+        if changed:
             raise ValueError(
-                f"{self.out_dir} was trained otherwise, so it cannot be resumed: settings (then, now) {changed}, "
-                f"sequences {state['examples']} then, {len(self.train_set)} now"
+                f"{self.out_dir} was trained otherwise, so it cannot be resumed; (then, now): {changed}. Give what was "
+                f"given then, or another folder"
             )
         self._processes.load_weights(self._objective, state["weights"])
         self._processes.load_optimizer_state(self._objective, self._optimizer.parts, state["optimizer"])

@@ -27,6 +27,7 @@ from haast.sampling import SamplingConfig
 from haast.speed.fusing import fuse_small_modules
 from haast.speed.packing import pack_linears
 from haast.target import Target
+from haast.training import initialise
 from haast.training.alignment import chain_passes
 from haast.training.batches import Example, PackedBatch, pack
 from haast.training.bigrams import bigram_directions
@@ -342,8 +343,124 @@ def test_wrong_sizes_and_settings_are_named(target: Target) -> None:
         TrainConfig(head="medusa")
     with pytest.raises(ValueError, match="an ablation of head='feat-extrapolator'"):
         TrainConfig(head="eagle3", inputs="token")
+    with pytest.raises(ValueError, match="nothing to learn"):
+        TrainConfig(head="eagle3", ce_weight=0)
+    with pytest.raises(ValueError, match=r"last-layer.*'auto'"):
+        TrainConfig(initialisation="last-layer", inputs="token")
+    with pytest.raises(ValueError, match="adamw"):
+        TrainConfig(shard=True, optimizer="muon")
     with pytest.raises(ValueError, match="fc_norm"):
         TrainConfig(fc_norm=True)
+
+
+@pytest.mark.parametrize("kind", ["feat", "eagle3"])
+def test_mixed_precision_learns_nearly_the_same(kind: str, examples: list[Example], tmp_path: Path) -> None:
+    target = llama(torch.float32)
+    some = [e for _, e in stream_examples(target, sequences(), topk=8, layer_ids=LAYERS)]
+    losses = []
+    for precision in ("no", "bf16"):
+        config = TrainConfig(
+            views=1500, batch_tokens=60, draft_vocab=48, mixed_precision=precision, alignment_steps=2,
+            initialisation="random", log_every=500, evaluate_every=10**6, checkpoint_every=10**6,
+            head="eagle3" if kind == "eagle3" else "feat-extrapolator",
+        )  # fmt: skip
+        run = Trainer(config, sizes(target, kind), Frozen.of(target), some, some, tmp_path / precision, quiet=True)
+        losses.append(run.run()["valid_ce"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.03) and losses[0] != losses[1]
+
+
+def run_of(target: Target, some: list[Example], out: Path, kind: str = "eagle3", **more: Any) -> Trainer:
+    config = TrainConfig(
+        views=600, batch_tokens=60, draft_vocab=20, log_every=10**6, evaluate_every=10**6, checkpoint_every=200,
+        head="eagle3" if kind == "eagle3" else "feat-extrapolator",
+    )  # fmt: skip
+    return Trainer(config, sizes(target, kind), Frozen.of(target), some, [], out, quiet=True, **more)
+
+
+def test_a_resumed_head_keeps_the_vocabulary_that_its_rows_belong_to(examples: list[Example], tmp_path: Path) -> None:
+    """A head that was started from another one drafts that one's tokens, also where --resume is not told of it."""
+    target = llama(torch.float32)
+    some = [e for _, e in stream_examples(target, sequences(), topk=8, layer_ids=LAYERS)]
+    own = torch.arange(30, 50)
+    first = run_of(target, some, tmp_path, draft_vocab=own)
+    assert not torch.equal(run_of(target, some, tmp_path / "other").draft_vocab, own), "else this proves nothing"
+    first.run()
+    again = run_of(target, some, tmp_path)
+    assert torch.equal(again.draft_vocab, own)
+    again.run(resume=True)
+    with pytest.raises(ValueError, match=r"'data': \('10 sequences.*cannot be resumed|cannot be resumed.*'data'"):
+        run_of(target, some[::-1], tmp_path).run(resume=True)
+    with pytest.raises(ValueError, match="teacher_top=9 is more than the 8"):
+        Trainer(
+            TrainConfig(teacher_top=9), sizes(target, "feat"), Frozen.of(target), some, [], tmp_path / "x", quiet=True
+        )
+
+
+def test_the_average_of_weights_is_the_head_that_is_given(examples: list[Example], tmp_path: Path) -> None:
+    target = llama(torch.float32)
+    some = [e for _, e in stream_examples(target, sequences(), topk=8, layer_ids=LAYERS)]
+    config = TrainConfig(views=600, batch_tokens=60, draft_vocab=20, ema=0.99, log_every=10**6, evaluate_every=10**6)
+    run = Trainer(config, sizes(target, "feat"), Frozen.of(target), some, [], tmp_path, quiet=True)
+    run.run()
+    best = torch.load(tmp_path / "best" / "head.pt", weights_only=True)["weights"]
+    assert torch.equal(run.plain_head().state_dict()["fc.weight"], best["fc.weight"])
+    assert not torch.equal(plain_weights(run.head)["fc.weight"], best["fc.weight"])
+
+
+def other(name: str) -> Target:
+    """Targets whose norms or logits are unlike Llama's."""
+    from transformers import CohereConfig, CohereForCausalLM, OlmoConfig, OlmoForCausalLM, PhiConfig, PhiForCausalLM
+
+    torch.manual_seed(1)
+    shape: dict[str, Any] = {
+        "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "max_position_embeddings": 256, "eos_token_id": 1, "pad_token_id": 0,
+        "bos_token_id": 0, "initializer_range": 0.3,
+    }  # fmt: skip
+    models: dict[str, Any] = {
+        "cohere": lambda: CohereForCausalLM(CohereConfig(**shape, logit_scale=2.0)),
+        "olmo": lambda: OlmoForCausalLM(OlmoConfig(**shape)),
+        "phi": lambda: PhiForCausalLM(PhiConfig(**shape, partial_rotary_factor=0.5)),
+    }
+    model = models[name]()
+    if name == "phi":
+        torch.nn.init.normal_(model.lm_head.bias)
+    return Target(model.eval())
+
+
+@pytest.mark.parametrize("name", ["cohere", "olmo", "phi"])
+@pytest.mark.parametrize("kind", ["feat", "eagle3"])
+def test_targets_with_other_norms_and_logits_train_and_draft(name: str, kind: str, tmp_path: Path) -> None:
+    target = other(name)
+    prompt = [5, 9, 3, 7]
+    texts = [
+        t for e in Engine(target, VanillaDrafter()).run([prompt], SamplingConfig(), StopConfig(40)) for t in e.tokens
+    ]
+    sequence = TokenSequence(prompt + texts, [False] * 4 + [True] * 40, {})
+    some = [e for _, e in stream_examples(target, [sequence], topk=8, layer_ids=LAYERS)]
+    logits = target.model(input_ids=torch.tensor([sequence.tokens])).logits[0, 10].softmax(-1).detach()
+    assert torch.allclose(some[0].topk_probs[10].float(), logits[some[0].topk_ids[10].long()], atol=2e-3), "the law"
+    assert Frozen.of(target).final_gain is None, "a LayerNorm is no RMS norm"
+    assert initialise.why_not_last_layer(target, sizes(target, "feat"))
+    config = TrainConfig(
+        views=38 * 200, batch_tokens=60, draft_vocab=VOCAB, learning_rate=5e-3, alignment_steps=2, log_every=10**6,
+        evaluate_every=10**6, checkpoint_every=10**6, head="eagle3" if kind == "eagle3" else "feat-extrapolator",
+    )  # fmt: skip
+    run = Trainer(config, sizes(target, kind), Frozen.of(target), some, some, tmp_path, quiet=True)
+    assert run.run()["valid_top1"] > 0.9
+    head = Head(run.plain_head(), run.draft_vocab, {})
+    engine = Engine(target, EagleDrafter(target, head, DraftShape(kind="chain", depth=3)))
+    found, steps = list[int](), 0
+    for emission in engine.run([prompt], SamplingConfig(), StopConfig(40)):
+        found.extend(emission.tokens)
+        steps += 1
+    assert found == texts and steps <= 20, steps
+
+
+def test_shards_of_another_layer_set_are_not_added_to(target: Target, tmp_path: Path) -> None:
+    extract(target, sequences(3), tmp_path, ShardIdentity.of(target, "tiny", 8, LAYERS), quiet=True)
+    with pytest.raises(HeadMismatchError, match="give another folder"):
+        extract(target, sequences(5), tmp_path, ShardIdentity.of(target, "tiny", 8), quiet=True)
 
 
 def test_the_self_test_overfits_an_eagle3_head(examples: list[Example], tmp_path: Path) -> None:

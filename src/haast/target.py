@@ -221,7 +221,7 @@ class Target:
         try:
             with self._capture(captured):
                 arguments = self._arguments(tree, cache)
-                output = self.model(input_ids=tree.tokens, use_cache=True, past_key_values=cache, **arguments)
+                self.model(input_ids=tree.tokens, use_cache=True, past_key_values=cache, **arguments)
         except (TypeError, KeyError, AttributeError, RuntimeError, ValueError, IndexError) as error:
             raise UnsupportedModelError(
                 f"{name} can't take a tree: a two-token forward with a 4-D mask, position_ids and Haast's cache "
@@ -232,7 +232,6 @@ class Target:
                 f"{name} keeps state outside the KV cache (it stored {len(cache.updated_layers)} of {self.layers} "
                 f"layers there), so rejected tokens can't be removed; use a model whose layers are all attention"
             )
-        self._measure_scale(captured["head"], output.logits)
         self._decoder_gives_features = "decoder" in captured and torch.equal(captured["decoder"], captured["head"])
         self._probe_tree()
 
@@ -256,7 +255,9 @@ class Target:
         both = torch.tensor([past + path, twin + [0] * 6], device=self.device)
         live = torch.tensor([[True] * 8, [True] * 2 + [False] * 6], device=self.device)
         cache = self.new_cache(2)
-        expected = self.forward(DraftTree.chain(both, live), cache).logits[0, 5:].double()  # (3, vocab)
+        chain = self.forward(DraftTree.chain(both, live), cache)
+        self._measure_scale(chain.features[0], chain.logits[0])
+        expected = chain.logits[0, 5:].double()  # (3, vocab)
         cache.commit([range(5), range(2)])
         # Slots 0 1 2 3 4 hold the path's nodes at 0, 3 and 4; between them stand a sibling and its child.
         tokens = torch.tensor([[path[0], 0, past[0], path[1], path[2]]] * 2, device=self.device)

@@ -420,7 +420,7 @@ def other(name: str) -> Target:
     models: dict[str, Any] = {
         "cohere": lambda: CohereForCausalLM(CohereConfig(**shape, logit_scale=2.0)),
         "olmo": lambda: OlmoForCausalLM(OlmoConfig(**shape)),
-        "phi": lambda: PhiForCausalLM(PhiConfig(**shape, partial_rotary_factor=0.5)),
+        "phi": lambda: PhiForCausalLM(PhiConfig(**shape)),
     }
     model = models[name]()
     if name == "phi":

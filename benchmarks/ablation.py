@@ -22,6 +22,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from torch import Tensor
+
 from haast.api import Haast
 from haast.bench.report import environment
 from haast.cli.trainrun import head_config
@@ -31,6 +33,7 @@ from haast.drafters.shape import shape_for
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine import Engine, Stats, StopConfig
 from haast.heads.checkpoint import Head
+from haast.heads.config import HeadConfig
 from haast.models import load_target
 from haast.prompts import read_prompts
 from haast.sampling import SamplingConfig
@@ -92,6 +95,13 @@ class Bench:
     def __init__(self, target: Target, prompts: list[str], tokens: int) -> None:
         self.target, encoder = target, Haast(target, VanillaDrafter())
         self._prompts, self._tokens, self._ends = [encoder.encode(p) for p in prompts], tokens, encoder.eos_ids()
+        self._starts: dict[int, dict[str, Tensor]] = {}
+
+    def start(self, sizes: HeadConfig, examples: list[Example]) -> dict[str, Tensor]:
+        """The target's last layer, computed once for each choice of data."""
+        if id(examples[0]) not in self._starts:
+            self._starts[id(examples[0])] = last_layer_weights(self.target, sizes, examples)
+        return self._starts[id(examples[0])]
 
     def run(self, drafter: Drafter, limit: int | None = None) -> Stats:
         """Decode the prompts greedily."""
@@ -134,9 +144,7 @@ def train_row(
     examples = (data["own"] + data["more"])[:size] if row.data == "own" else data[row.data]
     sizes, frozen = head_config(config, bench.target), Frozen.of(bench.target)
     plain = config.head != "eagle3" and config.layers == 1 and not config.markov_rank
-    start = None
-    if plain and config.initialisation != "random":
-        start = last_layer_weights(bench.target, sizes, examples)
+    start = bench.start(sizes, examples) if plain and config.initialisation != "random" else None
     parts = (sizes, frozen, examples, data["valid"])
     with TemporaryDirectory() as folder:
         late = replace(config, views=10**9, align_after=0.0)

@@ -26,7 +26,8 @@ def render(readme: str, results: Path) -> str:
     def block(match: re.Match[str]) -> str:
         documents = {f"{name}.json": _read(results / f"{name}.json") for name in match["name"].split("+")}
         if len(documents) > 1:
-            return match[1] + _tau_table(documents) + match[3]
+            table = _answers if all("added" in document for document in documents.values()) else _tau_table
+            return match[1] + table(documents) + match[3]
         ((name, document),) = documents.items()
         return match[1] + _table(document, name) + match[3]
 
@@ -86,6 +87,16 @@ def _training(document: dict[str, Any]) -> str:
         )
     reached = ", ".join(f"{tau} in {seconds / 60:.0f} min" for tau, seconds in document["seconds_to_tau"].items())
     return "\n".join(lines) + f"\n\nFirst evaluation with a tau of at least: {reached}. Peak memory {_gb(document)}.\n"
+
+
+def _answers(documents: dict[str, dict[str, Any]]) -> str:
+    lines = ["| answers | tokens/s, loading included | peak memory |", "|---|---|---|"]
+    sources = []
+    for name, document in documents.items():
+        where = document["environment"]
+        lines.append(f"| {document['added']} | {document['tokens_per_s']:.0f} | {_gb(document)} |")
+        sources.append(f"`results/{name}`: `{where['command']}`; commit {where['commit']['hash'][:12]}.")
+    return "\n".join(lines) + "\n\n" + "\n".join(sources) + "\n"
 
 
 def _gb(document: dict[str, Any]) -> str:

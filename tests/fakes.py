@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from haast.drafters.base import Accepted, Drafter
@@ -15,6 +17,7 @@ from haast.drafters.vanilla import VanillaDrafter
 from haast.engine import Emission, Engine, Stats, StopConfig
 from haast.heads.checkpoint import Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
+from haast.heads.module import DraftModule
 from haast.sampling import SamplingConfig, keyed_uniform
 from haast.target import Target
 from haast.tree import DraftTree
@@ -232,3 +235,29 @@ def chi_square_p(observed: Sequence[float], expected: Sequence[float]) -> float:
     statistic = sum((o - e) ** 2 / e for o, e in cells)
     half = torch.tensor((len(cells) - 1) / 2, dtype=torch.float64)
     return float(torch.special.gammaincc(half, torch.tensor(statistic / 2, dtype=torch.float64)))
+
+
+def drafted(module: DraftModule, embedded: Tensor, known: Tensor, count: int) -> Tensor:
+    """The state (hidden,) behind `known` (n, hidden), after `count` states of the module's own, by brute force.
+
+    `embedded` (n + count at least, hidden) are the pairs' embeddings; positions count from 0.
+    """
+    own = known
+    for _ in range(count + 1):
+        places = torch.arange(len(own)).unsqueeze(0)
+        grown = module(embedded[: len(own)].unsqueeze(0), own.unsqueeze(0), places)[0, -1:]
+        own = torch.cat([own, grown])
+    return own[-1]
+
+
+def dies_after(append: Callable[..., None], count: int, tail: bytes = b"") -> Callable[..., None]:
+    """Stands in for `answers.append_record`: after `count` records a kill, in the middle of the line `tail`."""
+    left = iter(range(count))
+
+    def dying(file: Any, record: dict[str, Any], path: Path) -> None:
+        if next(left, None) is None:
+            file.write(tail)
+            raise KeyboardInterrupt
+        append(file, record, path)
+
+    return dying

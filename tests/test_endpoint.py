@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from chats import family
+from fakes import dies_after
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
@@ -309,15 +310,8 @@ def test_a_killed_run_resumes_to_the_same_answers(
 ) -> None:
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     ask(server, whole, prompts(4, turns=2), turns=2)
-    append, left = answers.append_record, iter(range(3))
-
-    def dying(file: Any, record: Body, path: Path) -> None:
-        if next(left, None) is None:
-            file.write(b'{"id": "p0", "resp')  # a kill in the middle of a line
-            raise KeyboardInterrupt
-        append(file, record, path)
-
-    monkeypatch.setattr(answers, "append_record", dying)
+    tail = b'{"id": "p0", "resp'
+    monkeypatch.setattr(answers, "append_record", dies_after(answers.append_record, 3, tail))
     with pytest.raises(KeyboardInterrupt):
         ask(server, cut, prompts(4, turns=2), turns=2)
     monkeypatch.undo()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fakes import drafted
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -117,7 +118,7 @@ def trained(target: Target, kind: str, examples: list[Example], dtype: torch.dty
 
 
 def plain(head: TrainedHead) -> DraftModule:
-    return head.plain(plain_weights(head))
+    return head.plain()
 
 
 def pairs(head: TrainedHead, target: Target, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,13 +152,7 @@ def test_passes_read_what_drafts_read(kind: str, target: Target, examples: list[
             end = int(batch.queries[query])
             if end >= first:
                 break
-            own = known[: end - number + 1]
-            for _ in range(number):  # draft one more state, then read it
-                count = len(own)
-                grown = module(embedded[None, :count], own[None], torch.arange(count)[None])[0, -1:]
-                own = torch.cat([own, grown])
-            count = len(own)
-            wanted = module(embedded[None, :count], own[None], torch.arange(count)[None])[0, -1]
+            wanted = drafted(module, embedded, known[: end - number + 1], number)
             assert torch.allclose(output[place] * unit(head), wanted, atol=2e-5), (number, query)
             seen += 1
     assert number == 2 and seen > 20

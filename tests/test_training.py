@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fakes import dies_after, drafted
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional
@@ -207,13 +208,7 @@ def test_alignment_pass_reads_what_a_draft_reads(target: Target, examples: list[
             end = int(batch.queries[query])
             if end >= first:
                 break
-            own = known[: end - number + 1]
-            for _ in range(number):  # draft one more feature, then read it
-                count = len(own)
-                grown = plain(embedded[None, :count], own[None], torch.arange(count)[None])[0, -1:]
-                own = torch.cat([own, grown])
-            count = len(own)
-            wanted = plain(embedded[None, :count], own[None], torch.arange(count)[None])[0, -1]
+            wanted = drafted(plain, embedded, known[: end - number + 1], number)
             assert torch.allclose(output[place] * head.scales.feature, wanted, atol=1e-5)
     assert number == 2
 
@@ -575,15 +570,8 @@ def test_a_killed_regeneration_resumes_to_the_same_answers(
 ) -> None:
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     regenerate.regenerate(target, tokenizer, prompts(), whole, settings(), quiet=True)
-    append, left = answers.append_record, iter(range(4))
-
-    def dying(file: Any, record: dict[str, Any], path: Path) -> None:
-        if next(left, None) is None:
-            file.write(b'{"id": "p0", "resp')  # a kill in the middle of a line
-            raise KeyboardInterrupt
-        append(file, record, path)
-
-    monkeypatch.setattr(answers, "append_record", dying)
+    tail = b'{"id": "p0", "resp'
+    monkeypatch.setattr(answers, "append_record", dies_after(answers.append_record, 4, tail))
     with pytest.raises(KeyboardInterrupt):
         regenerate.regenerate(target, tokenizer, prompts(), cut, settings(), quiet=True)
     monkeypatch.undo()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from chats import family
-from fakes import tiny_llama
+from fakes import dies_after, tiny_llama
 from typer.testing import CliRunner, Result
 
 from haast.cli import app
@@ -77,14 +77,7 @@ def test_neither_the_batch_nor_a_kill_between_turns_changes_answers(
 ) -> None:
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     ask(target, whole, batch=1)
-    append, left = answers.append_record, iter(range(3))
-
-    def dying(file: Any, record: dict[str, Any], path: Path) -> None:
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        append(file, record, path)
-
-    monkeypatch.setattr(answers, "append_record", dying)
+    monkeypatch.setattr(answers, "append_record", dies_after(answers.append_record, 3))
     with pytest.raises(KeyboardInterrupt):
         ask(target, cut)
     monkeypatch.undo()

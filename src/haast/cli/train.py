@@ -130,8 +130,8 @@ def train(
         from haast.bench.runner import peak_rss_mb
 
         where = environment(target, loading.model, data.valid_prompts, len(prompts), asdict(settings))
-        document = {**result, "metrics": run.metrics(out), "peak_rss_mb": peak_rss_mb(), "environment": where}
-        write_json({**document, "head": str(out / "best")}, json_out)
+        document = {**result, "peak_rss_mb": peak_rss_mb(), "environment": where, "head": str(out / "best")}
+        write_json(document, json_out)
 
 
 def _main_process(data: TrainingData) -> bool:

@@ -6,7 +6,6 @@ Owns what the trainer leaves open: `measure_tau`, `export`, and which sequences 
 from __future__ import annotations
 
 import copy
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -140,12 +139,6 @@ class Run:
         if wanted == "random" or not fits or (wanted == "auto" and why_not_last_layer(self._target, sizes)):
             return None
         return last_layer_weights(self._target, sizes, self._train)
-
-    @staticmethod
-    def metrics(out: Path) -> list[dict[str, Any]]:
-        """The evaluations of a run, as metrics.jsonl has them."""
-        lines = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-        return [line for line in lines if "seconds" in line]
 
     def measure_tau(self, head: DraftModule, draft_vocab: Tensor) -> float:
         """Tau of the real engine on the validation prompts, greedy."""

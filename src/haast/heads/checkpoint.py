@@ -88,7 +88,7 @@ def load_head(folder: Path) -> Head:
     config = _config(folder, document)
     size = document.get("draft_vocab_size")
     try:
-        module = _module(config, size)
+        module = build_module(config, size)
     except _NO_SIZES as error:
         raise HeadMismatchError(f"{folder / 'config.json'}: sizes do not make a head: {error}") from error
     path = folder / "model.safetensors"
@@ -111,7 +111,8 @@ def load_head(folder: Path) -> Head:
     return Head(module.eval().requires_grad_(False), vocab, dict(document.get("about", {})))
 
 
-def _module(config: HeadConfig, draft_vocab_size: int | None) -> DraftModule:
+def build_module(config: HeadConfig, draft_vocab_size: int | None) -> DraftModule:
+    """The module of these sizes; `draft_vocab_size` is a FeatExtrapolator's, an Eagle3Config has its own."""
     if isinstance(config, Eagle3Config):
         return Eagle3Head(config)
     assert isinstance(config, FeatExtrapolatorConfig), "there are two kinds"

@@ -135,17 +135,8 @@ class Eagle3Head(DraftModule):
         cache: TreeCache | None = None,
     ) -> Tensor:
         rotary = self.rotary(states, position_ids=position_ids)
-        output: Tensor = self.midlayer(embeddings, states, rotary, bias, cache)
-        for layer in self.more:
-            output = layer(
-                output,
-                attention_mask=bias,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                position_embeddings=rotary,
-            )
-        return output
+        first = self.midlayer(embeddings, states, rotary, bias, cache)
+        return self.through(self.more, first, rotary, position_ids, bias, cache)
 
     def normed(self, states: Tensor) -> Tensor:
         output: Tensor = self.norm(states)

@@ -73,19 +73,9 @@ class FeatExtrapolator(DraftModule):
             embeddings = torch.zeros_like(embeddings)
         elif self.config.inputs == "token":
             states = torch.zeros_like(states)
-        output = self.fc(torch.cat([embeddings, states], dim=-1))
-        rotary = self.rotary(output, position_ids=position_ids)
-        for layer in self.layers:
-            output = layer(
-                output,
-                attention_mask=bias,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                position_embeddings=rotary,
-            )
-        assert isinstance(output, Tensor), "a Llama layer returns one tensor"
-        return output
+        fused = self.fc(torch.cat([embeddings, states], dim=-1))
+        rotary = self.rotary(fused, position_ids=position_ids)
+        return self.through(self.layers, fused, rotary, position_ids, bias, cache)
 
     def lm_rows(self, target_rows: Tensor) -> Tensor:
         if not self.config.markov_rank:

@@ -63,6 +63,28 @@ class DraftModule(nn.Module, ABC):
             (rows, nodes, hidden): the next states.
         """
 
+    def through(
+        self,
+        layers: nn.ModuleList,
+        states: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        position_ids: Tensor,
+        bias: Tensor | None,
+        cache: TreeCache | None,
+    ) -> Tensor:
+        """States (rows, nodes, hidden) through Llama layers, one after the other."""
+        for layer in layers:
+            states = layer(
+                states,
+                attention_mask=bias,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                position_embeddings=rotary,
+            )
+        assert isinstance(states, Tensor), "a Llama layer returns one tensor"
+        return states
+
     @abstractmethod
     def lm_rows(self, target_rows: Tensor) -> Tensor:
         """Weight (draft vocabulary, width) of the draft's LM head; `target_rows` are the target's for the same ids."""

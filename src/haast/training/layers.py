@@ -76,8 +76,8 @@ class DraftLayer(nn.Module):
 
     @property
     def gain(self) -> Tensor:
-        """The rms of the units, which keeps a norm's weight at 1 in whitened units."""
-        return self.units.square().mean().sqrt()
+        """What keeps a norm's weight at 1 in whitened units."""
+        return rms(self.units)
 
     def read(self, state: Tensor) -> Tensor:
         """What q, k and v read of the residual stream (n, hidden)."""
@@ -116,7 +116,12 @@ class DraftLayer(nn.Module):
         return output.transpose(1, 2).flatten(0, 1).flatten(1)[places]
 
 
+def rms(units: Tensor) -> Tensor:
+    """Root of the mean square over all entries."""
+    return units.square().mean().sqrt()
+
+
 def norm(state: Tensor, weight: Tensor, units: Tensor, eps: float) -> Tensor:
     """RMS norm of the plain stream units * state (n, hidden), in whitened units: about unit size for weight 1."""
     square = (state * units).square().mean(-1, keepdim=True)
-    return state * torch.rsqrt(square + eps) * (units.square().mean().sqrt() * weight)
+    return state * torch.rsqrt(square + eps) * (rms(units) * weight)

@@ -83,9 +83,7 @@ class Processes:
     def sums(self, values: dict[str, Tensor]) -> dict[str, float]:
         """Each value summed over processes; all must bring the same names."""
         names = sorted(values)
-        every = torch.stack([values[name].detach().double().cpu() for name in names]).to(
-            torch.float32 if self.device.type == "mps" else torch.float64
-        )
+        every = torch.stack([values[name].detach().cpu().double() for name in names])
         if self.count > 1:
             every = self._accelerator.reduce(every.to(self.device), reduction="sum").cpu()
         return dict(zip(names, every.tolist(), strict=True))

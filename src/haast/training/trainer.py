@@ -8,6 +8,7 @@ one process that accumulates n times as many batches.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -126,7 +127,7 @@ class Trainer:
         if start_from is not None:
             load_plain(self.head, start_from)
         self._captured = not self.head.regresses
-        self._plain = make_head(config, head_config, frozen, self.train_set, draft_vocab)  # whole and on the CPU
+        self._plain = copy.deepcopy(self.head)  # stays whole and on the CPU
         self._objective = self._processes.prepare(
             Objective(self.head, frozen, draft_vocab, config, self._processes.device)
         )
@@ -140,7 +141,10 @@ class Trainer:
         )
 
     def run(self, resume: bool = False) -> dict[str, Any]:
-        """Train to the end (or Ctrl-C, which saves first). Returns the last evaluation, and the seconds to each tau.
+        """Train to the end (or Ctrl-C, which saves first).
+
+        Returns:
+            The last evaluation, all of them as `metrics`, and the seconds to each tau.
 
         Raises:
             KeyboardInterrupt: after the checkpoint was written.
@@ -170,7 +174,9 @@ class Trainer:
         if not (self._at.ended and result):
             self._report.line(self._at.step)
             result = self.evaluate()
-        return result | {"seconds": self._at.seconds, "seconds_to_tau": self._marks()}
+        evaluations = [line for line in self._report.lines() if "seconds" in line]
+        marks = _seconds_to_tau(evaluations)
+        return result | {"seconds": self._at.seconds, "seconds_to_tau": marks, "metrics": evaluations}
 
     def _advance(self, batches: Iterator[tuple[int, int, list[int]]]) -> None:
         """One step: every process takes its share of the next batches."""
@@ -281,7 +287,7 @@ class Trainer:
     def _plain_head(self, weights: dict[str, Tensor]) -> DraftModule:
         prefix = "head."
         self._plain.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
-        return self._plain.plain(plain_weights(self._plain))
+        return self._plain.plain()
 
     def _store(self, folder: Path, head: DraftModule) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -301,15 +307,6 @@ class Trainer:
         finally:
             for parameter, data in zip(parameters, own, strict=True):
                 parameter.data = data
-
-    def _marks(self) -> dict[str, float]:
-        """Seconds until an evaluation first measured each tau."""
-        found = {}
-        for line in self._report.lines():
-            for mark in _MARKS:
-                if line.get("tau", 0.0) >= mark and str(mark) not in found:
-                    found[str(mark)] = line["seconds"]
-        return found
 
     def save(self) -> Path:
         """Write a checkpoint; returns its path."""
@@ -339,7 +336,7 @@ class Trainer:
         if not resume:
             raise ValueError(f"{self.out_dir} holds a training run: resume it, or choose another folder")
         own = asdict(self.config) | asdict(self.head_config) | {"processes": self._processes.count, "data": self._data}
-        then = state["config"] | state["head"] | {"processes": state["processes"], "data": state["data"]}
+        then = state["config"] | state["head"] | {name: state.get(name) for name in ("processes", "data")}
         changed = {k: (then.get(k), own.get(k)) for k in sorted({*then, *own}) if then.get(k) != own.get(k)}
         if changed:
             raise ValueError(
@@ -351,6 +348,16 @@ class Trainer:
         self._averages = [average.to(self._processes.device) for average in state["averages"]]
         self._at = _Progress(**state["progress"])
         self._report.start(self._at.step, state["report"])
+
+
+def _seconds_to_tau(evaluations: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Seconds until an evaluation first measured each of some taus."""
+    found: dict[str, float] = {}
+    for line in evaluations:
+        for mark in _MARKS:
+            if line.get("tau", 0.0) >= mark:
+                found.setdefault(str(mark), line["seconds"])
+    return found
 
 
 def make_head(

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from haast.heads.checkpoint import build_module
 from haast.heads.config import HeadConfig
-from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
+from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.heads.module import DraftModule
 from haast.training.batches import Example
 from haast.training.layers import Angles, DraftLayer
@@ -125,9 +126,12 @@ class TrainedHead(nn.Module, ABC):
     def parts(self) -> Parts:
         """Every plain tensor as its whitened part and the factor (broadcastable to it) between the two."""
 
-    @abstractmethod
-    def plain(self, weights: dict[str, Tensor]) -> DraftModule:
-        """The module that users get, with plain weights, in eval mode."""
+    def plain(self) -> DraftModule:
+        """The module that users get, with the present weights, in eval mode."""
+        drafted = self.markov_rows.shape[0] if self.config.markov_rank else None
+        module = build_module(self.config, drafted).to(self._dtype)
+        module.load_state_dict(plain_weights(self))
+        return module.eval()
 
 
 def layer_parts(layer: DraftLayer, prefix: str, reads: Tensor) -> Parts:
@@ -192,13 +196,6 @@ class WhitenedHead(TrainedHead):
             reads = torch.ones_like(feature) if layer.normed else inverse
             parts |= layer_parts(layer, f"layers.{number}.", reads)
         return parts | self.markov_parts()
-
-    def plain(self, weights: dict[str, Tensor]) -> DraftModule:
-        assert isinstance(self.config, FeatExtrapolatorConfig), "its own configuration"
-        rows = self.markov_rows.shape[0] if self.config.markov_rank else None
-        module = FeatExtrapolator(self.config, rows).to(self._dtype)
-        module.load_state_dict(weights)
-        return module.eval()
 
 
 @torch.no_grad()

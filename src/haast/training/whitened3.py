@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from haast.heads.eagle3 import Eagle3Config, Eagle3Head
-from haast.heads.module import DraftModule
-from haast.training.layers import DraftLayer, norm
+from haast.heads.eagle3 import Eagle3Config
+from haast.training.layers import DraftLayer, norm, rms
 from haast.training.whitened import Parts, Scales, TrainedHead, layer_parts
 
 _LEAST_GAIN = 0.05  # of the final norm's typical gain: a dimension that the norm all but drops is not blown up
@@ -77,8 +76,7 @@ class WhitenedEagle3(TrainedHead):
             parts = []
             for part, unit in zip(features.chunk(self._count, -1), self.captured.chunk(self._count), strict=True):
                 square = (part * unit).square().mean(-1, keepdim=True)
-                typical = unit.square().mean().sqrt()
-                parts.append(part * typical * torch.rsqrt(square + self.config.rms_norm_eps))
+                parts.append(part * rms(unit) * torch.rsqrt(square + self.config.rms_norm_eps))
             features = torch.cat(parts, dim=-1) * self.fc_norm
         return functional.linear(features, self.fc)
 
@@ -106,8 +104,8 @@ class WhitenedEagle3(TrainedHead):
 
     def parts(self) -> Parts:
         units, captured, one = self.units, self.captured, torch.ones((), device=self.units.device)
-        gain = units.square().mean().sqrt()
-        typical = torch.cat([part.square().mean().sqrt().expand_as(part) for part in captured.chunk(self._count)])
+        gain = rms(units)
+        typical = torch.cat([rms(part).expand_as(part) for part in captured.chunk(self._count)])
         inside = one.expand_as(captured) if self._fc_norm else 1 / captured
         parts: Parts = {"fc.weight": (self.fc, units[:, None] * inside)}
         if self._fc_norm:
@@ -121,12 +119,6 @@ class WhitenedEagle3(TrainedHead):
             parts |= layer_parts(layer, prefix, torch.ones(layer.query.shape[1], device=units.device))
         parts |= {"norm.weight": (self.final_norm, gain / units), "lm_head.weight": (self.lm_head, one)}
         return parts | self.markov_parts()
-
-    def plain(self, weights: dict[str, Tensor]) -> DraftModule:
-        assert isinstance(self.config, Eagle3Config), "its own configuration"
-        module = Eagle3Head(self.config).to(self._dtype)
-        module.load_state_dict(weights)
-        return module.eval()
 
 
 def _units(feature: Tensor, final_gain: Tensor | None) -> Tensor:

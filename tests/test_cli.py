@@ -291,6 +291,40 @@ def test_train_from_shards_and_self_test(home: Path, tmp_path: Path) -> None:
     assert "head" in document(haast_run("train", *model, "--shards", shards, "--out", run, *short, "--resume"))
 
 
+def test_shards_are_narrowed_to_the_given_answers(home: Path, tmp_path: Path) -> None:
+    model = ["--model", home / "model", "--packing", "off", "--topk", 4]
+    answers, shards = tmp_path / "answers.jsonl", tmp_path / "shards"
+    made = ["regenerate", *model, "--prompts", home / "prompts.jsonl", "--max-new-tokens", 16, "--out", answers]
+    assert haast_run(*made, "--shards", shards).exit_code == 0
+    first = json.loads(answers.read_text().splitlines()[0])
+    train = ["train", *model, "--shards", shards, "--views", 20]
+    for name, more in (("answers", ["--answers", answers, "--limit", 1]), ("limit", ["--limit", 1])):
+        assert haast_run(*train, *more, "--out", tmp_path / name).exit_code == 0
+        about = json.loads((tmp_path / name / "best" / "config.json").read_text())["about"]
+        assert about["sequences"] == 1
+        if name == "answers":
+            assert about["supervised_tokens"] == len(first["response_ids"])
+    gz = [*made[:-1], tmp_path / "answers.jsonl.gz"]
+    refused(haast_run(*gz), "without .gz")
+
+
+def test_an_eagle3_head_trains_and_drafts(home: Path, tmp_path: Path) -> None:
+    model = ["--model", home / "model", "--packing", "off"]
+    answers, run = tmp_path / "answers.jsonl", tmp_path / "run"
+    prompts = ["--prompts", home / "prompts.jsonl", "--max-new-tokens", 16]
+    assert haast_run("regenerate", *model, *prompts, "--out", answers).exit_code == 0
+    sizes = ["--views", 60, "--draft-vocab", 64, "--topk", 4, "--alignment-steps", 3, "--fc-norm", "--markov-rank", 2]
+    trained = haast_run("train", *model, "--head", "eagle3", "--answers", answers, "--out", run, *sizes, "--json", "-")
+    assert document(trained)["metrics"][-1]["views"] >= 60
+    said = haast_run("generate", "Hi", *model, "--head", run / "best", "--max-new-tokens", 8, "--compare")
+    assert said.exit_code == 0 and "the same text" in said.output, said.output
+    begin = ["--start-from", run / "best", "--out", tmp_path / "next", *sizes[:6]]
+    refused(haast_run("train", *model, "--answers", answers, *begin), "does not fit the settings' --head")
+    refused(haast_run("train", *model, "--answers", answers, *begin, "--head", "eagle3"), "'markov_rank': (2, 0)")
+    begun = haast_run("train", *model, "--answers", answers, *begin[:4], *sizes, "--head", "eagle3")
+    assert begun.exit_code == 0, begun.output
+
+
 def test_info_states_model_and_head(home: Path) -> None:
     facts = document(haast_run("info", *parts(home), "--json", "-"))
     stock = LlamaForCausalLM(tiny_config())

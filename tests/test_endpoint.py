@@ -145,8 +145,9 @@ def by_id(path: Path) -> dict[str, Body]:
 
 def test_answers_are_the_servers_text_in_the_targets_tokens(server: Server, tmp_path: Path) -> None:
     outcome = ask(server, tmp_path / "a.jsonl", api_key="secret")
-    assert outcome == Outcome(total=6, before=0, added=6)
     config, got = settings(), by_id(tmp_path / "a.jsonl")
+    tokens = sum(len(record["response_ids"]) for record in got.values())
+    assert outcome == Outcome(total=6, before=0, added=6, tokens=tokens) and tokens > 0
     seeds = set()
     for index, prompt in enumerate(prompts()):
         record = got[prompt.id]
@@ -249,6 +250,14 @@ def test_settings_that_a_server_does_not_know_are_left_away(server: Server, tmp_
     server.plan = plan
     assert ask(server, tmp_path / "a.jsonl").added == 6
     assert server.bodies[-1]["top_k"] == -1 and "min_p" not in server.bodies[-1]
+
+
+def test_a_server_that_cannot_be_told_how_to_think_is_not_asked_otherwise(server: Server, tmp_path: Path) -> None:
+    """Its answers would say `thinking: false` and hold thoughts."""
+    server.plan = lambda number, body: (400, {}, {"error": {"message": "unknown field chat_template_kwargs"}})
+    with pytest.raises(ValueError, match="leave --thinking or --no-thinking out"):
+        ask(server, tmp_path / "a.jsonl", thinking=False)
+    assert not (tmp_path / "a.jsonl").read_text()
 
 
 # What ends a run

@@ -469,6 +469,15 @@ def test_shards_over_the_cap_are_refused_before_anything_is_written(target: Targ
         features.check_room(tmp_path, 10**15, identity(target), 1e15)
 
 
+def test_shards_take_another_answer_of_the_same_id_and_count_what_is_there(target: Target, tmp_path: Path) -> None:
+    first = [TokenSequence(s.tokens, s.supervised, {"id": "0", "response_ids": s.tokens[4:]}) for s in sequences(2)]
+    assert features.extract(target, first[:1], tmp_path, identity(target), quiet=True) == 1
+    assert features.extract(target, first, tmp_path, identity(target), quiet=True) == 1
+    used = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) / 10**9
+    with pytest.raises(ValueError, match=r"beside .* that are there, the cap is"):
+        features.extract(target, sequences(12), tmp_path, identity(target), max_gb=used * 1.01, quiet=True)
+
+
 def test_corrupt_and_foreign_shards_are_refused(target: Target, tmp_path: Path) -> None:
     features.extract(target, sequences(3), tmp_path, identity(target), quiet=True)
     changes: list[tuple[str, Any]] = [("hidden_size", 31), ("vocab_size", 65), ("tokenizer", "other")]

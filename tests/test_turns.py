@@ -53,9 +53,9 @@ def ask(target: Target, out: Path, **changes: Any) -> Outcome:
 
 
 def test_a_later_turn_is_answered_knowing_the_earlier_answers(target: Target, tmp_path: Path) -> None:
-    outcome = ask(target, tmp_path / "a.jsonl")
-    assert outcome == Outcome(total=8, before=0, added=8, tokens=outcome.tokens) and outcome.tokens >= 8
-    got = by_id(tmp_path / "a.jsonl")
+    outcome, got = ask(target, tmp_path / "a.jsonl"), by_id(tmp_path / "a.jsonl")
+    count = sum(len(record["response_ids"]) for record in got.values())
+    assert outcome == Outcome(total=8, before=0, added=8, tokens=count)
     assert set(got) == {"p0", "p1", "p1#2", "p2", "p2#2", "p3", "p4", "p4#2"}
     first, second = got["p1"], got["p1#2"]
     assert "history" not in first and second["history"] == ["say 1 0", first["response"]]
@@ -102,6 +102,15 @@ def test_what_stands_behind_a_missing_answer_is_left_out(target: Target, tmp_pat
     many = [Prompt("long", ("x" * 400, "more")), Prompt("late", ("say", "y" * 400, "more")), Prompt("fine", ("say",))]
     outcome = regenerate(target, TOKENIZER, many, tmp_path / "a.jsonl", settings(turns=3), quiet=True)
     assert (outcome.total, outcome.added, outcome.left_out) == (6, 2, 4)
+
+
+def test_another_prompt_of_the_same_id_is_refused(target: Target, tmp_path: Path) -> None:
+    ask(target, tmp_path / "a.jsonl")
+    other = [Prompt("p0", ("something else",))]
+    with pytest.raises(ValueError, match=r"'p0' to another prompt.*--out"):
+        regenerate(target, TOKENIZER, other, tmp_path / "a.jsonl", settings(), quiet=True)
+    with pytest.raises(ValueError, match="the same id 'p0'"):
+        regenerate(target, TOKENIZER, other * 2, tmp_path / "b.jsonl", settings(), quiet=True)
 
 
 def test_questions_follow_one_another() -> None:

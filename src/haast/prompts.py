@@ -6,10 +6,12 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,14 @@ def read_prompts(path: str | Path, limit: int | None = None, spread: bool = Fals
         prompts.append(_prompt(value, f"{path}, line {number}"))
     if not prompts:
         raise ValueError(f"{path} holds no prompts: give JSON lines with `turns` or `prompt`")
-    if limit is not None and limit < len(prompts):
-        prompts = [prompts[i * len(prompts) // limit] for i in range(limit)]
-    return prompts
+    return prompts if limit is None else evenly(prompts, limit)
+
+
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """`count` of the items, spread over all of them; all where there are no more."""
+    if count >= len(items):
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def _prompt(value: dict[str, Any], where: str) -> Prompt:

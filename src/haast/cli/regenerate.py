@@ -121,6 +121,8 @@ def regenerate(
     chosen = read_prompts(prompts, limit)
     if out.is_dir():
         raise ValueError(f"cannot write {out}: it is a folder; give a file name in it")
+    if out.suffix == ".gz":
+        raise ValueError(f"cannot write {out}: answers are appended as plain text; give a name without .gz")
     for folder in (out.parent, *([config.features_dir] if config.features_dir else [])):
         write_probe(folder)
     check_writable(json_out)

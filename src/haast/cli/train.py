@@ -31,7 +31,7 @@ class TrainingData:
         Path | None, typer.Option(metavar="FILE", help="Answers, as `haast regenerate` writes them.")
     ] = None
     shards: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Feature shards; with --answers, missing ones are made first.")
+        Path | None, typer.Option(metavar="DIR", help="Feature shards; with --answers, those of these answers.")
     ] = None
     valid_prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Prompts on which tau is measured; none: no tau.")
@@ -196,9 +196,8 @@ def _sequences(target: Target, records: Sequence[dict[str, Any]], data: Training
         raise ValueError("the target has no tokenizer, so answers cannot be put through its chat template")
     if not records:
         raise ValueError("--show-data shows answers: give --answers FILE")
-    known = max(target.vocab_size, len(target.tokenizer))
     longest = min(data.max_tokens, target.context_length or data.max_tokens)
-    return encode_answers(target.tokenizer, records, longest, known)
+    return encode_answers(target.tokenizer, records, longest, target.vocab_size)
 
 
 def _straight(target: Target, records: Sequence[dict[str, Any]], data: TrainingData) -> list[TokenSequence]:
@@ -257,8 +256,10 @@ def _stored(
     identity: ShardIdentity,
     limit: int | None,
 ) -> tuple[list[Example], list[dict[str, Any]]]:
-    """Examples of shards. Shards hold looping answers too: the filter is each training run's own choice."""
+    """Examples of shards: those of the given answers, else all. Shards hold looping answers too, each run chooses."""
     from haast.loops import loops
+    from haast.prompts import evenly
+    from haast.training.answers import record_key
     from haast.training.features import extract, read_shards
     from haast.training.provenance import check_features
 
@@ -267,9 +268,14 @@ def _stored(
         extract(target, sequences, folder, identity, max_gb=data.max_gb, quiet=not sys.stderr.isatty())
     examples, sources = read_shards(folder, identity)
     check_features(target, examples, str(folder))
-    examples, sources = examples[:limit], sources[:limit]
-    if data.loops == "keep":
-        return examples, sources
-    kept = [i for i, e in enumerate(examples) if not loops(e.tokens[e.supervised.bool()].tolist())]
-    _say_dropped(len(examples), len(kept))
-    return [examples[i] for i in kept], [sources[i] for i in kept]
+    pairs = list(zip(examples, sources, strict=True))
+    if records:
+        asked = {record_key(record) for record in records}
+        pairs = [pair for pair in pairs if record_key(pair[1]) in asked]
+    elif limit is not None:  # a shard lies in order of length
+        pairs = evenly(pairs, limit)
+    if data.loops == "drop":
+        kept = [(e, s) for e, s in pairs if not loops(e.tokens[e.supervised.bool()].tolist())]
+        _say_dropped(len(pairs), len(kept))
+        pairs = kept
+    return [example for example, _ in pairs], [source for _, source in pairs]

@@ -28,8 +28,8 @@ _RECORD_BEGINS = b'{"id": '
 
 
 def record_key(record: dict[str, Any]) -> str:
-    """An answer's identity: prompt id and temperature."""
-    return f"{record.get('id')}@{record.get('temperature', 0.0)}"
+    """An answer's identity: prompt id, temperature, and a hash of what was said, since ids of two sets may be alike."""
+    return f"{record.get('id')}@{record.get('temperature', 0.0)}:{_hash(record, 'response_ids', 'thinking')}"
 
 
 def read_answers(path: str | Path) -> list[dict[str, Any]]:
@@ -82,8 +82,8 @@ def _problem_of_messages(messages: Any) -> str:
     return "" if "assistant" in roles else "`messages` have no assistant turn, so there is nothing to learn"
 
 
-def _hash(value: dict[str, Any]) -> str:
-    said = json.dumps([value.get(name) for name in ("messages", "history", "prompt", "response")])
+def _hash(value: dict[str, Any], *more: str) -> str:
+    said = json.dumps([value.get(name) for name in ("messages", "history", "prompt", "response", *more)])
     return hashlib.sha256(said.encode()).hexdigest()[:12]
 
 

@@ -8,7 +8,7 @@ since the target's own words are part of what it is asked.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -129,13 +129,16 @@ class Questions:
         records: answers there, by id. `AnswersFile.records`, which grows.
 
     Raises:
-        ValueError: two turns of one id.
+        ValueError: two turns of one id, or an answer there is to another question of the same id.
     """
 
     def __init__(self, prompts: Sequence[Prompt], turns: int, records: dict[str, dict[str, Any]]) -> None:
         ids = [turn_id(prompt, turn) for prompt in prompts for turn in range(min(turns, len(prompt.turns)))]
-        if len(set(ids)) < len(ids):
-            raise ValueError("two prompts have the same id: give each line its own, answers are resumed by id")
+        twice = next((name for name, count in Counter(ids).items() if count > 1), None)
+        if twice is not None:
+            raise ValueError(
+                f"two prompts have the same id {twice!r}: give each line its own, answers are resumed by id"
+            )
         self.total = len(ids)
         self.before = sum(name in records for name in ids)
         self._turns, self._records = turns, records
@@ -159,6 +162,11 @@ class Questions:
             record = self._records.get(turn_id(prompt, turn))
             if record is None:
                 return Question(index, turn, prompt, history)
+            if record.get("prompt", prompt.turns[turn]) != prompt.turns[turn]:
+                raise ValueError(
+                    f"the answers file holds an answer {record['id']!r} to another prompt than the one of that id now: "
+                    f"give another --out, or prompts with ids of their own"
+                )
             history = (*history, prompt.turns[turn], str(record.get("response", "")))
         return None
 

@@ -127,7 +127,7 @@ def regenerate_from_endpoint(
                 asyncio.run(run.everything())
             except ExceptionGroup as group:  # of the workers; the first one's is what went wrong
                 raise group.exceptions[0] from group
-    return Outcome(questions.total, questions.before, run.added, run.failed, run.complaint)
+    return Outcome(questions.total, questions.before, run.added, run.failed, run.complaint, progress.tokens)
 
 
 class _Run:
@@ -263,6 +263,11 @@ class _Run:
                 raise NoAnswerError(f"no answer after {self._endpoint.retries} retries ({_words(error)})") from error
             except openai.APIStatusError as error:
                 unknown = [name for name in extra if name in str(error)]
+                if "chat_template_kwargs" in unknown:  # without it the answers would be of another kind than they say
+                    raise ValueError(
+                        f"{self._endpoint.base} does not take chat_template_kwargs ({_words(error)}), so thinking "
+                        f"cannot be set there: leave --thinking or --no-thinking out, or use another server"
+                    ) from error
                 if not unknown:
                     raise NoAnswerError(f"refused ({_words(error)})", refused=True) from error
                 for name in unknown:

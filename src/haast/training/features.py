@@ -65,10 +65,10 @@ class ShardIdentity:
 
 
 def check_room(folder: Path, tokens: int, identity: ShardIdentity, max_gb: float) -> float:
-    """Estimate what `tokens` positions take, in GB, and refuse what is too much, before anything is written.
+    """Estimate what `tokens` more positions take, in GB, and refuse what is too much, before anything is written.
 
     Raises:
-        ValueError: above `max_gb`, or above nine tenths of the free disk.
+        ValueError: above `max_gb` with the shards that are there, or above nine tenths of the free disk.
     """
     if max_gb <= 0:
         raise ValueError(f"max_gb={max_gb} is not allowed: give a cap above 0")
@@ -76,13 +76,19 @@ def check_room(folder: Path, tokens: int, identity: ShardIdentity, max_gb: float
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free / _GB
     remedy = "take fewer sequences, or train without shards (features in memory)"
-    if size > max_gb:
+    there_already = _stored_bytes(folder) / _GB
+    if size + there_already > max_gb:
+        beside = f" beside {there_already:.3g} GB that are there" if there_already else ""
         raise ValueError(
-            f"features of {tokens} tokens take {size:.3g} GB, the cap is {max_gb:g} GB: raise it, {remedy}"
+            f"features of {tokens} tokens take {size:.3g} GB{beside}, the cap is {max_gb:g} GB: raise it, {remedy}"
         )
     if size > 0.9 * free:
         raise ValueError(f"features of {tokens} tokens take {size:.3g} GB, {free:.3g} GB are free: make room, {remedy}")
     return size
+
+
+def _stored_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 class ShardWriter:
@@ -99,7 +105,7 @@ class ShardWriter:
         self._folder, self._identity, self._max_gb, self._prefix = folder, identity, max_gb, prefix
         folder.mkdir(parents=True, exist_ok=True)
         self._entries: list[tuple[Example, dict[str, Any]]] = []
-        self._used = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        self._used = _stored_bytes(folder)
         self._number = len(list(folder.glob(f"{prefix}-*.safetensors")))
 
     def __enter__(self) -> ShardWriter:

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from haast.errors import HeadMismatchError
+from haast.prompts import evenly
 from haast.target import Target
 from haast.training.batches import Example
 from haast.training.data import TokenSequence
@@ -32,8 +33,7 @@ def check_features(target: Target, examples: Sequence[Example], where: str) -> N
     Raises:
         HeadMismatchError: they are another model's, or of another layer.
     """
-    count = min(_EXAMPLES, len(examples))
-    some = [examples[i * len(examples) // count] for i in range(count)]
+    some = evenly(examples, _EXAMPLES)
     sequences = []
     for example in some:
         tokens = example.tokens[:_TOKENS].tolist()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_processes import launch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
@@ -323,6 +324,23 @@ def test_an_eagle3_head_trains_and_drafts(home: Path, tmp_path: Path) -> None:
     refused(haast_run("train", *model, "--answers", answers, *begin, "--head", "eagle3"), "'markov_rank': (2, 0)")
     begun = haast_run("train", *model, "--answers", answers, *begin[:4], *sizes, "--head", "eagle3")
     assert begun.exit_code == 0, begun.output
+
+
+@pytest.mark.slow
+def test_several_processes_train_from_shards_and_one_speaks(home: Path, tmp_path: Path) -> None:
+    model = ["--model", home / "model", "--packing", "off", "--topk", 4]
+    answers, shards, run = tmp_path / "answers.jsonl", tmp_path / "shards", tmp_path / "run"
+    made = ["regenerate", *model, "--prompts", home / "prompts.jsonl", "--max-new-tokens", 16, "--out", answers]
+    assert haast_run(*made, "--shards", shards).exit_code == 0
+    begin = ["-m", "haast", "train", *model, "--views", 60, "--out", run]
+    refusal = launch(*begin, "--answers", answers, processes=2)
+    assert refusal.returncode and "by 2 processes at once" in refusal.stderr and not (run / "best").exists()
+    done = launch(*begin, "--shards", shards, "--json", tmp_path / "run.json", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("the best head is in") == 1
+    assert json.loads((tmp_path / "run.json").read_text())["metrics"][-1]["views"] >= 60
+    alone = haast_run("train", *model, "--shards", shards, "--out", tmp_path / "x", "--shard")
+    refused(alone, "accelerate launch")
 
 
 def test_info_states_model_and_head(home: Path) -> None:

@@ -452,6 +452,28 @@ def test_targets_with_other_norms_and_logits_train_and_draft(name: str, kind: st
     assert found == texts and steps <= 20, steps
 
 
+def test_a_run_ends_at_its_tau_or_when_tau_no_longer_grows(examples: list[Example], tmp_path: Path) -> None:
+    target = llama(torch.float32)
+    some = [e for _, e in stream_examples(target, sequences(), topk=8)]
+    ends: dict[str, Any] = {"until_tau": 1.5, "patience": 2}
+    for name, value in ends.items():
+        taus = iter([1.2, 1.4, 1.6, 1.3, 1.1, 1.0])
+
+        def measured(*_: Any, taus: Iterator[float] = taus) -> float:
+            return next(taus)
+
+        config = TrainConfig(
+            views=6000, batch_tokens=60, draft_vocab=20, log_every=10**6, evaluate_every=500, checkpoint_every=10**6,
+            **{name: value},
+        )  # fmt: skip
+        out, frozen = tmp_path / name, Frozen.of(target)
+        run = Trainer(config, sizes(target, "feat"), frozen, some, [], out, measure_tau=measured, quiet=True)
+        found = run.run()
+        seen = [line["tau"] for line in found["metrics"]]
+        assert seen == ([1.2, 1.4, 1.6] if name == "until_tau" else [1.2, 1.4, 1.6, 1.3, 1.1])
+        assert found["seconds_to_tau"].keys() == {"1.5"}
+
+
 def test_shards_of_another_layer_set_are_not_added_to(target: Target, tmp_path: Path) -> None:
     extract(target, sequences(3), tmp_path, ShardIdentity.of(target, "tiny", 8, LAYERS), quiet=True)
     with pytest.raises(HeadMismatchError, match="give another folder"):

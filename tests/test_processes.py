@@ -52,7 +52,8 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in ("views_per_s", "seconds")} for line in lines]
 
 
-def launch(driver: Path, *arguments: object, processes: int = 1) -> int:
+def launch(*command_line: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run a driver script, or `-m haast ...`, in one process or several."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
@@ -66,8 +67,8 @@ def launch(driver: Path, *arguments: object, processes: int = 1) -> int:
         command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
         command += ["--main_process_port", str(port)]
     return subprocess.run(
-        [*command, str(driver), *map(str, arguments)], env=environment, capture_output=True, timeout=300, check=False
-    ).returncode
+        [*command, *map(str, command_line)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 @pytest.mark.slow
@@ -75,16 +76,16 @@ def launch(driver: Path, *arguments: object, processes: int = 1) -> int:
 def test_two_processes_have_the_loss_curve_of_one_with_twice_the_batch(shard: int, tmp_path: Path) -> None:
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
-    assert launch(driver, tmp_path / "one", 2, 0, 0, 0) == 0
-    assert launch(driver, tmp_path / "two", 1, shard, 0, 0, processes=2) == 0
+    assert launch(driver, tmp_path / "one", 2, 0, 0, 0).returncode == 0
+    assert launch(driver, tmp_path / "two", 1, shard, 0, 0, processes=2).returncode == 0
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert len(one) == len(two) > 10
     for here, there in zip(one, two, strict=True):
         assert here.keys() == there.keys()
         for name in here:
             assert here[name] == pytest.approx(there[name], rel=1e-4, abs=1e-4), name
-    assert launch(driver, tmp_path / "cut", 1, shard, 800, 0, processes=2) != 0
-    assert launch(driver, tmp_path / "cut", 1, shard, 0, 1, processes=2) == 0
+    assert launch(driver, tmp_path / "cut", 1, shard, 800, 0, processes=2).returncode != 0
+    assert launch(driver, tmp_path / "cut", 1, shard, 0, 1, processes=2).returncode == 0
     for here, there in zip(curve(tmp_path / "cut"), two, strict=True):
         assert here["views"] == there["views"]
         assert here.get("loss", 0.0) == pytest.approx(there.get("loss", 0.0), rel=1e-5)

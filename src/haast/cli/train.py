@@ -92,7 +92,7 @@ def train(
     check_at_least("show_data", show_data, 0)
     records = _read_records(data, limit)
     prompts = [] if data.valid_prompts is None else read_prompts(data.valid_prompts, data.valid_limit)
-    main = _main_process(data)
+    main = _main_process(data, settings, loading)
     if main:
         write_probe(out)
         check_writable(json_out)
@@ -134,21 +134,22 @@ def train(
         write_json(document, json_out)
 
 
-def _main_process(data: TrainingData) -> bool:
+def _main_process(data: TrainingData, settings: TrainConfig, loading: Loading) -> bool:
     """Whether this process speaks for all; of several that a launcher has started, one does.
 
     Raises:
-        ValueError: several processes would have to extract features, each into the same folder.
+        ValueError: several processes would have to extract features, each into the same folder; or a single one is to
+            shard parameters.
     """
-    from accelerate import PartialState
+    from haast.training.processes import Processes
 
-    state = PartialState()
-    if state.num_processes > 1 and data.answers is not None:
+    processes = Processes(settings.mixed_precision, settings.shard, on_cpu=loading.device == "cpu")
+    if processes.count > 1 and data.answers is not None:
         raise ValueError(
-            f"--answers {data.answers} cannot be turned into features by {state.num_processes} processes at once: make "
+            f"--answers {data.answers} cannot be turned into features by {processes.count} processes at once: make "
             f"shards with one first (--answers ... --shards DIR --self-test), then give --shards DIR alone"
         )
-    return bool(state.is_main_process)
+    return processes.main
 
 
 def _warn_of_others(records: Sequence[dict[str, Any]], model: str) -> None:

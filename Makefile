@@ -27,7 +27,7 @@ bench: $(STAMP)
 readme: $(STAMP)
 	$(BIN)/python -m haast.bench.readme
 
-$(STAMP): pyproject.toml setup.py constraints.txt src/haast/native/kernels.cpp
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard src/haast/native/*.cpp src/haast/native/*.h)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Haast needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"

@@ -1,9 +1,11 @@
-"""The compiled part of Haast: one C++ file, no Python or torch headers, loaded with ctypes.
+"""The compiled part of Haast: one C++ library, no Python or torch headers, loaded with ctypes.
 
 It is optional. Without a working compiler the install goes on, and `haast.native.why_not()` says so at run time.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -29,6 +31,7 @@ setup(
         Extension(
             "haast.native._kernels",
             ["src/haast/native/kernels.cpp"],
+            depends=sorted(str(path) for path in Path("src/haast/native").glob("*.h")),
             language="c++",
             extra_compile_args=FLAGS,
             extra_link_args=["-pthread"],

@@ -65,10 +65,10 @@ def test_a_norm_of_another_law_is_left_alone() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("kind", "fused"), [(Qwen2Config, 2), (MistralConfig, 2), (Qwen3Config, 0), (CohereConfig, 0), (OlmoConfig, 2)]
+    ("kind", "fused"), [(Qwen2Config, 2), (MistralConfig, 2), (Qwen3Config, 2), (CohereConfig, 0), (OlmoConfig, 2)]
 )
 def test_attention_is_fused_where_it_is_llamas(kind: Any, fused: int) -> None:
-    """Qwen2 has biases; Qwen3 norms its heads and Cohere interleaves the rotation: those two must stay."""
+    """Qwen2 has biases, Qwen3 norms its heads; Cohere interleaves the rotation and must stay."""
     torch.manual_seed(0)
     config = kind(**SIZES, head_dim=8, attn_implementation="sdpa", pad_token_id=0)
     make: Any = AutoModelForCausalLM.from_config  # untyped

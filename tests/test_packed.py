@@ -25,8 +25,8 @@ from haast.tree import DraftTree
 pytestmark = pytest.mark.skipif(not native.available(), reason="no native kernels")
 
 
-@pytest.fixture(scope="module")
-def target() -> Target:
+@pytest.fixture(scope="module", params=["f16 by modules", "f16 in one call", "int8 in one call"])
+def target(request: pytest.FixtureRequest) -> Target:
     torch.manual_seed(5)
     config = LlamaConfig(
         vocab_size=97,
@@ -40,9 +40,11 @@ def target() -> Target:
         initializer_range=0.3,
     )
     made = Target(LlamaForCausalLM(config))
-    pack_linears(made.model)
+    pack_linears(made.model, form=request.param.split()[0])
     report = fuse_small_modules(made.model)
     assert (report.norms, report.feed_forwards, report.attentions) == (7, 3, 3)
+    if "one call" in request.param:
+        assert made.use_one_call() and made.one_call
     return made
 
 

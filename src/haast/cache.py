@@ -45,6 +45,7 @@ class TreeCache(Cache):
         # Layers of one shape share one slab (layers, rows, kv_heads, capacity, head_dim), so a commit is one gather.
         self._slabs: list[Tensor] = []
         self._place: dict[tuple[int, int], tuple[int, int]] = {}  # (layer, 0 key or 1 value) -> (slab, index)
+        self._ordered: bool | None = None  # whether the one slab holds key, value, key, value, ...
         self._pending = 0
         self.updated_layers: set[int] = set()
 
@@ -69,6 +70,25 @@ class TreeCache(Cache):
         assert key_states.shape[2] == self._pending, "call begin(nodes) before the forward"
         self.updated_layers.add(layer_idx)
         return self._store(key_states, layer_idx, 0), self._store(value_states, layer_idx, 1)
+
+    def storage(self, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor | None:
+        """The memory of all layers, (2 * layers, rows, kv_heads, capacity, head_dim): key, value, key, value, ...
+
+        For a native forward, which writes the new nodes behind each row's committed length by itself. None where the
+        layers are of different shapes, or stored in another order.
+        """
+        if not self._place:
+            like = torch.empty(self.rows, kv_heads, 0, head_dim, dtype=dtype)
+            for layer in range(len(self.layers)):
+                for which in (0, 1):
+                    self._slot((layer, which), like)
+        slab = self._slabs[0]
+        if len(self._slabs) > 1 or slab.shape[2::2] != (kv_heads, head_dim) or slab.dtype is not dtype:
+            return None
+        if self._ordered is None:
+            order = [(layer, which) for layer in range(len(self.layers)) for which in (0, 1)]
+            self._ordered = [self._place.get(key) for key in order] == [(0, i) for i in range(len(order))]
+        return slab if self._ordered and slab.device.type == "cpu" else None
 
     @torch.inference_mode()
     def commit(self, paths: Sequence[Sequence[int] | None]) -> None:

@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 from haast import native
 from haast.errors import UnsupportedModelError, expanded
 from haast.speed.fusing import fuse_small_modules
-from haast.speed.packing import pack_linears
+from haast.speed.packing import FORMS, pack_linears
 from haast.target import Target
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -93,8 +93,9 @@ def load_target(
         name: `smollm2-135m-instruct`, a hub id, a local folder or a .gguf file.
         dtype: "float32", "float16", "bfloat16" or "float64".
         device: a torch device.
-        packing: "f16" swaps the linear layers for packed 16-bit ones (fp32 CPU models only), "off" leaves them,
-            "auto" packs where that is possible and the native kernels are there.
+        packing: "f16" swaps the linear layers for packed 16-bit ones (fp32 CPU models only), "int8" for 8-bit ones
+            (then the target is the rounded model: it says other things), "off" leaves them, "auto" packs to 16 bits
+            where that is possible and the native kernels are there.
 
     Raises:
         ValueError: an unknown dtype, packing or model. UnsupportedModelError: see `Target`.
@@ -106,8 +107,9 @@ def load_target(
     model.to(device=target_device)  # type: ignore[call-arg]  # moves in place
     target = Target(model, tokenizer)
     if wants_packing(packing, wanted, target_device):
-        pack_linears(target.model)
+        pack_linears(target.model, form="int8" if packing == "int8" else "f16")
         fuse_small_modules(target.model)
+        target.use_one_call()
     return target
 
 
@@ -121,8 +123,8 @@ def check_precision(dtype: str, device: str, packing: str) -> torch.dtype:
     }
     if dtype not in dtypes:
         raise ValueError(f"dtype={dtype!r} is unknown: choose one of {sorted(dtypes)}")
-    if packing not in ("auto", "f16", "off"):
-        raise ValueError(f"packing={packing!r} is unknown: choose auto, f16 or off")
+    if packing not in ("auto", *FORMS, "off"):
+        raise ValueError(f"packing={packing!r} is unknown: choose auto, {', '.join(FORMS)} or off")
     try:
         place = torch.device(device)
     except RuntimeError as error:
@@ -135,15 +137,15 @@ def check_precision(dtype: str, device: str, packing: str) -> torch.dtype:
         except (RuntimeError, NotImplementedError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device={device!r} does not work here ({reason}): use device='cpu'") from error
-    if packing == "f16" and (dtype != "float32" or place.type != "cpu"):
-        raise ValueError(f"packing='f16' works on a float32 CPU model, not {dtype} on {device}: use packing='off'")
+    if packing in FORMS and (dtype != "float32" or place.type != "cpu"):
+        raise ValueError(f"packing={packing!r} works on a float32 CPU model, not {dtype} on {device}: use packing='off'")
     return dtypes[dtype]
 
 
 def wants_packing(packing: str, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether to pack: asked for, or possible and fast."""
     possible = dtype is torch.float32 and device.type == "cpu"
-    return packing == "f16" or (packing == "auto" and possible and native.accelerated())
+    return packing in FORMS or (packing == "auto" and possible and native.accelerated())
 
 
 def load_stock(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

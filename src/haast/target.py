@@ -21,6 +21,7 @@ from haast import attention, native
 from haast.cache import TreeCache
 from haast.errors import UnsupportedModelError
 from haast.speed.packing import PackedLinear
+from haast.speed.stack import NativeStack
 from haast.tree import DraftTree
 
 _GATHERABLE = {"full_attention", "sliding_attention"}
@@ -56,6 +57,7 @@ class Target:
         self.embedding: nn.Module = model.get_input_embeddings()
         # The embedding may be padded past the tokenizer's vocabulary; the law is over what the head emits.
         self.vocab_size = int(self.config.vocab_size)
+        self._stack: NativeStack | None = None
         _choose_attention(model)
         self._probe()
 
@@ -96,8 +98,15 @@ class Target:
             limit = rope.get("original_max_position_embeddings") or own
         return None if limit is None else int(limit)
 
+    @property
+    def one_call(self) -> bool:
+        """Whether all decoder layers run in one native call."""
+        return self._stack is not None
+
     def new_cache(self, rows: int = 1, capacity: int = 256) -> TreeCache:
         """An empty cache for `rows` sequences."""
+        if self._stack is not None and not self._stack.current:
+            self._stack = None  # the model was moved or changed: its own modules answer from here on
         return TreeCache(self.layers, rows, capacity)
 
     @torch.inference_mode()
@@ -117,6 +126,32 @@ class Target:
         """
         self._check(tree, cache, hidden_layers)
         cache.begin(tree.nodes)
+        if self._stack is not None:
+            output = self._one_call(self._stack, tree, cache, last_only, hidden_layers)
+            if output is not None:
+                return output
+        return self._by_modules(tree, cache, last_only, hidden_layers)
+
+    def _one_call(
+        self, stack: NativeStack, tree: DraftTree, cache: TreeCache, last_only: bool, hidden_layers: Sequence[int]
+    ) -> TargetOutput | None:
+        """`forward` without transformers' own loop over layers; None where the cache has another layout."""
+        store = cache.storage(stack.kv_heads, stack.head_dim, self.dtype)
+        if store is None:
+            return None
+        states = self.embedding(tree.tokens)  # a new tensor, which the stack may overwrite
+        features, hidden = stack.run(
+            states, self._positions(tree, cache), tree.ancestors, cache.lengths, store, hidden_layers
+        )
+        read = features
+        if last_only:
+            last = tree.live.sum(1) - 1  # (rows,)
+            read = features[torch.arange(tree.rows), last].unsqueeze(1)
+        return TargetOutput(features, self.head_logits(read), hidden)
+
+    def _by_modules(
+        self, tree: DraftTree, cache: TreeCache, last_only: bool, hidden_layers: Sequence[int]
+    ) -> TargetOutput:
         captured: dict[str, Tensor] = {}
         arguments = self._arguments(tree, cache)
         arguments["output_hidden_states"] = bool(hidden_layers)
@@ -169,12 +204,15 @@ class Target:
             if not 0 <= index <= self.layers:
                 raise ValueError(f"hidden layer {index} does not exist: this target has 0 to {self.layers}")
 
-    def _arguments(self, tree: DraftTree, cache: TreeCache) -> dict[str, Any]:
+    def _positions(self, tree: DraftTree, cache: TreeCache) -> Tensor:
         lengths = torch.tensor(cache.lengths, device=tree.tokens.device)
         positions = lengths.unsqueeze(1) + tree.depths
         if self.context_length is not None:  # drafts beyond the context are never emitted; learned positions end there
             positions = positions.clamp_max(self.context_length - 1)
-        arguments: dict[str, Any] = {"position_ids": positions}
+        return positions
+
+    def _arguments(self, tree: DraftTree, cache: TreeCache) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"position_ids": self._positions(tree, cache)}
         window = getattr(self.config, "sliding_window", None)
         if not getattr(self.config, "use_sliding_window", True):
             window = None
@@ -234,6 +272,35 @@ class Target:
             )
         self._decoder_gives_features = "decoder" in captured and torch.equal(captured["decoder"], captured["head"])
         self._probe_tree()
+
+    @torch.inference_mode()
+    def use_one_call(self) -> bool:
+        """Run all decoder layers in one native call from here on, if the packed and fused model allows it.
+
+        The layers are tried on a small tree with a past: the call is used only if it gives what the modules give.
+        """
+        decoder: Any = self.model.get_decoder()  # type: ignore[no-untyped-call]
+        names = {name for name, _ in decoder.named_children()}
+        if names != {"embed_tokens", "layers", "norm", "rotary_emb"}:
+            return False
+        stack = NativeStack.of(list(decoder.layers), decoder.norm, decoder.rotary_emb)
+        if stack is None:
+            return False
+        device, middle = self.device, self.layers // 2
+        first = DraftTree.chain(torch.arange(3, device=device).expand(2, -1) % self.vocab_size)
+        tree = DraftTree.from_parents(
+            torch.arange(8, device=device).view(2, 4) % self.vocab_size, torch.tensor([[-1, 0, 0, 1]] * 2)
+        )
+        found = []
+        for self._stack in (None, stack):
+            cache = self.new_cache(2)
+            self.forward(first, cache)
+            cache.commit([range(3), range(2)])
+            output = self.forward(tree, cache, hidden_layers=(middle, self.layers))
+            found.append((output.logits, output.features, *output.hidden.values()))
+        same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(*found, strict=True))
+        self._stack = stack if same else None
+        return same
 
     def _measure_scale(self, features: Tensor, logits: Tensor) -> None:
         """Some models multiply what their LM head gives (Cohere, Granite): `logit_scale` is by how much."""

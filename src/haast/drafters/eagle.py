@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from haast.attention import chain_bias, in_flight_bias
+from haast import native
+from haast.attention import in_flight_bias
 from haast.cache import TreeCache
 from haast.drafters.base import Accepted, Drafter, last_tokens
 from haast.drafters.shape import DraftShape, plan
@@ -55,6 +56,8 @@ class EagleDrafter(Drafter):
         if packed:
             pack_linears(self._module)
             fuse_small_modules(self._module)
+        self._native = packed and native.available()
+        self._stack = self._module.native_stack() if self._native else None
         self.reshape(shape or DraftShape())
         self._cache: TreeCache | None = None
         self._root: Tensor | None = None
@@ -85,11 +88,11 @@ class EagleDrafter(Drafter):
         nodes, device = accepted.tokens.shape[1], accepted.tokens.device
         counts = torch.tensor(accepted.counts, device=device)
         positions = torch.tensor(cache.lengths, device=device).unsqueeze(1) + torch.arange(nodes, device=device)
-        bias = chain_bias(nodes, cache.lengths, accepted.features.dtype, device)  # a shorter row's tail is not kept
         cache.begin(nodes)
         paired = accepted.tokens if self._module.follows_token else self._at(accepted.tokens)
         states = self._module.fuse(accepted.features)
-        output = self._module(self._target.embed(paired), states, positions, bias, cache)
+        causal = torch.ones(nodes, nodes, dtype=torch.bool, device=device).tril_()  # a shorter row's tail is not kept
+        output = self._next(paired, states, positions, causal.expand(len(counts), -1, -1), list(cache.lengths))
         cache.commit([range(count) for count in accepted.counts])
         last = output[torch.arange(len(counts), device=counts.device), (counts - 1).clamp_min(0)]  # (rows, hidden)
         kept = self._extrapolated
@@ -129,9 +132,11 @@ class EagleDrafter(Drafter):
 
     def _children(self, states: Tensor, before: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The `top_k` likeliest next tokens per state: target ids and cumulative log-probabilities, (rows, w * k)."""
-        read = self._module.lm_input(states, before)
-        draft_logprobs = self._lm_head(read).float().log_softmax(-1)  # (rows, w, draft vocabulary)
-        best, ids = draft_logprobs.topk(self._plan.top_k, dim=-1)
+        logits = self._lm_head(self._module.lm_input(states, before)).float()  # (rows, w, draft vocabulary)
+        if self._native and self._plan.top_k <= native.MOST_TOP:
+            best, ids = native.top(logits, self._plan.top_k)
+        else:
+            best, ids = logits.log_softmax(-1).topk(self._plan.top_k, dim=-1)
         if self._vocab is not None:
             ids = self._vocab[ids]
         return ids.flatten(1), (scores.unsqueeze(2) + best).flatten(1)
@@ -141,11 +146,22 @@ class EagleDrafter(Drafter):
         cache = self._cache
         assert cache is not None
         rows, width = tokens.shape
-        bias = in_flight_bias(seen, committed, features.dtype)
         positions = (torch.tensor(committed, device=tokens.device) + level).unsqueeze(1).expand(rows, width)
         cache.begin(width)
-        output: Tensor = self._module(self._target.embed(tokens), features, positions, bias, cache)
+        output = self._next(tokens, features, positions, seen, committed)
         cache.commit([range(width)] * rows)
+        return output
+
+    def _next(self, tokens: Tensor, states: Tensor, positions: Tensor, seen: Tensor, past: list[int]) -> Tensor:
+        """The head's next states (rows, nodes, hidden); `seen` is of what is in flight behind the past."""
+        cache, embeddings = self._cache, self._target.embed(tokens)
+        assert cache is not None, "start comes before any forward"
+        if self._stack is not None:
+            store = cache.storage(self._stack.kv_heads, self._stack.head_dim, states.dtype)
+            if store is not None:
+                return self._stack.run(self._module.mix(embeddings, states), positions, seen, past, store)[0]
+        bias = in_flight_bias(seen, past, states.dtype)
+        output: Tensor = self._module(embeddings, states, positions, bias, cache)
         return output
 
 

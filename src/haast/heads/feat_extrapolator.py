@@ -23,6 +23,7 @@ from haast.cache import TreeCache
 from haast.heads.config import HeadConfig
 from haast.heads.kinds import INPUTS
 from haast.heads.module import DraftModule
+from haast.speed.stack import NativeStack
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,18 @@ class FeatExtrapolator(DraftModule):
     def fuse(self, features: Tensor) -> Tensor:
         return features
 
+    def mix(self, embeddings: Tensor, states: Tensor) -> Tensor:
+        """What the first layer reads: (rows, nodes, hidden)."""
+        if self.config.inputs == "feature":
+            embeddings = torch.zeros_like(embeddings)
+        elif self.config.inputs == "token":
+            states = torch.zeros_like(states)
+        output: Tensor = self.fc(torch.cat([embeddings, states], dim=-1))
+        return output
+
+    def native_stack(self) -> NativeStack | None:
+        return NativeStack.of(list(self.layers), None, self.rotary)
+
     def forward(
         self,
         embeddings: Tensor,
@@ -69,11 +82,7 @@ class FeatExtrapolator(DraftModule):
         bias: Tensor | None = None,
         cache: TreeCache | None = None,
     ) -> Tensor:
-        if self.config.inputs == "feature":
-            embeddings = torch.zeros_like(embeddings)
-        elif self.config.inputs == "token":
-            states = torch.zeros_like(states)
-        fused = self.fc(torch.cat([embeddings, states], dim=-1))
+        fused = self.mix(embeddings, states)
         rotary = self.rotary(fused, position_ids=position_ids)
         return self.through(self.layers, fused, rotary, position_ids, bias, cache)
 

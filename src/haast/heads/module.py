@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from haast.cache import TreeCache
 from haast.heads.config import HeadConfig
+from haast.speed.stack import NativeStack
 
 
 class DraftModule(nn.Module, ABC):
@@ -40,6 +41,14 @@ class DraftModule(nn.Module, ABC):
     @abstractmethod
     def fuse(self, features: Tensor) -> Tensor:
         """The target's features (rows, nodes, width) as the head's state (rows, nodes, hidden)."""
+
+    def mix(self, embeddings: Tensor, states: Tensor) -> Tensor:
+        """What `native_stack` reads, (rows, nodes, hidden), of what `forward` takes."""
+        raise NotImplementedError(f"{type(self).__name__} has no native stack")
+
+    def native_stack(self) -> NativeStack | None:
+        """The layers as one native call, once they are packed and fused; None where they do not allow it."""
+        return None
 
     @abstractmethod
     def forward(

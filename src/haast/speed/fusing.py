@@ -48,7 +48,7 @@ class FusedSwiGLU(nn.Module):
 
     def __init__(self, gate: PackedLinear, up: PackedLinear, down: PackedLinear) -> None:
         super().__init__()
-        self.gate_up = PackedLinear(torch.cat([gate.unpack(), up.unpack()]))
+        self.gate_up = PackedLinear(torch.cat([gate.unpack(), up.unpack()]), form=gate.form)
         self.down_proj = down
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class FusedSwiGLU(nn.Module):
 class FusedAttention(nn.Module):
     """Llama's attention with q, k and v packed as one linear and rotated in place; the rest is what it was.
 
-    The cache and the attention function are those that the model would call, so masks and trees work unchanged.
+    Norms of each query and key head before the rotation (Qwen3) are taken along where a model has them. The cache and the attention function are those that the model would call, so masks and trees work unchanged.
     """
 
     def __init__(self, module: nn.Module, q: PackedLinear, k: PackedLinear, v: PackedLinear, o: PackedLinear) -> None:
@@ -75,11 +75,13 @@ class FusedAttention(nn.Module):
         together = [bias for bias in biases if bias is not None]
         assert len(together) in (0, 3), "q, k and v have biases together or not at all"
         weight = torch.cat([linear.unpack() for linear in (q, k, v)])
-        self.qkv_proj = PackedLinear(weight, torch.cat(together) if together else None)
+        self.qkv_proj = PackedLinear(weight, torch.cat(together) if together else None, form=q.form)
         self.o_proj = o
         self.config, self.layer_idx, self.head_dim = known.config, known.layer_idx, known.head_dim
         self.scaling, self.is_causal = known.scaling, known.is_causal
         self.num_key_value_groups = known.num_key_value_groups
+        self.q_norm = _fused_norm(known.q_norm) if "q_norm" in dict(module.named_children()) else None
+        self.k_norm = _fused_norm(known.k_norm) if "k_norm" in dict(module.named_children()) else None
         self.heads, self.kv_heads = q.out_features // self.head_dim, k.out_features // self.head_dim
 
     def forward(
@@ -94,6 +96,10 @@ class FusedAttention(nn.Module):
         rows, nodes, _ = hidden_states.shape
         qkv = self.qkv_proj(hidden_states)
         rotated = self.heads + self.kv_heads
+        if self.q_norm is not None and self.k_norm is not None:
+            each = qkv.view(rows, nodes, rotated + self.kv_heads, self.head_dim)
+            each[:, :, : self.heads] = self.q_norm(each[:, :, : self.heads])
+            each[:, :, self.heads : rotated] = self.k_norm(each[:, :, self.heads : rotated])
         native.rotate_(qkv, *position_embeddings, rotated)
         heads = qkv.view(rows, nodes, rotated + self.kv_heads, self.head_dim).transpose(1, 2)
         query, key, value = heads[:, : self.heads], heads[:, self.heads : rotated], heads[:, rotated:]
@@ -158,7 +164,8 @@ def _fused_feed_forward(module: nn.Module) -> FusedSwiGLU | None:
 
 def _fused_attention(module: nn.Module) -> FusedAttention | None:
     parts = dict(module.named_children())
-    if set(parts) != {"q_proj", "k_proj", "v_proj", "o_proj"} or not _LLAMA_ATTENTION.issubset(vars(module)):
+    norms = {"q_norm", "k_norm"} & set(parts)
+    if set(parts) - norms != {"q_proj", "k_proj", "v_proj", "o_proj"} or len(norms) == 1 or not _LLAMA_ATTENTION.issubset(vars(module)):
         return None
     q, k, v, o = (parts[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
     if not (isinstance(q, PackedLinear) and isinstance(k, PackedLinear)):
@@ -168,6 +175,8 @@ def _fused_attention(module: nn.Module) -> FusedAttention | None:
     if len({linear.bias is None for linear in (q, k, v)}) > 1 or k.out_features != v.out_features:
         return None
     fused = FusedAttention(module, q, k, v, o)
+    if norms and any(n is None or len(n.weight) != fused.head_dim for n in (fused.q_norm, fused.k_norm)):
+        return None  # a norm over all heads together (Olmo 2)
     if fused.config._attn_implementation not in ALL_ATTENTION_FUNCTIONS or fused.head_dim % 2:
         return None
     generator = torch.Generator().manual_seed(0)

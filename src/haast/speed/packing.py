@@ -1,9 +1,10 @@
-"""Linear layers with packed fp16 weights, and the swap of a model's linears for them.
+"""Linear layers with packed weights, and the swap of a model's linears for them.
 
-Owns: `PackedLinear`, the operator `haast::linear_f16` and `pack_linears`. Knows nothing of trees or decoding.
+Owns: `PackedLinear`, the operator `haast::linear` and `pack_linears`. Knows nothing of trees or decoding.
 
-Weights are rounded to fp16 once; activations and sums stay fp32. On a CPU a forward over a few rows costs the time to
-read the weights, so half the bytes is up to half the time, and the panel layout makes several rows nearly free.
+Weights are rounded once, to fp16 or to int8 with one factor per output; activations and sums stay fp32. On a CPU a
+forward over a few rows costs the time to read the weights, so half the bytes is up to half the time, and the panel
+layout makes several rows nearly free. A model packed to int8 is another target: what it says is what it says packed.
 Rows are independent: a row's result has the same bits whatever rows stand beside it (not so for `reference=True`, which
 leaves the order of sums to PyTorch).
 """
@@ -22,60 +23,77 @@ from haast import native
 __all__ = ["PackedLinear", "PackingReport", "pack_linears"]
 
 # The operator that compiled graphs call. A 32 x 16 layer on the development CPU, microseconds per call on a
-# busy machine: bare ctypes 1.6, native.linear_f16 9, PackedLinear 10, nn.Linear 10, this Library operator 15, a
+# busy machine: bare ctypes 1.6, native.linear 9, PackedLinear 10, nn.Linear 10, this Library operator 15, a
 # torch.library.custom_op 32. A forward has 211 linears, so eager code calls the kernel directly and only a graph under
 # construction takes the operator.
 _LIBRARY = torch.library.Library("haast", "DEF")  # type: ignore[no-untyped-call]
-_SCHEMA = "linear_f16(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor"
+_SCHEMA = "linear(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int out_features) -> Tensor"
 _LIBRARY.define(_SCHEMA)  # type: ignore[no-untyped-call]
 
 
-def _linear_f16_fake(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+def _linear_fake(x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None, out_features: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-_LIBRARY.impl("linear_f16", native.linear_f16, "CPU")  # type: ignore[no-untyped-call]
-torch.library.register_fake("haast::linear_f16", _linear_f16_fake, lib=_LIBRARY)
+_LIBRARY.impl("linear", native.linear, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("haast::linear", _linear_fake, lib=_LIBRARY)
+
+FORMS = ("f16", "int8")
 
 
 class PackedLinear(nn.Module):
-    """A frozen `nn.Linear` whose weight is held in fp16 panels: y = x W^T + bias, fp32 in and out.
+    """A frozen `nn.Linear` whose weight is held in panels of fp16 or int8: y = x W^T + bias, fp32 in and out.
 
     Attributes:
-        packed: (panels, in_features, 16) int16 with fp16 bits, see `native.pack_f16`; empty in the reference form.
+        packed: (panels, in_features, 16) int16 with fp16 bits, see `native.pack_f16`, or int8, see `native.pack_i8`;
+            empty in the reference form.
+        scale: (out_features) fp32, the factor of each output of int8 weights; None with fp16.
         dense: (out_features, in_features) fp32 with the same rounded values in the reference form; empty otherwise.
         bias: (out_features) fp32, or None.
     """
 
     packed: Tensor
+    scale: Tensor | None
     dense: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, reference: bool = False) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, *, form: str = "f16", reference: bool = False
+    ) -> None:
         """Pack a weight; see `from_weight`."""
         super().__init__()
         _check_weight(weight, bias)
+        if form not in FORMS:
+            raise ValueError(f"form={form!r} is no packing: give one of {', '.join(FORMS)}")
+        self.form = form
         self.out_features, self.in_features = weight.shape
         self.reference = reference or not native.available()
         values = weight.detach()
-        self.register_buffer("packed", torch.empty(0, dtype=torch.int16) if self.reference else native.pack_f16(values))
-        self.register_buffer("dense", _rounded(values) if self.reference else torch.empty(0))
+        packed, scale = torch.empty(0, dtype=torch.int16), None
+        if not self.reference:
+            packed, scale = (native.pack_f16(values), None) if form == "f16" else native.pack_i8(values)
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale", scale)
+        self.register_buffer("dense", _rounded(values, form) if self.reference else torch.empty(0))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     @classmethod
-    def from_weight(cls, weight: Tensor, bias: Tensor | None = None, *, reference: bool = False) -> PackedLinear:
+    def from_weight(
+        cls, weight: Tensor, bias: Tensor | None = None, *, form: str = "f16", reference: bool = False
+    ) -> PackedLinear:
         """Pack a weight matrix, for example the rows of an LM head that a draft vocabulary keeps.
 
         Args:
             weight: (out_features, in_features) fp32 on the CPU; it is copied.
             bias: (out_features) fp32, or None.
+            form: "f16", or "int8" with one factor per output.
             reference: the same rounded weights in plain PyTorch fp32: slow, for comparison. It is also what a
                 machine without the native library gets.
 
         Raises:
             ValueError: another dtype or device, shapes that do not fit, or values beyond fp16's range.
         """
-        return cls(weight, bias, reference=reference)
+        return cls(weight, bias, form=form, reference=reference)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) fp32 on the CPU to (..., out_features) fp32.
@@ -84,14 +102,14 @@ class PackedLinear(nn.Module):
             ValueError: another dtype, device or width, or a gradient is asked for.
         """
         buffers = self._buffers  # three attribute look-ups through nn.Module cost a microsecond
-        packed, bias = buffers["packed"], buffers["bias"]
+        packed, scale, bias = buffers["packed"], buffers["scale"], buffers["bias"]
         assert packed is not None, "registered as a tensor"
         if self.reference:
             return self._reference_forward(x)
         if torch.compiler.is_compiling():
-            result: Tensor = torch.ops.haast.linear_f16(x, packed, bias, self.out_features)
+            result: Tensor = torch.ops.haast.linear(x, packed, self.scale, bias, self.out_features)
             return result
-        return native.linear_f16(x, packed, bias, self.out_features)
+        return native.linear(x, packed, scale, bias, self.out_features)
 
     def _reference_forward(self, x: Tensor) -> Tensor:
         if x.dtype is not torch.float32 or x.device != self.dense.device:
@@ -105,13 +123,14 @@ class PackedLinear(nn.Module):
         """Return the weight (out_features, in_features) fp32 as it was rounded."""
         if self.reference:
             return self.dense.clone()
-        rows = self.packed.view(torch.float16).transpose(1, 2).reshape(-1, self.in_features)
-        return rows[: self.out_features].float()
+        values = self.packed.view(torch.float16) if self.scale is None else self.packed
+        rows = values.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features].float()
+        return rows if self.scale is None else rows * self.scale.unsqueeze(1)
 
     def extra_repr(self) -> str:
         """Sizes, as `nn.Linear` shows them."""
         path = "reference" if self.reference else "native"
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {path}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.form}, {path}"
 
 
 def _check_weight(weight: Tensor, bias: Tensor | None) -> None:
@@ -127,8 +146,12 @@ def _check_weight(weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; the weight has {weight.shape[0]} outputs")
 
 
-def _rounded(weight: Tensor) -> Tensor:
-    """Return the weight after rounding to fp16, in fp32."""
+def _rounded(weight: Tensor, form: str) -> Tensor:
+    """Return the weight after rounding to `form`, in fp32."""
+    if form == "int8":
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        scale[scale == 0] = 1
+        return (weight / scale).round() * scale
     result = weight.half().float()
     if not bool(result.isfinite().all()):
         raise ValueError("weight has values that fp16 cannot hold (limit 65504); leave this layer unpacked")
@@ -147,7 +170,7 @@ class PackingReport:
     note: str  # why it is not native; empty otherwise
 
 
-def pack_linears(model: nn.Module, *, reference: bool = False) -> PackingReport:
+def pack_linears(model: nn.Module, *, form: str = "f16", reference: bool = False) -> PackingReport:
     """Replace every `nn.Linear` and transformers `Conv1D` of a model by a `PackedLinear`, in place.
 
     The LM head is included; an embedding tied to it keeps its own fp32 weight. The whole model is frozen, since nothing
@@ -155,6 +178,7 @@ def pack_linears(model: nn.Module, *, reference: bool = False) -> PackingReport:
 
     Args:
         model: fp32, on the CPU.
+        form: "f16" or "int8".
         reference: use the slow PyTorch form (see `PackedLinear.from_weight`).
 
     Raises:
@@ -170,7 +194,7 @@ def pack_linears(model: nn.Module, *, reference: bool = False) -> PackingReport:
                 continue
             if not isinstance(child, nn.Linear | Conv1D):
                 continue
-            packed = _pack_child(f"{parent_name}.{name}".lstrip("."), child, reference)
+            packed = _pack_child(f"{parent_name}.{name}".lstrip("."), child, form, reference)
             setattr(parent, name, packed)
             layers += 1
             parameters += packed.in_features * packed.out_features
@@ -182,10 +206,10 @@ def pack_linears(model: nn.Module, *, reference: bool = False) -> PackingReport:
     return PackingReport(layers, parameters, 4 * parameters, bytes_after, done_natively, note)
 
 
-def _pack_child(name: str, child: nn.Linear | Conv1D, reference: bool) -> PackedLinear:
+def _pack_child(name: str, child: nn.Linear | Conv1D, form: str, reference: bool) -> PackedLinear:
     # Conv1D keeps (in, out). The old module lets go of its weight once nothing else refers to it.
     weight = child.weight.t() if isinstance(child, Conv1D) else child.weight
     try:
-        return PackedLinear(weight, child.bias, reference=reference)
+        return PackedLinear(weight, child.bias, form=form, reference=reference)
     except ValueError as error:
         raise ValueError(f"cannot pack {name}: {error}") from error

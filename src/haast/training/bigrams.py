@@ -37,6 +37,8 @@ def bigram_directions(examples: Sequence[Example], vocab: int, draft_vocab: Tens
     shape = (vocab, len(draft_vocab))
     counts = torch.ones(sum(part.shape[1] for part in pairs))
     shape = (vocab, len(draft_vocab))
+    counts = torch.ones(sum(part.shape[1] for part in pairs))
+    shape = (vocab, len(draft_vocab))
     counted = torch.sparse_coo_tensor(torch.cat(pairs, dim=1), counts, shape, check_invariants=True).coalesce()
     (rows, columns), counts = counted.indices(), counted.values()
     of_row = torch.zeros(vocab).index_add_(0, rows, counts)

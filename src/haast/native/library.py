@@ -1,0 +1,142 @@
+"""Finding and loading the compiled kernels, and what every wrapper needs: threads, and checks of tensors.
+
+The library is optional: `why_not()` says why it is missing. It has its own small pool of threads (pool.h says why) and
+so never brings a second OpenMP runtime into the process. Concurrent calls are safe: one gets the helpers, the others
+run on their own thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LANES = 16  # outputs in a weight panel
+
+_ABI = 4
+_FAST = 7  # AVX2 | FMA | F16C
+_NEON = 16
+_REMEDY = "reinstall Haast where a C++ compiler is installed (pip install -v shows its messages)"
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Set the argument types once; ctypes then converts plain ints without looking at them again."""
+    pointer, count, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    signatures = {
+        "haast_limit_path": [flag],
+        "haast_pack_f16": [pointer] * 2 + [count] * 2,
+        "haast_pack_i8": [pointer] * 3 + [count] * 2,
+        "haast_linear": [pointer] * 5 + [count] * 5 + [flag],
+        "haast_tree_attention_f32": [pointer] * 5 + [count] * 17 + [number] * 2 + [flag],
+        "haast_rms_norm_f32": [pointer] * 3 + [count] * 2 + [number, flag],
+        "haast_rotate_f32": [pointer] * 3 + [count] * 5 + [flag],
+        "haast_swiglu_f32": [pointer] * 2 + [count] * 2 + [flag],
+        "haast_stack_f32": [pointer] * 2 + [flag],
+        "haast_top": [pointer] * 3 + [count] * 3 + [flag],
+        "haast_read": [pointer, count, pointer, count, flag],
+    }
+    for name, arguments in signatures.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    library.haast_multiply.argtypes = [count, pointer, count, flag]
+    library.haast_multiply.restype = count
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """Return the library, or None and the reason."""
+    path = Path(__file__).parent / f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not path.exists():
+        return None, f"the native library {path.name} was not built; {_REMEDY}"
+    try:
+        library = ctypes.CDLL(str(path))
+        abi = library.haast_abi()
+    except (OSError, AttributeError) as error:
+        return None, f"the native library {path.name} does not load ({error}); {_REMEDY}"
+    if abi != _ABI:
+        return None, f"the native library {path.name} is stale (ABI {abi}, needed {_ABI}); {_REMEDY}"
+    _declare(library)
+    return library, ""
+
+
+_loaded, _reason = _load()
+_kernel_threads: int | None = None  # set inside `sole_threads` alone
+
+
+def library() -> ctypes.CDLL:
+    """The loaded kernels. Raises RuntimeError where there are none."""
+    if _loaded is None:
+        raise RuntimeError(_reason)
+    return _loaded
+
+
+def available() -> bool:
+    """Whether the compiled kernels can be called at all (on any CPU: they have a portable path)."""
+    return _loaded is not None
+
+
+def why_not() -> str:
+    """One line that says why `available()` is false; empty when it is true."""
+    return _reason
+
+
+def features() -> int:
+    """CPU features found, a bit mask: 1 AVX2, 2 FMA, 4 F16C, 8 AVX-512 F, 16 NEON; 0 without the library."""
+    return 0 if _loaded is None else int(_loaded.haast_features())
+
+
+def accelerated() -> bool:
+    """Whether the kernels run a vector path on this CPU: AVX2, AVX-512 (the same bits) or NEON."""
+    found = features()
+    return found & _FAST == _FAST or bool(found & _NEON)
+
+
+@contextlib.contextmanager
+def narrow_path(at_most: int = 0) -> Iterator[None]:
+    """Inside the block use no wider path than 0 portable, 1 AVX2 or NEON, 2 AVX-512; process wide. For tests."""
+    kernels = library()
+    kernels.haast_limit_path(at_most)
+    try:
+        yield
+    finally:
+        kernels.haast_limit_path(2)
+
+
+@contextlib.contextmanager
+def sole_threads() -> Iterator[None]:
+    """Inside the block the kernels keep torch's thread count and torch itself runs on one.
+
+    torch's idle OpenMP threads spin for milliseconds after each parallel operator, on the very cores that the kernels'
+    helpers want. In a decode step its operators are too small to gain from threads: measured on two cores, a 4-node
+    verification took 31 ms with them and 26 ms without.
+    """
+    global _kernel_threads
+    before, kept = torch.get_num_threads(), _kernel_threads
+    _kernel_threads = kept or before
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        _kernel_threads = kept
+
+
+def thread_count() -> int:
+    """Threads that a kernel takes."""
+    return _kernel_threads or torch.get_num_threads()
+
+
+def check_tensor(name: str, tensor: Tensor, ndim: int) -> None:
+    if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
+        raise ValueError(
+            f"{name} is {tensor.dtype} on {tensor.device}; the native kernels and packed linears take float32 on the "
+            "CPU: load the model with dtype=torch.float32 there, or do not pack it"
+        )
+    if tensor.dim() != ndim:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {ndim} dimensions")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, which native kernels do not compute; use torch.no_grad()")

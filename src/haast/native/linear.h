@@ -1,0 +1,367 @@
+// Skinny products: y = x W^T for a few rows x and a packed W.
+//
+// W lies in panels of 16 outputs, K-major: fp16, or int8 with one fp32 factor per output. Whatever the path and the row
+// count, an output is fma over k = 0, 1, 2, ... into one fp32 accumulator, then times its factor, then plus its bias.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#include "cpu.h"
+#include "half.h"
+#include "pool.h"
+
+namespace {
+
+struct Linear {
+    const float* x;
+    const void* packed;  // uint16_t (fp16), or int8_t where there is a scale
+    const float* scale;  // (out), int8 only
+    const float* bias;   // (out), may be null
+    float* y;
+    int64_t rows, in, out, x_stride, y_stride;
+};
+
+// ---------------------------------------------------------------- portable path
+
+inline float widen(uint16_t w) { return half_to_float(w); }
+inline float widen(int8_t w) { return static_cast<float>(w); }
+
+template <typename W>
+void linear_scalar(const void* job, int64_t first, int64_t last) {
+    const Linear& a = *static_cast<const Linear*>(job);
+    std::unique_ptr<float[]> panel(new float[a.in * kLanes]);
+    for (int64_t p = first; p < last; ++p) {
+        const W* w = static_cast<const W*>(a.packed) + p * a.in * kLanes;
+        for (int64_t i = 0; i < a.in * kLanes; ++i) panel[i] = widen(w[i]);
+        const int64_t valid = a.out - p * kLanes < kLanes ? a.out - p * kLanes : kLanes;
+        for (int64_t r = 0; r < a.rows; ++r) {
+            const float* x = a.x + r * a.x_stride;
+            float acc[kLanes] = {};
+            for (int64_t k = 0; k < a.in; ++k)
+                for (int64_t l = 0; l < kLanes; ++l) acc[l] += x[k] * panel[k * kLanes + l];
+            float* y = a.y + r * a.y_stride + p * kLanes;
+            for (int64_t l = 0; l < valid; ++l) {
+                const float scaled = a.scale ? acc[l] * a.scale[p * kLanes + l] : acc[l];
+                y[l] = scaled + (a.bias ? a.bias[p * kLanes + l] : 0.0f);
+            }
+        }
+    }
+}
+
+// Where one tile's sums go: the factors and biases of its outputs, and how many of them there are.
+struct Ends {
+    float* y;
+    int64_t y_stride;
+    const float *scale, *bias;  // of the tile's first output, or null
+    int64_t valid;
+};
+
+inline Ends ends_of(const Linear& a, int64_t row, int64_t panel) {
+    const int64_t o = panel * kLanes;
+    return Ends{a.y + row * a.y_stride + o, a.y_stride, a.scale ? a.scale + o : nullptr,
+                a.bias ? a.bias + o : nullptr, a.out - o};
+}
+
+// ---------------------------------------------------------------- AVX2 path
+#if defined(HAAST_X86)
+
+AVX_INLINE __m256 load8(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+AVX_INLINE __m256 load8(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+
+AVX_INLINE void store_panel(__m256 lo, __m256 hi, const Ends& e, int64_t row, int64_t panel) {
+    const int64_t o = panel * kLanes, valid = e.valid - o;
+    float* y = e.y + row * e.y_stride + o;
+    if (valid >= kLanes) {
+        if (e.scale) {
+            lo = _mm256_mul_ps(lo, _mm256_loadu_ps(e.scale + o));
+            hi = _mm256_mul_ps(hi, _mm256_loadu_ps(e.scale + o + 8));
+        }
+        if (e.bias) {
+            lo = _mm256_add_ps(lo, _mm256_loadu_ps(e.bias + o));
+            hi = _mm256_add_ps(hi, _mm256_loadu_ps(e.bias + o + 8));
+        }
+        _mm256_storeu_ps(y, lo);
+        _mm256_storeu_ps(y + 8, hi);
+        return;
+    }
+    float t[kLanes];
+    _mm256_storeu_ps(t, lo);
+    _mm256_storeu_ps(t + 8, hi);
+    for (int64_t l = 0; l < valid; ++l) {
+        if (e.scale) t[l] *= e.scale[o + l];
+        y[l] = e.bias ? t[l] + e.bias[o + l] : t[l];
+    }
+}
+
+// R rows by P panels. R and P are compile-time, so that every accumulator lives in a register; one that spills costs
+// a factor of 2 to 3. Several panels for few rows: a chain of FMAs has a latency of 4, so 8 chains must be in flight.
+template <int R, int P, typename W>
+AVX void tile(const float* x, int64_t x_stride, const W* w, int64_t in, const Ends& ends) {
+    __m256 acc[R][P][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) acc[r][p][0] = acc[r][p][1] = _mm256_setzero_ps();
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < in; ++k) {
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+            const W* wk = w + (p * in + k) * kLanes;
+            _mm_prefetch(reinterpret_cast<const char*>(wk) + kAhead, _MM_HINT_T0);
+            const __m256 lo = load8(wk), hi = load8(wk + 8);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                const __m256 xv = _mm256_broadcast_ss(x + r * x_stride + k);
+                acc[r][p][0] = _mm256_fmadd_ps(xv, lo, acc[r][p][0]);
+                acc[r][p][1] = _mm256_fmadd_ps(xv, hi, acc[r][p][1]);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) store_panel(acc[r][p][0], acc[r][p][1], ends, r, p);
+}
+
+template <int P, typename W>
+AVX void rows_by_panels(const Linear& a, int64_t row, int64_t rows, const W* w, int64_t panel) {
+    const float* x = a.x + row * a.x_stride;
+    const Ends ends = ends_of(a, row, panel);
+    switch (rows) {
+        case 1: return tile<1, P>(x, a.x_stride, w, a.in, ends);
+        case 2: return tile<2, P>(x, a.x_stride, w, a.in, ends);
+        case 3: return tile<3, P>(x, a.x_stride, w, a.in, ends);
+        default: break;
+    }
+    for (int p = 0; p < P; ++p) {  // 8 or more chains already: one panel at a time keeps within 16 registers
+        const W* wp = w + p * a.in * kLanes;
+        const Ends own = ends_of(a, row, panel + p);
+        if (rows == 4) tile<4, 1>(x, a.x_stride, wp, a.in, own);
+        else if (rows == 5) tile<5, 1>(x, a.x_stride, wp, a.in, own);
+        else tile<6, 1>(x, a.x_stride, wp, a.in, own);
+    }
+}
+
+// Row blocks of even size (8 rows are 4 + 4, not 6 + 2): a block of 2 could not fill the FMA pipes.
+template <int P, typename W>
+AVX void all_rows(const Linear& a, const W* w, int64_t panel) {
+    const int64_t blocks = (a.rows + kMaxRows - 1) / kMaxRows, base = a.rows / blocks, longer = a.rows % blocks;
+    for (int64_t b = 0, r = 0; b < blocks; ++b) {
+        const int64_t rows = base + (b < longer ? 1 : 0);
+        rows_by_panels<P>(a, r, rows, w, panel);
+        r += rows;
+    }
+}
+
+template <typename W>
+AVX void linear_avx(const void* job, int64_t first, int64_t last) {
+    const Linear& a = *static_cast<const Linear*>(job);
+    const W* w = static_cast<const W*>(a.packed);
+    const int64_t step = a.in * kLanes;
+    int64_t p = first;
+    if (a.rows == 1)
+        for (; p + 4 <= last; p += 4) all_rows<4>(a, w + p * step, p);
+    for (; p + 2 <= last; p += 2) all_rows<2>(a, w + p * step, p);
+    for (; p < last; ++p) all_rows<1>(a, w + p * step, p);
+}
+
+// ---------------------------------------------------------------- AVX-512 path
+
+AVX512_INLINE __m512 load16(const uint16_t* p) {
+    // The masked form with every lane on is the plain instruction; gcc 12 warns of the plain intrinsic.
+    return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+AVX512_INLINE __m512 load16(const int8_t* p) {
+    const __m512i wide = _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_maskz_cvtepi32_ps(0xffff, wide);
+}
+
+// A panel is one register, and there are 32 of them. Each output is the same chain of FMAs as on AVX2: the same bits.
+template <int R, int P, typename W>
+AVX512 void tile512(const float* x, int64_t x_stride, const W* w, int64_t in, const Ends& ends) {
+    __m512 acc[R][P];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) acc[r][p] = _mm512_setzero_ps();
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < in; ++k) {
+        __m512 wv[P];
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) {
+            const W* wk = w + (p * in + k) * kLanes;
+            _mm_prefetch(reinterpret_cast<const char*>(wk) + kAhead, _MM_HINT_T0);
+            wv[p] = load16(wk);
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+            const __m512 xv = _mm512_set1_ps(x[r * x_stride + k]);
+#pragma GCC unroll 8
+            for (int p = 0; p < P; ++p) acc[r][p] = _mm512_fmadd_ps(xv, wv[p], acc[r][p]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+        const int64_t o = p * kLanes, left = ends.valid - o;
+        const __mmask16 lanes = left >= kLanes ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+        const __m512 f = ends.scale ? _mm512_maskz_loadu_ps(lanes, ends.scale + o) : _mm512_setzero_ps();
+        const __m512 b = ends.bias ? _mm512_maskz_loadu_ps(lanes, ends.bias + o) : _mm512_setzero_ps();
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+            const __m512 scaled = ends.scale ? _mm512_mul_ps(acc[r][p], f) : acc[r][p];
+            _mm512_mask_storeu_ps(ends.y + r * ends.y_stride + o, lanes,
+                                  ends.bias ? _mm512_add_ps(scaled, b) : scaled);
+        }
+    }
+}
+
+constexpr int64_t kMaxRows512 = 12;  // 12 rows x 2 panels = 24 accumulators, 2 weights, 1 broadcast: 27 of 32
+
+template <int P, typename W>
+AVX512 void rows_by_panels512(const Linear& a, int64_t row, int64_t rows, const W* w, int64_t panel) {
+    const float* x = a.x + row * a.x_stride;
+    const Ends ends = ends_of(a, row, panel);
+    switch (rows) {
+        case 1: return tile512<1, P>(x, a.x_stride, w, a.in, ends);
+        case 2: return tile512<2, P>(x, a.x_stride, w, a.in, ends);
+        case 3: return tile512<3, P>(x, a.x_stride, w, a.in, ends);
+        case 4: return tile512<4, P>(x, a.x_stride, w, a.in, ends);
+        case 5: return tile512<5, P>(x, a.x_stride, w, a.in, ends);
+        case 6: return tile512<6, P>(x, a.x_stride, w, a.in, ends);
+        case 7: return tile512<7, P>(x, a.x_stride, w, a.in, ends);
+        case 8: return tile512<8, P>(x, a.x_stride, w, a.in, ends);
+        case 9: return tile512<9, P>(x, a.x_stride, w, a.in, ends);
+        case 10: return tile512<10, P>(x, a.x_stride, w, a.in, ends);
+        case 11: return tile512<11, P>(x, a.x_stride, w, a.in, ends);
+        default: return tile512<12, P>(x, a.x_stride, w, a.in, ends);
+    }
+}
+
+template <int P, typename W>
+AVX512 void all_rows512(const Linear& a, const W* w, int64_t panel) {
+    const int64_t blocks = (a.rows + kMaxRows512 - 1) / kMaxRows512, base = a.rows / blocks, longer = a.rows % blocks;
+    for (int64_t b = 0, r = 0; b < blocks; ++b) {
+        const int64_t rows = base + (b < longer ? 1 : 0);
+        rows_by_panels512<P>(a, r, rows, w, panel);
+        r += rows;
+    }
+}
+
+template <typename W>
+AVX512 void linear_avx512(const void* job, int64_t first, int64_t last) {
+    const Linear& a = *static_cast<const Linear*>(job);
+    const W* w = static_cast<const W*>(a.packed);
+    const int64_t step = a.in * kLanes;
+    int64_t p = first;
+    if (a.rows == 1)
+        for (; p + 8 <= last; p += 8) tile512<1, 8>(a.x, a.x_stride, w + p * step, a.in, ends_of(a, 0, p));
+    for (; p + 2 <= last; p += 2) all_rows512<2>(a, w + p * step, p);
+    for (; p < last; ++p) all_rows512<1>(a, w + p * step, p);
+}
+
+AVX void pack_avx(const float* w, uint16_t* panel, int64_t valid, int64_t in) {
+    for (int64_t l = 0; l < valid; ++l)
+        for (int64_t k = 0; k < in; ++k) panel[k * kLanes + l] = _cvtss_sh(w[l * in + k], _MM_FROUND_TO_NEAREST_INT);
+}
+#endif  // HAAST_X86
+
+// ---------------------------------------------------------------- NEON path
+#if defined(HAAST_NEON)
+
+inline void load_panel(const uint16_t* p, float32x4_t* w) {
+    for (int i = 0; i < 4; ++i) w[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)));
+}
+
+inline void load_panel(const int8_t* p, float32x4_t* w) {
+    const int8x16_t bytes = vld1q_s8(p);
+    const int16x8_t lo = vmovl_s8(vget_low_s8(bytes)), hi = vmovl_s8(vget_high_s8(bytes));
+    w[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(lo)));
+    w[1] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(lo)));
+    w[2] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(hi)));
+    w[3] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(hi)));
+}
+
+// R rows by one panel of four registers: 6 x 4 accumulators, 4 weights, 1 value of x, 29 of 32.
+template <int R, typename W>
+void tile_neon(const float* x, int64_t x_stride, const W* w, int64_t in, const Ends& ends) {
+    float32x4_t acc[R][4];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+        for (int i = 0; i < 4; ++i) acc[r][i] = vdupq_n_f32(0.0f);
+    for (int64_t k = 0; k < in; ++k) {
+        float32x4_t wv[4];
+        __builtin_prefetch(reinterpret_cast<const char*>(w + k * kLanes) + kAhead);
+        load_panel(w + k * kLanes, wv);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const float32x4_t xv = vdupq_n_f32(x[r * x_stride + k]);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) acc[r][i] = vfmaq_f32(acc[r][i], xv, wv[i]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+        float t[kLanes];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) vst1q_f32(t + 4 * i, acc[r][i]);
+        float* y = ends.y + r * ends.y_stride;
+        for (int64_t l = 0; l < kLanes && l < ends.valid; ++l) {
+            const float scaled = ends.scale ? t[l] * ends.scale[l] : t[l];
+            y[l] = ends.bias ? scaled + ends.bias[l] : scaled;
+        }
+    }
+}
+
+template <typename W>
+void linear_neon(const void* job, int64_t first, int64_t last) {
+    const Linear& a = *static_cast<const Linear*>(job);
+    const int64_t blocks = (a.rows + kMaxRows - 1) / kMaxRows, base = a.rows / blocks, longer = a.rows % blocks;
+    for (int64_t p = first; p < last; ++p) {
+        const W* w = static_cast<const W*>(a.packed) + p * a.in * kLanes;
+        for (int64_t b = 0, r = 0; b < blocks; ++b) {
+            const int64_t rows = base + (b < longer ? 1 : 0);
+            const float* x = a.x + r * a.x_stride;
+            const Ends ends = ends_of(a, r, p);
+            switch (rows) {
+                case 1: tile_neon<1>(x, a.x_stride, w, a.in, ends); break;
+                case 2: tile_neon<2>(x, a.x_stride, w, a.in, ends); break;
+                case 3: tile_neon<3>(x, a.x_stride, w, a.in, ends); break;
+                case 4: tile_neon<4>(x, a.x_stride, w, a.in, ends); break;
+                case 5: tile_neon<5>(x, a.x_stride, w, a.in, ends); break;
+                default: tile_neon<6>(x, a.x_stride, w, a.in, ends); break;
+            }
+            r += rows;
+        }
+    }
+}
+#endif  // HAAST_NEON
+
+// ---------------------------------------------------------------- one entry
+
+template <typename W>
+Pool::Work linear_work() {
+#if defined(HAAST_X86)
+    if (path() == kAvx512) return linear_avx512<W>;
+    if (path() == kAvx2) return linear_avx<W>;
+#elif defined(HAAST_NEON)
+    if (path() != kScalar) return linear_neon<W>;
+#endif
+    return linear_scalar<W>;
+}
+
+void multiply(const Linear& a, int threads) {
+    if (a.rows <= 0 || a.out <= 0) return;
+    const int64_t panels = (a.out + kLanes - 1) / kLanes;
+    if (a.rows * a.in * a.out < kSerialWork) threads = 1;
+    pool().run(a.scale ? linear_work<int8_t>() : linear_work<uint16_t>(), &a, panels, chunk_of(panels, threads), threads);
+}
+
+}  // namespace

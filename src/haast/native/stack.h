@@ -1,0 +1,164 @@
+// Llama's decoder layers, one after the other, in one call.
+//
+// Owns the order of the operations of a pre-norm layer with rotary grouped attention and SwiGLU, over a tree of nodes
+// behind each row's cached past. Each operation is the one that the single kernels export, so a node's result has the
+// same bits as the layers called one by one, and depends on nothing but the node's own path.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#include "attention.h"
+#include "linear.h"
+#include "pool.h"
+#include "rowwise.h"
+
+namespace {
+
+struct Weight {
+    const void* packed;
+    const float *scale, *bias;  // see struct Linear
+    int64_t in, out;
+};
+
+struct Layer {
+    const float* input_norm;       // (hidden), or null: no norm in front of attention
+    Weight qkv;                    // queries, keys and values of all heads, in this order
+    const float *q_norm, *k_norm;  // (d), or null: norms of each head before the rotation
+    Weight o;
+    const float* post_norm;  // (hidden)
+    Weight gate_up, down;
+    int64_t window;  // positions that the layer looks back; 0: all
+};
+
+struct Stack {
+    const Layer* layers;
+    int64_t layer_count, hidden, heads, kv_heads, d, inner;
+    float eps, scaling;
+    const float* final_norm;  // (hidden), or null
+};
+
+struct Pass {
+    float* states;                    // (rows, n, hidden), the embeddings; overwritten
+    float* output;                    // (rows, n, hidden), behind the final norm where there is one
+    float* const* captured;           // (layer_count + 1), null where nobody asked; null altogether: none
+    const float *cosine, *sine;       // (positions, d)
+    const int64_t* positions;         // (rows, n)
+    const int64_t* flight_positions;  // (rows, flight)
+    const int64_t* past;              // (rows)
+    const uint8_t* seen;              // (rows, n, flight)
+    float* cache;                     // (2 * layers: key, value, ...; rows, kv_heads, capacity, d)
+    int64_t rows, n, flight, capacity;
+};
+
+struct Store {
+    const Stack* stack;
+    const Pass* pass;
+    const Layer* layer;
+    float *qkv, *keys, *values;
+};
+
+void norm_head(float* x, const float* weight, int64_t d, float eps) {
+    const RowWise job{x, weight, x, d, eps};
+    PICK(rms_norm)(&job, 0, 1);
+}
+
+// Rotates queries in place, and keys on their way into the cache; item = token (row, node).
+void store_tokens(const void* job, int64_t first, int64_t last) {
+    const Store& a = *static_cast<const Store*>(job);
+    const Stack& s = *a.stack;
+    const Pass& p = *a.pass;
+    const int64_t rotated = s.heads + s.kv_heads, width = (rotated + s.kv_heads) * s.d;
+    for (int64_t t = first; t < last; ++t) {
+        const int64_t row = t / p.n, slot = p.past[row] + p.flight - p.n + t % p.n;
+        float* own = a.qkv + t * width;
+        if (a.layer->q_norm)
+            for (int64_t h = 0; h < s.heads; ++h) norm_head(own + h * s.d, a.layer->q_norm, s.d, s.eps);
+        if (a.layer->k_norm)
+            for (int64_t h = s.heads; h < rotated; ++h) norm_head(own + h * s.d, a.layer->k_norm, s.d, s.eps);
+        const Rotation turn{own, p.cosine + p.positions[t] * s.d, p.sine + p.positions[t] * s.d, rotated, s.d, width, 1};
+        rotate(&turn, 0, 1);
+        for (int64_t h = 0; h < s.kv_heads; ++h) {
+            const int64_t at = ((row * s.kv_heads + h) * p.capacity + slot) * s.d;
+            const size_t bytes = sizeof(float) * static_cast<size_t>(s.d);
+            std::memcpy(a.keys + at, own + (s.heads + h) * s.d, bytes);
+            std::memcpy(a.values + at, own + (rotated + h) * s.d, bytes);
+        }
+    }
+}
+
+struct Residual {
+    float* states;
+    const float *change, *weight;
+    float* normed;
+    int64_t dim;
+    float eps;
+};
+
+// states += change (where there is one), then the norm of the sum (where one is asked for).
+void add_and_norm(const void* job, int64_t first, int64_t last) {
+    const Residual& a = *static_cast<const Residual*>(job);
+    if (a.change)
+        for (int64_t i = first * a.dim; i < last * a.dim; ++i) a.states[i] += a.change[i];
+    if (!a.normed) return;
+    if (a.weight) {
+        const RowWise norm{a.states, a.weight, a.normed, a.dim, a.eps};
+        PICK(rms_norm)(&norm, first, last);
+    } else {
+        std::memcpy(a.normed + first * a.dim, a.states + first * a.dim,
+                    sizeof(float) * static_cast<size_t>((last - first) * a.dim));
+    }
+}
+
+void residual(float* states, const float* change, const float* weight, float* normed, int64_t rows, int64_t dim,
+              float eps, int threads) {
+    const Residual a{states, change, weight, normed, dim, eps};
+    pool().run(add_and_norm, &a, rows, 4, rows * dim < kSerialWork ? 1 : threads);
+}
+
+void product(const float* x, const Weight& w, float* y, int64_t rows, int threads) {
+    multiply(Linear{x, w.packed, w.scale, w.bias, y, rows, w.in, w.out, w.in, w.out}, threads);
+}
+
+void run_stack(const Stack& s, const Pass& p, int threads) {
+    const int64_t tokens = p.rows * p.n, rotated = s.heads + s.kv_heads, width = (rotated + s.kv_heads) * s.d;
+    if (tokens <= 0) return;
+    const int64_t wide = s.hidden > s.heads * s.d ? s.hidden : s.heads * s.d;
+    const std::unique_ptr<float[]> scratch(new float[tokens * (2 * wide + width + 3 * s.inner)]);
+    float *normed = scratch.get(), *change = normed + tokens * wide, *qkv = change + tokens * wide;
+    float *gates = qkv + tokens * width, *active = gates + tokens * 2 * s.inner;
+    const int64_t lane = p.rows * s.kv_heads * p.capacity * s.d;  // keys or values of one layer
+    const size_t bytes = sizeof(float) * static_cast<size_t>(tokens * s.hidden);
+    const float* pending = nullptr;  // what the layer before has still to add
+    for (int64_t l = 0; l < s.layer_count; ++l) {
+        const Layer& layer = s.layers[l];
+        float *keys = p.cache + 2 * l * lane, *values = keys + lane;
+        residual(p.states, pending, layer.input_norm, normed, tokens, s.hidden, s.eps, threads);
+        if (p.captured && p.captured[l]) std::memcpy(p.captured[l], p.states, bytes);
+        product(normed, layer.qkv, qkv, tokens, threads);
+        const Store store{&s, &p, &layer, qkv, keys, values};
+        pool().run(store_tokens, &store, tokens, 4, tokens * width < kSerialWork ? 1 : threads);
+        Attention a{};
+        a.q = qkv, a.k = keys, a.v = values, a.out = normed;
+        a.rows = p.rows, a.heads = s.heads, a.kv_heads = s.kv_heads, a.n = p.n, a.d = s.d;
+        a.q_row = p.n * width, a.q_head = s.d, a.q_node = width;
+        a.k_row = a.v_row = s.kv_heads * p.capacity * s.d;
+        a.k_head = a.v_head = p.capacity * s.d, a.k_slot = a.v_slot = s.d;
+        a.scaling = s.scaling, a.past = p.past, a.seen = p.seen, a.flight = p.flight, a.window = layer.window;
+        a.positions = p.positions, a.flight_positions = p.flight_positions;
+        for (int64_t row = 0; row < p.rows; ++row)
+            if (p.past[row] + p.flight > a.slots) a.slots = p.past[row] + p.flight;
+        attend(a, threads);
+        product(normed, layer.o, change, tokens, threads);
+        residual(p.states, change, layer.post_norm, normed, tokens, s.hidden, s.eps, threads);
+        product(normed, layer.gate_up, gates, tokens, threads);
+        swiglu(gates, active, tokens, s.inner, threads);
+        product(active, layer.down, change, tokens, threads);
+        pending = change;
+    }
+    residual(p.states, pending, s.final_norm, p.output, tokens, s.hidden, s.eps, threads);
+    if (p.captured && p.captured[s.layer_count]) std::memcpy(p.captured[s.layer_count], p.output, bytes);
+}
+
+}  // namespace

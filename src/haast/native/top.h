@@ -1,0 +1,89 @@
+// The likeliest entries of rows of logits, with their log-probabilities.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cpu.h"
+#include "pool.h"
+#include "vector_math.h"
+
+namespace {
+
+constexpr int64_t kMostTop = 64;
+
+struct Top {
+    const float* logits;  // (rows, width)
+    float* logprobs;      // (rows, k), descending
+    int64_t* ids;         // (rows, k); of equal logits the smaller id comes first
+    int64_t width, k;
+};
+
+// Puts (value, id) into a descending list; behind its equals, so that the smaller id stays in front.
+inline void insert(float value, int64_t id, float* best, int64_t* ids, int64_t k) {
+    int64_t at = k - 1;
+    for (; at > 0 && value > best[at - 1]; --at) best[at] = best[at - 1], ids[at] = ids[at - 1];
+    best[at] = value, ids[at] = id;
+}
+
+void start_list(float* best, int64_t* ids, int64_t k) {
+    for (int64_t i = 0; i < k; ++i) best[i] = -INFINITY, ids[i] = 0;
+}
+
+void top_scalar(const void* job, int64_t first, int64_t last) {
+    const Top& a = *static_cast<const Top*>(job);
+    for (int64_t r = first; r < last; ++r) {
+        const float* x = a.logits + r * a.width;
+        float* best = a.logprobs + r * a.k;
+        int64_t* ids = a.ids + r * a.k;
+        start_list(best, ids, a.k);
+        for (int64_t i = 0; i < a.width; ++i)
+            if (x[i] > best[a.k - 1]) insert(x[i], i, best, ids, a.k);
+        double total = 0.0;
+        for (int64_t i = 0; i < a.width; ++i) total += std::exp(static_cast<double>(x[i] - best[0]));
+        const float norm = best[0] + static_cast<float>(std::log(total));
+        for (int64_t i = 0; i < a.k; ++i) best[i] -= norm;
+    }
+}
+
+#if defined(HAAST_X86)
+AVX void top_avx(const void* job, int64_t first, int64_t last) {
+    const Top& a = *static_cast<const Top*>(job);
+    for (int64_t r = first; r < last; ++r) {
+        const float* x = a.logits + r * a.width;
+        float* best = a.logprobs + r * a.k;
+        int64_t* ids = a.ids + r * a.k;
+        start_list(best, ids, a.k);
+        int64_t i = 0;
+        for (; i + 8 <= a.width; i += 8) {
+            const __m256 least = _mm256_set1_ps(best[a.k - 1]);
+            int better = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x + i), least, _CMP_GT_OQ));
+            for (; better; better &= better - 1) {
+                const int64_t at = i + __builtin_ctz(static_cast<unsigned>(better));
+                if (x[at] > best[a.k - 1]) insert(x[at], at, best, ids, a.k);
+            }
+        }
+        for (int64_t at = i; at < a.width; ++at)
+            if (x[at] > best[a.k - 1]) insert(x[at], at, best, ids, a.k);
+        const __m256 top = _mm256_set1_ps(best[0]);
+        __m256 total = _mm256_setzero_ps();
+        for (i = 0; i + 8 <= a.width; i += 8)
+            total = _mm256_add_ps(total, exp8(_mm256_sub_ps(_mm256_loadu_ps(x + i), top)));
+        float sum = sum8(total);
+        for (; i < a.width; ++i) sum += std::exp(x[i] - best[0]);
+        const float norm = best[0] + std::log(sum);
+        for (int64_t j = 0; j < a.k; ++j) best[j] -= norm;
+    }
+}
+#endif
+
+void top(const Top& a, int64_t rows, int threads) {
+#if defined(HAAST_X86)
+    const Pool::Work work = use_avx() ? top_avx : top_scalar;
+#else
+    const Pool::Work work = top_scalar;
+#endif
+    pool().run(work, &a, rows, 1, rows * a.width < kSerialWork ? 1 : threads);
+}
+
+}  // namespace

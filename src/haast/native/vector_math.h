@@ -1,0 +1,61 @@
+// exp, tanh, sums and maxima of AVX2 registers.
+#pragma once
+
+#include <cstdint>
+#include "cpu.h"
+
+#if defined(HAAST_X86)
+namespace {
+
+// exp by 2^n * e^r with |r| <= ln2 / 2 and a degree-6 polynomial (Cephes expf): about 1 ulp. Inputs below -87.3 give 0.
+AVX_INLINE __m256 exp8(__m256 x) {
+    const __m256 low = _mm256_set1_ps(-87.33654f);
+    const __m256 keep = _mm256_cmp_ps(x, low, _CMP_NLT_UQ);  // NaN stays NaN
+    x = _mm256_min_ps(_mm256_set1_ps(88.0f), _mm256_max_ps(low, x));
+    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
+                                     _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+    __m256 p = _mm256_set1_ps(1.9875691500e-4f);
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.3981999507e-3f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(8.3334519073e-3f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(4.1665795894e-2f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.6666665459e-1f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(5.0000001201e-1f));
+    p = _mm256_add_ps(_mm256_fmadd_ps(p, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1.0f));
+    const __m256i scale = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_and_ps(keep, _mm256_mul_ps(p, _mm256_castsi256_ps(scale)));
+}
+
+// tanh (Cephes tanhf): an odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel.
+AVX_INLINE __m256 tanh8(__m256 x) {
+    const __m256 one = _mm256_set1_ps(1.0f), z = _mm256_mul_ps(x, x);
+    const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+    __m256 p = _mm256_set1_ps(-5.70498872745e-3f);
+    p = _mm256_fmadd_ps(p, z, _mm256_set1_ps(2.06390887954e-2f));
+    p = _mm256_fmadd_ps(p, z, _mm256_set1_ps(-5.37397155531e-2f));
+    p = _mm256_fmadd_ps(p, z, _mm256_set1_ps(1.33314422036e-1f));
+    p = _mm256_fmadd_ps(p, z, _mm256_set1_ps(-3.33332819422e-1f));
+    const __m256 near = _mm256_fmadd_ps(_mm256_mul_ps(p, z), x, x);
+    const __m256 e = exp8(_mm256_add_ps(size, size));
+    __m256 far = _mm256_sub_ps(one, _mm256_div_ps(_mm256_set1_ps(2.0f), _mm256_add_ps(e, one)));
+    far = _mm256_or_ps(far, _mm256_and_ps(_mm256_set1_ps(-0.0f), x));
+    return _mm256_blendv_ps(near, far, _mm256_cmp_ps(size, _mm256_set1_ps(0.625f), _CMP_GT_OQ));
+}
+
+AVX_INLINE float sum8(__m256 v) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+AVX_INLINE float max8(__m256 v) {
+    float t[8], best;
+    _mm256_storeu_ps(t, v);
+    best = t[0];
+    for (int i = 1; i < 8; ++i) best = t[i] > best ? t[i] : best;
+    return best;
+}
+
+}  // namespace
+#endif  // HAAST_X86

@@ -1,0 +1,242 @@
+"""A model's decoder layers as one native call: `NativeStack`.
+
+Owns the recognition of stacks that it can run (Llama's pre-norm layers: Llama, Mistral, Qwen2, Qwen3, SmolLM2 and the
+draft heads made of such layers), their weights in one stretch of memory, and tables of rotary angles. Knows nothing of
+drafting. A model's own modules stay whole and give the same bits: a stack only spares the Python and the small
+operators between them, which on a small model cost as much as the arithmetic.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from haast.native.stack import CLayer, CPass, CStack, CWeight, run_stack
+from haast.speed.fusing import FusedAttention, FusedRMSNorm, FusedSwiGLU
+from haast.speed.packing import PackedLinear
+
+_CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_CHANGING_ROPE = {"dynamic", "longrope"}  # their angles depend on the longest position of a forward
+_HUGE = 2 << 20  # bytes of a huge page
+_ALIGN = 64
+
+
+class NativeStack:
+    """Decoder layers that run in one call over a tree of nodes behind cached keys and values.
+
+    Build with `of`, which gives None for layers of another kind.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], norm: FusedRMSNorm | None, rotary: nn.Module) -> None:
+        """Read the modules; see `of`."""
+        self._layers, self._norm, self._rotary = layers, norm, rotary
+        parts = [_parts(layer) for layer in layers]
+        attention, feed_forward, _, post = parts[0]
+        self.hidden = feed_forward.down_proj.out_features
+        self.heads, self.kv_heads, self.head_dim = attention.heads, attention.kv_heads, attention.head_dim
+        self._arena = _gather([linear for part in parts for linear in _linears(part)])
+        self._structures = (CLayer * len(layers))(*(_structure(part) for part in parts))
+        self._stack = CStack(
+            self._structures,
+            len(layers),
+            self.hidden,
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            feed_forward.down_proj.in_features,
+            post.variance_epsilon,
+            float(attention.scaling),
+            None if norm is None else norm.weight.data_ptr(),
+        )
+        self._angles: tuple[Tensor, Tensor] | None = None  # (positions, head_dim) each
+
+    @classmethod
+    def of(cls, layers: Sequence[nn.Module], norm: nn.Module | None, rotary: nn.Module) -> NativeStack | None:
+        """The stack of these layers, packed and fused before; None where they are not all of the known kind.
+
+        Args:
+            layers: modules with a `FusedAttention`, a `FusedSwiGLU` and two norms (the first may be an identity).
+            norm: the norm behind the last layer; None for none.
+            rotary: module that gives cosines and sines of positions.
+
+        That the layers add up their parts as Llama does is for the caller to try: see `Target`.
+        """
+        if getattr(rotary, "rope_type", "default") in _CHANGING_ROPE:
+            return None
+        if not layers or not (norm is None or isinstance(norm, FusedRMSNorm)):
+            return None
+        if not all(_known(layer) for layer in layers):
+            return None
+        first = _parts(layers[0])
+        norms = [norm, *(part[i] for part in map(_parts, layers) for i in (2, 3))]
+        eps = {each.variance_epsilon for each in norms if isinstance(each, FusedRMSNorm)}
+        alike = {_sizes(_parts(layer)) for layer in layers}
+        if len(eps) > 1 or len(alike) > 1 or first[0].head_dim % 2:
+            return None
+        return cls(layers, norm, rotary)
+
+    @property
+    def current(self) -> bool:
+        """Whether the modules still hold the weights that the stack reads (nobody moved or replaced them)."""
+        return all(
+            structure.qkv.packed == _parts(layer)[0].qkv_proj.packed.data_ptr()
+            for structure, layer in zip(self._structures, self._layers, strict=True)
+        )
+
+    def run(
+        self,
+        states: Tensor,
+        positions: Tensor,
+        seen: Tensor,
+        past: Sequence[int],
+        store: Tensor,
+        capture: Sequence[int] = (),
+        flight_positions: Tensor | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run all layers; keys and values of the nodes go to the last slots in flight.
+
+        Args:
+            states: (rows, nodes, hidden) fp32, the embeddings; overwritten.
+            positions: (rows, nodes) int64 of the nodes.
+            seen: (rows, nodes, flight) bool: what a node sees of the slots behind the past; the nodes are the last.
+            past: slots of each row that all of its nodes see.
+            store: (2 * layers, rows, kv_heads, capacity, head_dim) fp32, contiguous: keys and values in turn.
+            capture: layer indices as in HF `hidden_states` (0 the embeddings, last the normed output).
+            flight_positions: (rows, flight) int64; the nodes' own if None.
+
+        Returns:
+            the output (rows, nodes, hidden) behind the final norm, and the captured states.
+        """
+        rows, nodes, flight = seen.shape
+        capacity = store.shape[3]
+        fits = store.shape == (2 * len(self._layers), rows, self.kv_heads, capacity, self.head_dim)
+        if not (fits and store.is_contiguous() and states.is_contiguous() and states.dtype is store.dtype):
+            raise ValueError(
+                f"states {tuple(states.shape)} and store {tuple(store.shape)} do not fit {len(self._layers)} layers "
+                f"of {self.kv_heads} key heads of {self.head_dim}: give contiguous fp32 tensors of the stated shapes"
+            )
+        if max(past) + flight > capacity:
+            raise ValueError(f"{max(past)} past slots and {flight} in flight do not fit a capacity of {capacity}")
+        cosine, sine = self._tables(int(positions.max()) + 1)
+        positions, seen = positions.contiguous(), seen.contiguous()
+        flying = positions if flight_positions is None else flight_positions.contiguous()
+        output = torch.empty_like(states)
+        captured = {index: torch.empty_like(states) for index in capture}
+        pointers = None
+        if captured:
+            pointers = (ctypes.c_void_p * (len(self._layers) + 1))()
+            for index, tensor in captured.items():
+                pointers[index] = tensor.data_ptr()
+        lengths = (ctypes.c_int64 * rows)(*past)
+        each = CPass(
+            states.data_ptr(),
+            output.data_ptr(),
+            None if pointers is None else ctypes.addressof(pointers),
+            cosine.data_ptr(),
+            sine.data_ptr(),
+            positions.data_ptr(),
+            flying.data_ptr(),
+            ctypes.addressof(lengths),
+            seen.data_ptr(),
+            store.data_ptr(),
+            rows,
+            nodes,
+            flight,
+            capacity,
+        )
+        run_stack(self._stack, each)
+        return output, captured
+
+    def _tables(self, positions: int) -> tuple[Tensor, Tensor]:
+        if self._angles is None or len(self._angles[0]) < positions:
+            count = 512
+            while count < positions:
+                count *= 2
+            every = torch.arange(count).unsqueeze(0)
+            cosine, sine = self._rotary(torch.empty(0), position_ids=every)
+            self._angles = cosine[0].contiguous(), sine[0].contiguous()
+        return self._angles
+
+
+Parts = tuple[FusedAttention, FusedSwiGLU, nn.Module, FusedRMSNorm]
+
+
+def _known(layer: nn.Module) -> bool:
+    parts = dict(layer.named_children())
+    return (
+        set(parts) == _CHILDREN
+        and isinstance(parts["self_attn"], FusedAttention)
+        and isinstance(parts["mlp"], FusedSwiGLU)
+        and isinstance(parts["input_layernorm"], FusedRMSNorm | nn.Identity)
+        and isinstance(parts["post_attention_layernorm"], FusedRMSNorm)
+        and not any(linear.reference for linear in _linears(_parts(layer)))
+    )
+
+
+def _parts(layer: nn.Module) -> Parts:
+    known: Any = layer
+    return known.self_attn, known.mlp, known.input_layernorm, known.post_attention_layernorm
+
+
+def _linears(parts: Parts) -> tuple[PackedLinear, ...]:
+    attention, feed_forward = parts[:2]
+    return attention.qkv_proj, attention.o_proj, feed_forward.gate_up, feed_forward.down_proj
+
+
+def _sizes(parts: Parts) -> tuple[int, ...]:
+    attention, feed_forward, _, _ = parts
+    linears = _linears(parts)
+    return (attention.heads, attention.kv_heads, attention.head_dim, *(each.out_features for each in linears))
+
+
+def _structure(parts: Parts) -> CLayer:
+    attention, _, first, post = parts
+    qkv, o, gate_up, down = (_weight(linear) for linear in _linears(parts))
+    norms = (attention.q_norm, attention.k_norm)
+    q_norm, k_norm = (None if norm is None else norm.weight.data_ptr() for norm in norms)
+    before = first.weight.data_ptr() if isinstance(first, FusedRMSNorm) else None
+    return CLayer(before, qkv, q_norm, k_norm, o, post.weight.data_ptr(), gate_up, down, _window(attention))
+
+
+def _weight(linear: PackedLinear) -> CWeight:
+    scale, bias = (None if each is None else each.data_ptr() for each in (linear.scale, linear.bias))
+    return CWeight(linear.packed.data_ptr(), scale, bias, linear.in_features, linear.out_features)
+
+
+def _window(attention: FusedAttention) -> int:
+    """Positions that the layer looks back; 0 for all."""
+    config = attention.config
+    window = getattr(config, "sliding_window", None)
+    if not window or not getattr(config, "use_sliding_window", True):
+        return 0
+    types = getattr(config, "layer_types", None)
+    if types and types[attention.layer_idx] != "sliding_attention":
+        return 0
+    return int(window)
+
+
+def _gather(linears: Sequence[PackedLinear]) -> Tensor:
+    """Move the weights, in the order in which they are read, into one stretch of huge pages; returns that memory.
+
+    One row's forward reads every weight once, so what counts is how fast memory streams: measured on the development
+    machine, pages of 2 MB in reading order gave the bandwidth of the roofline, separate tensors of 4 kB pages less.
+    """
+    offsets, size = list[int](), 0
+    for linear in linears:
+        offsets.append(size)
+        size += -(-linear.packed.nbytes // _ALIGN) * _ALIGN
+    memory = mmap.mmap(-1, size + 2 * _HUGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.int8)
+    arena = whole[-whole.data_ptr() % _HUGE :]
+    for linear, offset in zip(linears, offsets, strict=True):
+        packed = linear.packed
+        place = arena[offset : offset + packed.nbytes].view(packed.dtype).view(packed.shape)
+        linear.packed = place.copy_(packed)
+    return arena

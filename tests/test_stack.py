@@ -1,0 +1,251 @@
+"""All layers in one native call: the bits of the modules, for every kind of model that it takes, and None for others."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from haast import native
+from haast.cache import TreeCache
+from haast.drafters.eagle import EagleDrafter
+from haast.drafters.shape import DraftShape
+from haast.engine import Engine, StopConfig
+from haast.heads.checkpoint import Head
+from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
+from haast.sampling import SamplingConfig
+from haast.speed.fusing import fuse_small_modules
+from haast.speed.packing import pack_linears
+from haast.speed.stack import NativeStack
+from haast.target import Target, TargetOutput
+from haast.tree import DraftTree
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="no native kernels")
+SIZES: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.3,
+}
+PLAIN = {name: value for name, value in SIZES.items() if name != "head_dim"} | {"hidden_size": 64}
+KINDS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SIZES),
+    "llama with biases": LlamaConfig(**SIZES, attention_bias=True),
+    "llama, angles by llama 3": LlamaConfig(
+        **SIZES,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "mistral, window": MistralConfig(**SIZES, sliding_window=7),
+    "qwen2, biases": Qwen2Config(**PLAIN),
+    "qwen2, some windows": Qwen2Config(
+        **PLAIN,
+        use_sliding_window=True,
+        sliding_window=6,
+        max_window_layers=1,
+    ),
+    "qwen3, norms of heads": Qwen3Config(**SIZES),
+}
+
+
+def made(config: PretrainedConfig, form: str = "f16", spread: bool = True) -> Target:
+    torch.manual_seed(3)
+    target = Target(AutoModelForCausalLM.from_config(config))
+    with torch.no_grad():
+        for name, parameter in target.model.named_parameters():
+            if spread and ("norm" in name or "bias" in name):
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+    pack_linears(target.model, form=form)
+    fuse_small_modules(target.model)
+    return target
+
+
+def both(target: Target, work: Any) -> tuple[Any, Any]:
+    """What `work` gives by one call, and by modules."""
+    stack = target._stack
+    assert stack is not None
+    fast = work()
+    target._stack = None
+    slow = work()
+    target._stack = stack
+    return fast, slow
+
+
+def assert_same(fast: TargetOutput, slow: TargetOutput, live: torch.Tensor) -> None:
+    torch.testing.assert_close(fast.logits[live], slow.logits[live], rtol=0, atol=0)
+    torch.testing.assert_close(fast.features[live], slow.features[live], rtol=0, atol=0)
+    assert fast.hidden.keys() == slow.hidden.keys()
+    for index, states in fast.hidden.items():
+        torch.testing.assert_close(states[live], slow.hidden[index][live], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("form", ["f16", "int8"])
+def test_one_call_has_the_bits_of_the_modules(kind: str, form: str) -> None:
+    target = made(KINDS[kind], form)
+    assert target.use_one_call()
+
+    def steps() -> list[tuple[TargetOutput, torch.Tensor]]:
+        generator = torch.Generator().manual_seed(1)
+        cache, found = target.new_cache(2, 8), []
+        kept = [range(19), range(11)]
+        live = torch.arange(19) < torch.tensor([[19], [11]])
+        trees = [DraftTree.chain(torch.randint(0, 61, (2, 19), generator=generator), live)]
+        for nodes in (1, 5, 17, 240):  # the last ones make the cache grow
+            parents = torch.stack(
+                [torch.tensor([-1] + [int(torch.randint(0, i, (), generator=generator)) for i in range(1, nodes)])] * 2
+            )
+            trees.append(DraftTree.from_parents(torch.randint(0, 61, (2, nodes), generator=generator), parents))
+        for tree in trees:
+            found.append((target.forward(tree, cache, hidden_layers=(0, 1, 3)), tree.live))
+            cache.commit(kept)
+            kept = [[0], None]
+        return found
+
+    for (fast, live), (slow, _) in zip(*both(target, steps), strict=True):
+        assert_same(fast, slow, live)
+
+
+@pytest.mark.parametrize("at_most", [0, 1])
+def test_narrower_paths_agree(at_most: int) -> None:
+    target = made(KINDS["llama"])
+    assert target.use_one_call()
+
+    def step() -> TargetOutput:
+        return target.forward(DraftTree.chain(torch.arange(9).unsqueeze(0)), target.new_cache())
+
+    with native.narrow_path(at_most):
+        fast, slow = both(target, step)
+    assert_same(fast, slow, torch.ones(1, 9, dtype=torch.bool))
+
+
+def test_last_only_gives_the_last_live_nodes_logits() -> None:
+    target = made(KINDS["llama"])
+    assert target.use_one_call()
+    live = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    tree = DraftTree.chain(torch.arange(10).view(2, 5), live)
+    whole = target.forward(tree, target.new_cache(2)).logits
+    last = target.forward(tree, target.new_cache(2), last_only=True).logits
+    assert last.shape == (2, 1, 61)
+    assert torch.equal(last[:, 0], whole[torch.arange(2), torch.tensor([4, 2])])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GraniteConfig(**PLAIN, residual_multiplier=0.3),  # its parts have Llama's names, and are added up otherwise
+        Olmo2Config(**PLAIN),  # norms behind attention
+        LlamaConfig(**SIZES, hidden_act="gelu"),
+        LlamaConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+    ],
+    ids=["granite", "olmo2", "gelu", "dynamic angles"],
+)
+def test_other_models_keep_their_modules(config: PretrainedConfig) -> None:
+    target = made(config, spread=False)
+    assert not target.use_one_call() and not target.one_call
+    output = target.forward(DraftTree.chain(torch.arange(4).unsqueeze(0)), target.new_cache())
+    assert bool(output.logits.isfinite().all())
+
+
+def test_a_model_that_changes_afterwards_is_run_by_its_modules() -> None:
+    target = made(KINDS["llama"])
+    assert target.use_one_call()
+    attention = target.model.get_submodule("model.layers.1.self_attn.qkv_proj")
+    attention.packed = attention.packed.clone()  # type: ignore[assignment]
+    target.new_cache()
+    assert not target.one_call
+
+
+def test_an_unpacked_model_has_no_stack() -> None:
+    torch.manual_seed(0)
+    target = Target(AutoModelForCausalLM.from_config(KINDS["llama"]))
+    assert not target.use_one_call()
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_head_drafts_the_same_trees_by_one_call(layers: int) -> None:
+    target = made(KINDS["llama"])
+    assert target.use_one_call()
+    torch.manual_seed(7)
+    sizes = FeatExtrapolatorConfig.for_target(target.config, num_hidden_layers=layers)
+    module = FeatExtrapolator(sizes).requires_grad_(False)
+    head = Head(module, torch.arange(0, 61, 2), {})
+    trees: list[list[torch.Tensor]] = []
+    for one_call in (True, False):
+        drafter = EagleDrafter(target, copy.deepcopy(head), DraftShape(depth=4, top_k=5, width=5, nodes=20))
+        assert drafter._stack is not None
+        if not one_call:
+            drafter._stack = None
+        seen: list[torch.Tensor] = []
+        propose = drafter.propose
+
+        def watched(propose: Any = propose, seen: list[torch.Tensor] = seen) -> DraftTree:
+            tree: DraftTree = propose()
+            seen.append(torch.stack([tree.tokens, tree.parents]))
+            return tree
+
+        drafter.propose = watched  # type: ignore[method-assign]
+        prompts = [[1, 2, 3, 4, 5], [9, 8]]
+        for _ in Engine(target, drafter).run(prompts, SamplingConfig(temperature=1.0), StopConfig(20)):
+            continue
+        trees.append(seen)
+    assert len(trees[0]) == len(trees[1]) > 3
+    assert all(torch.equal(a, b) for a, b in zip(*trees, strict=True))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    target = made(KINDS["llama"])
+    assert target.use_one_call()
+    stack = target._stack
+    assert isinstance(stack, NativeStack)
+    cache = TreeCache(3, 1)
+    cache.begin(2)
+    store = cache.storage(2, 16, torch.float32)
+    assert store is not None
+    states, positions = torch.zeros(1, 2, 40), torch.arange(2).unsqueeze(0)
+    seen = torch.ones(1, 2, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="do not fit 3 layers"):
+        stack.run(states, positions, seen, [0], store[:4])
+    with pytest.raises(ValueError, match="capacity of 256"):
+        stack.run(states, positions, seen, [255], store)
+    assert cache.storage(2, 8, torch.float32) is None
+    assert cache.storage(2, 16, torch.float64) is None
+
+
+def test_the_likeliest_entries() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for width, count in ((1, 1), (7, 3), (8, 8), (1001, 24), (8192, 64)):
+        logits = torch.randn(5, width, generator=generator) * 4
+        expected, places = logits.log_softmax(-1).topk(count)
+        for at_most in (0, 2):
+            with native.narrow_path(at_most):
+                found, ids = native.top(logits, count)
+            assert torch.equal(ids, places)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    tied = torch.zeros(1, 40)
+    assert native.top(tied, 5)[1].tolist() == [[0, 1, 2, 3, 4]]
+    with pytest.raises(ValueError, match="count=65"):
+        native.top(torch.zeros(1, 100), 65)

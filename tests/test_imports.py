@@ -40,7 +40,7 @@ ONLY = {
         "haast.verify",
     },
     "errors": set(), "tree": set(), "sampling": set(), "text": set(), "prompts": set(), "loops": set(),
-    "native": set(), "cache": set(), "speed": {"haast.native"},
+    "native": set(), "cache": set(), "speed": {"haast.native", "haast.native.stack"},
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ in `engine`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from haast.drafters.base import Drafter
+from haast.drafters.calibrated import apply_calibration, find_calibration
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import CPU_NODES, DEVICE_NODES, DraftShape, shape_for
 from haast.drafters.vanilla import VanillaDrafter
@@ -25,6 +27,7 @@ from haast.sampling import Processor, SamplingConfig
 from haast.target import Target
 from haast.text import StopWatch, TextStream
 
+_LOG = logging.getLogger(__name__)
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]  # text, token ids, or chat messages
 
 
@@ -67,6 +70,7 @@ class Haast:
         dtype: str = "float32",
         device: str = "cpu",
         packing: str = "auto",
+        calibration: str | Path = "auto",
     ) -> Haast:
         """Load a target and its head.
 
@@ -75,7 +79,10 @@ class Haast:
                 packed, not moved, only its attention implementation is set).
             head: a head's folder; "default" is the one shipped for the default model; None decodes without drafting.
             tokenizer: for a loaded model; a named model brings its own.
-            shape: chain, static or dynamic tree and its size; None is a small tree on a CPU, 60 nodes elsewhere.
+            shape: chain, static or dynamic tree and its size; None is what `haast calibrate` found here, else a small
+                tree on a CPU, 60 nodes elsewhere.
+            calibration: without a shape: "auto", "off", or the file of a calibration. Where it found that drafting
+                does not pay here, the text is decoded without.
             dtype, device, packing: see `load_target`; they apply to named models.
 
         Raises:
@@ -92,9 +99,15 @@ class Haast:
             return cls(target, VanillaDrafter())
         loaded = load_head(folder)
         check_fits(loaded.module.config, target.hidden_size, target.vocab_size, str(target.model.name_or_path))
-        if shape is None:
-            shape = shape_for(CPU_NODES if target.device.type == "cpu" else DEVICE_NODES)
-        return cls(target, EagleDrafter(target, loaded, shape))
+        if shape is not None:
+            return cls(target, EagleDrafter(target, loaded, shape))
+        usual = shape_for(CPU_NODES if target.device.type == "cpu" else DEVICE_NODES)
+        drafter = EagleDrafter(target, loaded, usual)
+        found = find_calibration(target, drafter, calibration)
+        if found is not None and not apply_calibration(drafter, found):
+            _LOG.warning("drafting is slower than decoding without on this machine: decoding without (see calibrate)")
+            return cls(target, VanillaDrafter())
+        return cls(target, drafter)
 
     def generate(
         self,

@@ -144,6 +144,7 @@ class _Run:
         stats: Stats,
     ) -> None:
         self._target, self._drafter, self._stats = target, drafter, stats
+        self._device = target.device
         self._sampler, self._stop = Sampler(sampling), stop
         self._histories = [list(prompt) for prompt in prompts]
         self._prompt_lengths = [len(prompt) for prompt in prompts]
@@ -259,11 +260,11 @@ class _Run:
     def _pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
         longest = max(len(row) for row in rows)
         padded = [list(row) + [0] * (longest - len(row)) for row in rows]
-        return torch.tensor(padded, dtype=torch.long, device=self._target.device)
+        return torch.tensor(padded, dtype=torch.long, device=self._device)
 
     def _now(self) -> float:
-        if self._target.device.type == "cuda":
-            torch.cuda.synchronize(self._target.device)  # kernels run behind the host: a time without it means nothing
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # kernels run behind the host: a time without it means nothing
         return perf_counter()
 
 

@@ -138,7 +138,9 @@ def check_precision(dtype: str, device: str, packing: str) -> torch.dtype:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device={device!r} does not work here ({reason}): use device='cpu'") from error
     if packing in FORMS and (dtype != "float32" or place.type != "cpu"):
-        raise ValueError(f"packing={packing!r} works on a float32 CPU model, not {dtype} on {device}: use packing='off'")
+        raise ValueError(
+            f"packing={packing!r} works on a float32 CPU model, not {dtype} on {device}: use packing='off'"
+        )
     return dtypes[dtype]
 
 

@@ -73,6 +73,11 @@ class Target:
         """Whether the linear layers are packed 16-bit ones, run by the native kernels."""
         return isinstance(self.lm_head, PackedLinear) and not self.lm_head.reference
 
+    @property
+    def packing(self) -> str:
+        """How the linear layers are held: "f16", "int8" or "off"."""
+        return self.lm_head.form if isinstance(self.lm_head, PackedLinear) else "off"
+
     def step_threads(self) -> AbstractContextManager[None]:
         """Wrap a decode step in it: the threads go to the native kernels where they do the work."""
         return native.sole_threads() if self.packed else nullcontext()

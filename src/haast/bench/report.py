@@ -23,7 +23,7 @@ import haast
 from haast.bench.runner import BenchPrompt, Difference, Record, Records
 from haast.engine import Stats
 from haast.loops import LOOP_SHARE, NGRAM, loop_share, loops
-from haast.speed.packing import PackedLinear
+from haast.speed.machine import cpu_name
 from haast.target import Target
 
 TAU_CONVENTION = (
@@ -139,12 +139,11 @@ def environment(
     target: Target, model: str, prompts: Path | None, count: int, settings: dict[str, Any]
 ) -> dict[str, Any]:
     """Where and how the numbers came about; `prompts` is None for Haast's own few."""
-    packed = any(isinstance(module, PackedLinear) for module in target.model.modules())
     return machine() | {
         "device": str(target.device),
         "model": model,
         "dtype": str(target.dtype).removeprefix("torch."),
-        "packing": "f16" if packed else "off",
+        "packing": target.packing,
         "prompts_file": None if prompts is None else str(prompts),
         "prompts_sha256": None if prompts is None else hashlib.sha256(prompts.read_bytes()).hexdigest(),
         "prompts_count": count,
@@ -176,16 +175,6 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "haast": haast.__version__,
     }
-
-
-def cpu_name() -> str:
-    """The CPU's own name for itself where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def git_commit() -> dict[str, Any] | None:

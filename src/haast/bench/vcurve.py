@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from haast.cache import TreeCache
 from haast.drafters.base import Accepted
 from haast.drafters.eagle import EagleDrafter
 from haast.target import Target
@@ -26,13 +27,8 @@ def measure_v_curve(
     Rounds are interleaved over all n, after one round of warm-up. `v` is relative to one node. `ms_observe` is the
     head's pass over three accepted tokens, `ms_propose` the growth of one tree.
     """
-    committed = COMMITTED
-    if target.context_length is not None:
-        committed = min(committed, max(target.context_length - max(node_counts), 1))
-    tokens = torch.arange(committed, device=target.device).unsqueeze(0) % target.vocab_size
-    cache = target.new_cache(1, committed + max(node_counts))
-    prefix = target.forward(DraftTree.chain(tokens), cache, last_only=True).features
-    cache.commit([range(committed)])
+    tokens, prefix, cache = prefix_of(target, max(node_counts))
+    committed = cache.lengths[0]
     timed: dict[int, list[float]] = {n: [] for n in node_counts}
     drafted: list[tuple[float, float]] = []
     with target.step_threads():
@@ -45,7 +41,7 @@ def measure_v_curve(
                 if turn:
                     timed[n].append(elapsed)
             if drafter is not None:
-                drafted.append(_draft_step(target, drafter, tokens, prefix))
+                drafted.append(draft_step(target, drafter, tokens, prefix))
     ms = {n: median(values) for n, values in timed.items()}
     one = ms[min(ms)]
     result: dict[str, Any] = {
@@ -59,7 +55,19 @@ def measure_v_curve(
     return result
 
 
-def _draft_step(
+def prefix_of(target: Target, room: int) -> tuple[torch.Tensor, torch.Tensor, TreeCache]:
+    """A prefix of 160 tokens (fewer in a small context): the tokens (1, n), their features, and the cache behind it."""
+    committed = COMMITTED
+    if target.context_length is not None:
+        committed = min(committed, max(target.context_length - room, 5))
+    tokens = torch.arange(committed, device=target.device).unsqueeze(0) % target.vocab_size
+    cache = target.new_cache(1, committed + room)
+    features = target.forward(DraftTree.chain(tokens), cache, last_only=True).features
+    cache.commit([range(committed)])
+    return tokens, features, cache
+
+
+def draft_step(
     target: Target, drafter: EagleDrafter, tokens: torch.Tensor, features: torch.Tensor
 ) -> tuple[float, float]:
     """Ms to observe three accepted tokens, and to propose, behind the prefix."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from haast.cli.boundary import check_writable, human_output, write_json
-from haast.cli.loading import load_all, read_prompt_file
+from haast.cli.loading import drawn_by, load_all, read_prompt_file
 from haast.cli.settings import Drafting, JsonOption, Loading, PromptsOption, Sampling, SpreadLimitOption
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def bench(
     shape = drafting.check(loading.model, loading.device) if "eagle" in names else None
     target, drafter, encoded = load_all(loading, drafting, shape, chosen, raw)
     arms = _arms(names, target, drafter, loading, config)
-    settings = {"shape": None if shape is None else asdict(shape), **_plain(config), "raw": raw}
+    settings = {**drawn_by(drafter), **_plain(config), "raw": raw}
     document = _bench(arms, encoded, config, target, loading.model, prompts, settings)
     if v_curve:
         from haast.bench.vcurve import measure_v_curve

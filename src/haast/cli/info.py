@@ -54,7 +54,8 @@ def _installation() -> dict[str, Any]:
 
     import haast
     from haast import native
-    from haast.bench.report import cpu_name, git_commit, versions
+    from haast.bench.report import git_commit, versions
+    from haast.speed.machine import cpu_name
 
     return {
         **versions(),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from haast.cli.settings import Drafting, Loading, check_at_least
 
@@ -15,11 +16,19 @@ if TYPE_CHECKING:
     from haast.prompts import Prompt
     from haast.target import Target
 
-_OWN_PROMPTS = (
+OWN_PROMPTS = (
     "Explain in a few sentences why the sky is blue.",
     "Write a Python function that returns the n-th Fibonacci number.",
     "List three things to check before a long drive.",
     "A train goes 60 km in 45 minutes. How fast is it in km/h? Show the steps.",
+    "Write a short letter to a neighbour who feeds your cat while you are away.",
+    "What is the difference between weather and climate?",
+    "You are a ship's cook in the year 1750. Describe your day.",
+    "Summarise how a bill becomes a law in a parliament.",
+    "Give me a recipe for a simple vegetable soup.",
+    "Write an SQL query that lists the ten customers with the most orders.",
+    "Name four planets and one fact about each of them.",
+    "My friend is nervous before a job interview. What could I say?",
 )
 
 
@@ -30,7 +39,7 @@ def read_prompt_file(path: Path | None, limit: int | None) -> list[Prompt]:
         return read_prompts(path, limit, spread=True)
     if limit is not None:
         check_at_least("limit", limit)
-    return [Prompt(f"built-in {i}", (text,)) for i, text in enumerate(_OWN_PROMPTS[:limit], start=1)]
+    return [Prompt(f"built-in {i}", (text,)) for i, text in enumerate(OWN_PROMPTS[: limit or 4], start=1)]
 
 
 def load_all(
@@ -54,3 +63,10 @@ def load_all(
             raise ValueError(f"prompt {prompt.id!r}: {error}") from error
         encoded.append(BenchPrompt(prompt.id, prompt.category, tuple(tokens)))
     return target, drafter, encoded
+
+
+def drawn_by(drafter: EagleDrafter | None) -> dict[str, Any]:
+    """The drafter's shape and pace, for a result file."""
+    if drafter is None:
+        return {"shape": None, "pace": None}
+    return {"shape": asdict(drafter.shape), "pace": None if drafter.pace is None else asdict(drafter.pace)}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from haast.drafters.shape import CPU_NODES, DEVICE_NODES, DraftShape, shape_for
+from haast.errors import expanded as expanded_path
 
 if TYPE_CHECKING:
     from haast.drafters.eagle import EagleDrafter
@@ -84,6 +85,16 @@ class Drafting:
     draft_top_k: Annotated[int | None, typer.Option(metavar="N", help="Children per node; by the budget.")] = None
     width: Annotated[int | None, typer.Option(metavar="N", help="Nodes expanded per level; by the budget.")] = None
 
+    calibration: Annotated[
+        str, typer.Option(metavar="FILE", help="auto: what `haast calibrate` found here; off; or its file.")
+    ] = "auto"
+
+    @property
+    def shaped(self) -> bool:
+        """Whether the user asked for a shape, which no calibration then replaces."""
+        sizes = (self.nodes, self.depth, self.draft_top_k, self.width)
+        return self.shape != DraftShape.kind or any(size is not None for size in sizes)
+
     def check(self, model: str, device: str) -> DraftShape:
         """Refuse an impossible shape, a head that is not there, or one for another model where its config says so.
 
@@ -91,6 +102,14 @@ class Drafting:
             ValueError: the setting; HeadMismatchError: the head.
         """
         shape = self.check_shape(device)
+        if self.calibration not in ("auto", "off"):
+            if self.shaped:
+                raise ValueError(
+                    "--calibration brings a shape of its own: leave out --shape, --nodes, --depth, --width"
+                )
+            from haast.speed.calibration import Calibration
+
+            Calibration.load(expanded_path(self.calibration, "no calibration at"))
         folder = self.folder(model)
         if folder is not None:
             from haast.heads.checkpoint import check_fits, read_head_config
@@ -123,7 +142,19 @@ class Drafting:
             return None
         head = load_head(folder)
         check_fits(head.module.config, target.hidden_size, target.vocab_size, model)
-        return EagleDrafter(target, head, shape)
+        drafter = EagleDrafter(target, head, shape)
+        self.calibrate(target, drafter)
+        return drafter
+
+    def calibrate(self, target: Target, drafter: EagleDrafter) -> None:
+        """Draft as a calibration of this machine says, where there is one and no shape was asked for."""
+        from haast.drafters.calibrated import apply_calibration, find_calibration
+
+        found = None if self.shaped else find_calibration(target, drafter, self.calibration)
+        if found is not None and not apply_calibration(drafter, found):
+            typer.echo(
+                "haast: the calibration found drafting slower than decoding without; --head none is faster", err=True
+            )
 
 
 @dataclass(frozen=True)

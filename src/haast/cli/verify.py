@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from haast.cli.boundary import check_writable, human_output, write_json
-from haast.cli.loading import load_all, read_prompt_file
+from haast.cli.loading import drawn_by, load_all, read_prompt_file
 from haast.cli.settings import Drafting, JsonOption, Loading, PromptsOption, SpreadLimitOption, check_at_least
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def verify(
         verdict = "passed" if test.passed else "BUG"
         expected = ", must fail" if test.expected_to_fail else ""
         print(f"chi-square, {test.name}{expected}: p = {test.p_value:.3g}, {test.samples} samples: {verdict}", file=out)
-    settings = {"shape": asdict(shape), "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    settings = {**drawn_by(drafter), "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     where = environment(target, loading.model, prompts, len(encoded), settings)
     _verify_end(target, where, results, tests, json_out)
 

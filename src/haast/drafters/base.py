@@ -27,7 +27,7 @@ class Accepted:
 
 
 class Drafter(ABC):
-    """Proposes one tree of a fixed node count per step. Owns its own state; `start` forgets it."""
+    """Proposes one tree per step, of at most `nodes` nodes. Owns its own state; `start` forgets it."""
 
     name: str
     # HF `hidden_states` indices that `Accepted.features` lays side by side; empty: the features (the LM head's input).
@@ -37,7 +37,7 @@ class Drafter(ABC):
     @property
     @abstractmethod
     def nodes(self) -> int:
-        """Nodes of every proposed tree, root included: the static shape of the target's forward."""
+        """The most nodes that a proposed tree has, root included; most drafters always propose so many."""
 
     @abstractmethod
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -54,6 +54,8 @@ class Drafter(ABC):
 
 def last_tokens(accepted: Accepted, before: Tensor | None) -> Tensor:
     """Each row's newest token (rows,): the next root. Rows that kept nothing stay at `before`."""
-    counts = torch.tensor(accepted.counts, device=accepted.tokens.device)
-    newest = accepted.tokens.gather(1, (counts - 1).clamp_min(0).unsqueeze(1)).squeeze(1)
-    return newest if before is None else torch.where(counts > 0, newest, before)
+    counts = accepted.counts
+    newest = torch.stack([accepted.tokens[row, max(count, 1) - 1] for row, count in enumerate(counts)])
+    if before is None or all(counts):
+        return newest
+    return torch.where(torch.tensor(counts, device=newest.device) > 0, newest, before)

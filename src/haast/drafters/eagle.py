@@ -1,7 +1,8 @@
 """EAGLE drafting: extrapolate features, draft tokens through the target's frozen embedding and an LM head.
 
-Owns the head's own cache and the growth of the tree. Sources: EAGLE (arXiv 2401.15077, section 3) for the pairs and
-the head; EAGLE-2 (arXiv 2406.16858, section 4) for expansion by cumulative probability and reranking to a budget;
+Owns the head's own cache and how a tree grows; `growth` holds what has grown. Sources: EAGLE (arXiv 2401.15077, section
+3) for the pairs and the head; EAGLE-2 (arXiv 2406.16858, section 4) for expansion by cumulative probability and
+reranking to a budget;
 EAGLE-3 (arXiv 2503.01840, section 3) for states fused from several layers. Which of both a head is, the head knows.
 
     committed pairs   (f_0, e_1) .. (f_{p-1}, e_p)      recomputed from true features at every `observe`
@@ -20,13 +21,21 @@ from haast import native
 from haast.attention import in_flight_bias
 from haast.cache import TreeCache
 from haast.drafters.base import Accepted, Drafter, last_tokens
+from haast.drafters.growth import Growth, best_places
+from haast.drafters.quick import QuickDraft
 from haast.drafters.shape import DraftShape, plan
 from haast.heads.checkpoint import Head, check_fits
 from haast.heads.module import DraftModule
 from haast.speed.fusing import fuse_small_modules
 from haast.speed.packing import PackedLinear, pack_linears
+from haast.speed.policy import Pace
 from haast.target import Target
 from haast.tree import DraftTree
+
+# On a packed target the draft's LM head is held in 8 bits: a draft need not be exact, and reading those weights at
+# every level is most of its time. On 60 validation prompts it cost 0.003 of a tau of 2.42 (6 nodes), and a fifth of the
+# draft's time went; 8 bits for the decoder layer too cost 0.05.
+_DRAFT_LM_FORM = "int8"
 
 
 class EagleDrafter(Drafter):
@@ -58,21 +67,34 @@ class EagleDrafter(Drafter):
             fuse_small_modules(self._module)
         self._native = packed and native.available()
         self._stack = self._module.native_stack() if self._native else None
+        self._quick = QuickDraft.of(target, self._module, self._stack, self._lm_head, vocab)
         self.reshape(shape or DraftShape())
         self._cache: TreeCache | None = None
         self._root: Tensor | None = None
         self._extrapolated: Tensor | None = None  # (rows, hidden): the state at the root's position
 
-    def reshape(self, shape: DraftShape) -> None:
-        """Draft another shape from the next step on."""
-        self.shape = shape
+    @property
+    def parameters(self) -> int:
+        """Weights of the head's linear layers and of the draft's LM head."""
+        linears = [*self._module.modules(), self._lm_head]
+        return sum(m.in_features * m.out_features for m in linears if isinstance(m, PackedLinear | nn.Linear))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The head's tensors as they draft, packed where the target is."""
+        return dict(self._module.state_dict())
+
+    def reshape(self, shape: DraftShape, pace: Pace | None = None) -> None:
+        """Draft another shape from the next step on; with a pace, a dynamic tree is as deep and large as pays."""
+        self.shape, self.pace = shape, pace
         self._plan = plan(shape, self._target.vocab_size if self._vocab is None else len(self._vocab))
         device, fixed = self._target.device, self._plan
         self._frontier = [torch.tensor(level, device=device).unsqueeze(0) for level in fixed.frontier or ()]
         self._keep = None if fixed.keep is None else torch.tensor(fixed.keep, device=device).unsqueeze(0)
+        self._one_call = self._quick is not None and self._quick.plan(fixed, pace)
 
     @property
     def nodes(self) -> int:
+        """Nodes of every tree; at most so many where a `pace` is set."""
         return self._plan.nodes
 
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -85,33 +107,57 @@ class EagleDrafter(Drafter):
     def observe(self, accepted: Accepted) -> None:
         cache = self._cache
         assert cache is not None, "start comes before observe"
-        nodes, device = accepted.tokens.shape[1], accepted.tokens.device
-        counts = torch.tensor(accepted.counts, device=device)
-        positions = torch.tensor(cache.lengths, device=device).unsqueeze(1) + torch.arange(nodes, device=device)
+        nodes, device, counts = accepted.tokens.shape[1], accepted.tokens.device, accepted.counts
+        positions = torch.tensor([list(range(past, past + nodes)) for past in cache.lengths], device=device)
         cache.begin(nodes)
         paired = accepted.tokens if self._module.follows_token else self._at(accepted.tokens)
         states = self._module.fuse(accepted.features)
         causal = torch.ones(nodes, nodes, dtype=torch.bool, device=device).tril_()  # a shorter row's tail is not kept
         output = self._next(paired, states, positions, causal.expand(len(counts), -1, -1), list(cache.lengths))
-        cache.commit([range(count) for count in accepted.counts])
-        last = output[torch.arange(len(counts), device=counts.device), (counts - 1).clamp_min(0)]  # (rows, hidden)
-        kept = self._extrapolated
-        self._extrapolated = last if kept is None else torch.where(counts.unsqueeze(1) > 0, last, kept)
+        cache.commit([range(count) for count in counts])
+        last = torch.stack([output[row, max(count, 1) - 1] for row, count in enumerate(counts)])  # (rows, hidden)
+        if self._extrapolated is not None and not all(counts):
+            kept = torch.tensor(counts, device=device).unsqueeze(1) > 0
+            last = torch.where(kept, last, self._extrapolated)
+        self._extrapolated = last
         self._root = last_tokens(accepted, self._root)
 
     @torch.inference_mode()
     def propose(self) -> DraftTree:
+        tree = self._propose_quickly() if self._one_call else None
+        return self._grow_tree() if tree is None else tree
+
+    def _grow_tree(self) -> DraftTree:
+        grown = self._grow()
+        keep, nodes = self._keep, self._plan.nodes
+        if keep is None:
+            keep = grown.best(nodes - 1, self.pace)
+        return grown.tree(keep)
+
+    def _propose_quickly(self) -> DraftTree | None:
+        cache, quick, states = self._cache, self._quick, self._extrapolated
+        assert cache is not None and quick is not None and states is not None and self._root is not None
+        assert self._stack is not None, "a quick draft runs on a stack"
+        cache.begin(quick.room)
+        store = cache.storage(self._stack.kv_heads, self._stack.head_dim, states.dtype)
+        return None if store is None else quick.propose(states, self._root, cache.lengths, store)
+
+    def _grow(self) -> Growth:
+        """All candidates of this step, level by level."""
         assert self._cache is not None and self._root is not None and self._extrapolated is not None
         committed = list(self._cache.lengths)
         features = self._extrapolated.unsqueeze(1)  # (rows, 1, hidden)
-        grown = _Growth(self._root)
+        grown = Growth(self._root)
         before = self._root.unsqueeze(1)  # (rows, 1): the token that each node of the frontier carries
         tokens, scores = self._children(features, before, grown.root_scores())
         index = grown.add(tokens, scores, parents=None)
         seen: Tensor | None = None
         for level, width in enumerate(self._plan.widths):
-            chosen = self._frontier[level] if self._plan.frontier is not None else _best(scores, width)
+            chosen = self._frontier[level] if self._plan.frontier is not None else best_places(scores, width)
             chosen = chosen.expand(len(scores), -1)  # (rows, width) within this level's candidates
+            above = scores.gather(1, chosen)
+            if self.pace is not None and self._keep is None and not self.pace.deeper(above):
+                break
             parent = chosen // self._plan.top_k
             features = features.gather(1, parent.unsqueeze(2).expand(-1, -1, features.shape[2]))
             seen = _see(seen, parent, chosen.shape[1])
@@ -119,11 +165,11 @@ class EagleDrafter(Drafter):
             paired = picked if self._module.follows_token else before.gather(1, parent)
             features = self._extend(paired, features, seen, committed, level)
             frontier, before = index.gather(1, chosen), picked  # candidate numbers and tokens of the frontier
-            tokens, scores = self._children(features, before, scores.gather(1, chosen))
+            tokens, scores = self._children(features, before, above)
             index = grown.add(tokens, scores, frontier.repeat_interleave(self._plan.top_k, dim=1))
         for row, length in enumerate(committed):
             self._cache.truncate(row, length)
-        return grown.tree(self._plan.nodes, self._keep)
+        return grown
 
     def _at(self, following: Tensor) -> Tensor:
         """The tokens (rows, n) at the observed positions, given those that follow them."""
@@ -174,60 +220,12 @@ def _draft_lm_head(target: Target, module: DraftModule, vocab: Tensor | None, pa
         return target.lm_head
     bias = None if module.own_lm_head else target.head_bias(ids)
     if packed:
-        return PackedLinear(rows, bias)
+        return PackedLinear(rows, bias, form=_DRAFT_LM_FORM)
     linear = nn.Linear(rows.shape[1], rows.shape[0], bias is not None, device=rows.device, dtype=rows.dtype)
     linear.weight = nn.Parameter(rows, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
-
-
-class _Growth:
-    """The candidates of one proposal, level after level, and the tree made of the best of them."""
-
-    def __init__(self, root: Tensor) -> None:
-        self._root = root  # (rows,)
-        self._tokens: list[Tensor] = []
-        self._scores: list[Tensor] = []
-        self._parents: list[Tensor] = []
-        self._count = 0
-
-    def root_scores(self) -> Tensor:
-        return torch.zeros(len(self._root), 1, device=self._root.device)
-
-    def add(self, tokens: Tensor, scores: Tensor, parents: Tensor | None) -> Tensor:
-        """Add candidates (rows, n) whose parents are candidate numbers (None: the root); returns their numbers."""
-        rows, added = tokens.shape
-        self._tokens.append(tokens)
-        self._scores.append(scores)
-        self._parents.append(torch.full_like(tokens, -1) if parents is None else parents)
-        numbers = torch.arange(self._count, self._count + added, device=tokens.device).expand(rows, added)
-        self._count += added
-        return numbers
-
-    def tree(self, nodes: int, keep: Tensor | None) -> DraftTree:
-        """The `nodes - 1` best candidates under the root, in candidate order, so parents precede children.
-
-        A child's score never exceeds its parent's and the sort is stable, so a chosen node's parent is chosen too.
-        """
-        tokens, parents = torch.cat(self._tokens, 1), torch.cat(self._parents, 1)
-        if keep is None:
-            keep = _best(torch.cat(self._scores, 1), nodes - 1)
-        keep = keep.expand(len(tokens), -1)
-        place = torch.full((len(tokens), self._count + 1), -1, device=tokens.device)  # candidate -> node; last is root
-        place.scatter_(1, keep, torch.arange(1, nodes, device=tokens.device).expand_as(keep))
-        place[:, -1] = 0
-        parent_nodes = place.gather(1, parents.gather(1, keep) % (self._count + 1))
-        root = self._root.unsqueeze(1)
-        return DraftTree.from_parents(
-            torch.cat([root, tokens.gather(1, keep)], 1), torch.cat([torch.full_like(root, -1), parent_nodes], 1)
-        )
-
-
-def _best(scores: Tensor, count: int) -> Tensor:
-    """Indices (rows, count) of the best scores, ascending; among equals the earlier index wins."""
-    order = scores.sort(dim=1, descending=True, stable=True).indices
-    return order[:, :count].sort(dim=1).values
 
 
 def _see(seen: Tensor | None, parent: Tensor, width: int) -> Tensor:

@@ -6,8 +6,8 @@ whatever the thread count. No function here is differentiable: call them under `
 
 from haast.native.attention import tree_attention
 from haast.native.library import LANES, accelerated, available, features, narrow_path, sole_threads, why_not
-from haast.native.products import linear, pack_f16, pack_i8
 from haast.native.measure import multiply_peak, read_bandwidth
+from haast.native.products import linear, pack_f16, pack_i8
 from haast.native.rows import MOST_TOP, rms_norm, rotate_, swiglu, top
 
 __all__ = [

@@ -23,7 +23,7 @@ constexpr int64_t kLanes = 16;            // outputs in a panel: two AVX2 regist
 constexpr int64_t kMaxGroup = 64;         // query heads per KV head that the fast attention takes
 constexpr int64_t kMaxRows = 6;           // 6 rows x 2 registers = 12 accumulators, 2 weights, 1 broadcast: 15 of 16
 constexpr int64_t kSerialWork = 1 << 15;  // multiply-adds below which a second thread costs more than it brings
-constexpr int64_t kAhead = 1024;          // bytes that the weights are prefetched ahead
+constexpr int64_t kAhead = 3072;          // bytes that the weights are prefetched ahead
 constexpr float kMasked = -1e30f;         // mask values up to here (finfo.min and -inf too) hide a slot
 
 enum Path { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };  // NEON counts as kAvx2

@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "attention.h"
+#include "draft.h"
 #include "half.h"
 #include "linear.h"
 #include "measure.h"
@@ -23,7 +24,7 @@
 
 // ---------------------------------------------------------------- the C ABI
 
-EXPORT int haast_abi() { return 4; }  // raised with every change of a signature: a stale library is refused at load
+EXPORT int haast_abi() { return 5; }  // raised with every change of a signature: a stale library is refused at load
 
 EXPORT int haast_features() { return cpu_features(); }  // 1 AVX2, 2 FMA, 4 F16C, 8 AVX-512 F, 16 NEON
 
@@ -104,6 +105,11 @@ EXPORT void haast_swiglu_f32(const float* gate_up, float* y, int64_t rows, int64
 
 // All decoder layers over one tree, see stack.h.
 EXPORT void haast_stack_f32(const Stack* stack, const Pass* pass, int threads) { run_stack(*stack, *pass, threads); }
+
+// One proposal of an EAGLE head, see draft.h; returns the nodes of the trees.
+EXPORT int64_t haast_draft(const Draft* draft, const Proposal* proposal, int threads) {
+    return Drafting(*draft, *proposal, threads).run();
+}
 
 // The k <= 64 largest of each row of logits (rows, width): log-probabilities and places, descending.
 EXPORT void haast_top(const float* logits, float* logprobs, int64_t* ids, int64_t rows, int64_t width, int64_t k,

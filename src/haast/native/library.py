@@ -18,7 +18,7 @@ from torch import Tensor
 
 LANES = 16  # outputs in a weight panel
 
-_ABI = 4
+_ABI = 5
 _FAST = 7  # AVX2 | FMA | F16C
 _NEON = 16
 _REMEDY = "reinstall Haast where a C++ compiler is installed (pip install -v shows its messages)"
@@ -43,6 +43,8 @@ def _declare(library: ctypes.CDLL) -> None:
     for name, arguments in signatures.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
+    library.haast_draft.argtypes = [pointer, pointer, flag]
+    library.haast_draft.restype = count
     library.haast_multiply.argtypes = [count, pointer, count, flag]
     library.haast_multiply.restype = count
 

@@ -105,7 +105,7 @@ Pool& pool() {
 
 // Pieces small enough that the last one keeps nobody waiting, and even, for the kernels that take panels in twos.
 int64_t chunk_of(int64_t items, int threads) {
-    const int64_t chunk = items / (16 * static_cast<int64_t>(threads < 1 ? 1 : threads)) / 2 * 2;
+    const int64_t chunk = items / (8 * static_cast<int64_t>(threads < 1 ? 1 : threads)) / 2 * 2;
     return chunk < 2 ? 2 : chunk;
 }
 

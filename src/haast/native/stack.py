@@ -1,4 +1,4 @@
-"""Whole decoder layers in one native call: the C structures of stack.h and the call.
+"""Whole decoder layers, and whole proposals, in one native call: the C structures of stack.h and draft.h.
 
 Owns the layout of memory only; `haast.speed.stack` knows modules and checks what is handed in.
 """
@@ -81,3 +81,50 @@ class CPass(ctypes.Structure):
 def run_stack(stack: CStack, each: CPass, threads: int | None = None) -> None:
     """Run every layer over one tree; `each` says where everything lies."""
     library().haast_stack_f32(ctypes.addressof(stack), ctypes.addressof(each), threads or thread_count())
+
+
+class CDraft(ctypes.Structure):
+    """struct Draft."""
+
+    _fields_ = (
+        ("stack", ctypes.POINTER(CStack)),
+        ("fc", CWeight),
+        ("lm", CWeight),
+        ("embedding", _Pointer),
+        ("vocab", _Pointer),
+        ("top_k", _Count),
+        ("levels", _Count),
+        ("widths", _Pointer),
+        ("frontier", _Pointer),
+        ("keep", _Pointer),
+        ("nodes", _Count),
+        ("forward_ms", _Pointer),
+        ("level_ms", _Number),
+        ("rate", _Number),
+        ("trust", _Number),
+        ("follow", _Number),
+    )
+
+
+class CProposal(ctypes.Structure):
+    """struct Proposal."""
+
+    _fields_ = (
+        ("states", _Pointer),
+        ("roots", _Pointer),
+        ("past", _Pointer),
+        ("cache", _Pointer),
+        ("cosine", _Pointer),
+        ("sine", _Pointer),
+        ("rows", _Count),
+        ("capacity", _Count),
+        ("tokens", _Pointer),
+        ("parents", _Pointer),
+        ("depths", _Pointer),
+        ("ancestors", _Pointer),
+    )
+
+
+def run_draft(draft: CDraft, proposal: CProposal, threads: int | None = None) -> int:
+    """Propose one tree per row; returns its nodes."""
+    return int(library().haast_draft(ctypes.addressof(draft), ctypes.addressof(proposal), threads or thread_count()))

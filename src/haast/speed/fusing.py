@@ -65,7 +65,8 @@ class FusedSwiGLU(nn.Module):
 class FusedAttention(nn.Module):
     """Llama's attention with q, k and v packed as one linear and rotated in place; the rest is what it was.
 
-    Norms of each query and key head before the rotation (Qwen3) are taken along where a model has them. The cache and the attention function are those that the model would call, so masks and trees work unchanged.
+    Norms of each query and key head before the rotation (Qwen3) are taken along where a model has them. The
+    cache and the attention function are those that the model would call, so masks and trees work unchanged.
     """
 
     def __init__(self, module: nn.Module, q: PackedLinear, k: PackedLinear, v: PackedLinear, o: PackedLinear) -> None:
@@ -165,7 +166,11 @@ def _fused_feed_forward(module: nn.Module) -> FusedSwiGLU | None:
 def _fused_attention(module: nn.Module) -> FusedAttention | None:
     parts = dict(module.named_children())
     norms = {"q_norm", "k_norm"} & set(parts)
-    if set(parts) - norms != {"q_proj", "k_proj", "v_proj", "o_proj"} or len(norms) == 1 or not _LLAMA_ATTENTION.issubset(vars(module)):
+    if (
+        set(parts) - norms != {"q_proj", "k_proj", "v_proj", "o_proj"}
+        or len(norms) == 1
+        or not _LLAMA_ATTENTION.issubset(vars(module))
+    ):
         return None
     q, k, v, o = (parts[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
     if not (isinstance(q, PackedLinear) and isinstance(k, PackedLinear)):

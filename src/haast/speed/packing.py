@@ -130,7 +130,8 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, as `nn.Linear` shows them."""
         path = "reference" if self.reference else "native"
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.form}, {path}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}, {self.form}, {path}"
 
 
 def _check_weight(weight: Tensor, bias: Tensor | None) -> None:

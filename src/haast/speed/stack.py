@@ -122,7 +122,7 @@ class NativeStack:
             )
         if max(past) + flight > capacity:
             raise ValueError(f"{max(past)} past slots and {flight} in flight do not fit a capacity of {capacity}")
-        cosine, sine = self._tables(int(positions.max()) + 1)
+        cosine, sine = self.tables(int(positions.max()) + 1)
         positions, seen = positions.contiguous(), seen.contiguous()
         flying = positions if flight_positions is None else flight_positions.contiguous()
         output = torch.empty_like(states)
@@ -152,7 +152,13 @@ class NativeStack:
         run_stack(self._stack, each)
         return output, captured
 
-    def _tables(self, positions: int) -> tuple[Tensor, Tensor]:
+    @property
+    def pointer(self) -> Any:
+        """The stack as other native structures hold it."""
+        return ctypes.pointer(self._stack)
+
+    def tables(self, positions: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions 0, 1, ..., at least so many: (any, head_dim) each."""
         if self._angles is None or len(self._angles[0]) < positions:
             count = 512
             while count < positions:
@@ -189,21 +195,21 @@ def _linears(parts: Parts) -> tuple[PackedLinear, ...]:
 
 
 def _sizes(parts: Parts) -> tuple[int, ...]:
-    attention, feed_forward, _, _ = parts
-    linears = _linears(parts)
+    attention, linears = parts[0], _linears(parts)
     return (attention.heads, attention.kv_heads, attention.head_dim, *(each.out_features for each in linears))
 
 
 def _structure(parts: Parts) -> CLayer:
     attention, _, first, post = parts
-    qkv, o, gate_up, down = (_weight(linear) for linear in _linears(parts))
+    qkv, o, gate_up, down = (weight_of(linear) for linear in _linears(parts))
     norms = (attention.q_norm, attention.k_norm)
     q_norm, k_norm = (None if norm is None else norm.weight.data_ptr() for norm in norms)
     before = first.weight.data_ptr() if isinstance(first, FusedRMSNorm) else None
     return CLayer(before, qkv, q_norm, k_norm, o, post.weight.data_ptr(), gate_up, down, _window(attention))
 
 
-def _weight(linear: PackedLinear) -> CWeight:
+def weight_of(linear: PackedLinear) -> CWeight:
+    """A packed linear as native code reads it; it has to outlive the structure."""
     scale, bias = (None if each is None else each.data_ptr() for each in (linear.scale, linear.bias))
     return CWeight(linear.packed.data_ptr(), scale, bias, linear.in_features, linear.out_features)
 

@@ -1,0 +1,129 @@
+"""`haast calibrate` and `haast plan`. Owns their flags and what they show; the work is `haast.bench`'s."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from haast.cli.boundary import check_writable, human_output, write_json
+from haast.cli.loading import OWN_PROMPTS, load_all, read_prompt_file
+from haast.cli.settings import Drafting, JsonOption, Loading, PromptsOption, SpreadLimitOption, check_at_least
+
+
+def calibrate(
+    loading: Loading,
+    drafting: Drafting,
+    prompts: PromptsOption = None,
+    limit: SpreadLimitOption = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens per prompt to learn from.")] = 64,
+    rounds: Annotated[int, typer.Option(metavar="R", help="Timed rounds; medians count.")] = 11,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to keep it; by default where it is found.")
+    ] = (None),
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the costs over the roofline.")] = None,
+    json_out: JsonOption = None,
+) -> None:
+    """Measure what a step costs here, and choose the drafting that is fastest. Takes less than a minute.
+
+    Later runs with the same machine, model and head use what was found, unless they name a shape. Give prompts like
+    those that will be asked; never those of an evaluation.
+
+    \b
+    haast calibrate
+    haast calibrate --prompts my_prompts.jsonl --limit 20 --png calibration.png
+    """
+    from dataclasses import asdict
+
+    check_at_least("max_new_tokens", max_new_tokens, 16)
+    check_at_least("rounds", rounds)
+    if drafting.head == "none":
+        raise ValueError("calibrate needs a head: leave out --head none")
+    if drafting.shaped or drafting.calibration != "auto":
+        raise ValueError(
+            "calibrate looks for the best shape itself: leave out --shape, --nodes, --depth, --calibration"
+        )
+    chosen = read_prompt_file(prompts, limit if prompts is not None or limit is not None else len(OWN_PROMPTS))
+    check_writable(json_out)
+    for path in (out, png):
+        check_writable(None if path is None else str(path))
+    loading.check()
+    shape = drafting.check(loading.model, loading.device)
+    target, drafter, encoded = load_all(loading, drafting, shape, chosen)
+    assert drafter is not None, "a head was asked for"
+
+    from rich.console import Console
+
+    from haast.bench.calibrate import calibrate as measure
+    from haast.bench.costs import draw, show
+    from haast.drafters.calibrated import default_path
+
+    status = Console(stderr=True)
+    with status.status("calibrating") as spinner:
+        found = measure(
+            target,
+            drafter,
+            [prompt.tokens for prompt in encoded],
+            tokens=max_new_tokens,
+            rounds=rounds,
+            say=lambda line: spinner.update(f"calibrating: {line}"),
+        )
+    path = default_path(found.identity) if out is None else out
+    found.save(path)
+    show(found, Console(file=human_output(json_out)))
+    print(f"kept in {path}", file=human_output(json_out))
+    if png is not None:
+        draw(found, png)
+    write_json(asdict(found), json_out)
+
+
+def plan(
+    calibration: Annotated[
+        Path | None, typer.Argument(help="What `haast calibrate` wrote; the kept one if absent.")
+    ] = (None),
+    machine: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="From the table (`--list`); may be repeated.")
+    ] = None,
+    own: Annotated[
+        list[str] | None,
+        typer.Option("--hardware", metavar="NAME:GB/S:TFLOPS[:LAUNCH_US]", help="Figures of your own machine."),
+    ] = None,
+    parameters: Annotated[
+        float | None,
+        typer.Option(metavar="BILLIONS", help="Of another model with a head as good; this one's if absent."),
+    ] = None,
+    bytes_per_weight: Annotated[float, typer.Option(metavar="B", help="2 for 16 bits, 1 for 8, 0.5 for 4.")] = 2.0,
+    listing: Annotated[bool, typer.Option("--list", help="Show the table of machines and end.")] = False,
+    json_out: JsonOption = None,
+) -> None:
+    """Project this head's speed-up to other hardware: a projection from a roofline, not a measurement.
+
+    \b
+    haast plan --list
+    haast plan --machine h100 --machine rtx4090
+    haast plan --hardware mybox:200:10 --parameters 8
+    """
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from haast.bench.plan import MACHINES, kept_calibration, parse_machine, project, show_machines, show_plan
+
+    console = Console(file=human_output(json_out))
+    if listing:
+        show_machines(console)
+        return
+    check_writable(json_out)
+    unknown = [name for name in machine or () if name not in MACHINES]
+    if unknown:
+        raise ValueError(f"unknown machines {unknown}: `haast plan --list` shows the table, --hardware takes your own")
+    chosen = [MACHINES[name] for name in machine or ()] + [parse_machine(text) for text in own or ()]
+    if parameters is not None and not parameters > 0:
+        raise ValueError(f"parameters={parameters} is not allowed: give billions above 0")
+    if not bytes_per_weight > 0:
+        raise ValueError(f"bytes_per_weight={bytes_per_weight} is not allowed: give a number above 0")
+    found = kept_calibration(calibration)
+    rows = project(found, chosen or list(MACHINES.values()), parameters, bytes_per_weight)
+    show_plan(found, rows, console)
+    write_json([asdict(row) for row in rows], json_out)

@@ -1,0 +1,72 @@
+"""The candidates of one proposal, level after level, and the tree made of the best of them.
+
+Owns numbering and choice. Knows no model. Source: EAGLE-2 (arXiv 2406.16858, section 4), reranking to a budget.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from haast.speed.policy import Pace
+from haast.tree import DraftTree
+
+
+class Growth:
+    """Candidates under one root per row, numbered in the order in which they are added."""
+
+    def __init__(self, root: Tensor) -> None:
+        self._root = root  # (rows,)
+        self._tokens: list[Tensor] = []
+        self._scores: list[Tensor] = []
+        self._parents: list[Tensor] = []
+        self._count = 0
+
+    def root_scores(self) -> Tensor:
+        return torch.zeros(len(self._root), 1, device=self._root.device)
+
+    def add(self, tokens: Tensor, scores: Tensor, parents: Tensor | None) -> Tensor:
+        """Add candidates (rows, n) whose parents are candidate numbers (None: the root); returns their numbers."""
+        rows, added = tokens.shape
+        self._tokens.append(tokens)
+        self._scores.append(scores)
+        self._parents.append(torch.full_like(tokens, -1) if parents is None else parents)
+        numbers = torch.arange(self._count, self._count + added, device=tokens.device).expand(rows, added)
+        self._count += added
+        return numbers
+
+    def listed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, log-probabilities of paths, and parents' numbers (-1 the root) of all candidates, (rows, n) each."""
+        return torch.cat(self._tokens, 1), torch.cat(self._scores, 1), torch.cat(self._parents, 1)
+
+    def best(self, count: int, pace: Pace | None = None) -> Tensor:
+        """The best candidates, at most `count` of them and, with a `pace`, as many as pay: (rows, n), ascending.
+
+        A child's score never exceeds its parent's and the sort is stable, so a chosen node's parent is chosen too.
+        """
+        scores = torch.cat(self._scores, 1)
+        count = min(count, scores.shape[1])
+        if pace is None:
+            return best_places(scores, count)
+        values, order = scores.sort(dim=1, descending=True, stable=True)
+        return order[:, : pace.nodes(values[:, :count]) - 1].sort(dim=1).values
+
+    def tree(self, keep: Tensor) -> DraftTree:
+        """The candidates `keep` (rows or 1, n), ascending, under the root; parents precede children."""
+        tokens, parents = torch.cat(self._tokens, 1), torch.cat(self._parents, 1)
+        keep = keep.expand(len(tokens), -1)
+        nodes = keep.shape[1] + 1
+        place = torch.full((len(tokens), self._count + 1), -1, device=tokens.device)  # candidate -> node; last is root
+        place.scatter_(1, keep, torch.arange(1, nodes, device=tokens.device).expand_as(keep))
+        place[:, -1] = 0
+        parent_nodes = place.gather(1, parents.gather(1, keep) % (self._count + 1))
+        root = self._root.unsqueeze(1)
+        return DraftTree.from_parents(
+            torch.cat([root, tokens.gather(1, keep)], 1), torch.cat([torch.full_like(root, -1), parent_nodes], 1)
+        )
+
+
+def best_places(scores: Tensor, count: int) -> Tensor:
+    """Indices (rows, count) of the best scores, ascending; among equals the earlier index wins."""
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    return order[:, :count].sort(dim=1).values

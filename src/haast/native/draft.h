@@ -1,0 +1,224 @@
+// A whole EAGLE proposal in one call: levels of drafting, the choice of the best candidates, and their tree.
+//
+// Owns the same steps as `EagleDrafter._grow` and `Growth.tree`, candidate for candidate (a test holds them together);
+// it spares the small operators between them, which take longer than the head itself on a small model.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "stack.h"
+#include "top.h"
+
+namespace {
+
+struct Draft {
+    const Stack* stack;
+    Weight fc, lm;          // (hidden <- embedding and state side by side), (draft vocabulary <- hidden)
+    const float* embedding;  // (vocabulary, hidden) of the target
+    const int64_t* vocab;    // (draft vocabulary): target ids; null: the same ids
+    int64_t top_k, levels;   // levels below the first
+    const int64_t* widths;   // (levels): nodes expanded before each
+    const int64_t* frontier;  // fixed trees: the candidates to expand, level behind level; null: the best
+    const int64_t* keep;      // fixed trees: (nodes - 1) candidates; null: the best
+    int64_t nodes;
+    const float* forward_ms;  // (nodes) or null: no pace, see policy.py
+    float level_ms, rate, trust, follow;
+};
+
+struct Proposal {
+    const float* states;          // (rows, hidden) at the roots
+    const int64_t *roots, *past;  // (rows)
+    float* cache;                 // as in struct Pass
+    const float *cosine, *sine;
+    int64_t rows, capacity;
+    int64_t *tokens, *parents, *depths;  // out: (rows, n) for the n that is returned, at most (rows, nodes)
+    uint8_t* ancestors;                  // out: (rows, n, n)
+};
+
+// The candidates of one row.
+struct Candidates {
+    std::vector<int64_t> tokens, parents;
+    std::vector<float> scores;
+
+    void add(int64_t token, float score, int64_t parent) {
+        tokens.push_back(token), scores.push_back(score), parents.push_back(parent);
+    }
+
+    // The `count` best of the candidates from `first` on, in ascending order; of equals the earlier.
+    std::vector<int64_t> best(int64_t first, int64_t count) const {
+        std::vector<int64_t> order(scores.size() - static_cast<size_t>(first));
+        std::iota(order.begin(), order.end(), first);
+        const auto end = order.begin() + std::min<int64_t>(count, static_cast<int64_t>(order.size()));
+        std::partial_sort(order.begin(), end, order.end(), [this](int64_t a, int64_t b) {
+            const float x = scores[static_cast<size_t>(a)], y = scores[static_cast<size_t>(b)];
+            return x > y || (x == y && a < b);
+        });
+        order.erase(end, order.end());
+        std::sort(order.begin(), order.end());
+        return order;
+    }
+};
+
+class Drafting {
+  public:
+    Drafting(const Draft& draft, const Proposal& proposal, int threads)
+        : d_(draft), p_(proposal), threads_(threads), hidden_(draft.stack->hidden), rows_(proposal.rows),
+          found_(static_cast<size_t>(proposal.rows)) {}
+
+    int64_t run() {
+        std::vector<float> states(p_.states, p_.states + rows_ * hidden_), next;
+        children(states.data(), 1, {}, nullptr);
+        const int64_t* fixed = d_.frontier;
+        std::vector<uint8_t> seen;
+        int64_t width_before = 1, flight_before = 0, first = 0;  // first candidate of the newest level
+        for (int64_t level = 0; level < d_.levels; ++level) {
+            const int64_t width = d_.widths[level];
+            std::vector<std::vector<int64_t>> chosen(found_.size());
+            for (size_t r = 0; r < found_.size(); ++r)
+                if (fixed)
+                    for (int64_t i = 0; i < width; ++i) chosen[r].push_back(first + fixed[i]);
+                else
+                    chosen[r] = found_[r].best(first, width);
+            if (!fixed && d_.forward_ms && !deeper(chosen)) break;
+            fixed = fixed ? fixed + width : nullptr;
+            const int64_t flight = flight_before + width;
+            std::vector<uint8_t> sees(static_cast<size_t>(rows_ * width * flight), 0);
+            std::vector<float> mixed(static_cast<size_t>(rows_ * width * 2 * hidden_));
+            for (int64_t r = 0; r < rows_; ++r)
+                for (int64_t i = 0; i < width; ++i) {
+                    const int64_t at = chosen[static_cast<size_t>(r)][static_cast<size_t>(i)];
+                    const int64_t above = (at - first) / d_.top_k;  // place in the frontier before
+                    uint8_t* own = sees.data() + (r * width + i) * flight;
+                    if (flight_before)
+                        std::memcpy(own, seen.data() + (r * width_before + above) * flight_before,
+                                    static_cast<size_t>(flight_before));
+                    own[flight_before + i] = 1;
+                    float* pair = mixed.data() + (r * width + i) * 2 * hidden_;
+                    const int64_t token = found_[static_cast<size_t>(r)].tokens[static_cast<size_t>(at)];
+                    const size_t bytes = sizeof(float) * static_cast<size_t>(hidden_);
+                    std::memcpy(pair, d_.embedding + token * hidden_, bytes);
+                    std::memcpy(pair + hidden_, states.data() + (r * width_before + above) * hidden_, bytes);
+                }
+            next.resize(static_cast<size_t>(rows_ * width * hidden_));
+            extend(mixed.data(), sees.data(), width, flight, level, next.data());
+            states.swap(next);
+            seen.swap(sees);
+            first = static_cast<int64_t>(found_[0].tokens.size());
+            children(states.data(), width, chosen, &found_);
+            width_before = width, flight_before = flight;
+        }
+        return finish();
+    }
+
+  private:
+    // Whether another level pays below these nodes (Pace.deeper).
+    bool deeper(const std::vector<std::vector<int64_t>>& chosen) const {
+        double expected = 0.0;
+        for (size_t r = 0; r < chosen.size(); ++r)
+            for (const int64_t at : chosen[r]) expected += std::exp(found_[r].scores[static_cast<size_t>(at)]);
+        return d_.trust * d_.follow * expected / static_cast<double>(rows_) > d_.rate * d_.level_ms;
+    }
+
+    // The likeliest next tokens of (rows, width) states; `chosen` are the candidates that the states stand for.
+    void children(const float* states, int64_t width, const std::vector<std::vector<int64_t>>& chosen,
+                  const std::vector<Candidates>* from) {
+        const int64_t count = rows_ * width, vocab = d_.lm.out, k = d_.top_k;
+        const std::unique_ptr<float[]> logits(new float[count * vocab]);
+        std::vector<float> logprobs(static_cast<size_t>(count * k));
+        std::vector<int64_t> ids(static_cast<size_t>(count * k));
+        product(states, d_.lm, logits.get(), count, threads_);
+        top(Top{logits.get(), logprobs.data(), ids.data(), vocab, k}, count, threads_);
+        for (int64_t r = 0; r < rows_; ++r)
+            for (int64_t i = 0; i < width; ++i) {
+                const int64_t parent = from ? chosen[static_cast<size_t>(r)][static_cast<size_t>(i)] : -1;
+                const float score = from ? found_[static_cast<size_t>(r)].scores[static_cast<size_t>(parent)] : 0.0f;
+                for (int64_t j = 0; j < k; ++j) {
+                    const auto at = static_cast<size_t>((r * width + i) * k + j);
+                    found_[static_cast<size_t>(r)].add(d_.vocab ? d_.vocab[ids[at]] : ids[at], score + logprobs[at],
+                                                       parent);
+                }
+            }
+    }
+
+    void extend(const float* mixed, const uint8_t* seen, int64_t width, int64_t flight, int64_t level, float* out) {
+        const int64_t count = rows_ * width;
+        std::vector<float> fused(static_cast<size_t>(count * hidden_));
+        std::vector<int64_t> positions(static_cast<size_t>(count)), flying(static_cast<size_t>(rows_ * flight));
+        for (int64_t r = 0; r < rows_; ++r) {
+            for (int64_t i = 0; i < width; ++i) positions[static_cast<size_t>(r * width + i)] = p_.past[r] + level;
+            int64_t at = 0;
+            for (int64_t l = 0; l <= level; ++l)
+                for (int64_t i = 0; i < d_.widths[l]; ++i)
+                    flying[static_cast<size_t>(r * flight + at++)] = p_.past[r] + l;
+        }
+        multiply(Linear{mixed, d_.fc.packed, d_.fc.scale, d_.fc.bias, fused.data(), count, d_.fc.in, d_.fc.out,
+                        d_.fc.in, d_.fc.out},
+                 threads_);
+        Pass pass{};
+        pass.states = fused.data(), pass.output = out, pass.cosine = p_.cosine, pass.sine = p_.sine;
+        pass.positions = positions.data(), pass.flight_positions = flying.data(), pass.past = p_.past;
+        pass.seen = seen, pass.cache = p_.cache, pass.rows = rows_, pass.n = width, pass.flight = flight;
+        pass.capacity = p_.capacity;
+        run_stack(*d_.stack, pass, threads_);
+    }
+
+    // How many candidates pay to verify (Pace.nodes), at most `most`.
+    int64_t paying(int64_t most) const {
+        std::vector<double> gained(static_cast<size_t>(most), 0.0);
+        for (const Candidates& row : found_) {
+            std::vector<float> sorted(row.scores);
+            std::partial_sort(sorted.begin(), sorted.begin() + most, sorted.end(), std::greater<float>());
+            double total = 0.0;
+            for (int64_t i = 0; i < most; ++i) {
+                total += std::exp(static_cast<double>(sorted[static_cast<size_t>(i)]));
+                gained[static_cast<size_t>(i)] += total / static_cast<double>(rows_);
+            }
+        }
+        int64_t best = 0;
+        double most_net = -INFINITY;
+        for (int64_t i = 0; i < most; ++i) {
+            const double net = d_.trust * gained[static_cast<size_t>(i)] - d_.rate * d_.forward_ms[i + 1];
+            if (net > most_net) most_net = net, best = i;
+        }
+        return best + 1;
+    }
+
+    int64_t finish() {
+        int64_t count = std::min<int64_t>(d_.nodes - 1, static_cast<int64_t>(found_[0].tokens.size()));
+        if (!d_.keep && d_.forward_ms) count = paying(count);
+        const int64_t n = count + 1;
+        for (int64_t r = 0; r < rows_; ++r) {
+            const Candidates& row = found_[static_cast<size_t>(r)];
+            const std::vector<int64_t> kept =
+                d_.keep ? std::vector<int64_t>(d_.keep, d_.keep + count) : row.best(0, count);
+            std::vector<int64_t> place(row.tokens.size(), -1);
+            int64_t *tokens = p_.tokens + r * n, *parents = p_.parents + r * n, *depths = p_.depths + r * n;
+            uint8_t* ancestors = p_.ancestors + r * n * n;
+            std::memset(ancestors, 0, static_cast<size_t>(n * n));
+            tokens[0] = p_.roots[r], parents[0] = -1, depths[0] = 0, ancestors[0] = 1;
+            for (int64_t i = 0; i < count; ++i) {
+                const auto at = static_cast<size_t>(kept[static_cast<size_t>(i)]);
+                const int64_t above = row.parents[at] < 0 ? 0 : place[static_cast<size_t>(row.parents[at])];
+                place[at] = i + 1;
+                tokens[i + 1] = row.tokens[at], parents[i + 1] = above, depths[i + 1] = depths[above] + 1;
+                std::memcpy(ancestors + (i + 1) * n, ancestors + above * n, static_cast<size_t>(n));
+                ancestors[(i + 1) * n + i + 1] = 1;
+            }
+        }
+        return n;
+    }
+
+    const Draft& d_;
+    const Proposal& p_;
+    const int threads_;
+    const int64_t hidden_, rows_;
+    std::vector<Candidates> found_;
+};
+
+}  // namespace

@@ -1,0 +1,105 @@
+"""A calibration: what a step costs on this machine with this model, and the drafting that makes the most of it.
+
+Owns the values, their file and the check that a file is of this machine and model. Measuring is `haast.bench`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from haast.speed.policy import Pace
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Measured costs and the choice made from them. Times are medians in ms."""
+
+    identity: dict[str, Any]  # what it holds for: machine, threads, model, head, packing
+    forward_ms: dict[int, float]  # nodes -> a target forward behind `committed` slots
+    committed: int
+    first_ms: float  # drafting one level, the head's pass over the accepted tokens included
+    level_ms: dict[int, float]  # width -> every further level
+    overhead_ms: float  # acceptance, commit, stop rules
+    weight_bytes: int  # that one forward reads
+    parameters: int  # multiplied in one forward and node
+    head_parameters: int  # of the head and its draft LM head
+    bandwidth: float | None  # bytes a second of this machine; None where it was not measured
+    peak: float | None  # fp32 operations a second
+    shape: dict[str, Any]  # of the fastest tree, see DraftShape; empty: vanilla decoding is faster
+    pace: dict[str, Any] | None  # see Pace; None: trees of one size
+    expected: dict[str, float]  # tau, nodes, levels, tokens_per_s, vanilla_tokens_per_s, speedup: replayed
+    grid: list[dict[str, float]] = field(default_factory=list)  # tau of every replayed depth, width and nodes
+    measured: dict[str, Any] = field(default_factory=dict)  # date, versions, commit, steps
+
+    def __post_init__(self) -> None:
+        if 1 not in self.forward_ms:
+            raise ValueError("a calibration needs the cost of a forward over 1 node: run `haast calibrate` again")
+
+    @property
+    def pays(self) -> bool:
+        """Whether drafting is faster than vanilla decoding here."""
+        return bool(self.shape)
+
+    @property
+    def chosen_pace(self) -> Pace | None:
+        """The pace of the chosen shape."""
+        if self.pace is None:
+            return None
+        return Pace(**{**self.pace, "forward_ms": tuple(self.pace["forward_ms"])})
+
+    def v(self, nodes: int) -> float:
+        """Cost of a forward over `nodes` in one-node forwards; only measured counts."""
+        return self.forward_ms[nodes] / self.forward_ms[1]
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path, identity: dict[str, Any] | None = None) -> Calibration:
+        """Read a file.
+
+        Args:
+            path: what `save` wrote.
+            identity: what it has to hold for; None takes it as it is.
+
+        Raises:
+            ValueError: no such file, not a calibration, or one of another machine, model, head or setting.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"no calibration at {path} ({error.strerror}): run `haast calibrate`") from error
+        except ValueError as error:
+            raise ValueError(f"{path} is no calibration ({error}): run `haast calibrate` again") from error
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+            raise ValueError(f"{path} is no calibration of format {FORMAT}: run `haast calibrate` again")
+        known = {each.name for each in fields(cls)}
+        if set(values) != known:
+            raise ValueError(f"{path} lacks {sorted(known - set(values))} or has more: run `haast calibrate` again")
+        for name in ("forward_ms", "level_ms"):
+            values[name] = {int(key): float(ms) for key, ms in values[name].items()}
+        found = cls(**values)
+        found.check(identity, str(path))
+        return found
+
+    def check(self, identity: dict[str, Any] | None, name: str) -> None:
+        """Refuse a calibration of something else. Raises ValueError that names what differs."""
+        if identity is None or identity == self.identity:
+            return
+        keys = sorted(set(identity) | set(self.identity))
+        other = [
+            f"{key} {self.identity.get(key)!r}, here {identity.get(key)!r}"
+            for key in keys
+            if self.identity.get(key) != identity.get(key)
+        ]
+        raise ValueError(f"the calibration {name} is of another setting ({'; '.join(other)}): run `haast calibrate`")

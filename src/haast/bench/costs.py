@@ -49,8 +49,8 @@ def show(found: Calibration, console: Console) -> None:
     size = "as many nodes as pay" if found.pace is not None else f"{shape['nodes']} nodes"
     console.print(
         f"chosen: depth {shape['depth']}, width {shape['width']}, {size} ({expected['nodes']:.1f} on average)\n"
-        f"expected: tau {expected['tau']:.2f}, {expected['speedup']:.2f}x vanilla, {expected['tokens_per_s']:.0f} tokens/s "
-        f"(replayed on {found.measured['steps']} recorded steps)"
+        f"expected: tau {expected['tau']:.2f}, {expected['speedup']:.2f}x vanilla, {expected['tokens_per_s']:.0f} tokens/s"
+        f" (replayed on {found.measured['steps']} recorded steps)"
     )
 
 

@@ -16,7 +16,7 @@ namespace {
 // A job is cut into chunks that the caller and the helpers claim one by one. Unlike an OpenMP team there is no barrier at
 // the start: a helper that the machine has no core for (torch's own idle threads spin, other programs run) claims nothing
 // and nobody waits for it; the same makes a forked child, which has no helpers, merely slower. Helpers spin for about
-// 0.1 ms, the gap between two layers of an eager model, and then sleep.
+// 0.5 ms, the gap between two calls of a decode step, and then sleep.
 class Pool {
   public:
     using Work = void (*)(const void* job, int64_t first, int64_t last);
@@ -46,7 +46,7 @@ class Pool {
 
   private:
     static constexpr int64_t kClosed = 0xffffffff;
-    static constexpr int kSpins = 8192;
+    static constexpr int kSpins = 32768;
 
     // The ticket is (generation, next chunk). A successful exchange proves that the fields read before it belong to this
     // generation: they change only while the ticket is closed, and only after every claimed chunk is done.

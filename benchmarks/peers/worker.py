@@ -1,0 +1,261 @@
+"""One peer in one process, driven by lines of JSON: {"ids": [...], "new": 128} in, what it said and when out.
+
+Owns how each peer is loaded and asked. Everything is greedy, batch 1, two threads by default; the clock starts with the
+call, and `first` is when the first new token was there. Started by run.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Answers a prompt: yields new tokens as they come. A peer that cannot stream first answers with one token, yields the
+# seconds that this took, and then answers again as a whole: its first token counts with the former time, once.
+Answer = Callable[[list[int], int], Iterator[list[int] | float]]
+
+
+def haast(kind: str, weights: Path, threads: int) -> Answer:
+    import torch
+
+    from haast.api import Haast
+    from haast.engine import Engine, StopConfig
+    from haast.sampling import SamplingConfig
+
+    torch.set_num_threads(threads)
+    packing = "int8" if kind.endswith("int8") else "auto"
+    drafts = "eagle" in kind
+    model = Haast.from_pretrained(head="default" if drafts else None, packing=packing)
+    ends = model.eos_ids()
+
+    def answer(ids: list[int], new: int) -> Iterator[list[int] | float]:
+        for emission in Engine(model.target, model.drafter).run([ids], SamplingConfig(), StopConfig(new, ends)):
+            yield list(emission.tokens)
+
+    return answer
+
+
+def hf(kind: str, weights: Path, threads: int) -> Answer:
+    import queue
+    import threading
+
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.generation.streamers import BaseStreamer
+
+    torch.set_num_threads(threads)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model = load(weights / "hf", dtype=torch.bfloat16 if "bf16" in kind else torch.float32).eval()
+    more = {"prompt_lookup_num_tokens": 10} if "lookup" in kind else {}
+
+    class Pipe(BaseStreamer):
+        def __init__(self) -> None:
+            self.items: queue.Queue[list[int] | None] = queue.Queue()
+            self.first = True
+
+        def put(self, value: Any) -> None:
+            if not self.first:
+                self.items.put(value.reshape(-1).tolist())
+            self.first = False
+
+        def end(self) -> None:
+            self.items.put(None)
+
+    def answer(ids: list[int], new: int) -> Iterator[list[int] | float]:
+        pipe, inputs = Pipe(), torch.tensor([ids])
+        arguments = {"max_new_tokens": new, "do_sample": False, "attention_mask": torch.ones_like(inputs), **more}
+        work = threading.Thread(target=model.generate, args=(inputs,), kwargs={**arguments, "streamer": pipe})
+        work.start()
+        while (item := pipe.items.get()) is not None:
+            yield item
+        work.join()
+
+    return answer
+
+
+def llama_cpp(kind: str, weights: Path, threads: int) -> Answer:
+    from llama_cpp import Llama
+
+    name = kind.removeprefix("llama.cpp ").lower()
+    model = Llama(str(weights / f"{name}.gguf"), n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
+    end = model.token_eos()
+
+    def answer(ids: list[int], new: int) -> Iterator[list[int] | float]:
+        model.reset()
+        for count, token in enumerate(model.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0), start=1):
+            yield [int(token)]
+            if token == end or count >= new:
+                return
+
+    return answer
+
+
+def ort(kind: str, weights: Path, threads: int) -> Answer:
+    import onnxruntime_genai as og
+
+    config = og.Config(str(weights / f"ort-{kind.split()[-1]}"))
+    overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
+    config.overlay(json.dumps(overlay))
+    model = og.Model(config)
+
+    def answer(ids: list[int], new: int) -> Iterator[list[int] | float]:
+        options = og.GeneratorParams(model)
+        options.set_search_options(max_length=len(ids) + new, do_sample=False)
+        generator = og.Generator(model, options)
+        generator.append_tokens(ids)
+        while not generator.is_done():
+            generator.generate_next_token()
+            yield [int(generator.get_next_tokens()[0])]
+
+    return answer
+
+
+def openvino(kind: str, weights: Path, threads: int) -> Answer:
+    import queue
+    import threading
+
+    import numpy as np
+    import openvino as ov
+    import openvino_genai as ovg
+
+    name = kind.removeprefix("openvino ").lower()
+    pipeline = ovg.LLMPipeline(str(weights / f"{name}.gguf"), "CPU", INFERENCE_NUM_THREADS=threads)
+
+    class Pipe(ovg.StreamerBase):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.items: queue.Queue[list[int] | None] = queue.Queue()
+
+        def write(self, token: Any) -> Any:
+            self.items.put(list(token) if isinstance(token, list) else [int(token)])
+            return ovg.StreamingStatus.RUNNING
+
+        def end(self) -> None:
+            self.items.put(None)
+
+    def answer(ids: list[int], new: int) -> Iterator[list[int] | float]:
+        pipe = Pipe()
+        inputs = ovg.TokenizedInputs(
+            ov.Tensor(np.array([ids], dtype=np.int64)), ov.Tensor(np.ones((1, len(ids)), dtype=np.int64))
+        )
+        config = ovg.GenerationConfig(max_new_tokens=new, do_sample=False, apply_chat_template=False)
+        work = threading.Thread(target=pipeline.generate, args=(inputs, config, pipe))
+        work.start()
+        while (item := pipe.items.get()) is not None:
+            yield item
+        work.join()
+
+    return answer
+
+
+def economize(kind: str, weights: Path, threads: int) -> Answer:
+    import economize as eco
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    stock = load(weights / "hf", dtype=torch.float32).eval()
+    model = eco.apply(stock, *([eco.techniques.lookup.LookupConfig()] if "lookup" in kind else []))
+
+    def answer(ids: list[int], new: int) -> Iterator[list[int] | float]:
+        inputs = torch.tensor([ids])
+        begun = time.perf_counter()
+        model.generate(inputs, max_new_tokens=1, do_sample=False)
+        yield time.perf_counter() - begun
+        output: Any = model.generate(inputs, max_new_tokens=new, do_sample=False)
+        yield list(output[0, len(ids) :].tolist())
+
+    return answer
+
+
+def vllm(kind: str, weights: Path, threads: int) -> Answer:
+    from vllm import LLM, SamplingParams
+
+    model = LLM(str(weights / "hf"), dtype="float32", max_model_len=2048)
+
+    def ask(ids: list[int], new: int) -> list[int]:
+        found = model.generate(
+            {"prompt_token_ids": ids}, SamplingParams(temperature=0.0, max_tokens=new), use_tqdm=False
+        )
+        return list(found[0].outputs[0].token_ids)
+
+    def answer(ids: list[int], new: int) -> Iterator[list[int] | float]:
+        begun = time.perf_counter()
+        ask(ids, 1)
+        yield time.perf_counter() - begun
+        yield ask(ids, new)
+
+    return answer
+
+
+PEERS: dict[str, Callable[[str, Path, int], Answer]] = {
+    "haast vanilla": haast,
+    "haast eagle": haast,
+    "haast vanilla int8": haast,
+    "haast eagle int8": haast,
+    "transformers fp32": hf,
+    "transformers bf16": hf,
+    "transformers fp32 lookup": hf,
+    "llama.cpp F16": llama_cpp,
+    "llama.cpp Q8_0": llama_cpp,
+    "llama.cpp Q4_1": llama_cpp,
+    "onnxruntime-genai fp32": ort,
+    "onnxruntime-genai int4": ort,
+    "openvino F16": openvino,
+    "openvino Q8_0": openvino,
+    "openvino Q4_1": openvino,
+    "economize": economize,
+    "economize lookup": economize,
+    "vllm fp32": vllm,
+}
+
+
+def main() -> None:
+    """Load the peer, then answer line by line."""
+    words = argparse.ArgumentParser(description=__doc__)
+    words.add_argument("peer", choices=sorted(PEERS))
+    words.add_argument("--weights", type=Path, required=True)
+    words.add_argument("--threads", type=int, default=2)
+    given = words.parse_args()
+    said = sys.stdout
+    sys.stdout = sys.stderr  # a peer's own chatter must not mix with the protocol
+    begun = time.perf_counter()
+    try:
+        answer = PEERS[given.peer](given.peer, given.weights, given.threads)
+    except Exception as error:  # whatever a peer raises, it is absent and the others go on
+        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=said, flush=True)
+        return
+    print(json.dumps({"loaded_s": time.perf_counter() - begun}), file=said, flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        print(json.dumps(_timed(answer, asked["ids"], asked["new"])), file=said, flush=True)
+
+
+def _timed(answer: Answer, ids: list[int], new: int) -> dict[str, Any]:
+    start = time.perf_counter()
+    tokens, first_s = list[int](), None
+    for piece in answer(ids, new):
+        if isinstance(piece, float):
+            first_s, start = piece, time.perf_counter()
+            continue
+        if first_s is None and piece:
+            first_s = time.perf_counter() - start
+        tokens.extend(piece)
+    whole_s = time.perf_counter() - start
+    first_s = whole_s if first_s is None else first_s
+    return {"tokens": tokens, "ms_first": 1e3 * first_s, "ms_rest": 1e3 * (whole_s - first_s), "peak_mb": _peak()}
+
+
+def _peak() -> float:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+if __name__ == "__main__":
+    main()

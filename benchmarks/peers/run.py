@@ -154,8 +154,7 @@ def _environment(given: argparse.Namespace, pythons: dict[str, str]) -> dict[str
     settings = {name: getattr(given, name) for name in ("limit", "max_new_tokens", "rounds", "threads")}
     flags = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()]
     return machine() | {
-        "command": "python benchmarks/peers/run.py "
-        + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in settings.items()),
+        "command": " ".join(["python benchmarks/peers/run.py", *flags]),
         "prompts_file": given.prompts.name,
         "settings": settings,
         "peer_versions": versions,

@@ -3,7 +3,8 @@
     python benchmarks/peers/weights.py --out peers-weights/
 
 writes `hf/` (safetensors, for transformers and economize), `f16.gguf`, `q8_0.gguf`, `q4_1.gguf` (llama.cpp, OpenVINO)
-and `ort-fp32/`, `ort-int4/` by the builder of onnxruntime-genai in the interpreter of --ort-python. What is there is kept.
+and `ort-fp32/`, `ort-int4/` by the builder of onnxruntime-genai, in the interpreter of --ort-python. What is there
+already is kept.
 """
 
 from __future__ import annotations

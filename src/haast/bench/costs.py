@@ -47,10 +47,10 @@ def show(found: Calibration, console: Console) -> None:
         return
     shape = found.shape
     size = "as many nodes as pay" if found.pace is not None else f"{shape['nodes']} nodes"
+    speed = f"{expected['speedup']:.2f}x vanilla, {expected['tokens_per_s']:.0f} tokens/s"
     console.print(
         f"chosen: depth {shape['depth']}, width {shape['width']}, {size} ({expected['nodes']:.1f} on average)\n"
-        f"expected: tau {expected['tau']:.2f}, {expected['speedup']:.2f}x vanilla, {expected['tokens_per_s']:.0f} tokens/s"
-        f" (replayed on {found.measured['steps']} recorded steps)"
+        f"expected: tau {expected['tau']:.2f}, {speed} (replayed on {found.measured['steps']} recorded steps)"
     )
 
 

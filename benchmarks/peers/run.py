@@ -28,6 +28,16 @@ from haast.models import load_target
 from haast.prompts import read_prompts
 
 _WARMUP = 16  # tokens
+_LISTED = {
+    "llama-cpp-python",
+    "onnxruntime-genai",
+    "openvino-genai",
+    "transformers",
+    "torch",
+    "economize",
+    "haast",
+    "vllm",
+}
 
 
 class Peer:
@@ -90,6 +100,7 @@ def main() -> None:
     encoder = Haast(load_target(packing="off"), VanillaDrafter())
     prompts = [encoder.encode(p.turns[0]) for p in read_prompts(given.prompts, given.limit, spread=True)]
     ends = set(encoder.eos_ids())
+    where = _environment(given, pythons)
     peers = [Peer(name, pythons.get(name.split()[0], sys.executable), given.weights, given.threads) for name in names]
     for peer in peers:
         if peer.error is None:
@@ -106,7 +117,7 @@ def main() -> None:
     rows = [_row(peer, peers, ends) for peer in peers]
     for peer in peers:
         peer.stop()
-    document = {"rows": rows, "environment": _environment(given, pythons)}
+    document = {"peers": [peer.name for peer in peers], "rows": rows, "environment": where}
     temporary = given.json.with_suffix(".tmp")
     temporary.write_text(json.dumps(document, indent=1) + "\n")
     temporary.replace(given.json)
@@ -147,15 +158,15 @@ def _environment(given: argparse.Namespace, pythons: dict[str, str]) -> dict[str
             [python, "-m", "pip", "list", "--format=json"], capture_output=True, text=True, check=True
         )
         for package in json.loads(listed.stdout):
-            if package["name"].lower().replace("_", "-") in (
-                "llama-cpp-python", "onnxruntime-genai", "openvino-genai", "transformers", "torch", "economize", "haast",
-            ):  # fmt: skip
+            if package["name"].lower().replace("_", "-") in _LISTED:
                 versions[package["name"]] = package["version"]
     settings = {name: getattr(given, name) for name in ("limit", "max_new_tokens", "rounds", "threads")}
     flags = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()]
     return machine() | {
         "command": " ".join(["python benchmarks/peers/run.py", *flags]),
         "prompts_file": given.prompts.name,
+        "dtype": "as named",
+        "packing": "as named",
         "settings": settings,
         "peer_versions": versions,
     }

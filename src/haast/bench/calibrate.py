@@ -116,10 +116,9 @@ def search(
             found.append((best.rate, depth, width, best))
     found.sort(key=lambda each: -each[0])
     trusted, followed = replay.trust(steps, 8), replay.follow(steps)
-    finals = [
-        (replay.paced(steps, costs, depth, width, start, trusted, followed), depth, width)
-        for _, depth, width, start in found[:4]
-    ]
+    finals = [(start, depth, width) for _, depth, width, start in found[:4]]
+    if trusted and followed:  # else the head was never right, and there is nothing to pace by
+        finals = [(replay.paced(steps, costs, d, w, start, trusted, followed), d, w) for start, d, w in finals]
     outcome, depth, width = max(finals, key=lambda each: each[0].rate)
     nodes = most if outcome.pace is not None else max(round(outcome.nodes), 2)
     return DraftShape("dynamic", depth, _RECORDED.top_k, width, nodes), outcome, grid

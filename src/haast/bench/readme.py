@@ -1,8 +1,8 @@
 """The numbers of the README and of docs/, from the JSON files in `results/` and nothing else.
 
 Owns the text between `<!-- results:NAME -->` (or NAME+NAME: one table of tau) and `<!-- end -->`: a table of decoders,
-of an ablation, of a training run or of the input study, by what the JSON holds. `python -m haast.bench.readme` rewrites
-it; a test keeps the two equal.
+of an ablation, of a training run, of the input study or of a measurement of speed, by what the JSON holds.
+`python -m haast.bench.readme` rewrites it; a test keeps the two equal.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from haast.bench import tables
 
 _BLOCK = re.compile(r"(<!-- results:(?P<name>[a-z0-9+-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -42,7 +44,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _table(document: dict[str, Any], name: str) -> str:
-    for key, table in (("base", _ablation), ("seconds_to_tau", _training), ("explained_variance", _inputs)):
+    kinds = (
+        ("base", _ablation),
+        ("seconds_to_tau", _training),
+        ("explained_variance", _inputs),
+        ("peers", tables.peers),
+        ("linears", tables.roofline),
+        ("contexts", tables.contexts),
+        ("oracle", tables.oracle),
+        ("forward_ms", tables.calibration),
+    )
+    for key, table in kinds:
         if key in document:
             return table(document) + "\n" + _provenance(document["environment"], name) + "\n"
     if not any(row["decoder"] == "vanilla" for row in document["rows"]):  # no denominator: a run for tau alone

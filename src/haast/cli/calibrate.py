@@ -57,6 +57,7 @@ def calibrate(
 
     from haast.bench.calibrate import calibrate as measure
     from haast.bench.costs import draw, show
+    from haast.bench.report import environment
     from haast.drafters.calibrated import default_path
 
     status = Console(stderr=True)
@@ -75,7 +76,9 @@ def calibrate(
     print(f"kept in {path}", file=human_output(json_out))
     if png is not None:
         draw(found, png)
-    write_json(asdict(found), json_out)
+    settings = {"max_new_tokens": max_new_tokens, "rounds": rounds}
+    where = environment(target, loading.model, prompts, len(encoded), settings)
+    write_json({**asdict(found), "environment": where}, json_out)
 
 
 def plan(

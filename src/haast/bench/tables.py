@@ -1,0 +1,88 @@
+"""Tables of the measurements of speed, as Markdown, for `readme`. Each takes the JSON's document; none computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Document = dict[str, Any]
+
+
+def peers(document: Document) -> str:
+    """Haast and others on the same prompts and weights."""
+    rows = document["rows"]
+    speeds = {row["peer"]: row["tokens_per_s"] for row in rows if not row["absent"]}
+    stock, vanilla = speeds.get("transformers fp32"), speeds.get("haast vanilla")
+    lines = [
+        "| decoder | tokens/s | vs stock `generate` fp32 | vs Haast vanilla | texts equal to fp32 |",
+        "|---|---|---|---|---|",
+    ]
+    present = sorted((row for row in rows if not row["absent"]), key=lambda row: -row["tokens_per_s"])
+    for row in present:
+        speed = row["tokens_per_s"]
+        cells = [_times(speed, stock), _times(speed, vanilla), str(row.get("texts equal to transformers fp32", ""))]
+        lines.append(f"| {row['peer']} | {speed:.1f} | " + " | ".join(cells) + " |")
+    absent = [f"{row['peer']} ({row['absent']})" for row in rows if row["absent"]]
+    listed = sorted(document["environment"]["peer_versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in listed)
+    end = f"\n\nVersions: {versions}." + (f" Not there: {'; '.join(absent)}." if absent else "")
+    return "\n".join(lines) + end + "\n"
+
+
+def _times(speed: float, base: float | None) -> str:
+    return f"{speed / base:.2f}x" if base else ""
+
+
+def roofline(document: Document) -> str:
+    """Linear layers by rows against what the machine can do at most."""
+    lines = ["| rows | ms | roofline ms | times the roofline |", "|---|---|---|---|"]
+    lines += [
+        f"| {p['rows']} | {p['ms']:.2f} | {p['roofline_ms']:.2f} | {p['times']:.2f} |" for p in document["linears"]
+    ]
+    return (
+        "\n".join(lines)
+        + f"\n\nRoofline: {document['bandwidth'] / 1e9:.1f} GB/s read, {document['peak'] / 1e9:.0f} GFLOP/s, "
+        + f"{document['weight_bytes'] / 1e6:.0f} MB of weights.\n"
+    )
+
+
+def contexts(document: Document) -> str:
+    """Tokens a second by context."""
+    lines = [
+        "| context | vanilla tokens/s | EAGLE tokens/s | tau | ms a vanilla forward | least for keys and values |",
+        "|---|---|---|---|---|---|",
+    ]
+    for each in document["contexts"]:
+        lines.append(
+            f"| {each['context']} | {each['vanilla_tokens_per_s']:.1f} | {each['eagle_tokens_per_s']:.1f} | "
+            f"{each['eagle_tau']:.2f} | {each['vanilla_ms_verify']:.2f} | {each['kv_read_ms']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def oracle(document: Document) -> str:
+    """Speed-up over the chance that a draft is right."""
+    chances = sorted({point["chance"] for point in document["oracle"]})
+    lines = ["| chain | " + " | ".join(f"{chance:g}" for chance in chances) + " |", "|---|" + "---|" * len(chances)]
+    for depth in sorted({point["depth"] for point in document["oracle"]}):
+        points = {p["chance"]: p for p in document["oracle"] if p["depth"] == depth}
+        cells = [f"{points[c]['speedup']:.2f}x (tau {points[c]['tau']:.2f})" for c in chances]
+        lines.append(f"| {depth} drafts | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def calibration(document: Document) -> str:
+    """What a step costs."""
+    one = document["forward_ms"]["1"]
+    nodes = document["forward_ms"]
+    lines = ["| nodes | " + " | ".join(nodes) + " |", "|---|" + "---|" * len(nodes)]
+    lines.append("| ms | " + " | ".join(f"{ms:.2f}" for ms in nodes.values()) + " |")
+    lines.append("| v(n) | " + " | ".join(f"{ms / one:.2f}" for ms in nodes.values()) + " |")
+    levels = ", ".join(f"{ms / one:.3f} at width {width}" for width, ms in document["level_ms"].items())
+    shape, expected = document["shape"], document["expected"]
+    first, rest = document["first_ms"] / one, document["overhead_ms"] / one
+    return (
+        "\n".join(lines)
+        + f"\n\nFirst draft level, observing included: {first:.3f} of a forward; every level more: {levels}; bookkeeping "
+        + f"{rest:.3f}. Chosen: depth {shape.get('depth', 0)}, width {shape.get('width', 0)}, {expected['nodes']:.1f} "
+        + "nodes on average.\n"
+    )

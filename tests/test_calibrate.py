@@ -1,0 +1,211 @@
+"""Calibration: measured on a tiny target, kept in a file that fits one machine and model, replayed exactly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_policy import drafter
+from test_stack import KINDS, made
+
+from haast import native
+from haast.bench import replay
+from haast.bench.calibrate import calibrate, search
+from haast.bench.costs import draw, roofline_ms
+from haast.bench.plan import MACHINES, Machine, parse_machine, project
+from haast.drafters.calibrated import apply_calibration, default_path, find_calibration, identity
+from haast.drafters.eagle import EagleDrafter
+from haast.drafters.shape import DraftShape
+from haast.engine import Engine, Stats, StopConfig
+from haast.sampling import SamplingConfig
+from haast.speed.calibration import Calibration
+from haast.speed.packing import PackedLinear
+from haast.target import Target
+
+PROMPTS = [[1, 2, 3, 4, 5], [9, 8, 7], [20, 21]]
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    made_one = made(KINDS["llama"])
+    made_one.use_one_call()
+    return made_one
+
+
+@pytest.fixture(scope="module")
+def eagle(target: Target) -> EagleDrafter:
+    return drafter(target, None)
+
+
+@pytest.fixture(scope="module")
+def found(target: Target, eagle: EagleDrafter) -> Calibration:
+    said: list[str] = []
+    before = eagle.shape
+    result = calibrate(target, eagle, PROMPTS, tokens=24, rounds=2, say=said.append)
+    assert eagle.shape == before and eagle.pace is None and len(said) > 3
+    return result
+
+
+def test_what_is_measured(found: Calibration, target: Target) -> None:
+    assert found.v(1) == 1.0 and set(found.forward_ms) >= {1, 6, 12, 24}
+    assert all(ms > 0 for ms in (*found.forward_ms.values(), *found.level_ms.values(), found.first_ms))
+    linears = [module for module in target.model.modules() if isinstance(module, PackedLinear)]
+    assert found.parameters == sum(linear.in_features * linear.out_features for linear in linears)
+    assert found.expected["tau"] >= 1.0 and found.measured["steps"] > 0
+    if native.available():
+        assert (
+            found.bandwidth
+            and found.peak
+            and roofline_ms(found, 1)
+            == pytest.approx(1e3 * max(found.weight_bytes / found.bandwidth, 2 * found.parameters / found.peak))
+        )
+
+
+def test_a_file_goes_round_and_is_whole(found: Calibration, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "calibration.json"
+    found.save(path)
+    assert Calibration.load(path, found.identity) == Calibration.load(path)
+    assert Calibration.load(path).forward_ms == found.forward_ms
+    assert [each.name for each in path.parent.iterdir()] == ["calibration.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cpu": "another"}, "cpu 'another'"),
+        ({"head": "0123"}, "head '0123'"),
+        ({"threads": 64}, "threads 64"),
+        ({"packing": "int8"}, "packing 'int8'"),
+    ],
+)
+def test_a_file_of_another_setting_is_refused(
+    found: Calibration, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    path = tmp_path / "c.json"
+    found.save(path)
+    values = json.loads(path.read_text())
+    values["identity"] |= change
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message):
+        Calibration.load(path, found.identity)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 99}', '{"format": 1, "identity": {}}', "\x00"])
+def test_what_is_no_calibration_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="run `haast calibrate`"):
+        Calibration.load(path)
+    with pytest.raises(ValueError, match="no calibration at"):
+        Calibration.load(tmp_path / "missing.json")
+
+
+def test_it_is_found_and_put_to_use(
+    found: Calibration, target: Target, eagle: EagleDrafter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("haast.drafters.calibrated.cached_assets_path", lambda **_: tmp_path)
+    known = identity(target, eagle)
+    assert found.identity == known
+    assert find_calibration(target, eagle) is None and find_calibration(target, eagle, "off") is None
+    found.save(default_path(known))
+    kept = find_calibration(target, eagle)
+    assert kept is not None
+    shape = {"kind": "dynamic", "depth": 2, "top_k": 3, "width": 2, "nodes": 5}
+    pace = {"forward_ms": [1.0, 2.0], "level_ms": 1.0, "rate": 0.1, "trust": 1.0, "follow": 0.5}
+    before = eagle.shape
+    assert apply_calibration(eagle, Calibration(**{**kept.__dict__, "shape": shape, "pace": pace}))
+    assert eagle.shape == DraftShape(**shape) and eagle.pace is not None  # type: ignore[arg-type]
+    eagle.reshape(before)
+    assert not apply_calibration(eagle, Calibration(**{**kept.__dict__, "shape": {}, "pace": None}))
+    assert eagle.shape == before
+    default_path(known).write_text("{}")  # of an older Haast
+    assert find_calibration(target, eagle) is None
+
+
+def test_a_replayed_shape_has_the_tau_of_a_real_run(target: Target, eagle: EagleDrafter) -> None:
+    """On steps that both runs share: the recorded shape itself, step by step."""
+    shape = DraftShape("dynamic", depth=4, top_k=5, width=4, nodes=12)
+    before = eagle.shape
+    eagle.reshape(shape)
+    stats = Stats()
+    for prompt in PROMPTS:
+        for _ in Engine(target, eagle).run([prompt], SamplingConfig(), StopConfig(40), stats):
+            continue
+    steps = replay.record(target, eagle, PROMPTS, 40)
+    eagle.reshape(before)
+    costs = replay.StepCosts((1.0,) * 12, {4: 0.1}, 0.5)
+    outcome = replay.replay(replay.draft(steps, 4, 4), costs, 4, 12)
+    assert 0 < len(steps) <= stats.target_forwards
+    assert outcome.tau == pytest.approx(stats.tau, abs=0.3)  # the last steps of a text are left out
+    assert outcome.levels == 3 and outcome.nodes == 12 and outcome.ms == pytest.approx(0.5 + 0.3 + 1.0)
+
+
+def hand_made() -> list[replay.Step]:
+    """Two steps: one whose chain of first choices is right to depth 3, one whose second choice is right, once."""
+    c = replay.Candidate
+    first = (
+        c(1, 0, -1, -0.1, True), c(1, 1, -1, -2.5, False),
+        c(2, 0, 0, -0.2, True), c(2, 1, 0, -3.0, False), c(2, 0, 1, -2.6, False), c(2, 1, 1, -4.0, False),
+        c(3, 0, 2, -0.3, True), c(3, 1, 2, -3.2, False), c(3, 0, 4, -2.7, False), c(3, 1, 4, -5.0, False),
+    )  # fmt: skip
+    second = (
+        c(1, 0, -1, -0.5, False), c(1, 1, -1, -1.0, True),
+        c(2, 0, 0, -0.9, False), c(2, 1, 0, -2.0, False), c(2, 0, 1, -1.5, False), c(2, 1, 1, -3.0, False),
+    )  # fmt: skip
+    return [first, second]
+
+
+def test_replay_by_hand() -> None:
+    steps = hand_made()
+    costs = replay.StepCosts((10.0, 10.5, 11.0, 12.0, 13.0, 14.0), {1: 0.5, 2: 1.0}, 1.0)
+    one = replay.replay(replay.draft(steps, 1, 1), costs, 1, 2)
+    assert (one.tau, one.nodes, one.levels) == (1.5, 2, 0) and one.ms == 11.5
+    wide = replay.replay(replay.draft(steps, 3, 2), costs, 2, 4)
+    assert wide.tau == (4 + 2) / 2  # all of the chain, and the second choice
+    assert wide.ms == 1 + 2 * 1.0 + 12
+    narrow = replay.replay(replay.draft(steps, 3, 1), costs, 1, 4)
+    assert narrow.tau == 3.0
+    assert replay.follow(steps) == pytest.approx(2 / 3) and 0 < replay.trust(steps, 4) < 2
+
+
+def test_the_search_finds_the_fastest_and_a_pace_only_helps() -> None:
+    costs = replay.StepCosts(tuple(10 + 0.2 * n for n in range(1, 33)), {1: 0.5, 8: 2.0}, 1.0)
+    shape, outcome, grid = search(hand_made() * 5, costs)
+    best = max(entry["tau"] / (1 + costs.forward_ms[int(entry["nodes"]) - 1]) for entry in grid if entry["nodes"] <= 32)
+    assert outcome.rate <= best and outcome.tau > 1 and shape.depth >= 1
+    assert len({(e["depth"], e["width"], e["nodes"]) for e in grid}) == len(grid)
+
+
+def test_a_projection(found: Calibration) -> None:
+    rows = project(found, [MACHINES["h100"], Machine("slow", 1e9, 1e10, 10.0)])
+    assert [row.machine for row in rows][-2:] == ["h100", "slow"]
+    assert all(row.speedup >= 1.0 and row.tokens_per_s >= row.vanilla_tokens_per_s for row in rows)
+    if found.bandwidth is not None:
+        assert rows[0].machine == "this machine" and rows[0].measured_speedup == found.expected["speedup"]
+    big = project(found, [MACHINES["h100"]], billions=8)
+    assert len(big) == 1 and big[0].vanilla_tokens_per_s == pytest.approx(1 / (16e9 / 3350e9 + 300e-6))
+    assert parse_machine("mine:100:2:50") == Machine("mine", 100e9, 2e12, 50.0, "given")
+    for wrong in ("mine", "mine:1", "mine:a:b", "mine:0:1", ":1:2", "mine:1:2:3:4", "mine:1:2:-1"):
+        with pytest.raises(ValueError, match="NAME:GB/S"):
+            parse_machine(wrong)
+
+
+def test_a_head_that_is_never_right_gets_no_pace() -> None:
+    wrong = [tuple(replace(candidate, right=False) for candidate in step) for step in hand_made()]
+    costs = replay.StepCosts(tuple(10 + 0.2 * n for n in range(1, 33)), {1: 0.5, 8: 2.0}, 1.0)
+    shape, outcome, _ = search(wrong, costs)
+    assert outcome.pace is None and outcome.tau == 1.0 and (shape.depth, shape.nodes) == (1, 2)
+
+
+def test_the_picture(found: Calibration, tmp_path: Path) -> None:
+    draw(found, tmp_path / "c.png")
+    assert (tmp_path / "c.png").stat().st_size > 10_000
+
+
+def test_prompts_too_short_to_learn_from(target: Target, eagle: EagleDrafter) -> None:
+    with pytest.raises(ValueError, match="too short"):
+        calibrate(target, eagle, PROMPTS[:1], tokens=2, rounds=1)
+    assert torch.get_num_threads() >= 1

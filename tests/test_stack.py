@@ -252,3 +252,15 @@ def test_the_likeliest_entries() -> None:
     assert native.top(tied, 5)[1].tolist() == [[0, 1, 2, 3, 4]]
     with pytest.raises(ValueError, match="count=65"):
         native.top(torch.zeros(1, 100), 65)
+
+
+@pytest.mark.skipif(not native.features() & 8, reason="no AVX-512")
+def test_avx512_gives_avx2s_bits() -> None:
+    """Attention, products and norms of a whole forward, with heads that take the wide registers."""
+    target = made(LlamaConfig(**{**SIZES, "head_dim": 64, "num_attention_heads": 6, "hidden_size": 48}))
+    assert target.use_one_call()
+    tree = DraftTree.chain(torch.randint(0, 61, (1, 75), generator=torch.Generator().manual_seed(5)))
+    wide = target.forward(tree, target.new_cache()).logits
+    with native.narrow_path(1):
+        narrow = target.forward(tree, target.new_cache()).logits
+    assert torch.equal(wide, narrow)

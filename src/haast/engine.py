@@ -192,7 +192,7 @@ class _Run:
                     first[row] = self._sampler.choose(row, self._histories[row], output.logits[row, 0])
                     following.append(first[row])
                 verdicts.append(RowVerdict(tuple(range(count)), tuple(following), ()) if count else None)
-            self._observe(verdicts, output)
+            self._observe(verdicts, output, stepped=False)
         return [self._emit(row, (token,), 0) for row, token in sorted(first.items())]
 
     def _step(self) -> list[Emission]:
@@ -246,7 +246,7 @@ class _Run:
         self._stats.tokens += kept
         return Emission(row, tokens[:kept], min(drafted, kept), not self._running[row])
 
-    def _observe(self, rows: Sequence[RowVerdict | None], output: TargetOutput) -> None:
+    def _observe(self, rows: Sequence[RowVerdict | None], output: TargetOutput, stepped: bool = True) -> None:
         """Hand the drafter each row's kept positions: features there, and the tokens that follow."""
         device = output.features.device
         counts = tuple(0 if row is None else len(row.path) for row in rows)
@@ -255,7 +255,8 @@ class _Run:
         layers = self._drafter.target_layers
         features = torch.cat([output.hidden[i] for i in layers], dim=-1) if layers else output.features
         features = features.gather(1, paths.unsqueeze(2).expand(-1, -1, features.shape[2]))
-        self._drafter.observe(Accepted(tokens, features, counts))
+        choices = output.logits.argmax(-1) if stepped and self._drafter.wants_choices else None
+        self._drafter.observe(Accepted(tokens, features, counts, choices))
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
         longest = max(len(row) for row in rows)

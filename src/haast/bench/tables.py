@@ -82,7 +82,8 @@ def calibration(document: Document) -> str:
     first, rest = document["first_ms"] / one, document["overhead_ms"] / one
     return (
         "\n".join(lines)
-        + f"\n\nFirst draft level, observing included: {first:.3f} of a forward; every level more: {levels}; bookkeeping "
-        + f"{rest:.3f}. Chosen: depth {shape.get('depth', 0)}, width {shape.get('width', 0)}, {expected['nodes']:.1f} "
+        + f"\n\nFirst draft level, observing included: {first:.3f} of a forward; every level more: {levels}; "
+        + f"bookkeeping {rest:.3f}. Chosen: depth {shape.get('depth', 0)}, width {shape.get('width', 0)}, "
+        + f"{expected['nodes']:.1f} "
         + "nodes on average.\n"
     )

@@ -24,6 +24,9 @@ class Accepted:
     tokens: Tensor  # (rows, longest) int64: the token following each kept position
     features: Tensor  # (rows, longest, width): at the kept positions, what the drafter asked for (`target_layers`)
     counts: tuple[int, ...]  # kept positions per row; 0 for a row that has ended
+    # (rows, nodes) int64: the target's likeliest token at every node of the last proposal, for drafters that want it
+    # (`wants_choices`); None otherwise and behind a prompt.
+    choices: Tensor | None = None
 
 
 class Drafter(ABC):
@@ -32,6 +35,7 @@ class Drafter(ABC):
     name: str
     # HF `hidden_states` indices that `Accepted.features` lays side by side; empty: the features (the LM head's input).
     target_layers: tuple[int, ...] = ()
+    wants_choices: bool = False  # whether `Accepted.choices` is filled
     owner: object = None  # the run whose text this drafter follows; set by the engine, which checks it every step
 
     @property

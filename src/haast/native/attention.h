@@ -166,10 +166,54 @@ AVX_INLINE void dots8(const float* q, int64_t q_head, const float* const* k, int
     }
 }
 
-// Scores of all heads of the query, eight slots at a time: a key row is read once per KV head.
-AVX void scores_avx(const Attention& a, const Query& u, float* p, int64_t p_stride) {
-    const float* keys = a.k + u.row * a.k_row + u.head / (a.heads / a.kv_heads) * a.k_head;
-    const float* q = a.q + u.row * a.q_row + u.head * a.q_head + u.node * a.q_node;
+// The same sums on AVX-512, two slots in one register: the low half adds up one slot's products, the high half another's.
+template <int H>
+AVX512_INLINE void dots8_wide(const float* q, int64_t q_head, const float* const* k, int64_t d, float* p,
+                              int64_t p_stride) {
+    __m512 acc[H][4];
+#pragma GCC unroll 4
+    for (int h = 0; h < H; ++h) acc[h][0] = acc[h][1] = acc[h][2] = acc[h][3] = _mm512_setzero_ps();
+    for (int64_t c = 0; c < d; c += 8) {
+        __m512 qv[H];
+#pragma GCC unroll 4
+        for (int h = 0; h < H; ++h)
+            qv[h] = _mm512_castpd_ps(_mm512_maskz_broadcast_f64x4(0xff, _mm256_castps_pd(_mm256_loadu_ps(q + h * q_head + c))));
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            const __m512d low = _mm512_castpd256_pd512(_mm256_castps_pd(_mm256_loadu_ps(k[2 * j] + c)));
+            const __m512 kv = _mm512_castpd_ps(
+                _mm512_maskz_insertf64x4(0xff, low, _mm256_castps_pd(_mm256_loadu_ps(k[2 * j + 1] + c)), 1));
+#pragma GCC unroll 4
+            for (int h = 0; h < H; ++h) acc[h][j] = _mm512_fmadd_ps(qv[h], kv, acc[h][j]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < H; ++h)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            const __m256 s0 = _mm512_castps512_ps256(acc[h][2 * half]), s2 = _mm512_castps512_ps256(acc[h][2 * half + 1]);
+            const __m256 s1 = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xf, _mm512_castps_pd(acc[h][2 * half]), 1));
+            const __m256 s3 =
+                _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xf, _mm512_castps_pd(acc[h][2 * half + 1]), 1));
+            const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(s0, s1), _mm256_hadd_ps(s2, s3));
+            _mm_storeu_ps(p + h * p_stride + 4 * half,
+                          _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+        }
+}
+
+AVX512 void dots_avx512(const Attention& a, const Query& u, const float* keys, const float* q, float* p,
+                        int64_t p_stride) {
+    for (int64_t i = 0; i < u.count; i += 8) {
+        const float* k[8];
+        for (int j = 0; j < 8; ++j) k[j] = keys + u.slot[i + j] * a.k_slot;
+        int64_t h = 0;
+        for (; h + 3 <= u.heads; h += 3)
+            dots8_wide<3>(q + h * a.q_head, a.q_head, k, a.d, p + h * p_stride + i, p_stride);
+        for (; h < u.heads; ++h) dots8_wide<1>(q + h * a.q_head, a.q_head, k, a.d, p + h * p_stride + i, p_stride);
+    }
+}
+
+AVX void dots_avx(const Attention& a, const Query& u, const float* keys, const float* q, float* p, int64_t p_stride) {
     for (int64_t i = 0; i < u.count; i += 8) {
         const float* k[8];
         for (int j = 0; j < 8; ++j) k[j] = keys + u.slot[i + j] * a.k_slot;
@@ -177,6 +221,14 @@ AVX void scores_avx(const Attention& a, const Query& u, float* p, int64_t p_stri
         for (; h + 3 <= u.heads; h += 3) dots8<3>(q + h * a.q_head, a.q_head, k, a.d, p + h * p_stride + i, p_stride);
         for (; h < u.heads; ++h) dots8<1>(q + h * a.q_head, a.q_head, k, a.d, p + h * p_stride + i, p_stride);
     }
+}
+
+// Scores of all heads of the query, eight slots at a time: a key row is read once per KV head.
+AVX void scores_avx(const Attention& a, const Query& u, float* p, int64_t p_stride) {
+    const float* keys = a.k + u.row * a.k_row + u.head / (a.heads / a.kv_heads) * a.k_head;
+    const float* q = a.q + u.row * a.q_row + u.head * a.q_head + u.node * a.q_node;
+    if (path() == kAvx512) dots_avx512(a, u, keys, q, p, p_stride);
+    else dots_avx(a, u, keys, q, p, p_stride);
     const __m256 scaling = _mm256_set1_ps(a.scaling), cap = _mm256_set1_ps(a.softcap);
     for (int64_t h = 0; h < u.heads; ++h)
         for (int64_t i = 0; i < u.count; i += 8) {
@@ -234,18 +286,47 @@ AVX void weigh(const Attention& a, const Query& u, const float* values, const fl
         for (int c = 0; c < C; ++c) _mm256_storeu_ps(out + h * a.d + c * 8, acc[h][c]);
 }
 
+// The same chains on AVX-512, sixteen values of the head dimension in a register.
+template <int H, int C>
+AVX512 void weigh_wide(const Attention& a, const Query& u, const float* values, const float* p, int64_t p_stride,
+                       int64_t from, int64_t to, float* out) {
+    __m512 acc[H][C];
+#pragma GCC unroll 4
+    for (int h = 0; h < H; ++h)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) acc[h][c] = _mm512_loadu_ps(out + h * a.d + c * 16);
+    for (int64_t i = from; i < to; ++i) {
+        const float* v = values + u.slot[i] * a.v_slot;
+        __m512 pv[H];
+#pragma GCC unroll 4
+        for (int h = 0; h < H; ++h) pv[h] = _mm512_set1_ps(p[h * p_stride + i]);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+            const __m512 vv = _mm512_loadu_ps(v + c * 16);
+#pragma GCC unroll 4
+            for (int h = 0; h < H; ++h) acc[h][c] = _mm512_fmadd_ps(pv[h], vv, acc[h][c]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < H; ++h)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) _mm512_storeu_ps(out + h * a.d + c * 16, acc[h][c]);
+}
+
 template <int H>
 AVX void weigh_heads(const Attention& a, const Query& u, const float* values, const float* p, int64_t p_stride, int64_t from,
                      int64_t to, float* out) {
     constexpr int kWide = H == 1 ? 8 : 4;  // 8 or 12 accumulators
     int64_t c = 0;
+    if (path() == kAvx512)
+        for (; c + 64 <= a.d; c += 64) weigh_wide<H, 4>(a, u, values + c, p, p_stride, from, to, out + c);
     for (; c + kWide * 8 <= a.d; c += kWide * 8) weigh<H, kWide>(a, u, values + c, p, p_stride, from, to, out + c);
     for (; c + 16 <= a.d; c += 16) weigh<H, 2>(a, u, values + c, p, p_stride, from, to, out + c);
     if (c < a.d) weigh<H, 1>(a, u, values + c, p, p_stride, from, to, out + c);
 }
 
 AVX void attend_avx(const Attention& a, const Query& u, float* p) {
-    constexpr int64_t kBlock = 32;  // 32 value rows of 64 floats are 8 KB: they stay in L1 while the heads take turns
+    constexpr int64_t kBlock = 64;  // 64 value rows of 64 floats are 16 KB: they stay in L1 while the heads take turns
     const int64_t p_stride = (a.slots + 7) / 8 * 8;
     const float* values = a.v + u.row * a.v_row + u.head / (a.heads / a.kv_heads) * a.v_head;
     float* out = a.out + ((u.row * a.n + u.node) * a.heads + u.head) * a.d;

@@ -1,0 +1,59 @@
+"""EAGLE's tree with the best suffix match as one more branch: what was said before needs no head.
+
+Owns the merge. Where the text repeats itself (code, tables, quotations) the match reaches deeper than any head; where
+it does not, nothing is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from haast.drafters.base import Accepted, Drafter
+from haast.drafters.eagle import EagleDrafter
+from haast.drafters.lookup import SuffixDrafter
+from haast.drafters.paths import PathTree, pack_rows
+from haast.tree import DraftTree
+
+
+class HybridDrafter(Drafter):
+    """An `EagleDrafter`'s tree and a suffix match.
+
+    Args:
+        eagle: drafts the tree.
+        extra: nodes for the match, 1 or more.
+        least: tokens that a match must share with the end of the text.
+    """
+
+    name = "eagle+suffix"
+
+    def __init__(self, eagle: EagleDrafter, extra: int = 4, least: int = 3) -> None:
+        if extra < 1:
+            raise ValueError(f"extra={extra} is not allowed: give 1 or more")
+        self.eagle, self._extra = eagle, extra
+        self._suffix = SuffixDrafter(extra + 1, least, 1)
+        self.target_layers = eagle.target_layers
+
+    @property
+    def nodes(self) -> int:
+        return self.eagle.nodes + self._extra
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> None:
+        self.eagle.start(prompts)
+        self._suffix.start(prompts)
+
+    def observe(self, accepted: Accepted) -> None:
+        self.eagle.observe(accepted)
+        self._suffix.observe(accepted)
+
+    def propose(self) -> DraftTree:
+        tree = self.eagle.propose()
+        matches = [self._suffix.paths(row, self.nodes) for row in range(tree.rows)]
+        if not any(matches):
+            return tree  # nothing to add: the step costs what EAGLE's own costs
+        rows = []
+        for row, paths in enumerate(matches):
+            merged = PathTree.of_tree(tree, row, tree.nodes + self._extra)
+            for path in paths:
+                merged.insert(path, most=self._extra)
+            rows.append(merged)
+        return pack_rows(rows, max(len(row.tokens) for row in rows), tree.tokens.device)

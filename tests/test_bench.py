@@ -309,3 +309,23 @@ def test_the_table_survives_missing_numbers(arms: list[Arm]) -> None:
 def test_a_record_of_one_token_has_no_speed() -> None:
     record = Record([ArmRun((5,), 1.0, 0.0, None)])
     assert record.decoded == 0 and record.ms_part("ms_draft") == 0.0
+
+
+def test_every_decoder_of_the_engine_says_the_same(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    decoders = "vanilla,eagle,eagle+suffix,lookahead,lookup,suffix"
+    words = ["bench", "--model", home / "model", "--head", home / "head", "--dtype", "float64", "--packing", "off"]
+    words += ["--prompts", home / "prompts.jsonl", "--decoders", decoders, "--max-new-tokens", 24, "--json", out]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    written: dict[str, Any] = json.loads(out.read_text())
+    assert [row["decoder"] for row in written["rows"]] == decoders.split(",")
+    assert written["differences"] == []
+    nodes = {row["decoder"]: row["nodes_per_forward"] for row in written["rows"]}
+    assert nodes["vanilla"] == 1 and nodes["lookup"] == 6 and nodes["lookahead"] == 12
+    assert len({row["tokens"] for row in written["rows"]}) == 1
+
+
+def test_a_suffix_branch_needs_the_head_too() -> None:
+    with pytest.raises(ValueError, match=r"eagle\+suffix.*needs a head"):
+        check_decoders("vanilla,eagle+suffix", False, 0.0)

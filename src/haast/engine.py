@@ -50,6 +50,7 @@ class Stats:
     tokens: int = 0  # emitted, the prefill's token included
     decoded_tokens: int = 0
     target_forwards: int = 0  # decoding steps, counted per row that was still running
+    nodes: int = 0  # that those forwards ran over, roots included
     accepted_by_depth: list[int] = field(default_factory=list)  # [d]: steps that accepted a node at depth d + 1
     reached_by_depth: list[int] = field(default_factory=list)  # [d]: steps that had drafts at depth d + 1 to try
     first_choice_by_depth: list[int] = field(default_factory=list)  # [d]: ... whose preferred draft was right
@@ -212,18 +213,19 @@ class _Run:
         settled = self._now()
         self._observe(verdict.rows, output)
         observed = self._now()
-        emitted = self._settle(verdict)
+        emitted = self._settle(verdict, tree.nodes)
         done = perf_counter()
         self._stats.ms_draft += 1e3 * (drafted - start + observed - settled)
         self._stats.ms_verify += 1e3 * (verified - drafted)
         self._stats.ms_overhead += 1e3 * (settled - verified + done - observed)
         return emitted
 
-    def _settle(self, verdict: Verdict) -> list[Emission]:
+    def _settle(self, verdict: Verdict, nodes: int) -> list[Emission]:
         emitted = []
         for row, kept in enumerate(verdict.rows):
             if kept is not None:
                 self._stats.count(kept)
+                self._stats.nodes += nodes
                 emission = self._emit(row, kept.tokens, len(kept.tokens) - 1)
                 self._stats.decoded_tokens += len(emission.tokens)
                 emitted.append(emission)

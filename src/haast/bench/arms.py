@@ -7,7 +7,7 @@ decode time is from that moment to the end of the call, and the first token is n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -18,11 +18,17 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from haast.drafters.base import Drafter
+from haast.drafters.eagle import EagleDrafter
+from haast.drafters.hybrid import HybridDrafter
+from haast.drafters.lookahead import LookaheadDrafter
+from haast.drafters.lookup import PromptLookupDrafter, SuffixDrafter
+from haast.drafters.vanilla import VanillaDrafter
 from haast.engine import Engine, Stats, StopConfig
 from haast.sampling import SamplingConfig
 from haast.target import Target
 
-KNOWN = ("vanilla", "eagle", "hf")
+HEADED = ("eagle", "eagle+suffix")  # these draft with a head
+KNOWN = ("vanilla", *HEADED, "lookahead", "lookup", "suffix", "hf")
 
 
 @dataclass(frozen=True)
@@ -105,11 +111,33 @@ class _FirstToken(BaseStreamer):
         return
 
 
+def drafter_for(name: str, target: Target, eagle: EagleDrafter | None, nodes: int) -> Drafter:
+    """The drafter of an engine decoder.
+
+    Args:
+        name: one of `KNOWN`, not hf.
+        target: what it drafts for.
+        eagle: the drafter with a head, for those that need one.
+        nodes: tree size of those that have none of their own.
+    """
+    device, eagles = target.device, {}
+    if eagle is not None:
+        eagles = {"eagle": lambda: eagle, "eagle+suffix": lambda: HybridDrafter(eagle)}
+    makers: dict[str, Callable[[], Drafter]] = {
+        "vanilla": VanillaDrafter,
+        "lookup": lambda: PromptLookupDrafter(nodes, device=device),
+        "suffix": lambda: SuffixDrafter(nodes, device=device),
+        "lookahead": lambda: LookaheadDrafter(target.vocab_size, 3, 3, 3, device=device),
+        **eagles,
+    }
+    return makers[name]()
+
+
 def check_decoders(names: str, head: bool, temperature: float) -> tuple[str, ...]:
     """The decoders of a comma-separated list.
 
     Raises:
-        ValueError: an empty list, an unknown or doubled name, `eagle` without a head, or `hf` with sampling.
+        ValueError: an empty list, an unknown or doubled name, a decoder without its head, or `hf` with sampling.
     """
     chosen = tuple(name.strip() for name in names.split(",") if name.strip())
     if not chosen:
@@ -119,8 +147,9 @@ def check_decoders(names: str, head: bool, temperature: float) -> tuple[str, ...
         raise ValueError(f"unknown decoders {unknown}: choose some of {','.join(KNOWN)}")
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"decoders={names!r} names one twice: name each once")
-    if "eagle" in chosen and not head:
-        raise ValueError("decoder 'eagle' needs a head: give --head, or leave eagle out of --decoders")
+    headless = [name for name in chosen if name in HEADED]
+    if headless and not head:
+        raise ValueError(f"decoder {headless[0]!r} needs a head: give --head, or leave it out of --decoders")
     if "hf" in chosen and temperature > 0:
         raise ValueError(
             f"decoder 'hf' draws its own random numbers, so its text cannot be compared at temperature={temperature}: "

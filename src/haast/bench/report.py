@@ -78,6 +78,7 @@ def _row(name: str, own: Sequence[Record], prompts: Sequence[BenchPrompt]) -> di
         "tokens": sum(len(record.tokens) for record in own),
         "decoded_tokens": sum(record.decoded for record in own),
         "target_forwards": total.target_forwards if engine else None,
+        "nodes_per_forward": total.nodes / steps if engine else None,
         "prompts": len(own),
     }
 
@@ -90,6 +91,7 @@ def _merged(own: Sequence[Record]) -> Stats:
             continue
         total.decoded_tokens += stats.decoded_tokens
         total.target_forwards += stats.target_forwards
+        total.nodes += stats.nodes
         for name in _COUNTS:
             mine, theirs = getattr(total, name), getattr(stats, name)
             mine.extend([0] * (len(theirs) - len(mine)))

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from haast.drafters.eagle import EagleDrafter
     from haast.target import Target
 
+_HISTORY_NODES = 6  # of the decoders that draft from the text alone: a few nodes cost a CPU next to nothing
+
 
 def bench(
     loading: Loading,
@@ -27,7 +29,9 @@ def bench(
     sampling: Sampling,
     prompts: PromptsOption = None,
     limit: SpreadLimitOption = None,
-    decoders: Annotated[str, typer.Option(metavar="A,B,C", help="Of vanilla, eagle, hf.")] = "vanilla,eagle",
+    decoders: Annotated[
+        str, typer.Option(metavar="A,B,C", help="Of vanilla, eagle, eagle+suffix, lookahead, lookup, suffix, hf.")
+    ] = "vanilla,eagle",
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="New tokens per prompt.")] = 128,
     rounds: Annotated[int, typer.Option(metavar="R", help="Timed rounds; the median per prompt counts.")] = 1,
     warmup: Annotated[int, typer.Option(metavar="N", help="Untimed tokens per decoder before.")] = 16,
@@ -49,7 +53,7 @@ def bench(
     check_writable(json_out)
     drafting.check_shape(loading.device)
 
-    from haast.bench.arms import check_decoders
+    from haast.bench.arms import HEADED, check_decoders
     from haast.bench.runner import BenchConfig
 
     law = sampling.check()
@@ -58,7 +62,7 @@ def bench(
     if "hf" in names and (law.repetition_penalty != 1.0):
         raise ValueError("decoder 'hf' is greedy without penalties here: leave out --repetition-penalty, or hf")
     loading.check()
-    shape = drafting.check(loading.model, loading.device) if "eagle" in names else None
+    shape = drafting.check(loading.model, loading.device) if set(names) & set(HEADED) else None
     target, drafter, encoded = load_all(loading, drafting, shape, chosen, raw)
     arms = _arms(names, target, drafter, loading, config)
     settings = {**drawn_by(drafter), **_plain(config), "raw": raw}
@@ -79,8 +83,7 @@ def _plain(config: BenchConfig) -> dict[str, Any]:
 def _arms(
     names: Sequence[str], target: Target, drafter: EagleDrafter | None, loading: Loading, config: BenchConfig
 ) -> list[Arm]:
-    from haast.bench.arms import EngineArm, StockArm
-    from haast.drafters.vanilla import VanillaDrafter
+    from haast.bench.arms import EngineArm, StockArm, drafter_for
     from haast.models import load_stock
     from haast.training.frozen import end_tokens
 
@@ -91,11 +94,9 @@ def _arms(
             stock = load_stock(loading.model)[0]
             stock.to(target.device)  # type: ignore[arg-type]
             arms.append(StockArm(stock, ends))
-        elif name == "vanilla":
-            arms.append(EngineArm(target, VanillaDrafter(), config.sampling, ends))
         else:
-            assert drafter is not None, "check_decoders refuses eagle without a head"
-            arms.append(EngineArm(target, drafter, config.sampling, ends))
+            own = drafter_for(name, target, drafter, _HISTORY_NODES)
+            arms.append(EngineArm(target, own, config.sampling, ends))
     return arms
 
 

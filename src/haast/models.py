@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 from haast import native
 from haast.errors import UnsupportedModelError, expanded
 from haast.speed.fusing import fuse_small_modules
+from haast.speed.memory import give_back, own_memory
 from haast.speed.packing import FORMS, pack_linears
 from haast.target import Target
 
@@ -108,8 +109,10 @@ def load_target(
     target = Target(model, tokenizer)
     if wants_packing(packing, wanted, target_device):
         pack_linears(target.model, form="int8" if packing == "int8" else "f16")
+        own_memory(target.model)
         fuse_small_modules(target.model)
         target.use_one_call()
+        give_back()
     return target
 
 

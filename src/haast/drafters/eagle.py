@@ -27,6 +27,7 @@ from haast.drafters.shape import DraftShape, plan
 from haast.heads.checkpoint import Head, check_fits
 from haast.heads.module import DraftModule
 from haast.speed.fusing import fuse_small_modules
+from haast.speed.memory import give_back
 from haast.speed.packing import PackedLinear, pack_linears
 from haast.speed.policy import Pace
 from haast.target import Target
@@ -65,6 +66,7 @@ class EagleDrafter(Drafter):
         if packed:
             pack_linears(self._module)
             fuse_small_modules(self._module)
+            give_back()
         self._native = packed and native.available()
         self._stack = self._module.native_stack() if self._native else None
         self._quick = QuickDraft.of(target, self._module, self._stack, self._lm_head, vocab)

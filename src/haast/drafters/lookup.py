@@ -2,8 +2,8 @@
 
 Owns two ways to find it. `PromptLookupDrafter`: the latest place where the last few tokens stood before (prompt
 lookup decoding, Saxena 2023; `prompt_lookup_num_tokens` of transformers). `SuffixDrafter`: the longest suffix of the
-whole text that occurred before, by an online suffix automaton (Blumer et al. 1985; SAM decoding, arXiv 2411.10666), with
-shorter suffixes as further branches. Both cost microseconds and know no target.
+whole text that occurred before, by an online suffix automaton (Blumer et al. 1985; SAM decoding, arXiv 2411.10666);
+shorter suffixes give further branches. Both cost microseconds and know no target.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from haast import native
+from haast.speed.memory import give_back
 from haast.speed.packing import PackedLinear
 
 _LLAMA_ATTENTION = {"config", "layer_idx", "head_dim", "scaling", "is_causal", "num_key_value_groups"}
@@ -137,6 +138,7 @@ def fuse_small_modules(model: nn.Module) -> FusingReport:
             elif attention is not None:
                 setattr(parent, name, attention)
                 attentions += 1
+        give_back()
     return FusingReport(norms, feed_forwards, attentions)
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from haast import native
+from haast.speed.memory import give_back
 
 __all__ = ["PackedLinear", "PackingReport", "pack_linears"]
 
@@ -201,6 +202,7 @@ def pack_linears(model: nn.Module, *, form: str = "f16", reference: bool = False
             parameters += packed.in_features * packed.out_features
             bytes_after += packed.packed.nbytes + packed.dense.nbytes
             shared[id(child)] = packed
+        give_back()
     model.requires_grad_(False)
     done_natively = native.available() and not reference
     note = "" if done_natively else native.why_not() or "the reference form was asked for"

@@ -216,6 +216,7 @@ def test_peak_rss_is_plausible() -> None:
         ("vanilla,medusa", True, 0.0, "medusa"),
         ("eagle,eagle", True, 0.0, "twice"),
         ("eagle", False, 0.0, "needs a head"),
+        ("vanilla,small-model", True, 0.0, "--small-model NAME"),
         ("vanilla,hf", True, 0.5, "temperature=0.5"),
     ],
 )
@@ -313,9 +314,10 @@ def test_a_record_of_one_token_has_no_speed() -> None:
 
 def test_every_decoder_of_the_engine_says_the_same(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    decoders = "vanilla,eagle,eagle+suffix,lookahead,lookup,suffix"
+    decoders = "vanilla,eagle,eagle+suffix,small-model,lookahead,lookup,suffix"
     words = ["bench", "--model", home / "model", "--head", home / "head", "--dtype", "float64", "--packing", "off"]
     words += ["--prompts", home / "prompts.jsonl", "--decoders", decoders, "--max-new-tokens", 24, "--json", out]
+    words += ["--small-model", home / "model"]
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 0, result.output
     written: dict[str, Any] = json.loads(out.read_text())

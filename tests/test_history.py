@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from fakes import random_head, tiny_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from haast.drafters.base import Accepted, Drafter
 from haast.drafters.eagle import EagleDrafter
@@ -19,8 +21,10 @@ from haast.drafters.lookahead import LookaheadDrafter, NgramPool
 from haast.drafters.lookup import PromptLookupDrafter, SuffixAutomaton, SuffixDrafter
 from haast.drafters.paths import PathTree, pack_rows
 from haast.drafters.shape import DraftShape
+from haast.drafters.small_model import SmallModelDrafter
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine import Engine, Stats, StopConfig
+from haast.errors import HeadMismatchError
 from haast.sampling import SamplingConfig
 from haast.target import Target
 from haast.tree import DraftTree
@@ -168,6 +172,19 @@ def target() -> Target:
     return TARGETS[0]
 
 
+def small_model() -> Target:
+    torch.manual_seed(11)
+    at = target().config
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = LlamaConfig(vocab_size=at.vocab_size, num_key_value_heads=1, max_position_embeddings=24, **sizes)
+    return Target(LlamaForCausalLM(config).double())
+
+
 def all_drafters() -> list[Drafter]:
     at = target()
     eagle = EagleDrafter(at, random_head(at), DraftShape(depth=3, top_k=3, width=3, nodes=7))
@@ -179,6 +196,8 @@ def all_drafters() -> list[Drafter]:
         LookaheadDrafter(at.vocab_size, 3, 3, 2),
         LookaheadDrafter(at.vocab_size, 4, 4, 3, from_prompt=False),
         HybridDrafter(eagle, extra=3, least=1),
+        SmallModelDrafter(at, small_model(), 3),
+        SmallModelDrafter(at, at, 2),
     ]
 
 
@@ -205,8 +224,22 @@ def test_they_say_what_vanilla_says(prompts: list[list[int]], temperature: float
 def test_they_accept_drafts_where_the_text_repeats() -> None:
     prompt = [[5, 6, 7, 8] * 6]
     for drafter in all_drafters():
+        if isinstance(drafter, SmallModelDrafter):
+            continue  # a random small model is right by chance only
         _, stats = say(drafter, prompt, SamplingConfig(temperature=0.01))
         assert stats.tau > 1.0, drafter.name
+
+
+def test_a_small_model_that_is_the_target_is_always_right() -> None:
+    _, stats = say(SmallModelDrafter(target(), target(), 4), [[1, 2, 3]], SamplingConfig())
+    assert stats.accepted_by_depth == stats.reached_by_depth and stats.tau > 4
+
+
+def test_a_small_model_of_another_vocabulary_is_refused() -> None:
+    other = tiny_target()
+    other.vocab_size += 1
+    with pytest.raises(HeadMismatchError, match="vocabulary"):
+        SmallModelDrafter(target(), other)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +249,7 @@ def test_they_accept_drafts_where_the_text_repeats() -> None:
         (lambda: PromptLookupDrafter(4, ngram=0), "ngram=0"),
         (lambda: SuffixDrafter(4, least=0), "least=0"),
         (lambda: SuffixDrafter(4, branches=0), "branches=0"),
+        (lambda: SmallModelDrafter(target(), target(), 0), "depth=0"),
         (lambda: LookaheadDrafter(9, window=0), "window=0"),
         (lambda: LookaheadDrafter(9, ngram=1), "ngram=1"),
         (lambda: LookaheadDrafter(9, guesses=0), "guesses=0"),

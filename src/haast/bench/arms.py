@@ -22,13 +22,14 @@ from haast.drafters.eagle import EagleDrafter
 from haast.drafters.hybrid import HybridDrafter
 from haast.drafters.lookahead import LookaheadDrafter
 from haast.drafters.lookup import PromptLookupDrafter, SuffixDrafter
+from haast.drafters.small_model import SmallModelDrafter
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine import Engine, Stats, StopConfig
 from haast.sampling import SamplingConfig
 from haast.target import Target
 
 HEADED = ("eagle", "eagle+suffix")  # these draft with a head
-KNOWN = ("vanilla", *HEADED, "lookahead", "lookup", "suffix", "hf")
+KNOWN = ("vanilla", *HEADED, "small-model", "lookahead", "lookup", "suffix", "hf")
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,9 @@ class _FirstToken(BaseStreamer):
         return
 
 
-def drafter_for(name: str, target: Target, eagle: EagleDrafter | None, nodes: int) -> Drafter:
+def drafter_for(
+    name: str, target: Target, eagle: EagleDrafter | None, nodes: int, small: Target | None = None
+) -> Drafter:
     """The drafter of an engine decoder.
 
     Args:
@@ -119,10 +122,13 @@ def drafter_for(name: str, target: Target, eagle: EagleDrafter | None, nodes: in
         target: what it drafts for.
         eagle: the drafter with a head, for those that need one.
         nodes: tree size of those that have none of their own.
+        small: the model that drafts for "small-model".
     """
-    device, eagles = target.device, {}
+    device, eagles = target.device, dict[str, Callable[[], Drafter]]()
     if eagle is not None:
-        eagles = {"eagle": lambda: eagle, "eagle+suffix": lambda: HybridDrafter(eagle)}
+        eagles |= {"eagle": lambda: eagle, "eagle+suffix": lambda: HybridDrafter(eagle)}
+    if small is not None:
+        eagles["small-model"] = lambda: SmallModelDrafter(target, small)
     makers: dict[str, Callable[[], Drafter]] = {
         "vanilla": VanillaDrafter,
         "lookup": lambda: PromptLookupDrafter(nodes, device=device),
@@ -133,7 +139,7 @@ def drafter_for(name: str, target: Target, eagle: EagleDrafter | None, nodes: in
     return makers[name]()
 
 
-def check_decoders(names: str, head: bool, temperature: float) -> tuple[str, ...]:
+def check_decoders(names: str, head: bool, temperature: float, small: bool = False) -> tuple[str, ...]:
     """The decoders of a comma-separated list.
 
     Raises:
@@ -150,6 +156,8 @@ def check_decoders(names: str, head: bool, temperature: float) -> tuple[str, ...
     headless = [name for name in chosen if name in HEADED]
     if headless and not head:
         raise ValueError(f"decoder {headless[0]!r} needs a head: give --head, or leave it out of --decoders")
+    if ("small-model" in chosen) != small:
+        raise ValueError("decoder 'small-model' and --small-model NAME go together: give both, or neither")
     if "hf" in chosen and temperature > 0:
         raise ValueError(
             f"decoder 'hf' draws its own random numbers, so its text cannot be compared at temperature={temperature}: "

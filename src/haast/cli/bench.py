@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,8 +30,12 @@ def bench(
     prompts: PromptsOption = None,
     limit: SpreadLimitOption = None,
     decoders: Annotated[
-        str, typer.Option(metavar="A,B,C", help="Of vanilla, eagle, eagle+suffix, lookahead, lookup, suffix, hf.")
+        str,
+        typer.Option(
+            metavar="A,B,C", help="Of vanilla, eagle, eagle+suffix, small-model, lookahead, lookup, suffix, hf."
+        ),
     ] = "vanilla,eagle",
+    small_model: Annotated[str | None, typer.Option(metavar="NAME", help="The smaller model that drafts.")] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="New tokens per prompt.")] = 128,
     rounds: Annotated[int, typer.Option(metavar="R", help="Timed rounds; the median per prompt counts.")] = 1,
     warmup: Annotated[int, typer.Option(metavar="N", help="Untimed tokens per decoder before.")] = 16,
@@ -58,13 +62,16 @@ def bench(
 
     law = sampling.check()
     config = BenchConfig(max_new_tokens, rounds, warmup, law)
-    names = check_decoders(decoders, drafting.head != "none", law.temperature)
+    names = check_decoders(decoders, drafting.head != "none", law.temperature, small_model is not None)
     if "hf" in names and (law.repetition_penalty != 1.0):
         raise ValueError("decoder 'hf' is greedy without penalties here: leave out --repetition-penalty, or hf")
     loading.check()
+    if small_model is not None:
+        replace(loading, model=small_model).check()
     shape = drafting.check(loading.model, loading.device) if set(names) & set(HEADED) else None
     target, drafter, encoded = load_all(loading, drafting, shape, chosen, raw)
-    arms = _arms(names, target, drafter, loading, config)
+    small = None if small_model is None else replace(loading, model=small_model).load()
+    arms = _arms(names, target, drafter, loading, config, small)
     settings = {**drawn_by(drafter), **_plain(config), "raw": raw}
     document = _bench(arms, encoded, config, target, loading.model, prompts, settings)
     if v_curve:
@@ -81,7 +88,12 @@ def _plain(config: BenchConfig) -> dict[str, Any]:
 
 
 def _arms(
-    names: Sequence[str], target: Target, drafter: EagleDrafter | None, loading: Loading, config: BenchConfig
+    names: Sequence[str],
+    target: Target,
+    drafter: EagleDrafter | None,
+    loading: Loading,
+    config: BenchConfig,
+    small: Target | None,
 ) -> list[Arm]:
     from haast.bench.arms import EngineArm, StockArm, drafter_for
     from haast.models import load_stock
@@ -95,7 +107,7 @@ def _arms(
             stock.to(target.device)  # type: ignore[arg-type]
             arms.append(StockArm(stock, ends))
         else:
-            own = drafter_for(name, target, drafter, _HISTORY_NODES)
+            own = drafter_for(name, target, drafter, _HISTORY_NODES, small)
             arms.append(EngineArm(target, own, config.sampling, ends))
     return arms
 

@@ -103,6 +103,34 @@ def test_what_is_no_calibration_is_refused(text: str, tmp_path: Path) -> None:
         Calibration.load(tmp_path / "missing.json")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": {"bogus": 3}},
+        {"pace": {"x": 3}},
+        {"pace": {"forward_ms": [1.0], "level_ms": 1.0, "rate": 1.0, "trust": 1.0, "follow": 1.0}},
+        {"forward_ms": None},
+        {"forward_ms": {"1": "abc"}},
+        {"forward_ms": {"2": 3.0}},
+        {"forward_ms": {"1": float("nan")}},
+        {"level_ms": {}},
+        {"expected": {}},
+        {"grid": [{"depth": 1}]},
+    ],
+)
+def test_a_damaged_calibration_is_refused(found: Calibration, tmp_path: Path, change: dict[str, object]) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({**found.document(), **change}))
+    with pytest.raises(ValueError, match=r"c\.json is damaged .*run `haast calibrate` again"):
+        Calibration.load(path)
+
+
+def test_more_keys_do_no_harm(found: Calibration, tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({**found.document(), "environment": {}}))
+    assert Calibration.load(path, found.identity).document() == found.document()
+
+
 def test_it_is_found_and_put_to_use(
     found: Calibration, target: Target, eagle: EagleDrafter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,7 +216,17 @@ def test_a_projection(found: Calibration) -> None:
     big = project(found, [MACHINES["h100"]], billions=8)
     assert len(big) == 1 and big[0].vanilla_tokens_per_s == pytest.approx(1 / (16e9 / 3350e9 + 300e-6))
     assert parse_machine("mine:100:2:50") == Machine("mine", 100e9, 2e12, 50.0, "given")
-    for wrong in ("mine", "mine:1", "mine:a:b", "mine:0:1", ":1:2", "mine:1:2:3:4", "mine:1:2:-1"):
+    for wrong in (
+        "mine",
+        "mine:1",
+        "mine:a:b",
+        "mine:0:1",
+        ":1:2",
+        "mine:1:2:3:4",
+        "mine:1:2:-1",
+        "mine:nan:1",
+        "mine:inf:1",
+    ):
         with pytest.raises(ValueError, match="NAME:GB/S"):
             parse_machine(wrong)
 

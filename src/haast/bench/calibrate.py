@@ -73,6 +73,8 @@ def calibrate(
     pays = outcome.rate > _LEAST_GAIN * vanilla
     weight_bytes, parameters = weights_read(target)
     roofline = target.device.type == "cpu" and native.available()
+    # What a forward has reached is possible: a probe that ran while something else did must not say otherwise.
+    reached = max(2e3 * parameters * n / ms for n, ms in forward_ms.items())
     return Calibration(
         identity=identity(target, drafter),
         forward_ms=forward_ms,
@@ -83,8 +85,8 @@ def calibrate(
         weight_bytes=weight_bytes,
         parameters=parameters,
         head_parameters=drafter.parameters,
-        bandwidth=native.read_bandwidth() if roofline else None,
-        peak=native.multiply_peak() if roofline else None,
+        bandwidth=max(native.read_bandwidth(), 1e3 * weight_bytes / forward_ms[1]) if roofline else None,
+        peak=max(native.multiply_peak(), reached) if roofline else None,
         shape=asdict(shape) if pays else {},
         pace=asdict(outcome.pace) if pays and outcome.pace is not None else None,
         expected={

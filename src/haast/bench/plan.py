@@ -8,6 +8,7 @@ measurement.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,8 @@ def parse_machine(text: str) -> Machine:
     parts = text.split(":")
     try:
         name, (gigabytes, teraflops, *fixed) = parts[0], [float(part) for part in parts[1:]]
-        if len(fixed) > 1 or min(gigabytes, teraflops) <= 0 or any(us < 0 for us in fixed) or not name:
+        sound = all(math.isfinite(value) for value in (gigabytes, teraflops, *fixed))
+        if len(fixed) > 1 or not sound or min(gigabytes, teraflops) <= 0 or any(us < 0 for us in fixed) or not name:
             raise ValueError
     except ValueError:
         raise ValueError(f"hardware={text!r} is not understood: give NAME:GB/S:TFLOPS or NAME:GB/S:TFLOPS:US") from None
@@ -152,7 +154,9 @@ def show_machines(console: Console) -> None:
 def show_plan(found: Calibration, rows: Sequence[Row], console: Console) -> None:
     """The projections, labelled as such."""
     columns = ("machine", "vanilla tok/s", "EAGLE tok/s", "speed-up", "tau", "depth", "width", "nodes", "v(n)", "c")
-    table = Table(*columns, box=None, title="PROJECTED, not measured", title_justify="left")
+    table = Table(box=None, title="PROJECTED, not measured", title_justify="left")
+    for column in columns:
+        table.add_column(column, no_wrap=column == "machine", overflow="fold")
     for row in rows:
         shape = [str(row.depth), str(row.width), str(row.nodes)] if row.depth else ["vanilla", "", ""]
         speeds = [f"{row.vanilla_tokens_per_s:.0f}", f"{row.tokens_per_s:.0f}", f"{row.speedup:.2f}x", f"{row.tau:.2f}"]
@@ -161,6 +165,7 @@ def show_plan(found: Calibration, rows: Sequence[Row], console: Console) -> None
     for row in rows:
         if row.measured_speedup is not None:
             console.print(
-                f"this machine: {row.speedup:.2f}x projected, {row.measured_speedup:.2f}x from measured costs "
-                f"({found.expected['tokens_per_s']:.0f} tokens/s)"
+                f"this machine: {row.tokens_per_s:.0f} tokens/s, {row.speedup:.2f}x, projected; "
+                f"{found.expected['tokens_per_s']:.0f}, {row.measured_speedup:.2f}x, from measured costs and a pace, "
+                "which a projection leaves out"
             )

@@ -28,14 +28,12 @@ def calibrate(
     """Measure what a step costs here, and choose the drafting that is fastest. Takes less than a minute.
 
     Later runs with the same machine, model and head use what was found, unless they name a shape. Give prompts like
-    those that will be asked; never those of an evaluation.
+    those that will be asked; never those of an evaluation. It needs a head, and looks for the shape itself.
 
     \b
     haast calibrate
     haast calibrate --prompts my_prompts.jsonl --limit 20 --png calibration.png
     """
-    from dataclasses import asdict
-
     check_at_least("max_new_tokens", max_new_tokens, 16)
     check_at_least("rounds", rounds)
     if drafting.head == "none":
@@ -48,6 +46,8 @@ def calibrate(
     check_writable(json_out)
     for path in (out, png):
         check_writable(None if path is None else str(path))
+    if png is not None and png.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--png {png} is no picture: give a name that ends in .png, .svg or .pdf")
     loading.check()
     shape = drafting.check(loading.model, loading.device)
     target, drafter, encoded = load_all(loading, drafting, shape, chosen)
@@ -78,7 +78,7 @@ def calibrate(
         draw(found, png)
     settings = {"max_new_tokens": max_new_tokens, "rounds": rounds}
     where = environment(target, loading.model, prompts, len(encoded), settings)
-    write_json({**asdict(found), "environment": where}, json_out)
+    write_json({**found.document(), "environment": where}, json_out)
 
 
 def plan(

@@ -26,7 +26,10 @@ def info(loading: Loading, drafting: Drafting, json_out: JsonOption = None) -> N
     loading.check()
     check_writable(json_out)
     head = _head(drafting, loading.model)
-    document = {"haast": _installation(), "model": _model(loading.load(), loading), "head": head}
+    target = loading.load()
+    document = {"haast": _installation(), "model": _model(target, loading), "head": head}
+    if "location" in head:
+        document["drafting"] = _drafting(target, loading, drafting)
     out = human_output(json_out)
     if json_out != "-":
         for name, facts in document.items():
@@ -93,6 +96,22 @@ def _model(target: Target, loading: Loading) -> dict[str, Any]:
         "dtype": loading.dtype,
         "packed_linears": len(packed),
         "device": str(target.device),
+    }
+
+
+def _drafting(target: Target, loading: Loading, drafting: Drafting) -> dict[str, Any]:
+    """How drafts are made here: by a calibration, or by the settings."""
+    from haast.drafters.calibrated import default_path, find_calibration, identity
+
+    drafter = drafting.load(target, loading.model, drafting.check(loading.model, loading.device))
+    assert drafter is not None, "a head was found"
+    found = None if drafting.shaped else find_calibration(target, drafter, drafting.calibration)
+    place = drafting.calibration if drafting.calibration != "auto" else str(default_path(identity(target, drafter)))
+    return {
+        "calibration": "none (`haast calibrate` makes one)" if found is None else place,
+        "expected_speedup": None if found is None else round(found.expected["speedup"], 2),
+        "shape": asdict(drafter.shape),
+        "pace": "as many levels and nodes as pay" if drafter.pace is not None else "one size",
     }
 
 

@@ -44,7 +44,7 @@ class Loading:
     model: Annotated[str, typer.Option(help="Name, hub id, folder or .gguf file.")] = DEFAULT_MODEL
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or float64.")] = "float32"
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu"
-    packing: Annotated[str, typer.Option(help="auto, f16 (packed 16-bit linears on the CPU) or off.")] = "auto"
+    packing: Annotated[str, typer.Option(help="auto, f16 (packed 16-bit linears on the CPU), int8 or off.")] = "auto"
     threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads; torch's own choice if absent.")] = None
 
     def check(self) -> None:
@@ -78,9 +78,10 @@ class Drafting:
         "default"
     )
     shape: Annotated[str, typer.Option(help="dynamic, static or chain.")] = DraftShape.kind
-    nodes: Annotated[int | None, typer.Option(metavar="N", help="Tree budget, root included; 6 on a CPU, else 60.")] = (
-        None
-    )
+    nodes: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tree budget, root included; as calibrated, else 6 on a CPU, 60 elsewhere."),
+    ] = None
     depth: Annotated[int | None, typer.Option(metavar="N", help="Levels below the root; by the budget.")] = None
     draft_top_k: Annotated[int | None, typer.Option(metavar="N", help="Children per node; by the budget.")] = None
     width: Annotated[int | None, typer.Option(metavar="N", help="Nodes expanded per level; by the budget.")] = None
@@ -103,6 +104,8 @@ class Drafting:
         """
         shape = self.check_shape(device)
         if self.calibration not in ("auto", "off"):
+            if not self.calibration:
+                raise ValueError("calibration='' names no file: give auto, off or what `haast calibrate` wrote")
             if self.shaped:
                 raise ValueError(
                     "--calibration brings a shape of its own: leave out --shape, --nodes, --depth, --width"

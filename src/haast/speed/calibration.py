@@ -6,6 +6,7 @@ Owns the values, their file and the check that a file is of this machine and mod
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -57,11 +58,28 @@ class Calibration:
         """Cost of a forward over `nodes` in one-node forwards; only measured counts."""
         return self.forward_ms[nodes] / self.forward_ms[1]
 
+    def document(self) -> dict[str, Any]:
+        """What a file holds; more keys beside it do no harm."""
+        return {"format": FORMAT, **asdict(self)}
+
+    def validate(self) -> None:
+        """Refuse values that no measurement gives. Raises ValueError, TypeError or KeyError."""
+        times = [*self.forward_ms.values(), *self.level_ms.values(), self.first_ms]
+        if not self.level_ms or not all(0 < ms < math.inf for ms in times):
+            raise ValueError("a cost is missing, or not a number of ms above 0")
+        for name in ("tau", "nodes", "levels", "tokens_per_s", "vanilla_tokens_per_s", "speedup"):
+            float(self.expected[name])
+        if not all({"depth", "width", "nodes", "tau"} <= set(entry) for entry in self.grid):
+            raise ValueError("the table of shapes is incomplete")
+        if self.shape and not {"kind", "depth", "top_k", "width", "nodes"} == set(self.shape):
+            raise ValueError(f"the shape {self.shape} is none")
+        _ = self.chosen_pace  # its own check
+
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(self.document(), indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
 
     @classmethod
@@ -81,14 +99,16 @@ class Calibration:
             raise ValueError(f"no calibration at {path} ({error.strerror}): run `haast calibrate`") from error
         except ValueError as error:
             raise ValueError(f"{path} is no calibration ({error}): run `haast calibrate` again") from error
-        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-            raise ValueError(f"{path} is no calibration of format {FORMAT}: run `haast calibrate` again")
         known = {each.name for each in fields(cls)}
-        if set(values) != known:
-            raise ValueError(f"{path} lacks {sorted(known - set(values))} or has more: run `haast calibrate` again")
-        for name in ("forward_ms", "level_ms"):
-            values[name] = {int(key): float(ms) for key, ms in values[name].items()}
-        found = cls(**values)
+        if not isinstance(values, dict) or values.get("format") != FORMAT or not known <= set(values):
+            raise ValueError(f"{path} is no calibration of format {FORMAT}: run `haast calibrate` again")
+        try:
+            for name in ("forward_ms", "level_ms"):
+                values[name] = {int(key): float(ms) for key, ms in values[name].items()}
+            found = cls(**{name: values[name] for name in known})
+            found.validate()
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): run `haast calibrate` again") from error
         found.check(identity, str(path))
         return found
 

@@ -75,8 +75,9 @@ def drafter(target: Target, pace: Pace | None, shape: DraftShape | None = None) 
 
 def watched(target: Target, by_tensors: bool, pace: Pace | None) -> list[DraftTree]:
     own = drafter(target, pace)
-    assert own._one_call
-    own._one_call = not by_tensors
+    assert own._quick is not None
+    if by_tensors:
+        own._quick = None
     trees: list[DraftTree] = []
     propose = own.propose
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,9 +22,11 @@ from transformers import (
 
 from haast import native
 from haast.cache import TreeCache
+from haast.drafters.base import Accepted
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import DraftShape
 from haast.engine import Engine, StopConfig
+from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.sampling import SamplingConfig
@@ -201,7 +204,7 @@ def test_a_head_drafts_the_same_trees_by_one_call(layers: int) -> None:
         drafter = EagleDrafter(target, copy.deepcopy(head), DraftShape(depth=4, top_k=5, width=5, nodes=20))
         assert drafter._stack is not None
         if not one_call:
-            drafter._stack, drafter._one_call = None, False
+            drafter._stack = drafter._quick = None
         seen: list[torch.Tensor] = []
         propose = drafter.propose
 
@@ -264,3 +267,127 @@ def test_avx512_gives_avx2s_bits() -> None:
     with native.narrow_path(1):
         narrow = target.forward(tree, target.new_cache()).logits
     assert torch.equal(wide, narrow)
+
+
+def _hook(target: Target) -> None:
+    target.model.get_submodule("model.layers.0").register_forward_hook(lambda *_: None)
+
+
+def _replace(name: str, make: Any) -> Any:
+    def change(target: Target) -> None:
+        parent, _, last = name.rpartition(".")
+        setattr(target.model.get_submodule(parent), last, make(target.model.get_submodule(parent), last))
+
+    return change
+
+
+CHANGES: dict[str, Any] = {
+    "half": lambda t: t.model.half().float(),
+    "double": lambda t: t.model.double(),
+    "a new norm": _replace(
+        "model.layers.1.post_attention_layernorm.weight", lambda m, n: torch.nn.Parameter(2 * m.weight)
+    ),
+    "a new final norm": _replace("model.norm", lambda m, n: copy.deepcopy(getattr(m, n))),
+    "a new product": _replace("model.layers.0.mlp.down_proj", lambda m, n: copy.deepcopy(getattr(m, n))),
+    "layers swapped": lambda t: t.model.model.layers.insert(0, t.model.model.layers.pop(2)),
+    "a layer less": lambda t: t.model.model.layers.__delitem__(1),
+    "another embedding": lambda t: t.model.set_input_embeddings(copy.deepcopy(t.embedding)),
+    "a hook": _hook,
+    "another scale": _replace("model.layers.2.self_attn.scaling", lambda m, n: 0.3),
+}
+
+
+@pytest.mark.parametrize("change", sorted(CHANGES))
+def test_any_change_of_the_model_drops_the_call(change: str) -> None:
+    target = made(KINDS["llama"])
+    assert target.use_one_call()
+    CHANGES[change](target)
+    target.new_cache()
+    assert not target.one_call
+
+
+def test_weights_can_be_loaded_into_a_fused_model() -> None:
+    target = made(KINDS["llama"])
+    assert target.use_one_call()
+    kept = {name: tensor.clone() for name, tensor in target.model.state_dict().items()}
+    with torch.no_grad():
+        target.model.model.norm.weight.mul_(3)
+    target.model.load_state_dict(kept)
+    target.new_cache()
+    assert target.one_call
+    assert torch.equal(target.model.state_dict()["model.norm.weight"], kept["model.norm.weight"])
+
+
+def test_a_copy_of_a_target_goes_by_modules() -> None:
+    target = made(KINDS["llama"])
+    assert target.use_one_call()
+    other = copy.deepcopy(target)
+    assert not other.one_call and target.one_call
+    tree = DraftTree.chain(torch.arange(5).unsqueeze(0))
+    assert torch.equal(other.forward(tree, other.new_cache()).logits, target.forward(tree, target.new_cache()).logits)
+
+
+def test_angles_by_kind_of_layer_are_no_stack() -> None:
+    class Rotary(torch.nn.Module):
+        rope_type = {"full_attention": "default"}  # noqa: RUF012  as Gemma 3 has it
+
+    target = made(KINDS["llama"])
+    decoder: Any = target.model.get_decoder()  # type: ignore[no-untyped-call]
+    assert NativeStack.of(list(decoder.layers), decoder.norm, Rotary()) is None
+
+
+def test_odd_heads_have_one_sum_too() -> None:
+    """A head of 6 values takes the portable attention in the call and in the modules."""
+    target = made(LlamaConfig(**{**SIZES, "head_dim": 6}))
+    assert target.use_one_call()
+    tree = DraftTree.chain(torch.arange(9).unsqueeze(0))
+    fast, slow = both(target, lambda: target.forward(tree, target.new_cache()))
+    assert torch.equal(fast.logits, slow.logits)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "message"),
+    [(torch.tensor([], dtype=torch.long), "shape"), (torch.tensor([0, -1]), "-1"), (torch.tensor([0, 61]), "61")],
+)
+def test_an_impossible_draft_vocabulary_is_refused(vocab: torch.Tensor, message: str) -> None:
+    target = made(KINDS["llama"])
+    module = FeatExtrapolator(FeatExtrapolatorConfig.for_target(target.config)).requires_grad_(False)
+    with pytest.raises(HeadMismatchError, match=message):
+        EagleDrafter(target, Head(module, vocab, {}))
+
+
+def test_any_form_of_a_draft_vocabulary_drafts_the_same() -> None:
+    target = made(KINDS["llama"])
+    texts = []
+    for vocab in (torch.arange(0, 61, 2), torch.arange(61)[::2], torch.arange(0, 61, 2, dtype=torch.int32)):
+        torch.manual_seed(7)
+        module = FeatExtrapolator(FeatExtrapolatorConfig.for_target(target.config)).requires_grad_(False)
+        drafter = EagleDrafter(target, Head(module, vocab, {}), DraftShape(depth=3, top_k=4, width=3, nodes=9))
+        drafter.start([[1, 2]])
+        drafter.observe(Accepted(torch.tensor([[2, 3]]), torch.ones(1, 2, 40), (2,)))
+        texts.append(drafter.propose().tokens)
+    assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
+
+
+def test_two_runs_of_one_drafter_end_with_a_clear_error_and_threads_as_they_were() -> None:
+    target = made(KINDS["llama"])
+    assert target.use_one_call()
+    module = FeatExtrapolator(FeatExtrapolatorConfig.for_target(target.config)).requires_grad_(False)
+    drafter = EagleDrafter(target, Head(module, None, {}), DraftShape(depth=3, top_k=4, width=3, nodes=9))
+    before, said = torch.get_num_threads(), list[str]()
+
+    def run(prompt: list[int]) -> None:
+        for _ in range(10):
+            try:
+                for _ in Engine(target, drafter).run([prompt], SamplingConfig(), StopConfig(20)):
+                    continue
+            except RuntimeError as error:
+                said.append(str(error))
+
+    threads = [threading.Thread(target=run, args=([1 + i] * (2 + 9 * i),)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all("another generation was started" in text for text in said)
+    assert torch.get_num_threads() == before

@@ -111,7 +111,6 @@ def _native_fits(query: Tensor, value: Tensor) -> bool:
         native.available()
         and query.dtype is torch.float32
         and query.device.type == "cpu"
-        and query.shape[-1] % 8 == 0
         and value.shape[-1] == query.shape[-1]
         and not torch.is_grad_enabled()
     )

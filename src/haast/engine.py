@@ -160,13 +160,14 @@ class _Run:
     def emissions(self) -> Iterator[Emission]:
         """Prefill, then step until every row has ended."""
         begun = perf_counter()
-        self._drafter.owner = self
-        self._drafter.start(self._histories)
-        first = self._prefill()
+        with self._drafter.lock:
+            self._drafter.owner = self
+            self._drafter.start(self._histories)
+            first = self._prefill()
         self._stats.ms_prefill += 1e3 * (perf_counter() - begun)
         yield from first
         while any(self._running):
-            with self._target.step_threads():
+            with self._drafter.lock, self._target.step_threads():
                 emitted = self._step()
             yield from emitted
 

@@ -110,9 +110,14 @@ class Target:
 
     def new_cache(self, rows: int = 1, capacity: int = 256) -> TreeCache:
         """An empty cache for `rows` sequences."""
-        if self._stack is not None and not self._stack.current:
+        if self._stack is not None and not self._unchanged(self._stack):
             self._stack = None  # the model was moved or changed: its own modules answer from here on
         return TreeCache(self.layers, rows, capacity)
+
+    def _unchanged(self, stack: NativeStack) -> bool:
+        decoder: Any = self.model.get_decoder()  # type: ignore[no-untyped-call]
+        own = self.model.get_input_embeddings() is self.embedding and self.dtype is torch.float32
+        return own and stack.current(list(decoder.layers), decoder.norm)
 
     @torch.inference_mode()
     def forward(
@@ -278,7 +283,6 @@ class Target:
         self._decoder_gives_features = "decoder" in captured and torch.equal(captured["decoder"], captured["head"])
         self._probe_tree()
 
-    @torch.inference_mode()
     def use_one_call(self) -> bool:
         """Run all decoder layers in one native call from here on, if the packed and fused model allows it.
 
@@ -297,8 +301,10 @@ class Target:
             torch.arange(8, device=device).view(2, 4) % self.vocab_size, torch.tensor([[-1, 0, 0, 1]] * 2)
         )
         found = []
-        for self._stack in (None, stack):
+        for each in (None, stack):
+            self._stack = each
             cache = self.new_cache(2)
+            assert self._stack is each, "nothing has changed the model since the stack was built"
             self.forward(first, cache)
             cache.commit([range(3), range(2)])
             output = self.forward(tree, cache, hidden_layers=(middle, self.layers))

@@ -7,9 +7,11 @@ Accepted.tokens    a      b      bonus
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -36,7 +38,14 @@ class Drafter(ABC):
     # HF `hidden_states` indices that `Accepted.features` lays side by side; empty: the features (the LM head's input).
     target_layers: tuple[int, ...] = ()
     wants_choices: bool = False  # whether `Accepted.choices` is filled
+    lock: threading.RLock  # held by the run that takes a step
     owner: object = None  # the run whose text this drafter follows; set by the engine, which checks it every step
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        """Every drafter has a lock, whatever its constructor does."""
+        made = super().__new__(cls)
+        made.lock = threading.RLock()
+        return made
 
     @property
     @abstractmethod

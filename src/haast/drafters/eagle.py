@@ -24,6 +24,7 @@ from haast.drafters.base import Accepted, Drafter, last_tokens
 from haast.drafters.growth import Growth, best_places
 from haast.drafters.quick import QuickDraft
 from haast.drafters.shape import DraftShape, plan
+from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head, check_fits
 from haast.heads.module import DraftModule
 from haast.speed.fusing import fuse_small_modules
@@ -59,7 +60,7 @@ class EagleDrafter(Drafter):
         self._target = target
         self._module = head.module.to(device=target.device, dtype=target.dtype)
         self.target_layers = head.module.target_layers
-        vocab = None if head.draft_vocab is None else head.draft_vocab.to(target.device)
+        vocab = None if head.draft_vocab is None else _checked_vocab(head.draft_vocab, target)
         self._vocab = vocab
         packed = isinstance(target.lm_head, PackedLinear)
         self._lm_head = _draft_lm_head(target, self._module, vocab, packed)
@@ -69,7 +70,7 @@ class EagleDrafter(Drafter):
             give_back()
         self._native = packed and native.available()
         self._stack = self._module.native_stack() if self._native else None
-        self._quick = QuickDraft.of(target, self._module, self._stack, self._lm_head, vocab)
+        self._parts = (target, self._module, self._stack, self._lm_head, vocab)
         self.reshape(shape or DraftShape())
         self._cache: TreeCache | None = None
         self._root: Tensor | None = None
@@ -92,7 +93,9 @@ class EagleDrafter(Drafter):
         device, fixed = self._target.device, self._plan
         self._frontier = [torch.tensor(level, device=device).unsqueeze(0) for level in fixed.frontier or ()]
         self._keep = None if fixed.keep is None else torch.tensor(fixed.keep, device=device).unsqueeze(0)
-        self._one_call = self._quick is not None and self._quick.plan(fixed, pace)
+        self._quick = QuickDraft.of(*self._parts)
+        if self._quick is not None and not self._quick.plan(fixed, pace):
+            self._quick = None
 
     @property
     def nodes(self) -> int:
@@ -100,6 +103,8 @@ class EagleDrafter(Drafter):
         return self._plan.nodes
 
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
+        if self._stack is not None and not self._stack.current():
+            self._stack = self._quick = None  # somebody changed the head: its modules draft from here on
         layers = self._module.config.num_hidden_layers
         self._cache = TreeCache(layers, len(prompts), max(len(prompt) for prompt in prompts) + 256)
         self._root = self._extrapolated = None
@@ -126,7 +131,7 @@ class EagleDrafter(Drafter):
 
     @torch.inference_mode()
     def propose(self) -> DraftTree:
-        tree = self._propose_quickly() if self._one_call else None
+        tree = None if self._quick is None else self._propose_quickly()
         return self._grow_tree() if tree is None else tree
 
     def _grow_tree(self) -> DraftTree:
@@ -185,6 +190,7 @@ class EagleDrafter(Drafter):
             best, ids = native.top(logits, self._plan.top_k)
         else:
             best, ids = logits.log_softmax(-1).topk(self._plan.top_k, dim=-1)
+            best = best.masked_fill(best.isnan(), -torch.inf)  # a model that says nothing of a token: draft others
         if self._vocab is not None:
             ids = self._vocab[ids]
         return ids.flatten(1), (scores.unsqueeze(2) + best).flatten(1)
@@ -211,6 +217,18 @@ class EagleDrafter(Drafter):
         bias = in_flight_bias(seen, past, states.dtype)
         output: Tensor = self._module(embeddings, states, positions, bias, cache)
         return output
+
+
+def _checked_vocab(ids: Tensor, target: Target) -> Tensor:
+    """The draft vocabulary as the drafter and native code read it: int64, contiguous, within the target's."""
+    if ids.dim() != 1 or not len(ids) or ids.is_floating_point():
+        raise HeadMismatchError(f"the draft vocabulary has shape {tuple(ids.shape)} of {ids.dtype}: give a list of ids")
+    if int(ids.min()) < 0 or int(ids.max()) >= target.vocab_size:
+        raise HeadMismatchError(
+            f"the draft vocabulary holds ids {int(ids.min())} to {int(ids.max())}, the target's are 0 to "
+            f"{target.vocab_size - 1}: this head was made for another tokenizer"
+        )
+    return ids.to(device=target.device, dtype=torch.int64).contiguous()
 
 
 def _draft_lm_head(target: Target, module: DraftModule, vocab: Tensor | None, packed: bool) -> nn.Module:

@@ -78,7 +78,12 @@ class LookaheadDrafter(Drafter):
         from_prompt: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:
-        for name, value, least in (("window", window, 1), ("ngram", ngram, 2), ("guesses", guesses, 1)):
+        for name, value, least in (
+            ("window", window, 1),
+            ("ngram", ngram, 2),
+            ("guesses", guesses, 1),
+            ("vocab_size", vocab_size, 1),
+        ):
             if value < least:
                 raise ValueError(f"{name}={value} is not allowed: give {least} or more")
         self.window, self.ngram, self.guesses = window, ngram, guesses

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,10 @@ class QuickDraft:
         self._draft.stack = stack.pointer
         self._draft.vocab = None if vocab is None else vocab.data_ptr()
         self._nodes: int = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is None, as a copy of a `NativeStack` is."""
+        return type(None), ()
 
     @classmethod
     def of(
@@ -103,6 +108,13 @@ class QuickDraft:
             store: the head's cache, see `NativeStack.run`.
         """
         rows, most = len(roots), self._nodes
+        if states.shape[0] != rows or len(past) != rows or store.shape[1] != rows or states.dtype is not torch.float32:
+            raise ValueError(
+                f"{rows} roots, states {tuple(states.shape)}, {len(past)} lengths and a store of {store.shape[1]} rows "
+                "do not belong together: give one of each per row"
+            )
+        if max(past) + self._room > store.shape[3]:
+            raise ValueError(f"{max(past)} slots and {self._room} drafts do not fit a capacity of {store.shape[3]}")
         cosine, sine = self._stack.tables(max(past) + self._levels + 1)
         numbers = torch.empty(3, rows * most, dtype=torch.int64)
         ancestors = torch.empty(rows * most * most, dtype=torch.bool)

@@ -140,8 +140,9 @@ class Drafting {
                 const float score = from ? found_[static_cast<size_t>(r)].scores[static_cast<size_t>(parent)] : 0.0f;
                 for (int64_t j = 0; j < k; ++j) {
                     const auto at = static_cast<size_t>((r * width + i) * k + j);
-                    found_[static_cast<size_t>(r)].add(d_.vocab ? d_.vocab[ids[at]] : ids[at], score + logprobs[at],
-                                                       parent);
+                    const float whole = score + logprobs[at];
+                    found_[static_cast<size_t>(r)].add(d_.vocab ? d_.vocab[ids[at]] : ids[at],
+                                                       std::isnan(whole) ? -INFINITY : whole, parent);
                 }
             }
     }
@@ -204,7 +205,8 @@ class Drafting {
             tokens[0] = p_.roots[r], parents[0] = -1, depths[0] = 0, ancestors[0] = 1;
             for (int64_t i = 0; i < count; ++i) {
                 const auto at = static_cast<size_t>(kept[static_cast<size_t>(i)]);
-                const int64_t above = row.parents[at] < 0 ? 0 : place[static_cast<size_t>(row.parents[at])];
+                const int64_t known = row.parents[at] < 0 ? 0 : place[static_cast<size_t>(row.parents[at])];
+                const int64_t above = known < 0 ? 0 : known;
                 place[at] = i + 1;
                 tokens[i + 1] = row.tokens[at], parents[i + 1] = above, depths[i + 1] = depths[above] + 1;
                 std::memcpy(ancestors + (i + 1) * n, ancestors + above * n, static_cast<size_t>(n));

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sysconfig
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 _loaded, _reason = _load()
-_kernel_threads: int | None = None  # set inside `sole_threads` alone
+_inside: list[int] = []  # one entry for every block of `sole_threads` that is open: the threads that torch had before
+_sharing = threading.Lock()
 
 
 def library() -> ctypes.CDLL:
@@ -116,20 +118,24 @@ def sole_threads() -> Iterator[None]:
     helpers want. In a decode step its operators are too small to gain from threads: measured on two cores, a 4-node
     verification took 31 ms with them and 26 ms without.
     """
-    global _kernel_threads
-    before, kept = torch.get_num_threads(), _kernel_threads
-    _kernel_threads = kept or before
-    torch.set_num_threads(1)
+    with _sharing:
+        if not _inside:
+            _inside.append(torch.get_num_threads())
+            torch.set_num_threads(1)
+        else:
+            _inside.append(_inside[0])
     try:
         yield
     finally:
-        torch.set_num_threads(before)
-        _kernel_threads = kept
+        with _sharing:
+            kept = _inside.pop()
+            if not _inside:
+                torch.set_num_threads(kept)
 
 
 def thread_count() -> int:
     """Threads that a kernel takes."""
-    return _kernel_threads or torch.get_num_threads()
+    return _inside[0] if _inside else torch.get_num_threads()
 
 
 def check_tensor(name: str, tensor: Tensor, ndim: int) -> None:

@@ -71,7 +71,11 @@ class Calibration:
             float(self.expected[name])
         if not all({"depth", "width", "nodes", "tau"} <= set(entry) for entry in self.grid):
             raise ValueError("the table of shapes is incomplete")
-        if self.shape and not {"kind", "depth", "top_k", "width", "nodes"} == set(self.shape):
+        if not isinstance(self.identity, dict) or not isinstance(self.shape, dict):
+            raise TypeError("identity and shape have to be tables")
+        sizes = ("depth", "top_k", "width", "nodes")
+        sound = set(self.shape) == {"kind", *sizes} and all(type(self.shape[name]) is int for name in sizes)
+        if self.shape and not sound:
             raise ValueError(f"the shape {self.shape} is none")
         _ = self.chosen_pace  # its own check
 

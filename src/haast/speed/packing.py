@@ -120,6 +120,11 @@ class PackedLinear(nn.Module):
             )
         return functional.linear(x, self.dense, self.bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """The rounded weight, made anew: for model code that reads it where it does not multiply (some routers do)."""
+        return self.unpack()
+
     def unpack(self) -> Tensor:
         """Return the weight (out_features, in_features) fp32 as it was rounded."""
         if self.reference:

@@ -10,6 +10,7 @@ machine makes in the time that it takes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +38,10 @@ class Pace:
     def __post_init__(self) -> None:
         if len(self.forward_ms) < 2:
             raise ValueError(f"forward_ms has {len(self.forward_ms)} entries: give the cost of 1, 2, ... nodes")
+        if not all(0 < ms < math.inf for ms in self.forward_ms):
+            raise ValueError(f"forward_ms={self.forward_ms} is not allowed: give numbers of ms above 0")
         for name in ("level_ms", "rate", "trust", "follow"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: give a number above 0")
 
     def deeper(self, frontier: Tensor) -> bool:

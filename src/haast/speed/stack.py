@@ -54,6 +54,8 @@ class NativeStack:
             None if norm is None else norm.weight.data_ptr(),
         )
         self._angles: tuple[Tensor, Tensor] | None = None  # (positions, head_dim) each
+        self._held = _tensors(layers, norm)  # what the structures point to stays alive
+        self._known = _fingerprint(layers, norm)
 
     @classmethod
     def of(cls, layers: Sequence[nn.Module], norm: nn.Module | None, rotary: nn.Module) -> NativeStack | None:
@@ -66,7 +68,8 @@ class NativeStack:
 
         That the layers add up their parts as Llama does is for the caller to try: see `Target`.
         """
-        if getattr(rotary, "rope_type", "default") in _CHANGING_ROPE:
+        kind = getattr(rotary, "rope_type", "default")
+        if not isinstance(kind, str) or kind in _CHANGING_ROPE:  # some models have angles by kind of layer
             return None
         if not layers or not (norm is None or isinstance(norm, FusedRMSNorm)):
             return None
@@ -80,13 +83,17 @@ class NativeStack:
             return None
         return cls(layers, norm, rotary)
 
-    @property
-    def current(self) -> bool:
-        """Whether the modules still hold the weights that the stack reads (nobody moved or replaced them)."""
-        return all(
-            structure.qkv.packed == _parts(layer)[0].qkv_proj.packed.data_ptr()
-            for structure, layer in zip(self._structures, self._layers, strict=True)
-        )
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or a pickle, of a stack is None: its owner goes by modules until it builds one of its own."""
+        return type(None), ()
+
+    def current(self, layers: Sequence[nn.Module] | None = None, norm: nn.Module | None = None) -> bool:
+        """Whether these modules (its own if absent) are still those that the stack was built from, unchanged.
+
+        Nobody replaced, moved or converted a weight, changed a setting, or hung a hook on a layer.
+        """
+        layers, norm = (self._layers, self._norm) if layers is None else (layers, norm)
+        return _fingerprint(layers, norm) == self._known
 
     def run(
         self,
@@ -115,7 +122,8 @@ class NativeStack:
         rows, nodes, flight = seen.shape
         capacity = store.shape[3]
         fits = store.shape == (2 * len(self._layers), rows, self.kv_heads, capacity, self.head_dim)
-        if not (fits and store.is_contiguous() and states.is_contiguous() and states.dtype is store.dtype):
+        single = states.dtype is torch.float32 and store.dtype is torch.float32
+        if not (fits and single and store.is_contiguous() and states.is_contiguous()):
             raise ValueError(
                 f"states {tuple(states.shape)} and store {tuple(store.shape)} do not fit {len(self._layers)} layers "
                 f"of {self.kv_heads} key heads of {self.head_dim}: give contiguous fp32 tensors of the stated shapes"
@@ -167,6 +175,26 @@ class NativeStack:
             cosine, sine = self._rotary(torch.empty(0), position_ids=every)
             self._angles = cosine[0].contiguous(), sine[0].contiguous()
         return self._angles
+
+
+def _tensors(layers: Sequence[nn.Module], norm: nn.Module | None) -> list[Tensor]:
+    modules = [*layers, *([] if norm is None else [norm])]
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+
+def _fingerprint(layers: Sequence[nn.Module], norm: nn.Module | None) -> tuple[Any, ...]:
+    """What must stay the same for a stack to say what the modules say: identities, memory, settings, no hooks."""
+    modules = [inner for module in (*layers, *([] if norm is None else [norm])) for inner in module.modules()]
+    hooks = [hook for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    # transformers hangs its own on the layers to collect hidden states, and they change nothing.
+    foreign = sum(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
+    tensors = tuple((tensor.data_ptr(), tensor.dtype) for tensor in _tensors(layers, norm))
+    settings = tuple(
+        (_window(m), float(m.scaling)) if isinstance(m, FusedAttention) else m.variance_epsilon
+        for m in modules
+        if isinstance(m, FusedAttention | FusedRMSNorm)
+    )
+    return tuple(map(id, modules)), tensors, settings, foreign
 
 
 Parts = tuple[FusedAttention, FusedSwiGLU, nn.Module, FusedRMSNorm]
@@ -239,10 +267,12 @@ def _gather(linears: Sequence[PackedLinear]) -> Tensor:
     memory = mmap.mmap(-1, size + 2 * _HUGE)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.int8)
-    arena = whole[-whole.data_ptr() % _HUGE :]
-    for linear, offset in zip(linears, offsets, strict=True):
-        packed = linear.packed
-        place = arena[offset : offset + packed.nbytes].view(packed.dtype).view(packed.shape)
-        linear.packed = place.copy_(packed)
+    with torch.inference_mode(False):
+        whole = torch.frombuffer(memory, dtype=torch.int8)
+        arena = whole[-whole.data_ptr() % _HUGE :]
+    with torch.inference_mode(False):  # else nobody could load weights into them afterwards
+        for linear, offset in zip(linears, offsets, strict=True):
+            packed = linear.packed
+            place = arena[offset : offset + packed.nbytes].view(packed.dtype).view(packed.shape)
+            linear.packed = place.copy_(packed)
     return arena

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from haast.api import Haast
 from haast.bench.report import environment
+from haast.cli.boundary import write_json
 from haast.cli.trainrun import head_config
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
@@ -107,10 +108,9 @@ class Bench:
         """Decode the prompts greedily."""
         stats = Stats()
         for prompt in self._prompts[:limit]:
-            for _ in Engine(self.target, drafter).run(
+            Engine(self.target, drafter).complete(
                 [prompt], SamplingConfig(), StopConfig(self._tokens, self._ends), stats
-            ):
-                continue
+            )
         return stats
 
     def measure(self, head: Head) -> dict[str, Any]:
@@ -230,9 +230,7 @@ def main() -> None:
             "seconds_per_row": given.seconds,
             "measured_on": f"{given.valid_limit} validation prompts, greedy, {given.valid_tokens} new tokens",
         }
-        temporary = given.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps(done, indent=1) + "\n")
-        temporary.replace(given.json)
+        write_json(done, str(given.json))
         print(_line(done["rows"][-1]), f"({time.monotonic() - begun:.0f} s)", flush=True)
 
 

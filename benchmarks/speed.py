@@ -25,6 +25,7 @@ import torch
 from haast import native
 from haast.api import Haast, find_head
 from haast.bench.report import environment
+from haast.cli.boundary import write_json
 from haast.cli.loading import OWN_PROMPTS
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
@@ -86,8 +87,7 @@ def roofline(target: Target, rounds: int) -> dict[str, Any]:
 def _decode(target: Target, drafter: Drafter, prompts: Sequence[Sequence[int]], tokens: int) -> Stats:
     stats = Stats()
     for prompt in prompts:
-        for _ in Engine(target, drafter).run([list(prompt)], SamplingConfig(), StopConfig(tokens), stats):
-            continue
+        Engine(target, drafter).complete([prompt], SamplingConfig(), StopConfig(tokens), stats)
     return stats
 
 
@@ -154,9 +154,7 @@ def oracle(target: Target, prompts: Sequence[list[int]], shapes: Sequence[DraftS
     vanilla: list[float] = []
     texts: list[list[int]] = []
     for prompt in prompts:
-        said: list[int] = []
-        for emission in Engine(target, VanillaDrafter()).run([prompt], SamplingConfig(), StopConfig(tokens)):
-            said.extend(emission.tokens)
+        (said,) = Engine(target, VanillaDrafter()).complete([prompt], SamplingConfig(), StopConfig(tokens))
         texts.append([*prompt, *said])
     drafter = Oracle(target, load_head(folder))
     for shape in shapes:
@@ -169,8 +167,7 @@ def oracle(target: Target, prompts: Sequence[list[int]], shapes: Sequence[DraftS
                 stats = Stats()
                 for prompt, text in zip(prompts, texts, strict=True):
                     drafter.text = text
-                    for _ in Engine(target, drafter).run([prompt], SamplingConfig(), StopConfig(tokens), stats):
-                        continue
+                    Engine(target, drafter).complete([prompt], SamplingConfig(), StopConfig(tokens), stats)
                 speeds.append(stats.tokens_per_s)
             points.append(
                 {"depth": shape.depth, "nodes": shape.depth + 1, "chance": chance, "tau": stats.tau,
@@ -202,9 +199,7 @@ def main() -> None:
         shapes = [DraftShape("chain", depth) for depth in (3, 5, 7)]
         found = oracle(target, [encoder.encode(prompt) for prompt in OWN_PROMPTS[:4]], shapes, given.rounds)
     found["environment"] = environment(target, DEFAULT_MODEL, None, 0, {"rounds": given.rounds})
-    temporary = given.json.with_suffix(".tmp")
-    temporary.write_text(json.dumps(found, indent=1) + "\n")
-    temporary.replace(given.json)
+    write_json(found, str(given.json))
     print(json.dumps({key: value for key, value in found.items() if key != "environment"}, indent=1))
 
 

@@ -175,13 +175,13 @@ def hand_made() -> list[replay.Step]:
     """Two steps: one whose chain of first choices is right to depth 3, one whose second choice is right, once."""
     c = replay.Candidate
     first = (
-        c(1, 0, -1, -0.1, True), c(1, 1, -1, -2.5, False),
-        c(2, 0, 0, -0.2, True), c(2, 1, 0, -3.0, False), c(2, 0, 1, -2.6, False), c(2, 1, 1, -4.0, False),
-        c(3, 0, 2, -0.3, True), c(3, 1, 2, -3.2, False), c(3, 0, 4, -2.7, False), c(3, 1, 4, -5.0, False),
+        c(1, -1, -0.1, True), c(1, -1, -2.5, False),
+        c(2, 0, -0.2, True), c(2, 0, -3.0, False), c(2, 1, -2.6, False), c(2, 1, -4.0, False),
+        c(3, 2, -0.3, True), c(3, 2, -3.2, False), c(3, 4, -2.7, False), c(3, 4, -5.0, False),
     )  # fmt: skip
     second = (
-        c(1, 0, -1, -0.5, False), c(1, 1, -1, -1.0, True),
-        c(2, 0, 0, -0.9, False), c(2, 1, 0, -2.0, False), c(2, 0, 1, -1.5, False), c(2, 1, 1, -3.0, False),
+        c(1, -1, -0.5, False), c(1, -1, -1.0, True),
+        c(2, 0, -0.9, False), c(2, 0, -2.0, False), c(2, 1, -1.5, False), c(2, 1, -3.0, False),
     )  # fmt: skip
     return [first, second]
 

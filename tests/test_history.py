@@ -259,3 +259,27 @@ def test_impossible_settings_are_refused(make: object, message: str) -> None:
     assert callable(make)
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_suffix_branch_and_its_eagle_follow_one_run_at_a_time() -> None:
+    at = target()
+    eagle = EagleDrafter(at, random_head(at), DraftShape(depth=3, top_k=3, width=3, nodes=7))
+    hybrid = HybridDrafter(eagle)
+    assert hybrid.lock is eagle.lock
+    running = Engine(at, hybrid).run([[1, 2, 3]], SamplingConfig(), StopConfig(30))
+    next(running)
+    Engine(at, eagle).complete([[4, 5]], SamplingConfig(), StopConfig(5))
+    with pytest.raises(RuntimeError, match="another generation was started"):
+        list(running)
+
+
+def test_a_pool_without_the_prompt_still_learns_what_is_said() -> None:
+    drafter = LookaheadDrafter(50, window=2, ngram=3, guesses=4, from_prompt=False)
+    drafter.start([[1]])
+    drafter.observe(Accepted(torch.tensor([[2, 3]]), torch.zeros(1, 2, 1), (2,)))
+    pool = drafter._rows[0]._pool
+    assert pool.guesses(1) == [] and pool.guesses(2) == []
+    tree = drafter.propose()
+    choices = torch.zeros(1, tree.nodes, dtype=torch.long)
+    drafter.observe(Accepted(torch.tensor([[4, 5]]), torch.zeros(1, 2, 1), (2,), choices))
+    assert (3, 4) in pool.guesses(2) and (4, 5) in pool.guesses(3) and (4, 5) not in pool.guesses(1)

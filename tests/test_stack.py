@@ -25,6 +25,7 @@ from haast.cache import TreeCache
 from haast.drafters.base import Accepted
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import DraftShape
+from haast.drafters.vanilla import VanillaDrafter
 from haast.engine import Engine, StopConfig
 from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head
@@ -391,3 +392,29 @@ def test_two_runs_of_one_drafter_end_with_a_clear_error_and_threads_as_they_were
         thread.join()
     assert all("another generation was started" in text for text in said)
     assert torch.get_num_threads() == before
+
+
+def test_a_head_that_changes_is_drafted_by_its_modules_in_every_later_shape() -> None:
+    target = made(KINDS["llama"])
+    assert target.use_one_call()
+    module = FeatExtrapolator(FeatExtrapolatorConfig.for_target(target.config)).requires_grad_(False)
+    drafter = EagleDrafter(target, Head(module, None, {}), DraftShape(depth=3, top_k=4, width=3, nodes=9))
+    expected = Engine(target, VanillaDrafter()).complete([[1, 2, 3]], SamplingConfig(), StopConfig(20))
+    layer = drafter._module.get_submodule("layers.0")
+    layer.post_attention_layernorm = copy.deepcopy(layer.post_attention_layernorm)
+    for nodes in (9, 5):
+        drafter.reshape(DraftShape(depth=2, top_k=4, width=2, nodes=nodes))
+        assert Engine(target, drafter).complete([[1, 2, 3]], SamplingConfig(), StopConfig(20)) == expected
+        assert drafter._stack is None
+
+
+def test_windows_need_the_positions_of_what_is_in_flight() -> None:
+    target = made(KINDS["mistral, window"])
+    assert target.use_one_call() and target._stack is not None
+    cache = TreeCache(3, 1)
+    cache.begin(4)
+    store = cache.storage(2, 16, torch.float32)
+    assert store is not None
+    seen = torch.ones(1, 2, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="windows need flight_positions"):
+        target._stack.run(torch.zeros(1, 2, 40), torch.arange(2).unsqueeze(0), seen, [0], store)

@@ -23,6 +23,7 @@ from worker import PEERS
 
 from haast.api import Haast
 from haast.bench.report import machine
+from haast.cli.boundary import write_json
 from haast.drafters.vanilla import VanillaDrafter
 from haast.models import load_target
 from haast.prompts import read_prompts
@@ -118,9 +119,7 @@ def main() -> None:
     for peer in peers:
         peer.stop()
     document = {"peers": [peer.name for peer in peers], "rows": rows, "environment": where}
-    temporary = given.json.with_suffix(".tmp")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    temporary.replace(given.json)
+    write_json(document, str(given.json))
     _show(rows)
 
 

@@ -63,12 +63,6 @@ def in_flight_bias(seen: Tensor, lengths: Sequence[int], dtype: torch.dtype) -> 
     return bias
 
 
-def chain_bias(nodes: int, lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The mask of `nodes` positions that follow one another, in every row: causal behind the row's past."""
-    causal = torch.ones(nodes, nodes, dtype=torch.bool, device=device).tril_()
-    return in_flight_bias(causal.expand(len(lengths), -1, -1), lengths, dtype)
-
-
 def attend(
     module: nn.Module,
     query: Tensor,

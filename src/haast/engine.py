@@ -131,6 +131,15 @@ class Engine:
         check_prompts(prompts, self.target.context_length, self.target.vocab_size)
         return _Run(self.target, self.drafter, prompts, sampling, stop, stats or Stats()).emissions()
 
+    def complete(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, stop: StopConfig, stats: Stats | None = None
+    ) -> list[list[int]]:
+        """`run` to the end: each row's new tokens."""
+        texts: list[list[int]] = [[] for _ in prompts]
+        for emission in self.run(prompts, sampling, stop, stats):
+            texts[emission.row].extend(emission.tokens)
+        return texts
+
 
 class _Run:
     """The state of one decode: cache, histories, which rows still run."""

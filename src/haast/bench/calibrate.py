@@ -14,7 +14,7 @@ from statistics import median
 from haast import native
 from haast.bench import replay
 from haast.bench.report import git_commit, versions
-from haast.bench.vcurve import COMMITTED, measure_v_curve
+from haast.bench.vcurve import measure_v_curve
 from haast.drafters.calibrated import identity, weights_read
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import DraftShape
@@ -78,7 +78,7 @@ def calibrate(
     return Calibration(
         identity=identity(target, drafter),
         forward_ms=forward_ms,
-        committed=COMMITTED,
+        committed=int(curve["committed_slots"]),
         first_ms=first_ms,
         level_ms=level_ms,
         overhead_ms=overhead_ms,
@@ -147,8 +147,7 @@ def _live_costs(
         drafter.reshape(DraftShape("dynamic", depth, _RECORDED.top_k, width, 6))
         stats = Stats()
         for prompt in prompts:
-            for _ in Engine(target, drafter).run([list(prompt)], SamplingConfig(), StopConfig(_LIVE), stats):
-                continue
+            Engine(target, drafter).complete([prompt], SamplingConfig(), StopConfig(_LIVE), stats)
         return stats
 
     def draft_ms(stats: Stats) -> float:

@@ -26,7 +26,6 @@ class Candidate:
     """One drafted token of one step. `parent` is an index into the step's candidates, -1 for the root."""
 
     level: int  # 1 below the root
-    rank: int  # among its siblings, 0 is the likeliest
     parent: int
     logprob: float  # of its whole path
     right: bool
@@ -91,17 +90,17 @@ def record(target: Target, drafter: EagleDrafter, prompts: Sequence[Sequence[int
         for grown, begin in zip(recorder.grown, begins, strict=False):
             following = text[begin : begin + recorder.shape.depth]
             if len(following) == recorder.shape.depth:
-                steps.append(_step(grown, following, recorder.shape.top_k))
+                steps.append(_step(grown, following))
     return steps
 
 
-def _step(grown: Growth, following: Sequence[int], top_k: int) -> Step:
+def _step(grown: Growth, following: Sequence[int]) -> Step:
     tokens, scores, parents = (part[0].tolist() for part in grown.listed())
     found: list[Candidate] = []
-    for number, (token, score, parent) in enumerate(zip(tokens, scores, parents, strict=True)):
+    for token, score, parent in zip(tokens, scores, parents, strict=True):
         level = 1 if parent < 0 else found[parent].level + 1
         right = (parent < 0 or found[parent].right) and following[level - 1] == token
-        found.append(Candidate(level, number % top_k, parent, score, right))
+        found.append(Candidate(level, parent, score, right))
     return tuple(found)
 
 

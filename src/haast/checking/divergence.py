@@ -68,9 +68,7 @@ def compare(
     runs = []
     for each in (VanillaDrafter(), drafter):
         stats = Stats()
-        tokens: list[int] = []
-        for emission in Engine(target, each).run([prompt], sampling, stop, stats):
-            tokens.extend(emission.tokens)
+        (tokens,) = Engine(target, each).complete([prompt], sampling, stop, stats)
         runs.append((tuple(tokens), stats))
     (vanilla, vanilla_stats), (drafted, drafted_stats) = runs
     found = diagnose(target, prompt, vanilla, drafted, sampling)

@@ -148,8 +148,7 @@ class Run:
         stats = Stats()
         stop = StopConfig(self._tokens, Haast(self._target, drafter).eos_ids())
         for prompt in self._prompts:
-            for _ in Engine(self._target, drafter).run([prompt], SamplingConfig(), stop, stats):
-                continue
+            Engine(self._target, drafter).complete([prompt], SamplingConfig(), stop, stats)
         self._tau = stats.tau
         return stats.tau
 

@@ -2,8 +2,8 @@
 
 Owns the head's own cache and how a tree grows; `growth` holds what has grown. Sources: EAGLE (arXiv 2401.15077, section
 3) for the pairs and the head; EAGLE-2 (arXiv 2406.16858, section 4) for expansion by cumulative probability and
-reranking to a budget;
-EAGLE-3 (arXiv 2503.01840, section 3) for states fused from several layers. Which of both a head is, the head knows.
+reranking to a budget; EAGLE-3 (arXiv 2503.01840, section 3) for states fused from several layers. Which of both a head
+is, the head knows.
 
     committed pairs   (f_0, e_1) .. (f_{p-1}, e_p)      recomputed from true features at every `observe`
     root              token p, and the last pair's output extrapolates f_p, whose logits are the root's children
@@ -70,7 +70,6 @@ class EagleDrafter(Drafter):
             give_back()
         self._native = packed and native.available()
         self._stack = self._module.native_stack() if self._native else None
-        self._parts = (target, self._module, self._stack, self._lm_head, vocab)
         self.reshape(shape or DraftShape())
         self._cache: TreeCache | None = None
         self._root: Tensor | None = None
@@ -93,7 +92,7 @@ class EagleDrafter(Drafter):
         device, fixed = self._target.device, self._plan
         self._frontier = [torch.tensor(level, device=device).unsqueeze(0) for level in fixed.frontier or ()]
         self._keep = None if fixed.keep is None else torch.tensor(fixed.keep, device=device).unsqueeze(0)
-        self._quick = QuickDraft.of(*self._parts)
+        self._quick = QuickDraft.of(self._target, self._module, self._stack, self._lm_head, self._vocab)
         if self._quick is not None and not self._quick.plan(fixed, pace):
             self._quick = None
 

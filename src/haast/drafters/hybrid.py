@@ -32,6 +32,16 @@ class HybridDrafter(Drafter):
         self.eagle, self._extra = eagle, extra
         self._suffix = SuffixDrafter(extra + 1, least, 1)
         self.target_layers = eagle.target_layers
+        self.lock = eagle.lock  # whoever runs this one runs that one
+
+    @property
+    def owner(self) -> object:
+        """The run that the EAGLE drafter follows, whether through this drafter or by itself."""
+        return self.eagle.owner
+
+    @owner.setter
+    def owner(self, run: object) -> None:
+        self.eagle.owner = run
 
     @property
     def nodes(self) -> int:

@@ -87,7 +87,7 @@ class LookaheadDrafter(Drafter):
             if value < least:
                 raise ValueError(f"{name}={value} is not allowed: give {least} or more")
         self.window, self.ngram, self.guesses = window, ngram, guesses
-        self._vocab, self._from_prompt, self._device = vocab_size, from_prompt, torch.device(device)
+        self.vocab_size, self.from_prompt, self._device = vocab_size, from_prompt, torch.device(device)
 
     @property
     def nodes(self) -> int:
@@ -106,11 +106,6 @@ class LookaheadDrafter(Drafter):
     def propose(self) -> DraftTree:
         return pack_rows([row.tree() for row in self._rows], self.nodes, self._device)
 
-    @property
-    def seeds(self) -> tuple[int, bool]:
-        """Vocabulary to begin windows from, and whether prompts fill the pool."""
-        return self._vocab, self._from_prompt
-
 
 class _Row:
     """One text's window and pool."""
@@ -119,22 +114,19 @@ class _Row:
         self._owner = owner
         self._pool = NgramPool(owner.guesses)
         self._last = int(prompt[0])
-        self._recent = [self._last]  # the newest N - 1 tokens of the text
-        vocab, self._learn_prompt = owner.seeds
+        self._recent = [self._last]  # the newest tokens of the text, N at most
         draw = random.Random(seed)
-        self._window = [[draw.randrange(vocab) for _ in range(owner.window)] for _ in range(owner.ngram - 1)]
+        self._window = [[draw.randrange(owner.vocab_size) for _ in range(owner.window)] for _ in range(owner.ngram - 1)]
         self._numbers: list[list[int]] = []  # node numbers of the last tree's window; empty before the first
 
     def observe(self, said: Sequence[int], choices: Sequence[int] | None) -> None:
         if self._numbers and choices is not None:
             self._advance(choices)
-        if self._numbers or self._learn_prompt:  # what was said makes n-grams too
-            for token in said:
-                self._recent.append(token)
-                if len(self._recent) > self._owner.ngram:
-                    self._recent.pop(0)
-                if len(self._recent) == self._owner.ngram:
-                    self._pool.add(self._recent)
+        learns = bool(self._numbers) or self._owner.from_prompt  # what was said makes n-grams too
+        for token in said:
+            self._recent = [*self._recent, token][-self._owner.ngram :]
+            if learns and len(self._recent) == self._owner.ngram:
+                self._pool.add(self._recent)
         self._last = said[-1]
 
     def tree(self) -> PathTree:

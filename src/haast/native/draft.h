@@ -158,9 +158,7 @@ class Drafting {
                 for (int64_t i = 0; i < d_.widths[l]; ++i)
                     flying[static_cast<size_t>(r * flight + at++)] = p_.past[r] + l;
         }
-        multiply(Linear{mixed, d_.fc.packed, d_.fc.scale, d_.fc.bias, fused.data(), count, d_.fc.in, d_.fc.out,
-                        d_.fc.in, d_.fc.out},
-                 threads_);
+        product(mixed, d_.fc, fused.data(), count, threads_);
         Pass pass{};
         pass.states = fused.data(), pass.output = out, pass.cosine = p_.cosine, pass.sine = p_.sine;
         pass.positions = positions.data(), pass.flight_positions = flying.data(), pass.past = p_.past;

@@ -64,6 +64,18 @@ inline Ends ends_of(const Linear& a, int64_t row, int64_t panel) {
                 a.bias ? a.bias + o : nullptr, a.out - o};
 }
 
+// Cuts rows into blocks of at most `most`, of even size (8 rows are 4 + 4, not 6 + 2): a block of 2 could not fill the
+// FMA pipes. Calls each(first row, rows).
+template <typename Each>
+inline void row_blocks(int64_t rows, int64_t most, Each each) {
+    const int64_t blocks = (rows + most - 1) / most, base = rows / blocks, longer = rows % blocks;
+    for (int64_t b = 0, r = 0; b < blocks; ++b) {
+        const int64_t count = base + (b < longer ? 1 : 0);
+        each(r, count);
+        r += count;
+    }
+}
+
 // ---------------------------------------------------------------- AVX2 path
 #if defined(HAAST_X86)
 
@@ -149,15 +161,9 @@ AVX void rows_by_panels(const Linear& a, int64_t row, int64_t rows, const W* w, 
     }
 }
 
-// Row blocks of even size (8 rows are 4 + 4, not 6 + 2): a block of 2 could not fill the FMA pipes.
 template <int P, typename W>
-AVX void all_rows(const Linear& a, const W* w, int64_t panel) {
-    const int64_t blocks = (a.rows + kMaxRows - 1) / kMaxRows, base = a.rows / blocks, longer = a.rows % blocks;
-    for (int64_t b = 0, r = 0; b < blocks; ++b) {
-        const int64_t rows = base + (b < longer ? 1 : 0);
-        rows_by_panels<P>(a, r, rows, w, panel);
-        r += rows;
-    }
+void all_rows(const Linear& a, const W* w, int64_t panel) {
+    row_blocks(a.rows, kMaxRows, [&](int64_t row, int64_t rows) { rows_by_panels<P>(a, row, rows, w, panel); });
 }
 
 template <typename W>
@@ -246,13 +252,8 @@ AVX512 void rows_by_panels512(const Linear& a, int64_t row, int64_t rows, const 
 }
 
 template <int P, typename W>
-AVX512 void all_rows512(const Linear& a, const W* w, int64_t panel) {
-    const int64_t blocks = (a.rows + kMaxRows512 - 1) / kMaxRows512, base = a.rows / blocks, longer = a.rows % blocks;
-    for (int64_t b = 0, r = 0; b < blocks; ++b) {
-        const int64_t rows = base + (b < longer ? 1 : 0);
-        rows_by_panels512<P>(a, r, rows, w, panel);
-        r += rows;
-    }
+void all_rows512(const Linear& a, const W* w, int64_t panel) {
+    row_blocks(a.rows, kMaxRows512, [&](int64_t row, int64_t rows) { rows_by_panels512<P>(a, row, rows, w, panel); });
 }
 
 template <typename W>
@@ -323,23 +324,20 @@ void tile_neon(const float* x, int64_t x_stride, const W* w, int64_t in, const E
 template <typename W>
 void linear_neon(const void* job, int64_t first, int64_t last) {
     const Linear& a = *static_cast<const Linear*>(job);
-    const int64_t blocks = (a.rows + kMaxRows - 1) / kMaxRows, base = a.rows / blocks, longer = a.rows % blocks;
     for (int64_t p = first; p < last; ++p) {
         const W* w = static_cast<const W*>(a.packed) + p * a.in * kLanes;
-        for (int64_t b = 0, r = 0; b < blocks; ++b) {
-            const int64_t rows = base + (b < longer ? 1 : 0);
-            const float* x = a.x + r * a.x_stride;
-            const Ends ends = ends_of(a, r, p);
+        row_blocks(a.rows, kMaxRows, [&](int64_t row, int64_t rows) {
+            const float* x = a.x + row * a.x_stride;
+            const Ends ends = ends_of(a, row, p);
             switch (rows) {
-                case 1: tile_neon<1>(x, a.x_stride, w, a.in, ends); break;
-                case 2: tile_neon<2>(x, a.x_stride, w, a.in, ends); break;
-                case 3: tile_neon<3>(x, a.x_stride, w, a.in, ends); break;
-                case 4: tile_neon<4>(x, a.x_stride, w, a.in, ends); break;
-                case 5: tile_neon<5>(x, a.x_stride, w, a.in, ends); break;
-                default: tile_neon<6>(x, a.x_stride, w, a.in, ends); break;
+                case 1: return tile_neon<1>(x, a.x_stride, w, a.in, ends);
+                case 2: return tile_neon<2>(x, a.x_stride, w, a.in, ends);
+                case 3: return tile_neon<3>(x, a.x_stride, w, a.in, ends);
+                case 4: return tile_neon<4>(x, a.x_stride, w, a.in, ends);
+                case 5: return tile_neon<5>(x, a.x_stride, w, a.in, ends);
+                default: return tile_neon<6>(x, a.x_stride, w, a.in, ends);
             }
-            r += rows;
-        }
+        });
     }
 }
 #endif  // HAAST_NEON

@@ -15,8 +15,8 @@ namespace {
 
 // A job is cut into chunks that the caller and the helpers claim one by one. Unlike an OpenMP team there is no barrier at
 // the start: a helper that the machine has no core for (torch's own idle threads spin, other programs run) claims nothing
-// and nobody waits for it; the same makes a forked child, which has no helpers, merely slower. Helpers spin for about
-// 0.5 ms, the gap between two calls of a decode step, and then sleep.
+// and nobody waits for it; the same makes a forked child, which has no helpers, merely slower. Helpers spin for less
+// than a millisecond, which outlasts the gap between two calls of a decode step, and then sleep.
 class Pool {
   public:
     using Work = void (*)(const void* job, int64_t first, int64_t last);

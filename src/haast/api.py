@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from haast.drafters.base import Drafter
 from haast.drafters.calibrated import apply_calibration, find_calibration
 from haast.drafters.eagle import EagleDrafter
+from haast.drafters.heads import drafter_with
 from haast.drafters.shape import CPU_NODES, DEVICE_NODES, DraftShape, shape_for
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine import Engine, Stats, StopConfig, check_prompts
@@ -100,9 +101,11 @@ class Haast:
         loaded = load_head(folder)
         check_fits(loaded.module.config, target.hidden_size, target.vocab_size, str(target.model.name_or_path))
         if shape is not None:
-            return cls(target, EagleDrafter(target, loaded, shape))
+            return cls(target, drafter_with(target, loaded, shape))
         usual = shape_for(CPU_NODES if target.device.type == "cpu" else DEVICE_NODES)
-        drafter = EagleDrafter(target, loaded, usual)
+        drafter = drafter_with(target, loaded, usual)
+        if not isinstance(drafter, EagleDrafter):
+            return cls(target, drafter)
         found = find_calibration(target, drafter, calibration)
         if found is not None and not apply_calibration(drafter, found):
             _LOG.warning("drafting is slower than decoding without on this machine: decoding without (see calibrate)")

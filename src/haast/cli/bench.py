@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from haast.cli.boundary import check_writable, human_output, write_json
-from haast.cli.loading import drawn_by, load_all, read_prompt_file
+from haast.cli.loading import as_eagle, drawn_by, load_all, load_medusa, read_prompt_file
 from haast.cli.settings import Drafting, JsonOption, Loading, PromptsOption, Sampling, SpreadLimitOption
 
 if TYPE_CHECKING:
     from haast.bench.arms import Arm
     from haast.bench.runner import BenchConfig, BenchPrompt, Record
     from haast.drafters.eagle import EagleDrafter
+    from haast.drafters.medusa import MedusaDrafter
     from haast.target import Target
 
 _HISTORY_NODES = 4  # of the decoders that draft from the text alone: the fastest of 4, 6, 8 and 12 on two CPU cores
@@ -32,9 +33,13 @@ def bench(
     decoders: Annotated[
         str,
         typer.Option(
-            metavar="A,B,C", help="Of vanilla, eagle, eagle+suffix, small-model, lookahead, lookup, suffix, hf."
+            metavar="A,B,C", help="Of vanilla, eagle, eagle+suffix, medusa, small-model, lookahead, lookup, suffix, hf."
         ),
     ] = "vanilla,eagle",
+    medusa_head: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Medusa heads (`haast train --head medusa`).")
+    ] = None,
+    medusa_nodes: Annotated[int, typer.Option(metavar="N", help="Nodes of their tree, the root included.")] = 6,
     small_model: Annotated[str | None, typer.Option(metavar="NAME", help="The smaller model that drafts.")] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="New tokens per prompt.")] = 128,
     rounds: Annotated[int, typer.Option(metavar="R", help="Timed rounds; the median per prompt counts.")] = 1,
@@ -62,16 +67,19 @@ def bench(
 
     law = sampling.check()
     config = BenchConfig(max_new_tokens, rounds, warmup, law)
-    names = check_decoders(decoders, drafting.head != "none", law.temperature, small_model is not None)
+    headed, given = drafting.head != "none", (small_model is not None, medusa_head is not None)
+    names = check_decoders(decoders, headed, law.temperature, *given)
     if "hf" in names and (law.repetition_penalty != 1.0):
         raise ValueError("decoder 'hf' is greedy without penalties here: leave out --repetition-penalty, or hf")
     loading.check()
     if small_model is not None:
         replace(loading, model=small_model).check()
     shape = drafting.check(loading.model, loading.device) if set(names) & set(HEADED) else None
-    target, drafter, encoded = load_all(loading, drafting, shape, chosen, raw)
+    target, loaded, encoded = load_all(loading, drafting, shape, chosen, raw)
+    drafter = as_eagle(loaded)
+    medusa = None if medusa_head is None else load_medusa(medusa_head, target, loading.model, medusa_nodes)
     small = None if small_model is None else replace(loading, model=small_model).load()
-    arms = _arms(names, target, drafter, loading, config, small)
+    arms = _arms(names, target, drafter, loading, config, small, medusa)
     settings = {**drawn_by(drafter), **_plain(config), "raw": raw}
     document = _bench(arms, encoded, config, target, loading.model, prompts, settings)
     if v_curve:
@@ -94,6 +102,7 @@ def _arms(
     loading: Loading,
     config: BenchConfig,
     small: Target | None,
+    medusa: MedusaDrafter | None,
 ) -> list[Arm]:
     from haast.bench.arms import EngineArm, StockArm, drafter_for
     from haast.models import load_stock
@@ -107,7 +116,7 @@ def _arms(
             stock.to(target.device)  # type: ignore[arg-type]
             arms.append(StockArm(stock, ends))
         else:
-            own = drafter_for(name, target, drafter, _HISTORY_NODES, small)
+            own = drafter_for(name, target, drafter, _HISTORY_NODES, small, medusa)
             arms.append(EngineArm(target, own, config.sampling, ends))
     return arms
 

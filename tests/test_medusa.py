@@ -92,7 +92,8 @@ def test_every_block_has_weights_of_its_own(target: Target) -> None:
     assert len({parameter.data_ptr() for parameter in module.parameters()}) == 3 * (2 * 2 + 1)
     feature = torch.randn(2, target.hidden_size, dtype=target.dtype)
     before = module(feature)
-    module[1][0].linear.weight[0, 0] += 1.0
+    second: Any = module[1]
+    second[0].linear.weight[0, 0] += 1.0
     changed = (module(feature) != before).flatten(1).any(1)
     assert changed.tolist() == [False, True, False]
 
@@ -193,7 +194,8 @@ def test_texts_are_vanillas(target: Target, temperature: float) -> None:
 def test_a_packed_target_drafts_the_same_guesses() -> None:
     plain = tiny_target()
     head = medusa(plain)
-    packed = Target(plain.model.float())
+    model: Any = plain.model
+    packed = Target(model.float())
     pack_linears(packed.model)
     reference = copy.deepcopy(head.module).float()
     drafter = MedusaDrafter(packed, head, 4)

@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from haast.checking.divergence import logits_after
-from haast.drafters.base import Accepted
-from haast.drafters.base import Drafter
+from haast.drafters.base import Accepted, Drafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import DraftShape
 from haast.engine import Engine, StopConfig

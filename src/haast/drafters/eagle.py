@@ -112,6 +112,15 @@ class EagleDrafter(Drafter):
         self._root = self._extrapolated = None
         self._first = torch.tensor([prompt[0] for prompt in prompts], device=self._target.device)
 
+    def memory(self) -> object:
+        return self._cache
+
+    def recall(self, memory: object, following: Sequence[int]) -> None:
+        assert isinstance(memory, TreeCache), "the cache of an earlier run"
+        memory.truncate(0, len(following))
+        self._cache = memory
+        self._first = torch.tensor([following[-1]], device=self._target.device)
+
     @torch.inference_mode()
     def observe(self, accepted: Accepted) -> None:
         cache = self._cache

@@ -53,6 +53,7 @@ def _table(document: dict[str, Any], name: str) -> str:
         ("linears", tables.roofline),
         ("contexts", tables.contexts),
         ("oracle", tables.oracle),
+        ("baselines", tables.baselines),
         ("forward_ms", tables.calibration),
     )
     for key, table in kinds:

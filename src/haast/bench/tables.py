@@ -70,6 +70,19 @@ def oracle(document: Document) -> str:
     return "\n".join(lines) + "\n"
 
 
+def baselines(document: Document) -> str:
+    """Settings of decoders without an EAGLE head, fastest first within a family; the best of each in bold."""
+    lines = ["| decoder | setting | tokens/s | vs vanilla | tau |", "|---|---|---|---|---|"]
+    for family, best in document["best"].items():
+        points = [point for point in document["baselines"] if point["family"] == family]
+        for point in sorted(points, key=lambda each: -each["tokens_per_s"]):
+            words = ", ".join(f"{name} {value}" for name, value in point["settings"].items())
+            words = f"**{words}**" if point["settings"] == best else words
+            numbers = f"{point['tokens_per_s']:.1f} | {point['speedup_vs_vanilla']:.2f}x | {point['tau']:.2f}"
+            lines.append(f"| {family} | {words} | {numbers} |")
+    return "\n".join(lines) + "\n"
+
+
 def calibration(document: Document) -> str:
     """What a step costs."""
     one = document["forward_ms"]["1"]

@@ -1,9 +1,9 @@
 """The settings at which decoders without an EAGLE head are fastest, searched on validation prompts.
 
-Every setting is a decoder of its own in one interleaved run, vanilla among them. What a bench then compares EAGLE with is
-each family at its best, not at its defaults. Run nothing beside it.
+Every setting is a decoder of its own in one interleaved run, vanilla among them. What a bench then compares EAGLE with
+is each family at its best, not at its defaults. Run nothing beside it.
 
-    python benchmarks/baselines.py --prompts valid.jsonl --limit 12 --medusa-head my-medusa --json results/baselines.json
+    python benchmarks/baselines.py --prompts valid.jsonl --medusa-head my-medusa --json results/baselines.json
 """
 
 from __future__ import annotations

@@ -333,7 +333,9 @@ class Trainer:
         if not resume:
             raise ValueError(f"{self.out_dir} holds a training run: resume it, or choose another folder")
         own = asdict(self.config) | asdict(self.head_config) | {"processes": self._processes.count, "data": self._data}
-        then = state["config"] | state["head"] | {name: state.get(name) for name in ("processes", "data")}
+        # A setting that came after the checkpoint was written stands at its default, which is what was done then.
+        then = asdict(TrainConfig()) | state["config"] | state["head"]
+        then |= {name: state.get(name) for name in ("processes", "data")}
         changed = {k: (then.get(k), own.get(k)) for k in sorted({*then, *own}) if then.get(k) != own.get(k)}
         if changed:
             raise ValueError(

@@ -12,7 +12,16 @@ import typer
 
 from haast.cli.boundary import check_writable, human_output, write_json
 from haast.cli.loading import drawn_by, load_all, read_prompt_file
-from haast.cli.settings import Drafting, JsonOption, Loading, PromptsOption, Sampling, SpreadLimitOption
+from haast.cli.settings import (
+    Drafting,
+    JsonOption,
+    Loading,
+    PromptsOption,
+    Sampling,
+    SpreadLimitOption,
+    SuiteOptions,
+)
+from haast.cli.suite import bench_suite, plan_suite, refuse_suite_options
 
 if TYPE_CHECKING:
     from haast.bench.arms import Arm
@@ -27,6 +36,7 @@ def bench(
     loading: Loading,
     drafting: Drafting,
     sampling: Sampling,
+    suite: SuiteOptions,
     prompts: PromptsOption = None,
     limit: SpreadLimitOption = None,
     decoders: Annotated[
@@ -37,7 +47,9 @@ def bench(
     ] = "vanilla,eagle",
     small_model: Annotated[str | None, typer.Option(metavar="NAME", help="The smaller model that drafts.")] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="New tokens per prompt.")] = 128,
-    rounds: Annotated[int, typer.Option(metavar="R", help="Timed rounds; the median per prompt counts.")] = 1,
+    rounds: Annotated[
+        int | None, typer.Option(metavar="R", help="Timed rounds, by default 1, with --suite 2; medians count.")
+    ] = None,
     warmup: Annotated[int, typer.Option(metavar="N", help="Untimed tokens per decoder before.")] = 16,
     v_curve: Annotated[bool, typer.Option("--v-curve", help="Also measure forwards over 1 to 60 nodes.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Don't put prompts through the chat template.")] = False,
@@ -45,22 +57,35 @@ def bench(
 ) -> None:
     """Compare decoders, interleaved per prompt in one run. First turns only; prefill is not counted.
 
-    hf is stock `model.generate` in float32 with its own attention.
+    hf is stock `model.generate` in float32 with its own attention. With --suite, every prompt file of a folder at
+    every temperature, in a random but seeded order; a run that was stopped goes on with --resume.
 
     \b
     haast bench --prompts mt_bench.jsonl --limit 20 --decoders vanilla,eagle,hf --json bench.json
     haast bench --prompts mt_bench.jsonl --nodes 24 --rounds 3 --v-curve --json -
+    haast bench --suite prompts/ --limit 20 --decoders vanilla,eagle,lookup,hf --out results/suite
     """
-    if prompts is None:
-        raise ValueError("bench needs prompts: give --prompts FILE (JSON lines with `turns` or `prompt`)")
-    chosen = read_prompt_file(prompts, limit)
+    if (prompts is None) == (suite.suite is None):
+        raise ValueError(
+            "bench needs prompts: give --prompts FILE (JSON lines with `turns` or `prompt`), or --suite DIR, not both"
+        )
+    law = sampling.check()
+    plan = None
+    if suite.suite is not None:
+        if v_curve or json_out is not None:
+            raise ValueError("--v-curve and --json belong to --prompts: with --suite, results go to the folder --out")
+        plan = plan_suite(suite, limit, law)
+    else:
+        refuse_suite_options(suite)
+    chosen = read_prompt_file(prompts, limit) if plan is None else plan.prompts
     check_writable(json_out)
     drafting.check_shape(loading.device)
 
     from haast.bench.arms import HEADED, check_decoders
     from haast.bench.runner import BenchConfig
 
-    law = sampling.check()
+    if rounds is None:
+        rounds = 1 if plan is None else 2
     config = BenchConfig(max_new_tokens, rounds, warmup, law)
     names = check_decoders(decoders, drafting.head != "none", law.temperature, small_model is not None)
     if "hf" in names and (law.repetition_penalty != 1.0):
@@ -71,8 +96,18 @@ def bench(
     shape = drafting.check(loading.model, loading.device) if set(names) & set(HEADED) else None
     target, drafter, encoded = load_all(loading, drafting, shape, chosen, raw)
     small = None if small_model is None else replace(loading, model=small_model).load()
-    arms = _arms(names, target, drafter, loading, config, small)
     settings = {**drawn_by(drafter), **_plain(config), "raw": raw}
+    if plan is not None:
+
+        def arms_at(temperature: float, own: Sequence[str]) -> list[Arm]:
+            there = replace(config, sampling=replace(law, temperature=temperature))
+            return _arms(own, target, drafter, loading, there, small)
+
+        where = {"model": loading.model, "small_model": small_model, "settings": settings}
+        where["calibration"] = drafting.calibrated(target, drafter)
+        bench_suite(plan, names, encoded, arms_at, config, target, where)
+        return
+    arms = _arms(names, target, drafter, loading, config, small)
     document = _bench(arms, encoded, config, target, loading.model, prompts, settings)
     if v_curve:
         from haast.bench.vcurve import measure_v_curve
@@ -140,7 +175,8 @@ def _bench(
             bar.update(task, advance=1, description=f"tau {decoded / forwards:.2f}" if forwards else "")
 
         records = runner.run_bench(arms, encoded, config, progress)
-    found = runner.differences(records, encoded, target, config.sampling)
+    exact = {arm.name: records[arm.name] for arm in arms if not arm.lossy}
+    found = runner.differences(exact, encoded, target, config.sampling)
     return {
         "rows": report.build_rows(records, encoded),
         "differences": report.describe_differences(found),

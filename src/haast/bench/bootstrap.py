@@ -2,7 +2,7 @@
 
 The prompts are the sample (another run of the same prompts says nothing of other prompts), so prompts are drawn with
 replacement, all decoders with the same draw since they answered the same prompts. Several suites are strata: each is
-drawn from within itself and keeps its size. Source: Efron and Tibshirani, "An Introduction to the Bootstrap", chapter 13.
+drawn from within itself and keeps its size. Source: Efron and Tibshirani, "An Introduction to the Bootstrap", ch. 13.
 """
 
 from __future__ import annotations

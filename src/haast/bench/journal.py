@@ -74,10 +74,8 @@ class Journal:
             raise ValueError(f"{self._path} is no journal of {FORMAT}: give another --out")
         others = differing(header, self.header)
         if others:
-            raise ValueError(
-                f"{self._path} is of another run: {'; '.join(others[:_NAMED])}{' ...' if len(others) > _NAMED else ''}: "
-                f"run it again as it was, or give another --out"
-            )
+            words = "; ".join(others[:_NAMED]) + (" ..." if len(others) > _NAMED else "")
+            raise ValueError(f"{self._path} is of another run: {words}: run it as it was, or give another --out")
         self.header = header
         for number, line in enumerate(lines[1:], start=2):
             try:

@@ -61,12 +61,12 @@ def speed(answers: Sequence[Row]) -> float:
 
 def decoded(answer: Row) -> int:
     """Tokens that decode time stands for."""
-    return max(answer["tokens"] - 1, 0)
+    return max(int(answer["tokens"]) - 1, 0)
 
 
 def decode_ms(answer: Row) -> float:
     """Median over rounds."""
-    return median(answer["ms_decode"])
+    return float(median(answer["ms_decode"]))
 
 
 def spread(answers: Sequence[Row]) -> dict[str, float]:
@@ -112,7 +112,7 @@ def _tau(answers: Sequence[Row]) -> float:
 
 def _per_step(parts: Sequence[Row], key: str) -> float:
     steps = sum(part["target_forwards"] for part in parts)
-    return sum(part[key] * part["target_forwards"] for part in parts) / max(steps, 1)
+    return float(sum(part[key] * part["target_forwards"] for part in parts) / max(steps, 1))
 
 
 def _reached(parts: Sequence[Row]) -> list[int]:

@@ -181,7 +181,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> dict[str, Any] | None:
-    """Commit of the checkout that Haast runs from, and whether the package was changed since; None outside a checkout."""
+    """Commit of the checkout that Haast runs from, and whether the package was changed; None outside a checkout."""
     folder = Path(haast.__file__).parent
 
     def git(*words: str) -> str:

@@ -39,7 +39,8 @@ def _source(environment: Document) -> str:
     known = "no commit known" if commit is None else f"commit {commit['hash'][:12]}{changed}"
     return (
         f"`{environment['command']}`; {environment['cpu']}, {environment['threads']} threads, {environment['dtype']}, "
-        f"packing {environment['packing']}; torch {versions['torch']}, transformers {versions['transformers']}; {known}."
+        f"packing {environment['packing']}; torch {versions['torch']}, transformers {versions['transformers']}; "
+        f"{known}."
     )
 
 
@@ -58,6 +59,10 @@ def _at(document: Document, temperature: float) -> Iterator[str]:
         lines += [f"| {label(name)} | " + " | ".join(cell(suite, name) for suite in columns) + " |" for name in names]
         return "\n".join(lines)
 
+    def times_as_fast(leader: str) -> str:
+        others = [name for name in present if name != leader]
+        return grid(f"{leader} over", others, lambda suite, name: _ratio(ratios.get((suite, leader, name))))
+
     yield f"**Temperature {temperature:g}**: tokens a second (slowest and fastest round)"
     yield grid("decoder", present, lambda suite, name: _speed(rows.get((suite, name))))
     if "vanilla" in present:
@@ -67,11 +72,10 @@ def _at(document: Document, temperature: float) -> Iterator[str]:
     yield f"Temperature {temperature:g}: tau (without looping answers)"
     engine = [name for name in present if any(row["tau"] is not None for (_, own), row in rows.items() if own == name)]
     yield grid("decoder", engine, lambda suite, name: _tau(rows.get((suite, name))))
-    for leader in (name for name in _LEADERS if name in present and len(present) > 1):
-        yield f"Temperature {temperature:g}: how many times as fast {leader} is ({level} interval)"
-        others = [name for name in present if name != leader]
-        # The leader is bound now: the generator goes on to the next one only after the table is made.
-        yield grid(f"{leader} over", others, lambda suite, name, one=leader: _ratio(ratios.get((suite, one, name))))
+    for leader in _LEADERS:
+        if leader in present and len(present) > 1:
+            yield f"Temperature {temperature:g}: how many times as fast {leader} is ({level} interval)"
+            yield times_as_fast(leader)
 
 
 def _speed(row: Document | None) -> str:
@@ -98,8 +102,8 @@ def _notes(document: Document) -> Iterator[str]:
     environment, bootstrap = document["environment"], document["bootstrap"]
     prompts = ", ".join(f"{about['prompts']} of {about['file']}" for about in document["suites"].values())
     yield (
-        f"Prompts: {prompts}; batch 1; {document['rounds']} rounds, medians per prompt; prefill and warm-up not counted. "
-        f"Intervals: bootstrap over prompts, {bootstrap['samples']} draws, suites as strata."
+        f"Prompts: {prompts}; batch 1; {document['rounds']} rounds, medians per prompt; prefill and warm-up not "
+        f"counted. Intervals: bootstrap over prompts, {bootstrap['samples']} draws, suites as strata."
     )
     yield f"{environment['tau_convention']}. Loops: {environment['loop_filter']}."
     yield _texts(document)

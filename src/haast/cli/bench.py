@@ -21,7 +21,7 @@ from haast.cli.settings import (
     SpreadLimitOption,
     SuiteOptions,
 )
-from haast.cli.suite import bench_suite, plan_suite, refuse_suite_options
+from haast.cli.suite import Whereabouts, bench_suite, plan_suite, refuse_suite_options
 
 if TYPE_CHECKING:
     from haast.bench.arms import Arm
@@ -84,12 +84,13 @@ def bench(
     from haast.bench.arms import HEADED, check_decoders
     from haast.bench.runner import BenchConfig
 
-    if rounds is None:
-        rounds = 1 if plan is None else 2
-    config = BenchConfig(max_new_tokens, rounds, warmup, law)
+    usual = 1 if plan is None else 2
+    config = BenchConfig(max_new_tokens, usual if rounds is None else rounds, warmup, law)
     names = check_decoders(decoders, drafting.head != "none", law.temperature, small_model is not None)
     if "hf" in names and (law.repetition_penalty != 1.0):
         raise ValueError("decoder 'hf' is greedy without penalties here: leave out --repetition-penalty, or hf")
+    if plan is not None:
+        plan.decoders(names)  # its own check
     loading.check()
     if small_model is not None:
         replace(loading, model=small_model).check()
@@ -103,10 +104,11 @@ def bench(
             there = replace(config, sampling=replace(law, temperature=temperature))
             return _arms(own, target, drafter, loading, there, small)
 
-        where = {"model": loading.model, "small_model": small_model, "settings": settings}
-        where["calibration"] = drafting.calibrated(target, drafter)
+        calibration = drafting.calibrated(target, drafter)
+        where = Whereabouts(loading.model, small_model, settings, calibration)
         bench_suite(plan, names, encoded, arms_at, config, target, where)
         return
+    assert prompts is not None, "checked above"
     arms = _arms(names, target, drafter, loading, config, small)
     document = _bench(arms, encoded, config, target, loading.model, prompts, settings)
     if v_curve:

@@ -189,9 +189,9 @@ class Sampling:
 class SuiteOptions:
     """A folder of prompt files instead of one, and where its results go."""
 
-    suite: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Bench every prompt file (*.jsonl) of a folder.")
-    ] = None
+    suite: Annotated[Path | None, typer.Option(metavar="DIR", help="Bench all prompt files (*.jsonl) of a folder.")] = (
+        None
+    )
     only: Annotated[str | None, typer.Option(metavar="A,B", help="With --suite: these files, without .jsonl.")] = None
     temperatures: Annotated[
         str | None, typer.Option(metavar="T,T", help="With --suite, which takes 0,1 if this is absent.")

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from haast.bench.suite import Answer, Suite
     from haast.prompts import Prompt
     from haast.sampling import SamplingConfig
+    from haast.speed.calibration import Calibration
     from haast.target import Target
 
 JOURNAL = "journal.jsonl"
@@ -42,6 +43,26 @@ class Plan:
     def prompts(self) -> list[Prompt]:
         """Of all suites, one after the other."""
         return [prompt for own in self.files.values() for prompt in own]
+
+    def decoders(self, names: Sequence[str]) -> dict[float, list[str]]:
+        """Who runs at each temperature. Raises ValueError where nobody does."""
+        found = {t: [name for name in names if name != "hf" or t == 0] for t in self.temperatures}
+        for temperature, own in found.items():
+            if not own:
+                raise ValueError(
+                    f"no decoder is left at temperature {temperature:g} ({_HF_SKIPPED}): give more decoders"
+                )
+        return found
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """What a document says of the run besides the machine."""
+
+    model: str
+    small_model: str | None
+    settings: dict[str, Any]
+    calibration: Calibration | None
 
 
 def refuse_suite_options(options: SuiteOptions) -> None:
@@ -63,9 +84,8 @@ def plan_suite(options: SuiteOptions, limit: int | None, law: SamplingConfig) ->
 
     assert options.suite is not None, "asked for"
     if law.temperature != 0:
-        raise ValueError(
-            f"temperature={law.temperature:g} stands beside --suite: give --temperatures {law.temperature:g}"
-        )
+        given = f"{law.temperature:g}"
+        raise ValueError(f"--temperature {given} is not for --suite: give --temperatures {given}")
     only = None if options.only is None else [name.strip() for name in options.only.split(",") if name.strip()]
     files = read_suites(options.suite, only, limit)
     temperatures = _temperatures("0,1" if options.temperatures is None else options.temperatures)
@@ -97,7 +117,7 @@ def bench_suite(
     arms_at: Callable[[float, Sequence[str]], list[Arm]],
     config: BenchConfig,
     target: Target,
-    where: Mapping[str, Any],
+    where: Whereabouts,
 ) -> None:
     """Run, or go on with, a suite; write its documents; exit with 1 where a text differs that must not.
 
@@ -108,17 +128,14 @@ def bench_suite(
         arms_at: decoders at a temperature.
         config: of every answer.
         target: the model.
-        where: for the document: model, small_model, settings, calibration.
+        where: for the document.
     """
     from haast.bench.document import build_document
     from haast.bench.journal import Journal
     from haast.bench.suite import gather, run_suite, turns_of
 
     suites = _suites(plan, encoded)
-    by_temperature = {t: [name for name in names if name != "hf" or t == 0] for t in plan.temperatures}
-    for temperature, own in by_temperature.items():
-        if not own:
-            raise ValueError(f"no decoder is left at temperature={temperature:g}: {_HF_SKIPPED}; give --temperatures 0")
+    by_temperature = plan.decoders(names)
     arms = {temperature: arms_at(temperature, own) for temperature, own in by_temperature.items()}
     turns = turns_of(arms, suites, config)
     path = plan.out / JOURNAL
@@ -161,19 +178,19 @@ def _header(
     arms: Mapping[float, Sequence[Arm]],
     config: BenchConfig,
     target: Target,
-    where: Mapping[str, Any],
+    where: Whereabouts,
 ) -> dict[str, Any]:
     """What the journal fixes, and the document repeats."""
     from haast.bench.report import environment, sources_sha256
 
-    settings = {**where["settings"], "sampling": {**where["settings"]["sampling"]}}
+    settings = {**where.settings, "sampling": {**where.settings["sampling"]}}
     del settings["sampling"]["temperature"]  # each cell has its own
-    own = environment(target, where["model"], None, sum(len(s.prompts) for s in suites.values()), settings)
+    own = environment(target, where.model, None, sum(len(s.prompts) for s in suites.values()), settings)
     del own["prompts_file"], own["prompts_sha256"]
     own["sources_sha256"] = sources_sha256()
     found = {arm.name: arm for each in arms.values() for arm in each}
     hashes = {name: _tokens_sha256(suite) for name, suite in suites.items()}
-    calibration = where["calibration"]
+    calibration = where.calibration
     return {
         "environment": own,
         "suites": {n: {"file": s.file, "sha256": s.sha256, "tokens_sha256": hashes[n]} for n, s in suites.items()},
@@ -190,16 +207,16 @@ def _tokens_sha256(suite: Suite) -> str:
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
-def _settings(arm: Arm, where: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(arm: Arm, where: Whereabouts) -> dict[str, Any]:
     from haast.bench.arms import HEADED, EngineArm
 
     if not isinstance(arm, EngineArm):
         return {"dtype": "float32"}
     settings: dict[str, Any] = {"nodes": arm.nodes}
     if arm.name in HEADED:
-        settings |= {key: where["settings"][key] for key in ("shape", "pace")}
+        settings |= {key: where.settings[key] for key in ("shape", "pace")}
     if arm.name == "small-model":
-        settings["model"] = where["small_model"]
+        settings["model"] = where.small_model
     return settings
 
 

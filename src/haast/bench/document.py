@@ -6,7 +6,7 @@ Neither prompts nor answers are in it: their licences are their authors', and co
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def build_document(
             document["rows"] += [{**cell, **row} for row in build_rows(records, suite.prompts)]
             document["differences"] += [{**cell, **each} for each in describe_differences(found)]
             document["answers"] += [
-                _answer(cell, prompt, decoder, own[place])
+                describe_answer(cell, prompt, decoder, own[place])
                 for place, prompt in enumerate(suite.prompts)
                 for decoder, own in records.items()
             ]
@@ -76,7 +76,8 @@ def _suite(suite: Suite) -> dict[str, Any]:
     return {"file": suite.file, "sha256": suite.sha256, "prompts": len(suite.prompts)}
 
 
-def _answer(cell: Mapping[str, Any], prompt: BenchPrompt, decoder: str, record: Record) -> dict[str, Any]:
+def describe_answer(cell: Mapping[str, Any], prompt: BenchPrompt, decoder: str, record: Record) -> dict[str, Any]:
+    """What one decoder did with one prompt; `cell` has its suite and temperature. Counts are the first round's."""
     stats = record.runs[0].stats
     return {
         "suite": cell["suite"],
@@ -117,9 +118,3 @@ def read_document(path: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: run `haast bench --suite` again with --resume")
     return value
-
-
-def decoders_at(document: Mapping[str, Any], suite: str, temperature: float) -> Sequence[str]:
-    """Who has a row there, in the document's order."""
-    rows = document["rows"]
-    return [row["decoder"] for row in rows if (row["suite"], row["temperature"]) == (suite, temperature)]

@@ -49,7 +49,7 @@ Cells = dict[tuple[float, str], Records]  # (temperature, suite) -> what each de
 
 
 def order(seed: int, rounds: int, sizes: Mapping[str, int], decoders: Mapping[float, Sequence[str]]) -> list[Turn]:
-    """All turns, round by round.
+    """All turns, round by round; the same for the same names, in whichever order they are given.
 
     Args:
         seed: decides the order.
@@ -59,10 +59,10 @@ def order(seed: int, rounds: int, sizes: Mapping[str, int], decoders: Mapping[fl
     """
     generator, turns = random.Random(seed), list[Turn]()
     for number in range(rounds):
-        places = [(temperature, suite, i) for temperature in decoders for suite, n in sizes.items() for i in range(n)]
+        places = [(t, suite, i) for t in sorted(decoders) for suite in sorted(sizes) for i in range(sizes[suite])]
         generator.shuffle(places)
         for temperature, suite, place in places:
-            names = list(decoders[temperature])
+            names = sorted(decoders[temperature])
             generator.shuffle(names)
             turns += [Turn(number, temperature, suite, place, name) for name in names]
     return turns

@@ -36,9 +36,9 @@ def report(
     from haast.bench.merge import merged
     from haast.bench.suite_tables import suite_markdown
 
-    named = {str(file): read_document(expanded(file, "cannot read")) for file in files}
-    if len(named) < len(files):
+    if len(set(files)) < len(files):
         raise ValueError("a file is named twice: name each once")
+    named = {str(file): read_document(expanded(file, "cannot read")) for file in files}
     document = merged(named, merge_anyway)
     for words in document["environment"].get("warnings", ()):
         typer.echo(f"haast: warning: {words}", err=True)

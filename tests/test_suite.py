@@ -439,6 +439,7 @@ def test_a_lossy_decoder_is_excused_and_named(home: Path, tmp_path: Path, monkey
         (["--temperatures", "0,hot"], ["temperatures='0,hot'"]),
         (["--temperatures", "0,0"], ["twice"]),
         (["--temperatures", "-1"], ["temperature=-1"]),
+        (["--temperatures", "nan"], ["temperature=nan"]),
         (["--temperature", "1"], ["--temperatures 1"]),
         (["--json", "x.json"], ["--json"]),
         (["--v-curve"], ["--v-curve"]),

@@ -21,12 +21,13 @@ from haast.cli.settings import (
     SpreadLimitOption,
     SuiteOptions,
 )
-from haast.cli.suite import Whereabouts, bench_suite, plan_suite, refuse_suite_options
+from haast.cli.suite import Plan, Whereabouts, bench_suite, plan_suite, refuse_suite_options
 
 if TYPE_CHECKING:
     from haast.bench.arms import Arm
     from haast.bench.runner import BenchConfig, BenchPrompt, Record
     from haast.drafters.eagle import EagleDrafter
+    from haast.sampling import SamplingConfig
     from haast.target import Target
 
 _HISTORY_NODES = 4  # of the decoders that draft from the text alone: the fastest of 4, 6, 8 and 12 on two CPU cores
@@ -65,18 +66,8 @@ def bench(
     haast bench --prompts mt_bench.jsonl --nodes 24 --rounds 3 --v-curve --json -
     haast bench --suite prompts/ --limit 20 --decoders vanilla,eagle,lookup,hf --out results/suite
     """
-    if (prompts is None) == (suite.suite is None):
-        raise ValueError(
-            "bench needs prompts: give --prompts FILE (JSON lines with `turns` or `prompt`), or --suite DIR, not both"
-        )
     law = sampling.check()
-    plan = None
-    if suite.suite is not None:
-        if v_curve or json_out is not None:
-            raise ValueError("--v-curve and --json belong to --prompts: with --suite, results go to the folder --out")
-        plan = plan_suite(suite, limit, law)
-    else:
-        refuse_suite_options(suite)
+    plan = _plan(prompts, suite, limit, law, extras=v_curve or json_out is not None)
     chosen = read_prompt_file(prompts, limit) if plan is None else plan.prompts
     check_writable(json_out)
     drafting.check_shape(loading.device)
@@ -116,6 +107,22 @@ def bench(
 
         document["v_curve"] = measure_v_curve(target, drafter)
     _bench_end(document, json_out)
+
+
+def _plan(
+    prompts: Path | None, suite: SuiteOptions, limit: int | None, law: SamplingConfig, extras: bool
+) -> Plan | None:
+    """What --suite asks for; None for --prompts. Raises ValueError for both, neither, or options of the other."""
+    if (prompts is None) == (suite.suite is None):
+        raise ValueError(
+            "bench needs prompts: give --prompts FILE (JSON lines with `turns` or `prompt`), or --suite DIR, not both"
+        )
+    if suite.suite is None:
+        refuse_suite_options(suite)
+        return None
+    if extras:
+        raise ValueError("--v-curve and --json belong to --prompts: with --suite, results go to the folder --out")
+    return plan_suite(suite, limit, law)
 
 
 def _plain(config: BenchConfig) -> dict[str, Any]:

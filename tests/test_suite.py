@@ -28,7 +28,7 @@ from haast.bench.journal import Journal, differing
 from haast.bench.merge import merged
 from haast.bench.pool import pooled
 from haast.bench.readme import render
-from haast.bench.runner import BenchPrompt, Record
+from haast.bench.runner import BenchPrompt, Difference, Record, differences
 from haast.bench.suite import Answer, Turn, order
 from haast.bench.suite_tables import suite_markdown
 from haast.cli import app
@@ -216,6 +216,35 @@ def test_ratios_and_spread_are_those_of_the_rows(done: Path) -> None:
         assert row["spread"] == pytest.approx({"low": min(speeds), "high": max(speeds)})
         vanilla = rows[temperature, suite, "vanilla"]["tokens_per_s"]
         assert row["speedup_vs_vanilla"] == pytest.approx(row["tokens_per_s"] / vanilla)
+
+
+def test_intervals_draw_prompts_within_their_suites(done: Path) -> None:
+    document = read(done)
+    draws = Bootstrap(**document["bootstrap"]).draws(list(SIZES.values()))
+    drawn = []
+    for name in ("eagle", "vanilla"):
+        own = [a for a in document["answers"] if (a["temperature"], a["decoder"]) == (1.0, name)]
+        drawn.append(rates([a["tokens"] - 1 for a in own], [sum(a["ms_decode"]) / 2 for a in own], draws))
+    (found,) = [
+        r for r in document["ratios"]
+        if (r["suite"], r["temperature"], r["decoder"], r["over"]) == ("all", 1.0, "eagle", "vanilla")
+    ]  # fmt: skip
+    assert (found["low"], found["high"]) == pytest.approx(Bootstrap().interval(drawn[0] / drawn[1]))
+
+
+def test_texts_are_judged_at_the_temperature_they_were_drawn_at(
+    home: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "journal.jsonl").write_bytes((done / "journal.jsonl").read_bytes())
+    seen: list[float] = []
+
+    def watched(*each: Any) -> list[Difference]:
+        seen.append(each[-1].temperature)
+        return differences(*each)
+
+    monkeypatch.setattr("haast.bench.document.differences", watched)
+    assert bench(home, tmp_path, "--resume").exit_code == 0
+    assert seen == [0.0, 0.0, 1.0, 1.0]
 
 
 def test_pooled_rows_are_those_of_all_prompts_at_once() -> None:

@@ -143,6 +143,7 @@ def train_row(
     size = len(data["own"]) * row.times
     examples = (data["own"] + data["more"])[:size] if row.data == "own" else data[row.data]
     sizes, frozen = head_config(config, bench.target), Frozen.of(bench.target)
+    assert isinstance(sizes, HeadConfig), "every row trains an EAGLE head"
     plain = config.head != "eagle3" and config.layers == 1 and not config.markov_rank
     start = bench.start(sizes, examples) if plain and config.initialisation != "random" else None
     parts = (sizes, frozen, examples, data["valid"])

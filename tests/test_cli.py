@@ -326,6 +326,33 @@ def test_an_eagle3_head_trains_and_drafts(home: Path, tmp_path: Path) -> None:
     assert begun.exit_code == 0, begun.output
 
 
+def test_medusa_heads_train_and_draft(home: Path, tmp_path: Path) -> None:
+    model = ["--model", home / "model", "--packing", "off"]
+    answers, run = tmp_path / "answers.jsonl", tmp_path / "run"
+    prompts = ["--prompts", home / "prompts.jsonl", "--max-new-tokens", 16]
+    assert haast_run("regenerate", *model, *prompts, "--out", answers).exit_code == 0
+    sizes = ["--head", "medusa", "--views", 60, "--draft-vocab", 64, "--topk", 4, "--medusa-heads", 2]
+    valid = ["--valid-prompts", home / "prompts.jsonl", "--valid-limit", 1, "--valid-tokens", 8]
+    trained = haast_run("train", *model, "--answers", answers, "--out", run, *sizes, *valid, "--json", "-")
+    assert document(trained)["tau"] >= 1.0
+    head = run / "best"
+    about = json.loads((head / "config.json").read_text())["about"]
+    assert len(about["rank_accuracies"]) == 2 and len(about["rank_accuracies"][0]) == 10
+    assert "Medusa heads" in (head / "README.md").read_text()
+    said = haast_run("generate", "Hi", *model, "--head", head, "--max-new-tokens", 8, "--compare")
+    assert said.exit_code == 0 and "the same text" in said.output, said.output
+    checked = haast_run("verify", *model, "--head", head, "--limit", 1, "--max-new-tokens", 8, "--samples", 50)
+    assert checked.exit_code == 0, checked.output
+    told = document(haast_run("info", *model, "--head", head, "--json", "-"))
+    assert told["drafting"]["shape"]["kind"] == "static"
+    refused(haast_run("calibrate", *model, "--head", head), "this takes an EAGLE head")
+    bench = ["bench", *model, "--prompts", home / "prompts.jsonl", "--limit", 1, "--max-new-tokens", 8]
+    both = ["--head", "none", "--decoders", "vanilla,medusa"]
+    refused(haast_run(*bench, *both), "--medusa-head DIR go together")
+    measured = document(haast_run(*bench, *both, "--medusa-head", run, "--medusa-nodes", 4, "--json", "-"))
+    assert [row["decoder"] for row in measured["rows"]] == ["vanilla", "medusa"] and not measured["differences"]
+
+
 @pytest.mark.slow
 def test_several_processes_train_from_shards_and_one_speaks(home: Path, tmp_path: Path) -> None:
     model = ["--model", home / "model", "--packing", "off", "--topk", 4]

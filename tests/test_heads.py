@@ -37,9 +37,10 @@ from haast.training.data import TokenSequence
 from haast.training.features import ShardIdentity, extract, read_shards, stream_examples
 from haast.training.frozen import Frozen
 from haast.training.losses import teacher_loss
+from haast.training.making import make_head
 from haast.training.objective import Objective
 from haast.training.selftest import overfit_self_test
-from haast.training.trainer import Trainer, make_head
+from haast.training.trainer import Trainer
 from haast.training.whitened import TrainedHead, load_plain, plain_weights
 
 VOCAB, HIDDEN, LAYERS = 60, 32, (1, 2, 3)
@@ -114,11 +115,15 @@ def trained(target: Target, kind: str, examples: list[Example], dtype: torch.dty
     frozen = Frozen.of(target)
     frozen = replace(frozen, embeddings=frozen.embeddings.to(dtype), head=frozen.head.to(dtype))
     config = TrainConfig(head="eagle3" if kind.startswith("eagle3") else "feat-extrapolator", output_init=1.0)
-    return shaken(make_head(config, sizes(target, kind), frozen, examples, DRAFTED))
+    made = make_head(config, sizes(target, kind), frozen, examples, DRAFTED)
+    assert isinstance(made, TrainedHead)
+    return shaken(made)
 
 
 def plain(head: TrainedHead) -> DraftModule:
-    return head.plain()
+    module = head.plain()
+    assert isinstance(module, DraftModule)
+    return module
 
 
 def pairs(head: TrainedHead, target: Target, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -334,8 +339,8 @@ def test_wrong_sizes_and_settings_are_named(target: Target) -> None:
         FeatExtrapolatorConfig.for_target(target.config, inputs="both")
     with pytest.raises(ValueError, match="num_hidden_layers=0"):
         FeatExtrapolatorConfig.for_target(target.config, num_hidden_layers=0)
-    with pytest.raises(ValueError, match="head='medusa'"):
-        TrainConfig(head="medusa")
+    with pytest.raises(ValueError, match="head='hydra'"):
+        TrainConfig(head="hydra")
     with pytest.raises(ValueError, match="an ablation of head='feat-extrapolator'"):
         TrainConfig(head="eagle3", inputs="token")
     with pytest.raises(ValueError, match="nothing to learn"):

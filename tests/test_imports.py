@@ -23,8 +23,10 @@ RANKS = [
     {"models"},
     {"heads"},
     {"drafters"},
+    {"past"},
     {"engine"},
     {"api"},
+    {"session"},
     {"training", "checking"},
     {"bench", "formats", "serving"},
     {"cli"},
@@ -36,8 +38,8 @@ RANK = {room: number for number, rooms in enumerate(RANKS) for room in rooms}
 ONLY = {
     "verify": {"haast.sampling", "haast.tree"},
     "engine": {
-        "haast.cache", "haast.drafters.base", "haast.errors", "haast.sampling", "haast.target", "haast.tree",
-        "haast.verify",
+        "haast.cache", "haast.drafters.base", "haast.errors", "haast.past", "haast.sampling", "haast.target",
+        "haast.tree", "haast.verify",
     },
     "errors": set(), "tree": set(), "sampling": set(), "text": set(), "prompts": set(), "loops": set(),
     "native": set(), "cache": set(), "speed": {"haast.native", "haast.native.stack"},

@@ -356,6 +356,13 @@ def test_a_journal_of_another_commit_or_machine_is_refused(done: Path) -> None:
     assert "environment.commit" in found and "environment.cpu" in found and "Z80" in found
 
 
+def test_a_journal_of_another_head_behind_the_same_name_is_refused(home: Path, done: Path, tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").write_bytes((done / "journal.jsonl").read_bytes())
+    sizes = FeatExtrapolatorConfig.for_target(config(258))
+    save_head(tmp_path / "head", sizes, dict(FeatExtrapolator(sizes).state_dict()), None)
+    refused(bench(home, tmp_path, "--resume", "--head", tmp_path / "head"), "decoders.eagle.settings.head_sha256")
+
+
 def _answer(place: int) -> Answer:
     return Answer(Turn(0, 0.0, "one", place, "vanilla"), ArmRun((1, 2), 1.0, 2.0, None), 5.0)
 

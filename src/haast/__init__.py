@@ -9,9 +9,20 @@ if TYPE_CHECKING:
     from haast.drafters.shape import DraftShape
     from haast.engine import Stats
     from haast.sampling import SamplingConfig
+    from haast.session import Session, Sessions
 
 __version__ = "0.1.0"
-__all__ = ["DraftShape", "Generation", "Haast", "Piece", "SamplingConfig", "Stats", "__version__"]
+__all__ = [
+    "DraftShape",
+    "Generation",
+    "Haast",
+    "Piece",
+    "SamplingConfig",
+    "Session",
+    "Sessions",
+    "Stats",
+    "__version__",
+]
 
 _HOMES = {
     "DraftShape": "haast.drafters.shape",
@@ -19,6 +30,8 @@ _HOMES = {
     "Haast": "haast.api",
     "Piece": "haast.api",
     "SamplingConfig": "haast.sampling",
+    "Session": "haast.session",
+    "Sessions": "haast.session",
     "Stats": "haast.engine",
 }
 

@@ -17,12 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from haast.drafters.base import Drafter
 from haast.drafters.calibrated import apply_calibration, find_calibration
 from haast.drafters.eagle import EagleDrafter
+from haast.drafters.heads import drafter_with
 from haast.drafters.shape import CPU_NODES, DEVICE_NODES, DraftShape, shape_for
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine import Engine, Stats, StopConfig, check_prompts
 from haast.errors import PromptError, expanded
 from haast.heads.checkpoint import check_fits, load_head, read_head_config
 from haast.models import DEFAULT_MODEL, load_target
+from haast.past import Past
 from haast.sampling import Processor, SamplingConfig
 from haast.target import Target
 from haast.text import StopWatch, TextStream
@@ -100,9 +102,11 @@ class Haast:
         loaded = load_head(folder)
         check_fits(loaded.module.config, target.hidden_size, target.vocab_size, str(target.model.name_or_path))
         if shape is not None:
-            return cls(target, EagleDrafter(target, loaded, shape))
+            return cls(target, drafter_with(target, loaded, shape))
         usual = shape_for(CPU_NODES if target.device.type == "cpu" else DEVICE_NODES)
-        drafter = EagleDrafter(target, loaded, usual)
+        drafter = drafter_with(target, loaded, usual)
+        if not isinstance(drafter, EagleDrafter):
+            return cls(target, drafter)
         found = find_calibration(target, drafter, calibration)
         if found is not None and not apply_calibration(drafter, found):
             _LOG.warning("drafting is slower than decoding without on this machine: decoding without (see calibrate)")
@@ -155,9 +159,14 @@ class Haast:
         stop: Sequence[str] = (),
         chat: bool = True,
         stats: Stats | None = None,
+        past: Past | None = None,
     ) -> Iterator[Piece]:
-        """As `generate`, piece by piece as text is accepted. Stop iterating at any time: what came is what was said."""
-        return self._pieces(prompt, sampling or SamplingConfig(), max_new_tokens, eos, stop, chat, stats or Stats())
+        """As `generate`, piece by piece as text is accepted. Stop iterating at any time: what came is what was said.
+
+        With a `past`, what an earlier text that began the same has left in it is not computed again (see `Session`).
+        """
+        law = sampling or SamplingConfig()
+        return self._pieces(prompt, law, max_new_tokens, eos, stop, chat, stats or Stats(), past)
 
     def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
         """Token ids of a prompt.
@@ -212,6 +221,7 @@ class Haast:
         stop: Sequence[str],
         chat: bool,
         stats: Stats,
+        past: Past | None = None,
     ) -> Iterator[Piece]:
         ids = self.encode(prompt, chat)
         check_prompts([ids], self.target.context_length, self.target.vocab_size)
@@ -220,13 +230,19 @@ class Haast:
             raise PromptError("stop strings need a tokenizer: give one, or stop by eos ids")
         watch = StopWatch(self.tokenizer, stop) if stop else None
         rules = StopConfig(max_new_tokens, self.eos_ids() if eos is None else tuple(eos), watch)
-        return self._run(ids, sampling, rules, texts, stats)
+        return self._run(ids, sampling, rules, texts, stats, past)
 
     def _run(
-        self, ids: list[int], sampling: SamplingConfig, rules: StopConfig, texts: TextStream | None, stats: Stats
+        self,
+        ids: list[int],
+        sampling: SamplingConfig,
+        rules: StopConfig,
+        texts: TextStream | None,
+        stats: Stats,
+        past: Past | None,
     ) -> Iterator[Piece]:
         held: list[int] = []
-        for emission in Engine(self.target, self.drafter).run([ids], sampling, rules, stats):
+        for emission in Engine(self.target, self.drafter).run([ids], sampling, rules, stats, past):
             for place, token in enumerate(emission.tokens):
                 held.append(token)
                 text = "" if texts is None else texts.push(token)

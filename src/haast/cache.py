@@ -54,6 +54,11 @@ class TreeCache(Cache):
         """Committed length of the longest row."""
         return max(self.lengths)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of all keys and values, free slots included."""
+        return sum(slab.nbytes for slab in self._slabs)
+
     def begin(self, nodes: int) -> int:
         """Make room for `nodes` new slots per row; returns how many slots attention has to read."""
         self._pending = nodes

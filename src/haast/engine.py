@@ -8,6 +8,7 @@ Prefill has a step's shape (a chain of prompt tokens, all kept), so one path ser
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from haast.cache import TreeCache
 from haast.drafters.base import Accepted, Drafter
 from haast.errors import PromptError
+from haast.past import Past
 from haast.sampling import Sampler, SamplingConfig
 from haast.target import Target, TargetOutput
 from haast.tree import DraftTree
@@ -47,6 +49,7 @@ class Stats:
     """
 
     prompt_tokens: int = 0
+    recalled_tokens: int = 0  # of them, found in a past and not run again
     tokens: int = 0  # emitted, the prefill's token included
     decoded_tokens: int = 0
     target_forwards: int = 0  # decoding steps, counted per row that was still running
@@ -115,7 +118,12 @@ class Engine:
         self.drafter = drafter
 
     def run(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, stop: StopConfig, stats: Stats | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        stop: StopConfig,
+        stats: Stats | None = None,
+        past: Past | None = None,
     ) -> Iterator[Emission]:
         """Decode every prompt; yields each row's tokens as they are settled. Safe to abandon at any point.
 
@@ -124,12 +132,16 @@ class Engine:
             sampling: the law of the next token; draws are keyed by (seed, row, position).
             stop: when a row ends.
             stats: filled as the run goes on.
+            past: of one prompt: what an earlier run left, used where the texts begin the same, and left for the next.
 
         Raises:
             PromptError: a prompt is empty, or does not fit the target's context with one new token.
+            ValueError: a past with several prompts.
         """
         check_prompts(prompts, self.target.context_length, self.target.vocab_size)
-        return _Run(self.target, self.drafter, prompts, sampling, stop, stats or Stats()).emissions()
+        if past is not None and len(prompts) > 1:
+            raise ValueError(f"a past belongs to one text, not to {len(prompts)}: run them one by one, or leave it out")
+        return _Run(self.target, self.drafter, prompts, sampling, stop, stats or Stats(), past).emissions()
 
     def complete(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, stop: StopConfig, stats: Stats | None = None
@@ -152,7 +164,9 @@ class _Run:
         sampling: SamplingConfig,
         stop: StopConfig,
         stats: Stats,
+        past: Past | None,
     ) -> None:
+        self._past = past
         self._target, self._drafter, self._stats = target, drafter, stats
         self._device = target.device
         self._sampler, self._stop = Sampler(sampling), stop
@@ -169,23 +183,42 @@ class _Run:
     def emissions(self) -> Iterator[Emission]:
         """Prefill, then step until every row has ended."""
         begun = perf_counter()
-        with self._drafter.lock:
+        with self._drafter.lock, self._whole():
             self._drafter.owner = self
             self._drafter.start(self._histories)
+            if self._past is not None:
+                self._recall(self._past)
             first = self._prefill()
         self._stats.ms_prefill += 1e3 * (perf_counter() - begun)
         yield from first
         while any(self._running):
-            with self._drafter.lock, self._target.step_threads():
+            with self._drafter.lock, self._whole(), self._target.step_threads():
                 emitted = self._step()
             yield from emitted
+
+    def _recall(self, past: Past) -> None:
+        """Begin behind what the past holds of this text, and let it hold what comes."""
+        text = self._histories[0]
+        self._cache = past.recall(self._target, self._drafter, text) or self._cache
+        self._stats.recalled_tokens += self._cache.lengths[0]
+        past.hold(self._target, self._drafter, self._cache, text)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """An interrupted forward may leave the caches of target and drafter apart: then the past is worth nothing."""
+        try:
+            yield
+        except BaseException:
+            if self._past is not None:
+                self._past.forget()
+            raise
 
     def _prefill(self) -> list[Emission]:
         prompts = [list(history) for history in self._histories]
         self._stats.prompt_tokens += sum(self._prompt_lengths)
         first: dict[int, int] = {}
         longest = max(self._prompt_lengths)
-        for begin in range(0, longest, _PREFILL):
+        for begin in range(min(self._cache.lengths), longest, _PREFILL):
             end = min(begin + _PREFILL, longest)
             counts = [max(0, min(length, end) - begin) for length in self._prompt_lengths]
             chunk = self._pad([prompt[begin:end] for prompt in prompts])

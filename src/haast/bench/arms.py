@@ -22,6 +22,7 @@ from haast.drafters.eagle import EagleDrafter
 from haast.drafters.hybrid import HybridDrafter
 from haast.drafters.lookahead import LookaheadDrafter
 from haast.drafters.lookup import PromptLookupDrafter, SuffixDrafter
+from haast.drafters.medusa import MedusaDrafter
 from haast.drafters.small_model import SmallModelDrafter
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine import Engine, Stats, StopConfig
@@ -32,7 +33,7 @@ from haast.target import Target
 # nodes cost more than they bring (window 7, n-gram 5, 7 guesses: tau 1.75 instead of 1.33, and far slower).
 _LOOKAHEAD = (2, 2, 3)
 HEADED = ("eagle", "eagle+suffix")  # these draft with a head
-KNOWN = ("vanilla", *HEADED, "small-model", "lookahead", "lookup", "suffix", "hf")
+KNOWN = ("vanilla", *HEADED, "medusa", "small-model", "lookahead", "lookup", "suffix", "hf")
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,12 @@ class _FirstToken(BaseStreamer):
 
 
 def drafter_for(
-    name: str, target: Target, eagle: EagleDrafter | None, nodes: int, small: Target | None = None
+    name: str,
+    target: Target,
+    eagle: EagleDrafter | None,
+    nodes: int,
+    small: Target | None = None,
+    medusa: MedusaDrafter | None = None,
 ) -> Drafter:
     """The drafter of an engine decoder.
 
@@ -127,12 +133,15 @@ def drafter_for(
         eagle: the drafter with a head, for those that need one.
         nodes: tree size of those that have none of their own.
         small: the model that drafts for "small-model".
+        medusa: drafts for "medusa".
     """
     device, eagles = target.device, dict[str, Callable[[], Drafter]]()
     if eagle is not None:
         eagles |= {"eagle": lambda: eagle, "eagle+suffix": lambda: HybridDrafter(eagle)}
     if small is not None:
         eagles["small-model"] = lambda: SmallModelDrafter(target, small)
+    if medusa is not None:
+        eagles["medusa"] = lambda: medusa
     makers: dict[str, Callable[[], Drafter]] = {
         "vanilla": VanillaDrafter,
         "lookup": lambda: PromptLookupDrafter(nodes, device=device),
@@ -143,7 +152,9 @@ def drafter_for(
     return makers[name]()
 
 
-def check_decoders(names: str, head: bool, temperature: float, small: bool = False) -> tuple[str, ...]:
+def check_decoders(
+    names: str, head: bool, temperature: float, small: bool = False, medusa: bool = False
+) -> tuple[str, ...]:
     """The decoders of a comma-separated list.
 
     Raises:
@@ -162,6 +173,8 @@ def check_decoders(names: str, head: bool, temperature: float, small: bool = Fal
         raise ValueError(f"decoder {headless[0]!r} needs a head: give --head, or leave it out of --decoders")
     if ("small-model" in chosen) != small:
         raise ValueError("decoder 'small-model' and --small-model NAME go together: give both, or neither")
+    if ("medusa" in chosen) != medusa:
+        raise ValueError("decoder 'medusa' and --medusa-head DIR go together: give both, or neither")
     if "hf" in chosen and temperature > 0:
         raise ValueError(
             f"decoder 'hf' draws its own random numbers, so its text cannot be compared at temperature={temperature}: "

@@ -205,6 +205,14 @@ def sources_sha256() -> str:
     return digest.hexdigest()
 
 
+def folder_sha256(folder: Path) -> str:
+    """Of the files in a head's folder, so that another head behind the same name is noticed."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
 def show_table(document: dict[str, Any], console: Console) -> None:
     """The rows of a bench document as a terminal table: the same numbers, rounded."""
     table = Table(title=f"{document['environment']['model']}, {document['environment']['prompts_count']} prompts")

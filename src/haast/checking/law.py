@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from haast.checking.divergence import logits_after
-from haast.drafters.base import Accepted
+from haast.drafters.base import Accepted, Drafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import DraftShape
 from haast.engine import Engine, StopConfig
@@ -95,7 +95,7 @@ def tiny_law(samples: int = 3000, seed: int = 0) -> list[LawTest]:
 
 
 def sampled_law(
-    target: Target, drafter: EagleDrafter, prompt: Sequence[int], sampling: SamplingConfig, samples: int = 1000
+    target: Target, drafter: Drafter, prompt: Sequence[int], sampling: SamplingConfig, samples: int = 1000
 ) -> list[LawTest]:
     """The user's model: the law of the tokens one verified tree emits, over many seeds.
 
@@ -130,7 +130,7 @@ def _ordered(result: tuple[float, int, float]) -> tuple[int, float, float]:
     return cells, statistic, p_value
 
 
-def _one_tree(target: Target, drafter: EagleDrafter, prompt: Sequence[int]) -> tuple[DraftTree, Tensor]:
+def _one_tree(target: Target, drafter: Drafter, prompt: Sequence[int]) -> tuple[DraftTree, Tensor]:
     """The tree drafted behind `prompt` (its last token is the root), and the target's logits over it."""
     cache = target.new_cache(1, len(prompt) + drafter.nodes)
     drafter.start([prompt])
@@ -172,7 +172,7 @@ def _string_probs(target: Target) -> Tensor:
     return logprobs.sum((1, 2)).exp()
 
 
-def _draw_strings(target: Target, drafter: EagleDrafter, sampling: SamplingConfig, samples: int) -> Counter[int]:
+def _draw_strings(target: Target, drafter: Drafter, sampling: SamplingConfig, samples: int) -> Counter[int]:
     """Strings as numbers, drawn by the real engine, one row each."""
     texts: list[list[int]] = [[] for _ in range(samples)]
     stop = StopConfig(max_new_tokens=_LENGTH)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from haast.cli.boundary import check_writable, human_output, write_json
-from haast.cli.loading import drawn_by, load_all, read_prompt_file
+from haast.cli.loading import as_eagle, drawn_by, load_all, load_medusa, read_prompt_file
 from haast.cli.settings import (
     Drafting,
     JsonOption,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from haast.bench.arms import Arm
     from haast.bench.runner import BenchConfig, BenchPrompt, Record
     from haast.drafters.eagle import EagleDrafter
+    from haast.drafters.medusa import MedusaDrafter
     from haast.sampling import SamplingConfig
     from haast.target import Target
 
@@ -43,9 +44,13 @@ def bench(
     decoders: Annotated[
         str,
         typer.Option(
-            metavar="A,B,C", help="Of vanilla, eagle, eagle+suffix, small-model, lookahead, lookup, suffix, hf."
+            metavar="A,B,C", help="Of vanilla, eagle, eagle+suffix, medusa, small-model, lookahead, lookup, suffix, hf."
         ),
     ] = "vanilla,eagle",
+    medusa_head: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Medusa heads (`haast train --head medusa`).")
+    ] = None,
+    medusa_nodes: Annotated[int, typer.Option(metavar="N", help="Nodes of their tree, the root included.")] = 6,
     small_model: Annotated[str | None, typer.Option(metavar="NAME", help="The smaller model that drafts.")] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="New tokens per prompt.")] = 128,
     rounds: Annotated[
@@ -77,7 +82,8 @@ def bench(
 
     usual = 1 if plan is None else 2
     config = BenchConfig(max_new_tokens, usual if rounds is None else rounds, warmup, law)
-    names = check_decoders(decoders, drafting.head != "none", law.temperature, small_model is not None)
+    headed, given = drafting.head != "none", (small_model is not None, medusa_head is not None)
+    names = check_decoders(decoders, headed, law.temperature, *given)
     if "hf" in names and (law.repetition_penalty != 1.0):
         raise ValueError("decoder 'hf' is greedy without penalties here: leave out --repetition-penalty, or hf")
     if plan is not None:
@@ -86,21 +92,23 @@ def bench(
     if small_model is not None:
         replace(loading, model=small_model).check()
     shape = drafting.check(loading.model, loading.device) if set(names) & set(HEADED) else None
-    target, drafter, encoded = load_all(loading, drafting, shape, chosen, raw)
+    target, loaded, encoded = load_all(loading, drafting, shape, chosen, raw)
+    drafter = as_eagle(loaded)
+    medusa = None if medusa_head is None else load_medusa(medusa_head, target, loading.model, medusa_nodes)
     small = None if small_model is None else replace(loading, model=small_model).load()
+
+    def arms_at(temperature: float, own: Sequence[str]) -> list[Arm]:
+        there = replace(config, sampling=replace(law, temperature=temperature))
+        return _arms(own, target, drafter, loading, there, small, medusa)
+
     settings = {**drawn_by(drafter), **_plain(config), "raw": raw}
     if plan is not None:
-
-        def arms_at(temperature: float, own: Sequence[str]) -> list[Arm]:
-            there = replace(config, sampling=replace(law, temperature=temperature))
-            return _arms(own, target, drafter, loading, there, small)
-
-        calibration = drafting.calibrated(target, drafter)
-        where = Whereabouts(loading.model, small_model, settings, calibration)
+        known = _drafting(loading, drafting, drafter, medusa, medusa_head, small_model)
+        where = Whereabouts(loading.model, settings, known, drafting.calibrated(target, drafter))
         bench_suite(plan, names, encoded, arms_at, config, target, where)
         return
     assert prompts is not None, "checked above"
-    arms = _arms(names, target, drafter, loading, config, small)
+    arms = arms_at(law.temperature, names)
     document = _bench(arms, encoded, config, target, loading.model, prompts, settings)
     if v_curve:
         from haast.bench.vcurve import measure_v_curve
@@ -125,6 +133,31 @@ def _plan(
     return plan_suite(suite, limit, law)
 
 
+def _drafting(
+    loading: Loading,
+    drafting: Drafting,
+    eagle: EagleDrafter | None,
+    medusa: MedusaDrafter | None,
+    medusa_head: Path | None,
+    small_model: str | None,
+) -> dict[str, dict[str, Any]]:
+    """What the decoders draft with that have a head or a model of their own: settings, and the head's digest."""
+    from haast.api import find_head
+    from haast.bench.arms import HEADED
+    from haast.bench.report import folder_sha256
+
+    found: dict[str, dict[str, Any]] = {}
+    folder = None if eagle is None else drafting.folder(loading.model)
+    if folder is not None:
+        found |= {name: {**drawn_by(eagle), "head_sha256": folder_sha256(folder)} for name in HEADED}
+    folder = None if medusa_head is None else find_head(medusa_head, loading.model)
+    if folder is not None:
+        found["medusa"] = {**drawn_by(medusa), "head_sha256": folder_sha256(folder)}
+    if small_model is not None:
+        found["small-model"] = {"model": small_model}
+    return found
+
+
 def _plain(config: BenchConfig) -> dict[str, Any]:
     values = asdict(config)
     values["sampling"].pop("processors")
@@ -138,6 +171,7 @@ def _arms(
     loading: Loading,
     config: BenchConfig,
     small: Target | None,
+    medusa: MedusaDrafter | None,
 ) -> list[Arm]:
     from haast.bench.arms import EngineArm, StockArm, drafter_for
     from haast.models import load_stock
@@ -151,7 +185,7 @@ def _arms(
             stock.to(target.device)  # type: ignore[arg-type]
             arms.append(StockArm(stock, ends))
         else:
-            own = drafter_for(name, target, drafter, _HISTORY_NODES, small)
+            own = drafter_for(name, target, drafter, _HISTORY_NODES, small, medusa)
             arms.append(EngineArm(target, own, config.sampling, ends))
     return arms
 

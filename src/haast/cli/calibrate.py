@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from haast.cli.boundary import check_writable, human_output, write_json
-from haast.cli.loading import OWN_PROMPTS, load_all, read_prompt_file
+from haast.cli.loading import OWN_PROMPTS, as_eagle, load_all, read_prompt_file
 from haast.cli.settings import Drafting, JsonOption, Loading, PromptsOption, SpreadLimitOption, check_at_least
 
 
@@ -50,7 +50,8 @@ def calibrate(
         raise ValueError(f"--png {png} is no picture: give a name that ends in .png, .svg or .pdf")
     loading.check()
     shape = drafting.check(loading.model, loading.device)
-    target, drafter, encoded = load_all(loading, drafting, shape, chosen)
+    target, loaded, encoded = load_all(loading, drafting, shape, chosen)
+    drafter = as_eagle(loaded)
     assert drafter is not None, "a head was asked for"
 
     from rich.console import Console

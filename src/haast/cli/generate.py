@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from haast.api import Haast, Piece, Prompt
     from haast.engine import Stats
     from haast.sampling import SamplingConfig
+    from haast.session import Session
 
 _GREEN, _RESET = "\x1b[32m", "\x1b[0m"
 _WARMUP = 8  # tokens
@@ -113,8 +114,10 @@ def chat(
     model, _ = _load(loading, drafting)
     if not model.tokenizer.chat_template:
         raise ValueError(f"{loading.model} has no chat template, so it cannot chat: use `haast generate --raw`")
+    from haast.session import Session
+
     beginning = [{"role": "system", "content": system}] if system else []
-    history = list(beginning)
+    session = Session(model, beginning)
     while True:
         try:
             line = input("> ").strip()
@@ -124,29 +127,24 @@ def chat(
         if line == "/exit":
             return
         if line == "/reset":
-            history = list(beginning)
+            session.messages = list(beginning)
         elif line:
-            history = _turn(model, history, line, law, ending)
+            _turn(session, line, law, ending)
 
 
-def _turn(
-    model: Haast, history: list[dict[str, str]], line: str, law: SamplingConfig, ending: Ending
-) -> list[dict[str, str]]:
-    """One exchange; returns the dialogue with it, or as it was where it no longer fits the context."""
+def _turn(session: Session, line: str, law: SamplingConfig, ending: Ending) -> None:
+    """One exchange; the dialogue stays as it was where it no longer fits the context."""
     from haast.errors import PromptError
 
-    asked = [*history, {"role": "user", "content": line}]
-    said = Said()
     try:
-        pieces = model.stream(asked, max_new_tokens=ending.max_new_tokens, sampling=law, stop=ending.stop or ())
-        said.listen(pieces, sys.stdout, _coloured(ending, sys.stdout))
+        pieces = session.stream(line, max_new_tokens=ending.max_new_tokens, sampling=law, stop=ending.stop or ())
+        Said().listen(pieces, sys.stdout, _coloured(ending, sys.stdout))
     except PromptError as error:
         typer.echo(f"haast: this dialogue is too long: {error}; /reset begins a new one", err=True)
-        return history
+        return
     except KeyboardInterrupt:
         typer.echo(" [cut short]", nl=False)
     typer.echo()
-    return [*asked, {"role": "assistant", "content": said.text}]
 
 
 def _load(loading: Loading, drafting: Drafting) -> tuple[Haast, Haast]:

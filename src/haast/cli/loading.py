@@ -12,6 +12,7 @@ from haast.cli.settings import Drafting, Loading, check_at_least
 if TYPE_CHECKING:
     from haast.bench.runner import BenchPrompt
     from haast.drafters.eagle import EagleDrafter
+    from haast.drafters.medusa import MedusaDrafter
     from haast.drafters.shape import DraftShape
     from haast.prompts import Prompt
     from haast.target import Target
@@ -44,7 +45,7 @@ def read_prompt_file(path: Path | None, limit: int | None) -> list[Prompt]:
 
 def load_all(
     loading: Loading, drafting: Drafting, shape: DraftShape | None, prompts: Sequence[Prompt], raw: bool = False
-) -> tuple[Target, EagleDrafter | None, list[BenchPrompt]]:
+) -> tuple[Target, EagleDrafter | MedusaDrafter | None, list[BenchPrompt]]:
     """Target, drafter (None without a shape or head) and encoded first turns. Raises ValueError as loading does."""
     from haast.api import Haast
     from haast.bench.runner import BenchPrompt
@@ -65,7 +66,30 @@ def load_all(
     return target, drafter, encoded
 
 
-def drawn_by(drafter: EagleDrafter | None) -> dict[str, Any]:
+def as_eagle(drafter: EagleDrafter | MedusaDrafter | None) -> EagleDrafter | None:
+    """The drafter where only an EAGLE head will do. Raises HeadMismatchError for another kind's."""
+    from haast.drafters.eagle import EagleDrafter
+    from haast.errors import HeadMismatchError
+
+    if drafter is None or isinstance(drafter, EagleDrafter):
+        return drafter
+    raise HeadMismatchError("--head names Medusa heads, and this takes an EAGLE head (bench: --medusa-head DIR)")
+
+
+def load_medusa(folder: Path, target: Target, model: str, nodes: int) -> MedusaDrafter:
+    """The drafter of Medusa heads. Raises HeadMismatchError where the folder holds none for this target."""
+    from haast.api import find_head
+    from haast.drafters.medusa import MedusaDrafter
+    from haast.heads.checkpoint import check_fits, load_head
+
+    found = find_head(folder, model)
+    assert found is not None, "a folder was given"
+    head = load_head(found)
+    check_fits(head.module.config, target.hidden_size, target.vocab_size, model)
+    return MedusaDrafter(target, head, nodes)
+
+
+def drawn_by(drafter: EagleDrafter | MedusaDrafter | None) -> dict[str, Any]:
     """The drafter's shape and pace, for a result file."""
     if drafter is None:
         return {"shape": None, "pace": None}

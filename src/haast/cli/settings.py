@@ -20,6 +20,7 @@ from haast.errors import expanded as expanded_path
 
 if TYPE_CHECKING:
     from haast.drafters.eagle import EagleDrafter
+    from haast.drafters.medusa import MedusaDrafter
     from haast.sampling import SamplingConfig
     from haast.speed.calibration import Calibration
     from haast.target import Target
@@ -136,9 +137,10 @@ class Drafting:
 
         return find_head(None if self.head == "none" else self.head, model)
 
-    def load(self, target: Target, model: str, shape: DraftShape) -> EagleDrafter | None:
+    def load(self, target: Target, model: str, shape: DraftShape) -> EagleDrafter | MedusaDrafter | None:
         """The drafter; None without a head. Raises HeadMismatchError."""
         from haast.drafters.eagle import EagleDrafter
+        from haast.drafters.heads import drafter_with
         from haast.heads.checkpoint import check_fits, load_head
 
         folder = self.folder(model)
@@ -146,8 +148,9 @@ class Drafting:
             return None
         head = load_head(folder)
         check_fits(head.module.config, target.hidden_size, target.vocab_size, model)
-        drafter = EagleDrafter(target, head, shape)
-        self.calibrate(target, drafter)
+        drafter = drafter_with(target, head, shape)
+        if isinstance(drafter, EagleDrafter):
+            self.calibrate(target, drafter)
         return drafter
 
     def calibrated(self, target: Target, drafter: EagleDrafter | None) -> Calibration | None:

@@ -60,8 +60,8 @@ class Whereabouts:
     """What a document says of the run besides the machine."""
 
     model: str
-    small_model: str | None
     settings: dict[str, Any]
+    drafting: dict[str, dict[str, Any]]  # decoder -> what it drafts with, where it has a head or model of its own
     calibration: Calibration | None
 
 
@@ -208,16 +208,11 @@ def _tokens_sha256(suite: Suite) -> str:
 
 
 def _settings(arm: Arm, where: Whereabouts) -> dict[str, Any]:
-    from haast.bench.arms import HEADED, EngineArm
+    from haast.bench.arms import EngineArm
 
     if not isinstance(arm, EngineArm):
         return {"dtype": "float32"}
-    settings: dict[str, Any] = {"nodes": arm.nodes}
-    if arm.name in HEADED:
-        settings |= {key: where.settings[key] for key in ("shape", "pace")}
-    if arm.name == "small-model":
-        settings["model"] = where.small_model
-    return settings
+    return {"nodes": arm.nodes, **where.drafting.get(arm.name, {})}
 
 
 class _Progress(AbstractContextManager["_Progress"]):

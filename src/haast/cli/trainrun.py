@@ -19,17 +19,17 @@ from torch import Tensor
 from haast.api import Haast
 from haast.bench.report import TAU_CONVENTION
 from haast.cli.boundary import write_text
-from haast.drafters.eagle import EagleDrafter
+from haast.drafters.heads import drafter_with
 from haast.drafters.shape import shape_for
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine import Engine, Stats, StopConfig, check_prompts
 from haast.errors import HeadMismatchError
-from haast.heads.checkpoint import Head, save_head
-from haast.heads.config import HeadConfig
+from haast.heads.checkpoint import AnyModule, Head, save_head
+from haast.heads.config import HeadSizes
 from haast.heads.eagle3 import Eagle3Config, default_layers
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.heads.kinds import INPUTS
-from haast.heads.module import DraftModule
+from haast.heads.medusa import MedusaConfig, MedusaHeads
 from haast.sampling import SamplingConfig
 from haast.target import Target
 from haast.training.alarm import diagnose
@@ -39,6 +39,7 @@ from haast.training.curves import Curves
 from haast.training.findings import Finding
 from haast.training.frozen import Frozen
 from haast.training.initialise import last_layer_weights, why_not_last_layer
+from haast.training.medusa import rank_accuracies
 from haast.training.selftest import overfit_self_test
 from haast.training.tensorboard import TensorBoard
 from haast.training.trainer import Trainer
@@ -134,17 +135,19 @@ class Run:
 
     def _initial_weights(self) -> dict[str, Tensor] | None:
         wanted, sizes = self._settings.initialisation, self._head_config
-        fits = isinstance(sizes, FeatExtrapolatorConfig) and sizes.inputs == INPUTS[0]
-        fits = fits and sizes.num_hidden_layers == 1 and not sizes.markov_rank
+        if not isinstance(sizes, FeatExtrapolatorConfig):
+            return None
+        fits = sizes.inputs == INPUTS[0] and sizes.num_hidden_layers == 1 and not sizes.markov_rank
         if wanted == "random" or not fits or (wanted == "auto" and why_not_last_layer(self._target, sizes)):
             return None
         return last_layer_weights(self._target, sizes, self._train)
 
-    def measure_tau(self, head: DraftModule, draft_vocab: Tensor) -> float:
+    def measure_tau(self, head: AnyModule, draft_vocab: Tensor) -> float:
         """Tau of the real engine on the validation prompts, greedy."""
         # The drafter takes its module over and packs it, so it gets a copy.
         stored = copy.deepcopy(head).half().float()  # as it is exported
-        drafter = EagleDrafter(self._target, Head(stored, draft_vocab, {}), self._shape)
+        about = self._accuracies(head, draft_vocab)
+        drafter = drafter_with(self._target, Head(stored, draft_vocab, about), self._shape)
         stats = Stats()
         stop = StopConfig(self._tokens, Haast(self._target, drafter).eos_ids())
         for prompt in self._prompts:
@@ -152,14 +155,20 @@ class Run:
         self._tau = stats.tau
         return stats.tau
 
+    def _accuracies(self, head: AnyModule, draft_vocab: Tensor) -> dict[str, Any]:
+        """Of Medusa heads, the accuracies from which their tree is chosen, on held-out answers where there are any."""
+        if not isinstance(head, MedusaHeads):
+            return {}
+        return {"rank_accuracies": rank_accuracies(head, self._valid or self._train, draft_vocab)}
+
     def explain(self, values: dict[str, Any], draft_vocab: Tensor) -> list[Finding]:
         """What the checks behind an alarm find."""
         frozen = Frozen.of(self._target)
         return diagnose(self._train, frozen, draft_vocab, values, self._records, self._prompts, self._name)
 
-    def export(self, folder: Path, head: DraftModule, draft_vocab: Tensor) -> None:
+    def export(self, folder: Path, head: AnyModule, draft_vocab: Tensor) -> None:
         """Store a head as users load it, and its model card. Raises ValueError where it cannot be written."""
-        about = self.about()
+        about = self.about() | self._accuracies(head, draft_vocab)
         weights = {name: tensor.to(torch.float32) for name, tensor in head.state_dict().items()}
         try:
             save_head(folder, head.config, weights, draft_vocab, about)
@@ -197,7 +206,7 @@ class Run:
         recipe = [f"| {name} | {value} |" for name, value in about["settings"].items()]
         return "\n".join(
             [
-                f"# EAGLE head for {self._name}",
+                f"# {'Medusa heads' if self._settings.head == 'medusa' else 'EAGLE head'} for {self._name}",
                 "",
                 f"A head of kind {about['settings']['head']}, trained by Haast for {self._name}. It drafts "
                 f"over {draft_vocab} tokens; the target checks each, so the text is the target's own.",
@@ -230,16 +239,18 @@ def layer_ids(settings: TrainConfig, target: Target) -> tuple[int, ...]:
     return default_layers(target.config) if settings.head == "eagle3" else ()
 
 
-def head_config(settings: TrainConfig, target: Target) -> HeadConfig:
+def head_config(settings: TrainConfig, target: Target) -> HeadSizes:
     """The sizes of the head that these settings ask for."""
     shared: dict[str, Any] = {"num_hidden_layers": settings.layers, "markov_rank": settings.markov_rank}
+    if settings.head == "medusa":
+        return MedusaConfig.for_target(target.config, settings.medusa_heads, settings.layers)
     if settings.head == "eagle3":
         layers = layer_ids(settings, target)
         return Eagle3Config.for_target(target.config, layer_ids=layers, fc_norm=settings.fc_norm, **shared)
     return FeatExtrapolatorConfig.for_target(target.config, inputs=settings.inputs, **shared)
 
 
-def start_parts(head: Head, wanted: HeadConfig) -> tuple[dict[str, Tensor], Tensor | None]:
+def start_parts(head: Head, wanted: HeadSizes) -> tuple[dict[str, Tensor], Tensor | None]:
     """A head's weights, and its draft vocabulary where weights belong to it.
 
     Raises:
@@ -254,6 +265,6 @@ def start_parts(head: Head, wanted: HeadConfig) -> tuple[dict[str, Tensor], Tens
     other = {name: (mine[name], asked[name]) for name in mine if mine[name] != asked[name]}
     if other:
         raise HeadMismatchError(f"start_from is a head with other settings; (its own, asked for): {other}")
-    bound = isinstance(wanted, Eagle3Config) or wanted.markov_rank > 0
+    bound = not isinstance(wanted, FeatExtrapolatorConfig) or wanted.markov_rank > 0
     every = torch.arange(wanted.vocab_size) if head.draft_vocab is None else head.draft_vocab
     return dict(head.module.state_dict()), every if bound else None

@@ -15,7 +15,7 @@ from haast.cli.settings import Drafting, JsonOption, Loading, PromptsOption, Spr
 if TYPE_CHECKING:
     from haast.bench.runner import BenchPrompt
     from haast.checking import Comparison, LawTest
-    from haast.drafters.eagle import EagleDrafter
+    from haast.drafters.base import Drafter
     from haast.sampling import SamplingConfig
     from haast.target import Target
 _TINY_SAMPLES = 1000  # fewer would not see the control's bias
@@ -77,7 +77,7 @@ def verify(
 
 
 def _verify_one(
-    target: Target, drafter: EagleDrafter, prompt: BenchPrompt, kind: str, law: SamplingConfig, max_new_tokens: int
+    target: Target, drafter: Drafter, prompt: BenchPrompt, kind: str, law: SamplingConfig, max_new_tokens: int
 ) -> dict[str, Any]:
     from haast.checking import compare
     from haast.engine import StopConfig
@@ -106,9 +106,7 @@ def _verify_line(result: dict[str, Any]) -> str:
     )
 
 
-def _laws(
-    target: Target, drafter: EagleDrafter, prompt: Sequence[int], law: SamplingConfig, samples: int
-) -> list[LawTest]:
+def _laws(target: Target, drafter: Drafter, prompt: Sequence[int], law: SamplingConfig, samples: int) -> list[LawTest]:
     from haast.checking import sampled_law, tiny_law
 
     own = sampled_law(target, drafter, prompt, law, samples) if len(prompt) > 1 else []

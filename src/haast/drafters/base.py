@@ -56,6 +56,19 @@ class Drafter(ABC):
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
         """Begin a batch of texts; `prompts` are token ids per row, for drafters that look things up."""
 
+    def memory(self) -> object:
+        """What `recall` needs of the present run besides its text; None where the text is enough."""
+        return None
+
+    def recall(self, memory: object, following: Sequence[int]) -> None:
+        """Go on behind positions that are known already, in a run of one row; comes between `start` and `observe`.
+
+        Args:
+            memory: what `memory` gave in a run whose text began the same.
+            following: the token after each of those positions, 1 or more. `observe` begins at the position behind.
+        """
+        return
+
     @abstractmethod
     def observe(self, accepted: Accepted) -> None:
         """Take in kept positions (the whole prompt at first): their features, and the tokens that follow them."""

@@ -37,7 +37,7 @@ from haast.tree import DraftTree
 # On a packed target the draft's LM head is held in 8 bits: a draft need not be exact, and reading those weights at
 # every level is most of its time. On 60 validation prompts it cost 0.003 of a tau of 2.42 (6 nodes), and a fifth of the
 # draft's time went; 8 bits for the decoder layer too cost 0.05.
-_DRAFT_LM_FORM = "int8"
+DRAFT_LM_FORM = "int8"
 
 
 class EagleDrafter(Drafter):
@@ -56,11 +56,14 @@ class EagleDrafter(Drafter):
     name = "eagle"
 
     def __init__(self, target: Target, head: Head, shape: DraftShape | None = None) -> None:
-        check_fits(head.module.config, target.hidden_size, target.vocab_size, type(target.model).__name__)
+        module = head.module
+        if not isinstance(module, DraftModule):
+            raise HeadMismatchError(f"{type(module).__name__} do not draft as EAGLE does: give an EAGLE head")
+        check_fits(module.config, target.hidden_size, target.vocab_size, type(target.model).__name__)
         self._target = target
-        self._module = head.module.to(device=target.device, dtype=target.dtype)
-        self.target_layers = head.module.target_layers
-        vocab = None if head.draft_vocab is None else _checked_vocab(head.draft_vocab, target)
+        self._module = module.to(device=target.device, dtype=target.dtype)
+        self.target_layers = module.target_layers
+        vocab = None if head.draft_vocab is None else checked_vocab(head.draft_vocab, target)
         self._vocab = vocab
         packed = isinstance(target.lm_head, PackedLinear)
         self._lm_head = _draft_lm_head(target, self._module, vocab, packed)
@@ -108,6 +111,15 @@ class EagleDrafter(Drafter):
         self._cache = TreeCache(layers, len(prompts), max(len(prompt) for prompt in prompts) + 256)
         self._root = self._extrapolated = None
         self._first = torch.tensor([prompt[0] for prompt in prompts], device=self._target.device)
+
+    def memory(self) -> object:
+        return self._cache
+
+    def recall(self, memory: object, following: Sequence[int]) -> None:
+        assert isinstance(memory, TreeCache), "the cache of an earlier run"
+        memory.truncate(0, len(following))
+        self._cache = memory
+        self._first = torch.tensor([following[-1]], device=self._target.device)
 
     @torch.inference_mode()
     def observe(self, accepted: Accepted) -> None:
@@ -218,7 +230,7 @@ class EagleDrafter(Drafter):
         return output
 
 
-def _checked_vocab(ids: Tensor, target: Target) -> Tensor:
+def checked_vocab(ids: Tensor, target: Target) -> Tensor:
     """The draft vocabulary as the drafter and native code read it: int64, contiguous, within the target's."""
     if ids.dim() != 1 or not len(ids) or ids.is_floating_point():
         raise HeadMismatchError(f"the draft vocabulary has shape {tuple(ids.shape)} of {ids.dtype}: give a list of ids")
@@ -239,7 +251,7 @@ def _draft_lm_head(target: Target, module: DraftModule, vocab: Tensor | None, pa
         return target.lm_head
     bias = None if module.own_lm_head else target.head_bias(ids)
     if packed:
-        return PackedLinear(rows, bias, form=_DRAFT_LM_FORM)
+        return PackedLinear(rows, bias, form=DRAFT_LM_FORM)
     linear = nn.Linear(rows.shape[1], rows.shape[0], bias is not None, device=rows.device, dtype=rows.dtype)
     linear.weight = nn.Parameter(rows, requires_grad=False)
     if bias is not None:

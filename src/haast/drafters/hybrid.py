@@ -51,6 +51,13 @@ class HybridDrafter(Drafter):
         self.eagle.start(prompts)
         self._suffix.start(prompts)
 
+    def memory(self) -> object:
+        return self.eagle.memory()
+
+    def recall(self, memory: object, following: Sequence[int]) -> None:
+        self.eagle.recall(memory, following)
+        self._suffix.recall(None, following)
+
     def observe(self, accepted: Accepted) -> None:
         self.eagle.observe(accepted)
         self._suffix.observe(accepted)

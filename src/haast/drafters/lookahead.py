@@ -103,6 +103,9 @@ class LookaheadDrafter(Drafter):
             if said:
                 row.observe(said, None if accepted.choices is None else accepted.choices[place].tolist())
 
+    def recall(self, memory: object, following: Sequence[int]) -> None:
+        self._rows[0].observe(list(following), None)
+
     def propose(self) -> DraftTree:
         return pack_rows([row.tree() for row in self._rows], self.nodes, self._device)
 

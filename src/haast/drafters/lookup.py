@@ -47,6 +47,10 @@ class HistoryDrafter(Drafter):
             for token in accepted.tokens[row, :count].tolist():
                 self._append(row, token)
 
+    def recall(self, memory: object, following: Sequence[int]) -> None:
+        for token in following:
+            self._append(0, int(token))
+
     def propose(self) -> DraftTree:
         rows = []
         for row, text in enumerate(self._texts):

@@ -10,6 +10,7 @@ scores; a static one fixes them beforehand.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Assumed chance that the child of each rank is right, by which a static tree spends its nodes; ranks beyond the list
@@ -95,17 +96,28 @@ def plan(shape: DraftShape, vocab: int) -> Plan:
     return Plan(top_k, tuple(widths), min(shape.nodes, 1 + reachable))
 
 
+def likeliest_paths(chances: Sequence[Sequence[float]], count: int) -> list[tuple[int, ...]]:
+    """The `count` likeliest paths of ranks, best first; a path's parent always comes before it.
+
+    Args:
+        chances: [depth][rank]: that the child of this rank is right, whatever stands above.
+        count: paths wanted; fewer come back where there are not so many.
+    """
+    chosen: list[tuple[int, ...]] = []
+    open_paths: dict[tuple[int, ...], float] = {(rank,): chance for rank, chance in enumerate(chances[0])}
+    while open_paths and len(chosen) < count:
+        best = max(open_paths, key=lambda path: (open_paths[path], path))
+        score = open_paths.pop(best)
+        chosen.append(best)
+        if len(best) < len(chances):
+            open_paths.update({(*best, rank): score * chance for rank, chance in enumerate(chances[len(best)])})
+    return chosen
+
+
 def _static(depth: int, top_k: int, nodes: int) -> Plan:
     """The `nodes` most likely rank paths under `_RANK_CHANCE`, as index lists."""
     chance = [_RANK_CHANCE[min(r, 9)] * 0.8 ** max(r - 9, 0) for r in range(top_k)]
-    chosen: set[tuple[int, ...]] = set()
-    open_paths: dict[tuple[int, ...], float] = {(rank,): chance[rank] for rank in range(top_k)}
-    while open_paths and len(chosen) < nodes - 1:
-        best = max(open_paths, key=lambda path: (open_paths[path], path))
-        score = open_paths.pop(best)
-        chosen.add(best)
-        if len(best) < depth:
-            open_paths.update({(*best, rank): score * chance[rank] for rank in range(top_k)})
+    chosen = set(likeliest_paths([chance] * depth, nodes - 1))
     frontier: list[tuple[int, ...]] = []
     keep: list[int] = []
     offset = 0

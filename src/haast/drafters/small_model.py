@@ -57,6 +57,15 @@ class SmallModelDrafter(Drafter):
         self._root: Tensor | None = None
         self._first = torch.tensor([prompt[0] for prompt in prompts], device=self._small.device)
 
+    def memory(self) -> object:
+        return self._cache
+
+    def recall(self, memory: object, following: Sequence[int]) -> None:
+        assert isinstance(memory, TreeCache), "the cache of an earlier run"
+        memory.truncate(0, len(following))
+        self._cache = memory
+        self._first = torch.tensor([following[-1]], device=self._small.device)
+
     @torch.inference_mode()
     def observe(self, accepted: Accepted) -> None:
         assert self._cache is not None, "start comes before observe"

@@ -1,10 +1,11 @@
-"""A head on disk: `config.json`, `model.safetensors`, and `draft_vocab.safetensors` where a FeatExtrapolator drafts
-over fewer tokens than the target knows.
+"""A head on disk: `config.json`, `model.safetensors`, and `draft_vocab.safetensors` where a FeatExtrapolator or
+MedusaHeads draft over fewer tokens than the target knows.
 
-Owns the files and their checks. `model.safetensors` holds the official EAGLE-1 or EAGLE-3 layout; options that the
-official layouts do not know (more layers, a Markov bias, normed states) add tensors under names of their own. The
-draft vocabulary is `d2t` (target id = draft id + d2t[draft id]): beside an EAGLE-1 head, which has no such tensor, in a
-file of its own; inside an EAGLE-3 head, with `t2d` (which target ids are drafted), as its official files have it.
+Owns the files and their checks. `model.safetensors` (in parts with an index, as transformers splits a large model,
+where it would pass 20 MB) holds the official EAGLE-1, EAGLE-3 or Medusa layout; options that the official layouts do
+not know (more layers, a Markov bias, normed states) add tensors under names of their own. The draft vocabulary is `d2t`
+(target id = draft id + d2t[draft id]): beside an EAGLE-1 or Medusa head, which have no such tensor, in a file of its
+own; inside an EAGLE-3 head, with `t2d` (which target ids are drafted), as its official files have it.
 """
 
 from __future__ import annotations
@@ -15,19 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from haast.errors import HeadMismatchError
-from haast.heads.config import HeadConfig
+from haast.heads.config import HeadSizes
 from haast.heads.eagle3 import Eagle3Config, Eagle3Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
+from haast.heads.medusa import MedusaConfig, MedusaHeads
 from haast.heads.module import DraftModule
 
-_FEAT, _EAGLE3 = "haast-feat-extrapolator-1", "haast-eagle3-1"
-_CONFIGS: dict[str, type[HeadConfig]] = {_FEAT: FeatExtrapolatorConfig, _EAGLE3: Eagle3Config}
+_CONFIGS: dict[str, type[HeadSizes]] = {
+    "haast-feat-extrapolator-1": FeatExtrapolatorConfig,
+    "haast-eagle3-1": Eagle3Config,
+    "haast-medusa-1": MedusaConfig,
+}
+_PART = "20MB"  # largest file of weights: what code hosts take without complaint
+_INDEX = "model.safetensors.index.json"
+AnyModule = DraftModule | MedusaHeads
 # What transformers and torch raise at sizes that make no Llama layer: a word, zero, a negative, an unknown name.
 _NO_SIZES = (TypeError, ValueError, KeyError, ZeroDivisionError, RuntimeError, StrictDataclassError)
 
@@ -36,14 +45,14 @@ _NO_SIZES = (TypeError, ValueError, KeyError, ZeroDivisionError, RuntimeError, S
 class Head:
     """A loaded head: the module, the target ids it drafts over (None: all), and what its files say of its making."""
 
-    module: DraftModule
+    module: AnyModule
     draft_vocab: Tensor | None  # (draft vocabulary,) int64, ascending target ids
     about: dict[str, Any]
 
 
 def save_head(
     folder: Path,
-    config: HeadConfig,
+    config: HeadSizes,
     weights: dict[str, Tensor],
     draft_vocab: Tensor | None,
     about: dict[str, Any] | None = None,
@@ -69,8 +78,9 @@ def save_head(
             stored |= {**offsets, "t2d": drafted}
         else:
             _write(folder / "draft_vocab.safetensors", offsets)
-    _write(folder / "model.safetensors", stored)
-    document: dict[str, Any] = {"format": _EAGLE3 if eagle3 else _FEAT, "head": asdict(config), "about": about or {}}
+    _write_weights(folder, stored)
+    kind = next(name for name, each in _CONFIGS.items() if each is type(config))
+    document: dict[str, Any] = {"format": kind, "head": asdict(config), "about": about or {}}
     if draft_vocab is not None:
         document["draft_vocab_size"] = len(draft_vocab)
     temporary = folder / "config.json.tmp"
@@ -92,7 +102,7 @@ def load_head(folder: Path) -> Head:
     except _NO_SIZES as error:
         raise HeadMismatchError(f"{folder / 'config.json'}: sizes do not make a head: {error}") from error
     path = folder / "model.safetensors"
-    weights = _read_tensors(path)
+    weights = _read_weights(folder)
     vocab = None
     if isinstance(config, Eagle3Config):
         mapping: dict[str, Tensor] = {n: weights.pop(n) for n in ("d2t", "t2d") if n in weights}
@@ -111,15 +121,17 @@ def load_head(folder: Path) -> Head:
     return Head(module.eval().requires_grad_(False), vocab, dict(document.get("about", {})))
 
 
-def build_module(config: HeadConfig, draft_vocab_size: int | None) -> DraftModule:
-    """The module of these sizes; `draft_vocab_size` is a FeatExtrapolator's, an Eagle3Config has its own."""
+def build_module(config: HeadSizes, draft_vocab_size: int | None) -> AnyModule:
+    """The module of these sizes; an Eagle3Config has a `draft_vocab_size` of its own."""
     if isinstance(config, Eagle3Config):
         return Eagle3Head(config)
-    assert isinstance(config, FeatExtrapolatorConfig), "there are two kinds"
+    if isinstance(config, MedusaConfig):
+        return MedusaHeads(config, draft_vocab_size)
+    assert isinstance(config, FeatExtrapolatorConfig), "there are three kinds"
     return FeatExtrapolator(config, draft_vocab_size)
 
 
-def _config(folder: Path, document: dict[str, Any]) -> HeadConfig:
+def _config(folder: Path, document: dict[str, Any]) -> HeadSizes:
     kind = _CONFIGS[document["format"]]
     known = {field.name for field in fields(kind)}
     unknown = set(document["head"]) - known
@@ -131,7 +143,7 @@ def _config(folder: Path, document: dict[str, Any]) -> HeadConfig:
         raise HeadMismatchError(f"{folder / 'config.json'}: sizes do not make a head: {error}") from error
 
 
-def check_fits(head: HeadConfig, hidden_size: int, vocab_size: int, target: str) -> None:
+def check_fits(head: HeadSizes, hidden_size: int, vocab_size: int, target: str) -> None:
     """Refuse a head made for another target.
 
     Raises:
@@ -148,7 +160,7 @@ def check_fits(head: HeadConfig, hidden_size: int, vocab_size: int, target: str)
             )
 
 
-def read_head_config(folder: Path) -> HeadConfig:
+def read_head_config(folder: Path) -> HeadSizes:
     """The head's sizes alone, to check them before a model loads. Raises HeadMismatchError as `load_head` does."""
     return _config(folder, _read_config(folder))
 
@@ -169,6 +181,37 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return document
 
 
+def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
+    """In one file, or in parts and their index; the index, or the one file, comes last and the other is removed."""
+    split = split_torch_state_dict_into_shards(weights, max_shard_size=_PART)
+    index, whole = folder / _INDEX, folder / "model.safetensors"
+    for name, tensors in split.filename_to_tensors.items():
+        _write(folder / name, {each: weights[each] for each in tensors})
+    if split.is_sharded:
+        temporary = folder / f"{_INDEX}.tmp"
+        temporary.write_text(
+            json.dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2) + "\n",
+            encoding="utf-8",
+        )
+        temporary.replace(index)
+    (whole if split.is_sharded else index).unlink(missing_ok=True)
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    index, weights = folder / _INDEX, dict[str, Tensor]()
+    if not index.is_file():
+        return _read_tensors(folder / "model.safetensors")
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HeadMismatchError(f"{index} is no index of weights ({error}); fetch the head again") from error
+    for name in sorted(map(str, files)):
+        if Path(name).name != name:
+            raise HeadMismatchError(f"{index} names {name!r}, which lies outside the head's folder; fetch it again")
+        weights |= _read_tensors(folder / name)
+    return weights
+
+
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
@@ -178,7 +221,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise HeadMismatchError(f"{path} is corrupt ({error}); fetch or train the head again") from error
 
 
-def _check_tensors(folder: Path, module: DraftModule, weights: dict[str, Tensor]) -> None:
+def _check_tensors(folder: Path, module: AnyModule, weights: dict[str, Tensor]) -> None:
     wanted = module.state_dict()
     missing, unknown = sorted(set(wanted) - set(weights)), sorted(set(weights) - set(wanted))
     if missing or unknown:

@@ -1,4 +1,4 @@
-"""Sizes that both kinds of EAGLE head share, derived from the target's own. Owns configuration; knows no modules."""
+"""Sizes of heads, derived from the target's own. Owns configuration; knows no modules."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from haast import attention
 
 
 @dataclass(frozen=True)
-class HeadConfig:
-    """Sizes of a head. `vocab_size` and `hidden_size` are the target's own and are checked when they meet.
+class HeadSizes:
+    """What every head shares with its target; checked when they meet."""
+
+    hidden_size: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class HeadConfig(HeadSizes):
+    """Sizes of an EAGLE head.
 
     `markov_rank` adds a low-rank bias of the previous token to the draft's logits (DSpark, arXiv 2607.05147).
     """
 
-    hidden_size: int
-    vocab_size: int
     intermediate_size: int
     num_attention_heads: int
     num_key_value_heads: int

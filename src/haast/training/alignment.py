@@ -57,9 +57,9 @@ def chain_passes(
     if passes == 1:
         return
     drafted: list[_Drafted] = [[] for _ in head.layers]
-    follows = _follows(batch)
+    near = follows(batch)
     for number in range(1, passes):
-        alive = follows[rows]
+        alive = near[rows]
         rows = rows[alive] + 1
         if not rows.numel():
             return
@@ -77,7 +77,7 @@ def chain_passes(
         yield state, rows
 
 
-def _follows(batch: PackedBatch) -> Tensor:
+def follows(batch: PackedBatch) -> Tensor:
     """(M,) bool: the supervised pair after this one is its neighbour in the same sequence."""
     position = batch.positions[batch.queries]
     near = (batch.queries[1:] == batch.queries[:-1] + 1) & (position[1:] == position[:-1] + 1)

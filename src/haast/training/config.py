@@ -24,8 +24,9 @@ class TrainConfig:
     """How a head is trained. A *view* is one supervised position seen once; `views` is the length of the whole run."""
 
     views: int = _setting(10_000_000, "Length of the run: supervised positions seen, each epoch's anew.")
-    head: str = _setting("feat-extrapolator", "EAGLE-1/2's head, or eagle3.")
-    layers: int = _setting(1, "Decoder layers of the head. Other engines load one.")
+    head: str = _setting("feat-extrapolator", "EAGLE-1/2's head, or eagle3, or medusa.")
+    layers: int = _setting(1, "Decoder layers of the head, or residual blocks of each Medusa head. Others load one.")
+    medusa_heads: int = _setting(3, "Tokens that Medusa heads draft ahead, one head each.")
     inputs: str = _setting("feature+shifted-token", "Or feature+token, feature, token: ablations of the pairs.")
     fc_norm: bool = _setting(False, "Norm each captured state in front of an Eagle3Head's fc (EAGLE-3.1).")
     markov_rank: int = _setting(0, "Rank of a previous-token bias on the draft's logits; 0 is none.")
@@ -65,8 +66,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         above_zero = (
-            "views layers learning_rate clip draft_vocab batch_tokens accumulate output_init alignment_steps "
-            "step_decay rejected_weight log_every evaluate_every checkpoint_every"
+            "views layers medusa_heads learning_rate clip draft_vocab batch_tokens accumulate output_init "
+            "alignment_steps step_decay rejected_weight log_every evaluate_every checkpoint_every"
         )
         for name in above_zero.split():
             self._require(name, getattr(self, name) > 0, "above 0")
@@ -86,9 +87,9 @@ class TrainConfig:
         self._require_one_of("inputs", INPUTS)
         for name in ("final_learning_rate", "lk_after", "align_after"):
             self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
-        if self.head == "eagle3" and not self.ce_weight:
-            raise ValueError("ce_weight=0 leaves head='eagle3' nothing to learn: it has no feature loss")
-        plain = self.head != "eagle3" and self.layers == 1 and not self.markov_rank and self.inputs == INPUTS[0]
+        if self.head != KINDS[0] and not self.ce_weight:
+            raise ValueError(f"ce_weight=0 leaves head={self.head!r} nothing to learn: it has no feature loss")
+        plain = self.head == KINDS[0] and self.layers == 1 and not self.markov_rank and self.inputs == INPUTS[0]
         if self.initialisation == "last-layer" and not plain:
             raise ValueError(
                 "initialisation='last-layer' fits a FeatExtrapolator of one layer without a Markov bias, on EAGLE's "
@@ -96,8 +97,11 @@ class TrainConfig:
             )
         if self.shard and (self.optimizer == "muon" or self.ema):
             raise ValueError("shard=True splits parameters that optimizer='muon' and ema need whole: use adamw, ema=0")
-        if self.head == "eagle3" and self.inputs != INPUTS[0]:
-            raise ValueError(f"inputs={self.inputs!r} is an ablation of head='feat-extrapolator', not of 'eagle3'")
+        if self.head != KINDS[0] and self.inputs != INPUTS[0]:
+            raise ValueError(f"inputs={self.inputs!r} is an ablation of head='feat-extrapolator', not of {self.head!r}")
+        eagles = {name: getattr(self, name) for name in ("alignment_steps", "markov_rank", "teacher_top")}
+        if self.head == "medusa" and tuple(eagles.values()) != (1, 0, 0):
+            raise ValueError(f"head='medusa' has none of EAGLE's options, so leave out {', '.join(eagles)}: {eagles}")
         if self.head != "eagle3" and self.fc_norm:
             raise ValueError("fc_norm=True is an option of head='eagle3': a FeatExtrapolator's features are normed")
         self._require("ce_weight", self.ce_weight + self.feature_weight > 0, "above 0, or feature_weight above 0")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from haast.errors import HeadMismatchError
-from haast.heads.config import HeadConfig
+from haast.heads.config import HeadSizes
 from haast.target import Target
 from haast.training.batches import Example
 
@@ -84,7 +84,7 @@ def choose_draft_vocab(examples: Sequence[Example], vocab: int, size: int, alway
     return mass.topk(min(size, vocab)).indices.sort().values
 
 
-def check_sizes(config: HeadConfig, frozen: Frozen, example: Example) -> None:
+def check_sizes(config: HeadSizes, frozen: Frozen, example: Example) -> None:
     """Refuse a head, a target and features that differ in hidden size or vocabulary.
 
     Raises:

@@ -51,7 +51,7 @@ class Objective(nn.Module):
         self._bias = None if bias is None else bias.to(device)
         self._draft_index = index.to(device)  # (vocab,): place in the draft vocabulary, -1 where there is none
         self._feature_units = scales.feature.to(device)
-        captured = None if head.regresses else scales.hidden
+        captured = scales.hidden if head.reads_captured else None
         self._input_units = self._feature_units if captured is None else captured.to(device)
 
     def forward(

@@ -6,19 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from haast.heads.config import HeadConfig
+from haast.heads.config import HeadSizes
 from haast.heads.eagle3 import Eagle3Config
+from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
+from haast.heads.medusa import MedusaConfig
 from haast.training.batches import Example, pack, usable
 from haast.training.config import TrainConfig
 from haast.training.frozen import Frozen
 from haast.training.trainer import Trainer
 
 _SEQUENCES = 4
+_KINDS = {"feat-extrapolator": FeatExtrapolatorConfig, "eagle3": Eagle3Config, "medusa": MedusaConfig}
 TEACHER_AGREES = 0.9  # less than 1: stored features are rounded to fp16
 
 
 def overfit_self_test(
-    head_config: HeadConfig,
+    head_config: HeadSizes,
     frozen: Frozen,
     examples: Sequence[Example],
     out_dir: Path,
@@ -64,7 +67,7 @@ def overfit_self_test(
         draft_vocab=draft_vocab,
         batch_tokens=sum(example.pairs for example in some),
         learning_rate=5e-3,
-        head="eagle3" if isinstance(head_config, Eagle3Config) else "feat-extrapolator",
+        head=next(name for name, kind in _KINDS.items() if isinstance(head_config, kind)),
         log_every=views,
         evaluate_every=views,
         checkpoint_every=views,

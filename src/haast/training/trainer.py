@@ -19,27 +19,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from haast.heads.config import HeadConfig
-from haast.heads.eagle3 import Eagle3Config
-from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
-from haast.heads.module import DraftModule
+from haast.heads.checkpoint import AnyModule
+from haast.heads.config import HeadSizes
 from haast.training import checkpoints
 from haast.training.batches import BatchOrder, Example, PackedBatch, digest, pack, usable
-from haast.training.bigrams import bigram_directions
 from haast.training.config import TrainConfig
 from haast.training.findings import Finding
 from haast.training.frozen import Frozen, check_sizes, choose_draft_vocab
 from haast.training.interrupt import interrupt_flag, matmul_precision
-from haast.training.objective import ALPHAS, Objective
+from haast.training.making import make_head, make_objective
+from haast.training.objective import ALPHAS
 from haast.training.optimizer import HeadOptimizer
 from haast.training.processes import Processes
 from haast.training.report import Reporter, Watcher
-from haast.training.whitened import Scales, TrainedHead, WhitenedHead, load_plain, plain_weights
-from haast.training.whitened3 import WhitenedEagle3
+from haast.training.whitened import load_plain, plain_weights
 
 __all__ = ["Explain", "Frozen", "MeasureTau", "Trainer", "choose_draft_vocab", "plain_weights"]
 
-MeasureTau = Callable[[DraftModule, Tensor], float]  # (head in eval mode, draft vocabulary ids) -> tau
+MeasureTau = Callable[[AnyModule, Tensor], float]  # (head in eval mode, draft vocabulary ids) -> tau
 Explain = Callable[[dict[str, Any], Tensor], list[Finding]]  # (an evaluation, draft vocabulary ids) -> what is wrong
 _TAU_IS_ONE = 1.05  # a head below this drafts nothing that is accepted
 _EARLY = 0.2  # share of the run before which a tau of one is no alarm
@@ -90,13 +87,13 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        head_config: HeadConfig,
+        head_config: HeadSizes,
         frozen: Frozen,
         train: Sequence[Example],
         valid: Sequence[Example],
         out_dir: Path,
         measure_tau: MeasureTau | None = None,
-        export: Callable[[Path, DraftModule, Tensor], None] | None = None,
+        export: Callable[[Path, AnyModule, Tensor], None] | None = None,
         start_from: dict[str, Tensor] | None = None,
         draft_vocab: Tensor | None = None,
         quiet: bool = False,
@@ -126,10 +123,10 @@ class Trainer:
         self.head_config = self.head.config
         if start_from is not None:
             load_plain(self.head, start_from)
-        self._captured = not self.head.regresses
+        self._captured = self.head.reads_captured
         self._plain = copy.deepcopy(self.head)  # stays whole and on the CPU
         self._objective = self._processes.prepare(
-            Objective(self.head, frozen, draft_vocab, config, self._processes.device)
+            make_objective(self.head, frozen, draft_vocab, config, self._processes.device)
         )
         trained = [(name, p) for name, p in self._objective.named_parameters() if p.requires_grad]
         self._averages = [p.detach().clone() for _, p in trained] if config.ema else []
@@ -279,17 +276,17 @@ class Trainer:
         depths = [i for i in range(ALPHAS) if sums.get(f"tried_{i}")]
         return values | {"valid_alpha": [round(sums[f"right_{i}"] / sums[f"tried_{i}"], 4) for i in depths]}
 
-    def plain_head(self) -> DraftModule:
+    def plain_head(self) -> AnyModule:
         """The present weights as users get them, in eval mode (on the main process)."""
         with self._averaged():
             return self._plain_head(self._processes.weights(self._objective))
 
-    def _plain_head(self, weights: dict[str, Tensor]) -> DraftModule:
+    def _plain_head(self, weights: dict[str, Tensor]) -> AnyModule:
         prefix = "head."
         self._plain.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
         return self._plain.plain()
 
-    def _store(self, folder: Path, head: DraftModule) -> None:
+    def _store(self, folder: Path, head: AnyModule) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if self._export is not None:
             self._export(folder, head, self.draft_vocab)
@@ -358,27 +355,3 @@ def _seconds_to_tau(evaluations: Sequence[dict[str, Any]]) -> dict[str, float]:
             if line.get("tau", 0.0) >= mark:
                 found.setdefault(str(mark), line["seconds"])
     return found
-
-
-def make_head(
-    config: TrainConfig,
-    head_config: HeadConfig,
-    frozen: Frozen,
-    examples: Sequence[Example],
-    draft_vocab: Tensor,
-) -> TrainedHead:
-    """A head of the asked kind at its random start (an Eagle3Head's LM head and final norm are the target's)."""
-    scales = Scales.measure(list(examples), frozen.embeddings)
-    if isinstance(head_config, Eagle3Config):
-        sizes = Eagle3Config(**(asdict(head_config) | {"draft_vocab_size": len(draft_vocab)}))
-        random = config.initialisation == "random"
-        rows, gain = (None, None) if random else (frozen.head[draft_vocab], frozen.final_gain)
-        head: TrainedHead = WhitenedEagle3(sizes, scales, gain, rows, config.output_init, config.seed)
-    else:
-        assert isinstance(head_config, FeatExtrapolatorConfig), "there are two kinds"
-        head = WhitenedHead(head_config, scales, config.output_init, config.seed, len(draft_vocab))
-    if head_config.markov_rank and config.initialisation != "random":
-        directions = bigram_directions(examples, head_config.vocab_size, draft_vocab, head_config.markov_rank)
-        with torch.no_grad():
-            head.markov_embed.copy_(directions)
-    return head

@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from haast.heads.checkpoint import build_module
-from haast.heads.config import HeadConfig
+from haast.heads.checkpoint import AnyModule, build_module
+from haast.heads.config import HeadConfig, HeadSizes
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
-from haast.heads.module import DraftModule
 from haast.training.batches import Example
 from haast.training.layers import Angles, DraftLayer
 
@@ -65,15 +64,41 @@ def _rms(parts: list[Tensor]) -> Tensor:
     return rms
 
 
-class TrainedHead(nn.Module, ABC):
-    """What training needs of a head, whichever kind it is."""
+class Whitened(nn.Module, ABC):
+    """What the trainer needs of a head, whichever kind it is."""
 
+    config: HeadSizes
     regresses = False  # whether states aim at the target's features
+    reads_captured = False  # whether it reads captured states instead of features
+
+    def __init__(self, scales: Scales) -> None:
+        super().__init__()
+        self.scales = scales
+
+    @abstractmethod
+    def parts(self) -> Parts:
+        """Every plain tensor as its whitened part and the factor (broadcastable to it) between the two."""
+
+    @abstractmethod
+    def drafted_over(self) -> int | None:
+        """Tokens that rows of this head's own belong to; None where the target's rows draft."""
+
+    def plain(self) -> AnyModule:
+        """The module that users get, with the present weights, in eval mode."""
+        module = build_module(self.config, self.drafted_over()).to(self.scales.feature.dtype)
+        module.load_state_dict(plain_weights(self))
+        return module.eval()
+
+
+class TrainedHead(Whitened):
+    """What training needs of an EAGLE head of either kind."""
+
+    config: HeadConfig
     follows_token = True
 
     def __init__(self, config: HeadConfig, scales: Scales, seed: int) -> None:
-        super().__init__()
-        self.config, self.scales = config, scales
+        super().__init__(scales)
+        self.config = config
         self._generator, self._dtype = torch.Generator().manual_seed(seed), scales.feature.dtype
         self.layers = nn.ModuleList()
         self.rotary = LlamaRotaryEmbedding(config.llama())
@@ -122,16 +147,8 @@ class TrainedHead(nn.Module, ABC):
         one = torch.ones(())
         return {"markov.embed.weight": (self.markov_embed, one), "markov.rows.weight": (self.markov_rows, one)}
 
-    @abstractmethod
-    def parts(self) -> Parts:
-        """Every plain tensor as its whitened part and the factor (broadcastable to it) between the two."""
-
-    def plain(self) -> DraftModule:
-        """The module that users get, with the present weights, in eval mode."""
-        drafted = self.markov_rows.shape[0] if self.config.markov_rank else None
-        module = build_module(self.config, drafted).to(self._dtype)
-        module.load_state_dict(plain_weights(self))
-        return module.eval()
+    def drafted_over(self) -> int | None:
+        return int(self.markov_rows.shape[0]) if self.config.markov_rank else None
 
 
 def layer_parts(layer: DraftLayer, prefix: str, reads: Tensor) -> Parts:
@@ -199,13 +216,13 @@ class WhitenedHead(TrainedHead):
 
 
 @torch.no_grad()
-def plain_weights(head: TrainedHead) -> dict[str, Tensor]:
+def plain_weights(head: Whitened) -> dict[str, Tensor]:
     """The official tensors, the fixed units folded in; they load into the head's plain module."""
     return {name: (part * factor).contiguous().cpu() for name, (part, factor) in head.parts().items()}
 
 
 @torch.no_grad()
-def load_plain(head: TrainedHead, weights: dict[str, Tensor]) -> None:
+def load_plain(head: Whitened, weights: dict[str, Tensor]) -> None:
     """Start from a head's plain weights instead of noise.
 
     Raises:

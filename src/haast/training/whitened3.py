@@ -36,6 +36,8 @@ class WhitenedEagle3(TrainedHead):
         seed: of noise.
     """
 
+    reads_captured = True
+
     def __init__(
         self,
         config: Eagle3Config,

@@ -1,0 +1,173 @@
+"""Medusa drafting: every head guesses one depth, a fixed tree combines their best guesses (arXiv 2401.10774).
+
+Owns which combinations are worth a node and the drafting itself. The tree is static: node (r_1, ..., r_d) is the r_d-th
+best guess of head d under the r_{d-1}-th best of head d - 1, whatever that was, since no head knows what another chose.
+
+    feature f_{p-1}    of the last kept position; the target's LM head on it gave the root, token p
+    head i             guesses token p + 1 + i, all from that one feature: one pass drafts the whole tree
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from haast import native
+from haast.drafters.base import Accepted, Drafter, last_tokens
+from haast.drafters.eagle import DRAFT_LM_FORM, checked_vocab
+from haast.drafters.shape import DraftShape, likeliest_paths
+from haast.errors import HeadMismatchError
+from haast.heads.checkpoint import Head, check_fits
+from haast.heads.medusa import MedusaHeads
+from haast.speed.memory import give_back
+from haast.speed.packing import PackedLinear, pack_linears
+from haast.target import Target
+from haast.tree import DraftTree
+
+RANKS = 10  # guesses per head that may enter a tree
+# Where a head's files tell no measured accuracies: the shape of those that Medusa's authors publish for their heads.
+_ASSUMED = tuple(tuple(first * 0.4 ** min(r, 1) * 0.6 ** max(r - 1, 0) for r in range(RANKS)) for first in (0.5, 0.3))
+_FALLS = 0.7  # of the assumed accuracies from each further head to the next
+
+
+class MedusaDrafter(Drafter):
+    """Drafts with `MedusaHeads`.
+
+    Args:
+        target: what it drafts for.
+        head: heads trained for this target. The module is taken over: moved to the target's device and dtype, and
+            packed where the target is packed.
+        nodes: nodes of the tree, root included, 2 or more.
+
+    Raises:
+        HeadMismatchError: the head is of another kind or for another target.
+        ValueError: too few nodes, or accuracies that are none.
+    """
+
+    name = "medusa"
+    pace = None  # every tree is of one size
+
+    def __init__(self, target: Target, head: Head, nodes: int = 6) -> None:
+        module = head.module
+        if not isinstance(module, MedusaHeads):
+            raise HeadMismatchError(f"a {type(module).__name__} does not draft as Medusa does: give Medusa heads")
+        check_fits(module.config, target.hidden_size, target.vocab_size, type(target.model).__name__)
+        self._vocab = None if head.draft_vocab is None else checked_vocab(head.draft_vocab, target)
+        self.accuracies = _accuracies(head)
+        self._target = target
+        self._module = module.to(device=target.device, dtype=target.dtype)
+        packed = isinstance(target.lm_head, PackedLinear)
+        if packed:
+            _pack(self._module)
+        self._native = packed and native.available()
+        self.resize(nodes)
+        self._root: Tensor | None = None
+        self._feature: Tensor | None = None  # (rows, hidden) at the position before the root
+
+    @property
+    def nodes(self) -> int:
+        return self._nodes
+
+    @property
+    def shape(self) -> DraftShape:
+        """What is drafted, in the words that EAGLE's trees are told in."""
+        return DraftShape("static", len(self._widths), max(self._widths), max(self._widths), self._nodes)
+
+    @property
+    def expected(self) -> list[float]:
+        """[n]: drafted tokens that a tree of n + 2 nodes brings a step, by the heads' accuracies."""
+        gains = [_chance(self.accuracies, path) for path in likeliest_paths(self.accuracies, 63)]
+        return torch.tensor(gains).cumsum(0).tolist()
+
+    def resize(self, nodes: int) -> None:
+        """Draft trees of so many nodes from the next step on (fewer where there are not so many combinations)."""
+        if nodes < 2:
+            raise ValueError(f"nodes={nodes} is not allowed: a drafted tree has 2 nodes or more (root and a draft)")
+        drafts = self._target.vocab_size if self._vocab is None else len(self._vocab)
+        known = [chances[:drafts] for chances in self.accuracies]
+        paths = sorted(likeliest_paths(known, nodes - 1), key=lambda path: (len(path), path))
+        place = {(): 0, **{path: number for number, path in enumerate(paths, start=1)}}
+        parents = [-1, *(place[path[:-1]] for path in paths)]
+        device = self._target.device
+        tree = DraftTree.from_parents(
+            torch.zeros(1, len(parents), dtype=torch.long, device=device), torch.tensor([parents], device=device)
+        )
+        self._nodes, self._tree = len(parents), tree
+        self._widths = [
+            1 + max((path[-1] for path in paths if len(path) == depth), default=-1)
+            for depth in range(1, max(map(len, paths)) + 1)
+        ]
+        before = [sum(self._widths[: len(path) - 1]) for path in paths]
+        picked = [start + path[-1] for start, path in zip(before, paths, strict=True)]
+        self._picked = torch.tensor(picked, device=device)
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> None:
+        self._root = self._feature = None
+
+    def observe(self, accepted: Accepted) -> None:
+        counts = accepted.counts
+        last = torch.stack([accepted.features[row, max(count, 1) - 1] for row, count in enumerate(counts)])
+        if self._feature is not None and not all(counts):
+            kept = torch.tensor(counts, device=last.device).unsqueeze(1) > 0
+            last = torch.where(kept, last, self._feature)
+        self._feature = last
+        self._root = last_tokens(accepted, self._root)
+
+    @torch.inference_mode()
+    def propose(self) -> DraftTree:
+        feature, root, tree = self._feature, self._root, self._tree
+        assert feature is not None and root is not None, "observe the prompt before the first proposal"
+        guesses = torch.cat([self._best(i, feature, width) for i, width in enumerate(self._widths)], dim=1)
+        tokens = torch.cat([root.unsqueeze(1), guesses[:, self._picked]], dim=1)  # (rows, nodes)
+        rows, nodes = tokens.shape
+        return DraftTree(
+            tokens,
+            tree.parents.expand(rows, -1),
+            tree.depths.expand(rows, -1),
+            tree.ancestors.expand(rows, nodes, nodes),
+            tree.live.expand(rows, -1),
+        )
+
+    def _best(self, number: int, feature: Tensor, width: int) -> Tensor:
+        """The `width` likeliest tokens of a head, best first: (rows, width) target ids."""
+        logits = self._module[number](feature).float()  # (rows, draft vocabulary)
+        if self._native and width <= native.MOST_TOP:
+            ids = native.top(logits.unsqueeze(1), width)[1].squeeze(1)
+        else:
+            ids = logits.topk(width, dim=-1).indices
+        return ids if self._vocab is None else self._vocab[ids]
+
+
+def _accuracies(head: Head) -> tuple[tuple[float, ...], ...]:
+    """[i][r]: chance that the r-th best guess of head i is right, measured in training where the head's files say."""
+    assert isinstance(head.module, MedusaHeads), "checked by the drafter"
+    told, count = head.about.get("rank_accuracies"), head.module.config.heads
+    if told is None:
+        return tuple(tuple(chance * _FALLS ** max(i - 1, 0) for chance in _ASSUMED[min(i, 1)]) for i in range(count))
+    rows = isinstance(told, list) and len(told) == count and all(isinstance(row, list) and row for row in told)
+    if not rows or not all(isinstance(c, float | int) and 0 <= c <= 1 for row in told for c in row):
+        raise ValueError(
+            f"rank_accuracies={told!r} in the head's config.json are not chances of {count} heads: train the heads "
+            f"again, or take the entry out"
+        )
+    return tuple(tuple(map(float, row[:RANKS])) for row in told)
+
+
+def _chance(accuracies: Sequence[Sequence[float]], path: Sequence[int]) -> float:
+    chance = 1.0
+    for depth, rank in enumerate(path):
+        chance *= accuracies[depth][rank]
+    return chance
+
+
+def _pack(module: MedusaHeads) -> None:
+    """Pack the blocks as the target is packed; the LM heads, whose drafts need not be exact, in 8 bits."""
+    for head in module:
+        assert isinstance(head, nn.Sequential), "blocks and an LM head"
+        lm_head = head[-1]
+        assert isinstance(lm_head, nn.Linear), "the last is the LM head"
+        head[-1] = PackedLinear(lm_head.weight.detach(), None, form=DRAFT_LM_FORM)
+    pack_linears(module)
+    give_back()

@@ -1,0 +1,206 @@
+"""Conversations: what a turn takes from the cache, and that the text is the same as from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from chats import SMOLLM2, bytes_tokenizer
+from fakes import decode, random_head, tiny_target
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_medusa import medusa
+
+from haast.api import Haast
+from haast.drafters.base import Drafter
+from haast.drafters.eagle import EagleDrafter
+from haast.drafters.hybrid import HybridDrafter
+from haast.drafters.lookahead import LookaheadDrafter
+from haast.drafters.lookup import PromptLookupDrafter, SuffixDrafter
+from haast.drafters.medusa import MedusaDrafter
+from haast.drafters.shape import DraftShape
+from haast.drafters.small_model import SmallModelDrafter
+from haast.drafters.vanilla import VanillaDrafter
+from haast.engine import Engine, Stats, StopConfig
+from haast.errors import PromptError
+from haast.past import Past
+from haast.sampling import SamplingConfig
+from haast.session import Session, Sessions
+from haast.speed.fusing import fuse_small_modules
+from haast.speed.packing import pack_linears
+from haast.target import Target
+
+DRAFTERS: dict[str, Callable[[Target], Drafter]] = {
+    "vanilla": lambda target: VanillaDrafter(),
+    "eagle": lambda target: EagleDrafter(target, random_head(target), DraftShape(nodes=8)),
+    "eagle, chain": lambda target: EagleDrafter(target, random_head(target), DraftShape("chain", depth=3)),
+    "medusa": lambda target: MedusaDrafter(target, medusa(target), 8),
+    "lookup": lambda target: PromptLookupDrafter(5),
+    "suffix": lambda target: SuffixDrafter(5),
+    "lookahead": lambda target: LookaheadDrafter(target.vocab_size, 3, 3, 2),
+    "small-model": lambda target: SmallModelDrafter(target, tiny_target(layers=1, seed=5), 3),
+    "hybrid": lambda target: HybridDrafter(EagleDrafter(target, random_head(target), DraftShape(nodes=6))),
+}
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return tiny_target()
+
+
+def turn(target: Target, drafter: Drafter, prompt: list[int], past: Past, **law: Any) -> tuple[list[int], Stats]:
+    stats = Stats()
+    emitted = Engine(target, drafter).run([prompt], SamplingConfig(**law), StopConfig(7), stats, past)
+    return [token for emission in emitted for token in emission.tokens], stats
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ten_turns_reuse_the_cache_and_say_the_same(target: Target, name: str, temperature: float) -> None:
+    drafter, past, text = DRAFTERS[name](target), Past(), [3, 4, 5]
+    for number in range(10):
+        held = len(past.tokens)
+        said, stats = turn(target, drafter, text, past, temperature=temperature, seed=number)
+        fresh = decode(target, DRAFTERS[name](target), [text], 7, SamplingConfig(temperature, seed=number))
+        assert [said] == fresh
+        assert stats.recalled_tokens == max(held - 1, 0) and stats.prompt_tokens == len(text)
+        assert past.tokens == [*text, *said][: len(past.tokens)]
+        assert len(past.tokens) >= len(text) + len(said) - 1  # all but the root, so next time only what is new runs
+        text = [*text, *said, 6 + number, 7]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 30), st.lists(st.integers(0, 31), min_size=1, max_size=5)), max_size=5))
+@pytest.mark.parametrize("name", ["eagle", "lookahead", "suffix", "small-model"])
+def test_an_edited_text_is_used_as_far_as_it_is_the_same(
+    target: Target, name: str, edits: list[tuple[int, list[int]]]
+) -> None:
+    drafter, past, text = DRAFTERS[name](target), Past(), [3, 4, 5, 6, 7, 8]
+    for keep, more in [(6, [9]), *edits]:
+        text = [*text[:keep], *more]
+        said, stats = turn(target, drafter, text, past)
+        assert [said] == decode(target, VanillaDrafter(), [text], 7)
+        assert stats.recalled_tokens < len(text)
+        text = [*text, *said]
+
+
+def test_a_packed_target_recalls_the_same_bits() -> None:
+    plain = tiny_target()
+    model: Any = plain.model
+    target = Target(model.float())
+    pack_linears(target.model)
+    fuse_small_modules(target.model)
+    target.use_one_call()
+    drafter, past, text = EagleDrafter(target, random_head(target), DraftShape(nodes=6)), Past(), [3, 4, 5]
+    for _ in range(4):
+        said, stats = turn(target, drafter, text, past)
+        assert [said] == decode(target, VanillaDrafter(), [text], 7)
+        text = [*text, *said, 9]
+    assert stats.recalled_tokens > 20
+
+
+def test_a_past_of_another_drafter_or_an_interrupted_run_is_not_used(target: Target) -> None:
+    past, first, second = Past(), VanillaDrafter(), VanillaDrafter()
+    turn(target, first, [3, 4, 5, 6], past)
+    assert past.nbytes > 0
+    assert turn(target, second, [3, 4, 5, 6], past)[1].recalled_tokens == 0
+    assert turn(target, second, [3, 4, 5, 6], past)[1].recalled_tokens == 3
+
+    class Broken(VanillaDrafter):
+        def propose(self) -> Any:
+            raise KeyboardInterrupt
+
+    broken = Broken()
+    with pytest.raises(KeyboardInterrupt):
+        turn(target, broken, [3, 4, 5, 6], past)
+    assert past.tokens == [] and past.nbytes == 0
+    with pytest.raises(ValueError, match="belongs to one text, not to 2"):
+        Engine(target, first).run([[1], [2]], SamplingConfig(), StopConfig(2), past=Past())
+
+
+def test_an_abandoned_run_leaves_what_it_has(target: Target) -> None:
+    past, drafter = Past(), VanillaDrafter()
+    run: Iterator[Any] = Engine(target, drafter).run([[3, 4, 5]], SamplingConfig(), StopConfig(9), past=past)
+    said = [next(run).tokens[0] for _ in range(4)]
+    assert past.tokens == [3, 4, 5, *said[:3]]
+    again, stats = turn(target, drafter, [3, 4, 5, *said, 9], past)
+    assert stats.recalled_tokens == 5
+    assert [again] == decode(target, VanillaDrafter(), [[3, 4, 5, *said, 9]], 7)
+
+
+@pytest.fixture(scope="module")
+def model() -> Haast:
+    tokenizer = bytes_tokenizer(SMOLLM2, "<|im_end|>", ["<|im_start|>"])
+    target = tiny_target(vocab=len(tokenizer), context=4096)
+    return Haast(Target(target.model, tokenizer), EagleDrafter(target, random_head(target), DraftShape(nodes=6)))
+
+
+def rebuilt(model: Haast) -> Haast:
+    return Haast(model.target, VanillaDrafter())
+
+
+def test_a_conversation_of_ten_turns(model: Haast) -> None:
+    session, recalled = Session(model, [{"role": "system", "content": "Be brief."}]), []
+    for number in range(10):
+        asked = [*session.messages, {"role": "user", "content": f"And {number}?"}]
+        said = session.say(f"And {number}?", max_new_tokens=6)
+        assert said.text == rebuilt(model).generate(asked, max_new_tokens=6).text
+        assert session.messages == [*asked, {"role": "assistant", "content": said.text}]
+        recalled.append(said.stats.recalled_tokens)
+        prefilled = said.stats.prompt_tokens - said.stats.recalled_tokens
+        assert number == 0 or prefilled < 60  # the new turn, not the dialogue
+    assert recalled[0] == 0 and recalled == sorted(recalled) and recalled[-1] > 300
+
+
+def test_edit_and_branch(model: Haast) -> None:
+    session = Session(model)
+    session.say("one", max_new_tokens=4)
+    session.say("two", max_new_tokens=4)
+    other = session.branch()
+    assert other.nbytes > 0 and other.messages == session.messages and other.messages is not session.messages
+    here, there = session.say("left", max_new_tokens=4), other.say("right", max_new_tokens=4)
+    assert here.stats.recalled_tokens > 20 and there.stats.recalled_tokens > 20
+    assert there.text == rebuilt(model).generate(other.messages[:-1], max_new_tokens=4).text
+    session.edit(0, "three")
+    assert [message["content"] for message in session.messages] == ["three"]
+    with pytest.raises(ValueError, match="no message 7"):
+        session.edit(7, "x")
+    session.release()
+    assert session.nbytes == 0
+    assert session.say("four", max_new_tokens=4).stats.recalled_tokens == 0
+
+
+def test_whole_caches_are_freed_and_no_dialogue_is_lost(model: Haast) -> None:
+    one = Session(model)
+    one.say("hello", max_new_tokens=4)
+    held = Sessions(model, max_bytes=2 * one.nbytes)
+    for name in "abc":
+        held.say(name, "hello", max_new_tokens=4)
+    assert len(held) == 3 and held.nbytes <= held.max_bytes
+    assert [held[name].nbytes > 0 for name in "abc"] == [False, True, True]
+    held.say("b", "more", max_new_tokens=4)
+    again = held.say("a", "more", max_new_tokens=4)
+    assert again.stats.recalled_tokens == 0 and len(held["a"].messages) == 4
+    assert [held[name].nbytes > 0 for name in "abc"] == [True, True, False]  # c was silent longest
+    held.close("c")
+    assert len(held) == 2
+    with pytest.raises(ValueError, match="max_bytes=0"):
+        Sessions(model, max_bytes=0)
+
+
+def test_a_dialogue_that_does_not_fit_stays_as_it_was(model: Haast) -> None:
+    session = Session(model)
+    session.say("hello", max_new_tokens=4)
+    before = list(session.messages)
+    with pytest.raises(PromptError, match="context holds"):
+        session.say("x" * 5000)
+    assert session.messages == before
+    pieces = session.stream("again", max_new_tokens=30)
+    next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+    assert session.messages[-1]["role"] == "assistant"
+    assert torch.get_default_dtype() is torch.float32
+    with pytest.raises(PromptError, match="no chat template"):
+        Session(Haast(Target(model.target.model, bytes_tokenizer(None, "<|im_end|>", [])), VanillaDrafter()))

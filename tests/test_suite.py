@@ -35,6 +35,7 @@ from haast.cli import app
 from haast.engine import Stats
 from haast.heads.checkpoint import save_head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
+from haast.heads.medusa import MedusaConfig, MedusaHeads
 from haast.prompts import read_suites
 
 SIZES = {"one": 3, "two": 2}
@@ -461,6 +462,20 @@ def test_a_lossy_decoder_is_excused_and_named(home: Path, tmp_path: Path, monkey
     document = read(tmp_path)
     assert document["decoders"]["lookup"]["lossy"] and document["differences"] == []
     assert "| lookup (lossy) |" in (tmp_path / "suite.md").read_text()
+
+
+def test_decoders_with_parts_of_their_own_are_told_apart(home: Path, tmp_path: Path) -> None:
+    sizes = MedusaConfig.for_target(config(258), heads=2, blocks=1)
+    save_head(tmp_path / "medusa", sizes, dict(MedusaHeads(sizes).state_dict()), None)
+    words = ["--medusa-head", tmp_path / "medusa", "--medusa-nodes", 4, "--small-model", home / "model"]
+    words += ["--rounds", 1, "--temperatures", 1, "--only", "two"]
+    result = bench(home, tmp_path / "out", *words, decoders="vanilla,medusa,small-model,lookahead")
+    assert result.exit_code == 0, result.output
+    document = read(tmp_path / "out")
+    own = {name: decoder["settings"] for name, decoder in document["decoders"].items()}
+    assert own["vanilla"] == {"nodes": 1} and own["medusa"]["nodes"] == 4 and len(own["medusa"]["head_sha256"]) == 64
+    assert own["small-model"]["model"] == str(home / "model") and document["differences"] == []
+    assert len({answer["tokens"] for answer in document["answers"]}) == 1
 
 
 @pytest.mark.parametrize(

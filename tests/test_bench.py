@@ -195,6 +195,16 @@ def test_differences_are_judged_between_engine_decoders_only(target: Target, arm
     ]
 
 
+def test_decoders_are_judged_by_one_of_the_engine_also_where_hf_is_named_first(target: Target, arms: list[Arm]) -> None:
+    said = arms[0].run(PROMPTS[0].tokens, 8).tokens
+    wrong = (*said[:3], (said[3] + 1) % 12, *said[4:])
+    fakes = [_Fixed("hf", said, [1.0]), _Fixed("eagle", said, [1.0]), _Fixed("lookup", wrong, [1.0])]
+    records = run_bench(fakes, PROMPTS[:1], BenchConfig(warmup_tokens=0))
+    (found,) = differences(records, PROMPTS[:1], target, SamplingConfig())
+    assert (found.decoder, found.reference) == ("lookup", "eagle") and found.verdict is not None
+    assert differences({}, PROMPTS[:1], target, SamplingConfig()) == []
+
+
 def test_v_curve_has_a_point_per_node_count(target: Target, drafter: EagleDrafter) -> None:
     curve = measure_v_curve(target, drafter, rounds=2, node_counts=(1, 2, 8))
     assert [point["nodes"] for point in curve["points"]] == [1, 2, 8]

@@ -75,6 +75,50 @@ def read_prompts(path: str | Path, limit: int | None = None, spread: bool = Fals
     return prompts if limit is None else evenly(prompts, limit)
 
 
+def read_suites(
+    folder: str | Path, only: Sequence[str] | None = None, limit: int | None = None
+) -> dict[Path, list[Prompt]]:
+    """The prompt files (*.jsonl) of a folder, each a suite that is named by its stem.
+
+    Args:
+        folder: where they lie.
+        only: names, in the order wanted; None takes all, sorted.
+        limit: prompts of each, evenly from the whole file; None takes all.
+
+    Raises:
+        ValueError: no such folder, no file in it, an unknown or doubled name, a file that holds no prompts, or one
+            with an id twice.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"no folder of suites at {folder}: give one with prompt files (*.jsonl)")
+    files = {path.stem: path for path in sorted(folder.glob("*.jsonl")) if path.is_file()}
+    if not files:
+        raise ValueError(f"{folder} holds no suites: put prompt files (*.jsonl with `turns` or `prompt`) there")
+    names = list(files if only is None else only)
+    unknown = [name for name in names if name not in files]
+    if unknown or not names:
+        raise ValueError(f"no suites {unknown} in {folder}: choose some of {', '.join(files)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"only={','.join(names)!r} names a suite twice: name each once")
+    if "all" in names:
+        raise ValueError(f"{files['all']}: 'all' means all suites together; give the file another name")
+    return {files[name]: _suite(files[name], limit) for name in names}
+
+
+def _suite(path: Path, limit: int | None) -> list[Prompt]:
+    try:
+        prompts = read_prompts(path, limit, spread=True)
+    except ValueError as error:
+        raise ValueError(f"{error}; or choose other files of the folder with --only") from error
+    seen = set[str]()
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise ValueError(f"{path} has two prompts of the id {prompt.id!r}: results are told apart by it")
+        seen.add(prompt.id)
+    return prompts
+
+
 def evenly(items: Sequence[T], count: int) -> list[T]:
     """`count` of the items, spread over all of them; all where there are no more."""
     if count >= len(items):

@@ -50,6 +50,7 @@ class Arm(ABC):
     """One decoder."""
 
     name: str
+    lossy: bool = False  # whether its text may differ from vanilla's
 
     @abstractmethod
     def run(self, prompt: Sequence[int], max_new_tokens: int) -> ArmRun:
@@ -60,7 +61,7 @@ class EngineArm(Arm):
     """Vanilla or drafted decoding in Haast's engine."""
 
     def __init__(self, target: Target, drafter: Drafter, sampling: SamplingConfig, eos: Sequence[int]) -> None:
-        self.name = drafter.name
+        self.name, self.nodes = drafter.name, drafter.nodes
         self._engine, self._sampling, self._eos = Engine(target, drafter), sampling, tuple(eos)
 
     def run(self, prompt: Sequence[int], max_new_tokens: int) -> ArmRun:

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from haast.bench import tables
+from haast.bench import suite_tables, tables
 
 _BLOCK = re.compile(r"(<!-- results:(?P<name>[a-z0-9+-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -45,6 +45,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _table(document: dict[str, Any], name: str) -> str:
+    if "ratios" in document:  # a suite
+        return suite_tables.tables(document) + "\n\n" + suite_tables.sources(document, f"results/{name}") + "\n"
     kinds = (
         ("base", _ablation),
         ("seconds_to_tau", _training),

@@ -73,6 +73,7 @@ def _row(name: str, own: Sequence[Record], prompts: Sequence[BenchPrompt]) -> di
         "tau_by_category": by_category if engine else {},
         "alpha_by_depth": total.alpha_by_depth,
         "acceptance_by_depth": total.acceptance_by_depth,
+        "reached_by_depth": total.reached_by_depth,
         **per_step,
         "peak_rss_mb": max(record.peak_rss_mb for record in own),
         "tokens": sum(len(record.tokens) for record in own),
@@ -180,8 +181,8 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> dict[str, Any] | None:
-    """Commit of the checkout that Haast runs from, and whether files in it were changed; None outside a checkout."""
-    folder = Path(__file__).parent
+    """Commit of the checkout that Haast runs from, and whether the package was changed; None outside a checkout."""
+    folder = Path(haast.__file__).parent
 
     def git(*words: str) -> str:
         done = subprocess.run(
@@ -190,10 +191,26 @@ def git_commit() -> dict[str, Any] | None:
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # a checkout of Haast, not of what contains it
-        return {"hash": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        git("ls-files", "--error-unmatch", "__init__.py")  # a checkout of Haast, not of what contains it
+        return {"hash": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", "."))}
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def sources_sha256() -> str:
+    """Of the package's own code: tells two states of a changed checkout apart, and installed copies."""
+    folder, digest = Path(haast.__file__).parent, hashlib.sha256()
+    for path in sorted(path for kind in ("*.py", "*.cpp", "*.h") for path in folder.rglob(kind)):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def folder_sha256(folder: Path) -> str:
+    """Of the files in a head's folder, so that another head behind the same name is noticed."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def show_table(document: dict[str, Any], console: Console) -> None:

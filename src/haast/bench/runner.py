@@ -133,7 +133,9 @@ def differences(
 
     Engine decoders share one target, so a difference between them is judged: tie or bug.
     """
-    reference = "vanilla" if "vanilla" in records else next(iter(records))
+    if not records:
+        return []
+    reference = "vanilla" if "vanilla" in records else next((name for name in records if name != "hf"), "hf")
     found = []
     for place, prompt in enumerate(prompts):
         wanted = records[reference][place].tokens

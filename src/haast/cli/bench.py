@@ -12,13 +12,23 @@ import typer
 
 from haast.cli.boundary import check_writable, human_output, write_json
 from haast.cli.loading import as_eagle, drawn_by, load_all, load_medusa, read_prompt_file
-from haast.cli.settings import Drafting, JsonOption, Loading, PromptsOption, Sampling, SpreadLimitOption
+from haast.cli.settings import (
+    Drafting,
+    JsonOption,
+    Loading,
+    PromptsOption,
+    Sampling,
+    SpreadLimitOption,
+    SuiteOptions,
+)
+from haast.cli.suite import Plan, Whereabouts, bench_suite, plan_suite, refuse_suite_options
 
 if TYPE_CHECKING:
     from haast.bench.arms import Arm
     from haast.bench.runner import BenchConfig, BenchPrompt, Record
     from haast.drafters.eagle import EagleDrafter
     from haast.drafters.medusa import MedusaDrafter
+    from haast.sampling import SamplingConfig
     from haast.target import Target
 
 _HISTORY_NODES = 4  # of the decoders that draft from the text alone: the fastest of 4, 6, 8 and 12 on two CPU cores
@@ -28,6 +38,7 @@ def bench(
     loading: Loading,
     drafting: Drafting,
     sampling: Sampling,
+    suite: SuiteOptions,
     prompts: PromptsOption = None,
     limit: SpreadLimitOption = None,
     decoders: Annotated[
@@ -42,7 +53,9 @@ def bench(
     medusa_nodes: Annotated[int, typer.Option(metavar="N", help="Nodes of their tree, the root included.")] = 6,
     small_model: Annotated[str | None, typer.Option(metavar="NAME", help="The smaller model that drafts.")] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="New tokens per prompt.")] = 128,
-    rounds: Annotated[int, typer.Option(metavar="R", help="Timed rounds; the median per prompt counts.")] = 1,
+    rounds: Annotated[
+        int | None, typer.Option(metavar="R", help="Timed rounds, by default 1, with --suite 2; medians count.")
+    ] = None,
     warmup: Annotated[int, typer.Option(metavar="N", help="Untimed tokens per decoder before.")] = 16,
     v_curve: Annotated[bool, typer.Option("--v-curve", help="Also measure forwards over 1 to 60 nodes.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Don't put prompts through the chat template.")] = False,
@@ -50,27 +63,31 @@ def bench(
 ) -> None:
     """Compare decoders, interleaved per prompt in one run. First turns only; prefill is not counted.
 
-    hf is stock `model.generate` in float32 with its own attention.
+    hf is stock `model.generate` in float32 with its own attention. With --suite, every prompt file of a folder at
+    every temperature, in a random but seeded order; a run that was stopped goes on with --resume.
 
     \b
     haast bench --prompts mt_bench.jsonl --limit 20 --decoders vanilla,eagle,hf --json bench.json
     haast bench --prompts mt_bench.jsonl --nodes 24 --rounds 3 --v-curve --json -
+    haast bench --suite prompts/ --limit 20 --decoders vanilla,eagle,lookup,hf --out results/suite
     """
-    if prompts is None:
-        raise ValueError("bench needs prompts: give --prompts FILE (JSON lines with `turns` or `prompt`)")
-    chosen = read_prompt_file(prompts, limit)
+    law = sampling.check()
+    plan = _plan(prompts, suite, limit, law, extras=v_curve or json_out is not None)
+    chosen = read_prompt_file(prompts, limit) if plan is None else plan.prompts
     check_writable(json_out)
     drafting.check_shape(loading.device)
 
     from haast.bench.arms import HEADED, check_decoders
     from haast.bench.runner import BenchConfig
 
-    law = sampling.check()
-    config = BenchConfig(max_new_tokens, rounds, warmup, law)
+    usual = 1 if plan is None else 2
+    config = BenchConfig(max_new_tokens, usual if rounds is None else rounds, warmup, law)
     headed, given = drafting.head != "none", (small_model is not None, medusa_head is not None)
     names = check_decoders(decoders, headed, law.temperature, *given)
     if "hf" in names and (law.repetition_penalty != 1.0):
         raise ValueError("decoder 'hf' is greedy without penalties here: leave out --repetition-penalty, or hf")
+    if plan is not None:
+        plan.decoders(names)  # its own check
     loading.check()
     if small_model is not None:
         replace(loading, model=small_model).check()
@@ -79,14 +96,66 @@ def bench(
     drafter = as_eagle(loaded)
     medusa = None if medusa_head is None else load_medusa(medusa_head, target, loading.model, medusa_nodes)
     small = None if small_model is None else replace(loading, model=small_model).load()
-    arms = _arms(names, target, drafter, loading, config, small, medusa)
+
+    def arms_at(temperature: float, own: Sequence[str]) -> list[Arm]:
+        there = replace(config, sampling=replace(law, temperature=temperature))
+        return _arms(own, target, drafter, loading, there, small, medusa)
+
     settings = {**drawn_by(drafter), **_plain(config), "raw": raw}
+    if plan is not None:
+        known = _drafting(loading, drafting, drafter, medusa, medusa_head, small_model)
+        where = Whereabouts(loading.model, settings, known, drafting.calibrated(target, drafter))
+        bench_suite(plan, names, encoded, arms_at, config, target, where)
+        return
+    assert prompts is not None, "checked above"
+    arms = arms_at(law.temperature, names)
     document = _bench(arms, encoded, config, target, loading.model, prompts, settings)
     if v_curve:
         from haast.bench.vcurve import measure_v_curve
 
         document["v_curve"] = measure_v_curve(target, drafter)
     _bench_end(document, json_out)
+
+
+def _plan(
+    prompts: Path | None, suite: SuiteOptions, limit: int | None, law: SamplingConfig, extras: bool
+) -> Plan | None:
+    """What --suite asks for; None for --prompts. Raises ValueError for both, neither, or options of the other."""
+    if (prompts is None) == (suite.suite is None):
+        raise ValueError(
+            "bench needs prompts: give --prompts FILE (JSON lines with `turns` or `prompt`), or --suite DIR, not both"
+        )
+    if suite.suite is None:
+        refuse_suite_options(suite)
+        return None
+    if extras:
+        raise ValueError("--v-curve and --json belong to --prompts: with --suite, results go to the folder --out")
+    return plan_suite(suite, limit, law)
+
+
+def _drafting(
+    loading: Loading,
+    drafting: Drafting,
+    eagle: EagleDrafter | None,
+    medusa: MedusaDrafter | None,
+    medusa_head: Path | None,
+    small_model: str | None,
+) -> dict[str, dict[str, Any]]:
+    """What the decoders draft with that have a head or a model of their own: settings, and the head's digest."""
+    from haast.api import find_head
+    from haast.bench.arms import HEADED
+    from haast.bench.report import folder_sha256
+
+    found: dict[str, dict[str, Any]] = {}
+    folder = None if eagle is None else drafting.folder(loading.model)
+    if folder is not None:
+        found |= {name: {**drawn_by(eagle), "head_sha256": folder_sha256(folder)} for name in HEADED}
+    folder = None if medusa_head is None else find_head(medusa_head, loading.model)
+    if folder is not None:
+        found["medusa"] = {**drawn_by(medusa), "head_sha256": folder_sha256(folder)}
+    if small_model is not None:
+        found["small-model"] = {"model": small_model}
+    return found
 
 
 def _plain(config: BenchConfig) -> dict[str, Any]:
@@ -149,7 +218,8 @@ def _bench(
             bar.update(task, advance=1, description=f"tau {decoded / forwards:.2f}" if forwards else "")
 
         records = runner.run_bench(arms, encoded, config, progress)
-    found = runner.differences(records, encoded, target, config.sampling)
+    exact = {arm.name: records[arm.name] for arm in arms if not arm.lossy}
+    found = runner.differences(exact, encoded, target, config.sampling)
     return {
         "rows": report.build_rows(records, encoded),
         "differences": report.describe_differences(found),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from haast.drafters.eagle import EagleDrafter
     from haast.drafters.medusa import MedusaDrafter
     from haast.sampling import SamplingConfig
+    from haast.speed.calibration import Calibration
     from haast.target import Target
 
 DEFAULT_MODEL = "smollm2-135m-instruct"  # haast.models has the same; importing it would import torch
@@ -152,11 +153,17 @@ class Drafting:
             self.calibrate(target, drafter)
         return drafter
 
-    def calibrate(self, target: Target, drafter: EagleDrafter) -> None:
-        """Draft as a calibration of this machine says, where there is one and no shape was asked for."""
-        from haast.drafters.calibrated import apply_calibration, find_calibration
+    def calibrated(self, target: Target, drafter: EagleDrafter | None) -> Calibration | None:
+        """The calibration of this machine, where there is one and no shape was asked for."""
+        from haast.drafters.calibrated import find_calibration
 
-        found = None if self.shaped else find_calibration(target, drafter, self.calibration)
+        return None if drafter is None or self.shaped else find_calibration(target, drafter, self.calibration)
+
+    def calibrate(self, target: Target, drafter: EagleDrafter) -> None:
+        """Draft as a calibration says."""
+        from haast.drafters.calibrated import apply_calibration
+
+        found = self.calibrated(target, drafter)
         if found is not None and not apply_calibration(drafter, found):
             typer.echo(
                 "haast: the calibration found drafting slower than decoding without; --head none is faster", err=True
@@ -179,6 +186,23 @@ class Sampling:
         from haast.sampling import SamplingConfig
 
         return SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed)
+
+
+@dataclass(frozen=True)
+class SuiteOptions:
+    """A folder of prompt files instead of one, and where its results go."""
+
+    suite: Annotated[Path | None, typer.Option(metavar="DIR", help="Bench all prompt files (*.jsonl) of a folder.")] = (
+        None
+    )
+    only: Annotated[str | None, typer.Option(metavar="A,B", help="With --suite: these files, without .jsonl.")] = None
+    temperatures: Annotated[
+        str | None, typer.Option(metavar="T,T", help="With --suite, which takes 0,1 if this is absent.")
+    ] = None
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="With --suite: where journal.jsonl, suite.json, suite.md go.")
+    ] = None
+    resume: Annotated[bool, typer.Option("--resume", help="With --suite: go on with the journal in --out.")] = False
 
 
 def check_at_least(name: str, value: int, least: int = 1) -> None:

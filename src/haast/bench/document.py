@@ -1,0 +1,120 @@
+"""The JSON of a suite run ("haast-suite-1"), from its records. Owns the schema; `pool` adds what goes over suites.
+
+Neither prompts nor answers are in it: their licences are their authors', and counts are all that a reader needs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from haast.bench.bootstrap import Bootstrap
+from haast.bench.pool import complete
+from haast.bench.report import build_rows, describe_differences
+from haast.bench.runner import BenchPrompt, Record, differences
+from haast.bench.suite import Cells, Suite
+from haast.loops import loops
+from haast.sampling import SamplingConfig
+from haast.target import Target
+
+FORMAT = "haast-suite-1"
+_KEYS = {"environment", "suites", "decoders", "temperatures", "rounds", "rows", "ratios", "differences", "answers"}
+_KEYS |= {"bootstrap", "calibration", "traces"}
+
+
+def build_document(
+    header: Mapping[str, Any],
+    cells: Cells,
+    suites: Mapping[str, Suite],
+    target: Target,
+    sampling: SamplingConfig,
+    bootstrap: Bootstrap | None = None,
+) -> dict[str, Any]:
+    """The document of a finished run.
+
+    Args:
+        header: environment, suites, decoders, temperatures, rounds, calibration, as the journal fixed them.
+        cells: the records.
+        suites: by name.
+        target: judges differing texts.
+        sampling: the law; each cell's temperature replaces its own.
+        bootstrap: of the intervals.
+    """
+    document = {
+        "format": FORMAT,
+        **{key: header[key] for key in ("environment", "suites", "decoders", "temperatures", "rounds")},
+        "rows": [],
+        "ratios": [],
+        "differences": [],
+        "answers": [],
+        "bootstrap": asdict(bootstrap or Bootstrap()),
+        "calibration": header["calibration"],
+        "traces": [],
+    }
+    document["suites"] = {name: _suite(suite) for name, suite in suites.items()}
+    exact = {name for name, decoder in header["decoders"].items() if not decoder["lossy"]}
+    for temperature in header["temperatures"]:
+        for name, suite in suites.items():
+            records, cell = cells[temperature, name], {"suite": name, "temperature": temperature}
+            compared = {decoder: own for decoder, own in records.items() if decoder in exact}
+            found = differences(compared, suite.prompts, target, replace(sampling, temperature=temperature))
+            document["rows"] += [{**cell, **row} for row in build_rows(records, suite.prompts)]
+            document["differences"] += [{**cell, **each} for each in describe_differences(found)]
+            document["answers"] += [
+                describe_answer(cell, prompt, decoder, own[place])
+                for place, prompt in enumerate(suite.prompts)
+                for decoder, own in records.items()
+            ]
+    complete(document)
+    return document
+
+
+def _suite(suite: Suite) -> dict[str, Any]:
+    return {"file": suite.file, "sha256": suite.sha256, "prompts": len(suite.prompts)}
+
+
+def describe_answer(cell: Mapping[str, Any], prompt: BenchPrompt, decoder: str, record: Record) -> dict[str, Any]:
+    """What one decoder did with one prompt; `cell` has its suite and temperature. Counts are the first round's."""
+    stats = record.runs[0].stats
+    return {
+        "suite": cell["suite"],
+        "id": prompt.id,
+        "category": prompt.category,
+        "temperature": cell["temperature"],
+        "decoder": decoder,
+        "tokens": len(record.tokens),
+        "ms_decode": [run.ms_decode for run in record.runs],
+        "ms_prefill": [run.ms_prefill for run in record.runs],
+        "target_forwards": None if stats is None else stats.target_forwards,
+        "tau": None if stats is None else stats.tau,
+        "nodes": None if stats is None else stats.nodes,
+        "looping": loops(record.tokens),
+    }
+
+
+def bugs(document: Mapping[str, Any]) -> int:
+    """Texts that differ, and not by rounding."""
+    return sum(each["kind"] == "bug" for each in document["differences"])
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """A suite document from its file.
+
+    Raises:
+        ValueError: no such file, or not one of this format.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): give a suite.json of `haast bench --suite`") from error
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise ValueError(f"{path} is no document of {FORMAT}: give a suite.json of `haast bench --suite`")
+    missing = sorted(_KEYS - set(value))
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: run `haast bench --suite` again with --resume")
+    return value

@@ -1,0 +1,116 @@
+"""Several suite documents as one: other suites or decoders of the same machine, commit, model and settings.
+
+Owns what has to agree. Speeds of two machines are no comparison, so they are refused; who asks for it anyway gets every
+environment and the reasons in the document. Decoders of different files did not run interleaved, and of their texts
+only the lengths can be compared, since documents hold no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from haast.bench.pool import complete
+
+Document = dict[str, Any]
+_SAME = ("commit", "sources_sha256", "cpu", "threads", "device", "model", "dtype", "packing", "versions")
+_DRAFTER = ("shape", "pace")  # of the settings: each decoder's own, compared there
+
+
+def merged(documents: Mapping[str, Document], anyway: bool = False) -> Document:
+    """One document.
+
+    Args:
+        documents: by file name.
+        anyway: merge although something differs that decides speed.
+
+    Raises:
+        ValueError: one suite, decoder and temperature twice, one name for two suites, or a difference without `anyway`.
+    """
+    names, parts = list(documents), list(documents.values())
+    if len(parts) == 1:
+        return parts[0]
+    _refuse_clashes(documents)
+    first = parts[0]
+    result: Document = {"format": first["format"], "environment": {}}
+    result["suites"] = {name: suite for part in parts for name, suite in part["suites"].items()}
+    result["decoders"] = {name: own for part in reversed(parts) for name, own in part["decoders"].items()}
+    ranked = dict.fromkeys(name for part in parts for name in part["decoders"])
+    result["decoders"] = {name: result["decoders"][name] for name in ranked}
+    result["temperatures"] = sorted({temperature for part in parts for temperature in part["temperatures"]})
+    result["rounds"] = max(part["rounds"] for part in parts)
+    for key in ("rows", "ratios", "differences", "answers", "traces"):
+        result[key] = [dict(each) for part in parts for each in part[key]] if key != "ratios" else []
+    result["bootstrap"] = first["bootstrap"]
+    result["calibration"] = next((part["calibration"] for part in parts if part["calibration"] is not None), None)
+    complaints = [words for name in names[1:] for words in _differing(names[0], first, name, documents[name])]
+    complaints += _uneven(result)
+    if complaints and not anyway:
+        raise ValueError(
+            f"these are not one measurement: {'; '.join(complaints)}: merge what ran alike, or give --merge-anyway"
+        )
+    result["environment"] = _environment(parts, complaints)
+    complete(result)
+    return result
+
+
+def _refuse_clashes(documents: Mapping[str, Document]) -> None:
+    """What no document can hold, whoever asks."""
+    owners, suites = dict[tuple[str, str, float], str](), dict[str, tuple[str, Any]]()
+    for file, document in documents.items():
+        for suite, about in document["suites"].items():
+            same = (about, list(dict.fromkeys(a["id"] for a in document["answers"] if a["suite"] == suite)))
+            other, known = suites.setdefault(suite, (file, same))
+            if known != same:
+                raise ValueError(f"suite {suite!r} has other prompts in {other} than in {file}: rename one, run again")
+        for row in document["rows"]:
+            key = (row["suite"], row["decoder"], row["temperature"])
+            if row["suite"] == "all":
+                continue
+            if key in owners:
+                where = f"{row['decoder']} on {row['suite']} at temperature {row['temperature']:g}"
+                raise ValueError(f"{where} is in {owners[key]} and in {file}: leave one of the files out")
+            owners[key] = file
+
+
+def _differing(one: str, before: Document, other: str, now: Document) -> Iterator[str]:
+    """What decides speed and is not the same, in words."""
+    pairs = [(key, before["environment"].get(key), now["environment"].get(key)) for key in _SAME]
+    old, new = (document["environment"].get("settings", {}) for document in (before, now))
+    names = [key for key in {**old, **new} if key not in _DRAFTER]
+    pairs += [(key, old.get(key), new.get(key)) for key in names]
+    pairs += [(key, before[key], now[key]) for key in ("rounds", "bootstrap") if key not in names]
+    for name in set(before["decoders"]) & set(now["decoders"]):
+        pairs.append((f"settings of {name}", before["decoders"][name], now["decoders"][name]))
+    for key, mine, theirs in pairs:
+        if mine != theirs:
+            yield f"{key} is {_short(mine)} in {one}, {_short(theirs)} in {other}"
+
+
+def _short(value: Any) -> str:
+    words = str(value)
+    return words if len(words) <= 80 else f"{words[:77]}..."
+
+
+def _uneven(document: Document) -> Iterator[str]:
+    """Lossless decoders whose answers to one prompt have other lengths, and no difference on record."""
+    excused = {(d["suite"], d["temperature"], d["prompt"], d["decoder"]) for d in document["differences"]}
+    lengths: dict[tuple[str, float, str], dict[str, int]] = {}
+    for answer in document["answers"]:
+        key, name = (answer["suite"], answer["temperature"], answer["id"]), answer["decoder"]
+        if name != "hf" and not document["decoders"][name]["lossy"] and (*key, name) not in excused:
+            lengths.setdefault(key, {})[name] = answer["tokens"]
+    for (suite, temperature, prompt), own in lengths.items():
+        if len(set(own.values())) > 1:
+            yield f"answers to {prompt} of {suite} at temperature {temperature:g} have other lengths: {own}"
+            return
+
+
+def _environment(parts: Sequence[Document], complaints: Sequence[str]) -> dict[str, Any]:
+    """The first's, with all of them listed beside."""
+    listed, warnings = list[dict[str, Any]](), list[str]()
+    for part in parts:
+        own = dict(part["environment"])
+        warnings += own.pop("warnings", [])
+        listed += own.pop("merged", [own])
+    return {**listed[0], "merged": listed, "warnings": [*warnings, *complaints]}

@@ -1,0 +1,146 @@
+"""What the answers of a suite document say together: rows over all suites, spread over rounds, ratios of decoders.
+
+Owns the arithmetic on documents, so that a run and a merge of runs count alike. Knows neither tokens nor models: a
+decoded token is every one but the prefill's (`report`), time per prompt is the median over rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import permutations
+from statistics import median
+from typing import Any
+
+from haast.bench.bootstrap import Bootstrap, rates, ratio
+
+Row = dict[str, Any]
+Group = dict[tuple[float, str], dict[str, list[Row]]]  # (temperature, suite or "all") -> decoder -> its answers
+ALL = "all"
+_BY_DEPTH = ("alpha_by_depth", "acceptance_by_depth")
+_PER_STEP = ("ms_draft", "ms_verify", "ms_overhead", "nodes_per_forward")
+
+
+def grouped(document: Row) -> Group:
+    """The answers by temperature, suite and decoder; under "all" those decoders that answered every suite."""
+    groups: Group = {}
+    for answer in document["answers"]:
+        cell = groups.setdefault((answer["temperature"], answer["suite"]), {})
+        cell.setdefault(answer["decoder"], []).append(answer)
+    for temperature in document["temperatures"]:
+        cells = [groups.get((temperature, suite), {}) for suite in document["suites"]]
+        common = [name for name in document["decoders"] if all(name in cell for cell in cells)]
+        groups[temperature, ALL] = {name: [answer for cell in cells for answer in cell[name]] for name in common}
+    return groups
+
+
+def complete(document: Row) -> None:
+    """Add, from rows of single suites and answers, what goes over them: rows of "all", speed-ups, spread, ratios."""
+    groups = grouped(document)
+    rows = [row for row in document["rows"] if row["suite"] != ALL]
+    for temperature in document["temperatures"]:
+        for name, answers in groups[temperature, ALL].items():
+            parts = [row for row in rows if (row["temperature"], row["decoder"]) == (temperature, name)]
+            rows.append({"suite": ALL, "temperature": temperature, **pooled(parts, answers)})
+    for row in rows:
+        cell = groups[row["temperature"], row["suite"]]
+        row["spread"] = spread(cell[row["decoder"]])
+        for base in ("vanilla", "hf"):
+            there = speed(cell[base]) if base in cell else 0.0
+            row[f"speedup_vs_{base}"] = row["tokens_per_s"] / there if there else None
+    rank = {name: number for number, name in enumerate([*document["suites"], ALL])}
+    decoders = list(document["decoders"])
+    rows.sort(key=lambda row: (row["temperature"], rank[row["suite"]], decoders.index(row["decoder"])))
+    document["rows"] = rows
+    document["ratios"] = list(_ratios(document, groups))
+
+
+def speed(answers: Sequence[Row]) -> float:
+    """Decoded tokens a second."""
+    return _rate(sum(map(decoded, answers)), sum(map(decode_ms, answers)))
+
+
+def decoded(answer: Row) -> int:
+    """Tokens that decode time stands for."""
+    return max(int(answer["tokens"]) - 1, 0)
+
+
+def decode_ms(answer: Row) -> float:
+    """Median over rounds."""
+    return float(median(answer["ms_decode"]))
+
+
+def spread(answers: Sequence[Row]) -> dict[str, float]:
+    """Slowest and fastest round, in tokens a second."""
+    tokens, rounds = sum(map(decoded, answers)), min(len(answer["ms_decode"]) for answer in answers)
+    speeds = [_rate(tokens, sum(answer["ms_decode"][i] for answer in answers)) for i in range(rounds)]
+    return {"low": min(speeds), "high": max(speeds)}
+
+
+def _rate(tokens: int, ms: float) -> float:
+    return 1e3 * tokens / ms if ms else 0.0
+
+
+def pooled(parts: Sequence[Row], answers: Sequence[Row]) -> Row:
+    """One decoder's row over several suites, from its rows of each and its answers: as `report.build_rows` has it."""
+    engine = parts[0]["tau"] is not None
+    steps = sum(part["target_forwards"] for part in parts) if engine else None
+    names = {answer["category"] for answer in answers if answer["category"]}
+    categories = {name: [a for a in answers if a["category"] == name] for name in sorted(names)}
+    straight = [answer for answer in answers if not answer["looping"]]
+    whole = sum(median(map(sum, zip(a["ms_prefill"], a["ms_decode"], strict=True))) for a in answers)
+    return {
+        "decoder": parts[0]["decoder"],
+        "tokens_per_s": speed(answers),
+        "whole_call_tokens_per_s": _rate(sum(answer["tokens"] for answer in answers), whole),
+        "tau": _tau(answers) if engine else None,
+        "tau_loop_filtered": _tau(straight) if engine else None,
+        "looping_outputs": len(answers) - len(straight),
+        "tau_by_category": {name: _tau(own) for name, own in categories.items()} if engine else {},
+        **{key: _by_depth(parts, key) for key in _BY_DEPTH},
+        "reached_by_depth": _reached(parts),
+        **{key: _per_step(parts, key) if steps is not None else None for key in _PER_STEP},
+        "peak_rss_mb": max(part["peak_rss_mb"] for part in parts),
+        **{key: sum(part[key] for part in parts) for key in ("tokens", "decoded_tokens", "prompts")},
+        "target_forwards": steps,
+    }
+
+
+def _tau(answers: Sequence[Row]) -> float:
+    steps = sum(answer["target_forwards"] for answer in answers)
+    return float(sum(answer["tau"] * answer["target_forwards"] for answer in answers) / steps) if steps else 0.0
+
+
+def _per_step(parts: Sequence[Row], key: str) -> float:
+    steps = sum(part["target_forwards"] for part in parts)
+    return float(sum(part[key] * part["target_forwards"] for part in parts) / max(steps, 1))
+
+
+def _reached(parts: Sequence[Row]) -> list[int]:
+    deepest = max(len(part["reached_by_depth"]) for part in parts)
+    return [sum(sum(part["reached_by_depth"][depth : depth + 1]) for part in parts) for depth in range(deepest)]
+
+
+def _by_depth(parts: Sequence[Row], key: str) -> list[float]:
+    found = []
+    for depth, steps in enumerate(_reached(parts)):
+        deep = [part for part in parts if depth < len(part[key])]
+        found.append(sum(part[key][depth] * part["reached_by_depth"][depth] for part in deep) / max(steps, 1))
+    return found
+
+
+def _ratios(document: Row, groups: Group) -> Iterator[Row]:
+    settings = document["bootstrap"]
+    bootstrap = Bootstrap(settings["samples"], settings["seed"], settings["level"])
+    sizes = {name: suite["prompts"] for name, suite in document["suites"].items()}
+    for temperature in document["temperatures"]:
+        for suite in (*sizes, ALL):
+            cell = groups.get((temperature, suite), {})
+            draws = bootstrap.draws(list(sizes.values()) if suite == ALL else [sizes[suite]])
+            drawn = {n: rates([*map(decoded, own)], [*map(decode_ms, own)], draws) for n, own in cell.items()}
+            for one, other in permutations(cell, 2):
+                base = speed(cell[other])
+                found = bootstrap.interval(ratio(drawn[one], drawn[other]))
+                low, high = (None, None) if found is None else found
+                value = speed(cell[one]) / base if base else None
+                names = {"suite": suite, "temperature": temperature, "decoder": one, "over": other}
+                yield {**names, "ratio": value, "low": low, "high": high}

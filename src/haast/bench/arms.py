@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from haast.acceptance import AcceptanceRule, rule_named
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.hybrid import HybridDrafter
@@ -32,6 +33,7 @@ from haast.target import Target
 # nodes cost more than they bring (window 7, n-gram 5, 7 guesses: tau 1.75 instead of 1.33, and far slower).
 _LOOKAHEAD = (2, 2, 3)
 HEADED = ("eagle", "eagle+suffix")  # these draft with a head
+UNDRAFTED = ("vanilla", "hf")
 KNOWN = ("vanilla", *HEADED, "small-model", "lookahead", "lookup", "suffix", "hf")
 
 
@@ -49,6 +51,7 @@ class Arm(ABC):
     """One decoder."""
 
     name: str
+    own_text: bool = False  # its text is not bound to vanilla's for the same seed, so a difference says nothing
 
     @abstractmethod
     def run(self, prompt: Sequence[int], max_new_tokens: int) -> ArmRun:
@@ -58,9 +61,17 @@ class Arm(ABC):
 class EngineArm(Arm):
     """Vanilla or drafted decoding in Haast's engine."""
 
-    def __init__(self, target: Target, drafter: Drafter, sampling: SamplingConfig, eos: Sequence[int]) -> None:
-        self.name = drafter.name
-        self._engine, self._sampling, self._eos = Engine(target, drafter), sampling, tuple(eos)
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        sampling: SamplingConfig,
+        eos: Sequence[int],
+        rule: AcceptanceRule | None = None,
+    ) -> None:
+        self.name = drafter.name if rule is None else f"{drafter.name} ({rule.label})"
+        self.own_text = rule is not None and sampling.temperature > 0
+        self._engine, self._sampling, self._eos = Engine(target, drafter, rule), sampling, tuple(eos)
 
     def run(self, prompt: Sequence[int], max_new_tokens: int) -> ArmRun:
         stats, tokens = Stats(), list[int]()
@@ -116,7 +127,12 @@ class _FirstToken(BaseStreamer):
 
 
 def drafter_for(
-    name: str, target: Target, eagle: EagleDrafter | None, nodes: int, small: Target | None = None
+    name: str,
+    target: Target,
+    eagle: EagleDrafter | None,
+    nodes: int,
+    small: Target | None = None,
+    draft_sampling: SamplingConfig | None = None,
 ) -> Drafter:
     """The drafter of an engine decoder.
 
@@ -126,12 +142,13 @@ def drafter_for(
         eagle: the drafter with a head, for those that need one.
         nodes: tree size of those that have none of their own.
         small: the model that drafts for "small-model".
+        draft_sampling: how that model draws its drafts; None: it takes its likeliest tokens.
     """
     device, eagles = target.device, dict[str, Callable[[], Drafter]]()
     if eagle is not None:
         eagles |= {"eagle": lambda: eagle, "eagle+suffix": lambda: HybridDrafter(eagle)}
     if small is not None:
-        eagles["small-model"] = lambda: SmallModelDrafter(target, small)
+        eagles["small-model"] = lambda: SmallModelDrafter(target, small, sampling=draft_sampling)
     makers: dict[str, Callable[[], Drafter]] = {
         "vanilla": VanillaDrafter,
         "lookup": lambda: PromptLookupDrafter(nodes, device=device),
@@ -167,3 +184,21 @@ def check_decoders(names: str, head: bool, temperature: float, small: bool = Fal
             f"use temperature 0, or leave hf out of --decoders"
         )
     return chosen
+
+
+def check_rule(names: Sequence[str], acceptance: str, draft_sampling: bool) -> AcceptanceRule | None:
+    """The acceptance rule of the drafted decoders among `names`; None for sample-and-match.
+
+    Raises:
+        ValueError: an unknown rule, a rule without a decoder it can judge, or draft sampling without a small model.
+    """
+    rule = rule_named(acceptance)
+    drafted = [name for name in names if name not in UNDRAFTED]
+    if rule is not None and not drafted:
+        raise ValueError(f"acceptance {acceptance!r} judges drafts, and decoders={','.join(names)} drafts nothing")
+    branched = [name for name in drafted if name != "small-model"]
+    if rule is not None and rule.chains_only and branched:
+        raise ValueError(f"acceptance {acceptance!r} takes chains: leave {branched[0]!r} out of --decoders")
+    if draft_sampling and "small-model" not in names:
+        raise ValueError("--draft-sampling is for 'small-model': give --small-model NAME and that decoder")
+    return rule

@@ -15,9 +15,11 @@ from haast.cli.loading import drawn_by, load_all, read_prompt_file
 from haast.cli.settings import Drafting, JsonOption, Loading, PromptsOption, Sampling, SpreadLimitOption
 
 if TYPE_CHECKING:
+    from haast.acceptance import AcceptanceRule
     from haast.bench.arms import Arm
     from haast.bench.runner import BenchConfig, BenchPrompt, Record
     from haast.drafters.eagle import EagleDrafter
+    from haast.sampling import SamplingConfig
     from haast.target import Target
 
 _HISTORY_NODES = 4  # of the decoders that draft from the text alone: the fastest of 4, 6, 8 and 12 on two CPU cores
@@ -36,6 +38,17 @@ def bench(
         ),
     ] = "vanilla,eagle",
     small_model: Annotated[str | None, typer.Option(metavar="NAME", help="The smaller model that drafts.")] = None,
+    draft_sampling: Annotated[
+        bool, typer.Option("--draft-sampling", help="The small model draws its drafts instead of taking the likeliest.")
+    ] = False,
+    acceptance: Annotated[
+        str,
+        typer.Option(
+            metavar="RULE",
+            help="How drafts are judged: match (vanilla's own text), rejection or block (the same law, another text; "
+            "meant for --draft-sampling), typical (LOSSY: another law).",
+        ),
+    ] = "match",
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="New tokens per prompt.")] = 128,
     rounds: Annotated[int, typer.Option(metavar="R", help="Timed rounds; the median per prompt counts.")] = 1,
     warmup: Annotated[int, typer.Option(metavar="N", help="Untimed tokens per decoder before.")] = 16,
@@ -57,12 +70,13 @@ def bench(
     check_writable(json_out)
     drafting.check_shape(loading.device)
 
-    from haast.bench.arms import HEADED, check_decoders
+    from haast.bench.arms import HEADED, check_decoders, check_rule
     from haast.bench.runner import BenchConfig
 
     law = sampling.check()
     config = BenchConfig(max_new_tokens, rounds, warmup, law)
     names = check_decoders(decoders, drafting.head != "none", law.temperature, small_model is not None)
+    rule = check_rule(names, acceptance, draft_sampling)
     if "hf" in names and (law.repetition_penalty != 1.0):
         raise ValueError("decoder 'hf' is greedy without penalties here: leave out --repetition-penalty, or hf")
     loading.check()
@@ -71,8 +85,9 @@ def bench(
     shape = drafting.check(loading.model, loading.device) if set(names) & set(HEADED) else None
     target, drafter, encoded = load_all(loading, drafting, shape, chosen, raw)
     small = None if small_model is None else replace(loading, model=small_model).load()
-    arms = _arms(names, target, drafter, loading, config, small)
+    arms = _arms(names, target, drafter, loading, config, small, rule, law if draft_sampling else None)
     settings = {**drawn_by(drafter), **_plain(config), "raw": raw}
+    settings |= {"acceptance": acceptance, "lossy": rule is not None and rule.lossy, "draft_sampling": draft_sampling}
     document = _bench(arms, encoded, config, target, loading.model, prompts, settings)
     if v_curve:
         from haast.bench.vcurve import measure_v_curve
@@ -94,8 +109,10 @@ def _arms(
     loading: Loading,
     config: BenchConfig,
     small: Target | None,
+    rule: AcceptanceRule | None,
+    draft_sampling: SamplingConfig | None,
 ) -> list[Arm]:
-    from haast.bench.arms import EngineArm, StockArm, drafter_for
+    from haast.bench.arms import UNDRAFTED, EngineArm, StockArm, drafter_for
     from haast.models import load_stock
     from haast.training.frozen import end_tokens
 
@@ -107,8 +124,9 @@ def _arms(
             stock.to(target.device)  # type: ignore[arg-type]
             arms.append(StockArm(stock, ends))
         else:
-            own = drafter_for(name, target, drafter, _HISTORY_NODES, small)
-            arms.append(EngineArm(target, own, config.sampling, ends))
+            own = drafter_for(name, target, drafter, _HISTORY_NODES, small, draft_sampling)
+            judged = None if name in UNDRAFTED else rule
+            arms.append(EngineArm(target, own, config.sampling, ends, judged))
     return arms
 
 
@@ -140,7 +158,7 @@ def _bench(
             bar.update(task, advance=1, description=f"tau {decoded / forwards:.2f}" if forwards else "")
 
         records = runner.run_bench(arms, encoded, config, progress)
-    found = runner.differences(records, encoded, target, config.sampling)
+    found = runner.differences(records, encoded, target, config.sampling, [arm.name for arm in arms if arm.own_text])
     return {
         "rows": report.build_rows(records, encoded),
         "differences": report.describe_differences(found),

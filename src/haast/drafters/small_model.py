@@ -1,15 +1,18 @@
-"""Drafting with a smaller model of the same tokenizer (Leviathan et al., arXiv 2211.17192; here as a chain, greedy).
+"""Drafting with a smaller model of the same tokenizer (Leviathan et al., arXiv 2211.17192), as a chain.
 
-Owns the small model's cache. The small model is a `Target` like any other, so it may be packed. Its likeliest tokens
-are drafted; the target's own choices decide, so the text is the target's for any small model.
+Owns the small model's cache. The small model is a `Target` like any other, so it may be packed. It drafts its
+likeliest tokens, or draws them from its own law and says what that was (`DraftTree.draft_probs`), which the rules of
+`haast.acceptance` read. With sample-and-match the text is the target's for any small model and either way of drafting,
+since the target's own draws are of another stream.
 
     observed   tokens up to the root are in the small model's cache, the root itself is not
-    propose    run the root, take its likeliest token, run that, ... depth forwards
+    propose    run the root, take a token, run that, ... depth forwards
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,17 +20,20 @@ from torch import Tensor
 from haast.cache import TreeCache
 from haast.drafters.base import Accepted, Drafter, last_tokens
 from haast.errors import HeadMismatchError
+from haast.sampling import DRAFT, Sampler, SamplingConfig, inverse_cdf, keyed_uniform
 from haast.target import Target
 from haast.tree import DraftTree
 
 
 class SmallModelDrafter(Drafter):
-    """A chain of a small model's greedy choices.
+    """A chain of a small model's choices.
 
     Args:
         target: the model that is drafted for.
         small: a smaller one with the same vocabulary.
         depth: tokens drafted a step, 1 or more.
+        sampling: draw the drafts under these settings (the target's own serve best) instead of taking the likeliest.
+            Its `processors` are left out: they belong to the target's text, and may count their calls.
 
     Raises:
         HeadMismatchError: another vocabulary or device.
@@ -35,7 +41,7 @@ class SmallModelDrafter(Drafter):
 
     name = "small-model"
 
-    def __init__(self, target: Target, small: Target, depth: int = 4) -> None:
+    def __init__(self, target: Target, small: Target, depth: int = 4, sampling: SamplingConfig | None = None) -> None:
         if depth < 1:
             raise ValueError(f"depth={depth} is not allowed: give 1 or more")
         if small.vocab_size != target.vocab_size:
@@ -46,6 +52,7 @@ class SmallModelDrafter(Drafter):
         if small.device != target.device:
             raise HeadMismatchError(f"the small model is on {small.device}, the target on {target.device}: move one")
         self._small, self._depth = small, depth
+        self._sampler = None if sampling is None else Sampler(replace(sampling, processors=()))
         self._cache: TreeCache | None = None
 
     @property
@@ -56,6 +63,7 @@ class SmallModelDrafter(Drafter):
         self._cache = self._small.new_cache(len(prompts), max(len(prompt) for prompt in prompts) + 256)
         self._root: Tensor | None = None
         self._first = torch.tensor([prompt[0] for prompt in prompts], device=self._small.device)
+        self._histories = [[int(prompt[0])] for prompt in prompts]  # up to and including the root
 
     @torch.inference_mode()
     def observe(self, accepted: Accepted) -> None:
@@ -67,20 +75,50 @@ class SmallModelDrafter(Drafter):
         self._small.forward(DraftTree.chain(kept, live), self._cache, last_only=True)
         self._cache.commit([range(count) for count in accepted.counts])
         self._root = last_tokens(accepted, self._root)
+        for history, tokens, count in zip(self._histories, accepted.tokens.tolist(), accepted.counts, strict=True):
+            history.extend(tokens[:count])
 
     @torch.inference_mode()
     def propose(self) -> DraftTree:
         cache, root = self._cache, self._root
         assert cache is not None and root is not None, "observe the prompt before the first proposal"
-        committed, chain = list(cache.lengths), [root]
+        committed, chain, laws = list(cache.lengths), [root], list[Tensor]()
         limit = self._small.context_length
-        for _ in range(self._depth):
+        for depth in range(self._depth):
             if limit is not None and max(cache.lengths) >= limit:
                 chain.append(chain[-1])  # behind its context the small model has nothing to say
+                laws.append(_points(chain[-1], self._small.vocab_size))
                 continue
             logits = self._small.forward(DraftTree.roots(chain[-1]), cache).logits[:, 0]
             cache.commit([range(1)] * len(root))
-            chain.append(logits.argmax(-1))
+            if self._sampler is None:
+                chain.append(logits.argmax(-1))
+            else:
+                laws.append(self._laws(self._sampler, chain, logits))
+                chain.append(self._drawn(self._sampler, laws[-1], depth))
         for row, length in enumerate(committed):
             cache.truncate(row, length)
-        return DraftTree.chain(torch.stack(chain, 1))
+        tree = DraftTree.chain(torch.stack(chain, 1))
+        if self._sampler is None:
+            return tree
+        # The root was not drawn here; its place holds its point mass.
+        return replace(tree, draft_probs=torch.stack([_points(root, self._small.vocab_size), *laws], 1))
+
+    def _laws(self, sampler: Sampler, chain: Sequence[Tensor], logits: Tensor) -> Tensor:
+        """The processed law (rows, vocab) float64 of each row's next draft, behind its text and `chain`."""
+        drafted = torch.stack(list(chain), 1)[:, 1:].tolist()
+        rows = zip(self._histories, drafted, logits, strict=True)
+        return torch.stack([sampler.probs([*history, *own], scores) for history, own, scores in rows])
+
+    def _drawn(self, sampler: Sampler, laws: Tensor, depth: int) -> Tensor:
+        """One draft per row, (rows,). Keyed by the root's position: every step draws anew, see `haast.acceptance`."""
+        tokens = [
+            inverse_cdf(law, keyed_uniform(sampler.config.seed, row, len(self._histories[row]), DRAFT, depth))
+            for row, law in enumerate(laws)
+        ]
+        return torch.tensor(tokens, device=laws.device)
+
+
+def _points(tokens: Tensor, vocab: int) -> Tensor:
+    """Point masses (rows, vocab) float64 at `tokens` (rows,)."""
+    return torch.nn.functional.one_hot(tokens, vocab).double()

@@ -328,6 +328,32 @@ def test_every_decoder_of_the_engine_says_the_same(home: Path, tmp_path: Path) -
     assert len({row["tokens"] for row in written["rows"]}) == 1
 
 
+@pytest.mark.parametrize(
+    ("decoders", "rule", "label", "lossy"),
+    [
+        ("vanilla,small-model", "block", "small-model (block)", False),
+        ("vanilla,eagle,small-model", "typical", "small-model (typical, lossy)", True),
+    ],
+)
+def test_a_rule_with_a_text_of_its_own_is_named_and_not_taken_for_a_bug(
+    home: Path, tmp_path: Path, decoders: str, rule: str, label: str, lossy: bool
+) -> None:
+    out = tmp_path / "bench.json"
+    words = ["bench", "--model", home / "model", "--head", home / "head", "--dtype", "float64", "--packing", "off"]
+    words += ["--prompts", home / "prompts.jsonl", "--decoders", decoders, "--max-new-tokens", 24, "--json", out]
+    words += ["--small-model", home / "model", "--temperature", 1, "--draft-sampling", "--acceptance", rule]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    written: dict[str, Any] = json.loads(out.read_text())
+    rows = {row["decoder"]: row for row in written["rows"]}
+    assert label in rows and "vanilla" in rows and written["differences"] == []
+    assert all(("lossy" in name) == lossy for name in rows if name != "vanilla")
+    settings = written["environment"]["settings"]
+    assert (settings["acceptance"], settings["lossy"], settings["draft_sampling"]) == (rule, lossy, True)
+    if rule == "block":  # the small model is the target: every draft is kept
+        assert rows[label]["tau"] > 4
+
+
 def test_a_suffix_branch_needs_the_head_too() -> None:
     with pytest.raises(ValueError, match=r"eagle\+suffix.*needs a head"):
         check_decoders("vanilla,eagle+suffix", False, 0.0)

@@ -440,14 +440,16 @@ def exact_law() -> Law:
     return {string: chance_of(probs, string) for string in product(range(SMALL), repeat=LENGTH)}
 
 
-def engine_p_value(rule: AcceptanceRule, stats: Stats | None = None) -> float:
+def engine_p_value(
+    rule: AcceptanceRule, stats: Stats | None = None, small: Target | None = None, runs: int = RUNS
+) -> float:
     seen: Counter[tuple[int, ...]] = Counter()
-    for seed in range(RUNS):
+    for seed in range(runs):
         law = replace(LAW, seed=seed)
-        engine = Engine(target(), SmallModelDrafter(target(), drafting(), DEPTH, law), rule)
+        engine = Engine(target(), SmallModelDrafter(target(), small or drafting(), DEPTH, law), rule)
         seen.update(map(tuple, engine.complete([PROMPT] * ROWS, law, StopConfig(LENGTH), stats)))
     strings = sorted(exact_law())
-    return chi_square_p([seen[s] for s in strings], [exact_law()[s] * ROWS * RUNS for s in strings])
+    return chi_square_p([seen[s] for s in strings], [exact_law()[s] * ROWS * runs for s in strings])
 
 
 @pytest.mark.parametrize("make", [RejectionRule, BlockRule])
@@ -480,6 +482,20 @@ def test_no_draw_serves_twice(monkeypatch: pytest.MonkeyPatch, make: type[Accept
     running = [keys for keys in asked if keys[2] < len(PROMPT) + 20]  # an ended row still drafts, for nobody
     assert len(running) > 100 and len(set(running)) == len(running)
     assert {keys[3] for keys in running} == {DRAFT, ACCEPT, RESIDUAL}
+
+
+@pytest.mark.slow
+def test_draws_that_serve_twice_bias_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Why the test above matters: the same engine, once with its keys and once with a token's own position as the key.
+    far = tiny_target(vocab=SMALL, layers=1, std=0.5, seed=2)
+    assert engine_p_value(BlockRule(), small=far, runs=40) > 1e-3
+
+    def by_position(seed: int, row: int, position: int, kind: int, depth: int, *turn: int) -> float:
+        return keyed_uniform(seed, row, position + depth + (kind == DRAFT), kind, *turn)
+
+    monkeypatch.setattr(acceptance, "keyed_uniform", by_position)
+    monkeypatch.setattr(small_model_module, "keyed_uniform", by_position)
+    assert engine_p_value(BlockRule(), small=far, runs=40) < 1e-9
 
 
 def wandering(seed: int) -> Target:

@@ -24,6 +24,7 @@ from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import DraftShape
 from haast.drafters.small_model import SmallModelDrafter
 from haast.engine import Engine, Stats, StopConfig
+from haast.errors import HeadMismatchError
 from haast.sampling import ACCEPT, DRAFT, RESIDUAL, Sampler, SamplingConfig, keyed_uniform
 from haast.target import Target
 from haast.tree import DraftTree
@@ -576,6 +577,42 @@ def test_processors_of_the_target_are_not_asked_about_drafts() -> None:
     law = SamplingConfig(temperature=1.0, processors=(counting,))
     (text,) = Engine(at, SmallModelDrafter(at, wandering(5), 2, law)).complete([[1]], law, StopConfig(12))
     assert calls[: len(text)] == list(range(1, len(text) + 1))
+
+
+class Words:
+    """A tokenizer as far as a drafter asks."""
+
+    def __init__(self, count: int, first: str = "a") -> None:
+        self._vocab = {f"{first}{i}": i for i in range(count)}
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._vocab
+
+
+@pytest.mark.parametrize("sizes", [(16, 13), (13, 16)])
+def test_embeddings_padded_to_different_sizes_are_one_vocabulary(sizes: tuple[int, int]) -> None:
+    big, little = (tiny_target(vocab=size, layers=1, seed=size) for size in sizes)
+    with pytest.raises(HeadMismatchError, match="vocabulary of"):
+        SmallModelDrafter(big, little)
+    own: Any = Words(12)
+    big.tokenizer = little.tokenizer = own
+    law = SamplingConfig(temperature=1.2, repetition_penalty=1.1, seed=3)
+    prompts = [[1, sizes[0] - 1, 3], [5]]  # a padding token is no word, but must do no harm
+    for drawn in (None, law):
+        drafter = SmallModelDrafter(big, little, 3, drawn)
+        assert Engine(big, drafter).complete(prompts, law, StopConfig(30)) == vanilla(big, prompts, 30, law)
+    for rule in (RejectionRule(), BlockRule()):
+        texts = Engine(big, SmallModelDrafter(big, little, 3, law), rule).complete(prompts, law, StopConfig(30))
+        assert [len(text) for text in texts] == [30, 30]
+
+
+def test_a_small_model_of_another_tokenizer_is_refused() -> None:
+    at, other = wandering(0), tiny_target(vocab=16, layers=1, seed=5)
+    mine: Any = Words(16)
+    theirs: Any = Words(16, "b")
+    at.tokenizer, other.tokenizer = mine, theirs
+    with pytest.raises(HeadMismatchError, match="another tokenizer"):
+        SmallModelDrafter(at, other)
 
 
 def test_a_small_context_ends_the_drafts_and_not_the_text() -> None:

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot, pad
 
 from haast.cache import TreeCache
 from haast.drafters.base import Accepted, Drafter, last_tokens
@@ -30,13 +31,14 @@ class SmallModelDrafter(Drafter):
 
     Args:
         target: the model that is drafted for.
-        small: a smaller one with the same vocabulary.
+        small: a smaller one of the same tokenizer. Their embeddings may be padded to different sizes if both carry it.
         depth: tokens drafted a step, 1 or more.
         sampling: draw the drafts under these settings (the target's own serve best) instead of taking the likeliest.
             Its `processors` are left out: they belong to the target's text, and may count their calls.
 
     Raises:
         HeadMismatchError: another vocabulary or device.
+        ValueError: a depth below 1.
     """
 
     name = "small-model"
@@ -44,14 +46,10 @@ class SmallModelDrafter(Drafter):
     def __init__(self, target: Target, small: Target, depth: int = 4, sampling: SamplingConfig | None = None) -> None:
         if depth < 1:
             raise ValueError(f"depth={depth} is not allowed: give 1 or more")
-        if small.vocab_size != target.vocab_size:
-            raise HeadMismatchError(
-                f"the small model has a vocabulary of {small.vocab_size} tokens, the target one of "
-                f"{target.vocab_size}: take a smaller model of the same tokenizer"
-            )
+        _check_vocabularies(target, small)
         if small.device != target.device:
             raise HeadMismatchError(f"the small model is on {small.device}, the target on {target.device}: move one")
-        self._small, self._depth = small, depth
+        self._small, self._depth, self._vocab = small, depth, target.vocab_size
         self._sampler = None if sampling is None else Sampler(replace(sampling, processors=()))
         self._cache: TreeCache | None = None
 
@@ -72,7 +70,7 @@ class SmallModelDrafter(Drafter):
         kept = torch.cat([start.unsqueeze(1), accepted.tokens[:, :-1]], dim=1)  # the tokens at the kept positions
         counts = torch.tensor(accepted.counts, device=kept.device).unsqueeze(1)
         live = torch.arange(kept.shape[1], device=kept.device) < counts
-        self._small.forward(DraftTree.chain(kept, live), self._cache, last_only=True)
+        self._small.forward(DraftTree.chain(self._known(kept), live), self._cache, last_only=True)
         self._cache.commit([range(count) for count in accepted.counts])
         self._root = last_tokens(accepted, self._root)
         for history, tokens, count in zip(self._histories, accepted.tokens.tolist(), accepted.counts, strict=True):
@@ -87,9 +85,9 @@ class SmallModelDrafter(Drafter):
         for depth in range(self._depth):
             if limit is not None and max(cache.lengths) >= limit:
                 chain.append(chain[-1])  # behind its context the small model has nothing to say
-                laws.append(_points(chain[-1], self._small.vocab_size))
+                laws.append(_points(chain[-1], self._vocab))
                 continue
-            logits = self._small.forward(DraftTree.roots(chain[-1]), cache).logits[:, 0]
+            logits = self._small.forward(DraftTree.roots(self._known(chain[-1])), cache).logits[:, 0, : self._vocab]
             cache.commit([range(1)] * len(root))
             if self._sampler is None:
                 chain.append(logits.argmax(-1))
@@ -102,13 +100,19 @@ class SmallModelDrafter(Drafter):
         if self._sampler is None:
             return tree
         # The root was not drawn here; its place holds its point mass.
-        return replace(tree, draft_probs=torch.stack([_points(root, self._small.vocab_size), *laws], 1))
+        return replace(tree, draft_probs=torch.stack([_points(root, self._vocab), *laws], 1))
 
     def _laws(self, sampler: Sampler, chain: Sequence[Tensor], logits: Tensor) -> Tensor:
         """The processed law (rows, vocab) float64 of each row's next draft, behind its text and `chain`."""
         drafted = torch.stack(list(chain), 1)[:, 1:].tolist()
         rows = zip(self._histories, drafted, logits, strict=True)
-        return torch.stack([sampler.probs([*history, *own], scores) for history, own, scores in rows])
+        # A token that the small model does not know was never drafted here: the penalty may leave it out.
+        known = self._small.vocab_size
+        laws = [
+            sampler.probs([token for token in (*history, *own) if token < known], scores)
+            for history, own, scores in rows
+        ]
+        return pad(torch.stack(laws), (0, self._vocab - laws[0].shape[0]))
 
     def _drawn(self, sampler: Sampler, laws: Tensor, depth: int) -> Tensor:
         """One draft per row, (rows,). Keyed by the root's position: every step draws anew, see `haast.acceptance`."""
@@ -118,7 +122,26 @@ class SmallModelDrafter(Drafter):
         ]
         return torch.tensor(tokens, device=laws.device)
 
+    def _known(self, tokens: Tensor) -> Tensor:
+        """Tokens of the target's padding, which no text holds, as the last token that the small model has."""
+        return tokens.clamp_max(self._small.vocab_size - 1)
+
+
+def _check_vocabularies(target: Target, small: Target) -> None:
+    """Refuse another tokenizer's model. Without tokenizers, equal sizes are all that can be asked for."""
+    if target.tokenizer is not None and small.tokenizer is not None:
+        if target.tokenizer.get_vocab() != small.tokenizer.get_vocab():
+            raise HeadMismatchError(
+                "the small model has another tokenizer than the target, so its drafts would mean other words: take a "
+                "smaller model of the same tokenizer"
+            )
+    elif small.vocab_size != target.vocab_size:
+        raise HeadMismatchError(
+            f"the small model has a vocabulary of {small.vocab_size} tokens, the target one of {target.vocab_size}: "
+            "take a smaller model of the same tokenizer (and load both with it, if only the padding differs)"
+        )
+
 
 def _points(tokens: Tensor, vocab: int) -> Tensor:
     """Point masses (rows, vocab) float64 at `tokens` (rows,)."""
-    return torch.nn.functional.one_hot(tokens, vocab).double()
+    return one_hot(tokens, vocab).double()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,34 +116,108 @@ def test_the_pool_keeps_the_newest_of_a_token() -> None:
     assert pool.guesses(1) == [(6, 7), (2, 3)] and pool.guesses(2) == [(1, 1)] and pool.guesses(3) == []
 
 
+Seen = dict[int, tuple[int, frozenset[int]]]  # token -> its position behind the root, and all tokens it sees
+
+
+def figure_5(levels: list[list[int]], guesses: list[list[int]]) -> Seen:
+    """Lookahead's mask as the paper draws it (arXiv 2402.02057, figure 5), cell by cell over a flat sequence.
+
+    The lookahead branch lies level after level, each as wide as the window; level 0 stands at positions 0 (the input
+    token), 1, 2, ... and each further level one position later. The verification branch lies behind it, guess after
+    guess, at positions 1, 2, ... A cell is dark where the column's token is the row's own, comes before it in the
+    row's guess, or is what the row's trajectory holds at an earlier position: of all levels up to the row's, one token
+    a position, from as deep a level as leads to the row's. Branches and guesses never see each other, but all see the
+    input token.
+    """
+    flat = [("window", level, level + column) for level, row in enumerate(levels) for column in range(len(row))]
+    flat += [("guess", number, 1 + place) for number, guess in enumerate(guesses) for place in range(len(guess))]
+    tokens = [token for row in [*levels, *guesses] for token in row]
+    assert len(set(tokens)) == len(tokens), "tokens name the nodes here, so they must differ"
+
+    def dark(row: tuple[str, int, int], column: tuple[str, int, int]) -> bool:
+        (branch, group, position), (other, of, at) = row, column
+        if at > position:
+            return False
+        if (other, of, at) == ("window", 0, 0):
+            return True
+        if branch != other:
+            return False
+        if branch == "guess":
+            return group == of
+        return of == max(0, group - (position - at))
+
+    return {
+        token: (row[2], frozenset(seen for seen, column in zip(tokens, flat, strict=True) if dark(row, column)))
+        for token, row in zip(tokens, flat, strict=True)
+    }
+
+
+def seen_in(tree: DraftTree) -> Seen:
+    """What a tree's live nodes see, by their tokens."""
+    tokens = tree.tokens[0].tolist()
+    return {
+        tokens[node]: (
+            int(tree.depths[0, node]),
+            frozenset(tokens[other] for other in range(tree.nodes) if tree.ancestors[0, node, other]),
+        )
+        for node in range(tree.nodes)
+        if tree.live[0, node]
+    }
+
+
+def test_figure_5_of_the_paper_as_drawn() -> None:
+    """4-grams, a window of 5, two guesses: rows of the figure, read off by eye."""
+    orange, green, red = [0, 1, 2, 3, 4], [11, 12, 13, 14, 15], [22, 23, 24, 25, 26]
+    mask = figure_5([orange, green, red], [[31, 32, 33], [41, 42, 43]])
+    rows = {3: (0, 1, 2, 3), 11: (0, 11), 15: (0, 1, 2, 3, 4, 15), 22: (0, 11, 22), 26: (0, 1, 2, 3, 4, 15, 26)}
+    rows |= {33: (0, 31, 32, 33), 42: (0, 41, 42)}
+    assert {token: mask[token] for token in rows} == {t: (len(seen) - 1, frozenset(seen)) for t, seen in rows.items()}
+
+
 @pytest.mark.parametrize(
     ("window", "ngram", "guesses"), list(itertools.product((1, 2, 3, 5, 7), (2, 3, 4, 5), (1, 2, 4)))
 )
 def test_lookaheads_tree_is_the_papers_mask_and_positions(window: int, ngram: int, guesses: int) -> None:
-    """Built by brute force from figure 5: who sees whom, and at which distance from the root."""
-    drafter = LookaheadDrafter(50, window, ngram, guesses, from_prompt=False)
-    rng = random.Random(window * 100 + ngram * 10 + guesses)
-    drafter.start([[1]])
-    row = drafter._rows[0]
-    for _ in range(guesses):  # guesses that share no beginning, so that each is a chain of its own
-        row._pool.add([3, *rng.sample(range(4, 50), ngram - 1)])
-    row._last = 3
-    tree = drafter.propose()
-    firsts = {guess[0] for guess in row._pool.guesses(3)}
-    drafted = int((tree.live[0] & ~(tree.probe[0] if tree.probe is not None else torch.zeros(1).bool())).sum()) - 1
-    if len(firsts) == guesses:
-        assert drafted == guesses * (ngram - 1)
-    numbers = row._numbers
-    assert [len(each) for each in numbers] == [window] * (ngram - 1)
-    place = {number: (level, column) for level, each in enumerate(numbers) for column, number in enumerate(each)}
-    for number, (level, column) in place.items():
-        sees = {numbers[0][i] for i in range(column + 1)} | {numbers[above][column] for above in range(1, level + 1)}
-        assert {i for i in range(tree.nodes) if tree.ancestors[0, number, i]} == sees
-        assert int(tree.depths[0, number]) == column + level
-        assert number == 0 or (tree.probe is not None and bool(tree.probe[0, number]))
-    for number in range(1, 1 + drafted):  # a guess sees the root, its own beginning, itself, and nothing of the window
-        seen = {i for i in range(tree.nodes) if tree.ancestors[0, number, i]}
-        assert seen & set(place) == {0} and int(tree.depths[0, number]) == len(seen) - 1
+    """Every node of three steps in a row: the first window is random, the next hold what the target said."""
+    fresh = itertools.count(1000)
+    roots = [1, 2, 3]
+    known = {root: [[next(fresh) for _ in range(ngram - 1)] for _ in range(guesses)] for root in roots}
+    text = [token for root in roots for guess in known[root] for token in (root, *guess)]
+    drafter = LookaheadDrafter(10**9, window, ngram, guesses)  # so many tokens that random ones differ
+    tree = settle(drafter, [*text, roots[0]])
+    levels = [list(row) for row in drafter._rows[0]._window]
+    for root, following in zip(roots, [*roots[1:], 4], strict=True):
+        levels[0][0] = root
+        expected = figure_5(levels, known[root])
+        assert seen_in(tree) == expected and len(expected) == drafter.nodes
+        marks = [False] * tree.nodes if tree.probe is None else tree.probe[0].tolist()
+        probes = {token for token, mark in zip(tree.tokens[0].tolist(), marks, strict=True) if mark}
+        assert probes == {token for level in levels for token in level} - {root}
+        said = [next(fresh) for _ in range(tree.nodes)]
+        at = {token: node for node, token in enumerate(tree.tokens[0].tolist())}
+        levels = [*levels[1:], [said[at[token]] for token in levels[-1]]]
+        drafter.observe(Accepted(torch.tensor([[following]]), torch.zeros(1, 1, 1), (1,), torch.tensor([said])))
+        tree = drafter.propose()
+
+
+def test_another_mask_than_the_papers_is_seen() -> None:
+    drafter = LookaheadDrafter(10**9, 3, 3, 1)
+    tree = settle(drafter, [1, 50, 51, 1])
+    levels = [list(row) for row in drafter._rows[0]._window]
+    levels[0][0] = 1
+    expected = figure_5(levels, [[50, 51]])
+    assert seen_in(tree) == expected
+    for node in range(2, tree.nodes):
+        parents = tree.parents.clone()
+        parents[0, node] -= 1 if parents[0, node] > 0 else -1
+        assert seen_in(DraftTree.from_parents(tree.tokens, parents, tree.live)) != expected
+
+
+def test_the_pool_is_warmed_up_from_the_prompt_if_asked() -> None:
+    prompt = [1, 50, 51, 2, 1, 60, 61, 3, 1]
+    warm, cold = (LookaheadDrafter(100, 3, 3, 2, from_prompt=asked) for asked in (True, False))
+    assert sorted(chains(settle(warm, prompt))) == [[50, 51], [60, 61]]
+    assert chains(settle(cold, prompt)) == []
 
 
 def test_the_window_moves_and_fills_the_pool() -> None:

@@ -18,7 +18,7 @@ SOURCE = Path(haast.__file__).parent
 RANKS = [
     {"errors", "tree", "sampling", "text", "prompts", "loops", "native"},
     {"verify", "cache", "speed"},
-    {"attention"},
+    {"attention", "acceptance"},
     {"target"},
     {"models"},
     {"heads"},
@@ -37,8 +37,10 @@ RANK = {room: number for number, rooms in enumerate(RANKS) for room in rooms}
 # Rooms that may know less than their rank would allow: all that they import of Haast.
 ONLY = {
     "verify": {"haast.sampling", "haast.tree"},
+    "acceptance": {"haast.sampling", "haast.tree", "haast.verify"},
     "engine": {
-        "haast.cache", "haast.drafters.base", "haast.errors", "haast.past", "haast.sampling", "haast.target",
+        "haast.acceptance", "haast.cache", "haast.drafters.base", "haast.errors", "haast.past", "haast.sampling",
+        "haast.target",
         "haast.tree", "haast.verify",
     },
     "errors": set(), "tree": set(), "sampling": set(), "text": set(), "prompts": set(), "loops": set(),

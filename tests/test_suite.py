@@ -427,7 +427,7 @@ def test_ctrl_c_leaves_a_journal_that_goes_on(
     assert timeless(read(tmp_path)) == timeless(read(done))
 
 
-def _forge(monkeypatch: pytest.MonkeyPatch, lossy: bool) -> None:
+def _forge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lookup says another fourth token."""
     run = EngineArm.run
 
@@ -435,7 +435,6 @@ def _forge(monkeypatch: pytest.MonkeyPatch, lossy: bool) -> None:
         done = run(self, prompt, max_new_tokens)
         if self.name != "lookup":
             return done
-        self.lossy = lossy
         tokens = (*done.tokens[:3], (done.tokens[3] + 1) % 250, *done.tokens[4:])
         return ArmRun(tokens, done.ms_prefill, done.ms_decode, done.stats)
 
@@ -445,7 +444,7 @@ def _forge(monkeypatch: pytest.MonkeyPatch, lossy: bool) -> None:
 def test_a_decoder_that_says_something_else_fails_the_run(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _forge(monkeypatch, lossy=False)
+    _forge(monkeypatch)
     result = bench(home, tmp_path, "--rounds", 1, decoders="vanilla,eagle,lookup")
     assert result.exit_code == 1 and "10 outputs differ" in result.stderr
     document = read(tmp_path)
@@ -454,14 +453,23 @@ def test_a_decoder_that_says_something_else_fails_the_run(
     assert "10 by a BUG" in (tmp_path / "suite.md").read_text()
 
 
-def test_a_lossy_decoder_is_excused_and_named(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _forge(monkeypatch, lossy=True)
-    monkeypatch.setattr(EngineArm, "lossy", property(lambda self: self.name == "lookup", lambda self, value: None))
-    result = bench(home, tmp_path, "--rounds", 1, decoders="vanilla,lookup")
+def test_rules_with_texts_of_their_own_are_excused_above_zero_and_named(home: Path, tmp_path: Path) -> None:
+    sizes = MedusaConfig.for_target(config(258), heads=2, blocks=1)
+    save_head(tmp_path / "medusa", sizes, dict(MedusaHeads(sizes).state_dict()), None)
+    words = ["--medusa-head", tmp_path / "medusa", "--small-model", home / "model", "--rounds", 1]
+    result = bench(home, tmp_path, *words, decoders="vanilla,medusa-typical,small-model-block")
     assert result.exit_code == 0, result.output
     document = read(tmp_path)
-    assert document["decoders"]["lookup"]["lossy"] and document["differences"] == []
-    assert "| lookup (lossy) |" in (tmp_path / "suite.md").read_text()
+    about = document["decoders"]
+    assert about["medusa-typical"]["lossy"] and not about["small-model-block"]["lossy"]
+    assert (about["medusa-typical"]["rule"], about["small-model-block"]["rule"]) == ("typical", "block")
+    assert document["differences"] == []  # compared at temperature 0, where every rule keeps vanilla's text
+    told = (tmp_path / "suite.md").read_text()
+    assert "| medusa-typical (lossy) |" in told and "not compared there: small-model-block" in told
+    answers = sum(a["temperature"] == 0 or a["decoder"] == "vanilla" for a in document["answers"])
+    assert f"Texts compared token by token: {answers};" in told
+    drawn = next(r for r in document["rows"] if (r["decoder"], r["temperature"]) == ("small-model-block", 1.0))
+    assert drawn["tau"] > 4  # the small model is the target: nearly every draft is kept
 
 
 def test_decoders_with_parts_of_their_own_are_told_apart(home: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from haast.acceptance import AcceptanceRule
 from haast.cache import TreeCache
 from haast.drafters.base import Accepted, Drafter
 from haast.errors import PromptError
@@ -111,11 +112,19 @@ class Emission:
 
 
 class Engine:
-    """One target and one drafter, run over a batch of prompts."""
+    """One target and one drafter, run over a batch of prompts.
 
-    def __init__(self, target: Target, drafter: Drafter) -> None:
+    Args:
+        target: the model.
+        drafter: what drafts for it.
+        rule: another acceptance rule than sample-and-match. Only sample-and-match promises vanilla's own text for a
+            seed; see `haast.acceptance` for what each rule keeps, and which is lossy.
+    """
+
+    def __init__(self, target: Target, drafter: Drafter, rule: AcceptanceRule | None = None) -> None:
         self.target = target
         self.drafter = drafter
+        self.rule = rule
 
     def run(
         self,
@@ -141,7 +150,8 @@ class Engine:
         check_prompts(prompts, self.target.context_length, self.target.vocab_size)
         if past is not None and len(prompts) > 1:
             raise ValueError(f"a past belongs to one text, not to {len(prompts)}: run them one by one, or leave it out")
-        return _Run(self.target, self.drafter, prompts, sampling, stop, stats or Stats(), past).emissions()
+        parts = (self.target, self.drafter, self.rule)
+        return _Run(*parts, prompts, sampling, stop, stats or Stats(), past).emissions()
 
     def complete(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, stop: StopConfig, stats: Stats | None = None
@@ -160,6 +170,7 @@ class _Run:
         self,
         target: Target,
         drafter: Drafter,
+        rule: AcceptanceRule | None,
         prompts: Sequence[Sequence[int]],
         sampling: SamplingConfig,
         stop: StopConfig,
@@ -167,7 +178,7 @@ class _Run:
         past: Past | None,
     ) -> None:
         self._past = past
-        self._target, self._drafter, self._stats = target, drafter, stats
+        self._target, self._drafter, self._stats, self._rule = target, drafter, stats, rule
         self._device = target.device
         self._sampler, self._stop = Sampler(sampling), stop
         self._histories = [list(prompt) for prompt in prompts]
@@ -251,7 +262,8 @@ class _Run:
         output = self._target.forward(tree, self._cache, hidden_layers=self._drafter.target_layers)
         verified = self._now()
         histories = [h if on else None for h, on in zip(self._histories, self._running, strict=True)]
-        verdict = verify(tree, output.logits, self._sampler, histories)
+        accept = verify if self._rule is None else self._rule.verify
+        verdict = accept(tree, output.logits, self._sampler, histories)
         self._cache.commit([None if row is None else row.path for row in verdict.rows])
         settled = self._now()
         self._observe(verdict.rows, output)

@@ -22,6 +22,7 @@ from transformers.generation.logits_process import (
 )
 
 _LEAST = 1e-6  # a smaller divisor would make fp32 scores overflow
+DRAFT, ACCEPT, RESIDUAL = 1, 2, 3  # streams of draws beside the target's own, see `keyed_uniform`
 Processor = Callable[[Tensor, Tensor], Tensor]  # (history (1, length) int64, scores (1, vocab)) -> scores (1, vocab)
 
 
@@ -117,23 +118,29 @@ class Sampler:
             return int(logits.argmax(-1))
         if self.config.temperature == 0:
             return int(self.scores(history, logits).argmax(-1))
-        cumulative = self.probs(history, logits).cumsum(-1)
-        point = keyed_uniform(self.config.seed, row, len(history)) * float(cumulative[-1])
-        index = int(torch.searchsorted(cumulative, cumulative.new_tensor(point), right=True))
-        if index < cumulative.shape[-1]:
-            return index
-        # Rounding put the point on the very end of the scale: take the last token that has any probability.
-        return int((cumulative < cumulative[-1]).sum())
+        return inverse_cdf(self.probs(history, logits), keyed_uniform(self.config.seed, row, len(history)))
 
 
-def keyed_uniform(seed: int, row: int, position: int) -> float:
-    """A uniform draw in [0, 1) with 53 random bits, a pure function of its three keys.
+def inverse_cdf(probs: Tensor, uniform: float) -> int:
+    """The token that a draw in [0, 1) falls on; `probs` (vocab,) need not sum to exactly 1."""
+    cumulative = probs.cumsum(-1)
+    point = uniform * float(cumulative[-1])
+    index = int(torch.searchsorted(cumulative, cumulative.new_tensor(point), right=True))
+    if index < cumulative.shape[-1]:
+        return index
+    # Rounding put the point on the very end of the scale: take the last token that has any probability.
+    return int((cumulative < cumulative[-1]).sum())
 
-    Three rounds of the SplitMix64 finaliser (Steele et al., OOPSLA 2014), one per key, so that neighbouring keys give
-    unrelated draws.
+
+def keyed_uniform(seed: int, row: int, position: int, *stream: int) -> float:
+    """A uniform draw in [0, 1) with 53 random bits, a pure function of its keys.
+
+    One round of the SplitMix64 finaliser (Steele et al., OOPSLA 2014) per key, so that neighbouring keys give
+    unrelated draws. Without `stream` it is the target's own draw for a position; drafters and acceptance rules that
+    need randomness add a stream number (`DRAFT`, `ACCEPT`, `RESIDUAL`) and further keys.
     """
     state = 0
-    for key in (seed, row, position):
+    for key in (seed, row, position, *stream):
         state = _mix((state ^ key) + 0x9E3779B97F4A7C15)
     return (state >> 11) / float(1 << 53)
 

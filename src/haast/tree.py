@@ -34,6 +34,9 @@ class DraftTree:
     ancestors: Tensor  # (rows, nodes, nodes) bool; [r, i, j]: node i sees node j (itself included)
     live: Tensor  # (rows, nodes) bool
     probe: Tensor | None = None  # (rows, nodes) bool
+    # (rows, nodes, vocab) float64: the law that each node's token was drawn from, given all that was drawn before it
+    # in this tree (the root's is not read). None: the tokens are taken as given, a point mass each.
+    draft_probs: Tensor | None = None
 
     @property
     def rows(self) -> int:

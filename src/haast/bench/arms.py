@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from haast.acceptance import rule_named
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.hybrid import HybridDrafter
@@ -33,7 +34,13 @@ from haast.target import Target
 # nodes cost more than they bring (window 7, n-gram 5, 7 guesses: tau 1.75 instead of 1.33, and far slower).
 _LOOKAHEAD = (2, 2, 3)
 HEADED = ("eagle", "eagle+suffix")  # these draft with a head
-KNOWN = ("vanilla", *HEADED, "medusa", "small-model", "lookahead", "lookup", "suffix", "hf")
+# Decoders that are another one's drafts judged by another rule than sample-and-match; the small model's are drawn.
+RULED = {
+    "medusa-typical": ("medusa", "typical"),
+    "small-model-rejection": ("small-model", "rejection"),
+    "small-model-block": ("small-model", "block"),
+}
+KNOWN = ("vanilla", *HEADED, "medusa", "small-model", *RULED, "lookahead", "lookup", "suffix", "hf")
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,8 @@ class Arm(ABC):
     """One decoder."""
 
     name: str
-    lossy: bool = False  # whether its text may differ from vanilla's
+    lossy: bool = False  # whether it may follow another law than the target's
+    own_text: bool = False  # its text is not bound to vanilla's for the same seed, so a difference says nothing
 
     @abstractmethod
     def run(self, prompt: Sequence[int], max_new_tokens: int) -> ArmRun:
@@ -60,9 +68,20 @@ class Arm(ABC):
 class EngineArm(Arm):
     """Vanilla or drafted decoding in Haast's engine."""
 
-    def __init__(self, target: Target, drafter: Drafter, sampling: SamplingConfig, eos: Sequence[int]) -> None:
-        self.name, self.nodes = drafter.name, drafter.nodes
-        self._engine, self._sampling, self._eos = Engine(target, drafter), sampling, tuple(eos)
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        sampling: SamplingConfig,
+        eos: Sequence[int],
+        name: str | None = None,
+    ) -> None:
+        """`name` is of `KNOWN` and says the acceptance rule; None is the drafter's own, with sample-and-match."""
+        rule = rule_named(rule_of(name or drafter.name))
+        self.name, self.nodes = name or drafter.name, drafter.nodes
+        self.lossy = rule is not None and rule.lossy
+        self.own_text = rule is not None and sampling.temperature > 0
+        self._engine, self._sampling, self._eos = Engine(target, drafter, rule), sampling, tuple(eos)
 
     def run(self, prompt: Sequence[int], max_new_tokens: int) -> ArmRun:
         stats, tokens = Stats(), list[int]()
@@ -124,6 +143,7 @@ def drafter_for(
     nodes: int,
     small: Target | None = None,
     medusa: MedusaDrafter | None = None,
+    sampling: SamplingConfig | None = None,
 ) -> Drafter:
     """The drafter of an engine decoder.
 
@@ -134,12 +154,14 @@ def drafter_for(
         nodes: tree size of those that have none of their own.
         small: the model that drafts for "small-model".
         medusa: drafts for "medusa".
+        sampling: the law, where drafts are drawn.
     """
     device, eagles = target.device, dict[str, Callable[[], Drafter]]()
     if eagle is not None:
         eagles |= {"eagle": lambda: eagle, "eagle+suffix": lambda: HybridDrafter(eagle)}
     if small is not None:
-        eagles["small-model"] = lambda: SmallModelDrafter(target, small)
+        drawn = sampling if name in RULED else None
+        eagles["small-model"] = lambda: SmallModelDrafter(target, small, sampling=drawn)
     if medusa is not None:
         eagles["medusa"] = lambda: medusa
     makers: dict[str, Callable[[], Drafter]] = {
@@ -149,7 +171,17 @@ def drafter_for(
         "lookahead": lambda: LookaheadDrafter(target.vocab_size, *_LOOKAHEAD, device=device),
         **eagles,
     }
-    return makers[name]()
+    return makers[base_of(name)]()
+
+
+def base_of(name: str) -> str:
+    """The decoder whose drafts a decoder judges: itself, but for those in `RULED`."""
+    return RULED[name][0] if name in RULED else name
+
+
+def rule_of(name: str) -> str:
+    """The acceptance rule of a decoder."""
+    return RULED[name][1] if name in RULED else "match"
 
 
 def check_decoders(
@@ -171,9 +203,10 @@ def check_decoders(
     headless = [name for name in chosen if name in HEADED]
     if headless and not head:
         raise ValueError(f"decoder {headless[0]!r} needs a head: give --head, or leave it out of --decoders")
-    if ("small-model" in chosen) != small:
+    bases = {base_of(name) for name in chosen}
+    if ("small-model" in bases) != small:
         raise ValueError("decoder 'small-model' and --small-model NAME go together: give both, or neither")
-    if ("medusa" in chosen) != medusa:
+    if ("medusa" in bases) != medusa:
         raise ValueError("decoder 'medusa' and --medusa-head DIR go together: give both, or neither")
     if "hf" in chosen and temperature > 0:
         raise ValueError(

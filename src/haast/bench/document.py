@@ -55,12 +55,12 @@ def build_document(
         "traces": [],
     }
     document["suites"] = {name: _suite(suite) for name, suite in suites.items()}
-    exact = {name for name, decoder in header["decoders"].items() if not decoder["lossy"]}
+    ruled = [name for name, decoder in header["decoders"].items() if decoder["rule"] != "match"]
     for temperature in header["temperatures"]:
         for name, suite in suites.items():
             records, cell = cells[temperature, name], {"suite": name, "temperature": temperature}
-            compared = {decoder: own for decoder, own in records.items() if decoder in exact}
-            found = differences(compared, suite.prompts, target, replace(sampling, temperature=temperature))
+            law, own_text = replace(sampling, temperature=temperature), ruled if temperature > 0 else ()
+            found = differences(records, suite.prompts, target, law, own_text)
             document["rows"] += [{**cell, **row} for row in build_rows(records, suite.prompts)]
             document["differences"] += [{**cell, **each} for each in describe_differences(found)]
             document["answers"] += [

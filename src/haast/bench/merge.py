@@ -93,12 +93,13 @@ def _short(value: Any) -> str:
 
 
 def _uneven(document: Document) -> Iterator[str]:
-    """Lossless decoders whose answers to one prompt have other lengths, and no difference on record."""
+    """Decoders bound to vanilla's text whose answers to one prompt have other lengths, and no difference on record."""
     excused = {(d["suite"], d["temperature"], d["prompt"], d["decoder"]) for d in document["differences"]}
     lengths: dict[tuple[str, float, str], dict[str, int]] = {}
     for answer in document["answers"]:
         key, name = (answer["suite"], answer["temperature"], answer["id"]), answer["decoder"]
-        if name != "hf" and not document["decoders"][name]["lossy"] and (*key, name) not in excused:
+        own_text = answer["temperature"] > 0 and document["decoders"][name]["rule"] != "match"
+        if name != "hf" and not own_text and (*key, name) not in excused:
             lengths.setdefault(key, {})[name] = answer["tokens"]
     for (suite, temperature, prompt), own in lengths.items():
         if len(set(own.values())) > 1:

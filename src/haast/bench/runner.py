@@ -7,7 +7,7 @@ the comparison of outputs. Knows no terminal and no files.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -127,12 +127,18 @@ def rotated(arms: Sequence[Arm], seed: int, turn: int) -> list[Arm]:
 
 
 def differences(
-    records: Records, prompts: Sequence[BenchPrompt], target: Target, sampling: SamplingConfig
+    records: Records,
+    prompts: Sequence[BenchPrompt],
+    target: Target,
+    sampling: SamplingConfig,
+    own_text: Collection[str] = (),
 ) -> list[Difference]:
     """Where decoders' outputs part from the first engine decoder's (vanilla where it ran), and between rounds.
 
-    Engine decoders share one target, so a difference between them is judged: tie or bug.
+    Engine decoders share one target, so a difference between them is judged: tie or bug. Those in `own_text` are
+    not compared: their acceptance rule uses randomness of its own.
     """
+    records = {name: own for name, own in records.items() if name not in own_text}
     if not records:
         return []
     reference = "vanilla" if "vanilla" in records else next((name for name in records if name != "hf"), "hf")

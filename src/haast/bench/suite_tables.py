@@ -109,6 +109,9 @@ def _notes(document: Document) -> Iterator[str]:
     yield _texts(document)
     for each in environment.get("skipped", ()):
         yield f"{each['decoder']} did not run at temperature {each['temperature']:g}: {each['why']}."
+    drawn = [name for name, own in document["decoders"].items() if own["rule"] != "match" and not own["lossy"]]
+    if drawn and any(document["temperatures"]):
+        yield f"The target's law, but above temperature 0 texts of their own, not compared there: {', '.join(drawn)}."
     lossy = [name for name, own in document["decoders"].items() if own["lossy"]]
     if lossy:
         yield f"Lossy, so its text may differ from the target's own: {', '.join(lossy)}."
@@ -121,8 +124,8 @@ def _notes(document: Document) -> Iterator[str]:
 
 def _texts(document: Document) -> str:
     """How many answers were compared, and how many differ for which reason."""
-    lossy = {name for name, own in document["decoders"].items() if own["lossy"]}
-    compared = sum(answer["decoder"] not in lossy for answer in document["answers"])
+    ruled = {name for name, own in document["decoders"].items() if own["rule"] != "match"}
+    compared = sum(a["temperature"] == 0 or a["decoder"] not in ruled for a in document["answers"])
     kinds = [each["kind"] for each in document["differences"]]
     reasons = (
         ("tie", "by a floating-point tie"), ("precision", "by another arithmetic (hf)"), ("bug", "by a BUG"),

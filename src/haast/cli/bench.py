@@ -44,7 +44,9 @@ def bench(
     decoders: Annotated[
         str,
         typer.Option(
-            metavar="A,B,C", help="Of vanilla, eagle, eagle+suffix, medusa, small-model, lookahead, lookup, suffix, hf."
+            metavar="A,B,C",
+            help="Of vanilla, eagle, eagle+suffix, medusa, medusa-typical (LOSSY), small-model, small-model-rejection, "
+            "small-model-block, lookahead, lookup, suffix, hf.",
         ),
     ] = "vanilla,eagle",
     medusa_head: Annotated[
@@ -143,7 +145,7 @@ def _drafting(
 ) -> dict[str, dict[str, Any]]:
     """What the decoders draft with that have a head or a model of their own: settings, and the head's digest."""
     from haast.api import find_head
-    from haast.bench.arms import HEADED
+    from haast.bench.arms import HEADED, RULED
     from haast.bench.report import folder_sha256
 
     found: dict[str, dict[str, Any]] = {}
@@ -155,7 +157,7 @@ def _drafting(
         found["medusa"] = {**drawn_by(medusa), "head_sha256": folder_sha256(folder)}
     if small_model is not None:
         found["small-model"] = {"model": small_model}
-    return found
+    return found | {name: found[base] for name, (base, _) in RULED.items() if base in found}
 
 
 def _plain(config: BenchConfig) -> dict[str, Any]:
@@ -185,8 +187,8 @@ def _arms(
             stock.to(target.device)  # type: ignore[arg-type]
             arms.append(StockArm(stock, ends))
         else:
-            own = drafter_for(name, target, drafter, _HISTORY_NODES, small, medusa)
-            arms.append(EngineArm(target, own, config.sampling, ends))
+            own = drafter_for(name, target, drafter, _HISTORY_NODES, small, medusa, config.sampling)
+            arms.append(EngineArm(target, own, config.sampling, ends, name))
     return arms
 
 
@@ -218,8 +220,8 @@ def _bench(
             bar.update(task, advance=1, description=f"tau {decoded / forwards:.2f}" if forwards else "")
 
         records = runner.run_bench(arms, encoded, config, progress)
-    exact = {arm.name: records[arm.name] for arm in arms if not arm.lossy}
-    found = runner.differences(exact, encoded, target, config.sampling)
+    own_text = [arm.name for arm in arms if arm.own_text]
+    found = runner.differences(records, encoded, target, config.sampling, own_text)
     return {
         "rows": report.build_rows(records, encoded),
         "differences": report.describe_differences(found),

@@ -181,6 +181,7 @@ def _header(
     where: Whereabouts,
 ) -> dict[str, Any]:
     """What the journal fixes, and the document repeats."""
+    from haast.bench.arms import rule_of
     from haast.bench.report import environment, sources_sha256
 
     settings = {**where.settings, "sampling": {**where.settings["sampling"]}}
@@ -194,7 +195,10 @@ def _header(
     return {
         "environment": own,
         "suites": {n: {"file": s.file, "sha256": s.sha256, "tokens_sha256": hashes[n]} for n, s in suites.items()},
-        "decoders": {name: {"lossy": arm.lossy, "settings": _settings(arm, where)} for name, arm in found.items()},
+        "decoders": {
+            name: {"lossy": arm.lossy, "rule": rule_of(name), "settings": _settings(arm, where)}
+            for name, arm in found.items()
+        },
         "temperatures": list(plan.temperatures),
         "rounds": config.rounds,
         "calibration": None if calibration is None else calibration.document(),

@@ -469,7 +469,7 @@ def test_rules_with_texts_of_their_own_are_excused_above_zero_and_named(home: Pa
     answers = sum(a["temperature"] == 0 or a["decoder"] == "vanilla" for a in document["answers"])
     assert f"Texts compared token by token: {answers};" in told
     drawn = next(r for r in document["rows"] if (r["decoder"], r["temperature"]) == ("small-model-block", 1.0))
-    assert drawn["tau"] > 4  # the small model is the target: nearly every draft is kept
+    assert drawn["tau"] > 3  # the small model is the target: nearly every draft is kept
 
 
 def test_decoders_with_parts_of_their_own_are_told_apart(home: Path, tmp_path: Path) -> None:

@@ -107,6 +107,19 @@ class Emission:
     finished: bool
 
 
+@dataclass(frozen=True)
+class Step:
+    """One decoding step as a watcher sees it. The tensors are the step's own: read them at once, keep none."""
+
+    tree: DraftTree
+    logits: Tensor  # (rows, nodes, vocab): the target's raw logits at every node
+    verdict: Verdict
+    emissions: tuple[Emission, ...]  # what the stop rules left of the verdict, of every row that was running
+    ms_draft: float
+    ms_verify: float
+    ms_overhead: float
+
+
 class Engine:
     """One target and one drafter, run over a batch of prompts."""
 
@@ -115,7 +128,12 @@ class Engine:
         self.drafter = drafter
 
     def run(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, stop: StopConfig, stats: Stats | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        stop: StopConfig,
+        stats: Stats | None = None,
+        watch: Callable[[Step], None] | None = None,
     ) -> Iterator[Emission]:
         """Decode every prompt; yields each row's tokens as they are settled. Safe to abandon at any point.
 
@@ -124,12 +142,13 @@ class Engine:
             sampling: the law of the next token; draws are keyed by (seed, row, position).
             stop: when a row ends.
             stats: filled as the run goes on.
+            watch: called with every decoding step before its tokens are yielded; its own time is not counted.
 
         Raises:
             PromptError: a prompt is empty, or does not fit the target's context with one new token.
         """
         check_prompts(prompts, self.target.context_length, self.target.vocab_size)
-        return _Run(self.target, self.drafter, prompts, sampling, stop, stats or Stats()).emissions()
+        return _Run(self.target, self.drafter, prompts, sampling, stop, stats or Stats(), watch).emissions()
 
     def complete(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, stop: StopConfig, stats: Stats | None = None
@@ -152,8 +171,9 @@ class _Run:
         sampling: SamplingConfig,
         stop: StopConfig,
         stats: Stats,
+        watch: Callable[[Step], None] | None,
     ) -> None:
-        self._target, self._drafter, self._stats = target, drafter, stats
+        self._target, self._drafter, self._stats, self._watch = target, drafter, stats, watch
         self._device = target.device
         self._sampler, self._stop = Sampler(sampling), stop
         self._histories = [list(prompt) for prompt in prompts]
@@ -225,9 +245,13 @@ class _Run:
         observed = self._now()
         emitted = self._settle(verdict, tree.nodes)
         done = perf_counter()
-        self._stats.ms_draft += 1e3 * (drafted - start + observed - settled)
-        self._stats.ms_verify += 1e3 * (verified - drafted)
-        self._stats.ms_overhead += 1e3 * (settled - verified + done - observed)
+        ms = (drafted - start + observed - settled, verified - drafted, settled - verified + done - observed)
+        ms_draft, ms_verify, ms_overhead = (1e3 * seconds for seconds in ms)
+        self._stats.ms_draft += ms_draft
+        self._stats.ms_verify += ms_verify
+        self._stats.ms_overhead += ms_overhead
+        if self._watch is not None:
+            self._watch(Step(tree, output.logits, verdict, tuple(emitted), ms_draft, ms_verify, ms_overhead))
         return emitted
 
     def _settle(self, verdict: Verdict, nodes: int) -> list[Emission]:

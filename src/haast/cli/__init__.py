@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from haast.cli import bench, calibrate, generate, info, regenerate, train, verify
+from haast.cli import bench, calibrate, generate, info, regenerate, trace, train, verify
 from haast.cli.boundary import Boundary
 from haast.cli.settings import expanded
 
@@ -26,6 +26,7 @@ for _command in (
     train.train,
     verify.verify,
     bench.bench,
+    trace.trace,
     calibrate.calibrate,
     calibrate.plan,
     info.info,

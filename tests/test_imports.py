@@ -18,7 +18,7 @@ SOURCE = Path(haast.__file__).parent
 RANKS = [
     {"errors", "tree", "sampling", "text", "prompts", "loops", "native"},
     {"verify", "cache", "speed"},
-    {"attention", "acceptance"},
+    {"attention", "acceptance", "stats"},
     {"target"},
     {"models"},
     {"heads"},
@@ -40,8 +40,7 @@ ONLY = {
     "acceptance": {"haast.sampling", "haast.tree", "haast.verify"},
     "engine": {
         "haast.acceptance", "haast.cache", "haast.drafters.base", "haast.errors", "haast.past", "haast.sampling",
-        "haast.target",
-        "haast.tree", "haast.verify",
+        "haast.stats", "haast.target", "haast.tree", "haast.verify",
     },
     "errors": set(), "tree": set(), "sampling": set(), "text": set(), "prompts": set(), "loops": set(),
     "native": set(), "cache": set(), "speed": {"haast.native", "haast.native.stack"},

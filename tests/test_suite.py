@@ -240,7 +240,7 @@ def test_texts_are_judged_at_the_temperature_they_were_drawn_at(
     seen: list[float] = []
 
     def watched(*each: Any) -> list[Difference]:
-        seen.append(each[-1].temperature)
+        seen.append(each[3].temperature)
         return differences(*each)
 
     monkeypatch.setattr("haast.bench.document.differences", watched)

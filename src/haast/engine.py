@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 
 import torch
@@ -21,10 +21,12 @@ from haast.drafters.base import Accepted, Drafter
 from haast.errors import PromptError
 from haast.past import Past
 from haast.sampling import Sampler, SamplingConfig
+from haast.stats import Stats
 from haast.target import Target, TargetOutput
 from haast.tree import DraftTree
 from haast.verify import RowVerdict, Verdict, verify
 
+__all__ = ["Emission", "Engine", "Stats", "Step", "StopConfig", "check_prompts"]
 _PREFILL = 512  # prompt positions a forward: bounds the memory of mask and activations
 
 
@@ -41,66 +43,6 @@ class StopConfig:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} is not allowed: give 1 or more")
 
 
-@dataclass
-class Stats:
-    """Counts and times of one run. Milliseconds are wall clock; prefill is apart, its first token is not in tau.
-
-    tau = `decoded_tokens` / `target_forwards`: tokens emitted per decoding target forward and row, the bonus token
-    included, prefill and its one token excluded, tokens cut off by a stop rule not counted.
-    """
-
-    prompt_tokens: int = 0
-    recalled_tokens: int = 0  # of them, found in a past and not run again
-    tokens: int = 0  # emitted, the prefill's token included
-    decoded_tokens: int = 0
-    target_forwards: int = 0  # decoding steps, counted per row that was still running
-    nodes: int = 0  # that those forwards ran over, roots included
-    accepted_by_depth: list[int] = field(default_factory=list)  # [d]: steps that accepted a node at depth d + 1
-    reached_by_depth: list[int] = field(default_factory=list)  # [d]: steps that had drafts at depth d + 1 to try
-    first_choice_by_depth: list[int] = field(default_factory=list)  # [d]: ... whose preferred draft was right
-    ms_prefill: float = 0.0
-    ms_draft: float = 0.0
-    ms_verify: float = 0.0  # target forward
-    ms_overhead: float = 0.0  # acceptance, commit, stop rules
-
-    @property
-    def tau(self) -> float:
-        """Tokens per decoding target forward; 0 before the first."""
-        return self.decoded_tokens / self.target_forwards if self.target_forwards else 0.0
-
-    @property
-    def ms_decode(self) -> float:
-        """Decoding time without prefill."""
-        return self.ms_draft + self.ms_verify + self.ms_overhead
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Decoded tokens per second, prefill and its token excluded."""
-        return 1e3 * self.decoded_tokens / self.ms_decode if self.ms_decode else 0.0
-
-    @property
-    def acceptance_by_depth(self) -> list[float]:
-        """[d]: chance that some draft at depth d + 1 is right, given that depth d was."""
-        return [a / r if r else 0.0 for a, r in zip(self.accepted_by_depth, self.reached_by_depth, strict=True)]
-
-    @property
-    def alpha_by_depth(self) -> list[float]:
-        """[d]: chance that the preferred draft at depth d + 1 is right, given that depth d was (0-alpha first)."""
-        return [a / r if r else 0.0 for a, r in zip(self.first_choice_by_depth, self.reached_by_depth, strict=True)]
-
-    def count(self, verdict: RowVerdict) -> None:
-        """Take in one row's verdict of one step."""
-        self.target_forwards += 1
-        for depth, preferred in enumerate(verdict.first_choice):
-            if depth == len(self.reached_by_depth):
-                self.reached_by_depth.append(0)
-                self.accepted_by_depth.append(0)
-                self.first_choice_by_depth.append(0)
-            self.reached_by_depth[depth] += 1
-            self.accepted_by_depth[depth] += len(verdict.path) > depth + 1
-            self.first_choice_by_depth[depth] += preferred
-
-
 @dataclass(frozen=True)
 class Emission:
     """Tokens one row emitted in one step; all but the last of a full step were drafted, the last is the bonus."""
@@ -109,6 +51,19 @@ class Emission:
     tokens: tuple[int, ...]
     drafted: int  # how many of them, from the front, were drafted
     finished: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decoding step as a watcher sees it. The tensors are the step's own: read them at once, keep none."""
+
+    tree: DraftTree
+    logits: Tensor  # (rows, nodes, vocab): the target's raw logits at every node
+    verdict: Verdict
+    emissions: tuple[Emission, ...]  # what the stop rules left of the verdict, of every row that was running
+    ms_draft: float
+    ms_verify: float
+    ms_overhead: float
 
 
 class Engine:
@@ -133,6 +88,7 @@ class Engine:
         stop: StopConfig,
         stats: Stats | None = None,
         past: Past | None = None,
+        watch: Callable[[Step], None] | None = None,
     ) -> Iterator[Emission]:
         """Decode every prompt; yields each row's tokens as they are settled. Safe to abandon at any point.
 
@@ -142,6 +98,7 @@ class Engine:
             stop: when a row ends.
             stats: filled as the run goes on.
             past: of one prompt: what an earlier run left, used where the texts begin the same, and left for the next.
+            watch: called with every decoding step before its tokens are yielded; its own time is not counted.
 
         Raises:
             PromptError: a prompt is empty, or does not fit the target's context with one new token.
@@ -151,7 +108,7 @@ class Engine:
         if past is not None and len(prompts) > 1:
             raise ValueError(f"a past belongs to one text, not to {len(prompts)}: run them one by one, or leave it out")
         parts = (self.target, self.drafter, self.rule)
-        return _Run(*parts, prompts, sampling, stop, stats or Stats(), past).emissions()
+        return _Run(*parts, prompts, sampling, stop, stats or Stats(), past, watch).emissions()
 
     def complete(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, stop: StopConfig, stats: Stats | None = None
@@ -176,8 +133,9 @@ class _Run:
         stop: StopConfig,
         stats: Stats,
         past: Past | None,
+        watch: Callable[[Step], None] | None,
     ) -> None:
-        self._past = past
+        self._past, self._watch = past, watch
         self._target, self._drafter, self._stats, self._rule = target, drafter, stats, rule
         self._device = target.device
         self._sampler, self._stop = Sampler(sampling), stop
@@ -270,9 +228,13 @@ class _Run:
         observed = self._now()
         emitted = self._settle(verdict, tree.nodes)
         done = perf_counter()
-        self._stats.ms_draft += 1e3 * (drafted - start + observed - settled)
-        self._stats.ms_verify += 1e3 * (verified - drafted)
-        self._stats.ms_overhead += 1e3 * (settled - verified + done - observed)
+        ms = (drafted - start + observed - settled, verified - drafted, settled - verified + done - observed)
+        ms_draft, ms_verify, ms_overhead = (1e3 * seconds for seconds in ms)
+        self._stats.ms_draft += ms_draft
+        self._stats.ms_verify += ms_verify
+        self._stats.ms_overhead += ms_overhead
+        if self._watch is not None:
+            self._watch(Step(tree, output.logits, verdict, tuple(emitted), ms_draft, ms_verify, ms_overhead))
         return emitted
 
     def _settle(self, verdict: Verdict, nodes: int) -> list[Emission]:

@@ -1,13 +1,17 @@
 """From tokens to text as they come: whole characters only, stop strings across token borders.
 
-Owns incremental detokenisation and the search for stop strings. Knows nothing of decoding.
+Owns incremental detokenisation, the search for stop strings, and one token made readable. Knows nothing of decoding.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # how SentencePiece writes a byte that is no character by itself
 
 
 class TextStream:
@@ -84,3 +88,22 @@ class StopWatch:
             self._stream.push(token)
         self._seen = len(new)
         return self._stream.stopped
+
+
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """One token by itself, as a reader can tell it: its text with a leading space where it has one.
+
+    Special tokens show their names. A token that is a piece of a character shows its bytes, as in `\\xe2\\x96`.
+    """
+    text = str(tokenizer.decode([token], skip_special_tokens=False))
+    piece = str(tokenizer.convert_ids_to_tokens(token))
+    if "\ufffd" in text:
+        written = _BYTE.fullmatch(piece)
+        if written is not None:
+            return f"\\x{written[1].lower()}"
+        letters = {letter: value for value, letter in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
+        if all(letter in letters for letter in piece):
+            return bytes(letters[letter] for letter in piece).decode("utf-8", errors="backslashreplace")
+    if piece.startswith("\u2581") and not text.startswith(" "):  # SentencePiece drops the space of a text's first word
+        return " " + text
+    return text

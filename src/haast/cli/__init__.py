@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from haast.cli import bench, calibrate, generate, info, regenerate, report, train, verify
+from haast.cli import bench, calibrate, generate, info, regenerate, report, trace, train, verify
 from haast.cli.boundary import Boundary
 from haast.cli.settings import expanded
 
@@ -27,6 +27,7 @@ for _command in (
     verify.verify,
     bench.bench,
     report.report,
+    trace.trace,
     calibrate.calibrate,
     calibrate.plan,
     info.info,

@@ -1,0 +1,125 @@
+"""A recorded step, read: who stands under whom, what became of every node, and why, in words.
+
+Owns the words that the terminal and the page share. Knows the "haast-trace-1" document only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from haast.bench.trace import TRACE_FORMAT
+
+Node = Mapping[str, Any]
+FATES = ("root", "accepted", "cut", "rejected", "unreached", "probe")
+_MARKS = {" ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"}
+_LONGEST = 24  # characters of a token that are shown
+
+
+class StepView:
+    """One step of a trace document; dead nodes, which only pad, are left out."""
+
+    def __init__(self, step: Mapping[str, Any]) -> None:
+        self.step = step
+        self.nodes: dict[int, Node] = {node["id"]: node for node in step["nodes"] if node["live"]}
+        self.children: dict[int, list[int]] = {node: [] for node in self.nodes}
+        for number, node in self.nodes.items():
+            if number:
+                self.children[node["parent"]].append(number)
+
+    @property
+    def drafted(self) -> int:
+        """Nodes that could have been accepted."""
+        return sum(self.fate(number) not in ("root", "probe") for number in self.nodes)
+
+    @property
+    def kept(self) -> int:
+        """Drafted tokens that were emitted."""
+        return sum(token["drafted"] for token in self.step["emitted"])
+
+    def fate(self, number: int) -> str:
+        """What became of a node, one of `FATES`."""
+        node = self.nodes[number]
+        if number == 0:
+            return "root"
+        if node["accepted"]:
+            return "accepted" if node["depth"] <= len(self.step["emitted"]) else "cut"
+        if node["probe"]:
+            return "probe"
+        return "rejected" if self.nodes[node["parent"]]["choice"] is not None else "unreached"
+
+    def why(self, number: int) -> str:
+        """A sentence on a node's fate, with the target's probabilities."""
+        node, fate = self.nodes[number], self.fate(number)
+        if fate == "root":
+            return f"root {quoted(node['text'])}: the last token of the text so far"
+        if fate == "probe":
+            return f"probe {quoted(node['text'])}: run to learn what may follow later, never accepted"
+        chance = f"drafted {quoted(node['text'])} (target {percent(node['target_prob'])})"
+        choice = self.nodes[node["parent"]]["choice"]
+        if fate == "accepted":
+            return f"{chance}: accepted, the target chose it too"
+        if fate == "cut":
+            return f"{chance}: accepted, but the text ended before it"
+        if fate == "unreached":
+            return f"{chance}: not reached, a token before it was not accepted"
+        if choice["token"] == node["token"]:
+            return f"{chance}: the same token as an accepted branch"
+        return f"{chance}: rejected, the target said {quoted(choice['text'])} ({percent(choice['prob'])})"
+
+    def bonus(self) -> tuple[int, Mapping[str, Any]] | None:
+        """The target's own last token and the node it follows; None where the text ended before it."""
+        emitted = self.step["emitted"]
+        if not emitted or emitted[-1]["drafted"]:
+            return None
+        visited = [number for number, node in self.nodes.items() if node["choice"] is not None]
+        last = max(visited, key=lambda number: self.nodes[number]["depth"])
+        return last, self.nodes[last]["choice"]
+
+    def summary(self) -> str:
+        """The step in one line."""
+        ms = sum(self.step[part] for part in ("ms_draft", "ms_verify", "ms_overhead"))
+        words = f"{self.kept} of {self.drafted} drafted accepted" if self.drafted else "nothing drafted"
+        probes = sum(self.fate(number) == "probe" for number in self.nodes)
+        words += f", {counted(probes, 'probe')}" if probes else ""
+        words += f", {counted(len(self.step['emitted']), 'token')}"
+        return (
+            f"{words}; {ms:.1f} ms: draft {self.step['ms_draft']:.1f}, verify {self.step['ms_verify']:.1f}, "
+            f"rest {self.step['ms_overhead']:.1f}"
+        )
+
+
+def check_trace(document: Mapping[str, Any]) -> None:
+    """Raises ValueError for what is no trace."""
+    if document.get("format") != TRACE_FORMAT:
+        raise ValueError(
+            f"format={document.get('format')!r} is not {TRACE_FORMAT!r}: give what `haast trace --json` wrote"
+        )
+
+
+def percent(chance: float) -> str:
+    """A probability for a reader: two digits, never a false 0 or 100."""
+    value = 100 * chance
+    if value < 0.1:
+        return "<0.1 %"
+    if value < 1:
+        return f"{value:.1f} %"
+    return f"{value:.0f} %" if value < 99.5 else ">99 %"
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def visible(text: str) -> str:
+    """A token with its blanks and controls made visible, cut where it is long."""
+    shown = "".join(_MARKS.get(letter) or (letter if letter.isprintable() else ascii(letter)[1:-1]) for letter in text)
+    if len(shown) > _LONGEST:
+        shown = shown[: _LONGEST - 1] + "\u2026"
+    return shown or "\u2205"
+
+
+def quoted(text: str) -> str:
+    """A token inside a sentence."""
+    return f"\u201c{visible(text)}\u201d"

@@ -1,0 +1,158 @@
+"""What one answer's drafts came to, step by step, as a document ("haast-trace-1").
+
+Owns the recording and the document's schema. Knows neither terminal nor HTML (see `accept_tree` and `cli.trace`).
+
+A node's `target_prob` is the target's probability of its token behind its own parent, under the processed law of the
+sampling. Greedy decoding has a one-hot law, which tells nothing: there it is the softmax of the processed scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from haast.bench.report import machine
+from haast.drafters.base import Drafter
+from haast.engine import Engine, Stats, Step, StopConfig
+from haast.sampling import Sampler, SamplingConfig
+from haast.target import Target
+from haast.text import TextStream, token_text
+
+TRACE_FORMAT = "haast-trace-1"
+
+
+def record_trace(
+    target: Target,
+    drafter: Drafter,
+    prompt_ids: Sequence[int],
+    sampling: SamplingConfig,
+    stop: StopConfig,
+    prompt_text: str,
+    environment: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Answer one prompt and write down every step's tree and what became of it.
+
+    Args:
+        target: with its tokenizer, which makes tokens readable.
+        prompt_ids: the prompt as the model reads it; `prompt_text` as a reader does.
+        sampling: stateful logits processors are called more often here than once per token: leave them out.
+        stop: when the answer ends.
+        environment: what a reader should know of the machine and the model; None is this machine.
+
+    Raises:
+        ValueError: the target has no tokenizer; PromptError: as `Engine.run`.
+    """
+    if target.tokenizer is None:
+        raise ValueError("a trace shows text, and this target was given without a tokenizer: give one")
+    recorder, stats = _Recorder(target.tokenizer, prompt_ids, sampling), Stats()
+    for emission in Engine(target, drafter).run([list(prompt_ids)], sampling, stop, stats, watch=recorder.watch):
+        if not stats.target_forwards:
+            recorder.begin(emission.tokens[0])
+    recorder.end()
+    return {
+        "format": TRACE_FORMAT,
+        "decoder": drafter.name,
+        "prompt": prompt_text,
+        "text": recorder.stream.text,
+        "tau": stats.tau,
+        "tokens": stats.tokens,
+        "target_forwards": stats.target_forwards,
+        "temperature": sampling.temperature,
+        "probabilities": "softmax of the scores" if sampling.temperature == 0 else "the law that was sampled",
+        "environment": machine() if environment is None else environment,
+        "prefill": recorder.prefill,
+        "steps": recorder.steps,
+    }
+
+
+class _Recorder:
+    """Follows one row's text, and turns each step into its document."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], sampling: SamplingConfig) -> None:
+        self._tokenizer, self._sampler, self._history = tokenizer, Sampler(sampling), list(prompt)
+        self._greedy = sampling.temperature == 0
+        self.stream = TextStream(tokenizer)
+        self.prefill: dict[str, Any] = {}
+        self.steps: list[dict[str, Any]] = []
+
+    def begin(self, token: int) -> None:
+        """Take in the prompt's own token, which no step drafted."""
+        self.prefill = self._emitted(token, drafted=False)
+        del self.prefill["drafted"]
+
+    def end(self) -> None:
+        """Give out the text of a character that was never completed."""
+        held = self.stream.finish()
+        last = self.steps[-1]["emitted"][-1] if self.steps else self.prefill
+        last["text"] += held
+
+    def watch(self, step: Step) -> None:
+        """Write down a step. Its logits are read here and not kept."""
+        verdict, emission = step.verdict.rows[0], step.emissions[0]
+        assert verdict is not None, "the one row of a trace runs until its end"
+        nodes = self._nodes(step, verdict.path, verdict.tokens)
+        position = len(self._history)
+        emitted = [self._emitted(token, place < emission.drafted) for place, token in enumerate(emission.tokens)]
+        self.steps.append(
+            {
+                "position": position,
+                "ms_draft": step.ms_draft,
+                "ms_verify": step.ms_verify,
+                "ms_overhead": step.ms_overhead,
+                "emitted": emitted,
+                "nodes": nodes,
+            }
+        )
+
+    def _emitted(self, token: int, drafted: bool) -> dict[str, Any]:
+        """A settled token; `text` is what became certain with it, so that all of them together are the answer."""
+        self._history.append(token)
+        return {"token": token, "text": self.stream.push(token), "drafted": drafted}
+
+    def _nodes(self, step: Step, path: Sequence[int], choices: Sequence[int]) -> list[dict[str, Any]]:
+        tree = step.tree
+        tokens, parents, live = (each[0].tolist() for each in (tree.tokens, tree.parents, tree.live))
+        probes = [False] * tree.nodes if tree.probe is None else tree.probe[0].tolist()
+        chosen = dict(zip(path, choices, strict=True))
+        laws: dict[int, Tensor] = {}  # node -> target probabilities behind it (vocab,)
+
+        def law(node: int) -> Tensor:
+            if node not in laws:
+                laws[node] = self._law(step.logits[0, node], _way(node, parents, tokens))
+            return laws[node]
+
+        nodes = []
+        for node, token in enumerate(tokens):
+            candidate = live[node] and parents[node] >= 0 and not probes[node]
+            choice = None
+            if node in chosen:
+                choice = self._named(chosen[node]) | {"prob": float(law(node)[chosen[node]])}
+            nodes.append(
+                {"id": node, "parent": parents[node], "depth": int(tree.depths[0, node])}
+                | self._named(token)
+                | {"accepted": node > 0 and node in chosen, "probe": bool(probes[node]), "live": bool(live[node])}
+                | {"target_prob": float(law(parents[node])[token]) if candidate else None, "choice": choice}
+            )
+        return nodes
+
+    def _law(self, logits: Tensor, way: Sequence[int]) -> Tensor:
+        """Target probabilities (vocab,) behind `way`, the tokens below the root."""
+        history = [*self._history, *way]
+        if self._greedy:
+            return self._sampler.scores(history, logits).double().softmax(-1)
+        return self._sampler.probs(history, logits)
+
+    def _named(self, token: int) -> dict[str, Any]:
+        return {"token": token, "text": token_text(self._tokenizer, token)}
+
+
+def _way(node: int, parents: Sequence[int], tokens: Sequence[int]) -> list[int]:
+    """The tokens from below the root to `node`."""
+    way: list[int] = []
+    while node > 0:
+        way.append(tokens[node])
+        node = parents[node]
+    return way[::-1]

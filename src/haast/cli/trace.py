@@ -1,0 +1,215 @@
+"""`haast trace`: one prompt, and for every step what was drafted, what was accepted, and why the rest was not.
+
+Owns the terminal's view. The recording is `bench.trace`'s, the page `bench.page`'s.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from haast.cli.boundary import check_writable, human_output, write_json, write_text
+from haast.cli.loading import as_eagle
+from haast.cli.settings import Drafting, JsonOption, Loading, Sampling, check_at_least
+from haast.errors import HeadMismatchError, expanded
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+    from rich.tree import Tree
+
+    from haast.bench.steps import StepView
+    from haast.drafters.base import Drafter
+    from haast.target import Target
+
+_HISTORY_NODES = 4  # tree size of decoders without one of their own, as in `haast bench`
+_STYLES = {
+    "root": "bold", "accepted": "green", "cut": "green", "rejected": "dim", "unreached": "dim", "probe": "dim italic",
+}  # fmt: skip
+_SIGNS = {"root": "", "accepted": "\u2713 ", "cut": "\u2713 ", "rejected": "\u2717 ", "unreached": "  ", "probe": "? "}
+
+
+def trace(
+    prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from stdin.")],
+    loading: Loading,
+    drafting: Drafting,
+    sampling: Sampling,
+    decoder: Annotated[
+        str, typer.Option(help="eagle, eagle+suffix, small-model, lookahead, lookup, suffix or vanilla.")
+    ] = "eagle",
+    small_model: Annotated[str | None, typer.Option(metavar="NAME", help="The smaller model that drafts.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Exact upper bound of new tokens.")] = 32,
+    raw: Annotated[bool, typer.Option("--raw", help="Don't put the prompt through the chat template.")] = False,
+    html_out: Annotated[
+        str | None, typer.Option("--html", metavar="OUT", help="Write the same view as one self-contained page.")
+    ] = None,
+    json_out: JsonOption = None,
+) -> None:
+    """Show each step's tree: what was drafted, what was accepted, and what the target said instead.
+
+    \b
+    haast trace "Why is the sky blue?"
+    haast trace "Why is the sky blue?" --decoder lookahead --html trace.html --json trace.json
+    """
+    check_at_least("max_new_tokens", max_new_tokens)
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    if not prompt:
+        raise ValueError("the prompt is empty: give some text")
+    check_writable(json_out)
+    check_writable(html_out)
+    if html_out == "-" == json_out:
+        raise ValueError("--html - and --json - both ask for stdout: write one of them to a file")
+    document = _record(prompt, loading, drafting, sampling, decoder, small_model, max_new_tokens, raw)
+
+    from rich.console import Console
+
+    out = human_output("-" if html_out == "-" else json_out)
+    show_trace(document, Console(file=out, highlight=False, width=None if out.isatty() else 120))
+    write_json(document, json_out)
+    if html_out is not None:
+        from haast.bench.page import trace_html
+
+        page = trace_html(document)
+        sys.stdout.write(page) if html_out == "-" else write_text(expanded(html_out, "cannot write"), page)
+
+
+def _record(
+    prompt: str,
+    loading: Loading,
+    drafting: Drafting,
+    sampling: Sampling,
+    decoder: str,
+    small_model: str | None,
+    max_new_tokens: int,
+    raw: bool,
+) -> dict[str, Any]:
+    """Check everything, load, and record."""
+    from haast.api import Haast
+    from haast.bench.arms import RULED, check_decoders
+    from haast.bench.report import machine
+    from haast.bench.trace import record_trace
+    from haast.drafters.vanilla import VanillaDrafter
+    from haast.engine import StopConfig
+
+    law = sampling.check()
+    medusa = decoder.strip() == "medusa"  # its heads come by --head here
+    names = check_decoders(decoder, drafting.head != "none", law.temperature, small_model is not None, medusa)
+    if len(names) != 1 or names[0] == "hf" or names[0] in RULED:
+        raise ValueError(
+            f"decoder={decoder!r} can't be traced: give one that runs in Haast's engine, by sample-and-match"
+        )
+    loading.check()
+    if small_model is not None:
+        replace(loading, model=small_model).check()
+    target, drafter = _load(names[0], loading, drafting, small_model)
+    model = Haast(target, VanillaDrafter())
+    where = machine() | {
+        "model": loading.model,
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "packing": target.packing,
+    }
+    rules = StopConfig(max_new_tokens, model.eos_ids())
+    return record_trace(target, drafter, model.encode(prompt, chat=not raw), law, rules, prompt, where)
+
+
+def _load(name: str, loading: Loading, drafting: Drafting, small_model: str | None) -> tuple[Target, Drafter]:
+    from haast.bench.arms import HEADED, drafter_for
+
+    shape = drafting.check(loading.model, loading.device) if name in (*HEADED, "medusa") else None
+    target = loading.load()
+    headed = None if shape is None else drafting.load(target, loading.model, shape)
+    if headed is not None and headed.name != ("medusa" if name == "medusa" else "eagle"):
+        raise HeadMismatchError(f"--head {drafting.head} holds {headed.name} heads, which do not draft for {name!r}")
+    if name == "medusa":
+        assert headed is not None, "a head was asked for"
+        return target, headed
+    small = None if small_model is None else replace(loading, model=small_model).load()
+    return target, drafter_for(name, target, as_eagle(headed), _HISTORY_NODES, small)
+
+
+def show_trace(document: Mapping[str, Any], console: Console) -> None:
+    """The text with its drafted tokens in colour, then every step's tree."""
+    from rich.text import Text
+
+    from haast.bench.steps import StepView
+
+    console.print(_answer(document))
+    tau = f"tau {document['tau']:.2f}" if document["target_forwards"] else "no step was taken"
+    counts = f"{document['tokens']} tokens, {document['target_forwards']} target forwards"
+    console.print(Text(f"\n{document['decoder']}: {counts}, {tau}; probabilities are the {_law(document)}"))
+    for number, step in enumerate(document["steps"], start=1):
+        view = StepView(step)
+        console.print(Text(f"\nstep {number}: {view.summary()}", style="bold"))
+        console.print(_tree(view))
+
+
+def _law(document: Mapping[str, Any]) -> str:
+    return f"target's, {document['probabilities']}"
+
+
+def _answer(document: Mapping[str, Any]) -> Text:
+    """The emitted text: accepted drafts green, the target's own tokens bold."""
+    from rich.text import Text
+
+    text = Text(document["prefill"]["text"], style="bold")
+    for step in document["steps"]:
+        for token in step["emitted"]:
+            text.append(token["text"], style="not bold green" if token["drafted"] else "bold")
+    return text
+
+
+def _tree(view: StepView) -> Tree:
+    from rich.tree import Tree
+
+    root = Tree(_label(view, 0), guide_style="dim")
+    bonus = view.bonus()
+
+    def grow(branch: Tree, number: int) -> None:
+        for child in view.children[number]:
+            grow(branch.add(_label(view, child)), child)
+        if bonus is not None and bonus[0] == number:
+            branch.add(_bonus(bonus[1]))
+
+    grow(root, 0)
+    return root
+
+
+def _label(view: StepView, number: int) -> Text:
+    from rich.text import Text
+
+    from haast.bench.steps import percent, visible
+
+    node, fate = view.nodes[number], view.fate(number)
+    label = Text(f"{_SIGNS[fate]}{visible(node['text'])}", style=_STYLES[fate])
+    if fate not in ("root", "probe"):
+        label.append(f"  {percent(node['target_prob'])}")
+    for words in _reason(view, number, fate):
+        label.append(f"  {words}")
+    return label
+
+
+def _reason(view: StepView, number: int, fate: str) -> Iterator[str]:
+    from haast.bench.steps import percent, quoted
+
+    choice = view.nodes[view.nodes[number]["parent"]]["choice"] if number else None
+    if fate == "rejected" and choice is not None:
+        same = choice["token"] == view.nodes[number]["token"]
+        yield "twin" if same else f"the target said {quoted(choice['text'])} ({percent(choice['prob'])})"
+    elif fate == "unreached":
+        yield "not reached"
+    elif fate == "cut":
+        yield "the text ended before it"
+    elif fate == "probe":
+        yield "probe"
+
+
+def _bonus(choice: Mapping[str, Any]) -> Text:
+    from rich.text import Text
+
+    from haast.bench.steps import percent, visible
+
+    return Text(f"+ {visible(choice['text'])}  {percent(choice['prob'])}  the target's own", style="bold")

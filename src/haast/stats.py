@@ -1,0 +1,67 @@
+"""Counts and times of a run. Owns tau's definition; knows neither models nor drafters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from haast.verify import RowVerdict
+
+
+@dataclass
+class Stats:
+    """Counts and times of one run. Milliseconds are wall clock; prefill is apart, its first token is not in tau.
+
+    tau = `decoded_tokens` / `target_forwards`: tokens emitted per decoding target forward and row, the bonus token
+    included, prefill and its one token excluded, tokens cut off by a stop rule not counted.
+    """
+
+    prompt_tokens: int = 0
+    recalled_tokens: int = 0  # of them, found in a past and not run again
+    tokens: int = 0  # emitted, the prefill's token included
+    decoded_tokens: int = 0
+    target_forwards: int = 0  # decoding steps, counted per row that was still running
+    nodes: int = 0  # that those forwards ran over, roots included
+    accepted_by_depth: list[int] = field(default_factory=list)  # [d]: steps that accepted a node at depth d + 1
+    reached_by_depth: list[int] = field(default_factory=list)  # [d]: steps that had drafts at depth d + 1 to try
+    first_choice_by_depth: list[int] = field(default_factory=list)  # [d]: ... whose preferred draft was right
+    ms_prefill: float = 0.0
+    ms_draft: float = 0.0
+    ms_verify: float = 0.0  # target forward
+    ms_overhead: float = 0.0  # acceptance, commit, stop rules
+
+    @property
+    def tau(self) -> float:
+        """Tokens per decoding target forward; 0 before the first."""
+        return self.decoded_tokens / self.target_forwards if self.target_forwards else 0.0
+
+    @property
+    def ms_decode(self) -> float:
+        """Decoding time without prefill."""
+        return self.ms_draft + self.ms_verify + self.ms_overhead
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoded tokens per second, prefill and its token excluded."""
+        return 1e3 * self.decoded_tokens / self.ms_decode if self.ms_decode else 0.0
+
+    @property
+    def acceptance_by_depth(self) -> list[float]:
+        """[d]: chance that some draft at depth d + 1 is right, given that depth d was."""
+        return [a / r if r else 0.0 for a, r in zip(self.accepted_by_depth, self.reached_by_depth, strict=True)]
+
+    @property
+    def alpha_by_depth(self) -> list[float]:
+        """[d]: chance that the preferred draft at depth d + 1 is right, given that depth d was (0-alpha first)."""
+        return [a / r if r else 0.0 for a, r in zip(self.first_choice_by_depth, self.reached_by_depth, strict=True)]
+
+    def count(self, verdict: RowVerdict) -> None:
+        """Take in one row's verdict of one step."""
+        self.target_forwards += 1
+        for depth, preferred in enumerate(verdict.first_choice):
+            if depth == len(self.reached_by_depth):
+                self.reached_by_depth.append(0)
+                self.accepted_by_depth.append(0)
+                self.first_choice_by_depth.append(0)
+            self.reached_by_depth[depth] += 1
+            self.accepted_by_depth[depth] += len(verdict.path) > depth + 1
+            self.first_choice_by_depth[depth] += preferred

@@ -8,6 +8,7 @@ implementation is chosen, through transformers' own switch.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,10 +21,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from haast import attention, native
 from haast.cache import TreeCache
 from haast.errors import UnsupportedModelError
+from haast.speed.compile import CompiledLayers, Progress, layers_of, nodes_for, slots_for
 from haast.speed.packing import PackedLinear
 from haast.speed.stack import NativeStack
 from haast.tree import DraftTree
 
+_LOG = logging.getLogger(__name__)
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}  # of logits, relative to the largest; 16-bit: 0.2
+_UNCOMPILABLE = (RuntimeError, TypeError, AttributeError, NotImplementedError, OSError)  # of dynamo and its backends
 _GATHERABLE = {"full_attention", "sliding_attention"}
 
 
@@ -34,6 +39,12 @@ class TargetOutput:
     features: Tensor  # (rows, nodes, hidden): the LM head's input at every node
     logits: Tensor  # (rows, nodes or 1, vocab), raw; 1 when only the last live node was asked for
     hidden: dict[int, Tensor]  # HF hidden_states index -> (rows, nodes, hidden)
+
+    def cut(self, nodes: int, own: bool) -> TargetOutput:
+        """The first `nodes` nodes; `own` copies them out of memory that the next forward overwrites."""
+        parts = [self.features, self.logits, *self.hidden.values()]
+        parts = [part[:, :nodes].clone() if own else part[:, :nodes] for part in parts]
+        return TargetOutput(parts[0], parts[1], dict(zip(self.hidden, parts[2:], strict=True)))
 
 
 class Target:
@@ -58,6 +69,8 @@ class Target:
         # The embedding may be padded past the tokenizer's vocabulary; the law is over what the head emits.
         self.vocab_size = int(self.config.vocab_size)
         self._stack: NativeStack | None = None
+        self._compiled: CompiledLayers | None = None
+        self.compile_problem = ""  # why nothing is compiled although it was asked for
         _choose_attention(model)
         self._probe()
 
@@ -108,10 +121,36 @@ class Target:
         """Whether all decoder layers run in one native call."""
         return self._stack is not None
 
+    def use_compiled_layers(self, backend: str | Callable[..., Any] = "inductor", progress: Progress | None = None) -> None:
+        """Compile the decoder layers from the next forward on; prefill goes by modules as ever. Nothing stays on them.
+
+        Args:
+            backend: of torch.compile. The default needs a C++ compiler on the CPU; without one the modules go on.
+            progress: wraps every compilation, given what is compiled.
+
+        Raises:
+            ValueError: the linears are packed, so that native code runs them.
+        """
+        if isinstance(self.lm_head, PackedLinear):
+            raise ValueError("packed linears are native code, which can't be compiled: load the model with packing='off'")
+        self._compiled = CompiledLayers(self.device, backend, progress)
+        self.compile_problem = ""
+
+    def use_modules(self) -> None:
+        """Compile nothing from the next text on."""
+        self._compiled = None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether decoder layers are compiled; False again once that turned out not to work (`compile_problem`)."""
+        return self._compiled is not None
+
     def new_cache(self, rows: int = 1, capacity: int = 256) -> TreeCache:
         """An empty cache for `rows` sequences."""
         if self._stack is not None and not self._unchanged(self._stack):
             self._stack = None  # the model was moved or changed: its own modules answer from here on
+        if self._compiled is not None:
+            return TreeCache(self.layers, rows, 1, slots_for)  # as long as the text needs: few lengths, whatever is asked
         return TreeCache(self.layers, rows, capacity)
 
     def _unchanged(self, stack: NativeStack) -> bool:
@@ -140,6 +179,10 @@ class Target:
             output = self._one_call(self._stack, tree, cache, last_only, hidden_layers)
             if output is not None:
                 return output
+        if self._compiled is not None and not last_only:
+            output = self._by_compiled_layers(self._compiled, tree, cache, hidden_layers)
+            if output is not None:
+                return output
         return self._by_modules(tree, cache, last_only, hidden_layers)
 
     def _one_call(
@@ -159,11 +202,60 @@ class Target:
             read = features[torch.arange(tree.rows), last].unsqueeze(1)
         return TargetOutput(features, self.head_logits(read), hidden)
 
+    def _by_compiled_layers(
+        self, compiled: CompiledLayers, tree: DraftTree, cache: TreeCache, hidden_layers: Sequence[int]
+    ) -> TargetOutput | None:
+        """`forward` at a static shape; None where the modules have to answer: long chains, and a cache still unused.
+
+        The first time that a shape is met, the modules answer as well, and what is compiled is used only if it agrees.
+        """
+        decoder: nn.Module = self.model.get_decoder()  # type: ignore[no-untyped-call]
+        layers, lanes, nodes = layers_of(decoder, self.layers), cache.lanes(), nodes_for(tree.nodes)
+        if layers is None or lanes is None or nodes is None:
+            return None
+        cache.begin(nodes)
+        expected = None
+        if not compiled.knows(tree.rows, nodes, cache.capacity):
+            cache.begin(tree.nodes)
+            expected = self._by_modules(tree, cache, False, hidden_layers)
+            cache.begin(nodes)
+        lanes, padded = cache.lanes(), tree.padded(nodes)
+        assert lanes is not None, "growing keeps the lanes"
+        slots = torch.tensor(cache.lengths, device=self.device).unsqueeze(1) + torch.arange(nodes, device=self.device)
+        try:
+            output = compiled.run(
+                layers, cache, lanes, slots, lambda: self._by_modules(padded, cache, False, hidden_layers, cache.capacity)
+            )
+        except _UNCOMPILABLE as error:
+            if expected is None:
+                raise
+            said = " ".join(str(error).splitlines()[:2])  # what failed, and why
+            return self._stop_compiled(f"{type(error).__name__}: {said}", expected)
+        output = output.cut(tree.nodes, own=compiled.graphs)
+        if expected is not None and not self._agree(output.logits[tree.live], expected.logits[tree.live]):
+            return self._stop_compiled("the compiled layers give other logits than the modules", expected)
+        return output
+
+    def _stop_compiled(self, reason: str, expected: TargetOutput) -> TargetOutput:
+        self._compiled = None
+        self.compile_problem = reason
+        _LOG.warning("%s runs uncompiled: %s", type(self.model).__name__, reason)
+        return expected
+
+    def _agree(self, found: Tensor, expected: Tensor) -> bool:
+        scale = float(expected.abs().max().clamp_min(1e-6))
+        return bool((found.double() - expected.double()).abs().max() <= _TOLERANCE.get(self.dtype, 0.2) * scale)
+
     def _by_modules(
-        self, tree: DraftTree, cache: TreeCache, last_only: bool, hidden_layers: Sequence[int]
+        self,
+        tree: DraftTree,
+        cache: TreeCache,
+        last_only: bool,
+        hidden_layers: Sequence[int],
+        slots: int | None = None,
     ) -> TargetOutput:
         captured: dict[str, Tensor] = {}
-        arguments = self._arguments(tree, cache)
+        arguments = self._arguments(tree, cache, slots)
         arguments["output_hidden_states"] = bool(hidden_layers)
         last = tree.live.sum(1) - 1  # (rows,)
         with self._capture(captured):
@@ -221,7 +313,7 @@ class Target:
             positions = positions.clamp_max(self.context_length - 1)
         return positions
 
-    def _arguments(self, tree: DraftTree, cache: TreeCache) -> dict[str, Any]:
+    def _arguments(self, tree: DraftTree, cache: TreeCache, slots: int | None = None) -> dict[str, Any]:
         arguments: dict[str, Any] = {"position_ids": self._positions(tree, cache)}
         window = getattr(self.config, "sliding_window", None)
         if not getattr(self.config, "use_sliding_window", True):
@@ -231,10 +323,10 @@ class Target:
             masks = {}
             for kind in set(types):
                 cut = window if kind == "sliding_attention" else None
-                masks[kind] = attention.tree_bias(tree, cache.lengths, self.dtype, cut)
+                masks[kind] = attention.tree_bias(tree, cache.lengths, self.dtype, cut, slots)
             arguments["attention_mask"] = masks
         else:
-            arguments["attention_mask"] = attention.tree_bias(tree, cache.lengths, self.dtype, window)
+            arguments["attention_mask"] = attention.tree_bias(tree, cache.lengths, self.dtype, window, slots)
         return arguments
 
     @contextmanager
@@ -342,7 +434,7 @@ class Target:
         parents = torch.tensor([[-1, 0, 1, 0, 3]] * 2, device=self.device)
         found = self.forward(DraftTree.from_parents(tokens, parents), cache).logits[0, [0, 3, 4]].double()
         error, scale = float((found - expected).abs().max()), float(expected.abs().max())
-        tolerance = {torch.float64: 1e-5, torch.float32: 1e-3}.get(self.dtype, 0.2)
+        tolerance = _TOLERANCE.get(self.dtype, 0.2)
         if not error <= tolerance * max(scale, 1e-6):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} can't verify a tree: a node's logits differ by {error:.2g} (of "

@@ -8,7 +8,7 @@ implementation is chosen, through transformers' own switch.
 
 from __future__ import annotations
 
-import logging
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,14 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from haast import attention, native
 from haast.cache import TreeCache
 from haast.errors import UnsupportedModelError
-from haast.speed.compile import CompiledLayers, Progress, layers_of, nodes_for, slots_for
+from haast.speed.compile import CompiledLayers, Progress, layers_of, nodes_for, slots_for, wrapped
 from haast.speed.packing import PackedLinear
 from haast.speed.stack import NativeStack
 from haast.tree import DraftTree
 
-_LOG = logging.getLogger(__name__)
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}  # of logits, relative to the largest; 16-bit: 0.2
-_UNCOMPILABLE = (RuntimeError, TypeError, AttributeError, NotImplementedError, OSError)  # of dynamo and its backends
 _GATHERABLE = {"full_attention", "sliding_attention"}
 
 
@@ -70,7 +68,6 @@ class Target:
         self.vocab_size = int(self.config.vocab_size)
         self._stack: NativeStack | None = None
         self._compiled: CompiledLayers | None = None
-        self.compile_problem = ""  # why nothing is compiled although it was asked for
         _choose_attention(model)
         self._probe()
 
@@ -121,7 +118,9 @@ class Target:
         """Whether all decoder layers run in one native call."""
         return self._stack is not None
 
-    def use_compiled_layers(self, backend: str | Callable[..., Any] = "inductor", progress: Progress | None = None) -> None:
+    def use_compiled_layers(
+        self, backend: str | Callable[..., Any] = "inductor", progress: Progress | None = None
+    ) -> None:
         """Compile the decoder layers from the next forward on; prefill goes by modules as ever. Nothing stays on them.
 
         Args:
@@ -132,25 +131,35 @@ class Target:
             ValueError: the linears are packed, so that native code runs them.
         """
         if isinstance(self.lm_head, PackedLinear):
-            raise ValueError("packed linears are native code, which can't be compiled: load the model with packing='off'")
+            raise ValueError(
+                "packed linears are native code, which can't be compiled: load the model with packing='off'"
+            )
         self._compiled = CompiledLayers(self.device, backend, progress)
-        self.compile_problem = ""
 
     def use_modules(self) -> None:
         """Compile nothing from the next text on."""
         self._compiled = None
 
     @property
-    def compiled(self) -> bool:
-        """Whether decoder layers are compiled; False again once that turned out not to work (`compile_problem`)."""
-        return self._compiled is not None
+    def compiled(self) -> CompiledLayers | None:
+        """The compiled decoder layers, where a forward uses them: asked for, and not found unusable since."""
+        return None if self._compiled is None or self._compiled.problem else self._compiled
+
+    @property
+    def compiling(self) -> str:
+        """Whether decoder layers are compiled, in words: "off", "on", or why not although it was asked for."""
+        if self._compiled is None:
+            return "off"
+        return f"off ({self._compiled.problem})" if self._compiled.problem else "on"
 
     def new_cache(self, rows: int = 1, capacity: int = 256) -> TreeCache:
         """An empty cache for `rows` sequences."""
         if self._stack is not None and not self._unchanged(self._stack):
             self._stack = None  # the model was moved or changed: its own modules answer from here on
-        if self._compiled is not None:
-            return TreeCache(self.layers, rows, 1, slots_for)  # as long as the text needs: few lengths, whatever is asked
+        if self.compiled is not None:
+            return TreeCache(
+                self.layers, rows, 1, slots_for
+            )  # as long as the text needs: few lengths, whatever is asked
         return TreeCache(self.layers, rows, capacity)
 
     def _unchanged(self, stack: NativeStack) -> bool:
@@ -179,8 +188,9 @@ class Target:
             output = self._one_call(self._stack, tree, cache, last_only, hidden_layers)
             if output is not None:
                 return output
-        if self._compiled is not None and not last_only:
-            output = self._by_compiled_layers(self._compiled, tree, cache, hidden_layers)
+        compiled = self.compiled
+        if compiled is not None and not last_only:
+            output = self._by_compiled_layers(compiled, tree, cache, hidden_layers)
             if output is not None:
                 return output
         return self._by_modules(tree, cache, last_only, hidden_layers)
@@ -209,9 +219,8 @@ class Target:
 
         The first time that a shape is met, the modules answer as well, and what is compiled is used only if it agrees.
         """
-        decoder: nn.Module = self.model.get_decoder()  # type: ignore[no-untyped-call]
-        layers, lanes, nodes = layers_of(decoder, self.layers), cache.lanes(), nodes_for(tree.nodes)
-        if layers is None or lanes is None or nodes is None:
+        layers, lanes, nodes = self._layers(), cache.lanes(), nodes_for(tree.nodes)
+        if layers is None or wrapped(layers) or lanes is None or nodes is None:
             return None
         cache.begin(nodes)
         expected = None
@@ -222,25 +231,15 @@ class Target:
         lanes, padded = cache.lanes(), tree.padded(nodes)
         assert lanes is not None, "growing keeps the lanes"
         slots = torch.tensor(cache.lengths, device=self.device).unsqueeze(1) + torch.arange(nodes, device=self.device)
-        try:
-            output = compiled.run(
-                layers, cache, lanes, slots, lambda: self._by_modules(padded, cache, False, hidden_layers, cache.capacity)
-            )
-        except _UNCOMPILABLE as error:
-            if expected is None:
-                raise
-            said = " ".join(str(error).splitlines()[:2])  # what failed, and why
-            return self._stop_compiled(f"{type(error).__name__}: {said}", expected)
+        run = functools.partial(self._by_modules, padded, cache, False, hidden_layers, cache.capacity)
+        output: TargetOutput | None = compiled.run(layers, cache, lanes, slots, run)
+        if output is None:
+            return expected
         output = output.cut(tree.nodes, own=compiled.graphs)
         if expected is not None and not self._agree(output.logits[tree.live], expected.logits[tree.live]):
-            return self._stop_compiled("the compiled layers give other logits than the modules", expected)
+            compiled.refuse("its compiled layers give other logits than its modules")
+            return expected
         return output
-
-    def _stop_compiled(self, reason: str, expected: TargetOutput) -> TargetOutput:
-        self._compiled = None
-        self.compile_problem = reason
-        _LOG.warning("%s runs uncompiled: %s", type(self.model).__name__, reason)
-        return expected
 
     def _agree(self, found: Tensor, expected: Tensor) -> bool:
         scale = float(expected.abs().max().clamp_min(1e-6))
@@ -254,11 +253,12 @@ class Target:
         hidden_layers: Sequence[int],
         slots: int | None = None,
     ) -> TargetOutput:
-        captured: dict[str, Tensor] = {}
+        captured: dict[str | int, Tensor] = {}
         arguments = self._arguments(tree, cache, slots)
-        arguments["output_hidden_states"] = bool(hidden_layers)
+        layers = self._layers() if self._decoder_gives_features else None
+        arguments["output_hidden_states"] = bool(hidden_layers) and layers is None
         last = tree.live.sum(1) - 1  # (rows,)
-        with self._capture(captured):
+        with self._capture(captured, layers, hidden_layers):
             if last_only and self._decoder_gives_features:
                 arguments["logits_to_keep"] = torch.unique(last)
             output = self.model(input_ids=tree.tokens, use_cache=True, past_key_values=cache, **arguments)
@@ -268,8 +268,12 @@ class Target:
             if self._decoder_gives_features:
                 last = torch.searchsorted(torch.unique(last), last)
             logits = logits[torch.arange(tree.rows, device=logits.device), last].unsqueeze(1)
-        hidden = {index: output.hidden_states[index] for index in hidden_layers}
-        return TargetOutput(features, logits, hidden)
+        states = output.hidden_states if layers is None else {**captured, self.layers: features}
+        return TargetOutput(features, logits, {index: states[index] for index in hidden_layers})
+
+    def _layers(self) -> list[nn.Module] | None:
+        decoder: nn.Module = self.model.get_decoder()  # type: ignore[no-untyped-call]
+        return layers_of(decoder, self.layers)
 
     @torch.inference_mode()
     def embed(self, tokens: Tensor) -> Tensor:
@@ -330,7 +334,21 @@ class Target:
         return arguments
 
     @contextmanager
-    def _capture(self, captured: dict[str, Tensor]) -> Iterator[None]:
+    def _capture(
+        self,
+        captured: dict[str | int, Tensor],
+        layers: Sequence[nn.Module] | None = None,
+        hidden_layers: Sequence[int] = (),
+    ) -> Iterator[None]:
+        """Keep what the head reads, what the decoder gives, and by number what goes into some of `layers`.
+
+        transformers collects hidden states by hooks of its own, but those stay, inside the layers, where nothing that
+        is compiled gets past them.
+        """
+
+        def before_layer(index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            captured[index] = args[0] if args else kwargs["hidden_states"]
+
         def before_head(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             captured["head"] = inputs[0]
 
@@ -342,6 +360,10 @@ class Target:
             self.lm_head.register_forward_pre_hook(before_head),
             decoder.register_forward_hook(after_decoder),
         ]
+        for index, layer in enumerate(layers or ()):  # the states behind the last are the features
+            if index in hidden_layers:
+                before = functools.partial(before_layer, index)
+                hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
         try:
             yield
         finally:
@@ -354,7 +376,7 @@ class Target:
         self._decoder_gives_features = False  # known only after the forward below
         self.logit_scale = 1.0
         cache = self.new_cache()
-        captured: dict[str, Tensor] = {}
+        captured: dict[str | int, Tensor] = {}
         tree = DraftTree.chain(torch.zeros(1, 2, dtype=torch.long, device=self.device))
         cache.begin(2)
         name = type(self.model).__name__

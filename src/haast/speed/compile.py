@@ -9,6 +9,7 @@ drafting. The model's own code runs; its layers are stood in for only while a fo
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,9 @@ import torch
 from huggingface_hub import cached_assets_path
 from torch import Tensor, nn
 
+_LOG = logging.getLogger(__name__)
+# What dynamo and its backends raise at code, or on machines, that they can't do.
+_UNCOMPILABLE = (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, OSError, ImportError)
 CHOICES = ("off", "auto", "on")
 Lanes = Sequence[tuple[Tensor, Tensor]]  # by layer: keys and values, (rows, kv_heads, slots, head_dim) each
 Progress = Callable[[str], AbstractContextManager[object]]  # wraps a compilation, given what is compiled
@@ -66,13 +70,23 @@ class CompiledLayers:
     Args:
         device: where the model is. On CUDA the function runs as CUDA graphs (torch's mode "reduce-overhead").
         backend: of torch.compile.
-        progress: told when something is compiled; silent if None.
+        progress: wraps every compilation; silent if None.
+        what: is compiled, in words.
+
+    `problem` says, once that has turned out, why nothing is compiled; the owner then goes by modules.
     """
 
-    def __init__(self, device: torch.device, backend: str | Callable[..., Any] = "inductor", progress: Any = None):
+    def __init__(
+        self,
+        device: torch.device,
+        backend: str | Callable[..., Any] = "inductor",
+        progress: Progress | None = None,
+        what: str = "the forward",
+    ) -> None:
+        self.problem = ""
+        self._given, self._what = (device, backend, progress), what
         self.graphs = device.type == "cuda" and backend == "inductor"
         mode = "reduce-overhead" if self.graphs else None
-        self.name = backend if isinstance(backend, str) else "custom"
         self._call = torch.compile(_through, dynamic=False, fullgraph=True, backend=backend, mode=mode)
         self._progress: Progress = progress or (lambda what: nullcontext())
         self._lock = threading.RLock()  # the layers of one model can be stood in for by one forward at a time
@@ -81,6 +95,10 @@ class CompiledLayers:
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or a pickle, is None: its owner goes by modules."""
         return type(None), ()
+
+    def sibling(self, what: str) -> CompiledLayers:
+        """The same for the layers of another model."""
+        return CompiledLayers(*self._given, what)
 
     def knows(self, rows: int, nodes: int, slots: int) -> bool:
         """Whether this shape has run already."""
@@ -97,28 +115,37 @@ class CompiledLayers:
             forward: without arguments.
 
         Returns:
-            what `forward` returns. On CUDA the next run overwrites it: clone what has to live longer.
+            what `forward` returns; None, and a `problem`, where a shape that is new can't be compiled. On CUDA the next
+            run overwrites it: clone what has to live longer.
         """
         shape = (*slots.shape, lanes[0][0].shape[2])
         with self._lock, self._stood_in(layers, cache, lanes, slots):
             if shape in self.shapes:
                 return self._step(forward)
-            with self._compiling(shape):
-                for _ in range(2 if self.graphs else 0):  # one run to warm up, one to record the graphs
-                    self._step(forward)
-                output = self._step(forward)
+            try:
+                with self._compiling(shape):
+                    for _ in range(2 if self.graphs else 0):  # one run to warm up, one to record the graphs
+                        self._step(forward)
+                    output = self._step(forward)
+            except _UNCOMPILABLE as error:
+                said = " ".join(str(error).splitlines()[:2])  # what failed, and why
+                self.refuse(f"{type(error).__name__}: {said}")
+                return None
         self.shapes.add(shape)
         return output
 
+    def refuse(self, reason: str) -> None:
+        """Compile nothing any more, and say so."""
+        self.problem = reason
+        _LOG.warning("%s runs uncompiled: %s", self._what, reason)
+
     def _step(self, forward: Any) -> Any:
         if self.graphs:
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         return forward()
 
     @contextmanager
-    def _stood_in(
-        self, layers: Sequence[nn.Module], cache: object, lanes: Lanes, slots: Tensor
-    ) -> Iterator[None]:
+    def _stood_in(self, layers: Sequence[nn.Module], cache: object, lanes: Lanes, slots: Tensor) -> Iterator[None]:
         rows = torch.arange(len(slots), device=slots.device).unsqueeze(1)
         try:
             for layer, (keys, values) in zip(layers, lanes, strict=True):
@@ -144,17 +171,20 @@ class CompiledLayers:
         rows, nodes, slots = shape
         batch = f"{rows} rows of " if rows > 1 else ""
         limits = {"recompile_limit": _VARIANTS, "accumulated_recompile_limit": _VARIANTS}
-        what = f"the forward for {batch}{nodes} node{'s' * (nodes > 1)} and {slots} slots"
+        what = f"{self._what} for {batch}{nodes} node{'s' * (nodes > 1)} and {slots} slots"
         with self._progress(what), _kept_on_disk(), torch._dynamo.config.patch(limits):
             yield
 
 
 def layers_of(decoder: nn.Module, count: int) -> list[nn.Module] | None:
-    """The decoder layers of a transformers model, by their number; None where they can't be told, or are wrapped."""
+    """The decoder layers of a transformers model, by their number; None where they can't be told."""
     lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == count]
-    if len(lists) != 1 or any("forward" in vars(layer) for layer in lists[0]):
-        return None
-    return list(lists[0])
+    return list(lists[0]) if len(lists) == 1 else None
+
+
+def wrapped(layers: Sequence[nn.Module]) -> bool:
+    """Whether somebody has put another forward in the place of a layer's own (offloading does), to be left alone."""
+    return any("forward" in vars(layer) for layer in layers)
 
 
 def cache_folder() -> Path:

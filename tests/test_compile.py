@@ -174,9 +174,12 @@ def test_a_compiled_draft_is_the_modules(counting: Counting) -> None:
         assert torch.equal(mine.tokens, theirs.tokens) and torch.equal(mine.parents, theirs.parents)
 
 
-@pytest.mark.parametrize(
-    "name", ["qwen2-sliding", "gemma2", "gemma3", "gpt2", "gpt_neox", "phi3", "mistral-sliding", "llama-fp32"]
-)
+SLOW = [
+    pytest.param(n, marks=pytest.mark.slow) for n in ("qwen2-sliding", "gemma2", "gpt_neox", "phi3", "olmo2", "cohere")
+]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt2", "mistral-sliding", "llama-fp32", *SLOW])
 def test_families(name: str, counting: Counting) -> None:
     """Masks and angles by kind of layer, windows, learned positions, arguments without names: all compile."""
     texts = full_texts(Target(stock(name)), [PROMPT], 40)
@@ -305,7 +308,8 @@ def test_wrapped_and_unknown_layers_are_left_alone() -> None:
 
 
 def test_packed_targets_and_wrong_words_are_refused() -> None:
-    target = Target(tiny_llama(std=0.4).to(torch.float32))
+    model: Any = tiny_llama()
+    target = Target(model.float())
     pack_linears(target.model)
     with pytest.raises(ValueError, match="packing='off'"):
         target.use_compiled_layers()

@@ -23,7 +23,7 @@ from haast.drafters.vanilla import VanillaDrafter
 from haast.engine import Engine, Stats, StopConfig, check_prompts
 from haast.errors import PromptError, expanded
 from haast.heads.checkpoint import check_fits, load_head, read_head_config
-from haast.models import DEFAULT_MODEL, load_target
+from haast.models import DEFAULT_MODEL, check_compile, load_target
 from haast.past import Past
 from haast.sampling import Processor, SamplingConfig
 from haast.target import Target
@@ -72,6 +72,7 @@ class Haast:
         dtype: str = "float32",
         device: str = "cpu",
         packing: str = "auto",
+        compile: str = "auto",
         calibration: str | Path = "auto",
     ) -> Haast:
         """Load a target and its head.
@@ -86,6 +87,8 @@ class Haast:
             calibration: without a shape: "auto", "off", or the file of a calibration. Where it found that drafting
                 does not pay here, the text is decoded without.
             dtype, device, packing: see `load_target`; they apply to named models.
+            compile: "on" compiles the decoder layers of target and head, "auto" does on CUDA, "off" does not; nothing
+                stays on a loaded model.
 
         Raises:
             ValueError: a setting, model or head is not usable; the message says what to do.
@@ -94,9 +97,12 @@ class Haast:
         if folder is not None:
             read_head_config(folder)  # a broken head is told before the model loads
         if isinstance(model, str):
-            target = load_target(model, dtype=dtype, device=device, packing=packing)
+            target = load_target(model, dtype=dtype, device=device, packing=packing, compile=compile)
         else:
+            compiled = check_compile(compile, "float32", str(model.device), "off")
             target = Target(model, tokenizer)
+            if compiled:
+                target.use_compiled_layers()
         if folder is None:
             return cls(target, VanillaDrafter())
         loaded = load_head(folder)

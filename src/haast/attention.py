@@ -22,40 +22,45 @@ from haast.tree import DraftTree
 NAME = "haast"
 
 
-def tree_bias(tree: DraftTree, lengths: Sequence[int], dtype: torch.dtype, window: int | None = None) -> Tensor:
+def tree_bias(
+    tree: DraftTree, lengths: Sequence[int], dtype: torch.dtype, window: int | None = None, slots: int | None = None
+) -> Tensor:
     """The additive mask (rows, 1, nodes, slots): 0 where a node may look, the dtype's minimum elsewhere.
 
     Slot j of a row is a committed position for j < length, node j - length after that, and nothing beyond its nodes.
-    `window` keeps only keys whose position is less than `window` behind the query's.
+    `window` keeps only keys whose position is less than `window` behind the query's. `slots` is how many the mask
+    covers; those in use if None.
     """
-    bias = in_flight_bias(tree.ancestors, lengths, dtype)
+    bias = in_flight_bias(tree.ancestors, lengths, dtype, slots)
     if window is not None and max(lengths) + tree.nodes > window:
         key = torch.arange(bias.shape[3], device=bias.device)
         for row, length in enumerate(lengths):
             query = length + tree.depths[row]
-            place = key.clone()
+            place = key.clone()  # slots in no use are hidden already
             place[length : length + tree.nodes] = query
             bias[row, 0].masked_fill_(query.unsqueeze(1) - place >= window, torch.finfo(dtype).min)
     return bias
 
 
-def in_flight_bias(seen: Tensor, lengths: Sequence[int], dtype: torch.dtype) -> Tensor:
+def in_flight_bias(seen: Tensor, lengths: Sequence[int], dtype: torch.dtype, slots: int | None = None) -> Tensor:
     """The mask of nodes that see all of their row's past, and of what is in flight behind it just what `seen` says.
 
     Args:
         seen: (rows, nodes, in flight) bool.
         lengths: committed slots per row; what is in flight stands behind them.
         dtype: of the mask.
+        slots: that the mask covers; longest length + in flight if None.
 
     Returns:
-        (rows, 1, nodes, longest length + in flight), 0 or the dtype's minimum.
+        (rows, 1, nodes, slots), 0 or the dtype's minimum.
     """
     rows, nodes, flight = seen.shape
     lowest, longest = torch.finfo(dtype).min, max(lengths)
-    bias = torch.zeros(rows, 1, nodes, longest + flight, dtype=dtype, device=seen.device)
+    bias = torch.zeros(rows, 1, nodes, slots or longest + flight, dtype=dtype, device=seen.device)
     hidden = ~seen
     if min(lengths) == longest:
-        bias[:, 0, :, longest:].masked_fill_(hidden, lowest)
+        bias[:, 0, :, longest : longest + flight].masked_fill_(hidden, lowest)
+        bias[:, 0, :, longest + flight :] = lowest
         return bias
     for row, length in enumerate(lengths):
         bias[row, 0, :, length : length + flight].masked_fill_(hidden[row], lowest)
@@ -102,7 +107,8 @@ def attend(
 
 def _native_fits(query: Tensor, value: Tensor) -> bool:
     return (
-        native.available()
+        not torch.compiler.is_compiling()
+        and native.available()
         and query.dtype is torch.float32
         and query.device.type == "cpu"
         and value.shape[-1] == query.shape[-1]

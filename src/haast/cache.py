@@ -8,7 +8,7 @@ as `past_key_values`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,19 +33,26 @@ class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers lea
 
 
 class TreeCache(Cache):
-    """Keys and values of `layers` layers for `rows` sequences. All shapes (rows, kv_heads, slots, head_dim)."""
+    """Keys and values of `layers` layers for `rows` sequences. All shapes (rows, kv_heads, slots, head_dim).
 
-    def __init__(self, layers: int, rows: int, capacity: int = _CHUNK) -> None:
+    `rounding` gives the capacity that holds so many slots, where the sizes that memory grows by are to be few.
+    """
+
+    def __init__(
+        self, layers: int, rows: int, capacity: int = _CHUNK, rounding: Callable[[int], int] | None = None
+    ) -> None:
         if layers < 1 or rows < 1 or capacity < 1:
             raise ValueError(f"a cache needs layers, rows, capacity >= 1, got {layers}, {rows}, {capacity}")
         super().__init__(layers=[_Layer(self) for _ in range(layers)])
         self.rows = rows
-        self.capacity = _round_up(capacity)
+        self._rounding = rounding
+        self.capacity = rounding(capacity) if rounding is not None else _round_up(capacity)
         self.lengths = [0] * rows  # committed slots per row
         # Layers of one shape share one slab (layers, rows, kv_heads, capacity, head_dim), so a commit is one gather.
         self._slabs: list[Tensor] = []
         self._place: dict[tuple[int, int], tuple[int, int]] = {}  # (layer, 0 key or 1 value) -> (slab, index)
         self._ordered: bool | None = None  # whether the one slab holds key, value, key, value, ...
+        self._lanes: list[tuple[Tensor, Tensor]] | None = None
         self._pending = 0
         self.updated_layers: set[int] = set()
 
@@ -94,6 +101,17 @@ class TreeCache(Cache):
             order = [(layer, which) for layer in range(len(self.layers)) for which in (0, 1)]
             self._ordered = [self._place.get(key) for key in order] == [(0, i) for i in range(len(order))]
         return slab if self._ordered and slab.device.type == "cpu" else None
+
+    def lanes(self) -> list[tuple[Tensor, Tensor]] | None:
+        """Every layer's keys and values with all slots, (rows, kv_heads, capacity, head_dim) each.
+
+        For a forward that writes the new nodes behind each row's committed length by itself. None before the first
+        `update` of every layer.
+        """
+        if self._lanes is None and len(self._place) == 2 * len(self.layers):
+            places = [[self._place[layer, which] for which in (0, 1)] for layer in range(len(self.layers))]
+            self._lanes = [(self._slabs[k][i], self._slabs[v][j]) for (k, i), (v, j) in places]
+        return self._lanes
 
     @torch.inference_mode()
     def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
@@ -173,6 +191,9 @@ class TreeCache(Cache):
 
     def _grow(self, needed: int) -> None:
         capacity = max(_round_up(needed), 2 * self.capacity)
+        if self._rounding is not None:
+            capacity = self._rounding(needed)
+        self._lanes = None
         for number, slab in enumerate(self._slabs):
             wider = slab.new_zeros(*slab.shape[:3], capacity, slab.shape[4])
             wider[:, :, :, : self.capacity] = slab

@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from haast import native
 from haast.errors import UnsupportedModelError, expanded
+from haast.speed.compile import CHOICES, Progress
 from haast.speed.fusing import fuse_small_modules
 from haast.speed.memory import give_back, own_memory
 from haast.speed.packing import FORMS, pack_linears
@@ -86,7 +87,13 @@ def config_on_disk(name: str) -> Path | None:
 
 
 def load_target(
-    name: str = DEFAULT_MODEL, *, dtype: str = "float32", device: str = "cpu", packing: str = "auto"
+    name: str = DEFAULT_MODEL,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    packing: str = "auto",
+    compile: str = "auto",
+    progress: Progress | None = None,
 ) -> Target:
     """Load a target and its tokenizer.
 
@@ -97,11 +104,15 @@ def load_target(
         packing: "f16" swaps the linear layers for packed 16-bit ones (fp32 CPU models only), "int8" for 8-bit ones
             (then the target is the rounded model: it says other things), "off" leaves them, "auto" packs to 16 bits
             where that is possible and the native kernels are there.
+        compile: "on" compiles the decoder layers (see `Target.use_compiled_layers`), "off" does not, "auto" does on
+            CUDA.
+        progress: wraps every compilation.
 
     Raises:
-        ValueError: an unknown dtype, packing or model. UnsupportedModelError: see `Target`.
+        ValueError: an unknown dtype, packing, compile or model. UnsupportedModelError: see `Target`.
     """
     wanted = check_precision(dtype, device, packing)
+    compiled = check_compile(compile, dtype, device, packing)
     source = resolve(name)
     model, tokenizer = _load(source, wanted)
     target_device = torch.device(device)
@@ -113,6 +124,8 @@ def load_target(
         fuse_small_modules(target.model)
         target.use_one_call()
         give_back()
+    if compiled:
+        target.use_compiled_layers(progress=progress)
     return target
 
 
@@ -145,6 +158,20 @@ def check_precision(dtype: str, device: str, packing: str) -> torch.dtype:
             f"packing={packing!r} works on a float32 CPU model, not {dtype} on {device}: use packing='off'"
         )
     return dtypes[dtype]
+
+
+def check_compile(compile: str, dtype: str, device: str, packing: str) -> bool:
+    """Whether to compile the decoder layers; the other settings are checked before. Raises ValueError."""
+    if compile not in CHOICES:
+        raise ValueError(f"compile={compile!r} is unknown: choose off, auto or on")
+    if compile == "auto":
+        return torch.device(device).type == "cuda"
+    if compile == "on" and wants_packing(packing, check_precision(dtype, device, packing), torch.device(device)):
+        raise ValueError(
+            f"compile='on' does not go with packing={packing!r} here: packed linears are native code, which runs all "
+            f"layers in one call already; use packing='off', or compile='auto'"
+        )
+    return compile == "on"
 
 
 def wants_packing(packing: str, dtype: torch.dtype, device: torch.device) -> bool:

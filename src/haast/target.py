@@ -8,6 +8,7 @@ implementation is chosen, through transformers' own switch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from haast import attention, native
 from haast.cache import TreeCache
 from haast.errors import UnsupportedModelError
+from haast.speed.compile import CompiledLayers, Progress, layers_of, nodes_for, slots_for, wrapped
 from haast.speed.packing import PackedLinear
 from haast.speed.stack import NativeStack
 from haast.tree import DraftTree
 
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}  # of logits, relative to the largest; 16-bit: 0.2
 _GATHERABLE = {"full_attention", "sliding_attention"}
 
 
@@ -34,6 +37,12 @@ class TargetOutput:
     features: Tensor  # (rows, nodes, hidden): the LM head's input at every node
     logits: Tensor  # (rows, nodes or 1, vocab), raw; 1 when only the last live node was asked for
     hidden: dict[int, Tensor]  # HF hidden_states index -> (rows, nodes, hidden)
+
+    def cut(self, nodes: int, own: bool) -> TargetOutput:
+        """The first `nodes` nodes; `own` copies them out of memory that the next forward overwrites."""
+        parts = [self.features, self.logits, *self.hidden.values()]
+        parts = [part[:, :nodes].clone() if own else part[:, :nodes] for part in parts]
+        return TargetOutput(parts[0], parts[1], dict(zip(self.hidden, parts[2:], strict=True)))
 
 
 class Target:
@@ -58,6 +67,7 @@ class Target:
         # The embedding may be padded past the tokenizer's vocabulary; the law is over what the head emits.
         self.vocab_size = int(self.config.vocab_size)
         self._stack: NativeStack | None = None
+        self._compiled: CompiledLayers | None = None
         _choose_attention(model)
         self._probe()
 
@@ -108,10 +118,48 @@ class Target:
         """Whether all decoder layers run in one native call."""
         return self._stack is not None
 
+    def use_compiled_layers(
+        self, backend: str | Callable[..., Any] = "inductor", progress: Progress | None = None
+    ) -> None:
+        """Compile the decoder layers from the next forward on; prefill goes by modules as ever. Nothing stays on them.
+
+        Args:
+            backend: of torch.compile. The default needs a C++ compiler on the CPU; without one the modules go on.
+            progress: wraps every compilation, given what is compiled.
+
+        Raises:
+            ValueError: the linears are packed, so that native code runs them.
+        """
+        if isinstance(self.lm_head, PackedLinear):
+            raise ValueError(
+                "packed linears are native code, which can't be compiled: load the model with packing='off'"
+            )
+        self._compiled = CompiledLayers(self.device, backend, progress)
+
+    def use_modules(self) -> None:
+        """Compile nothing from the next text on."""
+        self._compiled = None
+
+    @property
+    def compiled(self) -> CompiledLayers | None:
+        """The compiled decoder layers, where a forward uses them: asked for, and not found unusable since."""
+        return None if self._compiled is None or self._compiled.problem else self._compiled
+
+    @property
+    def compiling(self) -> str:
+        """Whether decoder layers are compiled, in words: "off", "on", or why not although it was asked for."""
+        if self._compiled is None:
+            return "off"
+        return f"off ({self._compiled.problem})" if self._compiled.problem else "on"
+
     def new_cache(self, rows: int = 1, capacity: int = 256) -> TreeCache:
         """An empty cache for `rows` sequences."""
         if self._stack is not None and not self._unchanged(self._stack):
             self._stack = None  # the model was moved or changed: its own modules answer from here on
+        if self.compiled is not None:
+            return TreeCache(
+                self.layers, rows, 1, slots_for
+            )  # as long as the text needs: few lengths, whatever is asked
         return TreeCache(self.layers, rows, capacity)
 
     def _unchanged(self, stack: NativeStack) -> bool:
@@ -140,6 +188,11 @@ class Target:
             output = self._one_call(self._stack, tree, cache, last_only, hidden_layers)
             if output is not None:
                 return output
+        compiled = self.compiled
+        if compiled is not None and not last_only:
+            output = self._by_compiled_layers(compiled, tree, cache, hidden_layers)
+            if output is not None:
+                return output
         return self._by_modules(tree, cache, last_only, hidden_layers)
 
     def _one_call(
@@ -159,14 +212,53 @@ class Target:
             read = features[torch.arange(tree.rows), last].unsqueeze(1)
         return TargetOutput(features, self.head_logits(read), hidden)
 
+    def _by_compiled_layers(
+        self, compiled: CompiledLayers, tree: DraftTree, cache: TreeCache, hidden_layers: Sequence[int]
+    ) -> TargetOutput | None:
+        """`forward` at a static shape; None where the modules have to answer: long chains, and a cache still unused.
+
+        The first time that a shape is met, the modules answer as well, and what is compiled is used only if it agrees.
+        """
+        layers, lanes, nodes = self._layers(), cache.lanes(), nodes_for(tree.nodes)
+        if layers is None or wrapped(layers) or lanes is None or nodes is None:
+            return None
+        cache.begin(nodes)
+        expected = None
+        if not compiled.knows(tree.rows, nodes, cache.capacity):
+            cache.begin(tree.nodes)
+            expected = self._by_modules(tree, cache, False, hidden_layers)
+            cache.begin(nodes)
+        lanes, padded = cache.lanes(), tree.padded(nodes)
+        assert lanes is not None, "growing keeps the lanes"
+        slots = torch.tensor(cache.lengths, device=self.device).unsqueeze(1) + torch.arange(nodes, device=self.device)
+        run = functools.partial(self._by_modules, padded, cache, False, hidden_layers, cache.capacity)
+        output: TargetOutput | None = compiled.run(layers, cache, lanes, slots, run)
+        if output is None:
+            return expected
+        output = output.cut(tree.nodes, own=compiled.graphs)
+        if expected is not None and not self._agree(output.logits[tree.live], expected.logits[tree.live]):
+            compiled.refuse("its compiled layers give other logits than its modules")
+            return expected
+        return output
+
+    def _agree(self, found: Tensor, expected: Tensor) -> bool:
+        scale = float(expected.abs().max().clamp_min(1e-6))
+        return bool((found.double() - expected.double()).abs().max() <= _TOLERANCE.get(self.dtype, 0.2) * scale)
+
     def _by_modules(
-        self, tree: DraftTree, cache: TreeCache, last_only: bool, hidden_layers: Sequence[int]
+        self,
+        tree: DraftTree,
+        cache: TreeCache,
+        last_only: bool,
+        hidden_layers: Sequence[int],
+        slots: int | None = None,
     ) -> TargetOutput:
-        captured: dict[str, Tensor] = {}
-        arguments = self._arguments(tree, cache)
-        arguments["output_hidden_states"] = bool(hidden_layers)
+        captured: dict[str | int, Tensor] = {}
+        arguments = self._arguments(tree, cache, slots)
+        layers = self._layers() if self._decoder_gives_features else None
+        arguments["output_hidden_states"] = bool(hidden_layers) and layers is None
         last = tree.live.sum(1) - 1  # (rows,)
-        with self._capture(captured):
+        with self._capture(captured, layers, hidden_layers):
             if last_only and self._decoder_gives_features:
                 arguments["logits_to_keep"] = torch.unique(last)
             output = self.model(input_ids=tree.tokens, use_cache=True, past_key_values=cache, **arguments)
@@ -176,8 +268,12 @@ class Target:
             if self._decoder_gives_features:
                 last = torch.searchsorted(torch.unique(last), last)
             logits = logits[torch.arange(tree.rows, device=logits.device), last].unsqueeze(1)
-        hidden = {index: output.hidden_states[index] for index in hidden_layers}
-        return TargetOutput(features, logits, hidden)
+        states = output.hidden_states if layers is None else {**captured, self.layers: features}
+        return TargetOutput(features, logits, {index: states[index] for index in hidden_layers})
+
+    def _layers(self) -> list[nn.Module] | None:
+        decoder: nn.Module = self.model.get_decoder()  # type: ignore[no-untyped-call]
+        return layers_of(decoder, self.layers)
 
     @torch.inference_mode()
     def embed(self, tokens: Tensor) -> Tensor:
@@ -221,7 +317,7 @@ class Target:
             positions = positions.clamp_max(self.context_length - 1)
         return positions
 
-    def _arguments(self, tree: DraftTree, cache: TreeCache) -> dict[str, Any]:
+    def _arguments(self, tree: DraftTree, cache: TreeCache, slots: int | None = None) -> dict[str, Any]:
         arguments: dict[str, Any] = {"position_ids": self._positions(tree, cache)}
         window = getattr(self.config, "sliding_window", None)
         if not getattr(self.config, "use_sliding_window", True):
@@ -231,14 +327,28 @@ class Target:
             masks = {}
             for kind in set(types):
                 cut = window if kind == "sliding_attention" else None
-                masks[kind] = attention.tree_bias(tree, cache.lengths, self.dtype, cut)
+                masks[kind] = attention.tree_bias(tree, cache.lengths, self.dtype, cut, slots)
             arguments["attention_mask"] = masks
         else:
-            arguments["attention_mask"] = attention.tree_bias(tree, cache.lengths, self.dtype, window)
+            arguments["attention_mask"] = attention.tree_bias(tree, cache.lengths, self.dtype, window, slots)
         return arguments
 
     @contextmanager
-    def _capture(self, captured: dict[str, Tensor]) -> Iterator[None]:
+    def _capture(
+        self,
+        captured: dict[str | int, Tensor],
+        layers: Sequence[nn.Module] | None = None,
+        hidden_layers: Sequence[int] = (),
+    ) -> Iterator[None]:
+        """Keep what the head reads, what the decoder gives, and by number what goes into some of `layers`.
+
+        transformers collects hidden states by hooks of its own, but those stay, inside the layers, where nothing that
+        is compiled gets past them.
+        """
+
+        def before_layer(index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            captured[index] = args[0] if args else kwargs["hidden_states"]
+
         def before_head(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             captured["head"] = inputs[0]
 
@@ -250,6 +360,10 @@ class Target:
             self.lm_head.register_forward_pre_hook(before_head),
             decoder.register_forward_hook(after_decoder),
         ]
+        for index, layer in enumerate(layers or ()):  # the states behind the last are the features
+            if index in hidden_layers:
+                before = functools.partial(before_layer, index)
+                hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
         try:
             yield
         finally:
@@ -262,7 +376,7 @@ class Target:
         self._decoder_gives_features = False  # known only after the forward below
         self.logit_scale = 1.0
         cache = self.new_cache()
-        captured: dict[str, Tensor] = {}
+        captured: dict[str | int, Tensor] = {}
         tree = DraftTree.chain(torch.zeros(1, 2, dtype=torch.long, device=self.device))
         cache.begin(2)
         name = type(self.model).__name__
@@ -342,7 +456,7 @@ class Target:
         parents = torch.tensor([[-1, 0, 1, 0, 3]] * 2, device=self.device)
         found = self.forward(DraftTree.from_parents(tokens, parents), cache).logits[0, [0, 3, 4]].double()
         error, scale = float((found - expected).abs().max()), float(expected.abs().max())
-        tolerance = {torch.float64: 1e-5, torch.float32: 1e-3}.get(self.dtype, 0.2)
+        tolerance = _TOLERANCE.get(self.dtype, 0.2)
         if not error <= tolerance * max(scale, 1e-6):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} can't verify a tree: a node's logits differ by {error:.2g} (of "

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,25 @@ class DraftTree:
     def roots(tokens: Tensor) -> DraftTree:
         """A root alone in every row: vanilla decoding. `tokens` is (rows,)."""
         return DraftTree.chain(tokens.unsqueeze(1))
+
+    def padded(self, nodes: int) -> DraftTree:
+        """This tree with dead nodes behind its own, `nodes` in all: one static shape for trees of many sizes."""
+        added = nodes - self.nodes
+        if added < 0:
+            raise ValueError(f"the tree has {self.nodes} nodes and can't be padded to {nodes}")
+        if added == 0:
+            return self
+        ancestors = pad(self.ancestors, (0, added, 0, added))
+        own = torch.arange(self.nodes, nodes, device=ancestors.device)
+        ancestors[:, own, own] = True
+        return DraftTree(
+            pad(self.tokens, (0, added)),
+            pad(self.parents, (0, added), value=-1),
+            pad(self.depths, (0, added)),
+            ancestors,
+            pad(self.live, (0, added)),
+            None if self.probe is None else pad(self.probe, (0, added)),
+        )
 
     def children(self, row: int) -> list[list[int]]:
         """For every node of `row`, its live children that may be accepted, in the drafter's order of preference."""

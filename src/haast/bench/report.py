@@ -147,6 +147,7 @@ def environment(
         "model": model,
         "dtype": str(target.dtype).removeprefix("torch."),
         "packing": target.packing,
+        "compile": target.compiling,
         "prompts_file": None if prompts is None else str(prompts),
         "prompts_sha256": None if prompts is None else hashlib.sha256(prompts.read_bytes()).hexdigest(),
         "prompts_count": count,

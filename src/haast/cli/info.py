@@ -96,6 +96,7 @@ def _model(target: Target, loading: Loading) -> dict[str, Any]:
         "dtype": loading.dtype,
         "packed_linears": len(packed),
         "device": str(target.device),
+        "compile": target.compiling,
     }
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
@@ -47,6 +50,9 @@ class Loading:
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or float64.")] = "float32"
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu"
     packing: Annotated[str, typer.Option(help="auto, f16 (packed 16-bit linears on the CPU), int8 or off.")] = "auto"
+    compile: Annotated[
+        str, typer.Option(help="off, auto (on for CUDA) or on: compiled layers at a few static shapes, kept on disk.")
+    ] = "auto"
     threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads; torch's own choice if absent.")] = None
 
     def check(self) -> None:
@@ -55,9 +61,10 @@ class Loading:
             raise ValueError(f"threads={self.threads} is not allowed: give 1 or more")
         import torch
 
-        from haast.models import check_precision, resolve
+        from haast.models import check_compile, check_precision, resolve
 
         check_precision(self.dtype, self.device, self.packing)
+        check_compile(self.compile, self.dtype, self.device, self.packing)
         resolve(self.model)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -69,7 +76,14 @@ class Loading:
         from haast.models import load_target
 
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        return load_target(self.model, dtype=self.dtype, device=self.device, packing=self.packing)
+        return load_target(
+            self.model,
+            dtype=self.dtype,
+            device=self.device,
+            packing=self.packing,
+            compile=self.compile,
+            progress=compiling,
+        )
 
 
 @dataclass(frozen=True)
@@ -203,6 +217,19 @@ class SuiteOptions:
         Path | None, typer.Option(metavar="FOLDER", help="With --suite: where journal.jsonl, suite.json, suite.md go.")
     ] = None
     resume: Annotated[bool, typer.Option("--resume", help="With --suite: go on with the journal in --out.")] = False
+
+
+@contextmanager
+def compiling(what: str) -> Iterator[None]:
+    """A line on stderr while something is compiled, where somebody reads along."""
+    shown, begun = sys.stderr.isatty(), perf_counter()
+    if shown:
+        print(f"haast: compiling {what} ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print(f" {perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
 
 
 def check_at_least(name: str, value: int, least: int = 1) -> None:

@@ -31,6 +31,7 @@ def identity(target: Target, drafter: EagleDrafter) -> dict[str, Any]:
         "dtype": str(target.dtype).removeprefix("torch."),
         "packing": target.packing,
         "head": _digest(drafter),
+        **({} if target.compiled is None else {"compile": "on"}),
     }
 
 

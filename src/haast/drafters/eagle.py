@@ -12,10 +12,12 @@ is, the head knows.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from haast import native
 from haast.attention import in_flight_bias
@@ -27,6 +29,7 @@ from haast.drafters.shape import DraftShape, plan
 from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head, check_fits
 from haast.heads.module import DraftModule
+from haast.speed.compile import CompiledLayers, nodes_for, slots_for
 from haast.speed.fusing import fuse_small_modules
 from haast.speed.memory import give_back
 from haast.speed.packing import PackedLinear, pack_linears
@@ -74,6 +77,7 @@ class EagleDrafter(Drafter):
         self._native = packed and native.available()
         self._stack = self._module.native_stack() if self._native else None
         self.reshape(shape or DraftShape())
+        self._compiled: CompiledLayers | None = None
         self._cache: TreeCache | None = None
         self._root: Tensor | None = None
         self._extrapolated: Tensor | None = None  # (rows, hidden): the state at the root's position
@@ -107,8 +111,13 @@ class EagleDrafter(Drafter):
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
         if self._stack is not None and not self._stack.current():
             self._stack = self._quick = None  # somebody changed the head: its modules draft from here on
-        layers = self._module.config.num_hidden_layers
-        self._cache = TreeCache(layers, len(prompts), max(len(prompt) for prompt in prompts) + 256)
+        compiled, layers = self._target.compiled, self._module.config.num_hidden_layers
+        if compiled is None:
+            self._compiled = None
+            self._cache = TreeCache(layers, len(prompts), max(len(prompt) for prompt in prompts) + 256)
+        else:
+            self._compiled = self._compiled or compiled.sibling("the draft")
+            self._cache = TreeCache(layers, len(prompts), 1, slots_for)
         self._root = self._extrapolated = None
         self._first = torch.tensor([prompt[0] for prompt in prompts], device=self._target.device)
 
@@ -217,6 +226,39 @@ class EagleDrafter(Drafter):
         cache.commit([range(width)] * rows)
         return output
 
+    def _next_compiled(
+        self,
+        compiled: CompiledLayers,
+        embeddings: Tensor,
+        states: Tensor,
+        positions: Tensor,
+        seen: Tensor,
+        past: list[int],
+    ) -> Tensor | None:
+        """`_next` at a static shape; None where the modules have to answer: prompts, and what can't be compiled."""
+        cache, width, flight = self._cache, seen.shape[1], seen.shape[2]
+        assert cache is not None, "start comes before any forward"
+        nodes = nodes_for(width)
+        if nodes is None or cache.lanes() is None:
+            return None
+        cache.begin(nodes)
+        lanes, added = cache.lanes(), nodes - width
+        assert lanes is not None, "growing keeps the lanes"
+        dead = torch.arange(added, device=seen.device)
+        seen = pad(seen, (0, added, 0, added))
+        seen[:, width + dead, flight + dead] = True
+        bias = in_flight_bias(seen, past, states.dtype, cache.capacity)
+        embeddings, states = (pad(each, (0, 0, 0, added)) for each in (embeddings, states))
+        positions = pad(positions, (0, added))
+        slots = torch.tensor(cache.lengths, device=seen.device).unsqueeze(1) + torch.arange(nodes, device=seen.device)
+        run = functools.partial(self._module, embeddings, states, positions, bias, cache)
+        output: Tensor | None = compiled.run(self._module.decoder_layers, cache, lanes, slots, run)
+        cache.begin(width)
+        if output is None:
+            return None
+        output = output[:, :width]
+        return output.clone() if compiled.graphs else output
+
     def _next(self, tokens: Tensor, states: Tensor, positions: Tensor, seen: Tensor, past: list[int]) -> Tensor:
         """The head's next states (rows, nodes, hidden); `seen` is of what is in flight behind the past."""
         cache, embeddings = self._cache, self._target.embed(tokens)
@@ -225,6 +267,10 @@ class EagleDrafter(Drafter):
             store = cache.storage(self._stack.kv_heads, self._stack.head_dim, states.dtype)
             if store is not None:
                 return self._stack.run(self._module.mix(embeddings, states), positions, seen, past, store)[0]
+        if self._compiled is not None and not self._compiled.problem:
+            found = self._next_compiled(self._compiled, embeddings, states, positions, seen, past)
+            if found is not None:
+                return found
         bias = in_flight_bias(seen, past, states.dtype)
         output: Tensor = self._module(embeddings, states, positions, bias, cache)
         return output

@@ -119,6 +119,10 @@ class Eagle3Head(DraftModule):
     def own_lm_head(self) -> bool:
         return True
 
+    @property
+    def decoder_layers(self) -> list[nn.Module]:
+        return [self.midlayer, *self.more]
+
     def fuse(self, features: Tensor) -> Tensor:
         if self.config.fc_norm:
             parts = features.chunk(len(self.fc_norm), dim=-1)

@@ -59,6 +59,10 @@ class FeatExtrapolator(DraftModule):
     def follows_token(self) -> bool:
         return self.config.inputs != "feature+token"
 
+    @property
+    def decoder_layers(self) -> list[nn.Module]:
+        return list(self.layers)
+
     def fuse(self, features: Tensor) -> Tensor:
         return features
 

@@ -38,6 +38,11 @@ class DraftModule(nn.Module, ABC):
         """Whether logits come from the head's own rows; else from the target's."""
         return False
 
+    @property
+    @abstractmethod
+    def decoder_layers(self) -> list[nn.Module]:
+        """The layers that keep keys and values, in the cache's order."""
+
     @abstractmethod
     def fuse(self, features: Tensor) -> Tensor:
         """The target's features (rows, nodes, width) as the head's state (rows, nodes, hidden)."""

@@ -24,6 +24,7 @@ RANKS = [
     {"heads"},
     {"drafters"},
     {"engine"},
+    {"dropin"},
     {"api"},
     {"training", "checking"},
     {"bench", "formats", "serving"},

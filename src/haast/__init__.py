@@ -7,19 +7,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from haast.api import Generation, Haast, Piece
     from haast.drafters.shape import DraftShape
+    from haast.dropin.decoder import Decoder, custom_generate
     from haast.engine import Stats
     from haast.sampling import SamplingConfig
 
 __version__ = "0.1.0"
-__all__ = ["DraftShape", "Generation", "Haast", "Piece", "SamplingConfig", "Stats", "__version__"]
+__all__ = [
+    "Decoder",
+    "DraftShape",
+    "Generation",
+    "Haast",
+    "Piece",
+    "SamplingConfig",
+    "Stats",
+    "__version__",
+    "custom_generate",
+]
 
 _HOMES = {
+    "Decoder": "haast.dropin.decoder",
     "DraftShape": "haast.drafters.shape",
     "Generation": "haast.api",
     "Haast": "haast.api",
     "Piece": "haast.api",
     "SamplingConfig": "haast.sampling",
     "Stats": "haast.engine",
+    "custom_generate": "haast.dropin.decoder",
 }
 
 

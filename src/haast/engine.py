@@ -115,13 +115,17 @@ class Engine:
         self.drafter = drafter
 
     def run(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, stop: StopConfig, stats: Stats | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig | Sampler,
+        stop: StopConfig,
+        stats: Stats | None = None,
     ) -> Iterator[Emission]:
         """Decode every prompt; yields each row's tokens as they are settled. Safe to abandon at any point.
 
         Args:
             prompts: token ids per row, each non-empty.
-            sampling: the law of the next token; draws are keyed by (seed, row, position).
+            sampling: the law of the next token; draws are keyed by (seed, row, position). A `Sampler` chooses itself.
             stop: when a row ends.
             stats: filled as the run goes on.
 
@@ -149,13 +153,14 @@ class _Run:
         target: Target,
         drafter: Drafter,
         prompts: Sequence[Sequence[int]],
-        sampling: SamplingConfig,
+        sampling: SamplingConfig | Sampler,
         stop: StopConfig,
         stats: Stats,
     ) -> None:
         self._target, self._drafter, self._stats = target, drafter, stats
         self._device = target.device
-        self._sampler, self._stop = Sampler(sampling), stop
+        self._sampler = sampling if isinstance(sampling, Sampler) else Sampler(sampling)
+        self._stop = stop
         self._histories = [list(prompt) for prompt in prompts]
         self._prompt_lengths = [len(prompt) for prompt in prompts]
         self._running = [True] * len(prompts)

@@ -117,13 +117,18 @@ class Sampler:
             return int(logits.argmax(-1))
         if self.config.temperature == 0:
             return int(self.scores(history, logits).argmax(-1))
-        cumulative = self.probs(history, logits).cumsum(-1)
-        point = keyed_uniform(self.config.seed, row, len(history)) * float(cumulative[-1])
-        index = int(torch.searchsorted(cumulative, cumulative.new_tensor(point), right=True))
-        if index < cumulative.shape[-1]:
-            return index
-        # Rounding put the point on the very end of the scale: take the last token that has any probability.
-        return int((cumulative < cumulative[-1]).sum())
+        return inverse_cdf(self.probs(history, logits), keyed_uniform(self.config.seed, row, len(history)))
+
+
+def inverse_cdf(probs: Tensor, uniform: float) -> int:
+    """The token at `uniform` in [0, 1) of the cumulative `probs` (vocab,), which need not sum to exactly 1."""
+    cumulative = probs.cumsum(-1)
+    point = uniform * float(cumulative[-1])
+    index = int(torch.searchsorted(cumulative, cumulative.new_tensor(point), right=True))
+    if index < cumulative.shape[-1]:
+        return index
+    # Rounding put the point on the very end of the scale: take the last token that has any probability.
+    return int((cumulative < cumulative[-1]).sum())
 
 
 def keyed_uniform(seed: int, row: int, position: int) -> float:

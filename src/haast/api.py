@@ -196,7 +196,7 @@ class Haast:
 
     @property
     def custom_generate(self) -> Decoder:
-        """For transformers' own `generate`: `haast.target.model.generate(..., custom_generate=haast.custom_generate)`."""
+        """For transformers' own `generate` on `target.model`; see `haast.dropin`."""
         return Decoder.of(self.target, self.drafter)
 
     def eos_ids(self) -> tuple[int, ...]:

@@ -38,7 +38,7 @@ class TargetOutput:
 
 @dataclass(frozen=True)
 class Probed:
-    """What a probe found of a model: it holds for as long as the model lives, and spares the next `Target` the probe."""
+    """What a probe found of a model. It holds as long as the model lives, and spares the next `Target` the probe."""
 
     decoder_gives_features: bool  # the decoder's output is what the LM head reads
     logit_scale: float

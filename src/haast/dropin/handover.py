@@ -25,7 +25,7 @@ class HandedOver:
         if instance is None:
             raise AttributeError("__signature__")  # the class has its constructor's signature, as every class
         _put_back()
-        call = inspect.signature(owner.__call__)  # type: ignore[operator]  # the owner is callable
+        call = inspect.signature(owner.__call__)
         return call.replace(parameters=list(call.parameters.values())[1:])
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from haast.dropin.rows import Rows
 
@@ -47,8 +47,8 @@ def assembled(rows: Rows, input_ids: Tensor, pad: int, config: GenerationConfig)
     sequences = torch.cat([input_ids, torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
     if not config.return_dict_in_generate:
         return sequences
-    scores = _by_step(rows.scores, ends, pad) if config.output_scores else None
-    logits = _by_step(rows.logits, ends, pad) if config.output_logits else None
+    scores = _by_step(rows.kept_scores, ends, pad) if config.output_scores else None
+    logits = _by_step(rows.kept_logits, ends, pad) if config.output_logits else None
     return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=logits)  # type: ignore[arg-type]
 
 

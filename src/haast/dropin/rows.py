@@ -61,7 +61,7 @@ class Ends:
         return count >= self._most or (end is not None and count >= end)
 
     def _ask(self, text: Tensor, scores: tuple[Tensor, ...] | None) -> bool:
-        answer = self._others(text, scores)  # type: ignore[arg-type]  # transformers names LongTensor
+        answer = self._others(text, scores)
         if answer.numel() != 1:
             names = [type(each).__name__ for each in self._others]
             raise ValueError(
@@ -104,8 +104,8 @@ class Rows(Sampler):
             line[begin:] for line, begin in zip(input_ids.tolist(), self._begins, strict=True)
         ]
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
-        self.scores: list[list[Tensor]] = [[] for _ in range(rows)]  # (vocab,) fp32 each
-        self.logits: list[list[Tensor]] = [[] for _ in range(rows)]
+        self.kept_scores: list[list[Tensor]] = [[] for _ in range(rows)]  # (vocab,) fp32 each
+        self.kept_logits: list[list[Tensor]] = [[] for _ in range(rows)]
         self._keep_scores, self._keep_logits = keep_scores, keep_logits
 
     @property
@@ -126,15 +126,15 @@ class Rows(Sampler):
             return 0
         raw = logits.unsqueeze(0).to(device=self._texts.device, dtype=torch.float32, copy=True)  # as `generate` does
         if self._keep_logits:
-            self.logits[row].append(raw[0].clone())  # processors may write in place
+            self.kept_logits[row].append(raw[0].clone())  # processors may write in place
         text = self._texts[row : row + 1, : self._width + count]
         scores: Tensor = self._processors[row](text, raw) if self._processors[row] else raw  # type: ignore[arg-type]
         if self._keep_scores:
-            self.scores[row].append(scores[0])
+            self.kept_scores[row].append(scores[0])
         token = self._pick(row, len(history), scores[0])
         self.tokens[row].append(token)
         self._texts[row, self._width + count] = token
-        seen = tuple(each.unsqueeze(0) for each in self.scores[row]) if self._keep_scores else None
+        seen = tuple(each.unsqueeze(0) for each in self.kept_scores[row]) if self._keep_scores else None
         self._ends.take(row, count + 1, token, self._texts[row : row + 1, : self._width + count + 1], seen)
         return token
 
@@ -143,7 +143,7 @@ class Rows(Sampler):
         return self._ends.over(row, len(new))
 
     def column(self, place: int, pad: int) -> Tensor | None:
-        """New token number `place` of every row (rows,), as `generate` hands it to a streamer; None if not yet there."""
+        """New token number `place` of every row (rows,), as `generate` streams it; None if not yet there."""
         if all(self._ends.over(row, place) for row in range(len(self.tokens))):
             return None
         said = []

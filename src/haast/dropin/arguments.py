@@ -40,7 +40,6 @@ REFUSED_SETTINGS: dict[str, str] = {
     "cache_implementation": _CACHE,
     "cache_config": _CACHE,
     "max_cache_len": _CACHE,
-    "use_cache": "use_cache=False has no meaning here: a tree is checked against a cache; leave it out",
     "compile_config": "Haast's forward is not compiled; leave it out",
     "prefill_chunk_size": "Haast prefills in chunks of its own; leave it out",
     "continuous_batching_config": "Haast runs the batch that it is given; leave it out",
@@ -53,7 +52,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "penalty_alpha": (0,),
     "guidance_scale": (1,),
     "cache_implementation": ("dynamic",),
-    "use_cache": (True,),
 }
 
 # Arguments of `generate` itself, and of the model's forward.
@@ -64,15 +62,16 @@ REFUSED_ARGUMENTS: dict[str, str] = {
     "inputs_embeds": "drafts continue tokens, and embeddings have none; pass input_ids",
     "past_key_values": _CACHE,
 }
-_TAKEN = ("attention_mask", "position_ids", "use_cache", "logits_to_keep")  # what else the model's forward may be given
+# What else the model's forward may be given. `use_cache` comes from the model's own config more often than from a user,
+# and says how stock computes a text, not which: Haast always keeps its cache.
+_TAKEN = ("attention_mask", "position_ids", "use_cache", "logits_to_keep")
 
 
 def refuse_settings(config: GenerationConfig) -> None:
     """Refuse what Haast does not honour of a GenerationConfig, by name. Raises UnsupportedArgumentError."""
     for name, why in REFUSED_SETTINGS.items():
         value = getattr(config, name, None)
-        asked = value is False if name == "use_cache" else value is not None and value is not False
-        if asked and value not in _OFF.get(name, ()):
+        if value is not None and value is not False and value not in _OFF.get(name, ()):
             raise UnsupportedArgumentError(f"{name}={value!r}", why)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -34,15 +33,25 @@ def borrowed(model: PreTrainedModel) -> Iterator[Loan]:
     with _LOANS_LOCK:
         loan = _LOANS.setdefault(model, Loan())
     with loan.lock:
-        before = _attention_of(model.config)
+        before = [(config, config._attn_implementation) for config in _configs(model)]
         try:
             yield loan
         finally:
-            model.set_attn_implementation(before)
+            for config, attention in before:
+                config._attn_implementation = attention
 
 
-def _attention_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """The attention of a config and its sub-configs, as `set_attn_implementation` takes it."""
-    parts = {name: getattr(config, name, None) for name in config.sub_configs}
-    below = {name: _attention_of(part) for name, part in parts.items() if part is not None}
-    return {"": config._attn_implementation, **below}
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configs of a model and of the models inside it, the outer ones first: setting one sets those below it."""
+    found: dict[int, PreTrainedConfig] = {}
+
+    def take(config: PreTrainedConfig) -> None:
+        found.setdefault(id(config), config)
+        for part in (getattr(config, name, None) for name in config.sub_configs):
+            if part is not None:
+                take(part)
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            take(module.config)
+    return list(found.values())

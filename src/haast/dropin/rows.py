@@ -121,9 +121,9 @@ class Rows(Sampler):
     def choose(self, row: int, history: Sequence[int], logits: Tensor) -> int:
         """The token at position len(history) of `row`; any token behind the row's end, where the engine cuts."""
         count = len(history) - len(self.prompts[row])
-        assert count <= len(self.tokens[row]), "every emitted token was chosen here before"
         if self._ends.over(row, count):
             return 0
+        assert count == len(self.tokens[row]), "every emitted token was chosen here, once"
         raw = logits.unsqueeze(0).to(device=self._texts.device, dtype=torch.float32, copy=True)  # as `generate` does
         if self._keep_logits:
             self.kept_logits[row].append(raw[0].clone())  # processors may write in place

@@ -241,6 +241,20 @@ def test_no_model_is_kept_alive() -> None:
     assert gone() is None
 
 
+def test_every_call_has_the_attention_that_takes_trees(model: Any) -> None:
+    seen: list[str] = []
+
+    class Looks(LogitsProcessor):
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            seen.append(model.config._attn_implementation)
+            return scores
+
+    headed = haast.Decoder(model, head=random_head(tiny_target()))
+    for decoder in (haast.custom_generate, headed, headed):
+        run(model, logits_processor=[Looks()], custom_generate=decoder)
+    assert seen == ["haast"] * 9 and model.config._attn_implementation == "sdpa"
+
+
 def test_a_decoder_belongs_to_its_model(model: Any) -> None:
     decoder = haast.Decoder(model, head=random_head(tiny_target()))
     assert model.config._attn_implementation == "sdpa"

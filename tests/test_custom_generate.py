@@ -60,13 +60,17 @@ def shallow() -> Target:
     return target
 
 
-def batch(*rows: list[int]) -> dict[str, Tensor]:
+def batch(*rows: list[int]) -> dict[str, Any]:
     """Left-padded prompts. The padding is a token like any other: only the mask says what it is."""
     width = max(map(len, rows))
     return {
         "input_ids": torch.tensor([[PAD] * (width - len(row)) + row for row in rows]),
         "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
     }
+
+
+def shallow_model() -> Any:
+    return shallow().model
 
 
 RAGGED = batch([1, 2, 3, 1, 2, 3, 1], [7], [9, 9, 4, 1])
@@ -178,7 +182,7 @@ class Alternating(LogitsProcessor):
         self._late = late
         self._calls: Tensor | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._calls is None or len(self._calls) != len(scores):
             self._calls = torch.zeros(len(scores), dtype=torch.long)
         self._calls += 1 + input_ids[:, -1] % 2
@@ -205,12 +209,12 @@ def test_processors_that_look_at_history_give_stock_generates_tokens(
     """Drafted by an oracle that is right two times in three, so that accepted and refused tokens alternate."""
     given = batch(*rows)
     how = {**given, "do_sample": False, "max_new_tokens": 8, "pad_token_id": PAD}
-    theirs = shallow().model.generate(**how, **fresh(config))
+    theirs = shallow_model().generate(**how, **fresh(config))
     begins = (given["attention_mask"] == 0).sum(1).tolist()
     texts = [line[begin:] for line, begin in zip(theirs.tolist(), begins, strict=True)]
     oracle = OracleChain(texts, 3, lambda row, place: keyed_uniform(seed, row, place) < 0.67, WIDER)
     decoder = haast.Decoder.of(shallow(), oracle)
-    mine = shallow().model.generate(**how, **fresh(config), custom_generate=decoder)
+    mine = shallow_model().generate(**how, **fresh(config), custom_generate=decoder)
     assert torch.equal(mine, theirs)
 
 
@@ -237,7 +241,7 @@ class Counting(LogitsProcessor):
     def __init__(self) -> None:
         self.lengths: list[int] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.lengths.append(input_ids.shape[1])
         scores[:, 3] += 1.0  # in place, as some do
         return scores
@@ -399,7 +403,7 @@ drafters = pytest.mark.parametrize("drafter", sorted(DECODERS))
 
 @drafters
 def test_eight_ragged_rows_say_what_eight_single_runs_say(drafter: str) -> None:
-    model = tiny_llama()
+    model: Any = tiny_llama()
     decoder = DECODERS[drafter](model)
     how: dict[str, Any] = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": 19, "pad_token_id": PAD}
     how["no_repeat_ngram_size"] = 4
@@ -413,7 +417,7 @@ def test_eight_ragged_rows_say_what_eight_single_runs_say(drafter: str) -> None:
 
 @drafters
 def test_the_same_manual_seed_gives_the_same_sampled_text(drafter: str) -> None:
-    model = tiny_llama()
+    model: Any = tiny_llama()
     texts = []
     for decoder in (haast.Decoder(drafter="vanilla"), DECODERS[drafter](model)):
         torch.manual_seed(7)
@@ -433,7 +437,7 @@ def test_the_same_manual_seed_gives_the_same_sampled_text(drafter: str) -> None:
 
 
 def test_a_loaded_haast_has_a_decoder() -> None:
-    model = tiny_llama()
+    model: Any = tiny_llama()
     loaded = haast.Haast.from_pretrained(model, head=None)
     theirs = model.generate(**RAGGED, do_sample=False, max_new_tokens=8, pad_token_id=PAD)
     mine = model.generate(
@@ -445,5 +449,6 @@ def test_a_loaded_haast_has_a_decoder() -> None:
 def test_lookup_drafts_are_accepted() -> None:
     """Guards the tests above: drafts that are never accepted would show little."""
     decoder = haast.Decoder(drafter="lookup")
-    tiny_llama(std=0.1).generate(**batch([1, 2] * 6), max_new_tokens=40, do_sample=False, custom_generate=decoder)
+    model: Any = tiny_llama(std=0.1)
+    model.generate(**batch([1, 2] * 6), max_new_tokens=40, do_sample=False, custom_generate=decoder)
     assert decoder.stats.tau > 1.3

@@ -89,7 +89,8 @@ def test_other_inputs_of_the_model_are_refused_by_name(model: Any) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes: Any = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
-    gpt2 = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+    gpt2: Any = GPT2LMHeadModel(GPT2Config(**sizes))
+    gpt2.eval()
     with pytest.raises(UnsupportedArgumentError, match=r"^token_type_ids"):
         run(gpt2, token_type_ids=torch.zeros_like(IDS))
     with pytest.raises(UnsupportedArgumentError, match=r"^position_ids"):
@@ -194,7 +195,8 @@ def test_a_model_in_training_mode_is_refused() -> None:
 def test_a_model_that_cannot_take_a_tree_is_refused_and_left_as_it_was() -> None:
     from test_families import tiny
 
-    model: Any = tiny("mpt", d_model=32, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=128)().eval()
+    model: Any = tiny("mpt", d_model=32, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=128)()
+    model.eval()
     configs = (model.config, model.config.attn_config)
     before = [config._attn_implementation for config in configs]
     with pytest.raises(UnsupportedModelError):

@@ -25,6 +25,7 @@ RANKS = [
     {"drafters"},
     {"past"},
     {"engine"},
+    {"dropin"},
     {"api"},
     {"session"},
     {"training", "checking"},

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from haast.api import Generation, Haast, Piece
     from haast.drafters.shape import DraftShape
+    from haast.dropin.decoder import Decoder, custom_generate
     from haast.engine import Stats
     from haast.sampling import SamplingConfig
     from haast.session import Session, Sessions
 
 __version__ = "0.1.0"
 __all__ = [
+    "Decoder",
     "DraftShape",
     "Generation",
     "Haast",
@@ -22,9 +24,11 @@ __all__ = [
     "Sessions",
     "Stats",
     "__version__",
+    "custom_generate",
 ]
 
 _HOMES = {
+    "Decoder": "haast.dropin.decoder",
     "DraftShape": "haast.drafters.shape",
     "Generation": "haast.api",
     "Haast": "haast.api",
@@ -33,6 +37,7 @@ _HOMES = {
     "Session": "haast.session",
     "Sessions": "haast.session",
     "Stats": "haast.engine",
+    "custom_generate": "haast.dropin.decoder",
 }
 
 

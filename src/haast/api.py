@@ -20,9 +20,10 @@ from haast.drafters.eagle import EagleDrafter
 from haast.drafters.heads import drafter_with
 from haast.drafters.shape import CPU_NODES, DEVICE_NODES, DraftShape, shape_for
 from haast.drafters.vanilla import VanillaDrafter
+from haast.dropin.decoder import Decoder
 from haast.engine import Engine, Stats, StopConfig, check_prompts
-from haast.errors import PromptError, expanded
-from haast.heads.checkpoint import check_fits, load_head, read_head_config
+from haast.errors import PromptError
+from haast.heads.checkpoint import check_fits, head_folder, load_head, read_head_config
 from haast.models import DEFAULT_MODEL, check_compile, load_target
 from haast.past import Past
 from haast.sampling import Processor, SamplingConfig
@@ -208,6 +209,11 @@ class Haast:
             raise PromptError("this target was given without a tokenizer: pass token ids, or give the tokenizer")
         return self.target.tokenizer
 
+    @property
+    def custom_generate(self) -> Decoder:
+        """For transformers' own `generate` on `target.model`; see `haast.dropin`."""
+        return Decoder.of(self.target, self.drafter)
+
     def eos_ids(self) -> tuple[int, ...]:
         """The token ids with which the model ends a text."""
         config = self.target.model.generation_config
@@ -265,9 +271,7 @@ def find_head(head: str | Path | None, model: str | None) -> Path | None:
     if head is None:
         return None
     if head != "default":
-        folder = expanded(head, "no head at")
-        best = folder / "best"  # the folder of a training run
-        return best if not (folder / "config.json").exists() and (best / "config.json").exists() else folder
+        return head_folder(head)
     if model != DEFAULT_MODEL:
         raise ValueError(
             f"no head is shipped for {model or 'a model given as an object'!r}: give its folder, or None to decode "

@@ -84,7 +84,7 @@ class Engine:
     def run(
         self,
         prompts: Sequence[Sequence[int]],
-        sampling: SamplingConfig,
+        sampling: SamplingConfig | Sampler,
         stop: StopConfig,
         stats: Stats | None = None,
         past: Past | None = None,
@@ -94,7 +94,7 @@ class Engine:
 
         Args:
             prompts: token ids per row, each non-empty.
-            sampling: the law of the next token; draws are keyed by (seed, row, position).
+            sampling: the law of the next token; draws are keyed by (seed, row, position). A `Sampler` chooses itself.
             stop: when a row ends.
             stats: filled as the run goes on.
             past: of one prompt: what an earlier run left, used where the texts begin the same, and left for the next.
@@ -129,7 +129,7 @@ class _Run:
         drafter: Drafter,
         rule: AcceptanceRule | None,
         prompts: Sequence[Sequence[int]],
-        sampling: SamplingConfig,
+        sampling: SamplingConfig | Sampler,
         stop: StopConfig,
         stats: Stats,
         past: Past | None,
@@ -138,7 +138,8 @@ class _Run:
         self._past, self._watch = past, watch
         self._target, self._drafter, self._stats, self._rule = target, drafter, stats, rule
         self._device = target.device
-        self._sampler, self._stop = Sampler(sampling), stop
+        self._sampler = sampling if isinstance(sampling, Sampler) else Sampler(sampling)
+        self._stop = stop
         self._histories = [list(prompt) for prompt in prompts]
         self._prompt_lengths = [len(prompt) for prompt in prompts]
         self._running = [True] * len(prompts)

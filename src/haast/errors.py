@@ -3,7 +3,8 @@
 ValueError
 ├── UnsupportedModelError   the target cannot be drafted for (encoder-decoder, recurrent state, no LM head)
 ├── HeadMismatchError       the head does not fit the target, or its files are incomplete or corrupt
-└── PromptError             a prompt is empty or longer than the target's context
+├── PromptError             a prompt is empty or longer than the target's context
+└── UnsupportedArgumentError  an argument of transformers' `generate` that Haast does not honour
 """
 
 from __future__ import annotations
@@ -29,3 +30,11 @@ class HeadMismatchError(ValueError):
 
 class PromptError(ValueError):
     """A prompt cannot be answered: it is empty, or longer than the context."""
+
+
+class UnsupportedArgumentError(ValueError):
+    """An argument of `generate` that Haast does not honour; `argument` is its name."""
+
+    def __init__(self, argument: str, why: str) -> None:
+        super().__init__(f"{argument} is not supported by Haast: {why}")
+        self.argument = argument

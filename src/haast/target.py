@@ -45,18 +45,33 @@ class TargetOutput:
         return TargetOutput(parts[0], parts[1], dict(zip(self.hidden, parts[2:], strict=True)))
 
 
+@dataclass(frozen=True)
+class Probed:
+    """What a probe found of a model. It holds as long as the model lives, and spares the next `Target` the probe."""
+
+    decoder_gives_features: bool  # the decoder's output is what the LM head reads
+    logit_scale: float
+
+
 class Target:
     """A frozen causal LM behind one method, `forward`.
 
     Args:
         model: any transformers causal LM in eval mode, on any one device.
         tokenizer: optional; needed where text goes in or comes out.
+        probed: `Target.probed` of an earlier Target of this very model.
 
     Raises:
         UnsupportedModelError: encoder-decoder, recurrent state, no LM head, or attention that can't take a tree.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        probed: Probed | None = None,
+    ) -> None:
         refuse_unsupported(model)
         self.model: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
         self.tokenizer = tokenizer
@@ -68,8 +83,16 @@ class Target:
         self.vocab_size = int(self.config.vocab_size)
         self._stack: NativeStack | None = None
         self._compiled: CompiledLayers | None = None
-        _choose_attention(model)
-        self._probe()
+        choose_attention(model)
+        if probed is None:
+            self._probe()
+        else:
+            self._decoder_gives_features, self.logit_scale = probed.decoder_gives_features, probed.logit_scale
+
+    @property
+    def probed(self) -> Probed:
+        """What the probe found."""
+        return Probed(self._decoder_gives_features, self.logit_scale)
 
     @property
     def lm_head(self) -> nn.Module:
@@ -489,7 +512,8 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{name} has no LM head; load it with AutoModelForCausalLM")
 
 
-def _choose_attention(model: PreTrainedModel) -> None:
+def choose_attention(model: PreTrainedModel) -> None:
+    """Switch to the attention implementation that takes a tree, by transformers' own switch."""
     # Models whose attention is more than scores and softmax (sinks, say) support only their own eager code.
     flags: Callable[[str], bool] = lambda name: bool(getattr(type(model), name, False))  # noqa: E731
     haast_fits = flags("_supports_sdpa") and flags("_supports_attention_backend")

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from haast.errors import HeadMismatchError
+from haast.errors import HeadMismatchError, expanded
 from haast.heads.config import HeadSizes
 from haast.heads.eagle3 import Eagle3Config, Eagle3Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
@@ -86,6 +86,13 @@ def save_head(
     temporary = folder / "config.json.tmp"
     temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     temporary.replace(folder / "config.json")
+
+
+def head_folder(head: str | Path) -> Path:
+    """Where a head's files are: the folder given, or `best` in the folder of a training run."""
+    folder = expanded(head, "no head at")
+    best = folder / "best"
+    return best if not (folder / "config.json").exists() and (best / "config.json").exists() else folder
 
 
 def load_head(folder: Path) -> Head:

@@ -1,0 +1,175 @@
+"""Which arguments of `generate` Haast does not honour, and the checks of those that it does.
+
+Owns refusals: every argument that would change the text or the output, and that Haast does not honour, is refused by
+its name. docs/drop-in.md lists them; a test holds the two together. Knows no decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteria
+
+from haast.errors import PromptError, UnsupportedArgumentError
+
+_BEAMS = "Haast decodes one continuation a row; leave it out, or use stock generate"
+_ASSISTED = "Haast drafts by itself; leave it out (a small model: SmallModelDrafter)"
+_CACHE = "Haast keeps its own cache, whose rows it gathers by tree path; leave it out"
+_FORWARD = "the forward over a tree computes none of them for the emitted tokens alone; use stock generate"
+
+# Name -> why not. A GenerationConfig's value that is None, False or in `_OFF` asks for nothing.
+REFUSED_SETTINGS: dict[str, str] = {
+    "num_beams": _BEAMS,
+    "num_beam_groups": _BEAMS,
+    "constraints": _BEAMS,
+    "force_words_ids": _BEAMS,
+    "penalty_alpha": "contrastive search ranks by hidden states of candidates; leave it out, or use stock generate",
+    "low_memory": "it belongs to contrastive search; leave it out",
+    "dola_layers": "DoLa contrasts logits of several layers; leave it out, or use stock generate",
+    "guidance_scale": "classifier-free guidance runs the model on a second text; use stock generate",
+    "use_mtp": _ASSISTED,
+    "prompt_lookup_num_tokens": "Haast drafts by itself; for prompt lookup pass Decoder(drafter='lookup')",
+    "assistant_early_exit": _ASSISTED,
+    "speculation_type": _ASSISTED,
+    "is_assistant": "Haast does not draft for transformers' assisted generation; leave it out",
+    "token_healing": "it rewrites the prompt by another generation; heal the prompt first",
+    "cache_implementation": _CACHE,
+    "cache_config": _CACHE,
+    "max_cache_len": _CACHE,
+    "compile_config": "Haast's forward is not compiled; leave it out",
+    "prefill_chunk_size": "Haast prefills in chunks of its own; leave it out",
+    "continuous_batching_config": "Haast runs the batch that it is given; leave it out",
+    "output_attentions": _FORWARD,
+    "output_hidden_states": _FORWARD,
+}
+_OFF: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (0, 1),
+    "penalty_alpha": (0,),
+    "guidance_scale": (1,),
+    "cache_implementation": ("dynamic",),
+}
+
+# Arguments of `generate` itself, and of the model's forward.
+REFUSED_ARGUMENTS: dict[str, str] = {
+    "assistant_model": _ASSISTED,
+    "assistant_tokenizer": _ASSISTED,
+    "synced_gpus": "a sharded model must run in step on all processes, and acceptance differs; use stock generate",
+    "inputs_embeds": "drafts continue tokens, and embeddings have none; pass input_ids",
+    "past_key_values": _CACHE,
+}
+# What else the model's forward may be given. `use_cache` comes from the model's own config more often than from a user,
+# and says how stock computes a text, not which: Haast always keeps its cache.
+_TAKEN = ("attention_mask", "position_ids", "use_cache", "logits_to_keep")
+
+
+def refuse_settings(config: GenerationConfig) -> None:
+    """Refuse what Haast does not honour of a GenerationConfig, by name. Raises UnsupportedArgumentError."""
+    for name, why in REFUSED_SETTINGS.items():
+        value = getattr(config, name, None)
+        if value is not None and value is not False and value not in _OFF.get(name, ()):
+            raise UnsupportedArgumentError(f"{name}={value!r}", why)
+
+
+def refuse_arguments(given: Mapping[str, Any]) -> None:
+    """Refuse arguments that Haast does not honour: of `generate`, and for the model's forward, by name.
+
+    Raises:
+        UnsupportedArgumentError: one of `REFUSED_ARGUMENTS`, or an input that the model takes beside tokens.
+    """
+    for name, value in given.items():
+        if value is None or value is False or name in _TAKEN:
+            continue
+        if name == "past_key_values" and not _handed_in(value):
+            continue  # the empty one that `generate` prepares
+        why = "Haast passes the model nothing but tokens; leave it out, or use stock generate"
+        raise UnsupportedArgumentError(name, REFUSED_ARGUMENTS.get(name, why))
+
+
+def _handed_in(cache: Any) -> bool:
+    """Whether the user gave it: transformers marks those; older ones are known by what they hold."""
+    return bool(getattr(cache, "_is_user_defined", False)) or cache.get_seq_length() > 0
+
+
+def padding(input_ids: Tensor, given: Mapping[str, Any]) -> list[int]:
+    """How many padding tokens stand before each row, from what `generate` prepared.
+
+    Args:
+        input_ids: (rows, width).
+        given: `attention_mask` (rows, width) or None where nothing is masked, and `position_ids`, as prepared.
+
+    Raises:
+        PromptError: no tokens, a mask or positions of another shape, padding elsewhere than on the left, an empty row.
+    """
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise PromptError(f"input_ids has shape {tuple(input_ids.shape)}: give (rows, tokens), at least one of each")
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    for name, tensor in (("attention_mask", mask), ("position_ids", positions)):
+        shapes = (input_ids.shape, (1, input_ids.shape[1]))[: 1 if name == "attention_mask" else 2]
+        if tensor is not None and tuple(tensor.shape) not in map(tuple, shapes):
+            raise PromptError(
+                f"attention_mask (or position_ids) does not fit the prompt: {tuple(tensor.shape)} beside input_ids of "
+                f"{tuple(input_ids.shape)}: give one entry a token"
+            )
+    kept = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.to(input_ids.device) != 0
+    begins = [_row_begins(row, kept[row].tolist()) for row in range(len(kept))]
+    if positions is not None:
+        _check_positions(positions.to(input_ids.device), kept)
+    return begins
+
+
+def _row_begins(row: int, kept: Sequence[bool]) -> int:
+    if not any(kept):
+        raise PromptError(f"row {row} of the batch is empty: its attention_mask is 0 everywhere; leave the row out")
+    first = list(kept).index(True)
+    if not all(kept[first:]):
+        raise PromptError(
+            f"row {row}: attention_mask is 0 behind the row's first token; pad on the left "
+            f"(tokenizer.padding_side='left') and mask nothing else; where none is given, transformers masks every "
+            f"token that equals pad_token_id"
+        )
+    return first
+
+
+def _check_positions(positions: Tensor, kept: Tensor) -> None:
+    usual = kept.long().cumsum(-1) - 1
+    if not bool(((positions == usual) | ~kept).all()):
+        raise UnsupportedArgumentError("position_ids", "Haast counts each row's tokens from 0; leave it out")
+
+
+def new_tokens_allowed(criteria: Sequence[StoppingCriteria], width: int, begins: Sequence[int], model: Any) -> int:
+    """Tokens that `max_length` leaves: 1 at least, as `generate` looks only behind a token.
+
+    Args:
+        criteria: as prepared.
+        width: of the padded prompts.
+        begins: padding per row.
+        model: for its context.
+
+    Raises:
+        ValueError: no length limit is among the criteria, or it lies beyond the context.
+    """
+    limits = [int(each.max_length) for each in criteria if isinstance(each, MaxLengthCriteria)]
+    if not limits:
+        raise ValueError("generation has no length limit: give max_new_tokens or max_length")
+    allowed, context = max(1, min(limits) - width), model.context_length
+    longest = width - min(begins)
+    if context is not None and longest + allowed > context:
+        raise PromptError(
+            f"the prompt of {longest} tokens and {allowed} new ones do not fit the model's context of {context}: "
+            f"set max_new_tokens to {max(context - longest, 0)} or less, or shorten the prompt"
+        )
+    return allowed
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse a model that would not answer the same twice. Raises ValueError."""
+    if model.training:
+        raise ValueError(
+            f"{type(model).__name__} is in training mode, where dropout may answer a drafted token otherwise than a "
+            f"plain one: call model.eval() first"
+        )

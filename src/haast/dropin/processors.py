@@ -1,0 +1,96 @@
+"""Logits processors made for a batch, for one row at a time.
+
+Owns the split. In speculative decoding the rows of a batch have different lengths, and stock processors want one. So
+each row gets the processors for itself: those that hold something per row are cut to it, those that keep state are
+copied, the others are shared. Knows no models.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
+from transformers.generation import logits_process
+from transformers.generation.logits_process import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+
+from haast.errors import UnsupportedArgumentError
+
+
+def for_rows(processors: Sequence[Any], rows: int) -> list[LogitsProcessorList]:
+    """The processors of each row, in their order; each is called with (1, length) and (1, vocab).
+
+    Raises:
+        UnsupportedArgumentError: one that runs the model, or that keeps state and cannot be copied.
+    """
+    for each in processors:
+        if isinstance(each, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+            why = "classifier-free guidance runs the model on a second text; use stock generate"
+            raise UnsupportedArgumentError("guidance_scale", why)
+    return [LogitsProcessorList(_for_row(each, row, rows) for each in processors) for row in range(rows)]
+
+
+def _for_row(processor: Any, row: int, rows: int) -> Any:
+    if isinstance(processor, PrefixConstrainedLogitsProcessor):
+        return _Prefix(processor, row)
+    if rows == 1:
+        return processor
+    if isinstance(processor, RepetitionPenaltyLogitsProcessor):
+        return _repetition(processor, row, rows)
+    if isinstance(processor, EncoderRepetitionPenaltyLogitsProcessor):
+        prompts = processor.encoder_input_ids
+        at = row // max(rows // prompts.shape[0], 1)  # `num_return_sequences` rows share a prompt
+        return _with(processor, encoder_input_ids=prompts[at : at + 1])
+    if isinstance(processor, EncoderNoRepeatNGramLogitsProcessor):
+        at = row // max(rows // processor.batch_size, 1)
+        return _with(processor, batch_size=1, generated_ngrams=[processor.generated_ngrams[at]])
+    stateless = type(processor).__module__ == logits_process.__name__
+    if stateless and not isinstance(processor, SynthIDTextWatermarkLogitsProcessor):
+        return processor
+    return _copied(processor)
+
+
+class _Prefix(PrefixConstrainedLogitsProcessor):
+    """Asks the user's function with the true number of the row, also where the row stands alone."""
+
+    def __init__(self, whole: PrefixConstrainedLogitsProcessor, row: int) -> None:
+        ask = whole._prefix_allowed_tokens_fn
+        super().__init__(lambda _, text: ask(row, text), 1)
+
+
+def _repetition(processor: RepetitionPenaltyLogitsProcessor, row: int, rows: int) -> Any:
+    ignored: Any = processor.prompt_ignore_length
+    if not isinstance(ignored, Tensor):
+        return processor
+    if len(ignored) != rows:
+        raise ValueError(f"prompt_ignore_length has {len(ignored)} entries for {rows} rows: give one a row")
+    return _with(processor, prompt_ignore_length=ignored[row : row + 1])
+
+
+def _with(processor: Any, **changed: Any) -> Any:
+    made = copy.copy(processor)
+    for name, value in changed.items():
+        setattr(made, name, value)
+    return made
+
+
+def _copied(processor: Any) -> Any:
+    """A copy with state of its own; tokenizers and models, which are large and only read, stay shared."""
+    held = getattr(processor, "__dict__", {}).values()  # a plain function has nothing to copy
+    shared = {id(part): part for part in held if isinstance(part, PreTrainedTokenizerBase | nn.Module)}
+    try:
+        return copy.deepcopy(processor, shared)
+    except (TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
+        raise UnsupportedArgumentError(
+            f"logits_processor {type(processor).__name__} in a batch",
+            f"each row needs a copy with state of its own, and it cannot be copied ({error}); generate row by row",
+        ) from error

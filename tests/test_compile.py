@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from test_families import VOCAB, stock
 from haast import Haast
 from haast.attention import tree_bias
 from haast.cache import TreeCache
+from haast.cli.settings import Loading
+from haast.cli.settings import compiling as telling
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import DraftShape
 from haast.engine import Engine, StopConfig
@@ -323,6 +326,21 @@ def test_packed_targets_and_wrong_words_are_refused() -> None:
         load_target("no-such-model", compile="maybe")
     with pytest.raises(ValueError, match="compile='maybe'"):
         Haast.from_pretrained(tiny_llama(), head=None, compile="maybe")
+
+
+def test_a_terminal_sees_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with telling("the forward for 6 nodes"):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with pytest.raises(KeyboardInterrupt), telling("the forward for 6 nodes"):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == "haast: compiling the forward for 6 nodes ... 0 s\n"
+
+
+def test_commands_refuse_wrong_words() -> None:
+    with pytest.raises(ValueError, match="compile='maybe'"):
+        Loading(compile="maybe").check()
 
 
 def test_the_front_door_compiles() -> None:

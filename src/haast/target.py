@@ -253,9 +253,8 @@ class Target:
             cache.begin(nodes)
         lanes, padded = cache.lanes(), tree.padded(nodes)
         assert lanes is not None, "growing keeps the lanes"
-        slots = torch.tensor(cache.lengths, device=self.device).unsqueeze(1) + torch.arange(nodes, device=self.device)
         run = functools.partial(self._by_modules, padded, cache, False, hidden_layers, cache.capacity)
-        output: TargetOutput | None = compiled.run(layers, cache, lanes, slots, run)
+        output: TargetOutput | None = compiled.run(layers, cache, lanes, cache.lengths, nodes, run)
         if output is None:
             return expected
         output = output.cut(tree.nodes, own=compiled.graphs)

@@ -250,9 +250,8 @@ class EagleDrafter(Drafter):
         bias = in_flight_bias(seen, past, states.dtype, cache.capacity)
         embeddings, states = (pad(each, (0, 0, 0, added)) for each in (embeddings, states))
         positions = pad(positions, (0, added))
-        slots = torch.tensor(cache.lengths, device=seen.device).unsqueeze(1) + torch.arange(nodes, device=seen.device)
         run = functools.partial(self._module, embeddings, states, positions, bias, cache)
-        output: Tensor | None = compiled.run(self._module.decoder_layers, cache, lanes, slots, run)
+        output: Tensor | None = compiled.run(self._module.decoder_layers, cache, lanes, cache.lengths, nodes, run)
         cache.begin(width)
         if output is None:
             return None

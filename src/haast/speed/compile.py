@@ -104,21 +104,32 @@ class CompiledLayers:
         """Whether this shape has run already."""
         return (rows, nodes, slots) in self.shapes
 
-    def run(self, layers: Sequence[nn.Module], cache: object, lanes: Lanes, slots: Tensor, forward: Any) -> Any:
-        """Call `forward()`, which runs the model; each of `layers` goes through the compiled function.
+    def run(
+        self,
+        layers: Sequence[nn.Module],
+        cache: object,
+        lanes: Lanes,
+        lengths: Sequence[int],
+        nodes: int,
+        forward: Callable[[], Any],
+    ) -> Any:
+        """Call `forward()`, which runs the model over `nodes` nodes; each layer goes through the compiled function.
 
         Args:
             layers: the model's decoder layers.
             cache: the object that `forward` passes to them as their cache; they get their lane instead.
             lanes: keys and values by layer, all slots.
-            slots: (rows, nodes) int64, where each row's nodes go.
-            forward: without arguments.
+            lengths: slots in use by row; the nodes go behind them.
+            nodes: per row.
+            forward: runs the model.
 
         Returns:
             what `forward` returns; None, and a `problem`, where a shape that is new can't be compiled. On CUDA the next
             run overwrites it: clone what has to live longer.
         """
-        shape = (*slots.shape, lanes[0][0].shape[2])
+        shape = (len(lengths), nodes, lanes[0][0].shape[2])
+        behind = torch.arange(nodes, device=lanes[0][0].device)
+        slots = torch.tensor(lengths, device=behind.device).unsqueeze(1) + behind  # (rows, nodes)
         with self._lock, self._stood_in(layers, cache, lanes, slots):
             if shape in self.shapes:
                 return self._step(forward)

@@ -1,6 +1,7 @@
 """The numbers of the README and of docs/, from the JSON files in `results/` and nothing else.
 
-Owns the text between `<!-- results:NAME -->` (or NAME+NAME: one table of tau) and `<!-- end -->`: a table of decoders,
+Owns the text between `<!-- results:NAME -->` (or NAME+NAME: one table of tau; NAME#short: a suite's one table) and
+`<!-- end -->`: a table of decoders,
 of an ablation, of a training run, of the input study or of a measurement of speed, by what the JSON holds.
 `python -m haast.bench.readme` rewrites it; a test keeps the two equal.
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 from haast.bench import suite_tables, tables
 
-_BLOCK = re.compile(r"(<!-- results:(?P<name>[a-z0-9+-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- results:(?P<name>[a-z0-9+-]+)(?P<short>#short)? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def render(readme: str, results: Path) -> str:
@@ -32,6 +33,8 @@ def render(readme: str, results: Path) -> str:
             table = _answers if all("added" in document for document in documents.values()) else _tau_table
             return match[1] + table(documents) + match[3]
         ((name, document),) = documents.items()
+        if match["short"]:
+            return match[1] + suite_tables.short(document, f"results/{name}") + match[3]
         return match[1] + _table(document, name) + match[3]
 
     return _BLOCK.sub(block, readme)

@@ -27,6 +27,33 @@ def tables(document: Document) -> str:
     return "\n\n".join([*parts, *_notes(document)])
 
 
+def short(document: Document, name: str) -> str:
+    """One table over all suites: speeds and tau at the lowest temperature, and times vanilla at every one."""
+    first, *others = document["temperatures"]
+    rows = {r["decoder"]: r for r in document["rows"] if (r["suite"], r["temperature"]) == (_ALL, first)}
+    ratios = {(r["temperature"], r["decoder"], r["over"]): r for r in document["ratios"] if r["suite"] == _ALL}
+    heads = [
+        "decoder",
+        "tokens/s",
+        "vs stock `generate`",
+        "tau",
+        "vs vanilla",
+        *(f"at temperature {t:g}" for t in others),
+    ]
+    heads += [f"{leader} over it" for leader in _LEADERS]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for decoder, row in rows.items():
+        label = f"{decoder} (lossy)" if document["decoders"][decoder]["lossy"] else decoder
+        cells = [label, f"{row['tokens_per_s']:.1f}", _ratio(ratios.get((first, decoder, "hf"))), _tau(row)]
+        cells += [_ratio(ratios.get((t, decoder, "vanilla"))) for t in (first, *others)]
+        cells += [_ratio(ratios.get((first, leader, decoder))) for leader in _LEADERS]
+        lines.append("| " + " | ".join(cells) + " |")
+    prompts = ", ".join(f"{about['prompts']} of {about['file']}" for about in document["suites"].values())
+    level = f"{document['bootstrap']['level']:.0%}"
+    words = f"Temperature {first:g} where nothing else is said; prompts: {prompts}; {level} bootstrap intervals over prompts."
+    return "\n".join(lines) + f"\n\n{words} {_texts(document)}\n\n{sources(document, name)}\n"
+
+
 def sources(document: Document, name: str) -> str:
     """One line per environment: command, machine, versions, commit. `name` is the document's file."""
     environment = document["environment"]

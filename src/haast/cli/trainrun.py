@@ -111,7 +111,8 @@ class Run:
         if prompts:
             check_prompts(self._prompts, self._target.context_length, self._target.vocab_size)
         self._tokens, self._shape = tokens, shape_for(nodes)
-        self._measured = f"{len(prompts)} prompts, greedy, {tokens} new tokens, dynamic tree of {nodes} nodes"
+        kind = "static" if self._settings.head == "medusa" else "dynamic"
+        self._measured = f"{len(prompts)} prompts, greedy, {tokens} new tokens, {kind} tree of {nodes} nodes"
         weights, vocab = (None, None) if start_from is None else start_parts(start_from, self._head_config)
         if weights is None and not (resume and any(out.glob("state-*.pt"))):
             weights = self._initial_weights()

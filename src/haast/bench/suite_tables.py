@@ -50,7 +50,7 @@ def short(document: Document, name: str) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     prompts = ", ".join(f"{about['prompts']} of {about['file']}" for about in document["suites"].values())
     level = f"{document['bootstrap']['level']:.0%}"
-    words = f"Temperature {first:g} where nothing else is said; prompts: {prompts}; {level} bootstrap intervals over prompts."
+    words = f"Temperature {first:g} where nothing else is said; prompts: {prompts}; {level} intervals over prompts."
     return "\n".join(lines) + f"\n\n{words} {_texts(document)}\n\n{sources(document, name)}\n"
 
 

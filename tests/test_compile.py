@@ -293,12 +293,14 @@ def test_threads_do_not_meet_in_the_layers(counting: Counting) -> None:
     cache = target.new_cache()
     target.forward(DraftTree.chain(ids), cache, last_only=True)
     cache.commit([range(len(PROMPT))])
+    made = counting.graphs
     hook = model.get_submodule("model.layers.0").register_forward_hook(wait)
     other.start()
     target.forward(DraftTree.roots(torch.tensor([7])), cache)
     hook.remove()
     other.join()
     assert torch.equal(found[0], expected)
+    assert counting.graphs == made, "the other thread's call was compiled"
 
 
 def test_wrapped_and_unknown_layers_are_left_alone() -> None:

@@ -163,10 +163,17 @@ def test_edit_and_branch(model: Haast) -> None:
     here, there = session.say("left", max_new_tokens=4), other.say("right", max_new_tokens=4)
     assert here.stats.recalled_tokens > 20 and there.stats.recalled_tokens > 20
     assert there.text == rebuilt(model).generate(other.messages[:-1], max_new_tokens=4).text
-    session.edit(0, "three")
-    assert [message["content"] for message in session.messages] == ["three"]
-    with pytest.raises(ValueError, match="no message 7"):
-        session.edit(7, "x")
+    edited = session.edit(-4, "three", max_new_tokens=4)  # "two" was said there
+    assert [message["content"] for message in session.messages[2:]] == ["three", edited.text]
+    assert edited.stats.recalled_tokens > 20
+    assert edited.text == rebuilt(model).generate(session.messages[:-1], max_new_tokens=4).text
+    for number, words in ((7, "no message 7"), (1, "message 1 is the assistant's")):
+        with pytest.raises(ValueError, match=words):
+            session.edit(number, "x")
+    kept = list(session.messages)
+    with pytest.raises(PromptError, match="context holds"):
+        session.edit(0, "x" * 5000)
+    assert session.messages == kept
     session.release()
     assert session.nbytes == 0
     assert session.say("four", max_new_tokens=4).stats.recalled_tokens == 0

@@ -73,7 +73,7 @@ class Haast:
         dtype: str = "float32",
         device: str = "cpu",
         packing: str = "auto",
-        compile: str = "auto",
+        compile: str = "off",
         calibration: str | Path = "auto",
     ) -> Haast:
         """Load a target and its head.

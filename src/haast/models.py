@@ -92,7 +92,7 @@ def load_target(
     dtype: str = "float32",
     device: str = "cpu",
     packing: str = "auto",
-    compile: str = "auto",
+    compile: str = "off",
     progress: Progress | None = None,
 ) -> Target:
     """Load a target and its tokenizer.

@@ -86,16 +86,28 @@ class Session:
         finally:
             self.messages = [*asked, {"role": "assistant", "content": answer}]
 
-    def edit(self, number: int, text: str) -> None:
-        """Replace the text of message `number` and forget the messages behind it.
+    def edit(self, number: int, text: str, **settings: Any) -> Generation:
+        """Say something else instead of message `number`, the user's: it is answered, what came after it is forgotten.
+
+        Args:
+            number: of the message; -2 is the user's last where the model has answered it.
+            text: the new message.
+            **settings: see `say`.
 
         Raises:
-            ValueError: there is no such message.
+            ValueError: there is no such message, or it is not the user's. PromptError: see `say`.
         """
         if not -len(self.messages) <= number < len(self.messages):
             raise ValueError(f"there is no message {number}: the dialogue has {len(self.messages)}")
-        number %= len(self.messages)
-        self.messages = [*self.messages[:number], self.messages[number] | {"content": text}]
+        if self.messages[number]["role"] != "user":
+            raise ValueError(f"message {number} is the {self.messages[number]['role']}'s: edit one of the user's")
+        before = self.messages
+        self.messages = before[: number % len(before)]
+        try:
+            return self.say(text, **settings)
+        except PromptError:
+            self.messages = before
+            raise
 
     def branch(self) -> Session:
         """A second dialogue that begins as this one, with a cache of its own."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from haast.bench import suite_tables, tables
 
-_BLOCK = re.compile(r"(<!-- results:(?P<name>[a-z0-9+-]+)(?P<short>#short)? -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- results:(?P<name>[a-z0-9+-]+)(?P<short>#short)? -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
 
 def render(readme: str, results: Path) -> str:
@@ -31,11 +31,11 @@ def render(readme: str, results: Path) -> str:
         documents = {f"{name}.json": _read(results / f"{name}.json") for name in match["name"].split("+")}
         if len(documents) > 1:
             table = _answers if all("added" in document for document in documents.values()) else _tau_table
-            return match[1] + table(documents) + match[3]
+            return match[1] + table(documents) + match["end"]
         ((name, document),) = documents.items()
         if match["short"]:
-            return match[1] + suite_tables.short(document, f"results/{name}") + match[3]
-        return match[1] + _table(document, name) + match[3]
+            return match[1] + suite_tables.short(document, f"results/{name}") + match["end"]
+        return match[1] + _table(document, name) + match["end"]
 
     return _BLOCK.sub(block, readme)
 

@@ -52,7 +52,7 @@ class Loading:
     packing: Annotated[str, typer.Option(help="auto, f16 (packed 16-bit linears on the CPU), int8 or off.")] = "auto"
     compile: Annotated[
         str, typer.Option(help="off, auto (on for CUDA) or on: compiled layers at a few static shapes, kept on disk.")
-    ] = "auto"
+    ] = "off"
     threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads; torch's own choice if absent.")] = None
 
     def check(self) -> None:

@@ -152,10 +152,13 @@ def _notes(document: Document) -> Iterator[str]:
 def _texts(document: Document) -> str:
     """How many answers were compared, and how many differ for which reason."""
     ruled = {name for name, own in document["decoders"].items() if own["rule"] != "match"}
-    compared = sum(a["temperature"] == 0 or a["decoder"] not in ruled for a in document["answers"])
+    reference = "vanilla" if "vanilla" in document["decoders"] else next(iter(document["decoders"]))
+    others = [answer for answer in document["answers"] if answer["decoder"] != reference]
+    compared = sum(a["temperature"] == 0 or a["decoder"] not in ruled for a in others)
     kinds = [each["kind"] for each in document["differences"]]
     reasons = (
         ("tie", "by a floating-point tie"), ("precision", "by another arithmetic (hf)"), ("bug", "by a BUG"),
     )  # fmt: skip
     found = [f"{kinds.count(kind)} {words}" for kind, words in reasons if kind in kinds]
-    return f"Texts compared token by token: {compared}; different: {', '.join(found) if found else 'none'}."
+    words = ", ".join(found) if found else "none"
+    return f"Texts compared with {reference}'s, token by token: {compared}; different: {words}."

@@ -334,7 +334,7 @@ def test_every_decoder_of_the_engine_says_the_same(home: Path, tmp_path: Path) -
     assert [row["decoder"] for row in written["rows"]] == decoders.split(",")
     assert written["differences"] == []
     nodes = {row["decoder"]: row["nodes_per_forward"] for row in written["rows"]}
-    assert nodes["vanilla"] == 1 and nodes["lookup"] == 4 and nodes["lookahead"] == 5
+    assert nodes["vanilla"] == 1 and nodes["lookup"] == 6 and nodes["lookahead"] == 5
     assert len({row["tokens"] for row in written["rows"]}) == 1
 
 

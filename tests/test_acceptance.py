@@ -25,6 +25,7 @@ from haast.drafters.shape import DraftShape
 from haast.drafters.small_model import SmallModelDrafter
 from haast.engine import Engine, Stats, StopConfig
 from haast.errors import HeadMismatchError
+from haast.past import Past
 from haast.sampling import ACCEPT, DRAFT, RESIDUAL, Sampler, SamplingConfig, keyed_uniform
 from haast.target import Target
 from haast.tree import DraftTree
@@ -606,6 +607,20 @@ def test_a_small_context_ends_the_drafts_and_not_the_text() -> None:
     for rule in (RejectionRule(), BlockRule()):
         (text,) = Engine(at, SmallModelDrafter(at, small, 4, law), rule).complete([[1, 2]], law, StopConfig(20))
         assert len(text) == 20
+
+
+def test_a_recalled_text_is_drafted_for_with_draws_of_its_own() -> None:
+    """Behind a past, draws, laws and so the text are those from scratch: a short history would use old draws again."""
+    at, law = wandering(0), SamplingConfig(1.0, seed=3, repetition_penalty=1.3)
+    for rule in (RejectionRule(), BlockRule()):
+        past, text, drafter = Past(), [1, 2], SmallModelDrafter(at, wandering(1), 3, law)
+        for _ in range(4):
+            (fresh,) = Engine(at, SmallModelDrafter(at, wandering(1), 3, law), rule).complete(
+                [text], law, StopConfig(6)
+            )
+            said = [t for e in Engine(at, drafter, rule).run([text], law, StopConfig(6), past=past) for t in e.tokens]
+            assert said == fresh
+            text = [*text, *said, 3]
 
 
 def test_rules_judge_the_trees_of_a_head_too() -> None:

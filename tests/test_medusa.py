@@ -267,6 +267,38 @@ def test_files(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
             load_head(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"head": 3}, "'head' is no JSON object"), ({"head": None}, "'head' is no JSON object"),
+        ({"about": [1]}, "'about' is no JSON object"), ({"format": []}, "not written by Haast"),
+    ],
+)  # fmt: skip
+def test_a_damaged_config_is_told_by_name(target: Target, tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    head = medusa(target)
+    config: Any = head.module.config
+    save_head(tmp_path, config, dict(head.module.state_dict()), None)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(HeadMismatchError, match=words):
+        load_head(tmp_path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(HeadMismatchError, match="is not JSON"):
+        load_head(tmp_path)
+
+
+def test_a_head_count_that_the_files_do_not_hold_is_refused_at_once(target: Target, tmp_path: Path) -> None:
+    head = medusa(target)
+    config: Any = head.module.config
+    save_head(tmp_path, config, dict(head.module.state_dict()), None)
+    path = tmp_path / "config.json"
+    document = json.loads(path.read_text())
+    document["head"]["heads"] = 10**9  # modules of so many heads would never be built
+    path.write_text(json.dumps(document))
+    with pytest.raises(HeadMismatchError, match="1000000000 Medusa heads"):
+        load_head(tmp_path)
+
+
 @pytest.mark.parametrize("sizes", [{"heads": 0}, {"blocks": 0}, {"neads": 3}])
 def test_sizes_that_make_no_head_are_refused(target: Target, tmp_path: Path, sizes: dict[str, int]) -> None:
     head = medusa(target)

@@ -32,7 +32,7 @@ def test_the_tables_say_what_the_results_say(page: Path) -> None:
 
 
 def test_a_changed_number_would_be_noticed() -> None:
-    number = re.search(r"\| eagle \| [^|]+ \| ([0-9.]+) \|", README)
+    number = re.search(r"\| eagle \| ([0-9.]+) \|", README)
     assert number is not None
     forged = README.replace(number[0], number[0].replace(number[1], "999.9"), 1)
     assert render(forged, ROOT / "results") == README

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, pairwise
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from test_bench import config
 from test_cli import tiny_tokenizer
 from transformers import LlamaForCausalLM
@@ -365,7 +367,7 @@ def test_a_journal_of_another_head_behind_the_same_name_is_refused(home: Path, d
 
 
 def _answer(place: int) -> Answer:
-    return Answer(Turn(0, 0.0, "one", place, "vanilla"), ArmRun((1, 2), 1.0, 2.0, None), 5.0)
+    return Answer(Turn(0, 0.0, "one", place, "hf"), ArmRun((1, 2), 1.0, 2.0, None), 5.0)
 
 
 def test_a_damaged_or_foreign_journal_is_left_as_it_is(tmp_path: Path) -> None:
@@ -642,3 +644,67 @@ def test_files_that_are_no_documents_are_refused(tmp_path: Path, text: str, name
     refused(CliRunner().invoke(app, ["report", str(tmp_path / "x.json")]), named)
     refused(CliRunner().invoke(app, ["report", str(tmp_path / "nowhere.json")]), "cannot read")
     refused(CliRunner().invoke(app, ["report", str(tmp_path / "x.json"), str(tmp_path / "x.json")]), "twice")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": "abc"}, {"tokens": []}, {"tokens": [2**40]}, {"ms_decode": None}, {"ms_decode": -1}, {"round": []},
+        {"stats": None}, {"stats": {"tokens": "x"}}, {"peak_rss_mb": "much"},
+    ],
+)  # fmt: skip
+def test_an_edited_journal_line_is_told_by_its_number(
+    home: Path, done: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    lines = (done / "journal.jsonl").read_text().splitlines()
+    lines[3] = json.dumps(json.loads(lines[3]) | change)
+    (tmp_path / "journal.jsonl").write_text("\n".join(lines) + "\n")
+    result = bench(home, tmp_path, "--resume")
+    assert result.exit_code == 2 and "line 4: no answer" in result.stderr, result.output
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": None}, {"rows": ["x"]}, {"suites": []}, {"answers": 3}, {"environment": []}, {"temperatures": ["a"]},
+        {"decoders": {}}, {"rounds": "x"}, {"environment": {}},
+    ],
+)  # fmt: skip
+def test_a_damaged_document_is_one_line(done: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "suite.json"
+    path.write_text(json.dumps(read(done) | change))
+    result = CliRunner().invoke(app, ["report", str(path), "--markdown", str(tmp_path / "out.md")])
+    assert result.exit_code == 2 and "suite.json" in result.stderr and "damaged" in result.stderr, result.output
+    assert not (tmp_path / "out.md").exists()
+
+
+def test_a_document_with_nan_is_refused(done: Path, tmp_path: Path) -> None:
+    path = tmp_path / "suite.json"
+    path.write_text((done / "suite.json").read_text().replace('"rounds": ', '"rounds": NaN, "x": ', 1))
+    result = CliRunner().invoke(app, ["report", str(path)])
+    assert result.exit_code == 2 and "NaN is no JSON number" in result.stderr
+
+
+def test_a_run_does_not_go_on_with_other_weights(home: Path, done: Path, tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").write_bytes((done / "journal.jsonl").read_bytes())
+    copied = tmp_path / "home"
+    shutil.copytree(home, copied)
+    weights = copied / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, weights, {"format": "pt"})
+    lines = (tmp_path / "journal.jsonl").read_text().replace(str(home), str(copied))
+    (tmp_path / "journal.jsonl").write_text(lines)
+    result = bench(copied, tmp_path, "--resume")
+    assert result.exit_code == 2 and "weights_sha256 was" in result.stderr, result.output
+
+
+def test_a_trace_joins_the_report(home: Path, done: Path, tmp_path: Path) -> None:
+    trace, page = tmp_path / "trace.json", tmp_path / "report.html"
+    model = ["--model", home / "model", "--packing", "off", "--decoder", "lookup", "--max-new-tokens", 6]
+    words = ["trace", "a prompt of its own", *model, "--json", trace]
+    assert CliRunner().invoke(app, [str(word) for word in words]).exit_code == 0
+    told = [str(word) for word in ("report", done / "suite.json", "--html", page)]
+    assert CliRunner().invoke(app, [*told, "--trace", str(trace)]).exit_code == 0
+    assert "a prompt of its own" in page.read_text()
+    refused = CliRunner().invoke(app, [*told, "--trace", str(done / "suite.json")])
+    assert refused.exit_code == 2 and "give what `haast trace --json` wrote" in refused.stderr

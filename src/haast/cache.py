@@ -8,6 +8,7 @@ as `past_key_values`.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,10 +24,13 @@ class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers lea
 
     def __init__(self, owner: TreeCache) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._owner = owner
+        # A cycle would keep the memory of every finished text until Python's garbage collector comes by, which counts
+        # objects and not megabytes: a process that answers a thousand prompts then holds gigabytes.
+        self._owner = weakref.proxy(owner)
 
     def get_seq_length(self) -> int:
-        return self._owner.longest
+        length: int = self._owner.longest
+        return length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._owner.longest + query_length, 0

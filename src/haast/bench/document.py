@@ -16,11 +16,13 @@ from haast.bench.pool import complete
 from haast.bench.report import build_rows, describe_differences
 from haast.bench.runner import BenchPrompt, Record, differences
 from haast.bench.suite import Cells, Suite
+from haast.bench.trace import TRACE_FORMAT
 from haast.loops import loops
 from haast.sampling import SamplingConfig
 from haast.target import Target
 
 FORMAT = "haast-suite-1"
+_MADE_BY = {FORMAT: "a suite.json of `haast bench --suite`", TRACE_FORMAT: "what `haast trace --json` wrote"}
 _KEYS = {"environment", "suites", "decoders", "temperatures", "rounds", "rows", "ratios", "differences", "answers"}
 _KEYS |= {"bootstrap", "calibration", "traces"}
 
@@ -100,21 +102,39 @@ def bugs(document: Mapping[str, Any]) -> int:
     return sum(each["kind"] == "bug" for each in document["differences"])
 
 
-def read_document(path: Path) -> dict[str, Any]:
-    """A suite document from its file.
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def read_document(path: Path, kind: str = FORMAT) -> dict[str, Any]:
+    """A suite document from its file, or one trace's.
 
     Raises:
         ValueError: no such file, or not one of this format.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): give a suite.json of `haast bench --suite`") from error
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise ValueError(f"{path} is no document of {FORMAT}: give a suite.json of `haast bench --suite`")
+        raise ValueError(f"{path} is not JSON ({error}): give {_MADE_BY[kind]}") from error
+    if not isinstance(value, dict) or value.get("format") != kind:
+        raise ValueError(f"{path} is no document of {kind}: give {_MADE_BY[kind]}")
+    if kind == TRACE_FORMAT:
+        return value
     missing = sorted(_KEYS - set(value))
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: run `haast bench --suite` again with --resume")
+    lists = ("temperatures", "rows", "ratios", "differences", "answers", "traces")
+    kinds: dict[str, type] = dict.fromkeys(lists, list) | dict.fromkeys(("environment", "suites", "decoders"), dict)
+    wrong = [key for key, kind in (kinds | {"rounds": int}).items() if not isinstance(value[key], kind)]
+    if "temperatures" not in wrong and not all(type(t) in (int, float) for t in value["temperatures"]):
+        wrong.append("temperatures")
+    if not wrong and not {str(row.get("decoder")) for row in value["rows"] if isinstance(row, dict)} <= {
+        *value["decoders"]
+    }:
+        wrong.append("decoders")
+    if wrong:
+        words = ", ".join(wrong)
+        raise ValueError(f"{path}: {words} hold something else than `haast bench --suite` writes: a damaged document")
     return value

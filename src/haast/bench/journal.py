@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -80,9 +81,9 @@ class Journal:
         for number, line in enumerate(lines[1:], start=2):
             try:
                 answer = _from_json(line)
+                self.answers[answer.turn] = answer
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{self._path}, line {number}: no answer ({error}): give another --out") from error
-            self.answers[answer.turn] = answer
 
     def _write(self, value: dict[str, Any]) -> None:
         assert self._file is not None, "the file is open only within `with`"
@@ -170,7 +171,27 @@ def _to_json(answer: Answer) -> dict[str, Any]:
 
 
 def _from_json(line: dict[str, Any]) -> Answer:
+    """Raises KeyError, TypeError or ValueError where the line is no answer that `add` wrote."""
     turn = Turn(line["round"], line["temperature"], line["suite"], line["place"], line["decoder"])
     stats = None if line["stats"] is None else Stats(**line["stats"])
-    run = ArmRun(tuple(line["tokens"]), line["ms_prefill"], line["ms_decode"], stats)
-    return Answer(turn, run, line["peak_rss_mb"])
+    if (stats is None) != (turn.decoder == "hf"):
+        raise ValueError("stats belong to every decoder but hf")
+    tokens = line["tokens"]
+    if not isinstance(tokens, list) or not tokens or not all(type(t) is int and 0 <= t < 1 << 31 for t in tokens):
+        raise ValueError("tokens are no list of ids")
+    times = {name: line[name] for name in ("ms_prefill", "ms_decode", "peak_rss_mb")}
+    counts = {} if stats is None else asdict(stats)
+    lists = {name: value for name, value in counts.items() if name.endswith("_by_depth")}
+    for name, value in (times | {n: v for n, v in counts.items() if n not in lists}).items():
+        _number(name, value)
+    for name, values in lists.items():
+        if not isinstance(values, list):
+            raise TypeError(f"{name} is no list")
+        for value in values:
+            _number(name, value)
+    return Answer(turn, ArmRun(tuple(tokens), times["ms_prefill"], times["ms_decode"], stats), times["peak_rss_mb"])
+
+
+def _number(name: str, value: Any) -> None:
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise ValueError(f"{name}={value!r} is no number from 0 on")

@@ -59,6 +59,7 @@ def _table(document: dict[str, Any], name: str) -> str:
         ("contexts", tables.contexts),
         ("oracle", tables.oracle),
         ("baselines", tables.baselines),
+        ("batches", tables.batches),
         ("forward_ms", tables.calibration),
     )
     for key, table in kinds:

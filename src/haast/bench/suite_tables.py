@@ -152,7 +152,7 @@ def _notes(document: Document) -> Iterator[str]:
 def _texts(document: Document) -> str:
     """How many answers were compared, and how many differ for which reason."""
     ruled = {name for name, own in document["decoders"].items() if own["rule"] != "match"}
-    reference = "vanilla" if "vanilla" in document["decoders"] else next(iter(document["decoders"]))
+    reference = "vanilla" if "vanilla" in document["decoders"] else next(iter(document["decoders"]), "")
     others = [answer for answer in document["answers"] if answer["decoder"] != reference]
     compared = sum(a["temperature"] == 0 or a["decoder"] not in ruled for a in others)
     kinds = [each["kind"] for each in document["differences"]]

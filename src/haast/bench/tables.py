@@ -83,6 +83,20 @@ def baselines(document: Document) -> str:
     return "\n".join(lines) + "\n"
 
 
+def batches(document: Document) -> str:
+    """Tokens a second of all rows together, by batch size."""
+    sizes = sorted({point["batch"] for point in document["batches"]})
+    lines = ["| decoder | " + " | ".join(f"batch {size}" for size in sizes) + " |", "|---|" + "---|" * len(sizes)]
+    points = {(p["decoder"], p["nodes"], p["batch"]): p for p in document["batches"]}
+    for name, nodes in dict.fromkeys((p["decoder"], p["nodes"]) for p in document["batches"]):
+        own = [points[name, nodes, size] for size in sizes]
+        base = [points["vanilla", 1, size]["tokens_per_s"] for size in sizes]
+        label = name if nodes == 1 else f"{name}, {nodes} nodes (tau {own[0]['tau']:.2f})"
+        cells = [f"{p['tokens_per_s']:.0f} ({p['tokens_per_s'] / one:.2f}x)" for p, one in zip(own, base, strict=True)]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def calibration(document: Document) -> str:
     """What a step costs."""
     one = document["forward_ms"]["1"]

@@ -105,7 +105,7 @@ def bench(
 
     settings = {**drawn_by(drafter), **_plain(config), "raw": raw}
     if plan is not None:
-        known = _drafting(loading, drafting, drafter, medusa, medusa_head, small_model)
+        known = _drafting(loading, drafting, drafter, medusa, medusa_head, small_model, small)
         where = Whereabouts(loading.model, settings, known, drafting.calibrated(target, drafter))
         bench_suite(plan, names, encoded, arms_at, config, target, where)
         return
@@ -142,11 +142,12 @@ def _drafting(
     medusa: MedusaDrafter | None,
     medusa_head: Path | None,
     small_model: str | None,
+    small: Target | None,
 ) -> dict[str, dict[str, Any]]:
     """What the decoders draft with that have a head or a model of their own: settings, and the head's digest."""
     from haast.api import find_head
     from haast.bench.arms import HEADED, RULED
-    from haast.bench.report import folder_sha256
+    from haast.bench.report import folder_sha256, weights_sha256
 
     found: dict[str, dict[str, Any]] = {}
     folder = None if eagle is None else drafting.folder(loading.model)
@@ -156,7 +157,8 @@ def _drafting(
     if folder is not None:
         found["medusa"] = {**drawn_by(medusa), "head_sha256": folder_sha256(folder)}
     if small_model is not None:
-        found["small-model"] = {"model": small_model}
+        assert small is not None, "it was named"
+        found["small-model"] = {"model": small_model, "weights_sha256": weights_sha256(small)}
     return found | {name: found[base] for name, (base, _) in RULED.items() if base in found}
 
 

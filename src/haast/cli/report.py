@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +20,10 @@ def report(
     markdown: Annotated[
         str | None, typer.Option(metavar="OUT", help="Write Markdown; without any file it goes to stdout.")
     ] = None,
+    trace: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Add the trees of `haast trace --json`; may be repeated."),
+    ] = None,
     json_out: JsonOption = None,
     merge_anyway: Annotated[
         bool, typer.Option("--merge-anyway", help="Merge runs of other commits, machines or settings, with a warning.")
@@ -28,6 +34,7 @@ def report(
     \b
     haast report results/suite/suite.json --html report.html
     haast report mt_bench/suite.json gsm8k/suite.json --markdown both.md --json both.json
+    haast report results/suite/suite.json --trace trace.json --html report.html
     """
     for path in (html, markdown, json_out):
         check_writable(path)
@@ -35,20 +42,44 @@ def report(
     from haast.bench.document import read_document
     from haast.bench.merge import merged
     from haast.bench.suite_tables import suite_markdown
+    from haast.bench.trace import TRACE_FORMAT
 
     if len(set(files)) < len(files):
         raise ValueError("a file is named twice: name each once")
     named = {str(file): read_document(expanded(file, "cannot read")) for file in files}
-    document = merged(named, merge_anyway)
+    traces = [read_document(expanded(file, "cannot read"), TRACE_FORMAT) for file in trace or ()]
+    wanted = markdown is not None or (html is None and json_out is None)
+    with _undamaged([*files, *(trace or ())]):  # everything is made before anything is written
+        document = merged(named, merge_anyway)
+        document["traces"] = [*document["traces"], *traces]
+        told = suite_markdown(document)
+        page = None if html is None else _page(document)
     for words in document["environment"].get("warnings", ()):
         typer.echo(f"haast: warning: {words}", err=True)
     write_json(document, json_out)
-    if html is not None:
-        from haast.bench.page import report_html
+    if html is not None and page is not None:
+        _write(html, page)
+    if wanted:
+        _write(markdown or "-", told)
 
-        _write(html, report_html(document))
-    if markdown is not None or (html is None and json_out is None):
-        _write(markdown or "-", suite_markdown(document))
+
+def _page(document: dict[str, Any]) -> str:
+    from haast.bench.page import report_html
+
+    return report_html(document)
+
+
+@contextmanager
+def _undamaged(files: Sequence[Path]) -> Iterator[None]:
+    """A file with the right keys may still hold the wrong things, at any depth: then say so in one line."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
+        names = ", ".join(map(str, files))
+        raise ValueError(
+            f"cannot make sense of {names} ({type(error).__name__}: {error}): a damaged document; `haast bench "
+            f"--suite` with --resume writes it again"
+        ) from error
 
 
 def _write(path: str, text: str) -> None:

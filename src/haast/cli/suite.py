@@ -182,13 +182,13 @@ def _header(
 ) -> dict[str, Any]:
     """What the journal fixes, and the document repeats."""
     from haast.bench.arms import rule_of
-    from haast.bench.report import environment, sources_sha256
+    from haast.bench.report import environment, sources_sha256, weights_sha256
 
     settings = {**where.settings, "sampling": {**where.settings["sampling"]}}
     del settings["sampling"]["temperature"]  # each cell has its own
     own = environment(target, where.model, None, sum(len(s.prompts) for s in suites.values()), settings)
     del own["prompts_file"], own["prompts_sha256"]
-    own["sources_sha256"] = sources_sha256()
+    own["sources_sha256"], own["weights_sha256"] = sources_sha256(), weights_sha256(target)
     found = {arm.name: arm for each in arms.values() for arm in each}
     hashes = {name: _tokens_sha256(suite) for name, suite in suites.items()}
     calibration = where.calibration

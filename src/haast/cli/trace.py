@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from haast.drafters.base import Drafter
     from haast.target import Target
 
-_HISTORY_NODES = 4  # tree size of decoders without one of their own, as in `haast bench`
+_HISTORY_NODES = 6  # tree size of decoders without one of their own, as in `haast bench`
 _STYLES = {
     "root": "bold", "accepted": "green", "cut": "green", "rejected": "dim", "unreached": "dim", "probe": "dim italic",
 }  # fmt: skip

@@ -71,6 +71,7 @@ class SmallModelDrafter(Drafter):
         memory.truncate(0, len(following))
         self._cache = memory
         self._first = torch.tensor([following[-1]], device=self._small.device)
+        self._histories[0].extend(map(int, following))  # draws are keyed by its length: never the same ones again
 
     @torch.inference_mode()
     def observe(self, accepted: Accepted) -> None:

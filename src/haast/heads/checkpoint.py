@@ -104,12 +104,13 @@ def load_head(folder: Path) -> Head:
     document = _read_config(folder)
     config = _config(folder, document)
     size = document.get("draft_vocab_size")
+    path = folder / "model.safetensors"
+    weights = _read_weights(folder)
+    _check_count(folder, config, weights)
     try:
         module = build_module(config, size)
     except _NO_SIZES as error:
         raise HeadMismatchError(f"{folder / 'config.json'}: sizes do not make a head: {error}") from error
-    path = folder / "model.safetensors"
-    weights = _read_weights(folder)
     vocab = None
     if isinstance(config, Eagle3Config):
         mapping: dict[str, Tensor] = {n: weights.pop(n) for n in ("d2t", "t2d") if n in weights}
@@ -125,7 +126,18 @@ def load_head(folder: Path) -> Head:
         vocab = _draft_vocab(beside, _read_tensors(beside), int(size), config.vocab_size)
     _check_tensors(folder, module, weights)
     module.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    return Head(module.eval().requires_grad_(False), vocab, dict(document.get("about", {})))
+    return Head(module.eval().requires_grad_(False), vocab, document["about"])
+
+
+def _check_count(folder: Path, config: HeadSizes, weights: dict[str, Tensor]) -> None:
+    """Refuse sizes of another head before modules are built for them, which takes time and memory."""
+    if isinstance(config, MedusaConfig):
+        wanted = config.heads * (2 * config.blocks + 1)
+        if wanted != len(weights):
+            raise HeadMismatchError(
+                f"{folder / 'config.json'}: {config.heads} Medusa heads of {config.blocks} blocks have {wanted} "
+                f"tensors, the files hold {len(weights)}; fetch or train the heads again"
+            )
 
 
 def build_module(config: HeadSizes, draft_vocab_size: int | None) -> AnyModule:
@@ -178,13 +190,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise HeadMismatchError(f"no head at {folder}: there is no config.json; give a folder written by `haast train`")
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise HeadMismatchError(f"{path} is not JSON ({error}); fetch or train the head again") from error
-    if not isinstance(document, dict) or document.get("format") not in _CONFIGS or "head" not in document:
-        found = document.get("format") if isinstance(document, dict) else type(document).__name__
+    found = document.get("format") if isinstance(document, dict) else type(document).__name__
+    if not isinstance(document, dict) or str(found) not in _CONFIGS:
         raise HeadMismatchError(
             f"{path}: format {found!r} is none of {', '.join(map(repr, _CONFIGS))}; this file was not written by Haast"
         )
+    for part in ("head", "about"):
+        if not isinstance(document.setdefault(part, {}), dict):
+            raise HeadMismatchError(f"{path}: {part!r} is no JSON object; fetch or train the head again")
     return document
 
 
@@ -210,10 +225,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         return _read_tensors(folder / "model.safetensors")
     try:
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise HeadMismatchError(f"{index} is no index of weights ({error}); fetch the head again") from error
     for name in sorted(map(str, files)):
-        if Path(name).name != name:
+        if not name.endswith(".safetensors") or Path(name).name != name:
             raise HeadMismatchError(f"{index} names {name!r}, which lies outside the head's folder; fetch it again")
         weights |= _read_tensors(folder / name)
     return weights

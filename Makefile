@@ -26,6 +26,7 @@ bench: $(STAMP)
 
 readme: $(STAMP)
 	$(BIN)/python -m haast.bench.readme
+	$(BIN)/haast report results/suite.json $(addprefix --trace ,$(sort $(wildcard results/trace-*.json))) --html docs/report.html
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard src/haast/native/*.cpp src/haast/native/*.h)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Haast needs Python 3.11 or newer")'

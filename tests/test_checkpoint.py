@@ -135,7 +135,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "a size is negative": (sizes(intermediate_size=-4), "config.json.*sizes do not make a head"),
     "an unknown activation": (sizes(hidden_act="wobble"), "config.json.*sizes do not make a head"),
     "an unknown rope": (sizes(rope_parameters={"rope_type": "spiral"}), "config.json.*sizes do not make a head"),
-    "sizes are a list": (configure(lambda d: d.update(head=[])), "config.json.*sizes do not make a head"),
+    "sizes are a list": (configure(lambda d: d.update(head=[])), "config.json.*'head' is no JSON object"),
     "other sizes": (sizes(intermediate_size=48), r"down_proj.weight is \(32, 64\).*\(32, 48\)"),
     "no tensors": (remove(TENSORS), "model.safetensors is missing"),
     "empty tensors file": (write(TENSORS, b""), "model.safetensors is corrupt"),

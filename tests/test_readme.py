@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -55,3 +56,13 @@ def test_its_make_targets_exist(command: str) -> None:
 def test_no_absolute_path_of_a_machine_in_results() -> None:
     for path in (ROOT / "results").glob("*.json"):
         assert not re.search(r'"[^"]*(/home/|/work/|/root/|/tmp/|\.\./)', path.read_text(encoding="utf-8")), path.name
+
+
+def test_the_report_is_the_page_of_the_results() -> None:
+    page = (ROOT / "docs" / "report.html").read_text(encoding="utf-8")
+    document = json.loads((ROOT / "results" / "suite.json").read_text(encoding="utf-8"))
+    assert len(page) < 2_000_000 and document["environment"]["commit"]["hash"][:12] in page
+    wanted = ("all", 0.0, "eagle+suffix", "vanilla")
+    keys = ("suite", "temperature", "decoder", "over")
+    best = next(each for each in document["ratios"] if tuple(each[key] for key in keys) == wanted)
+    assert f"{best['ratio']:.2f}" in page, "run `make readme`"

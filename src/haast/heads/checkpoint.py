@@ -193,7 +193,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise HeadMismatchError(f"{path} is not JSON ({error}); fetch or train the head again") from error
     found = document.get("format") if isinstance(document, dict) else type(document).__name__
-    if not isinstance(document, dict) or str(found) not in _CONFIGS:
+    if not isinstance(document, dict) or str(found) not in _CONFIGS or "head" not in document:
         raise HeadMismatchError(
             f"{path}: format {found!r} is none of {', '.join(map(repr, _CONFIGS))}; this file was not written by Haast"
         )

@@ -33,6 +33,7 @@ from haast.target import Target
 # Window, n-gram and guesses: of ten settings the fastest on validation prompts (results/baselines.json), where more
 # nodes cost more than they bring (window 7, n-gram 5, 7 guesses: tau 1.75 instead of 1.33, and far slower).
 _LOOKAHEAD = (2, 2, 3)
+HISTORY_NODES = 6  # of the decoders that draft from the text alone: results/baselines.json
 HEADED = ("eagle", "eagle+suffix")  # these draft with a head
 # Decoders that are another one's drafts judged by another rule than sample-and-match; the small model's are drawn.
 RULED = {

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from haast.bench.bootstrap import Bootstrap, rates, ratio
+from haast.bench.report import rate
 
 Row = dict[str, Any]
 Group = dict[tuple[float, str], dict[str, list[Row]]]  # (temperature, suite or "all") -> decoder -> its answers
@@ -56,7 +57,7 @@ def complete(document: Row) -> None:
 
 def speed(answers: Sequence[Row]) -> float:
     """Decoded tokens a second."""
-    return _rate(sum(map(decoded, answers)), sum(map(decode_ms, answers)))
+    return rate(sum(map(decoded, answers)), sum(map(decode_ms, answers)))
 
 
 def decoded(answer: Row) -> int:
@@ -72,12 +73,8 @@ def decode_ms(answer: Row) -> float:
 def spread(answers: Sequence[Row]) -> dict[str, float]:
     """Slowest and fastest round, in tokens a second."""
     tokens, rounds = sum(map(decoded, answers)), min(len(answer["ms_decode"]) for answer in answers)
-    speeds = [_rate(tokens, sum(answer["ms_decode"][i] for answer in answers)) for i in range(rounds)]
+    speeds = [rate(tokens, sum(answer["ms_decode"][i] for answer in answers)) for i in range(rounds)]
     return {"low": min(speeds), "high": max(speeds)}
-
-
-def _rate(tokens: int, ms: float) -> float:
-    return 1e3 * tokens / ms if ms else 0.0
 
 
 def pooled(parts: Sequence[Row], answers: Sequence[Row]) -> Row:
@@ -91,7 +88,7 @@ def pooled(parts: Sequence[Row], answers: Sequence[Row]) -> Row:
     return {
         "decoder": parts[0]["decoder"],
         "tokens_per_s": speed(answers),
-        "whole_call_tokens_per_s": _rate(sum(answer["tokens"] for answer in answers), whole),
+        "whole_call_tokens_per_s": rate(sum(answer["tokens"] for answer in answers), whole),
         "tau": _tau(answers) if engine else None,
         "tau_loop_filtered": _tau(straight) if engine else None,
         "looping_outputs": len(answers) - len(straight),

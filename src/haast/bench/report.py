@@ -65,8 +65,8 @@ def _row(name: str, own: Sequence[Record], prompts: Sequence[BenchPrompt]) -> di
     }
     return {
         "decoder": name,
-        "tokens_per_s": _rate(sum(r.decoded for r in own), sum(r.ms_decode for r in own)),
-        "whole_call_tokens_per_s": _rate(sum(len(r.tokens) for r in own), sum(r.ms_whole for r in own)),
+        "tokens_per_s": rate(sum(r.decoded for r in own), sum(r.ms_decode for r in own)),
+        "whole_call_tokens_per_s": rate(sum(len(r.tokens) for r in own), sum(r.ms_whole for r in own)),
         "tau": total.tau if engine else None,
         "tau_loop_filtered": _merged(straight).tau if engine else None,
         "looping_outputs": len(own) - len(straight),
@@ -101,7 +101,8 @@ def _merged(own: Sequence[Record]) -> Stats:
     return total
 
 
-def _rate(tokens: int, ms: float) -> float:
+def rate(tokens: int, ms: float) -> float:
+    """Tokens a second; 0 where no time was taken."""
     return 1e3 * tokens / ms if ms else 0.0
 
 
@@ -130,7 +131,7 @@ def per_prompt(records: Records, prompts: Sequence[BenchPrompt]) -> list[dict[st
             stats = record.runs[0].stats
             one[name] = {
                 "tokens": len(record.tokens),
-                "tokens_per_s": _rate(record.decoded, record.ms_decode),
+                "tokens_per_s": rate(record.decoded, record.ms_decode),
                 "tau": None if stats is None else stats.tau,
                 "loop_share": loop_share(record.tokens),
             }

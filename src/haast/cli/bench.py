@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from haast.sampling import SamplingConfig
     from haast.target import Target
 
-_HISTORY_NODES = 6  # of the decoders that draft from the text alone: results/baselines.json
-
 
 def bench(
     loading: Loading,
@@ -177,7 +175,7 @@ def _arms(
     small: Target | None,
     medusa: MedusaDrafter | None,
 ) -> list[Arm]:
-    from haast.bench.arms import EngineArm, StockArm, drafter_for
+    from haast.bench.arms import HISTORY_NODES, EngineArm, StockArm, drafter_for
     from haast.models import load_stock
     from haast.training.frozen import end_tokens
 
@@ -189,7 +187,7 @@ def _arms(
             stock.to(target.device)  # type: ignore[arg-type]
             arms.append(StockArm(stock, ends))
         else:
-            own = drafter_for(name, target, drafter, _HISTORY_NODES, small, medusa, config.sampling)
+            own = drafter_for(name, target, drafter, HISTORY_NODES, small, medusa, config.sampling)
             arms.append(EngineArm(target, own, config.sampling, ends, name))
     return arms
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from haast.drafters.base import Drafter
     from haast.target import Target
 
-_HISTORY_NODES = 6  # tree size of decoders without one of their own, as in `haast bench`
 _STYLES = {
     "root": "bold", "accepted": "green", "cut": "green", "rejected": "dim", "unreached": "dim", "probe": "dim italic",
 }  # fmt: skip
@@ -117,7 +116,7 @@ def _record(
 
 
 def _load(name: str, loading: Loading, drafting: Drafting, small_model: str | None) -> tuple[Target, Drafter]:
-    from haast.bench.arms import HEADED, drafter_for
+    from haast.bench.arms import HEADED, HISTORY_NODES, drafter_for
 
     shape = drafting.check(loading.model, loading.device) if name in (*HEADED, "medusa") else None
     target = loading.load()
@@ -128,7 +127,7 @@ def _load(name: str, loading: Loading, drafting: Drafting, small_model: str | No
         assert headed is not None, "a head was asked for"
         return target, headed
     small = None if small_model is None else replace(loading, model=small_model).load()
-    return target, drafter_for(name, target, as_eagle(headed), _HISTORY_NODES, small)
+    return target, drafter_for(name, target, as_eagle(headed), HISTORY_NODES, small)
 
 
 def show_trace(document: Mapping[str, Any], console: Console) -> None:

@@ -80,8 +80,13 @@ class Drafter(ABC):
 
 def last_tokens(accepted: Accepted, before: Tensor | None) -> Tensor:
     """Each row's newest token (rows,): the next root. Rows that kept nothing stay at `before`."""
-    counts = accepted.counts
-    newest = torch.stack([accepted.tokens[row, max(count, 1) - 1] for row, count in enumerate(counts)])
+    return last_kept(accepted.tokens, accepted.counts, before)
+
+
+def last_kept(values: Tensor, counts: Sequence[int], before: Tensor | None) -> Tensor:
+    """What stands at each row's last kept position, (rows, ...) of (rows, longest, ...); `before` where none was."""
+    newest = torch.stack([values[row, max(count, 1) - 1] for row, count in enumerate(counts)])
     if before is None or all(counts):
         return newest
-    return torch.where(torch.tensor(counts, device=newest.device) > 0, newest, before)
+    kept = torch.tensor(counts, device=newest.device) > 0
+    return torch.where(kept.view(-1, *[1] * (newest.ndim - 1)), newest, before)

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from haast import native
 from haast.attention import in_flight_bias
 from haast.cache import TreeCache
-from haast.drafters.base import Accepted, Drafter, last_tokens
+from haast.drafters.base import Accepted, Drafter, last_kept, last_tokens
 from haast.drafters.growth import Growth, best_places
 from haast.drafters.quick import QuickDraft
 from haast.drafters.shape import DraftShape, plan
@@ -142,11 +142,7 @@ class EagleDrafter(Drafter):
         causal = torch.ones(nodes, nodes, dtype=torch.bool, device=device).tril_()  # a shorter row's tail is not kept
         output = self._next(paired, states, positions, causal.expand(len(counts), -1, -1), list(cache.lengths))
         cache.commit([range(count) for count in counts])
-        last = torch.stack([output[row, max(count, 1) - 1] for row, count in enumerate(counts)])  # (rows, hidden)
-        if self._extrapolated is not None and not all(counts):
-            kept = torch.tensor(counts, device=device).unsqueeze(1) > 0
-            last = torch.where(kept, last, self._extrapolated)
-        self._extrapolated = last
+        self._extrapolated = last_kept(output, counts, self._extrapolated)  # (rows, hidden)
         self._root = last_tokens(accepted, self._root)
 
     @torch.inference_mode()

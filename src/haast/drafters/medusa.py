@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from haast import native
-from haast.drafters.base import Accepted, Drafter, last_tokens
+from haast.drafters.base import Accepted, Drafter, last_kept, last_tokens
 from haast.drafters.eagle import DRAFT_LM_FORM, checked_vocab
 from haast.drafters.shape import DraftShape, likeliest_paths
 from haast.errors import HeadMismatchError
@@ -107,12 +107,7 @@ class MedusaDrafter(Drafter):
         self._root = self._feature = None
 
     def observe(self, accepted: Accepted) -> None:
-        counts = accepted.counts
-        last = torch.stack([accepted.features[row, max(count, 1) - 1] for row, count in enumerate(counts)])
-        if self._feature is not None and not all(counts):
-            kept = torch.tensor(counts, device=last.device).unsqueeze(1) > 0
-            last = torch.where(kept, last, self._feature)
-        self._feature = last
+        self._feature = last_kept(accepted.features, accepted.counts, self._feature)
         self._root = last_tokens(accepted, self._root)
 
     @torch.inference_mode()

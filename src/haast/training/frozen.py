@@ -84,6 +84,11 @@ def choose_draft_vocab(examples: Sequence[Example], vocab: int, size: int, alway
     return mass.topk(min(size, vocab)).indices.sort().values
 
 
+def draft_places(draft_vocab: Tensor, vocab: int) -> Tensor:
+    """(vocab,) int64: each token's place in the draft vocabulary, -1 where it is not drafted."""
+    return torch.full((vocab,), -1).index_put((draft_vocab,), torch.arange(len(draft_vocab)))
+
+
 def check_sizes(config: HeadSizes, frozen: Frozen, example: Example) -> None:
     """Refuse a head, a target and features that differ in hidden size or vocabulary.
 

@@ -25,7 +25,7 @@ from haast.heads.medusa import MedusaConfig, MedusaHeads
 from haast.training.alignment import follows
 from haast.training.batches import Example, PackedBatch, pack, usable
 from haast.training.config import TrainConfig
-from haast.training.frozen import Frozen
+from haast.training.frozen import Frozen, draft_places
 from haast.training.losses import teacher_loss
 from haast.training.whitened import Parts, Scales, Whitened
 
@@ -108,8 +108,8 @@ class MedusaObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.head, self._config = head, config
-        index = torch.full((len(frozen.head),), -1).index_put((draft_vocab,), torch.arange(len(draft_vocab)))
-        self._draft_index, self._units = index.to(device), head.scales.feature.to(device)
+        self._draft_index = draft_places(draft_vocab, len(frozen.head)).to(device)
+        self._units = head.scales.feature.to(device)
 
     def forward(
         self, batch: PackedBatch, noise: Tensor | None = None, sharpness: float | None = None, passes: int = 1

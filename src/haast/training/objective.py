@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from haast.training.alignment import chain_passes
 from haast.training.batches import PackedBatch
 from haast.training.config import TrainConfig
-from haast.training.frozen import Frozen
+from haast.training.frozen import Frozen, draft_places
 from haast.training.losses import feature_loss, teacher_loss
 from haast.training.whitened import TrainedHead
 
@@ -42,14 +42,13 @@ class Objective(nn.Module):
         self.head, self._config = head, config
         scales = head.scales
         own = head.rows() is not None
-        index = torch.full((len(frozen.head),), -1).index_put((draft_vocab,), torch.arange(len(draft_vocab)))
         rows = frozen.head[:0] if own else (frozen.head[draft_vocab] * scales.feature).contiguous()
         bias = None if own or frozen.bias is None else frozen.bias[draft_vocab]
         # Plain attributes: as buffers they would be sent from process to process, and they never change.
         self._embeddings = (frozen.embeddings / scales.embedding).to(device)  # (vocab, hidden)
         self._frozen_rows = rows.to(device)  # (draft vocabulary, hidden)
         self._bias = None if bias is None else bias.to(device)
-        self._draft_index = index.to(device)  # (vocab,): place in the draft vocabulary, -1 where there is none
+        self._draft_index = draft_places(draft_vocab, len(frozen.head)).to(device)
         self._feature_units = scales.feature.to(device)
         captured = scales.hidden if head.reads_captured else None
         self._input_units = self._feature_units if captured is None else captured.to(device)

@@ -119,6 +119,7 @@ class FakeDrafter(Drafter):
     def __init__(self, nodes: int) -> None:
         self._nodes = nodes
         self.histories: list[list[int]] = []
+        self.numbers: list[int] = []
 
     @property
     def nodes(self) -> int:
@@ -126,6 +127,11 @@ class FakeDrafter(Drafter):
 
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
         self.histories = [[prompt[0]] for prompt in prompts]
+        self.numbers = list(range(len(prompts)))
+
+    def keep(self, order: Sequence[int]) -> None:
+        self.histories = [self.histories[row] for row in order]
+        self.numbers = [self.numbers[row] for row in order]
 
     def observe(self, accepted: Accepted) -> None:
         assert accepted.tokens.shape == accepted.features.shape[:2], "one feature per kept position"
@@ -133,7 +139,7 @@ class FakeDrafter(Drafter):
             self.histories[row].extend(accepted.tokens[row, :count].tolist())
 
     def propose(self) -> DraftTree:
-        drafts = [self.draft(row, history) for row, history in enumerate(self.histories)]
+        drafts = [self.draft(row, history) for row, history in zip(self.numbers, self.histories, strict=True)]
         assert all(len(draft) == self._nodes - 1 for draft in drafts), "a drafter's trees have one size"
         roots = [Node(history[-1], -1) for history in self.histories]
         trees = [[root, *draft] for root, draft in zip(roots, drafts, strict=True)]

@@ -534,10 +534,15 @@ def test_the_small_model_says_which_law_it_drew_from() -> None:
 
     class Spy(RejectionRule):
         def verify(
-            self, tree: DraftTree, logits: Tensor, sampler: Sampler, histories: Sequence[Sequence[int] | None]
+            self,
+            tree: DraftTree,
+            logits: Tensor,
+            sampler: Sampler,
+            histories: Sequence[Sequence[int] | None],
+            numbers: Sequence[int] | None = None,
         ) -> Verdict:
             seen.append((tree, [None if h is None else list(h) for h in histories]))
-            return super().verify(tree, logits, sampler, histories)
+            return super().verify(tree, logits, sampler, histories, numbers)
 
     small, model = wandering(5), tiny_llama(16, layers=1, seed=5)
     Engine(at, SmallModelDrafter(at, small, 3, law), Spy()).complete([[1, 2], [7, 7, 7, 3]], law, StopConfig(12))

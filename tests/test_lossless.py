@@ -261,19 +261,25 @@ def small_eagle() -> EagleDrafter:
     return EagleDrafter(small_target(), random_head(small_target()), shape)
 
 
-def biased(tree: DraftTree, logits: Tensor, sampler: Sampler, histories: Sequence[Sequence[int] | None]) -> Verdict:
+def biased(
+    tree: DraftTree,
+    logits: Tensor,
+    sampler: Sampler,
+    histories: Sequence[Sequence[int] | None],
+    numbers: Sequence[int],
+) -> Verdict:
     """Accepts the root's preferred child with chance 0.3 more than is right; else it is the true rule."""
-    honest = verify(tree, logits, sampler, histories).rows
+    honest = verify(tree, logits, sampler, histories, numbers).rows
     rows: list[RowVerdict | None] = []
     for row, (verdict, history) in enumerate(zip(honest, histories, strict=True)):
         children = tree.children(row)[0]
-        honestly = history is None or keyed_uniform(sampler.config.seed + 10**6, row, len(history)) >= 0.3
+        honestly = history is None or keyed_uniform(sampler.config.seed + 10**6, numbers[row], len(history)) >= 0.3
         if history is None or not children or honestly:
             rows.append(verdict)
         else:
             child = children[0]
             token = int(tree.tokens[row, child])
-            bonus = sampler.choose(row, [*history, token], logits[row, child])
+            bonus = sampler.choose(numbers[row], [*history, token], logits[row, child])
             rows.append(RowVerdict((0, child), (token, bonus), (True,)))
     return Verdict(tuple(rows))
 

@@ -98,7 +98,12 @@ class AcceptanceRule(ABC):
         return f"{self.name}, lossy" if self.lossy else self.name
 
     def verify(
-        self, tree: DraftTree, logits: Tensor, sampler: Sampler, histories: Sequence[Sequence[int] | None]
+        self,
+        tree: DraftTree,
+        logits: Tensor,
+        sampler: Sampler,
+        histories: Sequence[Sequence[int] | None],
+        numbers: Sequence[int] | None = None,
     ) -> Verdict:
         """Judge every row's tree; arguments and result as those of `haast.verify.verify`.
 
@@ -110,12 +115,14 @@ class AcceptanceRule(ABC):
         assert logits.shape[:2] == tree.tokens.shape, "logits and tree must cover the same nodes"
         return Verdict(
             tuple(
-                None if history is None else self._row(tree, row, logits[row], sampler, list(history))
-                for row, history in enumerate(histories)
+                None if history is None else self._row(tree, row, number, logits[row], sampler, list(history))
+                for row, (number, history) in enumerate(zip(numbers or range(tree.rows), histories, strict=True))
             )
         )
 
-    def _row(self, tree: DraftTree, row: int, logits: Tensor, sampler: Sampler, history: list[int]) -> RowVerdict:
+    def _row(
+        self, tree: DraftTree, row: int, number: int, logits: Tensor, sampler: Sampler, history: list[int]
+    ) -> RowVerdict:
         seen = Candidates(tree, row, logits, sampler, tree.tokens[row].tolist(), tree.children(row))
         assert seen.tokens[0] == history[-1], "the root is the last emitted token"
         widest = max(len(children) for children in seen.children)
@@ -124,7 +131,7 @@ class AcceptanceRule(ABC):
                 f"acceptance rule {self.name!r} takes chains, and this tree has a node with {widest} children: let a "
                 "small model draft, or choose another rule"
             )
-        return self.walk(seen, history, self.draws(sampler, row, history))
+        return self.walk(seen, history, self.draws(sampler, number, history))
 
     def draws(self, sampler: Sampler, row: int, history: Sequence[int]) -> Draws:
         """The randomness of one row's step."""

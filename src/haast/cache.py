@@ -54,6 +54,7 @@ class TreeCache(Cache):
         self.lengths = [0] * rows  # committed slots per row
         # Layers of one shape share one slab (layers, rows, kv_heads, capacity, head_dim), so a commit is one gather.
         self._slabs: list[Tensor] = []
+        self._held = rows  # rows that the slabs have; more than `rows` once some have left
         self._place: dict[tuple[int, int], tuple[int, int]] = {}  # (layer, 0 key or 1 value) -> (slab, index)
         self._ordered: bool | None = None  # whether the one slab holds key, value, key, value, ...
         self._lanes: list[tuple[Tensor, Tensor]] | None = None
@@ -90,11 +91,11 @@ class TreeCache(Cache):
     def storage(self, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor | None:
         """The memory of all layers, (2 * layers, rows, kv_heads, capacity, head_dim): key, value, key, value, ...
 
-        For a native forward, which writes the new nodes behind each row's committed length by itself. None where the
+        It has places for all rows that the cache began with; the first `rows` are in use. For a native forward, which writes the new nodes behind each row's committed length by itself. None where the
         layers are of different shapes, or stored in another order.
         """
         if not self._place:
-            like = torch.empty(self.rows, kv_heads, 0, head_dim, dtype=dtype)
+            like = torch.empty(self._held, kv_heads, 0, head_dim, dtype=dtype)
             for layer in range(len(self.layers)):
                 for which in (0, 1):
                     self._slot((layer, which), like)
@@ -114,7 +115,8 @@ class TreeCache(Cache):
         """
         if self._lanes is None and len(self._place) == 2 * len(self.layers):
             places = [[self._place[layer, which] for which in (0, 1)] for layer in range(len(self.layers))]
-            self._lanes = [(self._slabs[k][i], self._slabs[v][j]) for (k, i), (v, j) in places]
+            used = slice(self.rows)
+            self._lanes = [(self._slabs[k][i][used], self._slabs[v][j][used]) for (k, i), (v, j) in places]
         return self._lanes
 
     @torch.inference_mode()
@@ -141,6 +143,30 @@ class TreeCache(Cache):
         self.lengths[row] = length
 
     @torch.inference_mode()
+    def keep(self, order: Sequence[int]) -> None:
+        """Let the other rows leave: row i is from now on what row `order[i]` was. The memory stays as large.
+
+        Only rows that change their number are copied, so what leaves from the end costs nothing. See `packed_order`.
+
+        Raises:
+            ValueError: not rows of this cache, one twice, or one moved to a higher number.
+        """
+        if not order or len(set(order)) < len(order) or not all(i <= row < self.rows for i, row in enumerate(order)):
+            raise ValueError(
+                f"order {list(order)} does not fit {self.rows} rows: give each at most once, none moved up"
+            )
+        if any(row < len(order) for i, row in enumerate(order) if row != i):
+            raise ValueError(f"order {list(order)} moves a row over one that stays: fill the gaps from the end")
+        for i, row in enumerate(order):
+            if row != i:
+                used = self.lengths[row]
+                for slab in self._slabs:
+                    slab[:, i, :, :used] = slab[:, row, :, :used]
+                self.lengths[i] = used
+        self.rows, self._lanes, self._pending = len(order), None, 0
+        del self.lengths[self.rows :]
+
+    @torch.inference_mode()
     def copy_row(self, source: TreeCache, source_row: int, row: int) -> None:
         """Take over a committed row of another cache of the same model."""
         length = source.lengths[source_row]
@@ -164,7 +190,7 @@ class TreeCache(Cache):
 
     def _store(self, states: Tensor, layer: int, which: int) -> Tensor:
         slab, index = self._slot((layer, which), states)
-        store, nodes, longest = self._slabs[slab][index], states.shape[2], self.longest
+        store, nodes, longest = self._slabs[slab][index][: self.rows], states.shape[2], self.longest
         if min(self.lengths) == longest:
             store[:, :, longest : longest + nodes] = states
         else:
@@ -181,7 +207,7 @@ class TreeCache(Cache):
         return self._place[key]
 
     def _allocate(self, key: tuple[int, int], like: Tensor) -> tuple[int, int]:
-        shape = (self.rows, like.shape[1], self.capacity, like.shape[3])
+        shape = (self._held, like.shape[1], self.capacity, like.shape[3])
         taken = set(self._place.values())
         for number, slab in enumerate(self._slabs):
             if slab.shape[1:] == shape and slab.dtype == like.dtype and slab.device == like.device:
@@ -199,10 +225,17 @@ class TreeCache(Cache):
             capacity = self._rounding(needed)
         self._lanes = None
         for number, slab in enumerate(self._slabs):
-            wider = slab.new_zeros(*slab.shape[:3], capacity, slab.shape[4])
-            wider[:, :, :, : self.capacity] = slab
+            wider = slab.new_zeros(slab.shape[0], self.rows, slab.shape[2], capacity, slab.shape[4])
+            wider[:, :, :, : self.capacity] = slab[:, : self.rows]
             self._slabs[number] = wider
-        self.capacity = capacity
+        self.capacity, self._held = capacity, self.rows
+
+
+def packed_order(stays: Sequence[bool]) -> list[int]:
+    """The `order` of `TreeCache.keep` that moves the fewest rows: gaps are filled with the last rows that stay."""
+    kept = [row for row, on in enumerate(stays) if on]
+    movable = [row for row in kept if row >= len(kept)]
+    return [row if stays[row] else movable.pop() for row in range(len(kept))]
 
 
 def _round_up(slots: int) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from haast.acceptance import AcceptanceRule
-from haast.cache import TreeCache
+from haast.cache import TreeCache, packed_order
 from haast.drafters.base import Accepted, Drafter
 from haast.errors import PromptError
 from haast.past import Past
@@ -61,6 +61,7 @@ class Step:
     logits: Tensor  # (rows, nodes, vocab): the target's raw logits at every node
     verdict: Verdict
     emissions: tuple[Emission, ...]  # what the stop rules left of the verdict, of every row that was running
+    rows: tuple[int, ...]  # which rows tree, logits and verdict are of, in their order; others have left
     ms_draft: float
     ms_verify: float
     ms_overhead: float
@@ -143,6 +144,7 @@ class _Run:
         self._histories = [list(prompt) for prompt in prompts]
         self._prompt_lengths = [len(prompt) for prompt in prompts]
         self._running = [True] * len(prompts)
+        self._rows = list(range(len(prompts)))  # those that still stand in the cache, in its order
         limit = target.context_length
         # A row whose context is full ends; verified nodes may stand beyond it but are never emitted.
         room = [stop.max_new_tokens if limit is None else min(stop.max_new_tokens, limit - len(p)) for p in prompts]
@@ -216,13 +218,14 @@ class _Run:
                 "belong to this text; finish one before you start the next, or load a second Haast"
             )
         start = perf_counter()
+        self._part()
         tree = self._drafter.propose()
         drafted = self._now()
         output = self._target.forward(tree, self._cache, hidden_layers=self._drafter.target_layers)
         verified = self._now()
-        histories = [h if on else None for h, on in zip(self._histories, self._running, strict=True)]
+        histories = [self._histories[row] if self._running[row] else None for row in self._rows]
         accept = verify if self._rule is None else self._rule.verify
-        verdict = accept(tree, output.logits, self._sampler, histories)
+        verdict = accept(tree, output.logits, self._sampler, histories, self._rows)
         self._cache.commit([None if row is None else row.path for row in verdict.rows])
         settled = self._now()
         self._observe(verdict.rows, output)
@@ -235,12 +238,23 @@ class _Run:
         self._stats.ms_verify += ms_verify
         self._stats.ms_overhead += ms_overhead
         if self._watch is not None:
-            self._watch(Step(tree, output.logits, verdict, tuple(emitted), ms_draft, ms_verify, ms_overhead))
+            times = (ms_draft, ms_verify, ms_overhead)
+            self._watch(Step(tree, output.logits, verdict, tuple(emitted), tuple(self._rows), *times))
         return emitted
+
+    def _part(self) -> None:
+        """Rows that have ended leave: forwards go over the others alone. Compiled forwards keep their one shape."""
+        stays = [self._running[row] for row in self._rows]
+        if all(stays) or self._target.compiled is not None:
+            return
+        order = packed_order(stays)
+        self._cache.keep(order)
+        self._drafter.keep(order)
+        self._rows = [self._rows[row] for row in order]
 
     def _settle(self, verdict: Verdict, nodes: int) -> list[Emission]:
         emitted = []
-        for row, kept in enumerate(verdict.rows):
+        for row, kept in sorted(zip(self._rows, verdict.rows, strict=True), key=lambda each: each[0]):
             if kept is not None:
                 self._stats.count(kept)
                 self._stats.nodes += nodes

@@ -33,7 +33,13 @@ class Verdict:
     rows: tuple[RowVerdict | None, ...]
 
 
-def verify(tree: DraftTree, logits: Tensor, sampler: Sampler, histories: Sequence[Sequence[int] | None]) -> Verdict:
+def verify(
+    tree: DraftTree,
+    logits: Tensor,
+    sampler: Sampler,
+    histories: Sequence[Sequence[int] | None],
+    numbers: Sequence[int] | None = None,
+) -> Verdict:
     """Walk every row's tree with the target's own choices.
 
     Args:
@@ -41,17 +47,20 @@ def verify(tree: DraftTree, logits: Tensor, sampler: Sampler, histories: Sequenc
         logits: the target's raw logits at every node, (rows, nodes, vocab).
         sampler: the processed law and the keyed draws.
         histories: per row all tokens up to and including the root, or None for a row that has ended.
+        numbers: by which the sampler knows the rows, where some have left; 0, 1, ... if absent.
     """
     assert logits.shape[:2] == tree.tokens.shape, "logits and tree must cover the same nodes"
     return Verdict(
         tuple(
-            None if history is None else _walk(tree, row, logits[row], sampler, history)
-            for row, history in enumerate(histories)
+            None if history is None else _walk(tree, row, number, logits[row], sampler, history)
+            for row, (number, history) in enumerate(zip(numbers or range(tree.rows), histories, strict=True))
         )
     )
 
 
-def _walk(tree: DraftTree, row: int, logits: Tensor, sampler: Sampler, history: Sequence[int]) -> RowVerdict:
+def _walk(
+    tree: DraftTree, row: int, number: int, logits: Tensor, sampler: Sampler, history: Sequence[int]
+) -> RowVerdict:
     children = tree.children(row)
     tokens = tree.tokens[row].tolist()
     assert tokens[0] == history[-1], "the root is the last emitted token"
@@ -59,7 +68,7 @@ def _walk(tree: DraftTree, row: int, logits: Tensor, sampler: Sampler, history: 
     path, emitted, first_choice = [0], [], []
     while True:
         node = path[-1]
-        choice = sampler.choose(row, past, logits[node])
+        choice = sampler.choose(number, past, logits[node])
         emitted.append(choice)
         past.append(choice)
         if children[node]:

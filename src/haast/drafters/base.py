@@ -70,6 +70,10 @@ class Drafter(ABC):
         return
 
     @abstractmethod
+    def keep(self, order: Sequence[int]) -> None:
+        """Rows have ended and leave: row i is from now on what row `order[i]` was, see `TreeCache.keep`."""
+
+    @abstractmethod
     def observe(self, accepted: Accepted) -> None:
         """Take in kept positions (the whole prompt at first): their features, and the tokens that follow them."""
 

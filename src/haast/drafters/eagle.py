@@ -25,7 +25,9 @@ from haast.cache import TreeCache
 from haast.drafters.base import Accepted, Drafter, last_kept, last_tokens
 from haast.drafters.growth import Growth, best_places
 from haast.drafters.quick import QuickDraft
-from haast.drafters.shape import DraftShape, plan
+from haast.drafters.shape import DraftShape, Plan, plan
+from haast.drafters.waiting import Waiting
+from haast.drafters.ways import Way, Ways, way_for
 from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head, check_fits
 from haast.heads.module import DraftModule
@@ -41,6 +43,7 @@ from haast.tree import DraftTree
 # every level is most of its time. On 60 validation prompts it cost 0.003 of a tau of 2.42 (6 nodes), and a fifth of the
 # draft's time went; 8 bits for the decoder layer too cost 0.05.
 DRAFT_LM_FORM = "int8"
+_MOST_WAITING = 128  # positions that a head leaves unobserved while nothing is drafted: bounds their memory
 
 
 class EagleDrafter(Drafter):
@@ -79,8 +82,7 @@ class EagleDrafter(Drafter):
         self.reshape(shape or DraftShape())
         self._compiled: CompiledLayers | None = None
         self._cache: TreeCache | None = None
-        self._root: Tensor | None = None
-        self._extrapolated: Tensor | None = None  # (rows, hidden): the state at the root's position
+        self._forget()
 
     @property
     def parameters(self) -> int:
@@ -92,21 +94,41 @@ class EagleDrafter(Drafter):
         """The head's tensors as they draft, packed where the target is."""
         return dict(self._module.state_dict())
 
-    def reshape(self, shape: DraftShape, pace: Pace | None = None) -> None:
-        """Draft another shape from the next step on; with a pace, a dynamic tree is as deep and large as pays."""
+    def reshape(self, shape: DraftShape, pace: Pace | None = None, ways: Ways | None = None) -> None:
+        """Draft another shape from the next step on; with a pace, a dynamic tree is as deep and large as pays.
+
+        Args:
+            shape: of one row.
+            pace: of one row.
+            ways: what to draft for several rows; without them any number drafts as one.
+        """
         self.shape, self.pace = shape, pace
-        self._plan = plan(shape, self._target.vocab_size if self._vocab is None else len(self._vocab))
-        device, fixed = self._target.device, self._plan
-        self._frontier = [torch.tensor(level, device=device).unsqueeze(0) for level in fixed.frontier or ()]
-        self._keep = None if fixed.keep is None else torch.tensor(fixed.keep, device=device).unsqueeze(0)
-        self._quick = QuickDraft.of(self._target, self._module, self._stack, self._lm_head, self._vocab)
-        if self._quick is not None and not self._quick.plan(fixed, pace):
-            self._quick = None
+        self.ways: Ways = {**(ways or {}), 1: Way(shape, pace)}
+        self._most = max(self._planned(way.shape).nodes for way in self.ways.values() if way.shape is not None)
+        self._way: Way | None = None
+        self._use(1)
+
+    def _planned(self, shape: DraftShape) -> Plan:
+        return plan(shape, self._target.vocab_size if self._vocab is None else len(self._vocab))
+
+    def _use(self, rows: int) -> bool:
+        """Take up the way for so many rows; whether it drafts."""
+        way = way_for(self.ways, rows)
+        if way is not self._way and way.shape is not None:
+            self._plan = fixed = self._planned(way.shape)
+            device = self._target.device
+            self._frontier = [torch.tensor(level, device=device).unsqueeze(0) for level in fixed.frontier or ()]
+            self._keep = None if fixed.keep is None else torch.tensor(fixed.keep, device=device).unsqueeze(0)
+            self._quick = QuickDraft.of(self._target, self._module, self._stack, self._lm_head, self._vocab)
+            if self._quick is not None and not self._quick.plan(fixed, way.pace):
+                self._quick = None
+        self._way = way
+        return way.shape is not None
 
     @property
     def nodes(self) -> int:
-        """Nodes of every tree; at most so many where a `pace` is set."""
-        return self._plan.nodes
+        """Nodes of every tree; at most so many where a `pace` or `ways` are set."""
+        return self._most
 
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
         if self._stack is not None and not self._stack.current():
@@ -118,7 +140,7 @@ class EagleDrafter(Drafter):
         else:
             self._compiled = self._compiled or compiled.sibling("the draft")
             self._cache = TreeCache(layers, len(prompts), 1, slots_for)
-        self._root = self._extrapolated = None
+        self._forget()
         self._first = torch.tensor([prompt[0] for prompt in prompts], device=self._target.device)
 
     def memory(self) -> object:
@@ -130,9 +152,33 @@ class EagleDrafter(Drafter):
         self._cache = memory
         self._first = torch.tensor([following[-1]], device=self._target.device)
 
+    def _forget(self) -> None:
+        self._root: Tensor | None = None  # (rows,): the token behind the last position that the head has observed
+        self._newest: Tensor | None = None  # (rows,): the root; another one while positions wait to be observed
+        self._extrapolated: Tensor | None = None  # (rows, hidden): the state at the root's position
+        self._waiting = Waiting()
+
+    def keep(self, order: Sequence[int]) -> None:
+        assert self._cache is not None and self._newest is not None, "no row ends before its prompt is observed"
+        rows = list(order)
+        self._cache.keep(rows)
+        self._waiting.keep(rows)
+        self._newest, self._first = self._newest[rows], self._first[rows]
+        if self._root is not None and self._extrapolated is not None:
+            self._root, self._extrapolated = self._root[rows], self._extrapolated[rows]
+
     @torch.inference_mode()
     def observe(self, accepted: Accepted) -> None:
-        cache = self._cache
+        self._newest = last_tokens(accepted, self._newest)
+        self._waiting.add(accepted)
+        if self._use(len(accepted.counts)) or self._waiting.positions >= _MOST_WAITING:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Run the head over the positions that wait."""
+        accepted, cache = self._waiting.take(), self._cache
+        if accepted is None:
+            return
         assert cache is not None, "start comes before observe"
         nodes, device, counts = accepted.tokens.shape[1], accepted.tokens.device, accepted.counts
         positions = torch.tensor([list(range(past, past + nodes)) for past in cache.lengths], device=device)
@@ -147,6 +193,10 @@ class EagleDrafter(Drafter):
 
     @torch.inference_mode()
     def propose(self) -> DraftTree:
+        assert self._newest is not None, "observe the prompt before the first proposal"
+        if not self._use(len(self._newest)):
+            return DraftTree.roots(self._newest)
+        self._catch_up()
         tree = None if self._quick is None else self._propose_quickly()
         return self._grow_tree() if tree is None else tree
 
@@ -154,8 +204,13 @@ class EagleDrafter(Drafter):
         grown = self._grow()
         keep, nodes = self._keep, self._plan.nodes
         if keep is None:
-            keep = grown.best(nodes - 1, self.pace)
+            keep = grown.best(nodes - 1, self._pace)
         return grown.tree(keep)
+
+    @property
+    def _pace(self) -> Pace | None:
+        assert self._way is not None, "reshape takes up a way"
+        return self._way.pace
 
     def _propose_quickly(self) -> DraftTree | None:
         cache, quick, states = self._cache, self._quick, self._extrapolated
@@ -179,7 +234,7 @@ class EagleDrafter(Drafter):
             chosen = self._frontier[level] if self._plan.frontier is not None else best_places(scores, width)
             chosen = chosen.expand(len(scores), -1)  # (rows, width) within this level's candidates
             above = scores.gather(1, chosen)
-            if self.pace is not None and self._keep is None and not self.pace.deeper(above):
+            if self._pace is not None and self._keep is None and not self._pace.deeper(above):
                 break
             parent = chosen // self._plan.top_k
             features = features.gather(1, parent.unsqueeze(2).expand(-1, -1, features.shape[2]))

@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from haast.drafters.base import Accepted, Drafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.lookup import SuffixDrafter
-from haast.drafters.paths import PathTree, pack_rows
+from haast.drafters.paths import Path, PathTree, pack_rows
+from haast.drafters.ways import way_for
 from haast.tree import DraftTree
+
+_PRIOR = (4, 8.0)  # matches, and tokens gained by them, that a text of several rows begins with
 
 
 class HybridDrafter(Drafter):
@@ -50,6 +53,8 @@ class HybridDrafter(Drafter):
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
         self.eagle.start(prompts)
         self._suffix.start(prompts)
+        self._offered: list[tuple[Path, int]] = []  # per row of the last tree: the match, and how far EAGLE had it
+        self._matches, self._gained = _PRIOR
 
     def memory(self) -> object:
         return self.eagle.memory()
@@ -58,19 +63,47 @@ class HybridDrafter(Drafter):
         self.eagle.recall(memory, following)
         self._suffix.recall(None, following)
 
+    def keep(self, order: Sequence[int]) -> None:
+        self.eagle.keep(order)
+        self._suffix.keep(order)
+        self._offered = []  # what it brought is counted already
+
     def observe(self, accepted: Accepted) -> None:
         self.eagle.observe(accepted)
         self._suffix.observe(accepted)
+        for row, (path, had) in enumerate(self._offered):
+            if len(path) > had:
+                said = accepted.tokens[row, : accepted.counts[row]].tolist()
+                self._matches += 1
+                self._gained += max(_agreeing(path, said) - had, 0)
+        self._offered = []
 
     def propose(self) -> DraftTree:
         tree = self.eagle.propose()
         matches = [self._suffix.paths(row, self.nodes) for row in range(tree.rows)]
-        if not any(matches):
+        if not self._pays(matches, tree.nodes):
             return tree  # nothing to add: the step costs what EAGLE's own costs
         rows = []
         for row, paths in enumerate(matches):
             merged = PathTree.of_tree(tree, row, tree.nodes + self._extra)
-            for path in paths:
-                merged.insert(path, most=self._extra)
+            path = paths[0] if paths else ()
+            added = merged.insert(path, most=self._extra)
+            had = merged.agreeing(path) - added
+            self._offered.append((path[: had + added], had))
             rows.append(merged)
         return pack_rows(rows, max(len(row.tokens) for row in rows), tree.tokens.device)
+
+    def _pays(self, matches: Sequence[Sequence[Path]], nodes: int) -> bool:
+        """Whether the matches are worth the nodes that every row gets for them."""
+        found = sum(map(bool, matches))
+        if not found or len(matches) == 1:
+            return bool(found)
+        way = way_for(self.eagle.ways, len(matches))
+        if way.pace is None:
+            return way.shape is not None
+        return way.pace.affords(nodes, self._extra, found / len(matches) * self._gained / self._matches)
+
+
+def _agreeing(path: Path, said: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(path, said, strict=False)) if a != b), min(len(path), len(said)))

@@ -97,6 +97,9 @@ class LookaheadDrafter(Drafter):
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
         self._rows = [_Row(self, prompt, seed) for seed, prompt in enumerate(prompts)]
 
+    def keep(self, order: Sequence[int]) -> None:
+        self._rows = [self._rows[row] for row in order]
+
     def observe(self, accepted: Accepted) -> None:
         for place, row in enumerate(self._rows):
             said = accepted.tokens[place, : accepted.counts[place]].tolist()

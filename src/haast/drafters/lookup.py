@@ -42,6 +42,10 @@ class HistoryDrafter(Drafter):
             self._texts.append([])
             self._append(row, int(prompt[0]))  # `observe` brings what follows, the rest of the prompt included
 
+    def keep(self, order: Sequence[int]) -> None:
+        self._texts = [self._texts[row] for row in order]
+        self._rearrange(order)
+
     def observe(self, accepted: Accepted) -> None:
         for row, count in enumerate(accepted.counts):
             for token in accepted.tokens[row, :count].tolist():
@@ -73,6 +77,10 @@ class HistoryDrafter(Drafter):
         """Forget everything; `rows` texts begin."""
 
     @abstractmethod
+    def _rearrange(self, order: Sequence[int]) -> None:
+        """Row i is from now on what row `order[i]` was."""
+
+    @abstractmethod
     def _learn(self, row: int) -> None:
         """Take in the newest token of the row's text."""
 
@@ -100,6 +108,10 @@ class PromptLookupDrafter(HistoryDrafter):
         # n-gram -> the place behind its latest occurrence, and the one before that (the newest n-gram ends the text)
         self._latest: list[dict[tuple[int, ...], int]] = [{} for _ in range(rows)]
         self._before: list[dict[tuple[int, ...], int]] = [{} for _ in range(rows)]
+
+    def _rearrange(self, order: Sequence[int]) -> None:
+        self._latest = [self._latest[row] for row in order]
+        self._before = [self._before[row] for row in order]
 
     def _learn(self, row: int) -> None:
         text = self._texts[row]
@@ -138,6 +150,9 @@ class SuffixDrafter(HistoryDrafter):
 
     def _begin(self, rows: int) -> None:
         self._automata = [SuffixAutomaton() for _ in range(rows)]
+
+    def _rearrange(self, order: Sequence[int]) -> None:
+        self._automata = [self._automata[row] for row in order]
 
     def _learn(self, row: int) -> None:
         self._automata[row].append(self._texts[row][-1])

@@ -106,6 +106,10 @@ class MedusaDrafter(Drafter):
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
         self._root = self._feature = None
 
+    def keep(self, order: Sequence[int]) -> None:
+        assert self._root is not None and self._feature is not None, "no row ends before its prompt is observed"
+        self._root, self._feature = self._root[list(order)], self._feature[list(order)]
+
     def observe(self, accepted: Accepted) -> None:
         self._feature = last_kept(accepted.features, accepted.counts, self._feature)
         self._root = last_tokens(accepted, self._root)

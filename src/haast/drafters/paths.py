@@ -45,6 +45,16 @@ class PathTree:
             node = child
         return added
 
+    def agreeing(self, path: Path) -> int:
+        """How far the path goes along nodes that are there."""
+        node = 0
+        for depth, token in enumerate(path):
+            child = self._children.get((node, token))
+            if child is None:
+                return depth
+            node = child
+        return len(path)
+
     def probe_under(self, parent: int, token: int) -> int:
         """Add a node that is run and never accepted; returns its number. Raises ValueError where there is no room."""
         if len(self.tokens) >= self._most:

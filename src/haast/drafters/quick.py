@@ -108,7 +108,7 @@ class QuickDraft:
             store: the head's cache, see `NativeStack.run`.
         """
         rows, most = len(roots), self._nodes
-        if states.shape[0] != rows or len(past) != rows or store.shape[1] != rows or states.dtype is not torch.float32:
+        if states.shape[0] != rows or len(past) != rows or store.shape[1] < rows or states.dtype is not torch.float32:
             raise ValueError(
                 f"{rows} roots, states {tuple(states.shape)}, {len(past)} lengths and a store of {store.shape[1]} rows "
                 "do not belong together: give one of each per row"
@@ -130,6 +130,7 @@ class QuickDraft:
             sine.data_ptr(),
             rows,
             store.shape[3],
+            store.shape[1],
             place,
             place + step,
             place + 2 * step,

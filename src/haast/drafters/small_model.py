@@ -62,6 +62,7 @@ class SmallModelDrafter(Drafter):
         self._root: Tensor | None = None
         self._first = torch.tensor([prompt[0] for prompt in prompts], device=self._small.device)
         self._histories = [[int(prompt[0])] for prompt in prompts]  # up to and including the root
+        self._numbers = list(range(len(prompts)))  # that key the draws
 
     def memory(self) -> object:
         return self._cache
@@ -72,6 +73,13 @@ class SmallModelDrafter(Drafter):
         self._cache = memory
         self._first = torch.tensor([following[-1]], device=self._small.device)
         self._histories[0].extend(map(int, following))  # draws are keyed by its length: never the same ones again
+
+    def keep(self, order: Sequence[int]) -> None:
+        assert self._cache is not None and self._root is not None, "no row ends before its prompt is observed"
+        self._cache.keep(order)
+        self._root = self._root[list(order)]
+        self._histories = [self._histories[row] for row in order]
+        self._numbers = [self._numbers[row] for row in order]
 
     @torch.inference_mode()
     def observe(self, accepted: Accepted) -> None:
@@ -127,8 +135,8 @@ class SmallModelDrafter(Drafter):
     def _drawn(self, sampler: Sampler, laws: Tensor, depth: int) -> Tensor:
         """One draft per row, (rows,). Keyed by the root's position: every step draws anew, see `haast.acceptance`."""
         tokens = [
-            inverse_cdf(law, keyed_uniform(sampler.config.seed, row, len(self._histories[row]), DRAFT, depth))
-            for row, law in enumerate(laws)
+            inverse_cdf(law, keyed_uniform(sampler.config.seed, number, len(history), DRAFT, depth))
+            for number, history, law in zip(self._numbers, self._histories, laws, strict=True)
         ]
         return torch.tensor(tokens, device=laws.device)
 

@@ -25,6 +25,10 @@ class VanillaDrafter(Drafter):
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
         self._root = None
 
+    def keep(self, order: Sequence[int]) -> None:
+        assert self._root is not None, "no row ends before its prompt is observed"
+        self._root = self._root[list(order)]
+
     def observe(self, accepted: Accepted) -> None:
         self._root = last_tokens(accepted, self._root)
 

@@ -36,7 +36,7 @@ struct Proposal {
     const int64_t *roots, *past;  // (rows)
     float* cache;                 // as in struct Pass
     const float *cosine, *sine;
-    int64_t rows, capacity;
+    int64_t rows, capacity, held;  // as in struct Pass
     int64_t *tokens, *parents, *depths;  // out: (rows, n) for the n that is returned, at most (rows, nodes)
     uint8_t* ancestors;                  // out: (rows, n, n)
 };
@@ -163,11 +163,11 @@ class Drafting {
         pass.states = fused.data(), pass.output = out, pass.cosine = p_.cosine, pass.sine = p_.sine;
         pass.positions = positions.data(), pass.flight_positions = flying.data(), pass.past = p_.past;
         pass.seen = seen, pass.cache = p_.cache, pass.rows = rows_, pass.n = width, pass.flight = flight;
-        pass.capacity = p_.capacity;
+        pass.capacity = p_.capacity, pass.held = p_.held;
         run_stack(*d_.stack, pass, threads_);
     }
 
-    // How many candidates pay to verify (Pace.nodes), at most `most`.
+    // How many candidates pay to verify (Pace.nodes), at most `most`; 0 where none does.
     int64_t paying(int64_t most) const {
         std::vector<double> gained(static_cast<size_t>(most), 0.0);
         for (const Candidates& row : found_) {
@@ -180,12 +180,12 @@ class Drafting {
             }
         }
         int64_t best = 0;
-        double most_net = -INFINITY;
+        double most_net = -static_cast<double>(d_.rate) * d_.forward_ms[0];
         for (int64_t i = 0; i < most; ++i) {
             const double net = d_.trust * gained[static_cast<size_t>(i)] - d_.rate * d_.forward_ms[i + 1];
-            if (net > most_net) most_net = net, best = i;
+            if (net > most_net) most_net = net, best = i + 1;
         }
-        return best + 1;
+        return best;
     }
 
     int64_t finish() {

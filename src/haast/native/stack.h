@@ -50,6 +50,7 @@ struct Pass {
     const uint8_t* seen;              // (rows, n, flight)
     float* cache;                     // (2 * layers: key, value, ...; rows, kv_heads, capacity, d)
     int64_t rows, n, flight, capacity;
+    int64_t held;  // rows that the cache has places for, at least `rows`
 };
 
 struct Store {
@@ -128,7 +129,7 @@ void run_stack(const Stack& s, const Pass& p, int threads) {
     const std::unique_ptr<float[]> scratch(new float[tokens * (2 * wide + width + 3 * s.inner)]);
     float *normed = scratch.get(), *change = normed + tokens * wide, *qkv = change + tokens * wide;
     float *gates = qkv + tokens * width, *active = gates + tokens * 2 * s.inner;
-    const int64_t lane = p.rows * s.kv_heads * p.capacity * s.d;  // keys or values of one layer
+    const int64_t lane = p.held * s.kv_heads * p.capacity * s.d;  // keys or values of one layer
     const size_t bytes = sizeof(float) * static_cast<size_t>(tokens * s.hidden);
     const float* pending = nullptr;  // what the layer before has still to add
     for (int64_t l = 0; l < s.layer_count; ++l) {

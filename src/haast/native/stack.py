@@ -75,6 +75,7 @@ class CPass(ctypes.Structure):
         ("n", _Count),
         ("flight", _Count),
         ("capacity", _Count),
+        ("held", _Count),
     )
 
 
@@ -118,6 +119,7 @@ class CProposal(ctypes.Structure):
         ("sine", _Pointer),
         ("rows", _Count),
         ("capacity", _Count),
+        ("held", _Count),
         ("tokens", _Pointer),
         ("parents", _Pointer),
         ("depths", _Pointer),

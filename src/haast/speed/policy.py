@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,9 @@ class Pace:
     """What steps cost here, and the speed that they have to keep up.
 
     Attributes:
-        forward_ms: [n - 1] is a target forward over n nodes.
-        level_ms: one more level of drafting.
-        rate: tokens per ms that the run makes as a whole.
+        forward_ms: [n - 1] is a target forward over n nodes of every row.
+        level_ms: one more level of drafting, for all rows.
+        rate: tokens per ms that a row makes as a whole.
         trust: accepted tokens per unit of probability that the head gives to the nodes of its trees.
         follow: chance that a level below a right node holds a right node too.
     """
@@ -50,11 +51,19 @@ class Pace:
         return expected > self.rate * self.level_ms
 
     def nodes(self, best: Tensor) -> int:
-        """How many nodes to verify, root included; `best` (rows, n) are log-probabilities of paths, descending."""
+        """How many nodes to verify, root included; `best` (rows, n) are log-probabilities of paths, descending.
+
+        1 where no draft is likely enough to be worth its place.
+        """
         most = min(len(self.forward_ms), best.shape[1] + 1)
-        gained = self.trust * best[:, : most - 1].exp().mean(0).cumsum(0)  # by 2, 3, ... nodes
-        spent = self.rate * torch.tensor(self.forward_ms[1:most])
-        return 2 + int((gained - spent.to(gained)).argmax())
+        gained = pad(self.trust * best[:, : most - 1].exp().mean(0).cumsum(0), (1, 0))  # by 1, 2, ... nodes
+        spent = self.rate * torch.tensor(self.forward_ms[:most])
+        return 1 + int((gained - spent.to(gained)).argmax())
+
+    def affords(self, nodes: int, more: int, tokens: float) -> bool:
+        """Whether `more` nodes of every row pay beside `nodes`, if a row is expected to gain `tokens` by them."""
+        points = dict(enumerate(self.forward_ms, start=1))
+        return tokens > self.rate * (interpolate(points, nodes + more) - interpolate(points, nodes))
 
 
 def interpolate(points: dict[int, float], at: int) -> float:

@@ -112,7 +112,8 @@ class NativeStack:
             positions: (rows, nodes) int64 of the nodes.
             seen: (rows, nodes, flight) bool: what a node sees of the slots behind the past; the nodes are the last.
             past: slots of each row that all of its nodes see.
-            store: (2 * layers, rows, kv_heads, capacity, head_dim) fp32, contiguous: keys and values in turn.
+            store: (2 * layers, rows, kv_heads, capacity, head_dim) fp32, contiguous: keys and values in turn. There may
+                be more rows than are run: the first are.
             capture: layer indices as in HF `hidden_states` (0 the embeddings, last the normed output).
             flight_positions: (rows, flight) int64; the nodes' own if None. Layers with a window need them where more
                 than the nodes is in flight.
@@ -122,7 +123,8 @@ class NativeStack:
         """
         rows, nodes, flight = seen.shape
         capacity = store.shape[3]
-        fits = store.shape == (2 * len(self._layers), rows, self.kv_heads, capacity, self.head_dim)
+        held = store.shape[1]
+        fits = store.shape == (2 * len(self._layers), held, self.kv_heads, capacity, self.head_dim) and held >= rows
         single = states.dtype is torch.float32 and store.dtype is torch.float32
         if not (fits and single and store.is_contiguous() and states.is_contiguous()):
             raise ValueError(
@@ -159,6 +161,7 @@ class NativeStack:
             nodes,
             flight,
             capacity,
+            held,
         )
         run_stack(self._stack, each)
         return output, captured

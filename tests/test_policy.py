@@ -37,7 +37,9 @@ def test_nodes_are_added_while_they_pay() -> None:
     sure = torch.tensor([[0.9, 0.8, 0.1, 0.1, 0.1]]).log()
     assert pace.nodes(sure) == 3  # the fourth costs 3.8 ms, 0.76 tokens
     assert pace.nodes(torch.tensor([[0.9, 0.85, 0.84, 0.8, 0.8]]).log()) == 5  # with the fifth it pays after all
-    assert pace.nodes(torch.tensor([[1e-9]]).log()) == 2  # something was drafted: it is tried
+    assert pace.nodes(torch.tensor([[1e-9]]).log()) == 1  # the draft is not worth its 0.1 ms
+    assert pace.nodes(torch.tensor([[0.021]]).log()) == 2 and pace.nodes(torch.tensor([[0.019]]).log()) == 1
+    assert pace.nodes(torch.empty(3, 0)) == 1
 
 
 @pytest.mark.parametrize("wrong", [{"level_ms": 0.0}, {"rate": -1.0}, {"trust": 0.0}, {"follow": math.nan}])
@@ -46,6 +48,12 @@ def test_impossible_paces_are_refused(wrong: dict[str, float]) -> None:
         Pace(**{"forward_ms": (1.0, 2.0), "level_ms": 1.0, "rate": 1.0, **wrong})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="forward_ms"):
         Pace((1.0,), 1.0, 1.0)
+
+
+def test_more_nodes_are_afforded_for_what_they_bring() -> None:
+    pace = Pace(forward_ms=(5.0, 6.0, 7.0), level_ms=1.0, rate=0.2)
+    assert pace.affords(1, 2, 0.41) and not pace.affords(1, 2, 0.39)
+    assert pace.affords(3, 2, 0.41) and not pace.affords(3, 2, 0.39)  # beyond what was measured its slope goes on
 
 
 def test_interpolation() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from haast.drafters.base import Drafter
-from haast.drafters.calibrated import apply_calibration, find_calibration
+from haast.drafters.calibrated import draft_as_usual
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.heads import drafter_with
 from haast.drafters.shape import CPU_NODES, DEVICE_NODES, DraftShape, shape_for
@@ -110,12 +110,8 @@ class Haast:
         check_fits(loaded.module.config, target.hidden_size, target.vocab_size, str(target.model.name_or_path))
         if shape is not None:
             return cls(target, drafter_with(target, loaded, shape))
-        usual = shape_for(CPU_NODES if target.device.type == "cpu" else DEVICE_NODES)
-        drafter = drafter_with(target, loaded, usual)
-        if not isinstance(drafter, EagleDrafter):
-            return cls(target, drafter)
-        found = find_calibration(target, drafter, calibration)
-        if found is not None and not apply_calibration(drafter, found):
+        drafter = drafter_with(target, loaded, shape_for(CPU_NODES if target.device.type == "cpu" else DEVICE_NODES))
+        if isinstance(drafter, EagleDrafter) and not draft_as_usual(target, drafter, calibration):
             _LOG.warning("drafting is slower than decoding without on this machine: decoding without (see calibrate)")
             return cls(target, VanillaDrafter())
         return cls(target, drafter)

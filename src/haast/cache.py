@@ -91,8 +91,9 @@ class TreeCache(Cache):
     def storage(self, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor | None:
         """The memory of all layers, (2 * layers, rows, kv_heads, capacity, head_dim): key, value, key, value, ...
 
-        It has places for all rows that the cache began with; the first `rows` are in use. For a native forward, which writes the new nodes behind each row's committed length by itself. None where the
-        layers are of different shapes, or stored in another order.
+        It has places for all rows that the cache began with; the first `rows` are in use. For a native forward, which
+        writes the new nodes behind each row's committed length by itself. None where the layers are of different
+        shapes, or stored in another order.
         """
         if not self._place:
             like = torch.empty(self._held, kv_heads, 0, head_dim, dtype=dtype)
@@ -155,7 +156,7 @@ class TreeCache(Cache):
             raise ValueError(
                 f"order {list(order)} does not fit {self.rows} rows: give each at most once, none moved up"
             )
-        if any(row < len(order) for i, row in enumerate(order) if row != i):
+        if any(i != row < len(order) for i, row in enumerate(order)):
             raise ValueError(f"order {list(order)} moves a row over one that stays: fill the gaps from the end")
         for i, row in enumerate(order):
             if row != i:

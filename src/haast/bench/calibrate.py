@@ -9,19 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from statistics import median
 
 from haast import native
 from haast.bench import replay
+from haast.bench.batch_costs import BatchCosts, live_costs, measure_batches
 from haast.bench.report import git_commit, versions
 from haast.bench.vcurve import measure_v_curve
 from haast.drafters.calibrated import identity, weights_read
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import DraftShape
-from haast.engine import Engine, Stats, StopConfig
-from haast.sampling import SamplingConfig
-from haast.speed.calibration import Calibration
-from haast.speed.policy import interpolate
+from haast.speed.calibration import Batch, Calibration
+from haast.speed.policy import Pace, interpolate
 from haast.target import Target
 
 NODES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 18, 24, 32)
@@ -29,7 +27,6 @@ WIDTHS = (1, 3, 8)
 BUDGETS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 18, 24, 32, 48, 60)
 DEPTHS = (1, 2, 3, 4, 5, 6, 7)
 _RECORDED = DraftShape("dynamic", depth=max(DEPTHS), top_k=8, width=8, nodes=32)
-_LIVE = 48  # tokens per prompt that time a draft
 _LEAST_GAIN = 1.02  # drafting has to beat vanilla by so much, or vanilla it is
 
 Say = Callable[[str], None]
@@ -59,7 +56,9 @@ def calibrate(
         curve = measure_v_curve(target, None, rounds, NODES)
         forward_ms = {int(point["nodes"]): float(point["ms"]) for point in curve["points"]}
         say("draft levels, while decoding")
-        first_ms, level_ms, overhead_ms = _live_costs(target, drafter, prompts[:2])
+        first_ms, level_ms, overhead_ms = live_costs(target, drafter, prompts[:2], WIDTHS)
+        say("batches of 2 and more")
+        together = measure_batches(target, drafter, prompts, rounds)
         say(f"drafts over {len(prompts)} prompts")
         drafter.reshape(_RECORDED)
         steps = replay.record(target, drafter, prompts, tokens)
@@ -70,6 +69,7 @@ def calibrate(
     costs = replay.StepCosts(dense, level_ms, first_ms + overhead_ms)
     vanilla = 1 / (forward_ms[1] + overhead_ms)
     shape, outcome, grid = search(steps, costs)
+    batches = {rows: choose(steps, rows, each) for rows, each in together.items() if len(steps) >= rows}
     pays = outcome.rate > _LEAST_GAIN * vanilla
     weight_bytes, parameters = weights_read(target)
     roofline = target.device.type == "cpu" and native.available()
@@ -98,20 +98,42 @@ def calibrate(
             "speedup": outcome.rate / vanilla,
         },
         grid=grid,
+        batches=batches if pays else {},
         measured={"steps": len(steps), "versions": versions(), "commit": git_commit(), "rounds": rounds},
     )
 
 
+def choose(steps: Sequence[replay.Step], rows: int, found: BatchCosts) -> Batch:
+    """What to draft where so many rows are decoded together."""
+    costs = found.step_costs()
+    shape, outcome, _ = search(steps, costs, rows, range(1, 5))
+    vanilla = 1 / (costs.forward_ms[0] + found.overhead_ms)
+    pays = outcome.rate > _LEAST_GAIN * vanilla
+    least_level = min(found.level_ms.values())
+    pace = (outcome.pace if pays else None) or Pace(costs.forward_ms, least_level, outcome.rate if pays else vanilla)
+    return Batch(
+        **asdict(found),
+        shape=asdict(shape) if pays else {},
+        pace=asdict(pace),
+        expected={
+            "tau": outcome.tau,
+            "tokens_per_s": 1e3 * rows * outcome.rate,
+            "vanilla_tokens_per_s": 1e3 * rows * vanilla,
+            "speedup": outcome.rate / vanilla,
+        },
+    )
+
+
 def search(
-    steps: Sequence[replay.Step], costs: replay.StepCosts
+    steps: Sequence[replay.Step], costs: replay.StepCosts, rows: int = 1, depths: Sequence[int] = DEPTHS
 ) -> tuple[DraftShape, replay.Outcome, list[dict[str, float]]]:
     """The shape with the most tokens per ms on the recorded steps, what it brings, and tau of all shapes tried."""
     most = len(costs.forward_ms)
     free = replace(costs, forward_ms=(1.0,) * max(BUDGETS))  # for tau alone, beyond what was timed
     found, grid = [], list[dict[str, float]]()
-    for depth in DEPTHS:
+    for depth in depths:
         for width in (1, 2, 3, 4, 6, 8) if depth > 1 else (1,):
-            drafted = replay.draft(steps, depth, width)
+            drafted = replay.draft(steps, depth, width, rows=rows)
             outcomes = {n: replay.replay(drafted, costs if n <= most else free, width, n) for n in BUDGETS}
             grid += [{"depth": depth, "width": width, "nodes": n, "tau": o.tau} for n, o in outcomes.items()]
             best = max((o for n, o in outcomes.items() if n <= most), key=lambda o: o.rate)
@@ -120,7 +142,8 @@ def search(
     trusted, followed = replay.trust(steps, 8), replay.follow(steps)
     finals = [(start, depth, width) for _, depth, width, start in found[:4]]
     if trusted and followed:  # else the head was never right, and there is nothing to pace by
-        finals = [(replay.paced(steps, costs, d, w, start, trusted, followed), d, w) for start, d, w in finals]
+        known = (trusted, followed, rows)
+        finals = [(replay.paced(steps, costs, d, w, start, *known), d, w) for start, d, w in finals]
     outcome, depth, width = max(finals, key=lambda each: each[0].rate)
     nodes = most if outcome.pace is not None else max(round(outcome.nodes), 2)
     return DraftShape("dynamic", depth, _RECORDED.top_k, width, nodes), outcome, grid
@@ -133,28 +156,3 @@ def _kept(drafter: EagleDrafter) -> Iterator[None]:
         yield
     finally:
         drafter.reshape(shape, pace)
-
-
-def _live_costs(
-    target: Target, drafter: EagleDrafter, prompts: Sequence[Sequence[int]]
-) -> tuple[float, dict[int, float], float]:
-    """Ms of a step's first level (observing included), of every level more by width, and of bookkeeping.
-
-    Measured while decoding: alone, a small head stays in the caches that a target forward would sweep.
-    """
-
-    def live(depth: int, width: int) -> Stats:
-        drafter.reshape(DraftShape("dynamic", depth, _RECORDED.top_k, width, 6))
-        stats = Stats()
-        for prompt in prompts:
-            Engine(target, drafter).complete([prompt], SamplingConfig(), StopConfig(_LIVE), stats)
-        return stats
-
-    def draft_ms(stats: Stats) -> float:
-        return stats.ms_draft / max(stats.target_forwards, 1)
-
-    live(2, 2)
-    shallow, deep = [live(1, 1) for _ in range(2)], {w: [live(5, w) for _ in range(2)] for w in WIDTHS}
-    first = min(map(draft_ms, shallow))
-    levels = {width: max((min(map(draft_ms, each)) - first) / 4, 1e-3) for width, each in deep.items()}
-    return first, levels, median(s.ms_overhead / max(s.target_forwards, 1) for s in shallow)

@@ -7,7 +7,8 @@ every candidate that the head ever proposed is known to be right or wrong, verif
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,9 +37,9 @@ Step = tuple[Candidate, ...]
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Milliseconds of the parts of a step, measured."""
+    """Milliseconds of the parts of a step, measured; of all rows together."""
 
-    forward_ms: tuple[float, ...]  # [n - 1]: a target forward over n nodes
+    forward_ms: tuple[float, ...]  # [n - 1]: a target forward over n nodes of every row
     level_ms: dict[int, float]  # by width
     fixed_ms: float  # observing, the root's children, bookkeeping
 
@@ -55,7 +56,7 @@ class Outcome:
 
     @property
     def rate(self) -> float:
-        """Tokens per ms."""
+        """Tokens per ms of a row."""
         return self.tau / self.ms
 
 
@@ -126,50 +127,75 @@ def follow(steps: Sequence[Step]) -> float:
     return continued / expanded if expanded else 0.5
 
 
+Row = tuple[tuple[float, bool], ...]  # a row's candidates by falling probability: log-probability, and whether right
+
+
 @dataclass(frozen=True)
 class Drafted:
-    """What a shape drafts in one step: its candidates by falling probability, and the levels below the first."""
+    """What a shape drafts in one step of one or more rows, and the levels below the first."""
 
-    logprobs: tuple[float, ...]
-    right: tuple[bool, ...]
+    rows: tuple[Row, ...]
     levels: int
 
 
-def draft(steps: Sequence[Step], depth: int, width: int, pace: Pace | None = None) -> list[Drafted]:
-    """What a narrower or shallower drafter would have proposed in every step."""
-    return [_draft(step, depth, width, pace) for step in steps]
+def grouped(steps: Sequence[Step], rows: int) -> list[tuple[Step, ...]]:
+    """Steps as batches take them: `rows` of any texts and places at a time; a rest is left out."""
+    mixed = list(steps)
+    if rows > 1:
+        random.Random(rows).shuffle(mixed)
+    return [tuple(mixed[begin : begin + rows]) for begin in range(0, len(mixed) - rows + 1, rows)]
 
 
-def _draft(step: Step, depth: int, width: int, pace: Pace | None) -> Drafted:
-    by_level: dict[int, list[int]] = {}
-    for number, candidate in enumerate(step):
-        by_level.setdefault(candidate.level, []).append(number)
-    present, here, levels = list(by_level.get(1, ())), by_level.get(1, []), 0
+def draft(steps: Sequence[Step], depth: int, width: int, pace: Pace | None = None, rows: int = 1) -> list[Drafted]:
+    """What a narrower or shallower drafter would have proposed in every step, `rows` of them drafted together."""
+    return [_draft(group, depth, width, pace) for group in grouped(steps, rows)]
+
+
+def _draft(group: Sequence[Step], depth: int, width: int, pace: Pace | None) -> Drafted:
+    by_level = [_levels_of(step) for step in group]
+    here = [places.get(1, []) for places in by_level]
+    present, levels = [list(first) for first in here], 0
     for level in range(1, depth):
-        frontier = sorted(here, key=lambda n: -step[n].logprob)[:width]
-        if not frontier or (pace is not None and not pace.deeper(_tensor(step[n].logprob for n in frontier))):
+        frontiers = [_likeliest(step, numbers)[:width] for step, numbers in zip(group, here, strict=True)]
+        scores = [[step[n].logprob for n in numbers] for step, numbers in zip(group, frontiers, strict=True)]
+        if not any(frontiers) or (pace is not None and not pace.deeper(_tensor(scores))):
             break
-        chosen = set(frontier)
-        here = [n for n in by_level.get(level + 1, ()) if step[n].parent in chosen]
-        present += here
+        for row, (step, numbers) in enumerate(zip(group, frontiers, strict=True)):
+            chosen = set(numbers)
+            here[row] = [n for n in by_level[row].get(level + 1, ()) if step[n].parent in chosen]
+            present[row] += here[row]
         levels += 1
-    present.sort(key=lambda n: (-step[n].logprob, n))
-    return Drafted(tuple(step[n].logprob for n in present), tuple(step[n].right for n in present), levels)
+    found = [_likeliest(step, numbers) for step, numbers in zip(group, present, strict=True)]
+    rows = (tuple((step[n].logprob, step[n].right) for n in order) for step, order in zip(group, found, strict=True))
+    return Drafted(tuple(rows), levels)
 
 
-def _tensor(values: Iterable[float]) -> torch.Tensor:
-    return torch.tensor([list(values)], dtype=torch.float64)
+def _levels_of(step: Step) -> dict[int, list[int]]:
+    places: dict[int, list[int]] = {}
+    for number, candidate in enumerate(step):
+        places.setdefault(candidate.level, []).append(number)
+    return places
+
+
+def _likeliest(step: Step, numbers: Sequence[int]) -> list[int]:
+    return sorted(numbers, key=lambda n: (-step[n].logprob, n))
+
+
+def _tensor(rows: Sequence[Sequence[float]]) -> torch.Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[-math.inf] * (longest - len(row))] for row in rows], dtype=torch.float64)
 
 
 def replay(drafted: Sequence[Drafted], costs: StepCosts, width: int, nodes: int, pace: Pace | None = None) -> Outcome:
-    """Tokens and time of trees of at most `nodes` nodes, or of as many as pay, over what was drafted."""
+    """Tokens of a row, and time, of trees of at most `nodes` nodes, or of as many as pay, over what was drafted."""
     level_ms = interpolate(costs.level_ms, width)
     tokens = ms = verified = levels = 0.0
     for step in drafted:
-        count = min(nodes, len(step.logprobs) + 1)
+        count = min(nodes, max(map(len, step.rows)) + 1)
         if pace is not None:
-            count = pace.nodes(_tensor(step.logprobs[: count - 1]))
-        tokens += 1 + sum(step.right[: count - 1])
+            count = pace.nodes(_tensor([[logprob for logprob, _ in row[: count - 1]] for row in step.rows]))
+        right = sum(right for row in step.rows for _, right in row[: count - 1])
+        tokens += 1 + right / len(step.rows)
         ms += costs.fixed_ms + step.levels * level_ms + costs.forward_ms[count - 1]
         verified, levels = verified + count, levels + step.levels
     total = len(drafted)
@@ -177,13 +203,20 @@ def replay(drafted: Sequence[Drafted], costs: StepCosts, width: int, nodes: int,
 
 
 def paced(
-    steps: Sequence[Step], costs: StepCosts, depth: int, width: int, start: Outcome, trusted: float, followed: float
+    steps: Sequence[Step],
+    costs: StepCosts,
+    depth: int,
+    width: int,
+    start: Outcome,
+    trusted: float,
+    followed: float,
+    rows: int = 1,
 ) -> Outcome:
     """The shape at the pace that it keeps itself: the rate is raised until it is its own result (Dinkelbach)."""
     best, most = start, len(costs.forward_ms)
     for _ in range(4):
         pace = Pace(costs.forward_ms, interpolate(costs.level_ms, width), best.rate, trusted, followed)
-        found = replay(draft(steps, depth, width, pace), costs, width, most, pace)
+        found = replay(draft(steps, depth, width, pace, rows), costs, width, most, pace)
         if found.rate <= best.rate:
             break
         best = found

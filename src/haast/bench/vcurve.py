@@ -20,21 +20,26 @@ COMMITTED = 160  # slots in the cache, the length of a short chat
 
 
 def measure_v_curve(
-    target: Target, drafter: EagleDrafter | None, rounds: int = 15, node_counts: Sequence[int] = NODE_COUNTS
+    target: Target,
+    drafter: EagleDrafter | None,
+    rounds: int = 15,
+    node_counts: Sequence[int] = NODE_COUNTS,
+    rows: int = 1,
 ) -> dict[str, Any]:
     """Median ms of `target.forward` over a chain of n nodes behind 160 committed slots, and of the draft.
 
     Rounds are interleaved over all n, after one round of warm-up. `v` is relative to one node. `ms_observe` is the
-    head's pass over three accepted tokens, `ms_propose` the growth of one tree.
+    head's pass over three accepted tokens, `ms_propose` the growth of one tree. With several `rows` each has n nodes.
     """
-    tokens, prefix, cache = prefix_of(target, max(node_counts))
+    tokens, prefix, cache = prefix_of(target, max(node_counts), rows)
     committed = cache.lengths[0]
     timed: dict[int, list[float]] = {n: [] for n in node_counts}
     drafted: list[tuple[float, float]] = []
     with target.step_threads():
         for turn in range(rounds + 1):
             for n in node_counts:
-                tree = DraftTree.chain(torch.arange(n, device=target.device).unsqueeze(0) % target.vocab_size)
+                chain = torch.arange(n, device=target.device).expand(rows, -1) % target.vocab_size
+                tree = DraftTree.chain(chain)
                 begun = _now(target)
                 target.forward(tree, cache)
                 elapsed = 1e3 * (_now(target) - begun)
@@ -55,15 +60,15 @@ def measure_v_curve(
     return result
 
 
-def prefix_of(target: Target, room: int) -> tuple[torch.Tensor, torch.Tensor, TreeCache]:
-    """A prefix of 160 tokens (fewer in a small context): the tokens (1, n), their features, and the cache behind it."""
+def prefix_of(target: Target, room: int, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor, TreeCache]:
+    """A prefix of 160 tokens (fewer in a small context): tokens (rows, n), their features, and the cache behind it."""
     committed = COMMITTED
     if target.context_length is not None:
         committed = min(committed, max(target.context_length - room, 5))
-    tokens = torch.arange(committed, device=target.device).unsqueeze(0) % target.vocab_size
-    cache = target.new_cache(1, committed + room)
+    tokens = torch.arange(committed, device=target.device).expand(rows, -1) % target.vocab_size
+    cache = target.new_cache(rows, committed + room)
     features = target.forward(DraftTree.chain(tokens), cache, last_only=True).features
-    cache.commit([range(committed)])
+    cache.commit([range(committed)] * rows)
     return tokens, features, cache
 
 

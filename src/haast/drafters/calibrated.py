@@ -10,7 +10,8 @@ import torch
 from huggingface_hub import cached_assets_path
 
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.shape import CPU_NODES, DEVICE_NODES, DraftShape, shape_for
+from haast.drafters.ways import Way, usual_ways
 from haast.speed.calibration import Calibration
 from haast.speed.machine import machine_identity
 from haast.speed.packing import PackedLinear
@@ -66,8 +67,26 @@ def apply_calibration(drafter: EagleDrafter, calibration: Calibration) -> bool:
     """Draft as the calibration found best; False, and nothing changed, where it found that drafting does not pay."""
     if not calibration.pays:
         return False
-    drafter.reshape(DraftShape(**calibration.shape), calibration.chosen_pace)
+    shape = DraftShape(**calibration.shape)
+    measured = {
+        rows: Way(DraftShape(**batch.shape) if batch.shape else None, batch.chosen_pace)
+        for rows, batch in calibration.batches.items()
+    }
+    drafter.reshape(shape, calibration.chosen_pace, measured or usual_ways(shape, drafter.device.type))
     return True
+
+
+def draft_as_usual(target: Target, drafter: EagleDrafter, wanted: str | Path = "auto") -> bool:
+    """Draft what a calibration found best here, else what is usual for the device; False where none pays.
+
+    Raises:
+        ValueError: see `find_calibration`.
+    """
+    kind = target.device.type
+    usual = shape_for(CPU_NODES if kind == "cpu" else DEVICE_NODES)
+    drafter.reshape(usual, ways=usual_ways(usual, kind))
+    found = find_calibration(target, drafter, wanted)
+    return found is None or apply_calibration(drafter, found)
 
 
 def weights_read(target: Target) -> tuple[int, int]:

@@ -85,6 +85,11 @@ class EagleDrafter(Drafter):
         self._forget()
 
     @property
+    def device(self) -> torch.device:
+        """Where it drafts."""
+        return self._target.device
+
+    @property
     def parameters(self) -> int:
         """Weights of the head's linear layers and of the draft's LM head."""
         linears = [*self._module.modules(), self._lm_head]

@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from haast.drafters.base import Drafter
+from haast.drafters.calibrated import draft_as_usual
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.hybrid import HybridDrafter
 from haast.drafters.lookahead import LookaheadDrafter
@@ -59,7 +60,8 @@ class Decoder:
         head: a head's folder, or a loaded `Head`.
         drafter: without a head "suffix", "lookup", "lookahead" or "vanilla"; with one "eagle" or "eagle+suffix"; or a
             ready drafter. None is "suffix", or "eagle".
-        shape: of a head's trees.
+        shape: of a head's trees, for any number of rows; None is what `haast calibrate` found here, which may be none,
+            else what is usual for the device and the number of rows.
 
     Attributes:
         stats: of the last call.
@@ -95,7 +97,9 @@ class Decoder:
             self._bind(Target(model))
         if loaded is not None:
             assert self._target is not None, "it was bound"
-            self._drafter = _HEADED[self._name](EagleDrafter(self._target, loaded, shape))
+            eagle = EagleDrafter(self._target, loaded, shape)
+            pays = shape is not None or draft_as_usual(self._target, eagle)
+            self._drafter = _HEADED[self._name](eagle) if pays else VanillaDrafter()
 
     @classmethod
     def of(cls, target: Target, drafter: Drafter) -> Decoder:

@@ -18,6 +18,35 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Costs of a step of several rows together in ms, and the choice made from them."""
+
+    forward_ms: dict[int, float]  # nodes of a row -> a target forward over all rows
+    first_ms: float
+    level_ms: dict[int, float]
+    overhead_ms: float
+    shape: dict[str, Any]  # empty: for so many rows vanilla decoding is faster
+    pace: dict[str, Any]  # what trees keep to, and what nodes cost where none are drafted
+    expected: dict[str, float]
+
+    @property
+    def chosen_pace(self) -> Pace:
+        """The pace as drafters take it."""
+        return _pace(self.pace)
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> Batch:
+        """From a file's values. Raises ValueError, TypeError or KeyError where they are none."""
+        found = cls(
+            **{**values, "forward_ms": _by_number(values["forward_ms"]), "level_ms": _by_number(values["level_ms"])}
+        )
+        if not isinstance(found.shape, dict) or not {"tau", "speedup"} <= set(found.expected):
+            raise ValueError("a batch's shape or expectation is none")
+        _ = found.chosen_pace  # its own check
+        return found
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Measured costs and the choice made from them. Times are medians in ms."""
 
@@ -37,6 +66,7 @@ class Calibration:
     expected: dict[str, float]  # tau, nodes, levels, tokens_per_s, vanilla_tokens_per_s, speedup: replayed
     grid: list[dict[str, float]] = field(default_factory=list)  # tau of every replayed depth, width and nodes
     measured: dict[str, Any] = field(default_factory=dict)  # date, versions, commit, steps
+    batches: dict[int, Batch] = field(default_factory=dict)  # rows -> what holds for so many; empty before 0.2
 
     def __post_init__(self) -> None:
         if 1 not in self.forward_ms:
@@ -52,7 +82,7 @@ class Calibration:
         """The pace of the chosen shape."""
         if self.pace is None:
             return None
-        return Pace(**{**self.pace, "forward_ms": tuple(self.pace["forward_ms"])})
+        return _pace(self.pace)
 
     def v(self, nodes: int) -> float:
         """Cost of a forward over `nodes` in one-node forwards; only measured counts."""
@@ -104,11 +134,14 @@ class Calibration:
         except ValueError as error:
             raise ValueError(f"{path} is no calibration ({error}): run `haast calibrate` again") from error
         known = {each.name for each in fields(cls)}
+        if isinstance(values, dict):
+            values.setdefault("batches", {})  # files that know nothing of batches are good for one text at a time
         if not isinstance(values, dict) or values.get("format") != FORMAT or not known <= set(values):
             raise ValueError(f"{path} is no calibration of format {FORMAT}: run `haast calibrate` again")
         try:
             for name in ("forward_ms", "level_ms"):
-                values[name] = {int(key): float(ms) for key, ms in values[name].items()}
+                values[name] = _by_number(values[name])
+            values["batches"] = {int(rows): Batch.read(each) for rows, each in values["batches"].items()}
             found = cls(**{name: values[name] for name in known})
             found.validate()
         except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -127,3 +160,11 @@ class Calibration:
             if self.identity.get(key) != identity.get(key)
         ]
         raise ValueError(f"the calibration {name} is of another setting ({'; '.join(other)}): run `haast calibrate`")
+
+
+def _by_number(values: dict[str, Any]) -> dict[int, float]:
+    return {int(key): float(ms) for key, ms in values.items()}
+
+
+def _pace(values: dict[str, Any]) -> Pace:
+    return Pace(**{**values, "forward_ms": tuple(values["forward_ms"])})

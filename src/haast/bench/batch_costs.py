@@ -1,0 +1,85 @@
+"""What a step costs while it decodes: drafting and bookkeeping, of one row and of several together.
+
+Owns these measurements; which drafting follows from them is `haast.bench.calibrate`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from haast.bench.replay import StepCosts
+from haast.bench.vcurve import measure_v_curve
+from haast.drafters.eagle import EagleDrafter
+from haast.drafters.shape import DraftShape
+from haast.engine import Engine, Stats, StopConfig
+from haast.sampling import SamplingConfig
+from haast.speed.policy import interpolate
+from haast.target import Target
+
+_NODES = {2: (1, 2, 3, 4, 6, 8, 12), 4: (1, 2, 3, 4, 6, 8), 8: (1, 2, 3, 4, 6)}  # rows -> nodes that are timed
+_DEVICE_NODES = {16: (1, 2, 3, 4, 8), 32: (1, 2, 3, 4, 8)}  # elsewhere than on a CPU, beside those
+_WIDTHS = (1, 3)
+_LIVE, _LIVE_TOGETHER = 48, 16  # tokens per text that time a draft, alone and in a batch
+_TOP_K, _LEVELS = 8, 4
+
+
+@dataclass(frozen=True)
+class BatchCosts:
+    """Medians in ms, of all rows together."""
+
+    forward_ms: dict[int, float]  # nodes of a row -> a target forward
+    first_ms: float
+    level_ms: dict[int, float]
+    overhead_ms: float
+
+    def step_costs(self) -> StepCosts:
+        """As a replay takes them."""
+        dense = tuple(interpolate(self.forward_ms, n) for n in range(1, max(self.forward_ms) + 1))
+        return StepCosts(dense, self.level_ms, self.first_ms + self.overhead_ms)
+
+
+def measure_batches(
+    target: Target, drafter: EagleDrafter, prompts: Sequence[Sequence[int]], rounds: int
+) -> dict[int, BatchCosts]:
+    """Costs by rows. The drafter is reshaped."""
+    found = {}
+    for rows, nodes in {**_NODES, **({} if target.device.type == "cpu" else _DEVICE_NODES)}.items():
+        curve = measure_v_curve(target, None, max(rounds // 2, 1), nodes, rows)
+        forward_ms = {int(point["nodes"]): float(point["ms"]) for point in curve["points"]}
+        texts = [prompts[i % len(prompts)] for i in range(rows)]
+        found[rows] = BatchCosts(forward_ms, *live_costs(target, drafter, texts, _WIDTHS, together=True))
+    return found
+
+
+def live_costs(
+    target: Target,
+    drafter: EagleDrafter,
+    prompts: Sequence[Sequence[int]],
+    widths: Sequence[int],
+    together: bool = False,
+) -> tuple[float, dict[int, float], float]:
+    """Ms of a step's first level (observing included), of every level more by width, and of bookkeeping.
+
+    Measured while decoding, the prompts one by one or `together`: alone, a small head stays in the caches that a target
+    forward would sweep. The drafter is reshaped.
+    """
+    batches = [list(prompts)] if together else [[prompt] for prompt in prompts]
+
+    def live(depth: int, width: int) -> tuple[float, float]:
+        drafter.reshape(DraftShape("dynamic", depth, _TOP_K, width, 6))
+        stats, steps = Stats(), 0
+        for batch in batches:
+            before = stats.target_forwards
+            stop = StopConfig(_LIVE_TOGETHER if together else _LIVE)
+            Engine(target, drafter).complete(batch, SamplingConfig(), stop, stats)
+            steps += -(-(stats.target_forwards - before) // len(batch))
+        return stats.ms_draft / max(steps, 1), stats.ms_overhead / max(steps, 1)
+
+    live(2, 2)
+    shallow = [live(1, 1) for _ in range(2)]
+    deep = {width: [live(1 + _LEVELS, width) for _ in range(2)] for width in widths}
+    first = min(draft for draft, _ in shallow)
+    levels = {width: max((min(draft for draft, _ in each) - first) / _LEVELS, 1e-3) for width, each in deep.items()}
+    return first, levels, median(overhead for _, overhead in shallow)

@@ -1,0 +1,243 @@
+"""Rows decoded together: each says what it says alone, leaves when it is done, and is drafted for as pays."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import pytest
+import torch
+from fakes import collect, random_head, tiny_target
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cache import assert_holds
+from test_session import DRAFTERS
+from test_stack import KINDS, made
+
+from haast import native
+from haast.acceptance import RejectionRule
+from haast.cache import TreeCache, packed_order
+from haast.drafters.base import Accepted, Drafter
+from haast.drafters.eagle import EagleDrafter
+from haast.drafters.hybrid import HybridDrafter
+from haast.drafters.shape import DraftShape, shape_for
+from haast.drafters.small_model import SmallModelDrafter
+from haast.drafters.vanilla import VanillaDrafter
+from haast.drafters.waiting import Waiting
+from haast.drafters.ways import Way, Ways, usual_ways, way_for
+from haast.engine import Engine, Step, StopConfig
+from haast.sampling import SamplingConfig
+from haast.speed.policy import Pace
+from haast.target import Target
+from haast.tree import DraftTree
+
+LENGTHS = (3, 1, 9, 4, 6, 2, 12, 5)  # of the prompts
+ENDS = (5, 21, 1, 13, 13, 30, 8, 2)  # of the answers: rows leave from the middle, the front and the back, two at once
+PACE = Pace((8.0, 8.5, 9.0, 9.5, 10.0, 10.5), 0.3, 0.2, follow=0.9)
+
+
+@cache
+def target() -> Target:
+    return tiny_target()
+
+
+def prompts(vocab: int = 32) -> list[list[int]]:
+    rng = random.Random(5)
+    return [[rng.randrange(vocab) for _ in range(length)] for length in LENGTHS]
+
+
+def ending(ends: Sequence[int]) -> StopConfig:
+    return StopConfig(max(ends), stop=lambda row, new: len(new) >= ends[row])
+
+
+def together(at: Target, drafter: Drafter, law: SamplingConfig, seen: list[Step] | None = None) -> list[list[int]]:
+    watch = None if seen is None else seen.append
+    vocab = at.vocab_size
+    run = Engine(at, drafter).run(prompts(vocab), law, ending(ENDS), watch=watch)
+    return collect(run, len(ENDS))
+
+
+def alone(at: Target, drafter: Drafter) -> list[list[int]]:
+    each = zip(prompts(at.vocab_size), ENDS, strict=True)
+    return [collect(Engine(at, drafter).run([p], SamplingConfig(), ending([end])), 1)[0] for p, end in each]
+
+
+LAWS = [SamplingConfig(), SamplingConfig(1.2, top_p=0.95, repetition_penalty=1.2, seed=11)]
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_eight_ragged_rows_say_what_each_says_alone(name: str) -> None:
+    drafter = DRAFTERS[name](target())
+    assert together(target(), drafter, LAWS[0]) == alone(target(), drafter)
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_every_drafter_says_what_vanilla_says_while_rows_leave(name: str, law: SamplingConfig) -> None:
+    assert together(target(), DRAFTERS[name](target()), law) == together(target(), VanillaDrafter(), law)
+
+
+def test_forwards_go_over_the_rows_that_run() -> None:
+    seen: list[Step] = []
+    texts = together(target(), VanillaDrafter(), SamplingConfig(), seen)
+    assert [len(text) for text in texts] == list(ENDS)
+    for number, step in enumerate(seen, start=2):  # a row's first token comes with its prompt
+        assert sorted(step.rows) == [row for row, end in enumerate(ENDS) if end >= number]
+        assert step.tree.rows == len(step.logits) == len(step.verdict.rows) == len(step.rows)
+        assert [emission.row for emission in step.emissions] == sorted(step.rows)
+
+
+def test_a_sampled_tree_is_judged_by_its_rows_own_draws() -> None:
+    law, small = SamplingConfig(0.8, seed=4), tiny_target(layers=1, seed=5)
+
+    def run(rows: Sequence[int]) -> list[list[int]]:
+        """The rows that are not asked for end at once, so they leave at the first step."""
+        drafter, stop = SmallModelDrafter(target(), small, 3, law), ending([20 if r in rows else 1 for r in range(8)])
+        texts = collect(Engine(target(), drafter, RejectionRule()).run(prompts(), law, stop), 8)
+        return [texts[row] for row in rows]
+
+    assert run([2]) + run([6, 7]) == run([2, 6, 7])
+
+
+# ------------------------------------------------------------------ by rows
+
+
+def alternating(nodes: int = 6, pace: Pace | None = None) -> Ways:
+    """Drafts and does not, in turn, as rows leave."""
+    small = DraftShape("dynamic", depth=2, top_k=3, width=2, nodes=3)
+    return {2: Way(None, pace), 4: Way(small, pace), 6: Way(None, pace), 7: Way(shape_for(nodes), pace), 8: Way(None)}
+
+
+@pytest.mark.parametrize("pace", [None, PACE])
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("make", [lambda eagle: eagle, HybridDrafter])
+def test_falling_back_and_resuming_changes_no_text(
+    make: Callable[[EagleDrafter], Drafter], law: SamplingConfig, pace: Pace | None
+) -> None:
+    eagle = EagleDrafter(target(), random_head(target()))
+    eagle.reshape(shape_for(8), pace, alternating(pace=pace))
+    seen: list[Step] = []
+    assert together(target(), make(eagle), law, seen) == together(target(), VanillaDrafter(), law)
+    drafted = {len(step.rows): set[bool]() for step in seen}
+    for step in seen:
+        drafted[len(step.rows)].add(step.tree.nodes > 1)
+    if make is not HybridDrafter and pace is None:
+        pays = {rows: {rows not in (6, 5, 2)} for rows in range(1, 8)}
+        assert {6, 2, 1} < set(drafted)  # it fell back, resumed, fell back and resumed
+        assert drafted == {rows: pays[rows] for rows in drafted}
+
+
+def test_what_is_drafted_after_a_pause_is_what_a_head_without_one_drafts() -> None:
+    shape = DraftShape("dynamic", depth=3, top_k=4, width=3, nodes=9)
+    seen: list[list[DraftTree]] = []
+    for ways in (None, {4: Way(shape), 8: Way(None)}):
+        eagle, trees = EagleDrafter(target(), random_head(target())), list[Step]()
+        eagle.reshape(shape, ways=ways)
+        together(target(), eagle, SamplingConfig(), trees)
+        seen.append([step.tree for step in trees if len(step.rows) == 1])
+    last = seen[1]
+    assert 0 < len(last) <= len(seen[0])
+    # Steps do not fall on the same tokens, so trees are compared by what they draft behind a root at its end.
+    assert torch.equal(last[-1].tokens, seen[0][-1].tokens) and torch.equal(last[-1].parents, seen[0][-1].parents)
+
+
+def test_a_long_pause_is_observed_in_parts() -> None:
+    eagle = EagleDrafter(target(), random_head(target()))
+    eagle.reshape(shape_for(6), ways={2: Way(None)})
+    texts = collect(Engine(target(), eagle).run([[1, 2], [3]], SamplingConfig(), StopConfig(150)), 2)
+    assert texts == collect(Engine(target(), VanillaDrafter()).run([[1, 2], [3]], SamplingConfig(), StopConfig(150)), 2)
+    assert eagle._waiting.positions < 128 <= max(eagle._cache.lengths)  # type: ignore[union-attr]
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+@pytest.mark.parametrize("law", LAWS)
+def test_packed_rows_have_the_bits_of_single_ones(law: SamplingConfig) -> None:
+    packed = made(KINDS["llama"])
+    assert packed.use_one_call()
+    eagle = EagleDrafter(packed, random_head(packed))
+    assert eagle._quick is not None
+    eagle.reshape(shape_for(8), PACE, alternating(pace=PACE))
+    assert together(packed, eagle, law) == together(packed, VanillaDrafter(), law)
+    assert together(packed, eagle, SamplingConfig()) == alone(packed, VanillaDrafter())
+    assert eagle._quick is not None
+
+
+def test_a_way_is_of_the_next_row_count_that_is_known() -> None:
+    ways = {1: Way(shape_for(8)), 2: Way(shape_for(4)), 8: Way(None)}
+    assert [way_for(ways, rows) for rows in (1, 2, 3, 8, 9)] == [ways[1], ways[2], ways[8], ways[8], ways[8]]
+
+
+def test_usual_ways_draft_less_the_more_rows_there_are() -> None:
+    cpu, device = (usual_ways(shape_for(n), kind) for n, kind in ((6, "cpu"), (60, "cuda")))
+    sizes = {rows: None if way.shape is None else way.shape.nodes for rows, way in cpu.items()}
+    assert sizes == {1: 6, 2: 6, 4: 3, 8: None, 16: None, 32: None, 64: None}
+    sizes = {rows: None if way.shape is None else way.shape.nodes for rows, way in device.items()}
+    assert sizes == {1: 60, 2: 60, 4: 60, 8: 32, 16: 16, 32: 8, 64: 4}
+
+
+@settings(max_examples=40)
+@given(st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), min_size=1, max_size=5), st.data())
+def test_what_waited_is_observed_in_order(counts: list[list[int]], data: st.DataObject) -> None:
+    rng, waiting, expected = random.Random(0), Waiting(), [list[int]() for _ in range(3)]
+    rows = [0, 1, 2]
+    for step in counts:
+        own = [step[row] for row in rows]
+        tokens = torch.tensor([[rng.randrange(1, 99) for _ in range(max(own))] for _ in rows]).view(len(rows), max(own))
+        waiting.add(Accepted(tokens, tokens.unsqueeze(2).float(), tuple(own)))
+        for row, number, count in zip(rows, range(len(rows)), own, strict=True):
+            expected[row] += tokens[number, :count].tolist()
+        if len(rows) > 1 and data.draw(st.booleans()):
+            order = packed_order([number != 0 for number in range(len(rows))])
+            waiting.keep(order)
+            rows = [rows[number] for number in order]
+    taken = waiting.take()
+    assert taken is not None and waiting.take() is None
+    for number, row in enumerate(rows):
+        assert taken.tokens[number, : taken.counts[number]].tolist() == expected[row]
+        assert taken.features[number, : taken.counts[number], 0].tolist() == expected[row]
+
+
+# ------------------------------------------------------------------ the cache
+
+
+@settings(max_examples=60)
+@given(st.lists(st.booleans(), min_size=1, max_size=9).filter(any))
+def test_the_packed_order_keeps_who_stays_and_moves_the_fewest(stays: list[bool]) -> None:
+    order = packed_order(stays)
+    assert sorted(order) == [row for row, on in enumerate(stays) if on]
+    moved = sum(row != i for i, row in enumerate(order))
+    assert moved == sum(not on for on in stays[: len(order)])
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 10**6))
+def test_a_cache_holds_its_rows_through_leaving_growing_and_going_on(seed: int) -> None:
+    rng = random.Random(seed)
+    texts = [list[int]() for _ in range(5)]
+    cache = TreeCache(2, 5, 256)
+    cache.capacity = 4  # so that it grows on the way
+    for _ in range(6):
+        fed = [[rng.randrange(32) for _ in range(rng.randint(1, 4))] for _ in texts]
+        width = max(map(len, fed))
+        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in fed])
+        live = torch.tensor([[i < len(row) for i in range(width)] for row in fed])
+        target().forward(DraftTree.chain(tokens, live), cache)
+        cache.commit([range(len(row)) for row in fed])
+        texts = [[*text, *own] for text, own in zip(texts, fed, strict=True)]
+        if len(texts) > 1 and rng.random() < 0.6:
+            gone = rng.randrange(len(texts))
+            order = packed_order([row != gone for row in range(len(texts))])
+            cache.keep(order)
+            texts = [texts[row] for row in order]
+    for row, text in enumerate(texts):
+        assert_holds(cache, row, text)
+
+
+def test_orders_that_lose_rows_are_refused() -> None:
+    cache = TreeCache(1, 3)
+    for wrong in ([], [0, 0], [3], [1, 0], [0, 2, 1]):
+        with pytest.raises(ValueError, match=r"does not fit 3 rows|moves a row over"):
+            cache.keep(wrong)
+    cache.keep([0, 2])
+    assert cache.rows == 2 and cache.lengths == [0, 0]

@@ -1,9 +1,10 @@
 """Tokens a second by batch size: rows of unequal prompts decoded together, vanilla and EAGLE interleaved.
 
-    python benchmarks/batches.py --prompts prompts.jsonl --json results/batches.json
+    python benchmarks/batches.py --prompts prompts.jsonl --calibration calibration.json --json results/batches.json
 
 The prompts of a file are cut into batches of each size, so every size answers the same prompts. A row leaves when it is
-done. Run nothing beside it.
+done. EAGLE drafts as the calibration says for the rows that run ("as pays"), or trees of one size whatever the batch.
+Run nothing beside it; `haast calibrate --out calibration.json` comes before it, on the same machine.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from haast.bench.report import environment
 from haast.cli.boundary import write_json
 from haast.cli.loading import read_prompt_file
 from haast.drafters.base import Drafter
+from haast.drafters.calibrated import apply_calibration, find_calibration
 from haast.drafters.eagle import EagleDrafter
+from haast.drafters.hybrid import HybridDrafter
 from haast.drafters.shape import shape_for
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, StopConfig
+from haast.engine import Engine, Stats, Step, StopConfig
 from haast.heads.checkpoint import load_head
 from haast.models import DEFAULT_MODEL, load_target
 from haast.sampling import SamplingConfig
+from haast.speed.calibration import Calibration
 from haast.target import Target
 from haast.training.frozen import end_tokens
 
@@ -32,36 +36,59 @@ _SIZES = (1, 2, 4, 8)
 _TREES = (3, 4, 6)  # nodes: the more rows, the dearer a node
 
 
-def measure(target: Target, drafter: Drafter, prompts: list[list[int]], size: int, tokens: int) -> Stats:
-    """All prompts, `size` at a time; times and counts added up."""
-    total = Stats()
-    for begin in range(0, len(prompts), size):
-        stats, stop = Stats(), StopConfig(tokens, end_tokens(target))
-        Engine(target, drafter).complete(prompts[begin : begin + size], SamplingConfig(), stop, stats)
-        for name in ("decoded_tokens", "target_forwards", "ms_draft", "ms_verify", "ms_overhead"):
-            setattr(total, name, getattr(total, name) + getattr(stats, name))
-    return total
+class Arm:
+    """One decoder and what it measured."""
+
+    def __init__(self, name: str, drafter: Drafter) -> None:
+        self.name, self.drafter = name, drafter
+        self.speeds: dict[int, list[float]] = {}
+        self.taus: dict[int, float] = {}
+        self.undrafted: dict[int, float] = {}  # share of steps whose tree was the root alone
+
+    def measure(self, target: Target, prompts: list[list[int]], size: int, tokens: int) -> None:
+        """All prompts, `size` at a time; times and counts added up."""
+        total, steps = Stats(), list[bool]()
+
+        def watch(step: Step) -> None:
+            steps.append(step.tree.nodes == 1)
+
+        for begin in range(0, len(prompts), size):
+            stats, stop = Stats(), StopConfig(tokens, end_tokens(target))
+            batch, law = prompts[begin : begin + size], SamplingConfig()
+            for _ in Engine(target, self.drafter).run(batch, law, stop, stats, watch=watch):
+                continue
+            for name in ("decoded_tokens", "target_forwards", "ms_draft", "ms_verify", "ms_overhead"):
+                setattr(total, name, getattr(total, name) + getattr(stats, name))
+        self.speeds.setdefault(size, []).append(total.tokens_per_s)
+        self.taus[size], self.undrafted[size] = total.tau, sum(steps) / max(len(steps), 1)
+
+    def point(self, size: int) -> dict[str, Any]:
+        """Medians over rounds."""
+        return {
+            "decoder": self.name,
+            "batch": size,
+            "tokens_per_s": median(self.speeds[size]),
+            "tau": self.taus[size],
+            "undrafted": self.undrafted[size],
+        }
 
 
-def batches(target: Target, prompts: list[list[int]], tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """One point per decoder, tree and size: medians over rounds."""
+def arms(target: Target, calibration: Calibration) -> list[Arm]:
+    """Vanilla, EAGLE as pays, and trees of one size. Each has a head of its own, as a drafter takes a head over."""
     folder = find_head("default", DEFAULT_MODEL)
     assert folder is not None, "the default model has a head"
-    eagle = EagleDrafter(target, load_head(folder), shape_for(_TREES[0]))
-    speeds: dict[tuple[str, int, int], list[float]] = {}
-    taus: dict[tuple[str, int, int], float] = {}
-    for _ in range(rounds):
-        for size in _SIZES:
-            for nodes in (1, *_TREES):
-                if nodes > 1:
-                    eagle.reshape(shape_for(nodes))
-                drafter: Drafter = VanillaDrafter() if nodes == 1 else eagle
-                found = measure(target, drafter, prompts, size, tokens)
-                speeds.setdefault((drafter.name, nodes, size), []).append(found.tokens_per_s)
-                taus[drafter.name, nodes, size] = found.tau
+
+    def eagle(nodes: int = 0) -> EagleDrafter:
+        drafter = EagleDrafter(target, load_head(folder), shape_for(nodes or 6))
+        if not nodes and not apply_calibration(drafter, calibration):
+            raise ValueError("the calibration found that drafting does not pay here even for one row")
+        return drafter
+
     return [
-        {"decoder": name, "nodes": nodes, "batch": size, "tokens_per_s": median(each), "tau": taus[name, nodes, size]}
-        for (name, nodes, size), each in speeds.items()
+        Arm("vanilla", VanillaDrafter()),
+        Arm("eagle, as pays", eagle()),
+        Arm("eagle+suffix, as pays", HybridDrafter(eagle())),
+        *(Arm(f"eagle, {nodes} nodes", eagle(nodes)) for nodes in _TREES),
     ]
 
 
@@ -69,20 +96,34 @@ def main() -> None:
     """Measure and write."""
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--prompts", type=Path, required=True)
+    words.add_argument("--calibration", type=Path, required=True)
     words.add_argument("--limit", type=int, default=16)
     words.add_argument("--max-new-tokens", type=int, default=64)
-    words.add_argument("--rounds", type=int, default=2)
+    words.add_argument("--rounds", type=int, default=3)
     words.add_argument("--json", type=Path, required=True)
     given = words.parse_args()
     chosen = read_prompt_file(given.prompts, given.limit)
     target = load_target()
     encoder = Haast(target, VanillaDrafter())
     prompts = [encoder.encode(prompt.turns[0]) for prompt in chosen]
-    measure(target, VanillaDrafter(), prompts[:2], 2, 16)  # warm-up
-    found: dict[str, Any] = {"batches": batches(target, prompts, given.max_new_tokens, given.rounds)}
+    folder = find_head("default", DEFAULT_MODEL)
+    assert folder is not None, "the default model has a head"
+    found = find_calibration(target, EagleDrafter(target, load_head(folder)), given.calibration)
+    assert found is not None, "a file was named"
+    measured = arms(target, found)
+    measured[0].measure(target, prompts[:2], 2, 16)  # warm-up
+    measured[0].speeds.clear()
+    for _ in range(given.rounds):
+        for size in _SIZES:
+            for arm in measured:
+                arm.measure(target, prompts, size, given.max_new_tokens)
+    result: dict[str, Any] = {"batches": [arm.point(size) for arm in measured for size in _SIZES]}
+    result["chosen"] = {
+        rows: {"shape": batch.shape, "expected": batch.expected} for rows, batch in found.batches.items()
+    }
     settings = {"rounds": given.rounds, "max_new_tokens": given.max_new_tokens}
-    found["environment"] = environment(target, DEFAULT_MODEL, given.prompts, len(prompts), settings)
-    write_json(found, str(given.json))
+    result["environment"] = environment(target, DEFAULT_MODEL, given.prompts, len(prompts), settings)
+    write_json(result, str(given.json))
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ def _table(document: dict[str, Any], name: str) -> str:
         ("contexts", tables.contexts),
         ("oracle", tables.oracle),
         ("baselines", tables.baselines),
-        ("batches", tables.batches),
         ("forward_ms", tables.calibration),
+        ("batches", tables.batches),
     )
     for key, table in kinds:
         if key in document:

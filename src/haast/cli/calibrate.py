@@ -25,7 +25,7 @@ def calibrate(
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the costs over the roofline.")] = None,
     json_out: JsonOption = None,
 ) -> None:
-    """Measure what a step costs here, and choose the drafting that is fastest. Takes less than a minute.
+    """Measure what a step costs here, and choose the drafting that is fastest. Takes a minute or two.
 
     Later runs with the same machine, model and head use what was found, unless they name a shape. Give prompts like
     those that will be asked; never those of an evaluation. It needs a head, and looks for the shape itself.

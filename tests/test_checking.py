@@ -60,8 +60,8 @@ def biased(real: Any, share: float) -> Any:
     """`verify`, but at a share of the steps it takes the first draft unseen."""
     calls = iter(range(10**9))
 
-    def wrong(tree: Any, logits: Any, sampler: Any, histories: Any) -> Verdict:
-        honest = real(tree, logits, sampler, histories)
+    def wrong(tree: Any, logits: Any, sampler: Any, histories: Any, numbers: Any = None) -> Verdict:
+        honest = real(tree, logits, sampler, histories, numbers)
         rows: list[RowVerdict | None] = []
         for row, kept in enumerate(honest.rows):
             children = tree.children(row)[0]

@@ -406,7 +406,7 @@ def test_verify_finds_nothing_wrong(home: Path, tmp_path: Path) -> None:
 
 
 def test_verify_exits_1_on_a_planted_bug(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def credulous(tree: DraftTree, logits: Any, sampler: Sampler, histories: Any) -> Verdict:
+    def credulous(tree: DraftTree, logits: Any, sampler: Sampler, histories: Any, numbers: Any = None) -> Verdict:
         """Accepts the first draft unseen."""
         rows: list[RowVerdict | None] = []
         for row, history in enumerate(histories):

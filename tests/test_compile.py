@@ -172,8 +172,10 @@ def test_a_compiled_draft_is_the_modules(counting: Counting) -> None:
             target.use_compiled_layers(counting)
         drafter = EagleDrafter(target, random_head(target), DraftShape("dynamic", depth=3, top_k=4, width=3, nodes=10))
         trees.append(proposals(drafter, target))
-    assert len(trees[0]) == len(trees[1]) > 10
-    for mine, theirs in zip(*trees, strict=True):
+    assert len(trees[0]) == len(trees[1])
+    both = [pair for pair in zip(*trees, strict=True) if pair[0].rows == 2]  # compiled rows stay when they have ended
+    assert len(both) > 10
+    for mine, theirs in both:
         assert torch.equal(mine.tokens, theirs.tokens) and torch.equal(mine.parents, theirs.parents)
 
 

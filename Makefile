@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow lint bench readme clean
+.PHONY: demo test slow lint docs bench readme clean
 
 demo: $(STAMP)
 	$(BIN)/haast generate --compare --rounds 2 --max-new-tokens 128 "Explain to a child why the sky is blue, and list three things that are also blue."
@@ -16,9 +16,12 @@ slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks setup.py
-	$(BIN)/ruff format --check src tests benchmarks setup.py
+	$(BIN)/ruff check src tests benchmarks docs setup.py
+	$(BIN)/ruff format --check src tests benchmarks docs setup.py
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(STAMP)
 	@test -n "$(PROMPTS)" || { echo "usage: make bench PROMPTS=prompts.jsonl"; exit 2; }
@@ -36,4 +39,4 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard src/haast/native/*.
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build src/*.egg-info src/haast/native/*.so
+	rm -rf $(VENV) build site src/*.egg-info src/haast/native/*.so

@@ -19,6 +19,8 @@ RANKS = [
     {"errors", "tree", "sampling", "text", "prompts", "loops", "native"},
     {"verify", "cache", "speed"},
     {"attention", "acceptance", "stats"},
+    {"support", "forward"},
+    {"probe"},
     {"target"},
     {"models"},
     {"heads"},

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from haast import attention
 from haast.cache import TreeCache
+from haast.placement import execution_device, layer_devices
 from haast.speed.compile import layers_of
 from haast.tree import DraftTree
 
@@ -65,9 +66,8 @@ class ModuleForward:
 
     @property
     def device(self) -> torch.device:
-        """Where tokens are sent."""
-        embedding: nn.Module = self.model.get_input_embeddings()
-        return next(embedding.parameters()).device
+        """Where tokens are sent, and features and logits come back: where the LM head computes."""
+        return execution_device(self.lm_head)
 
     @property
     def context_length(self) -> int | None:
@@ -99,18 +99,24 @@ class ModuleForward:
                 arguments["logits_to_keep"] = torch.unique(last)
             output = self.model(input_ids=tree.tokens, use_cache=True, past_key_values=cache, **arguments)
         features = captured["decoder"] if self.decoder_gives_features else captured["head"]
-        logits: Tensor = output.logits
+        device = tree.tokens.device  # a dispatched model's parts give their results where they compute
+        logits: Tensor = output.logits.to(device)
         if last_only:
             if self.decoder_gives_features:
                 last = torch.searchsorted(torch.unique(last), last)
-            logits = logits[torch.arange(tree.rows, device=logits.device), last].unsqueeze(1)
+            logits = logits[torch.arange(tree.rows, device=device), last].unsqueeze(1)
         states = output.hidden_states if layers is None else {**captured, self.depth: features}
-        return TargetOutput(features, logits, {index: states[index] for index in hidden_layers})
+        hidden = {index: states[index].to(device) for index in hidden_layers}
+        return TargetOutput(features.to(device), logits, hidden)
 
     def layers(self) -> list[nn.Module] | None:
         """The decoder layers; None where they can't be told from the decoder's other modules."""
         decoder: nn.Module = self.model.get_decoder()  # type: ignore[no-untyped-call]
         return layers_of(decoder, self.depth)
+
+    def new_cache(self, rows: int, capacity: int = 256) -> TreeCache:
+        """An empty cache for `rows` sequences, each layer's part of it where the layer computes."""
+        return TreeCache(self.depth, rows, capacity, devices=layer_devices(self.layers()))
 
     def positions(self, tree: DraftTree, cache: TreeCache) -> Tensor:
         """Each node's position in its row (rows, nodes): the row's committed length plus the node's depth."""

@@ -47,7 +47,7 @@ def probe(forward: ModuleForward) -> Probed:
 
 def _use_of_cache(forward: ModuleForward) -> bool:
     """Two tokens through the model: does it use our cache, and is the decoder's output what the head reads?"""
-    cache = TreeCache(forward.depth, 1)
+    cache = forward.new_cache(1)
     captured: dict[str | int, Tensor] = {}
     tree = DraftTree.chain(torch.zeros(1, 2, dtype=torch.long, device=forward.device))
     cache.begin(2)
@@ -78,7 +78,7 @@ def _answers_alike(forward: ModuleForward) -> float:
     past, path, twin = ([i % vocab for i in tokens] for tokens in ([3, 1, 4, 1, 5], [2, 6, 5], [9, 2]))
     both = torch.tensor([past + path, twin + [0] * 6], device=device)
     live = torch.tensor([[True] * 8, [True] * 2 + [False] * 6], device=device)
-    cache = TreeCache(forward.depth, 2)
+    cache = forward.new_cache(2)
     chain = _run(forward, DraftTree.chain(both, live), cache)
     logit_scale = _scale(forward, chain.features[0], chain.logits[0])
     expected = chain.logits[0, 5:].double()  # (3, vocab)
@@ -103,7 +103,7 @@ def _run(forward: ModuleForward, tree: DraftTree, cache: TreeCache) -> TargetOut
 
 def _scale(forward: ModuleForward, features: Tensor, logits: Tensor) -> float:
     """By how much a model multiplies what its LM head gives (Cohere, Granite)."""
-    raw, logits = forward.lm_head(features).double(), logits.double()
+    raw, logits = forward.lm_head(features).to(features.device).double(), logits.double()
     cap = getattr(forward.config, "final_logit_softcapping", None)
     if cap is not None:
         logits = cap * torch.atanh((logits / cap).clamp(-0.999, 0.999))

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from haast import attention
 from haast.errors import UnsupportedModelError
+from haast.placement import check_placement
 
 _GATHERABLE = {"full_attention", "sliding_attention"}
 
@@ -37,6 +38,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
             f"{name} has layers of kind {sorted(kinds)}, whose state can't be gathered by tree path; "
             f"supported kinds are {sorted(_GATHERABLE)}"
         )
+    check_placement(model)
     if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         raise UnsupportedModelError(f"{name} has no LM head; load it with AutoModelForCausalLM")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from haast import native
 from haast.cache import TreeCache
 from haast.forward import ModuleForward, TargetOutput
+from haast.placement import dispatched, mesh_of, read_weight, sharded, whole
 from haast.probe import Probed, probe, tolerance
+from haast.ranks import Ranks
 from haast.speed.compile import CompiledLayers, Progress, nodes_for, slots_for, wrapped
 from haast.speed.packing import PackedLinear
 from haast.speed.stack import NativeStack
@@ -34,7 +37,8 @@ class Target:
     """A frozen causal LM behind one method, `forward`.
 
     Args:
-        model: any transformers causal LM in eval mode, on any one device.
+        model: any transformers causal LM in eval mode; on one device, on several (`device_map`), or cut over processes
+            (`tp_plan`), see docs/devices.md.
         tokenizer: optional; needed where text goes in or comes out.
         probed: `Target.probed` of an earlier Target of this very model.
 
@@ -62,7 +66,9 @@ class Target:
         self._compiled: CompiledLayers | None = None
         choose_attention(model)
         self._modules = ModuleForward(model)
-        self.probed = probe(self._modules) if probed is None else probed
+        mesh = mesh_of(model)
+        self.ranks = None if mesh is None else Ranks(mesh)  # the processes that hold the model together
+        self.probed = self._agree_on(probe(self._modules) if probed is None else probed)
         self._modules.decoder_gives_features = self.probed.decoder_gives_features
         self.logit_scale = self.probed.logit_scale
 
@@ -87,18 +93,25 @@ class Target:
 
     @property
     def device(self) -> torch.device:
-        """Where the embedding lives, and so where tokens are sent."""
-        return next(self.embedding.parameters()).device
+        """Where trees are sent, and features and logits come back: where the LM head computes."""
+        return self._modules.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of activations."""
-        return next(self.embedding.parameters()).dtype
+        return self._modules.dtype
 
     @property
     def context_length(self) -> int | None:
         """Positions the target was made for; None where its config does not say."""
         return self._modules.context_length
+
+    @property
+    def spread(self) -> str:
+        """How the model is more than one module tree on one device, in words; empty where it is not."""
+        if self.ranks is not None:
+            return "sharded over processes"
+        return "spread over devices (device_map)" if dispatched(self.model) else ""
 
     @property
     def one_call(self) -> bool:
@@ -121,6 +134,8 @@ class Target:
             raise ValueError(
                 "packed linears are native code, which can't be compiled: load the model with packing='off'"
             )
+        if self.spread:
+            raise ValueError(f"the layers of a model that is {self.spread} can't be compiled: leave it out")
         self._compiled = CompiledLayers(self.device, backend, progress)
 
     def use_modules(self) -> None:
@@ -145,7 +160,7 @@ class Target:
             self._stack = None  # the model was moved or changed: its own modules answer from here on
         if self.compiled is not None:
             return TreeCache(self.layers, rows, 1, slots_for)  # as long as the text needs: few lengths
-        return TreeCache(self.layers, rows, capacity)
+        return self._modules.new_cache(rows, capacity)
 
     def _unchanged(self, stack: NativeStack) -> bool:
         decoder: Any = self.model.get_decoder()  # type: ignore[no-untyped-call]
@@ -232,13 +247,13 @@ class Target:
     @torch.inference_mode()
     def embed(self, tokens: Tensor) -> Tensor:
         """Input embeddings of `tokens` (any shape) -> (..., hidden)."""
-        output: Tensor = self.embedding(tokens)
+        output: Tensor = self.embedding(tokens).to(tokens.device)
         return output
 
     @torch.inference_mode()
     def head_logits(self, features: Tensor) -> Tensor:
         """The frozen LM head over features (..., hidden) -> (..., vocab), scaled and capped as the model does."""
-        output: Tensor = self.lm_head(features)
+        output: Tensor = self.lm_head(features).to(features.device)
         if self.logit_scale != 1.0:
             output = output * self.logit_scale
         cap = getattr(self.config, "final_logit_softcapping", None)
@@ -247,15 +262,32 @@ class Target:
     def head_rows(self, tokens: Tensor) -> Tensor:
         """The LM head's weight rows for `tokens` (n,) -> (n, hidden), in the scale of the model's logits."""
         head = self.lm_head
-        weight = head.unpack() if isinstance(head, PackedLinear) else head.weight
-        assert isinstance(weight, Tensor), "an LM head has a weight"
-        rows = weight.detach()[tokens]
+        weight = head.unpack() if isinstance(head, PackedLinear) else read_weight(head, "weight")
+        assert weight is not None, "an LM head has a weight"
+        rows = weight[tokens.to(weight.device)].to(self.device)
         return rows if self.logit_scale == 1.0 else rows * self.logit_scale
 
     def head_bias(self, tokens: Tensor) -> Tensor | None:
         """The LM head's bias for `tokens` (n,), in the scale of the model's logits; None where it has none."""
-        bias = getattr(self.lm_head, "bias", None)
-        return None if bias is None else bias.detach()[tokens] * self.logit_scale
+        bias = read_weight(self.lm_head, "bias")
+        return None if bias is None else bias[tokens.to(bias.device)].to(self.device) * self.logit_scale
+
+    def borrowed(self, module: nn.Module) -> nn.Module:
+        """`embedding` or `lm_head` for a drafter, which runs in the first process only: a whole copy of a sharded one.
+
+        All processes must ask for it; only the first one gets a copy.
+        """
+        if not sharded(module):
+            return module
+        assert self.ranks is not None, "a sharded model has ranks"
+        copied = whole(module)
+        return copied if self.ranks.leads else module
+
+    def _agree_on(self, probed: Probed) -> Probed:
+        """It decides the shape of what processes exchange, so all have the first one's word."""
+        if self.ranks is None:
+            return probed
+        return replace(probed, decoder_gives_features=bool(self.ranks.share([probed.decoder_gives_features])[0]))
 
     def _check(self, tree: DraftTree, cache: TreeCache, hidden_layers: Sequence[int]) -> None:
         if tree.rows != cache.rows:

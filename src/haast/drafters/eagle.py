@@ -72,6 +72,7 @@ class EagleDrafter(Drafter):
         vocab = None if head.draft_vocab is None else checked_vocab(head.draft_vocab, target)
         self._vocab = vocab
         packed = isinstance(target.lm_head, PackedLinear)
+        self._embedding = target.borrowed(target.embedding)
         self._lm_head = _draft_lm_head(target, self._module, vocab, packed)
         if packed:
             pack_linears(self._module)
@@ -316,7 +317,7 @@ class EagleDrafter(Drafter):
 
     def _next(self, tokens: Tensor, states: Tensor, positions: Tensor, seen: Tensor, past: list[int]) -> Tensor:
         """The head's next states (rows, nodes, hidden); `seen` is of what is in flight behind the past."""
-        cache, embeddings = self._cache, self._target.embed(tokens)
+        cache, embeddings = self._cache, self._embedding(tokens).to(tokens.device)
         assert cache is not None, "start comes before any forward"
         if self._stack is not None:
             store = cache.storage(self._stack.kv_heads, self._stack.head_dim, states.dtype)
@@ -349,7 +350,7 @@ def _draft_lm_head(target: Target, module: DraftModule, vocab: Tensor | None, pa
     theirs = target.head_rows(ids)
     rows = module.lm_rows(theirs)
     if vocab is None and rows is theirs and target.logit_scale == 1.0:
-        return target.lm_head
+        return target.borrowed(target.lm_head)
     bias = None if module.own_lm_head else target.head_bias(ids)
     if packed:
         return PackedLinear(rows, bias, form=DRAFT_LM_FORM)

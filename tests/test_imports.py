@@ -22,7 +22,7 @@ RANKS = [
     {"placement", "ranks"},
     {"support", "forward"},
     {"probe"},
-    {"target"},
+    {"target", "spreading"},
     {"models"},
     {"heads"},
     {"drafters"},

@@ -49,7 +49,7 @@ class TreeCache(Cache):
         rows: int,
         capacity: int = _CHUNK,
         rounding: Callable[[int], int] | None = None,
-        devices: Sequence[torch.device] | None = None,
+        devices: Sequence[torch.device | None] | None = None,
     ) -> None:
         if layers < 1 or rows < 1 or capacity < 1:
             raise ValueError(f"a cache needs layers, rows, capacity >= 1, got {layers}, {rows}, {capacity}")

@@ -67,7 +67,9 @@ class ModuleForward:
     @property
     def device(self) -> torch.device:
         """Where tokens are sent, and features and logits come back: where the LM head computes."""
-        return execution_device(self.lm_head)
+        return (
+            execution_device(self.lm_head) or execution_device(self.model.get_input_embeddings()) or self.model.device
+        )
 
     @property
     def context_length(self) -> int | None:

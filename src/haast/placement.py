@@ -47,14 +47,15 @@ def dispatched(model: nn.Module) -> bool:
     return any(next(_hooks(module), None) is not None for module in model.modules())
 
 
-def execution_device(module: nn.Module) -> torch.device:
-    """Where the module computes: its hook's device, else its weights'."""
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Where the module computes: its hook's device, else its weights'; None where it has none of both."""
     for part in module.modules():
         for hook in _hooks(part):
             if hook.execution_device is not None:
                 device = hook.execution_device
                 return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    return next(module.parameters()).device
+    weight = next(module.parameters(), None)
+    return None if weight is None else weight.device
 
 
 def read_weight(module: nn.Module, name: str) -> Tensor | None:
@@ -94,7 +95,7 @@ def whole(module: nn.Module) -> nn.Module:
     return made
 
 
-def layer_devices(layers: Sequence[nn.Module] | None) -> list[torch.device] | None:
+def layer_devices(layers: Sequence[nn.Module] | None) -> list[torch.device | None] | None:
     """Where each decoder layer computes, if not all in one place."""
     devices = [execution_device(layer) for layer in layers or ()]
     return devices if len(set(devices)) > 1 else None

@@ -14,6 +14,7 @@ from torch import Tensor
 from haast.cache import TreeCache
 from haast.errors import UnsupportedModelError
 from haast.forward import ModuleForward, TargetOutput
+from haast.placement import mesh_of
 from haast.tree import DraftTree
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}  # of logits, relative to the largest; 16-bit: 0.2
@@ -59,7 +60,7 @@ def _use_of_cache(forward: ModuleForward) -> bool:
     except (TypeError, KeyError, AttributeError, RuntimeError, ValueError, IndexError) as error:
         raise UnsupportedModelError(
             f"{name} can't take a tree: a two-token forward with a 4-D mask, position_ids and Haast's cache "
-            f"failed with {type(error).__name__}: {error}"
+            f"failed with {type(error).__name__}: {error}{_uneven(forward)}"
         ) from error
     if len(cache.updated_layers) != forward.depth or "head" not in captured:
         raise UnsupportedModelError(
@@ -67,6 +68,14 @@ def _use_of_cache(forward: ModuleForward) -> bool:
             f"layers there), so rejected tokens can't be removed; use a model whose layers are all attention"
         )
     return "decoder" in captured and torch.equal(captured["decoder"], captured["head"])
+
+
+def _uneven(forward: ModuleForward) -> str:
+    mesh = mesh_of(forward.model)
+    heads = getattr(forward.config, "num_key_value_heads", None) or forward.config.num_attention_heads
+    if mesh is None or heads % mesh.size() == 0:
+        return ""
+    return f"; its {heads} key heads can't be cut over {mesh.size()} processes: start as many as divide them"
 
 
 def _answers_alike(forward: ModuleForward) -> float:

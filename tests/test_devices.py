@@ -48,7 +48,7 @@ splits = pytest.mark.parametrize("split", sorted(SPLITS))
 
 @pytest.fixture(autouse=True)
 def silent() -> None:
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
 
 
 def saved(folder: Path, tied: bool = False, vocab: int = VOCAB) -> tuple[Path, LlamaForCausalLM]:

@@ -140,6 +140,10 @@ class SharedDrafter(Drafter):
         if self._ranks.leads:
             self._inner.recall(memory, following)
 
+    def keep(self, order: Sequence[int]) -> None:
+        if self._ranks.leads:
+            self._inner.keep(order)
+
     def observe(self, accepted: Accepted) -> None:
         if self._ranks.leads:
             self._inner.observe(accepted)

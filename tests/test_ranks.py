@@ -6,26 +6,29 @@ import json
 import os
 import subprocess
 import sys
+from collections import deque
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
-import torch
-from fakes import decode, random_head, tiny_llama, tiny_target, vanilla
+from fakes import RandomTrees, collect, tiny_llama, tiny_target, vanilla
 from test_text import byte_tokenizer
-from torch import Tensor
 from transformers import GenerationConfig
 
-from haast.agreement import Agreed, agreement
-from haast.drafters.base import Drafter
-from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
+import haast
+from haast.acceptance import rule_named
+from haast.checking import diagnose
+from haast.drafters.base import Accepted, Drafter
+from haast.drafters.shape import shape_for
 from haast.drafters.small_model import SmallModelDrafter
+from haast.engine import Engine, StopConfig
 from haast.errors import HeadMismatchError
-from haast.past import Past
-from haast.sampling import Sampler, SamplingConfig
+from haast.sampling import SamplingConfig
+from haast.target import Target
 from haast.tree import DraftTree
-from haast.verify import RowVerdict, Verdict
 
 # Both processes run it; each writes what it said. What differs between them on purpose is named at the end.
 DRIVER = """
@@ -137,11 +140,109 @@ def test_two_processes_say_what_one_says(tmp_path: Path) -> None:
     assert len(said["generate"][0]) == len(PROMPTS[0]) + 24 and "different prompts" in said["refused"]
 
 
+class Wire:
+    """Stands in for `Ranks`: what the leader says is kept, for a follower that runs later."""
+
+    def __init__(self, said: deque[list[int]], leads: bool) -> None:
+        self.said, self.leads = said, leads
+
+    def share(self, values: Sequence[int] = ()) -> list[int]:
+        if self.leads:
+            self.said.append(list(values))
+        return list(values) if self.leads else self.said.popleft()
+
+    def leading(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def same(self, value: int) -> bool:
+        return True
+
+
+class Silent(Drafter):
+    """A follower's: nobody may ask it anything."""
+
+    name = "silent"
+    nodes = 20
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> None:
+        raise AssertionError("only the leader drafts")
+
+    def observe(self, accepted: Accepted) -> None:
+        raise AssertionError("only the leader drafts")
+
+    def keep(self, order: Sequence[int]) -> None:
+        raise AssertionError("only the leader drafts")
+
+    def propose(self) -> DraftTree:
+        raise AssertionError("only the leader drafts")
+
+
+@pytest.mark.parametrize("rule", [None, "rejection"])
+def test_a_follower_says_what_the_leader_says_whatever_it_would_say_itself(rule: str | None) -> None:
+    """The follower has other weights, another seed and other stop rules: every decision is the leader's."""
+    said: deque[list[int]] = deque()
+    texts = []
+    for leads, seed in ((True, 5), (False, 6)):
+        target = tiny_target(seed=0 if leads else 9)
+        cast(Any, target).ranks = Wire(said, leads)
+        drafter: Drafter = RandomTrees(20, 1, dead=0.2, probes=0.2) if leads else Silent()
+        stop = StopConfig(24, stop=partial(ends, 9 if leads else 3))
+        run = Engine(target, drafter, None if rule is None else rule_named(rule))
+        texts.append(collect(run.run(PROMPTS, SamplingConfig(1.0, seed=seed), stop), len(PROMPTS)))
+    assert texts[0] == texts[1] and not said and [len(text) for text in texts[0]] == [9, 9, 9]
+
+
+def ends(length: int, row: int, new: Sequence[int]) -> bool:
+    return len(new) >= length
+
+
+def test_a_small_model_that_drafts_is_held_by_one_process() -> None:
+    target, small = tiny_target(), tiny_target(seed=1)
+    cast(Any, small).ranks = Wire(deque(), True)
+    with pytest.raises(HeadMismatchError, match="one process drafts"):
+        SmallModelDrafter(target, small)
+
+
+SMOLLM2 = """
+import json, sys
+from pathlib import Path
+import torch.distributed as dist
+import haast
+from haast.drafters.shape import shape_for
+
+haast = haast.Haast.from_pretrained(tensor_parallel=True, shape=shape_for(6))
+said = [list(haast.generate(prompt, max_new_tokens=48).tokens) for prompt in json.loads(sys.argv[2])]
+if dist.get_rank() == 0:
+    Path(sys.argv[1]).write_text(json.dumps(said))
+dist.destroy_process_group()
+"""
+QUESTIONS = ["Why is the sky blue?", "Write a function that reverses a list."]
+
+
+@pytest.mark.slow
+def test_the_default_model_says_the_same_in_three_processes_and_from_disk(tmp_path: Path) -> None:
+    """In fp32, where processes add in another order: a difference has to be a tie."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(SMOLLM2)
+    done = torchrun(driver, tmp_path / "said.json", json.dumps(QUESTIONS), processes=3)
+    assert done.returncode == 0, done.stderr
+    parallel = json.loads((tmp_path / "said.json").read_text())
+    kept = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    layers = {f"model.layers.{i}": "disk" if i % 3 else "cpu" for i in range(30)}
+    paged = haast.Haast.from_pretrained(device_map={**kept, **layers}, shape=shape_for(6))
+    plain = haast.Haast.from_pretrained(head=None, packing="off")
+    for question, three in zip(QUESTIONS, parallel, strict=True):
+        expected = list(plain.generate(question, max_new_tokens=48).tokens)
+        for said in (three, list(paged.generate(question, max_new_tokens=48).tokens)):
+            found = diagnose(plain.target, plain.encode(question), expected, said, SamplingConfig())
+            assert found is None or found.kind == "tie"
+
+
 @pytest.mark.slow
 def test_the_command_line_answers_once(tmp_path: Path) -> None:
     folder, result = tmp_path / "model", tmp_path / "said.json"
     model = tiny_llama(len(byte_tokenizer()))
-    model.generation_config = GenerationConfig()
+    model.generation_config = cast(Any, GenerationConfig)()
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     common = ["-m", "haast", "generate", "hello", "--head", "none", "--dtype", "float64", "--raw", "--model", folder]
@@ -154,8 +255,6 @@ def test_the_command_line_answers_once(tmp_path: Path) -> None:
 
 
 def decode_hello(model: Any) -> list[int]:
-    from haast.target import Target
-
     return vanilla(Target(model), [list(byte_tokenizer()("hello")["input_ids"])], 8)[0]
 
 

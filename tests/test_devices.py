@@ -75,13 +75,13 @@ def test_a_split_model_says_what_it_says_in_one_piece(tmp_path: Path, split: str
     folder, model = saved(tmp_path, tied)
     whole, target = Target(model), Target(spread(folder, device_map=SPLITS[split]))
     assert target.device == torch.device("cpu") and target.dtype is torch.float64 and "device_map" in target.spread
-    greedy, drawn = vanilla(whole, PROMPTS, 24), vanilla(whole, PROMPTS, 24, SAMPLED)
-    assert vanilla(target, PROMPTS, 24) == greedy
+    greedy, drawn = vanilla(whole, PROMPTS, 16), vanilla(whole, PROMPTS, 16, SAMPLED)
+    assert vanilla(target, PROMPTS, 16) == greedy
     for draft_vocab in (None, range(0, VOCAB, 2)):
         eagle = EagleDrafter(target, random_head(target, draft_vocab), TREE)
-        assert decode(target, eagle, PROMPTS, 24) == greedy
-        assert decode(target, eagle, PROMPTS, 24, SAMPLED) == drawn
-    assert decode(target, LookaheadDrafter(VOCAB), PROMPTS, 24) == greedy
+        assert decode(target, eagle, PROMPTS, 16) == greedy
+        assert decode(target, eagle, PROMPTS, 16, SAMPLED) == drawn
+    assert decode(target, LookaheadDrafter(VOCAB), PROMPTS, 16) == greedy
 
 
 def test_a_plan_by_memory_says_the_same(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_plan_by_memory_says_the_same(tmp_path: Path) -> None:
     for room in (25_000, 60_000, 110_000):
         target = Target(spread(folder, device_map="auto", max_memory={"cpu": room}))
         eagle = EagleDrafter(target, random_head(target), TREE)
-        assert decode(target, eagle, PROMPTS, 24) == vanilla(Target(model), PROMPTS, 24)
+        assert decode(target, eagle, PROMPTS, 16) == vanilla(Target(model), PROMPTS, 16)
 
 
 def test_weights_kept_in_memory_and_paged_in_say_the_same() -> None:
@@ -97,7 +97,7 @@ def test_weights_kept_in_memory_and_paged_in_say_the_same() -> None:
     cpu_offload(paged, torch.device("cpu"))
     target = Target(paged)
     eagle = EagleDrafter(target, random_head(target), TREE)
-    assert decode(target, eagle, PROMPTS, 24) == vanilla(whole, PROMPTS, 24)
+    assert decode(target, eagle, PROMPTS, 16) == vanilla(whole, PROMPTS, 16)
     assert all(weight.is_meta for weight in paged.parameters()), "paged out again"
 
 
@@ -180,10 +180,10 @@ def test_layers_of_a_split_model_are_not_compiled(tmp_path: Path) -> None:
 
 def test_a_head_is_moved_to_its_target_and_a_head_without_weights_is_refused() -> None:
     target = Target(tiny_llama())
-    expected = vanilla(target, PROMPTS, 24)
+    expected = vanilla(target, PROMPTS, 16)
     head = random_head(target)
     half = Head(head.module.half(), None, {})
-    assert decode(target, EagleDrafter(target, half, TREE), PROMPTS, 24) == expected
+    assert decode(target, EagleDrafter(target, half, TREE), PROMPTS, 16) == expected
     assert next(half.module.parameters()).dtype is torch.float64
     with pytest.raises(HeadMismatchError, match="meta device"):
         EagleDrafter(target, Head(head.module.to("meta"), None, {}), TREE)

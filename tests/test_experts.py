@@ -22,7 +22,8 @@ from haast.drafters.eagle import EagleDrafter
 from haast.drafters.lookahead import LookaheadDrafter
 from haast.drafters.lookup import PromptLookupDrafter
 from haast.drafters.shape import DraftShape
-from haast.heads.checkpoint import load_head
+from haast.heads.checkpoint import Head
+from haast.heads.module import DraftModule
 from haast.sampling import SamplingConfig
 from haast.target import Target
 from haast.training.config import TrainConfig
@@ -75,6 +76,8 @@ def test_a_head_is_trained_for_a_target_with_experts(tmp_path: Path) -> None:
     )
     run.run()
     assert "not a Llama layer" in why_not_last_layer(target, tiny.sizes(target, "feat"))
-    drafter = EagleDrafter(target, load_head(tmp_path / "best"))
+    module = run.plain_head()
+    assert isinstance(module, DraftModule) and all(bool(weight.isfinite().all()) for weight in module.parameters())
+    drafter = EagleDrafter(target, Head(module, run.draft_vocab, {}))
     prompts = [[2, 3, 4]]
     assert decode(target, drafter, prompts, 12) == decode(target, LookaheadDrafter(tiny.VOCAB), prompts, 12)

@@ -39,7 +39,7 @@ import torch
 import torch.distributed as dist
 
 torch.set_num_threads(1)
-from transformers import AutoModelForCausalLM, MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 from transformers.distributed.configuration_utils import DistributedConfig
 
 import haast
@@ -50,12 +50,13 @@ from haast.drafters.lookup import SuffixDrafter
 from haast.drafters.shape import DraftShape
 from haast.drafters.small_model import SmallModelDrafter
 from haast.engine import Engine, StopConfig
-from haast.errors import PromptError
+from haast.errors import PromptError, UnsupportedModelError
 from haast.past import Past
 from haast.sampling import SamplingConfig
 from haast.speed.policy import Pace
 from haast.target import Target
-from fakes import tiny_target, collect
+from fakes import collect, tiny_llama, tiny_target
+from torch.distributed.fsdp import fully_shard
 
 folder, out = sys.argv[1:3]
 model = AutoModelForCausalLM.from_pretrained(
@@ -105,6 +106,12 @@ try:
     vanilla(target, [[1, 2, 3 + rank]], 8)
 except PromptError as error:
     said["refused"] = str(error)
+fully_sharded = tiny_llama()
+fully_shard(fully_sharded)
+try:
+    Target(fully_sharded)
+except UnsupportedModelError as error:
+    said["fsdp"] = str(error)
 Path(out, f"{rank}.json").write_text(json.dumps(said))
 dist.destroy_process_group()
 """
@@ -138,6 +145,7 @@ def test_two_processes_say_what_one_says(tmp_path: Path) -> None:
     assert said["stopped"][0] == PROMPTS[0] + greedy[0][:7]
     assert [len(text) for text in said["engine stopped"]] == [5, 5, 5]
     assert len(said["generate"][0]) == len(PROMPTS[0]) + 24 and "different prompts" in said["refused"]
+    assert "sharded by FSDP" in said["fsdp"]
 
 
 class Wire:

@@ -64,6 +64,10 @@ QWEN_EXPERTS = {
     "shared_expert_intermediate_size": 24,
 }
 FULL_AND_SLIDING = ["sliding_attention", "full_attention"]
+ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+          "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}  # fmt: skip
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": None, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12,
+          "num_key_value_heads": 4}  # fmt: skip
 FAMILIES = {
     "llama": Family("llama"),
     "qwen2": Family("qwen2"),
@@ -84,6 +88,15 @@ FAMILIES = {
     "mixtral-fp32": Family("mixtral", EXPERTS, torch.float32),
     "llama-fp32": Family("llama", {}, torch.float32),
     "qwen2_moe": Family("qwen2_moe", QWEN_EXPERTS),
+    "qwen3_moe": Family("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                                      "head_dim": 8}),
+    "olmoe": Family("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": Family("gpt_oss", {**EXPERTS, "head_dim": 8, "sliding_window": 6, "layer_types": FULL_AND_SLIDING,
+                                  "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}),
+    "deepseek_v2": Family("deepseek_v2", {**ROUTED, **LATENT}),
+    "deepseek_v3": Family("deepseek_v3", {**ROUTED, **LATENT}),
+    "granitemoe": Family("granitemoe", EXPERTS),
+    "glm4_moe": Family("glm4_moe", {**ROUTED, "head_dim": 8}),
     "granite": Family("granite", {"embedding_multiplier": 2.0, "logits_scaling": 3.0, "residual_multiplier": 0.5,
                                   "attention_multiplier": 0.2}),
     "cohere": Family("cohere"),

@@ -7,7 +7,7 @@ in `engine`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from haast.errors import PromptError
 from haast.heads.checkpoint import check_fits, head_folder, load_head, read_head_config
 from haast.models import DEFAULT_MODEL, check_compile, load_target
 from haast.past import Past
+from haast.placement import execution_device
 from haast.sampling import Processor, SamplingConfig
+from haast.spreading import Spread
 from haast.target import Target
 from haast.text import StopWatch, TextStream
 
@@ -75,6 +77,10 @@ class Haast:
         packing: str = "auto",
         compile: str = "off",
         calibration: str | Path = "auto",
+        device_map: str | Mapping[str, Any] | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        offload_folder: str | None = None,
+        tensor_parallel: bool = False,
     ) -> Haast:
         """Load a target and its head.
 
@@ -88,6 +94,8 @@ class Haast:
             calibration: without a shape: "auto", "off", or the file of a calibration. Where it found that drafting
                 does not pay here, the text is decoded without.
             dtype, device, packing: see `load_target`; they apply to named models.
+            device_map, max_memory, offload_folder, tensor_parallel: see `haast.spreading.Spread`; of named models. A
+                loaded model may have been spread by transformers itself (docs/devices.md).
             compile: "on" compiles the decoder layers of target and head, "auto" does on CUDA, "off" does not; nothing
                 stays on a loaded model.
 
@@ -97,12 +105,15 @@ class Haast:
         folder = find_head(head, model if isinstance(model, str) else None)
         if folder is not None:
             read_head_config(folder)  # a broken head is told before the model loads
+        spread = Spread(device_map, max_memory, offload_folder, tensor_parallel)
         if isinstance(model, str):
-            target = load_target(model, dtype=dtype, device=device, packing=packing, compile=compile)
+            target = load_target(model, dtype=dtype, device=device, packing=packing, compile=compile, spread=spread)
+        elif spread:
+            raise ValueError("device_map and tensor_parallel are for models that are named: load yours spread")
         else:
-            compiled = check_compile(compile, "float32", str(model.device), "off")
+            compiled = check_compile(compile, "float32", str(execution_device(model) or "cpu"), "off")
             target = Target(model, tokenizer)
-            if compiled:
+            if compiled and not (target.spread and compile == "auto"):
                 target.use_compiled_layers()
         if folder is None:
             return cls(target, VanillaDrafter())

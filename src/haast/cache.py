@@ -40,16 +40,22 @@ class TreeCache(Cache):
     """Keys and values of `layers` layers for `rows` sequences. All shapes (rows, kv_heads, slots, head_dim).
 
     `rounding` gives the capacity that holds so many slots, where the sizes that memory grows by are to be few.
+    `devices` says where each layer computes, where that is not one place: the layers of one share a slab there.
     """
 
     def __init__(
-        self, layers: int, rows: int, capacity: int = _CHUNK, rounding: Callable[[int], int] | None = None
+        self,
+        layers: int,
+        rows: int,
+        capacity: int = _CHUNK,
+        rounding: Callable[[int], int] | None = None,
+        devices: Sequence[torch.device | None] | None = None,
     ) -> None:
         if layers < 1 or rows < 1 or capacity < 1:
             raise ValueError(f"a cache needs layers, rows, capacity >= 1, got {layers}, {rows}, {capacity}")
         super().__init__(layers=[_Layer(self) for _ in range(layers)])
         self.rows = rows
-        self._rounding = rounding
+        self._rounding, self._devices = rounding, devices
         self.capacity = rounding(capacity) if rounding is not None else _round_up(capacity)
         self.lengths = [0] * rows  # committed slots per row
         # Layers of one shape share one slab (layers, rows, kv_heads, capacity, head_dim), so a commit is one gather.
@@ -216,7 +222,9 @@ class TreeCache(Cache):
                 if free is not None:
                     return number, free
         # Guess that the layers to come look like this one (keys and values); one that does not gets a slab of its own.
-        layers = 2 * len(self.layers) if not self._slabs else 1
+        first = all(slab.device != like.device for slab in self._slabs)
+        here = len(self.layers) if self._devices is None else self._devices.count(like.device)
+        layers = 2 * here if first and (here or not self._slabs) else 1
         self._slabs.append(torch.zeros(layers, *shape, dtype=like.dtype, device=like.device))
         return len(self._slabs) - 1, 0
 

@@ -8,7 +8,7 @@ Prefill has a step's shape (a chain of prompt tokens, all kept), so one path ser
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from haast.acceptance import AcceptanceRule
+from haast.agreement import agreement
 from haast.cache import TreeCache, packed_order
 from haast.drafters.base import Accepted, Drafter
 from haast.errors import PromptError
@@ -137,8 +138,9 @@ class _Run:
         watch: Callable[[Step], None] | None,
     ) -> None:
         self._past, self._watch = past, watch
-        self._target, self._drafter, self._stats, self._rule = target, drafter, stats, rule
-        self._device = target.device
+        self._device, self._agreement = target.device, agreement(target.ranks)
+        self._drafter = self._agreement.drafter(drafter, self._device)
+        self._target, self._stats, self._rule = target, stats, rule
         self._sampler = sampling if isinstance(sampling, Sampler) else Sampler(sampling)
         self._stop = stop
         self._histories = [list(prompt) for prompt in prompts]
@@ -155,6 +157,7 @@ class _Run:
     def emissions(self) -> Iterator[Emission]:
         """Prefill, then step until every row has ended."""
         begun = perf_counter()
+        self._agreement.check(self._histories, self._stop.max_new_tokens)
         with self._drafter.lock, self._whole():
             self._drafter.owner = self
             self._drafter.start(self._histories)
@@ -202,14 +205,16 @@ class _Run:
             output = self._target.forward(tree, self._cache, last_only=True, hidden_layers=layers)
             self._cache.commit([range(count) for count in counts])
             verdicts: list[RowVerdict | None] = []
-            for row, count in enumerate(counts):
-                following = prompts[row][begin + 1 : begin + count + 1]
-                if count and begin + count == self._prompt_lengths[row]:
-                    first[row] = self._sampler.choose(row, self._histories[row], output.logits[row, 0])
-                    following.append(first[row])
-                verdicts.append(RowVerdict(tuple(range(count)), tuple(following), ()) if count else None)
+            with self._agreement.deciding(self._sampler):
+                for row, count in enumerate(counts):
+                    following = prompts[row][begin + 1 : begin + count + 1]
+                    if count and begin + count == self._prompt_lengths[row]:
+                        first[row] = self._sampler.choose(row, self._histories[row], output.logits[row, 0])
+                        following.append(first[row])
+                    verdicts.append(RowVerdict(tuple(range(count)), tuple(following), ()) if count else None)
             self._observe(verdicts, output, stepped=False)
-        return [self._emit(row, (token,), 0) for row, token in sorted(first.items())]
+        with self._stopping() as decide:
+            return [self._emit(row, (token,), 0, decide) for row, token in sorted(first.items())]
 
     def _step(self) -> list[Emission]:
         if self._drafter.owner is not self:
@@ -224,8 +229,7 @@ class _Run:
         output = self._target.forward(tree, self._cache, hidden_layers=self._drafter.target_layers)
         verified = self._now()
         histories = [self._histories[row] if self._running[row] else None for row in self._rows]
-        accept = verify if self._rule is None else self._rule.verify
-        verdict = accept(tree, output.logits, self._sampler, histories, self._rows)
+        verdict = self._judge(tree, output.logits, histories)
         self._cache.commit([None if row is None else row.path for row in verdict.rows])
         settled = self._now()
         self._observe(verdict.rows, output)
@@ -252,18 +256,30 @@ class _Run:
         self._drafter.keep(order)
         self._rows = [self._rows[row] for row in order]
 
+    def _judge(self, tree: DraftTree, logits: Tensor, histories: Sequence[Sequence[int] | None]) -> Verdict:
+        rule = self._rule
+        if rule is not None:
+            return self._agreement.judged(lambda: rule.verify(tree, logits, self._sampler, histories, self._rows))
+        with self._agreement.deciding(self._sampler):
+            return verify(tree, logits, self._sampler, histories, self._rows)
+
+    def _stopping(self) -> AbstractContextManager[Callable[[int], int]]:
+        """What a stop rule of the user's says is agreed on: it may look at a clock."""
+        return nullcontext(int) if self._stop.stop is None else self._agreement.deciding(self._sampler)
+
     def _settle(self, verdict: Verdict, nodes: int) -> list[Emission]:
         emitted = []
-        for row, kept in sorted(zip(self._rows, verdict.rows, strict=True), key=lambda each: each[0]):
-            if kept is not None:
-                self._stats.count(kept)
-                self._stats.nodes += nodes
-                emission = self._emit(row, kept.tokens, len(kept.tokens) - 1)
-                self._stats.decoded_tokens += len(emission.tokens)
-                emitted.append(emission)
+        with self._stopping() as decide:
+            for row, kept in sorted(zip(self._rows, verdict.rows, strict=True), key=lambda each: each[0]):
+                if kept is not None:
+                    self._stats.count(kept)
+                    self._stats.nodes += nodes
+                    emission = self._emit(row, kept.tokens, len(kept.tokens) - 1, decide)
+                    self._stats.decoded_tokens += len(emission.tokens)
+                    emitted.append(emission)
         return emitted
 
-    def _emit(self, row: int, tokens: tuple[int, ...], drafted: int) -> Emission:
+    def _emit(self, row: int, tokens: tuple[int, ...], drafted: int, decide: Callable[[int], int]) -> Emission:
         """Apply the stop rules to a row's new tokens, in the order in which vanilla would meet them."""
         history, begin = self._histories[row], self._prompt_lengths[row]
         kept = 0
@@ -273,7 +289,7 @@ class _Run:
             new = history[begin:]
             ends = token in self._stop.eos_ids or len(new) >= self._allowed[row]
             if self._stop.stop is not None:
-                ends = self._stop.stop(row, new) or ends
+                ends = bool(decide(self._stop.stop(row, new))) or ends
             if ends:
                 self._running[row] = False
                 break

@@ -36,6 +36,7 @@ from haast.speed.compile import CHOICES, Progress
 from haast.speed.fusing import fuse_small_modules
 from haast.speed.memory import give_back, own_memory
 from haast.speed.packing import FORMS, pack_linears
+from haast.spreading import Spread
 from haast.target import Target
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -94,6 +95,7 @@ def load_target(
     packing: str = "auto",
     compile: str = "off",
     progress: Progress | None = None,
+    spread: Spread | None = None,
 ) -> Target:
     """Load a target and its tokenizer.
 
@@ -107,14 +109,19 @@ def load_target(
         compile: "on" compiles the decoder layers (see `Target.use_compiled_layers`), "off" does not, "auto" does on
             CUDA.
         progress: wraps every compilation.
+        spread: over several devices, disk or processes; nothing is packed or compiled then (docs/devices.md).
 
     Raises:
         ValueError: an unknown dtype, packing, compile or model. UnsupportedModelError: see `Target`.
     """
     wanted = check_precision(dtype, device, packing)
     compiled = check_compile(compile, dtype, device, packing)
+    spread = Spread() if spread is None else spread
+    spread.check(device, packing, compile)
     source = resolve(name)
-    model, tokenizer = _load(source, wanted)
+    model, tokenizer = _load(source, wanted, spread)
+    if spread:
+        return Target(model, tokenizer)
     target_device = torch.device(device)
     model.to(device=target_device)  # type: ignore[call-arg]  # moves in place
     target = Target(model, tokenizer)
@@ -209,7 +216,9 @@ def load_tokenizer(name: str = DEFAULT_MODEL) -> tuple[PreTrainedTokenizerBase, 
     return tokenizer, tuple(int(end) for end in ends) if isinstance(ends, list | tuple) else (int(ends),)
 
 
-def _load(source: ModelSource, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(
+    source: ModelSource, dtype: torch.dtype, spread: Spread | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     location = source.location
     if source.gguf is not None:
         location = str(_converted(source))
@@ -220,7 +229,7 @@ def _load(source: ModelSource, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
                 f"{source.name} ({type(config).__name__}) is an encoder-decoder; Haast drafts for decoder-only "
                 f"causal LMs"
             )
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **(spread.arguments() if spread else {}))
         tokenizer = AutoTokenizer.from_pretrained(location)
     except UnsupportedModelError:
         raise

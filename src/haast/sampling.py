@@ -70,6 +70,8 @@ class Sampler:
 
     def __init__(self, config: SamplingConfig) -> None:
         self.config = config
+        # Every choice goes through it: processes that hold a model together replace theirs by the first one's.
+        self.decide: Callable[[int], int] = int
         chain: list[LogitsProcessor | Processor] = []
         if config.repetition_penalty != 1.0:
             chain.append(RepetitionPenaltyLogitsProcessor(penalty=float(config.repetition_penalty)))
@@ -115,10 +117,11 @@ class Sampler:
     def choose(self, row: int, history: Sequence[int], logits: Tensor) -> int:
         """The token at position len(history) of `row`: the argmax, or the inverse CDF of that position's own draw."""
         if self.plain:
-            return int(logits.argmax(-1))
+            return self.decide(int(logits.argmax(-1)))
         if self.config.temperature == 0:
-            return int(self.scores(history, logits).argmax(-1))
-        return inverse_cdf(self.probs(history, logits), keyed_uniform(self.config.seed, row, len(history)))
+            return self.decide(int(self.scores(history, logits).argmax(-1)))
+        draw = keyed_uniform(self.config.seed, row, len(history))
+        return self.decide(inverse_cdf(self.probs(history, logits), draw))
 
 
 def inverse_cdf(probs: Tensor, uniform: float) -> int:

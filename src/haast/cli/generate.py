@@ -12,12 +12,14 @@ import typer
 
 from haast.cli.boundary import check_writable, human_output, write_json
 from haast.cli.settings import Drafting, JsonOption, Loading, Sampling, check_at_least
+from haast.cli.spreading import Spreading, leads, one_voice
 
 if TYPE_CHECKING:
     from haast.api import Haast, Piece, Prompt
     from haast.engine import Stats
     from haast.sampling import SamplingConfig
     from haast.session import Session
+    from haast.spreading import Spread
 
 _GREEN, _RESET = "\x1b[32m", "\x1b[0m"
 _WARMUP = 8  # tokens
@@ -63,6 +65,7 @@ def generate(
     drafting: Drafting,
     sampling: Sampling,
     ending: Ending,
+    spreading: Spreading,
     raw: Annotated[bool, typer.Option("--raw", help="Don't put the prompt through the chat template.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Decode without drafting first, then with it.")] = False,
     rounds: Annotated[int, typer.Option(metavar="R", help="With --compare: timed runs of each.")] = 1,
@@ -79,6 +82,7 @@ def generate(
     check_at_least("rounds", rounds)
     law = sampling.check()
     loading.check()
+    spread = spreading.check(loading)
     if prompt == "-":
         prompt = sys.stdin.read()
     if not prompt:
@@ -86,13 +90,15 @@ def generate(
     check_writable(json_out)
     if compare and drafting.head == "none":
         raise ValueError("--compare needs a head: leave out --head none")
-    drafter, vanilla = _load(loading, drafting)
-    if compare:
-        _compare(drafter, vanilla, prompt, law, ending, not raw, rounds, json_out)
-        return
-    out = human_output(json_out)
-    said, stats = _answer(drafter, prompt, law, ending, not raw, out)
-    write_json(_document(said, stats), json_out)
+    drafter, vanilla = _load(loading, drafting, spread)
+    json_out = json_out if leads(drafter.target) else None
+    with one_voice(drafter.target):
+        if compare:
+            _compare(drafter, vanilla, prompt, law, ending, not raw, rounds, json_out)
+            return
+        out = human_output(json_out)
+        said, stats = _answer(drafter, prompt, law, ending, not raw, out)
+        write_json(_document(said, stats), json_out)
 
 
 def chat(
@@ -100,6 +106,7 @@ def chat(
     drafting: Drafting,
     sampling: Sampling,
     ending: Ending,
+    spreading: Spreading,
     system: Annotated[str, typer.Option(metavar="TEXT", help="A system message to begin with.")] = "",
 ) -> None:
     """Talk with the model. /reset forgets the dialogue, /exit (or end of input) leaves, Ctrl-C cuts an answer short.
@@ -111,7 +118,9 @@ def chat(
     ending.check()
     law = sampling.check()
     loading.check()
-    model, _ = _load(loading, drafting)
+    if spreading.tensor_parallel:
+        raise ValueError("--tensor-parallel answers one prompt (`haast generate`): several processes can't hear you")
+    model, _ = _load(loading, drafting, spreading.check(loading))
     if not model.tokenizer.chat_template:
         raise ValueError(f"{loading.model} has no chat template, so it cannot chat: use `haast generate --raw`")
     from haast.session import Session
@@ -147,13 +156,13 @@ def _turn(session: Session, line: str, law: SamplingConfig, ending: Ending) -> N
     typer.echo()
 
 
-def _load(loading: Loading, drafting: Drafting) -> tuple[Haast, Haast]:
+def _load(loading: Loading, drafting: Drafting, spread: Spread) -> tuple[Haast, Haast]:
     """The target with its drafter, and without."""
     from haast.api import Haast
     from haast.drafters.vanilla import VanillaDrafter
 
     shape = drafting.check(loading.model, loading.device)
-    target = loading.load()
+    target = loading.load(spread)
     drafter = drafting.load(target, loading.model, shape)
     return Haast(target, drafter or VanillaDrafter()), Haast(target, VanillaDrafter())
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from haast.drafters.medusa import MedusaDrafter
     from haast.sampling import SamplingConfig
     from haast.speed.calibration import Calibration
+    from haast.spreading import Spread
     from haast.target import Target
 
 DEFAULT_MODEL = "smollm2-135m-instruct"  # haast.models has the same; importing it would import torch
@@ -69,7 +70,7 @@ class Loading:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
 
-    def load(self) -> Target:
+    def load(self, spread: Spread | None = None) -> Target:
         """Load the target. Raises ValueError."""
         from transformers.utils import logging
 
@@ -83,6 +84,7 @@ class Loading:
             packing=self.packing,
             compile=self.compile,
             progress=compiling,
+            spread=spread,
         )
 
 

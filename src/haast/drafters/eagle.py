@@ -29,7 +29,7 @@ from haast.drafters.shape import DraftShape, Plan, plan
 from haast.drafters.waiting import Waiting
 from haast.drafters.ways import Way, Ways, way_for
 from haast.errors import HeadMismatchError
-from haast.heads.checkpoint import Head, check_fits
+from haast.heads.checkpoint import Head, check_fits, check_weights
 from haast.heads.module import DraftModule
 from haast.speed.compile import CompiledLayers, nodes_for, slots_for
 from haast.speed.fusing import fuse_small_modules
@@ -65,6 +65,7 @@ class EagleDrafter(Drafter):
         module = head.module
         if not isinstance(module, DraftModule):
             raise HeadMismatchError(f"{type(module).__name__} do not draft as EAGLE does: give an EAGLE head")
+        check_weights(module)
         check_fits(module.config, target.hidden_size, target.vocab_size, type(target.model).__name__)
         self._target = target
         self._module = module.to(device=target.device, dtype=target.dtype)
@@ -72,6 +73,7 @@ class EagleDrafter(Drafter):
         vocab = None if head.draft_vocab is None else checked_vocab(head.draft_vocab, target)
         self._vocab = vocab
         packed = isinstance(target.lm_head, PackedLinear)
+        self._embedding = target.borrowed(target.embedding)
         self._lm_head = _draft_lm_head(target, self._module, vocab, packed)
         if packed:
             pack_linears(self._module)
@@ -316,7 +318,7 @@ class EagleDrafter(Drafter):
 
     def _next(self, tokens: Tensor, states: Tensor, positions: Tensor, seen: Tensor, past: list[int]) -> Tensor:
         """The head's next states (rows, nodes, hidden); `seen` is of what is in flight behind the past."""
-        cache, embeddings = self._cache, self._target.embed(tokens)
+        cache, embeddings = self._cache, self._embedding(tokens).to(tokens.device)
         assert cache is not None, "start comes before any forward"
         if self._stack is not None:
             store = cache.storage(self._stack.kv_heads, self._stack.head_dim, states.dtype)
@@ -349,7 +351,7 @@ def _draft_lm_head(target: Target, module: DraftModule, vocab: Tensor | None, pa
     theirs = target.head_rows(ids)
     rows = module.lm_rows(theirs)
     if vocab is None and rows is theirs and target.logit_scale == 1.0:
-        return target.lm_head
+        return target.borrowed(target.lm_head)
     bias = None if module.own_lm_head else target.head_bias(ids)
     if packed:
         return PackedLinear(rows, bias, form=DRAFT_LM_FORM)

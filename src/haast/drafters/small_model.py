@@ -47,6 +47,8 @@ class SmallModelDrafter(Drafter):
         if depth < 1:
             raise ValueError(f"depth={depth} is not allowed: give 1 or more")
         _check_vocabularies(target, small)
+        if small.ranks is not None:
+            raise HeadMismatchError("the small model is sharded over processes, and one process drafts: load it whole")
         if small.device != target.device:
             raise HeadMismatchError(f"the small model is on {small.device}, the target on {target.device}: move one")
         self._small, self._depth, self._vocab = small, depth, target.vocab_size

@@ -13,7 +13,7 @@ among the criteria; otherwise it goes on with true tokens until the last row is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,11 +43,22 @@ class Ends:
         self._done: list[int | None] = [None] * rows
         self.ends: list[int | None] = [None] * rows  # new tokens of each row; None while it runs
 
-    def take(self, row: int, count: int, token: int, text: Tensor, scores: tuple[Tensor, ...] | None) -> None:
-        """A row has `count` new tokens, `token` is the last, `text` (1, length) holds it too."""
+    def take(
+        self,
+        row: int,
+        count: int,
+        token: int,
+        text: Tensor,
+        scores: tuple[Tensor, ...] | None,
+        decide: Callable[[int], int],
+    ) -> None:
+        """A row has `count` new tokens, `token` is the last, `text` (1, length) holds it too.
+
+        What the criteria say goes through `decide`: some look at a clock, and processes may have to agree.
+        """
         done = token in self._eos or count >= self._most
         if self._others:
-            done = self._ask(text, scores) or done
+            done = bool(decide(self._ask(text, scores))) or done
         if done and self._done[row] is None:
             self._done[row] = count
             if self._alone:
@@ -131,11 +142,12 @@ class Rows(Sampler):
         scores: Tensor = self._processors[row](text, raw) if self._processors[row] else raw  # type: ignore[arg-type]
         if self._keep_scores:
             self.kept_scores[row].append(scores[0])
-        token = self._pick(row, len(history), scores[0])
+        token = self.decide(self._pick(row, len(history), scores[0]))
         self.tokens[row].append(token)
         self._texts[row, self._width + count] = token
         seen = tuple(each.unsqueeze(0) for each in self.kept_scores[row]) if self._keep_scores else None
-        self._ends.take(row, count + 1, token, self._texts[row : row + 1, : self._width + count + 1], seen)
+        text = self._texts[row : row + 1, : self._width + count + 1]
+        self._ends.take(row, count + 1, token, text, seen, self.decide)
         return token
 
     def stop(self, row: int, new: Sequence[int]) -> bool:

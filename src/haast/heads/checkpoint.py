@@ -20,7 +20,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from haast.errors import HeadMismatchError, expanded
 from haast.heads.config import HeadSizes
@@ -177,6 +177,15 @@ def check_fits(head: HeadSizes, hidden_size: int, vocab_size: int, target: str) 
                 f"the head was made for another model: its {name} is {mine}, {target} has {theirs}; "
                 f"use a head trained for {target}, or train one with `haast train --model {target}`"
             )
+
+
+def check_weights(module: nn.Module) -> None:
+    """Refuse a head that holds no numbers. Raises HeadMismatchError."""
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise HeadMismatchError(
+            f"the {type(module).__name__} is on the meta device, where weights hold no numbers: load it with "
+            f"haast.heads.checkpoint.load_head"
+        )
 
 
 def read_head_config(folder: Path) -> HeadSizes:

@@ -1,0 +1,51 @@
+"""Which models Haast can verify trees with, by their class and config alone, and how they are to attend.
+
+Owns refusals that need no forward; what only a forward shows is `probe`'s. Nothing is patched: the attention
+implementation is chosen through transformers' own switch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from transformers import PreTrainedModel
+
+from haast import attention
+from haast.errors import UnsupportedModelError
+from haast.placement import check_placement
+
+_GATHERABLE = {"full_attention", "sliding_attention"}
+
+
+def refuse_unsupported(model: PreTrainedModel) -> None:
+    """Refuse what can't be drafted for, by class name and reason, before any work."""
+    name, config = type(model).__name__, model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; Haast drafts for decoder-only causal LMs")
+    if getattr(type(model), "_is_stateful", False):
+        raise UnsupportedModelError(
+            f"{name} carries a recurrent state (SSM or linear attention): the state of rejected tokens can't be "
+            f"removed, so a tree can't be verified; use an attention-only model"
+        )
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        raise UnsupportedModelError(
+            f"{name} has local attention layers that measure distance in cache slots, where a tree's nodes stand "
+            f"beside one another; a model with global or sliding-window attention works"
+        )
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - _GATHERABLE
+    if kinds:
+        raise UnsupportedModelError(
+            f"{name} has layers of kind {sorted(kinds)}, whose state can't be gathered by tree path; "
+            f"supported kinds are {sorted(_GATHERABLE)}"
+        )
+    check_placement(model)
+    if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
+        raise UnsupportedModelError(f"{name} has no LM head; load it with AutoModelForCausalLM")
+
+
+def choose_attention(model: PreTrainedModel) -> None:
+    """Switch to the attention implementation that takes a tree, by transformers' own switch."""
+    # Models whose attention is more than scores and softmax (sinks, say) support only their own eager code.
+    flags: Callable[[str], bool] = lambda name: bool(getattr(type(model), name, False))  # noqa: E731
+    haast_fits = flags("_supports_sdpa") and flags("_supports_attention_backend")
+    model.set_attn_implementation(attention.NAME if haast_fits else "eager")

@@ -558,3 +558,29 @@ def test_a_torn_model_is_named(home: Path, tmp_path: Path) -> None:
     weights = tmp_path / "torn" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     refused(haast_run("generate", "Hi", "--model", tmp_path / "torn", "--head", "none"), "can't load the model", "torn")
+
+
+# --- long texts
+
+
+def test_generate_takes_a_chunk_and_a_window(home: Path) -> None:
+    words = ["generate", "a word", *parts(home), "--max-new-tokens", 12, "--json", "-"]
+    plain, small = haast_run(*words), haast_run(*words, "--prefill-chunk", 3, "--draft-window", 2)
+    assert plain.exit_code == small.exit_code == 0, plain.output + small.output
+    assert json.loads(plain.stdout)["text"] == json.loads(small.stdout)["text"]
+    assert sum(each["target_forwards"] for each in json.loads(small.stdout)["stats"]["by_length"]) > 0
+    for setting in ("--prefill-chunk", "--draft-window"):
+        wrong = haast_run(*words, setting, 0)
+        name = setting.removeprefix("--").replace("-", "_")
+        assert wrong.exit_code == 2 and f"{name}=0 is not allowed" in wrong.stderr
+
+
+def test_bench_records_both(home: Path, tmp_path: Path) -> None:
+    words = ["bench", "--prompts", home / "prompts.jsonl", *parts(home), "--max-new-tokens", 6, "--warmup", 0]
+    out = tmp_path / "bench.json"
+    done = haast_run(*words, "--prefill-chunk", 5, "--draft-window", 4, "--json", out)
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())
+    assert found["environment"]["settings"]["draft_window"] == 4
+    assert found["environment"]["settings"]["prefill_chunk"] == 5
+    assert all(row["by_length"][0]["target_forwards"] == row["target_forwards"] for row in found["rows"])

@@ -164,13 +164,15 @@ def proposals(drafter: EagleDrafter, target: Target) -> list[DraftTree]:
     return grown
 
 
-def test_a_compiled_draft_is_the_modules(counting: Counting) -> None:
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_compiled_draft_is_the_modules(counting: Counting, window: int | None) -> None:
     trees: list[list[DraftTree]] = []
     for on in (False, True):
         target = tiny_target()
         if on:
             target.use_compiled_layers(counting)
-        drafter = EagleDrafter(target, random_head(target), DraftShape("dynamic", depth=3, top_k=4, width=3, nodes=10))
+        shape = DraftShape("dynamic", depth=3, top_k=4, width=3, nodes=10)
+        drafter = EagleDrafter(target, random_head(target), shape, window)
         trees.append(proposals(drafter, target))
     assert len(trees[0]) == len(trees[1])
     both = [pair for pair in zip(*trees, strict=True) if pair[0].rows == 2]  # compiled rows stay when they have ended

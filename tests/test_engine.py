@@ -28,7 +28,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from haast import engine as engine_module
 from haast.cache import TreeCache
 from haast.drafters.base import Accepted
 from haast.drafters.eagle import EagleDrafter
@@ -144,11 +143,15 @@ def test_one_token_needs_no_decoding_step() -> None:
 
 
 def test_stats_count_a_verdict() -> None:
-    stats = Stats(decoded_tokens=6, ms_draft=1.0, ms_verify=2.0, ms_overhead=3.0)
-    stats.count(RowVerdict((0, 2, 5), (7, 8, 9), (False, True, False)))
-    stats.count(RowVerdict((0,), (7,), (False,)))
-    stats.count(RowVerdict((0,), (7,), ()))
+    stats = Stats(ms_draft=1.0, ms_verify=2.0, ms_overhead=3.0)
+    stats.count(RowVerdict((0, 2, 5), (7, 8, 9), (False, True, False)), 40, 3)
+    stats.count(RowVerdict((0,), (7,), (False,)), 255, 1)
+    stats.count(RowVerdict((0,), (7,), ()), 512, 2)
     assert stats.target_forwards == 3 and stats.tau == 2.0
+    assert stats.by_length == [
+        {"begin": 0, "end": 256, "target_forwards": 2, "drafted": 2, "tau": 2.0, "acceptance": 0.5},
+        {"begin": 512, "end": 1024, "target_forwards": 1, "drafted": 0, "tau": 2.0, "acceptance": 0.0},
+    ]
     assert stats.reached_by_depth == [2, 1, 1]
     assert stats.accepted_by_depth == [1, 1, 0] and stats.first_choice_by_depth == [0, 1, 0]
     assert stats.acceptance_by_depth == [0.5, 1.0, 0.0] and stats.alpha_by_depth == [0.0, 1.0, 0.0]
@@ -204,15 +207,14 @@ def test_drafters_are_told_features_and_the_tokens_that_follow_them() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 7])
-def test_prefill_in_chunks_changes_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill_in_chunks_changes_nothing(chunk: int) -> None:
     prompts = [list(range(1, 15)), [5, 6, 7], list(range(20, 27)), [9]]
     law = SamplingConfig(0.8, seed=3)
     shape = DraftShape("dynamic", depth=3, top_k=6, width=4, nodes=20)
     eagle = EagleDrafter(target(), random_head(target()), shape)
     stats, chunked = Stats(), Stats()
     whole = decode(target(), eagle, prompts, 12, law, stats=stats)
-    monkeypatch.setattr(engine_module, "_PREFILL", chunk)
-    assert decode(target(), eagle, prompts, 12, law, stats=chunked) == whole
+    assert Engine(target(), eagle, prefill_chunk=chunk).complete(prompts, law, StopConfig(12), chunked) == whole
     assert vanilla(target(), prompts, 12, law) == whole
     assert chunked.accepted_by_depth == stats.accepted_by_depth, "the drafter must have observed the same"
     assert chunked.prompt_tokens == stats.prompt_tokens == 25

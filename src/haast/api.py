@@ -21,7 +21,7 @@ from haast.drafters.heads import drafter_with
 from haast.drafters.shape import CPU_NODES, DEVICE_NODES, DraftShape, shape_for
 from haast.drafters.vanilla import VanillaDrafter
 from haast.dropin.decoder import Decoder
-from haast.engine import Engine, Stats, StopConfig, check_prompts
+from haast.engine import PREFILL_CHUNK, Engine, Stats, StopConfig, check_chunk, check_prompts
 from haast.errors import PromptError
 from haast.heads.checkpoint import check_fits, head_folder, load_head, read_head_config
 from haast.models import DEFAULT_MODEL, check_compile, load_target
@@ -81,6 +81,7 @@ class Haast:
         max_memory: Mapping[int | str, int | str] | None = None,
         offload_folder: str | None = None,
         tensor_parallel: bool = False,
+        draft_window: int | None = None,
     ) -> Haast:
         """Load a target and its head.
 
@@ -93,6 +94,8 @@ class Haast:
                 tree on a CPU, 60 nodes elsewhere.
             calibration: without a shape: "auto", "off", or the file of a calibration. Where it found that drafting
                 does not pay here, the text is decoded without.
+            draft_window: positions that an EAGLE head looks back; its memory and time then do not grow with the text.
+                None is all of the text.
             dtype, device, packing: see `load_target`; they apply to named models.
             device_map, max_memory, offload_folder, tensor_parallel: see `haast.spreading.Spread`; of named models. A
                 loaded model may have been spread by transformers itself (docs/devices.md).
@@ -120,8 +123,9 @@ class Haast:
         loaded = load_head(folder)
         check_fits(loaded.module.config, target.hidden_size, target.vocab_size, str(target.model.name_or_path))
         if shape is not None:
-            return cls(target, drafter_with(target, loaded, shape))
-        drafter = drafter_with(target, loaded, shape_for(CPU_NODES if target.device.type == "cpu" else DEVICE_NODES))
+            return cls(target, drafter_with(target, loaded, shape, draft_window))
+        usual = shape_for(CPU_NODES if target.device.type == "cpu" else DEVICE_NODES)
+        drafter = drafter_with(target, loaded, usual, draft_window)
         if isinstance(drafter, EagleDrafter) and not draft_as_usual(target, drafter, calibration):
             _LOG.warning("drafting is slower than decoding without on this machine: decoding without (see calibrate)")
             return cls(target, VanillaDrafter())
@@ -142,6 +146,7 @@ class Haast:
         eos: Sequence[int] | None = None,
         stop: Sequence[str] = (),
         chat: bool = True,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> Generation:
         """Answer one prompt; the text is what vanilla decoding with the same settings gives.
 
@@ -152,10 +157,11 @@ class Haast:
             eos: token ids that end the text; None takes the model's own.
             stop: strings that end the text; they are cut from it (the tokens keep the one that completed them).
             chat: put a text prompt through the model's chat template, where it has one.
+            prefill_chunk: prompt tokens a forward: fewer take less memory. The text does not depend on it.
         """
         sampling = SamplingConfig(temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(processors))
         stats = Stats()
-        stream = self._pieces(prompt, sampling, max_new_tokens, eos, stop, chat, stats)
+        stream = self._pieces(prompt, sampling, max_new_tokens, eos, stop, chat, stats, None, prefill_chunk)
         tokens: list[int] = []
         text = ""
         for piece in stream:
@@ -174,13 +180,14 @@ class Haast:
         chat: bool = True,
         stats: Stats | None = None,
         past: Past | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> Iterator[Piece]:
         """As `generate`, piece by piece as text is accepted. Stop iterating at any time: what came is what was said.
 
         With a `past`, what an earlier text that began the same has left in it is not computed again (see `Session`).
         """
         law = sampling or SamplingConfig()
-        return self._pieces(prompt, law, max_new_tokens, eos, stop, chat, stats or Stats(), past)
+        return self._pieces(prompt, law, max_new_tokens, eos, stop, chat, stats or Stats(), past, prefill_chunk)
 
     def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
         """Token ids of a prompt.
@@ -240,8 +247,10 @@ class Haast:
         stop: Sequence[str],
         chat: bool,
         stats: Stats,
-        past: Past | None = None,
+        past: Past | None,
+        prefill_chunk: int,
     ) -> Iterator[Piece]:
+        check_chunk(prefill_chunk)
         ids = self.encode(prompt, chat)
         check_prompts([ids], self.target.context_length, self.target.vocab_size)
         texts = None if self.target.tokenizer is None else TextStream(self.target.tokenizer, stop)
@@ -249,7 +258,7 @@ class Haast:
             raise PromptError("stop strings need a tokenizer: give one, or stop by eos ids")
         watch = StopWatch(self.tokenizer, stop) if stop else None
         rules = StopConfig(max_new_tokens, self.eos_ids() if eos is None else tuple(eos), watch)
-        return self._run(ids, sampling, rules, texts, stats, past)
+        return self._run(ids, sampling, rules, texts, stats, past, prefill_chunk)
 
     def _run(
         self,
@@ -259,9 +268,11 @@ class Haast:
         texts: TextStream | None,
         stats: Stats,
         past: Past | None,
+        prefill_chunk: int,
     ) -> Iterator[Piece]:
         held: list[int] = []
-        for emission in Engine(self.target, self.drafter).run([ids], sampling, rules, stats, past):
+        engine = Engine(self.target, self.drafter, prefill_chunk=prefill_chunk)
+        for emission in engine.run([ids], sampling, rules, stats, past):
             for place, token in enumerate(emission.tokens):
                 held.append(token)
                 text = "" if texts is None else texts.push(token)

@@ -33,13 +33,29 @@ def tree_bias(
     """
     bias = in_flight_bias(tree.ancestors, lengths, dtype, slots)
     if window is not None and max(lengths) + tree.nodes > window:
-        key = torch.arange(bias.shape[3], device=bias.device)
-        for row, length in enumerate(lengths):
-            query = length + tree.depths[row]
-            place = key.clone()  # slots in no use are hidden already
-            place[length : length + tree.nodes] = query
-            bias[row, 0].masked_fill_(query.unsqueeze(1) - place >= window, torch.finfo(dtype).min)
+        positions = torch.tensor(lengths, device=bias.device).unsqueeze(1) + tree.depths
+        hide_far(bias, lengths, [0] * tree.rows, positions, positions, window)
     return bias
+
+
+def hide_far(
+    bias: Tensor, lengths: Sequence[int], begins: Sequence[int], positions: Tensor, flying: Tensor, window: int
+) -> None:
+    """Hide, in a mask of `in_flight_bias`, what stands `window` positions or more behind a node.
+
+    Args:
+        bias: (rows, 1, nodes, slots), changed in place.
+        lengths: committed slots per row.
+        begins: the position in each row's slot 0.
+        positions: (rows, nodes) of the nodes.
+        flying: (rows, in flight) positions of what stands behind the committed slots.
+        window: 1 is the node alone.
+    """
+    key = torch.arange(bias.shape[3], device=bias.device)
+    for row, (length, begin) in enumerate(zip(lengths, begins, strict=True)):
+        place = key + begin  # slots in no use are hidden already
+        place[length : length + flying.shape[1]] = flying[row]
+        bias[row, 0].masked_fill_(positions[row].unsqueeze(1) - place >= window, torch.finfo(bias.dtype).min)
 
 
 def in_flight_bias(seen: Tensor, lengths: Sequence[int], dtype: torch.dtype, slots: int | None = None) -> Tensor:

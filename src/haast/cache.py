@@ -2,8 +2,8 @@
 
 Owns key and value storage for one model (target or head). Knows nothing of tokens, masks or acceptance: it appends n
 slots per row behind that row's committed length, and `commit` keeps the accepted ones. Rows are contiguous from slot
-0 (no left padding), so a committed slot's index is its position. It is a transformers `Cache`, so stock models take it
-as `past_key_values`.
+0 (no left padding), so a committed slot's index is its position, less `begins` where a row's beginning was dropped. It
+is a transformers `Cache`, so stock models take it as `past_key_values`.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class TreeCache(Cache):
         self._rounding, self._devices = rounding, devices
         self.capacity = rounding(capacity) if rounding is not None else _round_up(capacity)
         self.lengths = [0] * rows  # committed slots per row
+        self.begins = [0] * rows  # the position that each row's slot 0 holds
         # Layers of one shape share one slab (layers, rows, kv_heads, capacity, head_dim), so a commit is one gather.
         self._slabs: list[Tensor] = []
         self._held = rows  # rows that the slabs have; more than `rows` once some have left
@@ -149,6 +150,26 @@ class TreeCache(Cache):
             raise ValueError(f"row {row} holds {self.lengths[row]} slots and can't be cut to {length}")
         self.lengths[row] = length
 
+    @property
+    def reached(self) -> list[int]:
+        """The position behind each row's last committed one."""
+        return [begin + length for begin, length in zip(self.begins, self.lengths, strict=True)]
+
+    @torch.inference_mode()
+    def drop(self, row: int, count: int) -> None:
+        """Forget the first `count` slots of a row; those behind move down."""
+        left = self.lengths[row] - count
+        if count < 0 or left < 0:
+            raise ValueError(f"row {row} holds {self.lengths[row]} slots and can't drop {count}")
+        for slab in self._slabs:
+            lane = slab[:, row]  # (layers, kv_heads, capacity, dim)
+            lane[:, :, :left] = lane[:, :, count : count + left].clone()
+        self.lengths[row], self.begins[row] = left, self.begins[row] + count
+
+    def restart(self, row: int, position: int) -> None:
+        """Forget everything of a row; what comes next stands at `position`."""
+        self.lengths[row], self.begins[row] = 0, position
+
     @torch.inference_mode()
     def keep(self, order: Sequence[int]) -> None:
         """Let the other rows leave: row i is from now on what row `order[i]` was. The memory stays as large.
@@ -169,9 +190,9 @@ class TreeCache(Cache):
                 used = self.lengths[row]
                 for slab in self._slabs:
                     slab[:, i, :, :used] = slab[:, row, :, :used]
-                self.lengths[i] = used
+                self.lengths[i], self.begins[i] = used, self.begins[row]
         self.rows, self._lanes, self._pending = len(order), None, 0
-        del self.lengths[self.rows :]
+        del self.lengths[self.rows :], self.begins[self.rows :]
 
     @torch.inference_mode()
     def copy_row(self, source: TreeCache, source_row: int, row: int) -> None:
@@ -183,7 +204,7 @@ class TreeCache(Cache):
             theirs = source._slabs[slab][index][source_row, :, :length]
             mine, at = self._slot(key, theirs.unsqueeze(0))
             self._slabs[mine][at][row, :, :length] = theirs
-        self.lengths[row] = length
+        self.lengths[row], self.begins[row] = length, source.begins[source_row]
 
     def _keep(self, row: int, path: Sequence[int]) -> None:
         length, kept = self.lengths[row], len(path)

@@ -27,8 +27,10 @@ from haast.target import Target, TargetOutput
 from haast.tree import DraftTree
 from haast.verify import RowVerdict, Verdict, verify
 
-__all__ = ["Emission", "Engine", "Stats", "Step", "StopConfig", "check_prompts"]
-_PREFILL = 512  # prompt positions a forward: bounds the memory of mask and activations
+__all__ = ["PREFILL_CHUNK", "Emission", "Engine", "Stats", "Step", "StopConfig", "check_prompts"]
+# Prompt positions a forward. They bound the activations, and what grows with them times the positions before: masks
+# and, where modules answer, attention scores.
+PREFILL_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,21 @@ class Engine:
         drafter: what drafts for it.
         rule: another acceptance rule than sample-and-match. Only sample-and-match promises vanilla's own text for a
             seed; see `haast.acceptance` for what each rule keeps, and which is lossy.
+        prefill_chunk: prompt positions a forward, 1 or more; the text does not depend on it.
+
+    Raises:
+        ValueError: a chunk below 1.
     """
 
-    def __init__(self, target: Target, drafter: Drafter, rule: AcceptanceRule | None = None) -> None:
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        rule: AcceptanceRule | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> None:
+        check_chunk(prefill_chunk)
+        self.prefill_chunk = prefill_chunk
         self.target = target
         self.drafter = drafter
         self.rule = rule
@@ -110,7 +124,7 @@ class Engine:
         if past is not None and len(prompts) > 1:
             raise ValueError(f"a past belongs to one text, not to {len(prompts)}: run them one by one, or leave it out")
         parts = (self.target, self.drafter, self.rule)
-        return _Run(*parts, prompts, sampling, stop, stats or Stats(), past, watch).emissions()
+        return _Run(*parts, prompts, sampling, stop, stats or Stats(), past, watch, self.prefill_chunk).emissions()
 
     def complete(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, stop: StopConfig, stats: Stats | None = None
@@ -136,7 +150,9 @@ class _Run:
         stats: Stats,
         past: Past | None,
         watch: Callable[[Step], None] | None,
+        chunk: int,
     ) -> None:
+        self._chunk = chunk
         self._past, self._watch = past, watch
         self._device, self._agreement = target.device, agreement(target.ranks)
         self._drafter = self._agreement.drafter(drafter, self._device)
@@ -193,8 +209,8 @@ class _Run:
         self._stats.prompt_tokens += sum(self._prompt_lengths)
         first: dict[int, int] = {}
         longest = max(self._prompt_lengths)
-        for begin in range(min(self._cache.lengths), longest, _PREFILL):
-            end = min(begin + _PREFILL, longest)
+        for begin in range(min(self._cache.lengths), longest, self._chunk):
+            end = min(begin + self._chunk, longest)
             counts = [max(0, min(length, end) - begin) for length in self._prompt_lengths]
             chunk = self._pad([prompt[begin:end] for prompt in prompts])
             live = (
@@ -272,10 +288,10 @@ class _Run:
         with self._stopping() as decide:
             for row, kept in sorted(zip(self._rows, verdict.rows, strict=True), key=lambda each: each[0]):
                 if kept is not None:
-                    self._stats.count(kept)
                     self._stats.nodes += nodes
+                    position = len(self._histories[row]) - 1  # the root's
                     emission = self._emit(row, kept.tokens, len(kept.tokens) - 1, decide)
-                    self._stats.decoded_tokens += len(emission.tokens)
+                    self._stats.count(kept, position, len(emission.tokens))
                     emitted.append(emission)
         return emitted
 
@@ -317,6 +333,12 @@ class _Run:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # kernels run behind the host: a time without it means nothing
         return perf_counter()
+
+
+def check_chunk(prefill_chunk: int) -> None:
+    """Raises ValueError where prompts can't be run in chunks of this size."""
+    if prefill_chunk < 1:
+        raise ValueError(f"prefill_chunk={prefill_chunk} is not allowed: give 1 or more prompt positions a forward")
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], context: int | None, vocab_size: int) -> None:

@@ -5,6 +5,9 @@ ValueError
 ├── HeadMismatchError       the head does not fit the target, or its files are incomplete or corrupt
 ├── PromptError             a prompt is empty or longer than the target's context
 └── UnsupportedArgumentError  an argument of transformers' `generate` that Haast does not honour
+
+UserWarning
+└── LongContextWarning      a text is longer than anything that the head has seen in training
 """
 
 from __future__ import annotations
@@ -30,6 +33,10 @@ class HeadMismatchError(ValueError):
 
 class PromptError(ValueError):
     """A prompt cannot be answered: it is empty, or longer than the context."""
+
+
+class LongContextWarning(UserWarning):
+    """A text is longer than anything that its head was trained on; only the number of accepted drafts can suffer."""
 
 
 class UnsupportedArgumentError(ValueError):

@@ -12,7 +12,7 @@ from copy import deepcopy
 from typing import Any
 
 from haast.api import Generation, Haast, Piece
-from haast.engine import Stats
+from haast.engine import PREFILL_CHUNK, Stats
 from haast.errors import PromptError
 from haast.past import Past
 from haast.sampling import SamplingConfig
@@ -49,7 +49,7 @@ class Session:
 
         Args:
             text: the user's message.
-            **settings: those of `Haast.stream`: `sampling`, `max_new_tokens`, `eos`, `stop`.
+            **settings: those of `Haast.stream`: `sampling`, `max_new_tokens`, `eos`, `stop`, `prefill_chunk`.
 
         Raises:
             PromptError: the dialogue no longer fits the context; it stays as it was.
@@ -69,11 +69,19 @@ class Session:
         eos: Sequence[int] | None = None,
         stop: Sequence[str] = (),
         stats: Stats | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> Iterator[Piece]:
         """As `say`, piece by piece. An answer that is cut short joins the dialogue as far as it was said."""
         asked = [*self.messages, {"role": "user", "content": text}]
         pieces = self.haast.stream(
-            asked, max_new_tokens=max_new_tokens, sampling=sampling, eos=eos, stop=stop, stats=stats, past=self._past
+            asked,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            eos=eos,
+            stop=stop,
+            stats=stats,
+            past=self._past,
+            prefill_chunk=prefill_chunk,
         )
         return self._listen(asked, pieces)
 

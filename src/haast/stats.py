@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from haast.verify import RowVerdict
 
+_FIRST_BUCKET = 256  # positions; every further bucket is as long as all before it
+
 
 @dataclass
 class Stats:
@@ -24,6 +26,11 @@ class Stats:
     accepted_by_depth: list[int] = field(default_factory=list)  # [d]: steps that accepted a node at depth d + 1
     reached_by_depth: list[int] = field(default_factory=list)  # [d]: steps that had drafts at depth d + 1 to try
     first_choice_by_depth: list[int] = field(default_factory=list)  # [d]: ... whose preferred draft was right
+    # [b]: of the steps whose root stood in bucket b of the context, see `bucket_of`.
+    forwards_by_length: list[int] = field(default_factory=list)
+    decoded_by_length: list[int] = field(default_factory=list)  # tokens
+    reached_by_length: list[int] = field(default_factory=list)  # steps that had drafts to try
+    accepted_by_length: list[int] = field(default_factory=list)  # steps that accepted one
     ms_prefill: float = 0.0
     ms_draft: float = 0.0
     ms_verify: float = 0.0  # target forward
@@ -54,9 +61,33 @@ class Stats:
         """[d]: chance that the preferred draft at depth d + 1 is right, given that depth d was (0-alpha first)."""
         return [a / r if r else 0.0 for a, r in zip(self.first_choice_by_depth, self.reached_by_depth, strict=True)]
 
-    def count(self, verdict: RowVerdict) -> None:
-        """Take in one row's verdict of one step."""
+    @property
+    def by_length(self) -> list[dict[str, float]]:
+        """How drafts fared by the length of the context: buckets from `begin` to below `end`, those with steps alone.
+
+        tau; acceptance: the share that accepted a draft of the steps that had any (`drafted`).
+        """
+        counts = (self.forwards_by_length, self.decoded_by_length, self.reached_by_length, self.accepted_by_length)
+        found = list[dict[str, float]]()
+        for bucket, (forwards, decoded, reached, accepted) in enumerate(zip(*counts, strict=True)):
+            if forwards:
+                begin, end = bucket_bounds(bucket)
+                chance = accepted / reached if reached else 0.0
+                told = {"begin": begin, "end": end, "target_forwards": forwards, "drafted": reached}
+                found.append(told | {"tau": decoded / forwards, "acceptance": chance})
+        return found
+
+    def count(self, verdict: RowVerdict, position: int, emitted: int) -> None:
+        """Take in one row's verdict of one step.
+
+        Args:
+            verdict: what was kept.
+            position: tokens before the root, or the root's position.
+            emitted: tokens that the stop rules left.
+        """
         self.target_forwards += 1
+        self.decoded_tokens += emitted
+        self._count_length(bucket_of(position), emitted, bool(verdict.first_choice), len(verdict.path) > 1)
         for depth, preferred in enumerate(verdict.first_choice):
             if depth == len(self.reached_by_depth):
                 self.reached_by_depth.append(0)
@@ -65,3 +96,21 @@ class Stats:
             self.reached_by_depth[depth] += 1
             self.accepted_by_depth[depth] += len(verdict.path) > depth + 1
             self.first_choice_by_depth[depth] += preferred
+
+    def _count_length(self, bucket: int, emitted: int, tried: bool, accepted: bool) -> None:
+        added = (1, emitted, int(tried), int(accepted))
+        names = ("forwards_by_length", "decoded_by_length", "reached_by_length", "accepted_by_length")
+        for name, value in zip(names, added, strict=True):
+            counts: list[int] = getattr(self, name)
+            counts.extend([0] * (bucket + 1 - len(counts)))
+            counts[bucket] += value
+
+
+def bucket_of(position: int) -> int:
+    """The bucket of a position: 0 below 256, 1 below 512, 2 below 1024, and so on, doubling."""
+    return (position // _FIRST_BUCKET).bit_length()
+
+
+def bucket_bounds(bucket: int) -> tuple[int, int]:
+    """First position of a bucket, and the first behind it."""
+    return (_FIRST_BUCKET << bucket >> 1 if bucket else 0), _FIRST_BUCKET << bucket

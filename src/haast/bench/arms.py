@@ -26,7 +26,7 @@ from haast.drafters.lookup import PromptLookupDrafter, SuffixDrafter
 from haast.drafters.medusa import MedusaDrafter
 from haast.drafters.small_model import SmallModelDrafter
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, StopConfig
+from haast.engine import PREFILL_CHUNK, Engine, Stats, StopConfig
 from haast.sampling import SamplingConfig
 from haast.target import Target
 
@@ -76,13 +76,14 @@ class EngineArm(Arm):
         sampling: SamplingConfig,
         eos: Sequence[int],
         name: str | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         """`name` is of `KNOWN` and says the acceptance rule; None is the drafter's own, with sample-and-match."""
         rule = rule_named(rule_of(name or drafter.name))
         self.name, self.nodes = name or drafter.name, drafter.nodes
         self.lossy = rule is not None and rule.lossy
         self.own_text = rule is not None and sampling.temperature > 0
-        self._engine, self._sampling, self._eos = Engine(target, drafter, rule), sampling, tuple(eos)
+        self._engine, self._sampling, self._eos = Engine(target, drafter, rule, prefill_chunk), sampling, tuple(eos)
 
     def run(self, prompt: Sequence[int], max_new_tokens: int) -> ArmRun:
         stats, tokens = Stats(), list[int]()

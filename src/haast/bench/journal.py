@@ -181,7 +181,7 @@ def _from_json(line: dict[str, Any]) -> Answer:
         raise ValueError("tokens are no list of ids")
     times = {name: line[name] for name in ("ms_prefill", "ms_decode", "peak_rss_mb")}
     counts = {} if stats is None else asdict(stats)
-    lists = {name: value for name, value in counts.items() if name.endswith("_by_depth")}
+    lists = {name: value for name, value in counts.items() if name.endswith(("_by_depth", "_by_length"))}
     for name, value in (times | {n: v for n, v in counts.items() if n not in lists}).items():
         _number(name, value)
     for name, values in lists.items():

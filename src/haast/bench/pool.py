@@ -95,6 +95,7 @@ def pooled(parts: Sequence[Row], answers: Sequence[Row]) -> Row:
         "tau_by_category": {name: _tau(own) for name, own in categories.items()} if engine else {},
         **{key: _by_depth(parts, key) for key in _BY_DEPTH},
         "reached_by_depth": _reached(parts),
+        "by_length": _by_length(parts),
         **{key: _per_step(parts, key) if steps is not None else None for key in _PER_STEP},
         "peak_rss_mb": max(part["peak_rss_mb"] for part in parts),
         **{key: sum(part[key] for part in parts) for key in ("tokens", "decoded_tokens", "prompts")},
@@ -123,6 +124,26 @@ def _by_depth(parts: Sequence[Row], key: str) -> list[float]:
         deep = [part for part in parts if depth < len(part[key])]
         found.append(sum(part[key][depth] * part["reached_by_depth"][depth] for part in deep) / max(steps, 1))
     return found
+
+
+def _by_length(parts: Sequence[Row]) -> list[Row]:
+    """Buckets of several rows together; documents of an older Haast have none."""
+    buckets: dict[int, list[Row]] = {}
+    for part in parts:
+        for each in part.get("by_length", ()):
+            buckets.setdefault(each["begin"], []).append(each)
+    return [_together(own) for _, own in sorted(buckets.items())]
+
+
+def _together(own: Sequence[Row]) -> Row:
+    steps, drafted = (sum(each[key] for each in own) for key in ("target_forwards", "drafted"))
+    return {
+        **own[0],
+        "target_forwards": steps,
+        "drafted": drafted,
+        "tau": sum(each["tau"] * each["target_forwards"] for each in own) / steps,
+        "acceptance": sum(each["acceptance"] * each["drafted"] for each in own) / max(drafted, 1),
+    }
 
 
 def _ratios(document: Row, groups: Group) -> Iterator[Row]:

@@ -59,6 +59,7 @@ def _table(document: dict[str, Any], name: str) -> str:
         ("contexts", tables.contexts),
         ("oracle", tables.oracle),
         ("baselines", tables.baselines),
+        ("lengths", tables.lengths),
         ("forward_ms", tables.calibration),
         ("batches", tables.batches),
     )

@@ -30,7 +30,10 @@ TAU_CONVENTION = (
     "tau = tokens emitted per decoding target forward, the bonus token included; prefill and its one token excluded; "
     "tokens cut off by a stop rule not counted"
 )
-_COUNTS = ("accepted_by_depth", "reached_by_depth", "first_choice_by_depth")
+_COUNTS = (
+    "accepted_by_depth", "reached_by_depth", "first_choice_by_depth", "forwards_by_length", "decoded_by_length",
+    "reached_by_length", "accepted_by_length",
+)  # fmt: skip
 
 
 def build_rows(records: Records, prompts: Sequence[BenchPrompt]) -> list[dict[str, Any]]:
@@ -74,6 +77,7 @@ def _row(name: str, own: Sequence[Record], prompts: Sequence[BenchPrompt]) -> di
         "alpha_by_depth": total.alpha_by_depth,
         "acceptance_by_depth": total.acceptance_by_depth,
         "reached_by_depth": total.reached_by_depth,
+        "by_length": total.by_length,
         **per_step,
         "peak_rss_mb": max(record.peak_rss_mb for record in own),
         "tokens": sum(len(record.tokens) for record in own),
@@ -254,11 +258,19 @@ def show_table(document: dict[str, Any], console: Console) -> None:
         if one["alpha_by_depth"]:
             depths = "  ".join(f"{value:.2f}" for value in one["alpha_by_depth"])
             console.print(f"{one['decoder']}: first draft right, by depth: {depths}", highlight=False)
+    for one in document["rows"]:
+        if len(one["by_length"]) > 1:
+            console.print(f"{one['decoder']}: tau by context: {by_length_words(one['by_length'])}", highlight=False)
     if "v_curve" in document:
         points = "  ".join(f"v({p['nodes']})={p['v']:.2f}" for p in document["v_curve"]["points"])
         console.print(f"{points}  (v(1) = {document['v_curve']['points'][0]['ms']:.1f} ms)", highlight=False)
     for each in document["differences"]:
         console.print("differs: {prompt}, {decoder} from {reference}, token {index}: {kind}".format(**each))
+
+
+def by_length_words(found: Sequence[dict[str, Any]]) -> str:
+    """`Stats.by_length` in a line."""
+    return "  ".join(f"{each['begin']:.0f}-{each['end']:.0f}: {each['tau']:.2f}" for each in found)
 
 
 def stats_document(stats: Stats) -> dict[str, Any]:
@@ -269,4 +281,5 @@ def stats_document(stats: Stats) -> dict[str, Any]:
         "tokens_per_s": stats.tokens_per_s,
         "acceptance_by_depth": stats.acceptance_by_depth,
         "alpha_by_depth": stats.alpha_by_depth,
+        "by_length": stats.by_length,
     }

@@ -14,6 +14,7 @@ from statistics import median
 
 from haast.bench.arms import Arm, ArmRun
 from haast.checking.divergence import Divergence, diagnose
+from haast.engine import PREFILL_CHUNK
 from haast.sampling import SamplingConfig
 from haast.target import Target
 
@@ -26,9 +27,10 @@ class BenchConfig:
     rounds: int = 1
     warmup_tokens: int = 16
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    prefill_chunk: int = PREFILL_CHUNK
 
     def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 2), ("rounds", 1), ("warmup_tokens", 0)):
+        for name, least in (("max_new_tokens", 2), ("rounds", 1), ("warmup_tokens", 0), ("prefill_chunk", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed in a bench: give {least} or more")
 

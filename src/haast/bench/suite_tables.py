@@ -99,10 +99,27 @@ def _at(document: Document, temperature: float) -> Iterator[str]:
     yield f"Temperature {temperature:g}: tau (without looping answers)"
     engine = [name for name in present if any(row["tau"] is not None for (_, own), row in rows.items() if own == name)]
     yield grid("decoder", engine, lambda suite, name: _tau(rows.get((suite, name))))
+    by_length = _lengths({name: rows.get((_ALL, name), {}).get("by_length", []) for name in engine}, label)
+    if by_length:
+        yield f"Temperature {temperature:g}: tau by the tokens before the step"
+        yield by_length
     for leader in _LEADERS:
         if leader in present and len(present) > 1:
             yield f"Temperature {temperature:g}: how many times as fast {leader} is ({level} interval)"
             yield times_as_fast(leader)
+
+
+def _lengths(found: dict[str, list[Document]], label: Callable[[str], str]) -> str:
+    """Decoders by buckets of the context's length; empty where all steps are in one."""
+    buckets = sorted({(each["begin"], each["end"]) for own in found.values() for each in own})
+    if len(buckets) < 2:
+        return ""
+    heads = [f"{begin:g} to {end - 1:g}" for begin, end in buckets]
+    lines = ["| decoder | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    for name, own in found.items():
+        taus = {each["begin"]: f"{each['tau']:.2f}" for each in own}
+        lines.append(f"| {label(name)} | " + " | ".join(taus.get(begin, "") for begin, _ in buckets) + " |")
+    return "\n".join(lines)
 
 
 def _speed(row: Document | None) -> str:

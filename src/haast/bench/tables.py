@@ -99,6 +99,35 @@ def batches(document: Document) -> str:
     return "\n".join(lines) + "\n"
 
 
+def lengths(document: Document) -> str:
+    """tau, speed and the prompt's time by the prompt's length; memory at one length."""
+    points = {(each["decoder"], each["length"]): each for each in document["lengths"] if not each["memory_alone"]}
+    names, sizes = (list(dict.fromkeys(key[i] for key in points)) for i in (0, 1))
+    parts = []
+    for title, key, scale, form in (
+        ("tau", "tau", 1.0, ".2f"), ("tokens/s", "tokens_per_s", 1.0, ".1f"), ("prompt, s", "prefill_ms", 1e-3, ".1f"),
+    ):  # fmt: skip
+        lines = [f"| {title} | " + " | ".join(f"{n} tokens" for n in sizes) + " |", "|---|" + "---|" * len(sizes)]
+        for name in names:
+            cells = [format(points[name, size][key] * scale, form) for size in sizes]
+            lines.append(f"| {_windowed(name)} | " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    memory = document["memory"]
+    peaks = {each["decoder"]: each["peak_rss_mb"] for each in document["lengths"] if each["length"] == memory["length"]}
+    lines = [f"| peak memory, {memory['length']} tokens | MB | times vanilla |", "|---|---|---|"]
+    for name, times in memory["times_vanilla"].items():
+        lines.append(f"| {_windowed(name)} | {peaks[name]:.0f} | {times:.2f} |")
+    return "\n\n".join([*parts, "\n".join(lines)]) + "\n"
+
+
+def _windowed(name: str) -> str:
+    """A decoder of benchmarks/long_context.py in words."""
+    plain = "plain modules: " if name.startswith("plain-") else ""
+    base, _, window = name.removeprefix("plain-").partition("-")
+    base = "stock `generate`" if base == "hf" else base
+    return f"{plain}{base}" + (f", window {window}" if window else "")
+
+
 def calibration(document: Document) -> str:
     """What a step costs."""
     one = document["forward_ms"]["1"]

@@ -60,6 +60,7 @@ def record_trace(
         "tau": stats.tau,
         "tokens": stats.tokens,
         "target_forwards": stats.target_forwards,
+        "by_length": stats.by_length,
         "temperature": sampling.temperature,
         "probabilities": "softmax of the scores" if sampling.temperature == 0 else "the law that was sampled",
         "environment": machine() if environment is None else environment,

@@ -13,6 +13,8 @@ import typer
 from haast.cli.boundary import check_writable, human_output, write_json
 from haast.cli.loading import as_eagle, drawn_by, load_all, load_medusa, read_prompt_file
 from haast.cli.settings import (
+    PREFILL_CHUNK,
+    ChunkOption,
     Drafting,
     JsonOption,
     Loading,
@@ -58,6 +60,7 @@ def bench(
     ] = None,
     warmup: Annotated[int, typer.Option(metavar="N", help="Untimed tokens per decoder before.")] = 16,
     v_curve: Annotated[bool, typer.Option("--v-curve", help="Also measure forwards over 1 to 60 nodes.")] = False,
+    prefill_chunk: ChunkOption = PREFILL_CHUNK,
     raw: Annotated[bool, typer.Option("--raw", help="Don't put prompts through the chat template.")] = False,
     json_out: JsonOption = None,
 ) -> None:
@@ -81,7 +84,7 @@ def bench(
     from haast.bench.runner import BenchConfig
 
     usual = 1 if plan is None else 2
-    config = BenchConfig(max_new_tokens, usual if rounds is None else rounds, warmup, law)
+    config = BenchConfig(max_new_tokens, usual if rounds is None else rounds, warmup, law, prefill_chunk)
     headed, given = drafting.head != "none", (small_model is not None, medusa_head is not None)
     names = check_decoders(decoders, headed, law.temperature, *given)
     if "hf" in names and (law.repetition_penalty != 1.0):
@@ -188,7 +191,7 @@ def _arms(
             arms.append(StockArm(stock, ends))
         else:
             own = drafter_for(name, target, drafter, HISTORY_NODES, small, medusa, config.sampling)
-            arms.append(EngineArm(target, own, config.sampling, ends, name))
+            arms.append(EngineArm(target, own, config.sampling, ends, name, config.prefill_chunk))
     return arms
 
 

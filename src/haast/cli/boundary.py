@@ -10,13 +10,16 @@ import os
 import sys
 import tempfile
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import typer
 from typer.core import TyperGroup
 
-from haast.errors import expanded
+from haast.errors import LongContextWarning, expanded
 
 _INTERNAL = (RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
 
@@ -27,7 +30,8 @@ class Boundary(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command named on the command line."""
         try:
-            return super().invoke(ctx)
+            with _plain_warnings():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         except BrokenPipeError:  # the reader of a pipe (`haast ... | head`) has gone
@@ -46,6 +50,22 @@ class Boundary(TyperGroup):
             words = " ".join(f"{type(error).__name__}: {error}".split())
             typer.echo(f"haast: internal error, {words} (haast --debug ... shows where; please report it)", err=True)
             raise typer.Exit(3) from None
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Haast's own warnings as one line, without the place in its code."""
+    usual = warnings.formatwarning
+
+    def one_line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
+        own = issubclass(category, LongContextWarning)
+        return f"haast: warning: {message}\n" if own else usual(message, category, *where, **more)
+
+    warnings.formatwarning = one_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def check_writable(path: str | None) -> None:

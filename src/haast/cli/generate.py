@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from haast.cli.boundary import check_writable, human_output, write_json
-from haast.cli.settings import Drafting, JsonOption, Loading, Sampling, check_at_least
+from haast.cli.settings import PREFILL_CHUNK, ChunkOption, Drafting, JsonOption, Loading, Sampling, check_at_least
 from haast.cli.spreading import Spreading, leads, one_voice
 
 if TYPE_CHECKING:
@@ -33,11 +33,13 @@ class Ending:
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be repeated.")] = (
         None
     )
+    prefill_chunk: ChunkOption = PREFILL_CHUNK
     plain: Annotated[bool, typer.Option("--plain", help="Don't colour drafted tokens (green).")] = False
 
     def check(self) -> None:
         """Raises ValueError."""
         check_at_least("max_new_tokens", self.max_new_tokens)
+        check_at_least("prefill_chunk", self.prefill_chunk)
         if any(not text for text in self.stop or ()):
             raise ValueError("an empty --stop text would end every answer at once: leave it out")
 
@@ -146,7 +148,13 @@ def _turn(session: Session, line: str, law: SamplingConfig, ending: Ending) -> N
     from haast.errors import PromptError
 
     try:
-        pieces = session.stream(line, max_new_tokens=ending.max_new_tokens, sampling=law, stop=ending.stop or ())
+        pieces = session.stream(
+            line,
+            max_new_tokens=ending.max_new_tokens,
+            sampling=law,
+            stop=ending.stop or (),
+            prefill_chunk=ending.prefill_chunk,
+        )
         Said().listen(pieces, sys.stdout, _coloured(ending, sys.stdout))
     except PromptError as error:
         typer.echo(f"haast: this dialogue is too long: {error}; /reset begins a new one", err=True)
@@ -175,7 +183,13 @@ def _answer(
 
     said, stats = Said(), Stats()
     pieces = model.stream(
-        prompt, max_new_tokens=ending.max_new_tokens, sampling=law, stop=ending.stop or (), chat=chat, stats=stats
+        prompt,
+        max_new_tokens=ending.max_new_tokens,
+        sampling=law,
+        stop=ending.stop or (),
+        chat=chat,
+        stats=stats,
+        prefill_chunk=ending.prefill_chunk,
     )
     try:
         said.listen(pieces, out, out is not None and _coloured(ending, out))

@@ -90,7 +90,11 @@ def load_medusa(folder: Path, target: Target, model: str, nodes: int) -> MedusaD
 
 
 def drawn_by(drafter: EagleDrafter | MedusaDrafter | None) -> dict[str, Any]:
-    """The drafter's shape and pace, for a result file."""
+    """The drafter's shape, pace and window, for a result file."""
     if drafter is None:
-        return {"shape": None, "pace": None}
-    return {"shape": asdict(drafter.shape), "pace": None if drafter.pace is None else asdict(drafter.pace)}
+        return {"shape": None, "pace": None, "draft_window": None}
+    return {
+        "shape": asdict(drafter.shape),
+        "pace": None if drafter.pace is None else asdict(drafter.pace),
+        "draft_window": drafter.window,
+    }

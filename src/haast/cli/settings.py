@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from haast.target import Target
 
 DEFAULT_MODEL = "smollm2-135m-instruct"  # haast.models has the same; importing it would import torch
+PREFILL_CHUNK = 512  # of haast.engine, likewise
 
 JsonOption = Annotated[
     str | None, typer.Option("--json", metavar="OUT", help="Write the result to this file; '-' is stdout.")
@@ -38,6 +39,10 @@ PromptsOption = Annotated[
     Path | None, typer.Option("--prompts", metavar="FILE", help="JSON lines with `turns` or `prompt`.")
 ]
 LimitOption = Annotated[int | None, typer.Option("--limit", metavar="N", help="Take only the first N prompts.")]
+ChunkOption = Annotated[
+    int,
+    typer.Option("--prefill-chunk", metavar="N", help="Prompt tokens a forward; fewer take less memory."),
+]
 SpreadLimitOption = Annotated[
     int | None, typer.Option("--limit", metavar="N", help="Take only N prompts, evenly from the whole file.")
 ]
@@ -103,7 +108,9 @@ class Drafting:
     depth: Annotated[int | None, typer.Option(metavar="N", help="Levels below the root; by the budget.")] = None
     draft_top_k: Annotated[int | None, typer.Option(metavar="N", help="Children per node; by the budget.")] = None
     width: Annotated[int | None, typer.Option(metavar="N", help="Nodes expanded per level; by the budget.")] = None
-
+    draft_window: Annotated[
+        int | None, typer.Option(metavar="W", help="Positions that the head looks back; all of the text if absent.")
+    ] = None
     calibration: Annotated[
         str, typer.Option(metavar="FILE", help="auto: what `haast calibrate` found here; off; or its file.")
     ] = "auto"
@@ -121,6 +128,8 @@ class Drafting:
             ValueError: the setting; HeadMismatchError: the head.
         """
         shape = self.check_shape(device)
+        if self.draft_window is not None:
+            check_at_least("draft_window", self.draft_window)
         if self.calibration not in ("auto", "off"):
             if not self.calibration:
                 raise ValueError("calibration='' names no file: give auto, off or what `haast calibrate` wrote")
@@ -134,8 +143,11 @@ class Drafting:
         folder = self.folder(model)
         if folder is not None:
             from haast.heads.checkpoint import check_fits, read_head_config
+            from haast.heads.config import HeadConfig
 
             config = read_head_config(folder)
+            if self.draft_window is not None and not isinstance(config, HeadConfig):
+                raise ValueError("--draft-window is for EAGLE heads, and --head names Medusa heads: leave it out")
             sizes = _sizes_on_disk(model)
             if sizes is not None:
                 check_fits(config, *sizes, model)
@@ -164,7 +176,7 @@ class Drafting:
             return None
         head = load_head(folder)
         check_fits(head.module.config, target.hidden_size, target.vocab_size, model)
-        drafter = drafter_with(target, head, shape)
+        drafter = drafter_with(target, head, shape, self.draft_window)
         if isinstance(drafter, EagleDrafter):
             self.calibrate(target, drafter)
         return drafter

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from haast import native
-from haast.attention import in_flight_bias
+from haast.attention import hide_far, in_flight_bias
 from haast.cache import TreeCache
 from haast.drafters.base import Accepted, Drafter, last_kept, last_tokens
 from haast.drafters.growth import Growth, best_places
@@ -28,6 +28,7 @@ from haast.drafters.quick import QuickDraft
 from haast.drafters.shape import DraftShape, Plan, plan
 from haast.drafters.waiting import Waiting
 from haast.drafters.ways import Way, Ways, way_for
+from haast.drafters.window import DraftWindow
 from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head, check_fits, check_weights
 from haast.heads.module import DraftModule
@@ -36,6 +37,7 @@ from haast.speed.fusing import fuse_small_modules
 from haast.speed.memory import give_back
 from haast.speed.packing import PackedLinear, pack_linears
 from haast.speed.policy import Pace
+from haast.speed.stack import CHANGING_ROPE
 from haast.target import Target
 from haast.tree import DraftTree
 
@@ -54,19 +56,22 @@ class EagleDrafter(Drafter):
         head: a head trained for this target. Its module is taken over: moved to the target's device and dtype, and
             packed where the target is packed.
         shape: chain, static or dynamic tree, and its size.
+        window: positions that the head looks back, so that its memory and time do not grow with the text; None is all.
 
     Raises:
         HeadMismatchError: the head was made for another target.
+        ValueError: a window below 1.
     """
 
     name = "eagle"
 
-    def __init__(self, target: Target, head: Head, shape: DraftShape | None = None) -> None:
+    def __init__(self, target: Target, head: Head, shape: DraftShape | None = None, window: int | None = None) -> None:
         module = head.module
         if not isinstance(module, DraftModule):
             raise HeadMismatchError(f"{type(module).__name__} do not draft as EAGLE does: give an EAGLE head")
         check_weights(module)
         check_fits(module.config, target.hidden_size, target.vocab_size, type(target.model).__name__)
+        self._pairs = DraftWindow(window, module.config.num_hidden_layers, head.trained_length)
         self._target = target
         self._module = module.to(device=target.device, dtype=target.dtype)
         self.target_layers = module.target_layers
@@ -80,7 +85,9 @@ class EagleDrafter(Drafter):
             fuse_small_modules(self._module)
             give_back()
         self._native = packed and native.available()
-        self._stack = self._module.native_stack() if self._native else None
+        self._stack = self._module.native_stack(window or 0) if self._native else None
+        changing = (module.config.rope_parameters or {}).get("rope_type") in CHANGING_ROPE
+        self._limit = target.context_length if changing else None  # behind it a forward would turn by other angles
         self.reshape(shape or DraftShape())
         self._compiled: CompiledLayers | None = None
         self._cache: TreeCache | None = None
@@ -90,6 +97,11 @@ class EagleDrafter(Drafter):
     def device(self) -> torch.device:
         """Where it drafts."""
         return self._target.device
+
+    @property
+    def window(self) -> int | None:
+        """Positions that the head looks back; None is all."""
+        return self._pairs.window
 
     @property
     def parameters(self) -> int:
@@ -143,11 +155,13 @@ class EagleDrafter(Drafter):
         compiled, layers = self._target.compiled, self._module.config.num_hidden_layers
         if compiled is None:
             self._compiled = None
-            self._cache = TreeCache(layers, len(prompts), max(len(prompt) for prompt in prompts) + 256)
+            longest = max(len(prompt) for prompt in prompts)
+            self._cache = TreeCache(layers, len(prompts), min(longest, self._pairs.reach or longest) + 256)
         else:
             self._compiled = self._compiled or compiled.sibling("the draft")
             self._cache = TreeCache(layers, len(prompts), 1, slots_for)
         self._forget()
+        self._pairs.start([len(prompt) for prompt in prompts])
         self._first = torch.tensor([prompt[0] for prompt in prompts], device=self._target.device)
 
     def memory(self) -> object:
@@ -155,7 +169,7 @@ class EagleDrafter(Drafter):
 
     def recall(self, memory: object, following: Sequence[int]) -> None:
         assert isinstance(memory, TreeCache), "the cache of an earlier run"
-        memory.truncate(0, len(following))
+        self._pairs.recall(memory, len(following))
         self._cache = memory
         self._first = torch.tensor([following[-1]], device=self._target.device)
 
@@ -170,9 +184,10 @@ class EagleDrafter(Drafter):
         rows = list(order)
         self._cache.keep(rows)
         self._waiting.keep(rows)
+        self._pairs.keep(rows)
         self._newest, self._first = self._newest[rows], self._first[rows]
-        if self._root is not None and self._extrapolated is not None:
-            self._root, self._extrapolated = self._root[rows], self._extrapolated[rows]
+        self._root = None if self._root is None else self._root[rows]
+        self._extrapolated = None if self._extrapolated is None else self._extrapolated[rows]
 
     @torch.inference_mode()
     def observe(self, accepted: Accepted) -> None:
@@ -187,16 +202,22 @@ class EagleDrafter(Drafter):
         if accepted is None:
             return
         assert cache is not None, "start comes before observe"
-        nodes, device, counts = accepted.tokens.shape[1], accepted.tokens.device, accepted.counts
-        positions = torch.tensor([list(range(past, past + nodes)) for past in cache.lengths], device=device)
-        cache.begin(nodes)
+        self._pairs.make_room(cache)
         paired = accepted.tokens if self._module.follows_token else self._at(accepted.tokens)
-        states = self._module.fuse(accepted.features)
+        self._root = last_tokens(accepted, self._root)
+        paired, features, counts = self._pairs.needed(cache, paired, accepted.features, accepted.counts)
+        nodes, device = paired.shape[1], paired.device
+        if not nodes:
+            return  # a part of the prompt that lies before the window
+        positions = torch.tensor(cache.reached, device=device).unsqueeze(1) + torch.arange(nodes, device=device)
+        cache.begin(nodes)
+        states = self._module.fuse(features)
         causal = torch.ones(nodes, nodes, dtype=torch.bool, device=device).tril_()  # a shorter row's tail is not kept
-        output = self._next(paired, states, positions, causal.expand(len(counts), -1, -1), list(cache.lengths))
+        seen = causal.expand(len(counts), -1, -1)
+        output = self._next(paired, states, positions, positions, seen, list(cache.lengths))
         cache.commit([range(count) for count in counts])
         self._extrapolated = last_kept(output, counts, self._extrapolated)  # (rows, hidden)
-        self._root = last_tokens(accepted, self._root)
+        self._pairs.warn(cache)
 
     @torch.inference_mode()
     def propose(self) -> DraftTree:
@@ -225,7 +246,7 @@ class EagleDrafter(Drafter):
         assert self._stack is not None, "a quick draft runs on a stack"
         cache.begin(quick.room)
         store = cache.storage(self._stack.kv_heads, self._stack.head_dim, states.dtype)
-        return None if store is None else quick.propose(states, self._root, cache.lengths, store)
+        return None if store is None else quick.propose(states, self._root, cache.lengths, cache.begins, store)
 
     def _grow(self) -> Growth:
         """All candidates of this step, level by level."""
@@ -236,7 +257,7 @@ class EagleDrafter(Drafter):
         before = self._root.unsqueeze(1)  # (rows, 1): the token that each node of the frontier carries
         tokens, scores = self._children(features, before, grown.root_scores())
         index = grown.add(tokens, scores, parents=None)
-        seen: Tensor | None = None
+        seen, flying = None, self._root.new_empty(len(self._root), 0)  # in flight: who sees it, and its positions
         for level, width in enumerate(self._plan.widths):
             chosen = self._frontier[level] if self._plan.frontier is not None else best_places(scores, width)
             chosen = chosen.expand(len(scores), -1)  # (rows, width) within this level's candidates
@@ -248,7 +269,11 @@ class EagleDrafter(Drafter):
             seen = _see(seen, parent, chosen.shape[1])
             picked = tokens.gather(1, chosen)
             paired = picked if self._module.follows_token else before.gather(1, parent)
-            features = self._extend(paired, features, seen, committed, level)
+            reached = torch.tensor(self._cache.begins, device=seen.device) + torch.tensor(committed, device=seen.device)
+            positions = (reached + level).unsqueeze(1).expand(-1, chosen.shape[1])
+            positions = positions if self._limit is None else positions.clamp_max(self._limit - 1)
+            flying = torch.cat([flying, positions], dim=1)
+            features = self._extend(paired, features, positions, flying, seen, committed)
             frontier, before = index.gather(1, chosen), picked  # candidate numbers and tokens of the frontier
             tokens, scores = self._children(features, before, above)
             index = grown.add(tokens, scores, frontier.repeat_interleave(self._plan.top_k, dim=1))
@@ -273,14 +298,21 @@ class EagleDrafter(Drafter):
             ids = self._vocab[ids]
         return ids.flatten(1), (scores.unsqueeze(2) + best).flatten(1)
 
-    def _extend(self, tokens: Tensor, features: Tensor, seen: Tensor, committed: list[int], level: int) -> Tensor:
+    def _extend(
+        self,
+        tokens: Tensor,
+        features: Tensor,
+        positions: Tensor,
+        flying: Tensor,
+        seen: Tensor,
+        committed: list[int],
+    ) -> Tensor:
         """Run the frontier through the head; its keys and values stay behind the committed ones until `truncate`."""
         cache = self._cache
         assert cache is not None
         rows, width = tokens.shape
-        positions = (torch.tensor(committed, device=tokens.device) + level).unsqueeze(1).expand(rows, width)
         cache.begin(width)
-        output = self._next(tokens, features, positions, seen, committed)
+        output = self._next(tokens, features, positions, flying, seen, committed)
         cache.commit([range(width)] * rows)
         return output
 
@@ -290,6 +322,7 @@ class EagleDrafter(Drafter):
         embeddings: Tensor,
         states: Tensor,
         positions: Tensor,
+        flying: Tensor,
         seen: Tensor,
         past: list[int],
     ) -> Tensor | None:
@@ -305,9 +338,9 @@ class EagleDrafter(Drafter):
         dead = torch.arange(added, device=seen.device)
         seen = pad(seen, (0, added, 0, added))
         seen[:, width + dead, flight + dead] = True
-        bias = in_flight_bias(seen, past, states.dtype, cache.capacity)
         embeddings, states = (pad(each, (0, 0, 0, added)) for each in (embeddings, states))
-        positions = pad(positions, (0, added))
+        positions, flying = pad(positions, (0, added)), pad(flying, (0, added))
+        bias = self._bias(positions, flying, seen, past, states.dtype, cache.capacity)
         run = functools.partial(self._module, embeddings, states, positions, bias, cache)
         output: Tensor | None = compiled.run(self._module.decoder_layers, cache, lanes, cache.lengths, nodes, run)
         cache.begin(width)
@@ -316,21 +349,39 @@ class EagleDrafter(Drafter):
         output = output[:, :width]
         return output.clone() if compiled.graphs else output
 
-    def _next(self, tokens: Tensor, states: Tensor, positions: Tensor, seen: Tensor, past: list[int]) -> Tensor:
-        """The head's next states (rows, nodes, hidden); `seen` is of what is in flight behind the past."""
+    def _next(
+        self, tokens: Tensor, states: Tensor, positions: Tensor, flying: Tensor, seen: Tensor, past: list[int]
+    ) -> Tensor:
+        """The head's next states (rows, nodes, hidden); `flying`, `seen`: of what is in flight behind the past."""
         cache, embeddings = self._cache, self._embedding(tokens).to(tokens.device)
         assert cache is not None, "start comes before any forward"
         if self._stack is not None:
             store = cache.storage(self._stack.kv_heads, self._stack.head_dim, states.dtype)
             if store is not None:
-                return self._stack.run(self._module.mix(embeddings, states), positions, seen, past, store)[0]
+                mixed = self._module.mix(embeddings, states)
+                return self._stack.run(mixed, positions, seen, past, store, (), flying, cache.begins)[0]
         if self._compiled is not None and not self._compiled.problem:
-            found = self._next_compiled(self._compiled, embeddings, states, positions, seen, past)
+            found = self._next_compiled(self._compiled, embeddings, states, positions, flying, seen, past)
             if found is not None:
                 return found
-        bias = in_flight_bias(seen, past, states.dtype)
+        bias = self._bias(positions, flying, seen, past, states.dtype)
         output: Tensor = self._module(embeddings, states, positions, bias, cache)
         return output
+
+    def _bias(
+        self,
+        positions: Tensor,
+        flying: Tensor,
+        seen: Tensor,
+        past: list[int],
+        dtype: torch.dtype,
+        slots: int | None = None,
+    ) -> Tensor:
+        bias = in_flight_bias(seen, past, dtype, slots)
+        if self.window is not None:
+            assert self._cache is not None, "start comes before any forward"
+            hide_far(bias, past, self._cache.begins, positions, flying, self.window)
+        return bias
 
 
 def checked_vocab(ids: Tensor, target: Target) -> Tensor:

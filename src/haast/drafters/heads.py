@@ -10,8 +10,18 @@ from haast.heads.medusa import MedusaHeads
 from haast.target import Target
 
 
-def drafter_with(target: Target, head: Head, shape: DraftShape) -> EagleDrafter | MedusaDrafter:
-    """Draft with `head`; Medusa heads take only the shape's `nodes`, their tree follows from their accuracies."""
+def drafter_with(
+    target: Target, head: Head, shape: DraftShape, window: int | None = None
+) -> EagleDrafter | MedusaDrafter:
+    """Draft with `head`; Medusa heads take only the shape's `nodes`, their tree follows from their accuracies.
+
+    Raises:
+        ValueError: a window for Medusa heads, or below 1.
+    """
     if isinstance(head.module, MedusaHeads):
+        if window is not None:
+            raise ValueError(
+                f"draft_window={window} is for EAGLE heads; Medusa heads read one position, so leave it out"
+            )
         return MedusaDrafter(target, head, shape.nodes)
-    return EagleDrafter(target, head, shape)
+    return EagleDrafter(target, head, shape, window)

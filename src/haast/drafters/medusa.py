@@ -48,6 +48,7 @@ class MedusaDrafter(Drafter):
 
     name = "medusa"
     pace = None  # every tree is of one size
+    window = None  # the heads read one position
 
     def __init__(self, target: Target, head: Head, nodes: int = 6) -> None:
         module = head.module

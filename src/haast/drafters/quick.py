@@ -98,13 +98,16 @@ class QuickDraft:
         """Cache slots that a proposal uses behind the committed ones."""
         return self._room
 
-    def propose(self, states: Tensor, roots: Tensor, past: Sequence[int], store: Tensor) -> DraftTree:
+    def propose(
+        self, states: Tensor, roots: Tensor, past: Sequence[int], begins: Sequence[int], store: Tensor
+    ) -> DraftTree:
         """One tree per row.
 
         Args:
             states: (rows, hidden) fp32 at the roots.
             roots: (rows,) int64.
             past: committed slots per row; `store` has `room` more.
+            begins: the position in each row's slot 0.
             store: the head's cache, see `NativeStack.run`.
         """
         rows, most = len(roots), self._nodes
@@ -115,16 +118,18 @@ class QuickDraft:
             )
         if max(past) + self._room > store.shape[3]:
             raise ValueError(f"{max(past)} slots and {self._room} drafts do not fit a capacity of {store.shape[3]}")
-        cosine, sine = self._stack.tables(max(past) + self._levels + 1)
+        reached = max(begin + length for begin, length in zip(begins, past, strict=True))
+        cosine, sine = self._stack.tables(reached + self._levels + 1)
         numbers = torch.empty(3, rows * most, dtype=torch.int64)
         ancestors = torch.empty(rows * most * most, dtype=torch.bool)
-        lengths = (ctypes.c_int64 * rows)(*past)
+        lengths, first = (ctypes.c_int64 * rows)(*past), (ctypes.c_int64 * rows)(*begins)
         states, roots = states.contiguous(), roots.contiguous()
         place, step = numbers.data_ptr(), 8 * rows * most
         proposal = CProposal(
             states.data_ptr(),
             roots.data_ptr(),
             ctypes.addressof(lengths),
+            ctypes.addressof(first),
             store.data_ptr(),
             cosine.data_ptr(),
             sine.data_ptr(),

@@ -62,6 +62,7 @@ class Decoder:
             ready drafter. None is "suffix", or "eagle".
         shape: of a head's trees, for any number of rows; None is what `haast calibrate` found here, which may be none,
             else what is usual for the device and the number of rows.
+        draft_window: positions that a head looks back; None is all.
 
     Attributes:
         stats: of the last call.
@@ -80,13 +81,14 @@ class Decoder:
         head: str | Path | Head | None = None,
         drafter: str | Drafter | None = None,
         shape: DraftShape | None = None,
+        draft_window: int | None = None,
     ) -> None:
         self.stats = Stats()
         self._name = _drafter_name(head is not None, drafter)
         self._target: Target | None = None
         self._drafter = None if not isinstance(drafter, Drafter) else drafter
-        if shape is not None and head is None:
-            raise ValueError("shape is of a head's trees: give a head too")
+        if head is None and (shape is not None or draft_window is not None):
+            raise ValueError("shape and draft_window are of a head's drafts: give a head too")
         if model is None:
             if head is not None or self._drafter is not None:
                 raise ValueError("a head and a ready drafter draft for one model: give it too")
@@ -97,7 +99,7 @@ class Decoder:
             self._bind(Target(model))
         if loaded is not None:
             assert self._target is not None, "it was bound"
-            eagle = EagleDrafter(self._target, loaded, shape)
+            eagle = EagleDrafter(self._target, loaded, shape, draft_window)
             pays = shape is not None or draft_as_usual(self._target, eagle)
             self._drafter = _HEADED[self._name](eagle) if pays else VanillaDrafter()
 

@@ -49,6 +49,21 @@ class Head:
     draft_vocab: Tensor | None  # (draft vocabulary,) int64, ascending target ids
     about: dict[str, Any]
 
+    @property
+    def trained_length(self) -> int | None:
+        """Tokens of the longest sequence that the head was trained on; None where its files do not say.
+
+        Raises:
+            HeadMismatchError: they say something that is no length.
+        """
+        told = self.about.get("trained_length")
+        if told is not None and (type(told) is not int or told < 1):
+            raise HeadMismatchError(
+                f"trained_length={told!r} in the head's config.json is no number of tokens: give 1 or more, or take "
+                f"the entry out"
+            )
+        return told
+
 
 def save_head(
     folder: Path,

@@ -9,6 +9,9 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from haast import attention
 
+# Kinds of rotary parameters that Llama's layers have.
+_ROPES = {"default", "linear", "dynamic", "yarn", "llama3", "longrope"}
+
 
 @dataclass(frozen=True)
 class HeadSizes:
@@ -49,11 +52,6 @@ class HeadConfig(HeadSizes):
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or hidden // heads
         inner = getattr(config, "intermediate_size", None) or 8 * hidden // 3
-        rope = getattr(config, "rope_parameters", None) or {}
-        if "rope_theta" not in rope:  # nested by layer type (gemma 3), or a target without RoPE (gpt2)
-            rope = rope.get("full_attention", {})
-        if "rope_theta" not in rope or float(rope.get("partial_rotary_factor", 1.0)) != 1.0:
-            rope = {"rope_type": "default", "rope_theta": float(rope.get("rope_theta", 10000.0))}
         return cls(
             hidden_size=hidden,
             vocab_size=int(config.vocab_size),
@@ -63,7 +61,7 @@ class HeadConfig(HeadSizes):
             head_dim=int(head_dim),
             rms_norm_eps=float(getattr(config, "rms_norm_eps", 1e-5)),
             max_position_embeddings=int(getattr(config, "max_position_embeddings", 4096)),
-            rope_parameters=dict(rope),
+            rope_parameters=rope_of(config),
             **more,
         )
 
@@ -74,3 +72,20 @@ class HeadConfig(HeadSizes):
         config = LlamaConfig(**own, tie_word_embeddings=False)
         config._attn_implementation = attention.NAME
         return config
+
+
+def rope_of(config: PretrainedConfig) -> dict[str, Any]:
+    """Rotary parameters of the draft layers, which turn all of a head's dimensions: the target's own, scaling included.
+
+    Of a target with rotary parameters by kind of layer, those of full attention. Where it turns only a part of each
+    head, its base and its scaling; factors by dimension (longrope's) do not fit then, and the base alone is taken, as
+    it is of a kind that Llama's layers do not have. A target without RoPE gives the default.
+    """
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if "rope_theta" not in rope:  # nested by layer type (gemma 3), or a target without RoPE (gpt2)
+        rope = dict(rope.get("full_attention") or {})
+    kind, base = rope.get("rope_type", "default"), float(rope.get("rope_theta", 10000.0))
+    partial = float(rope.pop("partial_rotary_factor", 1.0)) != 1.0
+    if "rope_theta" not in rope or kind not in _ROPES or (partial and kind == "longrope"):
+        return {"rope_type": "default", "rope_theta": base}
+    return rope

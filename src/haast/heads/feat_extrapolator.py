@@ -75,8 +75,8 @@ class FeatExtrapolator(DraftModule):
         output: Tensor = self.fc(torch.cat([embeddings, states], dim=-1))
         return output
 
-    def native_stack(self) -> NativeStack | None:
-        return NativeStack.of(list(self.layers), None, self.rotary)
+    def native_stack(self, window: int = 0) -> NativeStack | None:
+        return NativeStack.of(list(self.layers), None, self.rotary, window)
 
     def forward(
         self,

@@ -51,8 +51,11 @@ class DraftModule(nn.Module, ABC):
         """What `native_stack` reads, (rows, nodes, hidden), of what `forward` takes."""
         raise NotImplementedError(f"{type(self).__name__} has no native stack")
 
-    def native_stack(self) -> NativeStack | None:
-        """The layers as one native call, once they are packed and fused; None where they do not allow it."""
+    def native_stack(self, window: int = 0) -> NativeStack | None:
+        """The layers as one native call, once they are packed and fused; None where they do not allow it.
+
+        `window` is how many positions they look back; 0 is all.
+        """
         return None
 
     @abstractmethod

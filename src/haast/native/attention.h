@@ -23,6 +23,7 @@ struct Attention {
     // Instead of a mask, where `past` is not null: slots [0, past[row]) are seen, and of the `flight` slots behind
     // them what `seen` says; with a window, only what stands less than `window` positions back.
     const int64_t* past;              // (rows)
+    const int64_t* begins;            // (rows): the position in slot 0; null: 0
     const uint8_t* seen;              // (rows, n, flight)
     const int64_t *positions, *flight_positions;  // (rows, n) and (rows, flight), windows only
     int64_t flight, window;
@@ -59,7 +60,8 @@ int64_t list_masked(const Attention& a, int64_t row, int64_t node, int32_t* slot
 
 int64_t list_seen(const Attention& a, int64_t row, int64_t node, int32_t* slot, bool* biased) {
     const int64_t past = a.past[row], position = a.window ? a.positions[row * a.n + node] : 0;
-    const int64_t nearest = position - a.window + 1, first = a.window && nearest > 0 ? nearest : 0;
+    const int64_t nearest = position - a.window + 1, slots_off = nearest - (a.begins ? a.begins[row] : 0);
+    const int64_t first = a.window && slots_off > 0 ? slots_off : 0;
     int64_t count = past > first ? past - first : 0;
     for (int64_t i = 0; i < count; ++i) slot[i] = static_cast<int32_t>(first + i);
     const uint8_t* seen = a.seen + (row * a.n + node) * a.flight;

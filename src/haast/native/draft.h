@@ -34,6 +34,7 @@ struct Draft {
 struct Proposal {
     const float* states;          // (rows, hidden) at the roots
     const int64_t *roots, *past;  // (rows)
+    const int64_t* begins;        // (rows): the position in slot 0 of the cache
     float* cache;                 // as in struct Pass
     const float *cosine, *sine;
     int64_t rows, capacity, held;  // as in struct Pass
@@ -152,18 +153,19 @@ class Drafting {
         std::vector<float> fused(static_cast<size_t>(count * hidden_));
         std::vector<int64_t> positions(static_cast<size_t>(count)), flying(static_cast<size_t>(rows_ * flight));
         for (int64_t r = 0; r < rows_; ++r) {
-            for (int64_t i = 0; i < width; ++i) positions[static_cast<size_t>(r * width + i)] = p_.past[r] + level;
+            const int64_t next = p_.begins[r] + p_.past[r];
+            for (int64_t i = 0; i < width; ++i) positions[static_cast<size_t>(r * width + i)] = next + level;
             int64_t at = 0;
             for (int64_t l = 0; l <= level; ++l)
                 for (int64_t i = 0; i < d_.widths[l]; ++i)
-                    flying[static_cast<size_t>(r * flight + at++)] = p_.past[r] + l;
+                    flying[static_cast<size_t>(r * flight + at++)] = next + l;
         }
         product(mixed, d_.fc, fused.data(), count, threads_);
         Pass pass{};
         pass.states = fused.data(), pass.output = out, pass.cosine = p_.cosine, pass.sine = p_.sine;
         pass.positions = positions.data(), pass.flight_positions = flying.data(), pass.past = p_.past;
-        pass.seen = seen, pass.cache = p_.cache, pass.rows = rows_, pass.n = width, pass.flight = flight;
-        pass.capacity = p_.capacity, pass.held = p_.held;
+        pass.begins = p_.begins, pass.seen = seen, pass.cache = p_.cache, pass.rows = rows_, pass.n = width;
+        pass.flight = flight, pass.capacity = p_.capacity, pass.held = p_.held;
         run_stack(*d_.stack, pass, threads_);
     }
 

@@ -24,7 +24,7 @@
 
 // ---------------------------------------------------------------- the C ABI
 
-EXPORT int haast_abi() { return 6; }  // raised with every change of a signature: a stale library is refused at load
+EXPORT int haast_abi() { return 7; }  // raised with every change of a signature: a stale library is refused at load
 
 EXPORT int haast_features() { return cpu_features(); }  // 1 AVX2, 2 FMA, 4 F16C, 8 AVX-512 F, 16 NEON
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 LANES = 16  # outputs in a weight panel
 
-_ABI = 6
+_ABI = 7
 _FAST = 7  # AVX2 | FMA | F16C
 _NEON = 16
 _REMEDY = "reinstall Haast where a C++ compiler is installed (pip install -v shows its messages)"

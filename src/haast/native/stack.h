@@ -47,6 +47,7 @@ struct Pass {
     const int64_t* positions;         // (rows, n)
     const int64_t* flight_positions;  // (rows, flight)
     const int64_t* past;              // (rows)
+    const int64_t* begins;            // (rows): the position in slot 0; null: 0
     const uint8_t* seen;              // (rows, n, flight)
     float* cache;                     // (2 * layers: key, value, ...; rows, kv_heads, capacity, d)
     int64_t rows, n, flight, capacity;
@@ -147,7 +148,7 @@ void run_stack(const Stack& s, const Pass& p, int threads) {
         a.k_row = a.v_row = s.kv_heads * p.capacity * s.d;
         a.k_head = a.v_head = p.capacity * s.d, a.k_slot = a.v_slot = s.d;
         a.scaling = s.scaling, a.past = p.past, a.seen = p.seen, a.flight = p.flight, a.window = layer.window;
-        a.positions = p.positions, a.flight_positions = p.flight_positions;
+        a.positions = p.positions, a.flight_positions = p.flight_positions, a.begins = p.begins;
         for (int64_t row = 0; row < p.rows; ++row)
             if (p.past[row] + p.flight > a.slots) a.slots = p.past[row] + p.flight;
         attend(a, threads);

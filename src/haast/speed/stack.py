@@ -21,7 +21,7 @@ from haast.speed.fusing import FusedAttention, FusedRMSNorm, FusedSwiGLU
 from haast.speed.packing import PackedLinear
 
 _CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-_CHANGING_ROPE = {"dynamic", "longrope"}  # their angles depend on the longest position of a forward
+CHANGING_ROPE = {"dynamic", "longrope"}  # their angles depend on the longest position of a forward
 _HUGE = 2 << 20  # bytes of a huge page
 _ALIGN = 64
 
@@ -32,7 +32,9 @@ class NativeStack:
     Build with `of`, which gives None for layers of another kind.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], norm: FusedRMSNorm | None, rotary: nn.Module) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Module], norm: FusedRMSNorm | None, rotary: nn.Module, window: int = 0
+    ) -> None:
         """Read the modules; see `of`."""
         self._layers, self._norm, self._rotary = layers, norm, rotary
         parts = [_parts(layer) for layer in layers]
@@ -40,7 +42,7 @@ class NativeStack:
         self.hidden = feed_forward.down_proj.out_features
         self.heads, self.kv_heads, self.head_dim = attention.heads, attention.kv_heads, attention.head_dim
         self._arena = _gather([linear for part in parts for linear in _linears(part)])
-        self._structures = (CLayer * len(layers))(*(_structure(part) for part in parts))
+        self._structures = (CLayer * len(layers))(*(_structure(part, window) for part in parts))
         self._stack = CStack(
             self._structures,
             len(layers),
@@ -58,18 +60,21 @@ class NativeStack:
         self._known = _fingerprint(layers, norm)
 
     @classmethod
-    def of(cls, layers: Sequence[nn.Module], norm: nn.Module | None, rotary: nn.Module) -> NativeStack | None:
+    def of(
+        cls, layers: Sequence[nn.Module], norm: nn.Module | None, rotary: nn.Module, window: int = 0
+    ) -> NativeStack | None:
         """The stack of these layers, packed and fused before; None where they are not all of the known kind.
 
         Args:
             layers: modules with a `FusedAttention`, a `FusedSwiGLU` and two norms (the first may be an identity).
             norm: the norm behind the last layer; None for none.
             rotary: module that gives cosines and sines of positions.
+            window: positions that every layer looks back, whatever its own configuration says; 0 leaves it to that.
 
         That the layers add up their parts as Llama does is for the caller to try: see `Target`.
         """
         kind = getattr(rotary, "rope_type", "default")
-        if not isinstance(kind, str) or kind in _CHANGING_ROPE:  # some models have angles by kind of layer
+        if not isinstance(kind, str) or kind in CHANGING_ROPE:  # some models have angles by kind of layer
             return None
         if not layers or not (norm is None or isinstance(norm, FusedRMSNorm)):
             return None
@@ -81,7 +86,7 @@ class NativeStack:
         alike = {_sizes(_parts(layer)) for layer in layers}
         if len(eps) > 1 or len(alike) > 1 or first[0].head_dim % 2:
             return None
-        return cls(layers, norm, rotary)
+        return cls(layers, norm, rotary, window)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or a pickle, of a stack is None: its owner goes by modules until it builds one of its own."""
@@ -104,6 +109,7 @@ class NativeStack:
         store: Tensor,
         capture: Sequence[int] = (),
         flight_positions: Tensor | None = None,
+        begins: Sequence[int] | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run all layers; keys and values of the nodes go to the last slots in flight.
 
@@ -117,6 +123,7 @@ class NativeStack:
             capture: layer indices as in HF `hidden_states` (0 the embeddings, last the normed output).
             flight_positions: (rows, flight) int64; the nodes' own if None. Layers with a window need them where more
                 than the nodes is in flight.
+            begins: the position in each row's slot 0; None is 0.
 
         Returns:
             the output (rows, nodes, hidden) behind the final norm, and the captured states.
@@ -146,6 +153,7 @@ class NativeStack:
             for index, tensor in captured.items():
                 pointers[index] = tensor.data_ptr()
         lengths = (ctypes.c_int64 * rows)(*past)
+        first = None if begins is None else (ctypes.c_int64 * rows)(*begins)
         each = CPass(
             states.data_ptr(),
             output.data_ptr(),
@@ -155,6 +163,7 @@ class NativeStack:
             positions.data_ptr(),
             flying.data_ptr(),
             ctypes.addressof(lengths),
+            None if first is None else ctypes.addressof(first),
             seen.data_ptr(),
             store.data_ptr(),
             rows,
@@ -233,13 +242,13 @@ def _sizes(parts: Parts) -> tuple[int, ...]:
     return (attention.heads, attention.kv_heads, attention.head_dim, *(each.out_features for each in linears))
 
 
-def _structure(parts: Parts) -> CLayer:
+def _structure(parts: Parts, window: int) -> CLayer:
     attention, _, first, post = parts
     qkv, o, gate_up, down = (weight_of(linear) for linear in _linears(parts))
     norms = (attention.q_norm, attention.k_norm)
     q_norm, k_norm = (None if norm is None else norm.weight.data_ptr() for norm in norms)
     before = first.weight.data_ptr() if isinstance(first, FusedRMSNorm) else None
-    return CLayer(before, qkv, q_norm, k_norm, o, post.weight.data_ptr(), gate_up, down, _window(attention))
+    return CLayer(before, qkv, q_norm, k_norm, o, post.weight.data_ptr(), gate_up, down, window or _window(attention))
 
 
 def weight_of(linear: PackedLinear) -> CWeight:

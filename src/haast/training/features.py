@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from haast.engine import PREFILL_CHUNK
 from haast.errors import HeadMismatchError
 from haast.prompts import read_json_lines
 from haast.target import Target
@@ -276,16 +277,26 @@ def _forward(target: Target, sequences: list[TokenSequence], topk: int, layer_id
     for row, sequence in enumerate(sequences):
         tokens[row, : lengths[row]] = torch.tensor(sequence.tokens)
     live = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
-    tree = DraftTree.chain(tokens.to(target.device), live.to(target.device))
-    # Logits are made below, for the answers only.
-    output = target.forward(tree, target.new_cache(rows, longest), last_only=True, hidden_layers=layer_ids)
-    captured = [output.hidden[index] for index in layer_ids] or [output.features[..., :0]]
-    hidden = torch.cat(captured, dim=-1).half().cpu()
-    features = output.features
+    features, hidden = _states(target, tokens.to(target.device), live.to(target.device), layer_ids)
     return [
         _example(target, s, features[row, : len(s.tokens)], topk, hidden[row, : len(s.tokens)])
         for row, s in enumerate(sequences)
     ]
+
+
+def _states(target: Target, tokens: Tensor, live: Tensor, layer_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Features (rows, n, hidden), and the captured states (rows, n, width) in fp16 on the CPU, chunk by chunk."""
+    cache = target.new_cache(*tokens.shape)
+    features, hidden = list[Tensor](), list[Tensor]()
+    chunks = (torch.split(each, PREFILL_CHUNK, dim=1) for each in (tokens, live))
+    for some, alive in zip(*chunks, strict=True):
+        # Logits are made later, for the answers only.
+        output = target.forward(DraftTree.chain(some, alive), cache, last_only=True, hidden_layers=layer_ids)
+        cache.commit([range(int(count)) for count in alive.sum(1)])
+        captured = [output.hidden[index] for index in layer_ids] or [output.features[..., :0]]
+        features.append(output.features)
+        hidden.append(torch.cat(captured, dim=-1).half().cpu())
+    return torch.cat(features, 1), torch.cat(hidden, 1)
 
 
 def _example(target: Target, sequence: TokenSequence, features: Tensor, topk: int, hidden: Tensor) -> Example:

@@ -1,0 +1,215 @@
+"""A head that looks back a sliding window of positions: the same text, a bounded cache, and no other draft for it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from fakes import tiny_target, vanilla
+from torch import Tensor
+
+from haast import native
+from haast.cache import TreeCache
+from haast.drafters.base import Drafter
+from haast.drafters.eagle import EagleDrafter
+from haast.drafters.shape import DraftShape
+from haast.drafters.window import DraftWindow
+from haast.engine import Engine, StopConfig
+from haast.heads.checkpoint import Head
+from haast.heads.eagle3 import Eagle3Config, Eagle3Head
+from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
+from haast.past import Past
+from haast.sampling import SamplingConfig
+from haast.speed.fusing import fuse_small_modules
+from haast.speed.packing import pack_linears
+from haast.target import Target
+from haast.tree import DraftTree
+
+SHAPE = DraftShape(depth=3, top_k=3, width=3, nodes=10)
+PROMPTS = [[(7 * i + 3) % 31 for i in range(90)], [(5 * i * i + 1) % 29 for i in range(41)]]
+HEADS: dict[str, dict[str, Any]] = {
+    "one layer": {},
+    "two layers": {"num_hidden_layers": 2},
+    "unshifted": {"inputs": "feature+token"},
+    "eagle3": {"layer_ids": (0, 1)},
+    "eagle3, two layers": {"layer_ids": (0, 1), "num_hidden_layers": 2},
+}
+
+
+def made_head(target: Target, kind: str = "one layer") -> Head:
+    torch.manual_seed(5)
+    sizes = HEADS[kind]
+    module: FeatExtrapolator | Eagle3Head
+    if kind.startswith("eagle3"):
+        module = Eagle3Head(Eagle3Config.for_target(target.config, **sizes))
+    else:
+        module = FeatExtrapolator(FeatExtrapolatorConfig.for_target(target.config, **sizes))
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return Head(module.eval().requires_grad_(False), None, {})
+
+
+class Watched(EagleDrafter):
+    """Keeps every proposal, the state it grew from, and the most slots its cache held."""
+
+    trees: list[DraftTree]
+    states: list[Tensor]
+    slots: int
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> None:
+        super().start(prompts)
+        self.trees, self.states, self.slots = [], [], 0
+
+    def propose(self) -> DraftTree:
+        assert self._cache is not None and self._extrapolated is not None
+        self.states.append(self._extrapolated.clone())
+        tree = super().propose()
+        self.trees.append(tree)
+        self.slots = max(self.slots, *self._cache.lengths)
+        return tree
+
+
+class WholeText(DraftWindow):
+    """The same window, as a mask over everything: nothing is skipped and nothing dropped."""
+
+    def start(self, lengths: list[int]) -> None:
+        super().start([0] * len(lengths))
+
+    def make_room(self, cache: TreeCache) -> None:
+        return
+
+
+def run(drafter: Drafter, target: Target, prompts: Sequence[Sequence[int]] = PROMPTS, chunk: int = 512) -> Any:
+    engine = Engine(target, drafter, prefill_chunk=chunk)
+    return engine.complete(prompts, SamplingConfig(), StopConfig(60))
+
+
+# ------------------------------------------------------------------ the window
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_window_keeps_the_text_and_bounds_the_cache(llama: Target, kind: str) -> None:
+    expected = vanilla(llama, PROMPTS, 60)
+    for window in (1, 2, 7, 70):
+        drafter = Watched(llama, made_head(llama, kind), SHAPE, window)
+        assert run(drafter, llama, chunk=16) == expected
+        layers = drafter._module.config.num_hidden_layers
+        assert drafter.slots <= window + max(window, 64) + max(SHAPE.depth + 1, min(16, layers * window))
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("window", [1, 4, 30])
+@pytest.mark.parametrize("chunk", [7, 512])
+def test_what_a_window_leaves_out_changes_no_draft(llama: Target, kind: str, window: int, chunk: int) -> None:
+    bounded, whole = (Watched(llama, made_head(llama, kind), SHAPE, window) for _ in range(2))
+    whole._pairs = WholeText(window, 1, None)
+    run(bounded, llama, chunk=chunk)
+    run(whole, llama)
+    assert len(bounded.trees) == len(whole.trees) > 10
+    for mine, theirs, ours, all_of_it in zip(bounded.trees, whole.trees, bounded.states, whole.states, strict=True):
+        assert torch.equal(mine.tokens, theirs.tokens) and torch.equal(mine.parents, theirs.parents)
+        torch.testing.assert_close(ours, all_of_it, rtol=1e-9, atol=1e-9)
+    assert max(bounded._cache.lengths) < max(whole._cache.lengths)  # type: ignore[union-attr]
+
+
+def test_a_prompt_reaches_no_farther_than_its_layers_windows(llama: Target) -> None:
+    """One pair less, and a head of two layers drafts from another state."""
+    short, exact = (Watched(llama, made_head(llama, "two layers"), SHAPE, 8) for _ in range(2))
+    assert exact._pairs.reach == 15
+    short._pairs.reach = 14
+    run(short, llama, PROMPTS[:1])
+    run(exact, llama, PROMPTS[:1])
+    assert not torch.allclose(short.states[0], exact.states[0], rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_mask_is_the_window_that_it_says(llama: Target, kind: str) -> None:
+    """By brute force: all pairs at once, each under an explicit mask."""
+    window, prompt = 6, PROMPTS[0]
+    drafter = Watched(llama, made_head(llama, kind), SHAPE, window)
+    (first, *_) = run(drafter, llama, [prompt])[0]
+    module, count = drafter._module, len(prompt)
+    output = llama.forward(
+        DraftTree.chain(torch.tensor([prompt])), llama.new_cache(), hidden_layers=drafter.target_layers
+    )
+    layers = drafter.target_layers
+    features = torch.cat([output.hidden[i] for i in layers], -1) if layers else output.features
+    held = [*prompt[1:], first] if module.follows_token else prompt
+    back = torch.arange(count).unsqueeze(1) - torch.arange(count)
+    hidden = (back < 0) | (back >= window)
+    bias = torch.zeros(count, count, dtype=torch.float64).masked_fill(hidden, torch.finfo(torch.float64).min)
+    with torch.inference_mode():
+        states = module(
+            llama.embed(torch.tensor([held])), module.fuse(features), torch.arange(count).unsqueeze(0), bias[None, None]
+        )
+    torch.testing.assert_close(drafter.states[0], states[:, -1], rtol=1e-9, atol=1e-9)
+
+
+def test_a_window_as_long_as_the_context_drafts_as_none_does(llama: Target) -> None:
+    every, windowed = (Watched(llama, made_head(llama), SHAPE, window) for window in (None, 512))
+    run(every, llama)
+    run(windowed, llama)
+    pairs = list(zip(every.trees, windowed.trees, strict=True))
+    assert len(pairs) > 10
+    for mine, theirs in pairs:
+        assert torch.equal(mine.tokens, theirs.tokens) and torch.equal(mine.parents, theirs.parents)
+    narrow = Watched(llama, made_head(llama), SHAPE, 3)
+    run(narrow, llama)
+    assert any(not torch.equal(a.tokens, b.tokens) for a, b in zip(every.trees, narrow.trees, strict=False))
+
+
+def packed_target() -> Target:
+    model: Any = tiny_target(vocab=61).model
+    model.float()
+    pack_linears(model)
+    fuse_small_modules(model)
+    target = Target(model)
+    assert target.use_one_call()
+    return target
+
+
+@pytest.mark.skipif(not native.available(), reason=native.why_not())
+@pytest.mark.parametrize("layers", [1, 2])
+def test_native_code_drafts_through_the_window_as_modules_do(layers: int) -> None:
+    target = packed_target()
+    torch.manual_seed(7)
+    sizes = FeatExtrapolatorConfig.for_target(target.config, num_hidden_layers=layers)
+    head = Head(FeatExtrapolator(sizes).requires_grad_(False), torch.arange(0, 61, 2), {})
+    expected = vanilla(target, PROMPTS, 60)
+    for window in (1, 9, 40):
+        found: list[Watched] = []
+        for path in ("proposals", "layers", "modules"):
+            drafter = Watched(target, copy.deepcopy(head), SHAPE, window)
+            assert drafter._quick is not None and drafter._stack is not None
+            if path != "proposals":
+                drafter._quick = None
+            if path == "modules":
+                drafter._stack = None
+            found.append(drafter)
+            assert run(drafter, target, chunk=32) == expected
+        for trees in zip(*(drafter.trees for drafter in found), strict=True):
+            assert all(torch.equal(trees[0].tokens, tree.tokens) for tree in trees[1:])
+            assert all(torch.equal(trees[0].parents, tree.parents) for tree in trees[1:])
+        for states in zip(*(drafter.states for drafter in found), strict=True):
+            assert all(torch.equal(states[0], each) for each in states[1:])
+
+
+def test_a_text_goes_on_behind_what_a_window_has_dropped(llama: Target) -> None:
+    """Turns of one dialogue: the next, one cut back a little, and one cut back behind the window."""
+    drafter, past = EagleDrafter(llama, made_head(llama), SHAPE, 5), Past()
+    engine, text = Engine(llama, drafter), list(PROMPTS[0])
+    for keep in (None, 100, 20, 200):
+        text = [*text[:keep], *([] if keep == 200 else [3, 1, 4])]
+        said = [t for e in engine.run([text], SamplingConfig(), StopConfig(90), past=past) for t in e.tokens]
+        assert said == vanilla(llama, [text], 90)[0]
+        cache: Any = past.copy()._drafted  # a copy knows where its slots stand
+        assert cache.lengths[0] <= 5 + 64 + 4 and cache.reached[0] >= len(text) + 85
+        text = [*text, *said]
+
+
+def test_a_window_below_one_is_refused(llama: Target) -> None:
+    with pytest.raises(ValueError, match="draft_window=0 is not allowed: give 1 or more"):
+        EagleDrafter(llama, made_head(llama), SHAPE, 0)

@@ -15,6 +15,7 @@ import runpy
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from haast.heads.medusa import MedusaConfig, MedusaHeads
 from haast.models import DEFAULT_MODEL, ModelSource
 
 ROOT = Path(__file__).parent.parent
+# A tiny head has seen tiny texts.
+pytestmark = pytest.mark.filterwarnings("ignore::haast.errors.LongContextWarning")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BLOCK = re.compile(r"^```([a-z]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -54,6 +57,7 @@ ELSEWHERE = {
     "vllm serve": "vLLM and a GPU; the client is tested against a fake server",
     "accelerate launch": "eight GPUs; two processes run in test_processes.py",
     "haast regenerate --model Qwen/Qwen3-8B": "that server",
+    "torchrun": "two processes; run in the slow suite below",
     "make": "make test would run itself; the targets are looked up",
 }
 
@@ -145,6 +149,7 @@ def _furnish(place: Path, model: Path, head: Path) -> None:
     """What the pages suppose to be there."""
     place.mkdir()
     shutil.copytree(head, place / "my-head")
+    (place / "my-model").symlink_to(model)
     (place / "small").symlink_to(model)  # the target itself as its small model
     sizes = MedusaConfig.for_target(LlamaConfig.from_pretrained(model), 2, 1)
     weights = {name: torch.randn(shape) / 8 for name, shape in _shapes(sizes).items()}
@@ -180,7 +185,7 @@ def test_every_block_says_what_it_is(page: Path) -> None:
 def test_its_python_runs(page: Path) -> None:
     names: dict[str, Any] = {"__name__": "page"}
     for number, (kind, text) in enumerate(blocks(page)):
-        if kind == "python":
+        if kind == "python" and not text.startswith("# torchrun"):
             exec(compile(text, f"{page.name}, block {number}", "exec"), names)
 
 
@@ -191,6 +196,20 @@ def test_its_commands_run(page: Path) -> None:
         if kind == "bash":
             for words in commands(text):
                 _follow(words)
+
+
+@pytest.mark.slow
+def test_what_runs_under_torchrun(tiny: Path, tmp_path: Path) -> None:
+    page = ROOT / "docs" / "devices.md"
+    _furnish(tmp_path / "here", tiny / "model", tiny / "head")
+    (script,) = (text for kind, text in blocks(page) if kind == "python" and text.startswith("# torchrun"))
+    (tmp_path / "here" / "answer.py").write_text(script)
+    lines = [words for kind, text in blocks(page) if kind == "bash" for words in commands(text)]
+    ours = [[*words, "--max-new-tokens", "8"] for words in lines if words[0] == "torchrun"]
+    for words in [*ours, script.splitlines()[0].removeprefix("#").split()]:
+        command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+        done = subprocess.run(command, cwd=tmp_path / "here", capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0 and done.stdout.strip(), done.stderr[-2000:]
 
 
 def _follow(words: list[str]) -> None:

@@ -20,6 +20,7 @@ RANKS = [
     {"verify", "cache", "speed"},
     {"attention", "acceptance", "stats"},
     {"placement", "ranks"},
+    {"precision"},
     {"support", "forward"},
     {"probe"},
     {"target", "spreading"},

@@ -7,7 +7,8 @@ ValueError
 └── UnsupportedArgumentError  an argument of transformers' `generate` that Haast does not honour
 
 UserWarning
-└── LongContextWarning      a text is longer than anything that the head has seen in training
+├── LongContextWarning      a text is longer than anything that the head has seen in training
+└── PrecisionWarning        the target is held in another precision than the one that the head was trained on
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ class PromptError(ValueError):
 
 class LongContextWarning(UserWarning):
     """A text is longer than anything that its head was trained on; only the number of accepted drafts can suffer."""
+
+
+class PrecisionWarning(UserWarning):
+    """The target is held in another precision than its head was trained on; only accepted drafts can become fewer."""
 
 
 class UnsupportedArgumentError(ValueError):

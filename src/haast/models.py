@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from haast import native
 from haast.errors import UnsupportedModelError, expanded
+from haast.precision import TORCHAO, check_torchao, quantisation, quantise
 from haast.speed.compile import CHOICES, Progress
 from haast.speed.fusing import fuse_small_modules
 from haast.speed.memory import give_back, own_memory
@@ -104,8 +105,9 @@ def load_target(
         dtype: "float32", "float16", "bfloat16" or "float64".
         device: a torch device.
         packing: "f16" swaps the linear layers for packed 16-bit ones (fp32 CPU models only), "int8" for 8-bit ones
-            (then the target is the rounded model: it says other things), "off" leaves them, "auto" packs to 16 bits
-            where that is possible and the native kernels are there.
+            (then the target is the rounded model: it says other things); "torchao-int8" and "torchao-int4" quantise
+            the weights of all linears but the LM head by torchao, on any device; "off" leaves them, "auto" packs to 16
+            bits where that is possible, the native kernels are there, and nobody has quantised the model.
         compile: "on" compiles the decoder layers (see `Target.use_compiled_layers`), "off" does not, "auto" does on
             CUDA.
         progress: wraps every compilation.
@@ -124,8 +126,13 @@ def load_target(
         return Target(model, tokenizer)
     target_device = torch.device(device)
     model.to(device=target_device)  # type: ignore[call-arg]  # moves in place
+    found = quantisation(model)
+    if found is not None and packing not in ("auto", "off"):
+        raise ValueError(f"{name} is quantised already ({found}), so packing={packing!r} can't be done: use 'off'")
+    if packing in TORCHAO:
+        quantise(model, packing)
     target = Target(model, tokenizer)
-    if wants_packing(packing, wanted, target_device):
+    if found is None and wants_packing(packing, wanted, target_device):
         pack_linears(target.model, form="int8" if packing == "int8" else "f16")
         own_memory(target.model)
         fuse_small_modules(target.model)
@@ -146,8 +153,9 @@ def check_precision(dtype: str, device: str, packing: str) -> torch.dtype:
     }
     if dtype not in dtypes:
         raise ValueError(f"dtype={dtype!r} is unknown: choose one of {sorted(dtypes)}")
-    if packing not in ("auto", *FORMS, "off"):
-        raise ValueError(f"packing={packing!r} is unknown: choose auto, {', '.join(FORMS)} or off")
+    if packing not in ("auto", *FORMS, *TORCHAO, "off"):
+        raise ValueError(f"packing={packing!r} is unknown: choose auto, {', '.join((*FORMS, *TORCHAO))} or off")
+    check_torchao(packing)
     try:
         place = torch.device(device)
     except RuntimeError as error:

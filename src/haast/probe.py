@@ -15,6 +15,7 @@ from haast.cache import TreeCache
 from haast.errors import UnsupportedModelError
 from haast.forward import ModuleForward, TargetOutput
 from haast.placement import mesh_of
+from haast.precision import quantisation
 from haast.tree import DraftTree
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}  # of logits, relative to the largest; 16-bit: 0.2
@@ -98,9 +99,15 @@ def _answers_alike(forward: ModuleForward) -> float:
     found = _run(forward, DraftTree.from_parents(tokens, parents), cache).logits[0, [0, 3, 4]].double()
     error, scale = float((found - expected).abs().max()), float(expected.abs().max())
     if not error <= tolerance(forward.dtype) * max(scale, 1e-6):
+        form = quantisation(forward.model)
+        why = "it takes positions or masks otherwise than given"
+        if form is not None:
+            why = f"its {form} layers compute a row otherwise beside other rows, or {why}"
+        if form == "bitsandbytes-8bit":
+            why += "; llm_int8_threshold=0.0 in its BitsAndBytesConfig makes rows independent"
         raise UnsupportedModelError(
             f"{type(forward.model).__name__} can't verify a tree: a node's logits differ by {error:.2g} (of "
-            f"{scale:.2g}) from those of its path alone, so it takes positions or masks otherwise than given"
+            f"{scale:.2g}) from those of its path alone, so {why}"
         )
     return logit_scale
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from haast.precision import TORCHAO
 from haast.speed.packing import FORMS
 
 _PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -49,7 +50,7 @@ class Spread:
             raise ValueError(f"device_map={self.device_map!r} is unknown: choose one of {', '.join(_PLANS)}")
         if device != "cpu":
             raise ValueError(f"device={device!r} names one device and {named} finds its own: leave one of them out")
-        if packing in FORMS:
+        if packing in (*FORMS, *TORCHAO):
             raise ValueError(f"packing={packing!r} works on one device, not with {named}: use packing='off'")
         if compile == "on":
             raise ValueError(f"compile='on' works on one device, not with {named}: use compile='off'")

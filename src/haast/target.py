@@ -22,6 +22,7 @@ from haast import native
 from haast.cache import TreeCache
 from haast.forward import ModuleForward, TargetOutput
 from haast.placement import dispatched, mesh_of, read_weight, sharded, whole
+from haast.precision import precision, quantisation, weight_rows
 from haast.probe import Probed, probe, tolerance
 from haast.ranks import Ranks
 from haast.speed.compile import CompiledLayers, Progress, nodes_for, slots_for, wrapped
@@ -84,8 +85,13 @@ class Target:
 
     @property
     def packing(self) -> str:
-        """How the linear layers are held: "f16", "int8" or "off"."""
-        return self.lm_head.form if isinstance(self.lm_head, PackedLinear) else "off"
+        """How the linear layers are held: "f16", "int8", a quantisation's name, or "off"."""
+        return self.lm_head.form if isinstance(self.lm_head, PackedLinear) else quantisation(self.model) or "off"
+
+    @property
+    def precision(self) -> str:
+        """How precisely the weights are held, in one word: see `haast.precision`."""
+        return precision(self.model, self.lm_head, self.dtype)
 
     def step_threads(self) -> AbstractContextManager[None]:
         """Wrap a decode step in it: the threads go to the native kernels where they do the work."""
@@ -262,8 +268,7 @@ class Target:
     def head_rows(self, tokens: Tensor) -> Tensor:
         """The LM head's weight rows for `tokens` (n,) -> (n, hidden), in the scale of the model's logits."""
         head = self.lm_head
-        weight = head.unpack() if isinstance(head, PackedLinear) else read_weight(head, "weight")
-        assert weight is not None, "an LM head has a weight"
+        weight = weight_rows(head, self.hidden_size, self.dtype)
         rows = weight[tokens.to(weight.device)].to(self.device)
         return rows if self.logit_scale == 1.0 else rows * self.logit_scale
 

@@ -94,6 +94,7 @@ def _model(target: Target, loading: Loading) -> dict[str, Any]:
         "vocab_size": target.vocab_size,
         "context": target.context_length,
         "dtype": loading.dtype,
+        "precision": target.precision,
         "packed_linears": len(packed),
         "device": str(target.device),
         "compile": target.compiling,

@@ -55,7 +55,9 @@ class Loading:
     model: Annotated[str, typer.Option(help="Name, hub id, folder or .gguf file.")] = DEFAULT_MODEL
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or float64.")] = "float32"
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu"
-    packing: Annotated[str, typer.Option(help="auto, f16 (packed 16-bit linears on the CPU), int8 or off.")] = "auto"
+    packing: Annotated[
+        str, typer.Option(help="auto, f16 (packed 16-bit linears on the CPU), int8, torchao-int8, torchao-int4 or off.")
+    ] = "auto"
     compile: Annotated[
         str, typer.Option(help="off, auto (on for CUDA) or on: compiled layers at a few static shapes, kept on disk.")
     ] = "off"

@@ -190,6 +190,7 @@ class Run:
             "sequences": len(self._train),
             "tokens": sum(len(example.tokens) for example in self._train),
             "supervised_tokens": sum(int(example.supervised.sum()) for example in self._train),
+            "precision": self._target.precision,
             "trained_length": max(len(example.tokens) for example in self._train),
             "data": [{"source": s, "licence": w, "answers": n} for (s, w), n in sorted(sources.items())],
             "tau": self._tau,
@@ -216,6 +217,7 @@ class Run:
                 f"- tau on validation prompts: {tau}; {TAU_CONVENTION}",
                 f"- trained on {about['sequences']} sequences, {about['tokens']} tokens, "
                 f"{about['supervised_tokens']} of them supervised; best evaluation of a run of {about['views']} views",
+                f"- trained on the features of a target held in {about['precision']}",
                 f"- longest sequence: {about['trained_length']} tokens; in longer texts `--draft-window` may help",
                 f"- command: `{self._command}`",
                 "",

@@ -32,6 +32,7 @@ from haast.drafters.window import DraftWindow
 from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head, check_fits, check_weights
 from haast.heads.module import DraftModule
+from haast.heads.precision import warn_of_precision
 from haast.speed.compile import CompiledLayers, nodes_for, slots_for
 from haast.speed.fusing import fuse_small_modules
 from haast.speed.memory import give_back
@@ -71,6 +72,7 @@ class EagleDrafter(Drafter):
             raise HeadMismatchError(f"{type(module).__name__} do not draft as EAGLE does: give an EAGLE head")
         check_weights(module)
         check_fits(module.config, target.hidden_size, target.vocab_size, type(target.model).__name__)
+        warn_of_precision(head.about, target.precision)
         self._pairs = DraftWindow(window, module.config.num_hidden_layers, head.trained_length)
         self._target = target
         self._module = module.to(device=target.device, dtype=target.dtype)

@@ -21,6 +21,7 @@ from haast.drafters.shape import DraftShape, likeliest_paths
 from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head, check_fits, check_weights
 from haast.heads.medusa import MedusaHeads
+from haast.heads.precision import warn_of_precision
 from haast.speed.memory import give_back
 from haast.speed.packing import PackedLinear, pack_linears
 from haast.target import Target
@@ -56,6 +57,7 @@ class MedusaDrafter(Drafter):
             raise HeadMismatchError(f"a {type(module).__name__} does not draft as Medusa does: give Medusa heads")
         check_weights(module)
         check_fits(module.config, target.hidden_size, target.vocab_size, type(target.model).__name__)
+        warn_of_precision(head.about, target.precision)
         self._vocab = None if head.draft_vocab is None else checked_vocab(head.draft_vocab, target)
         self.accuracies = _accuracies(head)
         self._target = target

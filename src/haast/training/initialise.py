@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from haast.heads.config import HeadConfig
+from haast.precision import weight_rows
 from haast.speed.fusing import FusedAttention, FusedSwiGLU
 from haast.speed.packing import PackedLinear
 from haast.target import Target
@@ -187,9 +188,9 @@ def _find(target: Target) -> _LastLayer | str:
 
 
 def _weight(module: nn.Module | None) -> Tensor | None:
-    if isinstance(module, PackedLinear):
-        return module.unpack()
-    return module.weight if isinstance(module, nn.Linear) else None
+    if not isinstance(module, nn.Linear | PackedLinear):
+        return None
+    return weight_rows(module, module.in_features)
 
 
 def _gain(norm: nn.Module) -> Tensor:

@@ -84,16 +84,18 @@ class WholeText(DraftWindow):
 
 def run(drafter: Drafter, target: Target, prompts: Sequence[Sequence[int]] = PROMPTS, chunk: int = 512) -> Any:
     engine = Engine(target, drafter, prefill_chunk=chunk)
-    return engine.complete(prompts, SamplingConfig(), StopConfig(60))
+    return engine.complete(prompts, SamplingConfig(), StopConfig(40))
 
 
 # ------------------------------------------------------------------ the window
 
 
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize(
+    "kind", ["one layer", "eagle3, two layers", *(pytest.param(k, marks=pytest.mark.slow) for k in list(HEADS)[1:4])]
+)
 def test_a_window_keeps_the_text_and_bounds_the_cache(llama: Target, kind: str) -> None:
-    expected = vanilla(llama, PROMPTS, 60)
-    for window in (1, 2, 7, 70):
+    expected = vanilla(llama, PROMPTS, 40)
+    for window in (1, 7, 70):
         drafter = Watched(llama, made_head(llama, kind), SHAPE, window)
         assert run(drafter, llama, chunk=16) == expected
         layers = drafter._module.config.num_hidden_layers
@@ -101,8 +103,9 @@ def test_a_window_keeps_the_text_and_bounds_the_cache(llama: Target, kind: str) 
 
 
 @pytest.mark.parametrize("kind", HEADS)
-@pytest.mark.parametrize("window", [1, 4, 30])
-@pytest.mark.parametrize("chunk", [7, 512])
+@pytest.mark.parametrize(
+    ("window", "chunk"), [(4, 7), *(pytest.param(w, c, marks=pytest.mark.slow) for w in (1, 4, 30) for c in (7, 512))]
+)
 def test_what_a_window_leaves_out_changes_no_draft(llama: Target, kind: str, window: int, chunk: int) -> None:
     bounded, whole = (Watched(llama, made_head(llama, kind), SHAPE, window) for _ in range(2))
     whole._pairs = WholeText(window, 1, None)
@@ -112,7 +115,7 @@ def test_what_a_window_leaves_out_changes_no_draft(llama: Target, kind: str, win
     for mine, theirs, ours, all_of_it in zip(bounded.trees, whole.trees, bounded.states, whole.states, strict=True):
         assert torch.equal(mine.tokens, theirs.tokens) and torch.equal(mine.parents, theirs.parents)
         torch.testing.assert_close(ours, all_of_it, rtol=1e-9, atol=1e-9)
-    assert max(bounded._cache.lengths) < max(whole._cache.lengths)  # type: ignore[union-attr]
+    assert bounded.slots < whole.slots
 
 
 def test_a_prompt_reaches_no_farther_than_its_layers_windows(llama: Target) -> None:
@@ -178,8 +181,8 @@ def test_native_code_drafts_through_the_window_as_modules_do(layers: int) -> Non
     torch.manual_seed(7)
     sizes = FeatExtrapolatorConfig.for_target(target.config, num_hidden_layers=layers)
     head = Head(FeatExtrapolator(sizes).requires_grad_(False), torch.arange(0, 61, 2), {})
-    expected = vanilla(target, PROMPTS, 60)
-    for window in (1, 9, 40):
+    expected = vanilla(target, PROMPTS, 40)
+    for window in (1, 12):
         found: list[Watched] = []
         for path in ("proposals", "layers", "modules"):
             drafter = Watched(target, copy.deepcopy(head), SHAPE, window)
@@ -201,12 +204,12 @@ def test_a_text_goes_on_behind_what_a_window_has_dropped(llama: Target) -> None:
     """Turns of one dialogue: the next, one cut back a little, and one cut back behind the window."""
     drafter, past = EagleDrafter(llama, made_head(llama), SHAPE, 5), Past()
     engine, text = Engine(llama, drafter), list(PROMPTS[0])
-    for keep in (None, 100, 20, 200):
-        text = [*text[:keep], *([] if keep == 200 else [3, 1, 4])]
-        said = [t for e in engine.run([text], SamplingConfig(), StopConfig(90), past=past) for t in e.tokens]
-        assert said == vanilla(llama, [text], 90)[0]
+    for keep in (None, 100, 20):
+        text = [*text[:keep], 3, 1, 4]
+        said = [t for e in engine.run([text], SamplingConfig(), StopConfig(75), past=past) for t in e.tokens]
+        assert said == vanilla(llama, [text], 75)[0]
         cache: Any = past.copy()._drafted  # a copy knows where its slots stand
-        assert cache.lengths[0] <= 5 + 64 + 4 and cache.reached[0] >= len(text) + 85
+        assert cache.lengths[0] <= 5 + 64 + 4 and cache.reached[0] >= len(text) + 70
         text = [*text, *said]
 
 

@@ -45,7 +45,7 @@ def test_every_drafter_says_the_same_for_any_chunk(llama: Target, name: str) -> 
     law = SamplingConfig(0.7, seed=2)
     expected = vanilla(llama, prompts, 12, law)
     counts = []
-    for chunk in (1, 4, 44, 45, 46, PREFILL_CHUNK):
+    for chunk in (1, 8, 45, PREFILL_CHUNK):
         stats = Stats()
         engine = Engine(llama, DRAFTERS[name](llama), prefill_chunk=chunk)
         assert engine.complete(prompts, law, StopConfig(12), stats) == expected
@@ -53,7 +53,7 @@ def test_every_drafter_says_the_same_for_any_chunk(llama: Target, name: str) -> 
     assert all(each == counts[0] for each in counts), "a chunk decides nothing that a drafter sees"
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     st.lists(st.lists(st.integers(0, 31), min_size=1, max_size=40), min_size=1, max_size=3),
     st.integers(1, 50),
@@ -94,8 +94,13 @@ def packed(target: Target) -> Target:
     return made
 
 
+QUICK = ("vanilla", "eagle", "small-model")
+
+
 @pytest.mark.parametrize("path", ["modules", "native"])
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in DRAFTERS if name not in QUICK)]
+)
 def test_nothing_is_as_large_as_the_prompt_squared(name: str, path: str) -> None:
     """What grows fastest is scores of a chunk over the prompt: heads * chunk * positions."""
     if path == "native" and not native.available():

@@ -58,8 +58,8 @@ class Agreed(Alone):
         digest = hashlib.sha256(repr(([list(map(int, prompt)) for prompt in prompts], settings)).encode())
         if not self._ranks.same(int.from_bytes(digest.digest()[:7], "big")):
             raise PromptError(
-                "the processes of a tensor-parallel model were given different prompts, max_new_tokens or prefill_chunk: "
-                "all of them must decode the same batch"
+                "the processes of a tensor-parallel model were given different prompts, or another max_new_tokens or "
+                "prefill_chunk: all of them must decode the same batch"
             )
 
     @contextmanager

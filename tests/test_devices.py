@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import haast
 from haast.cache import TreeCache
 from haast.cli import app
+from haast.drafters.calibrated import identity
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.lookahead import LookaheadDrafter
 from haast.drafters.shape import DraftShape
@@ -170,6 +171,14 @@ def test_a_model_without_weights_is_refused() -> None:
         empty = LlamaForCausalLM(tiny_llama().config)
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM has no weights: model.embed_tokens.weight is"):
         Target(cast(Any, empty))
+
+
+def test_a_calibration_is_of_one_device(tmp_path: Path) -> None:
+    folder, model = saved(tmp_path)
+    known = []
+    for target in (Target(model), Target(spread(folder, device_map=SPLITS["a layer on disk"]))):
+        known.append(identity(target, EagleDrafter(target, random_head(target), TREE)))
+    assert known[1].pop("spread") and known[0] == known[1]
 
 
 def test_layers_of_a_split_model_are_not_compiled(tmp_path: Path) -> None:

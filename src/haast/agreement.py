@@ -32,7 +32,7 @@ class Alone:
         """Who drafts here."""
         return drafter
 
-    def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def check(self, prompts: Sequence[Sequence[int]], *settings: int) -> None:
         """Raises PromptError where the processes do not decode the same texts."""
 
     @contextmanager
@@ -54,12 +54,12 @@ class Agreed(Alone):
     def drafter(self, drafter: Drafter, device: torch.device) -> Drafter:
         return SharedDrafter(drafter, self._ranks, device)
 
-    def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        digest = hashlib.sha256(repr(([list(map(int, prompt)) for prompt in prompts], max_new_tokens)).encode())
+    def check(self, prompts: Sequence[Sequence[int]], *settings: int) -> None:
+        digest = hashlib.sha256(repr(([list(map(int, prompt)) for prompt in prompts], settings)).encode())
         if not self._ranks.same(int.from_bytes(digest.digest()[:7], "big")):
             raise PromptError(
-                "the processes of a tensor-parallel model were given different prompts (or another max_new_tokens): "
-                "all of them must decode the same batch"
+                "the processes of a tensor-parallel model were given different prompts, or another max_new_tokens or "
+                "prefill_chunk: all of them must decode the same batch"
             )
 
     @contextmanager

@@ -173,7 +173,7 @@ class _Run:
     def emissions(self) -> Iterator[Emission]:
         """Prefill, then step until every row has ended."""
         begun = perf_counter()
-        self._agreement.check(self._histories, self._stop.max_new_tokens)
+        self._agreement.check(self._histories, self._stop.max_new_tokens, self._chunk)
         with self._drafter.lock, self._whole():
             self._drafter.owner = self
             self._drafter.start(self._histories)

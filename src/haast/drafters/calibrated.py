@@ -33,6 +33,7 @@ def identity(target: Target, drafter: EagleDrafter) -> dict[str, Any]:
         "packing": target.packing,
         "head": _digest(drafter),
         **({} if target.compiled is None else {"compile": "on"}),
+        **({"spread": target.spread} if target.spread else {}),
     }
 
 

@@ -2,10 +2,10 @@
 
     python benchmarks/precision.py --prompts valid.jsonl --json results/precision.json
 
-The shipped head drafts trees of 8 nodes for its target held in every precision that this machine can run; each
-answers the same prompts, greedily. tau is tokens per decoding target forward, the bonus token included, prefill excluded. It does
-not depend on the machine's load. `agrees` is how much of the text is that of the first precision, up to the
-first difference: quantised, a model is another model.
+The shipped head drafts trees of 8 nodes for its target held in every precision that this machine can run; each answers
+the same prompts, greedily. tau is tokens per decoding target forward, the bonus token included, prefill excluded; it
+does not depend on the machine's load. `agrees` is how much of the text is that of the first precision, up to the first
+difference: quantised, a model is another model.
 """
 
 from __future__ import annotations

@@ -66,17 +66,17 @@ class Target:
         self._stack: NativeStack | None = None
         self._compiled: CompiledLayers | None = None
         choose_attention(model)
-        self._modules = ModuleForward(model)
+        self._forward_of = ModuleForward(model)
         mesh = mesh_of(model)
         self.ranks = None if mesh is None else Ranks(mesh)  # the processes that hold the model together
-        self.probed = self._agree_on(probe(self._modules) if probed is None else probed)
-        self._modules.decoder_gives_features = self.probed.decoder_gives_features
+        self.probed = self._agree_on(probe(self._forward_of) if probed is None else probed)
+        self._forward_of.decoder_gives_features = self.probed.decoder_gives_features
         self.logit_scale = self.probed.logit_scale
 
     @property
     def lm_head(self) -> nn.Module:
         """The module from features to logits; packed where the target is."""
-        return self._modules.lm_head
+        return self._forward_of.lm_head
 
     @property
     def packed(self) -> bool:
@@ -100,17 +100,17 @@ class Target:
     @property
     def device(self) -> torch.device:
         """Where trees are sent, and features and logits come back: where the LM head computes."""
-        return self._modules.device
+        return self._forward_of.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of activations."""
-        return self._modules.dtype
+        return self._forward_of.dtype
 
     @property
     def context_length(self) -> int | None:
         """Positions the target was made for; None where its config does not say."""
-        return self._modules.context_length
+        return self._forward_of.context_length
 
     @property
     def spread(self) -> str:
@@ -166,7 +166,7 @@ class Target:
             self._stack = None  # the model was moved or changed: its own modules answer from here on
         if self.compiled is not None:
             return TreeCache(self.layers, rows, 1, slots_for)  # as long as the text needs: few lengths
-        return self._modules.new_cache(rows, capacity)
+        return self._forward_of.new_cache(rows, capacity)
 
     def _unchanged(self, stack: NativeStack) -> bool:
         decoder: Any = self.model.get_decoder()  # type: ignore[no-untyped-call]
@@ -199,7 +199,7 @@ class Target:
             output = self._by_compiled_layers(compiled, tree, cache, hidden_layers)
             if output is not None:
                 return output
-        return self._modules.run(tree, cache, last_only, hidden_layers)
+        return self._forward_of.run(tree, cache, last_only, hidden_layers)
 
     def _one_call(
         self, stack: NativeStack, tree: DraftTree, cache: TreeCache, last_only: bool, hidden_layers: Sequence[int]
@@ -210,7 +210,7 @@ class Target:
             return None
         states = self.embedding(tree.tokens)  # a new tensor, which the stack may overwrite
         features, hidden = stack.run(
-            states, self._modules.positions(tree, cache), tree.ancestors, cache.lengths, store, hidden_layers
+            states, self._forward_of.positions(tree, cache), tree.ancestors, cache.lengths, store, hidden_layers
         )
         read = features
         if last_only:
@@ -225,18 +225,18 @@ class Target:
 
         The first time that a shape is met, the modules answer as well, and what is compiled is used only if it agrees.
         """
-        layers, lanes, nodes = self._modules.layers(), cache.lanes(), nodes_for(tree.nodes)
+        layers, lanes, nodes = self._forward_of.layers(), cache.lanes(), nodes_for(tree.nodes)
         if layers is None or wrapped(layers) or lanes is None or nodes is None:
             return None
         cache.begin(nodes)
         expected = None
         if not compiled.knows(tree.rows, nodes, cache.capacity):
             cache.begin(tree.nodes)
-            expected = self._modules.run(tree, cache, False, hidden_layers)
+            expected = self._forward_of.run(tree, cache, False, hidden_layers)
             cache.begin(nodes)
         lanes, padded = cache.lanes(), tree.padded(nodes)
         assert lanes is not None, "growing keeps the lanes"
-        run = functools.partial(self._modules.run, padded, cache, False, hidden_layers, cache.capacity)
+        run = functools.partial(self._forward_of.run, padded, cache, False, hidden_layers, cache.capacity)
         output: TargetOutput | None = compiled.run(layers, cache, lanes, cache.lengths, nodes, run)
         if output is None:
             return expected

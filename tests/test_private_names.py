@@ -22,7 +22,7 @@ import haast
 SOURCE = Path(haast.__file__).parent
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path.name != "seams.py")
 OWN = {"self", "cls"}
-STRINGS = {"_by_depth"}  # the end of a word, which only looks private
+STRINGS = {"_by_depth", "_by_length"}  # ends of words, which only look private
 
 
 def private(name: str) -> bool:

@@ -62,6 +62,7 @@ def _table(document: dict[str, Any], name: str) -> str:
         ("lengths", tables.lengths),
         ("forward_ms", tables.calibration),
         ("batches", tables.batches),
+        ("precisions", tables.precisions),
     )
     for key, table in kinds:
         if key in document:

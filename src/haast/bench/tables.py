@@ -128,6 +128,20 @@ def _windowed(name: str) -> str:
     return f"{plain}{base}" + (f", window {window}" if window else "")
 
 
+def precisions(document: Document) -> str:
+    """tau of one head by the target's precision."""
+    rows = document["precisions"]
+    trained = document["environment"]["settings"]["trained_on"]
+    base = next(row["tau"] for row in rows if row["precision"] == trained)
+    lines = [
+        "| target held in | tau | of the first | text as the first's, up to the first difference |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(f"| {row['precision']} | {row['tau']:.2f} | {row['tau'] / base:.2f} | {row['agrees']:.0%} |")
+    return "\n".join(lines) + "\n"
+
+
 def calibration(document: Document) -> str:
     """What a step costs."""
     one = document["forward_ms"]["1"]

@@ -6,14 +6,16 @@ its name. docs/drop-in.md lists them; a test holds the two together. Knows no de
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, __version__
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteria
 
+from haast.dropin.known import HONOURED_SETTINGS, IDLE_SETTINGS
 from haast.errors import PromptError, UnsupportedArgumentError
 
 _BEAMS = "Haast decodes one continuation a row; leave it out, or use stock generate"
@@ -68,11 +70,28 @@ _TAKEN = ("attention_mask", "position_ids", "use_cache", "logits_to_keep")
 
 
 def refuse_settings(config: GenerationConfig) -> None:
-    """Refuse what Haast does not honour of a GenerationConfig, by name. Raises UnsupportedArgumentError."""
+    """Refuse what Haast does not honour of a GenerationConfig, or does not know, by name.
+
+    Raises:
+        UnsupportedArgumentError: a setting of `REFUSED_SETTINGS`, or one that only a newer transformers has.
+    """
     for name, why in REFUSED_SETTINGS.items():
         value = getattr(config, name, None)
         if value is not None and value is not False and value not in _OFF.get(name, ()):
             raise UnsupportedArgumentError(f"{name}={value!r}", why)
+    for name, usual in unknown_settings().items():
+        value = getattr(config, name, None)
+        if value is not None and value is not False and value != usual:
+            why = f"transformers {__version__} has it, and this Haast does not know it; leave it out"
+            raise UnsupportedArgumentError(f"{name}={value!r}", why)
+
+
+@functools.cache
+def unknown_settings() -> dict[str, Any]:
+    """Settings of the installed transformers that no table of Haast holds, with their defaults."""
+    known = {*REFUSED_SETTINGS, *HONOURED_SETTINGS, *IDLE_SETTINGS, "transformers_version"}
+    every = vars(GenerationConfig())  # type: ignore[no-untyped-call]
+    return {name: usual for name, usual in every.items() if not name.startswith("_") and name not in known}
 
 
 def refuse_arguments(given: Mapping[str, Any]) -> None:
@@ -84,15 +103,8 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if value is None or value is False or name in _TAKEN:
             continue
-        if name == "past_key_values" and not _handed_in(value):
-            continue  # the empty one that `generate` prepares
         why = "Haast passes the model nothing but tokens; leave it out, or use stock generate"
         raise UnsupportedArgumentError(name, REFUSED_ARGUMENTS.get(name, why))
-
-
-def _handed_in(cache: Any) -> bool:
-    """Whether the user gave it: transformers marks those; older ones are known by what they hold."""
-    return bool(getattr(cache, "_is_user_defined", False)) or cache.get_seq_length() > 0
 
 
 def padding(input_ids: Tensor, given: Mapping[str, Any]) -> list[int]:

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from haast import seams
 from haast.drafters.base import Drafter
 from haast.drafters.calibrated import draft_as_usual
 from haast.drafters.eagle import EagleDrafter
@@ -147,7 +148,10 @@ class Decoder:
             UnsupportedArgumentError: an argument that Haast does not honour, by name.
             ValueError: a model, mask or prompt that can't be answered.
         """
-        given = {**model_kwargs, "synced_gpus": synced_gpus, **(handover or {})}
+        cache = model_kwargs.pop("past_key_values", None)
+        if cache is not None and cache.get_seq_length() == 0:
+            cache = None  # the one that `generate` prepares; the user's own is in `handover`
+        given = {**model_kwargs, "past_key_values": cache, "synced_gpus": synced_gpus, **(handover or {})}
         streamer = given.pop("streamer", None) or streamer
         given.pop("tokenizer", None)
         arguments.refuse_settings(generation_config)
@@ -217,7 +221,7 @@ def _pad(config: GenerationConfig, criteria: StoppingCriteriaList, rows: int) ->
     """
     if all(getattr(each, "eos_token_id", None) is None for each in criteria):
         return None
-    pad = config.pad_token_id if config.pad_token_id is not None else getattr(config, "_pad_token_tensor", None)
+    pad = config.pad_token_id if config.pad_token_id is not None else seams.prepared_pad_token(config)
     if pad is None and rows > 1:
         raise PromptError("rows of the batch end at different places and there is no pad token: give pad_token_id")
     return 0 if pad is None else int(pad)

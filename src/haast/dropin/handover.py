@@ -1,44 +1,24 @@
-"""What transformers' `generate` keeps from a callable, and how it reaches ours.
+"""What transformers' `generate` keeps from a callable, and when it reaches ours.
 
-Owns one thing: `generate(custom_generate=callable)` takes `streamer`, `tokenizer`, `assistant_model` and `synced_gpus`
-out of its arguments and then passes on only what the callable's signature names and is still there, so these four are
-lost: a streamer would wait forever, an assistant would be ignored, stop strings would find no tokenizer. While it
-reads our signature, we put them back among the arguments, where the very next line looks for them. Read from
-transformers 5.23 (`GenerationMixin._extract_generation_mode_kwargs`); a transformers that passes them by itself is
-served as well.
+Owns one thing: `generate(custom_generate=callable)` passes on only what the callable's signature names. While it reads
+our signature, what it keeps is put back among the arguments (`seams.hand_over`). A transformers that passes all of it
+by itself is served as well.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
-from typing import Any
 
-_READER = "_extract_generation_mode_kwargs"  # the method of transformers that asks for the signature
-_FRAMES = 16  # between it and us stand a few of `inspect`
+from haast import seams
+from haast.dropin.known import PARAMETERS
 
 
 class HandedOver:
-    """A descriptor for `__signature__`: the signature of the instance's `__call__`, and the four arguments put back."""
+    """A descriptor for `__signature__`: the signature of `__call__`, and what `generate` keeps put back."""
 
     def __get__(self, instance: object, owner: type) -> inspect.Signature:
         if instance is None:
             raise AttributeError("__signature__")  # the class has its constructor's signature, as every class
-        _put_back()
+        seams.hand_over(PARAMETERS)
         call = inspect.signature(owner.__call__)
         return call.replace(parameters=list(call.parameters.values())[1:])
-
-
-def _put_back() -> None:
-    frame = sys._getframe(1)
-    for _ in range(_FRAMES):
-        if frame.f_code.co_name == _READER:
-            taken: dict[str, Any] = dict(frame.f_locals["generation_mode_kwargs"])
-            left: dict[str, Any] = frame.f_locals["kwargs"]
-            left["handover"] = taken
-            if "tokenizer" in taken:
-                left["tokenizer"] = taken["tokenizer"]  # `generate` itself needs it for the stop strings
-            return
-        if frame.f_back is None:
-            return
-        frame = frame.f_back

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from haast import seams
 from haast.target import Probed
 
 
@@ -33,12 +34,12 @@ def borrowed(model: PreTrainedModel) -> Iterator[Loan]:
     with _LOANS_LOCK:
         loan = _LOANS.setdefault(model, Loan())
     with loan.lock:
-        before = [(config, config._attn_implementation) for config in _configs(model)]
+        before = [(config, seams.attention_name(config)) for config in _configs(model)]
         try:
             yield loan
         finally:
             for config, attention in before:
-                config._attn_implementation = attention
+                seams.set_attention_name(config, attention)
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

@@ -23,6 +23,7 @@ from transformers.generation.logits_process import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from haast import seams
 from haast.errors import UnsupportedArgumentError
 
 
@@ -63,7 +64,7 @@ class _Prefix(PrefixConstrainedLogitsProcessor):
     """Asks the user's function with the true number of the row, also where the row stands alone."""
 
     def __init__(self, whole: PrefixConstrainedLogitsProcessor, row: int) -> None:
-        ask = whole._prefix_allowed_tokens_fn
+        ask = seams.allowed_tokens_function(whole)
         super().__init__(lambda _, text: ask(row, text), 1)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from transformers import LlamaConfig, PretrainedConfig
 
-from haast import attention
+from haast import attention, seams
 
 # Kinds of rotary parameters that Llama's layers have.
 _ROPES = {"default", "linear", "dynamic", "yarn", "llama3", "longrope"}
@@ -70,7 +70,7 @@ class HeadConfig(HeadSizes):
         own = {field.name: getattr(self, field.name) for field in fields(HeadConfig) if field.name != "markov_rank"}
         own["rope_parameters"] = self.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
         config = LlamaConfig(**own, tie_word_embeddings=False)
-        config._attn_implementation = attention.NAME
+        seams.set_attention_name(config, attention.NAME)
         return config
 
 

@@ -21,6 +21,8 @@ import torch
 from huggingface_hub import cached_assets_path
 from torch import Tensor, nn
 
+from haast import seams
+
 _LOG = logging.getLogger(__name__)
 # What dynamo and its backends raise at code, or on machines, that they can't do.
 _UNCOMPILABLE = (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, OSError, ImportError)
@@ -161,8 +163,8 @@ class CompiledLayers:
         try:
             for layer, (keys, values) in zip(layers, lanes, strict=True):
                 if self.graphs:  # else every replay copies the cache, and writing to it rules graphs out
-                    torch._dynamo.mark_static_address(keys, guard=False)
-                    torch._dynamo.mark_static_address(values, guard=False)
+                    seams.mark_static(keys)
+                    seams.mark_static(values)
                 held = LayerSlots(keys, values, rows, slots)
                 vars(layer)["forward"] = functools.partial(self._layer, layer, cache, held)
             yield
@@ -181,9 +183,8 @@ class CompiledLayers:
     def _compiling(self, shape: tuple[int, ...]) -> Iterator[None]:
         rows, nodes, slots = shape
         batch = f"{rows} rows of " if rows > 1 else ""
-        limits = {"recompile_limit": _VARIANTS, "accumulated_recompile_limit": _VARIANTS}
         what = f"{self._what} for {batch}{nodes} node{'s' * (nodes > 1)} and {slots} slots"
-        with self._progress(what), _kept_on_disk(), torch._dynamo.config.patch(limits):
+        with self._progress(what), _kept_on_disk(), seams.variants_allowed(_VARIANTS):
             yield
 
 
@@ -200,10 +201,8 @@ def wrapped(layers: Sequence[nn.Module]) -> bool:
 
 def cache_folder() -> Path:
     """Where compiled code is kept between runs, unless torch has been told another place."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # seconds, if nobody compiles
-
     told = os.environ.get(_CACHE_SETTING)
-    if told and told != default_cache_dir():  # torch writes its own default, a temporary folder, there
+    if told and told != seams.default_code_folder():  # torch writes its own default, a temporary folder, there
         return Path(told)
     folder: Path = cached_assets_path(library_name="haast", namespace="compiled", subfolder="inductor")
     return folder

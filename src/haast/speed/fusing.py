@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from haast import native
+from haast import native, seams
 from haast.speed.memory import give_back
 from haast.speed.packing import PackedLinear
 
@@ -107,7 +107,7 @@ class FusedAttention(nn.Module):
         query, key, value = heads[:, : self.heads], heads[:, self.heads : rotated], heads[:, rotated:]
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        attend = ALL_ATTENTION_FUNCTIONS[seams.attention_name(self.config) or ""]
         output, weights = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         projected: Tensor = self.o_proj(output.reshape(rows, nodes, -1))
         return projected, weights
@@ -184,7 +184,7 @@ def _fused_attention(module: nn.Module) -> FusedAttention | None:
     fused = FusedAttention(module, q, k, v, o)
     if norms and any(n is None or len(n.weight) != fused.head_dim for n in (fused.q_norm, fused.k_norm)):
         return None  # a norm over all heads together (Olmo 2)
-    if fused.config._attn_implementation not in ALL_ATTENTION_FUNCTIONS or fused.head_dim % 2:
+    if seams.attention_name(fused.config) not in ALL_ATTENTION_FUNCTIONS or fused.head_dim % 2:
         return None
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, q.in_features, generator=generator)

@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from haast import native
+from haast.seams import buffers_of
 from haast.speed.memory import give_back
 
 __all__ = ["PackedLinear", "PackingReport", "pack_linears"]
@@ -102,7 +103,7 @@ class PackedLinear(nn.Module):
         Raises:
             ValueError: another dtype, device or width, or a gradient is asked for.
         """
-        buffers = self._buffers  # three attribute look-ups through nn.Module cost a microsecond
+        buffers = buffers_of(self)  # three attribute look-ups through nn.Module cost a microsecond
         packed, scale, bias = buffers["packed"], buffers["scale"], buffers["bias"]
         assert packed is not None, "registered as a tensor"
         if self.reference:

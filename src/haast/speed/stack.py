@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from haast.native.stack import CLayer, CPass, CStack, CWeight, run_stack
+from haast.seams import foreign_hooks
 from haast.speed.fusing import FusedAttention, FusedRMSNorm, FusedSwiGLU
 from haast.speed.packing import PackedLinear
 
@@ -200,16 +201,13 @@ def _tensors(layers: Sequence[nn.Module], norm: nn.Module | None) -> list[Tensor
 def _fingerprint(layers: Sequence[nn.Module], norm: nn.Module | None) -> tuple[Any, ...]:
     """What must stay the same for a stack to say what the modules say: identities, memory, settings, no hooks."""
     modules = [inner for module in (*layers, *([] if norm is None else [norm])) for inner in module.modules()]
-    hooks = [hook for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    # transformers hangs its own on the layers to collect hidden states, and they change nothing.
-    foreign = sum(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
     tensors = tuple((tensor.data_ptr(), tensor.dtype) for tensor in _tensors(layers, norm))
     settings = tuple(
         (_window(m), float(m.scaling)) if isinstance(m, FusedAttention) else m.variance_epsilon
         for m in modules
         if isinstance(m, FusedAttention | FusedRMSNorm)
     )
-    return tuple(map(id, modules)), tensors, settings, foreign
+    return tuple(map(id, modules)), tensors, settings, foreign_hooks(modules)
 
 
 Parts = tuple[FusedAttention, FusedSwiGLU, nn.Module, FusedRMSNorm]

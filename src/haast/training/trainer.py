@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from haast.heads.checkpoint import AnyModule
 from haast.heads.config import HeadSizes
@@ -225,7 +226,7 @@ class Trainer:
         if self._averages:
             decay = min(config.ema, (1 + self._at.step) / (10 + self._at.step))
             trained = [p.detach() for p in self._objective.parameters() if p.requires_grad]
-            torch._foreach_lerp_(self._averages, trained, 1 - decay)
+            get_ema_multi_avg_fn(decay)(self._averages, trained, 0)  # type: ignore[no-untyped-call]
         return reached
 
     def _noise(self, batch: PackedBatch, number: int) -> Tensor | None:

@@ -1,0 +1,304 @@
+"""Each private seam of transformers and torch by itself: the test that fails names what has changed.
+
+Below them stand the conventions that are public but written down nowhere, on which Haast relies as much.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes import tiny_llama
+from torch import Tensor, nn
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LlamaConfig,
+    LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
+    PreTrainedModel,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from haast import seams
+from haast.attention import NAME
+from haast.cache import TreeCache
+from haast.dropin.known import PARAMETERS
+
+IDS = torch.tensor([[1, 2, 3, 4]])
+PAGE = Path(__file__).parents[1] / "docs" / "versions.md"
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_llama()
+
+
+# ------------------------------------------------------------------ transformers
+
+
+def test_a_config_names_its_attention(model: Any) -> None:
+    config = LlamaConfig()
+    assert seams.attention_name(config) is None
+    seams.set_attention_name(config, NAME)
+    assert seams.attention_name(config) == NAME
+    model.set_attn_implementation("eager")
+    assert seams.attention_name(model.config) == "eager"
+
+
+def test_the_attention_that_a_config_names_is_the_one_that_runs(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AttentionInterface
+
+    asked = []
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        asked.append(module)
+        return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
+
+    AttentionInterface.register("noted", attend)
+    seams.set_attention_name(model.config, "noted")
+    model(input_ids=IDS)
+    seams.set_attention_name(model.config, "eager")
+    assert len(asked) == model.config.num_hidden_layers
+
+
+def test_models_say_whether_a_registered_attention_fits(model: Any) -> None:
+    from transformers import GptOssForCausalLM
+
+    assert seams.takes_registered_attention(model)
+    assert not seams.takes_registered_attention(GptOssForCausalLM.__new__(GptOssForCausalLM)), "it has attention sinks"
+
+
+def test_models_say_whether_they_carry_state(model: Any) -> None:
+    from transformers import MambaForCausalLM
+
+    assert not seams.carries_state(model)
+    assert seams.carries_state(MambaForCausalLM.__new__(MambaForCausalLM))
+    assert "_is_stateful" in vars(PreTrainedModel), "else nothing is ever stateful"
+
+
+def test_generate_notes_the_pad_token_that_it_takes(model: Any) -> None:
+    found = generated(model, eos_token_id=7)["generation_config"]
+    assert found.pad_token_id is None or found.pad_token_id == 7
+    assert seams.prepared_pad_token(found) == 7
+    given = generated(model, eos_token_id=7, pad_token_id=3)["generation_config"]
+    assert seams.prepared_pad_token(given) == given.pad_token_id == 3
+    assert seams.prepared_pad_token(generated(model)["generation_config"]) is None
+
+
+def test_the_users_function_of_allowed_tokens_is_found() -> None:
+    def allowed(row: int, text: Tensor) -> list[int]:
+        return [row, len(text)]
+
+    assert seams.allowed_tokens_function(PrefixConstrainedLogitsProcessor(allowed, 1)) is allowed
+
+
+# ------------------------------------------------------------------ what `generate` keeps from a callable
+
+
+class Reads:
+    """A decoding method whose signature is read as `haast.Decoder`'s is; it notes what it is called with."""
+
+    def __init__(self, known: frozenset[str] = PARAMETERS) -> None:
+        self.known = known
+        self.called: dict[str, Any] = {}
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        seams.hand_over(self.known)
+        call = inspect.signature(type(self).__call__)
+        return call.replace(parameters=list(call.parameters.values())[1:])
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        tokenizer: Any = None,
+        handover: Any = None,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        self.called = {"handover": handover, "generation_config": generation_config, **model_kwargs}
+        return input_ids
+
+
+def generated(model: Any, reads: Reads | None = None, **given: Any) -> dict[str, Any]:
+    """What a decoding method gets of a `generate` call."""
+    reads = reads or Reads()
+    model.generate(IDS, max_new_tokens=2, do_sample=False, custom_generate=reads, **given)
+    return reads.called
+
+
+class Silent(BaseStreamer):
+    def put(self, value: Any) -> None:
+        """Nothing."""
+
+    def end(self) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize("name", ["streamer", "tokenizer", "assistant_model", "assistant_tokenizer"])
+def test_generate_hands_over_what_it_keeps(model: Any, name: str) -> None:
+    thing: Any = Silent() if name == "streamer" else object()
+    assert generated(model, **{name: thing})["handover"][name] is thing
+
+
+def test_generate_hands_over_whether_it_is_to_run_in_step(model: Any) -> None:
+    assert generated(model)["handover"] == {"synced_gpus": False}
+    assert generated(model, synced_gpus=True)["handover"]["synced_gpus"] is True
+
+
+def test_a_users_cache_is_handed_over_and_the_prepared_one_is_not(model: Any) -> None:
+    cache = DynamicCache()
+    assert generated(model, past_key_values=cache)["handover"]["past_key_values"] is cache
+    assert "past_key_values" not in generated(model)["handover"]
+
+
+def test_a_parameter_that_haast_does_not_know_is_handed_over(model: Any) -> None:
+    function = lambda row, text: [1]  # noqa: E731
+    reads = Reads(PARAMETERS - {"prefix_allowed_tokens_fn"})
+    assert (
+        generated(model, reads, prefix_allowed_tokens_fn=function)["handover"]["prefix_allowed_tokens_fn"] is function
+    )
+    assert "prefix_allowed_tokens_fn" not in generated(model, reads)["handover"]
+
+
+def test_a_signature_that_nobody_generates_with_may_be_read() -> None:
+    assert "handover" in inspect.signature(Reads()).parameters
+
+
+# ------------------------------------------------------------------ torch
+
+
+def test_hooks_of_others_are_counted_and_those_of_transformers_are_not() -> None:
+    model = tiny_llama()
+    modules = list(model.modules())
+    before = seams.foreign_hooks(modules)
+    model(input_ids=IDS, output_hidden_states=True)
+    assert seams.foreign_hooks(modules) == before == 0
+    hooks = [modules[3].register_forward_hook(lambda *_: None), modules[4].register_forward_pre_hook(lambda *_: None)]
+    assert seams.foreign_hooks(modules) == 2
+    for hook in hooks:
+        hook.remove()
+    assert seams.foreign_hooks(modules) == 0
+
+
+def test_buffers_are_those_that_the_module_has() -> None:
+    module = nn.BatchNorm1d(3)
+    assert seams.buffers_of(module)["running_mean"] is module.running_mean
+    module.double()
+    assert seams.buffers_of(module)["running_mean"] is module.running_mean
+
+
+def test_a_tensor_is_marked_static_without_changing_it() -> None:
+    tensor = torch.arange(3.0)
+    seams.mark_static(tensor)
+    assert torch.equal(tensor, torch.arange(3.0))
+
+
+def test_more_variants_are_allowed_only_meanwhile() -> None:
+    config: Any = torch._dynamo.config
+    before = (config.recompile_limit, config.accumulated_recompile_limit)
+    with seams.variants_allowed(9999):
+        assert (config.recompile_limit, config.accumulated_recompile_limit) == (9999, 9999)
+    assert (config.recompile_limit, config.accumulated_recompile_limit) == before
+
+
+def test_torch_says_where_it_would_keep_compiled_code() -> None:
+    folder = Path(seams.default_code_folder())
+    assert folder.is_absolute()
+    assert "torchinductor" in folder.name
+
+
+# ------------------------------------------------------------------ public, but written down nowhere
+
+
+def test_generate_calls_a_decoding_method_with_what_ours_takes(model: Any) -> None:
+    """`model` and `input_ids` by position, and the rest by name."""
+    given = inspect.signature(GenerationMixin._sample).parameters
+    assert list(given)[:2] == ["self", "input_ids"]
+    assert {"logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"} <= set(given)
+
+
+def test_decoders_are_reached_and_name_their_layers(model: Any) -> None:
+    names = {name for name, _ in model.get_decoder().named_children()}
+    assert names == {"embed_tokens", "layers", "norm", "rotary_emb"}
+    layer = {name for name, _ in model.get_decoder().layers[0].named_children()}
+    assert layer == {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+
+
+def test_the_decoders_output_is_what_the_lm_head_reads(model: Any) -> None:
+    states = model.get_decoder()(input_ids=IDS).last_hidden_state
+    assert torch.equal(model.get_output_embeddings()(states), model(input_ids=IDS).logits)
+
+
+def test_configs_name_their_layer_types_and_windows() -> None:
+    from transformers import Gemma2Config
+
+    config: Any = Gemma2Config(num_hidden_layers=2)
+    assert set(config.layer_types) == {"sliding_attention", "full_attention"}
+    assert isinstance(config.sliding_window, int)
+    assert config.rope_parameters["rope_type"] == "default"
+    assert config.get_text_config() is config
+    assert isinstance(config.sub_configs, dict)
+
+
+def test_a_mask_per_layer_type_reaches_the_layers_as_it_is() -> None:
+    """A model with several kinds of layer takes a dict of 4-D masks; one that hides nearly all changes the answer."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes: dict[str, Any] = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 2)
+    config = Gemma2Config(vocab_size=32, hidden_size=16, intermediate_size=32, head_dim=8, **sizes)
+    torch.manual_seed(0)
+    model: Any = Gemma2ForCausalLM(config)
+    model.eval()
+    causal = torch.full((1, 1, 4, 4), torch.finfo(torch.float32).min).triu(1)
+    alone = torch.full((1, 1, 4, 4), torch.finfo(torch.float32).min).masked_fill(torch.eye(4, dtype=torch.bool), 0)
+    kinds = ("sliding_attention", "full_attention")
+    plain, same, other = (
+        model(input_ids=IDS, attention_mask=mask).logits
+        for mask in (None, dict.fromkeys(kinds, causal), dict.fromkeys(kinds, alone))
+    )
+    assert torch.allclose(plain, same, atol=1e-5)
+    assert not torch.allclose(plain, other, atol=1e-3)
+
+
+def test_stock_layers_write_to_a_cache_of_ours(model: Any) -> None:
+    cache = TreeCache(model.config.num_hidden_layers, 1)
+    cache.begin(4)
+    model(input_ids=IDS, past_key_values=cache, use_cache=True)
+    assert cache.updated_layers == set(range(model.config.num_hidden_layers))
+
+
+# ------------------------------------------------------------------ the page
+
+
+def functions() -> dict[str, Callable[..., Any]]:
+    """The seams by name."""
+    every = vars(seams).items()
+    own = {name: thing for name, thing in every if inspect.isfunction(thing) and thing.__module__ == seams.__name__}
+    return {name: thing for name, thing in own.items() if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("name", sorted(functions()))
+def test_every_seam_says_what_it_touches_and_what_fails(name: str) -> None:
+    told = functions()[name].__doc__ or ""
+    for heading in ("Touches: ", "Public: ", "There: ", "Fails without it: "):
+        assert heading in told
+
+
+def test_the_page_lists_every_seam() -> None:
+    listed = {line.split("`")[1] for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")}
+    assert listed == set(functions())
+
+
+def test_there_is_a_test_of_every_seam() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    assert [name for name in functions() if f"seams.{name}(" not in source] == []

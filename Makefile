@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow lint docs bench readme clean
+.PHONY: demo test slow test-matrix lint docs bench readme clean
 
 demo: $(STAMP)
 	$(BIN)/haast generate --compare --rounds 2 --max-new-tokens 128 "Explain to a child why the sky is blue, and list three things that are also blue."
@@ -14,6 +14,10 @@ test: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# The oldest and the newest versions of everything, each in an environment of its own: docs/versions.md. Gigabytes.
+test-matrix:
+	$(PYTHON) tests/matrix.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks docs setup.py
@@ -39,4 +43,4 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard src/haast/native/*.
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build site src/*.egg-info src/haast/native/*.so
+	rm -rf $(VENV) .matrix build site src/*.egg-info src/haast/native/*.so

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from functools import cache as cached
 
@@ -202,3 +203,15 @@ def test_a_forward_is_committed_once() -> None:
     cache.commit([[0, 1]])
     with pytest.raises(ValueError, match="does not fit the 0 nodes"):
         cache.commit([[0]])
+
+
+def test_a_deep_copy_goes_its_own_way() -> None:
+    cache = TreeCache(1, 1)
+    cache.begin(3)
+    cache.update(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2), 0)
+    other = copy.deepcopy(cache)
+    other.commit([range(2)])
+    cache.commit([range(3)])
+    assert (cache.get_seq_length(), other.get_seq_length()) == (3, 2)
+    del cache
+    assert other.get_seq_length() == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 import re
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from fakes import random_head, tiny_llama, tiny_target
 from torch import Tensor
 from transformers import (
@@ -26,12 +28,16 @@ from transformers.generation.streamers import BaseStreamer
 
 import haast
 from haast.drafters.vanilla import VanillaDrafter
-from haast.dropin.arguments import REFUSED_ARGUMENTS, REFUSED_SETTINGS, refuse_settings
+from haast.dropin import arguments, handover
+from haast.dropin.arguments import REFUSED_ARGUMENTS, REFUSED_SETTINGS, refuse_settings, unknown_settings
+from haast.dropin.known import HONOURED_SETTINGS, IDLE_SETTINGS, PARAMETERS
 from haast.errors import HeadMismatchError, PromptError, UnsupportedArgumentError, UnsupportedModelError
 from haast.heads.checkpoint import save_head
 
 PAGE = Path(__file__).parents[1] / "docs" / "drop-in.md"
+PINS = Path(__file__).parents[1] / "constraints.txt"
 IDS = torch.tensor([[1, 2, 3, 4]])
+SETTINGS: Any = GenerationConfig()  # type: ignore[no-untyped-call]
 
 
 def run(model: Any, **given: Any) -> Any:
@@ -73,6 +79,10 @@ def test_token_healing_is_refused_too() -> None:
 
 @pytest.mark.parametrize("name", sorted({*REFUSED_SETTINGS, *REFUSED_ARGUMENTS} - {"token_healing"}))
 def test_what_is_not_honoured_is_refused_by_name(model: Any, name: str) -> None:
+    if name in REFUSED_SETTINGS and name not in vars(SETTINGS):  # newer than this transformers, which refuses it itself
+        with pytest.raises(ValueError, match=rf"not used by the model: \['{name}'\]"):
+            run(model, **{name: examples(model)[name]})
+        return
     with pytest.raises(UnsupportedArgumentError, match=rf"^{name}.* is not supported by Haast: .*") as refusal:
         run(model, **{name: examples(model)[name], "return_dict_in_generate": True})
     assert refusal.value.argument.split("=")[0] == name
@@ -112,15 +122,55 @@ def page_tables() -> dict[str, set[str]]:
     return found
 
 
+ARGUMENTS = {*PARAMETERS} - {"self", "kwargs"}
+
+
 def test_the_page_lists_every_argument_once_and_truly() -> None:
     tables = page_tables()
     assert tables["Refused, by name"] == {*REFUSED_SETTINGS, *REFUSED_ARGUMENTS}
     listed = [name for names in tables.values() for name in names]
     assert len(listed) == len(set(listed)), "an argument stands in one table"
-    config: Any = GenerationConfig()  # type: ignore[no-untyped-call]
-    known = {name for name in vars(config) if not name.startswith("_")} - {"transformers_version"}
-    known |= set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs"}
-    assert known - set(listed) == set(), "what generate accepts is in one of the tables"
+    assert set(listed) >= HONOURED_SETTINGS | IDLE_SETTINGS | ARGUMENTS
+    assert tables["Honoured"] & (IDLE_SETTINGS | {*REFUSED_SETTINGS}) == set()
+    more = {"tokenizer", "attention_mask", "position_ids", "assistant_tokenizer", "inputs_embeds", "past_key_values"}
+    assert set(listed) - HONOURED_SETTINGS - IDLE_SETTINGS - ARGUMENTS - {*REFUSED_SETTINGS} == more
+
+
+def test_the_tables_are_whole_for_the_pinned_transformers() -> None:
+    """Others may know more, which is refused, or less."""
+    parameters = set(inspect.signature(GenerationMixin.generate).parameters)
+    if f"transformers=={transformers.__version__}" not in PINS.read_text(encoding="utf-8").splitlines():
+        assert {"inputs", "generation_config", "custom_generate"} <= parameters & PARAMETERS
+        return
+    assert unknown_settings() == {}
+    assert parameters <= PARAMETERS
+
+
+def test_a_setting_that_haast_does_not_know_is_refused_by_name(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "HONOURED_SETTINGS", HONOURED_SETTINGS - {"top_h", "min_length", "do_sample"})
+    unknown_settings.cache_clear()
+    try:
+        assert set(unknown_settings()) >= {"top_h", "min_length", "do_sample"}
+        assert run(model, top_h=None).shape == (1, 7)
+        with pytest.raises(UnsupportedArgumentError, match=r"^min_length=2 .*this Haast does not know it"):
+            run(model, min_length=2)
+    finally:
+        unknown_settings.cache_clear()
+
+
+@pytest.mark.parametrize("name", sorted(unknown_settings()))
+def test_what_this_transformers_adds_is_refused(name: str) -> None:
+    config = copy.deepcopy(SETTINGS)
+    setattr(config, name, "something")
+    with pytest.raises(UnsupportedArgumentError, match=rf"^{name}='something'"):
+        refuse_settings(config)
+
+
+def test_a_parameter_that_haast_does_not_know_is_refused_by_name(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover, "PARAMETERS", PARAMETERS - {"negative_prompt_ids"})
+    assert run(model).shape == (1, 7)
+    with pytest.raises(UnsupportedArgumentError, match=r"^negative_prompt_ids is not supported"):
+        run(model, negative_prompt_ids=IDS)
 
 
 # ------------------------------------------------------------------ bad input
@@ -179,7 +229,8 @@ def test_a_processor_that_cannot_be_copied_works_alone_and_is_named_in_a_batch(m
 
 
 def test_a_penalty_for_other_rows_is_named(model: Any) -> None:
-    penalty = RepetitionPenaltyLogitsProcessor(1.2, prompt_ignore_length=torch.tensor([1, 2, 3]))
+    penalty: Any = RepetitionPenaltyLogitsProcessor(1.2)
+    penalty.prompt_ignore_length = torch.tensor([1, 2, 3])
     with pytest.raises(ValueError, match="3 entries for 2 rows"):
         run(model, input_ids=IDS.repeat(2, 1), logits_processor=[penalty])
 

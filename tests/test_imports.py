@@ -16,7 +16,7 @@ SOURCE = Path(haast.__file__).parent
 
 # A room is a module or a package directly under haast; it may import rooms of smaller rank, and itself.
 RANKS = [
-    {"errors", "tree", "sampling", "text", "prompts", "loops", "native"},
+    {"errors", "seams", "tree", "sampling", "text", "prompts", "loops", "native"},
     {"verify", "cache", "speed"},
     {"attention", "acceptance", "stats"},
     {"placement", "ranks"},
@@ -47,8 +47,8 @@ ONLY = {
         "haast.sampling",
         "haast.stats", "haast.target", "haast.tree", "haast.verify",
     },
-    "errors": set(), "tree": set(), "sampling": set(), "text": set(), "prompts": set(), "loops": set(),
-    "native": set(), "cache": set(), "speed": {"haast.native", "haast.native.stack"},
+    "errors": set(), "seams": set(), "tree": set(), "sampling": set(), "text": set(), "prompts": set(), "loops": set(),
+    "native": set(), "cache": set(), "speed": {"haast.native", "haast.native.stack", "haast.seams"},
 }  # fmt: skip
 
 

@@ -91,6 +91,15 @@ def test_generate_notes_the_pad_token_that_it_takes(model: Any) -> None:
     assert seams.prepared_pad_token(generated(model)["generation_config"]) is None
 
 
+def test_generate_fills_in_the_settings_that_stand_for_nothing(model: Any) -> None:
+    usual, prepared = seams.usual_settings(), vars(generated(model)["generation_config"])
+    asked = {"max_new_tokens", "max_length"}
+    assert set(vars(GenerationConfig())) <= set(usual)  # type: ignore[no-untyped-call]
+    filled = {name: value for name, value in prepared.items() if name in usual and name not in asked}
+    others = {name for name, value in filled.items() if value not in (None, False) and value != usual[name]}
+    assert {name for name in others if not name.startswith("_")} <= {"transformers_version"}
+
+
 def test_the_users_function_of_allowed_tokens_is_found() -> None:
     def allowed(row: int, text: Tensor) -> list[int]:
         return [row, len(text)]
@@ -203,12 +212,20 @@ def test_a_tensor_is_marked_static_without_changing_it() -> None:
     assert torch.equal(tensor, torch.arange(3.0))
 
 
-def test_more_variants_are_allowed_only_meanwhile() -> None:
-    config: Any = torch._dynamo.config
-    before = (config.recompile_limit, config.accumulated_recompile_limit)
-    with seams.variants_allowed(9999):
-        assert (config.recompile_limit, config.accumulated_recompile_limit) == (9999, 9999)
-    assert (config.recompile_limit, config.accumulated_recompile_limit) == before
+@pytest.mark.parametrize(("allowed", "compiled"), [(2, 2), (9, 4)])
+def test_as_many_variants_are_compiled_as_allowed(allowed: int, compiled: int) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    double = torch.compile(lambda tensor: tensor * 2, backend=backend, dynamic=False)
+    with seams.variants_allowed(allowed):
+        assert [float(double(torch.ones(size)).sum()) for size in (2, 3, 4, 5)] == [4.0, 6.0, 8.0, 10.0]
+    assert len(graphs) == compiled
+    torch._dynamo.reset()
 
 
 def test_torch_says_where_it_would_keep_compiled_code() -> None:

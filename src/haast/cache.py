@@ -26,14 +26,24 @@ class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers lea
         super().__init__()  # type: ignore[no-untyped-call]
         # A cycle would keep the memory of every finished text until Python's garbage collector comes by, which counts
         # objects and not megabytes: a process that answers a thousand prompts then holds gigabytes.
-        self._owner = weakref.proxy(owner)
+        self._owner = weakref.ref(owner)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Layer:
+        owner = self._cache()
+        return _Layer(memo.get(id(owner), owner))  # of the cache that is being copied, if it is
+
+    def _cache(self) -> TreeCache:
+        owner = self._owner()
+        assert owner is not None, "a layer is asked through its cache"
+        return owner
 
     def get_seq_length(self) -> int:
-        length: int = self._owner.longest
-        return length
+        return self._cache().longest
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._owner.longest + query_length, 0
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        # transformers 5.0 gives the positions instead of their number.
+        new = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        return self.get_seq_length() + new, 0
 
 
 class TreeCache(Cache):

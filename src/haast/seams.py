@@ -67,6 +67,17 @@ def carries_state(model: PreTrainedModel) -> bool:
     return bool(getattr(type(model), "_is_stateful", False))
 
 
+def usual_settings() -> dict[str, Any]:
+    """Every setting of a GenerationConfig with what `generate` fills in where nobody gives it; None for nothing.
+
+    Touches: `GenerationConfig._get_default_generation_params`. Public: `GenerationConfig()`, whose settings are None.
+    There: transformers 5.0 and newer.
+    Fails without it: `generate` with Haast, when it looks for settings that it does not know.
+    """
+    config: Any = GenerationConfig()  # type: ignore[no-untyped-call]
+    return {**vars(config), **config._get_default_generation_params()}
+
+
 def prepared_pad_token(config: GenerationConfig) -> int | None:
     """The pad token that `generate` has made up its mind to use, where the user gave none; None where there is none.
 
@@ -166,11 +177,13 @@ def mark_static(tensor: Tensor) -> None:
 def variants_allowed(most: int) -> AbstractContextManager[None]:
     """While it lasts, torch compiles up to so many versions of one function, before it gives up on it.
 
-    Touches: `torch._dynamo.config`, `recompile_limit` and `accumulated_recompile_limit`. Public: nothing with a scope.
+    Touches: `torch._dynamo.config`, `recompile_limit` and `accumulated_recompile_limit`; torch 2.6 knows them as
+    `cache_size_limit` and `accumulated_cache_size_limit`. Public: nothing with a scope.
     There: torch 2.6 and newer.
     Fails without it: compiled layers.
     """
-    limits = {"recompile_limit": most, "accumulated_recompile_limit": most}
+    name = "recompile_limit" if torch.__version__ >= "2.7" else "cache_size_limit"
+    limits = {name: most, f"accumulated_{name}": most}
     patched: AbstractContextManager[None] = torch._dynamo.config.patch(limits)
     return patched
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, __version__
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteria
 
+from haast import seams
 from haast.dropin.known import HONOURED_SETTINGS, IDLE_SETTINGS
 from haast.errors import PromptError, UnsupportedArgumentError
 
@@ -90,8 +91,8 @@ def refuse_settings(config: GenerationConfig) -> None:
 def unknown_settings() -> dict[str, Any]:
     """Settings of the installed transformers that no table of Haast holds, with their defaults."""
     known = {*REFUSED_SETTINGS, *HONOURED_SETTINGS, *IDLE_SETTINGS, "transformers_version"}
-    every = vars(GenerationConfig())  # type: ignore[no-untyped-call]
-    return {name: usual for name, usual in every.items() if not name.startswith("_") and name not in known}
+    every = seams.usual_settings().items()
+    return {name: usual for name, usual in every if not name.startswith("_") and name not in known}
 
 
 def refuse_arguments(given: Mapping[str, Any]) -> None:

@@ -18,11 +18,6 @@ from typing import Any
 from venvs import OUTCOMES, ROOT, BrokenError, Environment, copied, digest, installed, tested, tested_files, versions
 
 _SHOWN = ("python", "torch", "transformers")
-# What Haast depends on by itself, recorded beside the outcome.
-_RECORDED = (
-    *_SHOWN, "accelerate", "gguf", "huggingface-hub", "hypothesis", "matplotlib", "numpy", "openai", "pytest", "rich",
-    "safetensors", "scipy", "tensorboard", "tokenizers", "typer",
-)  # fmt: skip
 
 
 def environments(folder: Path) -> list[Environment]:
@@ -45,9 +40,15 @@ def outcome(environment: Environment, files: list[Path], again: bool, more: list
         _say(f"{environment.name}: has passed with this tree and these versions")
         return dict(before)
     _say(f"{environment.name}: testing with " + ", ".join(f"{name} {found[name]}" for name in _SHOWN))
-    result = {"key": key, "versions": {name: found[name] for name in _RECORDED}, **tested(environment, more, log)}
+    result = {"key": key, "versions": {name: found[name] for name in recorded()}, **tested(environment, more, log)}
     kept.write_text(json.dumps(result, indent=1), encoding="utf-8")
     return result
+
+
+def recorded() -> list[str]:
+    """What Haast and its tests depend on by themselves: its version stands beside the outcome."""
+    oldest = next(each for each in environments(ROOT) if each.name == "oldest")
+    return sorted({*_SHOWN, *(name.replace("_", "-") for name in oldest.pinned)})
 
 
 def commit() -> str:

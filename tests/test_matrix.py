@@ -109,7 +109,7 @@ class Ran:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, failed: int = 0) -> None:
         self.tested, self.failed = 0, failed
         self.recorded: dict[str, Any] = {}
-        found = dict.fromkeys(matrix._RECORDED, "1.0")
+        found = dict.fromkeys(matrix.recorded(), "1.0")
         monkeypatch.setattr(matrix, "copied", lambda *_: None)
         monkeypatch.setattr(matrix, "installed", lambda *_: True)
         monkeypatch.setattr(matrix, "versions", lambda *_: found)

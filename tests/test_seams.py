@@ -206,6 +206,25 @@ def test_buffers_are_those_that_the_module_has() -> None:
     assert seams.buffers_of(module)["running_mean"] is module.running_mean
 
 
+def test_a_copy_of_a_module_has_parameters_of_its_own() -> None:
+    module = nn.Linear(3, 2, bias=False)
+    made: Any = seams.with_own_parameters(module)
+    assert type(made) is nn.Linear and made.weight is module.weight and made.bias is None
+    made.weight = nn.Parameter(torch.zeros(2, 3))
+    assert bool(module.weight.abs().sum() > 0) and not bool(made(torch.ones(3)).any())
+
+
+def test_what_accelerate_hangs_on_a_module_is_found() -> None:
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    module, hook = nn.Linear(3, 2), AlignDevicesHook(execution_device="cpu")
+    assert seams.accelerate_hook(module) is None
+    add_hook_to_module(module, hook)
+    assert seams.accelerate_hook(module) is hook
+    remove_hook_from_module(module)
+    assert seams.accelerate_hook(module) is None
+
+
 def test_a_tensor_is_marked_static_without_changing_it() -> None:
     tensor = torch.arange(3.0)
     seams.mark_static(tensor)

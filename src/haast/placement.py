@@ -7,17 +7,17 @@ such a model is called as a module, so that its hooks do their work; only `read_
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 import torch
-from accelerate.hooks import AlignDevicesHook, CpuOffload, ModelHook, SequentialHook
+from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from haast import seams
 from haast.errors import UnsupportedModelError
 
 
@@ -86,12 +86,12 @@ def sharded(module: nn.Module) -> bool:
 
 def whole(module: nn.Module) -> nn.Module:
     """A copy of a sharded leaf module that one process can call alone. All of them must ask for it."""
-    made = copy.copy(module)
+    made = seams.with_own_parameters(module)
     vars(made).pop("forward", None)  # the one that gathers over processes; the class's own is left
-    weights = {name: read_weight(module, name) for name in module._parameters}
-    made._parameters = {
-        name: None if weight is None else nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()
-    }
+    for name, _ in module.named_parameters(recurse=False):
+        weight = read_weight(module, name)
+        assert weight is not None, "it was named"
+        setattr(made, name, nn.Parameter(weight, requires_grad=False))
     return made
 
 
@@ -102,7 +102,7 @@ def layer_devices(layers: Sequence[nn.Module] | None) -> list[torch.device | Non
 
 
 def _hooks(module: nn.Module) -> Iterator[AlignDevicesHook | CpuOffload]:
-    hook: ModelHook | None = vars(module).get("_hf_hook")
+    hook = seams.accelerate_hook(module)
     for each in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
         if isinstance(each, AlignDevicesHook | CpuOffload):
             yield each

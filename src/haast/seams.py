@@ -8,6 +8,7 @@ written down nowhere. Knows no decoding.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from accelerate.hooks import ModelHook
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
@@ -162,6 +164,30 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     Fails without it: packed linears.
     """
     return module._buffers
+
+
+def with_own_parameters(module: nn.Module) -> nn.Module:
+    """A copy of a module that shares its parameters, and whose parameters can be set without setting the module's.
+
+    Touches: `torch.nn.Module._parameters`. Public: `copy.copy`, whose result holds the very dict, and `copy.deepcopy`,
+    which copies the weights.
+    There: torch 2.6 and newer.
+    Fails without it: heads for targets that are cut over processes.
+    """
+    made = copy.copy(module)
+    made._parameters = dict(module._parameters)
+    return made
+
+
+def accelerate_hook(module: nn.Module) -> ModelHook | None:
+    """What accelerate has hung on the module, to move its inputs or to page its weights in; None for nothing.
+
+    Touches: the attribute `_hf_hook`. Public: adding and removing (`accelerate.hooks`), not asking.
+    There: accelerate 1.2 and newer.
+    Fails without it: targets over several devices (`device_map`).
+    """
+    hook: ModelHook | None = vars(module).get("_hf_hook")
+    return hook
 
 
 def mark_static(tensor: Tensor) -> None:

@@ -6,11 +6,9 @@ implementation is chosen through transformers' own switch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from transformers import PreTrainedModel
 
-from haast import attention
+from haast import attention, seams
 from haast.errors import UnsupportedModelError
 from haast.placement import check_placement
 
@@ -22,7 +20,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     name, config = type(model).__name__, model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; Haast drafts for decoder-only causal LMs")
-    if getattr(type(model), "_is_stateful", False):
+    if seams.carries_state(model):
         raise UnsupportedModelError(
             f"{name} carries a recurrent state (SSM or linear attention): the state of rejected tokens can't be "
             f"removed, so a tree can't be verified; use an attention-only model"
@@ -46,6 +44,4 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
 def choose_attention(model: PreTrainedModel) -> None:
     """Switch to the attention implementation that takes a tree, by transformers' own switch."""
     # Models whose attention is more than scores and softmax (sinks, say) support only their own eager code.
-    flags: Callable[[str], bool] = lambda name: bool(getattr(type(model), name, False))  # noqa: E731
-    haast_fits = flags("_supports_sdpa") and flags("_supports_attention_backend")
-    model.set_attn_implementation(attention.NAME if haast_fits else "eager")
+    model.set_attn_implementation(attention.NAME if seams.takes_registered_attention(model) else "eager")

@@ -183,7 +183,8 @@ def test_what_waited_is_observed_in_order(counts: list[list[int]], data: st.Data
     rows = [0, 1, 2]
     for step in counts:
         own = [step[row] for row in rows]
-        tokens = torch.tensor([[rng.randrange(1, 99) for _ in range(max(own))] for _ in rows]).view(len(rows), max(own))
+        said = [[rng.randrange(1, 99) for _ in range(max(own))] for _ in rows]
+        tokens = torch.tensor(said, dtype=torch.long).view(len(rows), max(own))
         waiting.add(Accepted(tokens, tokens.unsqueeze(2).float(), tuple(own)))
         for row, number, count in zip(rows, range(len(rows)), own, strict=True):
             expected[row] += tokens[number, :count].tolist()

@@ -128,7 +128,8 @@ def test_a_damaged_calibration_is_refused(found: Calibration, tmp_path: Path, ch
 def test_more_keys_do_no_harm(found: Calibration, tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     path.write_text(json.dumps({**found.document(), "environment": {}}))
-    assert Calibration.load(path, found.identity).document() == found.document()
+    again = Calibration.load(path, found.identity).document()
+    assert json.dumps(again) == json.dumps(found.document())
 
 
 def test_it_is_found_and_put_to_use(

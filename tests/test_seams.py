@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
 from fakes import tiny_llama
 from torch import Tensor, nn
 from transformers import (
@@ -207,20 +206,23 @@ def test_buffers_are_those_that_the_module_has() -> None:
     assert seams.buffers_of(module)["running_mean"] is module.running_mean
 
 
-def test_accelerates_hook_is_found_and_only_there() -> None:
-    module, hook = nn.Linear(2, 2), ModelHook()
-    assert seams.hook_of(module) is None
+def test_a_copy_of_a_module_has_parameters_of_its_own() -> None:
+    module = nn.Linear(3, 2, bias=False)
+    made: Any = seams.with_own_parameters(module)
+    assert type(made) is nn.Linear and made.weight is module.weight and made.bias is None
+    made.weight = nn.Parameter(torch.zeros(2, 3))
+    assert bool(module.weight.abs().sum() > 0) and not bool(made(torch.ones(3)).any())
+
+
+def test_what_accelerate_hangs_on_a_module_is_found() -> None:
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    module, hook = nn.Linear(3, 2), AlignDevicesHook(execution_device="cpu")
+    assert seams.accelerate_hook(module) is None
     add_hook_to_module(module, hook)
-    assert seams.hook_of(module) is hook
-
-
-def test_a_copy_has_the_other_weights_and_its_classes_forward() -> None:
-    module = nn.Linear(2, 3, bias=False)
-    before = module.weight.clone()
-    setattr(module, "forward", lambda x: x)  # noqa: B010
-    made = seams.with_parameters(module, lambda name: torch.ones(3, 2) if name == "weight" else None)
-    assert made(torch.ones(2)).tolist() == [2, 2, 2] and made.bias is None
-    assert torch.equal(module.weight, before) and torch.equal(module(before), before)
+    assert seams.accelerate_hook(module) is hook
+    remove_hook_from_module(module)
+    assert seams.accelerate_hook(module) is None
 
 
 def test_a_tensor_is_marked_static_without_changing_it() -> None:

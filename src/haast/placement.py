@@ -7,7 +7,6 @@ such a model is called as a module, so that its hooks do their work; only `read_
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
@@ -87,7 +86,13 @@ def sharded(module: nn.Module) -> bool:
 
 def whole(module: nn.Module) -> nn.Module:
     """A copy of a sharded leaf module that one process can call alone. All of them must ask for it."""
-    return seams.with_parameters(module, functools.partial(read_weight, module))
+    made = seams.with_own_parameters(module)
+    vars(made).pop("forward", None)  # the one that gathers over processes; the class's own is left
+    for name, _ in module.named_parameters(recurse=False):
+        weight = read_weight(module, name)
+        assert weight is not None, "it was named"
+        setattr(made, name, nn.Parameter(weight, requires_grad=False))
+    return made
 
 
 def layer_devices(layers: Sequence[nn.Module] | None) -> list[torch.device | None] | None:
@@ -97,7 +102,7 @@ def layer_devices(layers: Sequence[nn.Module] | None) -> list[torch.device | Non
 
 
 def _hooks(module: nn.Module) -> Iterator[AlignDevicesHook | CpuOffload]:
-    hook = seams.hook_of(module)
+    hook = seams.accelerate_hook(module)
     for each in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
         if isinstance(each, AlignDevicesHook | CpuOffload):
             yield each

@@ -166,33 +166,28 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
-def hook_of(module: nn.Module) -> ModelHook | None:
-    """What accelerate has hung on a module to move its inputs or page in its weights; None for nothing.
+def with_own_parameters(module: nn.Module) -> nn.Module:
+    """A copy of a module that shares its parameters, and whose parameters can be set without setting the module's.
 
-    Touches: the attribute `_hf_hook` of modules. Public: `add_hook_to_module` writes it, nothing reads it.
+    Touches: `torch.nn.Module._parameters`. Public: `copy.copy`, whose result holds the very dict, and `copy.deepcopy`,
+    which copies the weights.
+    There: torch 2.6 and newer.
+    Fails without it: heads for targets that are cut over processes.
+    """
+    made = copy.copy(module)
+    made._parameters = dict(module._parameters)
+    return made
+
+
+def accelerate_hook(module: nn.Module) -> ModelHook | None:
+    """What accelerate has hung on the module, to move its inputs or to page its weights in; None for nothing.
+
+    Touches: the attribute `_hf_hook`. Public: adding and removing (`accelerate.hooks`), not asking.
     There: accelerate 1.2 and newer.
-    Fails without it: models with a `device_map` run as if all of them were in one place.
+    Fails without it: targets over several devices (`device_map`).
     """
     hook: ModelHook | None = vars(module).get("_hf_hook")
     return hook
-
-
-def with_parameters(module: nn.Module, read: Callable[[str], Tensor | None]) -> nn.Module:
-    """A copy of a leaf module with other weights: `read` gives each by name, also those that are None.
-
-    Touches: `torch.nn.Module._parameters`, and an instance's own `forward`, which transformers sets to gather over
-    processes. Public: `named_parameters`, which leaves out the names that hold None, and a deep copy, which copies the
-    weights that are to be replaced.
-    There: torch 2.6 and newer.
-    Fails without it: heads for tensor-parallel targets.
-    """
-    made = copy.copy(module)
-    vars(made).pop("forward", None)
-    weights = {name: read(name) for name in module._parameters}
-    made._parameters = {
-        name: None if weight is None else nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()
-    }
-    return made
 
 
 def mark_static(tensor: Tensor) -> None:

@@ -29,7 +29,7 @@ from haast.drafters.shape import DraftShape, Plan, plan
 from haast.drafters.waiting import Waiting
 from haast.drafters.ways import Way, Ways, way_for
 from haast.errors import HeadMismatchError
-from haast.heads.checkpoint import Head, check_fits
+from haast.heads.checkpoint import Head, check_fits, check_weights
 from haast.heads.module import DraftModule
 from haast.speed.compile import CompiledLayers, nodes_for, slots_for
 from haast.speed.fusing import fuse_small_modules
@@ -66,6 +66,7 @@ class EagleDrafter(Drafter):
         if not isinstance(module, DraftModule):
             raise HeadMismatchError(f"{type(module).__name__} do not draft as EAGLE does: give an EAGLE head")
         check_fits(module.config, target.hidden_size, target.vocab_size, type(target.model).__name__)
+        check_weights(module)
         self._target = target
         self._module = module.to(device=target.device, dtype=target.dtype)
         self.target_layers = module.target_layers

@@ -19,7 +19,7 @@ from haast.drafters.base import Accepted, Drafter, last_kept, last_tokens
 from haast.drafters.eagle import DRAFT_LM_FORM, checked_vocab
 from haast.drafters.shape import DraftShape, likeliest_paths
 from haast.errors import HeadMismatchError
-from haast.heads.checkpoint import Head, check_fits
+from haast.heads.checkpoint import Head, check_fits, check_weights
 from haast.heads.medusa import MedusaHeads
 from haast.speed.memory import give_back
 from haast.speed.packing import PackedLinear, pack_linears
@@ -54,6 +54,7 @@ class MedusaDrafter(Drafter):
         if not isinstance(module, MedusaHeads):
             raise HeadMismatchError(f"a {type(module).__name__} does not draft as Medusa does: give Medusa heads")
         check_fits(module.config, target.hidden_size, target.vocab_size, type(target.model).__name__)
+        check_weights(module)
         self._vocab = None if head.draft_vocab is None else checked_vocab(head.draft_vocab, target)
         self.accuracies = _accuracies(head)
         self._target = target

@@ -20,7 +20,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from haast.errors import HeadMismatchError, expanded
 from haast.heads.config import HeadSizes
@@ -176,6 +176,23 @@ def check_fits(head: HeadSizes, hidden_size: int, vocab_size: int, target: str) 
             raise HeadMismatchError(
                 f"the head was made for another model: its {name} is {mine}, {target} has {theirs}; "
                 f"use a head trained for {target}, or train one with `haast train --model {target}`"
+            )
+
+
+def check_weights(module: nn.Module) -> None:
+    """Refuse a loaded head that drafts nothing: its weights hold nothing, or are not finite.
+
+    Raises:
+        HeadMismatchError: the message names the first such weight.
+    """
+    for name, tensor in module.state_dict().items():
+        if tensor.device.type == "meta":
+            raise HeadMismatchError(
+                f"the head's {name} is on the meta device, where weights hold nothing: load it first"
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise HeadMismatchError(
+                f"the head's {name} holds values that are not finite: fetch or train the head again"
             )
 
 

@@ -61,6 +61,7 @@ def _table(document: dict[str, Any], name: str) -> str:
         ("baselines", tables.baselines),
         ("forward_ms", tables.calibration),
         ("batches", tables.batches),
+        ("conversation", tables.conversation),
     )
     for key, table in kinds:
         if key in document:

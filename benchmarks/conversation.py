@@ -89,9 +89,7 @@ def converse(haast: Haast, tokens: int, turns: int, first: int) -> list[tuple[An
             held = kept(session, asked, tokens)
             scratch = anew(haast, dialogue, tokens)
         if held.text != scratch.text:
-            raise RuntimeError(
-                f"turn {number + 1} differs: {held.text!r} in the session, {scratch.text!r} from scratch"
-            )
+            raise RuntimeError(f"turn {number + 1} differs: {held.text!r} in the session, else {scratch.text!r}")
         answers.append((held, scratch))
     return answers
 

@@ -53,7 +53,7 @@ DRAFTERS: dict[str, Callable[[Target], Drafter]] = {
     "lookup": lambda target: PromptLookupDrafter(5),
     "suffix": lambda target: SuffixDrafter(5),
     "lookahead": lambda target: LookaheadDrafter(target.vocab_size, 3, 3, 2),
-    "small-model": lambda target: SmallModelDrafter(target, tiny_target(layers=1, seed=5), 3),
+    "small-model": lambda target: SmallModelDrafter(target, tiny_target(target.vocab_size, 1, seed=5), 3),
     "hybrid": lambda target: HybridDrafter(EagleDrafter(target, random_head(target), DraftShape(nodes=6))),
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,18 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_medusa import medusa
 
-from haast.api import Haast
+from haast.api import Generation, Haast
+from haast.bench import tables
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.hybrid import HybridDrafter
 from haast.drafters.lookahead import LookaheadDrafter
 from haast.drafters.lookup import PromptLookupDrafter, SuffixDrafter
 from haast.drafters.medusa import MedusaDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.shape import DraftShape, shape_for
 from haast.drafters.small_model import SmallModelDrafter
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine import Engine, Stats, StopConfig
 from haast.errors import PromptError
+from haast.heads.checkpoint import Head
+from haast.heads.eagle3 import Eagle3Config, Eagle3Head
 from haast.past import Past
 from haast.sampling import SamplingConfig
 from haast.session import Session, Sessions
@@ -32,15 +37,23 @@ from haast.speed.fusing import fuse_small_modules
 from haast.speed.packing import pack_linears
 from haast.target import Target
 
+
+def eagle3(target: Target) -> Head:
+    torch.manual_seed(2)
+    return Head(Eagle3Head(Eagle3Config.for_target(target.config, layer_ids=(0, 1, 2))).to(target.dtype), None, {})
+
+
 DRAFTERS: dict[str, Callable[[Target], Drafter]] = {
     "vanilla": lambda target: VanillaDrafter(),
     "eagle": lambda target: EagleDrafter(target, random_head(target), DraftShape(nodes=8)),
     "eagle, chain": lambda target: EagleDrafter(target, random_head(target), DraftShape("chain", depth=3)),
+    "eagle3": lambda target: EagleDrafter(target, eagle3(target), DraftShape(nodes=8)),
+    "eagle, batches' ways": lambda target: EagleDrafter(target, random_head(target), shape_for(6)),
     "medusa": lambda target: MedusaDrafter(target, medusa(target), 8),
     "lookup": lambda target: PromptLookupDrafter(5),
     "suffix": lambda target: SuffixDrafter(5),
     "lookahead": lambda target: LookaheadDrafter(target.vocab_size, 3, 3, 2),
-    "small-model": lambda target: SmallModelDrafter(target, tiny_target(layers=1, seed=5), 3),
+    "small-model": lambda target: SmallModelDrafter(target, tiny_target(target.vocab_size, 1, seed=5), 3),
     "hybrid": lambda target: HybridDrafter(EagleDrafter(target, random_head(target), DraftShape(nodes=6))),
 }
 
@@ -66,6 +79,8 @@ def test_ten_turns_reuse_the_cache_and_say_the_same(target: Target, name: str, t
         fresh = decode(target, DRAFTERS[name](target), [text], 7, SamplingConfig(temperature, seed=number))
         assert [said] == fresh
         assert stats.recalled_tokens == max(held - 1, 0) and stats.prompt_tokens == len(text)
+        # Two new tokens, the answer's last, which no cache holds, and one known position again, for its features.
+        assert stats.prompt_tokens - stats.recalled_tokens <= (4 if number else 3)
         assert past.tokens == [*text, *said][: len(past.tokens)]
         assert len(past.tokens) >= len(text) + len(said) - 1  # all but the root, so next time only what is new runs
         text = [*text, *said, 6 + number, 7]
@@ -152,6 +167,45 @@ def test_a_conversation_of_ten_turns(model: Haast) -> None:
         prefilled = said.stats.prompt_tokens - said.stats.recalled_tokens
         assert number == 0 or prefilled < 60  # the new turn, not the dialogue
     assert recalled[0] == 0 and recalled == sorted(recalled) and recalled[-1] > 300
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_a_sampled_dialogue_with_an_edit_and_a_branch_says_what_it_says_from_scratch(model: Haast, name: str) -> None:
+    """Every turn, over every drafter: an earlier turn edited, and both branches gone on with."""
+    law = SamplingConfig(temperature=1.0, top_p=0.9, seed=5)
+    session = Session(Haast(model.target, DRAFTERS[name](model.target)))
+
+    def check(said: Generation, spoken: Session) -> None:
+        fresh = rebuilt(model).stream(spoken.messages[:-1], max_new_tokens=5, sampling=law)
+        assert said.text == "".join(piece.text for piece in fresh) == spoken.messages[-1]["content"]
+
+    for number in range(3):
+        check(session.say(f"And {number}?", max_new_tokens=5, sampling=law), session)
+    other = session.branch()
+    edited = session.edit(2, "Or else?", max_new_tokens=5, sampling=law)
+    check(edited, session)
+    assert len(session.messages) == 4 and edited.stats.recalled_tokens > 20
+    held = len(other._past.tokens)
+    on = other.say("Go on.", max_new_tokens=5, sampling=law)
+    check(on, other)
+    # Half characters of a random model's answer are encoded otherwise than it said them: an answer may be read anew.
+    assert len(other.messages) == 8 and held - 6 <= on.stats.recalled_tokens < held
+    check(session.say("More.", max_new_tokens=5, sampling=law), session)
+
+
+def test_the_benchmark_counts_what_turns_compute(model: Haast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    conversation = import_module("conversation")
+    turns = [conversation.turn(number, [conversation.converse(model, 4, 3, 0)]) for number in range(3)]
+    assert [each["prefilled"]["scratch"] for each in turns] == [each["prompt_tokens"] for each in turns]
+    assert turns[0]["prefilled"]["session"] == turns[0]["prompt_tokens"]
+    assert all(each["prefilled"]["session"] < each["prompt_tokens"] - 50 for each in turns[1:])
+    table = tables.conversation({"conversation": turns})
+    assert table.startswith("| turn | 1 | 2 | 3 |") and str(turns[2]["prompt_tokens"]) in table
+    different = model.stream([{"role": "user", "content": "x"}], max_new_tokens=4)
+    monkeypatch.setattr(conversation, "anew", lambda *_: conversation.listen(different, Stats(), 0.0))
+    with pytest.raises(RuntimeError, match="turn 1 differs"):
+        conversation.converse(model, 4, 1, 0)
 
 
 def test_edit_and_branch(model: Haast) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from haast.drafters.eagle import EagleDrafter
 from haast.drafters.heads import drafter_with
 from haast.drafters.shape import CPU_NODES, DEVICE_NODES, DraftShape, shape_for
 from haast.drafters.vanilla import VanillaDrafter
+from haast.dropin.arguments import check_model
 from haast.dropin.decoder import Decoder
 from haast.engine import PREFILL_CHUNK, Engine, Stats, StopConfig, check_chunk, check_prompts
 from haast.errors import PromptError
@@ -30,7 +31,7 @@ from haast.placement import execution_device
 from haast.sampling import Processor, SamplingConfig
 from haast.spreading import Spread
 from haast.target import Target
-from haast.text import StopWatch, TextStream
+from haast.text import StopWatch, TextStream, checked_stops
 
 _LOG = logging.getLogger(__name__)
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]  # text, token ids, or chat messages
@@ -155,7 +156,7 @@ class Haast:
             max_new_tokens: exact upper bound of new tokens.
             temperature, top_k, top_p, min_p, repetition_penalty, seed, processors: see `SamplingConfig`.
             eos: token ids that end the text; None takes the model's own.
-            stop: strings that end the text; they are cut from it (the tokens keep the one that completed them).
+            stop: strings (or one) that end the text; they are cut from it (the tokens keep what completed them).
             chat: put a text prompt through the model's chat template, where it has one.
             prefill_chunk: prompt tokens a forward: fewer take less memory. The text does not depend on it.
         """
@@ -197,6 +198,11 @@ class Haast:
         """
         if isinstance(prompt, str):
             return self._encode_text(prompt, chat)
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise PromptError(
+                f"the prompt is a {type(prompt).__name__}: give text, a list of token ids (tensor.tolist()), or a list "
+                f"of chat messages"
+            )
         ids = [item for item in prompt if isinstance(item, int)]
         if len(ids) == len(prompt):
             return ids
@@ -251,13 +257,19 @@ class Haast:
         prefill_chunk: int,
     ) -> Iterator[Piece]:
         check_chunk(prefill_chunk)
+        check_model(self.target.model)
         ids = self.encode(prompt, chat)
         check_prompts([ids], self.target.context_length, self.target.vocab_size)
-        texts = None if self.target.tokenizer is None else TextStream(self.target.tokenizer, stop)
-        if stop and texts is None:
+        ends = self.eos_ids() if eos is None else _checked_eos(eos, self.target.vocab_size)
+        rules = StopConfig(max_new_tokens, ends)
+        if not stop and not isinstance(stop, str):
+            texts = None if self.target.tokenizer is None else TextStream(self.target.tokenizer)
+            return self._run(ids, sampling, rules, texts, stats, past, prefill_chunk)
+        if self.target.tokenizer is None:
             raise PromptError("stop strings need a tokenizer: give one, or stop by eos ids")
-        watch = StopWatch(self.tokenizer, stop) if stop else None
-        rules = StopConfig(max_new_tokens, self.eos_ids() if eos is None else tuple(eos), watch)
+        stops = checked_stops(self.target.tokenizer, stop)
+        rules = replace(rules, stop=StopWatch(self.target.tokenizer, stops))
+        texts = TextStream(self.target.tokenizer, stops)
         return self._run(ids, sampling, rules, texts, stats, past, prefill_chunk)
 
     def _run(
@@ -282,6 +294,16 @@ class Haast:
                 if text or last or texts is None:
                     yield Piece(text, place < emission.drafted, tuple(held))
                     held = []
+
+
+def _checked_eos(eos: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """End tokens that can come up. Raises ValueError."""
+    if not isinstance(eos, Sequence) or isinstance(eos, str):
+        raise ValueError(f"eos={eos!r} is not allowed: give a list of token ids")
+    for each in eos:
+        if not isinstance(each, int) or not 0 <= each < vocab_size:
+            raise ValueError(f"eos holds {each!r}: give token ids of 0..{vocab_size - 1}")
+    return tuple(eos)
 
 
 def find_head(head: str | Path | None, model: str | None) -> Path | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from numbers import Integral
 from time import perf_counter
 
 import torch
@@ -42,8 +43,8 @@ class StopConfig:
     stop: Callable[[int, Sequence[int]], bool] | None = None  # (row, its new tokens so far) -> end here?
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens} is not allowed: give 1 or more")
+        if not isinstance(self.max_new_tokens, Integral) or self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens!r} is not allowed: give 1 or more")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -44,6 +45,20 @@ class SamplingConfig:
     processors: tuple[LogitsProcessor | Processor, ...] = field(default=())
 
     def __post_init__(self) -> None:
+        for name, kind in (
+            ("temperature", Real),
+            ("top_p", Real),
+            ("min_p", Real),
+            ("repetition_penalty", Real),
+            ("top_k", Integral),
+            ("seed", Integral),
+        ):
+            if not isinstance(getattr(self, name), kind):
+                wanted = "a number" if kind is Real else "a whole number"
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: give {wanted}")
+        for process in self.processors:
+            if not callable(process):
+                raise ValueError(f"processors holds {process!r}: give functions (history, scores) -> scores")
         checks = (
             (
                 self.temperature == 0 or _LEAST <= self.temperature < math.inf,

@@ -104,7 +104,7 @@ def allowed_tokens_function(processor: PrefixConstrainedLogitsProcessor) -> Call
     return function
 
 
-def hand_over(known: Iterable[str]) -> None:
+def hand_over(known: Iterable[str]) -> tuple[Any, dict[str, Any]] | None:
     """Put back what `generate` keeps from a callable `custom_generate`; to be called while it reads our signature.
 
     `generate` takes `streamer`, `tokenizer`, `assistant_model`, `assistant_tokenizer` and `synced_gpus` out of its
@@ -114,6 +114,9 @@ def hand_over(known: Iterable[str]) -> None:
     the one that `generate` makes, and every parameter of `generate` that is not among `known` and was given: a newer
     transformers may have some that never reach a decoding method.
 
+    Returns:
+        the model that `generate` was called on, and what was given to it; None where nothing reads our signature.
+
     Touches: the local variables of `GenerationMixin._extract_generation_mode_kwargs` and of its caller, `generate`.
     Public: nothing.
     There: transformers 5.0 and newer; one that has another way, or passes all by itself, is left alone.
@@ -121,7 +124,7 @@ def hand_over(known: Iterable[str]) -> None:
     """
     frame = _reading()
     if frame is None or frame.f_back is None:
-        return
+        return None
     taken: dict[str, Any] = dict(frame.f_locals["generation_mode_kwargs"])
     left: dict[str, Any] = frame.f_locals["kwargs"]
     if "tokenizer" in taken:
@@ -133,6 +136,8 @@ def hand_over(known: Iterable[str]) -> None:
         if name in given and name not in known and given[name] is not parameter.default:
             taken[name] = given[name]
     left["handover"] = taken
+    asked = {name: given.get(name) for name in ("inputs", "generation_config")}
+    return frame.f_locals["self"], {**asked, **left}
 
 
 def _reading() -> FrameType | None:

@@ -14,6 +14,30 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # how SentencePiece writes a byte that is no character by itself
 
 
+def checked_stops(tokenizer: PreTrainedTokenizerBase, stops: str | Sequence[str]) -> tuple[str, ...]:
+    """Stop strings that a text of this tokenizer can hold; one by itself is one string, not its letters.
+
+    Raises:
+        ValueError: one that is no text, is empty, or has a character that none of the tokenizer's tokens write.
+    """
+    if not isinstance(stops, Sequence) or isinstance(stops, bytes):
+        raise ValueError(f"stop={stops!r} is not allowed: give a string, or a list of strings")
+    several = (stops,) if isinstance(stops, str) else tuple(stops)
+    for stop in several:
+        if not isinstance(stop, str):
+            raise ValueError(f"stop holds {stop!r}: give strings")
+        if not stop:
+            raise ValueError("an empty stop string would end every text at once: leave it out")
+        ids = tokenizer.encode(stop, add_special_tokens=False)
+        written = str(tokenizer.decode(ids, skip_special_tokens=False)).lower()
+        lost = [letter for letter in stop if not letter.isspace() and letter.lower() not in written]
+        if lost:
+            raise ValueError(
+                f"stop string {stop!r} can't come up: the tokenizer has no tokens that write {lost[0]!r}; leave it out"
+            )
+    return several
+
+
 class TextStream:
     """Turns a growing list of tokens into text that never has to be taken back.
 

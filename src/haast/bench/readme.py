@@ -63,6 +63,7 @@ def _table(document: dict[str, Any], name: str) -> str:
         ("forward_ms", tables.calibration),
         ("batches", tables.batches),
         ("precisions", tables.precisions),
+        ("conversation", tables.conversation),
     )
     for key, table in kinds:
         if key in document:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, __version__
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, __version__
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteria
 
 from haast import seams
 from haast.dropin.known import HONOURED_SETTINGS, IDLE_SETTINGS
-from haast.errors import PromptError, UnsupportedArgumentError
+from haast.errors import PromptError, UnsupportedArgumentError, UnsupportedModelError
+from haast.placement import execution_device
+from haast.target import refuse_unsupported
 
 _BEAMS = "Haast decodes one continuation a row; leave it out, or use stock generate"
 _ASSISTED = "Haast drafts by itself; leave it out (a small model: SmallModelDrafter)"
@@ -135,6 +138,46 @@ def padding(input_ids: Tensor, given: Mapping[str, Any]) -> list[int]:
     return begins
 
 
+def check_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Refuse ids that are no tokens, those of the padding too: processors look at them. Raises PromptError."""
+    wrong = (input_ids < 0) | (input_ids >= vocab_size)
+    if bool(wrong.any()):
+        row, place = wrong.nonzero()[0].tolist()
+        raise PromptError(
+            f"row {row} holds the token id {int(input_ids[row, place])}, which is outside 0..{vocab_size - 1}: is the "
+            f"tokenizer another model's?"
+        )
+
+
+def check_prepared(model: PreTrainedModel, input_ids: Tensor, given: Mapping[str, Any]) -> None:
+    """Refuse a model that gives its forward something else than the text's tokens.
+
+    Adapters of virtual tokens (prompt or prefix tuning) do, by a `prepare_inputs_for_generation` of their own; Haast
+    calls the forward itself, and would leave them out without a word.
+
+    Raises:
+        UnsupportedModelError: it prepares other ids, embeddings, or a cache that is filled already.
+    """
+    own: Any = model.prepare_inputs_for_generation
+    if getattr(own, "__func__", None) is GenerationMixin.prepare_inputs_for_generation:
+        return
+    prepared = own(input_ids, is_first_iteration=True, **given)
+    ids, cache = prepared.get("input_ids"), prepared.get("past_key_values")
+    changed = {
+        "input_ids": ids is None or not torch.equal(ids, input_ids),
+        "inputs_embeds": prepared.get("inputs_embeds") is not None,
+        "past_key_values": cache is not None
+        and cache is not given.get("past_key_values")
+        and cache.get_seq_length() > 0,
+    }
+    for name, different in changed.items():
+        if different:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} prepares {name} of its own for its forward (as prompt tuning does), and "
+                f"Haast gives it nothing but the text's tokens: merge the adapter, or use stock generate"
+            )
+
+
 def _row_begins(row: int, kept: Sequence[bool]) -> int:
     if not any(kept):
         raise PromptError(f"row {row} of the batch is empty: its attention_mask is 0 everywhere; leave the row out")
@@ -166,10 +209,11 @@ def new_tokens_allowed(criteria: Sequence[StoppingCriteria], width: int, begins:
     Raises:
         ValueError: no length limit is among the criteria, or it lies beyond the context.
     """
-    limits = [int(each.max_length) for each in criteria if isinstance(each, MaxLengthCriteria)]
+    limits = [each.max_length for each in criteria if isinstance(each, MaxLengthCriteria)]
     if not limits:
         raise ValueError("generation has no length limit: give max_new_tokens or max_length")
-    allowed, context = max(1, min(limits) - width), model.context_length
+    limit = ceil(min(limits))  # `generate` goes on while the length is below a limit, which may be no whole number
+    allowed, context = max(1, limit - width), model.context_length
     longest = width - min(begins)
     if context is not None and longest + allowed > context:
         raise PromptError(
@@ -180,7 +224,19 @@ def new_tokens_allowed(criteria: Sequence[StoppingCriteria], width: int, begins:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Refuse a model that would not answer the same twice. Raises ValueError."""
+    """Refuse a model as it stands now: one that would not answer the same twice, or can't answer at all.
+
+    Raises:
+        ValueError: it is in training mode, or autocast changes its dtypes. UnsupportedModelError: it is no
+            decoder-only model, or has no weights.
+    """
+    refuse_unsupported(model)
+    device = execution_device(model.get_input_embeddings())
+    if device is not None and device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        raise ValueError(
+            "torch.autocast is on for the CPU, where Haast's attention takes one dtype: leave the autocast, and load "
+            "the model with dtype=torch.bfloat16 if that is wanted"
+        )
     if model.training:
         raise ValueError(
             f"{type(model).__name__} is in training mode, where dropout may answer a drafted token otherwise than a "

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -38,7 +38,7 @@ from haast.dropin.output import Live, assembled
 from haast.dropin.processors import for_rows
 from haast.dropin.rows import Ends, Rows
 from haast.engine import Engine, Stats, StopConfig
-from haast.errors import HeadMismatchError, PromptError
+from haast.errors import HeadMismatchError, PromptError, UnsupportedModelError
 from haast.heads.checkpoint import Head, head_folder, load_head
 from haast.target import Target, choose_attention
 
@@ -94,8 +94,9 @@ class Decoder:
             if head is not None or self._drafter is not None:
                 raise ValueError("a head and a ready drafter draft for one model: give it too")
             return
+        model = _own(model)
         arguments.check_model(model)
-        loaded = head if head is None or isinstance(head, Head) else load_head(head_folder(head))
+        loaded = head if head is None or isinstance(head, Head) else _load(head)
         with borrowed(model):
             self._bind(Target(model))
         if loaded is not None:
@@ -111,6 +112,15 @@ class Decoder:
         made._name, made._drafter = drafter.name, drafter
         made._bind(target)
         return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles a decoder for any model. Raises TypeError where it belongs to one."""
+        if self._target is not None:
+            raise TypeError(
+                f"this Decoder belongs to one {type(self._target.model).__name__} of this process, so it can't be "
+                f"copied or pickled: make one where it is needed, from the model there and the head's folder"
+            )
+        return super().__reduce_ex__(protocol)
 
     def _bind(self, target: Target) -> None:
         self._target = target
@@ -158,11 +168,13 @@ class Decoder:
         arguments.refuse_arguments(given)
         arguments.check_model(model)
         begins = arguments.padding(input_ids, model_kwargs)
+        arguments.check_ids(input_ids, int(model.config.get_text_config().vocab_size))
+        arguments.check_prepared(model, input_ids, model_kwargs)
         processors = for_rows(logits_processor, len(begins))
+        pad = _pad(generation_config, stopping_criteria, len(begins))
         with borrowed(model) as loan:
             target, drafter = self._parts(model, loan)
             most = arguments.new_tokens_allowed(stopping_criteria, input_ids.shape[1], begins, target)
-            pad = _pad(generation_config, stopping_criteria, len(begins))
             rows = Rows(
                 input_ids,
                 begins,
@@ -199,6 +211,26 @@ class Decoder:
             )
         choose_attention(model)
         return target, self._drafter or _HEADLESS[self._name](target)
+
+
+def _own(model: Any) -> PreTrainedModel:
+    """The model on which `generate` calls us, where the user holds a wrapper of it."""
+    if isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
+        from torch._dynamo import OptimizedModule  # takes seconds to import, and almost nobody needs it
+
+        model = model._orig_mod if isinstance(model, OptimizedModule) else model
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"model is a {type(model).__name__}: give the transformers model itself (of a PEFT model: "
+            f"model.get_base_model(), which has its adapters)"
+        )
+    return model
+
+
+def _load(head: Any) -> Head:
+    if not isinstance(head, str | Path):
+        raise HeadMismatchError(f"head is a {type(head).__name__}: give its folder, or what load_head returns")
+    return load_head(head_folder(head))
 
 
 def _drafter_name(headed: bool, drafter: str | Drafter | None) -> str:

@@ -2,7 +2,7 @@
 
 Owns one thing: `generate(custom_generate=callable)` passes on only what the callable's signature names. While it reads
 our signature, what it keeps is put back among the arguments (`seams.hand_over`). A transformers that passes all of it
-by itself is served as well.
+by itself is served as well. There, before transformers has touched anything, what was given is checked too.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import inspect
 
 from haast import seams
+from haast.dropin.arguments import check_model
+from haast.dropin.given import check_given
 from haast.dropin.known import PARAMETERS
 
 
@@ -19,6 +21,11 @@ class HandedOver:
     def __get__(self, instance: object, owner: type) -> inspect.Signature:
         if instance is None:
             raise AttributeError("__signature__")  # the class has its constructor's signature, as every class
-        seams.hand_over(PARAMETERS)
+        asked = seams.hand_over(PARAMETERS)
+        if asked is not None:
+            model, given = asked
+            check_model(model)
+            config = given.pop("generation_config") or model.generation_config
+            check_given({"stop_strings": config.stop_strings, **given})
         call = inspect.signature(owner.__call__)
         return call.replace(parameters=list(call.parameters.values())[1:])

@@ -195,12 +195,20 @@ def check_fits(head: HeadSizes, hidden_size: int, vocab_size: int, target: str) 
 
 
 def check_weights(module: nn.Module) -> None:
-    """Refuse a head that holds no numbers. Raises HeadMismatchError."""
-    if any(parameter.is_meta for parameter in module.parameters()):
-        raise HeadMismatchError(
-            f"the {type(module).__name__} is on the meta device, where weights hold no numbers: load it with "
-            f"haast.heads.checkpoint.load_head"
-        )
+    """Refuse a loaded head that drafts nothing: its weights hold nothing, or are not finite.
+
+    Raises:
+        HeadMismatchError: the message names the first such weight.
+    """
+    for name, tensor in module.state_dict().items():
+        if tensor.device.type == "meta":
+            raise HeadMismatchError(
+                f"the head's {name} is on the meta device, where weights hold nothing: load it first"
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise HeadMismatchError(
+                f"the head's {name} holds values that are not finite: fetch or train the head again"
+            )
 
 
 def read_head_config(folder: Path) -> HeadSizes:

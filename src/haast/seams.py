@@ -195,6 +195,18 @@ def accelerate_hook(module: nn.Module) -> ModelHook | None:
     return hook
 
 
+def before_compiling(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` has wrapped; the module itself where it is no such wrapper.
+
+    Touches: `torch._dynamo.OptimizedModule` and its `_orig_mod`. Public: nothing.
+    There: torch 2.6 and newer.
+    Fails without it: `Decoder(torch.compile(model))`.
+    """
+    from torch._dynamo import OptimizedModule  # takes seconds to import, and almost nobody needs it
+
+    return module._orig_mod if isinstance(module, OptimizedModule) else module
+
+
 def mark_static(tensor: Tensor) -> None:
     """Promise that the tensor stays where it is, so that CUDA graphs read and write it in place.
 

@@ -216,9 +216,7 @@ class Decoder:
 def _own(model: Any) -> PreTrainedModel:
     """The model on which `generate` calls us, where the user holds a wrapper of it."""
     if isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
-        from torch._dynamo import OptimizedModule  # takes seconds to import, and almost nobody needs it
-
-        model = model._orig_mod if isinstance(model, OptimizedModule) else model
+        model = seams.before_compiling(model)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"model is a {type(model).__name__}: give the transformers model itself (of a PEFT model: "

@@ -225,6 +225,7 @@ def test_what_accelerate_hangs_on_a_module_is_found() -> None:
     assert seams.accelerate_hook(module) is None
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, where dynamo is first imported
 def test_what_was_compiled_is_found_behind_its_wrapper() -> None:
     module = nn.Linear(2, 2)
     assert seams.before_compiling(module) is module

@@ -225,14 +225,6 @@ def test_what_accelerate_hangs_on_a_module_is_found() -> None:
     assert seams.accelerate_hook(module) is None
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, where dynamo is first imported
-def test_what_was_compiled_is_found_behind_its_wrapper() -> None:
-    module = nn.Linear(2, 2)
-    assert seams.before_compiling(module) is module
-    wrapped: Any = torch.compile(module)
-    assert wrapped is not module and seams.before_compiling(wrapped) is module
-
-
 def test_a_tensor_is_marked_static_without_changing_it() -> None:
     tensor = torch.arange(3.0)
     seams.mark_static(tensor)

@@ -30,6 +30,7 @@ from haast.past import Past
 from haast.placement import execution_device
 from haast.sampling import Processor, SamplingConfig
 from haast.spreading import Spread
+from haast.support import own_model
 from haast.target import Target
 from haast.text import StopWatch, TextStream, checked_stops
 
@@ -115,6 +116,7 @@ class Haast:
         elif spread:
             raise ValueError("device_map and tensor_parallel are for models that are named: load yours spread")
         else:
+            model = own_model(model)
             compiled = check_compile(compile, "float32", str(execution_device(model) or "cpu"), "off")
             target = Target(model, tokenizer)
             if compiled and not (target.spread and compile == "auto"):

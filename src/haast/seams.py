@@ -104,7 +104,7 @@ def allowed_tokens_function(processor: PrefixConstrainedLogitsProcessor) -> Call
     return function
 
 
-def hand_over(known: Iterable[str]) -> tuple[Any, dict[str, Any]] | None:
+def hand_over(known: Iterable[str]) -> dict[str, Any] | None:
     """Put back what `generate` keeps from a callable `custom_generate`; to be called while it reads our signature.
 
     `generate` takes `streamer`, `tokenizer`, `assistant_model`, `assistant_tokenizer` and `synced_gpus` out of its
@@ -112,10 +112,8 @@ def hand_over(known: Iterable[str]) -> tuple[Any, dict[str, Any]] | None:
     forever, an assistant would be ignored, stop strings would find no tokenizer. They go back among the arguments as
     one, `handover`, where the very next line looks for it. With them go a cache of the user's, which later looks like
     the one that `generate` makes, and every parameter of `generate` that is not among `known` and was given: a newer
-    transformers may have some that never reach a decoding method.
-
-    Returns:
-        the model that `generate` was called on, and what was given to it; None where nothing reads our signature.
+    transformers may have some that never reach a decoding method. Returns all that `generate` was given, by name, the
+    model as `self`; None where nobody reads our signature.
 
     Touches: the local variables of `GenerationMixin._extract_generation_mode_kwargs` and of its caller, `generate`.
     Public: nothing.
@@ -135,9 +133,10 @@ def hand_over(known: Iterable[str]) -> tuple[Any, dict[str, Any]] | None:
     for name, parameter in inspect.signature(GenerationMixin.generate).parameters.items():
         if name in given and name not in known and given[name] is not parameter.default:
             taken[name] = given[name]
+    asked: dict[str, Any] = {name: given.get(name) for name in ("self", "inputs", "generation_config")}
+    asked.update(left)
     left["handover"] = taken
-    asked = {name: given.get(name) for name in ("inputs", "generation_config")}
-    return frame.f_locals["self"], {**asked, **left}
+    return asked
 
 
 def _reading() -> FrameType | None:
@@ -193,18 +192,6 @@ def accelerate_hook(module: nn.Module) -> ModelHook | None:
     """
     hook: ModelHook | None = vars(module).get("_hf_hook")
     return hook
-
-
-def before_compiling(module: nn.Module) -> nn.Module:
-    """The module that `torch.compile` has wrapped; the module itself where it is no such wrapper.
-
-    Touches: `torch._dynamo.OptimizedModule` and its `_orig_mod`. Public: nothing.
-    There: torch 2.6 and newer.
-    Fails without it: `Decoder(torch.compile(model))`.
-    """
-    from torch._dynamo import OptimizedModule  # takes seconds to import, and almost nobody needs it
-
-    return module._orig_mod if isinstance(module, OptimizedModule) else module
 
 
 def mark_static(tensor: Tensor) -> None:

@@ -6,6 +6,9 @@ implementation is chosen through transformers' own switch.
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import nn
 from transformers import PreTrainedModel
 
 from haast import attention, seams
@@ -13,6 +16,23 @@ from haast.errors import UnsupportedModelError
 from haast.placement import check_placement
 
 _GATHERABLE = {"full_attention", "sliding_attention"}
+
+
+def own_model(model: Any) -> PreTrainedModel:
+    """The transformers model itself, where the user may hold what torch.compile made of it.
+
+    Raises:
+        UnsupportedModelError: it is none, or another wrapper, whose forward would be left out.
+    """
+    found = model
+    if isinstance(model, nn.Module) and type(model).__name__ == "OptimizedModule":  # to import it takes seconds
+        found = next(model.children())
+    if not isinstance(found, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"model is a {type(found).__name__}: give the transformers model itself (of a PEFT model: "
+            f"model.get_base_model(), which has its adapters)"
+        )
+    return found
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:

@@ -20,7 +20,6 @@ from haast import seams
 from haast.dropin.known import HONOURED_SETTINGS, IDLE_SETTINGS
 from haast.errors import PromptError, UnsupportedArgumentError, UnsupportedModelError
 from haast.placement import execution_device
-from haast.target import refuse_unsupported
 
 _BEAMS = "Haast decodes one continuation a row; leave it out, or use stock generate"
 _ASSISTED = "Haast drafts by itself; leave it out (a small model: SmallModelDrafter)"
@@ -166,9 +165,7 @@ def check_prepared(model: PreTrainedModel, input_ids: Tensor, given: Mapping[str
     changed = {
         "input_ids": ids is None or not torch.equal(ids, input_ids),
         "inputs_embeds": prepared.get("inputs_embeds") is not None,
-        "past_key_values": cache is not None
-        and cache is not given.get("past_key_values")
-        and cache.get_seq_length() > 0,
+        "past_key_values": cache is not None and cache.get_seq_length() > 0,
     }
     for name, different in changed.items():
         if different:
@@ -227,12 +224,10 @@ def check_model(model: PreTrainedModel) -> None:
     """Refuse a model as it stands now: one that would not answer the same twice, or can't answer at all.
 
     Raises:
-        ValueError: it is in training mode, or autocast changes its dtypes. UnsupportedModelError: it is no
-            decoder-only model, or has no weights.
+        ValueError: it is in training mode, or autocast changes its dtypes.
     """
-    refuse_unsupported(model)
-    device = execution_device(model.get_input_embeddings())
-    if device is not None and device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+    place = execution_device(model.get_input_embeddings())
+    if place is not None and place.type == "cpu" and torch.is_autocast_enabled("cpu"):
         raise ValueError(
             "torch.autocast is on for the CPU, where Haast's attention takes one dtype: leave the autocast, and load "
             "the model with dtype=torch.bfloat16 if that is wanted"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -38,8 +38,9 @@ from haast.dropin.output import Live, assembled
 from haast.dropin.processors import for_rows
 from haast.dropin.rows import Ends, Rows
 from haast.engine import Engine, Stats, StopConfig
-from haast.errors import HeadMismatchError, PromptError, UnsupportedModelError
+from haast.errors import HeadMismatchError, PromptError
 from haast.heads.checkpoint import Head, head_folder, load_head
+from haast.support import own_model
 from haast.target import Target, choose_attention
 
 _HEADED: dict[str, Callable[[EagleDrafter], Drafter]] = {"eagle": lambda eagle: eagle, "eagle+suffix": HybridDrafter}
@@ -94,7 +95,7 @@ class Decoder:
             if head is not None or self._drafter is not None:
                 raise ValueError("a head and a ready drafter draft for one model: give it too")
             return
-        model = _own(model)
+        model = own_model(model)
         arguments.check_model(model)
         loaded = head if head is None or isinstance(head, Head) else _load(head)
         with borrowed(model):
@@ -158,6 +159,7 @@ class Decoder:
             UnsupportedArgumentError: an argument that Haast does not honour, by name.
             ValueError: a model, mask or prompt that can't be answered.
         """
+        for_model = dict(model_kwargs)
         cache = model_kwargs.pop("past_key_values", None)
         if cache is not None and cache.get_seq_length() == 0:
             cache = None  # the one that `generate` prepares; the user's own is in `handover`
@@ -169,7 +171,7 @@ class Decoder:
         arguments.check_model(model)
         begins = arguments.padding(input_ids, model_kwargs)
         arguments.check_ids(input_ids, int(model.config.get_text_config().vocab_size))
-        arguments.check_prepared(model, input_ids, model_kwargs)
+        arguments.check_prepared(model, input_ids, for_model)
         processors = for_rows(logits_processor, len(begins))
         pad = _pad(generation_config, stopping_criteria, len(begins))
         with borrowed(model) as loan:
@@ -211,18 +213,6 @@ class Decoder:
             )
         choose_attention(model)
         return target, self._drafter or _HEADLESS[self._name](target)
-
-
-def _own(model: Any) -> PreTrainedModel:
-    """The model on which `generate` calls us, where the user holds a wrapper of it."""
-    if isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
-        model = seams.before_compiling(model)
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"model is a {type(model).__name__}: give the transformers model itself (of a PEFT model: "
-            f"model.get_base_model(), which has its adapters)"
-        )
-    return model
 
 
 def _load(head: Any) -> Head:

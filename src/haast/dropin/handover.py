@@ -1,18 +1,21 @@
 """What transformers' `generate` keeps from a callable, and when it reaches ours.
 
-Owns one thing: `generate(custom_generate=callable)` passes on only what the callable's signature names. While it reads
+Owns one moment: `generate(custom_generate=callable)` passes on only what the callable's signature names. While it reads
 our signature, what it keeps is put back among the arguments (`seams.hand_over`). A transformers that passes all of it
-by itself is served as well. There, before transformers has touched anything, what was given is checked too.
+by itself is served as well. In that moment transformers has touched nothing yet, so what was given is checked too.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 from haast import seams
 from haast.dropin.arguments import check_model
 from haast.dropin.given import check_given
 from haast.dropin.known import PARAMETERS
+from haast.support import refuse_unsupported
 
 
 class HandedOver:
@@ -21,11 +24,16 @@ class HandedOver:
     def __get__(self, instance: object, owner: type) -> inspect.Signature:
         if instance is None:
             raise AttributeError("__signature__")  # the class has its constructor's signature, as every class
-        asked = seams.hand_over(PARAMETERS)
-        if asked is not None:
-            model, given = asked
-            check_model(model)
-            config = given.pop("generation_config") or model.generation_config
-            check_given({"stop_strings": config.stop_strings, **given})
+        given = seams.hand_over(PARAMETERS)
+        if given is not None:
+            _check(given)
         call = inspect.signature(owner.__call__)
         return call.replace(parameters=list(call.parameters.values())[1:])
+
+
+def _check(given: Mapping[str, Any]) -> None:
+    model: Any = given["self"]
+    refuse_unsupported(model)
+    check_model(model)
+    config = given.get("generation_config") or model.generation_config
+    check_given({"stop_strings": config.stop_strings, **given})

@@ -195,15 +195,16 @@ def check_fits(head: HeadSizes, hidden_size: int, vocab_size: int, target: str) 
 
 
 def check_weights(module: nn.Module) -> None:
-    """Refuse a loaded head that drafts nothing: its weights hold nothing, or are not finite.
+    """Refuse a loaded head that drafts nothing: its weights hold no numbers, or none that are finite.
 
     Raises:
         HeadMismatchError: the message names the first such weight.
     """
     for name, tensor in module.state_dict().items():
-        if tensor.device.type == "meta":
+        if tensor.is_meta:
             raise HeadMismatchError(
-                f"the head's {name} is on the meta device, where weights hold nothing: load it first"
+                f"the {type(module).__name__} is on the meta device, where weights ({name}) hold no numbers: load it "
+                f"with haast.heads.checkpoint.load_head"
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise HeadMismatchError(

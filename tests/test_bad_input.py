@@ -237,6 +237,10 @@ def test_models_that_cannot_answer_now_are_refused(watched: Watched) -> None:
         watched.run()
     with pytest.raises(UnsupportedModelError, match="model is a str"):
         haast.Decoder("gpt2")  # type: ignore[arg-type]
+    wrapped: Any = nn.Sequential(watched.model)
+    for load in (haast.Decoder, lambda model: Haast.from_pretrained(model, head=None)):
+        with pytest.raises(UnsupportedModelError, match=r"model is a Sequential: .*get_base_model"):
+            load(wrapped)
 
 
 def watched_call(model: Any) -> Any:
@@ -301,6 +305,8 @@ def test_a_compiled_model_is_known_by_the_model_inside() -> None:
     stock = model.generate(IDS, **PLAIN)
     assert torch.equal(compiled.generate(IDS, **PLAIN, custom_generate=decoder), stock)
     assert torch.equal(compiled.generate(IDS, **PLAIN, custom_generate=haast.custom_generate), stock)
+    said = Haast.from_pretrained(compiled, head=None).generate([1, 2, 3, 4], max_new_tokens=3)
+    assert list(said.tokens) == stock[0, 4:].tolist()
 
 
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda decoder: pickle.loads(pickle.dumps(decoder))])
@@ -330,7 +336,7 @@ def spoilt(module: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (lambda module: module.to("meta"), "fc.weight is on the meta device"),
+        (lambda module: module.to("meta"), r"meta device, where weights \(fc.weight\) hold no numbers"),
         (spoilt, "fc.weight .*not finite"),
     ],
 )

@@ -69,12 +69,26 @@ def spread(folder: Path, **settings: Any) -> PreTrainedModel:
     return model
 
 
+def runs(model: PreTrainedModel) -> bool:
+    """Whether the model answers at all, without Haast."""
+    try:
+        cast(Any, model)(input_ids=torch.tensor([[1, 2]]))
+    except KeyError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize(
     ("split", "tied"), [*((split, False) for split in sorted(SPLITS)), ("both ends on disk", True)]
 )
 def test_a_split_model_says_what_it_says_in_one_piece(tmp_path: Path, split: str, tied: bool) -> None:
     folder, model = saved(tmp_path, tied)
-    whole, target = Target(model), Target(spread(folder, device_map=SPLITS[split]))
+    given = spread(folder, device_map=SPLITS[split])
+    if not runs(given):
+        with pytest.raises(UnsupportedModelError, match="can't take a tree"):
+            Target(given)
+        pytest.skip("this transformers, with this accelerate, cannot page in tied weights itself")
+    whole, target = Target(model), Target(given)
     assert target.device == torch.device("cpu") and target.dtype is torch.float64 and "device_map" in target.spread
     greedy, drawn = vanilla(whole, PROMPTS, 16), vanilla(whole, PROMPTS, 16, SAMPLED)
     assert vanilla(target, PROMPTS, 16) == greedy
@@ -87,10 +101,23 @@ def test_a_split_model_says_what_it_says_in_one_piece(tmp_path: Path, split: str
 
 def test_a_plan_by_memory_says_the_same(tmp_path: Path) -> None:
     folder, model = saved(tmp_path)
-    for room in (25_000, 60_000, 110_000):
-        target = Target(spread(folder, device_map="auto", max_memory={"cpu": room}))
+    compared = 0
+    for room in (25_000, 60_000, 110_000, 150_000):
+        plan: dict[str, Any] = {"device_map": "auto", "max_memory": {"cpu": room}, "dtype": torch.float64}
+        try:
+            given: PreTrainedModel = cast(Any, AutoModelForCausalLM).from_pretrained(folder, **plan)
+        except ValueError as error:  # by older accelerate
+            assert "offload the whole model to the disk" in str(error)
+            continue
+        if not dispatched(given):  # so do older transformers where nothing fits into memory
+            with pytest.raises(UnsupportedModelError, match="has no weights"):
+                Target(given)
+            continue
+        target = Target(given)
         eagle = EagleDrafter(target, random_head(target), TREE)
         assert decode(target, eagle, PROMPTS, 16) == vanilla(Target(model), PROMPTS, 16)
+        compared += 1
+    assert compared >= 2
 
 
 def test_weights_kept_in_memory_and_paged_in_say_the_same() -> None:
@@ -116,6 +143,7 @@ def test_features_and_both_ends_are_those_of_one_piece(tmp_path: Path, split: st
     assert torch.equal(target.head_logits(mine.features), mine.logits)
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate")  # by older transformers, since weights are paged in
 def test_every_door_takes_a_split_model(tmp_path: Path) -> None:
     folder, model = saved(tmp_path, vocab=len(byte_tokenizer()))
     split, ids = SPLITS["all but a layer on disk"], torch.tensor([[1, 2, 3]])

@@ -219,7 +219,7 @@ def test_the_effect_in_the_message_is_the_measured_one() -> None:
     assert measured == of_heads.MEASURED
     assert document["environment"]["settings"]["trained_on"] == "float16"
     full = [measured[name] for name in ("float16", "bfloat16", "float32")]
-    assert max(full) - min(full) < 0.05  # why they count as one
+    assert max(full) - min(full) < 0.1  # why they count as one: the texts differ as much
 
 
 def test_the_shipped_head_says_what_it_was_trained_on() -> None:

@@ -10,8 +10,10 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import logging
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,13 +239,28 @@ def _load(
                 f"{source.name} ({type(config).__name__}) is an encoder-decoder; Haast drafts for decoder-only "
                 f"causal LMs"
             )
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **(spread.arguments() if spread else {}))
+        with _quiet_torchao():
+            model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **(spread.arguments() if spread else {}))
         tokenizer = AutoTokenizer.from_pretrained(location)
     except UnsupportedModelError:
         raise
     except _UNLOADABLE as error:
         raise _unloadable(source, error) from error
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def _quiet_torchao() -> Iterator[None]:
+    """transformers imports torchao where it is installed, which then logs the kernels that are for other machines."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def _unloadable(source: ModelSource, error: Exception) -> ValueError:

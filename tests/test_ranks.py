@@ -16,6 +16,8 @@ from typing import Any, cast
 import pytest
 from fakes import RandomTrees, collect, tiny_llama, tiny_target, vanilla
 from test_text import byte_tokenizer
+from torch import distributed as dist
+from torch.torch_version import TorchVersion
 from transformers import GenerationConfig
 
 import haast
@@ -27,6 +29,7 @@ from haast.drafters.small_model import SmallModelDrafter
 from haast.engine import Engine, StopConfig
 from haast.errors import HeadMismatchError
 from haast.sampling import SamplingConfig
+from haast.spreading import Spread
 from haast.target import Target
 from haast.tree import DraftTree
 
@@ -273,3 +276,11 @@ def test_heads_that_do_not_divide_are_refused_by_number(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "model")
     done = torchrun(driver, tmp_path / "model", tmp_path, json.dumps(PROMPTS), processes=3)
     assert done.returncode != 0 and "its 2 key heads can't be cut over 3 processes" in done.stderr
+
+
+@pytest.mark.parametrize(("name", "version"), [("transformers.__version__", "5.15.2"), ("torch.__version__", "2.6.0")])
+def test_versions_without_tensor_parallelism_are_told(monkeypatch: pytest.MonkeyPatch, name: str, version: str) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(name, TorchVersion(version))
+    with pytest.raises(ValueError, match=r"needs torch 2\.7 and transformers 5\.16 or newer, these are .*device_map"):
+        Spread(tensor_parallel=True).check("cpu", "off", "off")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from haast.precision import TORCHAO
@@ -59,6 +60,8 @@ class Spread:
                 "tensor_parallel=True needs several processes: start the program with "
                 "`torchrun --nproc-per-node N ...` (docs/devices.md)"
             )
+        if self.tensor_parallel:
+            _check_versions()
 
     def arguments(self) -> dict[str, Any]:
         """What `from_pretrained` is given."""
@@ -70,3 +73,14 @@ class Spread:
             return {}
         given = {"max_memory": self.max_memory, "offload_folder": self.offload_folder}
         return {"device_map": self.device_map} | {name: value for name, value in given.items() if value is not None}
+
+
+def _check_versions() -> None:
+    """Refuse versions that cut no weights, or by means of their own. Raises ValueError."""
+    from transformers import __version__
+
+    if torch.__version__ < "2.7" or tuple(map(int, __version__.split(".")[:2])) < (5, 16):
+        raise ValueError(
+            f"tensor_parallel=True needs torch 2.7 and transformers 5.16 or newer, these are {torch.__version__} and "
+            f"{__version__}: update them, or use device_map"
+        )

@@ -240,7 +240,9 @@ def _load(
                 f"causal LMs"
             )
         with _quiet_torchao():
-            model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **(spread.arguments() if spread else {}))
+            model = AutoModelForCausalLM.from_pretrained(
+                location, dtype=dtype, **(spread.arguments() if spread else {})
+            )
         tokenizer = AutoTokenizer.from_pretrained(location)
     except UnsupportedModelError:
         raise

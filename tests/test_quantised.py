@@ -160,6 +160,13 @@ def test_what_can_not_be_quantised_is_refused(folder: Path, monkeypatch: pytest.
         load_target(str(folder), packing="torchao-int8")
 
 
+def test_layers_that_are_no_multiple_of_a_group_are_named() -> None:
+    pytest.importorskip("torchao")
+    config = LlamaConfig(vocab_size=8, hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj has 48 inputs: use packing='torchao-int8'"):
+        quantise(LlamaForCausalLM(config), "torchao-int4")
+
+
 def test_layers_that_mix_rows_are_refused_with_the_remedy(folder: Path) -> None:
     pytest.importorskip("bitsandbytes")
     auto: Any = AutoModelForCausalLM

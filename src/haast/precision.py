@@ -34,6 +34,9 @@ def quantise(model: nn.Module, form: str) -> None:
     Args:
         model: float weights on one device.
         form: "torchao-int8", one factor per output, or "torchao-int4", one per 32 weights of an output.
+
+    Raises:
+        ValueError: 4 bits, and a layer whose inputs are no multiple of 32.
     """
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerGroup
@@ -44,7 +47,14 @@ def quantise(model: nn.Module, form: str) -> None:
         four: Any = vars(torch)["int4"]  # which torch's type stubs do not know
         config = IntxWeightOnlyConfig(four, PerGroup(_GROUP)) if on_cpu else Int4WeightOnlyConfig(_GROUP)
     head = model.get_output_embeddings()  # type: ignore[operator]
-    quantize_(model, config, lambda module, name: isinstance(module, nn.Linear) and module is not head)
+    chosen = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    odd = next((name for name, m in chosen.items() if form == "torchao-int4" and m.in_features % _GROUP), None)
+    if odd is not None:
+        raise ValueError(
+            f"packing={form!r} shares factors by {_GROUP} weights, and {odd} has {chosen[odd].in_features} inputs: "
+            f"use packing='torchao-int8'"
+        )
+    quantize_(model, config, lambda module, name: name in chosen)
 
 
 def quantisation(model: nn.Module) -> str | None:

@@ -141,6 +141,7 @@ def test_what_a_config_asks_for_is_refused_by_name(watched: Watched, name: str, 
     else:
         given["generation_config"] = config
     watched.forwards = 0
+    vars(watched.model).pop("_cache", None)  # transformers 5.0 stumbles over the static cache of a refused call
     try:
         with pytest.raises(UnsupportedArgumentError, match=rf"^{name}="):
             watched.model.generate(IDS, **given)

@@ -7,6 +7,7 @@ its name. docs/drop-in.md lists them; a test holds the two together. Knows no de
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import Any
@@ -160,7 +161,10 @@ def check_prepared(model: PreTrainedModel, input_ids: Tensor, given: Mapping[str
     own: Any = model.prepare_inputs_for_generation
     if getattr(own, "__func__", None) is GenerationMixin.prepare_inputs_for_generation:
         return
-    prepared = own(input_ids, is_first_iteration=True, **given)
+    more: dict[str, Any] = {}
+    if "cache_position" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
+        more["cache_position"] = torch.arange(input_ids.shape[1], device=input_ids.device)  # older transformers need it
+    prepared = own(input_ids, is_first_iteration=True, **more, **given)
     ids, cache = prepared.get("input_ids"), prepared.get("past_key_values")
     changed = {
         "input_ids": ids is None or not torch.equal(ids, input_ids),

@@ -29,6 +29,7 @@ from haast.errors import PrecisionWarning
 from haast.heads.checkpoint import load_head
 from haast.models import DEFAULT_MODEL, load_target
 from haast.sampling import SamplingConfig
+from haast.tokens import common_length
 from haast.training.frozen import end_tokens
 
 _KINDS = (  # dtype, packing
@@ -66,10 +67,7 @@ def measure(dtype: str, packing: str, texts: list[str], tokens: int) -> tuple[di
 
 def agreement(one: list[list[int]], other: list[list[int]]) -> float:
     """Share of the first text's tokens before the two texts part."""
-    same = 0
-    for a, b in zip(one, other, strict=True):
-        same += next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return same / sum(map(len, one))
+    return sum(map(common_length, one, other)) / sum(map(len, one))
 
 
 def main() -> None:

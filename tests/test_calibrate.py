@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,15 +13,17 @@ from test_stack import KINDS, made
 
 from haast import native
 from haast.bench import replay
-from haast.bench.calibrate import calibrate, search
+from haast.bench.batch_costs import BatchCosts
+from haast.bench.calibrate import calibrate, choose, search
 from haast.bench.costs import draw, roofline_ms
 from haast.bench.plan import MACHINES, Machine, parse_machine, project
 from haast.drafters.calibrated import apply_calibration, default_path, find_calibration, identity
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import DraftShape
+from haast.drafters.ways import Way, way_for
 from haast.engine import Engine, Stats, StopConfig
 from haast.sampling import SamplingConfig
-from haast.speed.calibration import Calibration
+from haast.speed.calibration import Batch, Calibration
 from haast.speed.packing import PackedLinear
 from haast.target import Target
 
@@ -44,8 +46,11 @@ def eagle(target: Target) -> EagleDrafter:
 def found(target: Target, eagle: EagleDrafter) -> Calibration:
     said: list[str] = []
     before = eagle.shape
+    ways = {1: Way(before), 4: Way(None)}
+    eagle.reshape(before, None, ways)
     result = calibrate(target, eagle, PROMPTS, tokens=24, rounds=2, say=said.append)
-    assert eagle.shape == before and eagle.pace is None and len(said) > 3
+    assert (eagle.shape, eagle.pace, eagle.ways) == (before, None, ways) and len(said) > 3
+    eagle.reshape(before)
     return result
 
 
@@ -125,6 +130,55 @@ def test_a_damaged_calibration_is_refused(found: Calibration, tmp_path: Path, ch
         Calibration.load(path)
 
 
+def a_batch() -> Batch:
+    """What eight rows draft where every node costs the same: made from the steps by hand."""
+    return choose(hand_made() * 8, 8, BatchCosts({1: 10.0, 8: 10.5}, 0.5, {1: 0.2, 8: 0.4}, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("rows", "change"),
+    [
+        (2, {"shape": {"bogus": 3}}),
+        (2, {"shape": []}),
+        (2, {"pace": {}}),
+        (2, {"pace": None}),
+        (2, {"forward_ms": {}}),
+        (2, {"forward_ms": {"1": -3.0}}),
+        (2, {"level_ms": {"1": "abc"}}),
+        (2, {"expected": {"tau": 2.0, "speedup": 1.0}}),
+        (2, {"surplus": 1}),
+        (1, {}),
+        ("two", {}),
+    ],
+)
+def test_damaged_batches_are_refused(
+    found: Calibration, tmp_path: Path, rows: int | str, change: dict[str, object]
+) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({**found.document(), "batches": {rows: {**asdict(a_batch()), **change}}}))
+    with pytest.raises(ValueError, match=r"c\.json is damaged .*run `haast calibrate` again"):
+        Calibration.load(path)
+
+
+def test_batches_go_round_and_may_be_missing(found: Calibration, tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    replace(found, batches={8: a_batch()}).save(path)
+    held = Calibration.load(path).batches
+    assert set(held) == {8} and held[8].chosen_pace == a_batch().chosen_pace
+    assert replace(held[8], pace=a_batch().pace) == a_batch()
+    values = {key: value for key, value in found.document().items() if key != "batches"}
+    path.write_text(json.dumps(values))  # written before there were any
+    assert Calibration.load(path).batches == {}
+
+
+def test_what_a_batch_drafts_is_chosen_by_its_costs() -> None:
+    cheap = a_batch()
+    assert cheap.expected["speedup"] > 1 and DraftShape(**cheap.shape).nodes > 2
+    assert cheap.expected["vanilla_tokens_per_s"] == pytest.approx(8 * 1e3 / 10.1)
+    dear = choose(hand_made() * 8, 8, BatchCosts({1: 10.0, 2: 40.0, 8: 160.0}, 0.5, {1: 0.2, 8: 0.4}, 0.1))
+    assert dear.shape == {} and dear.chosen_pace.rate == pytest.approx(1 / 10.1)
+
+
 def test_more_keys_do_no_harm(found: Calibration, tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     path.write_text(json.dumps({**found.document(), "environment": {}}))
@@ -147,6 +201,11 @@ def test_it_is_found_and_put_to_use(
     before = eagle.shape
     assert apply_calibration(eagle, Calibration(**{**kept.__dict__, "shape": shape, "pace": pace}))
     assert eagle.shape == DraftShape(**shape) and eagle.pace is not None  # type: ignore[arg-type]
+    assert way_for(eagle.ways, 8) != Way(eagle.shape, eagle.pace)  # without measured batches: what is usual
+    batches = {2: a_batch(), 8: replace(a_batch(), shape={})}
+    assert apply_calibration(eagle, Calibration(**{**kept.__dict__, "shape": shape, "batches": batches}))
+    assert eagle.ways[2] == Way(DraftShape(**a_batch().shape), a_batch().chosen_pace)
+    assert way_for(eagle.ways, 5) == Way(None, a_batch().chosen_pace)
     eagle.reshape(before)
     assert not apply_calibration(eagle, Calibration(**{**kept.__dict__, "shape": {}, "pace": None}))
     assert eagle.shape == before

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from haast import models as models_module
 from haast.api import Haast
 from haast.cli import app, settings
 from haast.cli.boundary import check_writable, write_json
+from haast.errors import HaastWarning, LongContextWarning, PrecisionWarning
 from haast.heads.checkpoint import save_head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.prompts import read_json_lines
@@ -551,6 +553,23 @@ def test_an_error_of_our_own_is_one_line_too(home: Path, monkeypatch: pytest.Mon
     result = haast_run("generate", "Hi", *parts(home))
     assert result.exit_code == 3 and result.stderr.count("\n") == 1
     assert "internal error" in result.stderr and "planted" in result.stderr
+
+
+@pytest.mark.parametrize("category", [LongContextWarning, PrecisionWarning, UserWarning])
+def test_a_warning_of_our_own_is_one_line_too(
+    home: Path, monkeypatch: pytest.MonkeyPatch, category: type[Warning]
+) -> None:
+    """pytest takes warnings before they are shown, so the command's way to show one is asked for itself."""
+    real, shown = models_module.load_target, []
+
+    def watched(*given: Any, **more: Any) -> Any:
+        shown.append(warnings.formatwarning("planted", category, "models.py", 3))
+        return real(*given, **more)
+
+    monkeypatch.setattr("haast.models.load_target", watched)
+    assert haast_run("generate", "Hi", *parts(home)).exit_code == 0
+    own = issubclass(category, HaastWarning)
+    assert (shown == ["haast: warning: planted\n"]) == own and ("models.py" in shown[0]) != own
 
 
 def test_a_torn_model_is_named(home: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ SOURCE = Path(haast.__file__).parent
 
 # A room is a module or a package directly under haast; it may import rooms of smaller rank, and itself.
 RANKS = [
-    {"errors", "seams", "tree", "sampling", "text", "prompts", "loops", "native"},
+    {"errors", "seams", "tree", "sampling", "text", "prompts", "loops", "tokens", "native"},
     {"verify", "cache", "speed"},
     {"attention", "acceptance", "stats"},
     {"placement", "ranks"},

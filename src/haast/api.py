@@ -18,7 +18,7 @@ from haast.drafters.base import Drafter
 from haast.drafters.calibrated import draft_as_usual
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.heads import drafter_with
-from haast.drafters.shape import CPU_NODES, DEVICE_NODES, DraftShape, shape_for
+from haast.drafters.shape import DraftShape, shape_for, usual_nodes
 from haast.drafters.vanilla import VanillaDrafter
 from haast.dropin.arguments import check_model
 from haast.dropin.decoder import Decoder
@@ -127,7 +127,7 @@ class Haast:
         check_fits(loaded.module.config, target.hidden_size, target.vocab_size, str(target.model.name_or_path))
         if shape is not None:
             return cls(target, drafter_with(target, loaded, shape, draft_window))
-        usual = shape_for(CPU_NODES if target.device.type == "cpu" else DEVICE_NODES)
+        usual = shape_for(usual_nodes(target.device.type))
         drafter = drafter_with(target, loaded, usual, draft_window)
         if isinstance(drafter, EagleDrafter) and not draft_as_usual(target, drafter, calibration):
             _LOG.warning("drafting is slower than decoding without on this machine: decoding without (see calibrate)")

@@ -6,7 +6,7 @@ ValueError
 ├── PromptError             a prompt is empty or longer than the target's context
 └── UnsupportedArgumentError  an argument of transformers' `generate` that Haast does not honour
 
-UserWarning
+HaastWarning (a UserWarning)
 ├── LongContextWarning      a text is longer than anything that the head has seen in training
 └── PrecisionWarning        the target is held in another precision than the one that the head was trained on
 """
@@ -36,11 +36,15 @@ class PromptError(ValueError):
     """A prompt cannot be answered: it is empty, or longer than the context."""
 
 
-class LongContextWarning(UserWarning):
+class HaastWarning(UserWarning):
+    """What Haast tells without failing; the command line prints it as one line."""
+
+
+class LongContextWarning(HaastWarning):
     """A text is longer than anything that its head was trained on; only the number of accepted drafts can suffer."""
 
 
-class PrecisionWarning(UserWarning):
+class PrecisionWarning(HaastWarning):
     """The target is held in another precision than its head was trained on; only accepted drafts can become fewer."""
 
 

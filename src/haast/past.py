@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from haast.cache import TreeCache
 from haast.drafters.base import Drafter
 from haast.target import Target
+from haast.tokens import common_length
 
 
 class Past:
@@ -54,8 +55,7 @@ class Past:
         if self._cache is None or self._owners != (target, drafter, target.one_call):  # a changed model is another one
             return None
         held = self.tokens
-        pairs = zip(held, prompt, strict=False)
-        common = next((i for i, (old, new) in enumerate(pairs) if old != new), min(len(held), len(prompt)))
+        common = common_length(held, prompt)
         if common < 2:
             return None
         self._cache.truncate(0, common - 1)

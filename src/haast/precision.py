@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from haast.placement import read_weight
 from haast.speed.packing import PackedLinear
 
-TORCHAO = {"torchao-int8": 8, "torchao-int4": 4}  # what `quantise` makes -> bits
+TORCHAO = ("torchao-int8", "torchao-int4")  # what `quantise` makes
 _GROUP = 32  # weights that share a factor at 4 bits
 _PROBED = 256  # inputs of a layer that are read at a time
 
@@ -59,7 +59,8 @@ def quantise(model: nn.Module, form: str) -> None:
 
 def quantisation(model: nn.Module) -> str | None:
     """Who quantised the model, and to what ("torchao-int8", "gptq-4bit", ...); None where nobody did."""
-    found = next((_torchao(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and _torchao(m.weight)), None)
+    formats = (_torchao(module.weight) for module in model.modules() if isinstance(module, nn.Linear))
+    found = next(filter(None, formats), None)
     if found is not None:
         return found
     settings = getattr(model.config, "quantization_config", None)
@@ -118,9 +119,5 @@ def _torchao(weight: object) -> str | None:
     kind = type(weight.data if isinstance(weight, Tensor) else weight)
     if not kind.__module__.startswith("torchao."):
         return None
-    return "torchao-int4" if "Int4" in kind.__name__ or _target_bits(weight) == 4 else "torchao-int8"
-
-
-def _target_bits(weight: Any) -> int | None:
-    name = str(getattr(weight, "target_dtype", ""))
-    return 4 if name.endswith("int4") else None
+    four = "Int4" in kind.__name__ or str(getattr(weight, "target_dtype", "")).endswith("int4")
+    return "torchao-int4" if four else "torchao-int8"

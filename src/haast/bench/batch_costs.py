@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from haast.bench.replay import StepCosts
 from haast.bench.vcurve import measure_v_curve
@@ -27,7 +28,7 @@ _TOP_K, _LEVELS = 8, 4
 
 @dataclass(frozen=True)
 class BatchCosts:
-    """Medians in ms, of all rows together."""
+    """Medians in ms, of all rows together; one row is a batch too."""
 
     forward_ms: dict[int, float]  # nodes of a row -> a target forward
     first_ms: float
@@ -39,6 +40,11 @@ class BatchCosts:
         dense = tuple(interpolate(self.forward_ms, n) for n in range(1, max(self.forward_ms) + 1))
         return StepCosts(dense, self.level_ms, self.first_ms + self.overhead_ms)
 
+    @property
+    def vanilla_rate(self) -> float:
+        """Tokens per ms of a row without drafting."""
+        return 1 / (self.forward_ms[1] + self.overhead_ms)
+
 
 def measure_batches(
     target: Target, drafter: EagleDrafter, prompts: Sequence[Sequence[int]], rounds: int
@@ -47,10 +53,14 @@ def measure_batches(
     found = {}
     for rows, nodes in {**_NODES, **({} if target.device.type == "cpu" else _DEVICE_NODES)}.items():
         curve = measure_v_curve(target, None, max(rounds // 2, 1), nodes, rows)
-        forward_ms = {int(point["nodes"]): float(point["ms"]) for point in curve["points"]}
         texts = [prompts[i % len(prompts)] for i in range(rows)]
-        found[rows] = BatchCosts(forward_ms, *live_costs(target, drafter, texts, _WIDTHS, together=True))
+        found[rows] = BatchCosts(forward_costs(curve), *live_costs(target, drafter, texts, _WIDTHS, together=True))
     return found
+
+
+def forward_costs(curve: dict[str, Any]) -> dict[int, float]:
+    """Nodes -> ms of what `measure_v_curve` gives."""
+    return {int(point["nodes"]): float(point["ms"]) for point in curve["points"]}
 
 
 def live_costs(

@@ -12,14 +12,14 @@ from dataclasses import asdict, replace
 
 from haast import native
 from haast.bench import replay
-from haast.bench.batch_costs import BatchCosts, live_costs, measure_batches
+from haast.bench.batch_costs import BatchCosts, forward_costs, live_costs, measure_batches
 from haast.bench.report import git_commit, versions
 from haast.bench.vcurve import measure_v_curve
 from haast.drafters.calibrated import identity, weights_read
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import DraftShape
 from haast.speed.calibration import Batch, Calibration
-from haast.speed.policy import Pace, interpolate
+from haast.speed.policy import Pace
 from haast.target import Target
 
 NODES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 18, 24, 32)
@@ -41,7 +41,7 @@ def calibrate(
     rounds: int = 11,
     say: Say = lambda line: None,
 ) -> Calibration:
-    """Measure and choose; the drafter keeps its shape and pace.
+    """Measure and choose; the drafter keeps its shape, pace and ways.
 
     Args:
         target: the model.
@@ -54,9 +54,8 @@ def calibrate(
     with _kept(drafter):
         say("target forwards over 1 to 32 nodes")
         curve = measure_v_curve(target, None, rounds, NODES)
-        forward_ms = {int(point["nodes"]): float(point["ms"]) for point in curve["points"]}
         say("draft levels, while decoding")
-        first_ms, level_ms, overhead_ms = live_costs(target, drafter, prompts[:2], WIDTHS)
+        alone = BatchCosts(forward_costs(curve), *live_costs(target, drafter, prompts[:2], WIDTHS))
         say("batches of 2 and more")
         together = measure_batches(target, drafter, prompts, rounds)
         say(f"drafts over {len(prompts)} prompts")
@@ -65,40 +64,26 @@ def calibrate(
     if not steps:
         raise ValueError(f"the texts are too short to learn from: give longer prompts, or more than {tokens} tokens")
     say(f"replaying {len(steps)} steps under other shapes")
-    dense = tuple(interpolate(forward_ms, n) for n in range(1, max(NODES) + 1))
-    costs = replay.StepCosts(dense, level_ms, first_ms + overhead_ms)
-    vanilla = 1 / (forward_ms[1] + overhead_ms)
-    shape, outcome, grid = search(steps, costs)
-    batches = {rows: choose(steps, rows, each) for rows, each in together.items() if len(steps) >= rows}
-    pays = outcome.rate > _LEAST_GAIN * vanilla
+    shape, outcome, grid = search(steps, alone.step_costs())
+    pays = outcome.rate > _LEAST_GAIN * alone.vanilla_rate
     weight_bytes, parameters = weights_read(target)
     roofline = target.device.type == "cpu" and native.available()
     # What a forward has reached is possible: a probe that ran while something else did must not say otherwise.
-    reached = max(2e3 * parameters * n / ms for n, ms in forward_ms.items())
+    reached = max(2e3 * parameters * n / ms for n, ms in alone.forward_ms.items())
     return Calibration(
         identity=identity(target, drafter),
-        forward_ms=forward_ms,
+        **asdict(alone),
         committed=int(curve["committed_slots"]),
-        first_ms=first_ms,
-        level_ms=level_ms,
-        overhead_ms=overhead_ms,
         weight_bytes=weight_bytes,
         parameters=parameters,
         head_parameters=drafter.parameters,
-        bandwidth=max(native.read_bandwidth(), 1e3 * weight_bytes / forward_ms[1]) if roofline else None,
+        bandwidth=max(native.read_bandwidth(), 1e3 * weight_bytes / alone.forward_ms[1]) if roofline else None,
         peak=max(native.multiply_peak(), reached) if roofline else None,
         shape=asdict(shape) if pays else {},
         pace=asdict(outcome.pace) if pays and outcome.pace is not None else None,
-        expected={
-            "tau": outcome.tau,
-            "nodes": outcome.nodes,
-            "levels": outcome.levels,
-            "tokens_per_s": 1e3 * outcome.rate,
-            "vanilla_tokens_per_s": 1e3 * vanilla,
-            "speedup": outcome.rate / vanilla,
-        },
+        expected={**_expected(outcome, alone), "nodes": outcome.nodes, "levels": outcome.levels},
         grid=grid,
-        batches=batches if pays else {},
+        batches={n: choose(steps, n, each) for n, each in together.items() if len(steps) >= n} if pays else {},
         measured={"steps": len(steps), "versions": versions(), "commit": git_commit(), "rounds": rounds},
     )
 
@@ -107,7 +92,7 @@ def choose(steps: Sequence[replay.Step], rows: int, found: BatchCosts) -> Batch:
     """What to draft where so many rows are decoded together."""
     costs = found.step_costs()
     shape, outcome, _ = search(steps, costs, rows, range(1, 5))
-    vanilla = 1 / (costs.forward_ms[0] + found.overhead_ms)
+    vanilla = found.vanilla_rate
     pays = outcome.rate > _LEAST_GAIN * vanilla
     least_level = min(found.level_ms.values())
     pace = (outcome.pace if pays else None) or Pace(costs.forward_ms, least_level, outcome.rate if pays else vanilla)
@@ -115,13 +100,18 @@ def choose(steps: Sequence[replay.Step], rows: int, found: BatchCosts) -> Batch:
         **asdict(found),
         shape=asdict(shape) if pays else {},
         pace=asdict(pace),
-        expected={
-            "tau": outcome.tau,
-            "tokens_per_s": 1e3 * rows * outcome.rate,
-            "vanilla_tokens_per_s": 1e3 * rows * vanilla,
-            "speedup": outcome.rate / vanilla,
-        },
+        expected=_expected(outcome, found, rows),
     )
+
+
+def _expected(outcome: replay.Outcome, costs: BatchCosts, rows: int = 1) -> dict[str, float]:
+    """What drafting is expected to bring, all rows together."""
+    return {
+        "tau": outcome.tau,
+        "tokens_per_s": 1e3 * rows * outcome.rate,
+        "vanilla_tokens_per_s": 1e3 * rows * costs.vanilla_rate,
+        "speedup": outcome.rate / costs.vanilla_rate,
+    }
 
 
 def search(
@@ -151,8 +141,8 @@ def search(
 
 @contextmanager
 def _kept(drafter: EagleDrafter) -> Iterator[None]:
-    shape, pace = drafter.shape, drafter.pace
+    before = drafter.shape, drafter.pace, drafter.ways
     try:
         yield
     finally:
-        drafter.reshape(shape, pace)
+        drafter.reshape(*before)

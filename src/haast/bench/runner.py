@@ -17,6 +17,7 @@ from haast.checking.divergence import Divergence, diagnose
 from haast.engine import PREFILL_CHUNK
 from haast.sampling import SamplingConfig
 from haast.target import Target
+from haast.tokens import common_length
 
 
 @dataclass(frozen=True)
@@ -154,10 +155,7 @@ def differences(
                 judged = None
                 if "hf" not in (name, reference):
                     judged = diagnose(target, prompt.tokens, wanted, run.tokens, sampling)
-                pairs = enumerate(zip(wanted, run.tokens, strict=False))
-                shorter = min(len(wanted), len(run.tokens))
-                index = next((i for i, (a, b) in pairs if a != b), shorter)
-                found.append(Difference(prompt.id, name, reference, index, judged))
+                found.append(Difference(prompt.id, name, reference, common_length(wanted, run.tokens), judged))
                 break
     return found
 

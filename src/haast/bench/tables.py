@@ -146,12 +146,10 @@ def conversation(document: Document) -> str:
     """Positions computed and the time to the first text, turn by turn, with a `Session` and from scratch."""
     turns = document["conversation"]
     lines = ["| turn | " + " | ".join(str(turn["turn"]) for turn in turns) + " |", "|---|" + "---|" * len(turns)]
-    for arm, name in (("session", "Session"), ("scratch", "from scratch")):
-        counts = " | ".join(str(turn["prefilled"][arm]) for turn in turns)
-        lines.append(f"| {name}: prompt positions computed | {counts} |")
-    for arm, name in (("session", "Session"), ("scratch", "from scratch")):
-        times = " | ".join(f"{turn['ms_first'][arm]:.0f}" for turn in turns)
-        lines.append(f"| {name}: ms to the first text | {times} |")
+    for what, words in (("prefilled", "prompt positions computed"), ("ms_first", "ms to the first text")):
+        for arm, name in (("session", "Session"), ("scratch", "from scratch")):
+            cells = " | ".join(f"{turn[what][arm]:.0f}" for turn in turns)
+            lines.append(f"| {name}: {words} | {cells} |")
     both = {arm: sum(turn["prefilled"][arm] for turn in turns) for arm in ("session", "scratch")}
     return "\n".join(lines) + f"\n\nTogether {both['session']} positions instead of {both['scratch']}; the same text.\n"
 

@@ -17,6 +17,7 @@ from haast.drafters.vanilla import VanillaDrafter
 from haast.engine import Engine, Stats, StopConfig
 from haast.sampling import Sampler, SamplingConfig, keyed_uniform
 from haast.target import Target
+from haast.tokens import common_length
 from haast.tree import DraftTree
 
 # Relative to the largest finite processed logit. Chosen by judgement from each dtype's precision, not measured.
@@ -84,8 +85,7 @@ def diagnose(
     """
     if tuple(vanilla) == tuple(drafted):
         return None
-    pairs = zip(vanilla, drafted, strict=False)
-    index = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(vanilla), len(drafted)))
+    index = common_length(vanilla, drafted)
     if index >= min(len(vanilla), len(drafted)):
         mine = vanilla[index] if index < len(vanilla) else None
         theirs = drafted[index] if index < len(drafted) else None

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from haast.errors import LongContextWarning, expanded
+from haast.errors import HaastWarning, expanded
 
 _INTERNAL = (RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
 
@@ -58,7 +58,7 @@ def _plain_warnings() -> Iterator[None]:
     usual = warnings.formatwarning
 
     def one_line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
-        own = issubclass(category, LongContextWarning)
+        own = issubclass(category, HaastWarning)
         return f"haast: warning: {message}\n" if own else usual(message, category, *where, **more)
 
     warnings.formatwarning = one_line

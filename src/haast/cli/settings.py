@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from haast.drafters.shape import CPU_NODES, DEVICE_NODES, DraftShape, shape_for
+from haast.drafters.shape import DraftShape, shape_for, usual_nodes
 from haast.errors import expanded as expanded_path
 
 if TYPE_CHECKING:
@@ -157,8 +157,7 @@ class Drafting:
 
     def check_shape(self, device: str) -> DraftShape:
         """The shape that the settings name. Raises ValueError; imports nothing."""
-        usual = CPU_NODES if device.startswith("cpu") else DEVICE_NODES
-        nodes = usual if self.nodes is None else self.nodes
+        nodes = usual_nodes(device) if self.nodes is None else self.nodes
         return shape_for(nodes, self.shape, self.depth, self.draft_top_k, self.width)
 
     def folder(self, model: str) -> Path | None:

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import cached_assets_path
 
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import CPU_NODES, DEVICE_NODES, DraftShape, shape_for
+from haast.drafters.shape import DraftShape, shape_for, usual_nodes
 from haast.drafters.ways import Way, usual_ways
 from haast.speed.calibration import Calibration
 from haast.speed.machine import machine_identity
@@ -84,7 +84,7 @@ def draft_as_usual(target: Target, drafter: EagleDrafter, wanted: str | Path = "
         ValueError: see `find_calibration`.
     """
     kind = target.device.type
-    usual = shape_for(CPU_NODES if kind == "cpu" else DEVICE_NODES)
+    usual = shape_for(usual_nodes(kind))
     drafter.reshape(usual, ways=usual_ways(usual, kind))
     found = find_calibration(target, drafter, wanted)
     return found is None or apply_calibration(drafter, found)

@@ -254,6 +254,7 @@ class EagleDrafter(Drafter):
         """All candidates of this step, level by level."""
         assert self._cache is not None and self._root is not None and self._extrapolated is not None
         committed = list(self._cache.lengths)
+        reached = torch.tensor(self._cache.reached, device=self._root.device)
         features = self._extrapolated.unsqueeze(1)  # (rows, 1, hidden)
         grown = Growth(self._root)
         before = self._root.unsqueeze(1)  # (rows, 1): the token that each node of the frontier carries
@@ -271,7 +272,6 @@ class EagleDrafter(Drafter):
             seen = _see(seen, parent, chosen.shape[1])
             picked = tokens.gather(1, chosen)
             paired = picked if self._module.follows_token else before.gather(1, parent)
-            reached = torch.tensor(self._cache.begins, device=seen.device) + torch.tensor(committed, device=seen.device)
             positions = (reached + level).unsqueeze(1).expand(-1, chosen.shape[1])
             positions = positions if self._limit is None else positions.clamp_max(self._limit - 1)
             flying = torch.cat([flying, positions], dim=1)

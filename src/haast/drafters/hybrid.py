@@ -13,6 +13,7 @@ from haast.drafters.eagle import EagleDrafter
 from haast.drafters.lookup import SuffixDrafter
 from haast.drafters.paths import Path, PathTree, pack_rows
 from haast.drafters.ways import way_for
+from haast.tokens import common_length
 from haast.tree import DraftTree
 
 _PRIOR = (4, 8.0)  # matches, and tokens gained by them, that a text of several rows begins with
@@ -75,7 +76,7 @@ class HybridDrafter(Drafter):
             if len(path) > had:
                 said = accepted.tokens[row, : accepted.counts[row]].tolist()
                 self._matches += 1
-                self._gained += max(_agreeing(path, said) - had, 0)
+                self._gained += max(common_length(path, said) - had, 0)
         self._offered = []
 
     def propose(self) -> DraftTree:
@@ -87,9 +88,8 @@ class HybridDrafter(Drafter):
         for row, paths in enumerate(matches):
             merged = PathTree.of_tree(tree, row, tree.nodes + self._extra)
             path = paths[0] if paths else ()
-            added = merged.insert(path, most=self._extra)
-            had = merged.agreeing(path) - added
-            self._offered.append((path[: had + added], had))
+            had = merged.agreeing(path)
+            self._offered.append((path[: had + merged.insert(path, most=self._extra)], had))
             rows.append(merged)
         return pack_rows(rows, max(len(row.tokens) for row in rows), tree.tokens.device)
 
@@ -102,8 +102,3 @@ class HybridDrafter(Drafter):
         if way.pace is None:
             return way.shape is not None
         return way.pace.affords(nodes, self._extra, found / len(matches) * self._gained / self._matches)
-
-
-def _agreeing(path: Path, said: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    return next((i for i, (a, b) in enumerate(zip(path, said, strict=False)) if a != b), min(len(path), len(said)))

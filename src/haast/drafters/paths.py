@@ -34,26 +34,26 @@ class PathTree:
 
     def insert(self, path: Path, *, most: int | None = None) -> int:
         """Add a path under the root as far as there is room, at most `most` new nodes; returns how many were new."""
-        node, added = 0, 0
-        for token in path:
-            child = self._children.get((node, token))
-            if child is None:
-                if len(self.tokens) >= self._most or (most is not None and added >= most):
-                    break
-                child = self._add(node, token)
-                added += 1
-            node = child
-        return added
+        node, depth = self._along(path)
+        room = self._most - len(self.tokens)
+        new = path[depth : depth + max(0, room if most is None else min(room, most))]
+        for token in new:
+            node = self._add(node, token)
+        return len(new)
 
     def agreeing(self, path: Path) -> int:
         """How far the path goes along nodes that are there."""
+        return self._along(path)[1]
+
+    def _along(self, path: Path) -> tuple[int, int]:
+        """The last node that is there on the path, and its depth."""
         node = 0
         for depth, token in enumerate(path):
             child = self._children.get((node, token))
             if child is None:
-                return depth
+                return node, depth
             node = child
-        return len(path)
+        return node, len(path)
 
     def probe_under(self, parent: int, token: int) -> int:
         """Add a node that is run and never accepted; returns its number. Raises ValueError where there is no room."""

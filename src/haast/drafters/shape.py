@@ -68,6 +68,11 @@ def shape_for(
     return DraftShape(kind, deep if depth is None else depth, children, expanded, nodes)
 
 
+def usual_nodes(device: str) -> int:
+    """The budget where none is given, by the device ("cpu", "cuda:0", ...)."""
+    return CPU_NODES if device.startswith("cpu") else DEVICE_NODES
+
+
 @dataclass(frozen=True)
 class Plan:
     """A shape resolved: children per node, frontier size per level, and for a fixed tree the indices to take."""

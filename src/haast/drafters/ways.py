@@ -8,7 +8,7 @@ function of how many rows run, so none touches losslessness.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from haast.drafters.shape import DraftShape, shape_for
 from haast.speed.policy import Pace
@@ -41,5 +41,5 @@ def usual_ways(shape: DraftShape, device: str) -> Ways:
     ways = {1: Way(shape)}
     for rows in _ROWS[1:]:
         nodes = min(shape.nodes, total // rows)
-        ways[rows] = Way(replace(shape_for(nodes, shape.kind), kind=shape.kind) if nodes > 2 else None)
+        ways[rows] = Way(shape_for(nodes, shape.kind) if nodes > 2 else None)
     return ways

@@ -40,8 +40,10 @@ class Batch:
         found = cls(
             **{**values, "forward_ms": _by_number(values["forward_ms"]), "level_ms": _by_number(values["level_ms"])}
         )
-        if not isinstance(found.shape, dict) or not {"tau", "speedup"} <= set(found.expected):
-            raise ValueError("a batch's shape or expectation is none")
+        _check_costs(found)
+        _check_shape(found.shape)
+        for name in ("tau", "tokens_per_s", "vanilla_tokens_per_s", "speedup"):
+            float(found.expected[name])
         _ = found.chosen_pace  # its own check
         return found
 
@@ -94,19 +96,16 @@ class Calibration:
 
     def validate(self) -> None:
         """Refuse values that no measurement gives. Raises ValueError, TypeError or KeyError."""
-        times = [*self.forward_ms.values(), *self.level_ms.values(), self.first_ms]
-        if not self.level_ms or not all(0 < ms < math.inf for ms in times):
-            raise ValueError("a cost is missing, or not a number of ms above 0")
+        _check_costs(self)
         for name in ("tau", "nodes", "levels", "tokens_per_s", "vanilla_tokens_per_s", "speedup"):
             float(self.expected[name])
         if not all({"depth", "width", "nodes", "tau"} <= set(entry) for entry in self.grid):
             raise ValueError("the table of shapes is incomplete")
-        if not isinstance(self.identity, dict) or not isinstance(self.shape, dict):
-            raise TypeError("identity and shape have to be tables")
-        sizes = ("depth", "top_k", "width", "nodes")
-        sound = set(self.shape) == {"kind", *sizes} and all(type(self.shape[name]) is int for name in sizes)
-        if self.shape and not sound:
-            raise ValueError(f"the shape {self.shape} is none")
+        if not isinstance(self.identity, dict):
+            raise TypeError("identity has to be a table")
+        _check_shape(self.shape)
+        if any(rows < 2 for rows in self.batches):
+            raise ValueError(f"batches are of 2 rows and more, not of {min(self.batches)}")
         _ = self.chosen_pace  # its own check
 
     def save(self, path: Path) -> None:
@@ -160,6 +159,21 @@ class Calibration:
             if self.identity.get(key) != identity.get(key)
         ]
         raise ValueError(f"the calibration {name} is of another setting ({'; '.join(other)}): run `haast calibrate`")
+
+
+def _check_costs(found: Batch | Calibration) -> None:
+    times = [*found.forward_ms.values(), *found.level_ms.values(), found.first_ms]
+    if not found.level_ms or not found.forward_ms or not all(0 < ms < math.inf for ms in times):
+        raise ValueError("a cost is missing, or not a number of ms above 0")
+
+
+def _check_shape(shape: Any) -> None:
+    if not isinstance(shape, dict):
+        raise TypeError("a shape has to be a table")
+    sizes = ("depth", "top_k", "width", "nodes")
+    sound = set(shape) == {"kind", *sizes} and all(type(shape[name]) is int for name in sizes)
+    if shape and not sound:
+        raise ValueError(f"the shape {shape} is none")
 
 
 def _by_number(values: dict[str, Any]) -> dict[int, float]:

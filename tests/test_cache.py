@@ -12,8 +12,10 @@ from fakes import VOCAB, tiny_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from haast.cache import TreeCache
+from haast.cache import TreeCache, cache_name
 from haast.target import Target
 from haast.tree import DraftTree
 
@@ -215,3 +217,18 @@ def test_a_deep_copy_goes_its_own_way() -> None:
     assert (cache.get_seq_length(), other.get_seq_length()) == (3, 2)
     del cache
     assert other.get_seq_length() == 2
+
+
+# ------------------------------------------------------------------ its name
+
+
+def test_a_cache_goes_by_the_name_that_a_forward_gives_it() -> None:
+    """Code that a model brings along may know another name than the installed transformers; a wrapper knows none."""
+
+    def newer(hidden: Tensor, cache: object = None) -> None: ...
+    def older(hidden: Tensor, past_key_values: object = None, **more: object) -> None: ...
+    def wrapper(*args: object, **kwargs: object) -> None: ...
+
+    assert cache_name(newer) == "cache"
+    assert cache_name(older) == "past_key_values"
+    assert cache_name(wrapper) == cache_name(LlamaForCausalLM.forward) == cache_name(LlamaDecoderLayer.forward)

@@ -27,7 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from haast import seams
 from haast.attention import NAME
-from haast.cache import TreeCache
+from haast.cache import CACHE_NAMES, TreeCache, cache_name
 from haast.dropin.known import PARAMETERS
 
 IDS = torch.tensor([[1, 2, 3, 4]])
@@ -119,7 +119,7 @@ class Reads:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        seams.hand_over(self.known)
+        seams.hand_over(self.known, CACHE_NAMES)
         call = inspect.signature(type(self).__call__)
         return call.replace(parameters=list(call.parameters.values())[1:])
 
@@ -166,8 +166,10 @@ def test_generate_hands_over_whether_it_is_to_run_in_step(model: Any) -> None:
 
 def test_a_users_cache_is_handed_over_and_the_prepared_one_is_not(model: Any) -> None:
     cache = DynamicCache()
-    assert generated(model, past_key_values=cache)["handover"]["past_key_values"] is cache
-    assert "past_key_values" not in generated(model)["handover"]
+    name = cache_name(type(model).forward)
+    given: dict[str, Any] = {name: cache}
+    assert generated(model, **given)["handover"][name] is cache
+    assert name not in generated(model)["handover"]
 
 
 def test_a_parameter_that_haast_does_not_know_is_handed_over(model: Any) -> None:
@@ -309,7 +311,7 @@ def test_a_mask_per_layer_type_reaches_the_layers_as_it_is() -> None:
 def test_stock_layers_write_to_a_cache_of_ours(model: Any) -> None:
     cache = TreeCache(model.config.num_hidden_layers, 1)
     cache.begin(4)
-    model(input_ids=IDS, past_key_values=cache, use_cache=True)
+    model(input_ids=IDS, use_cache=True, **{cache_name(type(model).forward): cache})
     assert cache.updated_layers == set(range(model.config.num_hidden_layers))
 
 

@@ -3,20 +3,37 @@
 Owns key and value storage for one model (target or head). Knows nothing of tokens, masks or acceptance: it appends n
 slots per row behind that row's committed length, and `commit` keeps the accepted ones. Rows are contiguous from slot
 0 (no left padding), so a committed slot's index is its position, less `begins` where a row's beginning was dropped. It
-is a transformers `Cache`, so stock models take it as `past_key_values`.
+is a transformers `Cache`, so stock models take it, under the name that `cache_name` tells.
 """
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicLayer
 
 _CHUNK = 256  # slots; capacity grows in multiples, at least doubling, so that a long text is copied O(log n) times
+CACHE_NAMES = ("cache", "past_key_values")  # what models call the argument: since transformers 5.24, and before
+
+
+def cache_name(forward: Callable[..., Any]) -> str:
+    """The name under which a model's or layer's `forward` takes a cache.
+
+    Code that a model brings along may keep the older name in a newer transformers. A wrapper that passes on whatever it
+    gets (an adapter's) is taken to stand before a model of the installed transformers.
+    """
+    for function in (forward, GenerationMixin.prepare_inputs_for_generation):
+        known = inspect.signature(function).parameters
+        for name in CACHE_NAMES:
+            if name in known:
+                return name
+    raise TypeError(f"the installed transformers takes a cache under none of the names {', '.join(CACHE_NAMES)}")
 
 
 class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers leaves it untyped

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from haast import attention
-from haast.cache import TreeCache
+from haast.cache import TreeCache, cache_name
 from haast.placement import execution_device, layer_devices
 from haast.speed.compile import layers_of
 from haast.tree import DraftTree
@@ -50,6 +50,7 @@ class ModuleForward:
         self.config = model.config.get_text_config()
         self.depth = int(self.config.num_hidden_layers)
         self.decoder_gives_features = False
+        self._cache_name = cache_name(model.forward)
 
     @property
     def lm_head(self) -> nn.Module:
@@ -99,7 +100,7 @@ class ModuleForward:
         with self.capture(captured, layers, hidden_layers):
             if last_only and self.decoder_gives_features:
                 arguments["logits_to_keep"] = torch.unique(last)
-            output = self.model(input_ids=tree.tokens, use_cache=True, past_key_values=cache, **arguments)
+            output = self.model(input_ids=tree.tokens, **arguments, **self.storing(cache))
         features = captured["decoder"] if self.decoder_gives_features else captured["head"]
         device = tree.tokens.device  # a dispatched model's parts give their results where they compute
         logits: Tensor = output.logits.to(device)
@@ -144,6 +145,10 @@ class ModuleForward:
         else:
             arguments["attention_mask"] = attention.tree_bias(tree, cache.lengths, self.dtype, window, slots)
         return arguments
+
+    def storing(self, cache: TreeCache) -> dict[str, Any]:
+        """What the model takes to keep keys and values in `cache`, which has been told of the nodes."""
+        return {"use_cache": True, self._cache_name: cache}
 
     @contextmanager
     def capture(

@@ -57,7 +57,7 @@ def _use_of_cache(forward: ModuleForward) -> bool:
     try:
         with forward.capture(captured):
             arguments = forward.arguments(tree, cache)
-            forward.model(input_ids=tree.tokens, use_cache=True, past_key_values=cache, **arguments)
+            forward.model(input_ids=tree.tokens, **arguments, **forward.storing(cache))
     except (TypeError, KeyError, AttributeError, RuntimeError, ValueError, IndexError) as error:
         raise UnsupportedModelError(
             f"{name} can't take a tree: a two-token forward with a 4-D mask, position_ids and Haast's cache "

@@ -104,16 +104,16 @@ def allowed_tokens_function(processor: PrefixConstrainedLogitsProcessor) -> Call
     return function
 
 
-def hand_over(known: Iterable[str]) -> dict[str, Any] | None:
+def hand_over(known: Iterable[str], caches: Iterable[str]) -> dict[str, Any] | None:
     """Put back what `generate` keeps from a callable `custom_generate`; to be called while it reads our signature.
 
     `generate` takes `streamer`, `tokenizer`, `assistant_model`, `assistant_tokenizer` and `synced_gpus` out of its
     arguments and passes on only what the callable's signature names and is still there. So a streamer would wait
     forever, an assistant would be ignored, stop strings would find no tokenizer. They go back among the arguments as
-    one, `handover`, where the very next line looks for it. With them go a cache of the user's, which later looks like
-    the one that `generate` makes, and every parameter of `generate` that is not among `known` and was given: a newer
-    transformers may have some that never reach a decoding method. Returns all that `generate` was given, by name, the
-    model as `self`; None where nobody reads our signature.
+    one, `handover`, where the very next line looks for it. With them go a cache of the user's (an argument by one of
+    the names `caches`), which later looks like the one that `generate` makes, and every parameter of `generate` that is
+    not among `known` and was given: a newer transformers may have some that never reach a decoding method. Returns all
+    that `generate` was given, by name, the model as `self`; None where nobody reads our signature.
 
     Touches: the local variables of `GenerationMixin._extract_generation_mode_kwargs` and of its caller, `generate`.
     Public: nothing.
@@ -127,8 +127,7 @@ def hand_over(known: Iterable[str]) -> dict[str, Any] | None:
     left: dict[str, Any] = frame.f_locals["kwargs"]
     if "tokenizer" in taken:
         left["tokenizer"] = taken["tokenizer"]  # `generate` itself needs it for the stop strings
-    if left.get("past_key_values") is not None:
-        taken["past_key_values"] = left["past_key_values"]
+    taken.update({name: left[name] for name in caches if left.get(name) is not None})
     given = frame.f_back.f_locals
     for name, parameter in inspect.signature(GenerationMixin.generate).parameters.items():
         if name in given and name not in known and given[name] is not parameter.default:

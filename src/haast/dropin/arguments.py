@@ -18,6 +18,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, __v
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteria
 
 from haast import seams
+from haast.cache import CACHE_NAMES
 from haast.dropin.known import HONOURED_SETTINGS, IDLE_SETTINGS
 from haast.errors import PromptError, UnsupportedArgumentError, UnsupportedModelError
 from haast.placement import execution_device
@@ -66,7 +67,7 @@ REFUSED_ARGUMENTS: dict[str, str] = {
     "assistant_tokenizer": _ASSISTED,
     "synced_gpus": "a sharded model must run in step on all processes, and acceptance differs; use stock generate",
     "inputs_embeds": "drafts continue tokens, and embeddings have none; pass input_ids",
-    "past_key_values": _CACHE,
+    **dict.fromkeys(CACHE_NAMES, _CACHE),
 }
 # What else the model's forward may be given. `use_cache` comes from the model's own config more often than from a user,
 # and says how stock computes a text, not which: Haast always keeps its cache.
@@ -165,11 +166,11 @@ def check_prepared(model: PreTrainedModel, input_ids: Tensor, given: Mapping[str
     if "cache_position" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
         more["cache_position"] = torch.arange(input_ids.shape[1], device=input_ids.device)  # older transformers need it
     prepared = own(input_ids, is_first_iteration=True, **more, **given)
-    ids, cache = prepared.get("input_ids"), prepared.get("past_key_values")
+    ids, caches = prepared.get("input_ids"), {name: prepared.get(name) for name in CACHE_NAMES}
     changed = {
         "input_ids": ids is None or not torch.equal(ids, input_ids),
         "inputs_embeds": prepared.get("inputs_embeds") is not None,
-        "past_key_values": cache is not None and cache.get_seq_length() > 0,
+        **{name: cache is not None and cache.get_seq_length() > 0 for name, cache in caches.items()},
     }
     for name, different in changed.items():
         if different:

@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from haast import seams
+from haast.cache import CACHE_NAMES
 from haast.drafters.base import Drafter
 from haast.drafters.calibrated import draft_as_usual
 from haast.drafters.eagle import EagleDrafter
@@ -160,10 +161,10 @@ class Decoder:
             ValueError: a model, mask or prompt that can't be answered.
         """
         for_model = dict(model_kwargs)
-        cache = model_kwargs.pop("past_key_values", None)
-        if cache is not None and cache.get_seq_length() == 0:
-            cache = None  # the one that `generate` prepares; the user's own is in `handover`
-        given = {**model_kwargs, "past_key_values": cache, "synced_gpus": synced_gpus, **(handover or {})}
+        for name in CACHE_NAMES:  # an empty one is what `generate` prepares; the user's own is in `handover`
+            if (cache := model_kwargs.get(name)) is not None and cache.get_seq_length() == 0:
+                del model_kwargs[name]
+        given = {**model_kwargs, "synced_gpus": synced_gpus, **(handover or {})}
         streamer = given.pop("streamer", None) or streamer
         given.pop("tokenizer", None)
         arguments.refuse_settings(generation_config)

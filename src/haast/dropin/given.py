@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from haast.cache import CACHE_NAMES
 from haast.errors import PromptError
 
 _TOKENS = (torch.int64, torch.int32)
@@ -30,7 +31,8 @@ def check_given(given: Mapping[str, Any]) -> None:
     if ids is not None:
         _check_ids(ids)
     if given.get("attention_mask") is not None:
-        continued = given.get("past_key_values") is not None  # the mask is longer then, and it is refused by its name
+        # Behind a cache the mask is longer, and the cache is refused by its name.
+        continued = any(given.get(name) is not None for name in CACHE_NAMES)
         _check_mask(given["attention_mask"], None if continued else ids)
     if given.get("stop_strings") is not None:
         check_stop_strings(given["stop_strings"])

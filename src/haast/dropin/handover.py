@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from haast import seams
+from haast.cache import CACHE_NAMES
 from haast.dropin.arguments import check_model
 from haast.dropin.given import check_given
 from haast.dropin.known import PARAMETERS
@@ -24,7 +25,7 @@ class HandedOver:
     def __get__(self, instance: object, owner: type) -> inspect.Signature:
         if instance is None:
             raise AttributeError("__signature__")  # the class has its constructor's signature, as every class
-        given = seams.hand_over(PARAMETERS)
+        given = seams.hand_over(PARAMETERS, CACHE_NAMES)
         if given is not None:
             _check(given)
         call = inspect.signature(owner.__call__)

@@ -28,7 +28,7 @@ from transformers.models.llama.modeling_llama import (
 
 from haast.cache import TreeCache
 from haast.heads.config import HeadConfig
-from haast.heads.module import DraftModule
+from haast.heads.module import DraftModule, storing
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,7 @@ class _FirstLayer(nn.Module):
         cache: TreeCache | None,
     ) -> Tensor:
         read = torch.cat([self.input_layernorm(embeddings), self.hidden_norm(states)], dim=-1)
-        attended, _ = self.self_attn(
-            read, position_embeddings=rotary, attention_mask=bias, past_key_values=cache, use_cache=cache is not None
-        )
+        attended, _ = self.self_attn(read, position_embeddings=rotary, attention_mask=bias, **storing(cache))
         states = states + attended
         output: Tensor = states + self.mlp(self.post_attention_layernorm(states))
         return output

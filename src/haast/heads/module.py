@@ -9,13 +9,22 @@ embedding of the following token ────────┘              │
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from haast.cache import TreeCache
+from haast.cache import TreeCache, cache_name
 from haast.heads.config import HeadConfig
 from haast.speed.stack import NativeStack
+
+_CACHE = cache_name(LlamaDecoderLayer.forward)
+
+
+def storing(cache: TreeCache | None) -> dict[str, Any]:
+    """What Llama's layers and their attention take to keep keys and values in `cache`; in none where it is None."""
+    return {"use_cache": cache is not None, _CACHE: cache}
 
 
 class DraftModule(nn.Module, ABC):
@@ -95,9 +104,8 @@ class DraftModule(nn.Module, ABC):
                 states,
                 attention_mask=bias,
                 position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=cache is not None,
                 position_embeddings=rotary,
+                **storing(cache),
             )
         assert isinstance(states, Tensor), "a Llama layer returns one tensor"
         return states

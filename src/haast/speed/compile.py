@@ -172,7 +172,7 @@ class CompiledLayers:
             for layer in layers:
                 vars(layer).pop("forward", None)
 
-    def _layer(self, layer: nn.Module, cache: object, held: LayerSlots, *args: Any, **kwargs: Any) -> Any:
+    def _layer(self, layer: nn.Module, cache: object, held: LayerSlots, /, *args: Any, **kwargs: Any) -> Any:
         given = tuple(held if each is cache else each for each in args)
         named = {name: held if each is cache else each for name, each in kwargs.items()}
         if not any(each is held for each in (*given, *named.values())):

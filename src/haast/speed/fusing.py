@@ -92,6 +92,7 @@ class FusedAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As `LlamaAttention.forward`: (rows, nodes, hidden) -> the same shape, and whatever weights are returned."""
@@ -105,8 +106,9 @@ class FusedAttention(nn.Module):
         native.rotate_(qkv, *position_embeddings, rotated)
         heads = qkv.view(rows, nodes, rotated + self.kv_heads, self.head_dim).transpose(1, 2)
         query, key, value = heads[:, : self.heads], heads[:, self.heads : rotated], heads[:, rotated:]
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        cache = past_key_values if cache is None else cache  # its name differs by transformers' version
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS[seams.attention_name(self.config) or ""]
         output, weights = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         projected: Tensor = self.o_proj(output.reshape(rows, nodes, -1))
@@ -191,7 +193,7 @@ def _fused_attention(module: nn.Module) -> FusedAttention | None:
     angles = tuple(torch.randn(2, 3, fused.head_dim, generator=generator) for _ in range(2))
     mask = torch.full((2, 1, 3, 3), torch.finfo(torch.float32).min).triu(1)
     try:
-        theirs = module(hidden_states=x, position_embeddings=angles, attention_mask=mask, past_key_values=None)[0]
+        theirs = module(hidden_states=x, position_embeddings=angles, attention_mask=mask)[0]
     except (TypeError, RuntimeError, AttributeError):  # an attention of another kind under the same names
         return None
     ours = fused(hidden_states=x, position_embeddings=angles, attention_mask=mask)[0]

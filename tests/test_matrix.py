@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -44,6 +45,19 @@ def test_every_lower_bound_is_what_the_oldest_environment_has() -> None:
     assert {name: padded(bound) for name, bound in bounds().items()} == {n: padded(v) for n, v in pinned.items()}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["requires-python"] == f">={OLDEST.python}"
+
+
+@CHECKOUT
+def test_what_is_recorded_has_passed_with_these_bounds() -> None:
+    held = json.loads((ROOT / "results/matrix.json").read_text(encoding="utf-8"))["environments"]
+    assert set(held) == {each.name for each in matrix.environments(Path("unused"))}
+    for result in held.values():
+        assert result["failed"] == 0 and result["failures"] == [] and result["passed"] > 1000
+    versions = held["oldest"]["versions"]
+    for name, bound in OLDEST.pinned.items():
+        assert versions[name.replace("_", "-")].split("+")[0] == bound
+    assert held["oldest-torch"]["versions"]["torch"] == versions["torch"]
+    assert held["oldest-transformers"]["versions"]["transformers"] == versions["transformers"]
 
 
 def test_the_page_names_the_bounds() -> None:

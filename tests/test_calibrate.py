@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -108,6 +109,16 @@ def test_what_is_no_calibration_is_refused(text: str, tmp_path: Path) -> None:
         Calibration.load(tmp_path / "missing.json")
 
 
+TREE = {"kind": "dynamic", "depth": 3, "top_k": 8, "width": 3, "nodes": 6}
+
+
+def test_a_file_that_is_nested_too_deeply_is_no_calibration(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"c\.json is no calibration"):
+        Calibration.load(path)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -121,6 +132,19 @@ def test_what_is_no_calibration_is_refused(text: str, tmp_path: Path) -> None:
         {"level_ms": {}},
         {"expected": {}},
         {"grid": [{"depth": 1}]},
+        {"grid": [dict.fromkeys(("depth", "width", "nodes", "tau"), "x")]},
+        {"shape": {**TREE, "kind": "bush"}},
+        {"shape": {**TREE, "depth": 0}},
+        {"shape": {**TREE, "depth": 10**12}},
+        {"shape": {**TREE, "nodes": 1}},
+        {"pace": {"forward_ms": [1.0, 10**400], "level_ms": 1.0, "rate": 1.0}},
+        {"overhead_ms": -1.0},
+        {"overhead_ms": "abc"},
+        {"first_ms": 10**400},
+        {"expected": dict.fromkeys(("tau", "nodes", "levels", "tokens_per_s", "vanilla_tokens_per_s"), 10**400)},
+        {"bandwidth": "abc"},
+        {"weight_bytes": None},
+        {"peak": -1.0},
     ],
 )
 def test_a_damaged_calibration_is_refused(found: Calibration, tmp_path: Path, change: dict[str, object]) -> None:
@@ -140,6 +164,8 @@ def a_batch() -> Batch:
     [
         (2, {"shape": {"bogus": 3}}),
         (2, {"shape": []}),
+        (2, {"shape": {**TREE, "top_k": 0}}),
+        (2, {"overhead_ms": math.nan}),
         (2, {"pace": {}}),
         (2, {"pace": None}),
         (2, {"forward_ms": {}}),

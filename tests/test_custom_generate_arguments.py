@@ -217,7 +217,7 @@ def test_a_processor_that_allows_nothing_is_told(model: Any) -> None:
         def __call__(self, input_ids: Any, scores: Any) -> Any:
             return torch.full_like(scores, -torch.inf)
 
-    with pytest.raises(PromptError, match="row 0: no token is possible behind 4 tokens"):
+    with pytest.raises(PromptError, match="no token is possible in row 0 behind 4 tokens"):
         run(model, do_sample=True, logits_processor=[Nothing()])
 
 

@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import haast
 from haast.drafters.medusa import MedusaDrafter
+from haast.errors import UnsupportedArgumentError
 from haast.target import Target
 
 IDS = torch.tensor([[1, 2, 3, 4]])
@@ -226,3 +227,79 @@ def test_a_decoder_of_medusa_heads_says_the_same() -> None:
     assert "medusa" not in DECODERS, "this test stands for it"
     one = batch([1, 2, 1])
     assert torch.equal(run(model, **one, custom_generate=method), run(model, **one, custom_generate=None))
+
+
+# ------------------------------------------------------------------ state that objects share
+
+
+class Counts(LogitsProcessor):
+    """Forces the token that its own calls so far amount to."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.calls += 1
+        return scores
+
+
+class Forces(LogitsProcessor):
+    """Forces the token that another processor has counted to."""
+
+    def __init__(self, counts: Counts) -> None:
+        self.counts = counts
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        scores = torch.full_like(scores, -torch.inf)
+        scores[:, self.counts.calls] = 0
+        return scores
+
+
+class Enough(StoppingCriteria):
+    """Looks at a processor."""
+
+    def __init__(self, counts: Counts) -> None:
+        self.counts = counts
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        return torch.full((len(input_ids),), self.counts.calls >= 3)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_processors_share_their_copies_share(model: Any, first: bool) -> None:
+    counts = Counts()
+    given = [counts, Forces(counts)] if first else [Forces(counts), counts]
+    texts = run(model, input_ids=IDS.repeat(3, 1), logits_processor=given)
+    begin = int(first)
+    assert texts[:, 4:].tolist() == [list(range(begin, begin + 8))] * 3
+    assert counts.calls == 0
+
+
+def test_a_criterion_that_looks_at_a_processor_works_alone_and_is_named_in_a_batch(model: Any) -> None:
+    counts = Counts()
+    given: dict[str, Any] = {"logits_processor": [counts], "stopping_criteria": [Enough(counts)]}
+    assert run(model, **given).shape == (1, 7)
+    with pytest.raises(UnsupportedArgumentError, match="stopping_criteria Enough with logits_processor Counts in a"):
+        run(model, input_ids=IDS.repeat(2, 1), **given)
+
+
+def test_a_function_with_state_works_alone_and_is_named_in_a_batch(model: Any) -> None:
+    calls = 0
+    banned = [3, 5]
+
+    def counting(_ids: Any, scores: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return scores
+
+    def banning(_ids: Any, scores: Any) -> Any:
+        scores[:, banned] = -torch.inf
+        return scores
+
+    two = IDS.repeat(2, 1)
+    run(model, logits_processor=[counting])
+    assert calls == 8
+    with pytest.raises(UnsupportedArgumentError, match="logits_processor counting in a batch"):
+        run(model, input_ids=two, logits_processor=[counting])
+    stock = model.generate(two, **GREEDY, logits_processor=[banning])
+    assert torch.equal(run(model, input_ids=two, logits_processor=[banning]), stock)

@@ -16,8 +16,9 @@ SOURCE = Path(haast.__file__).parent
 
 # A room is a module or a package directly under haast; it may import rooms of smaller rank, and itself.
 RANKS = [
-    {"errors", "seams", "tree", "sampling", "text", "prompts", "loops", "tokens", "native"},
-    {"verify", "cache", "speed"},
+    {"errors", "seams", "tree", "text", "prompts", "loops", "tokens", "native"},
+    {"sampling", "cache", "speed"},
+    {"verify"},
     {"attention", "acceptance", "stats"},
     {"placement", "ranks"},
     {"precision"},
@@ -48,7 +49,8 @@ ONLY = {
         "haast.sampling",
         "haast.stats", "haast.target", "haast.tree", "haast.verify",
     },
-    "errors": set(), "seams": set(), "tree": set(), "sampling": set(), "text": set(), "prompts": set(), "loops": set(),
+    "errors": set(), "seams": set(), "tree": set(), "sampling": {"haast.errors"}, "text": set(),
+    "prompts": set(), "loops": set(),
     "native": set(), "cache": set(), "speed": {"haast.native", "haast.native.stack", "haast.seams"},
 }  # fmt: skip
 

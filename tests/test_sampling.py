@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from itertools import pairwise
 from typing import Any, cast
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from haast.errors import PromptError
 from haast.sampling import Sampler, SamplingConfig, keyed_uniform
 
 
@@ -148,3 +150,10 @@ def test_a_processor_may_write_in_place() -> None:
     sampler = Sampler(SamplingConfig(processors=(banned,)))
     assert sampler.choose(0, [1], logits) == 2
     assert logits.tolist() == [0.0, 1.0, 2.0, 9.0], "the target's logits stay as they were"
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.nan, math.inf])
+def test_where_no_token_is_possible_it_is_said(value: float) -> None:
+    sampler = Sampler(SamplingConfig(temperature=1.0, processors=(lambda _, scores: scores.fill_(value),)))
+    with pytest.raises(PromptError, match="no token is possible behind 3 tokens"):
+        sampler.choose(0, [1, 2, 3], torch.randn(32))

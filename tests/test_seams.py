@@ -208,6 +208,23 @@ def test_buffers_are_those_that_the_module_has() -> None:
     assert seams.buffers_of(module)["running_mean"] is module.running_mean
 
 
+def test_a_write_to_a_weight_is_seen() -> None:
+    module = torch.nn.Linear(2, 2)
+    before = seams.weights_state(module)
+    assert seams.weights_state(module) == before
+    with torch.no_grad():
+        module.bias.add_(1)
+    written = seams.weights_state(module)
+    assert written != before
+    module.weight.data = module.weight.data.clone()
+    assert seams.weights_state(module) != written
+    with torch.inference_mode():
+        made = torch.nn.Linear(2, 2)
+    assert len(seams.weights_state(made)) == 2
+    on_meta = seams.weights_state(torch.nn.Linear(2, 2, device="meta"))
+    assert [address for address, _ in on_meta] == [0, 0]
+
+
 def test_a_copy_of_a_module_has_parameters_of_its_own() -> None:
     module = nn.Linear(3, 2, bias=False)
     made: Any = seams.with_own_parameters(module)

@@ -135,6 +135,22 @@ def test_a_past_of_another_drafter_or_an_interrupted_run_is_not_used(target: Tar
         Engine(target, first).run([[1], [2]], SamplingConfig(), StopConfig(2), past=Past())
 
 
+def test_a_past_of_changed_weights_is_not_used() -> None:
+    target, past, text = tiny_target(), Past(), [3, 4, 5, 6]
+    drafter = VanillaDrafter()
+    turn(target, drafter, text, past)
+    assert turn(target, drafter, text, past)[1].recalled_tokens == 3
+    first = next(target.model.model.layers[0].parameters())
+    with torch.no_grad():
+        first.mul_(-1.5)
+    said, stats = turn(target, drafter, text, past)
+    assert stats.recalled_tokens == 0
+    assert [said] == decode(target, VanillaDrafter(), [text], 7)
+    first.data = first.data.clone()  # as moving a model does
+    assert turn(target, drafter, text, past)[1].recalled_tokens == 0
+    assert turn(target, drafter, text, past.copy())[1].recalled_tokens == 3
+
+
 def test_an_abandoned_run_leaves_what_it_has(target: Target) -> None:
     past, drafter = Past(), VanillaDrafter()
     run: Iterator[Any] = Engine(target, drafter).run([[3, 4, 5]], SamplingConfig(), StopConfig(9), past=past)
@@ -228,6 +244,11 @@ def test_edit_and_branch(model: Haast) -> None:
     with pytest.raises(PromptError, match="context holds"):
         session.edit(0, "x" * 5000)
     assert session.messages == kept
+    refused: list[dict[str, Any]] = [{"max_new_tokens": 0}, {"eos": "x"}, {"prefill_chunk": 0}, {"prefill_chunk": 1.5}]
+    for asked in refused:
+        with pytest.raises(ValueError, match=next(iter(asked))):
+            session.edit(0, "x", **asked)
+        assert session.messages == kept
     session.release()
     assert session.nbytes == 0
     assert session.say("four", max_new_tokens=4).stats.recalled_tokens == 0

@@ -338,8 +338,8 @@ class _Run:
 
 def check_chunk(prefill_chunk: int) -> None:
     """Raises ValueError where prompts can't be run in chunks of this size."""
-    if prefill_chunk < 1:
-        raise ValueError(f"prefill_chunk={prefill_chunk} is not allowed: give 1 or more prompt positions a forward")
+    if not isinstance(prefill_chunk, Integral) or prefill_chunk < 1:
+        raise ValueError(f"prefill_chunk={prefill_chunk!r} is not allowed: give 1 or more prompt positions a forward")
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], context: int | None, vocab_size: int) -> None:

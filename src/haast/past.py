@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from haast import seams
 from haast.cache import TreeCache
 from haast.drafters.base import Drafter
 from haast.target import Target
@@ -24,6 +25,7 @@ class Past:
         self._cache: TreeCache | None = None
         self._text: list[int] = []
         self._owners: tuple[Target, Drafter, bool] | None = None
+        self._weights: list[tuple[int, int]] = []
         self._drafted: object = None
 
     @property
@@ -40,6 +42,7 @@ class Past:
     def hold(self, target: Target, drafter: Drafter, cache: TreeCache, text: list[int]) -> None:
         """A run begins: from here on this is its cache and its growing text."""
         self._cache, self._text, self._owners = cache, text, (target, drafter, target.one_call)
+        self._weights = seams.weights_state(target.model)
         self._drafted = drafter.memory()
 
     def forget(self) -> None:
@@ -52,7 +55,9 @@ class Past:
 
         The drafter must have been started with the prompt; it recalls the same positions.
         """
-        if self._cache is None or self._owners != (target, drafter, target.one_call):  # a changed model is another one
+        if self._cache is None or self._owners != (target, drafter, target.one_call):
+            return None
+        if self._weights != seams.weights_state(target.model):  # a changed model is another one
             return None
         held = self.tokens
         common = common_length(held, prompt)
@@ -67,6 +72,7 @@ class Past:
         made = Past()
         if self._cache is not None:
             made._cache, made._text, made._owners = _copy(self._cache), list(self._text), self._owners
+            made._weights = self._weights
             made._drafted = _copy(self._drafted) if isinstance(self._drafted, TreeCache) else None
         return made
 

@@ -22,6 +22,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from haast.errors import PromptError
+
 _LEAST = 1e-6  # a smaller divisor would make fp32 scores overflow
 DRAFT, ACCEPT, RESIDUAL = 1, 2, 3  # streams of draws beside the target's own, see `keyed_uniform`
 Processor = Callable[[Tensor, Tensor], Tensor]  # (history (1, length) int64, scores (1, vocab)) -> scores (1, vocab)
@@ -127,7 +129,7 @@ class Sampler:
         scores = self.scores(history, logits)
         if self.config.temperature == 0:
             return torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).double()
-        return scores.double().softmax(-1)
+        return law(scores, f"behind {len(history)} tokens")
 
     def choose(self, row: int, history: Sequence[int], logits: Tensor) -> int:
         """The token at position len(history) of `row`: the argmax, or the inverse CDF of that position's own draw."""
@@ -137,6 +139,21 @@ class Sampler:
             return self.decide(int(self.scores(history, logits).argmax(-1)))
         draw = keyed_uniform(self.config.seed, row, len(history))
         return self.decide(inverse_cdf(self.probs(history, logits), draw))
+
+
+def law(scores: Tensor, where: str) -> Tensor:
+    """Probabilities (vocab,) in float64 of processed scores; `where` is for the message.
+
+    Raises:
+        PromptError: no token is possible.
+    """
+    probs = scores.double().softmax(-1)
+    if math.isnan(float(probs[0])):  # then all are: the sum is
+        raise PromptError(
+            f"no token is possible {where}: the processors allow none, or the model answered with nan or inf (a "
+            f"half-precision overflow?)"
+        )
+    return probs
 
 
 def inverse_cdf(probs: Tensor, uniform: float) -> int:

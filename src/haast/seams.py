@@ -169,6 +169,23 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
+def weights_state(module: nn.Module) -> list[tuple[int, int]]:
+    """Where each parameter lies and how often it was written to; it differs once a weight has been changed.
+
+    Touches: `Tensor._version`. Public: nothing that tells of a write in place.
+    There: torch 2.6 and newer; tensors made in inference mode have none.
+    Fails without it: a `Session` goes on with keys and values of weights that have changed since.
+    """
+    return [(_address(each), 0 if each.is_inference() else each._version) for each in module.parameters()]
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # made of other tensors (torchao), or with nothing in memory
+        return 0
+
+
 def with_own_parameters(module: nn.Module) -> nn.Module:
     """A copy of a module that shares its parameters, and whose parameters can be set without setting the module's.
 

@@ -103,19 +103,20 @@ class Session:
             **settings: see `say`.
 
         Raises:
-            ValueError: there is no such message, or it is not the user's. PromptError: see `say`.
+            ValueError: there is no such message, or it is not the user's. PromptError: see `say`. The dialogue stays as
+                it was.
         """
         if not -len(self.messages) <= number < len(self.messages):
             raise ValueError(f"there is no message {number}: the dialogue has {len(self.messages)}")
         if self.messages[number]["role"] != "user":
             raise ValueError(f"message {number} is the {self.messages[number]['role']}'s: edit one of the user's")
         before = self.messages
-        self.messages = before[: number % len(before)]
+        self.messages = cut = before[: number % len(before)]
         try:
             return self.say(text, **settings)
-        except PromptError:
-            self.messages = before
-            raise
+        finally:
+            if self.messages is cut:  # refused, whatever for, before the turn began
+                self.messages = before
 
     def branch(self) -> Session:
         """A second dialogue that begins as this one, with a cache of its own."""

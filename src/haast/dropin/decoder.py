@@ -36,7 +36,7 @@ from haast.dropin import arguments
 from haast.dropin.handover import HandedOver
 from haast.dropin.loan import Loan, borrowed
 from haast.dropin.output import Live, assembled
-from haast.dropin.processors import for_rows
+from haast.dropin.processors import for_rows, refuse_linked
 from haast.dropin.rows import Ends, Rows
 from haast.engine import Engine, Stats, StopConfig
 from haast.errors import HeadMismatchError, PromptError
@@ -174,6 +174,8 @@ class Decoder:
         arguments.check_ids(input_ids, int(model.config.get_text_config().vocab_size))
         arguments.check_prepared(model, input_ids, for_model)
         processors = for_rows(logits_processor, len(begins))
+        if len(begins) > 1:
+            refuse_linked(logits_processor, stopping_criteria, processors[0])
         pad = _pad(generation_config, stopping_criteria, len(begins))
         with borrowed(model) as loan:
             target, drafter = self._parts(model, loan)

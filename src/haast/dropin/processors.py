@@ -8,7 +8,9 @@ copied, the others are shared. Knows no models.
 from __future__ import annotations
 
 import copy
+import dis
 from collections.abc import Sequence
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,10 +39,37 @@ def for_rows(processors: Sequence[Any], rows: int) -> list[LogitsProcessorList]:
         if isinstance(each, UnbatchedClassifierFreeGuidanceLogitsProcessor):
             why = "classifier-free guidance runs the model on a second text; use stock generate"
             raise UnsupportedArgumentError("guidance_scale", why)
-    return [LogitsProcessorList(_for_row(each, row, rows) for each in processors) for row in range(rows)]
+    made = []
+    for row in range(rows):
+        copies: dict[int, Any] = {}  # what one processor shares with another, its copy shares with the other's
+        made.append(LogitsProcessorList(_for_row(each, row, rows, copies) for each in processors))
+    return made
 
 
-def _for_row(processor: Any, row: int, rows: int) -> Any:
+def refuse_linked(processors: Sequence[Any], criteria: Sequence[Any], own: LogitsProcessorList) -> None:
+    """Refuse stopping criteria that look at a processor of which each row has a copy.
+
+    Args:
+        processors: as given.
+        criteria: the stopping criteria, which all rows share.
+        own: what `for_rows` made of the processors for one row.
+
+    Raises:
+        UnsupportedArgumentError: a criterion that would look at a processor that is never called.
+    """
+    copied = {id(each): each for each, one in zip(processors, own, strict=True) if one is not each}
+    for criterion in criteria:
+        for held in (criterion, *getattr(criterion, "__dict__", {}).values()):
+            if id(held) in copied:
+                pair = f"stopping_criteria {type(criterion).__name__} with logits_processor {type(held).__name__}"
+                raise UnsupportedArgumentError(
+                    f"{pair} in a batch",
+                    "each row has a copy of the processor, and the criterion looks at the one that is never called; "
+                    "generate row by row",
+                )
+
+
+def _for_row(processor: Any, row: int, rows: int, copies: dict[int, Any]) -> Any:
     if isinstance(processor, PrefixConstrainedLogitsProcessor):
         return _Prefix(processor, row)
     if rows == 1:
@@ -57,7 +86,7 @@ def _for_row(processor: Any, row: int, rows: int) -> Any:
     stateless = type(processor).__module__ == logits_process.__name__
     if stateless and not isinstance(processor, SynthIDTextWatermarkLogitsProcessor):
         return processor
-    return _copied(processor)
+    return _copied(processor, copies)
 
 
 class _Prefix(PrefixConstrainedLogitsProcessor):
@@ -84,14 +113,31 @@ def _with(processor: Any, **changed: Any) -> Any:
     return made
 
 
-def _copied(processor: Any) -> Any:
+def _copied(processor: Any, copies: dict[int, Any]) -> Any:
     """A copy with state of its own; tokenizers and models, which are large and only read, stay shared."""
-    held = getattr(processor, "__dict__", {}).values()  # a plain function has nothing to copy
-    shared = {id(part): part for part in held if isinstance(part, PreTrainedTokenizerBase | nn.Module)}
+    if isinstance(processor, FunctionType):
+        if _rebinds(processor):
+            raise UnsupportedArgumentError(
+                f"logits_processor {processor.__name__} in a batch",
+                "it is a function that keeps state in variables around it, which the rows would share; make it an "
+                "object with a __call__, of which each row gets a copy, or generate row by row",
+            )
+        return processor
+    held = getattr(processor, "__dict__", {}).values()
+    copies.update({id(part): part for part in held if isinstance(part, PreTrainedTokenizerBase | nn.Module)})
     try:
-        return copy.deepcopy(processor, shared)
+        return copy.deepcopy(processor, copies)
     except (TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
         raise UnsupportedArgumentError(
             f"logits_processor {type(processor).__name__} in a batch",
             f"each row needs a copy with state of its own, and it cannot be copied ({error}); generate row by row",
         ) from error
+
+
+def _rebinds(function: FunctionType) -> bool:
+    """Whether a function assigns to variables that are not its own (`nonlocal`, `global`): its next call sees them."""
+    code = function.__code__
+    return any(
+        each.opname == "STORE_GLOBAL" or (each.opname == "STORE_DEREF" and each.argval in code.co_freevars)
+        for each in dis.get_instructions(code)
+    )

@@ -20,8 +20,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from haast.errors import PromptError
-from haast.sampling import Sampler, SamplingConfig, inverse_cdf, keyed_uniform
+from haast.sampling import Sampler, SamplingConfig, inverse_cdf, keyed_uniform, law
 
 
 class Ends:
@@ -171,10 +170,5 @@ class Rows(Sampler):
     def _pick(self, row: int, position: int, scores: Tensor) -> int:
         if self.config.temperature == 0:
             return int(scores.argmax(-1))
-        probs = scores.double().softmax(-1)
-        if not bool(torch.isfinite(probs).all()):
-            raise PromptError(
-                f"row {row}: no token is possible behind {position} tokens; the processors allow none, or the model "
-                f"answered with nan (a half-precision overflow?)"
-            )
+        probs = law(scores, f"in row {row} behind {position} tokens")
         return inverse_cdf(probs, keyed_uniform(self.config.seed, row, position))

@@ -15,6 +15,7 @@ from typing import Any
 from haast.speed.policy import Pace
 
 FORMAT = 1
+_KINDS, _LARGEST = ("dynamic", "static", "chain"), 4096  # of shapes; none larger is ever tried
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,12 @@ class Calibration:
         _check_costs(self)
         for name in ("tau", "nodes", "levels", "tokens_per_s", "vanilla_tokens_per_s", "speedup"):
             float(self.expected[name])
-        if not all({"depth", "width", "nodes", "tau"} <= set(entry) for entry in self.grid):
-            raise ValueError("the table of shapes is incomplete")
+        for entry in self.grid:
+            _ = [float(entry[name]) for name in ("depth", "width", "nodes", "tau")]
+        for name in ("weight_bytes", "parameters", "head_parameters", "committed", "bandwidth", "peak"):
+            value = getattr(self, name)
+            if not (value is None and name in ("bandwidth", "peak")) and not 0 <= float(value) < math.inf:
+                raise ValueError(f"{name}={value} is no number from 0 on")
         if not isinstance(self.identity, dict):
             raise TypeError("identity has to be a table")
         _check_shape(self.shape)
@@ -130,7 +135,7 @@ class Calibration:
             values = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(f"no calibration at {path} ({error.strerror}): run `haast calibrate`") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no calibration ({error}): run `haast calibrate` again") from error
         known = {each.name for each in fields(cls)}
         if isinstance(values, dict):
@@ -143,7 +148,7 @@ class Calibration:
             values["batches"] = {int(rows): Batch.read(each) for rows, each in values["batches"].items()}
             found = cls(**{name: values[name] for name in known})
             found.validate()
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise ValueError(f"{path} is damaged ({error}): run `haast calibrate` again") from error
         found.check(identity, str(path))
         return found
@@ -163,17 +168,23 @@ class Calibration:
 
 def _check_costs(found: Batch | Calibration) -> None:
     times = [*found.forward_ms.values(), *found.level_ms.values(), found.first_ms]
-    if not found.level_ms or not found.forward_ms or not all(0 < ms < math.inf for ms in times):
+    if not found.level_ms or not found.forward_ms or not all(0 < float(ms) < math.inf for ms in times):
         raise ValueError("a cost is missing, or not a number of ms above 0")
+    if not 0 <= float(found.overhead_ms) < math.inf:
+        raise ValueError(f"overhead_ms={found.overhead_ms} is no number of ms")
 
 
 def _check_shape(shape: Any) -> None:
     if not isinstance(shape, dict):
         raise TypeError("a shape has to be a table")
     sizes = ("depth", "top_k", "width", "nodes")
-    sound = set(shape) == {"kind", *sizes} and all(type(shape[name]) is int for name in sizes)
-    if shape and not sound:
+    if not shape:
+        return
+    sound = set(shape) == {"kind", *sizes} and shape["kind"] in _KINDS
+    if not (sound and all(type(shape[name]) is int and 1 <= shape[name] <= _LARGEST for name in sizes)):
         raise ValueError(f"the shape {shape} is none")
+    if shape["nodes"] < 2:
+        raise ValueError(f"nodes={shape['nodes']} is no tree: it has a root and a draft")
 
 
 def _by_number(values: dict[str, Any]) -> dict[int, float]:
@@ -181,4 +192,5 @@ def _by_number(values: dict[str, Any]) -> dict[int, float]:
 
 
 def _pace(values: dict[str, Any]) -> Pace:
-    return Pace(**{**values, "forward_ms": tuple(values["forward_ms"])})
+    single = {name: float(value) for name, value in values.items() if name != "forward_ms"}
+    return Pace(tuple(float(ms) for ms in values["forward_ms"]), **single)

@@ -186,11 +186,11 @@ def test_native_code_drafts_through_the_window_as_modules_do(layers: int) -> Non
         found: list[Watched] = []
         for path in ("proposals", "layers", "modules"):
             drafter = Watched(target, copy.deepcopy(head), SHAPE, window)
-            assert drafter._quick is not None and drafter._stack is not None
+            assert drafter._quick is not None and drafter._forward.stack is not None
             if path != "proposals":
                 drafter._quick = None
             if path == "modules":
-                drafter._stack = None
+                drafter._forward.stack = None
             found.append(drafter)
             assert run(drafter, target, chunk=32) == expected
         for trees in zip(*(drafter.trees for drafter in found), strict=True):

@@ -111,9 +111,9 @@ def test_native_code_has_the_angles_or_leaves_them_to_modules(kind: str) -> None
     trees = []
     for by_modules in (False, True):
         drafter = EagleDrafter(target, copy.deepcopy(head), SHAPE)
-        assert (drafter._stack is None) == (kind in CHANGING)
+        assert (drafter._forward.stack is None) == (kind in CHANGING)
         if by_modules:
-            drafter._stack = drafter._quick = None
+            drafter._forward.stack = drafter._quick = None
         assert decode(target, drafter, [prompt], 12) == vanilla(target, [prompt], 12)
         trees.append(drafter.propose())
     assert torch.equal(trees[0].tokens, trees[1].tokens) and torch.equal(trees[0].parents, trees[1].parents)

@@ -203,9 +203,9 @@ def test_a_head_drafts_the_same_trees_by_one_call(layers: int) -> None:
     trees: list[list[torch.Tensor]] = []
     for one_call in (True, False):
         drafter = EagleDrafter(target, copy.deepcopy(head), DraftShape(depth=4, top_k=5, width=5, nodes=20))
-        assert drafter._stack is not None
+        assert drafter._forward.stack is not None
         if not one_call:
-            drafter._stack = drafter._quick = None
+            drafter._forward.stack = drafter._quick = None
         seen: list[torch.Tensor] = []
         propose = drafter.propose
 
@@ -405,7 +405,7 @@ def test_a_head_that_changes_is_drafted_by_its_modules_in_every_later_shape() ->
     for nodes in (9, 5):
         drafter.reshape(DraftShape(depth=2, top_k=4, width=2, nodes=nodes))
         assert Engine(target, drafter).complete([[1, 2, 3]], SamplingConfig(), StopConfig(20)) == expected
-        assert drafter._stack is None
+        assert drafter._forward.stack is None
 
 
 def test_windows_need_the_positions_of_what_is_in_flight() -> None:

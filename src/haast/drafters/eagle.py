@@ -12,17 +12,16 @@ is, the head knows.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from haast import native
-from haast.attention import hide_far, in_flight_bias
 from haast.cache import TreeCache
 from haast.drafters.base import Accepted, Drafter, last_kept, last_tokens
+from haast.drafters.draft_lm import checked_vocab, draft_lm_head
+from haast.drafters.forwards import Flight, HeadForward
 from haast.drafters.growth import Growth, best_places
 from haast.drafters.quick import QuickDraft
 from haast.drafters.shape import DraftShape, Plan, plan
@@ -33,19 +32,13 @@ from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head, check_fits, check_weights
 from haast.heads.module import DraftModule
 from haast.heads.precision import warn_of_precision
-from haast.speed.compile import CompiledLayers, nodes_for, slots_for
 from haast.speed.fusing import fuse_small_modules
 from haast.speed.memory import give_back
 from haast.speed.packing import PackedLinear, pack_linears
 from haast.speed.policy import Pace
-from haast.speed.stack import CHANGING_ROPE
 from haast.target import Target
 from haast.tree import DraftTree
 
-# On a packed target the draft's LM head is held in 8 bits: a draft need not be exact, and reading those weights at
-# every level is most of its time. On 60 validation prompts it cost 0.003 of a tau of 2.42 (6 nodes), and a fifth of the
-# draft's time went; 8 bits for the decoder layer too cost 0.05.
-DRAFT_LM_FORM = "int8"
 _MOST_WAITING = 128  # positions that a head leaves unobserved while nothing is drafted: bounds their memory
 
 
@@ -81,17 +74,14 @@ class EagleDrafter(Drafter):
         self._vocab = vocab
         packed = isinstance(target.lm_head, PackedLinear)
         self._embedding = target.borrowed(target.embedding)
-        self._lm_head = _draft_lm_head(target, self._module, vocab, packed)
+        self._lm_head = draft_lm_head(target, self._module, vocab, packed)
         if packed:
             pack_linears(self._module)
             fuse_small_modules(self._module)
             give_back()
         self._native = packed and native.available()
-        self._stack = self._module.native_stack(window or 0) if self._native else None
-        changing = (module.config.rope_parameters or {}).get("rope_type") in CHANGING_ROPE
-        self._limit = target.context_length if changing else None  # behind it a forward would turn by other angles
+        self._forward = HeadForward(target, self._module, window, self._native)
         self.reshape(shape or DraftShape())
-        self._compiled: CompiledLayers | None = None
         self._cache: TreeCache | None = None
         self._forget()
 
@@ -140,7 +130,7 @@ class EagleDrafter(Drafter):
             device = self._target.device
             self._frontier = [torch.tensor(level, device=device).unsqueeze(0) for level in fixed.frontier or ()]
             self._keep = None if fixed.keep is None else torch.tensor(fixed.keep, device=device).unsqueeze(0)
-            self._quick = QuickDraft.of(self._target, self._module, self._stack, self._lm_head, self._vocab)
+            self._quick = QuickDraft.of(self._target, self._module, self._forward.stack, self._lm_head, self._vocab)
             if self._quick is not None and not self._quick.plan(fixed, way.pace):
                 self._quick = None
         self._way = way
@@ -152,16 +142,10 @@ class EagleDrafter(Drafter):
         return self._most
 
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
-        if self._stack is not None and not self._stack.current():
-            self._stack = self._quick = None  # somebody changed the head: its modules draft from here on
-        compiled, layers = self._target.compiled, self._module.config.num_hidden_layers
-        if compiled is None:
-            self._compiled = None
-            longest = max(len(prompt) for prompt in prompts)
-            self._cache = TreeCache(layers, len(prompts), min(longest, self._pairs.reach or longest) + 256)
-        else:
-            self._compiled = self._compiled or compiled.sibling("the draft")
-            self._cache = TreeCache(layers, len(prompts), 1, slots_for)
+        if not self._forward.current():
+            self._quick = None  # somebody changed the head: its modules draft from here on
+        longest = max(len(prompt) for prompt in prompts)
+        self._cache = self._forward.new_cache(len(prompts), min(longest, self._pairs.reach or longest))
         self._forget()
         self._pairs.start([len(prompt) for prompt in prompts])
         self._first = torch.tensor([prompt[0] for prompt in prompts], device=self._target.device)
@@ -208,15 +192,12 @@ class EagleDrafter(Drafter):
         paired = accepted.tokens if self._module.follows_token else self._at(accepted.tokens)
         self._root = last_tokens(accepted, self._root)
         paired, features, counts = self._pairs.needed(cache, paired, accepted.features, accepted.counts)
-        nodes, device = paired.shape[1], paired.device
-        if not nodes:
+        pairs = paired.shape[1]
+        if not pairs:
             return  # a part of the prompt that lies before the window
-        positions = torch.tensor(cache.reached, device=device).unsqueeze(1) + torch.arange(nodes, device=device)
-        cache.begin(nodes)
-        states = self._module.fuse(features)
-        causal = torch.ones(nodes, nodes, dtype=torch.bool, device=device).tril_()  # a shorter row's tail is not kept
-        seen = causal.expand(len(counts), -1, -1)
-        output = self._next(paired, states, positions, positions, seen, list(cache.lengths))
+        flight = Flight.chain(cache, pairs, paired.device)  # a shorter row's tail is not kept
+        cache.begin(pairs)
+        output = self._forward.run(cache, self._embedded(paired), self._module.fuse(features), flight)
         cache.commit([range(count) for count in counts])
         self._extrapolated = last_kept(output, counts, self._extrapolated)  # (rows, hidden)
         self._pairs.warn(cache)
@@ -245,22 +226,23 @@ class EagleDrafter(Drafter):
     def _propose_quickly(self) -> DraftTree | None:
         cache, quick, states = self._cache, self._quick, self._extrapolated
         assert cache is not None and quick is not None and states is not None and self._root is not None
-        assert self._stack is not None, "a quick draft runs on a stack"
+        stack = self._forward.stack
+        assert stack is not None, "a quick draft runs on a stack"
         cache.begin(quick.room)
-        store = cache.storage(self._stack.kv_heads, self._stack.head_dim, states.dtype)
+        store = cache.storage(stack.kv_heads, stack.head_dim, states.dtype)
         return None if store is None else quick.propose(states, self._root, cache.lengths, cache.begins, store)
 
     def _grow(self) -> Growth:
         """All candidates of this step, level by level."""
-        assert self._cache is not None and self._root is not None and self._extrapolated is not None
-        committed = list(self._cache.lengths)
-        reached = torch.tensor(self._cache.reached, device=self._root.device)
-        features = self._extrapolated.unsqueeze(1)  # (rows, 1, hidden)
+        cache, extrapolated = self._cache, self._extrapolated
+        assert cache is not None and self._root is not None and extrapolated is not None
+        reached = torch.tensor(cache.reached, device=self._root.device)
+        features = extrapolated.unsqueeze(1)  # (rows, 1, hidden)
         grown = Growth(self._root)
         before = self._root.unsqueeze(1)  # (rows, 1): the token that each node of the frontier carries
         tokens, scores = self._children(features, before, grown.root_scores())
         index = grown.add(tokens, scores, parents=None)
-        seen, flying = None, self._root.new_empty(len(self._root), 0)  # in flight: who sees it, and its positions
+        flight = Flight.chain(cache, 0, self._root.device)
         for level, width in enumerate(self._plan.widths):
             chosen = self._frontier[level] if self._plan.frontier is not None else best_places(scores, width)
             chosen = chosen.expand(len(scores), -1)  # (rows, width) within this level's candidates
@@ -269,18 +251,15 @@ class EagleDrafter(Drafter):
                 break
             parent = chosen // self._plan.top_k
             features = features.gather(1, parent.unsqueeze(2).expand(-1, -1, features.shape[2]))
-            seen = _see(seen, parent, chosen.shape[1])
             picked = tokens.gather(1, chosen)
             paired = picked if self._module.follows_token else before.gather(1, parent)
-            positions = (reached + level).unsqueeze(1).expand(-1, chosen.shape[1])
-            positions = positions if self._limit is None else positions.clamp_max(self._limit - 1)
-            flying = torch.cat([flying, positions], dim=1)
-            features = self._extend(paired, features, positions, flying, seen, committed)
+            flight = flight.below(parent, self._forward.bounded((reached + level).unsqueeze(1).expand_as(chosen)))
+            features = self._extend(cache, paired, features, flight)
             frontier, before = index.gather(1, chosen), picked  # candidate numbers and tokens of the frontier
             tokens, scores = self._children(features, before, above)
             index = grown.add(tokens, scores, frontier.repeat_interleave(self._plan.top_k, dim=1))
-        for row, length in enumerate(committed):
-            self._cache.truncate(row, length)
+        for row, length in enumerate(flight.past):
+            cache.truncate(row, length)
         return grown
 
     def _at(self, following: Tensor) -> Tensor:
@@ -300,125 +279,14 @@ class EagleDrafter(Drafter):
             ids = self._vocab[ids]
         return ids.flatten(1), (scores.unsqueeze(2) + best).flatten(1)
 
-    def _extend(
-        self,
-        tokens: Tensor,
-        features: Tensor,
-        positions: Tensor,
-        flying: Tensor,
-        seen: Tensor,
-        committed: list[int],
-    ) -> Tensor:
+    def _extend(self, cache: TreeCache, tokens: Tensor, features: Tensor, flight: Flight) -> Tensor:
         """Run the frontier through the head; its keys and values stay behind the committed ones until `truncate`."""
-        cache = self._cache
-        assert cache is not None
         rows, width = tokens.shape
         cache.begin(width)
-        output = self._next(tokens, features, positions, flying, seen, committed)
+        output = self._forward.run(cache, self._embedded(tokens), features, flight)
         cache.commit([range(width)] * rows)
         return output
 
-    def _next_compiled(
-        self,
-        compiled: CompiledLayers,
-        embeddings: Tensor,
-        states: Tensor,
-        positions: Tensor,
-        flying: Tensor,
-        seen: Tensor,
-        past: list[int],
-    ) -> Tensor | None:
-        """`_next` at a static shape; None where the modules have to answer: prompts, and what can't be compiled."""
-        cache, width, flight = self._cache, seen.shape[1], seen.shape[2]
-        assert cache is not None, "start comes before any forward"
-        nodes = nodes_for(width)
-        if nodes is None or cache.lanes() is None:
-            return None
-        cache.begin(nodes)
-        lanes, added = cache.lanes(), nodes - width
-        assert lanes is not None, "growing keeps the lanes"
-        dead = torch.arange(added, device=seen.device)
-        seen = pad(seen, (0, added, 0, added))
-        seen[:, width + dead, flight + dead] = True
-        embeddings, states = (pad(each, (0, 0, 0, added)) for each in (embeddings, states))
-        positions, flying = pad(positions, (0, added)), pad(flying, (0, added))
-        bias = self._bias(positions, flying, seen, past, states.dtype, cache.capacity)
-        run = functools.partial(self._module, embeddings, states, positions, bias, cache)
-        output: Tensor | None = compiled.run(self._module.decoder_layers, cache, lanes, cache.lengths, nodes, run)
-        cache.begin(width)
-        if output is None:
-            return None
-        output = output[:, :width]
-        return output.clone() if compiled.graphs else output
-
-    def _next(
-        self, tokens: Tensor, states: Tensor, positions: Tensor, flying: Tensor, seen: Tensor, past: list[int]
-    ) -> Tensor:
-        """The head's next states (rows, nodes, hidden); `flying`, `seen`: of what is in flight behind the past."""
-        cache, embeddings = self._cache, self._embedding(tokens).to(tokens.device)
-        assert cache is not None, "start comes before any forward"
-        if self._stack is not None:
-            store = cache.storage(self._stack.kv_heads, self._stack.head_dim, states.dtype)
-            if store is not None:
-                mixed = self._module.mix(embeddings, states)
-                return self._stack.run(mixed, positions, seen, past, store, (), flying, cache.begins)[0]
-        if self._compiled is not None and not self._compiled.problem:
-            found = self._next_compiled(self._compiled, embeddings, states, positions, flying, seen, past)
-            if found is not None:
-                return found
-        bias = self._bias(positions, flying, seen, past, states.dtype)
-        output: Tensor = self._module(embeddings, states, positions, bias, cache)
-        return output
-
-    def _bias(
-        self,
-        positions: Tensor,
-        flying: Tensor,
-        seen: Tensor,
-        past: list[int],
-        dtype: torch.dtype,
-        slots: int | None = None,
-    ) -> Tensor:
-        bias = in_flight_bias(seen, past, dtype, slots)
-        if self.window is not None:
-            assert self._cache is not None, "start comes before any forward"
-            hide_far(bias, past, self._cache.begins, positions, flying, self.window)
-        return bias
-
-
-def checked_vocab(ids: Tensor, target: Target) -> Tensor:
-    """The draft vocabulary as the drafter and native code read it: int64, contiguous, within the target's."""
-    if ids.dim() != 1 or not len(ids) or ids.is_floating_point():
-        raise HeadMismatchError(f"the draft vocabulary has shape {tuple(ids.shape)} of {ids.dtype}: give a list of ids")
-    if int(ids.min()) < 0 or int(ids.max()) >= target.vocab_size:
-        raise HeadMismatchError(
-            f"the draft vocabulary holds ids {int(ids.min())} to {int(ids.max())}, the target's are 0 to "
-            f"{target.vocab_size - 1}: this head was made for another tokenizer"
-        )
-    return ids.to(device=target.device, dtype=torch.int64).contiguous()
-
-
-def _draft_lm_head(target: Target, module: DraftModule, vocab: Tensor | None, packed: bool) -> nn.Module:
-    """The LM head over the draft vocabulary: the target's own rows, the head's own, or the target's whole head."""
-    ids = torch.arange(target.vocab_size, device=target.device) if vocab is None else vocab
-    theirs = target.head_rows(ids)
-    rows = module.lm_rows(theirs)
-    if vocab is None and rows is theirs and target.logit_scale == 1.0:
-        return target.borrowed(target.lm_head)
-    bias = None if module.own_lm_head else target.head_bias(ids)
-    if packed:
-        return PackedLinear(rows, bias, form=DRAFT_LM_FORM)
-    linear = nn.Linear(rows.shape[1], rows.shape[0], bias is not None, device=rows.device, dtype=rows.dtype)
-    linear.weight = nn.Parameter(rows, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
-    return linear
-
-
-def _see(seen: Tensor | None, parent: Tensor, width: int) -> Tensor:
-    """Which in-flight pairs each node of the new frontier sees, (rows, width, in flight): its parent's and itself."""
-    rows = parent.shape[0]
-    eye = torch.eye(width, dtype=torch.bool, device=parent.device).expand(rows, -1, -1)
-    if seen is None:
-        return eye
-    return torch.cat([seen.gather(1, parent.unsqueeze(2).expand(-1, -1, seen.shape[2])), eye], dim=2)
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        embeddings: Tensor = self._embedding(tokens)
+        return embeddings.to(tokens.device)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from haast import native
 from haast.drafters.base import Accepted, Drafter, last_kept, last_tokens
-from haast.drafters.eagle import DRAFT_LM_FORM, checked_vocab
+from haast.drafters.draft_lm import DRAFT_LM_FORM, checked_vocab
 from haast.drafters.shape import DraftShape, likeliest_paths
 from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head, check_fits, check_weights

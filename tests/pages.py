@@ -71,9 +71,14 @@ def _measured(
         "ms_draft": 0.0 if decoder == "vanilla" else 0.2 * nodes ** 0.9, "ms_verify": 7.6 + 0.25 * nodes,
         "ms_overhead": 0.3, "peak_rss_mb": 2552.4, "tokens": 9600, "decoded_tokens": 9520, "target_forwards": 4000,
         "nodes_per_forward": nodes, "prompts": 80, "speedup_vs_vanilla": ratio, "speedup_vs_hf": None,
+        "by_length": [_length(0, 256, tau), _length(256, 512, 0.9 * tau), _length(512, 1024, 0.8 * tau)],
     }  # fmt: skip
     key = {"suite": suite, "temperature": temperature, "decoder": decoder, "over": "vanilla"}
     return row, {**key, "ratio": ratio, "low": ratio - 0.05 * ratio, "high": ratio + 0.06 * ratio}
+
+
+def _length(begin: int, end: int, tau: float) -> dict[str, float]:
+    return {"begin": begin, "end": end, "target_forwards": 1300, "drafted": 1200, "tau": tau, "acceptance": 0.3 * tau}
 
 
 def environment() -> dict[str, Any]:

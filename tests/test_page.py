@@ -16,8 +16,9 @@ import pytest
 from pages import NASTY, suite_document, trace_document
 
 from haast.bench.page import report_html, trace_html
+from haast.bench.suite_rows import main_rows
 
-FIGURES = ["speedup", "tau", "acceptance", "milliseconds", "nodes"]
+FIGURES = ["speedup", "tau", "acceptance", "lengths", "milliseconds", "nodes"]
 VOID = {"meta", "link", "input", "br", "img", "hr"}
 
 
@@ -76,6 +77,7 @@ def test_every_number_of_the_figures_stands_in_a_table(report: str) -> None:
     assert {f"{each['ratio']:.2f}\u00d7" for each in document["ratios"]} <= cells
     assert {f"{row['tau']:.2f}" for row in document["rows"]} <= cells
     assert {f"{row['ms_verify']:.2f}" for row in document["rows"]} <= cells
+    assert {f"{each['tau']:.2f}" for row in main_rows(document, 0.0) for each in row["by_length"]} <= cells
     assert "with 95% bootstrap intervals" in report and "medusa (lossy)" in cells
 
 
@@ -140,6 +142,18 @@ def test_without_calibration_a_sentence_stands_for_the_figure() -> None:
     page = report_html(document)
     assert Outline(page).ids("figure") == FIGURES[:-1] and "not calibrated" in page
     assert "No answer differed" in page and 'id="trees"' not in page
+
+
+@pytest.mark.parametrize("buckets", [None, 0, 1])
+def test_lengths_need_two_to_compare(buckets: int | None) -> None:
+    document = suite_document(small=True)
+    for row in document["rows"]:
+        found = row.pop("by_length")
+        if buckets is not None:
+            row["by_length"] = found[:buckets]
+    page = report_html(document)
+    assert Outline(page).ids("figure") == [name for name in FIGURES if name != "lengths"]
+    assert "#lengths" not in page
 
 
 def test_one_suite_and_a_decoder_outside_the_engine() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from haast.bench.suite_rows import (
     Spot,
     labelled,
+    length_buckets,
     main_rows,
     panels,
     speedups,
@@ -123,11 +124,7 @@ def _acceptance_panel(axes: Axes, document: Document, rows: Sequence[Mapping[str
             depths = range(1, len(chances) + 1)
             axes.plot(depths, chances, "o--" if lossy else "o-", color=colour, linewidth=1.6, markersize=4)
             ends.append((chances[-1], len(chances), labelled(document, decoder), colour))
-    ends.sort()
-    for height, (value, depth, words, colour) in zip(_apart([end[0] for end in ends], 0.055), ends, strict=True):
-        axes.plot([depth + 0.06, deepest + 0.2], [value, height], color=RULE, linewidth=0.7)
-        axes.text(deepest + 0.25, height, words, color=colour, va="center")
-    axes.set_xlim(0.8, deepest + 0.25 + max(deepest * 0.5, 1.2))
+    _name_ends(axes, ends, deepest, 1.0)
     axes.set_ylim(0, 1.02)
     axes.set_xticks(range(1, deepest + 1))
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
@@ -135,13 +132,47 @@ def _acceptance_panel(axes: Axes, document: Document, rows: Sequence[Mapping[str
     _calm(axes, "y")
 
 
-def _apart(heights: Sequence[float], least: float) -> list[float]:
-    """Ascending heights moved up until they are `least` apart, and down again as far as 1 allows."""
+def lengths(document: Document, name: str, narrow: bool) -> str:
+    """Tokens per target forward by the tokens that stood before the step."""
+    return _by_temperature(document, name, narrow, _lengths_panel, 3.4)
+
+
+def _lengths_panel(axes: Axes, document: Document, rows: Sequence[Mapping[str, Any]]) -> None:
+    order = list(document["decoders"])
+    shown = [row for row in rows if row.get("by_length") and row["decoder"] != "vanilla"]
+    buckets = length_buckets(shown)
+    places = {begin: place for place, (begin, _) in enumerate(buckets, 1)}
+    ends: list[tuple[float, float, str, str]] = []
+    for row in shown:
+        decoder, colour = row["decoder"], SERIES[order.index(row["decoder"]) % len(SERIES)]
+        spots = [(places[each["begin"]], each["tau"]) for each in row["by_length"]]
+        axes.plot(*zip(*spots, strict=True), "o-", color=colour, linewidth=1.6, markersize=4)
+        ends.append((spots[-1][1], spots[-1][0], labelled(document, decoder), colour))
+    most = max((each["tau"] for row in shown for each in row["by_length"]), default=1.0)
+    _name_ends(axes, ends, len(buckets), most)
+    axes.set_ylim(0, most * 1.05)
+    axes.set_xticks([*places.values()], [f"{end - 1:g}" for _, end in buckets])
+    axes.set_xlabel("tokens before the step, up to", loc="left")
+    _calm(axes, "y")
+
+
+def _name_ends(axes: Axes, ends: list[tuple[float, float, str, str]], last: int, most: float) -> None:
+    """Name lines at their right ends (value, place, words, colour); `last` is the last place, `most` the highest."""
+    ends.sort()
+    for height, (value, place, words, colour) in zip(_apart([end[0] for end in ends], most), ends, strict=True):
+        axes.plot([place + 0.06, last + 0.2], [value, height], color=RULE, linewidth=0.7)
+        axes.text(last + 0.25, height, words, color=colour, va="center")
+    axes.set_xlim(0.8, last + 0.25 + max(last * 0.5, 1.2))
+
+
+def _apart(heights: Sequence[float], most: float) -> list[float]:
+    """Ascending heights moved up until words beside them fit, and down again as far as `most` allows."""
+    least = 0.055 * most
     placed: list[float] = []
     for height in heights:
         placed.append(height if not placed else max(height, placed[-1] + least))
     for place in reversed(range(len(placed))):
-        placed[place] = min(placed[place], 1.0 - least * (len(placed) - 1 - place))
+        placed[place] = min(placed[place], most - least * (len(placed) - 1 - place))
     return placed
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from haast.bench import page_tables as tables
 from haast.bench.accept_tree import trace_section
 from haast.bench.steps import check_trace
+from haast.bench.suite_rows import length_buckets, main_rows, temperatures
 
 SUITE_FORMAT = "haast-suite-1"
 _MOST_TREES = 1_200_000  # bytes of trees on a page; the page stays under 2 MB
@@ -61,6 +62,8 @@ def report_html(document: Mapping[str, Any]) -> str:
         ("acceptance", "Acceptance by depth", tables.ACCEPTANCE, figures.acceptance, tables.acceptance),
         ("milliseconds", "Where a step\u2019s milliseconds go", tables.MS, figures.milliseconds, tables.ms),
     ]
+    if _by_length(document):
+        parts.insert(3, ("lengths", "Tau by length of context", tables.LENGTHS, figures.lengths, tables.lengths))
     if document["calibration"]:
         parts.append(("nodes", _NODES, tables.NODES, figures.nodes, tables.nodes))
     sections = [_figure(*part, document) for part in parts]
@@ -72,7 +75,9 @@ def report_html(document: Mapping[str, Any]) -> str:
 
 def _header(document: Mapping[str, Any]) -> str:
     where = document["environment"]
-    links = [("speedup", "Speed-up"), ("tau", "Tau"), ("acceptance", "Acceptance"), ("milliseconds", "Milliseconds")]
+    links = [("speedup", "Speed-up"), ("tau", "Tau"), ("acceptance", "Acceptance")]
+    links += [("lengths", "Tau by length")] if _by_length(document) else []
+    links += [("milliseconds", "Milliseconds")]
     links += [("nodes", "Cost by nodes")] if document["calibration"] else []
     links += [("trees", "Accept trees")] if document["traces"] else []
     links += [("differences", "Same text?"), ("environment", "How it was measured")]
@@ -85,6 +90,11 @@ def _header(document: Mapping[str, Any]) -> str:
         f"<p>{cpu}, {escape(count)}, {escape(str(where['dtype']))}, packing {escape(str(where['packing']))}; "
         f'{escape(str(where["date"])[:10])}.</p><nav aria-label="On this page">{listed}</nav></header>'
     )
+
+
+def _by_length(document: Mapping[str, Any]) -> bool:
+    """Whether there is more than one length of context to compare."""
+    return len(length_buckets([row for t in temperatures(document) for row in main_rows(document, t)])) > 1
 
 
 def _figure(name: str, title: str, words: str, draw: _Draw, tabulate: _Tabulate, document: Mapping[str, Any]) -> str:

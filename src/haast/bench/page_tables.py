@@ -18,6 +18,10 @@ ACCEPTANCE = (
     "The chance that some draft at a depth is the target\u2019s own token, given that the depth before was right. "
     "All prompts together; dashed lines are lossy decoders."
 )
+LENGTHS = (
+    "Tokens per target forward by how much text stood before the step. All prompts together; a head drafts worse "
+    "beyond the lengths that it was trained on."
+)
 MS = (
     "A decoding step, all prompts together: "
     '<span style="color:var(--c1)">\u25a8 draft</span>, then <span style="color:var(--c0)">\u25a0 verify</span> (the '
@@ -135,6 +139,21 @@ def acceptance(document: Document) -> str:
             head = (row["temperature"], named(document, row["decoder"]), words)
             lines.append((*head, *chances, *[""] * (deepest - len(chances))))
     return table(("temperature", "decoder", "", *(f"depth {depth}" for depth in range(1, deepest + 1))), lines)
+
+
+def lengths(document: Document) -> str:
+    return table(
+        ("temperature", "decoder", "tokens before the step", "steps", "tau", "a draft accepted"),
+        [
+            (
+                row["temperature"], named(document, row["decoder"]), f"{each['begin']:g} to {each['end'] - 1:g}",
+                each["target_forwards"], _number(each["tau"], 2), _number(each["acceptance"], 2),
+            )
+            for temperature in temperatures(document)
+            for row in main_rows(document, temperature)
+            for each in row.get("by_length", ())
+        ],
+    )  # fmt: skip
 
 
 def ms(document: Document) -> str:

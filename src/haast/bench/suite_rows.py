@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,11 @@ def main_rows(document: Document, temperature: float) -> list[Mapping[str, Any]]
     suite = main_suite(document)
     rows = [row for row in document["rows"] if row["suite"] == suite and row["temperature"] == temperature]
     return sorted(rows, key=lambda row: order.index(row["decoder"]))
+
+
+def length_buckets(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """The lengths of context, from and below, in which these rows decoded; documents of an older Haast have none."""
+    return sorted({(each["begin"], each["end"]) for row in rows for each in row.get("by_length", ())})
 
 
 def labelled(document: Document, decoder: str) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from haast.bench.suite_rows import length_buckets
+
 Document = dict[str, Any]
 _LEADERS = ("eagle", "eagle+suffix")  # whose ratio over each other decoder has a table
 _ALL = "all"
@@ -111,7 +113,7 @@ def _at(document: Document, temperature: float) -> Iterator[str]:
 
 def _lengths(found: dict[str, list[Document]], label: Callable[[str], str]) -> str:
     """Decoders by buckets of the context's length; empty where all steps are in one."""
-    buckets = sorted({(each["begin"], each["end"]) for own in found.values() for each in own})
+    buckets = length_buckets([{"by_length": own} for own in found.values()])
     if len(buckets) < 2:
         return ""
     heads = [f"{begin:g} to {end - 1:g}" for begin, end in buckets]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -570,6 +571,26 @@ def test_a_warning_of_our_own_is_one_line_too(
     assert haast_run("generate", "Hi", *parts(home)).exit_code == 0
     own = issubclass(category, HaastWarning)
     assert (shown == ["haast: warning: planted\n"]) == own and ("models.py" in shown[0]) != own
+
+
+def test_what_libraries_log_at_import_stays_out_of_commands(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = models_module.load_target
+
+    def watched(*given: Any, **more: Any) -> Any:
+        for name in ("torchao", "torchao.kernel", "torch.utils._pytree", "elsewhere"):
+            logging.getLogger(name).warning("planted by %s", name)
+            logging.getLogger(name).error("broken in %s", name)
+        return real(*given, **more)
+
+    monkeypatch.setattr("haast.models.load_target", watched)
+    before = logging.getLogger("torchao").level
+    assert haast_run("generate", "Hi", *parts(home)).exit_code == 0
+    told = [record.getMessage() for record in caplog.records]
+    assert [words for words in told if words.startswith("planted")] == ["planted by elsewhere"]
+    assert len([words for words in told if words.startswith("broken")]) == 4
+    assert logging.getLogger("torchao").level == before
 
 
 def test_a_torn_model_is_named(home: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Exit codes: 0 fine; 1 a check failed; 2 wrong input; 3 an error of Haast's own; 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -21,6 +22,9 @@ from typer.core import TyperGroup
 
 from haast.errors import HaastWarning, expanded
 
+# transformers imports torchao where it is installed, which then tells of GPU kernels that it can't load here and of
+# torch's plans for enums: nothing that somebody who runs a command can act on. Errors pass.
+_CHATTY = ("torchao", "torch.utils._pytree")
 _INTERNAL = (RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
 
 
@@ -30,7 +34,7 @@ class Boundary(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command named on the command line."""
         try:
-            with _plain_warnings():
+            with _plain_warnings(), _quiet_imports():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
@@ -66,6 +70,19 @@ def _plain_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = usual
+
+
+@contextmanager
+def _quiet_imports() -> Iterator[None]:
+    """What libraries log of themselves while they are imported stays out of a command's output."""
+    levels = {name: logging.getLogger(name).level for name in _CHATTY}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def check_writable(path: str | None) -> None:

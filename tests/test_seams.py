@@ -217,7 +217,12 @@ def test_a_write_to_a_weight_is_seen() -> None:
     written = seams.weights_state(module)
     assert written != before
     module.weight.data = module.weight.data.clone()
-    assert seams.weights_state(module) != written
+    moved = seams.weights_state(module)
+    assert moved != written
+    module.register_buffer("packed", torch.zeros(2))
+    with_buffer = seams.weights_state(module)
+    module.get_buffer("packed").add_(1)
+    assert moved != with_buffer != seams.weights_state(module)
     with torch.inference_mode():
         made = torch.nn.Linear(2, 2)
     assert len(seams.weights_state(made)) == 2

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_medusa import medusa
 
+from haast import native
 from haast.api import Generation, Haast
 from haast.bench import tables
 from haast.drafters.base import Drafter
@@ -34,7 +35,7 @@ from haast.past import Past
 from haast.sampling import SamplingConfig
 from haast.session import Session, Sessions
 from haast.speed.fusing import fuse_small_modules
-from haast.speed.packing import pack_linears
+from haast.speed.packing import PackedLinear, pack_linears
 from haast.target import Target
 
 
@@ -101,13 +102,17 @@ def test_an_edited_text_is_used_as_far_as_it_is_the_same(
         text = [*text, *said]
 
 
-def test_a_packed_target_recalls_the_same_bits() -> None:
-    plain = tiny_target()
-    model: Any = plain.model
+def packed_target() -> Target:
+    model: Any = tiny_target().model
     target = Target(model.float())
     pack_linears(target.model)
     fuse_small_modules(target.model)
     target.use_one_call()
+    return target
+
+
+def test_a_packed_target_recalls_the_same_bits() -> None:
+    target = packed_target()
     drafter, past, text = EagleDrafter(target, random_head(target), DraftShape(nodes=6)), Past(), [3, 4, 5]
     for _ in range(4):
         said, stats = turn(target, drafter, text, past)
@@ -149,6 +154,19 @@ def test_a_past_of_changed_weights_is_not_used() -> None:
     first.data = first.data.clone()  # as moving a model does
     assert turn(target, drafter, text, past)[1].recalled_tokens == 0
     assert turn(target, drafter, text, past.copy())[1].recalled_tokens == 3
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+def test_a_past_of_changed_packed_weights_is_not_used() -> None:
+    packed, past, text, drafter = packed_target(), Past(), [3, 4, 5, 6], VanillaDrafter()
+    assert packed.one_call
+    turn(packed, drafter, text, past)
+    assert turn(packed, drafter, text, past)[1].recalled_tokens == 3
+    linear = next(module for module in packed.model.modules() if isinstance(module, PackedLinear))
+    linear.packed.copy_(linear.packed.flip(0))
+    said, stats = turn(packed, drafter, text, past)
+    assert stats.recalled_tokens == 0
+    assert [said] == decode(packed, VanillaDrafter(), [text], 7)
 
 
 def test_an_abandoned_run_leaves_what_it_has(target: Target) -> None:

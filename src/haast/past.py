@@ -17,6 +17,8 @@ from haast.drafters.base import Drafter
 from haast.target import Target
 from haast.tokens import common_length
 
+_Owners = tuple[Target, Drafter, bool, list[tuple[int, int]]]
+
 
 class Past:
     """A text's cache, in the hands of whoever continues it. One row; belongs to one target and one drafter."""
@@ -24,8 +26,7 @@ class Past:
     def __init__(self) -> None:
         self._cache: TreeCache | None = None
         self._text: list[int] = []
-        self._owners: tuple[Target, Drafter, bool] | None = None
-        self._weights: list[tuple[int, int]] = []
+        self._owners: _Owners | None = None
         self._drafted: object = None
 
     @property
@@ -41,8 +42,7 @@ class Past:
 
     def hold(self, target: Target, drafter: Drafter, cache: TreeCache, text: list[int]) -> None:
         """A run begins: from here on this is its cache and its growing text."""
-        self._cache, self._text, self._owners = cache, text, (target, drafter, target.one_call)
-        self._weights = seams.weights_state(target.model)
+        self._cache, self._text, self._owners = cache, text, _owners(target, drafter)
         self._drafted = drafter.memory()
 
     def forget(self) -> None:
@@ -55,9 +55,7 @@ class Past:
 
         The drafter must have been started with the prompt; it recalls the same positions.
         """
-        if self._cache is None or self._owners != (target, drafter, target.one_call):
-            return None
-        if self._weights != seams.weights_state(target.model):  # a changed model is another one
+        if self._cache is None or self._owners != _owners(target, drafter):
             return None
         held = self.tokens
         common = common_length(held, prompt)
@@ -72,9 +70,13 @@ class Past:
         made = Past()
         if self._cache is not None:
             made._cache, made._text, made._owners = _copy(self._cache), list(self._text), self._owners
-            made._weights = self._weights
             made._drafted = _copy(self._drafted) if isinstance(self._drafted, TreeCache) else None
         return made
+
+
+def _owners(target: Target, drafter: Drafter) -> _Owners:
+    """Whose caches they are; a model whose weights have changed is another one."""
+    return target, drafter, target.one_call, seams.weights_state(target.model)
 
 
 def _copy(cache: TreeCache) -> TreeCache:

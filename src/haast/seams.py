@@ -170,13 +170,16 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def weights_state(module: nn.Module) -> list[tuple[int, int]]:
-    """Where each parameter lies and how often it was written to; it differs once a weight has been changed.
+    """Where each parameter and buffer lies, and how often it was written to; it differs once one has been changed.
+
+    Packed weights are buffers.
 
     Touches: `Tensor._version`. Public: nothing that tells of a write in place.
     There: torch 2.6 and newer; tensors made in inference mode have none.
     Fails without it: a `Session` goes on with keys and values of weights that have changed since.
     """
-    return [(_address(each), 0 if each.is_inference() else each._version) for each in module.parameters()]
+    tensors = (*module.parameters(), *module.buffers())
+    return [(_address(each), 0 if each.is_inference() else each._version) for each in tensors]
 
 
 def _address(tensor: Tensor) -> int:

@@ -156,6 +156,17 @@ def test_a_past_of_changed_weights_is_not_used() -> None:
     assert turn(target, drafter, text, past.copy())[1].recalled_tokens == 3
 
 
+def test_a_past_from_before_a_hook_is_not_used() -> None:
+    target, past, text, drafter = tiny_target(), Past(), [3, 4, 5, 6], VanillaDrafter()
+    turn(target, drafter, text, past)
+    hook = target.model.model.layers[0].register_forward_hook(lambda module, given, output: output * -1.5)
+    said, stats = turn(target, drafter, text, past)
+    assert stats.recalled_tokens == 0
+    assert [said] == decode(target, VanillaDrafter(), [text], 7)
+    hook.remove()
+    assert turn(target, drafter, text, past)[1].recalled_tokens == 0
+
+
 @pytest.mark.skipif(not native.available(), reason="no native kernels")
 def test_a_past_of_changed_packed_weights_is_not_used() -> None:
     packed, past, text, drafter = packed_target(), Past(), [3, 4, 5, 6], VanillaDrafter()

@@ -17,7 +17,7 @@ from haast.drafters.base import Drafter
 from haast.target import Target
 from haast.tokens import common_length
 
-_Owners = tuple[Target, Drafter, bool, list[tuple[int, int]]]
+_Owners = tuple[Target, Drafter, bool, list[tuple[int, int]], int]
 
 
 class Past:
@@ -75,8 +75,9 @@ class Past:
 
 
 def _owners(target: Target, drafter: Drafter) -> _Owners:
-    """Whose caches they are; a model whose weights have changed is another one."""
-    return target, drafter, target.one_call, seams.weights_state(target.model)
+    """Whose caches they are; a model whose weights have changed, or that has other hooks, is another one."""
+    hooks = seams.foreign_hooks(target.model.modules())
+    return target, drafter, target.one_call, seams.weights_state(target.model), hooks
 
 
 def _copy(cache: TreeCache) -> TreeCache:

@@ -113,13 +113,12 @@ def acceptance(document: Document, name: str, narrow: bool) -> str:
 
 
 def _acceptance_panel(axes: Axes, document: Document, rows: Sequence[Mapping[str, Any]]) -> None:
-    order = list(document["decoders"])
     ends: list[tuple[float, float, str, str]] = []
     deepest = max((len(row["acceptance_by_depth"]) for row in rows), default=0)
     for row in rows:
         chances, decoder = row["acceptance_by_depth"], row["decoder"]
         if chances:
-            colour = SERIES[order.index(decoder) % len(SERIES)]
+            colour = _colour(document, decoder)
             lossy = document["decoders"][decoder]["lossy"]
             depths = range(1, len(chances) + 1)
             axes.plot(depths, chances, "o--" if lossy else "o-", color=colour, linewidth=1.6, markersize=4)
@@ -138,13 +137,12 @@ def lengths(document: Document, name: str, narrow: bool) -> str:
 
 
 def _lengths_panel(axes: Axes, document: Document, rows: Sequence[Mapping[str, Any]]) -> None:
-    order = list(document["decoders"])
     shown = [row for row in rows if row.get("by_length") and row["decoder"] != "vanilla"]
     buckets = length_buckets(shown)
     places = {begin: place for place, (begin, _) in enumerate(buckets, 1)}
     ends: list[tuple[float, float, str, str]] = []
     for row in shown:
-        decoder, colour = row["decoder"], SERIES[order.index(row["decoder"]) % len(SERIES)]
+        decoder, colour = row["decoder"], _colour(document, row["decoder"])
         spots = [(places[each["begin"]], each["tau"]) for each in row["by_length"]]
         axes.plot(*zip(*spots, strict=True), "o-", color=colour, linewidth=1.6, markersize=4)
         ends.append((spots[-1][1], spots[-1][0], labelled(document, decoder), colour))
@@ -154,6 +152,10 @@ def _lengths_panel(axes: Axes, document: Document, rows: Sequence[Mapping[str, A
     axes.set_xticks([*places.values()], [f"{end - 1:g}" for _, end in buckets])
     axes.set_xlabel("tokens before the step, up to", loc="left")
     _calm(axes, "y")
+
+
+def _colour(document: Document, decoder: str) -> str:
+    return SERIES[list(document["decoders"]).index(decoder) % len(SERIES)]
 
 
 def _name_ends(axes: Axes, ends: list[tuple[float, float, str, str]], last: int, most: float) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from haast.bench import page_tables as tables
 from haast.bench.accept_tree import trace_section
 from haast.bench.steps import check_trace
-from haast.bench.suite_rows import length_buckets, main_rows, temperatures
+from haast.bench.suite_rows import all_main_rows, length_buckets
 
 SUITE_FORMAT = "haast-suite-1"
 _MOST_TREES = 1_200_000  # bytes of trees on a page; the page stays under 2 MB
@@ -94,7 +94,7 @@ def _header(document: Mapping[str, Any]) -> str:
 
 def _by_length(document: Mapping[str, Any]) -> bool:
     """Whether there is more than one length of context to compare."""
-    return len(length_buckets([row for t in temperatures(document) for row in main_rows(document, t)])) > 1
+    return len(length_buckets(all_main_rows(document))) > 1
 
 
 def _figure(name: str, title: str, words: str, draw: _Draw, tabulate: _Tabulate, document: Mapping[str, Any]) -> str:

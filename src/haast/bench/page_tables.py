@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from haast.bench.suite_rows import Document, best, main_rows, named, temperatures
+from haast.bench.suite_rows import Document, all_main_rows, best, main_rows, named, temperatures
 
 NO_CALIBRATION = "This machine was not calibrated when the report was made, so v(n) is not known: run haast calibrate."
 ACCEPTANCE = (
@@ -129,8 +129,7 @@ def tau(document: Document) -> str:
 
 
 def acceptance(document: Document) -> str:
-    rows = [row for temperature in temperatures(document) for row in main_rows(document, temperature)]
-    rows = [row for row in rows if row["acceptance_by_depth"]]
+    rows = [row for row in all_main_rows(document) if row["acceptance_by_depth"]]
     deepest = max((len(row["acceptance_by_depth"]) for row in rows), default=0)
     lines = []
     for row in rows:
@@ -149,8 +148,7 @@ def lengths(document: Document) -> str:
                 row["temperature"], named(document, row["decoder"]), f"{each['begin']:g} to {each['end'] - 1:g}",
                 each["target_forwards"], _number(each["tau"], 2), _number(each["acceptance"], 2),
             )
-            for temperature in temperatures(document)
-            for row in main_rows(document, temperature)
+            for row in all_main_rows(document)
             for each in row.get("by_length", ())
         ],
     )  # fmt: skip

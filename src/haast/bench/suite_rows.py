@@ -48,6 +48,11 @@ def main_rows(document: Document, temperature: float) -> list[Mapping[str, Any]]
     return sorted(rows, key=lambda row: order.index(row["decoder"]))
 
 
+def all_main_rows(document: Document) -> list[Mapping[str, Any]]:
+    """`main_rows` of every temperature, the lowest first."""
+    return [row for temperature in temperatures(document) for row in main_rows(document, temperature)]
+
+
 def length_buckets(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
     """The lengths of context, from and below, in which these rows decoded; documents of an older Haast have none."""
     return sorted({(each["begin"], each["end"]) for row in rows for each in row.get("by_length", ())})

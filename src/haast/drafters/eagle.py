@@ -142,8 +142,9 @@ class EagleDrafter(Drafter):
         return self._most
 
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
-        if not self._forward.current():
-            self._quick = None  # somebody changed the head: its modules draft from here on
+        self._forward.follow_changes()
+        if self._forward.stack is None:
+            self._quick = None
         longest = max(len(prompt) for prompt in prompts)
         self._cache = self._forward.new_cache(len(prompts), min(longest, self._pairs.reach or longest))
         self._forget()

@@ -81,12 +81,10 @@ class HeadForward:
         changing = (module.config.rope_parameters or {}).get("rope_type") in CHANGING_ROPE
         self._limit = target.context_length if changing else None
 
-    def current(self) -> bool:
-        """Whether the native call still runs the head as it is; from here on the modules do where it does not."""
-        if self.stack is None or self.stack.current():
-            return True
-        self.stack = None
-        return False
+    def follow_changes(self) -> None:
+        """Where somebody changed the head since the native call was made, its modules run from here on."""
+        if self.stack is not None and not self.stack.current():
+            self.stack = None
 
     def new_cache(self, rows: int, prompt: int) -> TreeCache:
         """An empty cache of the head's layers, for prompts of at most so many pairs."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,7 @@ class Batch:
         )
         _check_costs(found)
         _check_shape(found.shape)
-        for name in ("tau", "tokens_per_s", "vanilla_tokens_per_s", "speedup"):
-            float(found.expected[name])
+        _check_numbers(found.expected, ("tau", "tokens_per_s", "vanilla_tokens_per_s", "speedup"))
         _ = found.chosen_pace  # its own check
         return found
 
@@ -98,14 +98,12 @@ class Calibration:
     def validate(self) -> None:
         """Refuse values that no measurement gives. Raises ValueError, TypeError or KeyError."""
         _check_costs(self)
-        for name in ("tau", "nodes", "levels", "tokens_per_s", "vanilla_tokens_per_s", "speedup"):
-            float(self.expected[name])
+        _check_numbers(self.expected, ("tau", "nodes", "levels", "tokens_per_s", "vanilla_tokens_per_s", "speedup"))
         for entry in self.grid:
-            _ = [float(entry[name]) for name in ("depth", "width", "nodes", "tau")]
-        for name in ("weight_bytes", "parameters", "head_parameters", "committed", "bandwidth", "peak"):
-            value = getattr(self, name)
-            if not (value is None and name in ("bandwidth", "peak")) and not 0 <= float(value) < math.inf:
-                raise ValueError(f"{name}={value} is no number from 0 on")
+            _check_numbers(entry, ("depth", "width", "nodes", "tau"))
+        measured = [name for name in ("bandwidth", "peak") if getattr(self, name) is not None]
+        for name in ("weight_bytes", "parameters", "head_parameters", "committed", *measured):
+            _check_amount(name, getattr(self, name))
         if not isinstance(self.identity, dict):
             raise TypeError("identity has to be a table")
         _check_shape(self.shape)
@@ -170,16 +168,25 @@ def _check_costs(found: Batch | Calibration) -> None:
     times = [*found.forward_ms.values(), *found.level_ms.values(), found.first_ms]
     if not found.level_ms or not found.forward_ms or not all(0 < float(ms) < math.inf for ms in times):
         raise ValueError("a cost is missing, or not a number of ms above 0")
-    if not 0 <= float(found.overhead_ms) < math.inf:
-        raise ValueError(f"overhead_ms={found.overhead_ms} is no number of ms")
+    _check_amount("overhead_ms", found.overhead_ms)
+
+
+def _check_amount(name: str, value: Any) -> None:
+    if not 0 <= float(value) < math.inf:
+        raise ValueError(f"{name}={value} is no number from 0 on")
+
+
+def _check_numbers(values: dict[str, float], names: Sequence[str]) -> None:
+    for name in names:
+        float(values[name])
 
 
 def _check_shape(shape: Any) -> None:
     if not isinstance(shape, dict):
         raise TypeError("a shape has to be a table")
-    sizes = ("depth", "top_k", "width", "nodes")
     if not shape:
         return
+    sizes = ("depth", "top_k", "width", "nodes")
     sound = set(shape) == {"kind", *sizes} and shape["kind"] in _KINDS
     if not (sound and all(type(shape[name]) is int and 1 <= shape[name] <= _LARGEST for name in sizes)):
         raise ValueError(f"the shape {shape} is none")

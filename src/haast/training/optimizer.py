@@ -1,18 +1,17 @@
 """The optimiser of a head: AdamW, or Muon for the matrices inside and AdamW for the rest.
 
-Owns which parameter goes where, and one state for checkpoints. Muon (Jordan et al., 2024) orthogonalises each matrix's
-momentum. Its step is scaled to the size of AdamW's (Moonlight, arXiv 2502.16982), so both take the same learning rates.
+Owns which parameter goes where, and one state for checkpoints. Muon's own arithmetic is in `muon`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
 
 from haast.training.config import TrainConfig
+from haast.training.muon import Muon
 
 _ENDS = ("lm_head", "markov_embed", "markov_rows")
 
@@ -24,9 +23,6 @@ class HeadOptimizer:
         parameters: (name, parameter) of the head; embeddings and LM heads, which are no maps between states, stay with
             AdamW.
         config: `optimizer`, `beta1`, `beta2`, `weight_decay`.
-
-    Raises:
-        ValueError: Muon is asked for and this torch has none.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> None:
@@ -39,11 +35,7 @@ class HeadOptimizer:
             torch.optim.AdamW(others, config.learning_rate, betas, weight_decay=config.weight_decay, fused=True)
         ]
         if matrices:
-            muon: Any = getattr(torch.optim, "Muon", None)
-            if muon is None:
-                raise ValueError(f"optimizer='muon' needs torch 2.9 or newer, this is {torch.__version__}: use 'adamw'")
-            rate, decay = config.learning_rate, config.weight_decay
-            self.parts.append(muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(Muon(matrices, config.learning_rate, config.weight_decay))
 
     def step(self, learning_rate: float) -> None:
         """Apply the gradients and forget them."""

@@ -1,4 +1,4 @@
-"""What a training run tells: one progress line, log lines, metrics.jsonl, and whoever follows those lines.
+"""What a training run tells: its progress, log lines, metrics.jsonl, and whoever follows those lines.
 
 Owns the words and the file. Knows no tensors, and not what a watcher makes of a line.
 """
@@ -14,36 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
+from haast.progress import Progress
 from haast.training.findings import Finding, findings_table
 
 _SUMS = ("loss", "ce", "feature", "top1", "accepted", "views")
-
-
-class RateColumn(ProgressColumn):
-    """Tokens per second: the task's field `counted` over its elapsed time."""
-
-    def render(self, task: Task) -> Text:
-        """Draw the cell."""
-        return Text(f"{task.fields.get('counted', 0) / max(task.elapsed or 0.0, 1e-9):.0f} tokens/s")
-
-
-class Heartbeat:
-    """For logs, where a progress bar draws nothing: one line a minute. On a terminal and with `quiet` it is silent."""
-
-    def __init__(self, quiet: bool, seconds: float = 60.0) -> None:
-        self._console, self._seconds = Console(stderr=True, quiet=quiet), seconds
-        self._start = self._last = time.monotonic()
-
-    def line(self, words: str, tokens: int) -> None:
-        """Say how far a job is, unless the last line is fresh; `tokens` since the start give the rate."""
-        now = time.monotonic()
-        if self._console.is_terminal or now - self._last < self._seconds:
-            return
-        self._last = now
-        self._console.print(f"{words}  {tokens / (now - self._start):.0f} tokens/s", highlight=False)
 
 
 class Watcher(Protocol):
@@ -79,19 +54,26 @@ class Reporter:
         quiet: write files only.
         watchers: are told of every line.
         writes: of several processes one writes; the others keep their sums only.
+        console: where the words go; None is stdout.
     """
 
     def __init__(
-        self, total: int, path: Path, quiet: bool, watchers: Sequence[Watcher] = (), writes: bool = True
+        self,
+        total: int,
+        path: Path,
+        quiet: bool,
+        watchers: Sequence[Watcher] = (),
+        writes: bool = True,
+        console: Console | None = None,
     ) -> None:
-        self._writes = writes
-        self._path, self._console, self._total = path, Console(quiet=quiet), total
+        self._writes, self._quiet = writes, quiet
+        self._path, self._total = path, total
+        self._console = Console(quiet=True) if quiet else console or Console()
         self._watchers, self._lines = list(watchers), 0
         self._sums = dict.fromkeys(_SUMS, 0.0)
         self._since = time.monotonic()
         self._views = 0
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
+        self._progress: Progress | None = None
 
     def state(self) -> dict[str, float]:
         """For a checkpoint: the sums since the last line, and how many lines there are."""
@@ -127,31 +109,34 @@ class Reporter:
 
     @contextmanager
     def live(self, views: int) -> Iterator[None]:
-        """Show the progress line."""
-        columns = (BarColumn(), TextColumn("{task.completed:.0f} of {task.total:.0f} views {task.description}"))
+        """Tell how far the run is."""
         self._since, self._views = time.monotonic(), views
-        quiet = not self._console.is_terminal
-        with Progress(*columns, TimeRemainingColumn(), console=self._console, disable=quiet) as bar:
-            self._bar, self._task = bar, bar.add_task("", total=self._total, completed=views)
+        with Progress("training", "views", self._total, views, quiet=self._quiet, console=self._console) as progress:
+            self._progress = progress
             try:
                 yield
             finally:
-                self._bar = None
+                self._progress = None
+
+    def evaluating(self) -> Progress:
+        """Tell of an evaluation outside the run's own progress."""
+        return Progress("last evaluation", quiet=self._quiet, console=self._console)
 
     def step(self, views: int, sums: Mapping[str, float], tau: float) -> None:
         """Account one step."""
         for name in _SUMS:
             self._sums[name] += sums[name]
         self._views = views
-        if self._bar is not None:
-            self._bar.update(self._task, completed=views, description=f"{self._words()}  tau {tau:.2f}")
+        if self._progress is not None:
+            self._progress.reach(views, words=f"{self._words()}  tau {tau:.2f}")
 
     def line(self, step: int) -> None:
         """Write the means since the last line."""
         if not self._sums["views"]:
             return
         self._write({"step": step, "views": self._views, **self._means()})
-        self._console.print(f"{self._views} views  {self._words()}", highlight=False)
+        speed = f"{self._means()['views_per_s']:.0f} views/s"
+        self._console.print(f"{self._views} views  {self._words()}  {speed}", highlight=False)
         self._sums, self._since = dict.fromkeys(_SUMS, 0.0), time.monotonic()
 
     def evaluation(self, step: int, views: int, values: Mapping[str, Any], findings: Sequence[Finding] | None) -> None:
@@ -179,10 +164,7 @@ class Reporter:
 
     def _words(self) -> str:
         m = self._means()
-        return (
-            f"loss {m['loss']:.3f}  ce {m['ce']:.3f}  feature {m['feature']:.3f}  top-1 {m['top1']:.3f}  "
-            f"{m['views_per_s']:.0f} views/s"
-        )
+        return f"loss {m['loss']:.3f}  ce {m['ce']:.3f}  feature {m['feature']:.3f}  top-1 {m['top1']:.3f}"
 
     def _write(self, values: Mapping[str, Any]) -> None:
         if not self._writes:

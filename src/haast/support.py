@@ -50,7 +50,14 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
             f"{name} has local attention layers that measure distance in cache slots, where a tree's nodes stand "
             f"beside one another; a model with global or sliding-window attention works"
         )
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - _GATHERABLE
+    text = config.get_text_config()
+    missing = [each for each in ("num_hidden_layers", "hidden_size", "vocab_size") if getattr(text, each, None) is None]
+    if missing:
+        raise UnsupportedModelError(
+            f"{name} is no single stack of decoder layers: its configuration has no {', '.join(missing)}; use a "
+            f"decoder-only causal LM, or stock generate"
+        )
+    kinds = set(getattr(text, "layer_types", None) or ()) - _GATHERABLE
     if kinds:
         raise UnsupportedModelError(
             f"{name} has layers of kind {sorted(kinds)}, whose state can't be gathered by tree path; "

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from haast.drafters.base import Accepted, Drafter
+from haast.core import Accepted, SamplingParams
+from haast.drafters.base import Drafter
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Emission, Engine, Stats, StopConfig
+from haast.engine import Emission, Engine, Stats, StopParams
 from haast.heads.checkpoint import Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.heads.module import DraftModule
-from haast.sampling import SamplingConfig, keyed_uniform
+from haast.kv_pool import Sequence as KVSequence
+from haast.sampling import keyed_uniform
 from haast.target import Target
 from haast.tree import DraftTree
 
@@ -49,7 +51,7 @@ def tiny_llama(
 
 
 def tiny_target(vocab: int = VOCAB, layers: int = 2, context: int = 512, std: float = 0.4, seed: int = 0) -> Target:
-    """`tiny_llama` behind a Target."""
+    """`tiny_llama` as a Target."""
     return Target(tiny_llama(vocab, layers=layers, context=context, std=std, seed=seed))
 
 
@@ -68,15 +70,15 @@ def decode(
     drafter: Drafter,
     prompts: Sequence[Sequence[int]],
     max_new: int,
-    sampling: SamplingConfig | None = None,
+    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     eos: tuple[int, ...] = (),
-    stop: Callable[[int, Sequence[int]], bool] | None = None,
+    stop: Callable[[Sequence[int]], bool] | None = None,
     stats: Stats | None = None,
 ) -> list[list[int]]:
-    """The new tokens of every row."""
-    rules = StopConfig(max_new, eos, stop)
-    return collect(Engine(target, drafter).run(prompts, sampling or SamplingConfig(), rules, stats), len(prompts))
+    """The new tokens of every row; `sampling` is for all rows, or one a row."""
+    rules = StopParams(max_new, eos, stop)
+    return collect(Engine(target, drafter).run(prompts, sampling or SamplingParams(), rules, stats), len(prompts))
 
 
 def collect(emissions: Iterable[Emission], rows: int) -> list[list[int]]:
@@ -92,7 +94,10 @@ def collect(emissions: Iterable[Emission], rows: int) -> list[list[int]]:
 
 
 def vanilla(
-    target: Target, prompts: Sequence[Sequence[int]], max_new: int, sampling: SamplingConfig | None = None
+    target: Target,
+    prompts: Sequence[Sequence[int]],
+    max_new: int,
+    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
 ) -> list[list[int]]:
     """What the target says by itself."""
     return decode(target, VanillaDrafter(), prompts, max_new, sampling)
@@ -110,44 +115,54 @@ class Node:
     token: int
     parent: int
     live: bool = True
-    probe: bool = False
+    placeholder: bool = False
+
+
+@dataclass
+class FakeState:
+    """A request as a fake drafter knows it: its tokens up to the root, and its place among the texts of the test."""
+
+    history: list[int]
+    row: int
 
 
 class FakeDrafter(Drafter):
-    """Keeps each row's history from what the engine tells it, and asks `draft` for the nodes under the root."""
+    """Keeps each request's history from what the engine tells it, and asks `draft` for the nodes under the root.
 
-    def __init__(self, nodes: int) -> None:
-        self._nodes = nodes
-        self.histories: list[list[int]] = []
-        self.numbers: list[int] = []
+    Args:
+        nodes: of every tree.
+        texts: what the requests say, prompts included, where the test knows it: a request is the first text that
+            begins as it does. Without them every request is number 0.
+    """
+
+    def __init__(self, nodes: int, texts: Sequence[Sequence[int]] = ()) -> None:
+        self._nodes, self._texts = nodes, [list(text) for text in texts]
 
     @property
     def nodes(self) -> int:
         return self._nodes
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> None:
-        self.histories = [[prompt[0]] for prompt in prompts]
-        self.numbers = list(range(len(prompts)))
+    def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> FakeState:
+        known = (row for row, text in enumerate(self._texts) if text[: len(prompt)] == list(prompt))
+        return FakeState(list(prompt[: reused + 1]), next(known, 0))
 
-    def keep(self, order: Sequence[int]) -> None:
-        self.histories = [self.histories[row] for row in order]
-        self.numbers = [self.numbers[row] for row in order]
-
-    def observe(self, accepted: Accepted) -> None:
+    def observe(self, states: Sequence[FakeState], accepted: Accepted) -> None:
         assert accepted.tokens.shape == accepted.features.shape[:2], "one feature per kept position"
-        for row, count in enumerate(accepted.counts):
-            self.histories[row].extend(accepted.tokens[row, :count].tolist())
+        told = zip(accepted.tokens.tolist(), accepted.counts.tolist(), strict=True)
+        assert [row[:count] for row, count in told] == accepted.said(), "what is on the host is what the tensors hold"
+        for state, said in zip(states, accepted.said(), strict=True):
+            state.history.extend(said)
 
-    def propose(self) -> DraftTree:
-        drafts = [self.draft(row, history) for row, history in zip(self.numbers, self.histories, strict=True)]
+    def propose(self, states: Sequence[FakeState], budget: int | None = None) -> DraftTree:
+        drafts = [self.draft(state.row, state.history) for state in states]
         assert all(len(draft) == self._nodes - 1 for draft in drafts), "a drafter's trees have one size"
-        roots = [Node(history[-1], -1) for history in self.histories]
-        trees = [[root, *draft] for root, draft in zip(roots, drafts, strict=True)]
+        roots = [Node(state.history[-1], -1) for state in states]
+        trees = [[root, *draft][:budget] for root, draft in zip(roots, drafts, strict=True)]
         return DraftTree.from_parents(
             torch.tensor([[node.token for node in tree] for tree in trees]),
             torch.tensor([[node.parent for node in tree] for tree in trees]),
             torch.tensor([[node.live for node in tree] for tree in trees]),
-            torch.tensor([[node.probe for node in tree] for tree in trees]),
+            torch.tensor([[node.placeholder for node in tree] for tree in trees]),
         )
 
     def draft(self, row: int, history: list[int]) -> list[Node]:
@@ -163,8 +178,8 @@ class OracleChain(FakeDrafter):
     def __init__(
         self, texts: Sequence[Sequence[int]], depth: int, right: Callable[[int, int], bool], vocab: int = VOCAB
     ) -> None:
-        super().__init__(depth + 1)
-        self._texts, self._depth, self._right, self._vocab = texts, depth, right, vocab
+        super().__init__(depth + 1, texts)
+        self._depth, self._right, self._vocab = depth, right, vocab
 
     def draft(self, row: int, history: list[int]) -> list[Node]:
         text, begin = self._texts[row], len(history)
@@ -191,9 +206,9 @@ def sometimes(texts: Sequence[Sequence[int]], depth: int = 3, rate: float = 0.6,
 
 
 class RandomTrees(FakeDrafter):
-    """Random parents and tokens, twin siblings, dead nodes and probes; a node is the oracle's with chance `rate`.
+    """Random parents and tokens, twin siblings, dead nodes and placeholders; a node is right with chance `rate`.
 
-    The tree is a function of (seed, row, position) alone, so it depends on the prefix only.
+    The tree is a function of the seed and the text up to its root, so it depends on the prefix only.
     """
 
     name = "random"
@@ -209,12 +224,12 @@ class RandomTrees(FakeDrafter):
         probes: float = 0.0,
         vocab: int = VOCAB,
     ) -> None:
-        super().__init__(nodes)
-        self._seed, self._texts, self._vocab = seed, texts, vocab
+        super().__init__(nodes, texts)
+        self._seed, self._vocab = seed, vocab
         self._rate, self._dead, self._probes = rate, dead, probes
 
     def draft(self, row: int, history: list[int]) -> list[Node]:
-        rng = random.Random(f"{self._seed} {row} {len(history)}")
+        rng = random.Random(f"{self._seed} {history}")
         text = self._texts[row] if self._texts else []
         made, depths = [Node(history[-1], -1)], [0]
         for number in range(1, self._nodes):
@@ -244,7 +259,7 @@ def chi_square_p(observed: Sequence[float], expected: Sequence[float]) -> float:
 
 
 def drafted(module: DraftModule, embedded: Tensor, known: Tensor, count: int) -> Tensor:
-    """The state (hidden,) behind `known` (n, hidden), after `count` states of the module's own, by brute force.
+    """The state (hidden,) after `known` (n, hidden), after `count` states of the module's own, by brute force.
 
     `embedded` (n + count at least, hidden) are the pairs' embeddings; positions count from 0.
     """

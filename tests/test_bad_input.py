@@ -20,7 +20,7 @@ from transformers import GenerationConfig, GenerationMixin, LlamaForCausalLM, T5
 
 import haast
 from haast.api import Haast
-from haast.drafters.heads import drafter_with
+from haast.drafters.factory import head_drafter
 from haast.drafters.shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
 from haast.dropin.arguments import REFUSED_SETTINGS
@@ -344,7 +344,7 @@ def spoilt(module: nn.Module) -> None:
 def test_a_head_that_drafts_nothing_is_refused(watched: Watched, spoil: Any, why: str) -> None:
     for loaded in (
         lambda head: haast.Decoder(watched.model, head=head),
-        lambda head: drafter_with(tiny_target(), head, DraftShape()),
+        lambda head: head_drafter(tiny_target(), head, DraftShape()),
     ):
         head = random_head(tiny_target())
         spoil(head.module)
@@ -380,7 +380,8 @@ def loaded() -> Iterator[Haast]:
         ({"prompt": [99]}, r"outside 0\.\.31"),
         ({"prompt": [1.5]}, "not a mixture"),
         ({"prompt": None}, "the prompt is a NoneType: give text"),
-        ({"prompt": IDS}, r"the prompt is a Tensor: .*tensor.tolist\(\)"),
+        ({"prompt": IDS.float()}, r"the prompt is a Tensor of torch.float32, .*: give token ids as whole numbers"),
+        ({"prompt": IDS[None]}, r"the prompt is a Tensor of torch.int64, shape \(1, 1, 4\)"),
         ({"prompt": b"ab"}, "the prompt is a bytes"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 is not allowed"),
         ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 is not allowed"),

@@ -17,24 +17,24 @@ from test_stack import KINDS, made
 
 from haast import native
 from haast.acceptance import RejectionRule
-from haast.cache import TreeCache, packed_order
-from haast.drafters.base import Accepted, Drafter
-from haast.drafters.eagle import EagleDrafter
+from haast.core import Accepted, SamplingParams
+from haast.drafters.base import Drafter
+from haast.drafters.eagle import EagleDrafter, EagleState, _joined
 from haast.drafters.hybrid import HybridDrafter
 from haast.drafters.shape import DraftShape, shape_for
 from haast.drafters.small_model import SmallModelDrafter
 from haast.drafters.vanilla import VanillaDrafter
-from haast.drafters.waiting import Waiting
 from haast.drafters.ways import Way, Ways, usual_ways, way_for
-from haast.engine import Engine, Step, StopConfig
-from haast.sampling import SamplingConfig
-from haast.speed.policy import Pace
+from haast.engine import Engine, Step, StopParams
+from haast.kv_pool import KVPool
+from haast.kv_pool import Sequence as KVSequence
 from haast.target import Target
 from haast.tree import DraftTree
+from haast.tuning.policy import CostModel
 
 LENGTHS = (3, 1, 9, 4, 6, 2, 12, 5)  # of the prompts
 ENDS = (5, 21, 1, 13, 13, 30, 8, 2)  # of the answers: rows leave from the middle, the front and the back, two at once
-PACE = Pace((8.0, 8.5, 9.0, 9.5, 10.0, 10.5), 0.3, 0.2, follow=0.9)
+PACE = CostModel((8.0, 8.5, 9.0, 9.5, 10.0, 10.5), 0.3, 0.2, follow=0.9)
 
 
 @cache
@@ -47,11 +47,11 @@ def prompts(vocab: int = 32) -> list[list[int]]:
     return [[rng.randrange(vocab) for _ in range(length)] for length in LENGTHS]
 
 
-def ending(ends: Sequence[int]) -> StopConfig:
-    return StopConfig(max(ends), stop=lambda row, new: len(new) >= ends[row])
+def ending(ends: Sequence[int]) -> list[StopParams]:
+    return [StopParams(max(ends), stop=lambda new, end=end: len(new) >= end) for end in ends]  # type: ignore[misc]
 
 
-def together(at: Target, drafter: Drafter, law: SamplingConfig, seen: list[Step] | None = None) -> list[list[int]]:
+def together(at: Target, drafter: Drafter, law: SamplingParams, seen: list[Step] | None = None) -> list[list[int]]:
     watch = None if seen is None else seen.append
     vocab = at.vocab_size
     run = Engine(at, drafter).run(prompts(vocab), law, ending(ENDS), watch=watch)
@@ -60,10 +60,10 @@ def together(at: Target, drafter: Drafter, law: SamplingConfig, seen: list[Step]
 
 def alone(at: Target, drafter: Drafter) -> list[list[int]]:
     each = zip(prompts(at.vocab_size), ENDS, strict=True)
-    return [collect(Engine(at, drafter).run([p], SamplingConfig(), ending([end])), 1)[0] for p, end in each]
+    return [collect(Engine(at, drafter).run([p], SamplingParams(), ending([end])), 1)[0] for p, end in each]
 
 
-LAWS = [SamplingConfig(), SamplingConfig(1.2, top_p=0.95, repetition_penalty=1.2, seed=11)]
+LAWS = [SamplingParams(), SamplingParams(1.2, top_p=0.95, repetition_penalty=1.2, seed=11)]
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
@@ -74,13 +74,13 @@ def test_eight_ragged_rows_say_what_each_says_alone(name: str) -> None:
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("name", DRAFTERS)
-def test_every_drafter_says_what_vanilla_says_while_rows_leave(name: str, law: SamplingConfig) -> None:
+def test_every_drafter_says_what_vanilla_says_while_rows_leave(name: str, law: SamplingParams) -> None:
     assert together(target(), DRAFTERS[name](target()), law) == together(target(), VanillaDrafter(), law)
 
 
 def test_forwards_go_over_the_rows_that_run() -> None:
     seen: list[Step] = []
-    texts = together(target(), VanillaDrafter(), SamplingConfig(), seen)
+    texts = together(target(), VanillaDrafter(), SamplingParams(), seen)
     assert [len(text) for text in texts] == list(ENDS)
     for number, step in enumerate(seen, start=2):  # a row's first token comes with its prompt
         assert sorted(step.rows) == [row for row, end in enumerate(ENDS) if end >= number]
@@ -89,7 +89,7 @@ def test_forwards_go_over_the_rows_that_run() -> None:
 
 
 def test_a_sampled_tree_is_judged_by_its_rows_own_draws() -> None:
-    law, small = SamplingConfig(0.8, seed=4), tiny_target(layers=1, seed=5)
+    law, small = SamplingParams(0.8, seed=4), tiny_target(layers=1, seed=5)
 
     def run(rows: Sequence[int]) -> list[list[int]]:
         """The rows that are not asked for end at once, so they leave at the first step."""
@@ -103,7 +103,7 @@ def test_a_sampled_tree_is_judged_by_its_rows_own_draws() -> None:
 # ------------------------------------------------------------------ by rows
 
 
-def alternating(nodes: int = 6, pace: Pace | None = None) -> Ways:
+def alternating(nodes: int = 6, pace: CostModel | None = None) -> Ways:
     """Drafts and does not, in turn, as rows leave."""
     small = DraftShape("dynamic", depth=2, top_k=3, width=2, nodes=3)
     return {2: Way(None, pace), 4: Way(small, pace), 6: Way(None, pace), 7: Way(shape_for(nodes), pace), 8: Way(None)}
@@ -113,7 +113,7 @@ def alternating(nodes: int = 6, pace: Pace | None = None) -> Ways:
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("make", [lambda eagle: eagle, HybridDrafter])
 def test_falling_back_and_resuming_changes_no_text(
-    make: Callable[[EagleDrafter], Drafter], law: SamplingConfig, pace: Pace | None
+    make: Callable[[EagleDrafter], Drafter], law: SamplingParams, pace: CostModel | None
 ) -> None:
     eagle = EagleDrafter(target(), random_head(target()))
     eagle.reshape(shape_for(8), pace, alternating(pace=pace))
@@ -134,7 +134,7 @@ def test_what_is_drafted_after_a_pause_is_what_a_head_without_one_drafts() -> No
     for ways in (None, {4: Way(shape), 8: Way(None)}):
         eagle, trees = EagleDrafter(target(), random_head(target())), list[Step]()
         eagle.reshape(shape, ways=ways)
-        together(target(), eagle, SamplingConfig(), trees)
+        together(target(), eagle, SamplingParams(), trees)
         seen.append([step.tree for step in trees if len(step.rows) == 1])
     last = seen[1]
     assert 0 < len(last) <= len(seen[0])
@@ -143,24 +143,36 @@ def test_what_is_drafted_after_a_pause_is_what_a_head_without_one_drafts() -> No
 
 
 def test_a_long_pause_is_observed_in_parts() -> None:
-    eagle = EagleDrafter(target(), random_head(target()))
+    eagle, states = EagleDrafter(target(), random_head(target())), list[EagleState]()
     eagle.reshape(shape_for(6), ways={2: Way(None)})
-    texts = collect(Engine(target(), eagle).run([[1, 2], [3]], SamplingConfig(), StopConfig(150)), 2)
-    assert texts == collect(Engine(target(), VanillaDrafter()).run([[1, 2], [3]], SamplingConfig(), StopConfig(150)), 2)
-    assert eagle._waiting.positions < 128 <= max(eagle._cache.lengths)  # type: ignore[union-attr]
+    begin, most = eagle.begin, [0]
+
+    def begins(prompt: Sequence[int], kv: KVSequence, reused: int) -> EagleState:
+        states.append(begin(prompt, kv, reused))
+        return states[-1]
+
+    def watch(step: Step) -> None:
+        most.append(max(state.waiting for state in states))
+
+    eagle.begin = begins  # type: ignore[method-assign]
+    run = Engine(target(), eagle).run([[1, 2], [3]], SamplingParams(), StopParams(150), watch=watch)
+    assert collect(run, 2) == collect(
+        Engine(target(), VanillaDrafter()).run([[1, 2], [3]], SamplingParams(), StopParams(150)), 2
+    )
+    assert len(states) == 2 and all(state.waiting < 128 <= state.observed for state in states)
+    assert 64 < max(most) <= 128
 
 
 @pytest.mark.skipif(not native.available(), reason="no native kernels")
 @pytest.mark.parametrize("law", LAWS)
-def test_packed_rows_have_the_bits_of_single_ones(law: SamplingConfig) -> None:
+def test_packed_rows_have_the_bits_of_single_ones(law: SamplingParams) -> None:
     packed = made(KINDS["llama"])
     assert packed.use_one_call()
     eagle = EagleDrafter(packed, random_head(packed))
-    assert eagle._quick is not None
     eagle.reshape(shape_for(8), PACE, alternating(pace=PACE))
     assert together(packed, eagle, law) == together(packed, VanillaDrafter(), law)
-    assert together(packed, eagle, SamplingConfig()) == alone(packed, VanillaDrafter())
-    assert eagle._quick is not None
+    assert together(packed, eagle, SamplingParams()) == alone(packed, VanillaDrafter())
+    assert eagle._growing and all(each.quick is not None for each in eagle._growing.values())
 
 
 def test_a_way_is_of_the_next_row_count_that_is_known() -> None:
@@ -179,66 +191,51 @@ def test_usual_ways_draft_less_the_more_rows_there_are() -> None:
 @settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), min_size=1, max_size=5), st.data())
 def test_what_waited_is_observed_in_order(counts: list[list[int]], data: st.DataObject) -> None:
-    rng, waiting, expected = random.Random(0), Waiting(), [list[int]() for _ in range(3)]
-    rows = [0, 1, 2]
+    """Steps of changing batches: a row's number in a step is not its number in the next."""
+    rng, expected = random.Random(0), [list[int]() for _ in range(3)]
+    states = [EagleState(KVPool(16).sequence(), 0, 0, torch.tensor(0)) for _ in range(3)]
     for step in counts:
+        rows = data.draw(st.permutations(range(3)))[: data.draw(st.integers(1, 3))]
         own = [step[row] for row in rows]
         said = [[rng.randrange(1, 99) for _ in range(max(own))] for _ in rows]
         tokens = torch.tensor(said, dtype=torch.long).view(len(rows), max(own))
-        waiting.add(Accepted(tokens, tokens.unsqueeze(2).float(), tuple(own)))
-        for row, number, count in zip(rows, range(len(rows)), own, strict=True):
-            expected[row] += tokens[number, :count].tolist()
-        if len(rows) > 1 and data.draw(st.booleans()):
-            order = packed_order([number != 0 for number in range(len(rows))])
-            waiting.keep(order)
-            rows = [rows[number] for number in order]
-    taken = waiting.take()
-    assert taken is not None and waiting.take() is None
-    for number, row in enumerate(rows):
-        assert taken.tokens[number, : taken.counts[number]].tolist() == expected[row]
-        assert taken.features[number, : taken.counts[number], 0].tolist() == expected[row]
+        accepted = Accepted(tokens, tokens.unsqueeze(2).float(), torch.tensor(own))
+        for number, row in enumerate(rows):
+            states[row].pending.append((accepted, number))
+            expected[row] += tokens[number, : own[number]].tolist()
+    waits = [row for row in range(3) if states[row].pending]
+    tokens, features, taken = _joined([states[row] for row in waits])
+    for number, row in enumerate(waits):
+        assert tokens[number, : taken[number]].tolist() == expected[row]
+        assert features[number, : taken[number], 0].tolist() == expected[row]
 
 
 # ------------------------------------------------------------------ the cache
 
 
-@settings(max_examples=60)
-@given(st.lists(st.booleans(), min_size=1, max_size=9).filter(any))
-def test_the_packed_order_keeps_who_stays_and_moves_the_fewest(stays: list[bool]) -> None:
-    order = packed_order(stays)
-    assert sorted(order) == [row for row, on in enumerate(stays) if on]
-    moved = sum(row != i for i, row in enumerate(order))
-    assert moved == sum(not on for on in stays[: len(order)])
-
-
 @settings(max_examples=25)
 @given(st.integers(0, 10**6))
-def test_a_cache_holds_its_rows_through_leaving_growing_and_going_on(seed: int) -> None:
+def test_a_cache_holds_its_rows_through_leaving_joining_and_going_on(seed: int) -> None:
     rng = random.Random(seed)
-    texts = [list[int]() for _ in range(5)]
-    cache = TreeCache(2, 5, 256)
-    cache.capacity = 4  # so that it grows on the way
+    cache = target().new_cache(5, 48)
+    rows = [(each, list[int]()) for each in cache.sequences]
     for _ in range(6):
-        fed = [[rng.randrange(32) for _ in range(rng.randint(1, 4))] for _ in texts]
+        fed = [[rng.randrange(32) for _ in range(rng.randint(1, 4))] for _ in rows]
         width = max(map(len, fed))
         tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in fed])
         live = torch.tensor([[i < len(row) for i in range(width)] for row in fed])
+        cache.bind([sequence for sequence, _ in rows])
         target().forward(DraftTree.chain(tokens, live), cache)
         cache.commit([range(len(row)) for row in fed])
-        texts = [[*text, *own] for text, own in zip(texts, fed, strict=True)]
-        if len(texts) > 1 and rng.random() < 0.6:
-            gone = rng.randrange(len(texts))
-            order = packed_order([row != gone for row in range(len(texts))])
-            cache.keep(order)
-            texts = [texts[row] for row in order]
-    for row, text in enumerate(texts):
-        assert_holds(cache, row, text)
-
-
-def test_orders_that_lose_rows_are_refused() -> None:
-    cache = TreeCache(1, 3)
-    for wrong in ([], [0, 0], [3], [1, 0], [0, 2, 1]):
-        with pytest.raises(ValueError, match=r"does not fit 3 rows|moves a row over"):
-            cache.keep(wrong)
-    cache.keep([0, 2])
-    assert cache.rows == 2 and cache.lengths == [0, 0]
+        for (_, text), own in zip(rows, fed, strict=True):
+            text += own
+        if len(rows) > 1 and rng.random() < 0.6:
+            gone, _ = rows.pop(rng.randrange(len(rows)))
+            gone.release()
+        if len(rows) < 5 and rng.random() < 0.5:
+            rows.append((cache.pool.sequence(), []))
+        rng.shuffle(rows)
+    cache.bind([sequence for sequence, _ in rows]).begin(1)
+    for row, (_, text) in enumerate(rows):
+        if text:
+            assert_holds(cache, row, text)

@@ -1,4 +1,4 @@
-"""The cache: what `commit` keeps is what a fresh prefill would hold; growth loses nothing; rows are independent."""
+"""The KV cache: what `commit` keeps is what a fresh prefill would hold; rows are independent, blocks lie anywhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from haast.cache import TreeCache, cache_name
+from haast.cache import KVCache, cache_name
+from haast.errors import UnsupportedModelError
+from haast.kv_pool import BLOCK, KVPool, PoolFullError
 from haast.target import Target
 from haast.tree import DraftTree
 
@@ -27,26 +29,22 @@ def target() -> Target:
     return tiny_target()
 
 
-def held(cache: TreeCache, row: int) -> list[tuple[Tensor, Tensor]]:
-    """A row's committed keys and values per layer, read by appending one node of zeros."""
-    read = TreeCache(len(cache.layers), 1)
-    read.copy_row(cache, row, 0)
-    read.begin(1)
-    found = []
-    for layer in range(len(cache.layers)):
-        keys, values = read.update(torch.zeros(1, 2, 1, 8).double(), torch.zeros(1, 2, 1, 8).double(), layer)
-        found.append((keys[0, :, :-1].clone(), values[0, :, :-1].clone()))
-    return found
+def held(cache: KVCache, row: int) -> list[tuple[Tensor, Tensor]]:
+    """A row's committed keys and values per layer."""
+    slots = cache.physical(torch.arange(cache.lengths[row]).expand(cache.rows, -1))[row]
+    stores = cache.layer_tensors()
+    assert stores is not None
+    return [(keys[:, slots].clone(), values[:, slots].clone()) for keys, values in stores]
 
 
-def prefill(tokens: list[int]) -> TreeCache:
+def prefill(tokens: list[int]) -> KVCache:
     cache = target().new_cache()
     target().forward(DraftTree.chain(torch.tensor([tokens])), cache)
     cache.commit([range(len(tokens))])
     return cache
 
 
-def assert_holds(cache: TreeCache, row: int, tokens: list[int]) -> None:
+def assert_holds(cache: KVCache, row: int, tokens: list[int]) -> None:
     assert cache.lengths[row] == len(tokens)
     for mine, theirs in zip(held(cache, row), held(prefill(tokens), 0), strict=True):
         assert torch.allclose(mine[0], theirs[0], rtol=0, atol=CLOSE)
@@ -94,21 +92,89 @@ def numbered(rows: int, nodes: int, begin: int) -> Tensor:
     return torch.stack([torch.stack([torch.full_like(numbers, row), numbers], -1) for row in range(rows)]).unsqueeze(1)
 
 
-def test_growth_keeps_content() -> None:
-    cache = TreeCache(2, 2, capacity=1)
-    assert cache.capacity == 256
+def empty(layers: int, rows: int, tokens: int = 1024, scattered: bool = False) -> KVCache:
+    """Rows of a pool; with `scattered` blocks no two of a row lie side by side."""
+    pool = KVPool(2 * tokens if scattered else tokens)
+    if scattered:
+        taken = pool.take(pool.blocks)
+        for block in taken[::2]:
+            pool.give_back(block)
+    return KVCache(pool, layers, torch.device("cpu")).bind([pool.sequence() for _ in range(rows)])
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_growth_keeps_content(rows: int, scattered: bool) -> None:
+    cache = empty(2, rows, 2048, scattered)
+    where = [0]
     for begin in range(0, 1000, 100):
         cache.begin(100)
         for layer in range(2):
-            keys, values = cache.update(numbered(2, 100, begin), -numbered(2, 100, begin), layer)
-            assert torch.equal(keys, numbered(2, begin + 100, 0))
-            assert torch.equal(values, -numbered(2, begin + 100, 0))
-        cache.commit([range(100)] * 2)
-    assert cache.capacity >= 1000 and cache.capacity % 256 == 0
+            keys, values = cache.update(numbered(rows, 100, begin), -numbered(rows, 100, begin), layer)
+            assert torch.equal(keys, numbered(rows, begin + 100, 0))
+            assert torch.equal(values, -numbered(rows, begin + 100, 0))
+        stores = cache.layer_tensors()
+        assert stores is not None
+        where.append(stores[0][0].data_ptr())
+        cache.commit([range(100)] * rows)
+    assert len(set(where[1:])) == 1, "addresses never change"
+
+
+def test_a_head_lies_one_slot_further_in_the_same_blocks() -> None:
+    cache = empty(1, 2)
+    cache.begin(20)
+    cache.update(numbered(2, 20, 0), numbered(2, 20, 0), 0)
+    cache.commit([range(20), range(18)])
+    head = cache.beside(1, torch.device("cpu"))
+    head.bind(cache.sequences, [15, 0]).begin(5)
+    keys, _ = head.update(numbered(2, 5, 50), numbered(2, 5, 50), 0)
+    assert keys[0, 0, 15:, 1].tolist() == keys[1, 0, :5, 1].tolist() == [50, 51, 52, 53, 54]
+    assert head.all_slots()[0][0].tolist() == (cache.physical(torch.arange(16, 21).expand(2, -1))[0]).tolist()
+    head.advance([5, 2])
+    assert head.lengths == [20, 2] and cache.lengths == [20, 18], "a head's progress is its own"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bits_are_what_is_read(dtype: torch.dtype) -> None:
+    pool = KVPool(64)
+    cache = KVCache(pool, 1, torch.device("cpu"), dtype=dtype).bind([pool.sequence()])
+    states = torch.randn(1, 1, 3, 8)
+    cache.begin(3)
+    keys, values = cache.update(states, -states, 0)
+    assert keys.dtype is torch.float32
+    assert torch.equal(keys, states.to(dtype).float()) and torch.equal(values, -states.to(dtype).float())
+    assert cache.bytes_per_token == 2 * 8 * 2
+
+
+def test_a_block_is_copied_in_all_layers() -> None:
+    cache = empty(2, 2)
+    cache.begin(BLOCK)
+    for layer in range(2):
+        cache.update(numbered(2, BLOCK, 10 * layer), numbered(2, BLOCK, 10 * layer), layer)
+    cache.commit([range(BLOCK)] * 2)
+    first, second = (int(sequence.table[0]) for sequence in cache.sequences)
+    cache.copy_block(first, second)
+    for mine, theirs in zip(held(cache, 0), held(cache, 1), strict=True):
+        assert torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1])
+
+
+def test_a_full_pool_gives_nothing() -> None:
+    cache = empty(1, 2, 4 * BLOCK)
+    cache.begin(BLOCK)
+    assert cache.pool.available == 2
+    with pytest.raises(PoolFullError):
+        cache.begin(3 * BLOCK)
+
+
+def test_other_positions_than_the_forwards_are_refused() -> None:
+    cache = empty(1, 1)
+    cache.begin(2)
+    with pytest.raises(UnsupportedModelError, match="stores 3 positions where the forward has 2"):
+        cache.update(numbered(1, 3, 0), numbered(1, 3, 0), 0)
 
 
 def test_ragged_rows_append_behind_their_own_length() -> None:
-    cache = TreeCache(1, 2)
+    cache = empty(1, 2)
     cache.begin(4)
     cache.update(numbered(2, 4, 0), numbered(2, 4, 0), 0)
     cache.commit([[0, 1, 2, 3], [0, 2]])
@@ -121,7 +187,7 @@ def test_ragged_rows_append_behind_their_own_length() -> None:
 
 
 def test_a_path_may_skip_and_the_next_append_overwrites_what_was_rejected() -> None:
-    cache = TreeCache(1, 1)
+    cache = empty(1, 1)
     cache.begin(6)
     cache.update(numbered(1, 6, 0), numbered(1, 6, 0), 0)
     cache.commit([[0, 3, 5]])
@@ -130,36 +196,18 @@ def test_a_path_may_skip_and_the_next_append_overwrites_what_was_rejected() -> N
     assert keys[0, 0, :, 1].tolist() == values[0, 0, :, 1].tolist() == [0, 3, 5, 9]
 
 
-def test_truncate_and_copy_row() -> None:
-    cache = TreeCache(2, 2)
+def test_truncate() -> None:
+    cache = empty(2, 2)
     cache.begin(5)
     for layer in range(2):
         cache.update(numbered(2, 5, 10 * layer), numbered(2, 5, 10 * layer), layer)
     cache.commit([range(5), range(3)])
     cache.truncate(0, 2)
-    assert cache.lengths == [2, 3]
-    other = TreeCache(2, 3)
-    other.copy_row(cache, 1, 2)
-    assert other.lengths == [0, 0, 3]
-    other.begin(1)
-    for layer in range(2):
-        keys, _ = other.update(numbered(3, 1, 99), numbered(3, 1, 99), layer)
-        assert keys[2, 0, :, 0].tolist() == [1, 1, 1, 2]
-        assert keys[2, 0, :, 1].tolist() == [10 * layer, 10 * layer + 1, 10 * layer + 2, 99]
-
-
-def test_a_long_row_is_copied_into_a_small_cache() -> None:
-    long = TreeCache(1, 1)
-    long.begin(700)
-    long.update(numbered(1, 700, 0), numbered(1, 700, 0), 0)
-    long.commit([range(700)])
-    small = TreeCache(1, 2)
-    small.copy_row(long, 0, 1)
-    assert small.lengths == [0, 700] and small.capacity >= 700
+    assert cache.lengths == [2, 3] == [sequence.length for sequence in cache.sequences]
 
 
 def test_layers_of_other_shapes_get_room_of_their_own() -> None:
-    cache = TreeCache(2, 1)
+    cache = empty(2, 1)
     cache.begin(2)
     cache.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 6), 0)
     keys, values = cache.update(2 * torch.ones(1, 3, 2, 4), 2 * torch.ones(1, 3, 2, 4), 1)
@@ -171,7 +219,7 @@ def test_layers_of_other_shapes_get_room_of_their_own() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    cache = TreeCache(1, 2)
+    cache = empty(1, 2)
     cache.begin(3)
     cache.update(numbered(2, 3, 0), numbered(2, 3, 0), 0)
     with pytest.raises(ValueError, match="2 rows, 1 paths"):
@@ -182,13 +230,10 @@ def test_what_does_not_fit_is_refused() -> None:
         cache.commit([None, [-1]])
     with pytest.raises(ValueError, match="can't be cut to 9"):
         cache.truncate(0, 9)
-    for wrong in ((0, 1, 1), (1, 0, 1), (1, 1, 0)):
-        with pytest.raises(ValueError, match=">= 1"):
-            TreeCache(*wrong)
 
 
 def test_a_refused_commit_changes_nothing() -> None:
-    cache = TreeCache(1, 2)
+    cache = empty(1, 2)
     cache.begin(3)
     cache.update(numbered(2, 3, 0), numbered(2, 3, 0), 0)
     with pytest.raises(ValueError, match="does not fit"):
@@ -199,7 +244,7 @@ def test_a_refused_commit_changes_nothing() -> None:
 
 
 def test_a_forward_is_committed_once() -> None:
-    cache = TreeCache(1, 1)
+    cache = empty(1, 1)
     cache.begin(2)
     cache.update(numbered(1, 2, 0), numbered(1, 2, 0), 0)
     cache.commit([[0, 1]])
@@ -207,16 +252,9 @@ def test_a_forward_is_committed_once() -> None:
         cache.commit([[0]])
 
 
-def test_a_deep_copy_goes_its_own_way() -> None:
-    cache = TreeCache(1, 1)
-    cache.begin(3)
-    cache.update(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2), 0)
-    other = copy.deepcopy(cache)
-    other.commit([range(2)])
-    cache.commit([range(3)])
-    assert (cache.get_seq_length(), other.get_seq_length()) == (3, 2)
-    del cache
-    assert other.get_seq_length() == 2
+def test_a_copy_is_refused() -> None:
+    with pytest.raises(TypeError, match="belongs to one pool"):
+        copy.deepcopy(empty(1, 1))
 
 
 # ------------------------------------------------------------------ its name

@@ -18,15 +18,15 @@ from haast.bench.batch_costs import BatchCosts
 from haast.bench.calibrate import calibrate, choose, search
 from haast.bench.costs import draw, roofline_ms
 from haast.bench.plan import MACHINES, Machine, parse_machine, project
+from haast.core import SamplingParams
 from haast.drafters.calibrated import apply_calibration, default_path, find_calibration, identity
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import DraftShape
 from haast.drafters.ways import Way, way_for
-from haast.engine import Engine, Stats, StopConfig
-from haast.sampling import SamplingConfig
-from haast.speed.calibration import Batch, Calibration
+from haast.engine import Engine, Stats, StopParams
 from haast.speed.packing import PackedLinear
 from haast.target import Target
+from haast.tuning.calibration import Batch, Calibration
 
 PROMPTS = [[1, 2, 3, 4, 5], [9, 8, 7], [20, 21]]
 
@@ -215,7 +215,7 @@ def test_more_keys_do_no_harm(found: Calibration, tmp_path: Path) -> None:
 def test_it_is_found_and_put_to_use(
     found: Calibration, target: Target, eagle: EagleDrafter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("haast.drafters.calibrated.cached_assets_path", lambda **_: tmp_path)
+    monkeypatch.setattr("haast.tuning.latency.cached_assets_path", lambda **_: tmp_path)
     known = identity(target, eagle)
     assert found.identity == known
     assert find_calibration(target, eagle) is None and find_calibration(target, eagle, "off") is None
@@ -230,7 +230,9 @@ def test_it_is_found_and_put_to_use(
     assert way_for(eagle.ways, 8) != Way(eagle.shape, eagle.pace)  # without measured batches: what is usual
     batches = {2: a_batch(), 8: replace(a_batch(), shape={})}
     assert apply_calibration(eagle, Calibration(**{**kept.__dict__, "shape": shape, "batches": batches}))
-    assert eagle.ways[2] == Way(DraftShape(**a_batch().shape), a_batch().chosen_pace)
+    two = eagle.ways[2]
+    assert (two.shape, two.pace) == (DraftShape(**a_batch().shape), a_batch().chosen_pace)
+    assert two.usual_gain == a_batch().expected["tau"] - 1
     assert way_for(eagle.ways, 5) == Way(None, a_batch().chosen_pace)
     eagle.reshape(before)
     assert not apply_calibration(eagle, Calibration(**{**kept.__dict__, "shape": {}, "pace": None}))
@@ -246,7 +248,7 @@ def test_a_replayed_shape_has_the_tau_of_a_real_run(target: Target, eagle: Eagle
     eagle.reshape(shape)
     stats = Stats()
     for prompt in PROMPTS:
-        for _ in Engine(target, eagle).run([prompt], SamplingConfig(), StopConfig(40), stats):
+        for _ in Engine(target, eagle).run([prompt], SamplingParams(), StopParams(40), stats):
             continue
     steps = replay.record(target, eagle, PROMPTS, 40)
     eagle.reshape(before)

@@ -11,14 +11,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from haast.checking import LawTest, chi_square, compare, diagnose, sampled_law, tiny_law, tolerance
 from haast.checking.divergence import logits_after
+from haast.core import RowVerdict, SamplingParams, Verdict
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import DraftShape
-from haast.engine import StopConfig
+from haast.engine import StopParams
 from haast.heads.checkpoint import Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
-from haast.sampling import SamplingConfig, keyed_uniform
+from haast.sampling import keyed_uniform
 from haast.target import Target
-from haast.verify import RowVerdict, Verdict, verify
+from haast.verify import verify
 
 PROMPT = [1, 2, 3, 4]
 CONFIG = LlamaConfig(
@@ -60,8 +61,8 @@ def biased(real: Any, share: float) -> Any:
     """`verify`, but at a share of the steps it takes the first draft unseen."""
     calls = iter(range(10**9))
 
-    def wrong(tree: Any, logits: Any, sampler: Any, histories: Any, numbers: Any = None) -> Verdict:
-        honest = real(tree, logits, sampler, histories, numbers)
+    def wrong(tree: Any, logits: Any, choosers: Any, histories: Any, failures: Any = None) -> Verdict:
+        honest = real(tree, logits, choosers, histories, failures)
         rows: list[RowVerdict | None] = []
         for row, kept in enumerate(honest.rows):
             children = tree.children(row)[0]
@@ -69,26 +70,26 @@ def biased(real: Any, share: float) -> Any:
                 rows.append(kept)
                 continue
             token = int(tree.tokens[row, children[0]])
-            bonus = sampler.choose(row, [*histories[row], token], logits[row, children[0]])
+            bonus = choosers[row].choose([*histories[row], token], logits[row, children[0]])
             rows.append(RowVerdict((0, children[0]), (token, bonus), (True,)))
-        return Verdict(tuple(rows))
+        return Verdict.of_rows(rows, logits.device)
 
     return wrong
 
 
-@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=1.0, seed=3)])
-def test_drafted_text_is_the_same(target: Target, drafter: EagleDrafter, sampling: SamplingConfig) -> None:
-    done = compare(target, drafter, PROMPT, sampling, StopConfig(40))
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(temperature=1.0, seed=3)])
+def test_drafted_text_is_the_same(target: Target, drafter: EagleDrafter, sampling: SamplingParams) -> None:
+    done = compare(target, drafter, PROMPT, sampling, StopParams(40))
     assert done.divergence is None and done.vanilla == done.drafted and len(done.vanilla) == 40
     assert done.drafted_stats.tau > 1
 
 
-@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=1.0, seed=3)])
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(temperature=1.0, seed=3)])
 def test_a_wrong_acceptance_rule_is_a_bug(
-    target: Target, drafter: EagleDrafter, sampling: SamplingConfig, monkeypatch: pytest.MonkeyPatch
+    target: Target, drafter: EagleDrafter, sampling: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("haast.engine.verify", biased(verify, 0.5))
-    found = compare(target, drafter, PROMPT, sampling, StopConfig(40)).divergence
+    monkeypatch.setattr("haast.scheduler.verify", biased(verify, 0.5))
+    found = compare(target, drafter, PROMPT, sampling, StopParams(40)).divergence
     assert found is not None and found.kind == "bug" and found.gap > found.allowed
 
 
@@ -97,13 +98,13 @@ def test_a_near_tie_is_a_tie(target: Target) -> None:
     logits = logits_after(target, PROMPT)
     (best, second), (first, other) = logits.topk(2).values.tolist(), logits.topk(2).indices.tolist()
 
-    def nearly(short: float) -> SamplingConfig:
+    def nearly(short: float) -> SamplingParams:
         def lift(_history: Any, scores: torch.Tensor) -> torch.Tensor:
             lifted = scores.clone()
             lifted[:, other] += best - second - short
             return lifted
 
-        return SamplingConfig(processors=(lift,))
+        return SamplingParams(processors=(lift,))
 
     tie = diagnose(target, PROMPT, [first, 1], [other, 2], nearly(1e-12))
     assert tie is not None and tie.kind == "tie" and tie.index == 0 and tie.top2_gap == pytest.approx(1e-12, rel=0.1)
@@ -115,7 +116,7 @@ def test_a_near_tie_is_a_tie(target: Target) -> None:
 
 
 def test_a_sampled_tie_is_at_the_boundary_of_the_draw(target: Target) -> None:
-    sampling = SamplingConfig(temperature=1.0, seed=2)
+    sampling = SamplingParams(temperature=1.0, seed=2)
     cumulative = logits_after(target, PROMPT).softmax(-1).cumsum(-1)
     point = keyed_uniform(2, 0, len(PROMPT))
     token = int(torch.searchsorted(cumulative, torch.tensor(point, dtype=cumulative.dtype)))
@@ -126,9 +127,9 @@ def test_a_sampled_tie_is_at_the_boundary_of_the_draw(target: Target) -> None:
 
 
 def test_equal_beginnings_of_unequal_length_are_a_bug(target: Target) -> None:
-    found = diagnose(target, PROMPT, [1, 2, 3], [1, 2], SamplingConfig())
+    found = diagnose(target, PROMPT, [1, 2, 3], [1, 2], SamplingParams())
     assert found is not None and (found.kind, found.index, found.vanilla, found.drafted) == ("bug", 2, 3, None)
-    assert diagnose(target, PROMPT, [1, 2], [1, 2], SamplingConfig()) is None
+    assert diagnose(target, PROMPT, [1, 2], [1, 2], SamplingParams()) is None
 
 
 def test_tolerance_grows_as_precision_falls() -> None:
@@ -153,17 +154,19 @@ def test_chi_square_merges_rare_cells_and_refuses_impossible_ones() -> None:
     assert chi_square({0: 10}, torch.tensor([1.0], dtype=torch.float64))[2] == 1.0
 
 
-def test_the_law_of_the_engine_and_its_control() -> None:
+def test_the_distribution_of_the_engine_and_its_control() -> None:
     right, control = tiny_law(1000)
     assert right.passed and right.p_value > 1e-4
     assert control.passed and control.p_value < 1e-4
 
 
-def test_the_law_of_a_real_tree(target: Target, drafter: EagleDrafter, monkeypatch: pytest.MonkeyPatch) -> None:
-    law = SamplingConfig(temperature=1.0)
+def test_the_distribution_of_a_real_tree(
+    target: Target, drafter: EagleDrafter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    law = SamplingParams(temperature=1.0)
     tests = sampled_law(target, drafter, PROMPT, law, 800)
     assert tests[0].name == "first token" and all(test.passed for test in tests)
-    for place in ("haast.engine.verify", "haast.checking.law.verify"):
+    for place in ("haast.scheduler.verify", "haast.checking.law.verify"):
         monkeypatch.setattr(place, biased(verify, 0.3))
     assert not all(test.passed for test in sampled_law(target, drafter, PROMPT, law, 800))
     assert not tiny_law(1000)[0].passed

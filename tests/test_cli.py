@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,13 @@ from haast import models as models_module
 from haast.api import Haast
 from haast.cli import app, settings
 from haast.cli.boundary import check_writable, write_json
+from haast.core import RowVerdict, TokenChooser, Verdict
 from haast.errors import HaastWarning, LongContextWarning, PrecisionWarning
 from haast.heads.checkpoint import save_head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.prompts import read_json_lines
-from haast.sampling import Sampler
 from haast.tree import DraftTree
-from haast.verify import RowVerdict, Verdict, verify
+from haast.verify import verify
 
 SPECIAL = ["<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
@@ -187,8 +187,9 @@ def test_compare_says_the_same_text_and_the_speed_up(home: Path, tmp_path: Path)
     assert result.exit_code == 0, result.output
     assert "--- vanilla" in result.stdout and "the same text" in result.stdout and "speed-up" in result.stdout
     written = json.loads(out.read_text())
-    assert written["same"] and written["vanilla"]["tokens"] == written["eagle"]["tokens"]
-    assert written["speedup"] == pytest.approx(written["tokens_per_s"]["eagle"] / written["tokens_per_s"]["vanilla"])
+    speeds = written["tokens_per_s"]
+    assert written["same"] and written["vanilla"]["tokens"] == written["eagle+suffix"]["tokens"]
+    assert written["speedup"] == pytest.approx(speeds["eagle+suffix"] / speeds["vanilla"])
 
 
 def test_interrupt_keeps_what_was_said(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +200,7 @@ def test_interrupt_keeps_what_was_said(home: Path, monkeypatch: pytest.MonkeyPat
             raise KeyboardInterrupt
         return verify(*words)
 
-    monkeypatch.setattr("haast.engine.verify", interrupted)
+    monkeypatch.setattr("haast.scheduler.verify", interrupted)
     result = haast_run("generate", "Hello", *parts(home), "--max-new-tokens", 50)
     assert result.exit_code == 130
     assert len(result.stdout) > 1 and "tau" in result.stderr
@@ -233,7 +234,7 @@ def test_chat_survives_an_interrupted_answer(home: Path, monkeypatch: pytest.Mon
             raise KeyboardInterrupt
         return verify(*words)
 
-    monkeypatch.setattr("haast.engine.verify", interrupted)
+    monkeypatch.setattr("haast.scheduler.verify", interrupted)
     result = haast_run("chat", *parts(home), "--max-new-tokens", 6, stdin="Hi\nGo on\n/exit\n")
     assert result.exit_code == 0, result.output
     assert "[cut short]" in result.stdout and result.stdout.count("> ") == 3
@@ -409,24 +410,23 @@ def test_verify_finds_nothing_wrong(home: Path, tmp_path: Path) -> None:
 
 
 def test_verify_exits_1_on_a_planted_bug(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def credulous(tree: DraftTree, logits: Any, sampler: Sampler, histories: Any, numbers: Any = None) -> Verdict:
+    def credulous(
+        tree: DraftTree, logits: Any, choosers: Sequence[TokenChooser], histories: Any, failures: Any = None
+    ) -> Verdict:
         """Accepts the first draft unseen."""
         rows: list[RowVerdict | None] = []
-        for row, history in enumerate(histories):
-            if history is None:
-                rows.append(None)
-                continue
+        for row, (chooser, history) in enumerate(zip(choosers, histories, strict=True)):
             children = tree.children(row)[0]
             if not children:
-                rows.append(RowVerdict((0,), (sampler.choose(row, history, logits[row, 0]),), ()))
+                rows.append(RowVerdict((0,), (chooser.choose(history, logits[row, 0]),), ()))
                 continue
             child = children[0]
             token = int(tree.tokens[row, child])
-            bonus = sampler.choose(row, [*history, token], logits[row, child])
+            bonus = chooser.choose([*history, token], logits[row, child])
             rows.append(RowVerdict((0, child), (token, bonus), (True,)))
-        return Verdict(tuple(rows))
+        return Verdict.of_rows(rows, tree.tokens.device)
 
-    monkeypatch.setattr("haast.engine.verify", credulous)
+    monkeypatch.setattr("haast.scheduler.verify", credulous)
     words = ["--prompts", home / "prompts.jsonl", "--limit", 1, "--max-new-tokens", 12]
     result = haast_run("verify", *parts(home), *words, "--samples", 0)
     assert result.exit_code == 1, result.output
@@ -591,6 +591,31 @@ def test_what_libraries_log_at_import_stays_out_of_commands(
     assert [words for words in told if words.startswith("planted")] == ["planted by elsewhere"]
     assert len([words for words in told if words.startswith("broken")]) == 4
     assert logging.getLogger("torchao").level == before
+
+
+@pytest.mark.parametrize("begin", ["from haast import Haast", "import haast.engine; from haast.api import Haast"])
+def test_the_library_says_nothing_while_it_is_imported_and_loads(home: Path, begin: str) -> None:
+    """Where torchao is installed, transformers imports it, and it has a lot to tell."""
+    code = f"import sys; {begin}; Haast.from_pretrained(sys.argv[1], head=None).generate('Hi', max_new_tokens=2)"
+    done = subprocess.run([sys.executable, "-c", code, home / "model"], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.slow
+def test_the_library_says_nothing_while_the_real_model_loads() -> None:
+    code = "from haast import Haast; Haast.from_pretrained()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_what_libraries_log_later_reaches_users_of_the_library(caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).warning("planted by %s", name)
+        exec(
+            "logger.warning('at import'); logger.error('broken')", {"logger": logging.getLogger(name)}
+        )  # a module's code
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["planted by torchao", "broken", "planted by torch.utils._pytree", "broken"]
 
 
 def test_a_torn_model_is_named(home: Path, tmp_path: Path) -> None:

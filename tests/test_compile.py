@@ -20,15 +20,15 @@ from fakes import RandomTrees, decode, full_texts, random_head, tiny_llama, tiny
 from test_families import VOCAB, stock
 
 from haast import Haast
-from haast.attention import tree_bias
-from haast.cache import TreeCache
+from haast.attention import tree_mask
 from haast.cli.settings import Loading
 from haast.cli.settings import compiling as telling
+from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import DraftShape
-from haast.engine import Engine, StopConfig
+from haast.drafters.vanilla import VanillaDrafter
+from haast.engine import Engine, StopParams
 from haast.models import check_compile, load_target
-from haast.sampling import SamplingConfig
 from haast.speed import compile as compiling
 from haast.speed.compile import CompiledLayers, cache_folder, layers_of, nodes_for, slots_for, wrapped
 from haast.speed.packing import pack_linears
@@ -76,10 +76,10 @@ def test_a_padded_tree_answers_as_before(rows: int) -> None:
     """No node sees the dead ones, and none of them can be accepted."""
     parents = torch.tensor([[-1, 0, 0, 1]] * rows)
     probe = torch.tensor([[False, False, True, False]] * rows)
-    tree = DraftTree.from_parents(torch.arange(4).expand(rows, -1), parents, probe=probe)
+    tree = DraftTree.from_parents(torch.arange(4).expand(rows, -1), parents, placeholder=probe)
     padded = tree.padded(6)
-    again = DraftTree.from_parents(padded.tokens, padded.parents, padded.live, padded.probe)
-    for name in ("tokens", "parents", "depths", "ancestors", "live", "probe"):
+    again = DraftTree.from_parents(padded.tokens, padded.parents, padded.live, padded.placeholder)
+    for name in ("tokens", "parents", "depths", "ancestors", "live", "placeholder"):
         assert torch.equal(getattr(padded, name), getattr(again, name)), name
     assert [padded.children(row)[:4] for row in range(rows)] == [tree.children(row) for row in range(rows)]
     assert padded.live.sum() == 4 * rows and tree.padded(4) is tree
@@ -91,7 +91,20 @@ def test_a_padded_tree_answers_as_before(rows: int) -> None:
 @pytest.mark.parametrize("window", [None, 3])
 def test_a_wider_mask_hides_what_is_in_no_use(lengths: list[int], window: int | None) -> None:
     tree = DraftTree.chain(torch.zeros(2, 3, dtype=torch.long))
-    narrow, wide = (tree_bias(tree, lengths, torch.float64, window, slots) for slots in (None, 16))
+    past = torch.tensor(lengths)
+    positions = past.unsqueeze(1) + tree.depths
+    narrow, wide = (
+        tree_mask(
+            tree.ancestors,
+            past,
+            slots,
+            torch.float64,
+            positions=positions,
+            flight_positions=positions,
+            window=window,
+        )
+        for slots in (max(lengths) + 3, 16)
+    )
     assert torch.equal(wide[..., : narrow.shape[3]], narrow)
     assert bool((wide[..., narrow.shape[3] :] == torch.finfo(torch.float64).min).all())
 
@@ -101,7 +114,7 @@ def test_200_steps_over_a_growing_context_compile_each_shape_once(counting: Coun
     plain, target = tiny_target(context=1024), tiny_target(context=1024)
     text = full_texts(plain, [PROMPT], 460)[0]
     target.use_compiled_layers(counting)
-    cache, rng, at, seen = target.new_cache(), random.Random(0), len(PROMPT), list[tuple[int, int]]()
+    cache, rng, at, seen = target.new_cache(1, 1024), random.Random(0), len(PROMPT), list[tuple[int, int]]()
     target.forward(DraftTree.chain(torch.tensor([PROMPT])), cache, last_only=True)
     cache.commit([range(len(PROMPT))])
     for step in range(200):
@@ -113,7 +126,7 @@ def test_200_steps_over_a_growing_context_compile_each_shape_once(counting: Coun
             DraftTree.from_parents(torch.tensor([tokens]), torch.tensor([parents]), torch.tensor([live])), cache
         )
         assert output.logits.shape == (1, nodes, 32) and int(output.logits[0, 0].argmax()) == text[at + 1]
-        shape = (nodes_for(nodes) or 0, cache.capacity)
+        shape = (nodes_for(nodes) or 0, slots_for(cache.longest + (nodes_for(nodes) or 0)))
         known, made = shape in seen, counting.graphs
         seen.append(shape)
         kept = min(2, sum(live[:2]))
@@ -135,7 +148,7 @@ def test_layers_of_one_kind_share_their_code(layers: int, counting: Counting) ->
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_text_is_the_modules_for_vanilla_and_eagle(temperature: float, counting: Counting) -> None:
-    plain, target, sampling = tiny_target(), tiny_target(), SamplingConfig(temperature, seed=4)
+    plain, target, sampling = tiny_target(), tiny_target(), SamplingParams(temperature, seed=4)
     prompts = [PROMPT, PROMPT[:3]]
     expected = vanilla(plain, prompts, 60, sampling)
     target.use_compiled_layers(counting)
@@ -155,8 +168,8 @@ def proposals(drafter: EagleDrafter, target: Target) -> list[DraftTree]:
     grown: list[DraftTree] = []
     propose = drafter.propose
 
-    def noting() -> DraftTree:
-        grown.append(propose())
+    def noting(states: Any, budget: int | None = None) -> DraftTree:
+        grown.append(propose(states, budget))
         return grown[-1]
 
     setattr(drafter, "propose", noting)  # noqa: B010
@@ -294,7 +307,7 @@ def test_threads_do_not_meet_in_the_layers(counting: Counting) -> None:
             assert done.wait(30)
 
     main, other = threading.current_thread(), threading.Thread(target=outside)
-    cache = target.new_cache()
+    cache = target.cache.bind([target.pool.sequence()])  # compiled code is of one pool
     target.forward(DraftTree.chain(ids), cache, last_only=True)
     cache.commit([range(len(PROMPT))])
     made = counting.graphs
@@ -384,20 +397,15 @@ def test_compiled_code_is_kept_in_haasts_folder(monkeypatch: pytest.MonkeyPatch,
     assert cache_folder() == tmp_path / "mine"
 
 
-def test_a_cache_grows_by_few_lengths() -> None:
-    cache = TreeCache(1, 1, 1, slots_for)
-    lengths = []
-    for _ in range(5):
-        cache.begin(200)
-        states = torch.randn(1, 1, 200, 4)
-        cache.update(states, states + 1, 0)
-        cache.commit([range(200)])
-        lanes = cache.lanes()
-        assert lanes is not None and lanes[0][0].shape == (1, 1, cache.capacity, 4)
-        assert torch.equal(lanes[0][0][:, :, cache.longest - 200 : cache.longest], states)
-        assert torch.equal(lanes[0][1][:, :, cache.longest - 200 : cache.longest], states + 1)
-        lengths.append(cache.capacity)
-    assert lengths == [256, 512, 1024, 1024, 1024]
+def test_batches_are_padded_to_few_sizes(counting: Counting) -> None:
+    plain, target = tiny_target(), tiny_target()
+    prompts = [PROMPT[: 2 + row] for row in range(3)]
+    expected = [vanilla(plain, [prompt], 8 + 4 * row)[0] for row, prompt in enumerate(prompts)]
+    target.use_compiled_layers(counting)
+    stops = [StopParams(8 + 4 * row) for row in range(3)]
+    assert Engine(target, VanillaDrafter()).complete(prompts, SamplingParams(), stops) == expected
+    assert target.compiled is not None and {shape[0] for shape in target.compiled.shapes} == {1, 4}
+    assert [target.compiled.rows_for(n, 1, 256) for n in (1, 2, 3, 4, 5, 9)] == [1, 4, 4, 4, 8, 16]
 
 
 def test_a_copied_instance_goes_by_modules() -> None:
@@ -414,6 +422,6 @@ def test_inductor_says_what_the_modules_say() -> None:
     assert vanilla(target, [PROMPT], 260) == expected
     drafter = EagleDrafter(target, random_head(target), DraftShape("dynamic", depth=2, top_k=4, width=3, nodes=6))
     engine = Engine(target, drafter)
-    assert engine.complete([PROMPT], SamplingConfig(), StopConfig(260)) == expected
+    assert engine.complete([PROMPT], SamplingParams(), StopParams(260)) == expected
     assert target.compiled is not None and target.compiled.shapes == {(1, n, s) for n in (1, 6) for s in (256, 512)}
     torch._dynamo.reset()

@@ -29,11 +29,13 @@ from transformers.generation.streamers import BaseStreamer
 import haast
 from haast.cache import CACHE_NAMES, cache_name
 from haast.drafters.vanilla import VanillaDrafter
-from haast.dropin import arguments, handover
+from haast.dropin import arguments, signature_hook
 from haast.dropin.arguments import REFUSED_ARGUMENTS, REFUSED_SETTINGS, refuse_settings, unknown_settings
-from haast.dropin.known import HONOURED_SETTINGS, IDLE_SETTINGS, PARAMETERS
+from haast.dropin.supported_args import HONOURED_SETTINGS, IDLE_SETTINGS, PARAMETERS
 from haast.errors import HeadMismatchError, PromptError, UnsupportedArgumentError, UnsupportedModelError
 from haast.heads.checkpoint import save_head
+from haast.models import DEFAULT_MODEL, load_stock
+from haast.target import Target
 
 PAGE = Path(__file__).parents[1] / "docs" / "drop-in.md"
 PINS = Path(__file__).parents[1] / "constraints.txt"
@@ -174,7 +176,7 @@ def test_what_this_transformers_adds_is_refused(name: str) -> None:
 
 
 def test_a_parameter_that_haast_does_not_know_is_refused_by_name(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handover, "PARAMETERS", PARAMETERS - {"negative_prompt_ids"})
+    monkeypatch.setattr(signature_hook, "PARAMETERS", PARAMETERS - {"negative_prompt_ids"})
     assert run(model).shape == (1, 7)
     with pytest.raises(UnsupportedArgumentError, match=r"^negative_prompt_ids is not supported"):
         run(model, negative_prompt_ids=IDS)
@@ -212,12 +214,12 @@ def test_a_missing_pad_token_is_named(model: Any) -> None:
         run(model, **given, attention_mask=torch.ones(2, 4, dtype=torch.long))
 
 
-def test_a_processor_that_allows_nothing_is_told(model: Any) -> None:
+def test_a_processor_that_allows_nothing_is_named(model: Any) -> None:
     class Nothing(LogitsProcessor):
         def __call__(self, input_ids: Any, scores: Any) -> Any:
             return torch.full_like(scores, -torch.inf)
 
-    with pytest.raises(PromptError, match="no token is possible in row 0 behind 4 tokens"):
+    with pytest.raises(PromptError, match="no token is possible in row 0 after 4 tokens"):
         run(model, do_sample=True, logits_processor=[Nothing()])
 
 
@@ -285,7 +287,7 @@ def test_an_error_leaves_the_model_as_it_was(model: Any) -> None:
                 raise InterruptedError("the reader has gone")
 
         def end(self) -> None:
-            raise AssertionError("nobody says end behind an error")
+            raise AssertionError("nobody says end after an error")
 
     with pytest.raises(InterruptedError):
         run(model, streamer=Breaks())
@@ -299,6 +301,27 @@ def test_no_model_is_kept_alive() -> None:
     del model
     gc.collect()
     assert gone() is None
+
+
+def test_the_memory_of_a_call_does_not_wait_for_the_garbage_collector(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Any]] = []
+
+    def noted(*given: Any, **names: Any) -> Target:
+        target = Target(*given, **names)
+        made.append(weakref.ref(target))
+        return target
+
+    monkeypatch.setattr("haast.dropin.model_lock.Target", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        run(model)
+        run(model, do_sample=True, return_dict_in_generate=True, output_scores=True)
+        assert [each() for each in made] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_every_call_has_the_attention_that_takes_trees(model: Any) -> None:
@@ -345,13 +368,17 @@ def test_a_head_is_read_from_its_folder(model: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"drafter": "eagle"}, "unknown without a head: choose one of .*'suffix'"),
+        ({"drafter": "eagle"}, "'eagle' needs an EAGLE head: .* choose one that needs none: suffix"),
         ({"drafter": "medusae"}, "'medusae' is unknown"),
         ({"shape": haast.DraftShape()}, "give a head too"),
         ({"head": "somewhere"}, "draft for one model: give it too"),
         ({"drafter": VanillaDrafter()}, "draft for one model: give it too"),
         ({"drafter": VanillaDrafter(), "head": "somewhere"}, "not both"),
-        ({"drafter": "suffix", "head": "somewhere"}, "unknown with a head"),
+        ({"drafter": "suffix", "head": "somewhere"}, "'suffix' drafts without a head: leave the head out"),
+        ({"drafter": "medusae", "head": "somewhere"}, "'medusae' is unknown: choose one of auto"),
+        ({"drafter": "eagle+suffix"}, "needs an EAGLE head"),
+        ({"drafter": "medusa"}, "needs Medusa heads"),
+        ({"drafter": "small-model"}, "needs a smaller model"),
     ],
 )
 def test_what_does_not_go_together_is_refused(settings: dict[str, Any], why: str) -> None:
@@ -359,7 +386,52 @@ def test_what_does_not_go_together_is_refused(settings: dict[str, Any], why: str
         haast.Decoder(**settings)
 
 
-def test_two_threads_take_turns_on_a_model(model: Any) -> None:
+def test_names_of_drafters(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With "none" nothing is drafted, with a head too. No costs are known: they would say how much is drafted."""
+    monkeypatch.setattr("haast.drafters.factory.latency_of", lambda *_: None)
+    head, small = random_head(tiny_target()), tiny_llama(layers=1)
+    forwards: dict[str, int] = {}
+    for name, given in {
+        "none": {"drafter": "none"},
+        "vanilla": {"drafter": "vanilla"},
+        "none, headed": {"model": model, "head": head, "drafter": "none"},
+        "auto": {"drafter": "auto"},
+        "suffix": {"drafter": "suffix"},
+        "auto, headed": {"model": model, "head": head},
+        "eagle+suffix": {"model": model, "head": head, "drafter": "eagle+suffix"},
+        "small-model": {"model": model, "drafter": "small-model", "small": small},
+        "auto, small model": {"model": model, "small": small},
+    }.items():
+        decoder = haast.Decoder(**given)
+        run(model, input_ids=torch.tensor([[1, 2] * 8]), max_new_tokens=24, custom_generate=decoder)
+        forwards[name] = decoder.stats.nodes
+    assert forwards["none"] == forwards["vanilla"] == forwards["none, headed"] == 23
+    assert forwards["auto"] == forwards["suffix"] > 23
+    assert forwards["auto, headed"] == forwards["eagle+suffix"] > 23
+    assert forwards["auto, small model"] == forwards["small-model"] > 23
+
+
+def test_the_default_head_is_the_default_models(model: Any) -> None:
+    with pytest.raises(ValueError, match="no head is shipped for 'LlamaForCausalLM': give its folder"):
+        haast.Decoder(model, head="default")
+    named: Any = tiny_llama()
+    named.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    with pytest.raises(HeadMismatchError, match="hidden_size"):
+        haast.Decoder(named, head="default")
+
+
+@pytest.mark.slow
+def test_the_default_head_drafts_for_the_default_model() -> None:
+    model, tokenizer = load_stock(DEFAULT_MODEL)
+    ids = tokenizer("Water is", return_tensors="pt").input_ids
+    decoder = haast.Decoder(model, head="default")
+    stock: Any = model
+    expected = stock.generate(ids, max_new_tokens=24, do_sample=False)
+    assert torch.equal(stock.generate(ids, max_new_tokens=24, do_sample=False, custom_generate=decoder), expected)
+    assert decoder.stats.tau > 1.2
+
+
+def test_two_threads_share_a_model(model: Any) -> None:
     ids = [torch.tensor([[1, 2, 3]]), torch.tensor([[9, 8, 7]])]
     expected = [run(model, input_ids=each, max_new_tokens=20) for each in ids]
     found: list[Any] = [None, None]

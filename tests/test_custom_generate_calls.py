@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import pytest
 import torch
 from fakes import random_head, tiny_llama, tiny_target
 from test_custom_generate import DECODERS, PAD, RAGGED, batch, families, family, tokenizer
 from test_medusa import medusa
-from transformers import LogitsProcessor, StoppingCriteria, TextIteratorStreamer, TextStreamer
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    TextStreamer,
+    TopKLogitsWarper,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import haast
+from haast.core import SamplingParams, StopParams
+from haast.drafters.lookup import SuffixDrafter
 from haast.drafters.medusa import MedusaDrafter
+from haast.drafters.vanilla import VanillaDrafter
+from haast.dropin.rows import Criteria, Ends, RowChooser
+from haast.engine import Engine
 from haast.errors import UnsupportedArgumentError
+from haast.sampling import choose_nodes
+from haast.scheduler import Scheduler
 from haast.target import Target
 
 IDS = torch.tensor([[1, 2, 3, 4]])
@@ -58,7 +75,7 @@ WARPERS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("warped", WARPERS, ids=lambda warped: ", ".join(warped))
 def test_a_sampled_token_is_drawn_from_the_scores_that_stock_generate_has_there(model: Any, warped: Any) -> None:
-    """Ragged rows, two texts a prompt. Stock `generate` is asked for one token behind each text so far."""
+    """Ragged rows, two texts a prompt. Stock `generate` is asked for one token after each text so far."""
     wanted = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     how = {"do_sample": True, "pad_token_id": PAD, **wanted, **warped}
     if "encoder_repetition_penalty" in warped:  # it is of the prompt, so only the first token can be asked for so
@@ -76,6 +93,96 @@ def test_a_sampled_token_is_drawn_from_the_scores_that_stock_generate_has_there(
         assert torch.allclose(scores, theirs.scores[0], atol=1e-4) and scores.dtype == theirs.scores[0].dtype
         assert torch.allclose(logits, theirs.logits[0], atol=1e-4)
         assert bool(scores.gather(1, mine.sequences[:, width + step, None]).isfinite().all()), "a token that is allowed"
+
+
+AT_ONCE: list[dict[str, Any]] = [
+    {"temperature": 0.7},
+    {"temperature": 1.3, "top_k": 5},
+    {"top_k": 0, "top_p": 0.6, "suppress_tokens": [3, 4]},
+    {"top_p": 0.0, "remove_invalid_values": True},
+    {"min_p": 0.2, "typical_p": 0.5, "epsilon_cutoff": 0.05},
+    {"renormalize_logits": True, "temperature": 0.5, "top_k": 9, "top_p": 0.9, "min_p": 0.01},
+    {"logits_processor": [TopKLogitsWarper(3)], "temperature": 1.5, "top_k": 0},
+    {"do_sample": False, "logits_processor": [TopKLogitsWarper(3)], "suppress_tokens": [3, 4]},
+    {"do_sample": False},
+]
+ONE_BY_ONE: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.4},
+    {"do_sample": False, "min_new_tokens": 3, "eos_token_id": 5},
+    {"logits_processor": [lambda _ids, scores: scores]},
+    {"return_dict_in_generate": True, "output_logits": True},
+]
+
+
+def walks(model: Any, monkeypatch: pytest.MonkeyPatch, **given: Any) -> bool:
+    """Whether a call goes along a drafted path, token by token."""
+
+    def refuse(*_: Any) -> Any:
+        raise InterruptedError("a walk")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("haast.verify._walk", refuse)
+        try:
+            run(model, **given)
+        except InterruptedError:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("warped", AT_ONCE, ids=lambda warped: ", ".join(warped))
+def test_what_looks_at_scores_alone_is_chosen_for_all_nodes_at_once(
+    model: Any, warped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded scores make the rows walk, so the two ways are compared."""
+    how = {**RAGGED, "do_sample": True, "max_new_tokens": 16, "eos_token_id": 9, **warped}
+    torch.manual_seed(4)
+    walked = run(model, **how, return_dict_in_generate=True, output_scores=True).sequences
+    torch.manual_seed(4)
+    assert torch.equal(run(model, **how), walked)
+    assert not walks(model, monkeypatch, **how)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_all_nodes_are_chosen_for_in_float32_as_generate_does(dtype: torch.dtype, seed: int | None) -> None:
+    """Among them ties, and what only float64 tells apart."""
+    torch.manual_seed(1)
+    logits = (torch.randint(0, 4, (1, 8, 32)) / 2 + 1e-12 * torch.rand(1, 8, 32, dtype=torch.float64)).to(dtype)
+    made = []
+    for kept in (False, True):
+        ends, criteria = Ends(1, 9, together=False), Criteria(StoppingCriteriaList([]), 9)
+        warpers = LogitsProcessorList([TopKLogitsWarper(30)] if seed else [])
+        made.append(RowChooser(0, IDS[0], 0, warpers, criteria, ends, seed=seed, keep_scores=kept))
+    at_once, along = made
+    assert at_once.stateless and not along.stateless
+    said = [1, 2, 3, 4]
+    for node in range(8):
+        said.append(along.choose(said, logits[0, node]))
+    assert choose_nodes(logits, [at_once], [4], torch.arange(8).unsqueeze(0), 7).tolist() == [said[4:]]
+    assert [at_once.choose(said[: 4 + node], logits[0, node]) for node in range(8)] == said[4:]
+
+
+@pytest.mark.parametrize("given", ONE_BY_ONE, ids=lambda given: ", ".join(given))
+def test_what_looks_at_the_text_is_asked_along_the_path(
+    model: Any, given: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert walks(model, monkeypatch, **{"do_sample": True, **given})
+
+
+def test_each_row_says_what_a_request_with_its_seed_says_alone() -> None:
+    """Row i draws by the i-th number that torch's generator gives; nothing else of the batch matters."""
+    model: Any = tiny_llama()
+    model.float()
+    target = Target(model)
+    warped: dict[str, Any] = {"temperature": 1.2, "top_k": 9, "top_p": 0.9}
+    torch.manual_seed(11)
+    seeds = torch.randint(2**63 - 1, (3,)).tolist()
+    torch.manual_seed(11)
+    together = run(model, **RAGGED, **warped, do_sample=True, max_new_tokens=12)[:, 7:].tolist()
+    for row, seed in enumerate(seeds):
+        prompt = RAGGED["input_ids"][row][RAGGED["attention_mask"][row] == 1].tolist()
+        alone = Engine(target, VanillaDrafter()).complete([prompt], SamplingParams(**warped, seed=seed), StopParams(12))
+        assert together[row] == alone[0]
 
 
 @families
@@ -159,7 +266,7 @@ class Fails(LogitsProcessor, StoppingCriteria, BaseStreamer):
         self(value, value)
 
     def end(self) -> None:
-        raise AssertionError("nobody says end behind an error")
+        raise AssertionError("nobody says end after an error")
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -196,7 +303,7 @@ def test_a_processor_may_call_generate_on_the_same_model(model: Any, decoder: An
             asks = Asks(model, inner)
             assert torch.equal(run(model, logits_processor=[asks], custom_generate=outer), stock)
             assert asks.heard == expected.heard
-    with pytest.raises(RuntimeError, match="another generation was started with this drafter"):
+    with pytest.raises(RuntimeError, match="asked for tokens of the model that it is called by"):
         run(model, logits_processor=[Asks(model, decoder)], custom_generate=decoder)
     assert torch.equal(run(model, custom_generate=decoder), stock)
 
@@ -216,6 +323,161 @@ def test_threads_share_a_model_and_a_decoder_with_stock_calls(model: Any, decode
         thread.join()
     assert all(torch.equal(each, stock) for each in found)
     assert model.config._attn_implementation == "sdpa"
+
+
+class Heard(BaseStreamer):
+    """Does something when the first new token comes."""
+
+    def __init__(self, act: Callable[[], Any]) -> None:
+        self._act, self._calls = act, 0
+
+    def put(self, value: Any) -> None:
+        self._calls += 1
+        if self._calls == 2:  # the first call brings the prompt
+            self._act()
+
+    def end(self) -> None:
+        """Nothing."""
+
+
+def in_threads(works: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each returns or raises, at the same time."""
+    found: list[Any] = [None] * len(works)
+
+    def work(number: int) -> None:
+        try:
+            found[number] = works[number]()
+        except ValueError as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["plain", "loaded"])
+def test_eight_threads_get_their_own_texts_from_shared_steps(loaded: bool) -> None:
+    """All calls have begun before any goes on, so that later steps serve them all. One of them fails, alone."""
+    model: Any = tiny_llama()
+    method = haast.Haast.from_pretrained(model, head=None).custom_generate if loaded else haast.custom_generate
+    prompts = [torch.tensor([[1 + row, 2, 3, 1 + row, 2]]) for row in range(8)]
+    expected = [run(model, input_ids=each, max_new_tokens=16, custom_generate=None) for each in prompts]
+    begun, widths = threading.Barrier(8), list[int]()
+    model.register_forward_pre_hook(lambda _, __, given: widths.append(len(given["input_ids"])), with_kwargs=True)
+
+    def failing(ids: Tensor, scores: Tensor) -> Tensor:
+        if ids.shape[1] > 9:
+            raise ValueError("the user's own")
+        return scores
+
+    def call(row: int) -> Any:
+        given = {"logits_processor": [failing]} if row == 5 else {}
+        streamer = Heard(lambda: begun.wait(60))
+        return run(model, input_ids=prompts[row], max_new_tokens=16, streamer=streamer, custom_generate=method, **given)
+
+    found = in_threads([lambda row=row: call(row) for row in range(8)])  # type: ignore[misc]
+    assert str(found.pop(5)) == "the user's own"
+    assert all(torch.equal(a, b) for a, b in zip(found, expected[:5] + expected[6:], strict=True))
+    assert max(widths) == 8
+    assert model.config._attn_implementation == ("haast" if loaded else "sdpa")
+
+
+def test_the_last_call_that_leaves_gives_the_attention_back(model: Any, decoder: Any) -> None:
+    seen: list[str] = []
+    for method in (haast.custom_generate, decoder):
+
+        def another() -> None:
+            in_threads([lambda: run(model), lambda: run(model, custom_generate=decoder)])
+            seen.append(model.config._attn_implementation)
+
+        run(model, streamer=Heard(another), custom_generate=method)
+    assert seen == ["haast", "haast"] and model.config._attn_implementation == "sdpa"
+
+
+def test_a_call_that_ends_in_an_error_leaves_no_request_running() -> None:
+    target = Target(tiny_llama())
+    target.use_pool(256, retain=0)
+    method = haast.Decoder.of(target, SuffixDrafter())
+    for place in ("logits_processor", "stopping_criteria", "streamer"):
+        fails = Fails(InterruptedError)
+        with pytest.raises(InterruptedError):
+            run(target.model, custom_generate=method, **{place: fails if place == "streamer" else [fails]})
+        scheduler = Scheduler.of(target)
+        assert (scheduler.running, scheduler.waiting) == (0, 0)
+        assert target.pool.free_blocks == target.pool.blocks
+
+
+def test_a_row_that_is_done_waits_for_the_longest_and_is_not_asked_beyond_it() -> None:
+    """The pool holds one long row at a time: the others wait for room, and rows that are done must not keep it."""
+    model: Any = tiny_llama()
+    lengths: list[int] = []
+
+    class Third(StoppingCriteria):
+        """Ends a row after three tokens, but the last row, which it knows by its first token, after forty."""
+
+        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+            lengths.append(input_ids.shape[1])
+            return torch.tensor([input_ids.shape[1] >= IDS.shape[1] + (40 if row[0] == 9 else 3) for row in input_ids])
+
+    target = Target(model)
+    target.use_pool(160)
+    method = haast.Decoder.of(target, SuffixDrafter())
+    ids = torch.tensor([[1, 2, 3, 4], [2, 2, 3, 4], [3, 2, 3, 4], [9, 2, 3, 4]])
+    given = {"input_ids": ids, "max_new_tokens": 120, "stopping_criteria": StoppingCriteriaList([Third()])}
+    stock = run(model, **given, custom_generate=None)
+    lengths.clear()
+    assert torch.equal(run(model, **given, custom_generate=method), stock) and stock.shape == (4, 44)
+    assert sorted(lengths) == sorted([*range(5, 45)] * 4), "each row was asked about once per token, and not beyond"
+
+
+def test_a_step_that_is_taken_again_asks_nobody_twice() -> None:
+    """An interrupt may come after a row has been judged: its tokens are not out yet, and are asked for again."""
+    asked: list[int] = []
+
+    def noting(ids: Tensor, scores: Tensor) -> Tensor:
+        asked.append(ids.shape[1])
+        return scores
+
+    processors = LogitsProcessorList([noting])
+    criteria = Criteria(StoppingCriteriaList([]), 9)
+    chooser = RowChooser(0, IDS[0], 1, processors, criteria, Ends(1, 9, together=False), seed=3)
+    torch.manual_seed(0)
+    logits = torch.randn(4, 32)
+    said = [2, 3, 4]
+    for place in range(4):
+        said.append(chooser.choose(said, logits[place]))
+    assert [chooser.choose(said[: 3 + place], logits[place]) for place in range(4)] == said[3:]
+    assert asked == [4, 5, 6, 7]
+    with pytest.raises(RuntimeError, match="row 0 has 5 new tokens, of which 4 were chosen"):
+        chooser.choose([*said, 1], logits[0])
+
+
+def test_a_forward_of_the_users_own_in_another_thread_is_not_taken_for_ours() -> None:
+    """Features are caught by hooks on modules that others may call at the same time."""
+    model: Any = tiny_llama()
+    decoder = haast.Decoder(model, head=random_head(tiny_target()))
+    stock, fired = run(model, custom_generate=None), list[int]()
+
+    def meanwhile(*_: Any) -> None:
+        fired.append(threading.get_ident())
+        if len(fired) % 2:
+            in_threads([lambda: model(torch.tensor([[1]]))])
+
+    model.lm_head.register_forward_pre_hook(meanwhile)
+    assert torch.equal(run(model, custom_generate=decoder), stock)
+    assert len(set(fired)) > 1
+
+
+@pytest.mark.parametrize("name", ["output_scores", "output_logits"])
+def test_what_only_one_of_several_processes_has_is_refused(name: str) -> None:
+    target = Target(tiny_llama())
+    method = haast.Decoder.of(target, VanillaDrafter())
+    cast(Any, target).ranks = object()
+    with pytest.raises(UnsupportedArgumentError, match=f"{name}=True .* tensor-parallel"):
+        run(target.model, custom_generate=method, return_dict_in_generate=True, **{name: True})
 
 
 def test_a_decoder_of_medusa_heads_says_the_same() -> None:

@@ -20,16 +20,17 @@ from transformers.utils import logging
 from typer.testing import CliRunner
 
 import haast
-from haast.cache import TreeCache
+from haast.cache import KVCache
 from haast.cli import app
+from haast.core import SamplingParams
 from haast.drafters.calibrated import identity
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.lookahead import LookaheadDrafter
 from haast.drafters.shape import DraftShape
 from haast.errors import HeadMismatchError, UnsupportedModelError
 from haast.heads.checkpoint import Head
+from haast.kv_pool import KVPool
 from haast.placement import dispatched, execution_device, layer_devices
-from haast.sampling import SamplingConfig
 from haast.spreading import Spread
 from haast.target import Target
 from haast.tree import DraftTree
@@ -43,7 +44,7 @@ SPLITS: dict[str, dict[str, str]] = {
 }
 PROMPTS = [[1, 2, 3, 4], [5, 6, 7], [9]]
 TREE = DraftShape("dynamic", depth=3, top_k=8, width=4, nodes=20)
-SAMPLED = SamplingConfig(temperature=1.0, top_p=0.9, seed=5)
+SAMPLED = SamplingParams(temperature=1.0, top_p=0.9, seed=5)
 splits = pytest.mark.parametrize("split", sorted(SPLITS))
 
 
@@ -229,14 +230,15 @@ def test_a_head_is_moved_to_its_target_and_a_head_without_weights_is_refused() -
 def test_every_layer_is_cached_where_it_computes() -> None:
     """The meta device stands for a second accelerator: shapes and places without numbers."""
     places = [torch.device("cpu")] * 2 + [torch.device("meta")]
-    cache = TreeCache(3, 2, 64, devices=places)
+    pool = KVPool(128)
+    cache = KVCache(pool, 3, torch.device("cpu"), devices=places).bind([pool.sequence() for _ in range(2)])
     cache.begin(4)
     for layer, place in enumerate(places):
         keys = torch.ones(2, 2, 4, 8, device=place)
         assert cache.update(keys, keys, layer)[0].device == place
     cache.commit([[0, 2, 3], [0, 1]])
     assert cache.lengths == [3, 2]
-    assert cache.nbytes == 3 * 2 * (2 * 2 * cache.capacity * 8 * 4), "no slot for a layer elsewhere"
+    assert cache.bytes_per_token == 3 * 2 * (2 * 8 * 4), "no slot for a layer elsewhere"
 
 
 def test_where_layers_compute_is_asked_of_their_hooks(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ from typer.testing import CliRunner
 
 from haast import api, models
 from haast.cli import app
+from haast.drafters import factory
+from haast.dropin import decoder
 from haast.errors import PrecisionWarning
 from haast.heads.checkpoint import save_head
 from haast.heads.medusa import MedusaConfig, MedusaHeads
@@ -110,14 +112,20 @@ def folder(
 ) -> Iterator[Path]:
     """Where a page is followed; the default model is a tiny one, or itself."""
     kept = tmp_path / "kept"
-    for module in ("haast.drafters.calibrated", "haast.bench.plan"):
-        monkeypatch.setattr(f"{module}.cached_assets_path", lambda **_: kept)
+
+    def assets(*, namespace: str, **_: str) -> Path:
+        (kept / namespace).mkdir(parents=True, exist_ok=True)
+        return kept / namespace
+
+    for module in ("haast.tuning.latency", "haast.bench.plan"):
+        monkeypatch.setattr(f"{module}.cached_assets_path", assets)
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     if request.param == "tiny":
         source = ModelSource(DEFAULT_MODEL, str(tiny / "model"))
-        resolve, find, model, head = models.resolve, api.find_head, tiny / "model", tiny / "head"
+        resolve, find, model, head = models.resolve, factory.find_head, tiny / "model", tiny / "head"
         monkeypatch.setattr(models, "resolve", lambda name: source if name == DEFAULT_MODEL else resolve(name))
-        monkeypatch.setattr(api, "find_head", lambda name, of: head if name == "default" else find(name, of))
+        for user in (api, decoder, factory):
+            monkeypatch.setattr(user, "find_head", lambda name, of: head if name == "default" else find(name, of))
     else:
         model, head = _real_model(request), ROOT / "src" / "haast" / "data" / "heads" / DEFAULT_MODEL
     for auto in (AutoModelForCausalLM, AutoTokenizer):
@@ -225,8 +233,6 @@ def test_what_runs_under_torchrun(tiny: Path, tmp_path: Path) -> None:
 def _follow(words: list[str]) -> None:
     line = " ".join(words)
     reason = next((why for begin, why in ELSEWHERE.items() if line.startswith(begin)), None)
-    if "muon" in words and torch.__version__ < "2.9":  # newer than this torch; later commands want the head
-        words = ["adamw" if word == "muon" else word for word in words]
     if words[0] == "make":
         shown = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
         assert shown.returncode == 0 or "usage:" in shown.stdout, shown.stderr

@@ -1,4 +1,4 @@
-"""A head that looks back a sliding window of positions: the same text, a bounded cache, and no other draft for it."""
+"""A head that looks back a sliding window of positions: the same text, bounded work, and no other draft for it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from fakes import tiny_target, vanilla
 from torch import Tensor
 
 from haast import native
-from haast.cache import TreeCache
+from haast.cache import KVCache
+from haast.core import SamplingParams
 from haast.drafters.base import Drafter
-from haast.drafters.eagle import EagleDrafter
+from haast.drafters.eagle import EagleDrafter, EagleState
+from haast.drafters.forwards import Flight
+from haast.drafters.quick import QuickDraft
 from haast.drafters.shape import DraftShape
 from haast.drafters.window import DraftWindow
-from haast.engine import Engine, StopConfig
+from haast.engine import Engine, StopParams
 from haast.heads.checkpoint import Head
 from haast.heads.eagle3 import Eagle3Config, Eagle3Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
-from haast.past import Past
-from haast.sampling import SamplingConfig
 from haast.speed.fusing import fuse_small_modules
 from haast.speed.packing import pack_linears
+from haast.stats import Stats
 from haast.target import Target
 from haast.tree import DraftTree
 
@@ -53,38 +55,40 @@ def made_head(target: Target, kind: str = "one layer") -> Head:
 
 
 class Watched(EagleDrafter):
-    """Keeps every proposal, the state it grew from, and the most slots its cache held."""
+    """Keeps every proposal, the state it grew from, and how many pairs the head has computed."""
 
-    trees: list[DraftTree]
-    states: list[Tensor]
-    slots: int
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.trees: list[DraftTree] = []
+        self.states: list[Tensor] = []
+        self.pairs = 0
+        inner = self._forward.run
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> None:
-        super().start(prompts)
-        self.trees, self.states, self.slots = [], [], 0
+        def counted(cache: KVCache, embeddings: Tensor, states: Tensor, flight: Flight) -> Tensor:
+            if flight.positions is flight.flying:  # committed pairs: nothing of a tree is in flight
+                self.pairs += states.shape[0] * states.shape[1]
+            return inner(cache, embeddings, states, flight)
 
-    def propose(self) -> DraftTree:
-        assert self._cache is not None and self._extrapolated is not None
-        self.states.append(self._extrapolated.clone())
-        tree = super().propose()
-        self.trees.append(tree)
-        self.slots = max(self.slots, *self._cache.lengths)
-        return tree
+        self._forward.run = counted  # type: ignore[method-assign]
+
+    def propose(self, states: Sequence[EagleState], budget: int | None = None) -> DraftTree:
+        self._catch_up(states)
+        self.states.append(torch.stack([each.extrapolated for each in states if each.extrapolated is not None]))
+        self.trees.append(super().propose(states, budget))
+        return self.trees[-1]
 
 
 class WholeText(DraftWindow):
-    """The same window, as a mask over everything: nothing is skipped and nothing dropped."""
+    """The same window, as a mask over everything: nothing is skipped."""
 
-    def start(self, lengths: list[int]) -> None:
-        super().start([0] * len(lengths))
-
-    def make_room(self, cache: TreeCache) -> None:
-        return
+    def skipped(self, prompt: int) -> int:
+        return 0
 
 
 def run(drafter: Drafter, target: Target, prompts: Sequence[Sequence[int]] = PROMPTS, chunk: int = 512) -> Any:
     engine = Engine(target, drafter, prefill_chunk=chunk)
-    return engine.complete(prompts, SamplingConfig(), StopConfig(40))
+    target.pool.clear()  # every position is computed
+    return engine.complete(prompts, SamplingParams(), StopParams(40))
 
 
 # ------------------------------------------------------------------ the window
@@ -93,13 +97,15 @@ def run(drafter: Drafter, target: Target, prompts: Sequence[Sequence[int]] = PRO
 @pytest.mark.parametrize(
     "kind", ["one layer", "eagle3, two layers", *(pytest.param(k, marks=pytest.mark.slow) for k in list(HEADS)[1:4])]
 )
-def test_a_window_keeps_the_text_and_bounds_the_cache(llama: Target, kind: str) -> None:
+def test_a_window_keeps_the_text_and_bounds_what_is_computed(llama: Target, kind: str) -> None:
     expected = vanilla(llama, PROMPTS, 40)
     for window in (1, 7, 70):
         drafter = Watched(llama, made_head(llama, kind), SHAPE, window)
-        assert run(drafter, llama, chunk=16) == expected
+        assert [run(drafter, llama, [prompt], 16)[0] for prompt in PROMPTS] == expected
         layers = drafter._module.config.num_hidden_layers
-        assert drafter.slots <= window + max(window, 64) + max(SHAPE.depth + 1, min(16, layers * window))
+        reach = layers * (window - 1) + 1
+        decoded = len(drafter.trees) * (SHAPE.depth + 1)
+        assert drafter.pairs <= sum(min(len(prompt), reach) for prompt in PROMPTS) + decoded
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -109,13 +115,14 @@ def test_a_window_keeps_the_text_and_bounds_the_cache(llama: Target, kind: str) 
 def test_what_a_window_leaves_out_changes_no_draft(llama: Target, kind: str, window: int, chunk: int) -> None:
     bounded, whole = (Watched(llama, made_head(llama, kind), SHAPE, window) for _ in range(2))
     whole._pairs = WholeText(window, 1, None)
-    run(bounded, llama, chunk=chunk)
-    run(whole, llama)
+    for prompt in PROMPTS:
+        run(bounded, llama, [prompt], chunk)
+        run(whole, llama, [prompt])
     assert len(bounded.trees) == len(whole.trees) > 10
     for mine, theirs, ours, all_of_it in zip(bounded.trees, whole.trees, bounded.states, whole.states, strict=True):
         assert torch.equal(mine.tokens, theirs.tokens) and torch.equal(mine.parents, theirs.parents)
         torch.testing.assert_close(ours, all_of_it, rtol=1e-9, atol=1e-9)
-    assert bounded.slots < whole.slots
+    assert bounded.pairs < whole.pairs
 
 
 def test_a_prompt_reaches_no_farther_than_its_layers_windows(llama: Target) -> None:
@@ -136,7 +143,7 @@ def test_the_mask_is_the_window_that_it_says(llama: Target, kind: str) -> None:
     (first, *_) = run(drafter, llama, [prompt])[0]
     module, count = drafter._module, len(prompt)
     output = llama.forward(
-        DraftTree.chain(torch.tensor([prompt])), llama.new_cache(), hidden_layers=drafter.target_layers
+        DraftTree.chain(torch.tensor([prompt])), llama.new_cache(1, 512), hidden_layers=drafter.target_layers
     )
     layers = drafter.target_layers
     features = torch.cat([output.hidden[i] for i in layers], -1) if layers else output.features
@@ -176,7 +183,7 @@ def packed_target() -> Target:
 
 @pytest.mark.skipif(not native.available(), reason=native.why_not())
 @pytest.mark.parametrize("layers", [1, 2])
-def test_native_code_drafts_through_the_window_as_modules_do(layers: int) -> None:
+def test_native_code_drafts_through_the_window_as_modules_do(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     target = packed_target()
     torch.manual_seed(7)
     sizes = FeatExtrapolatorConfig.for_target(target.config, num_hidden_layers=layers)
@@ -186,13 +193,16 @@ def test_native_code_drafts_through_the_window_as_modules_do(layers: int) -> Non
         found: list[Watched] = []
         for path in ("proposals", "layers", "modules"):
             drafter = Watched(target, copy.deepcopy(head), SHAPE, window)
-            assert drafter._quick is not None and drafter._forward.stack is not None
+            growing = drafter._growing_of(drafter.ways[1], None)
+            assert growing is not None and growing.quick is not None and drafter._forward.stack is not None
             if path != "proposals":
-                drafter._quick = None
+                monkeypatch.setattr(QuickDraft, "of", lambda *_: None)
+                drafter._growing.clear()
             if path == "modules":
                 drafter._forward.stack = None
             found.append(drafter)
             assert run(drafter, target, chunk=32) == expected
+            monkeypatch.undo()
         for trees in zip(*(drafter.trees for drafter in found), strict=True):
             assert all(torch.equal(trees[0].tokens, tree.tokens) for tree in trees[1:])
             assert all(torch.equal(trees[0].parents, tree.parents) for tree in trees[1:])
@@ -200,17 +210,18 @@ def test_native_code_drafts_through_the_window_as_modules_do(layers: int) -> Non
             assert all(torch.equal(states[0], each) for each in states[1:])
 
 
-def test_a_text_goes_on_behind_what_a_window_has_dropped(llama: Target) -> None:
+def test_a_text_goes_on_after_what_a_window_has_skipped(llama: Target) -> None:
     """Turns of one dialogue: the next, one cut back a little, and one cut back behind the window."""
-    drafter, past = EagleDrafter(llama, made_head(llama), SHAPE, 5), Past()
+    drafter = EagleDrafter(llama, made_head(llama), SHAPE, 5)
     engine, text = Engine(llama, drafter), list(PROMPTS[0])
+    reused = []
     for keep in (None, 100, 20):
-        text = [*text[:keep], 3, 1, 4]
-        said = [t for e in engine.run([text], SamplingConfig(), StopConfig(75), past=past) for t in e.tokens]
+        text, stats = [*text[:keep], 3, 1, 4], Stats()
+        said = [t for e in engine.run([text], SamplingParams(), StopParams(75), stats) for t in e.tokens]
         assert said == vanilla(llama, [text], 75)[0]
-        cache: Any = past.copy()._drafted  # a copy knows where its slots stand
-        assert cache.lengths[0] <= 5 + 64 + 4 and cache.reached[0] >= len(text) + 70
+        reused.append(stats.recalled_tokens)
         text = [*text, *said]
+    assert reused[1] == 99 and reused[2] in (0, 19), "where the head has not what it needs, nothing is reused"
 
 
 def test_a_window_below_one_is_refused(llama: Target) -> None:

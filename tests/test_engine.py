@@ -12,6 +12,7 @@ import torch
 from fakes import (
     VOCAB,
     FakeDrafter,
+    FakeState,
     Node,
     OracleChain,
     RandomTrees,
@@ -28,18 +29,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from haast.cache import TreeCache
-from haast.drafters.base import Accepted
+from haast.cache import KVCache
+from haast.core import Accepted, Emission, RowVerdict, SamplingParams, StopParams, Verdict
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Emission, Engine, Stats, StopConfig
+from haast.engine import Engine
 from haast.errors import PromptError
 from haast.heads.checkpoint import Head
-from haast.sampling import SamplingConfig
+from haast.stats import Stats
 from haast.target import Target
 from haast.tree import DraftTree
-from haast.verify import RowVerdict
 
 PROMPT = [4, 8, 15]
 
@@ -55,19 +55,23 @@ def run(drafter: FakeDrafter | VanillaDrafter, max_new: int, prompts: Sequence[S
     return stats
 
 
-def test_a_finished_run_frees_its_cache_at_once() -> None:
+def test_a_finished_run_gives_its_blocks_back_and_makes_no_cache_of_its_own() -> None:
     """Without the garbage collector, which counts objects and not the megabytes behind them."""
-    drafter = EagleDrafter(target(), random_head(target()), DraftShape(nodes=5))
+    at = tiny_target()
+    drafter = EagleDrafter(at, random_head(at), DraftShape(nodes=5))
+    decode(at, drafter, [PROMPT], 6)
     gc.collect()
-    before = sum(type(each) is TreeCache for each in gc.get_objects())
+    before = sum(type(each) is KVCache for each in gc.get_objects())
     gc.disable()
     try:
-        for _ in range(6):
-            decode(target(), drafter, [PROMPT], 6)
-        after = sum(type(each) is TreeCache for each in gc.get_objects())
+        for number in range(6):
+            decode(at, drafter, [[number, *PROMPT]], 6)
+            assert at.pool.free_blocks + at.pool.cached_blocks == at.pool.blocks, "what is not free is a prefix"
+        assert sum(type(each) is KVCache for each in gc.get_objects()) == before  # the target's, and the head's
     finally:
         gc.enable()
-    assert after - before <= 2  # the last run's, which the drafter still knows, and the drafter's own
+    at.pool.clear()
+    assert at.pool.free_blocks == at.pool.blocks
 
 
 # ------------------------------------------------------------------ exact counts
@@ -144,9 +148,9 @@ def test_one_token_needs_no_decoding_step() -> None:
 
 def test_stats_count_a_verdict() -> None:
     stats = Stats(ms_draft=1.0, ms_verify=2.0, ms_overhead=3.0)
-    stats.count(RowVerdict((0, 2, 5), (7, 8, 9), (False, True, False)), 40, 3)
-    stats.count(RowVerdict((0,), (7,), (False,)), 255, 1)
-    stats.count(RowVerdict((0,), (7,), ()), 512, 2)
+    stats.count(3, (False, True, False), 40, 3)
+    stats.count(1, (False,), 255, 1)
+    stats.count(1, (), 512, 2)
     assert stats.target_forwards == 3 and stats.tau == 2.0
     assert stats.by_length == [
         {"begin": 0, "end": 256, "target_forwards": 2, "drafted": 2, "tau": 2.0, "acceptance": 0.5},
@@ -166,41 +170,43 @@ def test_time_is_counted_apart() -> None:
 # ------------------------------------------------------------------ emissions
 
 
-def emissions(drafter: FakeDrafter, rules: StopConfig) -> list[Emission]:
-    return list(Engine(target(), drafter).run([PROMPT], SamplingConfig(), rules))
+def emissions(drafter: FakeDrafter, rules: StopParams) -> list[Emission]:
+    return list(Engine(target(), drafter).run([PROMPT], SamplingParams(), rules))
 
 
 def test_emissions_say_what_was_drafted() -> None:
     text = full_texts(target(), [PROMPT], 60)[0]
-    assert emissions(always([text], 3), StopConfig(1 + 4 + 2)) == [
+    assert emissions(always([text], 3), StopParams(1 + 4 + 2)) == [
         Emission(0, tuple(text[3:4]), 0, False),
         Emission(0, tuple(text[4:8]), 3, False),
         Emission(0, tuple(text[8:10]), 2, True),
     ]
-    assert emissions(never([text]), StopConfig(2)) == [
+    assert emissions(never([text]), StopParams(2)) == [
         Emission(0, tuple(text[3:4]), 0, False),
         Emission(0, tuple(text[4:5]), 0, True),
     ]
 
 
 def test_drafters_are_told_features_and_the_tokens_that_follow_them() -> None:
-    heard: list[tuple[int, ...]] = []
+    heard: list[list[int]] = []
+    at = tiny_target()  # of its own: no prompt was there before
 
     class Listening(RandomTrees):
-        def observe(self, accepted: Accepted) -> None:
-            super().observe(accepted)
-            heard.append(accepted.counts)
-            for row, count in enumerate(accepted.counts):
-                history = self.histories[row]
-                whole = target().forward(DraftTree.chain(torch.tensor([history])), target().new_cache()).features[0]
+        def observe(self, states: Sequence[FakeState], accepted: Accepted) -> None:
+            super().observe(states, accepted)
+            heard.append(accepted.counts.tolist())
+            for row, (state, count) in enumerate(zip(states, heard[-1], strict=True)):
+                history = state.history
+                whole = at.forward(DraftTree.chain(torch.tensor([history])), at.new_cache()).features[0]
                 kept = slice(len(history) - 1 - count, len(history) - 1)
                 assert torch.allclose(accepted.features[row, :count], whole[kept], rtol=0, atol=1e-5)
 
     prompts = [[4, 8, 15], [16, 23], [1]]
     texts = full_texts(target(), prompts, 12)
-    new = decode(target(), Listening(9, 0, texts, rate=0.8), prompts, 12)
+    new = decode(at, Listening(9, 0, texts, rate=0.8), prompts, 12)
     assert [[*prompt, *row] for prompt, row in zip(prompts, new, strict=True)] == texts
-    assert heard[0] == (3, 2, 1) and max(max(counts) for counts in heard[1:]) > 1
+    assert heard[:3] == [[3], [2], [1]] and max(max(counts) for counts in heard[3:]) > 1
+    assert any(len(counts) == 3 for counts in heard[3:]), "rows are told together"
 
 
 # ------------------------------------------------------------------ prefill
@@ -209,15 +215,28 @@ def test_drafters_are_told_features_and_the_tokens_that_follow_them() -> None:
 @pytest.mark.parametrize("chunk", [1, 2, 5, 7])
 def test_prefill_in_chunks_changes_nothing(chunk: int) -> None:
     prompts = [list(range(1, 15)), [5, 6, 7], list(range(20, 27)), [9]]
-    law = SamplingConfig(0.8, seed=3)
+    params = SamplingParams(0.8, seed=3)
     shape = DraftShape("dynamic", depth=3, top_k=6, width=4, nodes=20)
-    eagle = EagleDrafter(target(), random_head(target()), shape)
+    at = tiny_target()
+    eagle = EagleDrafter(at, random_head(at), shape)
     stats, chunked = Stats(), Stats()
-    whole = decode(target(), eagle, prompts, 12, law, stats=stats)
-    assert Engine(target(), eagle, prefill_chunk=chunk).complete(prompts, law, StopConfig(12), chunked) == whole
-    assert vanilla(target(), prompts, 12, law) == whole
+    whole = decode(at, eagle, prompts, 12, params, stats=stats)
+    at.pool.clear()  # or the prompts would be there already
+    assert Engine(at, eagle, prefill_chunk=chunk).complete(prompts, params, StopParams(12), chunked) == whole
+    assert vanilla(target(), prompts, 12, params) == whole
     assert chunked.accepted_by_depth == stats.accepted_by_depth, "the drafter must have observed the same"
-    assert chunked.prompt_tokens == stats.prompt_tokens == 25
+    assert chunked.prompt_tokens == stats.prompt_tokens == 25 and chunked.recalled_tokens == 0
+
+
+def test_a_prompt_that_was_there_before_changes_nothing_but_the_work() -> None:
+    prompt, params = list(range(1, 25)), SamplingParams(0.8, seed=3)
+    at = tiny_target()
+    eagle = EagleDrafter(at, random_head(at), DraftShape("dynamic", depth=3, top_k=6, width=4, nodes=20))
+    first, second = Stats(), Stats()
+    texts = [decode(at, eagle, [prompt], 12, params, stats=stats) for stats in (first, second)]
+    assert texts[0] == texts[1] == vanilla(target(), [prompt], 12, params)
+    assert (first.recalled_tokens, second.recalled_tokens) == (0, 23)
+    assert first.accepted_by_depth == second.accepted_by_depth, "the head must know what it knew"
 
 
 # ------------------------------------------------------------------ EAGLE's drafts, by brute force
@@ -233,7 +252,7 @@ class Naive:
         self._head, self._tokens, self._features, self._top_k = head, tokens, features, top_k
 
     def best(self, path: tuple[int, ...]) -> list[tuple[int, float]]:
-        """The likeliest tokens behind root and path, best first, with their log-probabilities."""
+        """The likeliest tokens after root and path, best first, with their log-probabilities."""
         logits = target().head_logits(self._extrapolated(path))
         vocab = torch.arange(VOCAB) if self._head.draft_vocab is None else self._head.draft_vocab
         chances, ids = logits[vocab].float().log_softmax(-1).topk(min(self._top_k, len(vocab)))
@@ -297,24 +316,30 @@ def test_eagle_drafts_what_the_papers_say(
     features = [
         target().forward(DraftTree.chain(torch.tensor([text])), target().new_cache()).features[0, :-1] for text in texts
     ]
-    drafter.start([text[:1] for text in texts])
+    states = [drafter.begin(text, target().pool.sequence(), 0) for text in texts]
     told = [0] * len(texts)  # pairs that the drafter has observed, per row; ragged steps of 0 to 3, at least 1 at first
     while any(done < len(text) - 1 for done, text in zip(told, texts, strict=True)):
         counts = [
             min(len(text) - 1 - done, data.draw(st.integers(int(done == 0), 3)))
             for done, text in zip(told, texts, strict=True)
         ]
-        if not any(counts):
+        rows = [row for row, count in enumerate(counts) if count]
+        if not rows:
             continue
-        tokens = torch.zeros(len(texts), max(counts), dtype=torch.long)
-        kept = torch.zeros(len(texts), max(counts), 32, dtype=torch.float64)
-        for row, (done, count) in enumerate(zip(told, counts, strict=True)):
-            tokens[row, :count] = torch.tensor(texts[row][done + 1 : done + 1 + count])
-            kept[row, :count] = features[row][done : done + count]
+        said: list[RowVerdict | None] = []
+        kept = torch.zeros(len(rows), max(counts), 32, dtype=torch.float64)
+        for place, row in enumerate(rows):
+            done, count = told[row], counts[row]
+            said.append(RowVerdict(tuple(range(count)), tuple(texts[row][done + 1 : done + 1 + count]), ()))
+            kept[place, :count] = features[row][done : done + count]
             told[row] += count
-        drafter.observe(Accepted(tokens, kept, tuple(counts)))
-        drafter.propose()  # must leave no trace
-    tree = drafter.propose()
+        verdict = Verdict.of_rows(said, kept.device)
+        step = verdict if data.draw(st.booleans()) else None  # of a step, or of a prompt
+        drafter.observe([states[row] for row in rows], Accepted(verdict.tokens, kept, verdict.counts, verdict=step))
+        drafter.propose(states)  # must leave no trace
+    tree = drafter.propose(states)
+    for state in states:
+        state.kv.release()
     assert tree.nodes == drafter.nodes
     for row, text in enumerate(texts):
         naive = Naive(head, text, features[row], 1 if shape.kind == "chain" else shape.top_k)
@@ -367,15 +392,15 @@ def test_shapes_out_of_range_are_refused(settings_: dict[str, Any], why: str) ->
 def test_prompts_that_cannot_be_answered_are_refused_at_once(prompts: list[list[int]], why: str) -> None:
     engine = Engine(tiny_target(context=24), VanillaDrafter())
     with pytest.raises(PromptError, match=why):
-        engine.run(prompts, SamplingConfig(), StopConfig())  # at the call, not at the first token
+        engine.run(prompts, SamplingParams(), StopParams())  # at the call, not at the first token
 
 
 def test_a_prompt_that_just_fits_is_answered() -> None:
     engine = Engine(tiny_target(context=24), VanillaDrafter())
-    assert len(collect(engine.run([[1] * 23], SamplingConfig(), StopConfig(9)), 1)[0]) == 1
+    assert len(collect(engine.run([[1] * 23], SamplingParams(), StopParams(9)), 1)[0]) == 1
 
 
 @pytest.mark.parametrize("value", [0, -3])
 def test_a_limit_below_one_is_refused(value: int) -> None:
     with pytest.raises(ValueError, match=f"max_new_tokens={value} is not allowed"):
-        StopConfig(value)
+        StopParams(value)

@@ -17,6 +17,7 @@ from fakes import decode, random_head
 from test_families import FAMILIES, VOCAB, stock
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.lookahead import LookaheadDrafter
@@ -24,7 +25,6 @@ from haast.drafters.lookup import PromptLookupDrafter
 from haast.drafters.shape import DraftShape
 from haast.heads.checkpoint import Head
 from haast.heads.module import DraftModule
-from haast.sampling import SamplingConfig
 from haast.target import Target
 from haast.training.config import TrainConfig
 from haast.training.features import stream_examples
@@ -33,7 +33,7 @@ from haast.training.initialise import why_not_last_layer
 from haast.training.trainer import Trainer
 
 EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe"]
-SAMPLED = SamplingConfig(temperature=1.0, seed=2)
+SAMPLED = SamplingParams(temperature=1.0, seed=2)
 
 
 @pytest.mark.parametrize("name", EXPERTS)

@@ -14,17 +14,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, StopConfig
+from haast.engine import Engine, StopParams
 from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head, load_head, save_head
 from haast.heads.config import HeadConfig
 from haast.heads.eagle3 import Eagle3Config, default_layers
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.heads.module import DraftModule
-from haast.sampling import SamplingConfig
 from haast.speed.fusing import fuse_small_modules
 from haast.speed.packing import pack_linears
 from haast.target import Target
@@ -203,9 +203,9 @@ def test_any_head_drafts_losslessly(kind: str, target: Target, examples: list[Ex
     head = load_head(tmp_path)
     assert head.draft_vocab is not None and torch.equal(head.draft_vocab, DRAFTED)
     prompts = [[5, 9, 3, 7], [4, 4, 8]]
-    stop, texts = StopConfig(24), []
+    stop, texts = StopParams(24), []
     for drafter in (VanillaDrafter(), EagleDrafter(target, head, DraftShape(depth=3, top_k=3, width=3, nodes=10))):
-        for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0, seed=3)):
+        for sampling in (SamplingParams(), SamplingParams(temperature=1.0, seed=3)):
             rows: list[list[int]] = [[], []]
             for emission in Engine(target, drafter).run(prompts, sampling, stop):
                 rows[emission.row].extend(emission.tokens)
@@ -219,7 +219,7 @@ def test_a_batch_learnt_by_heart_is_drafted_by_heart(kind: str, examples: list[E
     target = llama(torch.float32)
     generator = Engine(target, VanillaDrafter())
     prompt = [5, 9, 3, 7]
-    text = prompt + [t for e in generator.run([prompt], SamplingConfig(), StopConfig(40)) for t in e.tokens]
+    text = prompt + [t for e in generator.run([prompt], SamplingParams(), StopParams(40)) for t in e.tokens]
     sequence = TokenSequence(text, [False] * 4 + [True] * 40, {})
     some = [e for _, e in stream_examples(target, [sequence], topk=4, layer_ids=LAYERS)]
     config = TrainConfig(
@@ -234,7 +234,7 @@ def test_a_batch_learnt_by_heart_is_drafted_by_heart(kind: str, examples: list[E
     drafter = EagleDrafter(target, Head(run.plain_head(), run.draft_vocab, {}), DraftShape(kind="chain", depth=3))
     engine, steps = Engine(target, drafter), 0
     got: list[int] = []
-    for emission in engine.run([prompt], SamplingConfig(), StopConfig(40)):
+    for emission in engine.run([prompt], SamplingParams(), StopParams(40)):
         got.extend(emission.tokens)
         steps += 1
     assert prompt + got == text and steps <= 16, steps  # 40 tokens in chains of 3 drafts and a bonus
@@ -249,7 +249,7 @@ def test_packed_targets_pack_every_head(kind: str, examples: list[Example]) -> N
     drafter = EagleDrafter(target, head, DraftShape(depth=2, top_k=3, width=3, nodes=6))
     texts = []
     for each in (VanillaDrafter(), drafter):
-        out = Engine(target, each).run([[5, 9, 3, 7]], SamplingConfig(), StopConfig(24))
+        out = Engine(target, each).run([[5, 9, 3, 7]], SamplingParams(), StopParams(24))
         texts.append([token for emission in out for token in emission.tokens])
     assert texts[0] == texts[1]
 
@@ -434,7 +434,7 @@ def test_targets_with_other_norms_and_logits_train_and_draft(name: str, kind: st
     target = other(name)
     prompt = [5, 9, 3, 7]
     texts = [
-        t for e in Engine(target, VanillaDrafter()).run([prompt], SamplingConfig(), StopConfig(40)) for t in e.tokens
+        t for e in Engine(target, VanillaDrafter()).run([prompt], SamplingParams(), StopParams(40)) for t in e.tokens
     ]
     sequence = TokenSequence(prompt + texts, [False] * 4 + [True] * 40, {})
     some = [e for _, e in stream_examples(target, [sequence], topk=8, layer_ids=LAYERS)]
@@ -451,7 +451,7 @@ def test_targets_with_other_norms_and_logits_train_and_draft(name: str, kind: st
     head = Head(run.plain_head(), run.draft_vocab, {})
     engine = Engine(target, EagleDrafter(target, head, DraftShape(kind="chain", depth=3)))
     found, steps = list[int](), 0
-    for emission in engine.run([prompt], SamplingConfig(), StopConfig(40)):
+    for emission in engine.run([prompt], SamplingParams(), StopParams(40)):
         found.extend(emission.tokens)
         steps += 1
     assert found == texts and steps <= 20, steps

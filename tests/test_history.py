@@ -13,30 +13,43 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from haast.drafters.base import Accepted, Drafter
+from haast.core import Accepted, RowVerdict, SamplingParams, StopParams, Verdict
+from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.hybrid import HybridDrafter
-from haast.drafters.lookahead import LookaheadDrafter, NgramPool
-from haast.drafters.lookup import PromptLookupDrafter, SuffixAutomaton, SuffixDrafter
+from haast.drafters.hybrid import HybridDrafter, with_matches
+from haast.drafters.lookahead import LookaheadDrafter, LookaheadState, NgramPool
+from haast.drafters.lookup import PromptLookupDrafter, SuffixAutomaton, SuffixDrafter, SuffixIndex
 from haast.drafters.paths import PathTree, pack_rows
 from haast.drafters.shape import DraftShape
 from haast.drafters.small_model import SmallModelDrafter
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, StopConfig
+from haast.engine import Engine
 from haast.errors import HeadMismatchError
-from haast.sampling import SamplingConfig
+from haast.kv_pool import KVPool
+from haast.stats import Stats
 from haast.target import Target
 from haast.tree import DraftTree
 
 CPU = torch.device("cpu")
 
 
+def begun(drafter: Drafter, tokens: Sequence[int], reused: int = 0) -> Any:
+    """The state of a request whose text is `tokens`, the last one the root."""
+    state = drafter.begin(tokens, KVPool(16).sequence(), reused)
+    told(drafter, state, tokens[reused + 1 :])
+    return state
+
+
+def told(drafter: Drafter, state: Any, tokens: Sequence[int], choices: Sequence[int] | None = None) -> None:
+    """The request's text goes on with `tokens`; `choices` are the target's at the last tree's nodes."""
+    said, chosen = torch.tensor([list(tokens)]), None if choices is None else torch.tensor([list(choices)])
+    accepted = Accepted(said, torch.zeros(1, len(tokens), 1), torch.tensor([len(tokens)]), chosen)
+    drafter.observe([state], accepted)
+
+
 def settle(drafter: Drafter, tokens: Sequence[int]) -> DraftTree:
-    """The drafter's proposal behind a text whose last token is the newest."""
-    drafter.start([tokens[:1]])
-    following = torch.tensor([list(tokens[1:])])
-    drafter.observe(Accepted(following, torch.zeros(1, following.shape[1], 1), (following.shape[1],)))
-    return drafter.propose()
+    """The drafter's proposal after a text whose last token is the newest."""
+    return drafter.propose([begun(drafter, tokens)])
 
 
 def chains(tree: DraftTree) -> list[list[int]]:
@@ -58,12 +71,50 @@ def test_paths_share_their_beginnings_and_are_cut_where_the_tree_is_full() -> No
     tree = PathTree(9, 6)
     assert [tree.insert([1, 2, 3]), tree.insert([1, 2, 4]), tree.insert([1, 5, 6])] == [3, 1, 1]
     assert tree.insert([1, 2, 3]) == 0 and tree.insert([7]) == 0
-    packed = pack_rows([tree, PathTree(8, 6)], 6, CPU)
+    packed = pack_rows([tree, PathTree(8, 6)], CPU)
     assert chains(packed) == [[1, 2, 3], [1, 2, 4], [1, 5]]
     assert packed.live.tolist() == [[True] * 6, [True] + [False] * 5]
-    again = PathTree.of_tree(packed, 0, 8)
-    assert again.insert([1, 5, 6, 7], most=1) == 1
-    assert chains(pack_rows([again], 8, CPU)) == [[1, 2, 3], [1, 2, 4], [1, 5, 6]]
+    assert packed.height == tree.height == int(packed.depths.max()) == 3
+    more = PathTree(9, 8)
+    assert [more.insert([1, 2, 3], 2), more.insert([1, 2, 3], 0), more.insert([1, 5], most=9)] == [2, 0, 1]
+    assert chains(pack_rows([more], CPU)) == [[1, 2], [1, 5]]
+    alone = pack_rows([PathTree(8, 6), PathTree(7, 6)], CPU)
+    assert (alone.tokens.tolist(), alone.height) == ([[8], [7]], 0)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_a_match_is_merged_as_one_path_more(data: st.DataObject) -> None:
+    """By tensors what a set of paths says: the tree's own, and the match as far as there is room for new nodes."""
+    path = st.lists(st.integers(0, 2), min_size=1, max_size=5)
+    extra = data.draw(st.integers(1, 3))
+    rows, matches = [], []
+    for _ in range(data.draw(st.integers(1, 3))):
+        tree = PathTree(9, 8)
+        for each in data.draw(st.lists(path, max_size=3)):
+            tree.insert(each)
+        rows.append(tree)
+        matches.append(data.draw(st.one_of(st.just([]), path)))
+    before = pack_rows(rows, CPU)
+    merged = with_matches(before, matches, extra)
+    assert merged.nodes <= before.nodes + extra and int(merged.depths.max()) <= merged.height
+    for row, match in enumerate(matches):
+        old, had = paths_of(before, row), 0
+        while had < len(match) and tuple(match[: had + 1]) in old:
+            had += 1
+        new = {tuple(match[: had + n + 1]) for n in range(min(extra, len(match) - had))}
+        assert paths_of(merged, row) == old | new and len(old | new) == int(merged.live[row].sum()) - 1
+    added = max(len(paths_of(merged, row)) - len(paths_of(before, row)) for row in range(before.rows))
+    assert merged.nodes == before.nodes + added, "on the CPU no row gets nodes that none uses"
+
+
+def paths_of(tree: DraftTree, row: int) -> set[tuple[int, ...]]:
+    """The tokens under the root on the way to every live node but the root."""
+    found: dict[int, tuple[int, ...]] = {0: ()}
+    for node in range(1, tree.nodes):
+        if tree.live[row, node]:
+            found[node] = (*found[int(tree.parents[row, node])], int(tree.tokens[row, node]))
+    return {path for path in found.values() if path}
 
 
 def test_prompt_lookup_continues_the_latest_match_of_the_longest_ngram() -> None:
@@ -103,10 +154,32 @@ def test_the_automaton_knows_the_longest_earlier_suffix(text: list[int]) -> None
 
 def test_suffix_branches() -> None:
     drafter = SuffixDrafter(nodes=7, least=1, branches=2)
-    tree = settle(drafter, [5, 1, 2, 7, 7, 2, 8, 8, 1, 2])
-    assert drafter.longest(0) == 2
-    assert chains(tree)[0][:2] == [7, 7]
+    state = begun(drafter, [5, 1, 2, 7, 7, 2, 8, 8, 1, 2])
+    assert isinstance(state, SuffixIndex) and state.longest == 2
+    assert chains(drafter.propose([state]))[0][:2] == [7, 7]
     assert chains(settle(SuffixDrafter(nodes=7, least=3), [1, 2, 3, 1, 2])) == []
+
+
+@pytest.mark.parametrize("make", [PromptLookupDrafter, SuffixDrafter, lambda: LookaheadDrafter(9, 2, 3, 2)])
+def test_a_request_that_begins_with_a_known_prefix_drafts_as_if_it_had_seen_it(make: Any) -> None:
+    drafter, text = make(), [1, 2, 3, 1, 2, 4, 1, 2]
+    whole = drafter.propose([begun(drafter, text)])
+    for reused in range(1, len(text) - 1):
+        tree = drafter.propose([begun(drafter, text, reused)])
+        assert torch.equal(tree.tokens, whole.tokens) and torch.equal(tree.parents, whole.parents)
+
+
+@pytest.mark.parametrize("make", [PromptLookupDrafter, SuffixDrafter, lambda: LookaheadDrafter(9, 2, 3, 2)])
+def test_a_tree_has_the_nodes_that_are_needed_and_at_most_the_budget(make: Any) -> None:
+    drafter = make()
+    repeating, fresh = begun(drafter, [1, 2, 3, 4, 5, 6, 1, 2]), begun(drafter, [1, 2, 3])
+    for budget in (None, *range(1, 13)):
+        tree, alone = drafter.propose([repeating, fresh], budget), drafter.propose([fresh], budget)
+        assert tree.nodes <= min(budget or drafter.nodes, drafter.nodes)
+        assert int(tree.depths.max()) <= tree.height < max(tree.nodes, 1)
+        assert tree.live.any(0).all(), "no node is dead in every row"
+        assert (tree.nodes > 1) == (budget is None or budget > 1)
+        assert isinstance(drafter, LookaheadDrafter) or alone.nodes == 1, "where there is no draft, the root is alone"
 
 
 def test_the_pool_keeps_the_newest_of_a_token() -> None:
@@ -184,26 +257,28 @@ def test_lookaheads_tree_is_the_papers_mask_and_positions(window: int, ngram: in
     known = {root: [[next(fresh) for _ in range(ngram - 1)] for _ in range(guesses)] for root in roots}
     text = [token for root in roots for guess in known[root] for token in (root, *guess)]
     drafter = LookaheadDrafter(10**9, window, ngram, guesses)  # so many tokens that random ones differ
-    tree = settle(drafter, [*text, roots[0]])
-    levels = [list(row) for row in drafter._rows[0]._window]
+    state = begun(drafter, [*text, roots[0]])
+    tree = drafter.propose([state])
+    levels = [list(row) for row in state._window]
     for root, following in zip(roots, [*roots[1:], 4], strict=True):
         levels[0][0] = root
         expected = figure_5(levels, known[root])
         assert seen_in(tree) == expected and len(expected) == drafter.nodes
-        marks = [False] * tree.nodes if tree.probe is None else tree.probe[0].tolist()
-        probes = {token for token, mark in zip(tree.tokens[0].tolist(), marks, strict=True) if mark}
-        assert probes == {token for level in levels for token in level} - {root}
+        marks = [False] * tree.nodes if tree.placeholder is None else tree.placeholder[0].tolist()
+        placeholders = {token for token, mark in zip(tree.tokens[0].tolist(), marks, strict=True) if mark}
+        assert placeholders == {token for level in levels for token in level} - {root}
         said = [next(fresh) for _ in range(tree.nodes)]
         at = {token: node for node, token in enumerate(tree.tokens[0].tolist())}
         levels = [*levels[1:], [said[at[token]] for token in levels[-1]]]
-        drafter.observe(Accepted(torch.tensor([[following]]), torch.zeros(1, 1, 1), (1,), torch.tensor([said])))
-        tree = drafter.propose()
+        told(drafter, state, [following], said)
+        tree = drafter.propose([state])
 
 
 def test_another_mask_than_the_papers_is_seen() -> None:
     drafter = LookaheadDrafter(10**9, 3, 3, 1)
-    tree = settle(drafter, [1, 50, 51, 1])
-    levels = [list(row) for row in drafter._rows[0]._window]
+    state = begun(drafter, [1, 50, 51, 1])
+    tree = drafter.propose([state])
+    levels = [list(row) for row in state._window]
     levels[0][0] = 1
     expected = figure_5(levels, [[50, 51]])
     assert seen_in(tree) == expected
@@ -222,18 +297,28 @@ def test_the_pool_is_warmed_up_from_the_prompt_if_asked() -> None:
 
 def test_the_window_moves_and_fills_the_pool() -> None:
     drafter = LookaheadDrafter(50, window=3, ngram=3, guesses=4, from_prompt=False)
-    drafter.start([[7]])
-    row = drafter._rows[0]
-    row._last = 7
-    drafter.propose()
-    first, second = [list(each) for each in row._window]
+    state = drafter.begin([7], KVPool(16).sequence(), 0)
+    drafter.propose([state])
+    first, second = [list(each) for each in state._window]
     choices = list(range(100, 100 + drafter.nodes))
-    said = [choices[number] for number in row._numbers[-1]]
-    drafter.observe(Accepted(torch.tensor([[11]]), torch.zeros(1, 1, 1), (1,), torch.tensor([choices])))
-    assert row._window == [second, said]
-    assert row._pool.guesses(7)[0][1:] or row._pool.guesses(7)  # column 0 continues the root
-    assert row._pool.guesses(7)[-1] == (second[0], said[0])
-    assert row._pool.guesses(first[1])[-1] == (second[1], said[1])
+    said = [choices[number] for number in state._numbers[-1]]
+    told(drafter, state, [11], choices)
+    assert state._window == [second, said]
+    assert state._pool.guesses(7)[0][1:] or state._pool.guesses(7)  # column 0 continues the root
+    assert state._pool.guesses(7)[-1] == (second[0], said[0])
+    assert state._pool.guesses(first[1])[-1] == (second[1], said[1])
+
+
+def test_a_window_begins_alike_in_every_row_and_rests_where_a_budget_has_no_room_for_it() -> None:
+    drafter = LookaheadDrafter(50, window=3, ngram=3, guesses=4)
+    first, second = (begun(drafter, [*text, 1]) for text in ([1, 2, 3], [4, 5]))
+    assert isinstance(first, LookaheadState) and first._window == second._window
+    tree = drafter.propose([first, second], 5)  # the window takes 6
+    assert chains(tree) == [[2, 3]] and tree.placeholder is None
+    before = [list(row) for row in first._window]
+    told(drafter, first, [2], [9] * tree.nodes)
+    assert first._window == before
+    assert drafter.propose([first], 6).nodes == 6 and chains(drafter.propose([first], 6)) == []
 
 
 TARGETS: list[Target] = []
@@ -274,12 +359,9 @@ def all_drafters() -> list[Drafter]:
     ]
 
 
-def say(drafter: Drafter, prompts: list[list[int]], law: SamplingConfig) -> tuple[list[list[int]], Stats]:
-    texts: list[list[int]] = [[] for _ in prompts]
+def say(drafter: Drafter, prompts: list[list[int]], params: SamplingParams) -> tuple[list[list[int]], Stats]:
     stats = Stats()
-    for emission in Engine(target(), drafter).run(prompts, law, StopConfig(30), stats):
-        texts[emission.row].extend(emission.tokens)
-    return texts, stats
+    return Engine(target(), drafter).complete(prompts, params, StopParams(30), stats), stats
 
 
 @settings(max_examples=10)
@@ -288,10 +370,10 @@ def say(drafter: Drafter, prompts: list[list[int]], law: SamplingConfig) -> tupl
     temperature=st.sampled_from([0.0, 0.7]),
 )
 def test_they_say_what_vanilla_says(prompts: list[list[int]], temperature: float) -> None:
-    law = SamplingConfig(temperature=temperature, seed=4)
-    expected, _ = say(VanillaDrafter(), prompts, law)
+    params = SamplingParams(temperature=temperature, seed=4)
+    expected, _ = say(VanillaDrafter(), prompts, params)
     for drafter in all_drafters():
-        assert say(drafter, prompts, law)[0] == expected, drafter.name
+        assert say(drafter, prompts, params)[0] == expected, drafter.name
 
 
 def test_they_accept_drafts_where_the_text_repeats() -> None:
@@ -299,12 +381,12 @@ def test_they_accept_drafts_where_the_text_repeats() -> None:
     for drafter in all_drafters():
         if isinstance(drafter, SmallModelDrafter):
             continue  # a random small model is right by chance only
-        _, stats = say(drafter, prompt, SamplingConfig(temperature=0.01))
+        _, stats = say(drafter, prompt, SamplingParams(temperature=0.01))
         assert stats.tau > 1.0, drafter.name
 
 
 def test_a_small_model_that_is_the_target_is_always_right() -> None:
-    _, stats = say(SmallModelDrafter(target(), target(), 4), [[1, 2, 3]], SamplingConfig())
+    _, stats = say(SmallModelDrafter(target(), target(), 4), [[1, 2, 3]], SamplingParams())
     assert stats.accepted_by_depth == stats.reached_by_depth and stats.tau > 4
 
 
@@ -334,25 +416,146 @@ def test_impossible_settings_are_refused(make: object, message: str) -> None:
         make()
 
 
-def test_a_suffix_branch_and_its_eagle_follow_one_run_at_a_time() -> None:
+def test_a_suffix_branch_and_its_eagle_serve_requests_side_by_side() -> None:
     at = target()
     eagle = EagleDrafter(at, random_head(at), DraftShape(depth=3, top_k=3, width=3, nodes=7))
-    hybrid = HybridDrafter(eagle)
-    assert hybrid.lock is eagle.lock
-    running = Engine(at, hybrid).run([[1, 2, 3]], SamplingConfig(), StopConfig(30))
-    next(running)
-    Engine(at, eagle).complete([[4, 5]], SamplingConfig(), StopConfig(5))
-    with pytest.raises(RuntimeError, match="another generation was started"):
-        list(running)
+    hybrid, prompts = HybridDrafter(eagle, least=1), [[1, 2, 3], [4, 5]]
+    expected = [say(VanillaDrafter(), [prompt], SamplingParams())[0][0] for prompt in prompts]
+    running = Engine(at, hybrid).run(prompts[:1], SamplingParams(), StopParams(30))
+    first = list(next(running).tokens)
+    assert Engine(at, eagle).complete(prompts[1:], SamplingParams(), StopParams(30)) == expected[1:]
+    assert first + [token for emission in running for token in emission.tokens] == expected[0]
+
+
+def test_a_suffix_branch_is_the_eagles_in_everything_that_the_pool_asks() -> None:
+    at = target()
+    hybrid = HybridDrafter(eagle := EagleDrafter(at, random_head(at), DraftShape(depth=3, top_k=3, width=3, nodes=7)))
+    for name in ("prefix_key", "reach", "caches", "room", "target_layers"):
+        assert getattr(hybrid, name) == getattr(eagle, name), name
+
+
+def test_what_matches_brought_is_counted_by_request() -> None:
+    at = target()
+    hybrid = HybridDrafter(EagleDrafter(at, random_head(at), DraftShape(depth=2, top_k=2, width=2, nodes=4)), least=1)
+    said: list[RowVerdict | None] = [RowVerdict((0, 4, 5), (8, 9, 1), (False,)), None, RowVerdict((0,), (3,), ())]
+    states = [hybrid.begin([1, 2], at.new_cache().sequences[0], 0) for _ in said]
+    before = [(state.matches, state.gained) for state in states]
+    for state in states[:2]:
+        state.offered = 4
+    verdict = Verdict.of_rows(said, CPU)
+    features = torch.zeros(3, 3, at.hidden_size, dtype=at.dtype)
+    hybrid.observe(states, Accepted(verdict.tokens, features, verdict.counts, verdict=verdict))
+    gains = [(state.matches - old[0], state.gained - old[1]) for state, old in zip(states, before, strict=True)]
+    assert gains == [(1, 2), (0, 0), (0, 0)] and [state.offered for state in states] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 4, 6, 9, 99])
+def test_every_drafter_keeps_to_a_budget(budget: int) -> None:
+    class Told:
+        def budget(self, requests: object) -> int:
+            return budget
+
+        def observed(self, request: object, kept: object, nodes: int) -> None:
+            sizes.append(nodes)
+
+    expected, _ = say(VanillaDrafter(), [[5, 6] * 5, [3]], SamplingParams())
+    for drafter in all_drafters():
+        sizes: list[int] = []
+        drafter.policy = Told()
+        assert say(drafter, [[5, 6] * 5, [3]], SamplingParams())[0] == expected, drafter.name
+        assert max(sizes) <= min(budget, drafter.nodes), drafter.name
 
 
 def test_a_pool_without_the_prompt_still_learns_what_is_said() -> None:
     drafter = LookaheadDrafter(50, window=2, ngram=3, guesses=4, from_prompt=False)
-    drafter.start([[1]])
-    drafter.observe(Accepted(torch.tensor([[2, 3]]), torch.zeros(1, 2, 1), (2,)))
-    pool = drafter._rows[0]._pool
+    state = begun(drafter, [1, 2, 3])
+    pool = state._pool
     assert pool.guesses(1) == [] and pool.guesses(2) == []
-    tree = drafter.propose()
-    choices = torch.zeros(1, tree.nodes, dtype=torch.long)
-    drafter.observe(Accepted(torch.tensor([[4, 5]]), torch.zeros(1, 2, 1), (2,), choices))
+    tree = drafter.propose([state])
+    told(drafter, state, [4, 5], [0] * tree.nodes)
     assert (3, 4) in pool.guesses(2) and (4, 5) in pool.guesses(3) and (4, 5) not in pool.guesses(1)
+
+
+# ------------------------------------------------------------------ the small model's own keys and values
+
+
+def small_run(
+    drafter: SmallModelDrafter, prompts: list[list[int]], new: int = 24, params: SamplingParams | None = None
+) -> list[list[int]]:
+    return Engine(target(), drafter).complete(prompts, params or SamplingParams(), StopParams(new))
+
+
+def forwards(monkeypatch: pytest.MonkeyPatch, small: Target) -> list[int]:
+    """Filled with the positions of every forward of the small model."""
+    seen, honest = list[int](), small.forward
+
+    def counting(tree: DraftTree, *args: Any, **options: Any) -> Any:
+        seen.append(tree.nodes)
+        return honest(tree, *args, **options)
+
+    monkeypatch.setattr(small, "forward", counting)
+    return seen
+
+
+def wide_small_model() -> Target:
+    """As long a context as the target's."""
+    return tiny_target(layers=1, seed=5)
+
+
+def test_accepted_drafts_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter = SmallModelDrafter(target(), tiny_target(), 4)  # the target's twin: every draft is right
+    seen = forwards(monkeypatch, drafter._small)
+    small_run(drafter, [[1, 2, 3]], 26)
+    # After the first step 4 drafts are accepted, 3 of which were run: the fourth and the bonus are new.
+    assert seen[:4] == [4, 1, 1, 1] and seen[4:] == [2, 1, 1, 1] * 4
+
+
+def test_a_dialogue_is_not_run_anew_by_the_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter = SmallModelDrafter(target(), wide_small_model(), 3)
+    prompt = [each % 30 for each in range(70)]
+    said = small_run(drafter, [prompt])[0]
+    seen = forwards(monkeypatch, drafter._small)
+    again = [*prompt, *said, 4, 2]
+    assert small_run(drafter, [again], 8) == [say_alone(again, 8)]
+    assert max(seen) < 16 < len(again)
+
+
+def say_alone(prompt: list[int], new: int) -> list[int]:
+    return Engine(target(), VanillaDrafter()).complete([prompt], SamplingParams(), StopParams(new))[0]
+
+
+def test_the_small_models_blocks_come_back() -> None:
+    drafter = SmallModelDrafter(target(), wide_small_model(), 3)
+    pool = drafter._small.pool
+    assert pool.available == pool.blocks
+    running = Engine(target(), drafter).run([[1, 2, 3], [4] * 40], SamplingParams(), StopParams(30))
+    next(running)
+    assert pool.available < pool.blocks and len(drafter._drafting) == 2
+    running.close()
+    assert pool.available == pool.blocks and not drafter._drafting
+
+
+def test_a_small_model_without_room_drafts_no_more_and_the_text_goes_on() -> None:
+    small = wide_small_model()
+    small.use_pool(tokens=80)
+    drafter = SmallModelDrafter(target(), small, 3)
+    prompts = [[each + row for each in range(9)] for row in range(6)]
+    assert small_run(drafter, prompts, 40) == [say_alone(prompt, 40) for prompt in prompts]
+    assert small.pool.available == small.pool.blocks
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_what_is_drafted_does_not_depend_on_who_is_drafted_for_beside_it(temperature: float) -> None:
+    """Chains alone and together, with texts that wait for different numbers of positions."""
+    params = SamplingParams(temperature, seed=3)
+    drafter = SmallModelDrafter(target(), wide_small_model(), 3, params)
+    texts = [[1, 2, 3, 4, 5, 6, 7], [8, 9], [10] * 30]
+    states = [begun(drafter, text) for text in texts]
+    together = drafter.propose(states)
+    for row, text in enumerate(texts):
+        alone = drafter.propose([begun(drafter, text)])
+        assert torch.equal(alone.tokens[0], together.tokens[row])
+        assert alone.draft_probs is not None and together.draft_probs is not None
+        torch.testing.assert_close(alone.draft_probs[0], together.draft_probs[row], rtol=0, atol=1e-12)
+    again = drafter.propose(states)  # proposing leaves no trace
+    assert torch.equal(again.tokens, together.tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from fakes import (
     VOCAB,
     FakeDrafter,
+    Node,
     RandomTrees,
     always,
     chi_square_p,
@@ -32,16 +34,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from haast import engine as engine_module
+from haast import scheduler
+from haast.core import RowVerdict, SamplingParams, StopParams, TokenChooser, Verdict
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, StopConfig
-from haast.sampling import Sampler, SamplingConfig, keyed_uniform
+from haast.engine import Engine
+from haast.sampling import Sampler, keyed_uniform
+from haast.stats import Stats
 from haast.target import Target
 from haast.tree import DraftTree
-from haast.verify import RowVerdict, Verdict, verify
+from haast.verify import Failures, verify
 
 NEW = 16
 
@@ -164,8 +168,8 @@ class CountingProcessor:
         return scores
 
 
-laws = st.builds(
-    SamplingConfig,
+sampled = st.builds(
+    SamplingParams,
     temperature=st.sampled_from([0.0, 0.3, 1.0, 2.5]),
     top_k=st.sampled_from([0, 1, 4, VOCAB + 5]),
     top_p=st.sampled_from([1.0, 0.9, 0.4]),
@@ -177,21 +181,21 @@ laws = st.builds(
 
 
 @settings(max_examples=40)
-@given(shape=shapes, prompts=batches, law=laws, vocab=draft_vocabs)
+@given(shape=shapes, prompts=batches, params=sampled, vocab=draft_vocabs)
 def test_the_same_seed_gives_vanillas_text(
-    shape: DraftShape, prompts: Prompts, law: SamplingConfig, vocab: tuple[int, ...] | None
+    shape: DraftShape, prompts: Prompts, params: SamplingParams, vocab: tuple[int, ...] | None
 ) -> None:
     drafter = EagleDrafter(target(), random_head(target(), vocab), shape)
-    assert decode(target(), drafter, prompts, NEW, law) == vanilla(target(), prompts, NEW, law)
+    assert decode(target(), drafter, prompts, NEW, params) == vanilla(target(), prompts, NEW, params)
 
 
 @settings(max_examples=12)
-@given(prompts=batches, law=laws, seed=st.integers(0, 1000))
-def test_the_same_seed_gives_vanillas_text_with_fakes(prompts: Prompts, law: SamplingConfig, seed: int) -> None:
-    new = vanilla(target(), prompts, NEW, law)
+@given(prompts=batches, params=sampled, seed=st.integers(0, 1000))
+def test_the_same_seed_gives_vanillas_text_with_fakes(prompts: Prompts, params: SamplingParams, seed: int) -> None:
+    new = vanilla(target(), prompts, NEW, params)
     texts = [[*prompt, *row] for prompt, row in zip(prompts, new, strict=True)]
     for drafter in fake_drafters(texts, seed):
-        assert decode(target(), drafter, prompts, NEW, law) == new
+        assert decode(target(), drafter, prompts, NEW, params) == new
 
 
 @settings(max_examples=15)
@@ -202,22 +206,88 @@ def test_a_stateful_processor_is_called_once_per_token_in_order(
     mine, theirs = CountingProcessor(), CountingProcessor()
     eagle = EagleDrafter(target(), random_head(target()), shape)
     one = prompts[:1]
-    ours = decode(target(), eagle, one, NEW, SamplingConfig(temperature, seed=5, processors=(mine,)))
-    assert ours == vanilla(target(), one, NEW, SamplingConfig(temperature, seed=5, processors=(theirs,)))
+    ours = decode(target(), eagle, one, NEW, SamplingParams(temperature, seed=5, processors=(mine,)))
+    assert ours == vanilla(target(), one, NEW, SamplingParams(temperature, seed=5, processors=(theirs,)))
 
 
-def test_seeds_and_rows_differ() -> None:
+# ------------------------------------------------------------------ draws belong to requests
+
+
+def test_requests_of_one_seed_say_the_same_and_other_seeds_and_choices_differ() -> None:
     prompts = [[3, 1, 4]] * 3
-    one = vanilla(target(), prompts, 24, SamplingConfig(1.0, seed=1))
-    assert one[0] != one[1] != one[2]
-    assert one != vanilla(target(), prompts, 24, SamplingConfig(1.0, seed=2))
-    assert one == vanilla(target(), prompts, 24, SamplingConfig(1.0, seed=1))
+    one = vanilla(target(), prompts, 24, SamplingParams(1.0, seed=1))
+    assert one[0] == one[1] == one[2]
+    assert one == vanilla(target(), prompts, 24, SamplingParams(1.0, seed=1))
+    seeds = vanilla(target(), prompts, 24, [SamplingParams(1.0, seed=seed) for seed in (1, 2, 3)])
+    choices = chosen([Sampler(SamplingParams(1.0, seed=1), choice) for choice in range(3)], prompts)
+    for texts in (seeds, choices):
+        assert texts[0] == one[0] and len(set(map(tuple, texts))) == 3
 
 
-# ------------------------------------------------------------------ the sampled law
+def chosen(choosers: Sequence[TokenChooser], prompts: Prompts, drafter: Drafter | None = None) -> list[list[int]]:
+    """What requests say whose tokens are chosen so."""
+    engine = Engine(target(), drafter or VanillaDrafter())
+    return collect(engine.run(prompts, SamplingParams(), StopParams(24), choosers=choosers), len(prompts))
+
+
+A, B = [4, 8, 15, 16, 23], [7, 7, 1]
+
+
+def test_what_a_request_says_depends_on_nothing_but_itself() -> None:
+    params = SamplingParams(0.8, seed=7)
+    engine = Engine(target(), EagleDrafter(target(), random_head(target()), DraftShape("dynamic", 4, 6, 4, 20)))
+    alone = engine.complete([B], params, StopParams(24))[0]
+    assert engine.complete([A, B], params, StopParams(24))[1] == alone
+    assert engine.complete([B, A, A, B], params, StopParams(24))[::3] == [alone] * 2
+    assert engine.complete([A, B], [SamplingParams(2.0, seed=1), params], StopParams(24))[1] == alone
+    assert vanilla(target(), [A, B], 24, params)[1] == alone
+
+
+class SharedDraws(Sampler):
+    """Takes the next draw of one stream that all requests share, as torch's global generator is."""
+
+    def __init__(self, params: SamplingParams, taken: list[int]) -> None:
+        super().__init__(params)
+        self._taken = taken
+
+    def draw(self, position: int) -> float:
+        self._taken[0] += 1
+        return keyed_uniform(self.params.seed, 0, self._taken[0])
+
+
+def test_draws_that_rows_share_or_that_are_keyed_by_rows_are_seen() -> None:
+    """Controls of the test above: it is by keying draws by the request that both texts of B are one."""
+    params = SamplingParams(0.8, seed=7)
+    for drafter in (VanillaDrafter(), RandomTrees(9, 0)):
+        taken = [0]
+        together = chosen([SharedDraws(params, taken), SharedDraws(params, taken)], [A, B], drafter)
+        assert together[1] != chosen([SharedDraws(params, [0])], [B], drafter)[0]
+        by_row = chosen([Sampler(params, row) for row in range(2)], [A, B], drafter)
+        assert by_row[1] != chosen([Sampler(params, 0)], [B], drafter)[0]
+
+
+@settings(max_examples=15)
+@given(
+    prompts=batches,
+    params=st.lists(sampled, min_size=3, max_size=3),
+    choices=st.lists(st.integers(0, 4), min_size=3, max_size=3),
+    shape=shapes,
+)
+def test_requests_of_different_kinds_say_together_what_each_says_alone(
+    prompts: Prompts, params: list[SamplingParams], choices: list[int], shape: DraftShape
+) -> None:
+    samplers = [Sampler(each, choice) for each, choice in zip(params, choices, strict=True)][: len(prompts)]
+    alone = [chosen([own], [prompt])[0] for own, prompt in zip(samplers, prompts, strict=True)]
+    texts = [[*prompt, *said] for prompt, said in zip(prompts, alone, strict=True)]
+    eagle = EagleDrafter(target(), random_head(target()), shape)
+    for drafter in (VanillaDrafter(), eagle, RandomTrees(9, 1, texts, rate=0.7, dead=0.2, probes=0.1)):
+        assert chosen(samplers, prompts, drafter) == alone
+
+
+# ------------------------------------------------------------------ the sampled distribution
 
 SMALL, ROWS, RUNS = 5, 250, 16
-LAW = SamplingConfig(temperature=0.9, top_p=0.97, repetition_penalty=1.1)
+PARAMS = SamplingParams(temperature=0.9, top_p=0.97, repetition_penalty=1.1)
 PROMPT = [1, 3]
 
 
@@ -226,10 +296,10 @@ def small_target() -> Target:
     return tiny_target(vocab=SMALL, layers=1, std=0.12, seed=3)
 
 
-def exact_law() -> dict[tuple[int, ...], float]:
+def exact_chances() -> dict[tuple[int, ...], float]:
     """P(string) of all strings of length 3, from the stock model's logits over every prefix."""
     model = tiny_llama(vocab=SMALL, layers=1, std=0.12, seed=3)
-    sampler, law = Sampler(LAW), {}
+    sampler, chances = Sampler(PARAMS), {}
 
     @cache
     def probs(history: tuple[int, ...]) -> Tensor:
@@ -241,19 +311,20 @@ def exact_law() -> dict[tuple[int, ...], float]:
         chance = 1.0
         for i, token in enumerate(string):
             chance *= float(probs((*PROMPT, *string[:i]))[token])
-        law[string] = chance
-    return law
+        chances[string] = chance
+    return chances
 
 
-def law_p_value(drafter: Drafter) -> float:
-    law, seen = exact_law(), Counter[tuple[int, ...]]()
-    assert abs(sum(law.values()) - 1) < 1e-9
-    for seed in range(RUNS):
-        config = SamplingConfig(LAW.temperature, LAW.top_k, LAW.top_p, LAW.min_p, LAW.repetition_penalty, seed)
-        texts = decode(small_target(), drafter, [PROMPT] * ROWS, 3, config)
+def p_value(drafter: Drafter) -> float:
+    """How well requests of as many seeds follow the exact distribution."""
+    exact, seen = exact_chances(), Counter[tuple[int, ...]]()
+    assert abs(sum(exact.values()) - 1) < 1e-9
+    for run in range(RUNS):
+        every = [replace(PARAMS, seed=run * ROWS + row) for row in range(ROWS)]
+        texts = decode(small_target(), drafter, [PROMPT] * ROWS, 3, every)
         seen.update(tuple(text) for text in texts)
-    strings = sorted(law)
-    return chi_square_p([seen[s] for s in strings], [law[s] * ROWS * RUNS for s in strings])
+    strings = sorted(exact)
+    return chi_square_p([seen[s] for s in strings], [exact[s] * ROWS * RUNS for s in strings])
 
 
 def small_eagle() -> EagleDrafter:
@@ -264,33 +335,33 @@ def small_eagle() -> EagleDrafter:
 def biased(
     tree: DraftTree,
     logits: Tensor,
-    sampler: Sampler,
-    histories: Sequence[Sequence[int] | None],
-    numbers: Sequence[int],
+    choosers: Sequence[Sampler],
+    histories: Sequence[Sequence[int]],
+    failures: Failures | None = None,
 ) -> Verdict:
     """Accepts the root's preferred child with chance 0.3 more than is right; else it is the true rule."""
-    honest = verify(tree, logits, sampler, histories, numbers).rows
+    honest = verify(tree, logits, choosers, histories, failures).rows
     rows: list[RowVerdict | None] = []
-    for row, (verdict, history) in enumerate(zip(honest, histories, strict=True)):
+    for row, (verdict, sampler, history) in enumerate(zip(honest, choosers, histories, strict=True)):
         children = tree.children(row)[0]
-        honestly = history is None or keyed_uniform(sampler.config.seed + 10**6, numbers[row], len(history)) >= 0.3
-        if history is None or not children or honestly:
+        honestly = keyed_uniform(sampler.params.seed + 10**6, sampler.choice, len(history)) >= 0.3
+        if not children or honestly:
             rows.append(verdict)
         else:
             child = children[0]
             token = int(tree.tokens[row, child])
-            bonus = sampler.choose(numbers[row], [*history, token], logits[row, child])
+            bonus = sampler.choose([*history, token], logits[row, child])
             rows.append(RowVerdict((0, child), (token, bonus), (True,)))
-    return Verdict(tuple(rows))
+    return Verdict.of_rows(rows, logits.device)
 
 
-def test_the_sampled_law_is_exact_over_all_strings_of_length_3() -> None:
-    assert law_p_value(small_eagle()) > 1e-3
+def test_the_sampled_distribution_is_exact_over_all_strings_of_length_3() -> None:
+    assert p_value(small_eagle()) > 1e-3
 
 
 def test_a_biased_rule_fails_the_same_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "verify", biased)
-    assert law_p_value(small_eagle()) < 1e-9
+    monkeypatch.setattr(scheduler, "verify", biased)
+    assert p_value(small_eagle()) < 1e-9
 
 
 # ------------------------------------------------------------------ stop rules
@@ -339,8 +410,7 @@ def test_the_stop_callback_sees_every_token_once_and_ends_the_text() -> None:
     for drafter in drafters_for(prompt, target()):
         seen: list[list[int]] = []
 
-        def stop(row: int, new: Sequence[int], seen: list[list[int]] = seen) -> bool:
-            assert row == 0
+        def stop(new: Sequence[int], seen: list[list[int]] = seen) -> bool:
             seen.append(list(new))
             return len(new) == 7
 
@@ -382,18 +452,18 @@ def test_an_engine_can_be_used_again_after_abandoning_a_run(steps: int) -> None:
     shape = DraftShape("static", depth=3, top_k=4, nodes=12)
     for drafter in (EagleDrafter(target(), random_head(target()), shape), RandomTrees(8, 0), VanillaDrafter()):
         engine = Engine(target(), drafter)
-        run = engine.run(prompts, SamplingConfig(), StopConfig(20))
+        run = engine.run(prompts, SamplingParams(), StopParams(20))
         kept = [next(run) for _ in range(steps)]
         del run
         assert kept[0].tokens
-        again = collect(engine.run(others, SamplingConfig(), StopConfig(12)), 1)
+        again = collect(engine.run(others, SamplingParams(), StopParams(12)), 1)
         assert again == expected
 
 
 def test_a_closed_run_yields_no_more() -> None:
-    run = Engine(target(), RandomTrees(8, 0)).run([[1, 2]], SamplingConfig(), StopConfig(9))
+    run = Engine(target(), RandomTrees(8, 0)).run([[1, 2]], SamplingParams(), StopParams(9))
     next(run)
-    run.close()  # type: ignore[attr-defined]
+    run.close()
     assert list(run) == []
 
 
@@ -405,14 +475,17 @@ def test_what_was_yielded_before_an_interrupt_is_vanillas_prefix() -> None:
         name = "interrupted"
         steps = 0
 
-        def draft(self, row: int, history: list[int]) -> list:  # type: ignore[type-arg]
+        def draft(self, row: int, history: list[int]) -> list[Node]:
             self.steps += 1
             if self.steps == 4:
                 raise KeyboardInterrupt
             return []
 
     said: list[int] = []
+    engine = Engine(target(), Interrupted(1))
     with pytest.raises(KeyboardInterrupt):
-        for emission in Engine(target(), Interrupted(1)).run([prompt], SamplingConfig(), StopConfig(40)):
+        for emission in engine.run([prompt], SamplingParams(), StopParams(40)):
             said.extend(emission.tokens)
     assert said == whole[:4]
+    assert engine.complete([prompt], SamplingParams(), StopParams(40)) == [whole], "the engine can be used again"
+    assert target().pool.free_blocks + target().pool.cached_blocks == target().pool.blocks, "and no block is lost"

@@ -15,16 +15,16 @@ import torch
 from fakes import decode, random_head, tiny_target, vanilla
 from torch import Tensor
 
-from haast.drafters.base import Accepted
+from haast.core import Accepted, SamplingParams
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.heads import drafter_with
+from haast.drafters.factory import head_drafter
 from haast.drafters.medusa import MedusaDrafter
 from haast.drafters.shape import DraftShape, likeliest_paths
 from haast.errors import HeadMismatchError
 from haast.heads import checkpoint
 from haast.heads.checkpoint import Head, load_head, save_head
 from haast.heads.medusa import MedusaConfig, MedusaHeads
-from haast.sampling import SamplingConfig
+from haast.kv_pool import KVPool
 from haast.speed.packing import pack_linears
 from haast.target import Target
 from haast.training.batches import Example, pack
@@ -35,6 +35,7 @@ from haast.training.frozen import Frozen
 from haast.training.making import make_head, make_objective
 from haast.training.medusa import WhitenedMedusa, rank_accuracies
 from haast.training.selftest import overfit_self_test
+from haast.tree import DraftTree
 
 ACCURACIES = [[0.6, 0.2, 0.1], [0.4, 0.3, 0.1], [0.3, 0.1, 0.1]]
 
@@ -137,9 +138,9 @@ def brute_force(
                 if span[-1] >= len(answer) or not all(answer[j] for j in span):
                     continue
                 logits = plain[i](example.features[t].double())
-                law = logits.log_softmax(-1)
+                chances = logits.log_softmax(-1)
                 teacher = zip(example.topk_ids[t + 1 + i].tolist(), example.topk_probs[t + 1 + i].double(), strict=True)
-                ce[i] -= sum((p * law[ids.index(token)] for token, p in teacher if token in ids), torch.zeros(()))
+                ce[i] -= sum((p * chances[ids.index(token)] for token, p in teacher if token in ids), torch.zeros(()))
                 tried[i] += 1
                 right[i] += ids[int(logits.argmax())] == int(example.topk_ids[t + 1 + i, 0])
     return ce, right, tried
@@ -164,13 +165,26 @@ def test_likeliest_paths() -> None:
 def test_the_tree_combines_the_heads_best_guesses(target: Target, nodes: int) -> None:
     drafted = torch.arange(3, 30)
     head = medusa(target, drafted=drafted)
-    module: Any = head.module
     drafter = MedusaDrafter(target, head, nodes)
     features = torch.randn(2, 3, target.hidden_size, dtype=target.dtype)
-    drafter.start([[1], [1]])
-    drafter.observe(Accepted(torch.tensor([[4, 5, 6], [7, 8, 0]]), features, (3, 2)))
-    tree = drafter.propose()
-    assert tree.nodes == nodes == drafter.nodes and bool(tree.live.all())
+    states = begun(drafter, 2)
+    drafter.observe(states, Accepted(torch.tensor([[4, 5, 6], [7, 8, 0]]), features, torch.tensor([3, 2])))
+    assert drafter.propose(states).nodes == nodes == drafter.nodes
+    check_guesses(drafter.propose(states), head, features, nodes)
+    for budget in (1, 2, 5, nodes, nodes + 9):  # the likeliest of them
+        check_guesses(drafter.propose(states, budget), head, features, min(budget, nodes))
+
+
+def begun(drafter: MedusaDrafter, rows: int) -> list[Any]:
+    return [drafter.begin([1], KVPool(16).sequence(), 0) for _ in range(rows)]
+
+
+def check_guesses(tree: DraftTree, head: Head, features: Tensor, nodes: int) -> None:
+    """The tree of so many nodes for two rows whose last kept positions are the third and the second."""
+    module: Any = head.module
+    assert head.draft_vocab is not None
+    drafted = head.draft_vocab
+    assert tree.nodes == nodes and bool(tree.live.all()) and tree.height == int(tree.depths.max())
     assert tree.tokens[:, 0].tolist() == [6, 8]
     paths = sorted(likeliest_paths(ACCURACIES, nodes - 1), key=lambda path: (len(path), path))
     for row, feature in enumerate((features[0, 2], features[1, 1])):
@@ -185,7 +199,7 @@ def test_the_tree_combines_the_heads_best_guesses(target: Target, nodes: int) ->
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_texts_are_vanillas(target: Target, temperature: float) -> None:
     prompts = [[3, 4, 5, 6], [7, 8], [9] * 11]
-    sampling = SamplingConfig(temperature, seed=4)
+    sampling = SamplingParams(temperature, seed=4)
     drafter = MedusaDrafter(target, medusa(target), 12)
     wanted = vanilla(target, prompts, 30, sampling)
     assert decode(target, drafter, prompts, 30, sampling) == wanted
@@ -201,9 +215,9 @@ def test_a_packed_target_drafts_the_same_guesses() -> None:
     drafter = MedusaDrafter(packed, head, 4)
     features, same = torch.randn(40, packed.hidden_size, generator=torch.Generator().manual_seed(1)), 0
     for feature in features:
-        drafter.start([[1]])
-        drafter.observe(Accepted(torch.tensor([[4]]), feature.view(1, 1, -1), (1,)))
-        same += int(drafter.propose().tokens[0, 1]) == int(reference(feature)[0].argmax())
+        states = begun(drafter, 1)
+        drafter.observe(states, Accepted(torch.tensor([[4]]), feature.view(1, 1, -1), torch.tensor([1])))
+        same += int(drafter.propose(states).tokens[0, 1]) == int(reference(feature)[0].argmax())
     assert same >= 38  # 8-bit LM heads may swap two guesses that are all but equal
 
 
@@ -225,9 +239,9 @@ def test_kinds_of_head_are_told_apart(target: Target) -> None:
     with pytest.raises(HeadMismatchError, match="FeatExtrapolator does not draft as Medusa"):
         MedusaDrafter(target, random_head(target), 6)
     shape = DraftShape(nodes=7)
-    assert isinstance(drafter_with(target, medusa(target), shape), MedusaDrafter)
-    assert drafter_with(target, medusa(target), shape).nodes == 7
-    assert isinstance(drafter_with(target, random_head(target), shape), EagleDrafter)
+    assert isinstance(head_drafter(target, medusa(target), shape), MedusaDrafter)
+    assert head_drafter(target, medusa(target), shape).nodes == 7
+    assert isinstance(head_drafter(target, random_head(target), shape), EagleDrafter)
     other = medusa(tiny_target(vocab=target.vocab_size + 1))
     with pytest.raises(HeadMismatchError, match="vocab_size"):
         MedusaDrafter(target, other, 6)

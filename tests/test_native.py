@@ -1,19 +1,38 @@
-"""The native kernels and the packed linears: right, and bit for bit independent of what stands beside a row."""
+"""The native kernels and the packed linears: right, and bit for bit independent of what stands beside a row.
+
+Whole layers over block tables are held to the model's own modules, bit for bit, wherever the blocks lie.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
 from transformers.pytorch_utils import Conv1D
 
 from haast import native
+from haast.kv_pool import BLOCK
+from haast.native.library import thread_count
+from haast.speed.fusing import fuse_small_modules
 from haast.speed.packing import PackedLinear, pack_linears
+from haast.speed.stack import NativeStack
 
 needs_native = pytest.mark.skipif(not native.available(), reason=native.why_not())
 SIZES = [1, 15, 16, 17, 100, 577]
@@ -287,6 +306,405 @@ def test_rms_norm_and_swiglu(dim: int) -> None:
         torch.testing.assert_close(gated, silu, rtol=2e-6, atol=1e-6)
     assert torch.equal(native.rms_norm(x[1, 5], weight, 1e-5), fast[0][1, 5])
     assert torch.equal(native.swiglu(gate_up[9]), fast[1][9])
+
+
+# ------------------------------------------------------------------ layers over block tables
+
+LAYERS: dict[str, Any] = {
+    "vocab_size": 11,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.3,
+}
+STACKS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**LAYERS),
+    "mistral, window": MistralConfig(**LAYERS, sliding_window=21),
+    "qwen3, norms of heads": Qwen3Config(**LAYERS),
+    "heads of 64": LlamaConfig(**{**LAYERS, "head_dim": 64}),
+    "heads of 6": LlamaConfig(**{**LAYERS, "head_dim": 6}),  # the portable attention
+}
+FORMS = [torch.float32, torch.float16, torch.bfloat16]
+SLOTS = 20 * BLOCK
+
+
+class Layers:
+    """A small model's decoder layers: by one native call over a store of blocks, and by modules."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        torch.manual_seed(3)
+        make: Any = AutoModelForCausalLM.from_config  # untyped
+        model: Any = make(config).requires_grad_(False)
+        pack_linears(model)
+        fuse_small_modules(model)
+        self.decoder, self.config = model.model, config
+        stack = NativeStack.of(list(self.decoder.layers), self.decoder.norm, self.decoder.rotary_emb)
+        assert stack is not None
+        self.stack, self.window = stack, getattr(config, "sliding_window", None)
+
+    def store(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """One that nobody has written to; what is read all the same makes the results NaN."""
+        return torch.full((6, self.stack.kv_heads, SLOTS, self.stack.head_dim), torch.nan, dtype=dtype)
+
+    def run(
+        self, states: Tensor, past: list[int], store: Tensor, tables: Tensor, seen: Tensor, depths: Tensor, **kw: Any
+    ) -> Tensor:
+        """(rows, nodes, hidden) behind `past`, at positions past + depth."""
+        positions = torch.tensor(past).unsqueeze(1) + depths
+        return self.stack.run(states.clone(), positions, seen, past, store, tables, **kw)[0]
+
+    def chain(self, states: Tensor, past: list[int], store: Tensor, tables: Tensor, **kw: Any) -> Tensor:
+        nodes = states.shape[1]
+        seen = torch.ones(len(past), nodes, nodes, dtype=torch.bool).tril()
+        return self.run(states, past, store, tables, seen, torch.arange(nodes), **kw)
+
+    def by_modules(self, states: Tensor, seen: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """All of a text at once, (1, slots, hidden), without a cache; keys and values rounded to `dtype`."""
+
+        def rounded(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **kw: Any) -> tuple[Tensor, None]:
+            k, v = (each.to(dtype).float() for each in (k, v))
+            return native.tree_attention(q, k, v, mask, kw["scaling"]), None
+
+        near = positions.unsqueeze(1) - positions.unsqueeze(0) < (self.window or 10**6)
+        mask = torch.zeros(seen.shape).masked_fill(~(seen & near), MASKED)[None, None]
+        AttentionInterface.register("rounded", rounded)
+        before, self.config._attn_implementation = self.config._attn_implementation, "rounded"
+        try:
+            angles = self.decoder.rotary_emb(states, position_ids=positions.unsqueeze(0))
+            for layer in self.decoder.layers:
+                states = layer(states, attention_mask=mask, position_embeddings=angles)
+            output: Tensor = self.decoder.norm(states)
+        finally:
+            self.config._attn_implementation = before
+        return output
+
+
+def table(rows: int, blocks: int, seed: int) -> Tensor:
+    """Blocks in any order, none twice; block 0 is nobody's."""
+    order = torch.randperm(SLOTS // BLOCK - 1, generator=torch.Generator().manual_seed(seed))
+    return (1 + order[: rows * blocks]).view(rows, blocks).int()
+
+
+def small_tree(nodes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """What each node of a random tree sees (nodes, nodes), and depths (nodes,)."""
+    seen, generator = torch.eye(nodes, dtype=torch.bool), torch.Generator().manual_seed(seed)
+    for node in range(1, nodes):
+        seen[node] |= seen[int(torch.randint(node, (), generator=generator))]
+    return seen, seen.sum(1) - 1
+
+
+@needs_native
+@pytest.mark.parametrize("kind", sorted(STACKS))
+@pytest.mark.parametrize("dtype", FORMS)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_layers_over_blocks_have_the_bits_of_the_modules(kind: str, dtype: torch.dtype, shift: int) -> None:
+    """A prompt in two parts and a tree behind it; 16 bits are held to modules that round keys and values alike."""
+    layers, prompt, nodes = Layers(STACKS[kind]), 45, 9
+    states = randn(1, prompt + nodes, 48)
+    tree, depths = small_tree(nodes, seed=1)
+    seen = torch.ones(prompt + nodes, prompt + nodes, dtype=torch.bool).tril()
+    seen[prompt:, prompt:] = tree
+    positions = torch.cat([torch.arange(prompt), prompt + depths])
+    expected = layers.by_modules(states, seen, positions, dtype)
+    store, tables = layers.store(dtype), table(1, 4, seed=shift)
+    parts = [
+        layers.chain(states[:, :20], [0], store, tables, shift=shift),
+        layers.chain(states[:, 20:prompt], [20], store, tables, shift=shift),
+        layers.run(states[:, prompt:], [prompt], store, tables, tree.unsqueeze(0), depths, shift=shift),
+    ]
+    assert torch.equal(torch.cat(parts, 1), expected)
+    written = store.isfinite()[0, 0, :, 0].nonzero().flatten().tolist()
+    logical = range(shift, shift + prompt + nodes)
+    assert written == sorted(int(tables[0, i // BLOCK]) * BLOCK + i % BLOCK for i in logical)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", FORMS)
+@pytest.mark.parametrize("kind", ["llama", "heads of 64", "heads of 6", "mistral, window"])
+def test_where_the_blocks_lie_and_who_else_runs_changes_no_bit(kind: str, dtype: torch.dtype) -> None:
+    layers, lengths, nodes = Layers(STACKS[kind]), [61, 33, 5], 7
+    states, prompts = randn(3, nodes, 48), randn(3, 61, 48, seed=1)
+    trees = [small_tree(nodes, seed) for seed in range(3)]
+    seen, depths = torch.stack([tree[0] for tree in trees]), torch.stack([tree[1] for tree in trees])
+
+    def together(tables: Tensor, shift: int) -> Tensor:
+        store = layers.store(dtype)
+        layers.chain(prompts, [0, 0, 0], store, tables, shift=shift)
+        return layers.run(states, lengths, store, tables, seen, depths, shift=shift)
+
+    contiguous = 1 + torch.arange(15, dtype=torch.int32).view(3, 5)
+    whole = together(contiguous, 0)
+    assert whole.isfinite().all()
+    for tables, shift in ((table(3, 5, 0), 0), (table(3, 5, 1), 1), (contiguous.flip(0, 1), 0), (contiguous, 1)):
+        assert torch.equal(together(tables, shift), whole)
+    for row in range(3):
+        store, one, own = layers.store(dtype), slice(row, row + 1), table(1, 5, row)
+        layers.chain(prompts[one, : lengths[row]], [0], store, own)
+        alone = layers.run(states[one], [lengths[row]], store, own, seen[one], depths[one])
+        assert torch.equal(alone[0], whole[row])
+
+
+@needs_native
+@pytest.mark.parametrize("shift", [0, 1])
+def test_rows_may_share_the_blocks_of_a_prefix(shift: int) -> None:
+    layers, prefix = Layers(STACKS["llama"]), 2 * BLOCK - shift
+    states = randn(1, prefix, 48)
+    ends = randn(3, 10, 48, seed=1)
+    store, own = layers.store(), table(1, 5, seed=4)[0]
+    layers.chain(states, [0], store, own[:2].unsqueeze(0).contiguous(), shift=shift)
+    shared = torch.stack([torch.cat([own[:2], own[2 + row : 3 + row]]) for row in range(3)])
+    among = layers.chain(ends, [prefix] * 3, store, shared, shift=shift)
+    for row in range(3):
+        store = layers.store()
+        alone = layers.chain(torch.cat([states, ends[row : row + 1]], 1), [0], store, table(1, 3, row), shift=shift)
+        assert torch.equal(alone[0, prefix:], among[row])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", FORMS)
+@pytest.mark.parametrize("kind", ["llama", "heads of 64"])
+def test_every_path_reads_every_form(kind: str, dtype: torch.dtype) -> None:
+    layers, states, tables = Layers(STACKS[kind]), randn(1, 75, 48), table(1, 5, 2)
+    seen, found = torch.ones(75, 75, dtype=torch.bool).tril(), list[tuple[Tensor, Tensor]]()
+    for at_most in (0, 1, 2):
+        store = layers.store(dtype)
+        with native.narrow_path(at_most):
+            output = layers.chain(states, [0], store, tables)
+            assert torch.equal(output, layers.by_modules(states, seen, torch.arange(75), dtype))
+        found.append((output, store.nan_to_num(9.0)))
+    for narrow, wide in zip(found[1], found[2], strict=True):  # AVX-512 gives AVX2's bits
+        assert torch.equal(narrow, wide)
+
+
+@needs_native
+@pytest.mark.parametrize("at_most", [0, 1, 2])
+@pytest.mark.parametrize("dtype", FORMS[1:])
+def test_keys_and_values_are_rounded_as_torch_rounds(dtype: torch.dtype, at_most: int) -> None:
+    layers, tables = Layers(LlamaConfig(**{**LAYERS, "head_dim": 18}, attention_bias=True)), table(1, 1, 0)
+    special = [1e-8, -3e-8, 6e-8, 5e-5, 65504.0, 65519.0, 65520.0, -1e6, 3.38e38, 1.00048828125, 1.00390625, 1.01171875]
+    bias = layers.decoder.layers[0].self_attn.qkv_proj.bias
+    bias[-36:] = torch.tensor(special * 3)
+    exact = layers.store()
+    states = torch.cat([torch.zeros(1, 1, 48), randn(1, 9, 48)], 1)
+    with native.narrow_path(at_most):
+        layers.chain(states, [0], exact, tables)
+        rounded = layers.store(dtype)
+        layers.chain(states, [0], rounded, tables)
+    written = exact[0, 0, :, 0].isfinite()
+    assert written.sum() == 10
+    for which in (0, 1):  # of the first layer, whose keys and values depend on none before
+        assert torch.equal(rounded[which][:, written], exact[which][:, written].to(dtype))
+
+
+@needs_native
+def test_past_and_windows_bound_what_must_be_there() -> None:
+    """Blocks that lie before every layer's window may be gone; with a layer that sees all, none."""
+    windowed, tables = Layers(STACKS["mistral, window"]), table(1, 5, 0)
+    states, store = randn(1, 70, 48), windowed.store()
+    whole = windowed.chain(states, [0], store, tables)
+    gone = tables.clone()
+    gone[0, :2] = -1
+    assert torch.equal(windowed.chain(states[:, 60:], [60], store, gone), whole[:, 60:])
+    with pytest.raises(ValueError, match="from -1 to"):
+        windowed.chain(states[:, 40:], [40], store, gone)
+    plain = Layers(STACKS["llama"])
+    with pytest.raises(ValueError, match=r"from -1 to .* has 20"):
+        plain.chain(states[:, 60:], [60], plain.store(), gone)
+
+
+@needs_native
+def test_lengths_may_be_a_tensor_and_angles_grow() -> None:
+    layers, tables = Layers(STACKS["llama"]), table(2, 3, 0)
+    states, store = randn(2, 4, 48), layers.store()
+    seen = torch.ones(2, 4, 4, dtype=torch.bool).tril()
+    positions = torch.tensor([[7], [900]]) + torch.arange(4)  # more than the angles that there are at first
+    expected, _ = layers.stack.run(states.clone(), positions, seen, [0, 0], store, tables)
+    past = torch.tensor([0, 0])
+    found, taken = layers.stack.run(states.clone(), positions, seen, past, store, tables, capture=(0, 3))
+    assert torch.equal(found, expected) and torch.equal(taken[0], states) and torch.equal(taken[3], expected)
+
+
+@needs_native
+def test_what_does_not_fit_the_layers_is_refused_before_anything_is_written() -> None:
+    layers, tables = Layers(STACKS["llama"]), table(1, 2, 0)
+    store, states = layers.store(), randn(1, 2, 48)
+    seen, at = torch.ones(1, 2, 2, dtype=torch.bool).tril(), torch.arange(2).unsqueeze(0)
+    run = layers.stack.run
+    bad: dict[str, tuple[Any, ...]] = {
+        r"31 past slots, 2 in flight and a shift of 0 .* 2 blocks of 16": (states, at, seen, [31], store, tables),
+        r"must not be negative": (states, at, seen, [-1], store, tables),
+        r"positions .* must not be negative": (states, at - 1, seen, [0], store, tables),
+        r"name blocks from .* to 20; the store has 20": (states, at, seen, [9], store, tables * 0 + 20),
+        r"past has 2 numbers for 1 rows": (states, at, seen, [9, 9], store, tables),
+        r"past is torch.int32": (states, at, seen, torch.tensor([9], dtype=torch.int32), store, tables),
+        r"store of torch.float64": (states, at, seen, [9], store.double(), tables),
+        r"does not fit 3 layers of 2 key heads of 16": (states, at, seen, [9], store[:4], tables),
+        r"slots a multiple of 16": (states, at, seen, [9], store[:, :, :33].contiguous(), tables),
+        r"block tables are torch.int64": (states, at, seen, [9], store, tables.long()),
+        r"block tables .* shape \(2, 2\)": (states, at, seen, [9], store, tables.repeat(2, 1)),
+        r"states are torch.float64": (states.double(), at, seen, [9], store, tables),
+        r"states .* expected contiguous fp32 \(1, 2, 48\)": (states[..., :40], at, seen, [9], store, tables),
+        r"do not belong together": (states, at.int(), seen, [9], store, tables),
+        r"positions \(1, 3\)": (states, torch.arange(3).unsqueeze(0), seen, [9], store, tables),
+        r"flight at least nodes": (states, at, seen[:, :, :1], [9], store, tables),
+    }
+    for match, arguments in bad.items():
+        with pytest.raises(ValueError, match=match):
+            run(*arguments)
+    with pytest.raises(ValueError, match="30 past slots, 2 in flight and a shift of 1"):
+        run(states, at, seen, [30], store, tables, shift=1)
+    with pytest.raises(ValueError, match="shift -1"):
+        run(states, at, seen, [3], store, tables, shift=-1)
+    with pytest.raises(ValueError, match=r"flight \(1, 3\)"):
+        run(states, at, seen, [3], store, tables, flight_positions=torch.arange(3).unsqueeze(0))
+    assert store.isnan().all()
+    windowed = Layers(STACKS["mistral, window"])
+    with pytest.raises(ValueError, match="windows need flight_positions"):
+        windowed.stack.run(states, at, torch.ones(1, 2, 4, dtype=torch.bool), [0], windowed.store(), tables)
+
+
+@needs_native
+def test_threads_run_one_stack_over_one_store() -> None:
+    """Rows of their own in a store that they share, as several engines of a process have."""
+    layers, tables, states = Layers(STACKS["llama"]), table(3, 4, 0), randn(3, 50, 48)
+    expected = layers.chain(states, [0] * 3, layers.store(), tables)
+    store, wrong = layers.store(), list[int]()
+
+    def work(row: int) -> None:
+        one = slice(row, row + 1)
+        for _ in range(20):
+            if not torch.equal(layers.chain(states[one], [0], store, tables[one])[0], expected[row]):
+                wrong.append(row)
+
+    _in_threads(work, 3)
+    assert not wrong
+
+
+# ------------------------------------------------------------------ moving slots
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", FORMS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_slots_are_moved_in_turn(dtype: torch.dtype, threads: int) -> None:
+    store = randn(8, 3, 40, 20).to(dtype)
+    sources = torch.tensor([30, 5, 7, 8, 12, 39, 2])
+    targets = torch.tensor([30, 4, 5, 7, 8, 0, 2])  # 5, 7 and 8 are read before they are written to
+    expected = store.clone()
+    for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+        expected[:, :, target] = expected[:, :, source]
+    native.move_slots(store, sources, targets, threads)
+    assert torch.equal(store, expected)
+    native.move_slots(store, sources[:0], targets[:0])
+    assert torch.equal(store, expected)
+
+
+@needs_native
+def test_many_slots_are_moved_by_several_threads() -> None:
+    store = randn(60, 4, 400, 64)
+    sources, targets = torch.arange(1, 400, 2), torch.arange(200)
+    expected = store.clone()
+    expected[:, :, targets] = store[:, :, sources]
+    native.move_slots(store, sources, targets, 2)
+    assert torch.equal(store, expected)
+
+
+@needs_native
+def test_what_can_not_be_moved_is_refused() -> None:
+    store, some = randn(2, 1, 16, 4), torch.tensor([3, 4])
+    before = store.clone()
+    for sources, targets in ((torch.tensor([3, 16]), some), (some, torch.tensor([-1, 2]))):
+        with pytest.raises(ValueError, match="the store has 16"):
+            native.move_slots(store, sources, targets)
+    for sources, targets in ((some, some[:1]), (some.int(), some), (some, some.unsqueeze(0))):
+        with pytest.raises(ValueError, match="int64 on the"):
+            native.move_slots(store, sources, targets)
+    for other in (store.double(), store[0], store.transpose(1, 2)[:, :, :, :2]):
+        with pytest.raises(ValueError, match="the store is"):
+            native.move_slots(other, some, some)
+    assert torch.equal(store, before)
+
+
+# ------------------------------------------------------------------ threads
+
+
+def _in_threads(work: Callable[[int], object], count: int) -> None:
+    failures: list[BaseException] = []
+
+    def guarded(number: int) -> None:
+        try:
+            work(number)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _set_own_threads(count: int) -> None:
+    torch.get_num_threads()  # at its first use a thread takes the process's count, over what was set before
+    torch.set_num_threads(count)
+
+
+def test_the_kernels_keep_torchs_threads_in_one_thread_alone() -> None:
+    before, inside, done = torch.get_num_threads(), threading.Event(), threading.Event()
+    seen: dict[str, int] = {}
+
+    def other() -> None:
+        _set_own_threads(3)
+        inside.wait(10)
+        seen["another thread"], seen["its kernels"] = torch.get_num_threads(), thread_count()
+        done.wait(10)
+        seen["another thread, later"] = torch.get_num_threads()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        torch.set_num_threads(2)
+        with native.sole_threads(), native.sole_threads():
+            alone = torch.get_num_threads()
+            assert alone == 1 or (alone, thread_count()) == (2, 2)  # no OpenMP to be had: nothing is changed
+            assert thread_count() == 2
+            inside.set()
+            _in_threads(lambda _: seen.update({"born inside": torch.get_num_threads()}), 1)
+        assert (torch.get_num_threads(), thread_count()) == (2, 2)
+    finally:
+        inside.set()
+        done.set()
+        thread.join()
+        torch.set_num_threads(before)
+    assert seen["born inside"] > 1
+    assert seen["another thread"] == seen["its kernels"] == seen["another thread, later"] == 3
+
+
+def test_threads_that_overlap_each_get_back_what_they_had() -> None:
+    before, meet = torch.get_num_threads(), threading.Barrier(2)
+
+    def work(number: int) -> None:
+        _set_own_threads(2 + number)
+        for _ in range(50):
+            meet.wait(10)
+            with native.sole_threads():
+                assert thread_count() == 2 + number
+                if number:
+                    meet.wait(10)  # leaves after the other
+            if not number:
+                meet.wait(10)
+            assert torch.get_num_threads() == thread_count() == 2 + number
+
+    try:
+        _in_threads(work, 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 # ------------------------------------------------------------------ packed modules

@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from test_stack import KINDS, made
 
 from haast import native
+from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, StopConfig
+from haast.engine import Engine, Stats, Step, StopParams
 from haast.heads.checkpoint import Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
-from haast.sampling import SamplingConfig
-from haast.speed.policy import Pace, interpolate
 from haast.target import Target
 from haast.tree import DraftTree
+from haast.tuning.policy import CostModel, interpolate
 
 
 def test_another_level_pays_while_it_brings_more_than_its_time() -> None:
-    pace = Pace(forward_ms=(5.0, 6.0), level_ms=1.0, rate=0.2, trust=1.0, follow=0.5)
+    pace = CostModel(forward_ms=(5.0, 6.0), level_ms=1.0, rate=0.2, trust=1.0, follow=0.5)
     frontier = torch.tensor([[math.log(0.3), math.log(0.2)]])
     assert pace.deeper(frontier)  # 0.5 * (0.3 + 0.2) tokens against 0.2
     assert not pace.deeper(frontier[:, :1])
-    assert not Pace((5.0, 6.0), 1.0, 0.2, trust=0.7, follow=0.5).deeper(frontier)
+    assert not CostModel((5.0, 6.0), 1.0, 0.2, trust=0.7, follow=0.5).deeper(frontier)
     rows = torch.tensor([[math.log(0.9)], [math.log(1e-6)]])  # rows share a step: their mean counts
     assert pace.deeper(rows) and not pace.deeper(rows[1:])
 
 
 def test_nodes_are_added_while_they_pay() -> None:
-    pace = Pace(forward_ms=(5.0, 5.1, 5.2, 9.0, 9.1), level_ms=1.0, rate=0.2)
+    pace = CostModel(forward_ms=(5.0, 5.1, 5.2, 9.0, 9.1), level_ms=1.0, rate=0.2)
     sure = torch.tensor([[0.9, 0.8, 0.1, 0.1, 0.1]]).log()
     assert pace.nodes(sure) == 3  # the fourth costs 3.8 ms, 0.76 tokens
     assert pace.nodes(torch.tensor([[0.9, 0.85, 0.84, 0.8, 0.8]]).log()) == 5  # with the fifth it pays after all
@@ -45,13 +45,13 @@ def test_nodes_are_added_while_they_pay() -> None:
 @pytest.mark.parametrize("wrong", [{"level_ms": 0.0}, {"rate": -1.0}, {"trust": 0.0}, {"follow": math.nan}])
 def test_impossible_paces_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Pace(**{"forward_ms": (1.0, 2.0), "level_ms": 1.0, "rate": 1.0, **wrong})  # type: ignore[arg-type]
+        CostModel(**{"forward_ms": (1.0, 2.0), "level_ms": 1.0, "rate": 1.0, **wrong})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="forward_ms"):
-        Pace((1.0,), 1.0, 1.0)
+        CostModel((1.0,), 1.0, 1.0)
 
 
 def test_more_nodes_are_afforded_for_what_they_bring() -> None:
-    pace = Pace(forward_ms=(5.0, 6.0, 7.0), level_ms=1.0, rate=0.2)
+    pace = CostModel(forward_ms=(5.0, 6.0, 7.0), level_ms=1.0, rate=0.2)
     assert pace.affords(1, 2, 0.41) and not pace.affords(1, 2, 0.39)
     assert pace.affords(3, 2, 0.41) and not pace.affords(3, 2, 0.39)  # beyond what was measured its slope goes on
 
@@ -65,13 +65,13 @@ def test_interpolation() -> None:
 
 
 PACES = [
-    Pace(tuple(8 + 0.4 * n for n in range(1, 25)), 0.3, 0.2, 1.0, 0.9),
-    Pace(tuple(8 + 0.05 * n for n in range(1, 13)), 0.02, 0.1, 1.2, 0.8),
-    Pace(tuple(8 + 2.0 * n for n in range(1, 25)), 3.0, 0.3, 0.9, 0.5),
+    CostModel(tuple(8 + 0.4 * n for n in range(1, 25)), 0.3, 0.2, 1.0, 0.9),
+    CostModel(tuple(8 + 0.05 * n for n in range(1, 13)), 0.02, 0.1, 1.2, 0.8),
+    CostModel(tuple(8 + 2.0 * n for n in range(1, 25)), 3.0, 0.3, 0.9, 0.5),
 ]
 
 
-def drafter(target: Target, pace: Pace | None, shape: DraftShape | None = None) -> EagleDrafter:
+def drafter(target: Target, pace: CostModel | None, shape: DraftShape | None = None) -> EagleDrafter:
     torch.manual_seed(7)
     module = FeatExtrapolator(FeatExtrapolatorConfig.for_target(target.config)).requires_grad_(False)
     with torch.no_grad():
@@ -81,27 +81,24 @@ def drafter(target: Target, pace: Pace | None, shape: DraftShape | None = None) 
     return made_one
 
 
-def watched(target: Target, by_tensors: bool, pace: Pace | None) -> list[DraftTree]:
+def watched(target: Target, by_tensors: bool, pace: CostModel | None) -> list[DraftTree]:
     own = drafter(target, pace)
-    assert own._quick is not None
+    growing = own._growing_of(own.ways[1], None)
+    assert growing is not None and growing.quick is not None
     if by_tensors:
-        own._quick = None
+        own._growing = {key: replace(each, quick=None) for key, each in own._growing.items()}
     trees: list[DraftTree] = []
-    propose = own.propose
-
-    def keep() -> DraftTree:
-        trees.append(propose())
-        return trees[-1]
-
-    own.propose = keep  # type: ignore[method-assign]
-    for _ in Engine(target, own).run([[1, 2, 3, 4], [7, 8]], SamplingConfig(temperature=1.0, seed=2), StopConfig(24)):
+    law, stop = SamplingParams(temperature=1.0, seed=2), StopParams(24)
+    for _ in Engine(target, own).run([[1, 2, 3, 4], [7, 8]], law, stop, watch=lambda step: trees.append(step.tree)):
         continue
+    used = {each.quick is None for each in own._growing.values()}
+    assert used == {by_tensors}
     return trees
 
 
 @pytest.mark.skipif(not native.available(), reason="no native kernels")
 @pytest.mark.parametrize("pace", [None, *PACES])
-def test_the_native_proposal_is_the_tensor_one(pace: Pace | None) -> None:
+def test_the_native_proposal_is_the_tensor_one(pace: CostModel | None) -> None:
     target = made(KINDS["llama"])
     assert target.use_one_call()
     quick, slow = watched(target, False, pace), watched(target, True, pace)
@@ -118,7 +115,7 @@ def test_a_pace_changes_trees_and_not_the_text() -> None:
 
     def text(own: EagleDrafter | VanillaDrafter) -> list[int]:
         tokens: list[int] = []
-        for emission in Engine(target, own).run([[5, 6, 7]], SamplingConfig(), StopConfig(40), Stats()):
+        for emission in Engine(target, own).run([[5, 6, 7]], SamplingParams(), StopParams(40), Stats()):
             tokens.extend(emission.tokens)
         return tokens
 
@@ -133,18 +130,16 @@ def test_a_pace_changes_trees_and_not_the_text() -> None:
 def test_a_fixed_tree_ignores_the_pace() -> None:
     target = made(KINDS["llama"])
     own = drafter(target, PACES[2], DraftShape("static", depth=3, top_k=3, width=3, nodes=8))
-    trees = []
-    propose = own.propose
-    own.propose = lambda: trees.append(propose()) or trees[-1]  # type: ignore[func-returns-value, method-assign]
-    for _ in Engine(target, own).run([[5, 6, 7]], SamplingConfig(), StopConfig(12)):
+    seen: list[Step] = []
+    for _ in Engine(target, own).run([[5, 6, 7]], SamplingParams(), StopParams(12), watch=seen.append):
         continue
-    assert {tree.nodes for tree in trees} == {8}
+    assert {step.tree.nodes for step in seen} == {8}
 
 
 def test_shapes_stay_static_without_a_pace() -> None:
     """What compiled graphs and CUDA graphs need: over 200 steps the target sees trees of one size only."""
     target = made(KINDS["llama"])
-    own = copy.copy(drafter(target, None))
+    own = drafter(target, None)
     seen: list[tuple[int, ...]] = []
     forward = target.forward
 
@@ -154,7 +149,7 @@ def test_shapes_stay_static_without_a_pace() -> None:
 
     target.forward = watch  # type: ignore[assignment, method-assign]
     stats = Stats()
-    for _ in Engine(target, own).run([[5, 6, 7]], SamplingConfig(temperature=1.0), StopConfig(400), stats):
+    for _ in Engine(target, own).run([[5, 6, 7]], SamplingParams(temperature=1.0), StopParams(400), stats):
         continue
     assert stats.target_forwards >= 200
     assert set(seen[1:]) == {(1, 24)}

@@ -149,7 +149,7 @@ def test_a_private_name_is_seen(line: str, everywhere: set[str]) -> None:
     [
         "class Own:\n    def copy(self):\n        made = Own()\n        made._a = self._a = 1\n        return made._a",
         "def f():\n    '''_documentation'''\n    _ = 1",
-        "from haast.cache import TreeCache",
+        "from haast.cache import KVCache",
         "def f(own): return own.__dict__",
     ],
 )

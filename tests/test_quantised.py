@@ -16,15 +16,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import haast
+from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import DraftShape
-from haast.engine import Engine, StopConfig
+from haast.engine import Engine, StopParams
 from haast.errors import HeadMismatchError, PrecisionWarning, UnsupportedModelError
 from haast.heads import precision as of_heads
 from haast.heads.checkpoint import Head
 from haast.models import load_target
 from haast.precision import TORCHAO, quantisation, quantise, weight_rows
-from haast.sampling import SamplingConfig
 from haast.speed.packing import PackedLinear
 from haast.target import Target
 
@@ -91,7 +91,7 @@ def test_a_quantised_target_says_what_it_says_by_itself(quantised: tuple[str, An
     for vocab in (None, list(range(0, 258, 2))):
         eagle = EagleDrafter(target, head_for(target, name, vocab), SHAPE)
         assert decode(target, eagle, PROMPTS, 16) == vanilla(target, PROMPTS, 16)
-        law = SamplingConfig(temperature=0.9, seed=3)
+        law = SamplingParams(temperature=0.9, seed=3)
         assert decode(target, eagle, PROMPTS, 12, law) == vanilla(target, PROMPTS, 12, law)
 
 
@@ -238,6 +238,6 @@ def test_the_shipped_head_says_what_it_was_trained_on() -> None:
 def test_quantised_rows_leave_and_stream(quantised: tuple[str, Any]) -> None:
     _, model = quantised
     target = Target(model)
-    stop = StopConfig(9, stop=lambda row, new: len(new) > 3 * row)
-    run = Engine(target, EagleDrafter(target, head_for(target), SHAPE)).run(PROMPTS, SamplingConfig(), stop)
+    stop = [StopParams(most) for most in (1, 4, 7)]
+    run = Engine(target, EagleDrafter(target, head_for(target), SHAPE)).run(PROMPTS, SamplingParams(), stop)
     assert [len(text) for text in collect(run, 3)] == [1, 4, 7]

@@ -23,12 +23,13 @@ from transformers import GenerationConfig
 import haast
 from haast.acceptance import rule_named
 from haast.checking import diagnose
+from haast.core import SamplingParams
 from haast.drafters.base import Accepted, Drafter
 from haast.drafters.shape import shape_for
 from haast.drafters.small_model import SmallModelDrafter
-from haast.engine import Engine, StopConfig
+from haast.engine import Engine, StopParams
 from haast.errors import HeadMismatchError
-from haast.sampling import SamplingConfig
+from haast.kv_pool import Sequence as KVSequence
 from haast.spreading import Spread
 from haast.target import Target
 from haast.tree import DraftTree
@@ -52,11 +53,10 @@ from haast.drafters.eagle import EagleDrafter
 from haast.drafters.lookup import SuffixDrafter
 from haast.drafters.shape import DraftShape
 from haast.drafters.small_model import SmallModelDrafter
-from haast.engine import Engine, StopConfig
+from haast.engine import Engine, StopParams
 from haast.errors import PromptError, UnsupportedModelError
-from haast.past import Past
-from haast.sampling import SamplingConfig
-from haast.speed.policy import Pace
+from haast.core import SamplingParams
+from haast.tuning.policy import CostModel
 from haast.target import Target
 from fakes import collect, tiny_llama, tiny_target
 from torch.distributed.fsdp import fully_shard
@@ -66,7 +66,7 @@ model = AutoModelForCausalLM.from_pretrained(
     folder, dtype=torch.float64, distributed_config=DistributedConfig(tp_plan="auto")
 )
 target, rank = Target(model), dist.get_rank()
-PROMPTS, SAMPLED = json.loads(sys.argv[3]), SamplingConfig(temperature=1.0, top_p=0.9, seed=5)
+PROMPTS, SAMPLED = json.loads(sys.argv[3]), SamplingParams(temperature=1.0, top_p=0.9, seed=5)
 tree = DraftShape("dynamic", depth=3, top_k=8, width=4, nodes=20)
 eagle = EagleDrafter(target, random_head(target), tree)
 reduced = EagleDrafter(target, random_head(target, range(0, target.vocab_size, 2)), tree)
@@ -79,14 +79,14 @@ said = {
     "sampled eagle": decode(target, eagle, PROMPTS, 24, SAMPLED),
     "sampled small": decode(target, small, PROMPTS, 24, SAMPLED),
 }
-eagle.reshape(tree, Pace((8.0,) * 20, 0.1, 0.2))
+eagle.reshape(tree, CostModel((8.0,) * 20, 0.1, 0.2))
 said["greedy paced"] = decode(target, eagle, PROMPTS, 24)
 for name in ("rejection", "typical"):
-    run = Engine(target, eagle, rule_named(name)).run(PROMPTS, SamplingConfig(), StopConfig(24))
+    run = Engine(target, eagle, rule_named(name)).run(PROMPTS, SamplingParams(), StopParams(24))
     said[f"greedy {name}"] = collect(run, len(PROMPTS))
-past, texts = Past(), []
+texts = []
 for prompt in (PROMPTS[0], PROMPTS[0] + [3, 1]):
-    run = Engine(target, eagle).run([prompt], SamplingConfig(), StopConfig(24), past=past)
+    run = Engine(target, eagle).run([prompt], SamplingParams(), StopParams(24))
     texts.append(collect(run, 1)[0])
 said["turns"] = texts
 ids = torch.tensor(PROMPTS[:1])
@@ -103,8 +103,8 @@ stops = StoppingCriteriaList([Late()])
 said["stopped"] = model.generate(
     ids, do_sample=False, max_new_tokens=24, stopping_criteria=stops, custom_generate=decoder
 ).tolist()
-stop = StopConfig(24, stop=lambda row, new: rank == 0 and len(new) >= 5)
-said["engine stopped"] = collect(Engine(target, eagle).run(PROMPTS, SamplingConfig(), stop), len(PROMPTS))
+stop = StopParams(24, stop=lambda new: rank == 0 and len(new) >= 5)
+said["engine stopped"] = collect(Engine(target, eagle).run(PROMPTS, SamplingParams(), stop), len(PROMPTS))
 try:
     vanilla(target, [[1, 2, 3 + rank]], 8)
 except PromptError as error:
@@ -139,7 +139,7 @@ def test_two_processes_say_what_one_says(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     said, follower = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert said == follower
-    target, sampled = tiny_target(), SamplingConfig(temperature=1.0, top_p=0.9, seed=5)
+    target, sampled = tiny_target(), SamplingParams(temperature=1.0, top_p=0.9, seed=5)
     greedy, drawn = vanilla(target, PROMPTS, 24), vanilla(target, PROMPTS, 24, sampled)
     for name, texts in said.items():
         if name.startswith(("greedy", "sampled")):
@@ -175,16 +175,16 @@ class Silent(Drafter):
     name = "silent"
     nodes = 20
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> None:
+    def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> None:
         raise AssertionError("only the leader drafts")
 
-    def observe(self, accepted: Accepted) -> None:
+    def observe(self, states: Sequence[None], accepted: Accepted) -> None:
         raise AssertionError("only the leader drafts")
 
-    def keep(self, order: Sequence[int]) -> None:
+    def end(self, state: None) -> None:
         raise AssertionError("only the leader drafts")
 
-    def propose(self) -> DraftTree:
+    def propose(self, states: Sequence[None], budget: int | None = None) -> DraftTree:
         raise AssertionError("only the leader drafts")
 
 
@@ -197,13 +197,13 @@ def test_a_follower_says_what_the_leader_says_whatever_it_would_say_itself(rule:
         target = tiny_target(seed=0 if leads else 9)
         cast(Any, target).ranks = Wire(said, leads)
         drafter: Drafter = RandomTrees(20, 1, dead=0.2, probes=0.2) if leads else Silent()
-        stop = StopConfig(24, stop=partial(ends, 9 if leads else 3))
+        stop = StopParams(24, stop=partial(ends, 9 if leads else 3))
         run = Engine(target, drafter, None if rule is None else rule_named(rule))
-        texts.append(collect(run.run(PROMPTS, SamplingConfig(1.0, seed=seed), stop), len(PROMPTS)))
+        texts.append(collect(run.run(PROMPTS, SamplingParams(1.0, seed=seed), stop), len(PROMPTS)))
     assert texts[0] == texts[1] and not said and [len(text) for text in texts[0]] == [9, 9, 9]
 
 
-def ends(length: int, row: int, new: Sequence[int]) -> bool:
+def ends(length: int, new: Sequence[int]) -> bool:
     return len(new) >= length
 
 
@@ -245,7 +245,7 @@ def test_the_default_model_says_the_same_in_three_processes_and_from_disk(tmp_pa
     for question, three in zip(QUESTIONS, parallel, strict=True):
         expected = list(plain.generate(question, max_new_tokens=48).tokens)
         for said in (three, list(paged.generate(question, max_new_tokens=48).tokens)):
-            found = diagnose(plain.target, plain.encode(question), expected, said, SamplingConfig())
+            found = diagnose(plain.target, plain.encode(question), expected, said, SamplingParams())
             assert found is None or found.kind == "tie"
 
 

@@ -11,8 +11,10 @@ from fakes import decode, vanilla
 from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, Phi3Config
 
 from haast import native
+from haast.core import SamplingParams, StopParams
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import DraftShape
+from haast.engine import Engine, Step
 from haast.heads.checkpoint import Head
 from haast.heads.config import HeadConfig, rope_of
 from haast.heads.eagle3 import Eagle3Config, Eagle3Head
@@ -20,6 +22,7 @@ from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConf
 from haast.speed.fusing import fuse_small_modules
 from haast.speed.packing import pack_linears
 from haast.target import Target
+from haast.tree import DraftTree
 
 CONTEXT = 128
 SHAPE = DraftShape(depth=4, top_k=3, width=3, nodes=12)
@@ -99,6 +102,14 @@ def test_drafts_up_to_the_contexts_end_keep_them(kind: str) -> None:
         assert (max(seen) < limit) == (kind in CHANGING)
 
 
+def last_tree(target: Target, drafter: EagleDrafter, prompt: list[int]) -> DraftTree:
+    """The tree of a decode's last step."""
+    steps: list[Step] = []
+    for _ in Engine(target, drafter).run([prompt], SamplingParams(), StopParams(12), watch=steps.append):
+        continue
+    return steps[-1].tree
+
+
 @pytest.mark.skipif(not native.available(), reason=native.why_not())
 @pytest.mark.parametrize("kind", SCALED)
 def test_native_code_has_the_angles_or_leaves_them_to_modules(kind: str) -> None:
@@ -113,9 +124,10 @@ def test_native_code_has_the_angles_or_leaves_them_to_modules(kind: str) -> None
         drafter = EagleDrafter(target, copy.deepcopy(head), SHAPE)
         assert (drafter._forward.stack is None) == (kind in CHANGING)
         if by_modules:
-            drafter._forward.stack = drafter._quick = None
+            drafter._forward.stack = None
+            drafter._growing.clear()
         assert decode(target, drafter, [prompt], 12) == vanilla(target, [prompt], 12)
-        trees.append(drafter.propose())
+        trees.append(last_tree(target, drafter, prompt))
     assert torch.equal(trees[0].tokens, trees[1].tokens) and torch.equal(trees[0].parents, trees[1].parents)
 
 

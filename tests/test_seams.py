@@ -27,8 +27,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from haast import seams
 from haast.attention import NAME
-from haast.cache import CACHE_NAMES, TreeCache, cache_name
-from haast.dropin.known import PARAMETERS
+from haast.cache import CACHE_NAMES, KVCache, cache_name
+from haast.dropin.supported_args import PARAMETERS
+from haast.kv_pool import KVPool
 
 IDS = torch.tensor([[1, 2, 3, 4]])
 PAGE = Path(__file__).parents[1] / "docs" / "versions.md"
@@ -331,7 +332,8 @@ def test_a_mask_per_layer_type_reaches_the_layers_as_it_is() -> None:
 
 
 def test_stock_layers_write_to_a_cache_of_ours(model: Any) -> None:
-    cache = TreeCache(model.config.num_hidden_layers, 1)
+    pool = KVPool(8)
+    cache = KVCache(pool, model.config.num_hidden_layers, torch.device("cpu")).bind([pool.sequence()])
     cache.begin(4)
     model(input_ids=IDS, use_cache=True, **{cache_name(type(model).forward): cache})
     assert cache.updated_layers == set(range(model.config.num_hidden_layers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -10,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 from chats import SMOLLM2, bytes_tokenizer
-from fakes import decode, random_head, tiny_target
+from fakes import random_head, tiny_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_medusa import medusa
 
 from haast import native
-from haast.api import Generation, Haast
+from haast.api import Haast
 from haast.bench import tables
+from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.hybrid import HybridDrafter
@@ -27,16 +29,18 @@ from haast.drafters.medusa import MedusaDrafter
 from haast.drafters.shape import DraftShape, shape_for
 from haast.drafters.small_model import SmallModelDrafter
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, StopConfig
-from haast.errors import PromptError
+from haast.engine import Engine, Stats, StopParams
+from haast.errors import CancelledError, PromptError, QueueFullError
+from haast.generation import Generation
 from haast.heads.checkpoint import Head
 from haast.heads.eagle3 import Eagle3Config, Eagle3Head
-from haast.past import Past
-from haast.sampling import SamplingConfig
+from haast.inputs import Message
+from haast.kv_pool import BLOCK
 from haast.session import Session, Sessions
 from haast.speed.fusing import fuse_small_modules
 from haast.speed.packing import PackedLinear, pack_linears
 from haast.target import Target
+from haast.tokens import common_length
 
 
 def eagle3(target: Target) -> Head:
@@ -64,41 +68,59 @@ def target() -> Target:
     return tiny_target()
 
 
-def turn(target: Target, drafter: Drafter, prompt: list[int], past: Past, **law: Any) -> tuple[list[int], Stats]:
+@pytest.fixture(scope="module")
+def other() -> Target:
+    """The same model, for what it says by itself."""
+    return tiny_target()
+
+
+def turn(target: Target, drafter: Drafter, prompt: list[int], **sampling: Any) -> tuple[list[int], Stats]:
     stats = Stats()
-    emitted = Engine(target, drafter).run([prompt], SamplingConfig(**law), StopConfig(7), stats, past)
-    return [token for emission in emitted for token in emission.tokens], stats
+    said = Engine(target, drafter).complete([prompt], SamplingParams(**sampling), StopParams(7), stats)
+    return said[0], stats
+
+
+def cold(target: Target, prompt: list[int], **sampling: Any) -> list[int]:
+    """What vanilla says with nothing kept; the pool is empty afterwards too."""
+    target.pool.clear()
+    said, stats = turn(target, VanillaDrafter(), prompt, **sampling)
+    assert stats.recalled_tokens == 0
+    target.pool.clear()
+    return said
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_ten_turns_reuse_the_cache_and_say_the_same(target: Target, name: str, temperature: float) -> None:
-    drafter, past, text = DRAFTERS[name](target), Past(), [3, 4, 5]
+def test_ten_turns_reuse_the_cache_and_say_the_same(name: str, temperature: float) -> None:
+    target, other = tiny_target(), tiny_target()
+    drafter, text = DRAFTERS[name](target), [3, 4, 5]
     for number in range(10):
-        held = len(past.tokens)
-        said, stats = turn(target, drafter, text, past, temperature=temperature, seed=number)
-        fresh = decode(target, DRAFTERS[name](target), [text], 7, SamplingConfig(temperature, seed=number))
-        assert [said] == fresh
+        held = target.pool.common(text, drafter.prefix_key)
+        said, stats = turn(target, drafter, text, temperature=temperature, seed=number)
+        assert said == cold(other, text, temperature=temperature, seed=number)
         assert stats.recalled_tokens == max(held - 1, 0) and stats.prompt_tokens == len(text)
-        # Two new tokens, the answer's last, which no cache holds, and one known position again, for its features.
-        assert stats.prompt_tokens - stats.recalled_tokens <= (4 if number else 3)
-        assert past.tokens == [*text, *said][: len(past.tokens)]
-        assert len(past.tokens) >= len(text) + len(said) - 1  # all but the root, so next time only what is new runs
-        text = [*text, *said, 6 + number, 7]
+        # Two new tokens, the answer's last, which no cache holds, and one known position again, for its features. A
+        # head has not seen the last step of an answer.
+        unseen = drafter.nodes - 1 if drafter.caches else 0
+        assert stats.prompt_tokens - stats.recalled_tokens <= (4 + unseen if number else 3)
+        text = [*text, *said]
+        assert target.pool.common(text, drafter.prefix_key) >= len(text) - 1 - unseen  # all but the root
+        text += [6 + number, 7]
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 30), st.lists(st.integers(0, 31), min_size=1, max_size=5)), max_size=5))
 @pytest.mark.parametrize("name", ["eagle", "lookahead", "suffix", "small-model"])
 def test_an_edited_text_is_used_as_far_as_it_is_the_same(
-    target: Target, name: str, edits: list[tuple[int, list[int]]]
+    target: Target, other: Target, name: str, edits: list[tuple[int, list[int]]]
 ) -> None:
-    drafter, past, text = DRAFTERS[name](target), Past(), [3, 4, 5, 6, 7, 8]
+    drafter, text = DRAFTERS[name](target), [3, 4, 5, 6, 7, 8]
     for keep, more in [(6, [9]), *edits]:
         text = [*text[:keep], *more]
-        said, stats = turn(target, drafter, text, past)
-        assert [said] == decode(target, VanillaDrafter(), [text], 7)
-        assert stats.recalled_tokens < len(text)
+        held = target.pool.common(text, drafter.prefix_key)
+        said, stats = turn(target, drafter, text)
+        assert said == cold(other, text)
+        assert stats.recalled_tokens == max(held - 1, 0) < len(text)
         text = [*text, *said]
 
 
@@ -112,101 +134,122 @@ def packed_target() -> Target:
 
 
 def test_a_packed_target_recalls_the_same_bits() -> None:
-    target = packed_target()
-    drafter, past, text = EagleDrafter(target, random_head(target), DraftShape(nodes=6)), Past(), [3, 4, 5]
+    target, other = packed_target(), packed_target()
+    drafter, text = EagleDrafter(target, random_head(target), DraftShape(nodes=6)), [3, 4, 5]
     for _ in range(4):
-        said, stats = turn(target, drafter, text, past)
-        assert [said] == decode(target, VanillaDrafter(), [text], 7)
+        said, stats = turn(target, drafter, text)
+        assert said == cold(other, text)
         text = [*text, *said, 9]
     assert stats.recalled_tokens > 20
 
 
-def test_a_past_of_another_drafter_or_an_interrupted_run_is_not_used(target: Target) -> None:
-    past, first, second = Past(), VanillaDrafter(), VanillaDrafter()
-    turn(target, first, [3, 4, 5, 6], past)
-    assert past.nbytes > 0
-    assert turn(target, second, [3, 4, 5, 6], past)[1].recalled_tokens == 0
-    assert turn(target, second, [3, 4, 5, 6], past)[1].recalled_tokens == 3
+def test_a_head_uses_what_it_has_computed_itself() -> None:
+    target, text = tiny_target(), [3, 4, 5, 6]
+    first, second = DRAFTERS["eagle"](target), DRAFTERS["eagle"](target)
+    for drafter, recalled in ((first, 0), (second, 0), (first, 3), (second, 3)):
+        assert turn(target, drafter, text)[1].recalled_tokens == recalled
+    # Drafters without keys and values of their own share the target's.
+    for drafter, recalled in ((VanillaDrafter(), 0), (VanillaDrafter(), 3), (SuffixDrafter(5), 3)):
+        assert turn(target, drafter, text)[1].recalled_tokens == recalled
+
+
+def test_what_an_interrupted_step_computed_is_not_used() -> None:
+    target, text = tiny_target(), [3, 4, 5, 6]
 
     class Broken(VanillaDrafter):
-        def propose(self) -> Any:
+        def propose(self, states: Any, budget: int | None = None) -> Any:
             raise KeyboardInterrupt
 
-    broken = Broken()
     with pytest.raises(KeyboardInterrupt):
-        turn(target, broken, [3, 4, 5, 6], past)
-    assert past.tokens == [] and past.nbytes == 0
-    with pytest.raises(ValueError, match="belongs to one text, not to 2"):
-        Engine(target, first).run([[1], [2]], SamplingConfig(), StopConfig(2), past=Past())
+        turn(target, Broken(), text)
+    assert target.pool.cached_blocks == 0 and target.pool.available == target.pool.blocks
+    said, stats = turn(target, VanillaDrafter(), text)
+    assert stats.recalled_tokens == 0 and said == cold(tiny_target(), text)
 
 
-def test_a_past_of_changed_weights_is_not_used() -> None:
-    target, past, text = tiny_target(), Past(), [3, 4, 5, 6]
-    drafter = VanillaDrafter()
-    turn(target, drafter, text, past)
-    assert turn(target, drafter, text, past)[1].recalled_tokens == 3
+def test_what_other_weights_computed_is_not_used() -> None:
+    target, text, drafter = tiny_target(), [3, 4, 5, 6], VanillaDrafter()
+    turn(target, drafter, text)
+    assert turn(target, drafter, text)[1].recalled_tokens == 3
     first = next(target.model.model.layers[0].parameters())
     with torch.no_grad():
         first.mul_(-1.5)
-    said, stats = turn(target, drafter, text, past)
+    said, stats = turn(target, drafter, text)
     assert stats.recalled_tokens == 0
-    assert [said] == decode(target, VanillaDrafter(), [text], 7)
+    assert said == cold(target, text)
+    turn(target, drafter, text)
     first.data = first.data.clone()  # as moving a model does
-    assert turn(target, drafter, text, past)[1].recalled_tokens == 0
-    assert turn(target, drafter, text, past.copy())[1].recalled_tokens == 3
+    assert turn(target, drafter, text)[1].recalled_tokens == 0
+    assert turn(target, drafter, text)[1].recalled_tokens == 3
 
 
-def test_a_past_from_before_a_hook_is_not_used() -> None:
-    target, past, text, drafter = tiny_target(), Past(), [3, 4, 5, 6], VanillaDrafter()
-    turn(target, drafter, text, past)
+def test_what_was_computed_before_a_hook_is_not_used() -> None:
+    target, text, drafter = tiny_target(), [3, 4, 5, 6], VanillaDrafter()
+    turn(target, drafter, text)
     hook = target.model.model.layers[0].register_forward_hook(lambda module, given, output: output * -1.5)
-    said, stats = turn(target, drafter, text, past)
+    said, stats = turn(target, drafter, text)
     assert stats.recalled_tokens == 0
-    assert [said] == decode(target, VanillaDrafter(), [text], 7)
+    assert said == cold(target, text)
+    turn(target, drafter, text)
     hook.remove()
-    assert turn(target, drafter, text, past)[1].recalled_tokens == 0
+    assert turn(target, drafter, text)[1].recalled_tokens == 0
 
 
 @pytest.mark.skipif(not native.available(), reason="no native kernels")
-def test_a_past_of_changed_packed_weights_is_not_used() -> None:
-    packed, past, text, drafter = packed_target(), Past(), [3, 4, 5, 6], VanillaDrafter()
+def test_what_other_packed_weights_computed_is_not_used() -> None:
+    packed, text, drafter = packed_target(), [3, 4, 5, 6], VanillaDrafter()
     assert packed.one_call
-    turn(packed, drafter, text, past)
-    assert turn(packed, drafter, text, past)[1].recalled_tokens == 3
+    turn(packed, drafter, text)
+    assert turn(packed, drafter, text)[1].recalled_tokens == 3
     linear = next(module for module in packed.model.modules() if isinstance(module, PackedLinear))
     linear.packed.copy_(linear.packed.flip(0))
-    said, stats = turn(packed, drafter, text, past)
+    said, stats = turn(packed, drafter, text)
     assert stats.recalled_tokens == 0
-    assert [said] == decode(packed, VanillaDrafter(), [text], 7)
+    assert said == cold(packed, text)
 
 
-def test_an_abandoned_run_leaves_what_it_has(target: Target) -> None:
-    past, drafter = Past(), VanillaDrafter()
-    run: Iterator[Any] = Engine(target, drafter).run([[3, 4, 5]], SamplingConfig(), StopConfig(9), past=past)
+def test_an_abandoned_run_leaves_what_it_has() -> None:
+    target, drafter = tiny_target(), VanillaDrafter()
+    run: Iterator[Any] = Engine(target, drafter).run([[3, 4, 5]], SamplingParams(), StopParams(9))
     said = [next(run).tokens[0] for _ in range(4)]
-    assert past.tokens == [3, 4, 5, *said[:3]]
-    again, stats = turn(target, drafter, [3, 4, 5, *said, 9], past)
+    del run
+    assert target.pool.available == target.pool.blocks
+    text = [3, 4, 5, *said, 9]
+    assert target.pool.common(text) == 6
+    again, stats = turn(target, drafter, text)
     assert stats.recalled_tokens == 5
-    assert [again] == decode(target, VanillaDrafter(), [[3, 4, 5, *said, 9]], 7)
+    assert again == cold(target, text)
 
 
 @pytest.fixture(scope="module")
 def model() -> Haast:
     tokenizer = bytes_tokenizer(SMOLLM2, "<|im_end|>", ["<|im_start|>"])
-    target = tiny_target(vocab=len(tokenizer), context=4096)
-    return Haast(Target(target.model, tokenizer), EagleDrafter(target, random_head(target), DraftShape(nodes=6)))
+    target = Target(tiny_target(vocab=len(tokenizer), context=4096).model, tokenizer)
+    return Haast(target, EagleDrafter(target, random_head(target), DraftShape(nodes=6)))
 
 
-def rebuilt(model: Haast) -> Haast:
-    return Haast(model.target, VanillaDrafter())
+@pytest.fixture(scope="module")
+def plain(model: Haast) -> Haast:
+    """The same model with a pool of its own, without drafts."""
+    return Haast(Target(model.target.model, model.target.tokenizer), VanillaDrafter())
 
 
-def test_a_conversation_of_ten_turns(model: Haast) -> None:
+def scratch(plain: Haast, dialogue: list[Message], **settings: Any) -> str:
+    """What vanilla answers to a dialogue that it computes from its beginning."""
+    plain.target.pool.clear()
+    said = plain.generate(dialogue, **settings)
+    assert said.stats.recalled_tokens == 0
+    text: str = said.text
+    return text
+
+
+def test_a_conversation_of_ten_turns(model: Haast, plain: Haast) -> None:
+    model.target.pool.clear()
     session, recalled = Session(model, [{"role": "system", "content": "Be brief."}]), []
     for number in range(10):
         asked = [*session.messages, {"role": "user", "content": f"And {number}?"}]
         said = session.say(f"And {number}?", max_new_tokens=6)
-        assert said.text == rebuilt(model).generate(asked, max_new_tokens=6).text
+        assert said.text == scratch(plain, asked, max_new_tokens=6) and said.finish_reason == "length"
         assert session.messages == [*asked, {"role": "assistant", "content": said.text}]
         recalled.append(said.stats.recalled_tokens)
         prefilled = said.stats.prompt_tokens - said.stats.recalled_tokens
@@ -215,33 +258,41 @@ def test_a_conversation_of_ten_turns(model: Haast) -> None:
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
-def test_a_sampled_dialogue_with_an_edit_and_a_branch_says_what_it_says_from_scratch(model: Haast, name: str) -> None:
+def test_a_sampled_dialogue_with_an_edit_and_a_branch_says_what_it_says_from_scratch(
+    model: Haast, plain: Haast, name: str
+) -> None:
     """Every turn, over every drafter: an earlier turn edited, and both branches gone on with."""
-    law = SamplingConfig(temperature=1.0, top_p=0.9, seed=5)
+    sampling = SamplingParams(temperature=1.0, top_p=0.9, seed=5)
+    model.target.pool.clear()
     session = Session(Haast(model.target, DRAFTERS[name](model.target)))
 
     def check(said: Generation, spoken: Session) -> None:
-        fresh = rebuilt(model).stream(spoken.messages[:-1], max_new_tokens=5, sampling=law)
-        assert said.text == "".join(piece.text for piece in fresh) == spoken.messages[-1]["content"]
+        fresh = scratch(plain, spoken.messages[:-1], max_new_tokens=5, sampling=sampling)
+        assert said.text == fresh == spoken.messages[-1]["content"]
 
     for number in range(3):
-        check(session.say(f"And {number}?", max_new_tokens=5, sampling=law), session)
-    other = session.branch()
-    edited = session.edit(2, "Or else?", max_new_tokens=5, sampling=law)
+        check(session.say(f"And {number}?", max_new_tokens=5, sampling=sampling), session)
+    branch = session.branch()
+    edited = session.edit(2, "Or else?", max_new_tokens=5, sampling=sampling)
     check(edited, session)
     assert len(session.messages) == 4 and edited.stats.recalled_tokens > 20
-    held = len(other._past.tokens)
-    on = other.say("Go on.", max_new_tokens=5, sampling=law)
-    check(on, other)
+    held = kept(branch)
+    on = branch.say("Go on.", max_new_tokens=5, sampling=sampling)
+    check(on, branch)
     # Half characters of a random model's answer are encoded otherwise than it said them: an answer may be read anew.
-    assert len(other.messages) == 8 and held - 6 <= on.stats.recalled_tokens < held
-    check(session.say("More.", max_new_tokens=5, sampling=law), session)
+    assert len(branch.messages) == 8 and held - 6 <= on.stats.recalled_tokens < held
+    check(session.say("More.", max_new_tokens=5, sampling=sampling), session)
 
 
-def test_the_benchmark_counts_what_turns_compute(model: Haast, monkeypatch: pytest.MonkeyPatch) -> None:
+def kept(session: Session) -> int:
+    """Tokens of a dialogue whose keys and values are there."""
+    return session.haast.target.pool.common(session._texts[-1], session.haast.drafter.prefix_key)
+
+
+def test_the_benchmark_counts_what_turns_compute(model: Haast, plain: Haast, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     conversation = import_module("conversation")
-    turns = [conversation.turn(number, [conversation.converse(model, 4, 3, 0)]) for number in range(3)]
+    turns = [conversation.turn(number, [conversation.converse(model, plain, 4, 3, 0)]) for number in range(3)]
     assert [each["prefilled"]["scratch"] for each in turns] == [each["prompt_tokens"] for each in turns]
     assert turns[0]["prefilled"]["session"] == turns[0]["prompt_tokens"]
     assert all(each["prefilled"]["session"] < each["prompt_tokens"] - 50 for each in turns[1:])
@@ -250,51 +301,85 @@ def test_the_benchmark_counts_what_turns_compute(model: Haast, monkeypatch: pyte
     different = model.stream([{"role": "user", "content": "x"}], max_new_tokens=4)
     monkeypatch.setattr(conversation, "anew", lambda *_: conversation.listen(different, Stats(), 0.0))
     with pytest.raises(RuntimeError, match="turn 1 differs"):
-        conversation.converse(model, 4, 1, 0)
+        conversation.converse(model, plain, 4, 1, 0)
 
 
-def test_edit_and_branch(model: Haast) -> None:
+def test_edit_and_branch(model: Haast, plain: Haast) -> None:
+    pool = model.target.pool
+    pool.clear()
     session = Session(model)
+    assert session.nbytes == 0
     session.say("one", max_new_tokens=4)
     session.say("two", max_new_tokens=4)
-    other = session.branch()
-    assert other.nbytes > 0 and other.messages == session.messages and other.messages is not session.messages
-    here, there = session.say("left", max_new_tokens=4), other.say("right", max_new_tokens=4)
+    assert len(session.blocks) == -(-kept(session) // BLOCK)
+    assert session.nbytes == len(session.blocks) * BLOCK * kv_bytes(model)
+    before = pool.available, pool.cached_blocks
+    branch = session.branch()
+    assert (pool.available, pool.cached_blocks) == before, "nothing is copied"
+    assert branch.blocks == session.blocks and branch.nbytes > 0
+    assert branch.messages == session.messages and branch.messages is not session.messages
+    here, there = session.say("left", max_new_tokens=4), branch.say("right", max_new_tokens=4)
     assert here.stats.recalled_tokens > 20 and there.stats.recalled_tokens > 20
-    assert there.text == rebuilt(model).generate(other.messages[:-1], max_new_tokens=4).text
+    assert there.text == scratch(plain, branch.messages[:-1], max_new_tokens=4)
     edited = session.edit(-4, "three", max_new_tokens=4)  # "two" was said there
     assert [message["content"] for message in session.messages[2:]] == ["three", edited.text]
     assert edited.stats.recalled_tokens > 20
-    assert edited.text == rebuilt(model).generate(session.messages[:-1], max_new_tokens=4).text
+    assert edited.text == scratch(plain, session.messages[:-1], max_new_tokens=4)
     for number, words in ((7, "no message 7"), (1, "message 1 is the assistant's")):
         with pytest.raises(ValueError, match=words):
             session.edit(number, "x")
-    kept = list(session.messages)
+    dialogue = list(session.messages)
     with pytest.raises(PromptError, match="context holds"):
         session.edit(0, "x" * 5000)
-    assert session.messages == kept
+    assert session.messages == dialogue
     refused: list[dict[str, Any]] = [{"max_new_tokens": 0}, {"eos": "x"}, {"prefill_chunk": 0}, {"prefill_chunk": 1.5}]
     for asked in refused:
         with pytest.raises(ValueError, match=next(iter(asked))):
             session.edit(0, "x", **asked)
-        assert session.messages == kept
+        assert session.messages == dialogue
+    held = kept(branch)
     session.release()
-    assert session.nbytes == 0
+    assert session.nbytes == 0 and kept(branch) == held, "what the branch goes on from stays"
+    branch.release()
+    assert pool.cached_blocks == 0, "also of turns that were edited away"
     assert session.say("four", max_new_tokens=4).stats.recalled_tokens == 0
 
 
-def test_whole_caches_are_freed_and_no_dialogue_is_lost(model: Haast) -> None:
+def kv_bytes(model: Haast) -> int:
+    """Keys and values of a token: 2 layers of the target and the head's, each 2 heads of 8 numbers of 8 bytes."""
+    return (model.target.layers + 1) * 2 * 2 * 8 * 8
+
+
+def test_a_turn_that_is_refused_by_a_full_queue_never_began(model: Haast, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(model)
+    session.say("hello", max_new_tokens=4)
+    dialogue = list(session.messages)
+    monkeypatch.setattr(model.engine.scheduler, "max_waiting", 0)
+    monkeypatch.setattr(model.engine.scheduler, "max_batch", 0)
+    with pytest.raises(QueueFullError):
+        session.say("more")
+    with pytest.raises(QueueFullError):
+        session.edit(0, "more")
+    assert session.messages == dialogue
+
+
+def test_whole_dialogues_are_freed_and_none_is_lost(model: Haast) -> None:
+    model.target.pool.clear()
+    words = {name: f"{name} has a lot to tell." + 3 * " And this is how they all go on." for name in "abc"}
     one = Session(model)
-    one.say("hello", max_new_tokens=4)
-    held = Sessions(model, max_bytes=2 * one.nbytes)
+    one.say(words["a"], max_new_tokens=4)
+    held = Sessions(model, max_bytes=9 * one.nbytes // 4)
     for name in "abc":
-        held.say(name, "hello", max_new_tokens=4)
+        held.say(name, words[name], max_new_tokens=4)
     assert len(held) == 3 and held.nbytes <= held.max_bytes
     assert [held[name].nbytes > 0 for name in "abc"] == [False, True, True]
+    assert held.nbytes < held["b"].nbytes + held["c"].nbytes, "what both begin with counts once"
     held.say("b", "more", max_new_tokens=4)
     again = held.say("a", "more", max_new_tokens=4)
-    assert again.stats.recalled_tokens == 0 and len(held["a"].messages) == 4
+    alike = common_length(*(model.encode(words[name]) for name in "ab"))
+    assert again.stats.recalled_tokens < alike and len(held["a"].messages) == 4
     assert [held[name].nbytes > 0 for name in "abc"] == [True, True, False]  # c was silent longest
+    assert held.nbytes <= held.max_bytes
     held.close("c")
     assert len(held) == 2
     with pytest.raises(ValueError, match="max_bytes=0"):
@@ -309,9 +394,25 @@ def test_a_dialogue_that_does_not_fit_stays_as_it_was(model: Haast) -> None:
         session.say("x" * 5000)
     assert session.messages == before
     pieces = session.stream("again", max_new_tokens=30)
-    next(pieces)
-    pieces.close()  # type: ignore[attr-defined]
-    assert session.messages[-1]["role"] == "assistant"
+    first = next(pieces)
+    pieces.close()
+    assert session.messages[-1]["role"] == "assistant" and session.messages[-1]["content"].startswith(first.text)
     assert torch.get_default_dtype() is torch.float32
     with pytest.raises(PromptError, match="no chat template"):
         Session(Haast(Target(model.target.model, bytes_tokenizer(None, "<|im_end|>", [])), VanillaDrafter()))
+
+
+def test_a_turn_that_takes_too_long_is_what_was_said_by_then(model: Haast) -> None:
+    session = Session(model)
+
+    def slow(history: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.03)
+        return scores
+
+    said = session.say("hello", max_new_tokens=500, processors=[slow], timeout=0.3)
+    assert said.finish_reason == "deadline" and 0 < len(said.tokens) < 20
+    assert session.messages[-1] == {"role": "assistant", "content": said.text}
+    pieces = session.stream("again", max_new_tokens=500, processors=[slow], timeout=0.2)
+    with pytest.raises(CancelledError, match="deadline has passed"):
+        list(pieces)
+    assert len(session.messages) == 4

@@ -21,21 +21,24 @@ from transformers import (
 )
 
 from haast import native
-from haast.cache import TreeCache
-from haast.drafters.base import Accepted
+from haast.core import Accepted, SamplingParams
+from haast.drafters.draft_lm import draft_lm_head
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.growth import Growth, best_places
+from haast.drafters.quick import QuickDraft
+from haast.drafters.shape import DraftShape, Plan, plan
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, StopConfig
+from haast.engine import Engine, StopParams
 from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
-from haast.sampling import SamplingConfig
+from haast.kv_pool import BLOCK
 from haast.speed.fusing import fuse_small_modules
 from haast.speed.packing import pack_linears
 from haast.speed.stack import NativeStack
 from haast.target import Target, TargetOutput
 from haast.tree import DraftTree
+from haast.tuning.policy import CostModel
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no native kernels")
 SIZES: dict[str, Any] = {
@@ -116,11 +119,11 @@ def test_one_call_has_the_bits_of_the_modules(kind: str, form: str) -> None:
 
     def steps() -> list[tuple[TargetOutput, torch.Tensor]]:
         generator = torch.Generator().manual_seed(1)
-        cache, found = target.new_cache(2, 8), []
+        cache, found = target.new_cache(2, 512), []
         kept: list[Sequence[int] | None] = [range(19), range(11)]
         live = torch.arange(19) < torch.tensor([[19], [11]])
         trees = [DraftTree.chain(torch.randint(0, 61, (2, 19), generator=generator), live)]
-        for nodes in (1, 5, 17, 240):  # the last ones make the cache grow
+        for nodes in (1, 5, 17, 240):
             parents = torch.stack(
                 [torch.tensor([-1] + [int(torch.randint(0, i, (), generator=generator)) for i in range(1, nodes)])] * 2
             )
@@ -205,41 +208,182 @@ def test_a_head_drafts_the_same_trees_by_one_call(layers: int) -> None:
         drafter = EagleDrafter(target, copy.deepcopy(head), DraftShape(depth=4, top_k=5, width=5, nodes=20))
         assert drafter._forward.stack is not None
         if not one_call:
-            drafter._forward.stack = drafter._quick = None
+            drafter._forward.stack = None
+            drafter._growing.clear()
         seen: list[torch.Tensor] = []
         propose = drafter.propose
 
-        def watched(propose: Any = propose, seen: list[torch.Tensor] = seen) -> DraftTree:
-            tree: DraftTree = propose()
+        def watched(
+            states: Any, budget: Any = None, propose: Any = propose, seen: list[torch.Tensor] = seen
+        ) -> DraftTree:
+            tree: DraftTree = propose(states, budget)
             seen.append(torch.stack([tree.tokens, tree.parents]))
             return tree
 
         drafter.propose = watched  # type: ignore[method-assign]
         prompts = [[1, 2, 3, 4, 5], [9, 8]]
-        for _ in Engine(target, drafter).run(prompts, SamplingConfig(temperature=1.0), StopConfig(20)):
+        for _ in Engine(target, drafter).run(prompts, SamplingParams(temperature=1.0), StopParams(20)):
             continue
         trees.append(seen)
     assert len(trees[0]) == len(trees[1]) > 3
     assert all(torch.equal(a, b) for a, b in zip(*trees, strict=True))
 
 
-def test_what_does_not_fit_is_refused() -> None:
-    target = made(KINDS["llama"])
-    assert target.use_one_call()
-    stack = target._stack
-    assert isinstance(stack, NativeStack)
-    cache = TreeCache(3, 1)
-    cache.begin(2)
-    store = cache.storage(2, 16, torch.float32)
-    assert store is not None
-    states, positions = torch.zeros(1, 2, 40), torch.arange(2).unsqueeze(0)
-    seen = torch.ones(1, 2, 2, dtype=torch.bool)
-    with pytest.raises(ValueError, match="do not fit 3 layers"):
-        stack.run(states, positions, seen, [0], store[:4])
-    with pytest.raises(ValueError, match="capacity of 256"):
-        stack.run(states, positions, seen, [255], store)
-    assert cache.storage(2, 8, torch.float32) is None
-    assert cache.storage(2, 16, torch.float64) is None
+class Quick:
+    """A head with pairs behind it: drafted in one native call over a store of blocks, and by its modules, uncached."""
+
+    def __init__(self, layers: int = 1, window: int = 0) -> None:
+        self.target = made(KINDS["llama"])
+        torch.manual_seed(7)
+        sizes = FeatExtrapolatorConfig.for_target(self.target.config, num_hidden_layers=layers)
+        self.module, self.window = FeatExtrapolator(sizes).requires_grad_(False), window
+        for parameter in self.module.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        self.vocab = torch.arange(0, 61, 2)
+        self.lm_head = draft_lm_head(self.target, self.module, self.vocab, packed=True)
+        pack_linears(self.module)
+        fuse_small_modules(self.module)
+        stack = self.module.native_stack(window)
+        assert stack is not None
+        self.stack = stack
+        self.lengths = (40, 17, 31)
+        self.tokens, self.features = torch.randint(0, 61, (3, 40)), torch.randn(3, 40, 40)
+        self.roots = torch.randint(0, 61, (3,))
+
+    def ready(self, shape: DraftShape, pace: CostModel | None = None) -> tuple[QuickDraft, Plan]:
+        quick = QuickDraft.of(self.target, self.module, self.stack, self.lm_head, self.vocab)
+        fixed = plan(shape, len(self.vocab))
+        assert quick is not None and quick.plan(fixed, pace)
+        return quick, fixed
+
+    def propose(
+        self,
+        quick: QuickDraft,
+        rows: Sequence[int],
+        tables: torch.Tensor,
+        shift: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> DraftTree:
+        """These rows' pairs run, then one proposal."""
+        past, at = [self.lengths[row] for row in rows], list(rows)
+        lanes, most = 2 * len(self.module.layers), max(past)
+        store = torch.full((lanes, self.stack.kv_heads, 40 * BLOCK, self.stack.head_dim), torch.nan, dtype=dtype)
+        mixed = self.module.mix(self.target.embedding(self.tokens[at, :most]), self.features[at, :most])
+        seen = torch.ones(len(at), most, most, dtype=torch.bool).tril()
+        positions = torch.arange(most).expand(len(at), -1)
+        states, _ = self.stack.run(mixed, positions, seen, [0] * len(at), store, tables, shift=shift)
+        newest = states[torch.arange(len(at)), torch.tensor(past) - 1]
+        return quick.propose(newest, self.roots[at], torch.tensor(past), tables, store, shift)
+
+    def by_modules(self, row: int, fixed: Plan, pace: CostModel | None) -> DraftTree:
+        """As `EagleDrafter` grows a tree, every level with the whole text."""
+        past = self.lengths[row]
+        embedded = self.target.embedding(self.tokens[row : row + 1, :past])
+        states, positions = self.features[row : row + 1, :past], torch.arange(past)
+        seen = torch.ones(past, past, dtype=torch.bool).tril()
+
+        def run() -> torch.Tensor:
+            far = positions.unsqueeze(1) - positions.unsqueeze(0) >= (self.window or 10**6)
+            bias = torch.zeros(seen.shape).masked_fill(~seen | far, torch.finfo(torch.float32).min)
+            output: torch.Tensor = self.module(embedded, states, positions.unsqueeze(0), bias[None, None])
+            return output
+
+        def children(found: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            best, ids = native.top(self.lm_head(found), fixed.top_k)
+            return self.vocab[ids].flatten(1), (scores.unsqueeze(2) + best).flatten(1)
+
+        grown, found = Growth(self.roots[row : row + 1]), run()[:, -1:]
+        tokens, scores = children(found, grown.root_scores())
+        index = grown.add(tokens, scores, None)
+        above_seen = torch.zeros(1, 0, dtype=torch.bool)
+        for level, width in enumerate(fixed.widths):
+            fixed_level = None if fixed.frontier is None else torch.tensor([fixed.frontier[level]])
+            chosen = best_places(scores, width) if fixed_level is None else fixed_level
+            above = scores.gather(1, chosen)
+            if pace is not None and fixed.keep is None and not pace.deeper(above):
+                break
+            parent = (chosen // fixed.top_k)[0]
+            above_seen = torch.cat([above_seen[parent], torch.eye(width, dtype=torch.bool)], 1)
+            before = len(seen)
+            seen = torch.nn.functional.pad(seen, (0, width, 0, width))
+            seen[before:, :past], seen[before:, past:] = True, above_seen
+            positions = torch.cat([positions, torch.full((width,), past + level)])
+            embedded = torch.cat([embedded, self.target.embedding(tokens.gather(1, chosen))], 1)
+            states = torch.cat([states, found[:, parent]], 1)
+            found = run()[:, -width:]
+            frontier = index.gather(1, chosen)
+            tokens, scores = children(found, above)
+            index = grown.add(tokens, scores, frontier.repeat_interleave(fixed.top_k, 1))
+        keep = torch.tensor([fixed.keep]) if fixed.keep is not None else grown.best(fixed.nodes - 1, pace)
+        return grown.tree(keep)
+
+
+def blocks(rows: int, count: int, seed: int) -> torch.Tensor:
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
+    return order[: rows * count].view(rows, count).int()
+
+
+PACE = CostModel((1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.9, 2.4, 3.2, 4.0), 0.15, 0.4)
+SHAPES = {
+    "dynamic": (DraftShape(depth=4, top_k=5, width=5, nodes=20), None),
+    "dynamic, paced": (DraftShape(depth=4, top_k=5, width=5, nodes=10), PACE),
+    "static": (DraftShape(kind="static", depth=4, top_k=4, nodes=16), None),
+    "chain": (DraftShape(kind="chain", depth=4), None),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(SHAPES))
+@pytest.mark.parametrize(("layers", "window"), [(1, 0), (2, 0), (1, 9)])
+def test_one_call_drafts_the_trees_of_the_heads_modules(kind: str, layers: int, window: int) -> None:
+    head, (shape, pace) = Quick(layers, window), SHAPES[kind]
+    quick, fixed = head.ready(shape, pace)
+    sizes = set()
+    for row in range(3):
+        expected = head.by_modules(row, fixed, pace)
+        found = head.propose(quick, [row], blocks(1, 5, row))
+        assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.parents, expected.parents)
+        assert torch.equal(found.depths, expected.depths) and torch.equal(found.ancestors, expected.ancestors)
+        assert int(found.depths.max()) <= found.height
+        sizes.add(found.nodes)
+    assert pace is None or min(sizes) < fixed.nodes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("window", [0, 9])
+def test_a_proposal_is_the_same_wherever_its_blocks_lie_and_who_else_drafts(dtype: torch.dtype, window: int) -> None:
+    head, every = Quick(window=window), range(3)
+    quick, _ = head.ready(DraftShape(depth=4, top_k=5, width=5, nodes=20))
+    whole = head.propose(quick, every, torch.arange(15, dtype=torch.int32).view(3, 5), 1, dtype)
+    for seed, shift in ((0, 0), (1, 1)):
+        other = head.propose(quick, every, blocks(3, 5, seed), shift, dtype)
+        assert torch.equal(other.tokens, whole.tokens) and torch.equal(other.parents, whole.parents)
+    for row in every:
+        alone = head.propose(quick, [row], blocks(1, 5, row), 1, dtype)
+        assert torch.equal(alone.tokens[0], whole.tokens[row]) and torch.equal(alone.parents[0], whole.parents[row])
+
+
+def test_what_does_not_fit_a_proposal_is_refused() -> None:
+    head = Quick()
+    quick, _ = head.ready(DraftShape(depth=4, top_k=5, width=5, nodes=20))
+    assert quick.room == 15
+    store, states, roots = torch.zeros(2, 2, 8 * BLOCK, 16), torch.zeros(1, 40), torch.zeros(1, dtype=torch.int64)
+    tables = torch.arange(2, dtype=torch.int32).unsqueeze(0)
+    assert quick.propose(states, roots, [16], tables, store).nodes == 20
+    with pytest.raises(ValueError, match=r"17 past slots, 15 in flight and a shift of 1 do not fit .* 2 blocks"):
+        quick.propose(states, roots, [17], tables, store)
+    with pytest.raises(ValueError, match="from 7 to 8; the store has 8"):
+        quick.propose(states, roots, [16], tables + 7, store)
+    with pytest.raises(ValueError, match="must not be negative"):
+        quick.propose(states, roots, [-1], tables, store)
+    with pytest.raises(ValueError, match="past has 2 numbers for 1 rows"):
+        quick.propose(states, roots, [1, 1], tables, store)
+    with pytest.raises(ValueError, match=r"expected fp32 \(1, 40\) for 1 roots"):
+        quick.propose(states[:, :8], roots, [1], tables, store)
+    with pytest.raises(ValueError, match=r"block tables are torch\.int64"):
+        quick.propose(states, roots, [1], tables.long(), store)
+    far = 600  # more positions than there are angles at first
+    tables = torch.zeros(1, 40, dtype=torch.int32)
+    assert quick.propose(states, roots, [far], tables, store).nodes == 20
 
 
 def test_the_likeliest_entries() -> None:
@@ -364,33 +508,34 @@ def test_any_form_of_a_draft_vocabulary_drafts_the_same() -> None:
         torch.manual_seed(7)
         module = FeatExtrapolator(FeatExtrapolatorConfig.for_target(target.config)).requires_grad_(False)
         drafter = EagleDrafter(target, Head(module, vocab, {}), DraftShape(depth=3, top_k=4, width=3, nodes=9))
-        drafter.start([[1, 2]])
-        drafter.observe(Accepted(torch.tensor([[2, 3]]), torch.ones(1, 2, 40), (2,)))
-        texts.append(drafter.propose().tokens)
+        kv = target.pool.sequence()
+        kv.reserve(64)
+        state = drafter.begin([1, 2], kv, 0)
+        drafter.observe([state], Accepted(torch.tensor([[2, 3]]), torch.ones(1, 2, 40), torch.tensor([2])))
+        texts.append(drafter.propose([state]).tokens)
+        kv.release()
     assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
 
 
-def test_two_runs_of_one_drafter_end_with_a_clear_error_and_threads_as_they_were() -> None:
+def test_threads_share_one_drafter_and_torchs_threads_stay_as_they_were() -> None:
     target = made(KINDS["llama"])
     assert target.use_one_call()
     module = FeatExtrapolator(FeatExtrapolatorConfig.for_target(target.config)).requires_grad_(False)
     drafter = EagleDrafter(target, Head(module, None, {}), DraftShape(depth=3, top_k=4, width=3, nodes=9))
-    before, said = torch.get_num_threads(), list[str]()
+    before, said = torch.get_num_threads(), dict[int, list[list[int]]]()
+    prompts = [[1 + i] * (2 + 9 * i) for i in range(3)]
 
-    def run(prompt: list[int]) -> None:
-        for _ in range(10):
-            try:
-                for _ in Engine(target, drafter).run([prompt], SamplingConfig(), StopConfig(20)):
-                    continue
-            except RuntimeError as error:
-                said.append(str(error))
+    def run(number: int) -> None:
+        engine = Engine(target, drafter)
+        said[number] = [engine.complete([prompts[number]], SamplingParams(), StopParams(20))[0] for _ in range(10)]
 
-    threads = [threading.Thread(target=run, args=([1 + i] * (2 + 9 * i),)) for i in range(3)]
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all("another generation was started" in text for text in said)
+    expected = Engine(target, VanillaDrafter()).complete(prompts, SamplingParams(), StopParams(20))
+    assert [said[number] for number in range(3)] == [[text] * 10 for text in expected]
     assert torch.get_num_threads() == before
 
 
@@ -399,22 +544,10 @@ def test_a_head_that_changes_is_drafted_by_its_modules_in_every_later_shape() ->
     assert target.use_one_call()
     module = FeatExtrapolator(FeatExtrapolatorConfig.for_target(target.config)).requires_grad_(False)
     drafter = EagleDrafter(target, Head(module, None, {}), DraftShape(depth=3, top_k=4, width=3, nodes=9))
-    expected = Engine(target, VanillaDrafter()).complete([[1, 2, 3]], SamplingConfig(), StopConfig(20))
+    expected = Engine(target, VanillaDrafter()).complete([[1, 2, 3]], SamplingParams(), StopParams(20))
     layer = drafter._module.get_submodule("layers.0")
     layer.post_attention_layernorm = copy.deepcopy(layer.post_attention_layernorm)
     for nodes in (9, 5):
         drafter.reshape(DraftShape(depth=2, top_k=4, width=2, nodes=nodes))
-        assert Engine(target, drafter).complete([[1, 2, 3]], SamplingConfig(), StopConfig(20)) == expected
+        assert Engine(target, drafter).complete([[1, 2, 3]], SamplingParams(), StopParams(20)) == expected
         assert drafter._forward.stack is None
-
-
-def test_windows_need_the_positions_of_what_is_in_flight() -> None:
-    target = made(KINDS["mistral, window"])
-    assert target.use_one_call() and target._stack is not None
-    cache = TreeCache(3, 1)
-    cache.begin(4)
-    store = cache.storage(2, 16, torch.float32)
-    assert store is not None
-    seen = torch.ones(1, 2, 4, dtype=torch.bool)
-    with pytest.raises(ValueError, match="windows need flight_positions"):
-        target._stack.run(torch.zeros(1, 2, 40), torch.arange(2).unsqueeze(0), seen, [0], store)

@@ -122,11 +122,17 @@ def test_a_possible_beginning_of_a_stop_string_is_held_back() -> None:
 
 def test_the_watch_says_when_and_only_from_then_on() -> None:
     watch, tokens = StopWatch(byte_tokenizer(), ["é\n"]), one_by_one("aé\nb")
-    assert [watch(0, tokens[:n]) for n in range(1, len(tokens) + 1)] == [False, False, False, True, True]
+    assert [watch(tokens[:n]) for n in range(1, len(tokens) + 1)] == [False, False, False, True, True]
 
 
 def test_the_watch_takes_several_tokens_at_once() -> None:
-    assert StopWatch(byte_tokenizer(), ["ba"])(0, one_by_one("abab"))
+    assert StopWatch(byte_tokenizer(), ["ba"])(one_by_one("abab"))
+
+
+def test_the_watch_sees_a_step_again_that_was_interrupted() -> None:
+    watch, tokens = StopWatch(byte_tokenizer(), ["b\n"]), one_by_one("ab\na")
+    assert watch(tokens[:3]), "the step's last token ends the text, and then comes an interrupt"
+    assert [watch(tokens[:n]) for n in range(1, 4)] == [False, False, True]
 
 
 def test_an_empty_stop_string_is_refused() -> None:
@@ -175,6 +181,6 @@ def test_text_needs_a_tokenizer_and_words() -> None:
     assert len(bare.generate([1, 2], max_new_tokens=3).tokens) == 3
     for prompt, settings_ in (("hello", {}), ([1, 2], {"stop": ["x"]})):
         with pytest.raises(PromptError, match="tokenizer"):
-            bare.generate(prompt, **settings_)  # type: ignore[arg-type]
+            bare.generate(prompt, **settings_)  # type: ignore[call-overload]
     with pytest.raises(PromptError, match="empty"):
         Haast(target(), VanillaDrafter()).generate("")

@@ -21,10 +21,11 @@ from haast.bench.steps import StepView, check_trace, percent, visible
 from haast.bench.trace import record_trace
 from haast.cli import app
 from haast.cli.trace import show_trace
+from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, Step, StopConfig
-from haast.sampling import Sampler, SamplingConfig
+from haast.engine import Engine, Stats, Step, StopParams
+from haast.sampling import Sampler
 from haast.target import Target
 from haast.text import token_text
 
@@ -50,8 +51,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def traced(target: Target, drafter: Drafter, sampling: SamplingConfig | None = None, new: int = 24) -> dict[str, Any]:
-    return record_trace(target, drafter, PROMPT, sampling or SamplingConfig(), StopConfig(new), "hello", {})
+def traced(target: Target, drafter: Drafter, sampling: SamplingParams | None = None, new: int = 24) -> dict[str, Any]:
+    return record_trace(target, drafter, PROMPT, sampling or SamplingParams(), StopParams(new), "hello", {})
 
 
 def trees(target: Target, new: int = 24) -> RandomTrees:
@@ -63,7 +64,7 @@ def test_a_watcher_sees_every_step_and_changes_nothing(llama: Target) -> None:
     texts = full_texts(llama, [PROMPT, PROMPT[:3]], 20)
     prompts, stats, steps = [PROMPT, PROMPT[:3]], Stats(), list[Step]()
     told = [list[int](), list[int]()]
-    run = Engine(llama, always(texts)).run(prompts, SamplingConfig(), StopConfig(20), stats, watch=steps.append)
+    run = Engine(llama, always(texts)).run(prompts, SamplingParams(), StopParams(20), stats, watch=steps.append)
     for emission in run:
         told[emission.row].extend(emission.tokens)
     assert told == [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
@@ -76,7 +77,7 @@ def test_a_watcher_sees_every_step_and_changes_nothing(llama: Target) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_trace_says_what_vanilla_says_and_which_of_it_was_drafted(spoken: Target, temperature: float) -> None:
-    law = SamplingConfig(temperature, top_k=20, seed=4) if temperature else SamplingConfig()
+    law = SamplingParams(temperature, top_k=20, seed=4) if temperature else SamplingParams()
     document = json.loads(json.dumps(traced(spoken, trees(spoken), law)))
     check_trace(document)
     emitted = [token for step in document["steps"] for token in step["emitted"]]
@@ -92,7 +93,7 @@ def test_a_trace_says_what_vanilla_says_and_which_of_it_was_drafted(spoken: Targ
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_probabilities_are_the_targets_own_behind_the_path(spoken: Target, temperature: float) -> None:
-    law = SamplingConfig(temperature, top_k=20, repetition_penalty=1.3, seed=4)
+    law = SamplingParams(temperature, top_k=20, repetition_penalty=1.3, seed=4)
     document = traced(spoken, trees(spoken), law)
     history, checked = [*PROMPT, document["prefill"]["token"]], 0
     for step in document["steps"]:
@@ -197,7 +198,7 @@ def test_the_command_writes_what_it_shows(saved: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, out)
     assert result.exit_code == 0, result.output
     document = json.loads((tmp_path / "t.json").read_text())
-    assert document["decoder"] == "eagle" and document["environment"]["dtype"] == "float64"
+    assert document["decoder"] == "eagle+suffix" and document["environment"]["dtype"] == "float64"
     assert result.output.count("\nstep ") == len(document["steps"]) > 0
     assert (tmp_path / "t.html").read_text().startswith("<!DOCTYPE html>")
     for decoder in ("lookup", "suffix", "lookahead", "vanilla"):
@@ -211,7 +212,7 @@ def test_the_command_writes_what_it_shows(saved: Path, tmp_path: Path) -> None:
     [
         (["--decoder", "hf"], "can't be traced"),
         (["--decoder", "eagle,lookup"], "can't be traced"),
-        (["--decoder", "albatross"], "unknown decoders"),
+        (["--decoder", "albatross"], "drafter='albatross' is unknown"),
         (["--max-new-tokens", "0"], "max_new_tokens=0"),
         (["--html", "/nowhere/at/all.html"], "cannot write"),
         (["--html", "-", "--json", "-"], "both ask for stdout"),
@@ -231,8 +232,8 @@ def test_sentencepiece_words_keep_their_space() -> None:
 
 def test_watching_costs_no_draw(llama: Target) -> None:
     """The recorder asks the law, never the sampler's draws: the text is that of an unwatched run."""
-    law = SamplingConfig(0.9, seed=5)
+    law = SamplingParams(0.9, seed=5)
     told = list[int]()
-    for emission in Engine(llama, VanillaDrafter()).run([PROMPT], law, StopConfig(16), watch=lambda step: None):
+    for emission in Engine(llama, VanillaDrafter()).run([PROMPT], law, StopParams(16), watch=lambda step: None):
         told.extend(emission.tokens)
     assert [told] == decode(llama, VanillaDrafter(), [PROMPT], 16, law)

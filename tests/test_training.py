@@ -18,17 +18,18 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from haast.core import SamplingParams
 from haast.errors import HeadMismatchError
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.prompts import Prompt, read_prompts
-from haast.sampling import Sampler, SamplingConfig, keyed_uniform
+from haast.sampling import Sampler, choose_nodes, keyed_uniform
 from haast.speed.fusing import fuse_small_modules
 from haast.speed.packing import pack_linears
 from haast.target import Target
 from haast.training import answers, features, initialise, regenerate, trainer
 from haast.training.alignment import chain_passes
 from haast.training.answers import read_answers
-from haast.training.asking import RegenerateConfig
+from haast.training.asking import Question, RegenerateConfig
 from haast.training.batches import BatchOrder, Example, PackedBatch, pack
 from haast.training.chat import encode_prompt
 from haast.training.config import TrainConfig
@@ -288,7 +289,9 @@ def test_packed_and_plain_targets_give_the_same_start(tokenizer: PreTrainedToken
     packed_target = Target(plain_target.model, tokenizer)
     pack_linears(packed_target.model)
     fuse_small_modules(packed_target.model)
+    one_call = packed_target.use_one_call()
     got = initialise.last_layer_weights(packed_target, head_config(packed_target), some)
+    assert packed_target.one_call == one_call, "the hooks that it takes are gone, and so is the way round the call"
     for name, weight in wanted.items():
         assert float((got[name] - weight).norm() / weight.norm()) < 0.01, name
 
@@ -313,10 +316,7 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     "changes",
     [
         {},
-        pytest.param(
-            {"optimizer": "muon", "learning_rate": 1e-3},
-            marks=pytest.mark.skipif(torch.__version__ < "2.9", reason="torch has no Muon before 2.9"),
-        ),
+        {"optimizer": "muon", "learning_rate": 1e-3},
         {"feature_noise": 0.2, "ema": 0.9, "alignment_steps": 2},
     ],
 )
@@ -572,11 +572,11 @@ def test_answers_are_those_of_one_row_at_a_time(
     for index, prompt in enumerate(prompts()):
         tokens = encode_prompt(tokenizer, prompt.turns)
         begin = len(tokens)
-        sampler = Sampler(SamplingConfig(temperature=config.temperature(index), seed=5))
+        sampler = Sampler(SamplingParams(temperature=config.temperature(index), seed=5), index)
         while len(tokens) - begin < 12 and (len(tokens) == begin or tokens[-1] != END):
             with torch.inference_mode():
                 logits = target.model(input_ids=torch.tensor([tokens])).logits[0, -1]
-            tokens.append(sampler.choose(index, tokens, logits))
+            tokens.append(sampler.choose(tokens, logits))
         assert got[prompt.id]["response_ids"] == tokens[begin:]
         assert got[prompt.id]["finished"] == (tokens[-1] == END)
 
@@ -633,18 +633,18 @@ def test_regeneration_refuses_before_the_model_runs(
     assert regenerate.regenerate(target, tokenizer, long, tmp_path / "a.jsonl", settings(), quiet=True).left_out == 1
 
 
-def rows() -> Iterator[tuple[float, int]]:
-    yield from ((temperature, row) for row in range(40) for temperature in (0.0, 0.7, 1.0))
-
-
-def test_batched_choice_is_the_samplers() -> None:
-    logits = torch.randn(120, 50, generator=torch.Generator().manual_seed(0)) * 2
-    asked = list(rows())
-    points = [keyed_uniform(9, row, 4) for _, row in asked]
-    got = regenerate.choose_batch(logits, [t for t, _ in asked], points).tolist()
-    for place, (temperature, row) in enumerate(asked):
-        sampler = Sampler(SamplingConfig(temperature=temperature, seed=9))
-        assert got[place] == sampler.choose(row, [1, 2, 3, 4], logits[place])
+def test_answers_drawn_together_are_those_drawn_one_by_one() -> None:
+    logits = torch.randn(120, 1, 50, generator=torch.Generator().manual_seed(0)) * 2
+    asked = [(temperature, row) for row in range(40) for temperature in (0.0, 0.7, 1.0)]
+    questions = [Question(row, row % 3, Prompt(f"p{row}", ("a", "b", "c"))) for _, row in asked]
+    samplers = [
+        regenerate.TurnSampler(SamplingParams(temperature=temperature, seed=9), question)
+        for (temperature, _), question in zip(asked, questions, strict=True)
+    ]
+    got = choose_nodes(logits, samplers, [4] * 120, torch.zeros(120, 1, dtype=torch.long), 0)[:, 0].tolist()
+    for place, (sampler, question) in enumerate(zip(samplers, questions, strict=True)):
+        assert sampler.draw(4) == question.draw(9, 4) == keyed_uniform(9, question.index, question.turn * 2**42 + 4)
+        assert got[place] == sampler.choose([1, 2, 3, 4], logits[place, 0])
 
 
 @pytest.mark.parametrize("content", ["my only note", "null\n", '{"id": "a"}\n5\n{"id": "b"}\n', '{"id": "a"}\nnote'])

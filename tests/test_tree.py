@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from haast.attention import tree_bias
+from haast.attention import tree_mask
 from haast.tree import DraftTree
 
 NODES = 12
@@ -44,6 +46,10 @@ def test_depths_and_ancestors_are_what_walking_up_gives(shape: tuple[list[list[i
     tree = DraftTree.from_parents(torch.zeros(len(parents), len(parents[0]), dtype=torch.long),
                                   torch.tensor(parents), torch.tensor(live))  # fmt: skip
     assert (tree.rows, tree.nodes) == (len(parents), len(parents[0]))
+    assert tree.height == tree.nodes - 1, "where nobody says how high it is, it may be a chain"
+    bound = DraftTree.from_parents(tree.tokens, tree.parents, tree.live, height=int(tree.depths.max()), checked=True)
+    assert bound.height == int(tree.depths.max())
+    assert torch.equal(bound.depths, tree.depths) and torch.equal(bound.ancestors, tree.ancestors)
     for row in range(tree.rows):
         for node in range(tree.nodes):
             walked = line(parents[row], live[row], node)
@@ -60,8 +66,12 @@ def test_the_mask_is_past_and_ancestors_cut_by_the_window(
     window = data.draw(st.sampled_from([None, 1, 2, 3, 5, 30]))
     tree = DraftTree.from_parents(torch.zeros(len(parents), len(parents[0]), dtype=torch.long),
                                   torch.tensor(parents), torch.tensor(live))  # fmt: skip
-    bias = tree_bias(tree, lengths, torch.float64, window)
-    assert bias.shape == (tree.rows, 1, tree.nodes, max(lengths) + tree.nodes)
+    held, width = torch.tensor(lengths), max(lengths) + tree.nodes + data.draw(st.integers(0, 2))
+    places = held.unsqueeze(1) + tree.depths
+    bias = tree_mask(
+        tree.ancestors, held, width, torch.float64, positions=places, flight_positions=places, window=window
+    )
+    assert bias.shape == (tree.rows, 1, tree.nodes, width)
     assert set(bias.flatten().tolist()) <= {0.0, torch.finfo(torch.float64).min}
     for row, length in enumerate(lengths):
         for node in range(tree.nodes):
@@ -80,14 +90,14 @@ def test_the_picture_in_the_docstring() -> None:
     assert tree.children(0) == [[1, 2], [3], [], []]
 
 
-def test_dead_nodes_and_probes_are_nobodys_children() -> None:
+def test_dead_nodes_and_placeholders_are_nobodys_children() -> None:
     tokens, parents = torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([[-1, 0, 0, 0, 1]])
     live = torch.tensor([[True, True, False, True, True]])
-    probe = torch.tensor([[False, False, False, True, False]])
-    tree = DraftTree.from_parents(tokens, parents, live, probe)
+    placeholder = torch.tensor([[False, False, False, True, False]])
+    tree = DraftTree.from_parents(tokens, parents, live, placeholder)
     assert tree.children(0) == [[1], [4], [], [], []]
     assert tree.parents.tolist() == [[-1, 0, -1, 0, 1]]
-    assert tree.ancestors[0, 3].tolist() == [True, False, False, True, False], "a probe still sees its past"
+    assert tree.ancestors[0, 3].tolist() == [True, False, False, True, False], "a placeholder still sees its past"
     assert tree.ancestors[0, 2].tolist() == [False, False, True, False, False], "a dead node sees only itself"
 
 
@@ -98,8 +108,26 @@ def test_a_chain_equals_its_parents_and_may_be_ragged() -> None:
     tree = DraftTree.from_parents(tokens, torch.tensor([[-1, 0, 1]] * 2), live)
     for name in ("tokens", "parents", "depths", "ancestors", "live"):
         assert torch.equal(getattr(chain, name), getattr(tree, name)), name
+    assert chain.height == 2
     roots = DraftTree.roots(torch.tensor([5, 6]))
-    assert roots.tokens.tolist() == [[5], [6]] and roots.nodes == 1
+    assert roots.tokens.tolist() == [[5], [6]] and (roots.nodes, roots.height) == (1, 0)
+
+
+def test_padding_adds_dead_nodes_and_keeps_all_that_the_tree_says() -> None:
+    tokens, parents = torch.tensor([[1, 2, 3]]), torch.tensor([[-1, 0, 0]])
+    marks = torch.tensor([[False, False, True]])
+    probs = torch.rand(1, 3, 4, dtype=torch.float64)
+    tree = replace(DraftTree.from_parents(tokens, parents, placeholder=marks, height=1), draft_probs=probs)
+    padded = tree.padded(5)
+    again = DraftTree.from_parents(padded.tokens, padded.parents, padded.live, padded.placeholder)
+    for name in ("tokens", "parents", "depths", "ancestors", "live", "placeholder"):
+        assert torch.equal(getattr(padded, name), getattr(again, name)), name
+    assert padded.live.tolist() == [[True, True, True, False, False]] and padded.height == 1
+    assert padded.draft_probs is not None and padded.draft_probs.shape == (1, 5, 4)
+    assert torch.equal(padded.draft_probs[:, :3], probs), "rules judge a padded tree by what it was drawn from"
+    assert tree.padded(3) is tree
+    with pytest.raises(ValueError, match="can't be padded to 2"):
+        tree.padded(2)
 
 
 @pytest.mark.parametrize(

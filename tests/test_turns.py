@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from chats import family
-from fakes import dies_after, tiny_llama
+from fakes import dies_after, random_head, tiny_llama
 from typer.testing import CliRunner, Result
 
 from haast.cli import app
+from haast.core import Request, SamplingParams
+from haast.drafters.eagle import EagleDrafter
+from haast.drafters.shape import DraftShape
 from haast.loops import LOOP_SHARE, loop_share, loops
 from haast.prompts import Prompt
-from haast.sampling import Sampler, SamplingConfig
+from haast.sampling import Sampler, inverse_cdf
+from haast.scheduler import Scheduler
 from haast.target import Target
-from haast.training import answers, asking, features
+from haast.training import answers, features
 from haast.training.answers import read_answers
 from haast.training.asking import Outcome, Question, Questions, RegenerateConfig
 from haast.training.chat import encode_prompt
 from haast.training.data import encode_answer
 from haast.training.regenerate import regenerate
-from haast.training.report import Heartbeat
 
 TOKENIZER = family("smollm2")
 
@@ -62,14 +65,57 @@ def test_a_later_turn_is_answered_knowing_the_earlier_answers(target: Target, tm
     assert second["prompt"] == "say 1 1" and second["temperature"] == first["temperature"]
     greedy = next(r for r in got.values() if r["id"].endswith("#2") and r["temperature"] == 0)
     tokens = encode_prompt(TOKENIZER, [*greedy["history"], greedy["prompt"]])
-    begin, sampler = len(tokens), Sampler(SamplingConfig())
+    begin, sampler = len(tokens), Sampler(SamplingParams())
     while len(tokens) - begin < len(greedy["response_ids"]):
         with torch.inference_mode():
             logits = target.model(input_ids=torch.tensor([tokens])).logits[0, -1]
-        tokens.append(sampler.choose(0, tokens, logits))
+        tokens.append(sampler.choose(tokens, logits))
     assert tokens[begin:] == greedy["response_ids"]
     sequence = encode_answer(TOKENIZER, greedy)
     assert sequence.tokens == tokens and sum(sequence.supervised) == len(tokens) - begin
+
+
+def test_the_draws_of_a_turn_are_those_of_its_question(target: Target, tmp_path: Path) -> None:
+    """So files that were made before there was an engine for many requests go on with the same text."""
+    ask(target, tmp_path / "a.jsonl", temperatures=((0.7, 1.0),))
+    for record in by_id(tmp_path / "a.jsonl").values():
+        index, turn = int(record["id"][1]), 1 if record["id"].endswith("#2") else 0
+        question = Question(index, turn, prompts()[index])
+        tokens = encode_prompt(TOKENIZER, [*record.get("history", []), record["prompt"]])
+        for token in record["response_ids"]:
+            with torch.inference_mode():
+                logits = target.model(input_ids=torch.tensor([tokens])).logits[0, -1]
+            assert token == inverse_cdf((logits / 0.7).softmax(-1), question.draw(5, len(tokens)))
+            tokens.append(token)
+
+
+def test_a_drafter_changes_no_answer_and_no_feature(target: Target, tmp_path: Path) -> None:
+    drafter = EagleDrafter(target, random_head(target), DraftShape(depth=3, top_k=3, width=2, nodes=6))
+    settled = settings(features_dir=tmp_path / "shards", topk=4)
+    regenerate(target, TOKENIZER, prompts(), tmp_path / "a.jsonl", settled, quiet=True, drafter=drafter)
+    ask(target, tmp_path / "b.jsonl")
+    assert by_id(tmp_path / "a.jsonl") == by_id(tmp_path / "b.jsonl")
+    same_as_extracted(target, tmp_path / "shards")
+
+
+def test_answers_and_features_are_the_same_where_requests_have_to_wait_for_memory(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited, preempt = list[object](), Scheduler._preempt
+
+    def noted(self: Scheduler, request: Request, keep: bool = True) -> None:
+        waited.append(request)
+        preempt(self, request, keep)
+
+    monkeypatch.setattr(Scheduler, "_preempt", noted)
+    ask(target, tmp_path / "a.jsonl", max_new_tokens=40)
+    assert not waited
+    narrow = Target(target.model, TOKENIZER)
+    narrow.use_pool(tokens=320)
+    settled = settings(max_new_tokens=40, features_dir=tmp_path / "shards", topk=4)
+    regenerate(narrow, TOKENIZER, prompts(), tmp_path / "b.jsonl", settled, quiet=True)
+    assert waited and by_id(tmp_path / "a.jsonl") == by_id(tmp_path / "b.jsonl")
+    same_as_extracted(target, tmp_path / "shards")
 
 
 def test_neither_the_batch_nor_a_kill_between_turns_changes_answers(
@@ -88,14 +134,20 @@ def test_neither_the_batch_nor_a_kill_between_turns_changes_answers(
     assert len(by_id(cut)["p2#3"]["history"]) == 4
 
 
-def test_features_of_later_turns_are_those_of_the_whole_conversation(target: Target, tmp_path: Path) -> None:
-    ask(target, tmp_path / "a.jsonl", features_dir=tmp_path / "shards", topk=4)
-    stored, records = features.read_shards(tmp_path / "shards")
+def same_as_extracted(target: Target, folder: Path) -> None:
+    stored, records = features.read_shards(folder)
     wanted = dict(features.stream_examples(target, [encode_answer(TOKENIZER, r) for r in records], topk=4))
+    assert len(stored) == 8
     for number, example in enumerate(stored):
         assert torch.equal(example.tokens, wanted[number].tokens)
         assert torch.equal(example.supervised, wanted[number].supervised)
+        assert torch.equal(example.topk_ids[:-1], wanted[number].topk_ids[:-1])
         assert torch.allclose(example.features[:-1].float(), wanted[number].features[:-1].float(), atol=2e-3)
+
+
+def test_features_of_later_turns_are_those_of_the_whole_conversation(target: Target, tmp_path: Path) -> None:
+    ask(target, tmp_path / "a.jsonl", features_dir=tmp_path / "shards", topk=4)
+    same_as_extracted(target, tmp_path / "shards")
 
 
 def test_what_stands_behind_a_missing_answer_is_left_out(target: Target, tmp_path: Path) -> None:
@@ -132,12 +184,20 @@ def test_questions_follow_one_another() -> None:
 def test_a_log_gets_lines_and_the_rest_is_quiet(
     target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(asking, "Heartbeat", partial(Heartbeat, seconds=0.0))
-    regenerate(target, TOKENIZER, prompts()[:1], tmp_path / "a.jsonl", settings())
+    monkeypatch.setattr("haast.progress.EVERY", 0.001)
+    step = Scheduler.step
+
+    def slow(self: Scheduler) -> bool:
+        time.sleep(0.01)
+        return step(self)
+
+    monkeypatch.setattr(Scheduler, "step", slow)
+    regenerate(target, TOKENIZER, prompts(), tmp_path / "a.jsonl", settings(batch=1))
     said = capsys.readouterr()
-    assert said.err.startswith("1 of 1 answers") and "tokens/s" in said.err and len(said.err.strip().splitlines()) == 1
-    regenerate(target, TOKENIZER, prompts()[:1], tmp_path / "b.jsonl", settings(), quiet=True)
-    assert said.out == "" and capsys.readouterr() == ("", "")
+    assert said.out == "" and said.err.startswith("answers: 0 of 8 answers, ")
+    assert "answers: 3 of 8 answers, " in said.err and " tokens/s, " in said.err
+    regenerate(target, TOKENIZER, prompts(), tmp_path / "b.jsonl", settings(), quiet=True)
+    assert capsys.readouterr() == ("", "")
 
 
 # Loops

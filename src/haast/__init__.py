@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from haast.api import Generation, Haast, Piece
+    from haast.api import Haast
+    from haast.core import SamplingParams
     from haast.drafters.shape import DraftShape
     from haast.dropin.decoder import Decoder, custom_generate
-    from haast.engine import Stats
-    from haast.sampling import SamplingConfig
+    from haast.generation import Generation, Piece
     from haast.session import Session, Sessions
+    from haast.stats import Stats
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,7 +21,7 @@ __all__ = [
     "Generation",
     "Haast",
     "Piece",
-    "SamplingConfig",
+    "SamplingParams",
     "Session",
     "Sessions",
     "Stats",
@@ -30,13 +32,13 @@ __all__ = [
 _HOMES = {
     "Decoder": "haast.dropin.decoder",
     "DraftShape": "haast.drafters.shape",
-    "Generation": "haast.api",
+    "Generation": "haast.generation",
     "Haast": "haast.api",
-    "Piece": "haast.api",
-    "SamplingConfig": "haast.sampling",
+    "Piece": "haast.generation",
+    "SamplingParams": "haast.core",
     "Session": "haast.session",
     "Sessions": "haast.session",
-    "Stats": "haast.engine",
+    "Stats": "haast.stats",
     "custom_generate": "haast.dropin.decoder",
 }
 
@@ -48,3 +50,15 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+def _after_import(record: logging.LogRecord) -> bool:
+    """Whether a record is more than what torchao says of itself while it is imported."""
+    chatter = record.funcName == "<module>" or "Enum subclass" in str(record.msg)
+    return not chatter or record.levelno >= logging.ERROR
+
+
+# transformers imports torchao where it is installed. That logs which of its kernels are for other machines, and torch
+# its plans for enums: nothing that anybody can act on.
+for _chatty in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_chatty).addFilter(_after_import)

@@ -1,70 +1,65 @@
-"""The library's front door: `Haast.from_pretrained(...).generate(...)` and `.stream(...)`.
+"""The library's front door: `Haast.from_pretrained(...).generate(...)`, `.stream(...)` and `.astream(...)`.
 
-Owns what users touch: prompts as text or chat messages, settings as keywords, text and statistics out. Decoding lives
-in `engine`.
+Owns what users touch: prompts as text, chat messages or token ids, settings as keywords, text and statistics out.
+Decoding lives in `engine`.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from contextlib import aclosing, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, cast, overload
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from haast.core import SamplingParams, StopParams
 from haast.drafters.base import Drafter
-from haast.drafters.calibrated import draft_as_usual
-from haast.drafters.eagle import EagleDrafter
-from haast.drafters.heads import drafter_with
-from haast.drafters.shape import DraftShape, shape_for, usual_nodes
-from haast.drafters.vanilla import VanillaDrafter
+from haast.drafters.factory import find_head, make_drafter, plan_drafter
+from haast.drafters.shape import DraftShape
 from haast.dropin.arguments import check_model
 from haast.dropin.decoder import Decoder
-from haast.engine import PREFILL_CHUNK, Engine, Stats, StopConfig, check_chunk, check_prompts
-from haast.errors import PromptError
-from haast.heads.checkpoint import check_fits, head_folder, load_head, read_head_config
+from haast.engine import PREFILL_CHUNK, Engine, check_prompts
+from haast.errors import CancelledError, PromptError, QueueFullError
+from haast.generation import Answer, Generation, Piece, Settings, collected
+from haast.heads.checkpoint import load_head
+from haast.inputs import Ids, Message, Prompt, Prompts, split
 from haast.models import DEFAULT_MODEL, check_compile, load_target
-from haast.past import Past
 from haast.placement import execution_device
-from haast.sampling import Processor, SamplingConfig
+from haast.scheduler import Scheduler, check_limits
 from haast.spreading import Spread
+from haast.stats import Stats
 from haast.support import own_model
-from haast.target import Target
+from haast.target import Target, check_pool
 from haast.text import StopWatch, TextStream, checked_stops
 
-_LOG = logging.getLogger(__name__)
-Prompt = str | Sequence[int] | Sequence[dict[str, str]]  # text, token ids, or chat messages
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of new text. `drafted`: its last token was drafted and accepted; else the target's own bonus token."""
-
-    text: str
-    drafted: bool
-    tokens: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What one call generated."""
-
-    text: str
-    tokens: tuple[int, ...]
-    stats: Stats
+__all__ = ["Generation", "Haast", "Piece", "Prompt", "find_head"]
+MAX_BATCH = 256  # requests that run at once
 
 
 class Haast:
-    """A target and a drafter, ready to answer.
+    """A target and a drafter, ready to answer: any number of threads and tasks, all requests together.
 
     Build with `from_pretrained`; the constructor takes parts that are already loaded.
+
+    Attributes:
+        engine: where its requests go.
     """
 
     def __init__(self, target: Target, drafter: Drafter) -> None:
-        self.target = target
-        self.drafter = drafter
+        self.engine = Engine(target, drafter)
+        self._tokenizing = threading.Lock()  # fast tokenizers keep settings of a call in themselves
+
+    @property
+    def target(self) -> Target:
+        """The model that answers."""
+        return self.engine.target
+
+    @property
+    def drafter(self) -> Drafter:
+        """What drafts for it."""
+        return self.engine.drafter
 
     @classmethod
     def from_pretrained(
@@ -72,6 +67,8 @@ class Haast:
         model: str | PreTrainedModel = DEFAULT_MODEL,
         *,
         head: str | Path | None = "default",
+        drafter: str | Drafter = "auto",
+        small: str | PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         shape: DraftShape | None = None,
         dtype: str = "float32",
@@ -84,18 +81,28 @@ class Haast:
         offload_folder: str | None = None,
         tensor_parallel: bool = False,
         draft_window: int | None = None,
+        kv_tokens: int | None = None,
+        kv_bytes: int | None = None,
+        kv_dtype: str = "auto",
+        max_batch: int = MAX_BATCH,
+        max_waiting: int | None = None,
     ) -> Haast:
         """Load a target and its head.
 
         Args:
             model: a name as in `haast.models.load_target`, or a loaded transformers causal LM (left as it is: not
                 packed, not moved, only its attention implementation is set).
-            head: a head's folder; "default" is the one shipped for the default model; None decodes without drafting.
+            head: a head's folder; "default" is the one shipped for the default model; None drafts without one.
+            drafter: "auto" is the best there is: with an EAGLE head "eagle+suffix", else "suffix", which drafts what
+                the text has said before. Also "eagle", "medusa", "lookup", "lookahead", "small-model" and "none", which
+                decodes without drafting; see `haast.drafters.factory`. Whatever does not pay here is not drafted.
+            small: for "small-model", a smaller model of the same tokenizer, by name (loaded as `model` is) or loaded.
             tokenizer: for a loaded model; a named model brings its own.
-            shape: chain, static or dynamic tree and its size; None is what `haast calibrate` found here, else a small
-                tree on a CPU, 60 nodes elsewhere.
-            calibration: without a shape: "auto", "off", or the file of a calibration. Where it found that drafting
-                does not pay here, the text is decoded without.
+            shape: of a head's trees, which are then drafted as they are: chain, static or dynamic, and its size. None
+                is what pays here.
+            calibration: without a shape: "auto" goes by what `haast calibrate` found, else by costs that are measured
+                at first use (a few seconds) and kept; "off" measures nothing and drafts a small tree on a CPU, 60 nodes
+                elsewhere; else the file of a calibration.
             draft_window: positions that an EAGLE head looks back; its memory and time then do not grow with the text.
                 None is all of the text.
             dtype, device, packing: see `load_target`; they apply to named models.
@@ -103,125 +110,145 @@ class Haast:
                 loaded model may have been spread by transformers itself (docs/devices.md).
             compile: "on" compiles the decoder layers of target and head, "auto" does on CUDA, "off" does not; nothing
                 stays on a loaded model.
+            kv_tokens, kv_bytes: memory for the keys and values of all requests together, as one or the other; a
+                quarter of what is free if neither is given. Requests wait for room.
+            kv_dtype: "auto", "float16" or "bfloat16", see `Target.use_pool`.
+            max_batch: requests that run at once; others wait.
+            max_waiting: requests that may wait beside `max_batch`, further ones are refused; None is any number.
 
         Raises:
             ValueError: a setting, model or head is not usable; the message says what to do.
         """
-        folder = find_head(head, model if isinstance(model, str) else None)
-        if folder is not None:
-            read_head_config(folder)  # a broken head is told before the model loads
+        check_pool(kv_tokens, kv_bytes, kv_dtype=kv_dtype)
+        check_limits(max_batch, max_waiting)
+        wanted = drafter if isinstance(drafter, str) else "none"
+        # A wrong name and a broken head are told before the model loads.
+        name, folder = plan_drafter(wanted, head, model if isinstance(model, str) else None, small is not None)
         spread = Spread(device_map, max_memory, offload_folder, tensor_parallel)
         if isinstance(model, str):
             target = load_target(model, dtype=dtype, device=device, packing=packing, compile=compile, spread=spread)
         elif spread:
             raise ValueError("device_map and tensor_parallel are for models that are named: load yours spread")
         else:
-            model = own_model(model)
-            compiled = check_compile(compile, "float32", str(execution_device(model) or "cpu"), "off")
-            target = Target(model, tokenizer)
-            if compiled and not (target.spread and compile == "auto"):
-                target.use_compiled_layers()
-        if folder is None:
-            return cls(target, VanillaDrafter())
-        loaded = load_head(folder)
-        check_fits(loaded.module.config, target.hidden_size, target.vocab_size, str(target.model.name_or_path))
-        if shape is not None:
-            return cls(target, drafter_with(target, loaded, shape, draft_window))
-        usual = shape_for(usual_nodes(target.device.type))
-        drafter = drafter_with(target, loaded, usual, draft_window)
-        if isinstance(drafter, EagleDrafter) and not draft_as_usual(target, drafter, calibration):
-            _LOG.warning("drafting is slower than decoding without on this machine: decoding without (see calibrate)")
-            return cls(target, VanillaDrafter())
-        return cls(target, drafter)
+            target = _target_of(own_model(model), tokenizer, compile)
+        target.use_pool(kv_tokens, size=kv_bytes, kv_dtype=kv_dtype)
+        target.scheduler = Scheduler(target, max_batch, max_waiting)
+        if isinstance(drafter, Drafter):
+            return cls(target, drafter)
+        if isinstance(small, str):
+            drafts: Target | None = load_target(small, dtype=dtype, device=device, packing=packing)
+        else:
+            drafts = None if small is None else Target(own_model(small), tokenizer)
+        loaded = None if folder is None else load_head(folder)
+        made = make_drafter(
+            name, target, loaded, shape=shape, window=draft_window, small=drafts, calibration=calibration
+        )
+        return cls(target, made)
 
+    @overload
     def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
-        processors: Sequence[Processor] = (),
-        eos: Sequence[int] | None = None,
-        stop: Sequence[str] = (),
-        chat: bool = True,
-        prefill_chunk: int = PREFILL_CHUNK,
-    ) -> Generation:
-        """Answer one prompt; the text is what vanilla decoding with the same settings gives.
+        self, prompt: str | Sequence[int] | Sequence[Message], *, n: None = None, **settings: Unpack[Settings]
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self, prompt: str | Sequence[int] | Sequence[Message], *, n: int, **settings: Unpack[Settings]
+    ) -> list[Generation]: ...
+
+    @overload
+    def generate(self, prompt: Prompts, *, n: None = None, **settings: Unpack[Settings]) -> list[Generation]: ...
+
+    @overload
+    def generate(self, prompt: Prompts, *, n: int, **settings: Unpack[Settings]) -> list[list[Generation]]: ...
+
+    @overload
+    def generate(self, prompt: Ids, *, n: int | None = None, **settings: Unpack[Settings]) -> Any: ...
+
+    def generate(self, prompt: Prompt | Prompts, *, n: int | None = None, **settings: Unpack[Settings]) -> Any:
+        """Answer one prompt, or several together; each text is what vanilla decoding with the same settings gives.
 
         Args:
-            prompt: text, chat messages (`{"role": ..., "content": ...}`), or token ids.
-            max_new_tokens: exact upper bound of new tokens.
-            temperature, top_k, top_p, min_p, repetition_penalty, seed, processors: see `SamplingConfig`.
-            eos: token ids that end the text; None takes the model's own.
-            stop: strings (or one) that end the text; they are cut from it (the tokens keep what completed them).
-            chat: put a text prompt through the model's chat template, where it has one.
-            prefill_chunk: prompt tokens a forward: fewer take less memory. The text does not depend on it.
-        """
-        sampling = SamplingConfig(temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(processors))
-        stats = Stats()
-        stream = self._pieces(prompt, sampling, max_new_tokens, eos, stop, chat, stats, None, prefill_chunk)
-        tokens: list[int] = []
-        text = ""
-        for piece in stream:
-            tokens.extend(piece.tokens)
-            text += piece.text
-        return Generation(text, tuple(tokens), stats)
+            prompt: text, chat messages (`{"role": ..., "content": ...}`), or token ids as a list, tensor or array;
+                or a list of these. Tensors and arrays with two dimensions are a prompt a row, without padding.
+            n: how many texts for each prompt: those of one seed, numbered. They share the prompt's computation; the
+                first one is what the prompt gives without `n`.
+            **settings: see `Settings`.
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = 256,
-        sampling: SamplingConfig | None = None,
-        eos: Sequence[int] | None = None,
-        stop: Sequence[str] = (),
-        chat: bool = True,
-        stats: Stats | None = None,
-        past: Past | None = None,
-        prefill_chunk: int = PREFILL_CHUNK,
-    ) -> Iterator[Piece]:
-        """As `generate`, piece by piece as text is accepted. Stop iterating at any time: what came is what was said.
-
-        With a `past`, what an earlier text that began the same has left in it is not computed again (see `Session`).
-        """
-        law = sampling or SamplingConfig()
-        return self._pieces(prompt, law, max_new_tokens, eos, stop, chat, stats or Stats(), past, prefill_chunk)
-
-    def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
-        """Token ids of a prompt.
+        Returns:
+            a `Generation`, with `n` a list of n; for a list of prompts a list of what each one gives.
 
         Raises:
-            PromptError: text without a tokenizer, or an empty prompt.
+            ValueError: wrong settings. PromptError: a prompt that can't be answered. KVPoolError: prompt and new
+                tokens could never fit the KV pool. QueueFullError: more texts than may run and wait.
+            Exception: whatever a processor raised; the call's other texts end then, those of other calls do not.
         """
-        if isinstance(prompt, str):
-            return self._encode_text(prompt, chat)
-        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-            raise PromptError(
-                f"the prompt is a {type(prompt).__name__}: give text, a list of token ids (tensor.tolist()), or a list "
-                f"of chat messages"
+        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
+            raise ValueError(f"n={n!r} is not allowed: give 1 text or more for each prompt")
+        prompts, single = split(prompt)
+        answers = self._prepare(prompts, n or 1, None, **settings)
+        most = self.engine.scheduler.most
+        if most is not None and len(answers) > most:
+            raise QueueFullError(
+                f"{len(answers)} texts at once are more than may run and wait here, {most}: ask for fewer, or allow "
+                f"more (max_batch, max_waiting)"
             )
-        ids = [item for item in prompt if isinstance(item, int)]
-        if len(ids) == len(prompt):
-            return ids
-        messages = [item for item in prompt if isinstance(item, dict)]
-        if len(messages) != len(prompt):
-            raise PromptError("a prompt is text, a list of token ids, or a list of chat messages, not a mixture")
-        return self._encode_chat(messages)
+        try:
+            for answer in answers:
+                self.engine.start(answer.request)
+            said = [collected(self._listen(answer), answer.request.stats) for answer in answers]
+        finally:
+            for answer in answers:
+                if not answer.request.finished:
+                    self.engine.cancel(answer.request)
+        if n is None:
+            return said[0] if single else said
+        grouped = [said[begin : begin + n] for begin in range(0, len(said), n)]
+        return grouped[0] if single else grouped
 
-    def _encode_text(self, text: str, chat: bool) -> list[int]:
-        if not text:
-            raise PromptError("the prompt is empty")
-        if chat and self.tokenizer.chat_template:
-            return self._encode_chat([{"role": "user", "content": text}])
-        return list(self.tokenizer(text)["input_ids"])
+    def stream(
+        self, prompt: Prompt, *, stats: Stats | None = None, **settings: Unpack[Settings]
+    ) -> Generator[Piece, None, None]:
+        """As `generate` for one prompt, piece by piece as text is accepted.
 
-    def _encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        encoded: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        The request begins with the first piece that is asked for, and ends where the iterator is closed or dropped:
+        what came is what was said.
+
+        Args:
+            prompt: see `generate`.
+            stats: filled as the text grows.
+            **settings: see `Settings`.
+
+        Raises:
+            CancelledError: the text ran into its `timeout`; all pieces have come. Else see `generate`.
+        """
+        return self._stream(self._prepare([_single(prompt)], 1, stats, **settings)[0])
+
+    def astream(
+        self, prompt: Prompt, *, stats: Stats | None = None, **settings: Unpack[Settings]
+    ) -> AsyncGenerator[Piece, None]:
+        """As `stream`, for asynchronous code: the event loop goes on while the model works."""
+        return self._astream(self._prepare([_single(prompt)], 1, stats, **settings)[0])
+
+    def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
+        """Token ids of one prompt.
+
+        Raises:
+            PromptError: text without a tokenizer, an empty prompt, or several.
+        """
+        return self._encode(_single(prompt), chat)
+
+    def _encode(self, prompt: str | list[int] | list[Message], chat: bool) -> list[int]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise PromptError("the prompt is empty")
+            if not chat or not self.tokenizer.chat_template:
+                with self._tokenizing:
+                    return list(self.tokenizer(prompt)["input_ids"])
+            prompt = [{"role": "user", "content": prompt}]
+        if not prompt or not isinstance(prompt[0], Mapping):
+            return cast(list[int], prompt)
+        with self._tokenizing:
+            encoded: Any = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
         return list(encoded["input_ids"])
 
     @property
@@ -246,56 +273,88 @@ class Haast:
             return ()
         return (ids,) if isinstance(ids, int) else tuple(ids)
 
-    def _pieces(
+    def _prepare(
         self,
-        prompt: Prompt,
-        sampling: SamplingConfig,
-        max_new_tokens: int,
-        eos: Sequence[int] | None,
-        stop: Sequence[str],
-        chat: bool,
-        stats: Stats,
-        past: Past | None,
-        prefill_chunk: int,
-    ) -> Iterator[Piece]:
-        check_chunk(prefill_chunk)
+        prompts: Sequence[str | list[int] | list[Message]],
+        n: int,
+        stats: Stats | None,
+        *,
+        max_new_tokens: int = 256,
+        sampling: SamplingParams | None = None,
+        eos: Sequence[int] | None = None,
+        stop: str | Sequence[str] = (),
+        chat: bool = True,
+        timeout: float | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+        **chosen: Any,
+    ) -> list[Answer]:
+        """`n` requests for each prompt, checked and not queued yet. `chosen` are `SamplingParams` one by one."""
+        if sampling is not None and chosen:
+            raise ValueError(f"sampling was given beside {', '.join(sorted(chosen))}: put them into SamplingParams")
+        if "processors" in chosen:
+            chosen["processors"] = tuple(chosen["processors"])
+        params = sampling or SamplingParams(**chosen)
         check_model(self.target.model)
-        ids = self.encode(prompt, chat)
-        check_prompts([ids], self.target.context_length, self.target.vocab_size)
+        texts = [self._encode(prompt, chat) for prompt in prompts]
+        check_prompts(texts, self.target.context_length, self.target.vocab_size)
         ends = self.eos_ids() if eos is None else _checked_eos(eos, self.target.vocab_size)
-        rules = StopConfig(max_new_tokens, ends)
+        stops = self._stops(stop)
+        made = []
+        for ids in texts:
+            for choice in range(n):
+                watch = StopWatch(self.tokenizer, stops) if stops else None
+                rules = StopParams(max_new_tokens, ends, watch)
+                request = self.engine.submit(
+                    ids,
+                    params,
+                    rules,
+                    choice=choice,
+                    stats=stats,
+                    timeout=timeout,
+                    prefill_chunk=prefill_chunk,
+                    queued=False,
+                )
+                tokenizer = self.target.tokenizer
+                made.append(Answer(request, None if tokenizer is None else TextStream(tokenizer, stops)))
+        return made
+
+    def _stops(self, stop: str | Sequence[str]) -> tuple[str, ...]:
         if not stop and not isinstance(stop, str):
-            texts = None if self.target.tokenizer is None else TextStream(self.target.tokenizer)
-            return self._run(ids, sampling, rules, texts, stats, past, prefill_chunk)
+            return ()
         if self.target.tokenizer is None:
             raise PromptError("stop strings need a tokenizer: give one, or stop by eos ids")
-        stops = checked_stops(self.target.tokenizer, stop)
-        rules = replace(rules, stop=StopWatch(self.target.tokenizer, stops))
-        texts = TextStream(self.target.tokenizer, stops)
-        return self._run(ids, sampling, rules, texts, stats, past, prefill_chunk)
+        return checked_stops(self.target.tokenizer, stop)
 
-    def _run(
-        self,
-        ids: list[int],
-        sampling: SamplingConfig,
-        rules: StopConfig,
-        texts: TextStream | None,
-        stats: Stats,
-        past: Past | None,
-        prefill_chunk: int,
-    ) -> Iterator[Piece]:
-        held: list[int] = []
-        engine = Engine(self.target, self.drafter, prefill_chunk=prefill_chunk)
-        for emission in engine.run([ids], sampling, rules, stats, past):
-            for place, token in enumerate(emission.tokens):
-                held.append(token)
-                text = "" if texts is None else texts.push(token)
-                last = emission.finished and place + 1 == len(emission.tokens)
-                if last and texts is not None:
-                    text += texts.finish()
-                if text or last or texts is None:
-                    yield Piece(text, place < emission.drafted, tuple(held))
-                    held = []
+    def _stream(self, answer: Answer) -> Generator[Piece, None, None]:
+        self.engine.start(answer.request)
+        yield from self._listen(answer)
+
+    def _listen(self, answer: Answer) -> Generator[Piece, None, None]:
+        with closing(self.engine.read(answer.request)) as emissions:
+            try:
+                for emission in emissions:
+                    yield from answer.pieces(emission)
+            except CancelledError:
+                yield answer.rest()
+                raise
+
+    async def _astream(self, answer: Answer) -> AsyncGenerator[Piece, None]:
+        self.engine.start(answer.request)
+        async with aclosing(self.engine.aread(answer.request)) as emissions:
+            try:
+                async for emission in emissions:
+                    for piece in answer.pieces(emission):
+                        yield piece
+            except CancelledError:
+                yield answer.rest()
+                raise
+
+
+def _single(prompt: Prompt) -> str | list[int] | list[Message]:
+    prompts, _ = split(prompt)
+    if len(prompts) != 1:
+        raise PromptError(f"{len(prompts)} prompts where one is wanted: give them one by one, or all to `generate`")
+    return prompts[0]
 
 
 def _checked_eos(eos: Sequence[int], vocab_size: int) -> tuple[int, ...]:
@@ -308,15 +367,10 @@ def _checked_eos(eos: Sequence[int], vocab_size: int) -> tuple[int, ...]:
     return tuple(eos)
 
 
-def find_head(head: str | Path | None, model: str | None) -> Path | None:
-    """The folder of a head by the user's word. Raises ValueError where "default" names none for this model."""
-    if head is None:
-        return None
-    if head != "default":
-        return head_folder(head)
-    if model != DEFAULT_MODEL:
-        raise ValueError(
-            f"no head is shipped for {model or 'a model given as an object'!r}: give its folder, or None to decode "
-            f"without drafting (`haast train --model ...` makes a head)"
-        )
-    return Path(__file__).parent / "data" / "heads" / DEFAULT_MODEL
+def _target_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, compile: str) -> Target:
+    """The target of a model that is loaded already."""
+    compiled = check_compile(compile, "float32", str(execution_device(model) or "cpu"), "off")
+    target = Target(model, tokenizer)
+    if compiled and not (target.spread and compile == "auto"):
+        target.use_compiled_layers()
+    return target

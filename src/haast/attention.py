@@ -7,81 +7,59 @@ the attention function registered with transformers under the name "haast". Stoc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from haast import native
-from haast.tree import DraftTree
 
 NAME = "haast"
 
 
-def tree_bias(
-    tree: DraftTree, lengths: Sequence[int], dtype: torch.dtype, window: int | None = None, slots: int | None = None
+def tree_mask(
+    seen: Tensor,
+    lengths: Tensor,
+    slots: int,
+    dtype: torch.dtype,
+    *,
+    positions: Tensor | None = None,
+    flight_positions: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
-    """The additive mask (rows, 1, nodes, slots): 0 where a node may look, the dtype's minimum elsewhere.
+    """The additive mask of nodes that see all of their row's past, and of what is in flight after it what `seen` says.
 
-    Slot j of a row is a committed position for j < length, node j - length after that, and nothing beyond its nodes.
-    `window` keeps only keys whose position is less than `window` behind the query's. `slots` is how many the mask
-    covers; those in use if None.
-    """
-    bias = in_flight_bias(tree.ancestors, lengths, dtype, slots)
-    if window is not None and max(lengths) + tree.nodes > window:
-        positions = torch.tensor(lengths, device=bias.device).unsqueeze(1) + tree.depths
-        hide_far(bias, lengths, [0] * tree.rows, positions, positions, window)
-    return bias
-
-
-def hide_far(
-    bias: Tensor, lengths: Sequence[int], begins: Sequence[int], positions: Tensor, flying: Tensor, window: int
-) -> None:
-    """Hide, in a mask of `in_flight_bias`, what stands `window` positions or more behind a node.
+    Slot j of a row is a committed position for j < length, node j - length of those in flight after that, and nothing
+    beyond them.
 
     Args:
-        bias: (rows, 1, nodes, slots), changed in place.
-        lengths: committed slots per row.
-        begins: the position in each row's slot 0.
-        positions: (rows, nodes) of the nodes.
-        flying: (rows, in flight) positions of what stands behind the committed slots.
-        window: 1 is the node alone.
-    """
-    key = torch.arange(bias.shape[3], device=bias.device)
-    for row, (length, begin) in enumerate(zip(lengths, begins, strict=True)):
-        place = key + begin  # slots in no use are hidden already
-        place[length : length + flying.shape[1]] = flying[row]
-        bias[row, 0].masked_fill_(positions[row].unsqueeze(1) - place >= window, torch.finfo(bias.dtype).min)
-
-
-def in_flight_bias(seen: Tensor, lengths: Sequence[int], dtype: torch.dtype, slots: int | None = None) -> Tensor:
-    """The mask of nodes that see all of their row's past, and of what is in flight behind it just what `seen` says.
-
-    Args:
-        seen: (rows, nodes, in flight) bool.
-        lengths: committed slots per row; what is in flight stands behind them.
+        seen: (rows, nodes, in flight) bool; of a tree its `ancestors`.
+        lengths: (rows,) int64 committed slots.
+        slots: that the mask covers.
         dtype: of the mask.
-        slots: that the mask covers; longest length + in flight if None.
+        positions: (rows, nodes) int64 of the nodes; read with a window only.
+        flight_positions: (rows, in flight) of what is in flight.
+        window: keys `window` positions or more before the query are hidden too; 1 leaves the node alone; None is off.
 
     Returns:
-        (rows, 1, nodes, slots), 0 or the dtype's minimum.
+        (rows, 1, nodes, slots): 0 where a node may look, the dtype's minimum elsewhere.
     """
     rows, nodes, flight = seen.shape
-    lowest, longest = torch.finfo(dtype).min, max(lengths)
-    bias = torch.zeros(rows, 1, nodes, slots or longest + flight, dtype=dtype, device=seen.device)
-    hidden = ~seen
-    if min(lengths) == longest:
-        bias[:, 0, :, longest : longest + flight].masked_fill_(hidden, lowest)
-        bias[:, 0, :, longest + flight :] = lowest
-        return bias
-    for row, length in enumerate(lengths):
-        bias[row, 0, :, length : length + flight].masked_fill_(hidden[row], lowest)
-        bias[row, 0, :, length + flight :] = lowest
-    return bias
+    key = torch.arange(slots, device=seen.device)
+    place = key - lengths.unsqueeze(1)  # (rows, slots): number of what is in flight; below 0 is committed
+    number = place.clamp(0, flight - 1)
+    visible = seen.gather(2, number.unsqueeze(1).expand(rows, nodes, slots))
+    visible = (visible & (place < flight).unsqueeze(1)) | (place < 0).unsqueeze(1)
+    if window is not None:
+        assert positions is not None and flight_positions is not None, "windows go by positions"
+        at = torch.where(place < 0, key, flight_positions.gather(1, number))  # (rows, slots)
+        visible &= positions.unsqueeze(2) - at.unsqueeze(1) < window
+    bias = torch.zeros(visible.shape, dtype=dtype, device=seen.device)
+    return bias.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
 
 
 def attend(
@@ -109,12 +87,14 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if _native_fits(query, value):
         return native.tree_attention(query, key, value, attention_mask, scale, softcap or 0.0), None
+    if softcap is None:
+        grouped = query.shape[1] != key.shape[1]
+        attended = scaled_dot_product_attention(query, key, value, attention_mask, scale=scale, enable_gqa=grouped)
+        return attended.transpose(1, 2).contiguous(), None
     rows, heads, nodes, dim = query.shape
     kv_heads = key.shape[1]
-    grouped = (query * scale).reshape(rows, kv_heads, (heads // kv_heads) * nodes, dim)
-    scores = grouped @ key.transpose(2, 3)  # (rows, kv_heads, group * nodes, slots)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    grouped_query = (query * scale).reshape(rows, kv_heads, (heads // kv_heads) * nodes, dim)
+    scores = torch.tanh(grouped_query @ key.transpose(2, 3) / softcap) * softcap  # (rows, kv_heads, group*nodes, slots)
     scores = scores.view(rows, kv_heads, heads // kv_heads, nodes, -1) + attention_mask.unsqueeze(1)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
     output = weights.view(rows, kv_heads, (heads // kv_heads) * nodes, -1) @ value

@@ -1,24 +1,37 @@
-"""The KV cache of a tree decoder: preallocated, per-row lengths, commit by gather.
+"""Keys and values of one model in a KV pool: a transformers `Cache` whose rows are `Sequence`s of blocks.
 
-Owns key and value storage for one model (target or head). Knows nothing of tokens, masks or acceptance: it appends n
-slots per row behind that row's committed length, and `commit` keeps the accepted ones. Rows are contiguous from slot
-0 (no left padding), so a committed slot's index is its position, less `begins` where a row's beginning was dropped. It
-is a transformers `Cache`, so stock models take it, under the name that `cache_name` tells.
+Owns the tensors, one (kv_heads, slots, head_dim) for the keys and one for the values of each layer, at addresses that
+never change; appending n nodes per row after that row's committed length; and keeping the accepted ones. Knows nothing
+of tokens, masks or acceptance. Seen from a row, slots are contiguous from 0, so a slot's index is its position.
+
+    row 0   committed 0 1 2 3 4 | nodes 5 6 7        keep(path (0, 2)): node 2's keys and values move to slot 6
+    row 1   committed 0 1       | nodes 2 3 4
+
+A draft head has a KVCache of its own over the same blocks (`beside`), with `shift` 1: its pair for token i + 1 lies in
+the slot of token i + 1, so that the contents of a block depend on no token after it.
 """
 
 from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Rows
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicLayer
 
-_CHUNK = 256  # slots; capacity grows in multiples, at least doubling, so that a long text is copied O(log n) times
+from haast import native
+from haast.device import to_device
+from haast.errors import UnsupportedModelError
+from haast.kv_pool import BLOCK, KVPool, Sequence
+
+KV_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 CACHE_NAMES = ("cache", "past_key_values")  # what models call the argument: since transformers 5.24, and before
 
 
@@ -39,17 +52,13 @@ def cache_name(forward: Callable[..., Any]) -> str:
 class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     """What stock model code may ask of one layer; storage lives in the owning cache."""
 
-    def __init__(self, owner: TreeCache) -> None:
+    def __init__(self, owner: KVCache) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        # A cycle would keep the memory of every finished text until Python's garbage collector comes by, which counts
-        # objects and not megabytes: a process that answers a thousand prompts then holds gigabytes.
+        # A cycle would keep the memory of every cache until Python's garbage collector comes by, which counts objects
+        # and not megabytes.
         self._owner = weakref.ref(owner)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Layer:
-        owner = self._cache()
-        return _Layer(memo.get(id(owner), owner))  # of the cache that is being copied, if it is
-
-    def _cache(self) -> TreeCache:
+    def _cache(self) -> KVCache:
         owner = self._owner()
         assert owner is not None, "a layer is asked through its cache"
         return owner
@@ -63,37 +72,50 @@ class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers lea
         return self.get_seq_length() + new, 0
 
 
-class TreeCache(Cache):
-    """Keys and values of `layers` layers for `rows` sequences. All shapes (rows, kv_heads, slots, head_dim).
+class KVCache(Cache):
+    """Keys and values of `layers` layers; `bind` says whose. All shapes (rows, kv_heads, slots, head_dim).
 
-    `rounding` gives the capacity that holds so many slots, where the sizes that memory grows by are to be few.
-    `devices` says where each layer computes, where that is not one place: the layers of one share a slab there.
+    Args:
+        pool: whose blocks the rows hold.
+        layers: of the model.
+        device: where the model's tokens go.
+        shift: slots between a row's first slot and that of its first entry.
+        dtype: of what is stored; None is as the model gives it. Others are converted when they are written and read.
+        devices: where each layer computes, where that is not one place.
     """
 
     def __init__(
         self,
+        pool: KVPool,
         layers: int,
-        rows: int,
-        capacity: int = _CHUNK,
-        rounding: Callable[[int], int] | None = None,
-        devices: Sequence[torch.device | None] | None = None,
+        device: torch.device,
+        *,
+        shift: int = 0,
+        dtype: torch.dtype | None = None,
+        devices: Rows[torch.device | None] | None = None,
     ) -> None:
-        if layers < 1 or rows < 1 or capacity < 1:
-            raise ValueError(f"a cache needs layers, rows, capacity >= 1, got {layers}, {rows}, {capacity}")
         super().__init__(layers=[_Layer(self) for _ in range(layers)])
-        self.rows = rows
-        self._rounding, self._devices = rounding, devices
-        self.capacity = rounding(capacity) if rounding is not None else _round_up(capacity)
-        self.lengths = [0] * rows  # committed slots per row
-        self.begins = [0] * rows  # the position that each row's slot 0 holds
-        # Layers of one shape share one slab (layers, rows, kv_heads, capacity, head_dim), so a commit is one gather.
-        self._slabs: list[Tensor] = []
-        self._held = rows  # rows that the slabs have; more than `rows` once some have left
-        self._place: dict[tuple[int, int], tuple[int, int]] = {}  # (layer, 0 key or 1 value) -> (slab, index)
-        self._ordered: bool | None = None  # whether the one slab holds key, value, key, value, ...
-        self._lanes: list[tuple[Tensor, Tensor]] | None = None
-        self._pending = 0
+        self.pool, self.device, self.shift, self.dtype = pool, device, shift, dtype
+        self._devices = devices
+        self._stores: list[Tensor] = []  # (places, kv_heads, slots, dim); layers of one shape share one
+        self._place: dict[tuple[int, int], tuple[int, int]] = {}  # (layer, 0 key or 1 value) -> (store, index)
+        self._ordered: bool | None = None  # whether the one store holds key, value, key, value, ...
+        self.sequences: list[Sequence] = []
+        self.lengths: list[int] = []  # committed slots per row
         self.updated_layers: set[int] = set()
+        self._nodes, self._read = 0, 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        raise TypeError("a KVCache belongs to one pool and can't be copied: make another one")
+
+    def beside(self, layers: int, device: torch.device) -> KVCache:
+        """A head's keys and values, in the same blocks."""
+        return KVCache(self.pool, layers, device, shift=1, dtype=self.dtype)
+
+    @property
+    def rows(self) -> int:
+        """Sequences that are bound."""
+        return len(self.lengths)
 
     @property
     def longest(self) -> int:
@@ -101,62 +123,182 @@ class TreeCache(Cache):
         return max(self.lengths)
 
     @property
-    def nbytes(self) -> int:
-        """Memory of all keys and values, free slots included."""
-        return sum(slab.nbytes for slab in self._slabs)
+    def bytes_per_token(self) -> int:
+        """Memory of one token slot; 0 before the first forward."""
+        return sum(store.nbytes for store in self._stores) // self.pool.slots
 
-    def begin(self, nodes: int) -> int:
-        """Make room for `nodes` new slots per row; returns how many slots attention has to read."""
-        self._pending = nodes
-        used = self.longest + nodes
-        if used > self.capacity:
-            self._grow(used)
-        return used
+    def bind(self, sequences: Rows[Sequence], lengths: Rows[int] | None = None) -> KVCache:
+        """Let the next forwards be over these rows; their committed lengths are the sequences' own if None."""
+        self.sequences = list(sequences)
+        self.lengths = [each.length for each in sequences] if lengths is None else list(lengths)
+        self._nodes = 0
+        return self
+
+    @contextmanager
+    def repeated(self, rows: int) -> Iterator[None]:
+        """Within it `rows` rows are bound: these, then the first one again, which writes the same to the same slots."""
+        own = self.sequences, self.lengths
+        more = rows - self.rows
+        self.bind([*self.sequences, *self.sequences[:1] * more], [*self.lengths, *self.lengths[:1] * more])
+        try:
+            yield
+        finally:
+            self.sequences, self.lengths = own
+
+    def begin(self, nodes: int, read: int | None = None) -> int:
+        """Make room for `nodes` new slots per row; returns how many slots attention reads, `read` if given.
+
+        Raises:
+            PoolFullError: the pool has no room now.
+        """
+        longest = self.longest
+        self._nodes, self._read = nodes, read or longest + nodes
+        for sequence, length in zip(self.sequences, self.lengths, strict=True):
+            sequence.reserve(length + nodes + self.shift)
+        blocks = -(-(self._read + self.shift) // BLOCK)
+        tables = np.empty((self.rows, blocks), dtype=np.int32)
+        for row, sequence in enumerate(self.sequences):
+            own = sequence.table[:blocks]
+            tables[row, : len(own)] = own
+            tables[row, len(own) :] = own[0]  # what a row masks is its own, so that it is finite
+        self._host_tables = tables
+        self.tables = torch.from_numpy(tables)  # (rows, blocks) int32, on the CPU
+        self.lengths_tensor = to_device(torch.tensor(self.lengths), self.device)  # (rows,)
+        self._index: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._flat: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+        self._start: int | None = None  # see `_stretch`
+        return self._read
+
+    def _stretch(self) -> int | None:
+        """Where the only row begins, if its blocks are one stretch: then it is read through a view."""
+        if self._start is None:
+            table = self._host_tables[0]
+            whole = bool((np.diff(table) == 1).all())
+            self._start = int(table[0]) * BLOCK + self.shift if whole else -1
+        return None if self._start < 0 else self._start
+
+    def physical(self, slots: Tensor) -> Tensor:
+        """The pool's slots (rows, n) for the rows' own (rows, n)."""
+        tables = to_device(self.tables, slots.device)
+        shifted = slots + self.shift
+        blocks = tables.gather(1, shifted.div(BLOCK, rounding_mode="floor")).long()
+        return blocks * BLOCK + shifted.remainder(BLOCK)
+
+    def all_slots(self) -> tuple[Tensor, Tensor]:
+        """Where the new nodes go (rows, nodes), and what attention reads (rows, read), of the pool's slots."""
+        return self._slots(self.device)
+
+    def _slots(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._index:
+            lengths = to_device(self.lengths_tensor, device).unsqueeze(1)
+            write = self.physical(lengths + torch.arange(self._nodes, device=device))
+            read = self.physical(torch.arange(self._read, device=device).expand(self.rows, -1))
+            self._index[device] = (write, read)
+        return self._index[device]
 
     @torch.inference_mode()
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store the new nodes' keys and values (rows, kv_heads, nodes, dim); returns the used part of the cache."""
-        assert key_states.shape[2] == self._pending, "call begin(nodes) before the forward"
+        """Store the new nodes' keys and values (rows, kv_heads, nodes, dim); returns the used part of the cache.
+
+        Raises:
+            UnsupportedModelError: a model that stores other positions than it was given.
+        """
+        if key_states.shape[2] != self._nodes:
+            raise UnsupportedModelError(
+                f"layer {layer_idx} stores {key_states.shape[2]} positions where the forward has {self._nodes}: this "
+                f"model adds positions of its own, so its cache can't be gathered by tree path"
+            )
         self.updated_layers.add(layer_idx)
         return self._store(key_states, layer_idx, 0), self._store(value_states, layer_idx, 1)
 
-    def storage(self, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor | None:
-        """The memory of all layers, (2 * layers, rows, kv_heads, capacity, head_dim): key, value, key, value, ...
+    def _store(self, states: Tensor, layer: int, which: int) -> Tensor:
+        store = self._tensor((layer, which), states)  # (kv_heads, slots, dim)
+        rows, heads, nodes, dim = states.shape
+        if self.rows == 1 and (start := self._stretch()) is not None:
+            begin, end = start, start + self.lengths[0]
+            store[:, end : end + nodes] = states[0].to(store.dtype)
+            return store[:, begin : begin + self._read].unsqueeze(0).to(states.dtype)
+        write, read = self._flat_slots(states.device, heads)
+        flat = store.view(-1, dim)
+        flat.index_copy_(0, write, states.reshape(-1, dim).to(store.dtype))
+        return flat.index_select(0, read).view(rows, heads, self._read, dim).to(states.dtype)
 
-        It has places for all rows that the cache began with; the first `rows` are in use. For a native forward, which
-        writes the new nodes behind each row's committed length by itself. None where the layers are of different
-        shapes, or stored in another order.
+    def _flat_slots(self, device: torch.device, heads: int) -> tuple[Tensor, Tensor]:
+        """Places of (rows, heads, nodes) and (rows, heads, read) in a layer's (heads * slots, dim), flattened.
+
+        What is read then lies as models expect it: some put rows and heads together by a view.
+        """
+        if (device, heads) not in self._flat:
+            write, read = self._slots(device)
+            begins = torch.arange(heads, device=device).view(1, -1, 1) * self.pool.slots
+            self._flat[device, heads] = (
+                (begins + write.unsqueeze(1)).flatten(),
+                (begins + read.unsqueeze(1)).flatten(),
+            )
+        return self._flat[device, heads]
+
+    def storage(self, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor | None:
+        """The memory of all layers, (2 * layers, kv_heads, slots, head_dim): key, value, key, value, ...
+
+        For a native forward, which writes the new nodes by itself, through `tables`. None where the layers are of
+        different shapes, or stored in another order.
         """
         if not self._place:
-            like = torch.empty(self._held, kv_heads, 0, head_dim, dtype=dtype)
+            like = torch.empty(1, kv_heads, 0, head_dim, dtype=dtype)
             for layer in range(len(self.layers)):
                 for which in (0, 1):
-                    self._slot((layer, which), like)
-        slab = self._slabs[0]
-        if len(self._slabs) > 1 or slab.shape[2::2] != (kv_heads, head_dim) or slab.dtype is not dtype:
+                    self._tensor((layer, which), like)
+        store = self._stores[0]
+        if len(self._stores) > 1 or store.shape[1::2] != (kv_heads, head_dim) or store.device.type != "cpu":
             return None
+        return store if self._layers_in_order() and store.dtype in (torch.float32, *KV_DTYPES.values()) else None
+
+    def _layers_in_order(self) -> bool:
         if self._ordered is None:
             order = [(layer, which) for layer in range(len(self.layers)) for which in (0, 1)]
             self._ordered = [self._place.get(key) for key in order] == [(0, i) for i in range(len(order))]
-        return slab if self._ordered and slab.device.type == "cpu" else None
+        return self._ordered
 
-    def lanes(self) -> list[tuple[Tensor, Tensor]] | None:
-        """Every layer's keys and values with all slots, (rows, kv_heads, capacity, head_dim) each.
-
-        For a forward that writes the new nodes behind each row's committed length by itself. None before the first
-        `update` of every layer.
-        """
-        if self._lanes is None and len(self._place) == 2 * len(self.layers):
-            places = [[self._place[layer, which] for which in (0, 1)] for layer in range(len(self.layers))]
-            used = slice(self.rows)
-            self._lanes = [(self._slabs[k][i][used], self._slabs[v][j][used]) for (k, i), (v, j) in places]
-        return self._lanes
+    def layer_tensors(self) -> list[tuple[Tensor, Tensor]] | None:
+        """Every layer's keys and values, (kv_heads, slots, head_dim) each; None before the first `update` of all."""
+        if len(self._place) != 2 * len(self.layers):
+            return None
+        places = [[self._place[layer, which] for which in (0, 1)] for layer in range(len(self.layers))]
+        return [(self._stores[k][i], self._stores[v][j]) for (k, i), (v, j) in places]
 
     @torch.inference_mode()
-    def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
-        """Keep the accepted nodes of each row in path order; None (or an empty path) keeps nothing of that row.
+    def keep(self, path: Tensor, counts: Tensor) -> None:
+        """Move the accepted nodes to where they are committed; `advance` then says so on the host.
+
+        Args:
+            path: (rows, n) int64: nodes of the last forward, in path order, ascending.
+            counts: (rows,) int64: how many of them are kept.
+        """
+        index = torch.arange(path.shape[1], device=path.device)
+        lengths = self.lengths_tensor.unsqueeze(1)
+        source = lengths + torch.where(index < counts.unsqueeze(1), path, index)
+        self._move(self.physical(source), self.physical(lengths + index))
+
+    def _move(self, source: Tensor, target: Tensor) -> None:
+        source, target = source.flatten(), target.flatten()
+        for store in self._stores:
+            if store.device.type == "cpu" and native.available() and store.dtype in _MOVABLE:
+                native.move_slots(store, source, target)
+            else:
+                there = source.to(store.device)
+                store.index_copy_(2, target.to(store.device), store.index_select(2, there))
+
+    def advance(self, counts: Rows[int]) -> None:
+        """Commit so many slots more of each row, in the sequences too where the lengths are theirs."""
+        for row, count in enumerate(counts):
+            self.lengths[row] += count
+            if not self.shift:
+                self.sequences[row].length = self.lengths[row]
+
+    def commit(self, paths: Rows[Rows[int] | None]) -> None:
+        """`keep` and `advance` by paths on the host; None (or an empty path) keeps nothing of that row.
 
         Raises:
             ValueError: a path does not fit the nodes of the last forward.
@@ -164,136 +306,57 @@ class TreeCache(Cache):
         if len(paths) != self.rows:
             raise ValueError(f"commit needs one path per row: {self.rows} rows, {len(paths)} paths")
         for row, path in enumerate(paths):
-            if path and (min(path) < 0 or max(path) >= self._pending):
-                raise ValueError(f"row {row}: path {list(path)} does not fit the {self._pending} nodes of the forward")
-        for row, path in enumerate(paths):
-            if path:
-                self._keep(row, path)
-        self._pending = 0
+            if path and (min(path) < 0 or max(path) >= self._nodes):
+                raise ValueError(f"row {row}: path {list(path)} does not fit the {self._nodes} nodes of the forward")
+        counts = [len(path) if path else 0 for path in paths]
+        if any(list(path) != list(range(len(path))) for path in paths if path):
+            padded = [[*(path or ()), *[0] * (max(counts) - count)] for path, count in zip(paths, counts, strict=True)]
+            self.keep(torch.tensor(padded, device=self.device), torch.tensor(counts, device=self.device))
+        self.advance(counts)
+        self._nodes = 0
 
     def truncate(self, row: int, length: int) -> None:
-        """Forget everything of a row from slot `length` on; 0 frees the row for another sequence."""
+        """Forget everything of a row from slot `length` on. Raises ValueError where it holds less."""
         if not 0 <= length <= self.lengths[row]:
             raise ValueError(f"row {row} holds {self.lengths[row]} slots and can't be cut to {length}")
-        self.lengths[row] = length
-
-    @property
-    def reached(self) -> list[int]:
-        """The position behind each row's last committed one."""
-        return [begin + length for begin, length in zip(self.begins, self.lengths, strict=True)]
+        self.advance([length - self.lengths[each] if each == row else 0 for each in range(self.rows)])
 
     @torch.inference_mode()
-    def drop(self, row: int, count: int) -> None:
-        """Forget the first `count` slots of a row; those behind move down."""
-        left = self.lengths[row] - count
-        if count < 0 or left < 0:
-            raise ValueError(f"row {row} holds {self.lengths[row]} slots and can't drop {count}")
-        for slab in self._slabs:
-            lane = slab[:, row]  # (layers, kv_heads, capacity, dim)
-            lane[:, :, :left] = lane[:, :, count : count + left].clone()
-        self.lengths[row], self.begins[row] = left, self.begins[row] + count
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy what a block holds to another, in all layers."""
+        for store in self._stores:
+            blocks = store.view(*store.shape[:2], -1, BLOCK, store.shape[3])
+            blocks[:, :, target] = blocks[:, :, source]
 
-    def restart(self, row: int, position: int) -> None:
-        """Forget everything of a row; what comes next stands at `position`."""
-        self.lengths[row], self.begins[row] = 0, position
-
-    @torch.inference_mode()
-    def keep(self, order: Sequence[int]) -> None:
-        """Let the other rows leave: row i is from now on what row `order[i]` was. The memory stays as large.
-
-        Only rows that change their number are copied, so what leaves from the end costs nothing. See `packed_order`.
-
-        Raises:
-            ValueError: not rows of this cache, one twice, or one moved to a higher number.
-        """
-        if not order or len(set(order)) < len(order) or not all(i <= row < self.rows for i, row in enumerate(order)):
-            raise ValueError(
-                f"order {list(order)} does not fit {self.rows} rows: give each at most once, none moved up"
-            )
-        if any(i != row < len(order) for i, row in enumerate(order)):
-            raise ValueError(f"order {list(order)} moves a row over one that stays: fill the gaps from the end")
-        for i, row in enumerate(order):
-            if row != i:
-                used = self.lengths[row]
-                for slab in self._slabs:
-                    slab[:, i, :, :used] = slab[:, row, :, :used]
-                self.lengths[i], self.begins[i] = used, self.begins[row]
-        self.rows, self._lanes, self._pending = len(order), None, 0
-        del self.lengths[self.rows :], self.begins[self.rows :]
-
-    @torch.inference_mode()
-    def copy_row(self, source: TreeCache, source_row: int, row: int) -> None:
-        """Take over a committed row of another cache of the same model."""
-        length = source.lengths[source_row]
-        if length > self.capacity:
-            self._grow(length)
-        for key, (slab, index) in source._place.items():
-            theirs = source._slabs[slab][index][source_row, :, :length]
-            mine, at = self._slot(key, theirs.unsqueeze(0))
-            self._slabs[mine][at][row, :, :length] = theirs
-        self.lengths[row], self.begins[row] = length, source.begins[source_row]
-
-    def _keep(self, row: int, path: Sequence[int]) -> None:
-        length, kept = self.lengths[row], len(path)
-        moved = next((i for i, node in enumerate(path) if node != i), kept)  # the path's prefix may be in place
-        if moved < kept:
-            source = torch.tensor([length + node for node in path[moved:]])
-            for slab in self._slabs:
-                lane = slab[:, row]  # (layers, kv_heads, capacity, dim)
-                lane[:, :, length + moved : length + kept] = lane.index_select(2, source.to(slab.device))
-        self.lengths[row] = length + kept
-
-    def _store(self, states: Tensor, layer: int, which: int) -> Tensor:
-        slab, index = self._slot((layer, which), states)
-        store, nodes, longest = self._slabs[slab][index][: self.rows], states.shape[2], self.longest
-        if min(self.lengths) == longest:
-            store[:, :, longest : longest + nodes] = states
-        else:
-            rows = torch.arange(self.rows, device=store.device).unsqueeze(1)
-            slots = torch.tensor(self.lengths, device=store.device).unsqueeze(1) + torch.arange(
-                nodes, device=store.device
-            )
-            store[rows, :, slots] = states.transpose(1, 2)  # (rows, nodes, kv_heads, dim)
-        return store[:, :, : longest + nodes]
-
-    def _slot(self, key: tuple[int, int], like: Tensor) -> tuple[int, int]:
+    def _tensor(self, key: tuple[int, int], like: Tensor) -> Tensor:
         if key not in self._place:
-            self._place[key] = self._allocate(key, like)
-        return self._place[key]
+            self._place[key] = self._allocate(like)
+        store, index = self._place[key]
+        return self._stores[store][index]
 
-    def _allocate(self, key: tuple[int, int], like: Tensor) -> tuple[int, int]:
-        shape = (self._held, like.shape[1], self.capacity, like.shape[3])
+    def _allocate(self, like: Tensor) -> tuple[int, int]:
+        dtype = self.dtype or like.dtype
+        shape = (like.shape[1], self.pool.slots, like.shape[3])
         taken = set(self._place.values())
-        for number, slab in enumerate(self._slabs):
-            if slab.shape[1:] == shape and slab.dtype == like.dtype and slab.device == like.device:
-                free = next((i for i in range(slab.shape[0]) if (number, i) not in taken), None)
+        for number, store in enumerate(self._stores):
+            if store.shape[1:] == shape and store.dtype == dtype and store.device == like.device:
+                free = next((i for i in range(store.shape[0]) if (number, i) not in taken), None)
                 if free is not None:
                     return number, free
-        # Guess that the layers to come look like this one (keys and values); one that does not gets a slab of its own.
-        first = all(slab.device != like.device for slab in self._slabs)
+        # Guess that the layers to come look like this one (keys and values); one that does not gets a store of its own.
+        first = all(store.device != like.device for store in self._stores)
         here = len(self.layers) if self._devices is None else self._devices.count(like.device)
-        layers = 2 * here if first and (here or not self._slabs) else 1
-        self._slabs.append(torch.zeros(layers, *shape, dtype=like.dtype, device=like.device))
-        return len(self._slabs) - 1, 0
-
-    def _grow(self, needed: int) -> None:
-        capacity = max(_round_up(needed), 2 * self.capacity)
-        if self._rounding is not None:
-            capacity = self._rounding(needed)
-        self._lanes = None
-        for number, slab in enumerate(self._slabs):
-            wider = slab.new_zeros(slab.shape[0], self.rows, slab.shape[2], capacity, slab.shape[4])
-            wider[:, :, :, : self.capacity] = slab[:, : self.rows]
-            self._slabs[number] = wider
-        self.capacity, self._held = capacity, self.rows
+        places = 2 * here if first and (here or not self._stores) else 1
+        self._stores.append(_zeros((places, *shape), dtype, like.device))
+        return len(self._stores) - 1, 0
 
 
-def packed_order(stays: Sequence[bool]) -> list[int]:
-    """The `order` of `TreeCache.keep` that moves the fewest rows: gaps are filled with the last rows that stay."""
-    kept = [row for row, on in enumerate(stays) if on]
-    movable = [row for row in kept if row >= len(kept)]
-    return [row if stays[row] else movable.pop() for row in range(len(kept))]
+_MOVABLE = (torch.float32, *KV_DTYPES.values())
 
 
-def _round_up(slots: int) -> int:
-    return -(-slots // _CHUNK) * _CHUNK
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on the CPU the system gives memory page by page as it is written, so a large pool costs what it holds."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    same_size = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}[torch.empty(0, dtype=dtype).element_size()]
+    return torch.from_numpy(np.zeros(shape, dtype=same_size)).view(dtype)

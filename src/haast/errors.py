@@ -4,7 +4,10 @@ ValueError
 ├── UnsupportedModelError   the target cannot be drafted for (encoder-decoder, recurrent state, no LM head)
 ├── HeadMismatchError       the head does not fit the target, or its files are incomplete or corrupt
 ├── PromptError             a prompt is empty or longer than the target's context
-└── UnsupportedArgumentError  an argument of transformers' `generate` that Haast does not honour
+├── UnsupportedArgumentError  an argument of transformers' `generate` that Haast does not honour
+├── KVPoolError             a KV pool's budget is impossible, or a request can never fit it
+├── QueueFullError          too many requests wait already
+└── CancelledError          a request that was cancelled, or whose deadline has passed, is read again
 
 HaastWarning (a UserWarning)
 ├── LongContextWarning      a text is longer than anything that the head has seen in training
@@ -54,3 +57,15 @@ class UnsupportedArgumentError(ValueError):
     def __init__(self, argument: str, why: str) -> None:
         super().__init__(f"{argument} is not supported by Haast: {why}")
         self.argument = argument
+
+
+class KVPoolError(ValueError):
+    """A KV pool's budget is impossible, or a request can never fit it; the message says both sizes."""
+
+
+class QueueFullError(ValueError):
+    """The engine's queue holds as many waiting requests as it may: try again later, or allow more."""
+
+
+class CancelledError(ValueError):
+    """A request that was cancelled, or whose deadline has passed, is read again: what it emitted before was all."""

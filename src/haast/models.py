@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -239,7 +238,7 @@ def _load(
                 f"{source.name} ({type(config).__name__}) is an encoder-decoder; Haast drafts for decoder-only "
                 f"causal LMs"
             )
-        with _quiet_torchao():
+        with _no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(
                 location, dtype=dtype, **(spread.arguments() if spread else {})
             )
@@ -252,17 +251,15 @@ def _load(
 
 
 @contextlib.contextmanager
-def _quiet_torchao() -> Iterator[None]:
-    """transformers imports torchao where it is installed, which then logs the kernels that are for other machines."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+def _no_progress_bars() -> Iterator[None]:
+    """transformers draws one for every model's weights."""
+    before = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        if before:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _unloadable(source: ModelSource, error: Exception) -> ValueError:

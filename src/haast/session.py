@@ -1,31 +1,30 @@
-"""Conversations that keep their cache between turns: `Session`, and `Sessions`, which bounds their memory.
+"""Conversations: `Session`, and `Sessions`, which bounds the memory of many.
 
-Owns the dialogue and whose cache may stay. A turn prefills only what is new; the text is what the same dialogue gives
-from scratch, since the cache is only ever used as far as the tokens are the same (`haast.past`).
+Owns the dialogue, and which of its text's cache goes when it is released. What is kept between turns is kept by the
+target's KV pool, as for every text: a turn computes only what no text before had in common with it.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Unpack
 
-from haast.api import Generation, Haast, Piece
-from haast.engine import PREFILL_CHUNK, Stats
-from haast.errors import PromptError
-from haast.past import Past
-from haast.sampling import SamplingConfig
-
-Message = dict[str, str]
+from haast.api import Haast
+from haast.errors import PromptError, QueueFullError
+from haast.generation import Generation, Piece, Settings, collected
+from haast.inputs import Message
+from haast.kv_pool import BLOCK
+from haast.stats import Stats
 
 
 class Session:
-    """A dialogue with one `Haast`.
+    """A dialogue with one `Haast`, one turn at a time.
 
     Attributes:
         messages: the dialogue so far, as chat messages. Change it as you like: what follows the first change is
-            prefilled anew at the next turn.
+            computed anew at the next turn.
     """
 
     def __init__(self, haast: Haast, messages: Sequence[Message] = ()) -> None:
@@ -36,65 +35,72 @@ class Session:
         """
         if not haast.tokenizer.chat_template:
             raise PromptError("the tokenizer has no chat template, so this model holds no dialogue: use Haast.generate")
-        self.haast, self._past = haast, Past()
+        self.haast = haast
         self.messages: list[Message] = [dict(message) for message in messages]
+        self._texts: list[list[int]] = []  # token ids of the turns so far, but for those that a later one begins with
+
+    @property
+    def blocks(self) -> list[int]:
+        """Blocks of the KV pool that hold the dialogue; other texts that begin the same share them."""
+        with self.haast.target.lock:
+            return self.haast.target.pool.blocks_of(self._texts[-1], self._key) if self._texts else []
 
     @property
     def nbytes(self) -> int:
-        """Memory of the cache."""
-        return self._past.nbytes
+        """Memory of these blocks."""
+        return _bytes(self.haast, self.blocks)
 
-    def say(self, text: str, **settings: Any) -> Generation:
+    @property
+    def _key(self) -> object:
+        return self.haast.drafter.prefix_key
+
+    def say(self, text: str, **settings: Unpack[Settings]) -> Generation:
         """One turn: the user's text in, the model's answer out; both join the dialogue.
 
         Args:
             text: the user's message.
-            **settings: those of `Haast.stream`: `sampling`, `max_new_tokens`, `eos`, `stop`, `prefill_chunk`.
+            **settings: see `haast.generation.Settings`.
 
         Raises:
-            PromptError: the dialogue no longer fits the context; it stays as it was.
+            PromptError, KVPoolError, QueueFullError: see `Haast.generate`; the dialogue stays as it was.
         """
-        stats, tokens, answer = Stats(), list[int](), ""
-        for piece in self.stream(text, stats=stats, **settings):
-            tokens.extend(piece.tokens)
-            answer += piece.text
-        return Generation(answer, tuple(tokens), stats)
+        stats = Stats()
+        return collected(self.stream(text, stats=stats, **settings), stats)
 
     def stream(
-        self,
-        text: str,
-        *,
-        max_new_tokens: int = 256,
-        sampling: SamplingConfig | None = None,
-        eos: Sequence[int] | None = None,
-        stop: Sequence[str] = (),
-        stats: Stats | None = None,
-        prefill_chunk: int = PREFILL_CHUNK,
-    ) -> Iterator[Piece]:
+        self, text: str, *, stats: Stats | None = None, **settings: Unpack[Settings]
+    ) -> Generator[Piece, None, None]:
         """As `say`, piece by piece. An answer that is cut short joins the dialogue as far as it was said."""
         asked = [*self.messages, {"role": "user", "content": text}]
-        pieces = self.haast.stream(
-            asked,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            eos=eos,
-            stop=stop,
-            stats=stats,
-            past=self._past,
-            prefill_chunk=prefill_chunk,
-        )
-        return self._listen(asked, pieces)
+        prompt = self.haast.encode(asked)
+        return self._listen(asked, prompt, self.haast.stream(prompt, stats=stats, **settings))
 
-    def _listen(self, asked: list[Message], pieces: Iterator[Piece]) -> Iterator[Piece]:
-        answer = ""
+    def _listen(
+        self, asked: list[Message], prompt: list[int], pieces: Generator[Piece, None, None]
+    ) -> Generator[Piece, None, None]:
+        answer, said, begun = "", list[int](), True
         try:
             for piece in pieces:
                 answer += piece.text
+                said.extend(piece.tokens)
                 yield piece
+        except QueueFullError:
+            begun = False
+            raise
         finally:
-            self.messages = [*asked, {"role": "assistant", "content": answer}]
+            pieces.close()
+            if begun:
+                self.messages = [*asked, {"role": "assistant", "content": answer}]
+                self._remember([*prompt, *said])
 
-    def edit(self, number: int, text: str, **settings: Any) -> Generation:
+    def _remember(self, text: list[int]) -> None:
+        """The dialogue's text is this one now; earlier ones count as long as they have blocks of their own."""
+        with self.haast.target.lock:
+            own = self.haast.target.pool.blocks_of
+            now = set(own(text, self._key))
+            self._texts = [*(each for each in self._texts if set(own(each, self._key)) - now), text]
+
+    def edit(self, number: int, text: str, **settings: Unpack[Settings]) -> Generation:
         """Say something else instead of message `number`, the user's: it is answered, what came after it is forgotten.
 
         Args:
@@ -119,22 +125,26 @@ class Session:
                 self.messages = before
 
     def branch(self) -> Session:
-        """A second dialogue that begins as this one, with a cache of its own."""
+        """A second dialogue that begins as this one: both go on from the same blocks, and nothing is copied."""
         made = Session(self.haast, deepcopy(self.messages))
-        made._past = self._past.copy()
+        made._texts = list(self._texts)
         return made
 
     def release(self) -> None:
-        """Free the cache; the dialogue stays, and its next turn prefills all of it."""
-        self._past.forget()
+        """Free the blocks that no other text goes on from; the dialogue stays, and its next turn computes them anew."""
+        with self.haast.target.lock:
+            for text in reversed(self._texts):
+                self.haast.target.pool.forget(text, self._key)
+        self._texts = []
 
 
 class Sessions:
-    """Dialogues by name, whose caches together stay below a bound.
+    """Dialogues by name, whose cached blocks together stay below a bound.
 
     Args:
         haast: who answers.
-        max_bytes: of all caches. Whole caches are freed, the one that was silent longest first; no dialogue is lost.
+        max_bytes: of all their blocks. Those of whole dialogues are freed, the one that was silent longest first; no
+            dialogue is lost.
         messages: how every dialogue begins.
 
     Raises:
@@ -149,13 +159,13 @@ class Sessions:
 
     @property
     def nbytes(self) -> int:
-        """Memory of all caches."""
-        return sum(session.nbytes for session in self._held.values())
+        """Memory of all their blocks; shared ones count once."""
+        return _bytes(self._haast, {block for session in self._held.values() for block in session.blocks})
 
     def __len__(self) -> int:
         return len(self._held)
 
-    def say(self, name: str, text: str, **settings: Any) -> Generation:
+    def say(self, name: str, text: str, **settings: Unpack[Settings]) -> Generation:
         """One turn of the dialogue `name`, which begins with its first turn. See `Session.say`."""
         session = self._held.get(name) or Session(self._haast, self._begin)
         said = session.say(text, **settings)
@@ -177,3 +187,9 @@ class Sessions:
             if self.nbytes <= self.max_bytes:
                 return
             session.release()
+
+
+def _bytes(haast: Haast, blocks: Collection[int]) -> int:
+    """Memory of blocks: the target's keys and values, and the drafter's beside them."""
+    caches = (haast.target.cache, *haast.drafter.caches)
+    return len(blocks) * BLOCK * sum(cache.bytes_per_token for cache in caches)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-from haast.verify import RowVerdict
 
 _FIRST_BUCKET = 256  # positions; every further bucket is as long as all before it
 
@@ -77,24 +76,25 @@ class Stats:
                 found.append(told | {"tau": decoded / forwards, "acceptance": chance})
         return found
 
-    def count(self, verdict: RowVerdict, position: int, emitted: int) -> None:
-        """Take in one row's verdict of one step.
+    def count(self, kept: int, first_choice: Sequence[bool], position: int, emitted: int) -> None:
+        """Take in one request's verdict of one step.
 
         Args:
-            verdict: what was kept.
+            kept: nodes, the root included.
+            first_choice: per visited node that has children: was its preferred child the right one?
             position: tokens before the root, or the root's position.
             emitted: tokens that the stop rules left.
         """
         self.target_forwards += 1
         self.decoded_tokens += emitted
-        self._count_length(bucket_of(position), emitted, bool(verdict.first_choice), len(verdict.path) > 1)
-        for depth, preferred in enumerate(verdict.first_choice):
+        self._count_length(bucket_of(position), emitted, bool(first_choice), kept > 1)
+        for depth, preferred in enumerate(first_choice):
             if depth == len(self.reached_by_depth):
                 self.reached_by_depth.append(0)
                 self.accepted_by_depth.append(0)
                 self.first_choice_by_depth.append(0)
             self.reached_by_depth[depth] += 1
-            self.accepted_by_depth[depth] += len(verdict.path) > depth + 1
+            self.accepted_by_depth[depth] += kept > depth + 1
             self.first_choice_by_depth[depth] += preferred
 
     def _count_length(self, bucket: int, emitted: int, tried: bool, accepted: bool) -> None:

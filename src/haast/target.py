@@ -9,18 +9,23 @@ implementation is chosen, through transformers' own switch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from haast import native
-from haast.cache import TreeCache
+from haast import native, seams
+from haast.cache import KV_DTYPES, KVCache
+from haast.device import free_memory
+from haast.errors import KVPoolError
 from haast.forward import ModuleForward, TargetOutput
+from haast.kv_pool import BLOCK, KVPool
 from haast.placement import dispatched, mesh_of, read_weight, sharded, whole
 from haast.precision import precision, quantisation, weight_rows
 from haast.probe import Probed, probe, tolerance
@@ -29,9 +34,33 @@ from haast.speed.compile import CompiledLayers, Progress, nodes_for, slots_for, 
 from haast.speed.packing import PackedLinear
 from haast.speed.stack import NativeStack
 from haast.support import choose_attention, refuse_unsupported
-from haast.tree import DraftTree
+from haast.tree import DraftTree, repeating
 
 __all__ = ["Probed", "Target", "TargetOutput", "choose_attention", "refuse_unsupported"]
+
+_RETAIN = 8192  # token slots of ended texts that are kept as prefixes
+_MOST_TOKENS = 1 << 20  # of a pool whose budget nobody has set
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+def check_pool(
+    tokens: int | None = None, size: int | None = None, retain: int | None = None, kv_dtype: str = "auto"
+) -> None:
+    """Raises KVPoolError where `Target.use_pool` could not do with these."""
+    for name, value, least in (("tokens", tokens, 1), ("size", size, 1), ("retain", retain, 0)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise KVPoolError(f"{name}={value!r} is not allowed for a KV pool: give {least} or more")
+    if tokens is not None and size is not None:
+        raise KVPoolError(f"tokens={tokens} and size={size} are two budgets of one KV pool: give one")
+    if kv_dtype != "auto" and kv_dtype not in KV_DTYPES:
+        raise KVPoolError(f"kv_dtype={kv_dtype!r} is unknown: choose auto, {' or '.join(KV_DTYPES)}")
+
+
+def lock_of(model: nn.Module) -> threading.RLock:
+    """The lock of a model: hooks and attention are set for the length of a forward, so one forward runs at a time."""
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(model, threading.RLock())
 
 
 class Target:
@@ -63,7 +92,15 @@ class Target:
         self.embedding: nn.Module = model.get_input_embeddings()
         # The embedding may be padded past the tokenizer's vocabulary; the law is over what the head emits.
         self.vocab_size = int(self.config.vocab_size)
+        self.lock = lock_of(model)  # held while the model runs, by every Target of it
         self._stack: NativeStack | None = None
+        self._cache: KVCache | None = None
+        self._pool_tokens: int | None = None
+        self._pool_bytes: int | None = None
+        self._retain = _RETAIN
+        self._state: object = None
+        self.scheduler: Any = None  # of all requests on this target; the engine's
+        self.kv_dtype: torch.dtype | None = None
         self._compiled: CompiledLayers | None = None
         choose_attention(model)
         self._forward_of = ModuleForward(model)
@@ -72,6 +109,14 @@ class Target:
         self.probed = self._agree_on(probe(self._forward_of) if probed is None else probed)
         self._forward_of.decoder_gives_features = self.probed.decoder_gives_features
         self.logit_scale = self.probed.logit_scale
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has a KV pool and requests of its own."""
+        return {**vars(self), "lock": None, "_cache": None, "scheduler": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.lock = lock_of(self.model)
 
     @property
     def lm_head(self) -> nn.Module:
@@ -160,13 +205,84 @@ class Target:
             return "off"
         return f"off ({self._compiled.problem})" if self._compiled.problem else "on"
 
-    def new_cache(self, rows: int = 1, capacity: int = 256) -> TreeCache:
-        """An empty cache for `rows` sequences."""
+    def new_cache(self, rows: int = 1, capacity: int = 256) -> KVCache:
+        """Empty keys and values for `rows` sequences of at most `capacity` slots, in a pool of their own."""
+        self.refresh()
+        pool = KVPool(rows * -(-capacity // BLOCK) * BLOCK, retain=0)
+        return self._forward_of.new_cache(pool, self.kv_dtype).bind([pool.sequence() for _ in range(rows)])
+
+    @property
+    def cache(self) -> KVCache:
+        """Keys and values of all requests, in `pool`. Made at first use."""
+        if self._cache is None:
+            with self.lock:
+                if self._cache is None:
+                    self._cache = self._forward_of.new_cache(KVPool(self._budget(), self._retain), self.kv_dtype)
+        return self._cache
+
+    @property
+    def pool(self) -> KVPool:
+        """The blocks that all requests on this target share."""
+        return self.cache.pool
+
+    @contextmanager
+    def scratch_pool(self, tokens: int) -> Iterator[None]:
+        """Inside the block, `cache` and `pool` are small ones of their own: for measurements that leave no trace."""
+        with self.lock:
+            kept, self._cache = self._cache, self._forward_of.new_cache(KVPool(tokens, retain=0), self.kv_dtype)
+            try:
+                yield
+            finally:
+                self._cache = kept
+
+    def use_pool(
+        self, tokens: int | None = None, *, size: int | None = None, retain: int | None = None, kv_dtype: str = "auto"
+    ) -> None:
+        """Set the KV pool's budget, before its first use.
+
+        Args:
+            tokens: token slots of all requests together; None goes by `size`.
+            size: bytes of keys and values; None is a quarter of the memory that is free.
+            retain: token slots of ended texts that are kept as prefixes for later ones.
+            kv_dtype: "auto" holds keys and values as the model gives them, "float16" or "bfloat16" in 16 bits: the
+                target with 16-bit keys and values is then the target, for vanilla and drafted decoding alike.
+
+        Raises:
+            KVPoolError: a budget below 1, both budgets, an unknown dtype, or the pool is in use already.
+        """
+        check_pool(tokens, size, retain, kv_dtype)
+        with self.lock:
+            if self._cache is not None:
+                raise KVPoolError("the KV pool is in use already: set its budget before the first request")
+            self._pool_tokens, self._pool_bytes, self._retain = tokens, size, _RETAIN if retain is None else retain
+            self.kv_dtype = KV_DTYPES.get(kv_dtype)
+            self._budget()
+
+    def _budget(self) -> int:
+        if self._pool_tokens is not None:
+            return self._pool_tokens
+        size = self._pool_bytes or free_memory(self.device) // 4
+        blocks = size // (BLOCK * max(self.kv_bytes_per_token, 1)) - 1  # one is for padding
+        if blocks < 1:
+            raise KVPoolError(
+                f"a KV pool of {size} bytes is too small: {2 * BLOCK} token slots, the least, take "
+                f"{2 * BLOCK * self.kv_bytes_per_token} here"
+            )
+        return min(blocks * BLOCK, _MOST_TOKENS)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Memory of one token's keys and values."""
+        return self.probed.kv_bytes_per_token // (2 if self.kv_dtype and self.dtype.itemsize == 4 else 1)
+
+    def refresh(self) -> None:
+        """Notice what was changed on the model since the last request: weights, hooks, placement."""
         if self._stack is not None and not self._unchanged(self._stack):
             self._stack = None  # the model was moved or changed: its own modules answer from here on
-        if self.compiled is not None:
-            return TreeCache(self.layers, rows, 1, slots_for)  # as long as the text needs: few lengths
-        return self._forward_of.new_cache(rows, capacity)
+        state = (self.one_call, seams.weights_state(self.model), seams.foreign_hooks(self.model.modules()))
+        if state != self._state and self._cache is not None:
+            self._cache.pool.clear()
+        self._state = state
 
     def _unchanged(self, stack: NativeStack) -> bool:
         decoder: Any = self.model.get_decoder()  # type: ignore[no-untyped-call]
@@ -175,21 +291,22 @@ class Target:
 
     @torch.inference_mode()
     def forward(
-        self, tree: DraftTree, cache: TreeCache, *, last_only: bool = False, hidden_layers: Sequence[int] = ()
+        self, tree: DraftTree, cache: KVCache, *, last_only: bool = False, hidden_layers: Sequence[int] = ()
     ) -> TargetOutput:
-        """Run every node of `tree` behind each row's committed past. The cache holds the nodes until `commit`.
+        """Run every node of `tree` after each row's committed past. The cache holds the nodes until they are kept.
 
         Args:
             tree: (rows, nodes); positions are the row's committed length plus the node's depth.
-            cache: this target's cache of the same row count.
+            cache: of this target, bound to as many rows.
             last_only: logits of each row's last live node only (prefill), as (rows, 1, vocab).
             hidden_layers: HF `hidden_states` indices to return besides (0 is the embedding's output).
 
         Raises:
             ValueError: the tree and the cache differ in rows, or a layer index does not exist.
+            PoolFullError: the pool has no room for the nodes now.
         """
         self._check(tree, cache, hidden_layers)
-        cache.begin(tree.nodes)
+        slots = cache.begin(tree.nodes)
         if self._stack is not None:
             output = self._one_call(self._stack, tree, cache, last_only, hidden_layers)
             if output is not None:
@@ -199,18 +316,19 @@ class Target:
             output = self._by_compiled_layers(compiled, tree, cache, hidden_layers)
             if output is not None:
                 return output
-        return self._forward_of.run(tree, cache, last_only, hidden_layers)
+        return self._forward_of.run(tree, cache, slots, last_only, hidden_layers)
 
     def _one_call(
-        self, stack: NativeStack, tree: DraftTree, cache: TreeCache, last_only: bool, hidden_layers: Sequence[int]
+        self, stack: NativeStack, tree: DraftTree, cache: KVCache, last_only: bool, hidden_layers: Sequence[int]
     ) -> TargetOutput | None:
         """`forward` without transformers' own loop over layers; None where the cache has another layout."""
         store = cache.storage(stack.kv_heads, stack.head_dim, self.dtype)
         if store is None:
             return None
         states = self.embedding(tree.tokens)  # a new tensor, which the stack may overwrite
+        positions = self._forward_of.positions(tree, cache)
         features, hidden = stack.run(
-            states, self._forward_of.positions(tree, cache), tree.ancestors, cache.lengths, store, hidden_layers
+            states, positions, tree.ancestors, cache.lengths, store, cache.tables, hidden_layers
         )
         read = features
         if last_only:
@@ -219,28 +337,30 @@ class Target:
         return TargetOutput(features, self.head_logits(read), hidden)
 
     def _by_compiled_layers(
-        self, compiled: CompiledLayers, tree: DraftTree, cache: TreeCache, hidden_layers: Sequence[int]
+        self, compiled: CompiledLayers, tree: DraftTree, cache: KVCache, hidden_layers: Sequence[int]
     ) -> TargetOutput | None:
         """`forward` at a static shape; None where the modules have to answer: long chains, and a cache still unused.
 
         The first time that a shape is met, the modules answer as well, and what is compiled is used only if it agrees.
         """
-        layers, lanes, nodes = self._forward_of.layers(), cache.lanes(), nodes_for(tree.nodes)
-        if layers is None or wrapped(layers) or lanes is None or nodes is None:
+        layers, nodes = self._forward_of.layers(), nodes_for(tree.nodes)
+        tensors = cache.layer_tensors()
+        if layers is None or wrapped(layers) or tensors is None or nodes is None or cache.dtype is not None:
             return None
-        cache.begin(nodes)
+        slots, kept = slots_for(cache.longest + nodes), tree.rows
+        rows = compiled.rows_for(kept, nodes, slots)
         expected = None
-        if not compiled.knows(tree.rows, nodes, cache.capacity):
-            cache.begin(tree.nodes)
-            expected = self._forward_of.run(tree, cache, False, hidden_layers)
-            cache.begin(nodes)
-        lanes, padded = cache.lanes(), tree.padded(nodes)
-        assert lanes is not None, "growing keeps the lanes"
-        run = functools.partial(self._forward_of.run, padded, cache, False, hidden_layers, cache.capacity)
-        output: TargetOutput | None = compiled.run(layers, cache, lanes, cache.lengths, nodes, run)
+        if not compiled.knows(rows, nodes, slots):
+            expected = self._forward_of.run(tree, cache, cache.begin(tree.nodes), False, hidden_layers)
+        padded = tree.padded(nodes).taken(repeating(kept, rows, tree.tokens.device))
+        with cache.repeated(rows):
+            cache.begin(nodes, slots)
+            run = functools.partial(self._forward_of.run, padded, cache, slots, False, hidden_layers)
+            output: TargetOutput | None = compiled.run(layers, cache, tensors, *cache.all_slots(), run)
+        cache.begin(tree.nodes)  # what is kept is said of the rows that there are
         if output is None:
             return expected
-        output = output.cut(tree.nodes, own=compiled.graphs)
+        output = output.cut(kept, tree.nodes, own=compiled.graphs)
         if expected is not None and not self._agree(output.logits[tree.live], expected.logits[tree.live]):
             compiled.refuse("its compiled layers give other logits than its modules")
             return expected
@@ -294,7 +414,7 @@ class Target:
             return probed
         return replace(probed, decoder_gives_features=bool(self.ranks.share([probed.decoder_gives_features])[0]))
 
-    def _check(self, tree: DraftTree, cache: TreeCache, hidden_layers: Sequence[int]) -> None:
+    def _check(self, tree: DraftTree, cache: KVCache, hidden_layers: Sequence[int]) -> None:
         if tree.rows != cache.rows:
             raise ValueError(f"the tree has {tree.rows} rows, the cache {cache.rows}: they must be equal")
         for index in hidden_layers:
@@ -321,8 +441,7 @@ class Target:
         found = []
         for each in (None, stack):
             self._stack = each
-            cache = self.new_cache(2)
-            assert self._stack is each, "nothing has changed the model since the stack was built"
+            cache = self.new_cache(2, 32)
             self.forward(first, cache)
             cache.commit([range(3), range(2)])
             output = self.forward(tree, cache, hidden_layers=(middle, self.layers))

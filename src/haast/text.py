@@ -102,12 +102,15 @@ class TextStream:
 
 
 class StopWatch:
-    """The engine's view of stop strings, for one row: feed it the new tokens, it says when one was completed."""
+    """A stop rule for one request: does its text, given the new tokens so far, hold a stop string?"""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> None:
+        self._tokenizer, self._stops = tokenizer, tuple(stops)
         self._stream, self._seen = TextStream(tokenizer, stops), 0
 
-    def __call__(self, row: int, new: Sequence[int]) -> bool:
+    def __call__(self, new: Sequence[int]) -> bool:
+        if len(new) < self._seen:  # a step was interrupted, and its tokens are chosen again
+            self._stream, self._seen = TextStream(self._tokenizer, self._stops), 0
         for token in new[self._seen :]:
             self._stream.push(token)
         self._seen = len(new)

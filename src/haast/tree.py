@@ -13,7 +13,7 @@ serves them all. Source: token trees as in SpecInfer (arXiv 2305.09781) and EAGL
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,9 +24,10 @@ from torch.nn.functional import pad
 class DraftTree:
     """One tree of equal node count per row. Build with `from_parents`, `chain` or `roots`, which fill every field.
 
-    Node 0 is the root: the last emitted token, not yet in the target's cache. Parents precede their children.
+    Node 0 is the root: the last emitted token, not yet in the target's KV cache. Parents precede their children.
     Siblings stand in the drafter's order of preference. Dead nodes pad ragged rows to one static shape: they are run,
-    seen by no other node, and can neither be accepted nor have live children. Probes are run but never accepted.
+    seen by no other node, and can neither be accepted nor have live children. Placeholder nodes are run but never
+    accepted.
     """
 
     tokens: Tensor  # (rows, nodes) int64
@@ -34,9 +35,10 @@ class DraftTree:
     depths: Tensor  # (rows, nodes) int64; edges up to the root, 0 for dead nodes
     ancestors: Tensor  # (rows, nodes, nodes) bool; [r, i, j]: node i sees node j (itself included)
     live: Tensor  # (rows, nodes) bool
-    probe: Tensor | None = None  # (rows, nodes) bool
-    # (rows, nodes, vocab) float64: the law that each node's token was drawn from, given all that was drawn before it
-    # in this tree (the root's is not read). None: the tokens are taken as given, a point mass each.
+    height: int  # no depth is greater; known without a look at the tensors
+    placeholder: Tensor | None = None  # (rows, nodes) bool
+    # (rows, nodes, vocab) float64: the distribution that each node's token was drawn from, given all that was drawn
+    # before it in this tree (the root's is not read). None: the tokens are taken as given, a point mass each.
     draft_probs: Tensor | None = None
 
     @property
@@ -51,9 +53,23 @@ class DraftTree:
 
     @staticmethod
     def from_parents(
-        tokens: Tensor, parents: Tensor, live: Tensor | None = None, probe: Tensor | None = None
+        tokens: Tensor,
+        parents: Tensor,
+        live: Tensor | None = None,
+        placeholder: Tensor | None = None,
+        *,
+        height: int | None = None,
+        checked: bool = False,
     ) -> DraftTree:
         """Build a tree from `tokens` and `parents`, both (rows, nodes) int64.
+
+        Args:
+            tokens: node tokens.
+            parents: node parents, -1 for none.
+            live: (rows, nodes) bool; all if None.
+            placeholder: (rows, nodes) bool; none if None.
+            height: a bound of all depths; nodes - 1 if None.
+            checked: the caller vouches for the parents, so that no value is read back from the device.
 
         Raises:
             ValueError: shapes differ, a parent does not precede its child, or a live node hangs on a dead one.
@@ -64,37 +80,33 @@ class DraftTree:
                 f"{tuple(tokens.shape)} and {tuple(parents.shape)}"
             )
         rows, nodes = tokens.shape
-        index = torch.arange(nodes, device=tokens.device)
         if live is None:
             live = torch.ones_like(tokens, dtype=torch.bool)
         parents = parents.masked_fill(~live, -1)
-        if bool((parents >= index).any()) or bool((parents[:, 1:] < 0).logical_and(live[:, 1:]).any()):
-            raise ValueError("every node but the root needs a parent with a smaller index than its own")
-        if not bool(live.gather(1, parents.clamp_min(0)).logical_or(parents < 0).all()):
-            raise ValueError("a live node has a dead parent: mark it dead too")
+        if not checked:
+            _check_parents(parents, live)
+        most = nodes - 1 if height is None else min(height, nodes - 1)
         step = torch.zeros(rows, nodes, nodes + 1, device=tokens.device)
         step.scatter_(2, (parents + 1).unsqueeze(2), 1.0)  # column 0 collects the parents of roots and dead nodes
         reach = step[:, :, 1:] + torch.eye(nodes, device=tokens.device)
-        for _ in range(max(nodes - 1, 1).bit_length()):  # reach doubles: 2^k edges after k products
-            wider = (reach @ reach).clamp_(max=1.0)
-            if torch.equal(wider, reach):
-                break
-            reach = wider
+        for _ in range(max(most - 1, 0).bit_length()):  # reach doubles: 2^k edges after k products
+            reach = (reach @ reach).clamp_(max=1.0)
         depths = reach.sum(-1).long() - 1
-        return DraftTree(tokens, parents, depths, reach > 0.5, live, probe)
+        return DraftTree(tokens, parents, depths, reach > 0.5, live, most, placeholder)
 
     @staticmethod
     def chain(tokens: Tensor, live: Tensor | None = None) -> DraftTree:
         """A chain: `tokens` (rows, nodes), each the child of the one before; `live` marks a ragged row's true part."""
         rows, nodes = tokens.shape
         index = torch.arange(nodes, device=tokens.device)
+        lower = torch.ones(nodes, nodes, dtype=torch.bool, device=tokens.device).tril()
+        parents, depths = (index - 1).expand(rows, nodes), index.expand(rows, nodes)
         if live is None:
             live = torch.ones_like(tokens, dtype=torch.bool)
-        parents = (index - 1).expand(rows, nodes).masked_fill(~live, -1)
-        lower = torch.ones(nodes, nodes, dtype=torch.bool, device=tokens.device).tril()
+            return DraftTree(tokens, parents, depths, lower.expand(rows, nodes, nodes), live, nodes - 1)
         eye = torch.eye(nodes, dtype=torch.bool, device=tokens.device)
         ancestors = torch.where(live.unsqueeze(2), lower, eye)
-        return DraftTree(tokens, parents, index.expand(rows, nodes) * live, ancestors, live)
+        return DraftTree(tokens, parents.masked_fill(~live, -1), depths * live, ancestors, live, nodes - 1)
 
     @staticmethod
     def roots(tokens: Tensor) -> DraftTree:
@@ -102,7 +114,7 @@ class DraftTree:
         return DraftTree.chain(tokens.unsqueeze(1))
 
     def padded(self, nodes: int) -> DraftTree:
-        """This tree with dead nodes behind its own, `nodes` in all: one static shape for trees of many sizes."""
+        """This tree with dead nodes after its own, `nodes` in all: one static shape for trees of many sizes."""
         added = nodes - self.nodes
         if added < 0:
             raise ValueError(f"the tree has {self.nodes} nodes and can't be padded to {nodes}")
@@ -117,14 +129,43 @@ class DraftTree:
             pad(self.depths, (0, added)),
             ancestors,
             pad(self.live, (0, added)),
-            None if self.probe is None else pad(self.probe, (0, added)),
+            self.height,
+            None if self.placeholder is None else pad(self.placeholder, (0, added)),
+            None if self.draft_probs is None else pad(self.draft_probs, (0, 0, 0, added)),
+        )
+
+    def taken(self, index: Tensor) -> DraftTree:
+        """The rows `index` (n,) of it."""
+        return replace(
+            self,
+            tokens=self.tokens[index],
+            parents=self.parents[index],
+            depths=self.depths[index],
+            ancestors=self.ancestors[index],
+            live=self.live[index],
+            placeholder=None if self.placeholder is None else self.placeholder[index],
+            draft_probs=None if self.draft_probs is None else self.draft_probs[index],
         )
 
     def children(self, row: int) -> list[list[int]]:
         """For every node of `row`, its live children that may be accepted, in the drafter's order of preference."""
         kids: list[list[int]] = [[] for _ in range(self.nodes)]
-        barred = (~self.live[row]).tolist() if self.probe is None else (self.probe[row] | ~self.live[row]).tolist()
-        for node, parent in enumerate(self.parents[row].tolist()):
-            if parent >= 0 and not barred[node]:
+        barred = ~self.live[row] if self.placeholder is None else self.placeholder[row] | ~self.live[row]
+        for node, (parent, out) in enumerate(zip(self.parents[row].tolist(), barred.tolist(), strict=True)):
+            if parent >= 0 and not out:
                 kids[parent].append(node)
         return kids
+
+
+def repeating(rows: int, wanted: int, device: torch.device) -> Tensor:
+    """(wanted,) row numbers: all of `rows`, then the first one again."""
+    index = torch.arange(wanted, device=device)
+    return torch.where(index < rows, index, 0)
+
+
+def _check_parents(parents: Tensor, live: Tensor) -> None:
+    index = torch.arange(parents.shape[1], device=parents.device)
+    if bool((parents >= index).any()) or bool((parents[:, 1:] < 0).logical_and(live[:, 1:]).any()):
+        raise ValueError("every node but the root needs a parent with a smaller index than its own")
+    if not bool(live.gather(1, parents.clamp_min(0)).logical_or(parents < 0).all()):
+        raise ValueError("a live node has a dead parent: mark it dead too")

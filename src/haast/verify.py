@@ -1,74 +1,120 @@
 """Acceptance: sample-and-match.
 
-Owns the walk from the root: choose the target's own token at a node, descend if a child carries it, else emit it and
+Owns which nodes are kept: choose the target's own token at a node, descend if a child carries it, else emit it and
 stop. It is exactly lossless for every tree that depends on the prefix only, and the best lossless rule for such trees:
 P(node accepted) equals the target's probability of the node's path, which no lossless rule can exceed. Knows no model.
-Source: the target-walk rule; equal in law to EAGLE-2's recursive rejection with one-hot drafts (arXiv 2406.16858).
+Source: the target-walk rule; equal in distribution to EAGLE-2's recursive rejection with one-hot drafts (arXiv
+2406.16858).
+
+Requests whose choices depend on logits and position alone are judged together, as tensors, for every node at once:
+
+    choices   the target's token at every node                     (rows, nodes)
+    match     token == choices[parent], and no earlier twin        (rows, nodes)
+    kept      match at a node and at all of its ancestors; the deepest such node ends the path
+
+Requests with processors that look at the history walk along the path, one call per emitted token, in order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from haast.sampling import Sampler
+from haast.core import RowVerdict, TokenChooser, Verdict
+from haast.sampling import Sampler, choose_nodes, impossible
 from haast.tree import DraftTree
 
-
-@dataclass(frozen=True)
-class RowVerdict:
-    """What one row keeps. `path` starts at node 0; `tokens[i]` follows node `path[i]`; the last token is the bonus."""
-
-    path: tuple[int, ...]
-    tokens: tuple[int, ...]
-    first_choice: tuple[bool, ...]  # per visited node that has children: was its preferred child the right one?
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One `RowVerdict` per row; None for a row that has ended."""
-
-    rows: tuple[RowVerdict | None, ...]
+Failures = dict[int, Exception]  # row -> what its own processor raised
 
 
 def verify(
     tree: DraftTree,
     logits: Tensor,
-    sampler: Sampler,
-    histories: Sequence[Sequence[int] | None],
-    numbers: Sequence[int] | None = None,
+    choosers: Sequence[TokenChooser],
+    histories: Sequence[Sequence[int]],
+    failures: Failures | None = None,
 ) -> Verdict:
-    """Walk every row's tree with the target's own choices.
+    """Judge every row's tree by the target's own choices.
 
     Args:
         tree: the drafted tree, (rows, nodes).
         logits: the target's raw logits at every node, (rows, nodes, vocab).
-        sampler: the processed law and the keyed draws.
-        histories: per row all tokens up to and including the root, or None for a row that has ended.
-        numbers: by which the sampler knows the rows, where some have left; 0, 1, ... if absent.
+        choosers: per row, who chooses its tokens.
+        histories: per row all tokens up to and including the root.
+        failures: filled with the rows whose own processors raised; such a row keeps nothing. None raises at once.
+
+    Raises:
+        ValueError: logits of other nodes than the tree's.
     """
-    assert logits.shape[:2] == tree.tokens.shape, "logits and tree must cover the same nodes"
-    return Verdict(
-        tuple(
-            None if history is None else _walk(tree, row, number, logits[row], sampler, history)
-            for row, (number, history) in enumerate(zip(numbers or range(tree.rows), histories, strict=True))
-        )
+    if logits.shape[:2] != tree.tokens.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} and tree {tuple(tree.tokens.shape)} cover different nodes")
+    together = {row: each for row, each in enumerate(choosers) if isinstance(each, Sampler) and each.stateless}
+    if len(together) == len(choosers):
+        return _match(tree, logits, list(together.values()), histories)
+    rows: list[RowVerdict | None] = [None] * len(choosers)
+    if together:
+        index = torch.tensor(list(together), device=logits.device)
+        texts = [histories[row] for row in together]
+        matched = _match(tree.taken(index), logits[index], list(together.values()), texts)
+        for row, kept in zip(together, matched.rows, strict=True):
+            rows[row] = kept
+    for row in range(len(choosers)):
+        if row not in together:
+            try:
+                rows[row] = _walk(tree, row, logits[row], choosers[row], histories[row])
+            except Exception as error:
+                if failures is None:
+                    raise
+                failures[row] = error
+    return Verdict.of_rows(rows, tree.tokens.device)
+
+
+def _match(tree: DraftTree, logits: Tensor, samplers: Sequence[Sampler], histories: Sequence[Sequence[int]]) -> Verdict:
+    """All rows at once, without a look at any value."""
+    choices = choose_nodes(logits, samplers, [len(history) for history in histories], tree.depths, tree.height)
+    if tree.height == 0:
+        zero = torch.zeros_like(choices)
+        return Verdict(zero, choices, zero[:, 0] + 1, zero - 1)
+    rows, nodes = choices.shape
+    index = torch.arange(nodes, device=choices.device)
+    may = tree.live if tree.placeholder is None else tree.live & ~tree.placeholder
+    above = tree.parents.clamp_min(0)
+    match = may & (tree.tokens == choices.gather(1, above)) & (tree.parents >= 0)
+    # Of siblings with one token the first is taken: what follows a later one would be judged without it.
+    twin = (tree.parents.unsqueeze(2) == tree.parents.unsqueeze(1)) & (
+        tree.tokens.unsqueeze(2) == tree.tokens.unsqueeze(1)
     )
+    match &= ~(twin & may.unsqueeze(1)).tril(-1).any(2)
+    match[:, 0] = True
+    kept = (match.unsqueeze(1) | ~tree.ancestors).all(2)  # (rows, nodes)
+    deepest = torch.where(kept, tree.depths, -1).argmax(1, keepdim=True)  # (rows, 1)
+    counts = tree.depths.gather(1, deepest)[:, 0] + 1
+    on_path = tree.ancestors.gather(1, deepest.unsqueeze(2).expand(-1, -1, nodes)).squeeze(1)  # (rows, nodes)
+    width = tree.height + 1
+    place = torch.where(on_path, tree.depths, width)  # what is not on the path goes to a column that is cut off
+    path = torch.zeros(rows, width + 1, dtype=torch.long, device=choices.device)
+    path = path.scatter_(1, place, index.expand(rows, nodes))[:, :width]
+    # Per node the first child that may be accepted, `nodes` for none.
+    child = torch.where(may & (tree.parents >= 0), index, nodes)
+    first = torch.full((rows, nodes + 1), nodes, device=choices.device)
+    first = first.scatter_reduce_(1, torch.where(tree.parents >= 0, above, nodes), child, "amin")[:, :nodes]
+    right = tree.tokens.gather(1, first.clamp_max(nodes - 1)) == choices
+    preferred = torch.where(first < nodes, right.long(), -1)
+    return Verdict(path, choices.gather(1, path), counts, preferred.gather(1, path))
 
 
-def _walk(
-    tree: DraftTree, row: int, number: int, logits: Tensor, sampler: Sampler, history: Sequence[int]
-) -> RowVerdict:
+def _walk(tree: DraftTree, row: int, logits: Tensor, chooser: TokenChooser, history: Sequence[int]) -> RowVerdict:
     children = tree.children(row)
     tokens = tree.tokens[row].tolist()
-    assert tokens[0] == history[-1], "the root is the last emitted token"
     past = list(history)
-    path, emitted, first_choice = [0], [], []
+    if tokens[0] != past[-1]:
+        raise RuntimeError(f"the root is token {tokens[0]}, the last emitted one {past[-1]}: the drafter lost its text")
+    path, emitted, first_choice = [0], list[int](), list[bool]()
     while True:
         node = path[-1]
-        choice = sampler.choose(number, past, logits[node])
+        choice = chooser.choose(past, logits[node])
         emitted.append(choice)
         past.append(choice)
         if children[node]:
@@ -77,3 +123,10 @@ def _walk(
         if match is None:
             return RowVerdict(tuple(path), tuple(emitted), tuple(first_choice))
         path.append(match)
+
+
+def check_possible(verdict: RowVerdict, length: int) -> None:
+    """Raises PromptError where no token was possible after a node that is kept; `length` is up to the root."""
+    for place, token in enumerate(verdict.tokens):
+        if token < 0:
+            raise impossible(f"after {length + place} tokens")

@@ -7,8 +7,9 @@ decode time is from that moment to the end of the call, and the first token is n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -18,22 +19,14 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from haast.acceptance import rule_named
+from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.hybrid import HybridDrafter
-from haast.drafters.lookahead import LookaheadDrafter
-from haast.drafters.lookup import PromptLookupDrafter, SuffixDrafter
+from haast.drafters.factory import make_drafter
 from haast.drafters.medusa import MedusaDrafter
-from haast.drafters.small_model import SmallModelDrafter
-from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import PREFILL_CHUNK, Engine, Stats, StopConfig
-from haast.sampling import SamplingConfig
+from haast.engine import PREFILL_CHUNK, Engine, Stats, StopParams
 from haast.target import Target
 
-# Window, n-gram and guesses: of ten settings the fastest on validation prompts (results/baselines.json), where more
-# nodes cost more than they bring (window 7, n-gram 5, 7 guesses: tau 1.75 instead of 1.33, and far slower).
-_LOOKAHEAD = (2, 2, 3)
-HISTORY_NODES = 6  # of the decoders that draft from the text alone: results/baselines.json
 HEADED = ("eagle", "eagle+suffix")  # these draft with a head
 # Decoders that are another one's drafts judged by another rule than sample-and-match; the small model's are drawn.
 RULED = {
@@ -58,7 +51,7 @@ class Arm(ABC):
     """One decoder."""
 
     name: str
-    lossy: bool = False  # whether it may follow another law than the target's
+    lossy: bool = False  # whether it may follow another distribution than the target's
     own_text: bool = False  # its text is not bound to vanilla's for the same seed, so a difference says nothing
 
     @abstractmethod
@@ -73,7 +66,7 @@ class EngineArm(Arm):
         self,
         target: Target,
         drafter: Drafter,
-        sampling: SamplingConfig,
+        sampling: SamplingParams,
         eos: Sequence[int],
         name: str | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
@@ -87,8 +80,9 @@ class EngineArm(Arm):
 
     def run(self, prompt: Sequence[int], max_new_tokens: int) -> ArmRun:
         stats, tokens = Stats(), list[int]()
+        self._engine.target.pool.clear()  # the whole prompt is computed, whoever answered one like it before
         begun = first = perf_counter()
-        for emission in self._engine.run([prompt], self._sampling, StopConfig(max_new_tokens, self._eos), stats):
+        for emission in self._engine.run([prompt], self._sampling, StopParams(max_new_tokens, self._eos), stats):
             if not tokens:
                 first = perf_counter()
             tokens.extend(emission.tokens)
@@ -141,39 +135,32 @@ class _FirstToken(BaseStreamer):
 def drafter_for(
     name: str,
     target: Target,
-    eagle: EagleDrafter | None,
-    nodes: int,
+    eagle: EagleDrafter | None = None,
     small: Target | None = None,
     medusa: MedusaDrafter | None = None,
-    sampling: SamplingConfig | None = None,
+    sampling: SamplingParams | None = None,
+    *,
+    shaped: bool = False,
+    calibration: str | Path = "auto",
 ) -> Drafter:
-    """The drafter of an engine decoder.
+    """The drafter of an engine decoder. EAGLE drafts what pays, as users get it; others what they can.
 
     Args:
         name: one of `KNOWN`, not hf.
         target: what it drafts for.
         eagle: the drafter with a head, for those that need one.
-        nodes: tree size of those that have none of their own.
         small: the model that drafts for "small-model".
         medusa: drafts for "medusa".
-        sampling: the law, where drafts are drawn.
+        sampling: the distribution, where drafts are drawn.
+        shaped: whether EAGLE's shape was asked for, and is to be drafted as it is.
+        calibration: of EAGLE's drafts, see `make_drafter`.
     """
-    device, eagles = target.device, dict[str, Callable[[], Drafter]]()
-    if eagle is not None:
-        eagles |= {"eagle": lambda: eagle, "eagle+suffix": lambda: HybridDrafter(eagle)}
-    if small is not None:
-        drawn = sampling if name in RULED else None
-        eagles["small-model"] = lambda: SmallModelDrafter(target, small, sampling=drawn)
-    if medusa is not None:
-        eagles["medusa"] = lambda: medusa
-    makers: dict[str, Callable[[], Drafter]] = {
-        "vanilla": VanillaDrafter,
-        "lookup": lambda: PromptLookupDrafter(nodes, device=device),
-        "suffix": lambda: SuffixDrafter(nodes, device=device),
-        "lookahead": lambda: LookaheadDrafter(target.vocab_size, *_LOOKAHEAD, device=device),
-        **eagles,
-    }
-    return makers[base_of(name)]()
+    base = base_of(name)
+    if base in HEADED:
+        assert eagle is not None, "checked with the names"
+        return make_drafter(base, target, eagle, shape=eagle.shape if shaped else None, calibration=calibration)
+    drawn = sampling if name in RULED else None
+    return make_drafter(base, target, medusa, small=small, calibration="off", sampling=drawn)
 
 
 def base_of(name: str) -> str:

@@ -12,12 +12,12 @@ from typing import Any
 
 from haast.bench.replay import StepCosts
 from haast.bench.vcurve import measure_v_curve
+from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import DraftShape
-from haast.engine import Engine, Stats, StopConfig
-from haast.sampling import SamplingConfig
-from haast.speed.policy import interpolate
+from haast.engine import Engine, Step, StopParams
 from haast.target import Target
+from haast.tuning.policy import interpolate
 
 _NODES = {2: (1, 2, 3, 4, 6, 8, 12), 4: (1, 2, 3, 4, 6, 8), 8: (1, 2, 3, 4, 6)}  # rows -> nodes that are timed
 _DEVICE_NODES = {16: (1, 2, 3, 4, 8), 32: (1, 2, 3, 4, 8)}  # elsewhere than on a CPU, beside those
@@ -79,13 +79,18 @@ def live_costs(
 
     def live(depth: int, width: int) -> tuple[float, float]:
         drafter.reshape(DraftShape("dynamic", depth, _TOP_K, width, 6))
-        stats, steps = Stats(), 0
+        parts: list[tuple[float, float]] = []
         for batch in batches:
-            before = stats.target_forwards
-            stop = StopConfig(_LIVE_TOGETHER if together else _LIVE)
-            Engine(target, drafter).complete(batch, SamplingConfig(), stop, stats)
-            steps += -(-(stats.target_forwards - before) // len(batch))
-        return stats.ms_draft / max(steps, 1), stats.ms_overhead / max(steps, 1)
+
+            def watch(step: Step, rows: int = len(batch)) -> None:
+                if len(step.rows) == rows:  # requests begin one after the other
+                    parts.append((step.ms_draft, step.ms_overhead))
+
+            stop = StopParams(_LIVE_TOGETHER if together else _LIVE)
+            for _ in Engine(target, drafter).run(batch, SamplingParams(), stop, watch=watch):
+                continue
+        draft, overhead = (sum(each) / max(len(parts), 1) for each in zip(*parts or [(0.0, 0.0)], strict=True))
+        return draft, overhead
 
     live(2, 2)
     shallow = [live(1, 1) for _ in range(2)]

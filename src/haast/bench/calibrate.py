@@ -18,9 +18,9 @@ from haast.bench.vcurve import measure_v_curve
 from haast.drafters.calibrated import identity, weights_read
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import DraftShape
-from haast.speed.calibration import Batch, Calibration
-from haast.speed.policy import Pace
 from haast.target import Target
+from haast.tuning.calibration import Batch, Calibration
+from haast.tuning.policy import CostModel
 
 NODES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 18, 24, 32)
 WIDTHS = (1, 3, 8)
@@ -95,7 +95,9 @@ def choose(steps: Sequence[replay.Step], rows: int, found: BatchCosts) -> Batch:
     vanilla = found.vanilla_rate
     pays = outcome.rate > _LEAST_GAIN * vanilla
     least_level = min(found.level_ms.values())
-    pace = (outcome.pace if pays else None) or Pace(costs.forward_ms, least_level, outcome.rate if pays else vanilla)
+    pace = (outcome.pace if pays else None) or CostModel(
+        costs.forward_ms, least_level, outcome.rate if pays else vanilla
+    )
     return Batch(
         **asdict(found),
         shape=asdict(shape) if pays else {},
@@ -141,8 +143,10 @@ def search(
 
 @contextmanager
 def _kept(drafter: EagleDrafter) -> Iterator[None]:
-    before = drafter.shape, drafter.pace, drafter.ways
+    before, policy = (drafter.shape, drafter.pace, drafter.ways), drafter.policy
+    drafter.policy = None  # all that it can draft is looked at
     try:
         yield
     finally:
         drafter.reshape(*before)
+        drafter.policy = policy

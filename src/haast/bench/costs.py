@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from haast.speed.calibration import Calibration
+from haast.tuning.calibration import Calibration
 
 _BARS = 40
 

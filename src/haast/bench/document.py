@@ -17,8 +17,8 @@ from haast.bench.report import build_rows, describe_differences
 from haast.bench.runner import BenchPrompt, Record, differences
 from haast.bench.suite import Cells, Suite
 from haast.bench.trace import TRACE_FORMAT
+from haast.core import SamplingParams
 from haast.loops import loops
-from haast.sampling import SamplingConfig
 from haast.target import Target
 
 FORMAT = "haast-suite-1"
@@ -32,7 +32,7 @@ def build_document(
     cells: Cells,
     suites: Mapping[str, Suite],
     target: Target,
-    sampling: SamplingConfig,
+    sampling: SamplingParams,
     bootstrap: Bootstrap | None = None,
 ) -> dict[str, Any]:
     """The document of a finished run.

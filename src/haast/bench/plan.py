@@ -17,7 +17,7 @@ from huggingface_hub import cached_assets_path
 from rich.console import Console
 from rich.table import Table
 
-from haast.speed.calibration import Calibration
+from haast.tuning.calibration import Calibration
 
 
 @dataclass(frozen=True)

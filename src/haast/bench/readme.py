@@ -64,6 +64,7 @@ def _table(document: dict[str, Any], name: str) -> str:
         ("batches", tables.batches),
         ("precisions", tables.precisions),
         ("conversation", tables.conversation),
+        ("optimizers", tables.optimizers),
     )
     for key, table in kinds:
         if key in document:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from haast.drafters.eagle import EagleDrafter
+from haast.core import SamplingParams
+from haast.drafters.eagle import EagleDrafter, EagleState
 from haast.drafters.growth import Growth
-from haast.engine import Engine, StopConfig
-from haast.sampling import SamplingConfig
-from haast.speed.policy import Pace, interpolate
+from haast.engine import Engine, StopParams
 from haast.target import Target
 from haast.tree import DraftTree
+from haast.tuning.policy import CostModel, interpolate
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Outcome:
     ms: float  # a step
     nodes: float  # verified per step, the root included
     levels: float  # drafted per step below the first
-    pace: Pace | None
+    pace: CostModel | None
 
     @property
     def rate(self) -> float:
@@ -66,13 +67,12 @@ class _Recorder(EagleDrafter):
     def watch(self) -> None:
         self.grown: list[Growth] = []
 
-    @torch.inference_mode()
-    def propose(self) -> DraftTree:
+    def _draft(self, states: Sequence[EagleState], growing: Any) -> DraftTree:
         """By tensor operations: the native proposal keeps no candidates."""
-        return self._grow_tree()
+        return super()._draft(states, replace(growing, quick=None))
 
-    def _grow(self) -> Growth:
-        grown = super()._grow()
+    def _grow(self, *args: Any) -> Growth:
+        grown = super()._grow(*args)
         self.grown.append(grown)
         return grown
 
@@ -85,7 +85,7 @@ def record(target: Target, drafter: EagleDrafter, prompts: Sequence[Sequence[int
     for prompt in prompts:
         recorder.watch()
         text, begins = list[int](), list[int]()
-        for emission in Engine(target, recorder).run([list(prompt)], SamplingConfig(), StopConfig(tokens)):
+        for emission in Engine(target, recorder).run([list(prompt)], SamplingParams(), StopParams(tokens)):
             text.extend(emission.tokens)
             begins.append(len(text))
         for grown, begin in zip(recorder.grown, begins, strict=False):
@@ -146,12 +146,12 @@ def grouped(steps: Sequence[Step], rows: int) -> list[tuple[Step, ...]]:
     return [tuple(mixed[begin : begin + rows]) for begin in range(0, len(mixed) - rows + 1, rows)]
 
 
-def draft(steps: Sequence[Step], depth: int, width: int, pace: Pace | None = None, rows: int = 1) -> list[Drafted]:
+def draft(steps: Sequence[Step], depth: int, width: int, pace: CostModel | None = None, rows: int = 1) -> list[Drafted]:
     """What a narrower or shallower drafter would have proposed in every step, `rows` of them drafted together."""
     return [_draft(group, depth, width, pace) for group in grouped(steps, rows)]
 
 
-def _draft(group: Sequence[Step], depth: int, width: int, pace: Pace | None) -> Drafted:
+def _draft(group: Sequence[Step], depth: int, width: int, pace: CostModel | None) -> Drafted:
     by_level = [_levels_of(step) for step in group]
     here = [places.get(1, []) for places in by_level]
     present, levels = [list(first) for first in here], 0
@@ -186,7 +186,9 @@ def _tensor(rows: Sequence[Sequence[float]]) -> torch.Tensor:
     return torch.tensor([[*row, *[-math.inf] * (longest - len(row))] for row in rows], dtype=torch.float64)
 
 
-def replay(drafted: Sequence[Drafted], costs: StepCosts, width: int, nodes: int, pace: Pace | None = None) -> Outcome:
+def replay(
+    drafted: Sequence[Drafted], costs: StepCosts, width: int, nodes: int, pace: CostModel | None = None
+) -> Outcome:
     """Tokens of a row, and time, of trees of at most `nodes` nodes, or of as many as pay, over what was drafted."""
     level_ms = interpolate(costs.level_ms, width)
     tokens = ms = verified = levels = 0.0
@@ -215,7 +217,7 @@ def paced(
     """The shape at the pace that it keeps itself: the rate is raised until it is its own result (Dinkelbach)."""
     best, most = start, len(costs.forward_ms)
     for _ in range(4):
-        pace = Pace(costs.forward_ms, interpolate(costs.level_ms, width), best.rate, trusted, followed)
+        pace = CostModel(costs.forward_ms, interpolate(costs.level_ms, width), best.rate, trusted, followed)
         found = replay(draft(steps, depth, width, pace, rows), costs, width, most, pace)
         if found.rate <= best.rate:
             break

@@ -14,8 +14,8 @@ from statistics import median
 
 from haast.bench.arms import Arm, ArmRun
 from haast.checking.divergence import Divergence, diagnose
+from haast.core import SamplingParams
 from haast.engine import PREFILL_CHUNK
-from haast.sampling import SamplingConfig
 from haast.target import Target
 from haast.tokens import common_length
 
@@ -27,7 +27,7 @@ class BenchConfig:
     max_new_tokens: int = 128
     rounds: int = 1
     warmup_tokens: int = 16
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     prefill_chunk: int = PREFILL_CHUNK
 
     def __post_init__(self) -> None:
@@ -133,7 +133,7 @@ def differences(
     records: Records,
     prompts: Sequence[BenchPrompt],
     target: Target,
-    sampling: SamplingConfig,
+    sampling: SamplingParams,
     own_text: Collection[str] = (),
 ) -> list[Difference]:
     """Where decoders' outputs part from the first engine decoder's (vanilla where it ran), and between rounds.

@@ -171,3 +171,24 @@ def calibration(document: Document) -> str:
         + f"{expected['nodes']:.1f} "
         + "nodes on average.\n"
     )
+
+
+def optimizers(document: Document) -> str:
+    """What of a training step goes to the optimiser."""
+    lines = [
+        "| hidden size | optimiser | positions a batch | model, ms | optimiser, ms | its share | its share, counted |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['hidden']} | {row['optimizer']} | {row['batch_tokens']} | {row['model_ms']:.0f} | "
+        f"{row['optimizer_ms']:.0f} | {row['share']:.0%} | {row['counted']:.0%} |"
+        for row in document["optimizers"]
+    ]
+    one = document.get("matrix")
+    if one is None:
+        return "\n".join(lines) + "\n"
+    rows, columns = one["shape"]
+    return "\n".join(lines) + (
+        f"\n\nA step for one matrix of {rows} x {columns}: {one['haast_ms']:.0f} ms, with `torch.optim.Muon` "
+        f"{one['torch_ms']:.0f} ms.\n"
+    )

@@ -2,8 +2,8 @@
 
 Owns the recording and the document's schema. Knows neither terminal nor HTML (see `accept_tree` and `cli.trace`).
 
-A node's `target_prob` is the target's probability of its token behind its own parent, under the processed law of the
-sampling. Greedy decoding has a one-hot law, which tells nothing: there it is the softmax of the processed scores.
+A node's `target_prob` is the target's probability of its token after its own parent, of the processed distribution that
+is sampled. Greedy decoding has a one-hot one, which tells nothing: there it is the softmax of the processed scores.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from haast.bench.report import machine
+from haast.core import SamplingParams
 from haast.drafters.base import Drafter
-from haast.engine import Engine, Stats, Step, StopConfig
-from haast.sampling import Sampler, SamplingConfig
+from haast.engine import Engine, Stats, Step, StopParams
+from haast.sampling import Sampler
 from haast.target import Target
 from haast.text import TextStream, token_text
 
@@ -28,8 +29,8 @@ def record_trace(
     target: Target,
     drafter: Drafter,
     prompt_ids: Sequence[int],
-    sampling: SamplingConfig,
-    stop: StopConfig,
+    sampling: SamplingParams,
+    stop: StopParams,
     prompt_text: str,
     environment: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def record_trace(
         raise ValueError("a trace shows text, and this target was given without a tokenizer: give one")
     recorder, stats = _Recorder(target.tokenizer, prompt_ids, sampling), Stats()
     for emission in Engine(target, drafter).run([list(prompt_ids)], sampling, stop, stats, watch=recorder.watch):
-        if not stats.target_forwards:
+        if not recorder.prefill:
             recorder.begin(emission.tokens[0])
     recorder.end()
     return {
@@ -62,7 +63,7 @@ def record_trace(
         "target_forwards": stats.target_forwards,
         "by_length": stats.by_length,
         "temperature": sampling.temperature,
-        "probabilities": "softmax of the scores" if sampling.temperature == 0 else "the law that was sampled",
+        "probabilities": "softmax of the scores" if sampling.temperature == 0 else "the distribution that was sampled",
         "environment": machine() if environment is None else environment,
         "prefill": recorder.prefill,
         "steps": recorder.steps,
@@ -72,7 +73,7 @@ def record_trace(
 class _Recorder:
     """Follows one row's text, and turns each step into its document."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], sampling: SamplingConfig) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], sampling: SamplingParams) -> None:
         self._tokenizer, self._sampler, self._history = tokenizer, Sampler(sampling), list(prompt)
         self._greedy = sampling.temperature == 0
         self.stream = TextStream(tokenizer)
@@ -116,31 +117,31 @@ class _Recorder:
     def _nodes(self, step: Step, path: Sequence[int], choices: Sequence[int]) -> list[dict[str, Any]]:
         tree = step.tree
         tokens, parents, live = (each[0].tolist() for each in (tree.tokens, tree.parents, tree.live))
-        probes = [False] * tree.nodes if tree.probe is None else tree.probe[0].tolist()
+        probes = [False] * tree.nodes if tree.placeholder is None else tree.placeholder[0].tolist()
         chosen = dict(zip(path, choices, strict=True))
-        laws: dict[int, Tensor] = {}  # node -> target probabilities behind it (vocab,)
+        known: dict[int, Tensor] = {}  # node -> target probabilities after it (vocab,)
 
-        def law(node: int) -> Tensor:
-            if node not in laws:
-                laws[node] = self._law(step.logits[0, node], _way(node, parents, tokens))
-            return laws[node]
+        def probs(node: int) -> Tensor:
+            if node not in known:
+                known[node] = self._probs(step.logits[0, node], _way(node, parents, tokens))
+            return known[node]
 
         nodes = []
         for node, token in enumerate(tokens):
             candidate = live[node] and parents[node] >= 0 and not probes[node]
             choice = None
             if node in chosen:
-                choice = self._named(chosen[node]) | {"prob": float(law(node)[chosen[node]])}
+                choice = self._named(chosen[node]) | {"prob": float(probs(node)[chosen[node]])}
             nodes.append(
                 {"id": node, "parent": parents[node], "depth": int(tree.depths[0, node])}
                 | self._named(token)
                 | {"accepted": node > 0 and node in chosen, "probe": bool(probes[node]), "live": bool(live[node])}
-                | {"target_prob": float(law(parents[node])[token]) if candidate else None, "choice": choice}
+                | {"target_prob": float(probs(parents[node])[token]) if candidate else None, "choice": choice}
             )
         return nodes
 
-    def _law(self, logits: Tensor, way: Sequence[int]) -> Tensor:
-        """Target probabilities (vocab,) behind `way`, the tokens below the root."""
+    def _probs(self, logits: Tensor, way: Sequence[int]) -> Tensor:
+        """Target probabilities (vocab,) after `way`, the tokens below the root."""
         history = [*self._history, *way]
         if self._greedy:
             return self._sampler.scores(history, logits).double().softmax(-1)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from haast.cache import TreeCache
-from haast.drafters.base import Accepted
+from haast.cache import KVCache
+from haast.core import Accepted
 from haast.drafters.eagle import EagleDrafter
 from haast.target import Target
 from haast.tree import DraftTree
@@ -26,7 +26,7 @@ def measure_v_curve(
     node_counts: Sequence[int] = NODE_COUNTS,
     rows: int = 1,
 ) -> dict[str, Any]:
-    """Median ms of `target.forward` over a chain of n nodes behind 160 committed slots, and of the draft.
+    """Median ms of `target.forward` over a chain of n nodes after 160 committed slots, and of the draft.
 
     Rounds are interleaved over all n, after one round of warm-up. `v` is relative to one node. `ms_observe` is the
     head's pass over three accepted tokens, `ms_propose` the growth of one tree. With several `rows` each has n nodes.
@@ -60,30 +60,41 @@ def measure_v_curve(
     return result
 
 
-def prefix_of(target: Target, room: int, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor, TreeCache]:
-    """A prefix of 160 tokens (fewer in a small context): tokens (rows, n), their features, and the cache behind it."""
+def prefix_of(target: Target, room: int, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor, KVCache]:
+    """A prefix of 160 tokens (fewer in a small context): tokens (rows, n), their features, and the cache after it."""
     committed = COMMITTED
     if target.context_length is not None:
         committed = min(committed, max(target.context_length - room, 5))
     tokens = torch.arange(committed, device=target.device).expand(rows, -1) % target.vocab_size
     cache = target.new_cache(rows, committed + room)
     features = target.forward(DraftTree.chain(tokens), cache, last_only=True).features
-    cache.commit([range(committed)] * rows)
+    cache.advance([committed] * rows)
     return tokens, features, cache
 
 
 def draft_step(
     target: Target, drafter: EagleDrafter, tokens: torch.Tensor, features: torch.Tensor
 ) -> tuple[float, float]:
-    """Ms to observe three accepted tokens, and to propose, behind the prefix."""
+    """Ms to observe three accepted tokens, and to propose, after the prefix."""
     prefix, kept = tokens.shape[1] - 4, 3
-    drafter.start([tokens[0].tolist()])
-    drafter.observe(Accepted(tokens[:, 1 : prefix + 1], features[:, :prefix], (prefix,)))
-    begun = _now(target)
-    drafter.observe(Accepted(tokens[:, prefix + 1 :], features[:, prefix : prefix + kept], (kept,)))
-    observed = _now(target)
-    drafter.propose()
-    return 1e3 * (observed - begun), 1e3 * (_now(target) - observed)
+    said, kv = tokens[0].tolist(), target.pool.sequence()
+    kv.reserve(len(said) + drafter.room)
+    state = drafter.begin(said[: prefix + 1], kv, 0)
+    try:
+        drafter.observe([state], _accepted(tokens[:, 1 : prefix + 1], features[:, :prefix]))
+        begun = _now(target)
+        drafter.observe([state], _accepted(tokens[:, prefix + 1 :], features[:, prefix : prefix + kept]))
+        observed = _now(target)
+        drafter.propose([state])
+        return 1e3 * (observed - begun), 1e3 * (_now(target) - observed)
+    finally:
+        drafter.end(state)
+        kv.release()
+
+
+def _accepted(tokens: torch.Tensor, features: torch.Tensor) -> Accepted:
+    """As of a prompt, so that the head runs over it at once."""
+    return Accepted(tokens, features, torch.tensor([tokens.shape[1]], device=tokens.device))
 
 
 def _now(target: Target) -> float:

@@ -1,7 +1,7 @@
 """The verifier: does drafted decoding say what vanilla says? Owns the comparison and its statistics.
 
-`divergence` compares texts token by token and tells a floating-point tie from a bug; `law` tests the sampled law. Both
-recompute what they judge by: plain forwards over the history, never the tree's own logits.
+`divergence` compares texts token by token and tells a floating-point tie from a bug; `law` tests the distribution of
+what is sampled. Both recompute what they judge by: plain forwards over the history, never the tree's own logits.
 """
 
 from haast.checking.divergence import Comparison, Divergence, compare, diagnose, tolerance

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, StopConfig
-from haast.sampling import Sampler, SamplingConfig, keyed_uniform
+from haast.engine import Engine, Stats, StopParams
+from haast.sampling import Sampler
 from haast.target import Target
 from haast.tokens import common_length
 from haast.tree import DraftTree
@@ -55,7 +56,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def compare(
-    target: Target, drafter: Drafter, prompt: Sequence[int], sampling: SamplingConfig, stop: StopConfig
+    target: Target, drafter: Drafter, prompt: Sequence[int], sampling: SamplingParams, stop: StopParams
 ) -> Comparison:
     """Decode `prompt` without and with drafting, and judge the first difference.
 
@@ -63,7 +64,7 @@ def compare(
         target: the model; both runs use it.
         drafter: what is under test.
         prompt: token ids.
-        sampling: one law and seed for both.
+        sampling: one distribution and seed for both.
         stop: when to end, for both.
     """
     runs = []
@@ -77,11 +78,11 @@ def compare(
 
 
 def diagnose(
-    target: Target, prompt: Sequence[int], vanilla: Sequence[int], drafted: Sequence[int], sampling: SamplingConfig
+    target: Target, prompt: Sequence[int], vanilla: Sequence[int], drafted: Sequence[int], sampling: SamplingParams
 ) -> Divergence | None:
     """Judge the first difference of two texts that followed `prompt`; None where they are equal.
 
-    A text that ends while the other goes on, behind equal tokens, is a bug: stop rules see tokens, not logits.
+    A text that ends while the other goes on, after equal tokens, is a bug: stop rules see tokens, not logits.
     """
     if tuple(vanilla) == tuple(drafted):
         return None
@@ -103,7 +104,7 @@ def diagnose(
         gap = float(best[0] - torch.minimum(scores[mine], scores[theirs]))
     else:
         probs = sampler.probs(history, logits)
-        point = keyed_uniform(sampling.seed, 0, len(history))
+        point = sampler.draw(len(history))
         gap = max(_distance(probs, mine, point), _distance(probs, theirs, point))
     return Divergence(index, mine, theirs, gap, top2, allowed, "tie" if gap <= allowed else "bug")
 
@@ -114,7 +115,7 @@ def logits_after(target: Target, history: Sequence[int]) -> Tensor:
     for begin in range(0, len(history), _CHUNK):
         tokens = torch.tensor([list(history[begin : begin + _CHUNK])], device=target.device)
         output = target.forward(DraftTree.chain(tokens), cache, last_only=True)
-        cache.commit([range(tokens.shape[1])])
+        cache.advance([tokens.shape[1]])
     return output.logits[0, 0]
 
 

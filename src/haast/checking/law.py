@@ -1,8 +1,8 @@
-"""Chi-square tests of the sampled law: are drafted samples the target's own samples?
+"""Chi-square tests of the sampled distribution: are drafted samples the target's own samples?
 
 Owns two experiments. `tiny_law`: a built-in random model in fp64, all strings of length 3, the whole engine, and a
-biased control that must fail, so that the test is known to see. `sampled_law`: the user's model, one drafted tree, many
-seeds through the acceptance walk; its first token, and its second behind the first one drafted.
+biased control that must fail, so that the test is known to see. `sampled_law`: the user's model, one drafted tree,
+verified with many seeds; its first token, and its second after the first one drafted.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from haast.checking.divergence import logits_after
-from haast.drafters.base import Accepted, Drafter
+from haast.core import SamplingParams
+from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import DraftShape
-from haast.engine import Engine, StopConfig
+from haast.engine import Engine, Step, StopParams
 from haast.heads.checkpoint import Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
-from haast.sampling import Sampler, SamplingConfig
+from haast.sampling import Sampler
 from haast.target import Target
 from haast.tree import DraftTree
 from haast.verify import verify
 
-_LEVEL = 1e-4  # p-values below it are taken for a wrong law; a right one gets there once in 10,000 tests
+_LEVEL = 1e-4  # p-values below it are taken for a wrong distribution; a right one gets there once in 10,000 tests
 _FEWEST = 5.0  # expected count of a cell; smaller cells are merged into one
 _VOCAB, _LENGTH = 6, 3
 
@@ -45,7 +46,7 @@ class LawTest:
 
     @property
     def passed(self) -> bool:
-        """Whether the law came out as it should: right, or (a control) visibly wrong."""
+        """Whether the distribution came out as it should: right, or (a control) visibly wrong."""
         return (self.p_value < _LEVEL) == self.expected_to_fail
 
 
@@ -78,7 +79,7 @@ def chi_square(counts: Mapping[int, int], probs: Tensor) -> tuple[float, int, fl
 
 
 def tiny_law(samples: int = 3000, seed: int = 0) -> list[LawTest]:
-    """The whole engine on a tiny random model: the law over all strings of length 3, and a biased control.
+    """The whole engine on a tiny random model: the distribution over all strings of length 3, and a biased control.
 
     Args:
         samples: texts drawn for each of the two tests.
@@ -88,36 +89,36 @@ def tiny_law(samples: int = 3000, seed: int = 0) -> list[LawTest]:
     probs = _string_probs(target)
     tests = []
     for name, processors in (("tiny model, strings of length 3", ()), ("control: one logit raised", (_raise_first,))):
-        sampling = SamplingConfig(temperature=1.0, seed=seed, processors=processors)
+        sampling = SamplingParams(temperature=1.0, seed=seed, processors=processors)
         counts = _draw_strings(target, drafter, sampling, samples)
         tests.append(LawTest(name, samples, *_ordered(chi_square(counts, probs)), expected_to_fail=bool(processors)))
     return tests
 
 
 def sampled_law(
-    target: Target, drafter: Drafter, prompt: Sequence[int], sampling: SamplingConfig, samples: int = 1000
+    target: Target, drafter: Drafter, prompt: Sequence[int], sampling: SamplingParams, samples: int = 1000
 ) -> list[LawTest]:
-    """The user's model: the law of the tokens one verified tree emits, over many seeds.
+    """The user's model: the distribution of the tokens that one verified tree emits, over many seeds.
 
-    One forward over the drafted tree, then the acceptance walk with `samples` seeds. The first token is held against
-    a plain forward behind the prompt; the second, among texts that begin with the first token drafted, against a plain
-    forward behind that. Rare tokens are merged into one cell.
+    One forward over the drafted tree, then verification with `samples` seeds. The first token is held against a plain
+    forward after the prompt; the second, among texts that begin with the first token drafted, against a plain forward
+    after that. Rare tokens are merged into one cell. The prompt has two tokens or more.
     """
     tree, logits = _one_tree(target, drafter, prompt)
     first: Counter[int] = Counter()
     second: Counter[int] = Counter()
-    favourite = int(tree.tokens[0, tree.children(0)[0][0]])
+    favourite = next((int(tree.tokens[0, child]) for child in tree.children(0)[0]), -1)
     for seed in range(sampling.seed, sampling.seed + samples):
-        sampler = Sampler(replace(sampling, seed=seed))
-        row = verify(tree, logits, sampler, [list(prompt)]).rows[0]
-        assert row is not None, "a running row has a verdict"
+        row = verify(tree, logits, [Sampler(replace(sampling, seed=seed))], [prompt]).rows[0]
+        if row is None:
+            raise RuntimeError("verification gave no verdict on its one row")
         first[row.tokens[0]] += 1
         if row.tokens[0] == favourite and len(row.tokens) > 1:
             second[row.tokens[1]] += 1
     tests = []
     for name, counts, history in (
         ("first token", first, list(prompt)),
-        ("second token behind the drafted first", second, [*prompt, favourite]),
+        ("second token after the drafted first", second, [*prompt, favourite]),
     ):
         if sum(counts.values()) >= 10 * _FEWEST:
             probs = Sampler(sampling).probs(history, logits_after(target, history)).cpu()
@@ -130,16 +131,29 @@ def _ordered(result: tuple[float, int, float]) -> tuple[int, float, float]:
     return cells, statistic, p_value
 
 
+class _Forced:
+    """Says the last token of a prompt first, so that the engine's first tree hangs on it."""
+
+    stateless = False
+
+    def __init__(self, token: int) -> None:
+        self._token = token
+
+    def choose(self, history: Sequence[int], logits: Tensor) -> int:
+        return self._token
+
+
 def _one_tree(target: Target, drafter: Drafter, prompt: Sequence[int]) -> tuple[DraftTree, Tensor]:
-    """The tree drafted behind `prompt` (its last token is the root), and the target's logits over it."""
-    cache = target.new_cache(1, len(prompt) + drafter.nodes)
-    drafter.start([prompt])
-    tokens = torch.tensor([list(prompt)], device=target.device)
-    output = target.forward(DraftTree.chain(tokens[:, :-1]), cache, last_only=True)
-    cache.commit([range(len(prompt) - 1)])
-    drafter.observe(Accepted(tokens[:, 1:], output.features, (len(prompt) - 1,)))
-    tree = drafter.propose()
-    return tree, target.forward(tree, cache).logits
+    """The tree drafted after `prompt` (its last token is the root), and the target's logits over it."""
+    seen: list[tuple[DraftTree, Tensor]] = []
+
+    def watch(step: Step) -> None:
+        seen.append((step.tree, step.logits.clone()))
+
+    choosers, stop = [_Forced(prompt[-1])], StopParams(max_new_tokens=2)
+    for _ in Engine(target, drafter).run([prompt[:-1]], SamplingParams(), stop, watch=watch, choosers=choosers):
+        continue
+    return seen[0]
 
 
 def _tiny(seed: int) -> tuple[Target, EagleDrafter]:
@@ -164,7 +178,7 @@ def _tiny(seed: int) -> tuple[Target, EagleDrafter]:
 
 
 def _string_probs(target: Target) -> Tensor:
-    """The exact law over all strings behind the one-token prompt 0. (vocab ** length,), first token first."""
+    """The exact distribution over all strings after the one-token prompt 0. (vocab ** length,), first token first."""
     strings = torch.cartesian_prod(*[torch.arange(_VOCAB)] * _LENGTH)  # (strings, length)
     tokens = torch.cat([torch.zeros(len(strings), 1, dtype=torch.long), strings], dim=1)
     logits = target.forward(DraftTree.chain(tokens), target.new_cache(len(tokens), tokens.shape[1])).logits
@@ -172,15 +186,13 @@ def _string_probs(target: Target) -> Tensor:
     return logprobs.sum((1, 2)).exp()
 
 
-def _draw_strings(target: Target, drafter: Drafter, sampling: SamplingConfig, samples: int) -> Counter[int]:
-    """Strings as numbers, drawn by the real engine, one row each."""
+def _draw_strings(target: Target, drafter: Drafter, sampling: SamplingParams, samples: int) -> Counter[int]:
+    """Strings as numbers, drawn by the real engine, each with a seed of its own."""
     texts: list[list[int]] = [[] for _ in range(samples)]
-    stop = StopConfig(max_new_tokens=_LENGTH)
-    for begin in range(0, samples, 500):
-        rows = min(500, samples - begin)
-        run = replace(sampling, seed=sampling.seed + begin)
-        for emission in Engine(target, drafter).run([[0]] * rows, run, stop):
-            texts[begin + emission.row].extend(emission.tokens)
+    stop = StopParams(max_new_tokens=_LENGTH)
+    seeds = [replace(sampling, seed=sampling.seed + number) for number in range(samples)]
+    for emission in Engine(target, drafter).run([[0]] * samples, seeds, stop):
+        texts[emission.row].extend(emission.tokens)
     return Counter(sum(token * _VOCAB ** (_LENGTH - 1 - i) for i, token in enumerate(text)) for text in texts)
 
 

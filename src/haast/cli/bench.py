@@ -28,9 +28,9 @@ from haast.cli.suite import Plan, Whereabouts, bench_suite, plan_suite, refuse_s
 if TYPE_CHECKING:
     from haast.bench.arms import Arm
     from haast.bench.runner import BenchConfig, BenchPrompt, Record
+    from haast.core import SamplingParams
     from haast.drafters.eagle import EagleDrafter
     from haast.drafters.medusa import MedusaDrafter
-    from haast.sampling import SamplingConfig
     from haast.target import Target
 
 
@@ -102,7 +102,7 @@ def bench(
 
     def arms_at(temperature: float, own: Sequence[str]) -> list[Arm]:
         there = replace(config, sampling=replace(law, temperature=temperature))
-        return _arms(own, target, drafter, loading, there, small, medusa)
+        return _arms(own, target, drafter, loading, drafting, there, small, medusa)
 
     settings = {**drawn_by(drafter), **_plain(config), "raw": raw}
     if plan is not None:
@@ -115,13 +115,15 @@ def bench(
     document = _bench(arms, encoded, config, target, loading.model, prompts, settings)
     if v_curve:
         from haast.bench.vcurve import measure_v_curve
+        from haast.progress import Progress
 
-        document["v_curve"] = measure_v_curve(target, drafter)
+        with Progress("v curve"):
+            document["v_curve"] = measure_v_curve(target, drafter)
     _bench_end(document, json_out)
 
 
 def _plan(
-    prompts: Path | None, suite: SuiteOptions, limit: int | None, law: SamplingConfig, extras: bool
+    prompts: Path | None, suite: SuiteOptions, limit: int | None, law: SamplingParams, extras: bool
 ) -> Plan | None:
     """What --suite asks for; None for --prompts. Raises ValueError for both, neither, or options of the other."""
     if (prompts is None) == (suite.suite is None):
@@ -146,9 +148,9 @@ def _drafting(
     small: Target | None,
 ) -> dict[str, dict[str, Any]]:
     """What the decoders draft with that have a head or a model of their own: settings, and the head's digest."""
-    from haast.api import find_head
     from haast.bench.arms import HEADED, RULED
     from haast.bench.report import folder_sha256, weights_sha256
+    from haast.drafters.factory import find_head
 
     found: dict[str, dict[str, Any]] = {}
     folder = None if eagle is None else drafting.folder(loading.model)
@@ -174,11 +176,12 @@ def _arms(
     target: Target,
     drafter: EagleDrafter | None,
     loading: Loading,
+    drafting: Drafting,
     config: BenchConfig,
     small: Target | None,
     medusa: MedusaDrafter | None,
 ) -> list[Arm]:
-    from haast.bench.arms import HISTORY_NODES, EngineArm, StockArm, drafter_for
+    from haast.bench.arms import EngineArm, StockArm, drafter_for
     from haast.models import load_stock
     from haast.training.frozen import end_tokens
 
@@ -190,7 +193,16 @@ def _arms(
             stock.to(target.device)  # type: ignore[arg-type]
             arms.append(StockArm(stock, ends))
         else:
-            own = drafter_for(name, target, drafter, HISTORY_NODES, small, medusa, config.sampling)
+            own = drafter_for(
+                name,
+                target,
+                drafter,
+                small,
+                medusa,
+                config.sampling,
+                shaped=drafting.shaped,
+                calibration=drafting.calibration,
+            )
             arms.append(EngineArm(target, own, config.sampling, ends, name, config.prefill_chunk))
     return arms
 
@@ -204,25 +216,22 @@ def _bench(
     prompts: Path,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from haast.bench import report, runner
+    from haast.progress import Progress
 
     where = report.environment(target, model, prompts, len(encoded), settings)
     decoded, forwards = 0, 0
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=config.rounds * len(encoded) * len(arms))
+    with Progress("bench", "answers", config.rounds * len(encoded) * len(arms), rate="tokens") as progress:
 
-        def progress(name: str, record: Record) -> None:
+        def told(name: str, record: Record) -> None:
             nonlocal decoded, forwards
-            stats = record.runs[-1].stats
+            run = record.runs[-1]
+            stats = run.stats
             if name == "eagle" and stats is not None:
                 decoded, forwards = decoded + stats.decoded_tokens, forwards + stats.target_forwards
-            bar.update(task, advance=1, description=f"tau {decoded / forwards:.2f}" if forwards else "")
+            progress.step(counted=len(run.tokens), words=f"eagle's tau {decoded / forwards:.2f}" if forwards else "")
 
-        records = runner.run_bench(arms, encoded, config, progress)
+        records = runner.run_bench(arms, encoded, config, told)
     own_text = [arm.name for arm in arms if arm.own_text]
     found = runner.differences(records, encoded, target, config.sampling, own_text)
     return {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -28,16 +30,16 @@ def calibrate(
     """Measure what a step costs here, and choose the drafting that is fastest. Takes a minute or two.
 
     Later runs with the same machine, model and head use what was found, unless they name a shape. Give prompts like
-    those that will be asked; never those of an evaluation. It needs a head, and looks for the shape itself.
+    those that will be asked; never those of an evaluation. It looks for the shape itself. With --head none it measures
+    forwards alone, for drafters that read the text.
 
     \b
     haast calibrate
     haast calibrate --prompts my_prompts.jsonl --limit 20 --png calibration.png
+    haast calibrate --model my-model --head none --packing off
     """
     check_at_least("max_new_tokens", max_new_tokens, 16)
     check_at_least("rounds", rounds)
-    if drafting.head == "none":
-        raise ValueError("calibrate needs a head: leave out --head none")
     if drafting.shaped or drafting.calibration != "auto":
         raise ValueError(
             "calibrate looks for the best shape itself: leave out --shape, --nodes, --depth, --calibration"
@@ -49,8 +51,15 @@ def calibrate(
     if png is not None and png.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--png {png} is no picture: give a name that ends in .png, .svg or .pdf")
     loading.check()
+    if drafting.head == "none":
+        if any(given is not None for given in (prompts, limit, out, png)):
+            raise ValueError(
+                "--prompts, --limit, --out and --png are for a head's drafts: leave them out, or give a head"
+            )
+        _forwards_alone(loading, rounds, json_out)
+        return
     shape = drafting.check(loading.model, loading.device)
-    target, loaded, encoded = load_all(loading, drafting, shape, chosen)
+    target, loaded, encoded = load_all(loading, replace(drafting, calibration="off"), shape, chosen)
     drafter = as_eagle(loaded)
     assert drafter is not None, "a head was asked for"
 
@@ -60,19 +69,22 @@ def calibrate(
     from haast.bench.costs import draw, show
     from haast.bench.report import environment
     from haast.drafters.calibrated import default_path
+    from haast.progress import Progress
+    from haast.tuning.latency import Latency, keep, smoothed
 
-    status = Console(stderr=True)
-    with status.status("calibrating") as spinner:
+    with Progress("calibrating") as progress:
         found = measure(
             target,
             drafter,
             [prompt.tokens for prompt in encoded],
             tokens=max_new_tokens,
             rounds=rounds,
-            say=lambda line: spinner.update(f"calibrating: {line}"),
+            say=progress.say,
         )
     path = default_path(found.identity) if out is None else out
     found.save(path)
+    if out is None:
+        keep(target, Latency(smoothed(found.forward_ms)))  # for drafters without a head
     show(found, Console(file=human_output(json_out)))
     print(f"kept in {path}", file=human_output(json_out))
     if png is not None:
@@ -80,6 +92,21 @@ def calibrate(
     settings = {"max_new_tokens": max_new_tokens, "rounds": rounds}
     where = environment(target, loading.model, prompts, len(encoded), settings)
     write_json({**found.document(), "environment": where}, json_out)
+
+
+def _forwards_alone(loading: Loading, rounds: int, json_out: str | None) -> None:
+    """What a forward costs by its nodes, for drafters without a head."""
+    from haast.tuning.latency import Latency, keep, measurable, measure_forwards, target_identity
+
+    target = loading.load()
+    if not measurable(target):
+        raise ValueError("compiled layers are compiled for every size, which is not measured: leave out --compile")
+    found = Latency(measure_forwards(target, math.inf, rounds=rounds))
+    path, out = keep(target, found), human_output(json_out)
+    for nodes, ms in found.forward_ms.items():
+        print(f"{nodes:>4} nodes {ms:9.2f} ms, v(n) {ms / found.forward_ms[1]:.2f}", file=out)
+    print(f"kept in {path}", file=out)
+    write_json({"forward_ms": found.forward_ms, "identity": target_identity(target)}, json_out)
 
 
 def plan(

@@ -11,13 +11,23 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from haast.cli.boundary import check_writable, human_output, write_json
-from haast.cli.settings import PREFILL_CHUNK, ChunkOption, Drafting, JsonOption, Loading, Sampling, check_at_least
+from haast.cli.loading import load_chosen
+from haast.cli.settings import (
+    PREFILL_CHUNK,
+    Choice,
+    ChunkOption,
+    Drafting,
+    JsonOption,
+    Loading,
+    Sampling,
+    check_at_least,
+)
 from haast.cli.spreading import Spreading, leads, one_voice
 
 if TYPE_CHECKING:
     from haast.api import Haast, Piece, Prompt
+    from haast.core import SamplingParams
     from haast.engine import Stats
-    from haast.sampling import SamplingConfig
     from haast.session import Session
     from haast.spreading import Spread
 
@@ -64,6 +74,7 @@ class Said:
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from stdin.")],
     loading: Loading,
+    choice: Choice,
     drafting: Drafting,
     sampling: Sampling,
     ending: Ending,
@@ -90,9 +101,9 @@ def generate(
     if not prompt:
         raise ValueError("the prompt is empty: give some text")
     check_writable(json_out)
-    if compare and drafting.head == "none":
-        raise ValueError("--compare needs a head: leave out --head none")
-    drafter, vanilla = _load(loading, drafting, spread)
+    if compare and choice.drafter in ("none", "vanilla"):
+        raise ValueError(f"--compare compares a drafter with none: leave out --drafter {choice.drafter}")
+    drafter, vanilla = _load(loading, choice, drafting, spread)
     json_out = json_out if leads(drafter.target) else None
     with one_voice(drafter.target):
         if compare:
@@ -105,6 +116,7 @@ def generate(
 
 def chat(
     loading: Loading,
+    choice: Choice,
     drafting: Drafting,
     sampling: Sampling,
     ending: Ending,
@@ -122,7 +134,7 @@ def chat(
     loading.check()
     if spreading.tensor_parallel:
         raise ValueError("--tensor-parallel answers one prompt (`haast generate`): several processes can't hear you")
-    model, _ = _load(loading, drafting, spreading.check(loading))
+    model, _ = _load(loading, choice, drafting, spreading.check(loading))
     if not model.tokenizer.chat_template:
         raise ValueError(f"{loading.model} has no chat template, so it cannot chat: use `haast generate --raw`")
     from haast.session import Session
@@ -143,7 +155,7 @@ def chat(
             _turn(session, line, law, ending)
 
 
-def _turn(session: Session, line: str, law: SamplingConfig, ending: Ending) -> None:
+def _turn(session: Session, line: str, law: SamplingParams, ending: Ending) -> None:
     """One exchange; the dialogue stays as it was where it no longer fits the context."""
     from haast.errors import PromptError
 
@@ -164,19 +176,17 @@ def _turn(session: Session, line: str, law: SamplingConfig, ending: Ending) -> N
     typer.echo()
 
 
-def _load(loading: Loading, drafting: Drafting, spread: Spread) -> tuple[Haast, Haast]:
+def _load(loading: Loading, choice: Choice, drafting: Drafting, spread: Spread) -> tuple[Haast, Haast]:
     """The target with its drafter, and without."""
     from haast.api import Haast
     from haast.drafters.vanilla import VanillaDrafter
 
-    shape = drafting.check(loading.model, loading.device)
-    target = loading.load(spread)
-    drafter = drafting.load(target, loading.model, shape)
-    return Haast(target, drafter or VanillaDrafter()), Haast(target, VanillaDrafter())
+    target, drafter = load_chosen(choice, loading, drafting, spread)
+    return Haast(target, drafter), Haast(target, VanillaDrafter())
 
 
 def _answer(
-    model: Haast, prompt: Prompt, law: SamplingConfig, ending: Ending, chat: bool, out: TextIO | None
+    model: Haast, prompt: Prompt, law: SamplingParams, ending: Ending, chat: bool, out: TextIO | None
 ) -> tuple[Said, Stats]:
     """One answer, shown on `out`, with its line of statistics on stderr; Ctrl-C prints it as well."""
     from haast.engine import Stats
@@ -205,7 +215,7 @@ def _compare(
     drafter: Haast,
     vanilla: Haast,
     prompt: str,
-    law: SamplingConfig,
+    law: SamplingParams,
     ending: Ending,
     chat: bool,
     rounds: int,
@@ -216,7 +226,8 @@ def _compare(
 
     out = human_output(json_out)
     warm = replace(ending, max_new_tokens=min(_WARMUP, ending.max_new_tokens))
-    arms = [("vanilla", vanilla), ("eagle", drafter)]
+    own = drafter.drafter.name
+    arms = [("vanilla", vanilla), (own, drafter)]
     for _, model in arms:
         _answer(model, prompt, law, warm, chat, None)
     runs: dict[str, list[tuple[Said, Stats]]] = {name: [] for name, _ in arms}
@@ -226,8 +237,8 @@ def _compare(
                 out.write(f"--- {name}\n")
             runs[name].append(_answer(model, prompt, law, ending, chat, out if number == 0 else None))
     speeds = {name: median(stats.tokens_per_s for _, stats in done) for name, done in runs.items()}
-    speedup = speeds["eagle"] / speeds["vanilla"] if speeds["vanilla"] else 0.0
-    tau = runs["eagle"][0][1].tau
+    speedup = speeds[own] / speeds["vanilla"] if speeds["vanilla"] else 0.0
+    tau = runs[own][0][1].tau
     texts = {name: [said.tokens for said, _ in done] for name, done in runs.items()}
     same = all(tokens == texts["vanilla"][0] for done in texts.values() for tokens in done)
     out.write("--- the same text" if same else "--- NOT the same text")
@@ -241,7 +252,7 @@ def _compare(
 
 
 def _judge(
-    model: Haast, prompt: Sequence[int], texts: dict[str, list[list[int]]], law: SamplingConfig, out: TextIO
+    model: Haast, prompt: Sequence[int], texts: dict[str, list[list[int]]], law: SamplingParams, out: TextIO
 ) -> str:
     """Say where the texts part, and why; returns "tie" or "bug"."""
     from haast.checking import diagnose

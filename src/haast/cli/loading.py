@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from haast.cli.settings import Drafting, Loading, check_at_least
+from haast.cli.settings import Choice, Drafting, Loading, check_at_least
 
 if TYPE_CHECKING:
     from haast.bench.runner import BenchPrompt
+    from haast.drafters.base import Drafter
     from haast.drafters.eagle import EagleDrafter
     from haast.drafters.medusa import MedusaDrafter
     from haast.drafters.shape import DraftShape
     from haast.prompts import Prompt
+    from haast.spreading import Spread
     from haast.target import Target
 
 OWN_PROMPTS = (
@@ -43,17 +45,45 @@ def read_prompt_file(path: Path | None, limit: int | None) -> list[Prompt]:
     return [Prompt(f"built-in {i}", (text,)) for i, text in enumerate(OWN_PROMPTS[: limit or 4], start=1)]
 
 
-def load_all(
-    loading: Loading, drafting: Drafting, shape: DraftShape | None, prompts: Sequence[Prompt], raw: bool = False
-) -> tuple[Target, EagleDrafter | MedusaDrafter | None, list[BenchPrompt]]:
-    """Target, drafter (None without a shape or head) and encoded first turns. Raises ValueError as loading does."""
+def load_chosen(
+    choice: Choice, loading: Loading, drafting: Drafting, spread: Spread | None = None
+) -> tuple[Target, Drafter]:
+    """A target, and the drafter that was asked for; all is checked first. Raises ValueError as loading does."""
+    from haast.drafters.factory import make_drafter, needs_head, plan_drafter
+    from haast.heads.checkpoint import check_fits, load_head
+
+    choice.check()
+    if not needs_head(choice.drafter):
+        drafting = replace(drafting, head="none")
+    shape = drafting.check(loading.model, loading.device)
+    small = None if choice.small_model is None else replace(loading, model=choice.small_model)
+    if small is not None:
+        small.check()
+    head = None if drafting.head == "none" else drafting.head
+    name, folder = plan_drafter(choice.drafter, head, loading.model, small is not None)
+    target = loading.load(spread)
+    loaded = None if folder is None else load_head(folder)
+    if loaded is not None:
+        check_fits(loaded.module.config, target.hidden_size, target.vocab_size, loading.model)
+    drafter = make_drafter(
+        name,
+        target,
+        loaded,
+        shape=shape if drafting.shaped else None,
+        window=drafting.draft_window,
+        small=None if small is None else small.load(),
+        calibration=drafting.calibration,
+    )
+    return target, drafter
+
+
+def encoded_prompts(target: Target, prompts: Sequence[Prompt], raw: bool = False) -> list[BenchPrompt]:
+    """First turns as tokens. Raises ValueError where one can't be answered."""
     from haast.api import Haast
     from haast.bench.runner import BenchPrompt
     from haast.drafters.vanilla import VanillaDrafter
     from haast.engine import check_prompts
 
-    target = loading.load()
-    drafter = None if shape is None else drafting.load(target, loading.model, shape)
     encoder = Haast(target, VanillaDrafter())
     encoded = []
     for prompt in prompts:
@@ -63,7 +93,16 @@ def load_all(
         except ValueError as error:
             raise ValueError(f"prompt {prompt.id!r}: {error}") from error
         encoded.append(BenchPrompt(prompt.id, prompt.category, tuple(tokens)))
-    return target, drafter, encoded
+    return encoded
+
+
+def load_all(
+    loading: Loading, drafting: Drafting, shape: DraftShape | None, prompts: Sequence[Prompt], raw: bool = False
+) -> tuple[Target, EagleDrafter | MedusaDrafter | None, list[BenchPrompt]]:
+    """Target, a head's drafter (None without a shape or head) and encoded first turns. Raises ValueError as loading."""
+    target = loading.load()
+    drafter = None if shape is None else drafting.load(target, loading.model, shape)
+    return target, drafter, encoded_prompts(target, prompts, raw)
 
 
 def as_eagle(drafter: EagleDrafter | MedusaDrafter | None) -> EagleDrafter | None:
@@ -78,7 +117,7 @@ def as_eagle(drafter: EagleDrafter | MedusaDrafter | None) -> EagleDrafter | Non
 
 def load_medusa(folder: Path, target: Target, model: str, nodes: int) -> MedusaDrafter:
     """The drafter of Medusa heads. Raises HeadMismatchError where the folder holds none for this target."""
-    from haast.api import find_head
+    from haast.drafters.factory import find_head
     from haast.drafters.medusa import MedusaDrafter
     from haast.heads.checkpoint import check_fits, load_head
 
@@ -89,9 +128,14 @@ def load_medusa(folder: Path, target: Target, model: str, nodes: int) -> MedusaD
     return MedusaDrafter(target, head, nodes)
 
 
-def drawn_by(drafter: EagleDrafter | MedusaDrafter | None) -> dict[str, Any]:
-    """The drafter's shape, pace and window, for a result file."""
-    if drafter is None:
+def drawn_by(drafter: Drafter | None) -> dict[str, Any]:
+    """The shape, pace and window of a head's drafts, for a result file; None where there is no head."""
+    from haast.drafters.eagle import EagleDrafter
+    from haast.drafters.hybrid import HybridDrafter
+    from haast.drafters.medusa import MedusaDrafter
+
+    drafter = drafter.eagle if isinstance(drafter, HybridDrafter) else drafter
+    if not isinstance(drafter, EagleDrafter | MedusaDrafter):
         return {"shape": None, "pace": None, "draft_window": None}
     return {
         "shape": asdict(drafter.shape),

@@ -22,12 +22,12 @@ from haast.drafters.shape import DraftShape, shape_for, usual_nodes
 from haast.errors import expanded as expanded_path
 
 if TYPE_CHECKING:
+    from haast.core import SamplingParams
     from haast.drafters.eagle import EagleDrafter
     from haast.drafters.medusa import MedusaDrafter
-    from haast.sampling import SamplingConfig
-    from haast.speed.calibration import Calibration
     from haast.spreading import Spread
     from haast.target import Target
+    from haast.tuning.calibration import Calibration
 
 DEFAULT_MODEL = "smollm2-135m-instruct"  # haast.models has the same; importing it would import torch
 PREFILL_CHUNK = 512  # of haast.engine, likewise
@@ -96,16 +96,35 @@ class Loading:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Who drafts."""
+
+    drafter: Annotated[
+        str,
+        typer.Option(
+            help="auto, eagle, eagle+suffix, suffix, lookup, lookahead, medusa, small-model, or none. auto is the best "
+            "there is: eagle+suffix with an EAGLE head, suffix without one."
+        ),
+    ] = "auto"
+    small_model: Annotated[str | None, typer.Option(metavar="NAME", help="The smaller model that drafts.")] = None
+
+    def check(self) -> None:
+        """Refuse what is no drafter. Raises ValueError."""
+        if self.small_model is not None and self.drafter not in ("auto", "small-model"):
+            raise ValueError(f"--small-model drafts for 'small-model', not for drafter={self.drafter!r}: leave one out")
+
+
+@dataclass(frozen=True)
 class Drafting:
     """Which head, and how far and wide it drafts."""
 
-    head: Annotated[str, typer.Option(help="A head's folder; 'default' is the shipped one, 'none' drafts nothing.")] = (
+    head: Annotated[str, typer.Option(help="A head's folder; 'default' is the shipped one, 'none' uses none.")] = (
         "default"
     )
     shape: Annotated[str, typer.Option(help="dynamic, static or chain.")] = DraftShape.kind
     nodes: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Tree budget, root included; as calibrated, else 6 on a CPU, 60 elsewhere."),
+        typer.Option(metavar="N", help="Tree budget, root included; by what pays here."),
     ] = None
     depth: Annotated[int | None, typer.Option(metavar="N", help="Levels below the root; by the budget.")] = None
     draft_top_k: Annotated[int | None, typer.Option(metavar="N", help="Children per node; by the budget.")] = None
@@ -114,7 +133,7 @@ class Drafting:
         int | None, typer.Option(metavar="W", help="Positions that the head looks back; all of the text if absent.")
     ] = None
     calibration: Annotated[
-        str, typer.Option(metavar="FILE", help="auto: what `haast calibrate` found here; off; or its file.")
+        str, typer.Option(metavar="FILE", help="auto: what `haast calibrate` or a quick look found here; off; a file.")
     ] = "auto"
 
     @property
@@ -139,7 +158,7 @@ class Drafting:
                 raise ValueError(
                     "--calibration brings a shape of its own: leave out --shape, --nodes, --depth, --width"
                 )
-            from haast.speed.calibration import Calibration
+            from haast.tuning.calibration import Calibration
 
             Calibration.load(expanded_path(self.calibration, "no calibration at"))
         folder = self.folder(model)
@@ -162,14 +181,14 @@ class Drafting:
 
     def folder(self, model: str) -> Path | None:
         """Where the head lies; None for 'none'. Raises ValueError where 'default' names none."""
-        from haast.api import find_head
+        from haast.drafters.factory import find_head
 
         return find_head(None if self.head == "none" else self.head, model)
 
     def load(self, target: Target, model: str, shape: DraftShape) -> EagleDrafter | MedusaDrafter | None:
-        """The drafter; None without a head. Raises HeadMismatchError."""
+        """A head's own drafter, without a policy; None without a head. Raises HeadMismatchError."""
         from haast.drafters.eagle import EagleDrafter
-        from haast.drafters.heads import drafter_with
+        from haast.drafters.factory import head_drafter, tune_eagle
         from haast.heads.checkpoint import check_fits, load_head
 
         folder = self.folder(model)
@@ -177,9 +196,9 @@ class Drafting:
             return None
         head = load_head(folder)
         check_fits(head.module.config, target.hidden_size, target.vocab_size, model)
-        drafter = drafter_with(target, head, shape, self.draft_window)
-        if isinstance(drafter, EagleDrafter):
-            self.calibrate(target, drafter)
+        drafter = head_drafter(target, head, shape, self.draft_window)
+        if isinstance(drafter, EagleDrafter) and not self.shaped:
+            tune_eagle(target, drafter, self.calibration)
         return drafter
 
     def calibrated(self, target: Target, drafter: EagleDrafter | None) -> Calibration | None:
@@ -187,16 +206,6 @@ class Drafting:
         from haast.drafters.calibrated import find_calibration
 
         return None if drafter is None or self.shaped else find_calibration(target, drafter, self.calibration)
-
-    def calibrate(self, target: Target, drafter: EagleDrafter) -> None:
-        """Draft as a calibration says."""
-        from haast.drafters.calibrated import apply_calibration
-
-        found = self.calibrated(target, drafter)
-        if found is not None and not apply_calibration(drafter, found):
-            typer.echo(
-                "haast: the calibration found drafting slower than decoding without; --head none is faster", err=True
-            )
 
 
 @dataclass(frozen=True)
@@ -210,11 +219,11 @@ class Sampling:
     repetition_penalty: Annotated[float, typer.Option(metavar="X", help="1 is off.")] = 1.0
     seed: Annotated[int, typer.Option(metavar="S", help="Same seed, same text, with or without drafting.")] = 0
 
-    def check(self) -> SamplingConfig:
+    def check(self) -> SamplingParams:
         """The library's own configuration. Raises ValueError."""
-        from haast.sampling import SamplingConfig
+        from haast.core import SamplingParams
 
-        return SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed)
+        return SamplingParams(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +17,12 @@ from haast.cli.settings import SuiteOptions
 
 if TYPE_CHECKING:
     from haast.bench.arms import Arm
-    from haast.bench.journal import Journal
     from haast.bench.runner import BenchConfig, BenchPrompt
     from haast.bench.suite import Answer, Suite
+    from haast.core import SamplingParams
     from haast.prompts import Prompt
-    from haast.sampling import SamplingConfig
-    from haast.speed.calibration import Calibration
     from haast.target import Target
+    from haast.tuning.calibration import Calibration
 
 JOURNAL = "journal.jsonl"
 _HF_SKIPPED = "hf draws its own random numbers, so its text cannot be compared there"
@@ -72,7 +70,7 @@ def refuse_suite_options(options: SuiteOptions) -> None:
             raise ValueError(f"--{field.name} belongs to --suite DIR: give that, or leave it out")
 
 
-def plan_suite(options: SuiteOptions, limit: int | None, law: SamplingConfig) -> Plan:
+def plan_suite(options: SuiteOptions, limit: int | None, law: SamplingParams) -> Plan:
     """Read and check all that needs no model.
 
     Raises:
@@ -133,6 +131,7 @@ def bench_suite(
     from haast.bench.document import build_document
     from haast.bench.journal import Journal
     from haast.bench.suite import gather, run_suite, turns_of
+    from haast.progress import Progress
 
     suites = _suites(plan, encoded)
     by_temperature = plan.decoders(names)
@@ -145,8 +144,14 @@ def bench_suite(
         header["environment"]["skipped"] = [{"decoder": "hf", "temperature": t, "why": _HF_SKIPPED} for t in skipped]
     with Journal(path, header, plan.resume) as journal:
         try:
-            with _Progress(len(turns), len(journal.answers)) as progress:
-                run_suite(arms, suites, config, journal.answers, lambda answer: _keep(answer, journal, progress))
+            with Progress("bench", "answers", len(turns), len(journal.answers), rate="tokens") as progress:
+                tau = _Tau()
+
+                def keep(answer: Answer) -> None:
+                    journal.add(answer)
+                    progress.step(counted=len(answer.run.tokens), words=tau.after(answer))
+
+                run_suite(arms, suites, config, journal.answers, keep)
         except KeyboardInterrupt:
             done = f"{len(journal.answers)} of {len(turns)} answers are in {path}"
             typer.echo(f"\nstopped; {done}, the same command with --resume goes on from there", err=True)
@@ -154,11 +159,6 @@ def bench_suite(
         cells = gather(journal.answers, turns, names)
         document = build_document(journal.header, cells, suites, target, config.sampling)
     _end(document, plan.out)
-
-
-def _keep(answer: Answer, journal: Journal, progress: _Progress) -> None:
-    journal.add(answer)
-    progress.step(answer)
 
 
 def _suites(plan: Plan, encoded: Sequence[BenchPrompt]) -> dict[str, Suite]:
@@ -219,41 +219,18 @@ def _settings(arm: Arm, where: Whereabouts) -> dict[str, Any]:
     return {"nodes": arm.nodes, **where.drafting.get(arm.name, {})}
 
 
-class _Progress(AbstractContextManager["_Progress"]):
-    """Answers done, tokens/s, EAGLE's tau so far and the time left; in a log, one line a minute."""
+class _Tau:
+    """EAGLE's tau so far, in words."""
 
-    def __init__(self, total: int, before: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    def __init__(self) -> None:
+        self._decoded = self._forwards = 0
 
-        from haast.training.report import Heartbeat, RateColumn
-
-        words = TextColumn("{task.completed:.0f} of {task.total:.0f} answers{task.description}")
-        console = Console(stderr=True)
-        columns = (BarColumn(), words, RateColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=600)
-        self._beat = Heartbeat(quiet=False)
-        self._task = self._bar.add_task("", total=total, completed=before, counted=0)
-        self._total, self._done, self._tokens, self._decoded, self._forwards = total, before, 0, 0, 0
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def step(self, answer: Answer) -> None:
-        """One more answer."""
+    def after(self, answer: Answer) -> str:
+        """With one more answer; empty as long as EAGLE gave none."""
         stats = answer.run.stats
         if answer.turn.decoder == "eagle" and stats is not None:
             self._decoded, self._forwards = self._decoded + stats.decoded_tokens, self._forwards + stats.target_forwards
-        self._done, self._tokens = self._done + 1, self._tokens + len(answer.run.tokens)
-        tau = f", eagle's tau {self._decoded / self._forwards:.2f}" if self._forwards else ""
-        self._bar.update(self._task, advance=1, counted=self._tokens, description=tau)
-        left = self._bar.tasks[0].time_remaining
-        eta = "" if left is None else f", {left / 60:.0f} min left"
-        self._beat.line(f"{self._done} of {self._total} answers{tau}{eta}", self._tokens)
+        return f"eagle's tau {self._decoded / self._forwards:.2f}" if self._forwards else ""
 
 
 def _end(document: dict[str, Any], out: Path) -> None:

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from haast.cli.boundary import check_writable, human_output, write_json, write_text
-from haast.cli.loading import as_eagle
-from haast.cli.settings import Drafting, JsonOption, Loading, Sampling, check_at_least
-from haast.errors import HeadMismatchError, expanded
+from haast.cli.loading import load_chosen
+from haast.cli.settings import Choice, Drafting, JsonOption, Loading, Sampling, check_at_least
+from haast.errors import expanded
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
     from haast.bench.steps import StepView
-    from haast.drafters.base import Drafter
-    from haast.target import Target
 
 _STYLES = {
     "root": "bold", "accepted": "green", "cut": "green", "rejected": "dim", "unreached": "dim", "probe": "dim italic",
@@ -37,9 +34,14 @@ def trace(
     loading: Loading,
     drafting: Drafting,
     sampling: Sampling,
-    decoder: Annotated[
-        str, typer.Option(help="eagle, eagle+suffix, small-model, lookahead, lookup, suffix or vanilla.")
-    ] = "eagle",
+    drafter: Annotated[
+        str,
+        typer.Option(
+            "--drafter",
+            "--decoder",
+            help="auto, eagle, eagle+suffix, medusa, small-model, lookahead, lookup, suffix or none.",
+        ),
+    ] = "auto",
     small_model: Annotated[str | None, typer.Option(metavar="NAME", help="The smaller model that drafts.")] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Exact upper bound of new tokens.")] = 32,
     raw: Annotated[bool, typer.Option("--raw", help="Don't put the prompt through the chat template.")] = False,
@@ -52,7 +54,7 @@ def trace(
 
     \b
     haast trace "Why is the sky blue?"
-    haast trace "Why is the sky blue?" --decoder lookahead --html trace.html --json trace.json
+    haast trace "Why is the sky blue?" --drafter lookahead --html trace.html --json trace.json
     """
     check_at_least("max_new_tokens", max_new_tokens)
     prompt = sys.stdin.read() if prompt == "-" else prompt
@@ -62,7 +64,8 @@ def trace(
     check_writable(html_out)
     if html_out == "-" == json_out:
         raise ValueError("--html - and --json - both ask for stdout: write one of them to a file")
-    document = _record(prompt, loading, drafting, sampling, decoder, small_model, max_new_tokens, raw)
+    choice = Choice(drafter, small_model)
+    document = _record(prompt, loading, drafting, sampling, choice, max_new_tokens, raw)
 
     from rich.console import Console
 
@@ -81,53 +84,34 @@ def _record(
     loading: Loading,
     drafting: Drafting,
     sampling: Sampling,
-    decoder: str,
-    small_model: str | None,
+    choice: Choice,
     max_new_tokens: int,
     raw: bool,
 ) -> dict[str, Any]:
     """Check everything, load, and record."""
     from haast.api import Haast
-    from haast.bench.arms import RULED, check_decoders
+    from haast.bench.arms import KNOWN
     from haast.bench.report import machine
     from haast.bench.trace import record_trace
+    from haast.drafters.factory import NAMES
     from haast.drafters.vanilla import VanillaDrafter
-    from haast.engine import StopConfig
+    from haast.engine import StopParams
 
     law = sampling.check()
-    medusa = decoder.strip() == "medusa"  # its heads come by --head here
-    names = check_decoders(decoder, drafting.head != "none", law.temperature, small_model is not None, medusa)
-    if len(names) != 1 or names[0] == "hf" or names[0] in RULED:
+    if choice.drafter not in (*NAMES, "vanilla") and (choice.drafter in KNOWN or "," in choice.drafter):
         raise ValueError(
-            f"decoder={decoder!r} can't be traced: give one that runs in Haast's engine, by sample-and-match"
+            f"drafter={choice.drafter!r} can't be traced: give one that runs in Haast's engine, by sample-and-match"
         )
     loading.check()
-    if small_model is not None:
-        replace(loading, model=small_model).check()
-    target, drafter = _load(names[0], loading, drafting, small_model)
+    target, drafter = load_chosen(choice, loading, drafting)
     model = Haast(target, VanillaDrafter())
     where = machine() | {
         "model": loading.model,
         "dtype": str(target.dtype).removeprefix("torch."),
         "packing": target.packing,
     }
-    rules = StopConfig(max_new_tokens, model.eos_ids())
+    rules = StopParams(max_new_tokens, model.eos_ids())
     return record_trace(target, drafter, model.encode(prompt, chat=not raw), law, rules, prompt, where)
-
-
-def _load(name: str, loading: Loading, drafting: Drafting, small_model: str | None) -> tuple[Target, Drafter]:
-    from haast.bench.arms import HEADED, HISTORY_NODES, drafter_for
-
-    shape = drafting.check(loading.model, loading.device) if name in (*HEADED, "medusa") else None
-    target = loading.load()
-    headed = None if shape is None else drafting.load(target, loading.model, shape)
-    if headed is not None and headed.name != ("medusa" if name == "medusa" else "eagle"):
-        raise HeadMismatchError(f"--head {drafting.head} holds {headed.name} heads, which do not draft for {name!r}")
-    if name == "medusa":
-        assert headed is not None, "a head was asked for"
-        return target, headed
-    small = None if small_model is None else replace(loading, model=small_model).load()
-    return target, drafter_for(name, target, as_eagle(headed), HISTORY_NODES, small)
 
 
 def show_trace(document: Mapping[str, Any], console: Console) -> None:

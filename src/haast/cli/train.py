@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from haast.cli.boundary import check_writable, write_json
+from haast.cli.boundary import check_writable, human_output, write_json
 from haast.cli.settings import JsonOption, LimitOption, Loading, check_at_least
 from haast.training.config import TrainConfig
 
@@ -84,6 +84,8 @@ def train(
     haast train --shards features/ --views 20000000 --out run/ --resume
     haast train --answers answers.jsonl --show-data 2 --out run/
     """
+    from rich.console import Console
+
     from haast.prompts import read_prompts
     from haast.training.checkpoints import write_probe
 
@@ -112,13 +114,17 @@ def train(
     _warn_of_others(sources, loading.model)
     run = Run(target, loading.model, settings, examples, sources, shlex.join(["haast", *sys.argv[1:]]))
     if self_test:
-        reached = run.self_test(out)
+        from haast.progress import Progress
+
+        with Progress("self-test"):
+            reached = run.self_test(out)
         typer.echo(f"self-test passed: top-1 agreement {reached:.3f} on one batch", err=True)
         write_json({"self_test": reached}, json_out)
         return
     turns = [prompt.turns[0] for prompt in prompts]
     try:
-        result = run.train(out, turns, data.valid_tokens, data.valid_nodes, begin, resume, quiet=json_out == "-")
+        told = Console(file=human_output(json_out))
+        result = run.train(out, turns, data.valid_tokens, data.valid_nodes, begin, resume, told)
     except KeyboardInterrupt:
         typer.echo(f"\nstopped and saved; go on with --resume --out {out}", err=True)
         raise
@@ -239,14 +245,13 @@ def _examples(
     layers: tuple[int, ...],
 ) -> tuple[list[Example], list[dict[str, Any]]]:
     """Examples and the records they came from: from shards (made where missing), or in memory."""
-    from haast.training.features import ShardIdentity, stream_examples
+    from haast.training.features import ShardIdentity, in_memory
 
     identity = ShardIdentity.of(target, name, data.topk, layers)
     if data.shards is not None:
         return _stored(target, records, data, data.shards, identity, limit)
     sequences = [s for s in _straight(target, records, data) if len(s.tokens) >= 3]
-    made = dict(stream_examples(target, sequences, data.topk, layer_ids=layers))
-    return [made[i] for i in range(len(sequences))], [sequence.record for sequence in sequences]
+    return in_memory(target, sequences, data.topk, layers), [sequence.record for sequence in sequences]
 
 
 def _stored(
@@ -266,7 +271,7 @@ def _stored(
 
     if records:
         sequences = _sequences(target, records, data)
-        extract(target, sequences, folder, identity, max_gb=data.max_gb, quiet=not sys.stderr.isatty())
+        extract(target, sequences, folder, identity, max_gb=data.max_gb)
     examples, sources = read_shards(folder, identity)
     check_features(target, examples, str(folder))
     pairs = list(zip(examples, sources, strict=True))

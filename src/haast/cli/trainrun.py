@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor
 
 from haast.api import Haast
 from haast.bench.report import TAU_CONVENTION
 from haast.cli.boundary import write_text
-from haast.drafters.heads import drafter_with
+from haast.core import SamplingParams
+from haast.drafters.factory import head_drafter
 from haast.drafters.shape import shape_for
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, StopConfig, check_prompts
+from haast.engine import Engine, Stats, StopParams, check_prompts
 from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import AnyModule, Head, save_head
 from haast.heads.config import HeadSizes
@@ -30,7 +32,7 @@ from haast.heads.eagle3 import Eagle3Config, default_layers
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.heads.kinds import INPUTS
 from haast.heads.medusa import MedusaConfig, MedusaHeads
-from haast.sampling import SamplingConfig
+from haast.progress import Progress
 from haast.target import Target
 from haast.training.alarm import diagnose
 from haast.training.batches import Example
@@ -93,7 +95,7 @@ class Run:
         nodes: int,
         start_from: Head | None,
         resume: bool,
-        quiet: bool = False,
+        console: Console | None = None,
     ) -> dict[str, Any]:
         """Train; the best head lies in `out`/best with its card.
 
@@ -104,7 +106,7 @@ class Run:
             nodes: tree budget there.
             start_from: a head to begin with; None leaves that to the settings' `initialisation`.
             resume: go on with the run in `out`.
-            quiet: no progress on the terminal.
+            console: where words for people go; None is stdout.
         """
         encoder = Haast(self._target, VanillaDrafter())
         self._prompts = [encoder.encode(prompt) for prompt in prompts]
@@ -127,9 +129,9 @@ class Run:
             self.export,
             weights,
             vocab,
-            quiet,
-            self.explain,
-            (Curves(out), TensorBoard(out)),
+            explain=self.explain,
+            watchers=(Curves(out), TensorBoard(out)),
+            console=console,
             on_cpu=self._target.device.type == "cpu",
         )
         return trainer.run(resume)
@@ -141,18 +143,18 @@ class Run:
         fits = sizes.inputs == INPUTS[0] and sizes.num_hidden_layers == 1 and not sizes.markov_rank
         if wanted == "random" or not fits or (wanted == "auto" and why_not_last_layer(self._target, sizes)):
             return None
-        return last_layer_weights(self._target, sizes, self._train)
+        with Progress("the head's start"):
+            return last_layer_weights(self._target, sizes, self._train)
 
     def measure_tau(self, head: AnyModule, draft_vocab: Tensor) -> float:
         """Tau of the real engine on the validation prompts, greedy."""
         # The drafter takes its module over and packs it, so it gets a copy.
         stored = copy.deepcopy(head).half().float()  # as it is exported
         about = self._accuracies(head, draft_vocab)
-        drafter = drafter_with(self._target, Head(stored, draft_vocab, about), self._shape)
+        drafter = head_drafter(self._target, Head(stored, draft_vocab, about), self._shape)
         stats = Stats()
-        stop = StopConfig(self._tokens, Haast(self._target, drafter).eos_ids())
-        for prompt in self._prompts:
-            Engine(self._target, drafter).complete([prompt], SamplingConfig(), stop, stats)
+        stop = StopParams(self._tokens, Haast(self._target, drafter).eos_ids())
+        Engine(self._target, drafter).complete(self._prompts, SamplingParams(), stop, stats)
         self._tau = stats.tau
         return stats.tau
 

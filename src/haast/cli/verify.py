@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from haast.cli.boundary import check_writable, human_output, write_json
-from haast.cli.loading import drawn_by, load_all, read_prompt_file
-from haast.cli.settings import Drafting, JsonOption, Loading, PromptsOption, SpreadLimitOption, check_at_least
+from haast.cli.loading import drawn_by, encoded_prompts, load_chosen, read_prompt_file
+from haast.cli.settings import Choice, Drafting, JsonOption, Loading, PromptsOption, SpreadLimitOption, check_at_least
 
 if TYPE_CHECKING:
     from haast.bench.runner import BenchPrompt
     from haast.checking import Comparison, LawTest
+    from haast.core import SamplingParams
     from haast.drafters.base import Drafter
-    from haast.sampling import SamplingConfig
     from haast.target import Target
 _TINY_SAMPLES = 1000  # fewer would not see the control's bias
 
 
 def verify(
     loading: Loading,
+    choice: Choice,
     drafting: Drafting,
     prompts: PromptsOption = None,
     limit: SpreadLimitOption = None,
@@ -46,44 +47,53 @@ def verify(
     check_at_least("samples", samples, 0)
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} is not allowed in verify: the sampled checks need one above 0")
-    if drafting.head == "none":
-        raise ValueError("verify needs a head: leave out --head none")
+    if choice.drafter in ("none", "vanilla"):
+        raise ValueError(f"verify needs something to verify: leave out --drafter {choice.drafter}")
     chosen = read_prompt_file(prompts, limit)
     check_writable(json_out)
     drafting.check_shape(loading.device)
 
     from haast.bench.report import environment
-    from haast.sampling import SamplingConfig
+    from haast.core import SamplingParams
+    from haast.progress import Progress
 
-    laws = {"greedy": SamplingConfig(), "sampled": SamplingConfig(temperature=temperature, seed=seed)}
+    laws = {"greedy": SamplingParams(), "sampled": SamplingParams(temperature=temperature, seed=seed)}
     loading.check()
-    shape = drafting.check(loading.model, loading.device)
-    target, drafter, encoded = load_all(loading, drafting, shape, chosen)
-    assert drafter is not None, "a head was asked for"
+    target, drafter = load_chosen(choice, loading, drafting)
+    encoded = encoded_prompts(target, chosen)
     out = human_output(json_out)
     results: list[dict[str, Any]] = []
-    for prompt in encoded:
-        for kind, law in laws.items():
-            results.append(_verify_one(target, drafter, prompt, kind, law, max_new_tokens))
-            print(_verify_line(results[-1]), file=out, flush=True)
-    tests = _laws(target, drafter, encoded[0].tokens, laws["sampled"], samples) if samples else []
+    with Progress("verifying", "texts", len(laws) * len(encoded)) as progress:
+        for prompt in encoded:
+            for kind, law in laws.items():
+                results.append(_verify_one(target, drafter, prompt, kind, law, max_new_tokens))
+                print(_verify_line(results[-1]), file=human_output(json_out), flush=True)  # above the bar
+                progress.step()
+        progress.say("chi-square tests" if samples else "")
+        tests = _laws(target, drafter, encoded[0].tokens, laws["sampled"], samples) if samples else []
     for test in tests:
         verdict = "passed" if test.passed else "BUG"
         expected = ", must fail" if test.expected_to_fail else ""
         print(f"chi-square, {test.name}{expected}: p = {test.p_value:.3g}, {test.samples} samples: {verdict}", file=out)
-    settings = {**drawn_by(drafter), "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    settings = {
+        "drafter": drafter.name,
+        **drawn_by(drafter),
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
     where = environment(target, loading.model, prompts, len(encoded), settings)
     _verify_end(target, where, results, tests, json_out)
 
 
 def _verify_one(
-    target: Target, drafter: Drafter, prompt: BenchPrompt, kind: str, law: SamplingConfig, max_new_tokens: int
+    target: Target, drafter: Drafter, prompt: BenchPrompt, kind: str, law: SamplingParams, max_new_tokens: int
 ) -> dict[str, Any]:
     from haast.checking import compare
-    from haast.engine import StopConfig
+    from haast.engine import StopParams
     from haast.training.frozen import end_tokens
 
-    done: Comparison = compare(target, drafter, prompt.tokens, law, StopConfig(max_new_tokens, end_tokens(target)))
+    done: Comparison = compare(target, drafter, prompt.tokens, law, StopParams(max_new_tokens, end_tokens(target)))
     return {
         "prompt": prompt.id,
         "check": kind,
@@ -106,7 +116,7 @@ def _verify_line(result: dict[str, Any]) -> str:
     )
 
 
-def _laws(target: Target, drafter: Drafter, prompt: Sequence[int], law: SamplingConfig, samples: int) -> list[LawTest]:
+def _laws(target: Target, drafter: Drafter, prompt: Sequence[int], law: SamplingParams, samples: int) -> list[LawTest]:
     from haast.checking import sampled_law, tiny_law
 
     own = sampled_law(target, drafter, prompt, law, samples) if len(prompt) > 1 else []

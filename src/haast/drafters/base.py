@@ -1,4 +1,8 @@
-"""The drafter contract: observe what was accepted, propose a tree. Prefill and step look the same.
+"""The drafter contract: begin a request, observe what was accepted, propose a tree.
+
+A drafter serves many requests at once and keeps what it must remember of each in a state of its own making, which the
+engine holds for it: `begin` makes it, `observe` and `propose` get the states of the rows of one batch. Batches change
+from step to step, so nothing is kept by row.
 
 target ran on      root   a      b            tokens[i] is the token that FOLLOWS
 features           f_root f_a    f_b          the position that gave features[i]
@@ -7,90 +11,113 @@ Accepted.tokens    a      b      bonus
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from haast.cache import KVCache
+from haast.core import Accepted, Request, RowVerdict, TokenChooser
+from haast.kv_pool import Sequence as KVSequence
 from haast.tree import DraftTree
 
-
-@dataclass(frozen=True)
-class Accepted:
-    """What one target forward settled, ragged rows padded to the longest. Filled by the engine."""
-
-    tokens: Tensor  # (rows, longest) int64: the token following each kept position
-    features: Tensor  # (rows, longest, width): at the kept positions, what the drafter asked for (`target_layers`)
-    counts: tuple[int, ...]  # kept positions per row; 0 for a row that has ended
-    # (rows, nodes) int64: the target's likeliest token at every node of the last proposal, for drafters that want it
-    # (`wants_choices`); None otherwise and behind a prompt.
-    choices: Tensor | None = None
+__all__ = ["Accepted", "Drafter", "last_kept", "last_tokens"]
 
 
 class Drafter(ABC):
-    """Proposes one tree per step, of at most `nodes` nodes. Owns its own state; `start` forgets it."""
+    """Proposes one tree per step and row, of at most `nodes` nodes.
+
+    Attributes:
+        name: what it is called everywhere.
+        target_layers: HF `hidden_states` indices that `Accepted.features` lays side by side; empty: the features
+            themselves (the LM head's input).
+        wants_choices: whether `Accepted.choices` is filled.
+        prefix_key: which prefixes of the KV pool have all that it needs; None: those of the target alone.
+        reach: slots back that it needs of a prefix; None is all.
+        caches: keys and values of its own, in the target's blocks.
+        room: slots after a text's committed ones that `observe` and `propose` write there.
+        policy: how much is drafted, by what pays; None drafts all that the drafter can.
+    """
 
     name: str
-    # HF `hidden_states` indices that `Accepted.features` lays side by side; empty: the features (the LM head's input).
     target_layers: tuple[int, ...] = ()
-    wants_choices: bool = False  # whether `Accepted.choices` is filled
-    lock: threading.RLock  # held by the run that takes a step
-    owner: object = None  # the run whose text this drafter follows; set by the engine, which checks it every step
-
-    def __new__(cls, *args: Any, **settings: Any) -> Self:
-        """Every drafter has a lock, whatever its constructor does."""
-        made = super().__new__(cls)
-        made.lock = threading.RLock()
-        return made
+    wants_choices: bool = False
+    prefix_key: object = None
+    reach: int | None = None
+    caches: tuple[KVCache, ...] = ()
+    room: int = 0
+    policy: DraftPolicy | None = None
 
     @property
     @abstractmethod
     def nodes(self) -> int:
-        """The most nodes that a proposed tree has, root included; most drafters always propose so many."""
+        """The most nodes that a proposed tree has, root included."""
 
     @abstractmethod
-    def start(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Begin a batch of texts; `prompts` are token ids per row, for drafters that look things up."""
-
-    def memory(self) -> object:
-        """What `recall` needs of the present run besides its text; None where the text is enough."""
-        return None
-
-    def recall(self, memory: object, following: Sequence[int]) -> None:
-        """Go on behind positions that are known already, in a run of one row; comes between `start` and `observe`.
+    def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> Any:
+        """The state of a request that begins.
 
         Args:
-            memory: what `memory` gave in a run whose text began the same.
-            following: the token after each of those positions, 1 or more. `observe` begins at the position behind.
+            prompt: its tokens, all of those so far.
+            kv: its blocks, for drafters with keys and values of their own beside the target's.
+            reused: positions, from the first, that are there already and will not be observed.
         """
-        return
+
+    def drawn_by(self, state: Any, chooser: TokenChooser) -> None:  # noqa: B027  # most draw nothing
+        """Who draws the request's tokens, told after `begin`: a drafter that draws too does so by its seed and choice.
+
+        Requests of different seeds or choices would otherwise share their drafts; under acceptance rules that let
+        drafts show in the text, they would not be independent.
+        """
+
+    def end(self, state: Any) -> None:  # noqa: B027  # most have nothing to give back
+        """A request leaves; its state is not used again."""
+
+    def filled(self, state: Any, length: int) -> int:
+        """Of the first `length` slots of the request, how many hold all that a later request can use of them."""
+        return length
+
+    def complete_from(self, state: Any) -> int:
+        """The first slot of the request from which on all is there that a later request needs."""
+        return 0
 
     @abstractmethod
-    def keep(self, order: Sequence[int]) -> None:
-        """Rows have ended and leave: row i is from now on what row `order[i]` was, see `TreeCache.keep`."""
+    def observe(self, states: Sequence[Any], accepted: Accepted) -> None:
+        """Take in kept positions (the prompt, chunk by chunk, at first): features, and the tokens that follow them."""
 
     @abstractmethod
-    def observe(self, accepted: Accepted) -> None:
-        """Take in kept positions (the whole prompt at first): their features, and the tokens that follow them."""
+    def propose(self, states: Sequence[Any], budget: int | None = None) -> DraftTree:
+        """The next tree of every row, rooted at its last observed token.
 
-    @abstractmethod
-    def propose(self) -> DraftTree:
-        """The next tree, rooted at each row's last observed token."""
-
-
-def last_tokens(accepted: Accepted, before: Tensor | None) -> Tensor:
-    """Each row's newest token (rows,): the next root. Rows that kept nothing stay at `before`."""
-    return last_kept(accepted.tokens, accepted.counts, before)
+        Args:
+            states: of the rows.
+            budget: most nodes per row, root included; 1 drafts nothing. None is up to the drafter.
+        """
 
 
-def last_kept(values: Tensor, counts: Sequence[int], before: Tensor | None) -> Tensor:
-    """What stands at each row's last kept position, (rows, ...) of (rows, longest, ...); `before` where none was."""
-    newest = torch.stack([values[row, max(count, 1) - 1] for row, count in enumerate(counts)])
-    if before is None or all(counts):
-        return newest
-    kept = torch.tensor(counts, device=newest.device) > 0
-    return torch.where(kept.view(-1, *[1] * (newest.ndim - 1)), newest, before)
+class DraftPolicy(Protocol):
+    """Decides how much is drafted. Decisions rest on counts and calibrated costs, never on the clock or on draws."""
+
+    def budget(self, requests: Sequence[Request]) -> int | None:
+        """Most nodes per row of the next step, root included; None is up to the drafter."""
+
+    def observed(self, request: Request, kept: RowVerdict, nodes: int) -> None:
+        """A step over `nodes` nodes a row kept this of the request."""
+
+
+def last_kept(values: Tensor, counts: Tensor) -> Tensor:
+    """What stands at each row's last kept position, (rows, ...) of (rows, longest, ...); counts are 1 or more."""
+    index = (counts - 1).clamp_min(0).view(-1, *[1] * (values.ndim - 1)).expand(-1, 1, *values.shape[2:])
+    return values.gather(1, index).squeeze(1)
+
+
+def last_tokens(accepted: Accepted) -> Tensor:
+    """Each row's newest token (rows,): the next root."""
+    return last_kept(accepted.tokens, accepted.counts)
+
+
+def stacked(states: Sequence[Any], name: str) -> Tensor:
+    """A tensor that every state holds, (rows, ...)."""
+    return torch.stack([getattr(state, name) for state in states])

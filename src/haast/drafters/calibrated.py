@@ -7,41 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import cached_assets_path
 
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape, shape_for, usual_nodes
-from haast.drafters.ways import Way, usual_ways
-from haast.speed.calibration import Calibration
-from haast.speed.machine import machine_identity
+from haast.drafters.shape import DraftShape
+from haast.drafters.ways import Way, nodes_for, usual_ways
 from haast.speed.packing import PackedLinear
 from haast.target import Target
+from haast.tuning.calibration import Batch, Calibration
+from haast.tuning.latency import file_for, target_identity
 
 
 def identity(target: Target, drafter: EagleDrafter) -> dict[str, Any]:
     """What a calibration is good for: this machine, this model and head, these settings."""
-    config = target.config
-    return {
-        **machine_identity(),
-        "device": str(target.device),
-        "class": type(target.model).__name__,
-        "layers": target.layers,
-        "hidden": target.hidden_size,
-        "vocabulary": target.vocab_size,
-        "inner": int(getattr(config, "intermediate_size", 0) or 0),
-        "dtype": str(target.dtype).removeprefix("torch."),
-        "packing": target.packing,
-        "head": _digest(drafter),
-        **({} if target.compiled is None else {"compile": "on"}),
-        **({"spread": target.spread} if target.spread else {}),
-    }
+    return {**target_identity(target), "head": _digest(drafter)}
 
 
 def default_path(known: dict[str, Any]) -> Path:
     """Where the calibration for this identity is kept between runs."""
-    key = hashlib.sha256(repr(sorted(known.items())).encode()).hexdigest()[:16]
-    folder: Path = cached_assets_path(library_name="haast", namespace="calibration", subfolder="default")
-    return folder / f"{key}.json"
+    return file_for(known, "calibration")
 
 
 def find_calibration(target: Target, drafter: EagleDrafter, wanted: str | Path = "auto") -> Calibration | None:
@@ -68,26 +51,18 @@ def apply_calibration(drafter: EagleDrafter, calibration: Calibration) -> bool:
     """Draft as the calibration found best; False, and nothing changed, where it found that drafting does not pay."""
     if not calibration.pays:
         return False
-    shape = DraftShape(**calibration.shape)
-    measured = {
-        rows: Way(DraftShape(**batch.shape) if batch.shape else None, batch.chosen_pace)
-        for rows, batch in calibration.batches.items()
-    }
-    drafter.reshape(shape, calibration.chosen_pace, measured or usual_ways(shape, drafter.device.type))
+    shape, expected = DraftShape(**calibration.shape), calibration.expected
+    first = Way(shape, calibration.chosen_pace, expected["nodes"], expected["tau"] - 1)
+    measured = {rows: _way(batch) for rows, batch in calibration.batches.items()}
+    drafter.reshape(shape, first.pace, {**(measured or usual_ways(shape, drafter.device.type)), 1: first})
     return True
 
 
-def draft_as_usual(target: Target, drafter: EagleDrafter, wanted: str | Path = "auto") -> bool:
-    """Draft what a calibration found best here, else what is usual for the device; False where none pays.
-
-    Raises:
-        ValueError: see `find_calibration`.
-    """
-    kind = target.device.type
-    usual = shape_for(usual_nodes(kind))
-    drafter.reshape(usual, ways=usual_ways(usual, kind))
-    found = find_calibration(target, drafter, wanted)
-    return found is None or apply_calibration(drafter, found)
+def _way(batch: Batch) -> Way:
+    if not batch.shape:
+        return Way(None, batch.chosen_pace)
+    gain = batch.expected["tau"] - 1
+    return Way(DraftShape(**batch.shape), batch.chosen_pace, nodes_for(gain), gain)
 
 
 def weights_read(target: Target) -> tuple[int, int]:

@@ -1,9 +1,9 @@
 """EAGLE drafting: extrapolate features, draft tokens through the target's frozen embedding and an LM head.
 
-Owns the head's own cache and how a tree grows; `growth` holds what has grown. Sources: EAGLE (arXiv 2401.15077, section
-3) for the pairs and the head; EAGLE-2 (arXiv 2406.16858, section 4) for expansion by cumulative probability and
-reranking to a budget; EAGLE-3 (arXiv 2503.01840, section 3) for states fused from several layers. Which of both a head
-is, the head knows.
+Owns the head's keys and values, which lie in the target's blocks, and how a tree grows; `growth` holds what has grown.
+Sources: EAGLE (arXiv 2401.15077, section 3) for the pairs and the head; EAGLE-2 (arXiv 2406.16858, section 4) for
+expansion by cumulative probability and reranking to a budget; EAGLE-3 (arXiv 2503.01840, section 3) for states fused
+from several layers. Which of both a head is, the head knows.
 
     committed pairs   (f_0, e_1) .. (f_{p-1}, e_p)      recomputed from true features at every `observe`
     root              token p, and the last pair's output extrapolates f_p, whose logits are the root's children
@@ -13,33 +13,71 @@ is, the head knows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from haast import native
-from haast.cache import TreeCache
-from haast.drafters.base import Accepted, Drafter, last_kept, last_tokens
+from haast.cache import KVCache
+from haast.core import Accepted
+from haast.device import to_device
+from haast.drafters.base import Drafter, last_kept, stacked
 from haast.drafters.draft_lm import checked_vocab, draft_lm_head
 from haast.drafters.forwards import Flight, HeadForward
 from haast.drafters.growth import Growth, best_places
 from haast.drafters.quick import QuickDraft
 from haast.drafters.shape import DraftShape, Plan, plan
-from haast.drafters.waiting import Waiting
 from haast.drafters.ways import Way, Ways, way_for
 from haast.drafters.window import DraftWindow
 from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head, check_fits, check_weights
 from haast.heads.module import DraftModule
 from haast.heads.precision import warn_of_precision
+from haast.kv_pool import Sequence as KVSequence
 from haast.speed.fusing import fuse_small_modules
 from haast.speed.memory import give_back
 from haast.speed.packing import PackedLinear, pack_linears
-from haast.speed.policy import Pace
 from haast.target import Target
 from haast.tree import DraftTree
+from haast.tuning.policy import CostModel
 
-_MOST_WAITING = 128  # positions that a head leaves unobserved while nothing is drafted: bounds their memory
+_MOST_PENDING = 128  # positions that a head leaves unobserved while nothing is drafted: bounds their memory
+
+
+@dataclass
+class EagleState:
+    """What the drafter keeps of one request.
+
+    Attributes:
+        kv: the request's blocks.
+        observed: pairs that the head has; pair i holds token i + 1 and lies in its slot.
+        skipped: pairs, from the first, that the head's window leaves out.
+        root: () int64, the last emitted token.
+        before: () int64, the token after the last observed position.
+        extrapolated: (hidden,), the head's state after the last pair: it stands at the root.
+        pending: what was accepted since, and the request's row in it.
+    """
+
+    kv: KVSequence
+    observed: int
+    skipped: int
+    before: Tensor
+    root: Tensor | None = None
+    extrapolated: Tensor | None = None
+    pending: list[tuple[Accepted, int]] = field(default_factory=list)
+    waiting: int = 0  # the most positions that can be pending
+
+
+@dataclass(frozen=True)
+class _Growing:
+    """A shape made ready to draft."""
+
+    plan: Plan
+    pace: CostModel | None
+    frontier: list[Tensor]  # per level, candidate numbers (1, width), of a fixed tree
+    keep: Tensor | None  # (1, nodes - 1), of a fixed tree
+    quick: QuickDraft | None
 
 
 class EagleDrafter(Drafter):
@@ -50,7 +88,7 @@ class EagleDrafter(Drafter):
         head: a head trained for this target. Its module is taken over: moved to the target's device and dtype, and
             packed where the target is packed.
         shape: chain, static or dynamic tree, and its size.
-        window: positions that the head looks back, so that its memory and time do not grow with the text; None is all.
+        window: positions that the head looks back, so that its time does not grow with the text; None is all.
 
     Raises:
         HeadMismatchError: the head was made for another target.
@@ -81,9 +119,10 @@ class EagleDrafter(Drafter):
             give_back()
         self._native = packed and native.available()
         self._forward = HeadForward(target, self._module, window, self._native)
+        self._cache: KVCache | None = None
+        self.prefix_key = object()
+        self.reach = self._pairs.reach
         self.reshape(shape or DraftShape())
-        self._cache: TreeCache | None = None
-        self._forget()
 
     @property
     def device(self) -> torch.device:
@@ -105,189 +144,211 @@ class EagleDrafter(Drafter):
         """The head's tensors as they draft, packed where the target is."""
         return dict(self._module.state_dict())
 
-    def reshape(self, shape: DraftShape, pace: Pace | None = None, ways: Ways | None = None) -> None:
+    def reshape(self, shape: DraftShape, pace: CostModel | None = None, ways: Ways | None = None) -> None:
         """Draft another shape from the next step on; with a pace, a dynamic tree is as deep and large as pays.
 
         Args:
             shape: of one row.
-            pace: of one row.
-            ways: what to draft for several rows; without them any number drafts as one.
+            pace: of one row; on the CPU only, since it looks at probabilities on the host.
+            ways: what to draft for several rows, and for one where they say more of it; without them any number drafts
+                as one.
         """
         self.shape, self.pace = shape, pace
-        self.ways: Ways = {**(ways or {}), 1: Way(shape, pace)}
-        self._most = max(self._planned(way.shape).nodes for way in self.ways.values() if way.shape is not None)
-        self._way: Way | None = None
-        self._use(1)
+        self.ways: Ways = {1: Way(shape, pace), **(ways or {})}
+        self._growing: dict[tuple[DraftShape, int], _Growing] = {}
+        plans = [self._planned(way.shape) for way in self.ways.values() if way.shape is not None]
+        self._most = max(each.nodes for each in plans)
+        self.room = max(self._most, *(sum(each.widths) for each in plans)) + self._most
 
     def _planned(self, shape: DraftShape) -> Plan:
         return plan(shape, self._target.vocab_size if self._vocab is None else len(self._vocab))
 
-    def _use(self, rows: int) -> bool:
-        """Take up the way for so many rows; whether it drafts."""
-        way = way_for(self.ways, rows)
-        if way is not self._way and way.shape is not None:
-            self._plan = fixed = self._planned(way.shape)
-            device = self._target.device
-            self._frontier = [torch.tensor(level, device=device).unsqueeze(0) for level in fixed.frontier or ()]
-            self._keep = None if fixed.keep is None else torch.tensor(fixed.keep, device=device).unsqueeze(0)
-            self._quick = QuickDraft.of(self._target, self._module, self._forward.stack, self._lm_head, self._vocab)
-            if self._quick is not None and not self._quick.plan(fixed, way.pace):
-                self._quick = None
-        self._way = way
-        return way.shape is not None
+    def _growing_of(self, way: Way, budget: int | None) -> _Growing | None:
+        """The way's shape within a budget of nodes, made ready; None where nothing is drafted."""
+        shape = way.shape
+        if shape is None or (budget is not None and budget < 2):
+            return None
+        if budget is not None and budget < shape.nodes:
+            shape = replace(shape, nodes=budget, depth=min(shape.depth, budget - 1))
+        found = self._growing.get((shape, id(way.pace)))
+        if found is None:
+            fixed, device = self._planned(shape), self._target.device
+            pace = way.pace if device.type == "cpu" else None
+            frontier = [torch.tensor(level, device=device).unsqueeze(0) for level in fixed.frontier or ()]
+            keep = None if fixed.keep is None else torch.tensor(fixed.keep, device=device).unsqueeze(0)
+            quick = QuickDraft.of(self._target, self._module, self._forward.stack, self._lm_head, self._vocab)
+            if quick is not None and not quick.plan(fixed, pace):
+                quick = None
+            found = self._growing[shape, id(way.pace)] = _Growing(fixed, pace, frontier, keep, quick)
+        return found
 
     @property
     def nodes(self) -> int:
         """Nodes of every tree; at most so many where a `pace` or `ways` are set."""
         return self._most
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> None:
-        self._forward.follow_changes()
-        if self._forward.stack is None:
-            self._quick = None
-        longest = max(len(prompt) for prompt in prompts)
-        self._cache = self._forward.new_cache(len(prompts), min(longest, self._pairs.reach or longest))
-        self._forget()
-        self._pairs.start([len(prompt) for prompt in prompts])
-        self._first = torch.tensor([prompt[0] for prompt in prompts], device=self._target.device)
-
-    def memory(self) -> object:
+    @property
+    def cache(self) -> KVCache:
+        """The head's keys and values in the target's blocks. Made at first use."""
+        if self._cache is None or self._cache.pool is not self._target.pool:
+            self._cache = self._target.cache.beside(self._module.config.num_hidden_layers, self._target.device)
         return self._cache
 
-    def recall(self, memory: object, following: Sequence[int]) -> None:
-        assert isinstance(memory, TreeCache), "the cache of an earlier run"
-        self._pairs.recall(memory, len(following))
-        self._cache = memory
-        self._first = torch.tensor([following[-1]], device=self._target.device)
-
-    def _forget(self) -> None:
-        self._root: Tensor | None = None  # (rows,): the token behind the last position that the head has observed
-        self._newest: Tensor | None = None  # (rows,): the root; another one while positions wait to be observed
-        self._extrapolated: Tensor | None = None  # (rows, hidden): the state at the root's position
-        self._waiting = Waiting()
-
-    def keep(self, order: Sequence[int]) -> None:
-        assert self._cache is not None and self._newest is not None, "no row ends before its prompt is observed"
-        rows = list(order)
-        self._cache.keep(rows)
-        self._waiting.keep(rows)
-        self._pairs.keep(rows)
-        self._newest, self._first = self._newest[rows], self._first[rows]
-        self._root = None if self._root is None else self._root[rows]
-        self._extrapolated = None if self._extrapolated is None else self._extrapolated[rows]
-
-    @torch.inference_mode()
-    def observe(self, accepted: Accepted) -> None:
-        self._newest = last_tokens(accepted, self._newest)
-        self._waiting.add(accepted)
-        if self._use(len(accepted.counts)) or self._waiting.positions >= _MOST_WAITING:
-            self._catch_up()
-
-    def _catch_up(self) -> None:
-        """Run the head over the positions that wait."""
-        accepted, cache = self._waiting.take(), self._cache
-        if accepted is None:
-            return
-        assert cache is not None, "start comes before observe"
-        self._pairs.make_room(cache)
-        paired = accepted.tokens if self._module.follows_token else self._at(accepted.tokens)
-        self._root = last_tokens(accepted, self._root)
-        paired, features, counts = self._pairs.needed(cache, paired, accepted.features, accepted.counts)
-        pairs = paired.shape[1]
-        if not pairs:
-            return  # a part of the prompt that lies before the window
-        flight = Flight.chain(cache, pairs, paired.device)  # a shorter row's tail is not kept
-        cache.begin(pairs)
-        output = self._forward.run(cache, self._embedded(paired), self._module.fuse(features), flight)
-        cache.commit([range(count) for count in counts])
-        self._extrapolated = last_kept(output, counts, self._extrapolated)  # (rows, hidden)
-        self._pairs.warn(cache)
-
-    @torch.inference_mode()
-    def propose(self) -> DraftTree:
-        assert self._newest is not None, "observe the prompt before the first proposal"
-        if not self._use(len(self._newest)):
-            return DraftTree.roots(self._newest)
-        self._catch_up()
-        tree = None if self._quick is None else self._propose_quickly()
-        return self._grow_tree() if tree is None else tree
-
-    def _grow_tree(self) -> DraftTree:
-        grown = self._grow()
-        keep, nodes = self._keep, self._plan.nodes
-        if keep is None:
-            keep = grown.best(nodes - 1, self._pace)
-        return grown.tree(keep)
-
     @property
-    def _pace(self) -> Pace | None:
-        assert self._way is not None, "reshape takes up a way"
-        return self._way.pace
+    def caches(self) -> tuple[KVCache, ...]:  # type: ignore[override]  # made at first use
+        return (self.cache,)
 
-    def _propose_quickly(self) -> DraftTree | None:
-        cache, quick, states = self._cache, self._quick, self._extrapolated
-        assert cache is not None and quick is not None and states is not None and self._root is not None
+    def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> EagleState:
         stack = self._forward.stack
-        assert stack is not None, "a quick draft runs on a stack"
-        cache.begin(quick.room)
-        store = cache.storage(stack.kv_heads, stack.head_dim, states.dtype)
-        return None if store is None else quick.propose(states, self._root, cache.lengths, cache.begins, store)
+        self._forward.refresh()
+        if self._forward.stack is not stack:
+            self._growing.clear()
+        before = torch.tensor(prompt[reused], device=self.device)
+        return EagleState(kv, reused, self._pairs.skipped(len(prompt)), before)
 
-    def _grow(self) -> Growth:
+    def filled(self, state: EagleState, length: int) -> int:
+        return min(length, state.observed + 1)
+
+    def complete_from(self, state: EagleState) -> int:
+        return state.skipped + 1 if state.skipped else 0
+
+    @torch.inference_mode()
+    def observe(self, states: Sequence[EagleState], accepted: Accepted) -> None:
+        for row, (state, root) in enumerate(zip(states, last_kept(accepted.tokens, accepted.counts), strict=True)):
+            state.root = root
+            state.pending.append((accepted, row))
+            state.waiting += accepted.tokens.shape[1]
+        # What waits is run with the next proposal, but prompts at once: others may begin with the same.
+        if accepted.verdict is None or max(state.waiting for state in states) > _MOST_PENDING:
+            self._catch_up(states)
+
+    @torch.inference_mode()
+    def propose(self, states: Sequence[EagleState], budget: int | None = None) -> DraftTree:
+        growing = self._growing_of(way_for(self.ways, len(states)), budget)
+        if growing is None:
+            return DraftTree.roots(stacked(states, "root"))
+        self._catch_up(states)
+        return self._draft(states, growing)
+
+    def affords(self, rows: int, nodes: int, extra: int, tokens: float) -> bool:
+        """Whether `extra` nodes of every row pay beside `nodes`, if a row is expected to gain `tokens` by them."""
+        way = way_for(self.ways, rows)
+        return way.shape is not None if way.pace is None else way.pace.affords(nodes, extra, tokens)
+
+    def _catch_up(self, states: Sequence[EagleState]) -> None:
+        """Run the head over the positions that wait."""
+        if not any(state.pending for state in states):
+            return
+        tokens, features, counts = _joined(states)
+        before = stacked(states, "before")
+        paired = tokens if self._module.follows_token else torch.cat([before.unsqueeze(1), tokens[:, :-1]], dim=1)
+        left = [self._pairs.left_out(s.skipped, s.observed, n) for s, n in zip(states, counts, strict=True)]
+        if any(left):
+            paired, features = _without(paired, left), _without(features, left)
+        kept = [count - out for count, out in zip(counts, left, strict=True)]
+        for state, out in zip(states, left, strict=True):
+            state.observed += out
+        pairs = max(kept)
+        if pairs:
+            paired, features = paired[:, :pairs], features[:, :pairs]
+            past = [state.observed for state in states]
+            cache = self.cache.bind([state.kv for state in states], past)
+            flight = Flight.chain(past, to_device(torch.tensor(past), paired.device), pairs)  # a tail is overwritten
+            output = self._forward.run(cache, self._embedded(paired), self._module.fuse(features), flight)
+            held = to_device(torch.tensor(kept), output.device)
+            for state, count, newest in zip(states, kept, last_kept(output, held), strict=True):
+                if count:
+                    state.observed += count
+                    state.extrapolated = newest
+        for state, count in zip(states, counts, strict=True):
+            if count:
+                state.before = state.root if state.root is not None else state.before
+            state.pending, state.waiting = [], 0
+        self._pairs.warn(max(state.observed for state in states))
+
+    def _draft(self, states: Sequence[EagleState], growing: _Growing) -> DraftTree:
+        past = [state.observed for state in states]
+        cache = self.cache.bind([state.kv for state in states], past)
+        roots, extrapolated = stacked(states, "root"), stacked(states, "extrapolated")
+        if growing.quick is not None:
+            stack = self._forward.stack
+            if stack is not None:
+                cache.begin(growing.quick.room)
+                store = cache.storage(stack.kv_heads, stack.head_dim, extrapolated.dtype)
+                if store is not None:
+                    return growing.quick.propose(extrapolated, roots, past, cache.tables, store, cache.shift)
+        grown = self._grow(growing, cache, past, roots, extrapolated)
+        keep = growing.keep
+        return grown.tree(grown.best(growing.plan.nodes - 1, growing.pace) if keep is None else keep)
+
+    def _grow(self, growing: _Growing, cache: KVCache, past: list[int], roots: Tensor, extrapolated: Tensor) -> Growth:
         """All candidates of this step, level by level."""
-        cache, extrapolated = self._cache, self._extrapolated
-        assert cache is not None and self._root is not None and extrapolated is not None
-        reached = torch.tensor(cache.reached, device=self._root.device)
+        plan, pace = growing.plan, growing.pace
+        committed = to_device(torch.tensor(past), roots.device)
         features = extrapolated.unsqueeze(1)  # (rows, 1, hidden)
-        grown = Growth(self._root)
-        before = self._root.unsqueeze(1)  # (rows, 1): the token that each node of the frontier carries
-        tokens, scores = self._children(features, before, grown.root_scores())
+        grown = Growth(roots)
+        before = roots.unsqueeze(1)  # (rows, 1): the token that each node of the frontier carries
+        tokens, scores = self._children(features, before, grown.root_scores(), plan.top_k)
         index = grown.add(tokens, scores, parents=None)
-        flight = Flight.chain(cache, 0, self._root.device)
-        for level, width in enumerate(self._plan.widths):
-            chosen = self._frontier[level] if self._plan.frontier is not None else best_places(scores, width)
+        flight = Flight.chain(past, committed, 0)
+        for level, width in enumerate(plan.widths):
+            chosen = growing.frontier[level] if plan.frontier is not None else best_places(scores, width)
             chosen = chosen.expand(len(scores), -1)  # (rows, width) within this level's candidates
             above = scores.gather(1, chosen)
-            if self._pace is not None and self._keep is None and not self._pace.deeper(above):
+            if pace is not None and growing.keep is None and not pace.deeper(above):
                 break
-            parent = chosen // self._plan.top_k
+            parent = chosen // plan.top_k
             features = features.gather(1, parent.unsqueeze(2).expand(-1, -1, features.shape[2]))
             picked = tokens.gather(1, chosen)
             paired = picked if self._module.follows_token else before.gather(1, parent)
-            flight = flight.below(parent, self._forward.bounded((reached + level).unsqueeze(1).expand_as(chosen)))
-            features = self._extend(cache, paired, features, flight)
+            positions = self._forward.bounded((committed + level).unsqueeze(1).expand_as(chosen))
+            flight = flight.below(parent, positions)
+            features = self._forward.run(cache, self._embedded(paired), features, flight)
+            cache.advance([width] * len(past))
             frontier, before = index.gather(1, chosen), picked  # candidate numbers and tokens of the frontier
-            tokens, scores = self._children(features, before, above)
-            index = grown.add(tokens, scores, frontier.repeat_interleave(self._plan.top_k, dim=1))
-        for row, length in enumerate(flight.past):
-            cache.truncate(row, length)
+            tokens, scores = self._children(features, before, above, plan.top_k)
+            index = grown.add(tokens, scores, frontier.repeat_interleave(plan.top_k, dim=1))
         return grown
 
-    def _at(self, following: Tensor) -> Tensor:
-        """The tokens (rows, n) at the observed positions, given those that follow them."""
-        start = self._first if self._root is None else self._root
-        return torch.cat([start.unsqueeze(1), following[:, :-1]], dim=1)
-
-    def _children(self, states: Tensor, before: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def _children(self, states: Tensor, before: Tensor, scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """The `top_k` likeliest next tokens per state: target ids and cumulative log-probabilities, (rows, w * k)."""
         logits = self._lm_head(self._module.lm_input(states, before)).float()  # (rows, w, draft vocabulary)
-        if self._native and self._plan.top_k <= native.MOST_TOP:
-            best, ids = native.top(logits, self._plan.top_k)
+        if self._native and top_k <= native.MOST_TOP:
+            best, ids = native.top(logits, top_k)
         else:
-            best, ids = logits.log_softmax(-1).topk(self._plan.top_k, dim=-1)
+            best, ids = logits.log_softmax(-1).topk(top_k, dim=-1)
             best = best.masked_fill(best.isnan(), -torch.inf)  # a model that says nothing of a token: draft others
         if self._vocab is not None:
             ids = self._vocab[ids]
         return ids.flatten(1), (scores.unsqueeze(2) + best).flatten(1)
 
-    def _extend(self, cache: TreeCache, tokens: Tensor, features: Tensor, flight: Flight) -> Tensor:
-        """Run the frontier through the head; its keys and values stay behind the committed ones until `truncate`."""
-        rows, width = tokens.shape
-        cache.begin(width)
-        output = self._forward.run(cache, self._embedded(tokens), features, flight)
-        cache.commit([range(width)] * rows)
-        return output
-
     def _embedded(self, tokens: Tensor) -> Tensor:
         embeddings: Tensor = self._embedding(tokens)
         return embeddings.to(tokens.device)
+
+
+def _joined(states: Sequence[EagleState]) -> tuple[Tensor, Tensor, list[int]]:
+    """All that waits: tokens (rows, n), features (rows, n, width), shorter rows padded at the end, and counts."""
+    first = states[0].pending[0][0] if states[0].pending else None
+    alike = first is not None and len(states) == first.tokens.shape[0]
+    if first is not None and alike and all(s.pending == [(first, row)] for row, s in enumerate(states)):
+        return first.tokens, first.features, [len(said) for said in first.said()]  # a step, as it was
+    parts = [[(each, row, len(each.said()[row])) for each, row in state.pending] for state in states]
+    counts = [sum(count for *_, count in part) for part in parts]
+    some = next(each for part in parts for each, *_ in part)
+    tokens = some.tokens.new_zeros(len(states), max(counts))
+    features = some.features.new_zeros(len(states), max(counts), some.features.shape[2])
+    for place, part in enumerate(parts):
+        at = 0
+        for each, row, count in part:
+            tokens[place, at : at + count] = each.tokens[row, :count]
+            features[place, at : at + count] = each.features[row, :count]
+            at += count
+    return tokens, features, counts
+
+
+def _without(values: Tensor, left_out: Sequence[int]) -> Tensor:
+    """Each row's values (rows, n, ...) without its first ones; what is missing at the end repeats the last."""
+    first = to_device(torch.tensor(left_out), values.device).unsqueeze(1)
+    index = (first + torch.arange(values.shape[1], device=values.device)).clamp_max(values.shape[1] - 1)
+    return values.gather(1, index.view(*index.shape, *[1] * (values.ndim - 2)).expand(-1, -1, *values.shape[2:]))

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from haast.speed.policy import Pace
 from haast.tree import DraftTree
+from haast.tuning.policy import CostModel
 
 
 class Growth:
@@ -39,7 +39,7 @@ class Growth:
         """Tokens, log-probabilities of paths, and parents' numbers (-1 the root) of all candidates, (rows, n) each."""
         return torch.cat(self._tokens, 1), torch.cat(self._scores, 1), torch.cat(self._parents, 1)
 
-    def best(self, count: int, pace: Pace | None = None) -> Tensor:
+    def best(self, count: int, pace: CostModel | None = None) -> Tensor:
         """The best candidates, at most `count` of them and, with a `pace`, as many as pay: (rows, n), ascending.
 
         A child's score never exceeds its parent's and the sort is stable, so a chosen node's parent is chosen too.
@@ -62,7 +62,10 @@ class Growth:
         parent_nodes = place.gather(1, parents.gather(1, keep) % (self._count + 1))
         root = self._root.unsqueeze(1)
         return DraftTree.from_parents(
-            torch.cat([root, tokens.gather(1, keep)], 1), torch.cat([torch.full_like(root, -1), parent_nodes], 1)
+            torch.cat([root, tokens.gather(1, keep)], 1),
+            torch.cat([torch.full_like(root, -1), parent_nodes], 1),
+            height=len(self._tokens),
+            checked=True,
         )
 
 

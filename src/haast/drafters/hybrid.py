@@ -1,22 +1,51 @@
 """EAGLE's tree with the best suffix match as one more branch: what was said before needs no head.
 
 Owns the merge. Where the text repeats itself (code, tables, quotations) the match reaches deeper than any head; where
-it does not, nothing is added.
+it does not, nothing is added. Told what forwards cost, a step may do without the head: the match alone is verified
+then, as far as it is expected to pay.
+
+    EAGLE's tree   r -- a -- b          match  a b c d e     merged   r -- a -- b -- c -- d
+                    \\                                                 \\
+                      x                 at most 2 new nodes             x
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from haast.drafters.base import Accepted, Drafter
+import torch
+
+from haast.cache import KVCache
+from haast.core import Accepted, Request, TokenChooser
+from haast.device import to_device
+from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.lookup import SuffixDrafter
-from haast.drafters.paths import Path, PathTree, pack_rows
-from haast.drafters.ways import way_for
-from haast.tokens import common_length
+from haast.drafters.lookup import SuffixDrafter, TextIndex
+from haast.drafters.paths import Path
+from haast.kv_pool import Sequence as KVSequence
 from haast.tree import DraftTree
+from haast.tuning.latency import Latency
 
-_PRIOR = (4, 8.0)  # matches, and tokens gained by them, that a text of several rows begins with
+_PRIOR = (4, 8.0)  # matches, and tokens gained by them, that every request begins with
+
+
+@dataclass
+class HybridState:
+    """Both drafters' states of a request, and what matches have brought it.
+
+    Attributes:
+        matches: matches that were offered.
+        gained: tokens accepted of them, beyond what EAGLE's own nodes brought.
+        offered: nodes of the last tree that are EAGLE's, where a match was added to them; else 0.
+    """
+
+    eagle: Any
+    text: TextIndex
+    matches: int = _PRIOR[0]
+    gained: float = _PRIOR[1]
+    offered: int = 0
 
 
 class HybridDrafter(Drafter):
@@ -25,80 +54,146 @@ class HybridDrafter(Drafter):
     Args:
         eagle: drafts the tree.
         extra: nodes for the match, 1 or more.
-        least: tokens that a match must share with the end of the text.
+        least: tokens that a match must share with the end of the text to be added to a tree.
+        latency: what forwards cost; with it a budget is of the head's tree alone, and where the head rests, a match is
+            verified as far as it is expected to pay.
+        chain: nodes of such a match, root included, at most.
     """
 
     name = "eagle+suffix"
 
-    def __init__(self, eagle: EagleDrafter, extra: int = 4, least: int = 3) -> None:
+    def __init__(
+        self,
+        eagle: EagleDrafter,
+        extra: int = 4,
+        least: int = 3,
+        *,
+        latency: Latency | None = None,
+        chain: int = 16,
+    ) -> None:
         if extra < 1:
             raise ValueError(f"extra={extra} is not allowed: give 1 or more")
-        self.eagle, self._extra = eagle, extra
-        self._suffix = SuffixDrafter(extra + 1, least, 1)
+        self.eagle, self._extra, self._least, self._latency = eagle, extra, least, latency
+        self._chain = 0 if latency is None else chain
+        self._suffix = SuffixDrafter(extra + 1, least if latency is None else 1, 1, latency=lambda: latency)
         self.target_layers = eagle.target_layers
-        self.lock = eagle.lock  # whoever runs this one runs that one
-
-    @property
-    def owner(self) -> object:
-        """The run that the EAGLE drafter follows, whether through this drafter or by itself."""
-        return self.eagle.owner
-
-    @owner.setter
-    def owner(self, run: object) -> None:
-        self.eagle.owner = run
 
     @property
     def nodes(self) -> int:
-        return self.eagle.nodes + self._extra
+        return max(self.eagle.nodes + self._extra, self._chain)
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> None:
-        self.eagle.start(prompts)
-        self._suffix.start(prompts)
-        self._offered: list[tuple[Path, int]] = []  # per row of the last tree: the match, and how far EAGLE had it
-        self._matches, self._gained = _PRIOR
+    @property
+    def prefix_key(self) -> object:  # type: ignore[override]  # this one and the next three are EAGLE's own
+        return self.eagle.prefix_key
 
-    def memory(self) -> object:
-        return self.eagle.memory()
+    @property
+    def reach(self) -> int | None:  # type: ignore[override]
+        return self.eagle.reach
 
-    def recall(self, memory: object, following: Sequence[int]) -> None:
-        self.eagle.recall(memory, following)
-        self._suffix.recall(None, following)
+    @property
+    def caches(self) -> tuple[KVCache, ...]:  # type: ignore[override]
+        return self.eagle.caches
 
-    def keep(self, order: Sequence[int]) -> None:
-        self.eagle.keep(order)
-        self._suffix.keep(order)
-        self._offered = []  # what it brought is counted already
+    @property
+    def room(self) -> int:  # type: ignore[override]
+        return self.eagle.room
 
-    def observe(self, accepted: Accepted) -> None:
-        self.eagle.observe(accepted)
-        self._suffix.observe(accepted)
-        for row, (path, had) in enumerate(self._offered):
-            if len(path) > had:
-                said = accepted.tokens[row, : accepted.counts[row]].tolist()
-                self._matches += 1
-                self._gained += max(common_length(path, said) - had, 0)
-        self._offered = []
+    def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> HybridState:
+        return HybridState(self.eagle.begin(prompt, kv, reused), self._suffix.begin(prompt, kv, reused))
 
-    def propose(self) -> DraftTree:
-        tree = self.eagle.propose()
-        matches = [self._suffix.paths(row, self.nodes) for row in range(tree.rows)]
-        if not self._pays(matches, tree.nodes):
-            return tree  # nothing to add: the step costs what EAGLE's own costs
-        rows = []
-        for row, paths in enumerate(matches):
-            merged = PathTree.of_tree(tree, row, tree.nodes + self._extra)
-            path = paths[0] if paths else ()
-            had = merged.agreeing(path)
-            self._offered.append((path[: had + merged.insert(path, most=self._extra)], had))
-            rows.append(merged)
-        return pack_rows(rows, max(len(row.tokens) for row in rows), tree.tokens.device)
+    def drawn_by(self, state: HybridState, chooser: TokenChooser) -> None:
+        self.eagle.drawn_by(state.eagle, chooser)
 
-    def _pays(self, matches: Sequence[Sequence[Path]], nodes: int) -> bool:
+    def end(self, state: HybridState) -> None:
+        self.eagle.end(state.eagle)
+
+    def filled(self, state: HybridState, length: int) -> int:
+        return self.eagle.filled(state.eagle, length)
+
+    def complete_from(self, state: HybridState) -> int:
+        return self.eagle.complete_from(state.eagle)
+
+    def observe(self, states: Sequence[HybridState], accepted: Accepted) -> None:
+        self.eagle.observe([state.eagle for state in states], accepted)
+        self._suffix.observe([state.text for state in states], accepted)
+        if accepted.verdict is not None:
+            for state, row in zip(states, accepted.verdict.rows, strict=True):
+                if state.offered and row is not None:
+                    state.matches += 1
+                    state.gained += sum(node >= state.offered for node in row.path)
+                state.offered = 0
+
+    @torch.inference_mode()
+    def propose(self, states: Sequence[HybridState], budget: int | None = None) -> DraftTree:
+        if budget == 1 and self._latency is not None:
+            return self._matches_alone(states)
+        extra = self._extra if budget is None or self._latency is not None else min(self._extra, budget // 2)
+        matches = [self._match(state.text) if extra else () for state in states]
+        if not any(matches):
+            return self.eagle.propose([state.eagle for state in states], budget)
+        own = budget if budget is None or self._latency is not None else budget - extra
+        tree = self.eagle.propose([state.eagle for state in states], own)
+        if not self._pays(states, matches, tree.nodes, extra):
+            return tree
+        for state, match in zip(states, matches, strict=True):
+            state.offered = tree.nodes if match else 0
+        return with_matches(tree, matches, extra)
+
+    def undrafted(self, requests: Sequence[Request]) -> tuple[float, float]:
+        """Tokens of a row, and nodes, that the next step is expected to have without the head."""
+        drafts, tokens = self._paying([request.draft_state for request in requests])
+        return tokens, 1 + drafts
+
+    def _paying(self, states: Sequence[HybridState]) -> tuple[int, float]:
+        return self._suffix.paying([state.text for state in states], self._chain - 1)
+
+    def _matches_alone(self, states: Sequence[HybridState]) -> DraftTree:
+        tree = self.eagle.propose([state.eagle for state in states], 1)
+        drafts, _ = self._paying(states)
+        if not drafts:
+            return tree
+        return with_matches(tree, [next(iter(state.text.paths(drafts)), ()) for state in states], drafts)
+
+    def _match(self, text: TextIndex) -> Path:
+        """How the text goes on after its longest match; empty where that is short, or there is none."""
+        length, place = text.match()
+        return text.text[place : place + self.nodes] if length >= self._least else ()
+
+    def _pays(self, states: Sequence[HybridState], matches: Sequence[Path], nodes: int, extra: int) -> bool:
         """Whether the matches are worth the nodes that every row gets for them."""
-        found = sum(map(bool, matches))
-        if not found or len(matches) == 1:
-            return bool(found)
-        way = way_for(self.eagle.ways, len(matches))
-        if way.pace is None:
-            return way.shape is not None
-        return way.pace.affords(nodes, self._extra, found / len(matches) * self._gained / self._matches)
+        if len(states) == 1:
+            return True
+        gain = sum(state.gained / state.matches for state, match in zip(states, matches, strict=True) if match)
+        return self.eagle.affords(len(states), nodes, extra, gain / len(states))
+
+
+def with_matches(tree: DraftTree, matches: Sequence[Path], extra: int) -> DraftTree:
+    """A tree with each row's match as one more path from the root; what the tree has of it already is shared.
+
+    Args:
+        tree: (rows, nodes), without placeholders.
+        matches: per row the tokens under the root; may be empty.
+        extra: most nodes that are added to every row, after its own; those without a token are dead.
+
+    Reads nothing back from the device; on the CPU, where values are at hand, no more nodes are added than are used.
+    """
+    nodes, device, longest = tree.nodes, tree.tokens.device, tree.height + extra
+    wanted = torch.tensor([[*match[:longest], *[-1] * (longest - len(match))] for match in matches])
+    path = to_device(wanted, device)  # (rows, height + extra); -1 is no token
+    agrees = tree.live & (tree.tokens == path.gather(1, (tree.depths - 1).clamp_min(0)))
+    agrees[:, 0] = True
+    shared = (agrees.unsqueeze(1) | ~tree.ancestors).all(2)  # (rows, nodes): on the match, with all that is above
+    end = torch.where(shared, tree.depths, -1).argmax(1, keepdim=True)  # (rows, 1): where the new nodes begin
+    added = torch.arange(extra, device=device)
+    tokens = path.gather(1, tree.depths.gather(1, end) + added)  # (rows, extra)
+    if device.type == "cpu":
+        tokens = tokens[:, : int((tokens >= 0).sum(1).max())]
+    new = tokens.shape[1]
+    parents = torch.cat([end, (nodes + added[: max(new - 1, 0)]).expand(tree.rows, -1)], dim=1)[:, :new]
+    return DraftTree.from_parents(
+        torch.cat([tree.tokens, tokens.clamp_min(0)], dim=1),
+        torch.cat([tree.parents, parents], dim=1),
+        torch.cat([tree.live, tokens >= 0], dim=1),
+        height=longest,
+        checked=True,
+    )

@@ -1,7 +1,7 @@
-"""Lookahead decoding (Fu et al., arXiv 2402.02057) as one tree: its window's nodes are probes, its guesses are drafts.
+"""Lookahead decoding (Fu et al., arXiv 2402.02057) as one tree: the window's nodes are placeholders, guesses drafts.
 
-Owns the window, the pool of n-grams and the tree of both. Knows no head; the target's own choices at the probes come
-with `Accepted.choices`.
+Owns the window, the pool of n-grams and the tree of both. Knows no head; the target's own choices at the placeholders
+come with `Accepted.choices`.
 
     window, W = 4 columns, N = 4: three rows of past choices. Column 0 of row 0 is the root.
 
@@ -26,8 +26,10 @@ from collections.abc import Sequence
 
 import torch
 
-from haast.drafters.base import Accepted, Drafter
+from haast.core import Accepted
+from haast.drafters.base import Drafter
 from haast.drafters.paths import PathTree, pack_rows
+from haast.kv_pool import Sequence as KVSequence
 from haast.tree import DraftTree
 
 Gram = tuple[int, ...]
@@ -58,25 +60,18 @@ class LookaheadDrafter(Drafter):
     """Lookahead decoding.
 
     Args:
+        vocab_size: random tokens begin the window.
         window: W, columns of the window, 1 or more.
         ngram: N, tokens of an n-gram, 2 or more; the window has N - 1 rows.
         guesses: G, n-grams that are tried a step, 1 or more.
-        vocab_size: random tokens begin the window.
         from_prompt: fill the pool with the prompt's own n-grams.
-        device: where the target takes its tokens.
     """
 
     name = "lookahead"
     wants_choices = True
 
     def __init__(
-        self,
-        vocab_size: int,
-        window: int = 5,
-        ngram: int = 4,
-        guesses: int = 5,
-        from_prompt: bool = True,
-        device: torch.device | str = "cpu",
+        self, vocab_size: int, window: int = 5, ngram: int = 4, guesses: int = 5, from_prompt: bool = True
     ) -> None:
         for name, value, least in (
             ("window", window, 1),
@@ -87,69 +82,76 @@ class LookaheadDrafter(Drafter):
             if value < least:
                 raise ValueError(f"{name}={value} is not allowed: give {least} or more")
         self.window, self.ngram, self.guesses = window, ngram, guesses
-        self.vocab_size, self.from_prompt, self._device = vocab_size, from_prompt, torch.device(device)
+        self.vocab_size, self.from_prompt = vocab_size, from_prompt
 
     @property
     def nodes(self) -> int:
         """Window and guesses; the root is the window's first node."""
         return (self.ngram - 1) * (self.window + self.guesses)
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> None:
-        self._rows = [_Row(self, prompt, seed) for seed, prompt in enumerate(prompts)]
+    def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> LookaheadState:
+        state = LookaheadState(self, int(prompt[0]))
+        state.observe(list(map(int, prompt[1 : reused + 1])), None)
+        return state
 
-    def keep(self, order: Sequence[int]) -> None:
-        self._rows = [self._rows[row] for row in order]
+    def observe(self, states: Sequence[LookaheadState], accepted: Accepted) -> None:
+        choices = [None] * len(states) if accepted.choices is None else accepted.choices.tolist()
+        for state, said, chosen in zip(states, accepted.said(), choices, strict=True):
+            state.observe(said, chosen)
+            state.device = accepted.tokens.device
 
-    def observe(self, accepted: Accepted) -> None:
-        for place, row in enumerate(self._rows):
-            said = accepted.tokens[place, : accepted.counts[place]].tolist()
-            if said:
-                row.observe(said, None if accepted.choices is None else accepted.choices[place].tolist())
-
-    def recall(self, memory: object, following: Sequence[int]) -> None:
-        self._rows[0].observe(list(following), None)
-
-    def propose(self) -> DraftTree:
-        return pack_rows([row.tree() for row in self._rows], self.nodes, self._device)
+    def propose(self, states: Sequence[LookaheadState], budget: int | None = None) -> DraftTree:
+        nodes = self.nodes if budget is None else min(budget, self.nodes)
+        return pack_rows([state.tree(nodes) for state in states], states[0].device)
 
 
-class _Row:
-    """One text's window and pool."""
+class LookaheadState:
+    """One request's window and pool. Nothing but its text decides what they hold: the first window is always one."""
 
-    def __init__(self, owner: LookaheadDrafter, prompt: Sequence[int], seed: int) -> None:
+    def __init__(self, owner: LookaheadDrafter, first: int) -> None:
         self._owner = owner
         self._pool = NgramPool(owner.guesses)
-        self._last = int(prompt[0])
-        self._recent = [self._last]  # the newest tokens of the text, N at most
-        draw = random.Random(seed)
+        self._last = first
+        self._recent = [first]  # the newest tokens of the text, N at most
+        draw = random.Random(0)
         self._window = [[draw.randrange(owner.vocab_size) for _ in range(owner.window)] for _ in range(owner.ngram - 1)]
-        self._numbers: list[list[int]] = []  # node numbers of the last tree's window; empty before the first
+        self._numbers: list[list[int]] = []  # node numbers of the window in the last tree; empty where it had none
+        self._learns = owner.from_prompt  # whether what is said makes n-grams
+        self.device = torch.device("cpu")  # where trees go: where the accepted tokens came from
 
     def observe(self, said: Sequence[int], choices: Sequence[int] | None) -> None:
+        """The text goes on with `said`; the target's choices at the last tree's nodes, if any, move the window."""
         if self._numbers and choices is not None:
             self._advance(choices)
-        learns = bool(self._numbers) or self._owner.from_prompt  # what was said makes n-grams too
         for token in said:
             self._recent = [*self._recent, token][-self._owner.ngram :]
-            if learns and len(self._recent) == self._owner.ngram:
+            if self._learns and len(self._recent) == self._owner.ngram:
                 self._pool.add(self._recent)
-        self._last = said[-1]
+            self._last = token
 
-    def tree(self) -> PathTree:
-        tree = PathTree(self._last, self._owner.nodes)
+    def tree(self, nodes: int) -> PathTree:
+        """The next tree, of at most `nodes` nodes: the window, if it fits, and as many guesses as there is room for."""
+        self._learns = True
+        window = (self._owner.ngram - 1) * self._owner.window  # the root is one of them
+        reserved = window - 1 if nodes >= window else 0
+        tree = PathTree(self._last, nodes)
         for guess in self._pool.guesses(self._last):
-            tree.insert(guess)
+            tree.insert(guess, tree.room - reserved)
+        self._numbers = self._window_under(tree) if nodes >= window else []
+        return tree
+
+    def _window_under(self, tree: PathTree) -> list[list[int]]:
+        """Add the window to a tree; returns the numbers of its nodes, row by row."""
         width = self._owner.window
         first, numbers = self._window[0], [[0]]
         for column in range(1, width):
-            numbers[0].append(tree.probe_under(numbers[0][column - 1], first[column]))
+            numbers[0].append(tree.placeholder_under(numbers[0][column - 1], first[column]))
         for row in self._window[1:]:
-            numbers.append([tree.probe_under(numbers[-1][column], row[column]) for column in range(width)])
-        self._numbers = numbers
-        return tree
+            numbers.append([tree.placeholder_under(numbers[-1][column], row[column]) for column in range(width)])
+        return numbers
 
     def _advance(self, choices: Sequence[int]) -> None:
-        """The target's choices below the last row complete n-grams and become the newest row."""
+        """The target's choices after the last row complete n-grams and become the newest row."""
         said = [choices[number] for number in self._numbers[-1]]
         for column in range(self._owner.window):
             head = self._last if column == 0 else self._window[0][column]

@@ -3,86 +3,122 @@
 Owns two ways to find it. `PromptLookupDrafter`: the latest place where the last few tokens stood before (prompt
 lookup decoding, Saxena 2023; `prompt_lookup_num_tokens` of transformers). `SuffixDrafter`: the longest suffix of the
 whole text that occurred before, by an online suffix automaton (Blumer et al. 1985; SAM decoding, arXiv 2411.10666);
-shorter suffixes give further branches. Both cost microseconds and know no target.
+shorter suffixes give further branches. Both cost microseconds and know no target. Told what forwards cost, they propose
+what is expected to pay by the odds of the text so far, else nothing.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from haast.drafters.base import Accepted, Drafter
+from haast.core import Accepted
+from haast.drafters.base import Drafter
 from haast.drafters.paths import Path, PathTree, pack_rows
+from haast.kv_pool import Sequence as KVSequence
 from haast.tree import DraftTree
+from haast.tuning.latency import Latency
+from haast.tuning.online import MatchOdds, best_chain
+
+LatencySource = Callable[[], Latency | None]  # None where nothing is known
+
+
+class TextIndex(ABC):
+    """One request's text, and the places in it where it may go on as it went on there.
+
+    Attributes:
+        text: all tokens, the newest last.
+        device: where the request's trees go: where its accepted tokens came from.
+        odds: how often what was said has gone on as its match had.
+    """
+
+    def __init__(self) -> None:
+        self.text: list[int] = []
+        self.device = torch.device("cpu")
+        self.odds = MatchOdds()
+
+    def extend(self, tokens: Sequence[int], answer: bool = False) -> None:
+        """The text goes on with `tokens`; those of the answer tell what matches are worth."""
+        for token in tokens:
+            if answer:
+                length, place = self.match()
+                if length:
+                    self.odds.count(length, self.text[place] == token)
+            self.text.append(int(token))
+            self._learn()
+
+    def chances(self, most: int) -> list[float]:
+        """[d]: chance that the first d + 1 tokens of the first path come next; empty where there is none."""
+        length, place = self.match()
+        return self.odds.chances(length, min(most, len(self.text) - place)) if length else []
+
+    @abstractmethod
+    def match(self) -> tuple[int, int]:
+        """Tokens at the end of the text that stood before, and the place after them there; 0, 0 where none did."""
+
+    @abstractmethod
+    def paths(self, most: int) -> list[Path]:
+        """Continuations of the text, the most trusted first, of at most `most` tokens each."""
+
+    @abstractmethod
+    def _learn(self) -> None:
+        """Take in the newest token of the text."""
 
 
 class HistoryDrafter(Drafter):
-    """A drafter that reads its row's text alone. Subclasses say how a text continues.
+    """A drafter that reads a request's text alone. Subclasses say how a text is indexed.
 
     Args:
-        nodes: of every tree, root included, 2 or more; what is not filled is dead.
-        device: where the target takes its tokens.
+        nodes: the most nodes of a tree, root included, 2 or more; a tree has as many as there are drafts for.
+        latency: what forwards cost, asked for at the first match: then a tree has as many nodes as are expected to pay,
+            which may be none but the root. None proposes whatever there is.
     """
 
-    def __init__(self, nodes: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, nodes: int, latency: LatencySource | None = None) -> None:
         if nodes < 2:
             raise ValueError(f"nodes={nodes} is not allowed: give 2 or more (root and a draft)")
-        self._nodes, self._device = nodes, torch.device(device)
+        self._nodes, self._latency = nodes, latency
 
     @property
     def nodes(self) -> int:
         return self._nodes
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> None:
-        self._texts: list[list[int]] = []
-        self._begin(len(prompts))
-        for row, prompt in enumerate(prompts):
-            self._texts.append([])
-            self._append(row, int(prompt[0]))  # `observe` brings what follows, the rest of the prompt included
+    def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> Any:
+        index = self._index()
+        index.extend(prompt[: reused + 1])  # `observe` brings what follows, the rest of the prompt included
+        return index
 
-    def keep(self, order: Sequence[int]) -> None:
-        self._texts = [self._texts[row] for row in order]
-        self._rearrange(order)
+    def observe(self, states: Sequence[TextIndex], accepted: Accepted) -> None:
+        for index, said in zip(states, accepted.said(), strict=True):
+            index.extend(said, answer=accepted.verdict is not None)
+            index.device = accepted.tokens.device
 
-    def observe(self, accepted: Accepted) -> None:
-        for row, count in enumerate(accepted.counts):
-            for token in accepted.tokens[row, :count].tolist():
-                self._append(row, token)
-
-    def recall(self, memory: object, following: Sequence[int]) -> None:
-        for token in following:
-            self._append(0, int(token))
-
-    def propose(self) -> DraftTree:
+    def propose(self, states: Sequence[TextIndex], budget: int | None = None) -> DraftTree:
+        most = self._nodes if budget is None else min(budget, self._nodes)
+        if self._latency is not None:
+            most = 1 + self.paying(states, most - 1)[0]
         rows = []
-        for row, text in enumerate(self._texts):
-            tree = PathTree(text[-1], self._nodes)
-            for path in self.paths(row, self._nodes - 1):
+        for index in states:
+            tree = PathTree(index.text[-1], most)
+            for path in index.paths(most - 1) if most > 1 else ():
                 tree.insert(path)
             rows.append(tree)
-        return pack_rows(rows, self._nodes, self._device)
+        return pack_rows(rows, states[0].device)
 
-    def _append(self, row: int, token: int) -> None:
-        self._texts[row].append(token)
-        self._learn(row)
-
-    @abstractmethod
-    def paths(self, row: int, most: int) -> list[Path]:
-        """Continuations of the row's text, the most trusted first, of at most `most` tokens each."""
-
-    @abstractmethod
-    def _begin(self, rows: int) -> None:
-        """Forget everything; `rows` texts begin."""
+    def paying(self, states: Sequence[TextIndex], most: int) -> tuple[int, float]:
+        """How many drafts a row, at most `most`, are expected to pay, and a row's tokens with them."""
+        chances = [index.chances(most) for index in states]
+        if not any(chances):
+            return 0, 1.0
+        latency = None if self._latency is None else self._latency()
+        return (most, 1.0) if latency is None else best_chain(chances, latency)
 
     @abstractmethod
-    def _rearrange(self, order: Sequence[int]) -> None:
-        """Row i is from now on what row `order[i]` was."""
-
-    @abstractmethod
-    def _learn(self, row: int) -> None:
-        """Take in the newest token of the row's text."""
+    def _index(self) -> TextIndex:
+        """The index of a text that has not begun."""
 
 
 class PromptLookupDrafter(HistoryDrafter):
@@ -90,36 +126,43 @@ class PromptLookupDrafter(HistoryDrafter):
 
     name = "lookup"
 
-    def __init__(self, nodes: int = 11, ngram: int = 3, device: torch.device | str = "cpu") -> None:
-        super().__init__(nodes, device)
+    def __init__(self, nodes: int = 11, ngram: int = 3, latency: LatencySource | None = None) -> None:
+        super().__init__(nodes, latency)
         if ngram < 1:
             raise ValueError(f"ngram={ngram} is not allowed: give 1 or more")
         self._ngram = ngram
 
-    def paths(self, row: int, most: int) -> list[Path]:
-        text = self._texts[row]
-        for length in range(min(self._ngram, len(text) - 1), 0, -1):
-            place = self._before[row].get(tuple(text[-length:]))
+    def _index(self) -> TextIndex:
+        return NgramIndex(self._ngram)
+
+
+class NgramIndex(TextIndex):
+    """Where each n-gram of up to `most` tokens stood last, and the time before."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+        # n-gram -> the place after its latest occurrence, and the one before that (the newest n-gram ends the text)
+        self._latest: dict[tuple[int, ...], int] = {}
+        self._before: dict[tuple[int, ...], int] = {}
+
+    def match(self) -> tuple[int, int]:
+        for length in range(min(self._most, len(self.text) - 1), 0, -1):
+            place = self._before.get(tuple(self.text[-length:]))
             if place is not None:
-                return [text[place : place + most]]
-        return []
+                return length, place
+        return 0, 0
 
-    def _begin(self, rows: int) -> None:
-        # n-gram -> the place behind its latest occurrence, and the one before that (the newest n-gram ends the text)
-        self._latest: list[dict[tuple[int, ...], int]] = [{} for _ in range(rows)]
-        self._before: list[dict[tuple[int, ...], int]] = [{} for _ in range(rows)]
+    def paths(self, most: int) -> list[Path]:
+        length, place = self.match()
+        return [self.text[place : place + most]] if length else []
 
-    def _rearrange(self, order: Sequence[int]) -> None:
-        self._latest = [self._latest[row] for row in order]
-        self._before = [self._before[row] for row in order]
-
-    def _learn(self, row: int) -> None:
-        text = self._texts[row]
-        for length in range(1, min(self._ngram, len(text)) + 1):
-            gram = tuple(text[-length:])
-            if gram in self._latest[row]:
-                self._before[row][gram] = self._latest[row][gram]
-            self._latest[row][gram] = len(text)
+    def _learn(self) -> None:
+        for length in range(1, min(self._most, len(self.text)) + 1):
+            gram = tuple(self.text[-length:])
+            if gram in self._latest:
+                self._before[gram] = self._latest[gram]
+            self._latest[gram] = len(self.text)
 
 
 class SuffixDrafter(HistoryDrafter):
@@ -133,29 +176,41 @@ class SuffixDrafter(HistoryDrafter):
 
     name = "suffix"
 
-    def __init__(self, nodes: int = 11, least: int = 1, branches: int = 3, device: torch.device | str = "cpu") -> None:
-        super().__init__(nodes, device)
+    def __init__(
+        self, nodes: int = 11, least: int = 1, branches: int = 3, latency: LatencySource | None = None
+    ) -> None:
+        super().__init__(nodes, latency)
         for name, value in (("least", least), ("branches", branches)):
             if value < 1:
                 raise ValueError(f"{name}={value} is not allowed: give 1 or more")
         self._least, self._branches = least, branches
 
-    def paths(self, row: int, most: int) -> list[Path]:
-        text, automaton = self._texts[row], self._automata[row]
-        return [text[end : end + most] for end in automaton.earlier(self._least, self._branches)]
+    def _index(self) -> TextIndex:
+        return SuffixIndex(self._least, self._branches)
 
-    def longest(self, row: int) -> int:
-        """Length of the longest suffix of the row's text that occurred before."""
-        return self._automata[row].longest
 
-    def _begin(self, rows: int) -> None:
-        self._automata = [SuffixAutomaton() for _ in range(rows)]
+class SuffixIndex(TextIndex):
+    """A text with its suffix automaton; the arguments are `SuffixDrafter`'s."""
 
-    def _rearrange(self, order: Sequence[int]) -> None:
-        self._automata = [self._automata[row] for row in order]
+    def __init__(self, least: int, branches: int) -> None:
+        super().__init__()
+        self._least, self._branches = least, branches
+        self._automaton = SuffixAutomaton()
 
-    def _learn(self, row: int) -> None:
-        self._automata[row].append(self._texts[row][-1])
+    @property
+    def longest(self) -> int:
+        """Length of the longest suffix of the text that occurred before."""
+        return self._automaton.longest
+
+    def match(self) -> tuple[int, int]:
+        places = self._automaton.earlier(self._least, 1)
+        return (self.longest, places[0]) if places else (0, 0)
+
+    def paths(self, most: int) -> list[Path]:
+        return [self.text[end : end + most] for end in self._automaton.earlier(self._least, self._branches)]
+
+    def _learn(self) -> None:
+        self._automaton.append(self.text[-1])
 
 
 class SuffixAutomaton:
@@ -163,7 +218,7 @@ class SuffixAutomaton:
 
     def __init__(self) -> None:
         self._next: list[dict[int, int]] = [{}]
-        self._link, self._length, self._end = [-1], [0], [0]  # `_end`: place behind the first occurrence
+        self._link, self._length, self._end = [-1], [0], [0]  # `_end`: place after the first occurrence
         self._last, self._size = 0, 0
 
     def append(self, token: int) -> None:
@@ -183,7 +238,7 @@ class SuffixAutomaton:
         return self._length[self._link[self._last]] if self._last else 0
 
     def earlier(self, least: int, most: int) -> list[int]:
-        """Places behind earlier occurrences of suffixes of at least `least` tokens, the longest suffix first."""
+        """Places after earlier occurrences of suffixes of at least `least` tokens, the longest suffix first."""
         places: list[int] = []
         state = self._link[self._last] if self._last else 0
         while state > 0 and self._length[state] >= least and len(places) < most:

@@ -10,18 +10,21 @@ best guess of head d under the r_{d-1}-th best of head d - 1, whatever that was,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from haast import native
-from haast.drafters.base import Accepted, Drafter, last_kept, last_tokens
+from haast.core import Accepted
+from haast.drafters.base import Drafter, last_kept, last_tokens, stacked
 from haast.drafters.draft_lm import DRAFT_LM_FORM, checked_vocab
 from haast.drafters.shape import DraftShape, likeliest_paths
 from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head, check_fits, check_weights
 from haast.heads.medusa import MedusaHeads
 from haast.heads.precision import warn_of_precision
+from haast.kv_pool import Sequence as KVSequence
 from haast.speed.memory import give_back
 from haast.speed.packing import PackedLinear, pack_linears
 from haast.target import Target
@@ -31,6 +34,23 @@ RANKS = 10  # guesses per head that may enter a tree
 # Where a head's files tell no measured accuracies: the shape of those that Medusa's authors publish for their heads.
 _ASSUMED = tuple(tuple(first * 0.4 ** min(r, 1) * 0.6 ** max(r - 1, 0) for r in range(RANKS)) for first in (0.5, 0.3))
 _FALLS = 0.7  # of the assumed accuracies from each further head to the next
+
+
+@dataclass
+class MedusaState:
+    """What a request's next tree hangs on; set by the first `observe`."""
+
+    root: Tensor | None = None  # () int64: the newest token
+    feature: Tensor | None = None  # (hidden,) at the position before it
+
+
+@dataclass(frozen=True)
+class _Combined:
+    """Which guesses a tree of some node count combines."""
+
+    tree: DraftTree  # one row; its tokens mean nothing
+    widths: tuple[int, ...]  # guesses asked of each head
+    picked: Tensor  # (nodes - 1,) int64: each node's guess among those of all heads, side by side
 
 
 class MedusaDrafter(Drafter):
@@ -66,18 +86,21 @@ class MedusaDrafter(Drafter):
         if packed:
             _pack(self._module)
         self._native = packed and native.available()
-        self.resize(nodes)
-        self._root: Tensor | None = None
-        self._feature: Tensor | None = None  # (rows, hidden) at the position before the root
+        if nodes < 2:
+            raise ValueError(f"nodes={nodes} is not allowed: a drafted tree has 2 nodes or more (root and a draft)")
+        self._combined: dict[int, _Combined] = {}
+        self._nodes = self._tree_of(nodes).tree.nodes
 
     @property
     def nodes(self) -> int:
+        """Of every tree, unless a budget asks for fewer; fewer than asked for where there are not so many guesses."""
         return self._nodes
 
     @property
     def shape(self) -> DraftShape:
         """What is drafted, in the words that EAGLE's trees are told in."""
-        return DraftShape("static", len(self._widths), max(self._widths), max(self._widths), self._nodes)
+        widths = self._tree_of(self._nodes).widths
+        return DraftShape("static", len(widths), max(widths), max(widths), self._nodes)
 
     @property
     def expected(self) -> list[float]:
@@ -85,45 +108,23 @@ class MedusaDrafter(Drafter):
         gains = [_chance(self.accuracies, path) for path in likeliest_paths(self.accuracies, 63)]
         return torch.tensor(gains).cumsum(0).tolist()
 
-    def resize(self, nodes: int) -> None:
-        """Draft trees of so many nodes from the next step on (fewer where there are not so many combinations)."""
-        if nodes < 2:
-            raise ValueError(f"nodes={nodes} is not allowed: a drafted tree has 2 nodes or more (root and a draft)")
-        drafts = self._target.vocab_size if self._vocab is None else len(self._vocab)
-        known = [chances[:drafts] for chances in self.accuracies]
-        paths = sorted(likeliest_paths(known, nodes - 1), key=lambda path: (len(path), path))
-        place = {(): 0, **{path: number for number, path in enumerate(paths, start=1)}}
-        parents = [-1, *(place[path[:-1]] for path in paths)]
-        device = self._target.device
-        tree = DraftTree.from_parents(
-            torch.zeros(1, len(parents), dtype=torch.long, device=device), torch.tensor([parents], device=device)
-        )
-        self._nodes, self._tree = len(parents), tree
-        self._widths = [
-            1 + max((path[-1] for path in paths if len(path) == depth), default=-1)
-            for depth in range(1, max(map(len, paths)) + 1)
-        ]
-        before = [sum(self._widths[: len(path) - 1]) for path in paths]
-        picked = [start + path[-1] for start, path in zip(before, paths, strict=True)]
-        self._picked = torch.tensor(picked, device=device)
+    def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> MedusaState:
+        return MedusaState()
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> None:
-        self._root = self._feature = None
-
-    def keep(self, order: Sequence[int]) -> None:
-        assert self._root is not None and self._feature is not None, "no row ends before its prompt is observed"
-        self._root, self._feature = self._root[list(order)], self._feature[list(order)]
-
-    def observe(self, accepted: Accepted) -> None:
-        self._feature = last_kept(accepted.features, accepted.counts, self._feature)
-        self._root = last_tokens(accepted, self._root)
+    def observe(self, states: Sequence[MedusaState], accepted: Accepted) -> None:
+        features, roots = last_kept(accepted.features, accepted.counts), last_tokens(accepted)
+        for state, feature, root in zip(states, features.unbind(), roots.unbind(), strict=True):
+            state.feature, state.root = feature, root
 
     @torch.inference_mode()
-    def propose(self) -> DraftTree:
-        feature, root, tree = self._feature, self._root, self._tree
-        assert feature is not None and root is not None, "observe the prompt before the first proposal"
-        guesses = torch.cat([self._best(i, feature, width) for i, width in enumerate(self._widths)], dim=1)
-        tokens = torch.cat([root.unsqueeze(1), guesses[:, self._picked]], dim=1)  # (rows, nodes)
+    def propose(self, states: Sequence[MedusaState], budget: int | None = None) -> DraftTree:
+        roots = stacked(states, "root")
+        if budget is not None and budget < 2:
+            return DraftTree.roots(roots)
+        combined = self._tree_of(self._nodes if budget is None else min(budget, self._nodes))
+        features, tree = stacked(states, "feature"), combined.tree
+        guesses = torch.cat([self._best(i, features, width) for i, width in enumerate(combined.widths)], dim=1)
+        tokens = torch.cat([roots.unsqueeze(1), guesses[:, combined.picked]], dim=1)  # (rows, nodes)
         rows, nodes = tokens.shape
         return DraftTree(
             tokens,
@@ -131,6 +132,28 @@ class MedusaDrafter(Drafter):
             tree.depths.expand(rows, -1),
             tree.ancestors.expand(rows, nodes, nodes),
             tree.live.expand(rows, -1),
+            tree.height,
+        )
+
+    def _tree_of(self, nodes: int) -> _Combined:
+        """The likeliest combinations that make a tree of so many nodes, 2 or more."""
+        if nodes not in self._combined:
+            self._combined[nodes] = self._combine(nodes)
+        return self._combined[nodes]
+
+    def _combine(self, nodes: int) -> _Combined:
+        drafts = self._target.vocab_size if self._vocab is None else len(self._vocab)
+        known = [chances[:drafts] for chances in self.accuracies]
+        paths = sorted(likeliest_paths(known, nodes - 1), key=lambda path: (len(path), path))
+        place = {(): 0, **{path: number for number, path in enumerate(paths, start=1)}}
+        parents = torch.tensor([[-1, *(place[path[:-1]] for path in paths)]], device=self._target.device)
+        depth = max(map(len, paths))
+        widths = tuple(1 + max(path[-1] for path in paths if len(path) == level) for level in range(1, depth + 1))
+        picked = [sum(widths[: len(path) - 1]) + path[-1] for path in paths]
+        return _Combined(
+            DraftTree.from_parents(torch.zeros_like(parents), parents, height=depth, checked=True),
+            widths,
+            torch.tensor(picked, device=self._target.device),
         )
 
     def _best(self, number: int, feature: Tensor, width: int) -> Tensor:

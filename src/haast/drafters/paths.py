@@ -1,6 +1,7 @@
 """Trees made of whole continuations: several paths under a root, common beginnings shared.
 
-Owns the merge and the padding to a fixed size. Knows neither where paths come from nor any model.
+Owns the merge of paths into one row's tree, and of all rows' trees into one. Knows neither where paths come from nor
+any model.
 """
 
 from __future__ import annotations
@@ -9,41 +10,45 @@ from collections.abc import Sequence
 
 import torch
 
+from haast.device import to_device
 from haast.tree import DraftTree
 
 Path = Sequence[int]
 
 
 class PathTree:
-    """One row's tree in the making. Node 0 is the root; at most `nodes` nodes."""
+    """One row's tree in the making, on the host. Node 0 is the root; at most `nodes` nodes."""
 
     def __init__(self, root: int, nodes: int) -> None:
-        self.tokens, self.parents, self.probe = [root], [-1], [False]
+        self.tokens, self.parents, self.placeholder = [root], [-1], [False]
+        self._depths = [0]
         self._most = nodes
         self._children: dict[tuple[int, int], int] = {}
 
-    @classmethod
-    def of_tree(cls, tree: DraftTree, row: int, nodes: int) -> PathTree:
-        """Begin with the live nodes of a row of `tree`, which are its first ones."""
-        live = int(tree.live[row].sum())
-        tokens, parents = tree.tokens[row, :live].tolist(), tree.parents[row, :live].tolist()
-        made = cls(tokens[0], nodes)
-        for token, parent in zip(tokens[1:], parents[1:], strict=True):
-            made._add(parent, token)
-        return made
+    @property
+    def room(self) -> int:
+        """Nodes that may still be added."""
+        return self._most - len(self.tokens)
 
-    def insert(self, path: Path, *, most: int | None = None) -> int:
+    @property
+    def height(self) -> int:
+        """Depth of the deepest node."""
+        return max(self._depths)
+
+    def insert(self, path: Path, most: int | None = None) -> int:
         """Add a path under the root as far as there is room, at most `most` new nodes; returns how many were new."""
         node, depth = self._along(path)
-        room = self._most - len(self.tokens)
-        new = path[depth : depth + max(0, room if most is None else min(room, most))]
+        new = path[depth : depth + max(0, self.room if most is None else min(self.room, most))]
         for token in new:
-            node = self._add(node, token)
+            parent, node = node, self._add(node, token)
+            self._children[(parent, token)] = node
         return len(new)
 
-    def agreeing(self, path: Path) -> int:
-        """How far the path goes along nodes that are there."""
-        return self._along(path)[1]
+    def placeholder_under(self, parent: int, token: int) -> int:
+        """Add a node that is run and never accepted; returns its number. Raises ValueError where there is no room."""
+        if not self.room:
+            raise ValueError(f"a tree of {self._most} nodes has no room for another placeholder: give it more nodes")
+        return self._add(parent, token, placeholder=True)
 
     def _along(self, path: Path) -> tuple[int, int]:
         """The last node that is there on the path, and its depth."""
@@ -55,33 +60,29 @@ class PathTree:
             node = child
         return node, len(path)
 
-    def probe_under(self, parent: int, token: int) -> int:
-        """Add a node that is run and never accepted; returns its number. Raises ValueError where there is no room."""
-        if len(self.tokens) >= self._most:
-            raise ValueError(f"a tree of {self._most} nodes has no room for another probe: give it more nodes")
+    def _add(self, parent: int, token: int, placeholder: bool = False) -> int:
         self.tokens.append(token)
         self.parents.append(parent)
-        self.probe.append(True)
+        self.placeholder.append(placeholder)
+        self._depths.append(self._depths[parent] + 1)
         return len(self.tokens) - 1
 
-    def _add(self, parent: int, token: int) -> int:
-        self.tokens.append(token)
-        self.parents.append(parent)
-        self.probe.append(False)
-        number = len(self.tokens) - 1
-        self._children[(parent, token)] = number
-        return number
 
-
-def pack_rows(rows: Sequence[PathTree], nodes: int, device: torch.device) -> DraftTree:
-    """One tree of `nodes` nodes per row; what a row lacks are dead nodes."""
-    tokens = [[*row.tokens, *[0] * (nodes - len(row.tokens))] for row in rows]
-    parents = [[*row.parents, *[-1] * (nodes - len(row.parents))] for row in rows]
-    live = [[place < len(row.tokens) for place in range(nodes)] for row in rows]
-    probe = [[*row.probe, *[False] * (nodes - len(row.probe))] for row in rows]
+def pack_rows(rows: Sequence[PathTree], device: torch.device) -> DraftTree:
+    """One tree per row, as many nodes as the largest has; what a row lacks are dead nodes. One upload, no read."""
+    nodes = max(len(row.tokens) for row in rows)
+    packed = torch.zeros(4, len(rows), nodes, dtype=torch.long)
+    for place, row in enumerate(rows):
+        own = len(row.tokens)
+        packed[:, place, :own] = torch.tensor([row.tokens, row.parents, [1] * own, row.placeholder])
+    tokens, parents, live, placeholder = to_device(packed, device)
+    if nodes == 1:
+        return DraftTree.roots(tokens[:, 0])
     return DraftTree.from_parents(
-        torch.tensor(tokens, device=device),
-        torch.tensor(parents, device=device),
-        torch.tensor(live, device=device),
-        torch.tensor(probe, device=device) if any(any(row) for row in probe) else None,
+        tokens,
+        parents,
+        live.bool(),
+        placeholder.bool() if any(any(row.placeholder) for row in rows) else None,
+        height=max(row.height for row in rows),
+        checked=True,
     )

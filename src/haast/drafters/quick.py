@@ -17,12 +17,12 @@ from haast import native
 from haast.drafters.shape import Plan
 from haast.heads.feat_extrapolator import FeatExtrapolator
 from haast.heads.module import DraftModule
-from haast.native.stack import CDraft, CProposal, run_draft
+from haast.native.stack import CDraft, CProposal, Refusal, run_draft
 from haast.speed.packing import PackedLinear
-from haast.speed.policy import Pace
-from haast.speed.stack import NativeStack, weight_of
+from haast.speed.stack import NativeStack, int64s, refuse, weight_of
 from haast.target import Target
 from haast.tree import DraftTree
+from haast.tuning.policy import CostModel
 
 
 class QuickDraft:
@@ -67,7 +67,7 @@ class QuickDraft:
             return None
         return cls(stack, module, lm_head, weight.detach(), vocab)
 
-    def plan(self, plan: Plan, pace: Pace | None) -> bool:
+    def plan(self, plan: Plan, pace: CostModel | None) -> bool:
         """What to draft from now on; False where the native code cannot."""
         if plan.top_k > native.MOST_TOP:
             return False
@@ -95,53 +95,69 @@ class QuickDraft:
 
     @property
     def room(self) -> int:
-        """Cache slots that a proposal uses behind the committed ones."""
+        """Slots that a proposal uses behind the committed ones."""
         return self._room
 
     def propose(
-        self, states: Tensor, roots: Tensor, past: Sequence[int], begins: Sequence[int], store: Tensor
+        self,
+        states: Tensor,
+        roots: Tensor,
+        past: Sequence[int] | Tensor,
+        tables: Tensor,
+        store: Tensor,
+        shift: int = 1,
     ) -> DraftTree:
         """One tree per row.
 
         Args:
             states: (rows, hidden) fp32 at the roots.
             roots: (rows,) int64.
-            past: committed slots per row; `store` has `room` more.
-            begins: the position in each row's slot 0.
-            store: the head's cache, see `NativeStack.run`.
+            past: committed slots per row, ints or (rows,) int64; `tables` reach `room` slots further.
+            tables: (rows, blocks) int32, see `NativeStack.run`.
+            store: the head's keys and values, see `NativeStack.run`.
+            shift: slots of a table before the head's first: its pair for token i + 1 lies at token i + 1's slot.
+
+        Raises:
+            ValueError: tensors that do not fit together; nothing was drafted.
         """
-        rows, most = len(roots), self._nodes
-        if states.shape[0] != rows or len(past) != rows or store.shape[1] < rows or states.dtype is not torch.float32:
+        rows, most = roots.size(0), self._nodes
+        blocks, form = self._stack.placed(store, tables, rows, shift)
+        if states.shape != (rows, self._stack.hidden) or states.dtype is not torch.float32:
             raise ValueError(
-                f"{rows} roots, states {tuple(states.shape)}, {len(past)} lengths and a store of {store.shape[1]} rows "
-                "do not belong together: give one of each per row"
+                f"states are {states.dtype} of shape {tuple(states.shape)}; expected fp32 ({rows}, "
+                f"{self._stack.hidden}) for {rows} roots"
             )
-        if max(past) + self._room > store.shape[3]:
-            raise ValueError(f"{max(past)} slots and {self._room} drafts do not fit a capacity of {store.shape[3]}")
-        reached = max(begin + length for begin, length in zip(begins, past, strict=True))
-        cosine, sine = self._stack.tables(reached + self._levels + 1)
+        _, roots_at = int64s("roots", roots := roots.contiguous(), rows)
+        lengths, lengths_at = int64s("past", past, rows)
+        cosine, sine = self._stack.angles(1)
         numbers = torch.empty(3, rows * most, dtype=torch.int64)
         ancestors = torch.empty(rows * most * most, dtype=torch.bool)
-        lengths, first = (ctypes.c_int64 * rows)(*past), (ctypes.c_int64 * rows)(*begins)
-        states, roots = states.contiguous(), roots.contiguous()
+        states = states.contiguous()
         place, step = numbers.data_ptr(), 8 * rows * most
         proposal = CProposal(
             states.data_ptr(),
-            roots.data_ptr(),
-            ctypes.addressof(lengths),
-            ctypes.addressof(first),
+            roots_at,
+            lengths_at,
             store.data_ptr(),
             cosine.data_ptr(),
             sine.data_ptr(),
+            blocks,
             rows,
-            store.shape[3],
-            store.shape[1],
+            cosine.size(0),
+            form,
             place,
             place + step,
             place + 2 * step,
             ancestors.data_ptr(),
         )
         nodes = run_draft(self._draft, proposal)
+        if nodes == -Refusal.FEW_ANGLES:
+            cosine, sine = self._stack.angles(max(map(int, lengths)) + self._levels + 1)
+            proposal.cosine, proposal.sine, proposal.angles = cosine.data_ptr(), sine.data_ptr(), cosine.size(0)
+            nodes = run_draft(self._draft, proposal)
+        if nodes < 0:
+            refuse(-nodes, lengths, self._room, store, tables, shift)
         tokens, parents, depths = numbers[:, : rows * nodes].view(3, rows, nodes)
         seen = ancestors[: rows * nodes * nodes].view(rows, nodes, nodes)
-        return DraftTree(tokens, parents, depths, seen, torch.ones(rows, nodes, dtype=torch.bool))
+        live, height = torch.ones(rows, nodes, dtype=torch.bool), min(self._levels + 1, nodes - 1)
+        return DraftTree(tokens, parents, depths, seen, live, height)

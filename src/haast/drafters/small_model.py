@@ -1,29 +1,55 @@
 """Drafting with a smaller model of the same tokenizer (Leviathan et al., arXiv 2211.17192), as a chain.
 
-Owns the small model's cache. The small model is a `Target` like any other, so it may be packed. It drafts its
-likeliest tokens, or draws them from its own law and says what that was (`DraftTree.draft_probs`), which the rules of
-`haast.acceptance` read. With sample-and-match the text is the target's for any small model and either way of drafting,
-since the target's own draws are of another stream.
+Owns what the small model keeps of every request: blocks of the small model's own KV pool. The small model is a `Target`
+like any other, so it may be packed. It drafts its likeliest tokens, or draws them from its own distribution and says
+what that was (`DraftTree.draft_probs`), which the rules of `haast.acceptance` read. With sample-and-match the text is
+the target's for any small model and either way of drafting, since the target's own draws are of another stream.
 
-    observed   tokens up to the root are in the small model's cache, the root itself is not
-    propose    run the root, take a token, run that, ... depth forwards
+    observed   the text grows; accepted drafts that were run already stay in the small model's cache
+    propose    run what the cache lacks of the text, root included, take a token, run that, ... depth forwards
+
+    text    ... r a b x      r a b were run (r the last root, a b accepted drafts), x is the bonus and the new root
+    cache   ... r a b        so the next forward is over x alone
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot, pad
+from torch.nn.functional import pad
 
-from haast.cache import TreeCache
-from haast.drafters.base import Accepted, Drafter, last_tokens
+from haast.core import Accepted, SamplingParams, TokenChooser
+from haast.device import to_device
+from haast.drafters.base import Drafter
 from haast.errors import HeadMismatchError
-from haast.sampling import DRAFT, Sampler, SamplingConfig, inverse_cdf, keyed_uniform
+from haast.kv_pool import PoolFullError
+from haast.kv_pool import Sequence as KVSequence
+from haast.sampling import DRAFT, Sampler, inverse_cdf, keyed_uniform
 from haast.target import Target
 from haast.tree import DraftTree
+
+_MOST_WAITING = 16  # positions that wait for the next proposal; more are run when they are observed
+_CHUNK = 512  # positions of a forward over a prompt
+
+
+@dataclass(eq=False)
+class SmallModelState:
+    """What the small model knows of a request.
+
+    Attributes:
+        kv: its blocks in the small model's pool; None where it drafts no more: its context or its pool is full.
+        text: all tokens up to and including the root.
+        ran: drafts of the last proposal that were run, so that their keys and values are there.
+        key: seed and choice that its draws are keyed by.
+    """
+
+    kv: KVSequence | None
+    text: list[int] = field(default_factory=list)
+    ran: int = 0
+    key: tuple[int, int] = (0, 0)
 
 
 class SmallModelDrafter(Drafter):
@@ -34,7 +60,8 @@ class SmallModelDrafter(Drafter):
         small: a smaller one of the same tokenizer. Their embeddings may be padded to different sizes if both carry it.
         depth: tokens drafted a step, 1 or more.
         sampling: draw the drafts under these settings (the target's own serve best) instead of taking the likeliest.
-            Its `processors` are left out: they belong to the target's text, and may count their calls.
+            Its `processors` are left out: they belong to the target's text, and may count their calls. Its seed serves
+            for requests that have none of their own.
 
     Raises:
         HeadMismatchError: another vocabulary or device.
@@ -43,7 +70,7 @@ class SmallModelDrafter(Drafter):
 
     name = "small-model"
 
-    def __init__(self, target: Target, small: Target, depth: int = 4, sampling: SamplingConfig | None = None) -> None:
+    def __init__(self, target: Target, small: Target, depth: int = 4, sampling: SamplingParams | None = None) -> None:
         if depth < 1:
             raise ValueError(f"depth={depth} is not allowed: give 1 or more")
         _check_vocabularies(target, small)
@@ -51,100 +78,176 @@ class SmallModelDrafter(Drafter):
             raise HeadMismatchError("the small model is sharded over processes, and one process drafts: load it whole")
         if small.device != target.device:
             raise HeadMismatchError(f"the small model is on {small.device}, the target on {target.device}: move one")
+        if small is target:  # its cache is bound to what it verifies while drafts are made
+            small = Target(target.model, target.tokenizer, probed=target.probed)
         self._small, self._depth, self._vocab = small, depth, target.vocab_size
         self._sampler = None if sampling is None else Sampler(replace(sampling, processors=()))
-        self._cache: TreeCache | None = None
+        self._drafting: set[SmallModelState] = set()
 
     @property
     def nodes(self) -> int:
         return self._depth + 1
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> None:
-        self._cache = self._small.new_cache(len(prompts), max(len(prompt) for prompt in prompts) + 256)
-        self._root: Tensor | None = None
-        self._first = torch.tensor([prompt[0] for prompt in prompts], device=self._small.device)
-        self._histories = [[int(prompt[0])] for prompt in prompts]  # up to and including the root
-        self._numbers = list(range(len(prompts)))  # that key the draws
+    def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> SmallModelState:
+        small, text = self._small, list(map(int, prompt[: reused + 1]))
+        with small.lock:
+            if not self._drafting:
+                small.refresh()
+            own = small.pool.sequence()
+            _, source, copy = own.reuse(text)
+            if source:
+                small.cache.copy_block(source, copy)
+        state = SmallModelState(own, text)
+        if self._sampler is not None:
+            state.key = (self._sampler.params.seed, 0)
+        self._drafting.add(state)
+        return state
 
-    def memory(self) -> object:
-        return self._cache
+    def drawn_by(self, state: SmallModelState, chooser: TokenChooser) -> None:
+        if isinstance(chooser, Sampler):
+            state.key = (chooser.params.seed, chooser.choice)
 
-    def recall(self, memory: object, following: Sequence[int]) -> None:
-        assert isinstance(memory, TreeCache), "the cache of an earlier run"
-        memory.truncate(0, len(following))
-        self._cache = memory
-        self._first = torch.tensor([following[-1]], device=self._small.device)
-        self._histories[0].extend(map(int, following))  # draws are keyed by its length: never the same ones again
+    def end(self, state: SmallModelState) -> None:
+        self._drafting.discard(state)
+        self._release(state)
 
-    def keep(self, order: Sequence[int]) -> None:
-        assert self._cache is not None and self._root is not None, "no row ends before its prompt is observed"
-        self._cache.keep(order)
-        self._root = self._root[list(order)]
-        self._histories = [self._histories[row] for row in order]
-        self._numbers = [self._numbers[row] for row in order]
-
-    @torch.inference_mode()
-    def observe(self, accepted: Accepted) -> None:
-        assert self._cache is not None, "start comes before observe"
-        start = self._first if self._root is None else self._root
-        kept = torch.cat([start.unsqueeze(1), accepted.tokens[:, :-1]], dim=1)  # the tokens at the kept positions
-        counts = torch.tensor(accepted.counts, device=kept.device).unsqueeze(1)
-        live = torch.arange(kept.shape[1], device=kept.device) < counts
-        self._small.forward(DraftTree.chain(self._known(kept), live), self._cache, last_only=True)
-        self._cache.commit([range(count) for count in accepted.counts])
-        self._root = last_tokens(accepted, self._root)
-        for history, tokens, count in zip(self._histories, accepted.tokens.tolist(), accepted.counts, strict=True):
-            history.extend(tokens[:count])
-
-    @torch.inference_mode()
-    def propose(self) -> DraftTree:
-        cache, root = self._cache, self._root
-        assert cache is not None and root is not None, "observe the prompt before the first proposal"
-        committed, chain, laws = list(cache.lengths), [root], list[Tensor]()
+    def observe(self, states: Sequence[SmallModelState], accepted: Accepted) -> None:
         limit = self._small.context_length
-        for depth in range(self._depth):
-            if limit is not None and max(cache.lengths) >= limit:
-                chain.append(chain[-1])  # behind its context the small model has nothing to say
-                laws.append(_points(chain[-1], self._vocab))
-                continue
-            logits = self._small.forward(DraftTree.roots(self._known(chain[-1])), cache).logits[:, 0, : self._vocab]
-            cache.commit([range(1)] * len(root))
-            if self._sampler is None:
-                chain.append(logits.argmax(-1))
-            else:
-                laws.append(self._laws(self._sampler, chain, logits))
-                chain.append(self._drawn(self._sampler, laws[-1], depth))
-        for row, length in enumerate(committed):
-            cache.truncate(row, length)
-        tree = DraftTree.chain(torch.stack(chain, 1))
-        if self._sampler is None:
-            return tree
-        # The root was not drawn here; its place holds its point mass.
-        return replace(tree, draft_probs=torch.stack([_points(root, self._vocab), *laws], 1))
+        for state, said in zip(states, accepted.said(), strict=True):
+            if state.kv is not None and said:
+                # Of the chain that was proposed, all accepted nodes are in the text now: their slots are right.
+                state.kv.length = min(state.kv.length, len(state.text) + min(len(said) - 1, state.ran))
+            state.ran = 0
+            state.text += said
+            if limit is not None and len(state.text) > limit:
+                self._release(state)
+            if state.kv is not None and len(state.text) - state.kv.length > _MOST_WAITING:
+                self._catch_up(state)
 
-    def _laws(self, sampler: Sampler, chain: Sequence[Tensor], logits: Tensor) -> Tensor:
-        """The processed law (rows, vocab) float64 of each row's next draft, behind its text and `chain`."""
-        drafted = torch.stack(list(chain), 1)[:, 1:].tolist()
-        rows = zip(self._histories, drafted, logits, strict=True)
-        # A token that the small model does not know was never drafted here: the penalty may leave it out.
-        known = self._small.vocab_size
-        laws = [
-            sampler.probs([token for token in (*history, *own) if token < known], scores)
-            for history, own, scores in rows
-        ]
-        return pad(torch.stack(laws), (0, self._vocab - laws[0].shape[0]))
+    @torch.inference_mode()
+    def propose(self, states: Sequence[SmallModelState], budget: int | None = None) -> DraftTree:
+        depth = self._depth if budget is None else min(self._depth, budget - 1)
+        able = [row for row, state in enumerate(states) if depth > 0 and self._has_room(state, depth)]
+        roots = to_device(torch.tensor([state.text[-1] for state in states]), self._small.device)
+        if not able:
+            return DraftTree.roots(roots)
+        drafting = [states[row] for row in able]
+        chain, probs = [roots if len(able) == len(states) else roots[able]], list[Tensor]()
+        with self._small.lock:
+            for level in range(depth):
+                logits = self._run(drafting, level, chain[-1])
+                if self._sampler is None:
+                    chain.append(logits.argmax(-1))
+                else:
+                    probs.append(self._distributions(self._sampler, drafting, chain[1:], logits))
+                    chain.append(self._drawn(drafting, level, probs[-1]))
+        tokens, live = torch.stack(chain, 1), None
+        if len(able) < len(states):
+            drafts, tokens = tokens, roots.unsqueeze(1).repeat(1, depth + 1)
+            tokens[able] = drafts
+            live = torch.zeros_like(tokens, dtype=torch.bool)
+            live[:, 0] = live[able] = True
+        tree = DraftTree.chain(tokens, live)
+        return tree if not probs else replace(tree, draft_probs=self._placed(probs, able, len(states)))
 
-    def _drawn(self, sampler: Sampler, laws: Tensor, depth: int) -> Tensor:
+    def _placed(self, probs: Sequence[Tensor], able: Sequence[int], rows: int) -> Tensor:
+        """Distributions per level as (rows, nodes, vocab); zeros where nothing was drawn: at roots and dead nodes."""
+        first = probs[0]
+        placed = first.new_zeros(rows, len(probs) + 1, self._vocab)
+        placed[able, 1:] = torch.stack(list(probs), 1)
+        return placed
+
+    def _has_room(self, state: SmallModelState, depth: int) -> bool:
+        """Whether the small model's context and pool have room for so many drafts."""
+        limit = self._small.context_length
+        if state.kv is None or (limit is not None and len(state.text) + depth - 1 > limit):
+            return False
+        try:
+            with self._small.lock:
+                # A batch's first forward is as wide as the row that waits for most, see `_run`.
+                state.kv.reserve(len(state.text) + max(depth, _MOST_WAITING + 1))
+        except PoolFullError:
+            self._release(state)
+            return False
+        return True
+
+    def _run(self, states: Sequence[SmallModelState], depth: int, newest: Tensor) -> Tensor:
+        """The logits (rows, vocab) of what follows the draft at `depth`, `newest` (rows,); at 0 it is the root."""
+        small, waiting = self._small, [[0]] * len(states)
+        if depth == 0:
+            for state in states:
+                _kv(state).length = min(_kv(state).length, len(state.text) - 1)
+            waiting = [state.text[_kv(state).length :] for state in states]
+        chain = self._chain(waiting) if depth == 0 else DraftTree.roots(self._known(newest))
+        cache = small.cache.bind([_kv(state) for state in states])
+        logits = small.forward(chain, cache, last_only=chain.nodes > 1).logits[:, 0, : self._vocab]
+        cache.advance([len(each) for each in waiting])
+        for state in states:
+            state.ran = depth
+        return logits
+
+    @torch.inference_mode()
+    def _catch_up(self, state: SmallModelState) -> None:
+        """Run all that waits but the root, in parts, and let other requests begin with it."""
+        small, kv = self._small, _kv(state)
+        with small.lock:
+            try:
+                while waiting := state.text[kv.length : -1][:_CHUNK]:
+                    cache = small.cache.bind([kv])
+                    small.forward(self._chain([waiting]), cache, last_only=True)
+                    cache.advance([len(waiting)])
+                kv.publish(state.text, kv.length)
+            except PoolFullError:
+                self._release(state)
+
+    def _release(self, state: SmallModelState) -> None:
+        """Give the blocks back; what they hold of the text may serve another request."""
+        kv, state.kv = state.kv, None
+        if kv is not None:
+            with self._small.lock:
+                kv.release(state.text, min(kv.length, len(state.text)))
+
+    def _chain(self, texts: Sequence[Sequence[int]]) -> DraftTree:
+        """One chain per row, shorter ones padded."""
+        longest, device = max(map(len, texts)), self._small.device
+        tokens = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
+        live = None
+        if any(len(text) < longest for text in texts):
+            live = torch.arange(longest) < torch.tensor([[len(text)] for text in texts])
+        return DraftTree.chain(
+            self._known(to_device(tokens, device)), None if live is None else to_device(live, device)
+        )
+
+    def _distributions(
+        self, sampler: Sampler, states: Sequence[SmallModelState], drafted: Sequence[Tensor], logits: Tensor
+    ) -> Tensor:
+        """The processed distribution (rows, vocab) of each row's next draft, after its text and what was drafted."""
+        texts: list[Sequence[int]] = [state.text for state in states]
+        if not sampler.stateless:
+            own = torch.stack(list(drafted), 1).tolist() if drafted else [[]] * len(states)
+            # A token that the small model does not know was never drafted here: the penalty may leave it out.
+            known = self._small.vocab_size
+            texts = [[t for t in (*text, *said) if t < known] for text, said in zip(texts, own, strict=True)]
+        found = [sampler.probs(text, scores) for text, scores in zip(texts, logits, strict=True)]
+        return pad(torch.stack(found), (0, self._vocab - found[0].shape[0]))
+
+    def _drawn(self, states: Sequence[SmallModelState], depth: int, probs: Tensor) -> Tensor:
         """One draft per row, (rows,). Keyed by the root's position: every step draws anew, see `haast.acceptance`."""
         tokens = [
-            inverse_cdf(law, keyed_uniform(sampler.config.seed, number, len(history), DRAFT, depth))
-            for number, history, law in zip(self._numbers, self._histories, laws, strict=True)
+            inverse_cdf(each, keyed_uniform(*state.key, len(state.text), DRAFT, depth))
+            for state, each in zip(states, probs, strict=True)
         ]
-        return torch.tensor(tokens, device=laws.device)
+        return torch.tensor(tokens, device=probs.device)
 
     def _known(self, tokens: Tensor) -> Tensor:
         """Tokens of the target's padding, which no text holds, as the last token that the small model has."""
         return tokens.clamp_max(self._small.vocab_size - 1)
+
+
+def _kv(state: SmallModelState) -> KVSequence:
+    if state.kv is None:
+        raise RuntimeError("the request has given its blocks of the small model's pool back and can't be drafted for")
+    return state.kv
 
 
 def _check_vocabularies(target: Target, small: Target) -> None:
@@ -160,8 +263,3 @@ def _check_vocabularies(target: Target, small: Target) -> None:
             f"the small model has a vocabulary of {small.vocab_size} tokens, the target one of {target.vocab_size}: "
             "take a smaller model of the same tokenizer (and load both with it, if only the padding differs)"
         )
-
-
-def _points(tokens: Tensor, vocab: int) -> Tensor:
-    """Point masses (rows, vocab) float64 at `tokens` (rows,)."""
-    return one_hot(tokens, vocab).double()

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from haast.drafters.base import Accepted, Drafter, last_tokens
+from haast.core import Accepted
+from haast.drafters.base import Drafter, last_tokens, stacked
+from haast.kv_pool import Sequence as KVSequence
 from haast.tree import DraftTree
+
+
+@dataclass
+class RootState:
+    """The newest token of a request, () int64 on the target's device; it is set by the first `observe`."""
+
+    root: Tensor | None = None
 
 
 class VanillaDrafter(Drafter):
@@ -15,23 +25,16 @@ class VanillaDrafter(Drafter):
 
     name = "vanilla"
 
-    def __init__(self) -> None:
-        self._root: Tensor | None = None
-
     @property
     def nodes(self) -> int:
         return 1
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> None:
-        self._root = None
+    def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> RootState:
+        return RootState()
 
-    def keep(self, order: Sequence[int]) -> None:
-        assert self._root is not None, "no row ends before its prompt is observed"
-        self._root = self._root[list(order)]
+    def observe(self, states: Sequence[RootState], accepted: Accepted) -> None:
+        for state, root in zip(states, last_tokens(accepted).unbind(), strict=True):
+            state.root = root
 
-    def observe(self, accepted: Accepted) -> None:
-        self._root = last_tokens(accepted, self._root)
-
-    def propose(self) -> DraftTree:
-        assert self._root is not None, "observe the prompt before the first proposal"
-        return DraftTree.roots(self._root)
+    def propose(self, states: Sequence[RootState], budget: int | None = None) -> DraftTree:
+        return DraftTree.roots(stacked(states, "root"))

@@ -19,7 +19,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria, Stoppin
 
 from haast import seams
 from haast.cache import CACHE_NAMES
-from haast.dropin.known import HONOURED_SETTINGS, IDLE_SETTINGS
+from haast.dropin.supported_args import HONOURED_SETTINGS, IDLE_SETTINGS
 from haast.errors import PromptError, UnsupportedArgumentError, UnsupportedModelError
 from haast.placement import execution_device
 
@@ -106,8 +106,8 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
         UnsupportedArgumentError: one of `REFUSED_ARGUMENTS`, or an input that the model takes beside tokens.
     """
     for name, value in given.items():
-        if value is None or value is False or name in _TAKEN:
-            continue
+        if value is None or value is False or name in _TAKEN or (isinstance(value, dict) and not value):
+            continue  # `generate` gives models of images and sounds an empty dict of what they have encoded
         why = "Haast passes the model nothing but tokens; leave it out, or use stock generate"
         raise UnsupportedArgumentError(name, REFUSED_ARGUMENTS.get(name, why))
 
@@ -186,7 +186,7 @@ def _row_begins(row: int, kept: Sequence[bool]) -> int:
     first = list(kept).index(True)
     if not all(kept[first:]):
         raise PromptError(
-            f"row {row}: attention_mask is 0 behind the row's first token; pad on the left "
+            f"row {row}: attention_mask is 0 after the row's first token; pad on the left "
             f"(tokenizer.padding_side='left') and mask nothing else; where none is given, transformers masks every "
             f"token that equals pad_token_id"
         )
@@ -200,7 +200,7 @@ def _check_positions(positions: Tensor, kept: Tensor) -> None:
 
 
 def new_tokens_allowed(criteria: Sequence[StoppingCriteria], width: int, begins: Sequence[int], model: Any) -> int:
-    """Tokens that `max_length` leaves: 1 at least, as `generate` looks only behind a token.
+    """Tokens that `max_length` leaves: 1 at least, as `generate` looks only after a token.
 
     Args:
         criteria: as prepared.

@@ -1,12 +1,13 @@
 """The callable that `generate(custom_generate=...)` takes: `Decoder`, and the one for any model, `custom_generate`.
 
-Owns the call: checks, the model for the length of it, the engine's run, the output. The arguments are those that
+Owns the call: checks, the model for the length of it, a request per row, the output. The arguments are those that
 transformers' own decoding methods get (`GenerationMixin._sample`). docs/drop-in.md says what is honoured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,96 +24,89 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from haast import seams
+from haast.agreement import agreement
 from haast.cache import CACHE_NAMES
 from haast.drafters.base import Drafter
-from haast.drafters.calibrated import draft_as_usual
-from haast.drafters.eagle import EagleDrafter
-from haast.drafters.hybrid import HybridDrafter
-from haast.drafters.lookahead import LookaheadDrafter
-from haast.drafters.lookup import PromptLookupDrafter, SuffixDrafter
+from haast.drafters.factory import HEADED, check_drafter, find_head, make_drafter, needs_head
 from haast.drafters.shape import DraftShape
-from haast.drafters.vanilla import VanillaDrafter
 from haast.dropin import arguments
-from haast.dropin.handover import HandedOver
-from haast.dropin.loan import Loan, borrowed
+from haast.dropin.model_lock import Loan, borrowed
 from haast.dropin.output import Live, assembled
 from haast.dropin.processors import for_rows, refuse_linked
-from haast.dropin.rows import Ends, Rows
-from haast.engine import Engine, Stats, StopConfig
-from haast.errors import HeadMismatchError, PromptError
-from haast.heads.checkpoint import Head, head_folder, load_head
+from haast.dropin.rows import Criteria, Ends, RowChooser, Rows
+from haast.dropin.signature_hook import SignatureHook
+from haast.engine import Engine, Stats
+from haast.errors import HeadMismatchError, PromptError, UnsupportedArgumentError
+from haast.heads.checkpoint import Head, load_head
 from haast.support import own_model
-from haast.target import Target, choose_attention
-
-_HEADED: dict[str, Callable[[EagleDrafter], Drafter]] = {"eagle": lambda eagle: eagle, "eagle+suffix": HybridDrafter}
-_HEADLESS: dict[str, Callable[[Target], Drafter]] = {
-    "suffix": lambda target: SuffixDrafter(device=target.device),
-    "lookup": lambda target: PromptLookupDrafter(device=target.device),
-    "lookahead": lambda target: LookaheadDrafter(target.vocab_size, device=target.device),
-    "vanilla": lambda target: VanillaDrafter(),
-}
+from haast.target import Target
 
 
 class Decoder:
-    """A decoding method for `model.generate(..., custom_generate=decoder)`.
+    """A decoding method for `model.generate(..., custom_generate=decoder)`, from any number of threads.
 
     Without a head it decodes for any model that it is called with. With one it belongs to one model.
 
     Args:
         model: the model that a head or a drafter drafts for; in the dtype and on the device where it will run.
-        head: a head's folder, or a loaded `Head`.
-        drafter: without a head "suffix", "lookup", "lookahead" or "vanilla"; with one "eagle" or "eagle+suffix"; or a
-            ready drafter. None is "suffix", or "eagle".
-        shape: of a head's trees, for any number of rows; None is what `haast calibrate` found here, which may be none,
-            else what is usual for the device and the number of rows.
-        draft_window: positions that a head looks back; None is all.
+        head: a head's folder, "default" for the one shipped for the default model, or a loaded `Head`.
+        drafter: a name, see `haast.drafters.factory`; or a ready drafter.
+        shape: of a head's trees, for any number of rows; None is what pays here.
+        draft_window: positions that an EAGLE head looks back; None is all.
+        small: the model that drafts for "small-model"; its attention implementation stays switched.
 
     Attributes:
         stats: of the last call.
 
     Raises:
-        ValueError: an unknown drafter, or what does not go together. UnsupportedModelError: see `Target`.
-        HeadMismatchError: the head is another model's, or its files are damaged.
+        ValueError: an unknown drafter, what does not go together, or no head is shipped for the model.
+        UnsupportedModelError: see `Target`. HeadMismatchError: the head is another model's, or its files are damaged.
     """
 
-    __signature__ = HandedOver()
+    __signature__ = SignatureHook()
 
     def __init__(
         self,
         model: PreTrainedModel | None = None,
         *,
         head: str | Path | Head | None = None,
-        drafter: str | Drafter | None = None,
+        drafter: str | Drafter | None = "auto",
         shape: DraftShape | None = None,
         draft_window: int | None = None,
+        small: PreTrainedModel | None = None,
     ) -> None:
         self.stats = Stats()
-        self._name = _drafter_name(head is not None, drafter)
         self._target: Target | None = None
-        self._drafter = None if not isinstance(drafter, Drafter) else drafter
+        self._drafter = drafter if isinstance(drafter, Drafter) else None
+        if self._drafter is not None and head is not None:
+            raise ValueError("give a head or a ready drafter, not both")
+        if isinstance(drafter, Drafter):
+            self._name = drafter.name
+        else:
+            self._name = _checked_name(drafter or "auto", head is not None, small is not None)
         if head is None and (shape is not None or draft_window is not None):
             raise ValueError("shape and draft_window are of a head's drafts: give a head too")
         if model is None:
-            if head is not None or self._drafter is not None:
-                raise ValueError("a head and a ready drafter draft for one model: give it too")
+            if head is not None or self._drafter is not None or small is not None:
+                raise ValueError("a head, a small model and a ready drafter draft for one model: give it too")
             return
         model = own_model(model)
         arguments.check_model(model)
-        loaded = head if head is None or isinstance(head, Head) else _load(head)
+        loaded = None if head is None else _load(head, model)
+        drafts = None if small is None else Target(own_model(small))
         with borrowed(model):
-            self._bind(Target(model))
-        if loaded is not None:
-            assert self._target is not None, "it was bound"
-            eagle = EagleDrafter(self._target, loaded, shape, draft_window)
-            pays = shape is not None or draft_as_usual(self._target, eagle)
-            self._drafter = _HEADED[self._name](eagle) if pays else VanillaDrafter()
+            target = Target(model)
+            made = self._drafter or make_drafter(
+                self._name, target, loaded, shape=shape, window=draft_window, small=drafts
+            )
+        self._bind(target, made)
 
     @classmethod
     def of(cls, target: Target, drafter: Drafter) -> Decoder:
         """A decoder of parts that are loaded already."""
         made = cls()
-        made._name, made._drafter = drafter.name, drafter
-        made._bind(target)
+        made._name = drafter.name
+        made._bind(target, drafter)
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -124,8 +118,8 @@ class Decoder:
             )
         return super().__reduce_ex__(protocol)
 
-    def _bind(self, target: Target) -> None:
-        self._target = target
+    def _bind(self, target: Target, drafter: Drafter) -> None:
+        self._target, self._drafter = target, drafter
         self._built = (target.device, target.dtype)
 
     def __call__(
@@ -150,7 +144,7 @@ class Decoder:
             synced_gpus: refused where True.
             streamer: gets the new tokens one by one; the prompt it has had from `generate`.
             tokenizer: only `generate` itself needs it, for stop strings.
-            handover: what transformers keeps from callables (see `handover`): streamer, assistant_model, synced_gpus.
+            handover: what transformers keeps from callables (see `signature_hook`): streamer, assistant_model, ...
             model_kwargs: for the model's forward.
 
         Returns:
@@ -160,19 +154,10 @@ class Decoder:
             UnsupportedArgumentError: an argument that Haast does not honour, by name.
             ValueError: a model, mask or prompt that can't be answered.
         """
-        for_model = dict(model_kwargs)
-        for name in CACHE_NAMES:  # an empty one is what `generate` prepares; the user's own is in `handover`
-            if (cache := model_kwargs.get(name)) is not None and cache.get_seq_length() == 0:
-                del model_kwargs[name]
-        given = {**model_kwargs, "synced_gpus": synced_gpus, **(handover or {})}
-        streamer = given.pop("streamer", None) or streamer
-        given.pop("tokenizer", None)
-        arguments.refuse_settings(generation_config)
-        arguments.refuse_arguments(given)
-        arguments.check_model(model)
-        begins = arguments.padding(input_ids, model_kwargs)
-        arguments.check_ids(input_ids, int(model.config.get_text_config().vocab_size))
-        arguments.check_prepared(model, input_ids, for_model)
+        more = {"synced_gpus": synced_gpus, **(handover or {})}
+        streamer = more.pop("streamer", None) or streamer
+        more.pop("tokenizer", None)
+        begins = _checked(model, input_ids, generation_config, model_kwargs, more)
         processors = for_rows(logits_processor, len(begins))
         if len(begins) > 1:
             refuse_linked(logits_processor, stopping_criteria, processors[0])
@@ -180,30 +165,20 @@ class Decoder:
         with borrowed(model) as loan:
             target, drafter = self._parts(model, loan)
             most = arguments.new_tokens_allowed(stopping_criteria, input_ids.shape[1], begins, target)
-            rows = Rows(
-                input_ids,
-                begins,
-                processors,
-                Ends(stopping_criteria, len(begins), most, padded=pad is not None),
-                room=most,
-                seed=_seed() if generation_config.do_sample else None,
-                keep_scores=bool(generation_config.return_dict_in_generate and generation_config.output_scores),
-                keep_logits=bool(generation_config.return_dict_in_generate and generation_config.output_logits),
-            )
+            ends = Ends(len(begins), most, together=pad is None and len(begins) > 1)
+            criteria = Criteria(stopping_criteria, most)
+            rows = _rows(input_ids, begins, processors, criteria, ends, generation_config, target)
             live, stats = Live(streamer, rows, pad or 0), Stats()
-            for _ in Engine(target, drafter).run(rows.prompts, rows, StopConfig(most, (), rows.stop), stats):
-                live.flush()
+            _decode(Engine(target, drafter), rows, live, stats)
             live.end()
         self.stats = stats
         return assembled(rows, input_ids, pad or 0, generation_config)
 
     def _parts(self, model: PreTrainedModel, loan: Loan) -> tuple[Target, Drafter]:
         """The model as a target, and who drafts for it."""
-        if self._target is None:
-            target = Target(model, probed=loan.probed)
-            loan.probed = target.probed
-            return target, _HEADLESS[self._name](target)
-        target = self._target
+        target, drafter = self._target, self._drafter
+        if target is None or drafter is None:
+            return loan.parts(model, self._name, make_drafter)
         if target.model is not model:
             raise HeadMismatchError(
                 f"this decoder was made for another model than the {type(model).__name__} that generate was called on: "
@@ -214,30 +189,109 @@ class Decoder:
                 f"the model is on {target.device} in {target.dtype} now; its drafter was made for it on "
                 f"{self._built[0]} in {self._built[1]}: move the model first, then make the Decoder"
             )
-        choose_attention(model)
-        return target, self._drafter or _HEADLESS[self._name](target)
+        return target, drafter
 
 
-def _load(head: Any) -> Head:
-    if not isinstance(head, str | Path):
-        raise HeadMismatchError(f"head is a {type(head).__name__}: give its folder, or what load_head returns")
-    return load_head(head_folder(head))
+def _checked(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    config: GenerationConfig,
+    for_model: Mapping[str, Any],
+    more: Mapping[str, Any],
+) -> list[int]:
+    """Refuse what can't be honoured or answered; returns the padding tokens before each row."""
+    given = dict(for_model)
+    for name in CACHE_NAMES:  # an empty one is what `generate` prepares; the user's own is in `more`
+        if (cache := given.get(name)) is not None and cache.get_seq_length() == 0:
+            del given[name]
+    arguments.refuse_settings(config)
+    arguments.refuse_arguments({**given, **more})
+    arguments.check_model(model)
+    begins = arguments.padding(input_ids, given)
+    arguments.check_ids(input_ids, int(model.config.get_text_config().vocab_size))
+    arguments.check_prepared(model, input_ids, for_model)
+    return begins
 
 
-def _drafter_name(headed: bool, drafter: str | Drafter | None) -> str:
-    if isinstance(drafter, Drafter):
-        if headed:
-            raise ValueError("give a head or a ready drafter, not both")
-        return drafter.name
-    name = drafter or ("eagle" if headed else "suffix")
-    known = sorted(_HEADED if headed else _HEADLESS)
-    if name not in known:
-        raise ValueError(f"drafter={name!r} is unknown {'with' if headed else 'without'} a head: choose one of {known}")
+def _rows(
+    input_ids: Tensor,
+    begins: list[int],
+    processors: list[LogitsProcessorList],
+    criteria: Criteria,
+    ends: Ends,
+    config: GenerationConfig,
+    target: Target,
+) -> Rows:
+    """A chooser per row; what is drawn is drawn by seeds from torch's own generator, so that a call can be repeated.
+
+    Raises:
+        UnsupportedArgumentError: scores or logits are asked for where only one of several processes has them.
+    """
+    count = len(begins)
+    kept = {
+        name: bool(config.return_dict_in_generate and getattr(config, name))
+        for name in ("output_scores", "output_logits")
+    }
+    for name, wanted in kept.items():
+        if wanted and target.ranks is not None:
+            why = "of the processes that hold a tensor-parallel model only the first one chooses tokens; leave it out"
+            raise UnsupportedArgumentError(f"{name}=True", why)
+    seeds = torch.randint(2**63 - 1, (count,)).tolist() if config.do_sample else [None] * count
+    made = [
+        RowChooser(
+            row,
+            input_ids[row],
+            begins[row],
+            processors[row],
+            criteria,
+            ends,
+            seed=seeds[row],
+            keep_scores=kept["output_scores"],
+            keep_logits=kept["output_logits"],
+        )
+        for row in range(count)
+    ]
+    return Rows(made, ends)
+
+
+def _decode(engine: Engine, rows: Rows, live: Live, stats: Stats) -> None:
+    """Run every row to its end; tokens are streamed as they come."""
+    agreed = agreement(engine.target.ranks)
+    while left := rows.unfinished():
+        stops = [row.begun() for row in left]
+        texts, sampling = [row.prompt + row.tokens for row in left], [row.params for row in left]
+        with closing(engine.run(texts, sampling, stops, stats, choosers=left)) as emissions:
+            for emission in emissions:
+                left[emission.row].take(emission)
+                live.flush()
+        rows.settle(lambda own: agreed.numbers(lambda: (own,))[0])
+
+
+def _checked_name(name: str, headed: bool, small: bool) -> str:
+    """The name of a drafter, as far as it can be checked before a head is loaded.
+
+    Raises:
+        ValueError: it is unknown, needs a head or a small model that is not there, or has no use for the head.
+    """
+    if not headed:
+        return check_drafter(name, small=small)
+    if not needs_head(name) and check_drafter(name, small=True) != "none":
+        raise ValueError(f"drafter={name!r} drafts without a head: leave the head out, or choose one of {HEADED}")
     return name
 
 
+def _load(head: Any, model: PreTrainedModel) -> Head:
+    if isinstance(head, Head):
+        return head
+    if not isinstance(head, str | Path):
+        raise HeadMismatchError(f"head is a {type(head).__name__}: give its folder, or what load_head returns")
+    folder = find_head(head, str(model.name_or_path) or type(model).__name__)
+    assert folder is not None, "only no head is none"
+    return load_head(folder)
+
+
 def _pad(config: GenerationConfig, criteria: StoppingCriteriaList, rows: int) -> int | None:
-    """The token behind the end of a row, None where rows go on until all are done.
+    """The token after the end of a row, None where rows go on until all are done.
 
     Raises:
         PromptError: rows would have to be padded and there is no pad token.
@@ -248,11 +302,6 @@ def _pad(config: GenerationConfig, criteria: StoppingCriteriaList, rows: int) ->
     if pad is None and rows > 1:
         raise PromptError("rows of the batch end at different places and there is no pad token: give pad_token_id")
     return 0 if pad is None else int(pad)
-
-
-def _seed() -> int:
-    """A seed from torch's own generator, so that `torch.manual_seed` makes sampling repeatable."""
-    return int(torch.randint(2**63 - 1, (1,)))
 
 
 custom_generate = Decoder()  # for any model, with the suffix drafter

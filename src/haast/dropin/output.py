@@ -36,19 +36,18 @@ class Live:
 
 
 def assembled(rows: Rows, input_ids: Tensor, pad: int, config: GenerationConfig) -> GenerateDecoderOnlyOutput | Tensor:
-    """The sequences (rows, width + longest), padded behind their ends; with scores and logits if asked for.
+    """The sequences (rows, width + longest), padded after their ends; with scores and logits if asked for.
 
     A row that has ended has `pad` for certain: score 0 there and -inf elsewhere. `past_key_values` stays None.
     """
-    ends = [end for end in rows.ended if end is not None]
-    assert len(ends) == len(rows.tokens), "the engine runs until every row has ended"
-    longest = max(ends)
-    new = [tokens[:end] + [pad] * (longest - end) for tokens, end in zip(rows.tokens, ends, strict=True)]
+    said = [row.tokens[: row.end] for row in rows.rows]
+    ends = [len(tokens) for tokens in said]
+    new = [tokens + [pad] * (max(ends) - len(tokens)) for tokens in said]
     sequences = torch.cat([input_ids, torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
     if not config.return_dict_in_generate:
         return sequences
-    scores = _by_step(rows.kept_scores, ends, pad) if config.output_scores else None
-    logits = _by_step(rows.kept_logits, ends, pad) if config.output_logits else None
+    scores = _by_step([row.kept_scores for row in rows.rows], ends, pad) if config.output_scores else None
+    logits = _by_step([row.kept_logits for row in rows.rows], ends, pad) if config.output_logits else None
     return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=logits)  # type: ignore[arg-type]
 
 

@@ -1,14 +1,17 @@
 """The rows of one `generate` call: their texts as `generate` would have them, their processors, and where they end.
 
-Owns the choice of a token. A row's text holds its left padding, since stock processors and stopping criteria see it;
-the engine's does not. Processors and criteria are asked exactly once per emitted token, in order, with the text up to
-it, and never behind a row's end, whatever is drafted. Knows neither trees nor models.
+Owns the choice of a token where processors look at the text, and what the stopping criteria say. Each row is a request
+of its own. A row's text holds its left padding, since stock processors and stopping criteria see it; the engine's does
+not. Processors and criteria are asked exactly once per emitted token, in order, with the text up to it, and never after
+a row's end, whatever is drafted. Knows neither trees nor models.
 
-    buffer   pad pad  p0  p1  p2 | n0  n1 ...      one line a row, so a text is a view and nothing is copied per token
-             begins=2            width
+    text     pad pad  p0  p1  p2 | n0  n1 ...      a view for whoever asks: nothing is copied per token
+             begin=2             width
 
 Stock `generate` runs a batch until all rows are done. A row that is done is padded where an end-of-text criterion is
-among the criteria; otherwise it goes on with true tokens until the last row is done, and so it does here.
+among the criteria; otherwise it goes on with true tokens until the last row is done. Requests run at their own pace:
+such a row stops where it is as long as any row is known to become, and is continued, as far as it lacks, by a second
+request once the length of the longest is known. So nobody is asked about a token that is cut off again.
 """
 
 from __future__ import annotations
@@ -18,57 +21,58 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.logits_process import (
+    EpsilonLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from haast.sampling import Sampler, SamplingConfig, inverse_cdf, keyed_uniform, law
+from haast.core import Emission, SamplingParams, StopParams
+from haast.sampling import Sampler, inverse_cdf, probabilities
+
+# Those of transformers that look at scores alone, a row of them at a time, and never make the host wait for values.
+# TopHLogitsWarper and EtaLogitsWarper do: their torch.distributions check what they are given.
+_STATELESS = frozenset({
+    TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper,
+    EpsilonLogitsWarper, LogitNormalization, InfNanRemoveLogitsProcessor, SuppressTokensLogitsProcessor,
+})  # fmt: skip
 
 
-class Ends:
-    """Where each row ends, by the stopping criteria that `generate` prepared.
+class Criteria:
+    """The stopping criteria that `generate` prepared, asked for one row at a time.
 
-    Args:
-        criteria: in their order.
-        rows: of the batch.
+    Attributes:
+        eos: tokens that end a text.
         most: new tokens at most.
-        padded: whether a row that is done is padded while others go on.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList, rows: int, most: int, padded: bool) -> None:
+    def __init__(self, criteria: StoppingCriteriaList, most: int) -> None:
         # The two that almost every call has are answered without tensors.
-        self._eos = {int(i) for each in criteria if type(each) is EosTokenCriteria for i in each.eos_token_id}
+        self.eos = frozenset(int(i) for each in criteria if type(each) is EosTokenCriteria for i in each.eos_token_id)
         plain = (EosTokenCriteria, MaxLengthCriteria)
         self._others = StoppingCriteriaList(each for each in criteria if type(each) not in plain)
-        self._most, self._alone = most, padded or rows == 1
-        self._done: list[int | None] = [None] * rows
-        self.ends: list[int | None] = [None] * rows  # new tokens of each row; None while it runs
+        self.most = most
 
-    def take(
-        self,
-        row: int,
-        count: int,
-        token: int,
-        text: Tensor,
-        scores: tuple[Tensor, ...] | None,
-        decide: Callable[[int], int],
-    ) -> None:
-        """A row has `count` new tokens, `token` is the last, `text` (1, length) holds it too.
+    @property
+    def look(self) -> bool:
+        """Whether there are any that look at the text."""
+        return bool(self._others)
 
-        What the criteria say goes through `decide`: some look at a clock, and processes may have to agree.
+    def done(self, count: int, token: int, shown: Callable[[], tuple[Tensor, tuple[Tensor, ...] | None]]) -> bool:
+        """Whether a text of `count` new tokens, `token` the last, is done; `shown` are its ids and its scores so far.
+
+        Raises:
+            ValueError: a criterion answered for other rows than the one that it was asked about.
         """
-        done = token in self._eos or count >= self._most
-        if self._others:
-            done = bool(decide(self._ask(text, scores))) or done
-        if done and self._done[row] is None:
-            self._done[row] = count
-            if self._alone:
-                self.ends[row] = count
-        if not self._alone and all(self._done):
-            self.ends = [max(count for count in self._done if count)] * len(self._done)
-
-    def over(self, row: int, count: int) -> bool:
-        """Whether `count` new tokens are all that the row says."""
-        end = self.ends[row]
-        return count >= self._most or (end is not None and count >= end)
+        done = token in self.eos or count >= self.most
+        return (self.look and self._ask(*shown())) or done
 
     def _ask(self, text: Tensor, scores: tuple[Tensor, ...] | None) -> bool:
         answer = self._others(text, scores)
@@ -81,94 +85,231 @@ class Ends:
         return bool(answer)
 
 
-class Rows(Sampler):
-    """Chooses every row's tokens as `generate` would.
+class Ends:
+    """Where the rows of a call end, by where each was done.
 
     Args:
-        input_ids: (rows, width), left-padded.
-        begins: padding tokens per row.
-        processors: per row, from `processors.for_rows`.
-        ends: where rows end.
-        room: new tokens that a row's buffer holds.
-        seed: of the draws; None is greedy.
+        rows: of the batch.
+        most: new tokens at most.
+        together: whether a row that is done goes on until all are.
+    """
+
+    def __init__(self, rows: int, most: int, together: bool) -> None:
+        self.together, self._most = together, most
+        self._counts = [0] * rows
+        self._done: list[int | None] = [None] * rows
+
+    def settle(self, row: int, count: int, done: bool) -> None:
+        """A row has `count` new tokens, one more than before, and is done or not."""
+        self._counts[row] = count
+        if done and self._done[row] is None:
+            self._done[row] = count
+
+    @property
+    def longest(self) -> int:
+        """New tokens that the longest row will have: exactly so where all are done, at least so before."""
+        return max(n + 1 if done is None else done for n, done in zip(self._counts, self._done, strict=True))
+
+    def over(self, row: int, count: int) -> bool:
+        """Whether a row stops that has `count` new tokens."""
+        done = self._done[row]
+        if done is None or count >= self._most:
+            return count >= self._most
+        if not self.together:
+            return count >= done
+        return count >= self.longest
+
+
+class RowChooser(Sampler):
+    """One row: chooses its tokens as `generate` would, and says when it stops.
+
+    Without processors that look at the text, and where no scores are recorded, it is a stateless sampler.
+
+    Args:
+        row: its number.
+        ids: (width,), left-padded.
+        begin: padding tokens.
+        processors: its own, from `processors.for_rows`.
+        criteria: asked after each of its tokens.
+        ends: of all rows of the call.
+        seed: of its draws; None is greedy.
         keep_scores, keep_logits: record the processed scores or the raw logits of every emitted token.
+
+    Attributes:
+        prompt: its tokens, without padding.
+        tokens: new tokens, as the engine has emitted them: processes that serve a model together all have them.
+        end: how many of them count; None while that is not known.
+        kept_scores, kept_logits: (vocab,) fp32 each, one per token.
     """
 
     def __init__(
         self,
-        input_ids: Tensor,
-        begins: Sequence[int],
-        processors: Sequence[LogitsProcessorList],
+        row: int,
+        ids: Tensor,
+        begin: int,
+        processors: LogitsProcessorList,
+        criteria: Criteria,
         ends: Ends,
         *,
-        room: int,
         seed: int | None,
         keep_scores: bool = False,
         keep_logits: bool = False,
     ) -> None:
-        super().__init__(SamplingConfig(temperature=0.0 if seed is None else 1.0, seed=seed or 0))
-        rows, self._width = input_ids.shape
-        self._texts = torch.cat([input_ids, input_ids.new_zeros(rows, room)], dim=1)
-        self._begins, self._processors, self._ends = list(begins), processors, ends
-        self.prompts: list[list[int]] = [
-            line[begin:] for line, begin in zip(input_ids.tolist(), self._begins, strict=True)
-        ]
-        self.tokens: list[list[int]] = [[] for _ in range(rows)]
-        self.kept_scores: list[list[Tensor]] = [[] for _ in range(rows)]  # (vocab,) fp32 each
-        self.kept_logits: list[list[Tensor]] = [[] for _ in range(rows)]
+        params = SamplingParams(temperature=0.0 if seed is None else 1.0, seed=seed or 0)
+        super().__init__(params, warpers=list(processors))
+        self.row, self.prompt = row, [int(token) for token in ids[begin:].tolist()]
+        self.tokens: list[int] = []
+        self.end: int | None = None
+        self.kept_scores: list[Tensor] = []
+        self.kept_logits: list[Tensor] = []
         self._keep_scores, self._keep_logits = keep_scores, keep_logits
+        self._processors_of_row, self._criteria, self._ends = processors, criteria, ends
+        plain = all(type(each) in _STATELESS for each in processors)
+        self._stateless = plain and not (keep_scores or keep_logits)
+        self._text = _Text(ids)
+        self._chosen: list[int] = []  # where processors look at the text
+        self._asked = 0  # new tokens after which the criteria were asked
+        self._begin, self._stops_at = 0, -1  # of the request that runs: new tokens before it, and where it stops
 
     @property
-    def plain(self) -> bool:
-        """Never: the choice is also noted."""
-        return False
+    def stateless(self) -> bool:
+        """Whether no processor looks at the text, and nothing is recorded."""
+        return self._stateless
 
-    @property
-    def ended(self) -> list[int | None]:
-        """New tokens of each row that has ended; None while it runs."""
-        return self._ends.ends
+    def begun(self) -> StopParams:
+        """A request begins, over the prompt and the new tokens so far: when it stops."""
+        self._begin, self._stops_at = len(self.tokens), -1
+        asks = self._criteria.look or not self.stateless or self._ends.together
+        most = self._criteria.most if self.end is None else self.end
+        return StopParams(most - self._begin, tuple(self._criteria.eos), self._stop if asks else None)
 
-    def choose(self, row: int, history: Sequence[int], logits: Tensor) -> int:
-        """The token at position len(history) of `row`; any token behind the row's end, where the engine cuts."""
-        count = len(history) - len(self.prompts[row])
-        if self._ends.over(row, count):
+    def take(self, emission: Emission) -> None:
+        """Tokens were emitted."""
+        self.tokens.extend(emission.tokens)
+        if emission.finished and not self._ends.together:
+            self.end = len(self.tokens)
+
+    def choose(self, history: Sequence[int], logits: Tensor) -> int:
+        """The token at position len(history); any token after the row's end, where the engine cuts.
+
+        Raises:
+            RuntimeError: a token before it was not chosen here. PromptError: no token is possible.
+        """
+        if self.stateless:
+            return super().choose(history, logits)
+        count = len(history) - len(self.prompt)
+        if count < len(self._chosen):
+            return self._chosen[count]  # a step that was interrupted is taken again
+        if self._over(count):
             return 0
-        assert count == len(self.tokens[row]), "every emitted token was chosen here, once"
-        raw = logits.unsqueeze(0).to(device=self._texts.device, dtype=torch.float32, copy=True)  # as `generate` does
-        if self._keep_logits:
-            self.kept_logits[row].append(raw[0].clone())  # processors may write in place
-        text = self._texts[row : row + 1, : self._width + count]
-        scores: Tensor = self._processors[row](text, raw) if self._processors[row] else raw  # type: ignore[arg-type]
-        if self._keep_scores:
-            self.kept_scores[row].append(scores[0])
-        token = self.decide(self._pick(row, len(history), scores[0]))
-        self.tokens[row].append(token)
-        self._texts[row, self._width + count] = token
-        seen = tuple(each.unsqueeze(0) for each in self.kept_scores[row]) if self._keep_scores else None
-        text = self._texts[row : row + 1, : self._width + count + 1]
-        self._ends.take(row, count + 1, token, text, seen, self.decide)
+        if count > len(self._chosen):
+            raise RuntimeError(f"row {self.row} has {count} new tokens, of which {len(self._chosen)} were chosen here")
+        token = self._pick(history, logits)
+        self._chosen.append(token)
+        self._settle(count + 1, token)
         return token
 
-    def stop(self, row: int, new: Sequence[int]) -> bool:
-        """The engine's stop rule."""
-        return self._ends.over(row, len(new))
+    def scores(self, history: Sequence[int], logits: Tensor) -> Tensor:
+        """Scores (vocab,) as `generate` has them: processors see the text with its padding."""
+        if self.stateless:
+            return super().scores(history, logits)
+        raw = self._raw(logits).unsqueeze(0)
+        text = self._text.upto(len(history) - len(self.prompt))
+        scores: Tensor = self._processors_of_row(text, raw) if self._processors_of_row else raw  # type: ignore[arg-type]
+        return scores[0]
+
+    def _raw(self, logits: Tensor) -> Tensor:
+        """A copy in float32, as `generate` makes it: processors may write in place."""
+        return logits.to(device=self._text.device, dtype=torch.float32, copy=True)
+
+    def _pick(self, history: Sequence[int], logits: Tensor) -> int:
+        scores = self.scores(history, logits)
+        if self.greedy:
+            token = int(scores.argmax(-1))
+        else:
+            where = f"in row {self.row} after {len(history)} tokens"
+            token = inverse_cdf(probabilities(scores, where), self.draw(len(history)))
+        if self._keep_logits:
+            self.kept_logits.append(self._raw(logits))
+        if self._keep_scores:
+            self.kept_scores.append(scores)
+        return token
+
+    def _stop(self, new: Sequence[int]) -> bool:
+        """The engine's stop rule for the request that runs."""
+        count = self._begin + len(new)
+        self._settle(count, new[-1])
+        return self._over(count)
+
+    def _settle(self, count: int, token: int) -> None:
+        """There are `count` new tokens, `token` is the last: ask the criteria, once."""
+        if count <= self._asked:
+            return
+        if self._criteria.look or not self.stateless:
+            self._text.put(count - 1, token)
+
+        def shown() -> tuple[Tensor, tuple[Tensor, ...] | None]:
+            scores = tuple(each.unsqueeze(0) for each in self.kept_scores) if self._keep_scores else None
+            return self._text.upto(count), scores
+
+        done = self._criteria.done(count, token, shown)
+        self._asked = count
+        self._ends.settle(self.row, count, done)
+
+    def _over(self, count: int) -> bool:
+        """Whether the request stops at `count` new tokens. Once said it stays so, whatever other rows do meanwhile."""
+        if self._stops_at < 0 and self._ends.over(self.row, count):
+            self._stops_at = count
+        return 0 <= self._stops_at <= count
+
+
+class Rows:
+    """The rows of a call.
+
+    Args:
+        rows: in their order.
+        ends: theirs.
+    """
+
+    def __init__(self, rows: Sequence[RowChooser], ends: Ends) -> None:
+        self.rows, self._ends = list(rows), ends
+
+    def unfinished(self) -> list[RowChooser]:
+        """Rows that need a request: at first all, then those that stopped before the longest was done."""
+        return [row for row in self.rows if row.end is None or len(row.tokens) < row.end]
+
+    def settle(self, agreed: Callable[[int], int]) -> None:
+        """The requests have ended. `agreed` makes one process's number that of all that serve the model together."""
+        if self._ends.together:
+            longest = agreed(self._ends.longest)
+            for row in self.rows:
+                row.end = longest
 
     def column(self, place: int, pad: int) -> Tensor | None:
         """New token number `place` of every row (rows,), as `generate` streams it; None if not yet there."""
-        if all(self._ends.over(row, place) for row in range(len(self.tokens))):
+        ended = [row.end is not None and place >= row.end for row in self.rows]
+        if all(ended) or any(place >= len(row.tokens) for row, over in zip(self.rows, ended, strict=True) if not over):
             return None
-        said = []
-        for row, tokens in enumerate(self.tokens):
-            if self._ends.over(row, place):
-                said.append(pad)
-            elif place < len(tokens):
-                said.append(tokens[place])
-            else:
-                return None
-        return torch.tensor(said)
+        return torch.tensor([pad if over else row.tokens[place] for row, over in zip(self.rows, ended, strict=True)])
 
-    def _pick(self, row: int, position: int, scores: Tensor) -> int:
-        if self.config.temperature == 0:
-            return int(scores.argmax(-1))
-        probs = law(scores, f"in row {row} behind {position} tokens")
-        return inverse_cdf(probs, keyed_uniform(self.config.seed, row, position))
+
+class _Text:
+    """A row's ids and new tokens, (1, length), in memory that grows by doubling."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self._line, self._width = ids.unsqueeze(0), len(ids)
+
+    @property
+    def device(self) -> torch.device:
+        return self._line.device
+
+    def put(self, place: int, token: int) -> None:
+        """New token number `place`."""
+        place += self._width
+        if place >= self._line.shape[1]:  # the first time too: the ids are the caller's
+            self._line = torch.cat([self._line, torch.zeros_like(self._line)], dim=1)
+        self._line[0, place] = token
+
+    def upto(self, count: int) -> Tensor:
+        """The text with `count` new tokens, a view."""
+        return self._line[:, : self._width + count]

@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from haast.cache import TreeCache
+from haast.cache import KVCache
 from haast.heads.config import HeadConfig
 from haast.heads.module import DraftModule, storing
 
@@ -83,7 +83,7 @@ class _FirstLayer(nn.Module):
         states: Tensor,
         rotary: tuple[Tensor, Tensor],
         bias: Tensor | None,
-        cache: TreeCache | None,
+        cache: KVCache | None,
     ) -> Tensor:
         read = torch.cat([self.input_layernorm(embeddings), self.hidden_norm(states)], dim=-1)
         attended, _ = self.self_attn(read, position_embeddings=rotary, attention_mask=bias, **storing(cache))
@@ -134,7 +134,7 @@ class Eagle3Head(DraftModule):
         states: Tensor,
         position_ids: Tensor,
         bias: Tensor | None = None,
-        cache: TreeCache | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         rotary = self.rotary(states, position_ids=position_ids)
         first = self.midlayer(embeddings, states, rotary, bias, cache)

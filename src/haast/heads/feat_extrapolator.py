@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from haast.cache import TreeCache
+from haast.cache import KVCache
 from haast.heads.config import HeadConfig
 from haast.heads.kinds import INPUTS
 from haast.heads.module import DraftModule
@@ -84,7 +84,7 @@ class FeatExtrapolator(DraftModule):
         states: Tensor,
         position_ids: Tensor,
         bias: Tensor | None = None,
-        cache: TreeCache | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         fused = self.mix(embeddings, states)
         rotary = self.rotary(fused, position_ids=position_ids)

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from haast.cache import TreeCache, cache_name
+from haast.cache import KVCache, cache_name
 from haast.heads.config import HeadConfig
 from haast.speed.stack import NativeStack
 
 _CACHE = cache_name(LlamaDecoderLayer.forward)
 
 
-def storing(cache: TreeCache | None) -> dict[str, Any]:
+def storing(cache: KVCache | None) -> dict[str, Any]:
     """What Llama's layers and their attention take to keep keys and values in `cache`; in none where it is None."""
     return {"use_cache": cache is not None, _CACHE: cache}
 
@@ -74,7 +74,7 @@ class DraftModule(nn.Module, ABC):
         states: Tensor,
         position_ids: Tensor,
         bias: Tensor | None = None,
-        cache: TreeCache | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """One step ahead.
 
@@ -96,7 +96,7 @@ class DraftModule(nn.Module, ABC):
         rotary: tuple[Tensor, Tensor],
         position_ids: Tensor,
         bias: Tensor | None,
-        cache: TreeCache | None,
+        cache: KVCache | None,
     ) -> Tensor:
         """States (rows, nodes, hidden) through Llama layers, one after the other."""
         for layer in layers:

@@ -1,7 +1,8 @@
 """Typed wrappers of the compiled CPU kernels (kernels.cpp), on torch tensors through ctypes.
 
-All tensors are fp32 on the CPU. Every result is row independent: the same bits whatever rows or nodes stand beside it,
-whatever the thread count. No function here is differentiable: call them under `torch.no_grad()`.
+All tensors are fp32 on the CPU, but keys and values of a KV pool may have 16 bits. Every result is row independent: the
+same bits whatever rows or nodes stand beside it, whatever the thread count. No function here is differentiable: call
+them under `torch.no_grad()`.
 """
 
 from haast.native.attention import tree_attention
@@ -9,6 +10,7 @@ from haast.native.library import LANES, accelerated, available, features, narrow
 from haast.native.measure import multiply_peak, read_bandwidth
 from haast.native.products import linear, pack_f16, pack_i8
 from haast.native.rows import MOST_TOP, rms_norm, rotate_, swiglu, top
+from haast.native.slots import move_slots
 
 __all__ = [
     "LANES",
@@ -17,6 +19,7 @@ __all__ = [
     "available",
     "features",
     "linear",
+    "move_slots",
     "multiply_peak",
     "narrow_path",
     "pack_f16",

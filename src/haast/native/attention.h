@@ -8,33 +8,51 @@
 #include <memory>
 
 #include "cpu.h"
+#include "half.h"
 #include "pool.h"
+#include "slots.h"
 #include "vector_math.h"
 
 namespace {
 
+// How keys and values are held.
+enum Form : int64_t { kF32 = 0, kF16 = 1, kBF16 = 2 };
+
 struct Attention {
-    const float *q, *k, *v, *mask;  // mask may be null: every slot is seen
-    float* out;                     // (rows, n, heads, d), contiguous
+    const float *q, *mask;  // mask may be null: every slot is seen
+    const void *k, *v;      // of `form`
+    float* out;             // (rows, n, heads, d), contiguous
     int64_t rows, heads, kv_heads, n, slots, d;
     int64_t q_row, q_head, q_node, k_row, k_head, k_slot, v_row, v_head, v_slot, mask_row, mask_node;
     float scaling, softcap;
     int64_t together;  // heads of one piece of work
-    // Instead of a mask, where `past` is not null: slots [0, past[row]) are seen, and of the `flight` slots behind
-    // them what `seen` says; with a window, only what stands less than `window` positions back.
-    const int64_t* past;              // (rows)
-    const int64_t* begins;            // (rows): the position in slot 0; null: 0
-    const uint8_t* seen;              // (rows, n, flight)
+    // Instead of a mask, where `places` is not null: a row's logical slots [0, past[row]) are seen, and of the `flight`
+    // slots behind them what `seen` says; with a window, only what stands less than `window` positions back. Slot i of
+    // the past holds position i.
+    const Slots* places;  // where the logical slots lie; k_row and v_row are 0: all rows share one store
+    const int64_t* past;  // (rows)
+    const uint8_t* seen;  // (rows, n, flight)
     const int64_t *positions, *flight_positions;  // (rows, n) and (rows, flight), windows only
     int64_t flight, window;
+    Form form;
 };
+
+template <typename E>
+inline const E* keys_of(const Attention& a, int64_t row, int64_t kv) {
+    return static_cast<const E*>(a.k) + row * a.k_row + kv * a.k_head;
+}
+
+template <typename E>
+inline const E* values_of(const Attention& a, int64_t row, int64_t kv) {
+    return static_cast<const E*>(a.v) + row * a.v_row + kv * a.v_head;
+}
 
 // One query row of one or more heads that read the same KV head.
 struct Query {
     int64_t row, node, head, heads;
     const float* mask;  // (slots), or null
-    const int32_t* slot;
-    int64_t count;  // unmasked slots
+    const int32_t* slot;  // (count): the slots that are seen, in the order of the text; where each lies changes no bit
+    int64_t count;
     bool biased;    // some unmasked mask value is not 0
 };
 
@@ -59,15 +77,15 @@ int64_t list_masked(const Attention& a, int64_t row, int64_t node, int32_t* slot
 }
 
 int64_t list_seen(const Attention& a, int64_t row, int64_t node, int32_t* slot, bool* biased) {
-    const int64_t past = a.past[row], position = a.window ? a.positions[row * a.n + node] : 0;
-    const int64_t nearest = position - a.window + 1, slots_off = nearest - (a.begins ? a.begins[row] : 0);
-    const int64_t first = a.window && slots_off > 0 ? slots_off : 0;
+    const int64_t past = a.past[row], nearest = a.window ? a.positions[row * a.n + node] - a.window + 1 : 0;
+    const int64_t first = nearest > 0 ? nearest : 0;
+    const int32_t* place = a.places->of_row(row);
     int64_t count = past > first ? past - first : 0;
-    for (int64_t i = 0; i < count; ++i) slot[i] = static_cast<int32_t>(first + i);
+    if (count) std::memcpy(slot, place + first, sizeof(int32_t) * static_cast<size_t>(count));
     const uint8_t* seen = a.seen + (row * a.n + node) * a.flight;
     for (int64_t j = 0; j < a.flight; ++j) {
         const bool near = !a.window || a.flight_positions[row * a.flight + j] >= nearest;
-        slot[count] = static_cast<int32_t>(past + j);
+        slot[count] = place[past + j];
         count += seen[j] && near;
     }
     *biased = false;
@@ -76,16 +94,18 @@ int64_t list_seen(const Attention& a, int64_t row, int64_t node, int32_t* slot, 
     return count;
 }
 
+template <typename E>
 void attend_scalar(const Attention& a, const Query& u, float* p) {
     const int64_t kv = u.head / (a.heads / a.kv_heads);
+    const E *keys = keys_of<E>(a, u.row, kv), *values = values_of<E>(a, u.row, kv);
     for (int64_t h = u.head; h < u.head + u.heads; ++h) {
         const float* q = a.q + u.row * a.q_row + h * a.q_head + u.node * a.q_node;
         float* out = a.out + ((u.row * a.n + u.node) * a.heads + h) * a.d;
         float best = -std::numeric_limits<float>::infinity(), total = 0.0f;
         for (int64_t i = 0; i < u.count; ++i) {
-            const float* k = a.k + u.row * a.k_row + kv * a.k_head + u.slot[i] * a.k_slot;
+            const E* k = keys + u.slot[i] * a.k_slot;
             float s = 0.0f;
-            for (int64_t c = 0; c < a.d; ++c) s += q[c] * k[c];
+            for (int64_t c = 0; c < a.d; ++c) s += q[c] * widen(k[c]);
             s *= a.scaling;
             if (a.softcap > 0.0f) s = a.softcap * std::tanh(s / a.softcap);
             p[i] = u.biased ? s + u.mask[u.slot[i]] : s;
@@ -93,10 +113,10 @@ void attend_scalar(const Attention& a, const Query& u, float* p) {
         }
         for (int64_t c = 0; c < a.d; ++c) out[c] = 0.0f;
         for (int64_t i = 0; i < u.count; ++i) {
-            const float* v = a.v + u.row * a.v_row + kv * a.v_head + u.slot[i] * a.v_slot;
+            const E* v = values + u.slot[i] * a.v_slot;
             const float e = std::exp(p[i] - best);
             total += e;
-            for (int64_t c = 0; c < a.d; ++c) out[c] += e * v[c];
+            for (int64_t c = 0; c < a.d; ++c) out[c] += e * widen(v[c]);
         }
         if (u.count)
             for (int64_t c = 0; c < a.d; ++c) out[c] /= total;
@@ -140,24 +160,41 @@ AVX int64_t list_masked_avx(const Attention& a, int64_t row, int64_t node, int32
     return compact_avx(a.mask ? a.mask + row * a.mask_row + node * a.mask_node : nullptr, a.slots, slot, biased);
 }
 
+constexpr int64_t kSlotsAhead = 32;  // two blocks: a slot's row is asked for so many slots before it is used
+
+// Whether the slots numbered [from, to) of a query's list, and those that are asked for meanwhile, are one stretch of the
+// store: there the hardware sees what comes next. At the beginning of a block elsewhere it does not.
+inline bool one_stretch(const Query& u, int64_t from, int64_t to) {
+    const int64_t last = (to + kSlotsAhead < u.count ? to + kSlotsAhead : u.count) - 1;
+    return u.slot[last] - u.slot[from] == last - from;
+}
+
+// Asks for the row of the slot `kSlotsAhead` behind number i of the list.
+template <typename E>
+AVX_INLINE void ask_ahead(const Query& u, int64_t i, const E* rows, int64_t stride, int64_t d) {
+    if (i + kSlotsAhead >= u.count) return;
+    const char* row = reinterpret_cast<const char*>(rows + u.slot[i + kSlotsAhead] * stride);
+    for (int64_t at = 0; at < d * static_cast<int64_t>(sizeof(E)); at += 64) _mm_prefetch(row + at, _MM_HINT_T0);
+}
+
 // Scores of H heads against eight slots, in two halves of four: 4 x H accumulators share the loads of K and q. Every dot
 // product is reduced by the same tree of additions, so a score depends neither on its place among the eight nor on H.
-template <int H>
-AVX_INLINE void dots8(const float* q, int64_t q_head, const float* const* k, int64_t d, float* p, int64_t p_stride) {
+template <int H, typename E>
+AVX_INLINE void dots8(const float* q, int64_t q_head, const E* const* k, int64_t d, float* p, int64_t p_stride) {
     for (int half = 0; half < 8; half += 4) {
-        const float *k0 = k[half], *k1 = k[half + 1], *k2 = k[half + 2], *k3 = k[half + 3];
+        const E *k0 = k[half], *k1 = k[half + 1], *k2 = k[half + 2], *k3 = k[half + 3];
         __m256 acc[H][4];
 #pragma GCC unroll 4
         for (int h = 0; h < H; ++h) acc[h][0] = acc[h][1] = acc[h][2] = acc[h][3] = _mm256_setzero_ps();
         for (int64_t c = 0; c < d; c += 8) {
-            const __m256 a = _mm256_loadu_ps(k0 + c), b = _mm256_loadu_ps(k1 + c);
+            const __m256 a = load8(k0 + c), b = load8(k1 + c);
 #pragma GCC unroll 4
             for (int h = 0; h < H; ++h) {
                 const __m256 qv = _mm256_loadu_ps(q + h * q_head + c);
                 acc[h][0] = _mm256_fmadd_ps(qv, a, acc[h][0]);
                 acc[h][1] = _mm256_fmadd_ps(qv, b, acc[h][1]);
-                acc[h][2] = _mm256_fmadd_ps(qv, _mm256_loadu_ps(k2 + c), acc[h][2]);
-                acc[h][3] = _mm256_fmadd_ps(qv, _mm256_loadu_ps(k3 + c), acc[h][3]);
+                acc[h][2] = _mm256_fmadd_ps(qv, load8(k2 + c), acc[h][2]);
+                acc[h][3] = _mm256_fmadd_ps(qv, load8(k3 + c), acc[h][3]);
             }
         }
 #pragma GCC unroll 4
@@ -168,9 +205,14 @@ AVX_INLINE void dots8(const float* q, int64_t q_head, const float* const* k, int
     }
 }
 
+template <int I>
+AVX512_INLINE __m256 half_of(__m512 v) {
+    return _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xf, _mm512_castps_pd(v), I));
+}
+
 // The same sums on AVX-512, two slots in one register: the low half adds up one slot's products, the high half another's.
-template <int H>
-AVX512_INLINE void dots8_wide(const float* q, int64_t q_head, const float* const* k, int64_t d, float* p,
+template <int H, typename E>
+AVX512_INLINE void dots8_wide(const float* q, int64_t q_head, const E* const* k, int64_t d, float* p,
                               int64_t p_stride) {
     __m512 acc[H][4];
 #pragma GCC unroll 4
@@ -182,9 +224,7 @@ AVX512_INLINE void dots8_wide(const float* q, int64_t q_head, const float* const
             qv[h] = _mm512_castpd_ps(_mm512_maskz_broadcast_f64x4(0xff, _mm256_castps_pd(_mm256_loadu_ps(q + h * q_head + c))));
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
-            const __m512d low = _mm512_castpd256_pd512(_mm256_castps_pd(_mm256_loadu_ps(k[2 * j] + c)));
-            const __m512 kv = _mm512_castpd_ps(
-                _mm512_maskz_insertf64x4(0xff, low, _mm256_castps_pd(_mm256_loadu_ps(k[2 * j + 1] + c)), 1));
+            const __m512 kv = load8_twice(k[2 * j] + c, k[2 * j + 1] + c);
 #pragma GCC unroll 4
             for (int h = 0; h < H; ++h) acc[h][j] = _mm512_fmadd_ps(qv[h], kv, acc[h][j]);
         }
@@ -193,21 +233,22 @@ AVX512_INLINE void dots8_wide(const float* q, int64_t q_head, const float* const
     for (int h = 0; h < H; ++h)
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
-            const __m256 s0 = _mm512_castps512_ps256(acc[h][2 * half]), s2 = _mm512_castps512_ps256(acc[h][2 * half + 1]);
-            const __m256 s1 = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xf, _mm512_castps_pd(acc[h][2 * half]), 1));
-            const __m256 s3 =
-                _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xf, _mm512_castps_pd(acc[h][2 * half + 1]), 1));
-            const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(s0, s1), _mm256_hadd_ps(s2, s3));
+            const __m512 first = acc[h][2 * half], second = acc[h][2 * half + 1];
+            const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(half_of<0>(first), half_of<1>(first)),
+                                            _mm256_hadd_ps(half_of<0>(second), half_of<1>(second)));
             _mm_storeu_ps(p + h * p_stride + 4 * half,
                           _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
         }
 }
 
-AVX512 void dots_avx512(const Attention& a, const Query& u, const float* keys, const float* q, float* p,
+template <typename E>
+AVX512 void dots_avx512(const Attention& a, const Query& u, const E* keys, const float* q, float* p,
                         int64_t p_stride) {
     for (int64_t i = 0; i < u.count; i += 8) {
-        const float* k[8];
+        const E* k[8];
         for (int j = 0; j < 8; ++j) k[j] = keys + u.slot[i + j] * a.k_slot;
+        if (!one_stretch(u, i, i + 8))
+            for (int j = 0; j < 8; ++j) ask_ahead(u, i + j, keys, a.k_slot, a.d);
         int64_t h = 0;
         for (; h + 3 <= u.heads; h += 3)
             dots8_wide<3>(q + h * a.q_head, a.q_head, k, a.d, p + h * p_stride + i, p_stride);
@@ -215,10 +256,13 @@ AVX512 void dots_avx512(const Attention& a, const Query& u, const float* keys, c
     }
 }
 
-AVX void dots_avx(const Attention& a, const Query& u, const float* keys, const float* q, float* p, int64_t p_stride) {
+template <typename E>
+AVX void dots_avx(const Attention& a, const Query& u, const E* keys, const float* q, float* p, int64_t p_stride) {
     for (int64_t i = 0; i < u.count; i += 8) {
-        const float* k[8];
+        const E* k[8];
         for (int j = 0; j < 8; ++j) k[j] = keys + u.slot[i + j] * a.k_slot;
+        if (!one_stretch(u, i, i + 8))
+            for (int j = 0; j < 8; ++j) ask_ahead(u, i + j, keys, a.k_slot, a.d);
         int64_t h = 0;
         for (; h + 3 <= u.heads; h += 3) dots8<3>(q + h * a.q_head, a.q_head, k, a.d, p + h * p_stride + i, p_stride);
         for (; h < u.heads; ++h) dots8<1>(q + h * a.q_head, a.q_head, k, a.d, p + h * p_stride + i, p_stride);
@@ -226,8 +270,9 @@ AVX void dots_avx(const Attention& a, const Query& u, const float* keys, const f
 }
 
 // Scores of all heads of the query, eight slots at a time: a key row is read once per KV head.
+template <typename E>
 AVX void scores_avx(const Attention& a, const Query& u, float* p, int64_t p_stride) {
-    const float* keys = a.k + u.row * a.k_row + u.head / (a.heads / a.kv_heads) * a.k_head;
+    const E* keys = keys_of<E>(a, u.row, u.head / (a.heads / a.kv_heads));
     const float* q = a.q + u.row * a.q_row + u.head * a.q_head + u.node * a.q_node;
     if (path() == kAvx512) dots_avx512(a, u, keys, q, p, p_stride);
     else dots_avx(a, u, keys, q, p, p_stride);
@@ -262,22 +307,24 @@ AVX float softmax_avx(float* p, int64_t count) {
 
 // C registers of the head dimension of H heads over the slots [from, to), continuing the sums that stand in out. The
 // heads share the loads of V; every sum is one chain in slot order whatever C and H are.
-template <int H, int C>
-AVX void weigh(const Attention& a, const Query& u, const float* values, const float* p, int64_t p_stride, int64_t from,
+template <int H, int C, typename E>
+AVX void weigh(const Attention& a, const Query& u, const E* values, const float* p, int64_t p_stride, int64_t from,
                int64_t to, float* out) {
     __m256 acc[H][C];
 #pragma GCC unroll 4
     for (int h = 0; h < H; ++h)
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) acc[h][c] = _mm256_loadu_ps(out + h * a.d + c * 8);
+    const bool ask = !one_stretch(u, from, to);
     for (int64_t i = from; i < to; ++i) {
-        const float* v = values + u.slot[i] * a.v_slot;
+        const E* v = values + u.slot[i] * a.v_slot;
+        if (ask) ask_ahead(u, i, values, a.v_slot, C * 8);
         __m256 pv[H];
 #pragma GCC unroll 4
         for (int h = 0; h < H; ++h) pv[h] = _mm256_broadcast_ss(p + h * p_stride + i);
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {
-            const __m256 vv = _mm256_loadu_ps(v + c * 8);
+            const __m256 vv = load8(v + c * 8);
 #pragma GCC unroll 4
             for (int h = 0; h < H; ++h) acc[h][c] = _mm256_fmadd_ps(pv[h], vv, acc[h][c]);
         }
@@ -289,22 +336,24 @@ AVX void weigh(const Attention& a, const Query& u, const float* values, const fl
 }
 
 // The same chains on AVX-512, sixteen values of the head dimension in a register.
-template <int H, int C>
-AVX512 void weigh_wide(const Attention& a, const Query& u, const float* values, const float* p, int64_t p_stride,
+template <int H, int C, typename E>
+AVX512 void weigh_wide(const Attention& a, const Query& u, const E* values, const float* p, int64_t p_stride,
                        int64_t from, int64_t to, float* out) {
     __m512 acc[H][C];
 #pragma GCC unroll 4
     for (int h = 0; h < H; ++h)
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) acc[h][c] = _mm512_loadu_ps(out + h * a.d + c * 16);
+    const bool ask = !one_stretch(u, from, to);
     for (int64_t i = from; i < to; ++i) {
-        const float* v = values + u.slot[i] * a.v_slot;
+        const E* v = values + u.slot[i] * a.v_slot;
+        if (ask) ask_ahead(u, i, values, a.v_slot, C * 16);
         __m512 pv[H];
 #pragma GCC unroll 4
         for (int h = 0; h < H; ++h) pv[h] = _mm512_set1_ps(p[h * p_stride + i]);
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
-            const __m512 vv = _mm512_loadu_ps(v + c * 16);
+            const __m512 vv = load16(v + c * 16);
 #pragma GCC unroll 4
             for (int h = 0; h < H; ++h) acc[h][c] = _mm512_fmadd_ps(pv[h], vv, acc[h][c]);
         }
@@ -315,8 +364,8 @@ AVX512 void weigh_wide(const Attention& a, const Query& u, const float* values, 
         for (int c = 0; c < C; ++c) _mm512_storeu_ps(out + h * a.d + c * 16, acc[h][c]);
 }
 
-template <int H>
-AVX void weigh_heads(const Attention& a, const Query& u, const float* values, const float* p, int64_t p_stride, int64_t from,
+template <int H, typename E>
+AVX void weigh_heads(const Attention& a, const Query& u, const E* values, const float* p, int64_t p_stride, int64_t from,
                      int64_t to, float* out) {
     constexpr int kWide = H == 1 ? 8 : 4;  // 8 or 12 accumulators
     int64_t c = 0;
@@ -327,14 +376,15 @@ AVX void weigh_heads(const Attention& a, const Query& u, const float* values, co
     if (c < a.d) weigh<H, 1>(a, u, values + c, p, p_stride, from, to, out + c);
 }
 
+template <typename E>
 AVX void attend_avx(const Attention& a, const Query& u, float* p) {
     constexpr int64_t kBlock = 64;  // 64 value rows of 64 floats are 16 KB: they stay in L1 while the heads take turns
     const int64_t p_stride = (a.slots + 7) / 8 * 8;
-    const float* values = a.v + u.row * a.v_row + u.head / (a.heads / a.kv_heads) * a.v_head;
+    const E* values = values_of<E>(a, u.row, u.head / (a.heads / a.kv_heads));
     float* out = a.out + ((u.row * a.n + u.node) * a.heads + u.head) * a.d;
     std::memset(out, 0, sizeof(float) * static_cast<size_t>(u.heads * a.d));
     if (!u.count) return;
-    scores_avx(a, u, p, p_stride);
+    scores_avx<E>(a, u, p, p_stride);
     float total[kMaxGroup];
     for (int64_t h = 0; h < u.heads; ++h) total[h] = softmax_avx(p + h * p_stride, u.count);
     for (int64_t i = 0; i < u.count; i += kBlock) {
@@ -370,16 +420,31 @@ void attend_items(const void* job, int64_t first, int64_t last) {
     }
 }
 
+template <typename E>
+Pool::Work attend_placed([[maybe_unused]] bool fast) {
+#if defined(HAAST_X86)
+    if (fast) return attend_items<list_seen, attend_avx<E>>;
+#endif
+    return attend_items<list_seen, attend_scalar<E>>;
+}
+
+Pool::Work attend_masked([[maybe_unused]] bool fast) {
+#if defined(HAAST_X86)
+    if (fast) return attend_items<list_masked_avx, attend_avx<float>>;
+#endif
+    return attend_items<list_masked, attend_scalar<float>>;
+}
+
 void attend(Attention a, int threads) {
     if (a.rows <= 0 || a.n <= 0) return;
     // Heads of a group go together (they share K and V) unless that leaves too few pieces for the threads.
     const int64_t group = a.heads / a.kv_heads;
     a.together = a.rows * a.n * a.kv_heads >= 4 * threads ? group : 1;
-    Pool::Work work = a.past ? attend_items<list_seen, attend_scalar> : attend_items<list_masked, attend_scalar>;
-#if defined(HAAST_X86)
-    if (use_avx() && a.d % 8 == 0 && group <= kMaxGroup)
-        work = a.past ? attend_items<list_seen, attend_avx> : attend_items<list_masked_avx, attend_avx>;
-#endif
+    const bool fast = use_avx() && a.d % 8 == 0 && group <= kMaxGroup;
+    const Pool::Work work = !a.places         ? attend_masked(fast)
+                            : a.form == kF16  ? attend_placed<F16>(fast)
+                            : a.form == kBF16 ? attend_placed<BF16>(fast)
+                                              : attend_placed<float>(fast);
     const int64_t items = a.rows * a.n * (a.heads / a.together);
     if (items * a.together * a.slots * a.d < kSerialWork) threads = 1;
     const int64_t chunk = items / (8 * static_cast<int64_t>(threads < 1 ? 1 : threads));

@@ -27,17 +27,18 @@ struct Draft {
     const int64_t* frontier;  // fixed trees: the candidates to expand, level behind level; null: the best
     const int64_t* keep;      // fixed trees: (nodes - 1) candidates; null: the best
     int64_t nodes;
-    const float* forward_ms;  // (nodes) or null: no pace, see policy.py
+    const float* forward_ms;  // (nodes) or null: no pace, see tuning/policy.py
     float level_ms, rate, trust, follow;
 };
 
 struct Proposal {
     const float* states;          // (rows, hidden) at the roots
     const int64_t *roots, *past;  // (rows)
-    const int64_t* begins;        // (rows): the position in slot 0 of the cache
-    float* cache;                 // as in struct Pass
+    void* cache;                  // as in struct Pass, and so all that follows
     const float *cosine, *sine;
-    int64_t rows, capacity, held;  // as in struct Pass
+    BlockTables blocks;
+    int64_t rows, angles;
+    Form form;
     int64_t *tokens, *parents, *depths;  // out: (rows, n) for the n that is returned, at most (rows, nodes)
     uint8_t* ancestors;                  // out: (rows, n, n)
 };
@@ -70,8 +71,19 @@ class Drafting {
   public:
     Drafting(const Draft& draft, const Proposal& proposal, int threads)
         : d_(draft), p_(proposal), threads_(threads), hidden_(draft.stack->hidden), rows_(proposal.rows),
+          first_(first_seen(*draft.stack, proposal.past, proposal.rows, 1)),
+          places_(proposal.blocks, proposal.past, first_.empty() ? nullptr : first_.data(), proposal.rows,
+                  std::accumulate(draft.widths, draft.widths + draft.levels, int64_t{0})),
           found_(static_cast<size_t>(proposal.rows)) {}
 
+    // Why no tree can be made of this; kFine where one can.
+    Refusal refusal() const {
+        for (int64_t r = 0; r < rows_; ++r)
+            if (p_.past[r] + d_.levels > p_.angles) return kFewAngles;
+        return places_.refusal();
+    }
+
+    // Nodes of the trees.
     int64_t run() {
         std::vector<float> states(p_.states, p_.states + rows_ * hidden_), next;
         children(states.data(), 1, {}, nullptr);
@@ -118,7 +130,7 @@ class Drafting {
     }
 
   private:
-    // Whether another level pays below these nodes (Pace.deeper).
+    // Whether another level pays below these nodes (CostModel.deeper).
     bool deeper(const std::vector<std::vector<int64_t>>& chosen) const {
         double expected = 0.0;
         for (size_t r = 0; r < chosen.size(); ++r)
@@ -153,7 +165,7 @@ class Drafting {
         std::vector<float> fused(static_cast<size_t>(count * hidden_));
         std::vector<int64_t> positions(static_cast<size_t>(count)), flying(static_cast<size_t>(rows_ * flight));
         for (int64_t r = 0; r < rows_; ++r) {
-            const int64_t next = p_.begins[r] + p_.past[r];
+            const int64_t next = p_.past[r];
             for (int64_t i = 0; i < width; ++i) positions[static_cast<size_t>(r * width + i)] = next + level;
             int64_t at = 0;
             for (int64_t l = 0; l <= level; ++l)
@@ -164,12 +176,12 @@ class Drafting {
         Pass pass{};
         pass.states = fused.data(), pass.output = out, pass.cosine = p_.cosine, pass.sine = p_.sine;
         pass.positions = positions.data(), pass.flight_positions = flying.data(), pass.past = p_.past;
-        pass.begins = p_.begins, pass.seen = seen, pass.cache = p_.cache, pass.rows = rows_, pass.n = width;
-        pass.flight = flight, pass.capacity = p_.capacity, pass.held = p_.held;
-        run_stack(*d_.stack, pass, threads_);
+        pass.seen = seen, pass.cache = p_.cache, pass.blocks = p_.blocks, pass.form = p_.form;
+        pass.rows = rows_, pass.n = width, pass.flight = flight, pass.angles = p_.angles;
+        run_layers(*d_.stack, pass, places_, threads_);
     }
 
-    // How many candidates pay to verify (Pace.nodes), at most `most`; 0 where none does.
+    // How many candidates pay to verify (CostModel.nodes), at most `most`; 0 where none does.
     int64_t paying(int64_t most) const {
         std::vector<double> gained(static_cast<size_t>(most), 0.0);
         for (const Candidates& row : found_) {
@@ -220,6 +232,8 @@ class Drafting {
     const Proposal& p_;
     const int threads_;
     const int64_t hidden_, rows_;
+    const std::vector<int64_t> first_;
+    const Slots places_;
     std::vector<Candidates> found_;
 };
 

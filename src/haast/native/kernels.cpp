@@ -17,6 +17,7 @@
 #include "measure.h"
 #include "pool.h"
 #include "rowwise.h"
+#include "slots.h"
 #include "stack.h"
 #include "top.h"
 
@@ -24,7 +25,7 @@
 
 // ---------------------------------------------------------------- the C ABI
 
-EXPORT int haast_abi() { return 7; }  // raised with every change of a signature: a stale library is refused at load
+EXPORT int haast_abi() { return 8; }  // raised with every change of a signature: a stale library is refused at load
 
 EXPORT int haast_features() { return cpu_features(); }  // 1 AVX2, 2 FMA, 4 F16C, 8 AVX-512 F, 16 NEON
 
@@ -103,12 +104,22 @@ EXPORT void haast_swiglu_f32(const float* gate_up, float* y, int64_t rows, int64
     swiglu(gate_up, y, rows, width, threads);
 }
 
-// All decoder layers over one tree, see stack.h.
-EXPORT void haast_stack_f32(const Stack* stack, const Pass* pass, int threads) { run_stack(*stack, *pass, threads); }
+// All decoder layers over one tree, see stack.h; returns a Refusal, with which nothing was written.
+EXPORT int64_t haast_stack_f32(const Stack* stack, const Pass* pass, int threads) {
+    return run_stack(*stack, *pass, threads);
+}
 
-// One proposal of an EAGLE head, see draft.h; returns the nodes of the trees.
+// One proposal of an EAGLE head, see draft.h; returns the nodes of the trees, or a Refusal less than 0.
 EXPORT int64_t haast_draft(const Draft* draft, const Proposal* proposal, int threads) {
-    return Drafting(*draft, *proposal, threads).run();
+    Drafting drafting(*draft, *proposal, threads);
+    return drafting.refusal() ? -drafting.refusal() : drafting.run();
+}
+
+// In every lane of store (lanes, slots, bytes), copy slot sources[k] to targets[k], k = 0, 1, ... in turn; returns
+// whether all slots exist, without which nothing was moved.
+EXPORT int64_t haast_move_slots(void* store, const int64_t* sources, const int64_t* targets, int64_t count,
+                                int64_t lanes, int64_t slots, int64_t bytes, int threads) {
+    return move_slots(Moving{static_cast<char*>(store), sources, targets, count, slots, bytes}, lanes, threads);
 }
 
 // The k <= 64 largest of each row of logits (rows, width): log-probabilities and places, descending.

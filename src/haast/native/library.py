@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import sysconfig
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 LANES = 16  # outputs in a weight panel
 
-_ABI = 7
+_ABI = 8
 _FAST = 7  # AVX2 | FMA | F16C
 _NEON = 16
 _REMEDY = "reinstall Haast where a C++ compiler is installed (pip install -v shows its messages)"
@@ -37,17 +38,21 @@ def _declare(library: ctypes.CDLL) -> None:
         "haast_rms_norm_f32": [pointer] * 3 + [count] * 2 + [number, flag],
         "haast_rotate_f32": [pointer] * 3 + [count] * 5 + [flag],
         "haast_swiglu_f32": [pointer] * 2 + [count] * 2 + [flag],
-        "haast_stack_f32": [pointer] * 2 + [flag],
         "haast_top": [pointer] * 3 + [count] * 3 + [flag],
         "haast_read": [pointer, count, pointer, count, flag],
     }
     for name, arguments in signatures.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
-    library.haast_draft.argtypes = [pointer, pointer, flag]
-    library.haast_draft.restype = count
-    library.haast_multiply.argtypes = [count, pointer, count, flag]
-    library.haast_multiply.restype = count
+    telling = {
+        "haast_stack_f32": [pointer] * 2 + [flag],
+        "haast_draft": [pointer] * 2 + [flag],
+        "haast_move_slots": [pointer] * 3 + [count] * 4 + [flag],
+        "haast_multiply": [count, pointer, count, flag],
+    }
+    for name, arguments in telling.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, count
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
@@ -67,8 +72,16 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 _loaded, _reason = _load()
-_inside: list[int] = []  # one entry for every block of `sole_threads` that is open: the threads that torch had before
-_sharing = threading.Lock()
+
+
+class _Own(threading.local):
+    """What a thread knows of its own blocks of `sole_threads`; no other thread reads or writes it."""
+
+    open = 0
+    kept = 0  # the threads that torch had before the outermost one
+
+
+_own = _Own()
 
 
 def library() -> ctypes.CDLL:
@@ -112,30 +125,52 @@ def narrow_path(at_most: int = 0) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sole_threads() -> Iterator[None]:
-    """Inside the block the kernels keep torch's thread count and torch itself runs on one.
+    """Inside the block the kernels keep torch's thread count and torch itself runs on one, in the calling thread only.
 
     torch's idle OpenMP threads spin for milliseconds after each parallel operator, on the very cores that the kernels'
     helpers want. In a decode step its operators are too small to gain from threads: measured on two cores, a 4-node
     verification took 31 ms with them and 26 ms without.
+
+    Every thread has an OpenMP team and a count of its own, so other threads, and those that start meanwhile, compute as
+    ever. Leave the block in the thread that entered it. Where torch's count can't be set for one thread, it stays.
     """
-    with _sharing:
-        if not _inside:
-            _inside.append(torch.get_num_threads())
-            torch.set_num_threads(1)
-        else:
-            _inside.append(_inside[0])
+    limit = _limit()
+    if limit is None:
+        yield
+        return
+    if not _own.open:
+        _own.kept = torch.get_num_threads()
+        limit(1)
+    _own.open += 1
     try:
         yield
     finally:
-        with _sharing:
-            kept = _inside.pop()
-            if not _inside:
-                torch.set_num_threads(kept)
+        _own.open -= 1
+        if not _own.open:
+            limit(_own.kept)
+
+
+@functools.cache
+def _limit() -> Callable[[int], object] | None:
+    """OpenMP's own call that sets the calling thread's count, once torch is seen to follow it; None elsewhere.
+
+    `torch.set_num_threads` sets the same, but besides what threads get that first use torch later: one born during a
+    decode step would keep a count of 1 for good.
+    """
+    try:
+        limit: Callable[[int], object] = ctypes.CDLL(None).omp_set_num_threads
+    except (AttributeError, OSError, TypeError):
+        return None
+    before = torch.get_num_threads()
+    limit(before + 1)
+    follows = torch.get_num_threads() == before + 1
+    limit(before)
+    return limit if follows else None
 
 
 def thread_count() -> int:
-    """Threads that a kernel takes."""
-    return _inside[0] if _inside else torch.get_num_threads()
+    """Threads that a kernel takes: the calling thread's count in torch, also inside `sole_threads`."""
+    return _own.kept if _own.open else torch.get_num_threads()
 
 
 def check_tensor(name: str, tensor: Tensor, ndim: int) -> None:

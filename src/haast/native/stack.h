@@ -5,14 +5,17 @@
 // same bits as the layers called one by one, and depends on nothing but the node's own path.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "attention.h"
 #include "linear.h"
 #include "pool.h"
 #include "rowwise.h"
+#include "slots.h"
 
 namespace {
 
@@ -43,22 +46,24 @@ struct Pass {
     float* states;                    // (rows, n, hidden), the embeddings; overwritten
     float* output;                    // (rows, n, hidden), behind the final norm where there is one
     float* const* captured;           // (layer_count + 1), null where nobody asked; null altogether: none
-    const float *cosine, *sine;       // (positions, d)
-    const int64_t* positions;         // (rows, n)
+    const float *cosine, *sine;       // (angles, d)
+    const int64_t* positions;         // (rows, n), each below `angles`
     const int64_t* flight_positions;  // (rows, flight)
-    const int64_t* past;              // (rows)
-    const int64_t* begins;            // (rows): the position in slot 0; null: 0
+    const int64_t* past;              // (rows): logical slots that all nodes of a row see
     const uint8_t* seen;              // (rows, n, flight)
-    float* cache;                     // (2 * layers: key, value, ...; rows, kv_heads, capacity, d)
-    int64_t rows, n, flight, capacity;
-    int64_t held;  // rows that the cache has places for, at least `rows`
+    void* cache;                      // (2 * layers: key, value, ...; kv_heads, slots, d), of `form`
+    BlockTables blocks;               // (rows, ...)
+    int64_t rows, n, flight, angles;
+    Form form;
 };
 
 struct Store {
     const Stack* stack;
     const Pass* pass;
+    const Slots* places;
     const Layer* layer;
-    float *qkv, *keys, *values;
+    float* qkv;
+    void *keys, *values;
 };
 
 void norm_head(float* x, const float* weight, int64_t d, float eps) {
@@ -67,13 +72,14 @@ void norm_head(float* x, const float* weight, int64_t d, float eps) {
 }
 
 // Rotates queries in place, and keys on their way into the cache; item = token (row, node).
+template <typename E>
 void store_tokens(const void* job, int64_t first, int64_t last) {
     const Store& a = *static_cast<const Store*>(job);
     const Stack& s = *a.stack;
     const Pass& p = *a.pass;
     const int64_t rotated = s.heads + s.kv_heads, width = (rotated + s.kv_heads) * s.d;
     for (int64_t t = first; t < last; ++t) {
-        const int64_t row = t / p.n, slot = p.past[row] + p.flight - p.n + t % p.n;
+        const int64_t row = t / p.n, slot = a.places->of_row(row)[p.past[row] + p.flight - p.n + t % p.n];
         float* own = a.qkv + t * width;
         if (a.layer->q_norm)
             for (int64_t h = 0; h < s.heads; ++h) norm_head(own + h * s.d, a.layer->q_norm, s.d, s.eps);
@@ -82,10 +88,9 @@ void store_tokens(const void* job, int64_t first, int64_t last) {
         const Rotation turn{own, p.cosine + p.positions[t] * s.d, p.sine + p.positions[t] * s.d, rotated, s.d, width, 1};
         rotate(&turn, 0, 1);
         for (int64_t h = 0; h < s.kv_heads; ++h) {
-            const int64_t at = ((row * s.kv_heads + h) * p.capacity + slot) * s.d;
-            const size_t bytes = sizeof(float) * static_cast<size_t>(s.d);
-            std::memcpy(a.keys + at, own + (s.heads + h) * s.d, bytes);
-            std::memcpy(a.values + at, own + (rotated + h) * s.d, bytes);
+            const int64_t at = (h * p.blocks.slots + slot) * s.d;
+            narrow(own + (s.heads + h) * s.d, static_cast<E*>(a.keys) + at, s.d);
+            narrow(own + (rotated + h) * s.d, static_cast<E*>(a.values) + at, s.d);
         }
     }
 }
@@ -123,32 +128,49 @@ void product(const float* x, const Weight& w, float* y, int64_t rows, int thread
     multiply(Linear{x, w.packed, w.scale, w.bias, y, rows, w.in, w.out, w.in, w.out}, threads);
 }
 
-void run_stack(const Stack& s, const Pass& p, int threads) {
+// The logical slots of each row before which no node looks back, where every layer has a window; else empty: all count.
+std::vector<int64_t> first_seen(const Stack& s, const int64_t* positions, int64_t rows, int64_t n) {
+    int64_t widest = 0;
+    for (int64_t l = 0; l < s.layer_count; ++l) {
+        if (!s.layers[l].window) return {};
+        widest = std::max(widest, s.layers[l].window);
+    }
+    std::vector<int64_t> first(static_cast<size_t>(rows));
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t lowest = *std::min_element(positions + r * n, positions + (r + 1) * n);
+        first[static_cast<size_t>(r)] = std::max<int64_t>(0, lowest - widest + 1);
+    }
+    return first;
+}
+
+// `places` are those of p.blocks, resolved for at least p.flight slots behind the past.
+void run_layers(const Stack& s, const Pass& p, const Slots& places, int threads) {
     const int64_t tokens = p.rows * p.n, rotated = s.heads + s.kv_heads, width = (rotated + s.kv_heads) * s.d;
-    if (tokens <= 0) return;
     const int64_t wide = s.hidden > s.heads * s.d ? s.hidden : s.heads * s.d;
     const std::unique_ptr<float[]> scratch(new float[tokens * (2 * wide + width + 3 * s.inner)]);
     float *normed = scratch.get(), *change = normed + tokens * wide, *qkv = change + tokens * wide;
     float *gates = qkv + tokens * width, *active = gates + tokens * 2 * s.inner;
-    const int64_t lane = p.held * s.kv_heads * p.capacity * s.d;  // keys or values of one layer
+    const int64_t lane = s.kv_heads * p.blocks.slots * s.d * (p.form == kF32 ? 4 : 2);  // bytes of a layer's keys
+    const Pool::Work keep = p.form == kF16    ? store_tokens<F16>
+                            : p.form == kBF16 ? store_tokens<BF16>
+                                              : store_tokens<float>;
     const size_t bytes = sizeof(float) * static_cast<size_t>(tokens * s.hidden);
     const float* pending = nullptr;  // what the layer before has still to add
     for (int64_t l = 0; l < s.layer_count; ++l) {
         const Layer& layer = s.layers[l];
-        float *keys = p.cache + 2 * l * lane, *values = keys + lane;
+        char *keys = static_cast<char*>(p.cache) + 2 * l * lane, *values = keys + lane;
         residual(p.states, pending, layer.input_norm, normed, tokens, s.hidden, s.eps, threads);
         if (p.captured && p.captured[l]) std::memcpy(p.captured[l], p.states, bytes);
         product(normed, layer.qkv, qkv, tokens, threads);
-        const Store store{&s, &p, &layer, qkv, keys, values};
-        pool().run(store_tokens, &store, tokens, 4, tokens * width < kSerialWork ? 1 : threads);
+        const Store store{&s, &p, &places, &layer, qkv, keys, values};
+        pool().run(keep, &store, tokens, 4, tokens * width < kSerialWork ? 1 : threads);
         Attention a{};
-        a.q = qkv, a.k = keys, a.v = values, a.out = normed;
+        a.q = qkv, a.k = keys, a.v = values, a.out = normed, a.form = p.form;
         a.rows = p.rows, a.heads = s.heads, a.kv_heads = s.kv_heads, a.n = p.n, a.d = s.d;
         a.q_row = p.n * width, a.q_head = s.d, a.q_node = width;
-        a.k_row = a.v_row = s.kv_heads * p.capacity * s.d;
-        a.k_head = a.v_head = p.capacity * s.d, a.k_slot = a.v_slot = s.d;
-        a.scaling = s.scaling, a.past = p.past, a.seen = p.seen, a.flight = p.flight, a.window = layer.window;
-        a.positions = p.positions, a.flight_positions = p.flight_positions, a.begins = p.begins;
+        a.k_head = a.v_head = p.blocks.slots * s.d, a.k_slot = a.v_slot = s.d;
+        a.scaling = s.scaling, a.places = &places, a.past = p.past, a.seen = p.seen, a.flight = p.flight;
+        a.window = layer.window, a.positions = p.positions, a.flight_positions = p.flight_positions;
         for (int64_t row = 0; row < p.rows; ++row)
             if (p.past[row] + p.flight > a.slots) a.slots = p.past[row] + p.flight;
         attend(a, threads);
@@ -161,6 +183,18 @@ void run_stack(const Stack& s, const Pass& p, int threads) {
     }
     residual(p.states, pending, s.final_norm, p.output, tokens, s.hidden, s.eps, threads);
     if (p.captured && p.captured[s.layer_count]) std::memcpy(p.captured[s.layer_count], p.output, bytes);
+}
+
+// Checks what only the numbers in the arrays can say, before anything is written: Python need not look at them.
+Refusal run_stack(const Stack& s, const Pass& p, int threads) {
+    const int64_t tokens = p.rows * p.n;
+    if (tokens <= 0) return kFine;
+    for (int64_t t = 0; t < tokens; ++t)
+        if (p.positions[t] < 0 || p.positions[t] >= p.angles) return kFewAngles;
+    const std::vector<int64_t> first = first_seen(s, p.positions, p.rows, p.n);
+    const Slots places(p.blocks, p.past, first.empty() ? nullptr : first.data(), p.rows, p.flight);
+    if (!places.refusal()) run_layers(s, p, places, threads);
+    return places.refusal();
 }
 
 }  // namespace

@@ -1,11 +1,13 @@
-"""Whole decoder layers, and whole proposals, in one native call: the C structures of stack.h and draft.h.
+"""Whole decoder layers, and whole proposals, in one native call: the C structures of stack.h, draft.h and slots.h.
 
-Owns the layout of memory only; `haast.speed.stack` knows modules and checks what is handed in.
+Owns the layout of memory, and the words for what native code refuses; `haast.speed.stack` knows modules and checks
+shapes and dtypes.
 """
 
 from __future__ import annotations
 
 import ctypes
+import enum
 
 from haast.native.library import library, thread_count
 
@@ -57,6 +59,18 @@ class CStack(ctypes.Structure):
     )
 
 
+class CBlockTables(ctypes.Structure):
+    """struct BlockTables."""
+
+    _fields_ = (
+        ("tables", _Pointer),
+        ("stride", _Count),
+        ("block", _Count),
+        ("shift", _Count),
+        ("slots", _Count),
+    )
+
+
 class CPass(ctypes.Structure):
     """struct Pass."""
 
@@ -69,20 +83,28 @@ class CPass(ctypes.Structure):
         ("positions", _Pointer),
         ("flight_positions", _Pointer),
         ("past", _Pointer),
-        ("begins", _Pointer),
         ("seen", _Pointer),
         ("cache", _Pointer),
+        ("blocks", CBlockTables),
         ("rows", _Count),
         ("n", _Count),
         ("flight", _Count),
-        ("capacity", _Count),
-        ("held", _Count),
+        ("angles", _Count),
+        ("form", _Count),
     )
 
 
-def run_stack(stack: CStack, each: CPass, threads: int | None = None) -> None:
-    """Run every layer over one tree; `each` says where everything lies."""
-    library().haast_stack_f32(ctypes.addressof(stack), ctypes.addressof(each), threads or thread_count())
+class Refusal(enum.IntEnum):
+    """enum Refusal: why a call did nothing."""
+
+    FEW_ANGLES = 1  # a position behind the tables of angles, or a negative one
+    SHORT_TABLE = 2
+    STRANGE_BLOCK = 3
+
+
+def run_stack(stack: CStack, each: CPass, threads: int | None = None) -> int:
+    """Run every layer over one tree; `each` says where everything lies. Returns 0, or a `Refusal`: nothing was done."""
+    return int(library().haast_stack_f32(ctypes.addressof(stack), ctypes.addressof(each), threads or thread_count()))
 
 
 class CDraft(ctypes.Structure):
@@ -115,13 +137,13 @@ class CProposal(ctypes.Structure):
         ("states", _Pointer),
         ("roots", _Pointer),
         ("past", _Pointer),
-        ("begins", _Pointer),
         ("cache", _Pointer),
         ("cosine", _Pointer),
         ("sine", _Pointer),
+        ("blocks", CBlockTables),
         ("rows", _Count),
-        ("capacity", _Count),
-        ("held", _Count),
+        ("angles", _Count),
+        ("form", _Count),
         ("tokens", _Pointer),
         ("parents", _Pointer),
         ("depths", _Pointer),
@@ -130,5 +152,5 @@ class CProposal(ctypes.Structure):
 
 
 def run_draft(draft: CDraft, proposal: CProposal, threads: int | None = None) -> int:
-    """Propose one tree per row; returns its nodes."""
+    """Propose one tree per row; returns its nodes, or a `Refusal` less than 0."""
     return int(library().haast_draft(ctypes.addressof(draft), ctypes.addressof(proposal), threads or thread_count()))

@@ -27,7 +27,7 @@ _LOG = logging.getLogger(__name__)
 # What dynamo and its backends raise at code, or on machines, that they can't do.
 _UNCOMPILABLE = (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, OSError, ImportError)
 CHOICES = ("off", "auto", "on")
-Lanes = Sequence[tuple[Tensor, Tensor]]  # by layer: keys and values, (rows, kv_heads, slots, head_dim) each
+Stores = Sequence[tuple[Tensor, Tensor]]  # by layer: keys and values, (kv_heads, slots, head_dim) each
 Progress = Callable[[str], AbstractContextManager[object]]  # wraps a compilation, given what is compiled
 
 _NODES = (1, 6, 12, 18, 24, 32, 48, 64, 96, 128)
@@ -50,20 +50,29 @@ def slots_for(slots: int) -> int:
 
 
 class LayerSlots:
-    """One layer's keys and values, written at given slots and read whole; it stands where the layer expects a cache."""
+    """One layer's keys and values, written at given slots and read at others, in the place of the layer's cache.
 
-    def __init__(self, keys: Tensor, values: Tensor, rows: Tensor, slots: Tensor) -> None:
-        """`rows` (rows, 1) counts the rows, `slots` (rows, nodes) says where each row's nodes go."""
+    Args:
+        keys, values: (kv_heads, slots, head_dim), the pool's.
+        write: (rows * nodes,) slots of the nodes.
+        read: (rows, read) slots that attention sees.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, write: Tensor, read: Tensor) -> None:
         self.keys, self.values = keys, values
-        self._rows, self._slots = rows, slots
+        self._write, self._read = write, read
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """As a transformers cache. `layer_idx` is not looked at: code that read it would be compiled layer by layer."""
-        self.keys[self._rows, :, self._slots] = key_states.transpose(1, 2)  # (rows, nodes, kv_heads, dim)
-        self.values[self._rows, :, self._slots] = value_states.transpose(1, 2)
-        return self.keys, self.values
+        return self._through(self.keys, key_states), self._through(self.values, value_states)
+
+    def _through(self, store: Tensor, states: Tensor) -> Tensor:
+        heads, dim = store.shape[0], store.shape[2]
+        store.index_copy_(1, self._write, states.transpose(0, 1).reshape(heads, -1, dim))
+        rows, read = self._read.shape
+        return store.index_select(1, self._read.flatten()).view(heads, rows, read, dim).transpose(0, 1)
 
 
 class CompiledLayers:
@@ -102,6 +111,14 @@ class CompiledLayers:
         """The same for the layers of another model."""
         return CompiledLayers(*self._given, what)
 
+    def rows_for(self, rows: int, nodes: int, slots: int) -> int:
+        """The batch size that a forward over `rows` rows is padded to: 1, 2, 4, 8, ..., or one that has run already.
+
+        As requests end, a batch of twice its size costs less than compiling another one.
+        """
+        size = 1 << (rows - 1).bit_length()
+        return 2 * size if not self.knows(size, nodes, slots) and self.knows(2 * size, nodes, slots) else size
+
     def knows(self, rows: int, nodes: int, slots: int) -> bool:
         """Whether this shape has run already."""
         return (rows, nodes, slots) in self.shapes
@@ -110,29 +127,27 @@ class CompiledLayers:
         self,
         layers: Sequence[nn.Module],
         cache: object,
-        lanes: Lanes,
-        lengths: Sequence[int],
-        nodes: int,
+        stores: Stores,
+        write: Tensor,
+        read: Tensor,
         forward: Callable[[], Any],
     ) -> Any:
-        """Call `forward()`, which runs the model over `nodes` nodes; each layer goes through the compiled function.
+        """Call `forward()`, which runs the model over a tree; each layer goes through the compiled function.
 
         Args:
             layers: the model's decoder layers.
-            cache: the object that `forward` passes to them as their cache; they get their lane instead.
-            lanes: keys and values by layer, all slots.
-            lengths: slots in use by row; the nodes go behind them.
-            nodes: per row.
+            cache: the object that `forward` passes to them as their cache; they get their own store instead.
+            stores: keys and values by layer.
+            write: (rows, nodes) slots of the nodes.
+            read: (rows, read) slots that attention sees.
             forward: runs the model.
 
         Returns:
             what `forward` returns; None, and a `problem`, where a shape that is new can't be compiled. On CUDA the next
             run overwrites it: clone what has to live longer.
         """
-        shape = (len(lengths), nodes, lanes[0][0].shape[2])
-        behind = torch.arange(nodes, device=lanes[0][0].device)
-        slots = torch.tensor(lengths, device=behind.device).unsqueeze(1) + behind  # (rows, nodes)
-        with self._lock, self._stood_in(layers, cache, lanes, slots):
+        shape = (*write.shape, read.shape[1])
+        with self._lock, self._stood_in(layers, cache, stores, write.flatten(), read):
             if shape in self.shapes:
                 return self._step(forward)
             try:
@@ -158,14 +173,15 @@ class CompiledLayers:
         return forward()
 
     @contextmanager
-    def _stood_in(self, layers: Sequence[nn.Module], cache: object, lanes: Lanes, slots: Tensor) -> Iterator[None]:
-        rows = torch.arange(len(slots), device=slots.device).unsqueeze(1)
+    def _stood_in(
+        self, layers: Sequence[nn.Module], cache: object, stores: Stores, write: Tensor, read: Tensor
+    ) -> Iterator[None]:
         try:
-            for layer, (keys, values) in zip(layers, lanes, strict=True):
+            for layer, (keys, values) in zip(layers, stores, strict=True):
                 if self.graphs:  # else every replay copies the cache, and writing to it rules graphs out
                     seams.mark_static(keys)
                     seams.mark_static(values)
-                held = LayerSlots(keys, values, rows, slots)
+                held = LayerSlots(keys, values, write, read)
                 vars(layer)["forward"] = functools.partial(self._layer, layer, cache, held)
             yield
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 
 from haast import native
+from haast.native.library import thread_count
 
 
+@functools.cache
 def cpu_name() -> str:
     """The CPU's own name for itself where Linux tells it."""
     try:
@@ -23,12 +26,17 @@ def cpu_name() -> str:
 
 
 def machine_identity() -> dict[str, Any]:
-    """CPU, GPU, thread count and the versions of what does the work."""
+    """CPU, GPU, thread count and the versions of what does the work; the same inside and outside of a decode step."""
     return {
         "cpu": cpu_name(),
         "cpu_features": native.features(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
+        "threads": thread_count(),
         "torch": str(torch.__version__),
-        "haast": version("haast"),
+        "haast": _version(),
     }
+
+
+@functools.cache
+def _version() -> str:
+    return version("haast")

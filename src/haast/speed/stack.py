@@ -11,12 +11,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from haast.native.stack import CLayer, CPass, CStack, CWeight, run_stack
+from haast.kv_pool import BLOCK
+from haast.native.slots import FORMS
+from haast.native.stack import CBlockTables, CLayer, CPass, CStack, CWeight, Refusal, run_stack
 from haast.seams import foreign_hooks
 from haast.speed.fusing import FusedAttention, FusedRMSNorm, FusedSwiGLU
 from haast.speed.packing import PackedLinear
@@ -28,7 +30,7 @@ _ALIGN = 64
 
 
 class NativeStack:
-    """Decoder layers that run in one call over a tree of nodes behind cached keys and values.
+    """Decoder layers that run in one call over a tree of nodes behind keys and values in a KV pool.
 
     Build with `of`, which gives None for layers of another kind.
     """
@@ -40,6 +42,7 @@ class NativeStack:
         self._layers, self._norm, self._rotary = layers, norm, rotary
         parts = [_parts(layer) for layer in layers]
         attention, feed_forward, _, post = parts[0]
+        self._lanes = 2 * len(layers)
         self.hidden = feed_forward.down_proj.out_features
         self.heads, self.kv_heads, self.head_dim = attention.heads, attention.kv_heads, attention.head_dim
         self._arena = _gather([linear for part in parts for linear in _linears(part)])
@@ -106,46 +109,58 @@ class NativeStack:
         states: Tensor,
         positions: Tensor,
         seen: Tensor,
-        past: Sequence[int],
+        past: Sequence[int] | Tensor,
         store: Tensor,
+        tables: Tensor,
         capture: Sequence[int] = (),
         flight_positions: Tensor | None = None,
-        begins: Sequence[int] | None = None,
+        shift: int = 0,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run all layers; keys and values of the nodes go to the last slots in flight.
 
+        Slot i of a row is slot `(i + shift) % BLOCK` of block `tables[row, (i + shift) // BLOCK]` of the store. Results
+        have the same bits wherever the blocks lie and whatever other rows are there; rows may share blocks of the past.
+
         Args:
             states: (rows, nodes, hidden) fp32, the embeddings; overwritten.
-            positions: (rows, nodes) int64 of the nodes.
+            positions: (rows, nodes) int64 of the nodes. Slot i of the past holds position i.
             seen: (rows, nodes, flight) bool: what a node sees of the slots behind the past; the nodes are the last.
-            past: slots of each row that all of its nodes see.
-            store: (2 * layers, rows, kv_heads, capacity, head_dim) fp32, contiguous: keys and values in turn. There may
-                be more rows than are run: the first are.
+            past: slots of each row that all of its nodes see; ints, or (rows,) int64.
+            store: (2 * layers, kv_heads, slots, head_dim), contiguous: keys and values in turn; fp32, fp16 or bf16. 16
+                bits are rounded to when keys and values are stored; all arithmetic is fp32.
+            tables: (rows, blocks) int32, contiguous. Where every layer has a window, blocks before it may be gone.
             capture: layer indices as in HF `hidden_states` (0 the embeddings, last the normed output).
             flight_positions: (rows, flight) int64; the nodes' own if None. Layers with a window need them where more
                 than the nodes is in flight.
-            begins: the position in each row's slot 0; None is 0.
+            shift: 0 for a target, 1 for a draft head.
 
         Returns:
             the output (rows, nodes, hidden) behind the final norm, and the captured states.
+
+        Raises:
+            ValueError: tensors that do not fit together; nothing was computed.
         """
         rows, nodes, flight = seen.shape
-        capacity = store.shape[3]
-        held = store.shape[1]
-        fits = store.shape == (2 * len(self._layers), held, self.kv_heads, capacity, self.head_dim) and held >= rows
-        single = states.dtype is torch.float32 and store.dtype is torch.float32
-        if not (fits and single and store.is_contiguous() and states.is_contiguous()):
+        blocks, form = self.placed(store, tables, rows, shift)
+        if (
+            states.dtype is not torch.float32
+            or states.shape != (rows, nodes, self.hidden)
+            or not (states.is_cpu and states.is_contiguous())
+        ):
             raise ValueError(
-                f"states {tuple(states.shape)} and store {tuple(store.shape)} do not fit {len(self._layers)} layers "
-                f"of {self.kv_heads} key heads of {self.head_dim}: give contiguous fp32 tensors of the stated shapes"
+                f"states are {states.dtype} of shape {tuple(states.shape)} on {states.device}; expected contiguous "
+                f"fp32 ({rows}, {nodes}, {self.hidden}) on the CPU"
             )
         if flight_positions is None and flight != nodes and any(layer.window for layer in self._structures):
             raise ValueError(f"{flight} slots are in flight and {nodes} are the nodes': windows need flight_positions")
-        if max(past) + flight > capacity:
-            raise ValueError(f"{max(past)} past slots and {flight} in flight do not fit a capacity of {capacity}")
-        cosine, sine = self.tables(int(positions.max()) + 1)
-        positions, seen = positions.contiguous(), seen.contiguous()
-        flying = positions if flight_positions is None else flight_positions.contiguous()
+        flying = positions if flight_positions is None else flight_positions
+        if seen.dtype is not torch.bool or flight < nodes or not _integers(positions, rows, nodes):
+            raise _unfit_tree(seen, positions, flying)
+        if flying is not positions and not _integers(flying, rows, flight):
+            raise _unfit_tree(seen, positions, flying)
+        positions, flying, seen = positions.contiguous(), flying.contiguous(), seen.contiguous()
+        lengths, lengths_at = int64s("past", past, rows)
+        cosine, sine = self._angles or self.angles(1)
         output = torch.empty_like(states)
         captured = {index: torch.empty_like(states) for index in capture}
         pointers = None
@@ -153,8 +168,6 @@ class NativeStack:
             pointers = (ctypes.c_void_p * (len(self._layers) + 1))()
             for index, tensor in captured.items():
                 pointers[index] = tensor.data_ptr()
-        lengths = (ctypes.c_int64 * rows)(*past)
-        first = None if begins is None else (ctypes.c_int64 * rows)(*begins)
         each = CPass(
             states.data_ptr(),
             output.data_ptr(),
@@ -163,25 +176,59 @@ class NativeStack:
             sine.data_ptr(),
             positions.data_ptr(),
             flying.data_ptr(),
-            ctypes.addressof(lengths),
-            None if first is None else ctypes.addressof(first),
+            lengths_at,
             seen.data_ptr(),
             store.data_ptr(),
+            blocks,
             rows,
             nodes,
             flight,
-            capacity,
-            held,
+            cosine.size(0),
+            form,
         )
-        run_stack(self._stack, each)
+        refusal = run_stack(self._stack, each)
+        if refusal == Refusal.FEW_ANGLES and int(positions.min()) >= 0:
+            cosine, sine = self.angles(int(positions.max()) + 1)
+            each.cosine, each.sine, each.angles = cosine.data_ptr(), sine.data_ptr(), cosine.size(0)
+            refusal = run_stack(self._stack, each)
+        if refusal:
+            refuse(refusal, lengths, flight, store, tables, shift)
         return output, captured
+
+    def placed(self, store: Tensor, tables: Tensor, rows: int, shift: int) -> tuple[CBlockTables, int]:
+        """A store and its block tables (see `run`) as native code reads them, and the form of keys and values.
+
+        Raises:
+            ValueError: they have not the shapes and dtypes that these layers need.
+        """
+        form = FORMS.get(store.dtype)
+        shape = store.shape
+        fits = len(shape) == 4 and (shape[0], shape[1], shape[3]) == (self._lanes, self.kv_heads, self.head_dim)
+        if not fits or form is None or not (store.is_cpu and store.is_contiguous()) or shape[2] % BLOCK:
+            raise ValueError(
+                f"a store of {store.dtype} and shape {tuple(shape)} on {store.device} does not fit {len(self._layers)} "
+                f"layers of {self.kv_heads} key heads of {self.head_dim}: give ({self._lanes}, {self.kv_heads}, slots, "
+                f"{self.head_dim}), slots a multiple of {BLOCK}, fp32, fp16 or bf16, contiguous, on the CPU"
+            )
+        if (
+            tables.dtype is not torch.int32
+            or tables.dim() != 2
+            or tables.size(0) != rows
+            or not (tables.is_cpu and tables.is_contiguous())
+            or shift < 0
+        ):
+            raise ValueError(
+                f"block tables are {tables.dtype} of shape {tuple(tables.shape)} on {tables.device}, shift {shift}; "
+                f"expected contiguous int32 ({rows}, blocks) on the CPU, and a shift of 0 or more"
+            )
+        return CBlockTables(tables.data_ptr(), tables.size(1), BLOCK, shift, shape[2]), form
 
     @property
     def pointer(self) -> Any:
         """The stack as other native structures hold it."""
         return ctypes.pointer(self._stack)
 
-    def tables(self, positions: int) -> tuple[Tensor, Tensor]:
+    def angles(self, positions: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions 0, 1, ..., at least so many: (any, head_dim) each."""
         if self._angles is None or len(self._angles[0]) < positions:
             count = 512
@@ -191,6 +238,50 @@ class NativeStack:
             cosine, sine = self._rotary(torch.empty(0), position_ids=every)
             self._angles = cosine[0].contiguous(), sine[0].contiguous()
         return self._angles
+
+
+def int64s(name: str, numbers: Sequence[int] | Tensor, count: int) -> tuple[Any, int]:
+    """Integers for native code: what holds them, to keep and to read, and where they lie."""
+    if isinstance(numbers, Tensor):
+        if not _integers(numbers, count):
+            raise ValueError(
+                f"{name} is {numbers.dtype} of shape {tuple(numbers.shape)} on {numbers.device}; expected int64 "
+                f"({count},) on the CPU"
+            )
+        numbers = numbers.contiguous()
+        return numbers, numbers.data_ptr()
+    if len(numbers) != count:
+        raise ValueError(f"{name} has {len(numbers)} numbers for {count} rows: give one for each")
+    array = (ctypes.c_int64 * count)(*numbers)
+    return array, ctypes.addressof(array)
+
+
+def _integers(tensor: Tensor, *shape: int) -> bool:
+    return tensor.dtype is torch.int64 and tensor.is_cpu and tensor.shape == shape
+
+
+def _unfit_tree(seen: Tensor, positions: Tensor, flying: Tensor) -> ValueError:
+    return ValueError(
+        f"seen {tuple(seen.shape)} {seen.dtype}, positions {tuple(positions.shape)} {positions.dtype} and those in "
+        f"flight {tuple(flying.shape)} {flying.dtype} do not belong together: give bool (rows, nodes, flight), flight "
+        "at least nodes, and int64 (rows, nodes) and (rows, flight), on the CPU"
+    )
+
+
+def refuse(refusal: int, past: Sequence[int], behind: int, store: Tensor, tables: Tensor, shift: int) -> NoReturn:
+    """Say what native code found wrong with the numbers that it was handed: `behind` slots behind each row's past."""
+    lengths = [int(length) for length in past]
+    if refusal == Refusal.FEW_ANGLES or min(lengths) < 0:
+        raise ValueError(f"positions and past lengths ({lengths}) must not be negative")
+    if refusal == Refusal.SHORT_TABLE:
+        raise ValueError(
+            f"{max(lengths)} past slots, {behind} in flight and a shift of {shift} do not fit block tables of "
+            f"{tables.size(1)} blocks of {BLOCK} slots"
+        )
+    raise ValueError(
+        f"block tables name blocks from {int(tables.min())} to {int(tables.max())}; the store has "
+        f"{store.size(2) // BLOCK}, from 0 on"
+    )
 
 
 def _tensors(layers: Sequence[nn.Module], norm: nn.Module | None) -> list[Tensor]:

@@ -10,22 +10,18 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 from haast.loops import loop_share
+from haast.progress import Progress
 from haast.prompts import Prompt
 from haast.sampling import keyed_uniform
-from haast.training.report import Heartbeat, RateColumn
 
 _TEMPERATURE_DRAW = 2**40  # a position no text reaches: the draw that picks an answer's temperature
 _SEED_DRAW = 2**41  # likewise, the draw that seeds a server's
-_TURN_DRAWS = 2**42  # positions between the draws of one turn and the next
+TURN_DRAWS = 2**42  # positions between the draws of one turn and the next
 
 
 @dataclass(frozen=True)
@@ -47,8 +43,8 @@ class RegenerateConfig:
         for name in ("batch", "max_new_tokens", "max_prompt_tokens", "topk", "max_gb", "turns"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed in regeneration: give a value above 0")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} is not allowed: give 0 or above")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} is not allowed: give 0 to 2**63 - 1")
         ok = all(t >= 0 and math.isfinite(t) and 0 < share < math.inf for t, share in self.temperatures)
         if not self.temperatures or not ok:
             raise ValueError(
@@ -86,7 +82,7 @@ class Question:
 
     def draw(self, seed: int, position: int) -> float:
         """The keyed draw for the token at `position`."""
-        return keyed_uniform(seed, self.index, self.turn * _TURN_DRAWS + position)
+        return keyed_uniform(seed, self.index, self.turn * TURN_DRAWS + position)
 
     def seed(self, seed: int) -> int:
         """31 bits that seed a server's draws for this answer."""
@@ -188,27 +184,6 @@ class Outcome:
         return self.total - self.before - self.added - self.failed
 
 
-class AnswerProgress(AbstractContextManager["AnswerProgress"]):
-    """A line that tells how far the answers are, with tokens/s and the time left; in a log, one line a minute."""
-
-    def __init__(self, questions: Questions, quiet: bool) -> None:
-        columns = (BarColumn(), TextColumn("{task.completed:.0f} of {task.total:.0f} answers"), RateColumn())
-        console = Console(stderr=True)
-        quiet_bar = quiet or not console.is_terminal
-        self._bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet_bar)
-        self._beat = Heartbeat(quiet)
-        self._task = self._bar.add_task("", total=questions.total, completed=questions.before, counted=0)
-        self._total, self._done, self.tokens = questions.total, questions.before, 0
-
-    def __enter__(self) -> AnswerProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def step(self, tokens: int) -> None:
-        """One more answer, of so many tokens."""
-        self._done, self.tokens = self._done + 1, self.tokens + tokens
-        self._bar.update(self._task, advance=1, counted=self.tokens)
-        self._beat.line(f"{self._done} of {self._total} answers", self.tokens)
+def answer_progress(questions: Questions, quiet: bool) -> Progress:
+    """How far the answers are; each tells how many tokens it has."""
+    return Progress("answers", "answers", questions.total, questions.before, rate="tokens", quiet=quiet)

@@ -13,6 +13,10 @@ from haast.heads.kinds import INPUTS, KINDS
 # dimensions of the LM head's input a fast start throws the logits far off (measured: CE 18 instead of 8).
 _LEAST_WARMUP = 100_000
 
+# Positions a batch where none are given. Muon's work does not grow with the batch: below 5,000 positions it takes more
+# than a quarter of a step's operations for a head of hidden size 896 (a test counts them).
+_BATCH = {"adamw": 1536, "muon": 5120}
+
 
 def _setting(default: Any, words: str) -> Any:
     """A field with the words that `haast train --help` says of it."""
@@ -30,7 +34,7 @@ class TrainConfig:
     inputs: str = _setting("feature+shifted-token", "Or feature+token, feature, token: ablations of the pairs.")
     fc_norm: bool = _setting(False, "Norm each captured state in front of an Eagle3Head's fc (EAGLE-3.1).")
     markov_rank: int = _setting(0, "Rank of a previous-token bias on the draft's logits; 0 is none.")
-    optimizer: str = _setting("adamw", "Or muon: fewer views for the same loss; wants fast bf16 products.")
+    optimizer: str = _setting("adamw", "Or muon: fewer views for the same loss.")
     learning_rate: float = _setting(2e-3, "Its peak, after the warm-up.")
     final_learning_rate: float = _setting(0.02, "Where the cosine ends, as a share of the learning rate.")
     warmup: float = _setting(0.05, "Share of the run, but at least 100,000 views or a quarter of it; 0 is none.")
@@ -45,10 +49,10 @@ class TrainConfig:
     lk_sharpness: float = _setting(3.0, "How fast cross-entropy gives way as acceptance grows.")
     feature_weight: float = _setting(0.1, "Of the Smooth L1 on features, in units of each dimension's rms.")
     draft_vocab: int = _setting(8192, "Tokens that the head drafts: those the target likes most.")
-    batch_tokens: int = _setting(1536, "Positions a batch, prompt positions included.")
+    batch_tokens: int | None = _setting(None, "Positions a batch, prompt ones included; by default 1,536, muon 5,120.")
     accumulate: int = _setting(1, "Batches a step and process.")
     shard: bool = _setting(False, "Shard parameters and optimiser over the processes (FSDP).")
-    mixed_precision: str = _setting("no", "no or bf16: of products, under autocast.")
+    mixed_precision: str = _setting("no", "no or bf16: of products, under autocast; slow where the device has none.")
     initialisation: str = _setting("auto", "last-layer (the target's own), random, or auto: the first if it fits.")
     output_init: float = _setting(0.1, "Scale of fc, o_proj and down_proj at a random start.")
     feature_noise: float = _setting(0.0, "Width of uniform noise on features, in units of each dimension's rms.")
@@ -65,6 +69,8 @@ class TrainConfig:
     seed: int = _setting(0, "Of weights, order and noise.")
 
     def __post_init__(self) -> None:
+        if self.batch_tokens is None:  # settled here, so that a checkpoint holds the number
+            object.__setattr__(self, "batch_tokens", _BATCH.get(self.optimizer, 1))
         above_zero = (
             "views layers medusa_heads learning_rate clip draft_vocab batch_tokens accumulate output_init "
             "alignment_steps step_decay rejected_weight log_every evaluate_every checkpoint_every"
@@ -123,6 +129,12 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"unknown training settings {unknown}: the known ones are {', '.join(known)}")
         return TrainConfig(**values)
+
+    @property
+    def positions(self) -> int:
+        """`batch_tokens`, given or not."""
+        assert self.batch_tokens is not None, "it is settled at the start"
+        return self.batch_tokens
 
     def passes_at(self, views: int) -> int:
         """Alignment steps once they have begun; one before."""

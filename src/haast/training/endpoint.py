@@ -18,9 +18,10 @@ from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase
 
+from haast.progress import Progress
 from haast.prompts import Prompt
 from haast.training.answers import AnswersFile
-from haast.training.asking import AnswerProgress, Outcome, Question, Questions, RegenerateConfig
+from haast.training.asking import Outcome, Question, Questions, RegenerateConfig, answer_progress
 from haast.training.chat import check_template, encode_prompt, tokenizer_hash
 from haast.training.checkpoints import write_probe
 from haast.training.replies import NoAnswerError, Reply, ReplyReader, why_unusable
@@ -104,7 +105,7 @@ def regenerate_from_endpoint(
         config: settings; `batch` and the features are local regeneration's.
         endpoint: the server.
         name: the target's name, stored with answers.
-        quiet: no progress line.
+        quiet: no progress bar or lines.
 
     Returns:
         The counts; refused prompts (400: too long, say) are among the failed.
@@ -121,13 +122,13 @@ def regenerate_from_endpoint(
     digest = tokenizer_hash(tokenizer)
     with AnswersFile(out_path, name, digest) as file:
         questions = Questions(prompts, config.turns, file.records)
-        with AnswerProgress(questions, quiet) as progress:
+        with answer_progress(questions, quiet) as progress:
             run = _Run(tokenizer, end_ids, config, endpoint, name, digest, file, questions, progress)
             try:
                 asyncio.run(run.everything())
             except ExceptionGroup as group:  # of the workers; the first one's is what went wrong
                 raise group.exceptions[0] from group
-    return Outcome(questions.total, questions.before, run.added, run.failed, run.complaint, progress.tokens)
+    return Outcome(questions.total, questions.before, run.added, run.failed, run.complaint, progress.counted)
 
 
 class _Run:
@@ -143,7 +144,7 @@ class _Run:
         digest: str,
         file: AnswersFile,
         questions: Questions,
-        progress: AnswerProgress,
+        progress: Progress,
     ) -> None:
         self._tokenizer, self._config, self._endpoint = tokenizer, config, endpoint
         self._name, self._digest = name, digest
@@ -213,7 +214,7 @@ class _Run:
         self._file.add(record | extra)
         self._questions.answered(question)
         self.added += 1
-        self._progress.step(len(reply.tokens))
+        self._progress.step(counted=len(reply.tokens))
 
     def _count(self, failure: NoAnswerError) -> None:
         """Account a prompt without an answer; raises ValueError where there is no end of them."""

@@ -16,20 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from haast.engine import PREFILL_CHUNK
 from haast.errors import HeadMismatchError
+from haast.progress import Progress
 from haast.prompts import read_json_lines
 from haast.target import Target
 from haast.training.answers import record_key
 from haast.training.batches import Example
 from haast.training.chat import tokenizer_hash
 from haast.training.data import TokenSequence
-from haast.training.report import RateColumn
 from haast.tree import DraftTree
 
 FORMAT = "haast-features-1"
@@ -292,7 +291,7 @@ def _states(target: Target, tokens: Tensor, live: Tensor, layer_ids: Sequence[in
     for some, alive in zip(*chunks, strict=True):
         # Logits are made later, for the answers only.
         output = target.forward(DraftTree.chain(some, alive), cache, last_only=True, hidden_layers=layer_ids)
-        cache.commit([range(int(count)) for count in alive.sum(1)])
+        cache.advance(alive.sum(1).tolist())
         captured = [output.hidden[index] for index in layer_ids] or [output.features[..., :0]]
         features.append(output.features)
         hidden.append(torch.cat(captured, dim=-1).half().cpu())
@@ -354,14 +353,30 @@ def extract(
         sequences = [s for s in sequences if s.key not in done]
     sequences = [s for s in sequences if len(s.tokens) >= 3]
     check_room(folder, sum(len(s.tokens) for s in sequences), identity, max_gb)
-    columns = (BarColumn(), TextColumn("{task.completed:.0f} of {task.total:.0f} tokens"), RateColumn())
-    with (
-        Progress(*columns, TimeRemainingColumn(), disable=quiet) as bar,
-        ShardWriter(folder, identity, max_gb) as writer,
-    ):
-        task, count = bar.add_task("", total=sum(len(s.tokens) for s in sequences), counted=0), 0
-        for index, example in stream_examples(target, sequences, identity.topk, batch_tokens, identity.layer_ids):
+    stream = stream_examples(target, sequences, identity.topk, batch_tokens, identity.layer_ids)
+    with _progress(sequences, quiet) as progress, ShardWriter(folder, identity, max_gb) as writer:
+        for index, example in stream:
             writer.add(example, sequences[index].record)
-            count += len(example.tokens)
-            bar.update(task, completed=count, counted=count)
+            progress.step(len(example.tokens))
     return len(sequences)
+
+
+def in_memory(
+    target: Target,
+    sequences: Sequence[TokenSequence],
+    topk: int = 16,
+    layer_ids: Sequence[int] = (),
+    *,
+    quiet: bool = False,
+) -> list[Example]:
+    """The target's features of sequences of at least three tokens each, in their order; nothing is written."""
+    made = dict[int, Example]()
+    with _progress(sequences, quiet) as progress:
+        for index, example in stream_examples(target, sequences, topk, layer_ids=layer_ids):
+            made[index] = example
+            progress.step(len(example.tokens))
+    return [made[index] for index in range(len(sequences))]
+
+
+def _progress(sequences: Sequence[TokenSequence], quiet: bool) -> Progress:
+    return Progress("features", "tokens", sum(len(s.tokens) for s in sequences), quiet=quiet)

@@ -86,7 +86,7 @@ def last_layer_weights(target: Target, config: HeadConfig, examples: Sequence[Ex
     some = usable(examples)[:_EXAMPLES]
     embeddings = target.embed(torch.arange(target.vocab_size, device=target.device)).float().cpu()
     scales = Scales.measure(some, embeddings)
-    seen = [_flow(target, layer, example) for example in some]
+    seen = _flows(target, layer, some)
     entering, middle, leaving = (torch.cat(parts).float().cpu() for parts in zip(*seen, strict=True))
     units = _gain(layer.final) / _typical(leaving)  # D
     units = torch.where(units.abs() < 1e-8, torch.full_like(units, 1e-8), units)
@@ -135,15 +135,21 @@ def _fuse(examples: Sequence[Example], embeddings: Tensor, scales: Scales, wante
     return fuse
 
 
-def _flow(target: Target, layer: _LastLayer, example: Example) -> tuple[Tensor, Tensor, Tensor]:
+def _flows(target: Target, layer: _LastLayer, examples: Sequence[Example]) -> list[tuple[Tensor, Tensor, Tensor]]:
     """What enters the last layer, stands between its halves, and leaves it, at t + 1 of each supervised pair t."""
     captured: dict[str, Tensor] = {}
     watched = {"entering": layer.before_attention, "middle": layer.before_mlp, "leaving": layer.final}
-    tokens = example.tokens[:-1].long().unsqueeze(0).to(target.device)
+    found, one_call = [], target.one_call
     with _captured(watched, captured), target.step_threads():
-        target.forward(DraftTree.chain(tokens), target.new_cache(1, tokens.shape[1]), last_only=True)
-    at = example.queries() + 1
-    return captured["entering"][0, at], captured["middle"][0, at], captured["leaving"][0, at]
+        for example in examples:
+            tokens = example.tokens[:-1].long().unsqueeze(0).to(target.device)
+            cache = target.new_cache(1, tokens.shape[1])  # which notices the hooks, so that the modules run
+            target.forward(DraftTree.chain(tokens), cache, last_only=True)
+            at = example.queries() + 1
+            found.append((captured["entering"][0, at], captured["middle"][0, at], captured["leaving"][0, at]))
+    if one_call:
+        target.use_one_call()
+    return found
 
 
 @contextmanager

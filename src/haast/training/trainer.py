@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -80,6 +81,7 @@ class Trainer:
         explain: looks for the causes of a tau of about 1; None raises the alarm alone.
         watchers: follow the metrics, see `report.Watcher`.
         on_cpu: train there even where accelerate would find something faster.
+        console: where words for people go; None is stdout.
 
     Raises:
         ValueError: nothing to train on, sizes that do not fit, or a folder that cannot be written.
@@ -101,10 +103,11 @@ class Trainer:
         explain: Explain | None = None,
         watchers: Sequence[Watcher] = (),
         on_cpu: bool = False,
+        console: Console | None = None,
     ) -> None:
         self.config, self.out_dir = config, out_dir
         self.train_set, self.valid_set = usable(train), usable(valid)
-        self._order = BatchOrder([e.pairs for e in self.train_set], config.batch_tokens, config.seed)
+        self._order = BatchOrder([e.pairs for e in self.train_set], config.positions, config.seed)
         check_sizes(head_config, frozen, self.train_set[0])
         self._data = digest([*self.train_set, *self.valid_set])
         self._processes = Processes(config.mixed_precision, config.shard, on_cpu)
@@ -135,7 +138,7 @@ class Trainer:
         self._at = _Progress()
         main = self._processes.main
         self._report = Reporter(
-            config.views, out_dir / "metrics.jsonl", quiet or not main, watchers if main else (), main
+            config.views, out_dir / "metrics.jsonl", quiet or not main, watchers if main else (), main, console
         )
 
     def run(self, resume: bool = False) -> dict[str, Any]:
@@ -171,7 +174,8 @@ class Trainer:
         self.save()  # first: a resumed run writes the last lines again, and a failing evaluation costs no training
         if not (self._at.ended and result):
             self._report.line(self._at.step)
-            result = self.evaluate()
+            with self._report.evaluating():
+                result = self.evaluate()
         evaluations = [line for line in self._report.lines() if "seconds" in line]
         marks = _seconds_to_tau(evaluations)
         return result | {"seconds": self._at.seconds, "seconds_to_tau": marks, "metrics": evaluations}
@@ -267,7 +271,7 @@ class Trainer:
 
     def _held_out(self) -> dict[str, Any]:
         """Means over held-out views; `valid_alpha[n]`: agreement when n of the states read are the head's own."""
-        order, sums = BatchOrder([e.pairs for e in self.valid_set], self.config.batch_tokens, 0), dict[str, float]()
+        order, sums = BatchOrder([e.pairs for e in self.valid_set], self.config.positions, 0), dict[str, float]()
         for indices in order.epoch(0):
             batch = pack([self.valid_set[i] for i in indices], self._captured).to(self._processes.device)
             for name, value in self._objective(batch, passes=ALPHAS)[1].items():

@@ -1,6 +1,6 @@
 """How far to draft and how much to verify: what a step may cost for the tokens that it can bring.
 
-Owns the arithmetic of tokens against milliseconds. Knows nothing of models: costs come from a calibration, chances from
+Owns the arithmetic of tokens against milliseconds. Knows nothing of models: costs come from measurements, chances from
 the head's own probabilities. Every decision is a function of the prefix alone, so none of them touches losslessness.
 
 A run's speed is a ratio of sums, tokens over time. It is greatest where every step maximises tokens - rate * time, rate
@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
-class Pace:
+class CostModel:
     """What steps cost here, and the speed that they have to keep up.
 
     Attributes:
@@ -66,7 +66,7 @@ class Pace:
         return tokens > self.rate * (interpolate(points, nodes + more) - interpolate(points, nodes))
 
 
-def interpolate(points: dict[int, float], at: int) -> float:
+def interpolate(points: dict[int, float], at: float) -> float:
     """The straight line between measured points; beyond the last, its slope goes on."""
     known = sorted(points)
     if not known:

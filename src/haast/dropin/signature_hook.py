@@ -1,8 +1,9 @@
-"""What transformers' `generate` keeps from a callable, and when it reaches ours.
+"""The moment at which transformers' `generate` reads a decoder's signature.
 
-Owns one moment: `generate(custom_generate=callable)` passes on only what the callable's signature names. While it reads
-our signature, what it keeps is put back among the arguments (`seams.hand_over`). A transformers that passes all of it
-by itself is served as well. In that moment transformers has touched nothing yet, so what was given is checked too.
+Owns what is done then: `generate(custom_generate=callable)` passes on only what the callable's signature names, and
+what it keeps is put back among the arguments (`seams.hand_over`). A transformers that passes all of it by itself is
+served as well. transformers has touched nothing yet at that moment, so the model and the inputs are checked too. Knows
+no decoding.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Any
 from haast import seams
 from haast.cache import CACHE_NAMES
 from haast.dropin.arguments import check_model
-from haast.dropin.given import check_given
-from haast.dropin.known import PARAMETERS
+from haast.dropin.supported_args import PARAMETERS
+from haast.dropin.validate_inputs import validate_inputs
 from haast.support import refuse_unsupported
 
 
-class HandedOver:
+class SignatureHook:
     """A descriptor for `__signature__`: the signature of `__call__`, and what `generate` keeps put back."""
 
     def __get__(self, instance: object, owner: type) -> inspect.Signature:
@@ -37,4 +38,4 @@ def _check(given: Mapping[str, Any]) -> None:
     refuse_unsupported(model)
     check_model(model)
     config = given.get("generation_config") or model.generation_config
-    check_given({"stop_strings": config.stop_strings, **given})
+    validate_inputs({"stop_strings": config.stop_strings, **given})

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from haast.speed.policy import Pace
+from haast.tuning.policy import CostModel
 
 FORMAT = 1
 _KINDS, _LARGEST = ("dynamic", "static", "chain"), 4096  # of shapes; none larger is ever tried
@@ -32,7 +32,7 @@ class Batch:
     expected: dict[str, float]
 
     @property
-    def chosen_pace(self) -> Pace:
+    def chosen_pace(self) -> CostModel:
         """The pace as drafters take it."""
         return _pace(self.pace)
 
@@ -65,7 +65,7 @@ class Calibration:
     bandwidth: float | None  # bytes a second of this machine; None where it was not measured
     peak: float | None  # fp32 operations a second
     shape: dict[str, Any]  # of the fastest tree, see DraftShape; empty: vanilla decoding is faster
-    pace: dict[str, Any] | None  # see Pace; None: trees of one size
+    pace: dict[str, Any] | None  # see CostModel; None: trees of one size
     expected: dict[str, float]  # tau, nodes, levels, tokens_per_s, vanilla_tokens_per_s, speedup: replayed
     grid: list[dict[str, float]] = field(default_factory=list)  # tau of every replayed depth, width and nodes
     measured: dict[str, Any] = field(default_factory=dict)  # date, versions, commit, steps
@@ -81,7 +81,7 @@ class Calibration:
         return bool(self.shape)
 
     @property
-    def chosen_pace(self) -> Pace | None:
+    def chosen_pace(self) -> CostModel | None:
         """The pace of the chosen shape."""
         if self.pace is None:
             return None
@@ -198,6 +198,6 @@ def _by_number(values: dict[str, Any]) -> dict[int, float]:
     return {int(key): float(ms) for key, ms in values.items()}
 
 
-def _pace(values: dict[str, Any]) -> Pace:
+def _pace(values: dict[str, Any]) -> CostModel:
     single = {name: float(value) for name, value in values.items() if name != "forward_ms"}
-    return Pace(tuple(float(ms) for ms in values["forward_ms"]), **single)
+    return CostModel(tuple(float(ms) for ms in values["forward_ms"]), **single)

@@ -1,7 +1,7 @@
-"""What the user gave `generate`, before transformers has touched it.
+"""Checks of what the user gave `generate`, before transformers has touched it.
 
-Owns the checks that have to come first: what transformers itself would stumble over without saying why, and models
-whose encoder it would run before it asks us. What is right here is checked further in `arguments`.
+Owns the checks that have to come first, since transformers itself would stumble over such input without saying why.
+What passes them is checked further in `arguments`, once `generate` has prepared it. Knows no models.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from haast.errors import PromptError
 _TOKENS = (torch.int64, torch.int32)
 
 
-def check_given(given: Mapping[str, Any]) -> None:
+def validate_inputs(given: Mapping[str, Any]) -> None:
     """Refuse prompts, masks and stop strings that are none.
 
     Args:
@@ -31,7 +31,7 @@ def check_given(given: Mapping[str, Any]) -> None:
     if ids is not None:
         _check_ids(ids)
     if given.get("attention_mask") is not None:
-        # Behind a cache the mask is longer, and the cache is refused by its name.
+        # After a cache the mask is longer, and the cache is refused by its name.
         continued = any(given.get(name) is not None for name in CACHE_NAMES)
         _check_mask(given["attention_mask"], None if continued else ids)
     if given.get("stop_strings") is not None:

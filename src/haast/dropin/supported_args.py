@@ -1,4 +1,4 @@
-"""What `generate` accepts, as far as Haast knows it and does not refuse it: by name.
+"""Names of the arguments of `generate` that Haast supports.
 
 Owns names. docs/drop-in.md lists them with remarks, and a test holds the two together. What a newer transformers adds
 is in none of these sets, and is refused until somebody has looked at it (`arguments.refuse_settings`,

@@ -1,0 +1,269 @@
+"""The data that a step passes on: verdicts, what was accepted, parameters of sampling and stopping, requests.
+
+Owns shapes and states. Computes nothing of a model: `verify` judges trees, the engine moves requests from state to
+state, drafters make trees.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from haast.stats import Stats
+
+
+@dataclass(frozen=True)
+class RowVerdict:
+    """What one row keeps. `path` starts at node 0; `tokens[i]` follows node `path[i]`; the last token is the bonus."""
+
+    path: tuple[int, ...]
+    tokens: tuple[int, ...]
+    first_choice: tuple[bool, ...]  # per visited node that has children: was its preferred child the right one?
+
+
+class Verdict:
+    """What verification keeps of every row, as tensors; `rows` reads them to the host, once.
+
+    Attributes:
+        path: (rows, depth + 1) int64: the kept nodes in order; after the last, any.
+        tokens: (rows, depth + 1) int64: the token that follows each; the last is the bonus.
+        counts: (rows,) int64: kept nodes; 0 for a row that failed.
+    """
+
+    def __init__(self, path: Tensor, tokens: Tensor, counts: Tensor, preferred: Tensor) -> None:
+        """`preferred` (rows, depth + 1) int64: -1 at a node without children, else whether its first one was right."""
+        self.path, self.tokens, self.counts, self._preferred = path, tokens, counts, preferred
+        self._rows: tuple[RowVerdict | None, ...] | None = None
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[RowVerdict | None], device: torch.device) -> Verdict:
+        """From rows that were judged on the host; None is a row that keeps nothing."""
+        longest = max((len(row.path) for row in rows if row is not None), default=1)
+        packed = torch.zeros(3, len(rows), longest, dtype=torch.long)
+        packed[0] = torch.arange(longest)
+        packed[2] = -1
+        counts = []
+        for place, row in enumerate(rows):
+            kept = 0 if row is None else len(row.path)
+            counts.append(kept)
+            if row is not None:
+                packed[0, place, :kept] = torch.tensor(row.path)
+                packed[1, place, :kept] = torch.tensor(row.tokens)
+                packed[2, place, : len(row.first_choice)] = torch.tensor(row.first_choice).long()
+        path, tokens, preferred = packed.to(device)
+        made = cls(path, tokens, torch.tensor(counts).to(device), preferred)
+        made._rows = tuple(rows)
+        return made
+
+    @property
+    def rows(self) -> tuple[RowVerdict | None, ...]:
+        """One `RowVerdict` per row; None for a row that failed. The step's one read from the device."""
+        if self._rows is None:
+            read = torch.cat([self.counts.unsqueeze(1), self.path, self.tokens, self._preferred], dim=1).tolist()
+            self._rows = tuple(map(_row_verdict, read))
+        return self._rows
+
+
+def _row_verdict(read: list[int]) -> RowVerdict | None:
+    kept, width = read[0], len(read) // 3
+    if not kept:
+        return None
+    path, tokens, preferred = (read[1 + part * width : 1 + part * width + kept] for part in range(3))
+    return RowVerdict(tuple(path), tuple(tokens), tuple(flag == 1 for flag in preferred if flag >= 0))
+
+
+@dataclass(frozen=True, eq=False)
+class Accepted:
+    """What one target forward settled, ragged rows padded to the longest. Filled by the engine.
+
+    target ran on      root   a      b            tokens[i] is the token that FOLLOWS
+    features           f_root f_a    f_b          the position that gave features[i]
+    tokens             a      b      bonus
+    """
+
+    tokens: Tensor  # (rows, longest) int64: the token following each kept position
+    features: Tensor  # (rows, longest, width): at the kept positions, what the drafter asked for (`target_layers`)
+    counts: Tensor  # (rows,) int64: kept positions
+    # (rows, nodes) int64: the target's likeliest token at every node of the last proposal, for drafters that want it
+    # (`wants_choices`); None otherwise and after a prompt.
+    choices: Tensor | None = None
+    verdict: Verdict | None = None  # of a decoding step; None for positions of a prompt
+    known: list[list[int]] | None = None  # per row what `said` gives, where it was on the host already: of a prompt
+
+    def said(self) -> list[list[int]]:
+        """The tokens that follow each row's kept positions, on the host; costs no read beside the step's own."""
+        if self.known is not None:
+            return self.known
+        if self.verdict is not None:
+            return [[] if row is None else list(row.tokens) for row in self.verdict.rows]
+        return [row[:count] for row, count in zip(self.tokens.tolist(), self.counts.tolist(), strict=True)]
+
+
+LEAST_DIVISOR = 1e-6  # a smaller divisor would make fp32 scores overflow
+Processor = Callable[[Tensor, Tensor], Tensor]  # (history (1, length) int64, scores (1, vocab)) -> scores (1, vocab)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. Temperature 0 is greedy; the defaults change nothing but the temperature.
+
+    `processors` are any transformers `LogitsProcessor` (or callable of that shape). They run where `generate` runs
+    them: after the repetition penalty, before temperature, top-k, top-p and min-p. They are called exactly once per
+    chosen token, in order, with that token's own history (a stop rule may cut off the last tokens chosen).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    processors: tuple[Processor, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        for name, kind in (
+            ("temperature", Real),
+            ("top_p", Real),
+            ("min_p", Real),
+            ("repetition_penalty", Real),
+            ("top_k", Integral),
+            ("seed", Integral),
+        ):
+            if not isinstance(getattr(self, name), kind):
+                wanted = "a number" if kind is Real else "a whole number"
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: give {wanted}")
+        for process in self.processors:
+            if not callable(process):
+                raise ValueError(f"processors holds {process!r}: give functions (history, scores) -> scores")
+        least = LEAST_DIVISOR
+        checks = (
+            (
+                self.temperature == 0 or least <= self.temperature < math.inf,
+                "temperature",
+                f"0 (greedy), or {least:g} or above",
+            ),
+            (self.top_k >= 0, "top_k", "0 (off) or above"),
+            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1 (off)"),
+            (0 <= self.min_p < 1, "min_p", "0 (off) or above, below 1"),
+            (
+                least <= self.repetition_penalty < math.inf,
+                "repetition_penalty",
+                f"{least:g} or above and finite (1 is off)",
+            ),
+            (0 <= self.seed < 2**63, "seed", "between 0 and 2**63 - 1"),
+        )
+        for ok, name, wanted in checks:
+            if not ok:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed: give a value {wanted}")
+
+
+@dataclass(frozen=True)
+class StopParams:
+    """When a request ends: after `max_new_tokens`, after an end token, or when `stop` says so of its new tokens."""
+
+    max_new_tokens: int = 256
+    eos_ids: tuple[int, ...] = ()
+    stop: Callable[[Sequence[int]], bool] | None = None  # its new tokens so far -> end here?
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_new_tokens, Integral) or self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens!r} is not allowed: give 1 or more")
+
+
+class TokenChooser(Protocol):
+    """Chooses a request's tokens from the target's logits; see `engine.sampler`."""
+
+    @property
+    def stateless(self) -> bool:
+        """Whether a choice depends on logits and position alone, so that all nodes can be chosen for at once."""
+
+    def choose(self, history: Sequence[int], logits: Tensor) -> int:
+        """The token after `history`, of raw logits (vocab,). Called once per emitted token, in order."""
+
+
+@dataclass(frozen=True)
+class Emission:
+    """Tokens a request emitted in one step; all but the last of a full step were drafted, the last is the bonus."""
+
+    row: int  # the request's place in its call
+    tokens: tuple[int, ...]
+    drafted: int  # how many of them, from the front, were drafted
+    finished: bool
+
+
+class RequestState(enum.Enum):
+    """Where a request stands. A preempted one waits again, and goes on where it was."""
+
+    WAITING = "waiting"
+    PREFILLING = "prefilling"
+    RUNNING = "running"
+    DONE = "done"
+    CANCELLED = "cancelled"
+
+
+class Request:
+    """One text being generated: its tokens, parameters, state and statistics. Depends on nothing but itself.
+
+    Attributes:
+        tokens: prompt and new tokens, which the engine appends.
+        prompt_length: tokens of the prompt.
+        limit: new tokens at most, by `stop` and the target's context.
+        state: see `RequestState`.
+        finish_reason: "" while it runs, then "stop" (an end token or stop rule), "length", "cancelled", "deadline" or
+            "error".
+        error: what ended it, where that was an exception of its own.
+        emissions: what nobody has taken yet, oldest first.
+        stats: counts and times.
+        kv: its KV cache in the target's pool while it runs.
+        draft_state: what its drafter keeps of it while it runs.
+        deadline: on `time.monotonic`'s clock; None for none.
+        recorder: gets what the target computed at every position of the text, see `scheduler.Computed`.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        stop: StopParams,
+        chooser: TokenChooser,
+        drafter: Any,
+        *,
+        row: int = 0,
+        stats: Stats | None = None,
+        prefill_chunk: int = 512,
+        deadline: float | None = None,
+        watch: Callable[[Any], None] | None = None,
+        recorder: Callable[[Any], None] | None = None,
+    ) -> None:
+        self.tokens = [int(token) for token in prompt]
+        self.prompt_length = len(self.tokens)
+        self.sampling, self.stop, self.chooser, self.drafter = sampling, stop, chooser, drafter
+        self.row, self.stats, self.prefill_chunk = row, stats or Stats(), prefill_chunk
+        self.deadline, self.watch, self.recorder = deadline, watch, recorder
+        self.limit = stop.max_new_tokens
+        self.state = RequestState.WAITING
+        self.finish_reason = ""
+        self.error: BaseException | None = None
+        self.emissions: deque[Emission] = deque()
+        self.kv: Any = None
+        self.draft_state: Any = None
+        self.draft_policy: Any = None
+        self.prefill_end = self.prompt_length  # positions to compute before it decodes; more after a preemption
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """Tokens after the prompt, a copy."""
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing will be emitted any more."""
+        return self.state in (RequestState.DONE, RequestState.CANCELLED)

@@ -1,0 +1,39 @@
+"""Small facts of devices: what they compute in, how much memory is free, and how data gets there without waiting."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_MEMORY = Path("/proc/meminfo")
+_UNKNOWN = 4 << 30  # bytes that are taken to be free where the system does not say
+
+
+def exact(device: torch.device) -> torch.dtype:
+    """float64 for probabilities, where the device has it; MPS has not."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if _MEMORY.is_file():
+        lines = dict(line.split(":", 1) for line in _MEMORY.read_text(encoding="ascii").splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    if hasattr(os, "sysconf"):  # macOS tells how much there is, not how much is free
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return _UNKNOWN
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`.
+
+    A copy from pageable memory to CUDA waits until everything queued there is done; from pinned memory it does not.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -1,0 +1,292 @@
+"""From names to drafters: the one place where a target, a head, a shape and what steps cost here are put together.
+
+Owns the names that every entrance takes (`drafter=`, `--drafter`), what each of them needs, and what "auto" is. Where
+costs are known, drafters that need it get a policy (`haast.tuning.online`): a request whose drafts do not pay gets
+smaller ones, then none.
+
+    auto       with an EAGLE head eagle+suffix, with Medusa heads medusa, with a small model small-model, else suffix
+    none       vanilla decoding; "vanilla" is another word for it
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from haast.core import SamplingParams
+from haast.drafters.base import Drafter
+from haast.drafters.calibrated import apply_calibration, find_calibration
+from haast.drafters.draft_cost import draft_ms, eagle_cost, small_model_cost
+from haast.drafters.eagle import EagleDrafter
+from haast.drafters.hybrid import HybridDrafter
+from haast.drafters.lookahead import LookaheadDrafter
+from haast.drafters.lookup import PromptLookupDrafter, SuffixDrafter
+from haast.drafters.medusa import MedusaDrafter
+from haast.drafters.shape import DraftShape, shape_for, usual_nodes
+from haast.drafters.small_model import SmallModelDrafter
+from haast.drafters.vanilla import VanillaDrafter
+from haast.drafters.ways import measured_ways, usual_ways, way_for
+from haast.errors import HeadMismatchError
+from haast.heads.checkpoint import Head, head_folder, read_head_config
+from haast.heads.config import HeadConfig
+from haast.heads.medusa import MedusaHeads
+from haast.models import DEFAULT_MODEL
+from haast.target import Target
+from haast.tuning.latency import Latency, latency_of, measurable, target_identity
+from haast.tuning.online import DraftSize, OnlinePolicy
+
+_LOG = logging.getLogger(__name__)
+
+HEADED = ("eagle", "eagle+suffix", "medusa")  # these draft with a head
+NAMES = ("auto", *HEADED, "suffix", "lookup", "lookahead", "small-model", "none")
+# Window, n-gram and guesses: of ten settings the fastest on validation prompts (results/baselines.json), where more
+# nodes cost more than they bring (window 7, n-gram 5, 7 guesses: tau 1.75 instead of 1.33, and far slower).
+LOOKAHEAD = (2, 2, 3)
+HISTORY_NODES = 6  # of the drafters that read the text alone, where costs are unknown: results/baselines.json
+_WEIGHED_NODES = 17  # of theirs, at most, where costs say how many pay
+_SMALL_MODEL_CHANCE, _LOOKAHEAD_GAIN = 0.7, 0.3  # of a draft, and drafts kept a step: where nothing is known yet
+
+AnyHead = Head | EagleDrafter | MedusaDrafter
+
+
+def check_drafter(name: str, head: str | None = None, small: bool = False) -> str:
+    """The drafter that a name means, before anything is loaded: never "auto".
+
+    Args:
+        name: one of `NAMES`, or "vanilla".
+        head: "eagle" or "medusa", by the kind of the head that there is; None for none.
+        small: whether there is a small model.
+
+    Raises:
+        ValueError: an unknown name, or one that needs a head or model that is not there.
+        HeadMismatchError: a head of another kind.
+    """
+    if name == "auto":
+        return {"eagle": "eagle+suffix", "medusa": "medusa", None: "small-model" if small else "suffix"}[head]
+    if name == "vanilla":
+        return "none"
+    if name not in NAMES:
+        raise ValueError(f"drafter={name!r} is unknown: choose one of {', '.join(NAMES)}")
+    if name == "small-model" and not small:
+        raise ValueError("drafter='small-model' needs a smaller model of the same tokenizer: give it too")
+    if name in HEADED:
+        wanted = "medusa" if name == "medusa" else "eagle"
+        if head is None:
+            raise ValueError(
+                f"drafter={name!r} needs {'Medusa heads' if wanted == 'medusa' else 'an EAGLE head'}: give head (a "
+                f"folder), or choose one that needs none: suffix, lookup, lookahead, none"
+            )
+        if head != wanted:
+            raise HeadMismatchError(f"the head holds {head} heads, which do not draft for {name!r}: give {wanted} ones")
+    return name
+
+
+def kind_of(head: AnyHead | None) -> str | None:
+    """What kind of head it is, for `check_drafter`."""
+    if head is None:
+        return None
+    medusa = isinstance(head, MedusaDrafter) or (isinstance(head, Head) and isinstance(head.module, MedusaHeads))
+    return "medusa" if medusa else "eagle"
+
+
+def plan_drafter(name: str, head: str | Path | None, model: str | None, small: bool = False) -> tuple[str, Path | None]:
+    """What `make_drafter` will be asked for, before a model is loaded: a drafter, and the folder of its head, if any.
+
+    Args:
+        name: one of `NAMES`, or "vanilla".
+        head: the user's word, see `find_head`; not looked at where the drafter needs none.
+        model: the target's name.
+        small: whether there is a small model.
+
+    Raises:
+        ValueError: see `check_drafter` and `find_head`. HeadMismatchError: the head's config is damaged.
+    """
+    folder = find_head(head, model) if needs_head(name) else None
+    if folder is None:
+        return check_drafter(name, None, small), None
+    kind = "eagle" if isinstance(read_head_config(folder), HeadConfig) else "medusa"
+    return check_drafter(name, kind, small), folder
+
+
+def needs_head(name: str) -> bool:
+    """Whether a head would be used, if there is one."""
+    return name == "auto" or name in HEADED
+
+
+def find_head(head: str | Path | None, model: str | None) -> Path | None:
+    """The folder of a head by the user's word. Raises ValueError where "default" names none for this model."""
+    if head is None:
+        return None
+    if head != "default":
+        return head_folder(head)
+    # By the name itself, or in a path or hub id; a converted GGUF file's folder adds to the model's name.
+    if model is None or not Path(model).name.lower().startswith(DEFAULT_MODEL):
+        raise ValueError(
+            f"no head is shipped for {model or 'a model given as an object'!r}: give its folder, or None to draft "
+            f"without one (`haast train --model ...` makes a head)"
+        )
+    return Path(__file__).parents[1] / "data" / "heads" / DEFAULT_MODEL
+
+
+def make_drafter(
+    name: str,
+    target: Target,
+    head: AnyHead | None = None,
+    *,
+    shape: DraftShape | None = None,
+    window: int | None = None,
+    small: Target | None = None,
+    calibration: str | Path = "auto",
+    sampling: SamplingParams | None = None,
+) -> Drafter:
+    """Put a drafter together.
+
+    Args:
+        name: one of `NAMES`, or "vanilla".
+        target: whom it drafts for.
+        head: loaded, or in a drafter already, which is then shared; not used by drafters without one.
+        shape: of a head's trees, drafted as it is for any number of rows; of Medusa heads its nodes. None is what pays
+            here.
+        window: positions that an EAGLE head looks back; None is all.
+        small: the model that drafts for "small-model".
+        calibration: "auto" goes by what `haast calibrate` found, else by costs that are measured at first use and kept;
+            "off" measures nothing and drafts what is usual; else the file of a calibration.
+        sampling: of the small model's drafts; None takes its likeliest tokens.
+
+    Raises:
+        ValueError: see `check_drafter`; a window for Medusa heads; a calibration of something else.
+        HeadMismatchError: the head is another model's, or of another kind.
+    """
+    chosen = check_drafter(name, kind_of(head), small is not None)
+    weighs = calibration != "off"
+    if chosen in ("suffix", "lookup"):
+        source = functools.cache(lambda: latency_of(target)) if weighs and measurable(target) else None
+        nodes = HISTORY_NODES if source is None else _WEIGHED_NODES
+        return (SuffixDrafter if chosen == "suffix" else PromptLookupDrafter)(nodes, latency=source)
+    if chosen == "lookahead":
+        return _lookahead(target, weighs)
+    if chosen == "small-model":
+        assert small is not None, "checked"
+        return _small_model(target, small, sampling, weighs)
+    if chosen == "none" or head is None:
+        return VanillaDrafter()
+    drafter = head_drafter(target, head, shape, window)
+    if isinstance(drafter, MedusaDrafter):
+        return _weighed_medusa(target, drafter) if weighs and shape is None else drafter
+    latency = None if shape is not None else tune_eagle(target, drafter, calibration)
+    return _with_suffix(drafter, latency) if chosen == "eagle+suffix" else _weighed_eagle(drafter, latency)
+
+
+def head_drafter(
+    target: Target, head: AnyHead, shape: DraftShape | None = None, window: int | None = None
+) -> EagleDrafter | MedusaDrafter:
+    """Draft with a head and no policy; Medusa heads take only the shape's nodes: their tree is by their accuracies.
+
+    Raises:
+        ValueError: a window for Medusa heads, or below 1. HeadMismatchError: the head is another model's.
+    """
+    if isinstance(head, EagleDrafter | MedusaDrafter):
+        return head
+    shape = shape or shape_for(usual_nodes(target.device.type))
+    if not isinstance(head.module, MedusaHeads):
+        return EagleDrafter(target, head, shape, window)
+    if window is not None:
+        raise ValueError(f"draft_window={window} is for EAGLE heads; Medusa heads read one position, so leave it out")
+    return MedusaDrafter(target, head, shape.nodes)
+
+
+def tune_eagle(target: Target, drafter: EagleDrafter, calibration: str | Path = "auto") -> Latency | None:
+    """Draft what pays here from the next step on; returns what steps cost, None where nothing was measured.
+
+    Raises:
+        ValueError: see `find_calibration`.
+    """
+    kind = target.device.type
+    usual = shape_for(usual_nodes(kind))
+    drafter.reshape(usual, ways=usual_ways(usual, kind))
+    if calibration == "off":
+        return None
+    found, gain = find_calibration(target, drafter, calibration), None
+    if found is not None:
+        latency: Latency | None = Latency.of_calibration(found)
+        if apply_calibration(drafter, found):
+            return latency
+        gain = found.expected["tau"] - 1
+        _LOG.warning("the calibration found drafting slower than decoding without: little is drafted")
+    else:
+        known = {"drafter": "eagle", "parameters": drafter.parameters}
+        latency = latency_of(target, lambda: eagle_cost(target, drafter), known) if measurable(target) else None
+    if latency is not None:
+        ways = measured_ways(latency, paced=kind == "cpu", most_gain=gain)
+        first = ways[1]
+        assert first.shape is not None, "where costs are known, the closed loop says when nothing is drafted"
+        drafter.reshape(first.shape, first.pace, ways)
+    return latency
+
+
+def _weighed_eagle(eagle: EagleDrafter, latency: Latency | None) -> Drafter:
+    eagle.policy = None if latency is None else OnlinePolicy(latency, functools.partial(_eagle_sizes, eagle, 0))
+    return eagle
+
+
+def _with_suffix(eagle: EagleDrafter, latency: Latency | None) -> Drafter:
+    hybrid = HybridDrafter(eagle, latency=latency)
+    if latency is not None:
+        sizes = functools.partial(_eagle_sizes, eagle, hybrid.nodes - eagle.nodes)
+        hybrid.policy = OnlinePolicy(latency, sizes, hybrid.undrafted)
+    return hybrid
+
+
+def _eagle_sizes(eagle: EagleDrafter, deeper: int, rows: int) -> tuple[DraftSize, ...]:
+    """What a head may draft for so many rows; `deeper` are levels that a match may add to its tree."""
+    way = way_for(eagle.ways, rows)
+    if way.shape is None:
+        return ()
+    depth, width, nodes = way.shape.depth, way.shape.width, way.usual_nodes
+    full = DraftSize(None, nodes, depth, width, depth + deeper, way.usual_gain)
+    return _sizes(full, lambda small: DraftSize(small, small, min(depth, small - 1), 1, min(depth, small - 1), 0.0))
+
+
+def _sizes(full: DraftSize, small: Callable[[int], DraftSize]) -> tuple[DraftSize, ...]:
+    """A small size before the full one, where there is a smaller one."""
+    nodes = max(2, int(full.nodes) // 4)
+    return (small(nodes), full) if nodes + 1 <= full.nodes else (full,)
+
+
+def _weighed_medusa(target: Target, medusa: MedusaDrafter) -> Drafter:
+    if not measurable(target):
+        return medusa
+    known = {"drafter": "medusa", "heads": len(medusa.accuracies), "nodes": medusa.nodes}
+    latency = latency_of(target, lambda: (draft_ms(target, medusa), {}), known)
+    depth, gains = medusa.shape.depth, medusa.expected
+    full = DraftSize(None, medusa.nodes, 1, 1, depth, gains[min(medusa.nodes - 2, len(gains) - 1)])
+    sizes = _sizes(full, lambda small: DraftSize(small, small, 1, 1, min(depth, small - 1), 0.0))
+    medusa.policy = None if latency is None else OnlinePolicy(latency, lambda rows: sizes)
+    return medusa
+
+
+def _small_model(target: Target, small: Target, sampling: SamplingParams | None, weighs: bool) -> Drafter:
+    drafter = SmallModelDrafter(target, small, sampling=sampling)
+    if not (weighs and measurable(target) and measurable(small)):
+        return drafter
+    own = {f"small {key}": value for key, value in target_identity(small).items()}
+    cost = functools.partial(small_model_cost, target, drafter, small)
+    latency = latency_of(target, cost, {"drafter": "small-model", "nodes": drafter.nodes, **own})
+    depth = drafter.nodes - 1
+    gain = sum(_SMALL_MODEL_CHANCE ** (level + 1) for level in range(depth))
+    full = DraftSize(None, drafter.nodes, depth, 1, depth, gain)
+    sizes = _sizes(full, lambda nodes: DraftSize(nodes, nodes, nodes - 1, 1, nodes - 1, 0.0))
+    drafter.policy = None if latency is None else OnlinePolicy(latency, lambda rows: sizes)
+    return drafter
+
+
+def _lookahead(target: Target, weighs: bool) -> Drafter:
+    drafter = LookaheadDrafter(target.vocab_size, *LOOKAHEAD)
+    latency = latency_of(target) if weighs and measurable(target) else None
+    if latency is not None:
+        depth = drafter.ngram - 1
+        sizes = (DraftSize(None, drafter.nodes, 0, 1, depth, min(_LOOKAHEAD_GAIN, depth)),)
+        drafter.policy = OnlinePolicy(latency, lambda rows: sizes)
+    return drafter

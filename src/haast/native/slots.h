@@ -1,0 +1,92 @@
+// Where a row's slots lie in the pool that all rows share, and moving kept ones together.
+//
+// Owns block tables: logical slot i of a row (0 is its first token's) is physical slot table[(i + shift) / block] *
+// block + (i + shift) % block of the store. Knows nothing of keys, values or layers.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#include "pool.h"
+
+namespace {
+
+struct BlockTables {
+    const int32_t* tables;  // (rows, stride): blocks of the store
+    int64_t stride, block;  // block: slots of one
+    int64_t shift;          // slots of a table that stand before logical slot 0
+    int64_t slots;          // of the whole store
+};
+
+// Why a call did nothing. Python names the numbers (native/stack.py).
+enum Refusal : int64_t { kFine = 0, kFewAngles = 1, kShortTable = 2, kStrangeBlock = 3 };
+
+// The physical slots of a forward, read from the tables once for all layers and threads.
+class Slots {
+  public:
+    // For `behind` slots behind the past of each row. `first` (rows): the logical slots before these are never looked
+    // at, so their blocks may be gone; null: all count.
+    Slots(const BlockTables& t, const int64_t* past, const int64_t* first, int64_t rows, int64_t behind) {
+        for (int64_t r = 0; r < rows; ++r) {
+            if (past[r] < 0 || past[r] + behind + t.shift > t.stride * t.block) refusal_ = kShortTable;
+            stride_ = std::max(stride_, past[r] + behind);
+        }
+        if (refusal_) return;
+        slots_.reset(new int32_t[rows * stride_]);
+        for (int64_t r = 0; r < rows; ++r) {
+            const int32_t* table = t.tables + r * t.stride;
+            int32_t* own = slots_.get() + r * stride_;
+            const int64_t count = past[r] + behind;
+            for (int64_t i = first ? first[r] : 0; i < count;) {
+                const int64_t at = i + t.shift, inside = at % t.block, b = table[at / t.block];
+                if (b < 0 || (b + 1) * t.block > t.slots) {
+                    refusal_ = kStrangeBlock;
+                    return;
+                }
+                const int64_t run = std::min(t.block - inside, count - i);
+                const int32_t start = static_cast<int32_t>(b * t.block + inside);
+                for (int64_t j = 0; j < run; ++j) own[i + j] = start + static_cast<int32_t>(j);
+                i += run;
+            }
+        }
+    }
+
+    Refusal refusal() const { return refusal_; }
+    const int32_t* of_row(int64_t row) const { return slots_.get() + row * stride_; }
+    int64_t longest() const { return stride_; }  // past and what stands behind it, of the longest row
+
+  private:
+    Refusal refusal_ = kFine;
+    int64_t stride_ = 0;
+    std::unique_ptr<int32_t[]> slots_;  // (rows, stride_)
+};
+
+struct Moving {
+    char* store;  // (lanes, slots, bytes)
+    const int64_t *sources, *targets;
+    int64_t count, slots, bytes;
+};
+
+// Item = lane: the keys or the values of one head of one layer.
+void move_lanes(const void* job, int64_t first, int64_t last) {
+    const Moving& a = *static_cast<const Moving*>(job);
+    for (int64_t l = first; l < last; ++l) {
+        char* lane = a.store + l * a.slots * a.bytes;
+        for (int64_t k = 0; k < a.count; ++k)
+            if (a.sources[k] != a.targets[k])
+                std::memcpy(lane + a.targets[k] * a.bytes, lane + a.sources[k] * a.bytes, static_cast<size_t>(a.bytes));
+    }
+}
+
+// Whether all slots exist; if not, nothing was moved.
+bool move_slots(const Moving& a, int64_t lanes, int threads) {
+    constexpr int64_t kSerialBytes = 1 << 16;  // below, waking a helper takes as long as the copies
+    for (int64_t k = 0; k < a.count; ++k)
+        if (std::min(a.sources[k], a.targets[k]) < 0 || std::max(a.sources[k], a.targets[k]) >= a.slots) return false;
+    pool().run(move_lanes, &a, lanes, chunk_of(lanes, threads), lanes * a.count * a.bytes < kSerialBytes ? 1 : threads);
+    return true;
+}
+
+}  // namespace

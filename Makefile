@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow test-matrix lint docs bench readme clean
+.PHONY: demo test slow test-matrix lint docs bench gpu readme clean
 
 demo: $(STAMP)
 	$(BIN)/haast generate --compare --rounds 2 --max-new-tokens 128 "Explain to a child why the sky is blue, and list three things that are also blue."
@@ -30,6 +30,10 @@ docs: $(STAMP)
 bench: $(STAMP)
 	@test -n "$(PROMPTS)" || { echo "usage: make bench PROMPTS=prompts.jsonl"; exit 2; }
 	$(BIN)/haast bench --decoders vanilla,eagle,hf --prompts $(PROMPTS) --limit 20 --max-new-tokens 128 --json results/bench.json
+
+# Losslessness, costs and speed on a GPU, without any file from outside; at most eight minutes.
+gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py
 
 readme: $(STAMP)
 	$(BIN)/python -m haast.bench.readme

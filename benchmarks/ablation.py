@@ -28,16 +28,17 @@ from haast.api import Haast
 from haast.bench.report import environment
 from haast.cli.boundary import write_json
 from haast.cli.trainrun import head_config
+from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import shape_for
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, StopConfig
+from haast.engine import Engine, Stats, StopParams
 from haast.heads.checkpoint import Head
 from haast.heads.config import HeadConfig
 from haast.models import load_target
+from haast.progress import Progress
 from haast.prompts import read_prompts
-from haast.sampling import SamplingConfig
 from haast.target import Target
 from haast.training.answers import record_key
 from haast.training.batches import Example
@@ -109,7 +110,7 @@ class Bench:
         stats = Stats()
         for prompt in self._prompts[:limit]:
             Engine(self.target, drafter).complete(
-                [prompt], SamplingConfig(), StopConfig(self._tokens, self._ends), stats
+                [prompt], SamplingParams(), StopParams(self._tokens, self._ends), stats
             )
         return stats
 
@@ -222,7 +223,8 @@ def main() -> None:
             print(f"{row.name}: left out, it needs {row.times} times the sequences of --shards; give --more-shards")
             continue
         begun = time.monotonic()
-        done["rows"].append(train_row(row, base, bench, data, given.seconds))
+        with Progress(row.name):
+            done["rows"].append(train_row(row, base, bench, data, given.seconds))
         done |= {
             "environment": environment(
                 target, given.model, given.valid_prompts, given.valid_limit, {"seconds": given.seconds}

@@ -14,21 +14,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
-
 from haast.api import Haast
 from haast.bench.arms import Arm, EngineArm
 from haast.bench.report import build_rows, environment
 from haast.bench.runner import BenchConfig, BenchPrompt, run_bench
 from haast.cli.boundary import write_json
 from haast.cli.loading import load_medusa, read_prompt_file
+from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.lookahead import LookaheadDrafter
 from haast.drafters.lookup import PromptLookupDrafter, SuffixDrafter
 from haast.drafters.vanilla import VanillaDrafter
 from haast.models import DEFAULT_MODEL, load_target
-from haast.sampling import SamplingConfig
+from haast.progress import Progress
 from haast.target import Target
 from haast.training.frozen import end_tokens
 
@@ -44,14 +42,13 @@ Settings = dict[str, int]
 
 def families(target: Target, medusa: Path | None) -> dict[str, list[tuple[Settings, Callable[[], Drafter]]]]:
     """Every family's settings and how to make a drafter of them."""
-    device, vocab = target.device, target.vocab_size
     lookahead = [{"window": w, "ngram": n, "guesses": g} for w, n, g in _LOOKAHEAD]
     lookup = [{"nodes": nodes, "ngram": ngram} for nodes in _NODES for ngram in (2, 3)]
     suffix = [{"nodes": nodes, "least": least} for nodes in _NODES for least in (1, 2)]
     makers: dict[str, tuple[list[Settings], Callable[..., Drafter]]] = {
-        "lookahead": (lookahead, partial(LookaheadDrafter, vocab, device=device)),
-        "lookup": (lookup, partial(PromptLookupDrafter, device=device)),
-        "suffix": (suffix, partial(SuffixDrafter, device=device)),
+        "lookahead": (lookahead, partial(LookaheadDrafter, target.vocab_size)),
+        "lookup": (lookup, PromptLookupDrafter),
+        "suffix": (suffix, SuffixDrafter),
     }
     if medusa is not None:
         sizes = [{"nodes": nodes} for nodes in _MEDUSA_NODES]
@@ -63,7 +60,7 @@ class _Named(EngineArm):
     """An arm under the name of its setting."""
 
     def __init__(self, name: str, target: Target, drafter: Drafter) -> None:
-        super().__init__(target, drafter, SamplingConfig(), end_tokens(target))
+        super().__init__(target, drafter, SamplingParams(), end_tokens(target))
         self.name = name
 
 
@@ -76,9 +73,8 @@ def search(target: Target, prompts: list[BenchPrompt], medusa: Path | None, conf
             name = f"{family} {' '.join(f'{key}={value}' for key, value in each.items())}"
             known[name] = (family, each)
             arms.append(_Named(name, target, make()))
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("settings", total=len(arms) * len(prompts) * config.rounds)
-        records = run_bench(arms, prompts, config, lambda name, record: bar.advance(task))
+    with Progress("settings", "answers", len(arms) * len(prompts) * config.rounds) as progress:
+        records = run_bench(arms, prompts, config, lambda name, record: progress.step())
     points = [
         {
             "family": known[row["decoder"]][0],

@@ -18,19 +18,20 @@ from haast.api import Haast, find_head
 from haast.bench.report import environment
 from haast.cli.boundary import write_json
 from haast.cli.loading import read_prompt_file
+from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.calibrated import apply_calibration, find_calibration
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.hybrid import HybridDrafter
 from haast.drafters.shape import shape_for
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, Step, StopConfig
+from haast.engine import Engine, Stats, Step, StopParams
 from haast.heads.checkpoint import load_head
 from haast.models import DEFAULT_MODEL, load_target
-from haast.sampling import SamplingConfig
-from haast.speed.calibration import Calibration
+from haast.progress import Progress
 from haast.target import Target
 from haast.training.frozen import end_tokens
+from haast.tuning.calibration import Calibration
 
 _SIZES = (1, 2, 4, 8)
 _TREES = (3, 4, 6)  # nodes: the more rows, the dearer a node
@@ -53,9 +54,9 @@ class Arm:
             steps.append(step.tree.nodes == 1)
 
         for begin in range(0, len(prompts), size):
-            stats, stop = Stats(), StopConfig(tokens, end_tokens(target))
-            batch, law = prompts[begin : begin + size], SamplingConfig()
-            for _ in Engine(target, self.drafter).run(batch, law, stop, stats, watch=watch):
+            stats, stop = Stats(), StopParams(tokens, end_tokens(target))
+            batch = prompts[begin : begin + size]
+            for _ in Engine(target, self.drafter).run(batch, SamplingParams(), stop, stats, watch=watch):
                 continue
             for name in ("decoded_tokens", "target_forwards", "ms_draft", "ms_verify", "ms_overhead"):
                 setattr(total, name, getattr(total, name) + getattr(stats, name))
@@ -113,10 +114,12 @@ def main() -> None:
     measured = arms(target, found)
     measured[0].measure(target, prompts[:2], 2, 16)  # warm-up
     measured[0].speeds.clear()
-    for _ in range(given.rounds):
-        for size in _SIZES:
-            for arm in measured:
-                arm.measure(target, prompts, size, given.max_new_tokens)
+    with Progress("batches", "measurements", given.rounds * len(_SIZES) * len(measured)) as progress:
+        for _ in range(given.rounds):
+            for size in _SIZES:
+                for arm in measured:
+                    arm.measure(target, prompts, size, given.max_new_tokens)
+                    progress.step()
     result: dict[str, Any] = {"batches": [arm.point(size) for arm in measured for size in _SIZES]}
     result["chosen"] = {
         rows: {"shape": batch.shape, "expected": batch.expected} for rows, batch in found.batches.items()

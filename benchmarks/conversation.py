@@ -2,9 +2,10 @@
 
     python benchmarks/conversation.py --json results/conversation.json
 
-Both arms answer the same dialogue with the same drafter, one turn each in changing order, and say the same text, which
-is checked. Positions that a turn computes before its first token are counted by the engine; the time to the first text
-is wall clock, from the call to the first piece. Run nothing beside it; three rounds take about two minutes.
+Both arms answer the same dialogue with the same kind of drafter, one turn each in changing order, and say the same
+text, which is checked. The second has a model of its own, whose prefixes are forgotten before each turn. Positions that
+a turn computes before its first token are counted by the engine; the time to the first text is wall clock, from the
+call to the first piece. Run nothing beside it; three rounds take about two minutes.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from haast.api import Haast, Piece
 from haast.bench.report import environment
 from haast.cli.boundary import write_json
 from haast.engine import Stats
+from haast.inputs import Message
 from haast.models import DEFAULT_MODEL
-from haast.session import Message, Session
+from haast.progress import Progress
+from haast.session import Session
 
 _SYSTEM = "You are a patient gardener who answers in two or three sentences."
 _TURNS = (
@@ -69,25 +72,27 @@ def kept(session: Session, asked: str, tokens: int) -> Answer:
 
 def anew(haast: Haast, dialogue: list[Message], tokens: int) -> Answer:
     """The turn from its dialogue alone."""
+    haast.target.pool.clear()
     stats, begin = Stats(), perf_counter()
     return listen(haast.stream(dialogue, max_new_tokens=tokens, stats=stats), stats, begin)
 
 
-def converse(haast: Haast, tokens: int, turns: int, first: int) -> list[tuple[Answer, Answer]]:
+def converse(haast: Haast, forgetful: Haast, tokens: int, turns: int, first: int) -> list[tuple[Answer, Answer]]:
     """(with the session, from scratch) for each turn; the two take turns at beginning.
 
     Raises:
         RuntimeError: the two said different texts.
     """
+    haast.target.pool.clear()  # an earlier round began the same
     session, answers = Session(haast, [{"role": "system", "content": _SYSTEM}]), []
     for number, asked in enumerate(_TURNS[:turns]):
         dialogue = [*session.messages, {"role": "user", "content": asked}]
         if (number + first) % 2:
-            scratch = anew(haast, dialogue, tokens)
+            scratch = anew(forgetful, dialogue, tokens)
             held = kept(session, asked, tokens)
         else:
             held = kept(session, asked, tokens)
-            scratch = anew(haast, dialogue, tokens)
+            scratch = anew(forgetful, dialogue, tokens)
         if held.text != scratch.text:
             raise RuntimeError(f"turn {number + 1} differs: {held.text!r} in the session, else {scratch.text!r}")
         answers.append((held, scratch))
@@ -119,9 +124,15 @@ def main() -> None:
     words.add_argument("--rounds", type=int, default=3)
     words.add_argument("--json", required=True)
     given = words.parse_args()
-    haast = Haast.from_pretrained(given.model, head="default" if given.model == DEFAULT_MODEL else None)
-    anew(haast, [{"role": "user", "content": "Hello"}], 8)  # warm-up
-    rounds = [converse(haast, given.max_new_tokens, given.turns, each) for each in range(given.rounds)]
+    head = "default" if given.model == DEFAULT_MODEL else None
+    haast, forgetful = (Haast.from_pretrained(given.model, head=head) for _ in range(2))
+    for model in (haast, forgetful):
+        anew(model, [{"role": "user", "content": "Hello"}], 8)  # warm-up
+    rounds = []
+    with Progress("conversations", "rounds", given.rounds) as progress:
+        for each in range(given.rounds):
+            rounds.append(converse(haast, forgetful, given.max_new_tokens, given.turns, each))
+            progress.step()
     settings = {"rounds": given.rounds, "max_new_tokens": given.max_new_tokens, "drafter": haast.drafter.name}
     result: dict[str, Any] = {
         "conversation": [turn(number, rounds) for number in range(given.turns)],

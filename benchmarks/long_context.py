@@ -27,6 +27,7 @@ from haast.bench.report import environment
 from haast.bench.runner import peak_rss_mb, reset_peak_rss
 from haast.cli.boundary import write_json
 from haast.cli.loading import OWN_PROMPTS
+from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.lookup import PromptLookupDrafter
@@ -36,8 +37,8 @@ from haast.engine import Stats
 from haast.errors import LongContextWarning
 from haast.heads.checkpoint import load_head
 from haast.models import DEFAULT_MODEL, load_stock, load_target
+from haast.progress import Progress
 from haast.prompts import read_prompts
-from haast.sampling import SamplingConfig
 from haast.target import Target
 
 _LENGTHS = (512, 1024, 2048, 4096, 7000)
@@ -84,7 +85,7 @@ def _arm(name: str, target: Target | None) -> Arm:
         "vanilla": VanillaDrafter,
         "lookup": lambda: PromptLookupDrafter(CPU_NODES),
     }
-    return EngineArm(target, drafters.get(base, lambda: _eagle(base, target))(), SamplingConfig(), ())
+    return EngineArm(target, drafters.get(base, lambda: _eagle(base, target))(), SamplingParams(), ())
 
 
 def _eagle(name: str, target: Target) -> EagleDrafter:
@@ -130,17 +131,17 @@ def _spawned(name: str, prompts: Sequence[list[int]], tokens: int) -> dict[str, 
 
 def measure(names: Sequence[str], prompts: dict[int, list[list[int]]], tokens: int, at: int) -> list[dict[str, Any]]:
     """A point for each decoder and length, and for memory alone at length `at`; texts are compared with vanilla's."""
-    points = []
-    for length, own in prompts.items():
-        expected: list[list[int]] = []
-        for name in (*names, *(_FOR_MEMORY if length == at else ())):
-            for_memory = name in _FOR_MEMORY
+    points, expected = list[dict[str, Any]](), dict[int, list[list[int]]]()
+    turns = [(length, name) for length in prompts for name in (*names, *(_FOR_MEMORY if length == at else ()))]
+    with Progress("long prompts", "points", len(turns)) as progress:
+        for length, name in turns:
+            own, for_memory = prompts[length], name in _FOR_MEMORY
             found = _spawned(name, own[:1] if for_memory else own, min(tokens, 16) if for_memory else tokens)
             texts = found.pop("texts")
-            expected = expected or texts
-            same = None if for_memory else texts == expected
+            same = None if for_memory else texts == expected.setdefault(length, texts)
             points.append({"decoder": name, "length": length, "memory_alone": for_memory, "same_text": same, **found})
             print(json.dumps(points[-1]), file=sys.stderr, flush=True)
+            progress.step()
     return points
 
 

@@ -15,20 +15,19 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
 from haast.api import Haast, find_head
 from haast.bench.report import environment
 from haast.cli.boundary import write_json
 from haast.cli.loading import read_prompt_file
+from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.shape import shape_for
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, StopConfig
+from haast.engine import Engine, Stats, StopParams
 from haast.errors import PrecisionWarning
 from haast.heads.checkpoint import load_head
 from haast.models import DEFAULT_MODEL, load_target
-from haast.sampling import SamplingConfig
+from haast.progress import Progress
 from haast.tokens import common_length
 from haast.training.frozen import end_tokens
 
@@ -51,9 +50,11 @@ def measure(dtype: str, packing: str, texts: list[str], tokens: int) -> tuple[di
         warnings.simplefilter("ignore", PrecisionWarning)  # its effect is what is measured
         drafter = EagleDrafter(target, load_head(folder), shape_for(8))
     encoder, stats, said = Haast(target, VanillaDrafter()), Stats(), list[list[int]]()
-    for text in track(texts, f"{dtype}, {packing}"):
-        stop = StopConfig(tokens, end_tokens(target))
-        said += Engine(target, drafter).complete([encoder.encode(text)], SamplingConfig(), stop, stats)
+    with Progress(f"{dtype}, {packing}", "texts", len(texts)) as progress:
+        for text in texts:
+            stop = StopParams(tokens, end_tokens(target))
+            said += Engine(target, drafter).complete([encoder.encode(text)], SamplingParams(), stop, stats)
+            progress.step()
     row = {
         "precision": target.precision,
         "dtype": dtype,

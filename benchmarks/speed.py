@@ -27,14 +27,16 @@ from haast.api import Haast, find_head
 from haast.bench.report import environment
 from haast.cli.boundary import write_json
 from haast.cli.loading import OWN_PROMPTS
+from haast.core import Accepted, SamplingParams
 from haast.drafters.base import Drafter
-from haast.drafters.eagle import EagleDrafter
+from haast.drafters.eagle import EagleDrafter, EagleState
 from haast.drafters.shape import DraftShape, shape_for
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, StopConfig
+from haast.engine import Engine, Stats, StopParams
 from haast.heads.checkpoint import load_head
+from haast.kv_pool import Sequence as KVSequence
 from haast.models import DEFAULT_MODEL, load_target
-from haast.sampling import SamplingConfig
+from haast.progress import Progress
 from haast.speed.packing import PackedLinear
 from haast.target import Target
 from haast.tree import DraftTree
@@ -87,7 +89,7 @@ def roofline(target: Target, rounds: int) -> dict[str, Any]:
 def _decode(target: Target, drafter: Drafter, prompts: Sequence[Sequence[int]], tokens: int) -> Stats:
     stats = Stats()
     for prompt in prompts:
-        Engine(target, drafter).complete([prompt], SamplingConfig(), StopConfig(tokens), stats)
+        Engine(target, drafter).complete([prompt], SamplingParams(), StopParams(tokens), stats)
     return stats
 
 
@@ -117,23 +119,26 @@ def context(target: Target, drafter: EagleDrafter, encode: Callable[[str], list[
 
 
 class Oracle(EagleDrafter):
-    """An EAGLE drafter whose first chain says the right token with a given chance, by a text known beforehand."""
+    """An EAGLE drafter whose first chain says the right token with a given chance, by a text known beforehand.
+
+    For one request at a time.
+    """
 
     chance: float
     text: list[int]  # prompt and answer
     _settled: int  # tokens that the run has observed, the root left out
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> None:
-        super().start(prompts)
-        self._settled = 0
+    def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> EagleState:
+        self._settled = reused
         self._draws = random.Random(0)
+        return super().begin(prompt, kv, reused)
 
-    def observe(self, accepted: Any) -> None:
-        super().observe(accepted)
-        self._settled += accepted.counts[0]
+    def observe(self, states: Sequence[EagleState], accepted: Accepted) -> None:
+        super().observe(states, accepted)
+        self._settled += len(accepted.said()[0])
 
-    def propose(self) -> DraftTree:
-        tree = super().propose()
+    def propose(self, states: Sequence[EagleState], budget: int | None = None) -> DraftTree:
+        tree = super().propose(states, budget)
         tokens, parents = tree.tokens.clone(), tree.parents[0].tolist()
         node, place, missing = 0, self._settled + 1, (int(tokens[0, 0]) + 1) % 1000
         tokens[0, 1:] = missing  # nothing is right but what the oracle says
@@ -154,7 +159,7 @@ def oracle(target: Target, prompts: Sequence[list[int]], shapes: Sequence[DraftS
     vanilla: list[float] = []
     texts: list[list[int]] = []
     for prompt in prompts:
-        (said,) = Engine(target, VanillaDrafter()).complete([prompt], SamplingConfig(), StopConfig(tokens))
+        (said,) = Engine(target, VanillaDrafter()).complete([prompt], SamplingParams(), StopParams(tokens))
         texts.append([*prompt, *said])
     drafter = Oracle(target, load_head(folder))
     for shape in shapes:
@@ -167,7 +172,7 @@ def oracle(target: Target, prompts: Sequence[list[int]], shapes: Sequence[DraftS
                 stats = Stats()
                 for prompt, text in zip(prompts, texts, strict=True):
                     drafter.text = text
-                    Engine(target, drafter).complete([prompt], SamplingConfig(), StopConfig(tokens), stats)
+                    Engine(target, drafter).complete([prompt], SamplingParams(), StopParams(tokens), stats)
                 speeds.append(stats.tokens_per_s)
             points.append(
                 {"depth": shape.depth, "nodes": shape.depth + 1, "chance": chance, "tau": stats.tau,
@@ -190,14 +195,15 @@ def main() -> None:
     encoder = Haast(target, VanillaDrafter())
     folder = find_head("default", DEFAULT_MODEL)
     assert folder is not None, "the default model has a head"
-    if given.what == "roofline":
-        found = roofline(target, given.rounds)
-    elif given.what == "context":
-        drafter = EagleDrafter(target, load_head(folder), shape_for(6))
-        found = context(target, drafter, encoder.encode, given.rounds)
-    else:
-        shapes = [DraftShape("chain", depth) for depth in (3, 5, 7)]
-        found = oracle(target, [encoder.encode(prompt) for prompt in OWN_PROMPTS[:4]], shapes, given.rounds)
+    with Progress(given.what):
+        if given.what == "roofline":
+            found = roofline(target, given.rounds)
+        elif given.what == "context":
+            drafter = EagleDrafter(target, load_head(folder), shape_for(6))
+            found = context(target, drafter, encoder.encode, given.rounds)
+        else:
+            shapes = [DraftShape("chain", depth) for depth in (3, 5, 7)]
+            found = oracle(target, [encoder.encode(prompt) for prompt in OWN_PROMPTS[:4]], shapes, given.rounds)
     found["environment"] = environment(target, DEFAULT_MODEL, None, 0, {"rounds": given.rounds})
     write_json(found, str(given.json))
     print(json.dumps({key: value for key, value in found.items() if key != "environment"}, indent=1))

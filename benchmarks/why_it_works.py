@@ -28,6 +28,7 @@ from haast.drafters.shape import DraftShape
 from haast.heads.checkpoint import Head
 from haast.heads.kinds import INPUTS
 from haast.models import load_target
+from haast.progress import Progress
 from haast.prompts import read_prompts
 from haast.training.batches import Example
 from haast.training.config import TrainConfig
@@ -142,15 +143,18 @@ def main() -> None:
         parts = (head_config(config, target), frozen, examples[: given.sequences], examples[given.sequences :])
         with TemporaryDirectory() as folder:
             run = Trainer(config, *parts, Path(folder), quiet=True)
-            result = run.run()
+            with Progress(inputs):
+                result = run.run()
             head = Head(run.plain_head().requires_grad_(False), run.draft_vocab, {})
         drafter = EagleDrafter(target, head, DraftShape("chain", depth=_DEPTH))
         stats = bench.run(drafter)
         rows.append({"inputs": inputs, "tau": stats.tau, "alpha_by_depth": stats.alpha_by_depth, **result})
         print(f"{inputs:24s} tau {stats.tau:.3f}  n-alpha {result['valid_alpha']}", flush=True)
+    with Progress("regressions"):
+        explained = compressibility(examples[-_FITTED:], frozen.embeddings, 150)
     document = {
         "inputs": rows,
-        "explained_variance": compressibility(examples[-_FITTED:], frozen.embeddings, 150),
+        "explained_variance": explained,
         "shape": f"chain of {_DEPTH}",
         "environment": environment(target, given.model, given.valid_prompts, len(prompts), settings),
     }

@@ -26,6 +26,7 @@ from haast.bench.report import machine
 from haast.cli.boundary import write_json
 from haast.drafters.vanilla import VanillaDrafter
 from haast.models import load_target
+from haast.progress import Progress
 from haast.prompts import read_prompts
 
 _WARMUP = 16  # tokens
@@ -106,15 +107,16 @@ def main() -> None:
     for peer in peers:
         if peer.error is None:
             peer.ask(prompts[0], _WARMUP)
-    for turn in range(given.rounds):
-        for place, ids in enumerate(prompts):
-            order = peers[(place + turn) % len(peers) :] + peers[: (place + turn) % len(peers)]
-            for peer in order:
-                if peer.error is None:
-                    if turn == 0:
-                        peer.runs.append([])
-                    peer.runs[place].append(peer.ask(ids, given.max_new_tokens))
-            print(f"round {turn + 1}, prompt {place + 1} of {len(prompts)}", file=sys.stderr, flush=True)
+    with Progress("peers", "prompts", given.rounds * len(prompts)) as progress:
+        for turn in range(given.rounds):
+            for place, ids in enumerate(prompts):
+                order = peers[(place + turn) % len(peers) :] + peers[: (place + turn) % len(peers)]
+                for peer in order:
+                    if peer.error is None:
+                        if turn == 0:
+                            peer.runs.append([])
+                        peer.runs[place].append(peer.ask(ids, given.max_new_tokens))
+                progress.step()
     rows = [_row(peer, peers, ends) for peer in peers]
     for peer in peers:
         peer.stop()

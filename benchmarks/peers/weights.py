@@ -20,6 +20,7 @@ import gguf
 import numpy as np
 
 from haast.models import DEFAULT_MODEL, config_on_disk, load_tokenizer
+from haast.progress import Progress
 
 _KINDS = {
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -92,7 +93,8 @@ def _copy_hf(folder: Path) -> None:
 
 def _build_ort(python: str, folder: Path, out: Path, precision: str) -> None:
     command = [python, "-m", "onnxruntime_genai.models.builder", "-i", str(folder), "-o", str(out)]
-    done = subprocess.run([*command, "-p", precision, "-e", "cpu"], capture_output=True, text=True, check=False)
+    with Progress(f"onnxruntime-genai, {precision}"):
+        done = subprocess.run([*command, "-p", precision, "-e", "cpu"], capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         print(f"onnxruntime-genai's builder made no {precision} model: {last}")

@@ -23,8 +23,8 @@ def haast(kind: str, weights: Path, threads: int) -> Answer:
     import torch
 
     from haast.api import Haast
-    from haast.engine import Engine, StopConfig
-    from haast.sampling import SamplingConfig
+    from haast.core import SamplingParams
+    from haast.engine import Engine, StopParams
 
     torch.set_num_threads(threads)
     packing = "int8" if kind.endswith("int8") else "auto"
@@ -33,7 +33,8 @@ def haast(kind: str, weights: Path, threads: int) -> Answer:
     ends = model.eos_ids()
 
     def answer(ids: list[int], new: int) -> Iterator[list[int] | float]:
-        for emission in Engine(model.target, model.drafter).run([ids], SamplingConfig(), StopConfig(new, ends)):
+        model.target.pool.clear()  # the whole prompt is computed, as the peers do
+        for emission in Engine(model.target, model.drafter).run([ids], SamplingParams(), StopParams(new, ends)):
             yield list(emission.tokens)
 
     return answer

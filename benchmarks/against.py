@@ -1,0 +1,185 @@
+"""This checkout beside another one of Haast, on one machine, in one run, prompt by prompt in turns.
+
+    git worktree add ../before 9df6831 && (cd ../before && python setup.py build_ext --inplace)
+    python benchmarks/against.py --other ../before --prompts mt_bench.jsonl --regenerate valid.jsonl \
+        --json results/against.json
+
+Two processes load the default model, one from each checkout; only one of them works at a time. Decoding: batch 1,
+greedy, vanilla, eagle and eagle+suffix with the same tree, decoded tokens over decode time. `--regenerate` also lets
+both answer prompts 96 at a time. Texts are compared. Run nothing beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ARMS = ("vanilla", "eagle", "eagle+suffix")
+BATCH = 96
+
+
+class Worker:
+    """A process of one checkout."""
+
+    def __init__(self, source: Path) -> None:
+        environment = os.environ | {"PYTHONPATH": str(source / "src")}
+        command = [sys.executable, __file__, "--work"]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, text=True)
+        self.commit = str(self.ask({"hello": True})["source"])
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """One request, answered before anything else happens."""
+        assert self._process.stdin is not None and self._process.stdout is not None, "they are pipes"
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        while line := self._process.stdout.readline():
+            if line.startswith("{"):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        raise RuntimeError(f"the worker of {self.commit} ended")
+
+    def end(self) -> None:
+        self._process.terminate()
+
+
+def work() -> None:
+    """Answer requests from standard input; knows both the names of today and those of before."""
+    import haast
+    from haast.api import find_head
+    from haast.drafters.eagle import EagleDrafter
+    from haast.drafters.hybrid import HybridDrafter
+    from haast.drafters.shape import shape_for
+    from haast.drafters.vanilla import VanillaDrafter
+    from haast.engine import Engine
+    from haast.heads.checkpoint import load_head
+    from haast.models import DEFAULT_MODEL, load_target
+    from haast.training.frozen import end_tokens
+
+    engine: Any = sys.modules["haast.engine"]
+    stop = getattr(engine, "StopParams", None) or engine.StopConfig
+    sampling = getattr(engine, "SamplingParams", None) or sys.modules["haast.sampling"].SamplingConfig
+    target, folder = load_target(DEFAULT_MODEL), find_head("default", DEFAULT_MODEL)
+    assert folder is not None, "it is shipped"
+    eagle = EagleDrafter(target, load_head(folder), shape_for(6))
+    drafters: dict[str, Any] = {"vanilla": VanillaDrafter(), "eagle": eagle, "eagle+suffix": HybridDrafter(eagle)}
+    ends = end_tokens(target)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "hello" in request:
+            answer: dict[str, Any] = {"source": str(Path(haast.__file__).parents[2].name)}
+        elif "regenerate" in request:
+            answer = answers(target, request)
+        else:
+            encoded: Any = target.tokenizer.apply_chat_template(  # type: ignore[union-attr]
+                [{"role": "user", "content": request["prompt"]}], add_generation_prompt=True, return_dict=True
+            )
+            stats = engine.Stats()
+            rules = stop(request["tokens"], ends)
+            (said,) = Engine(target, drafters[request["arm"]]).complete(
+                [encoded["input_ids"]], sampling(), rules, stats
+            )
+            answer = {"said": said, "decoded": stats.decoded_tokens, "ms": stats.ms_decode, "tau": stats.tau}
+        print(json.dumps(answer), flush=True)
+
+
+def answers(target: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Let the target answer prompts, 96 at a time."""
+    from time import perf_counter
+
+    from haast.prompts import Prompt
+    from haast.training.asking import RegenerateConfig
+    from haast.training.regenerate import regenerate
+
+    prompts = [Prompt(id=str(i), turns=(text,)) for i, text in enumerate(request["regenerate"])]
+    config = RegenerateConfig(batch=BATCH, max_new_tokens=request["tokens"])
+    with tempfile.TemporaryDirectory() as folder:
+        begun, out = perf_counter(), Path(folder, "answers.jsonl")
+        outcome = regenerate(target, target.tokenizer, prompts, out, config, quiet=True)
+        seconds = perf_counter() - begun
+        records = [json.loads(line) for line in out.read_text().splitlines() if "response_ids" in line]
+    return {"seconds": seconds, "tokens": outcome.tokens, "said": sorted((r["id"], r["response_ids"]) for r in records)}
+
+
+def read(path: Path, limit: int) -> list[str]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()][:limit]
+    return [row["turns"][0] if "turns" in row else row["prompt"] for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--other", type=Path, help="another checkout, its native library built in place")
+    parser.add_argument("--prompts", type=Path)
+    parser.add_argument("--limit", type=int, default=20)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--regenerate", type=Path, help="prompts to answer 96 at a time")
+    parser.add_argument("--regenerate-limit", type=int, default=96)
+    parser.add_argument("--json", type=Path, default=Path("results/against.json"))
+    given = parser.parse_args()
+    if given.work:
+        return work()
+    if given.other is None or given.prompts is None:
+        parser.error("give --other, a checkout, and --prompts, a file of JSON lines")
+    from haast.bench.report import machine
+    from haast.cli.boundary import write_json
+
+    here = Path(__file__).resolve().parents[1]
+    workers = {"before": Worker(given.other.resolve()), "now": Worker(here)}
+    speeds: dict[str, dict[str, list[float]]] = {arm: {name: [] for name in workers} for arm in ARMS}
+    taus: dict[str, dict[str, list[float]]] = {arm: {name: [] for name in workers} for arm in ARMS}
+    different = 0
+    prompts = read(given.prompts, given.limit)
+    for name in workers:  # warm up
+        for arm in ARMS:
+            workers[name].ask({"arm": arm, "prompt": "Name three birds.", "tokens": 16})
+    for turn in range(given.rounds):
+        for number, prompt in enumerate(prompts):
+            for arm in ARMS:
+                said = {}
+                order = list(workers) if (turn + number) % 2 else list(workers)[::-1]
+                for name in order:
+                    found = workers[name].ask({"arm": arm, "prompt": prompt, "tokens": given.max_new_tokens})
+                    said[name] = found["said"]
+                    speeds[arm][name].append(1e3 * found["decoded"] / max(found["ms"], 1e-9))
+                    taus[arm][name].append(found["tau"])
+                different += said["before"] != said["now"]
+            print(f"{number + 1} of {len(prompts)} prompts", file=sys.stderr, flush=True)
+    rows = {
+        arm: {
+            **{f"tokens_per_s_{name}": median(own) for name, own in speeds[arm].items()},
+            **{f"tau_{name}": sum(own) / len(own) for name, own in taus[arm].items()},
+            "now_over_before": median(n / b for n, b in zip(speeds[arm]["now"], speeds[arm]["before"], strict=True)),
+        }
+        for arm in ARMS
+    }
+    document = {"kind": "against", "rows": rows, "texts_that_differ": different, "prompts": len(prompts), **machine()}
+    document["max_new_tokens"], document["rounds"] = given.max_new_tokens, given.rounds
+    if given.regenerate is not None:
+        asked = {"regenerate": read(given.regenerate, given.regenerate_limit), "tokens": given.max_new_tokens}
+        runs = [{name: worker.ask(asked) for name, worker in workers.items()} for _ in range(2)]
+        speed = {name: median(run[name]["tokens"] / run[name]["seconds"] for run in runs) for name in workers}
+        same = all(run["now"]["said"] == run["before"]["said"] for run in runs)
+        document["regenerate"] = {
+            **{f"tokens_per_s_{name}": value for name, value in speed.items()},
+            "now_over_before": speed["now"] / speed["before"],
+            "batch": BATCH,
+            "same_answers": same,
+        }
+    for worker in workers.values():
+        worker.end()
+    write_json(document, str(given.json))
+    print(json.dumps(document | {"command": ""}, indent=1))
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -50,7 +50,8 @@ class Arm:
     def __init__(self, hidden: int, optimizer: str) -> None:
         torchs = optimizer == "torch's muon"
         self.hidden, self.optimizer = hidden, optimizer
-        self.config = config = TrainConfig(optimizer="muon" if torchs else optimizer, initialisation="random")
+        config = TrainConfig(optimizer="muon" if torchs else optimizer, initialisation="random").settled(hidden)
+        self.config = config
         vocab = config.draft_vocab
         sizes = FeatExtrapolatorConfig.for_target(LlamaConfig(hidden_size=hidden, vocab_size=vocab, **_SIZES[hidden]))
         generator = torch.Generator().manual_seed(hidden)

@@ -291,6 +291,7 @@ def example(hidden: int, captured: int) -> Example:
 
 def share(config: TrainConfig, hidden: int) -> float:
     """The optimiser's part of a step's operations, counted on tensors without data, with one pass over the batch."""
+    config = config.settled(hidden)
     sizes, meta = sizes_of(config.head, hidden), torch.device("meta")
     some = [example(hidden, 3 * hidden if config.head == "eagle3" else 0)]
     some *= config.positions // some[0].pairs
@@ -324,7 +325,7 @@ def test_the_optimiser_takes_a_quarter_of_a_step_at_most(
     kind: str, hidden: int, without_data: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig(head=kind, optimizer="muon", initialisation="random")
-    assert config.batch_tokens == 5120 and 0.1 < share(config, hidden) <= 0.25
+    assert config.settled(hidden).batch_tokens == 6 * hidden and 0.1 < share(config, hidden) <= 0.25
     assert share(replace(config, batch_tokens=1536), hidden) > 0.25, "AdamW's batch would be too small"
     monkeypatch.setattr(muon, "_LONG", float("inf"))
     monkeypatch.setattr(muon, "_HALVED", float("inf"))

@@ -664,3 +664,13 @@ def test_answers_end_at_the_context(target: Target, tokenizer: PreTrainedTokeniz
     (record,) = read_answers(tmp_path / "a.jsonl")
     whole = len(encode_prompt(tokenizer, [record["prompt"]])) + len(record["response_ids"])
     assert record["id"] == "long" and whole <= 256
+
+
+def test_the_batch_follows_the_optimiser_and_the_head() -> None:
+    assert TrainConfig().settled(576).positions == TrainConfig().settled(4096).positions == 1536
+    assert TrainConfig(optimizer="muon").settled(576).positions == 3456
+    assert TrainConfig(optimizer="muon", batch_tokens=3072).settled(576).positions == 3072
+    with pytest.raises(ValueError, match="batch_tokens=None"):
+        TrainConfig().positions  # noqa: B018
+    with pytest.raises(ValueError, match="batch_tokens=0"):
+        TrainConfig(batch_tokens=0)

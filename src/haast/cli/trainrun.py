@@ -71,13 +71,14 @@ class Run:
         records: Sequence[dict[str, Any]],
         command: str,
     ) -> None:
-        self._target, self._name, self._settings, self._command = target, name, settings, command
+        self._head_config = head_config(settings, target)
+        self._settings = settings.settled(self._head_config.hidden_size)
+        self._target, self._name, self._command = target, name, command
         self._records = list(records)
         held = set(range(0, len(examples), _HOLD_OUT_EVERY)) if len(examples) >= _HOLD_OUT_EVERY else set()
         held = set(sorted(held)[:_HELD_OUT_AT_MOST])
         self._valid = [example for i, example in enumerate(examples) if i in held]
         self._train = [example for i, example in enumerate(examples) if i not in held]
-        self._head_config = head_config(settings, target)
         self._prompts: list[list[int]] = []
         self._tau: float | None = None
         self._measured = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from haast.heads.kinds import INPUTS, KINDS
@@ -13,9 +13,10 @@ from haast.heads.kinds import INPUTS, KINDS
 # dimensions of the LM head's input a fast start throws the logits far off (measured: CE 18 instead of 8).
 _LEAST_WARMUP = 100_000
 
-# Positions a batch where none are given. Muon's work does not grow with the batch: below 5,000 positions it takes more
-# than a quarter of a step's operations for a head of hidden size 896 (a test counts them).
-_BATCH = {"adamw": 1536, "muon": 5120}
+# Positions a batch where none are given. Muon's work grows with the cube of the hidden size, a batch's with its square
+# and the positions: from 6 for each hidden dimension on, at most a quarter of a step is Muon's (a test counts it).
+# More is not better: the same views are fewer steps.
+_BATCH, _BATCH_BY_SIZE = 1536, 6
 
 
 def _setting(default: Any, words: str) -> Any:
@@ -49,7 +50,9 @@ class TrainConfig:
     lk_sharpness: float = _setting(3.0, "How fast cross-entropy gives way as acceptance grows.")
     feature_weight: float = _setting(0.1, "Of the Smooth L1 on features, in units of each dimension's rms.")
     draft_vocab: int = _setting(8192, "Tokens that the head drafts: those the target likes most.")
-    batch_tokens: int | None = _setting(None, "Positions a batch, prompt ones included; by default 1,536, muon 5,120.")
+    batch_tokens: int | None = _setting(
+        None, "Positions a batch, prompt ones included; by default 1,536, muon 6 x hidden size."
+    )
     accumulate: int = _setting(1, "Batches a step and process.")
     shard: bool = _setting(False, "Shard parameters and optimiser over the processes (FSDP).")
     mixed_precision: str = _setting("no", "no or bf16: of products, under autocast; slow where the device has none.")
@@ -69,14 +72,12 @@ class TrainConfig:
     seed: int = _setting(0, "Of weights, order and noise.")
 
     def __post_init__(self) -> None:
-        if self.batch_tokens is None:  # settled here, so that a checkpoint holds the number
-            object.__setattr__(self, "batch_tokens", _BATCH.get(self.optimizer, 1))
         above_zero = (
             "views layers medusa_heads learning_rate clip draft_vocab batch_tokens accumulate output_init "
             "alignment_steps step_decay rejected_weight log_every evaluate_every checkpoint_every"
         )
         for name in above_zero.split():
-            self._require(name, getattr(self, name) > 0, "above 0")
+            self._require(name, getattr(self, name) is None or getattr(self, name) > 0, "above 0")
         not_below_zero = (
             "weight_decay ce_weight feature_weight feature_noise seed markov_rank teacher_top lk_sharpness patience "
             "until_tau"
@@ -114,7 +115,7 @@ class TrainConfig:
 
     def _require(self, name: str, ok: bool, wanted: str) -> None:
         value = getattr(self, name)
-        if not ok or not math.isfinite(value):
+        if not ok or not (value is None or math.isfinite(value)):
             raise ValueError(f"{name}={value} is not allowed in training: give a value {wanted}")
 
     def _require_one_of(self, name: str, allowed: tuple[str, ...]) -> None:
@@ -130,10 +131,16 @@ class TrainConfig:
             raise ValueError(f"unknown training settings {unknown}: the known ones are {', '.join(known)}")
         return TrainConfig(**values)
 
+    def settled(self, hidden_size: int) -> TrainConfig:
+        """With the default of `batch_tokens` for a head of this size, where it was not given."""
+        batch = _BATCH_BY_SIZE * hidden_size if self.optimizer == "muon" else _BATCH
+        return self if self.batch_tokens is not None else replace(self, batch_tokens=batch)
+
     @property
     def positions(self) -> int:
-        """`batch_tokens`, given or not."""
-        assert self.batch_tokens is not None, "it is settled at the start"
+        """`batch_tokens` of settled settings."""
+        if self.batch_tokens is None:
+            raise ValueError("batch_tokens=None says no number yet: `settled(hidden_size)` does")
         return self.batch_tokens
 
     def passes_at(self, views: int) -> int:

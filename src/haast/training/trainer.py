@@ -105,6 +105,7 @@ class Trainer:
         on_cpu: bool = False,
         console: Console | None = None,
     ) -> None:
+        config = config.settled(head_config.hidden_size)  # so that a checkpoint holds the number
         self.config, self.out_dir = config, out_dir
         self.train_set, self.valid_set = usable(train), usable(valid)
         self._order = BatchOrder([e.pairs for e in self.train_set], config.positions, config.seed)

@@ -13,7 +13,11 @@ the slot of token i + 1, so that the contents of a block depend on no token afte
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import math
+import mmap
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
@@ -355,8 +359,17 @@ _MOVABLE = (torch.float32, *KV_DTYPES.values())
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on the CPU the system gives memory page by page as it is written, so a large pool costs what it holds."""
+    """Zeros; on the CPU the system gives memory page by page as it is written, so a large pool costs what it holds.
+
+    Small pages on Linux: numpy would ask for huge ones, and a text's first token would zero 2 MB for every head.
+    """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
+    size = dtype.itemsize * math.prod(shape)
+    if sys.platform == "linux" and size:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
     same_size = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}[torch.empty(0, dtype=dtype).element_size()]
     return torch.from_numpy(np.zeros(shape, dtype=same_size)).view(dtype)

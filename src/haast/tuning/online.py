@@ -188,7 +188,7 @@ def chances_of(gain: float, depth: int) -> list[float]:
 # those that do not loop. Classes are lengths of matches: 0 to 8, then doubling.
 _NEXT = (0.0, 0.13, 0.42, 0.5, 0.6, 0.63, 0.65, 0.7, 0.75, 0.78, 0.85, 0.95, 0.98)
 _MATCH_PRIOR, _MATCH_KEEP = 8.0, 0.95
-_MATCH_GAIN = 1.08  # what a match has to promise beyond its cost
+_MATCH_STAKE = 1.5  # tokens that a match has to promise for every one that it costs: at 1 it would be a fair bet
 _LEAST_CHANCE = 0.02
 
 
@@ -230,16 +230,17 @@ def _class_of(length: int) -> int:
 def best_chain(chances: Sequence[Sequence[float]], latency: Latency) -> tuple[int, float]:
     """How many drafts a row to verify of chains with these chances, one list a row, and a row's tokens by them.
 
-    0 drafts, and 1 token, where no number of them pays.
+    0 drafts, and 1 token, where no number of them is a bet well in our favour: where nodes are dear, fair bets win
+    nothing and lose much on the text that is against them.
     """
     rows, gain = len(chances), 0.0
     chances = [each for each in chances if each]
     if not chances:
         return 0, 1.0
-    best, found = _MATCH_GAIN / latency.forward(rows), (0, 1.0)
+    best, found = 1 / latency.forward(rows), (0, 1.0)
     for drafts in range(1, max(map(len, chances)) + 1):
         gain += sum(each[drafts - 1] for each in chances if len(each) >= drafts) / rows
-        rate = (1 + gain) / latency.forward(rows * (1 + drafts))
+        rate = (1 + gain / _MATCH_STAKE) / latency.forward(rows * (1 + drafts))
         if rate > best:
             best, found = rate, (drafts, 1 + gain)
     return found

@@ -26,27 +26,27 @@ from torch import Tensor
 
 from haast.api import Haast
 from haast.bench.report import environment
-from haast.cli.boundary import write_json
-from haast.cli.trainrun import head_config
 from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import shape_for
+from haast.drafters.tree_shape import shape_for
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, StopParams
+from haast.engine.engine import Engine, Stats, StopParams
+from haast.files import write_json
 from haast.heads.checkpoint import Head
 from haast.heads.config import HeadConfig
-from haast.models import load_target
 from haast.progress import Progress
 from haast.prompts import read_prompts
-from haast.target import Target
+from haast.target.load import load_target
+from haast.target.target import Target
 from haast.training.answers import record_key
 from haast.training.batches import Example
 from haast.training.config import TrainConfig
 from haast.training.features import read_shards
-from haast.training.frozen import Frozen
 from haast.training.initialise import last_layer_weights
 from haast.training.interrupt import matmul_precision
+from haast.training.run import head_config
+from haast.training.target_weights import Frozen
 from haast.training.trainer import Trainer
 
 _PROBE = 8.0  # seconds of training that measure a row's speed

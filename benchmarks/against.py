@@ -12,11 +12,13 @@ both answer prompts 96 at a time. Texts are compared. Run nothing beside it.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -56,21 +58,18 @@ def work() -> None:
     from haast.api import find_head
     from haast.drafters.eagle import EagleDrafter
     from haast.drafters.hybrid import HybridDrafter
-    from haast.drafters.shape import shape_for
     from haast.drafters.vanilla import VanillaDrafter
-    from haast.engine import Engine
     from haast.heads.checkpoint import load_head
-    from haast.models import DEFAULT_MODEL, load_target
-    from haast.training.frozen import end_tokens
 
-    engine: Any = sys.modules["haast.engine"]
+    engine, load = module("engine.engine", "engine"), module("target.load", "models")
     stop = getattr(engine, "StopParams", None) or engine.StopConfig
     sampling = getattr(engine, "SamplingParams", None) or sys.modules["haast.sampling"].SamplingConfig
-    target, folder = load_target(DEFAULT_MODEL), find_head("default", DEFAULT_MODEL)
+    target, folder = load.load_target(load.DEFAULT_MODEL), find_head("default", load.DEFAULT_MODEL)
     assert folder is not None, "it is shipped"
-    eagle = EagleDrafter(target, load_head(folder), shape_for(6))
+    shape = module("drafters.tree_shape", "drafters.shape").shape_for(6)
+    eagle = EagleDrafter(target, load_head(folder), shape)
     drafters: dict[str, Any] = {"vanilla": VanillaDrafter(), "eagle": eagle, "eagle+suffix": HybridDrafter(eagle)}
-    ends = end_tokens(target)
+    ends = module("training.target_weights", "training.frozen").end_tokens(target)
     for line in sys.stdin:
         request = json.loads(line)
         if "hello" in request:
@@ -78,16 +77,24 @@ def work() -> None:
         elif "regenerate" in request:
             answer = answers(target, request)
         else:
-            encoded: Any = target.tokenizer.apply_chat_template(  # type: ignore[union-attr]
+            encoded: Any = target.tokenizer.apply_chat_template(
                 [{"role": "user", "content": request["prompt"]}], add_generation_prompt=True, return_dict=True
             )
             stats = engine.Stats()
             rules = stop(request["tokens"], ends)
-            (said,) = Engine(target, drafters[request["arm"]]).complete(
+            (said,) = engine.Engine(target, drafters[request["arm"]]).complete(
                 [encoded["input_ids"]], sampling(), rules, stats
             )
             answer = {"said": said, "decoded": stats.decoded_tokens, "ms": stats.ms_decode, "tau": stats.tau}
         print(json.dumps(answer), flush=True)
+
+
+def module(*names: str) -> Any:
+    """The first of these modules that this checkout has."""
+    for name in names:
+        with suppress(ModuleNotFoundError):
+            return importlib.import_module(f"haast.{name}")
+    raise ModuleNotFoundError(f"none of {', '.join(names)}")
 
 
 def answers(target: Any, request: dict[str, Any]) -> dict[str, Any]:
@@ -95,11 +102,12 @@ def answers(target: Any, request: dict[str, Any]) -> dict[str, Any]:
     from time import perf_counter
 
     from haast.prompts import Prompt
-    from haast.training.asking import RegenerateConfig
     from haast.training.regenerate import regenerate
 
     prompts = [Prompt(id=str(i), turns=(text,)) for i, text in enumerate(request["regenerate"])]
-    config = RegenerateConfig(batch=BATCH, max_new_tokens=request["tokens"])
+    config = module("training.generation_queue", "training.asking").RegenerateConfig(
+        batch=BATCH, max_new_tokens=request["tokens"]
+    )
     with tempfile.TemporaryDirectory() as folder:
         begun, out = perf_counter(), Path(folder, "answers.jsonl")
         outcome = regenerate(target, target.tokenizer, prompts, out, config, quiet=True)
@@ -130,7 +138,7 @@ def main() -> None:
     if given.other is None or given.prompts is None:
         parser.error("give --other, a checkout, and --prompts, a file of JSON lines")
     from haast.bench.report import machine
-    from haast.cli.boundary import write_json
+    from haast.files import write_json
 
     here = Path(__file__).resolve().parents[1]
     workers = {"before": Worker(given.other.resolve()), "now": Worker(here)}

@@ -22,11 +22,11 @@ from typing import Any
 
 from haast.api import Haast
 from haast.bench.report import machine
-from haast.cli.boundary import write_json
 from haast.core import Request, SamplingParams, StopParams
 from haast.drafters.base import Drafter
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine
+from haast.engine.engine import Engine
+from haast.files import write_json
 
 
 def arrivals(count: int, rate: float, seed: int) -> list[float]:

@@ -18,17 +18,17 @@ from haast.api import Haast
 from haast.bench.arms import Arm, EngineArm
 from haast.bench.report import build_rows, environment
 from haast.bench.runner import BenchConfig, BenchPrompt, run_bench
-from haast.cli.boundary import write_json
 from haast.cli.loading import load_medusa, read_prompt_file
 from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.lookahead import LookaheadDrafter
-from haast.drafters.lookup import PromptLookupDrafter, SuffixDrafter
+from haast.drafters.ngram import PromptLookupDrafter, SuffixDrafter
 from haast.drafters.vanilla import VanillaDrafter
-from haast.models import DEFAULT_MODEL, load_target
+from haast.files import write_json
 from haast.progress import Progress
-from haast.target import Target
-from haast.training.frozen import end_tokens
+from haast.target.load import DEFAULT_MODEL, load_target
+from haast.target.target import Target
+from haast.training.target_weights import end_tokens
 
 # Window, n-gram, guesses: from the smallest that is lookahead at all to the authors' own for a 7B model (15, 5, 15).
 _LOOKAHEAD = (

@@ -16,21 +16,21 @@ from typing import Any
 
 from haast.api import Haast, find_head
 from haast.bench.report import environment
-from haast.cli.boundary import write_json
 from haast.cli.loading import read_prompt_file
 from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.calibrated import apply_calibration, find_calibration
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.hybrid import HybridDrafter
-from haast.drafters.shape import shape_for
+from haast.drafters.tree_shape import shape_for
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, Step, StopParams
+from haast.engine.engine import Engine, Stats, Step, StopParams
+from haast.files import write_json
 from haast.heads.checkpoint import load_head
-from haast.models import DEFAULT_MODEL, load_target
 from haast.progress import Progress
-from haast.target import Target
-from haast.training.frozen import end_tokens
+from haast.target.load import DEFAULT_MODEL, load_target
+from haast.target.target import Target
+from haast.training.target_weights import end_tokens
 from haast.tuning.calibration import Calibration
 
 _SIZES = (1, 2, 4, 8)

@@ -18,12 +18,12 @@ from typing import Any
 
 from haast.api import Haast, Piece
 from haast.bench.report import environment
-from haast.cli.boundary import write_json
-from haast.engine import Stats
+from haast.engine.engine import Stats
+from haast.files import write_json
 from haast.inputs import Message
-from haast.models import DEFAULT_MODEL
 from haast.progress import Progress
 from haast.session import Session
+from haast.target.load import DEFAULT_MODEL
 
 _SYSTEM = "You are a patient gardener who answers in two or three sentences."
 _TURNS = (

@@ -23,10 +23,10 @@ from rich.progress import Progress
 
 from haast import custom_generate
 from haast.bench.report import machine
-from haast.cli.boundary import write_json
-from haast.loops import loop_share
-from haast.models import DEFAULT_MODEL, load_stock
+from haast.files import write_json
 from haast.prompts import read_prompts
+from haast.repetition import loop_share
+from haast.target.load import DEFAULT_MODEL, load_stock
 
 _CODE = """class Account:
     def __init__(self, owner, balance=0):

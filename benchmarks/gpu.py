@@ -35,21 +35,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from haast.bench.report import machine
 from haast.bench.vcurve import measure_v_curve
-from haast.cli.boundary import write_json
 from haast.core import Accepted, SamplingParams, StopParams
 from haast.device import to_device
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine
+from haast.engine.engine import Engine
+from haast.files import write_json
 from haast.heads.checkpoint import Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
-from haast.kv_pool import Sequence as KVSequence
-from haast.models import DEFAULT_MODEL, load_target
 from haast.sampling import keyed_uniform
 from haast.stats import Stats
-from haast.target import Target
+from haast.target.kv_pool import Sequence as KVSequence
+from haast.target.load import DEFAULT_MODEL, load_target
+from haast.target.target import Target
 from haast.tree import DraftTree
 
 TAUS = (2.0, 3.0, 4.0)

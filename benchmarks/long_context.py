@@ -25,21 +25,21 @@ from haast.api import Haast, find_head
 from haast.bench.arms import Arm, EngineArm, StockArm
 from haast.bench.report import environment
 from haast.bench.runner import peak_rss_mb, reset_peak_rss
-from haast.cli.boundary import write_json
 from haast.cli.loading import OWN_PROMPTS
 from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.lookup import PromptLookupDrafter
-from haast.drafters.shape import CPU_NODES, shape_for
+from haast.drafters.ngram import PromptLookupDrafter
+from haast.drafters.tree_shape import CPU_NODES, shape_for
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Stats
+from haast.engine.engine import Stats
 from haast.errors import LongContextWarning
+from haast.files import write_json
 from haast.heads.checkpoint import load_head
-from haast.models import DEFAULT_MODEL, load_stock, load_target
 from haast.progress import Progress
 from haast.prompts import read_prompts
-from haast.target import Target
+from haast.target.load import DEFAULT_MODEL, load_stock, load_target
+from haast.target.target import Target
 
 _LENGTHS = (512, 1024, 2048, 4096, 7000)
 _WINDOWS = (64, 256)

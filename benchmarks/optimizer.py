@@ -25,16 +25,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from haast.bench.report import machine
-from haast.cli.boundary import write_json
+from haast.files import write_json
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.progress import Progress
 from haast.training.batches import Example, pack
 from haast.training.config import TrainConfig
-from haast.training.frozen import Frozen
+from haast.training.factory import make_head, make_objective
 from haast.training.interrupt import matmul_precision
-from haast.training.making import make_head, make_objective
 from haast.training.muon import Muon
 from haast.training.optimizer import HeadOptimizer
+from haast.training.target_weights import Frozen
 
 _SIZES: dict[int, dict[str, Any]] = {
     576: {"intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},

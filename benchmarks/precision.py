@@ -17,19 +17,19 @@ from typing import Any
 
 from haast.api import Haast, find_head
 from haast.bench.report import environment
-from haast.cli.boundary import write_json
 from haast.cli.loading import read_prompt_file
 from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import shape_for
+from haast.drafters.tree_shape import shape_for
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, StopParams
+from haast.engine.engine import Engine, Stats, StopParams
 from haast.errors import PrecisionWarning
+from haast.files import write_json
 from haast.heads.checkpoint import load_head
-from haast.models import DEFAULT_MODEL, load_target
 from haast.progress import Progress
-from haast.tokens import common_length
-from haast.training.frozen import end_tokens
+from haast.target.kv_pool import common_length
+from haast.target.load import DEFAULT_MODEL, load_target
+from haast.training.target_weights import end_tokens
 
 _KINDS = (  # dtype, packing
     ("float32", "f16"),

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from haast.models import DEFAULT_MODEL, load_stock
+from haast.target.load import DEFAULT_MODEL, load_stock
 
 
 def cut(model: Any, first: int, last: int) -> Any:

@@ -25,20 +25,20 @@ import torch
 from haast import native
 from haast.api import Haast, find_head
 from haast.bench.report import environment
-from haast.cli.boundary import write_json
 from haast.cli.loading import OWN_PROMPTS
 from haast.core import Accepted, SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter, EagleState
-from haast.drafters.shape import DraftShape, shape_for
+from haast.drafters.tree_shape import DraftShape, shape_for
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, StopParams
+from haast.engine.engine import Engine, Stats, StopParams
+from haast.files import write_json
 from haast.heads.checkpoint import load_head
-from haast.kv_pool import Sequence as KVSequence
-from haast.models import DEFAULT_MODEL, load_target
 from haast.progress import Progress
-from haast.speed.packing import PackedLinear
-from haast.target import Target
+from haast.target.kv_pool import Sequence as KVSequence
+from haast.target.load import DEFAULT_MODEL, load_target
+from haast.target.packing import PackedLinear
+from haast.target.target import Target
 from haast.tree import DraftTree
 
 _ROWS = (1, 2, 4, 6, 8, 12, 16, 24)

@@ -22,18 +22,18 @@ from ablation import Bench
 from torch import Tensor
 
 from haast.bench.report import environment
-from haast.cli.trainrun import head_config
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.tree_shape import DraftShape
 from haast.heads.checkpoint import Head
 from haast.heads.kinds import INPUTS
-from haast.models import load_target
 from haast.progress import Progress
 from haast.prompts import read_prompts
+from haast.target.load import load_target
 from haast.training.batches import Example
 from haast.training.config import TrainConfig
 from haast.training.features import read_shards
-from haast.training.frozen import Frozen
+from haast.training.run import head_config
+from haast.training.target_weights import Frozen
 from haast.training.trainer import Trainer
 
 _PASTS = (1, 2, 4)

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 
 from haast.drafters import factory
 from haast.heads.checkpoint import Head
-from haast.target import Target
+from haast.target.target import Target
 from haast.tuning.latency import Latency
 
 torch.set_num_threads(1)

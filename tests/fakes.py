@@ -15,13 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from haast.core import Accepted, SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Emission, Engine, Stats, StopParams
+from haast.engine.engine import Emission, Engine, Stats, StopParams
 from haast.heads.checkpoint import Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.heads.module import DraftModule
-from haast.kv_pool import Sequence as KVSequence
 from haast.sampling import keyed_uniform
-from haast.target import Target
+from haast.target.kv_pool import Sequence as KVSequence
+from haast.target.target import Target
 from haast.tree import DraftTree
 
 VOCAB = 32

@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.prompts import Prompt
-from haast.training.asking import RegenerateConfig
 from haast.training.config import TrainConfig
 from haast.training.data import TokenSequence
 from haast.training.features import stream_examples
+from haast.training.generation_queue import RegenerateConfig
 from haast.training.regenerate import regenerate
 from haast.training.trainer import Frozen, Trainer
 

@@ -16,21 +16,21 @@ import torch
 from fakes import chi_square_p, collect, random_head, tiny_llama, tiny_target, vanilla
 from torch import Tensor
 
-from haast import acceptance
-from haast.acceptance import AcceptanceRule, BlockRule, Draws, RejectionRule, TypicalRule, rule_named
 from haast.bench.arms import EngineArm
 from haast.core import RowVerdict, SamplingParams, StopParams, TokenChooser, Verdict
 from haast.drafters import small_model as small_model_module
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
 from haast.drafters.small_model import SmallModelDrafter
-from haast.engine import Engine
+from haast.drafters.tree_shape import DraftShape
+from haast.engine import rules as acceptance
+from haast.engine.engine import Engine
+from haast.engine.rules import AcceptanceRule, BlockRule, Draws, RejectionRule, TypicalRule, rule_named
+from haast.engine.verify import Failures, verify
 from haast.errors import HeadMismatchError
 from haast.sampling import ACCEPT, DRAFT, RESIDUAL, Sampler, keyed_uniform
 from haast.stats import Stats
-from haast.target import Target
+from haast.target.target import Target
 from haast.tree import DraftTree
-from haast.verify import Failures, verify
 
 ROOT = 0
 Chances = dict[tuple[int, ...], float]

@@ -18,8 +18,8 @@ from haast.training.batches import Example, pack
 from haast.training.data import TokenSequence
 from haast.training.features import stream_examples
 from haast.training.findings import findings_table
-from haast.training.frozen import Frozen, choose_draft_vocab
 from haast.training.losses import teacher_loss
+from haast.training.target_weights import Frozen, choose_draft_vocab
 
 VOCAB, OPENING = 64, [3, 1, 4]
 CHECKS = {"features", "mask", "answers", "draft vocabulary", "learning", "engine", "template"}

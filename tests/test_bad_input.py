@@ -21,11 +21,11 @@ from transformers import GenerationConfig, GenerationMixin, LlamaForCausalLM, T5
 import haast
 from haast.api import Haast
 from haast.drafters.factory import head_drafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
-from haast.dropin.arguments import REFUSED_SETTINGS
 from haast.errors import HeadMismatchError, PromptError, UnsupportedArgumentError, UnsupportedModelError
-from haast.target import Target
+from haast.integrations.arguments import REFUSED_SETTINGS
+from haast.target.target import Target
 
 IDS = torch.tensor([[1, 2, 3, 4]])
 PLAIN: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}

@@ -16,19 +16,19 @@ from test_session import DRAFTERS
 from test_stack import KINDS, made
 
 from haast import native
-from haast.acceptance import RejectionRule
 from haast.core import Accepted, SamplingParams
 from haast.drafters.base import Drafter
+from haast.drafters.batch_policy import Way, Ways, usual_ways, way_for
 from haast.drafters.eagle import EagleDrafter, EagleState, _joined
 from haast.drafters.hybrid import HybridDrafter
-from haast.drafters.shape import DraftShape, shape_for
 from haast.drafters.small_model import SmallModelDrafter
+from haast.drafters.tree_shape import DraftShape, shape_for
 from haast.drafters.vanilla import VanillaDrafter
-from haast.drafters.ways import Way, Ways, usual_ways, way_for
-from haast.engine import Engine, Step, StopParams
-from haast.kv_pool import KVPool
-from haast.kv_pool import Sequence as KVSequence
-from haast.target import Target
+from haast.engine.engine import Engine, Step, StopParams
+from haast.engine.rules import RejectionRule
+from haast.target.kv_pool import KVPool
+from haast.target.kv_pool import Sequence as KVSequence
+from haast.target.target import Target
 from haast.tree import DraftTree
 from haast.tuning.policy import CostModel
 

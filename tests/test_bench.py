@@ -33,13 +33,13 @@ from haast.bench.vcurve import measure_v_curve
 from haast.cli import app
 from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, StopParams
+from haast.engine.engine import Engine, Stats, StopParams
 from haast.heads.checkpoint import Head, save_head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
-from haast.loops import loop_share
-from haast.target import Target
+from haast.repetition import loop_share
+from haast.target.target import Target
 
 ROW_KEYS = {
     "decoder",
@@ -308,7 +308,7 @@ def test_json_to_stdout_keeps_the_table_off_it(home: Path) -> None:
 def test_the_command_refuses_before_loading(
     home: Path, words: list[str], named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("haast.models.load_target", None)
+    monkeypatch.setattr("haast.target.load.load_target", None)
     begin = ["bench", "--model", str(home / "model"), "--head", str(home / "head")]
     result = CliRunner().invoke(app, [*begin, "--prompts", str(home / "prompts.jsonl"), *words])
     assert result.exit_code == 2 and named in result.stderr and result.stderr.count("\n") == 1

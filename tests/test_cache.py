@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from haast.cache import KVCache, cache_name
 from haast.errors import UnsupportedModelError
-from haast.kv_pool import BLOCK, KVPool, PoolFullError
-from haast.target import Target
+from haast.target.kv_cache import KVCache, cache_name
+from haast.target.kv_pool import BLOCK, KVPool, PoolFullError
+from haast.target.target import Target
 from haast.tree import DraftTree
 
 CLOSE = 1e-5  # stock norms compute in fp32

@@ -19,13 +19,13 @@ from haast.bench.calibrate import calibrate, choose, search
 from haast.bench.costs import draw, roofline_ms
 from haast.bench.plan import MACHINES, Machine, parse_machine, project
 from haast.core import SamplingParams
+from haast.drafters.batch_policy import Way, way_for
 from haast.drafters.calibrated import apply_calibration, default_path, find_calibration, identity
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
-from haast.drafters.ways import Way, way_for
-from haast.engine import Engine, Stats, StopParams
-from haast.speed.packing import PackedLinear
-from haast.target import Target
+from haast.drafters.tree_shape import DraftShape
+from haast.engine.engine import Engine, Stats, StopParams
+from haast.target.packing import PackedLinear
+from haast.target.target import Target
 from haast.tuning.calibration import Batch, Calibration
 
 PROMPTS = [[1, 2, 3, 4, 5], [9, 8, 7], [20, 21]]

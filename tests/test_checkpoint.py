@@ -18,7 +18,7 @@ from haast.drafters.eagle import EagleDrafter
 from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head, check_fits, load_head, read_head_config, save_head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
-from haast.target import Target
+from haast.target.target import Target
 
 DRAFT_VOCAB = torch.tensor([0, 2, 3, 9, VOCAB - 1])
 TENSORS = "model.safetensors"

@@ -19,17 +19,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
-from haast import models as models_module
 from haast.api import Haast
 from haast.cli import app, settings
-from haast.cli.boundary import check_writable, write_json
 from haast.core import RowVerdict, TokenChooser, Verdict
+from haast.engine.verify import verify
 from haast.errors import HaastWarning, LongContextWarning, PrecisionWarning
+from haast.files import check_writable, write_json
 from haast.heads.checkpoint import save_head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.prompts import read_json_lines
+from haast.target import load as models_module
 from haast.tree import DraftTree
-from haast.verify import verify
 
 SPECIAL = ["<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
@@ -200,7 +200,7 @@ def test_interrupt_keeps_what_was_said(home: Path, monkeypatch: pytest.MonkeyPat
             raise KeyboardInterrupt
         return verify(*words)
 
-    monkeypatch.setattr("haast.scheduler.verify", interrupted)
+    monkeypatch.setattr("haast.engine.scheduler.verify", interrupted)
     result = haast_run("generate", "Hello", *parts(home), "--max-new-tokens", 50)
     assert result.exit_code == 130
     assert len(result.stdout) > 1 and "tau" in result.stderr
@@ -234,7 +234,7 @@ def test_chat_survives_an_interrupted_answer(home: Path, monkeypatch: pytest.Mon
             raise KeyboardInterrupt
         return verify(*words)
 
-    monkeypatch.setattr("haast.scheduler.verify", interrupted)
+    monkeypatch.setattr("haast.engine.scheduler.verify", interrupted)
     result = haast_run("chat", *parts(home), "--max-new-tokens", 6, stdin="Hi\nGo on\n/exit\n")
     assert result.exit_code == 0, result.output
     assert "[cut short]" in result.stdout and result.stdout.count("> ") == 3
@@ -426,7 +426,7 @@ def test_verify_exits_1_on_a_planted_bug(home: Path, monkeypatch: pytest.MonkeyP
             rows.append(RowVerdict((0, child), (token, bonus), (True,)))
         return Verdict.of_rows(rows, tree.tokens.device)
 
-    monkeypatch.setattr("haast.scheduler.verify", credulous)
+    monkeypatch.setattr("haast.engine.scheduler.verify", credulous)
     words = ["--prompts", home / "prompts.jsonl", "--limit", 1, "--max-new-tokens", 12]
     result = haast_run("verify", *parts(home), *words, "--samples", 0)
     assert result.exit_code == 1, result.output
@@ -446,7 +446,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def loads(*_words: Any, **_more: Any) -> None:
         raise AssertionError("the model was loaded before the input was checked")
 
-    monkeypatch.setattr("haast.models.load_target", loads)
+    monkeypatch.setattr("haast.target.load.load_target", loads)
 
 
 @pytest.mark.usefixtures("no_loading")
@@ -550,7 +550,7 @@ def test_an_error_of_our_own_is_one_line_too(home: Path, monkeypatch: pytest.Mon
     def broken(*_: object, **__: object) -> None:
         raise KeyError("planted")
 
-    monkeypatch.setattr("haast.models.load_target", broken)
+    monkeypatch.setattr("haast.target.load.load_target", broken)
     result = haast_run("generate", "Hi", *parts(home))
     assert result.exit_code == 3 and result.stderr.count("\n") == 1
     assert "internal error" in result.stderr and "planted" in result.stderr
@@ -567,7 +567,7 @@ def test_a_warning_of_our_own_is_one_line_too(
         shown.append(warnings.formatwarning("planted", category, "models.py", 3))
         return real(*given, **more)
 
-    monkeypatch.setattr("haast.models.load_target", watched)
+    monkeypatch.setattr("haast.target.load.load_target", watched)
     assert haast_run("generate", "Hi", *parts(home)).exit_code == 0
     own = issubclass(category, HaastWarning)
     assert (shown == ["haast: warning: planted\n"]) == own and ("models.py" in shown[0]) != own
@@ -584,7 +584,7 @@ def test_what_libraries_log_at_import_stays_out_of_commands(
             logging.getLogger(name).error("broken in %s", name)
         return real(*given, **more)
 
-    monkeypatch.setattr("haast.models.load_target", watched)
+    monkeypatch.setattr("haast.target.load.load_target", watched)
     before = logging.getLogger("torchao").level
     assert haast_run("generate", "Hi", *parts(home)).exit_code == 0
     told = [record.getMessage() for record in caplog.records]
@@ -593,7 +593,9 @@ def test_what_libraries_log_at_import_stays_out_of_commands(
     assert logging.getLogger("torchao").level == before
 
 
-@pytest.mark.parametrize("begin", ["from haast import Haast", "import haast.engine; from haast.api import Haast"])
+@pytest.mark.parametrize(
+    "begin", ["from haast import Haast", "import haast.engine.engine; from haast.api import Haast"]
+)
 def test_the_library_says_nothing_while_it_is_imported_and_loads(home: Path, begin: str) -> None:
     """Where torchao is installed, transformers imports it, and it has a lot to tell."""
     code = f"import sys; {begin}; Haast.from_pretrained(sys.argv[1], head=None).generate('Hi', max_new_tokens=2)"

@@ -20,19 +20,19 @@ from fakes import RandomTrees, decode, full_texts, random_head, tiny_llama, tiny
 from test_families import VOCAB, stock
 
 from haast import Haast
-from haast.attention import tree_mask
 from haast.cli.settings import Loading
 from haast.cli.settings import compiling as telling
 from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, StopParams
-from haast.models import check_compile, load_target
-from haast.speed import compile as compiling
-from haast.speed.compile import CompiledLayers, cache_folder, layers_of, nodes_for, slots_for, wrapped
-from haast.speed.packing import pack_linears
-from haast.target import Target
+from haast.engine.engine import Engine, StopParams
+from haast.target import compiled as compiling
+from haast.target.attention import tree_mask
+from haast.target.compiled import CompiledLayers, cache_folder, layers_of, nodes_for, slots_for, wrapped
+from haast.target.load import check_compile, load_target
+from haast.target.packing import pack_linears
+from haast.target.target import Target
 from haast.tree import DraftTree
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]

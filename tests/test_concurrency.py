@@ -19,12 +19,12 @@ from torch import Tensor
 from haast.api import Haast
 from haast.core import SamplingParams, StopParams
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
 from haast.errors import CancelledError
 from haast.generation import Piece
 from haast.session import Session
-from haast.target import Target
+from haast.target.target import Target
 
 NEW = 12
 

@@ -162,6 +162,6 @@ def test_an_alarm_is_in_the_metrics_and_on_the_terminal(tmp_path: Path, capsys: 
 
 
 def test_neither_package_is_loaded_before_a_run() -> None:
-    code = "import sys, haast.cli.trainrun; print(sorted({'matplotlib', 'tensorboard'} & set(sys.modules)))"
+    code = "import sys, haast.training.run; print(sorted({'matplotlib', 'tensorboard'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr

@@ -32,7 +32,7 @@ from transformers.generation.streamers import BaseStreamer
 import haast
 from haast.drafters.small_model import SmallModelDrafter
 from haast.sampling import keyed_uniform
-from haast.target import Target
+from haast.target.target import Target
 
 VOCAB, PAD = 32, 0
 WIDER = 48  # a self-hashing watermark tries 40 tokens

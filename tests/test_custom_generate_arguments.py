@@ -27,15 +27,15 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import haast
-from haast.cache import CACHE_NAMES, cache_name
 from haast.drafters.vanilla import VanillaDrafter
-from haast.dropin import arguments, signature_hook
-from haast.dropin.arguments import REFUSED_ARGUMENTS, REFUSED_SETTINGS, refuse_settings, unknown_settings
-from haast.dropin.supported_args import HONOURED_SETTINGS, IDLE_SETTINGS, PARAMETERS
 from haast.errors import HeadMismatchError, PromptError, UnsupportedArgumentError, UnsupportedModelError
 from haast.heads.checkpoint import save_head
-from haast.models import DEFAULT_MODEL, load_stock
-from haast.target import Target
+from haast.integrations import arguments, signature_hook
+from haast.integrations.arguments import REFUSED_ARGUMENTS, REFUSED_SETTINGS, refuse_settings, unknown_settings
+from haast.integrations.supported_args import HONOURED_SETTINGS, IDLE_SETTINGS, PARAMETERS
+from haast.target.kv_cache import CACHE_NAMES, cache_name
+from haast.target.load import DEFAULT_MODEL, load_stock
+from haast.target.target import Target
 
 PAGE = Path(__file__).parents[1] / "docs" / "drop-in.md"
 PINS = Path(__file__).parents[1] / "constraints.txt"
@@ -313,7 +313,7 @@ def test_the_memory_of_a_call_does_not_wait_for_the_garbage_collector(
         made.append(weakref.ref(target))
         return target
 
-    monkeypatch.setattr("haast.dropin.model_lock.Target", noted)
+    monkeypatch.setattr("haast.integrations.model_lock.Target", noted)
     gc.collect()
     gc.disable()
     try:

@@ -25,15 +25,15 @@ from transformers.generation.streamers import BaseStreamer
 
 import haast
 from haast.core import SamplingParams, StopParams
-from haast.drafters.lookup import SuffixDrafter
 from haast.drafters.medusa import MedusaDrafter
+from haast.drafters.ngram import SuffixDrafter
 from haast.drafters.vanilla import VanillaDrafter
-from haast.dropin.rows import Criteria, Ends, RowChooser
-from haast.engine import Engine
+from haast.engine.engine import Engine
+from haast.engine.scheduler import Scheduler
 from haast.errors import UnsupportedArgumentError
+from haast.integrations.rows import Criteria, Ends, RowChooser
 from haast.sampling import choose_nodes
-from haast.scheduler import Scheduler
-from haast.target import Target
+from haast.target.target import Target
 
 IDS = torch.tensor([[1, 2, 3, 4]])
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": PAD}
@@ -121,7 +121,7 @@ def walks(model: Any, monkeypatch: pytest.MonkeyPatch, **given: Any) -> bool:
         raise InterruptedError("a walk")
 
     with monkeypatch.context() as patched:
-        patched.setattr("haast.verify._walk", refuse)
+        patched.setattr("haast.engine.verify._walk", refuse)
         try:
             run(model, **given)
         except InterruptedError:

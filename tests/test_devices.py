@@ -20,19 +20,19 @@ from transformers.utils import logging
 from typer.testing import CliRunner
 
 import haast
-from haast.cache import KVCache
 from haast.cli import app
 from haast.core import SamplingParams
 from haast.drafters.calibrated import identity
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.lookahead import LookaheadDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.tree_shape import DraftShape
 from haast.errors import HeadMismatchError, UnsupportedModelError
 from haast.heads.checkpoint import Head
-from haast.kv_pool import KVPool
-from haast.placement import dispatched, execution_device, layer_devices
-from haast.spreading import Spread
-from haast.target import Target
+from haast.target.device_map import dispatched, execution_device, layer_devices
+from haast.target.kv_cache import KVCache
+from haast.target.kv_pool import KVPool
+from haast.target.parallel_config import Spread
+from haast.target.target import Target
 from haast.tree import DraftTree
 
 IN_MEMORY = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}

@@ -27,14 +27,15 @@ from test_cli import save_random_head, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from haast import api, models
+from haast import api
 from haast.cli import app
 from haast.drafters import factory
-from haast.dropin import decoder
 from haast.errors import PrecisionWarning
 from haast.heads.checkpoint import save_head
 from haast.heads.medusa import MedusaConfig, MedusaHeads
-from haast.models import DEFAULT_MODEL, ModelSource
+from haast.integrations import decoder
+from haast.target import load as models
+from haast.target.load import DEFAULT_MODEL, ModelSource
 
 ROOT = Path(__file__).parent.parent
 # A tiny head has seen tiny texts.

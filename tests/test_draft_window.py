@@ -12,22 +12,22 @@ from fakes import tiny_target, vanilla
 from torch import Tensor
 
 from haast import native
-from haast.cache import KVCache
 from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter, EagleState
-from haast.drafters.forwards import Flight
-from haast.drafters.quick import QuickDraft
-from haast.drafters.shape import DraftShape
+from haast.drafters.head_runner import Flight
+from haast.drafters.native_draft import QuickDraft
+from haast.drafters.tree_shape import DraftShape
 from haast.drafters.window import DraftWindow
-from haast.engine import Engine, StopParams
+from haast.engine.engine import Engine, StopParams
 from haast.heads.checkpoint import Head
 from haast.heads.eagle3 import Eagle3Config, Eagle3Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
-from haast.speed.fusing import fuse_small_modules
-from haast.speed.packing import pack_linears
 from haast.stats import Stats
-from haast.target import Target
+from haast.target.fusing import fuse_small_modules
+from haast.target.kv_cache import KVCache
+from haast.target.packing import pack_linears
+from haast.target.target import Target
 from haast.tree import DraftTree
 
 SHAPE = DraftShape(depth=3, top_k=3, width=3, nodes=10)

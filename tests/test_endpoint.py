@@ -20,14 +20,14 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from haast.cli import app
-from haast.models import load_tokenizer
 from haast.prompts import Prompt
+from haast.target.load import load_tokenizer
 from haast.training import answers
 from haast.training.answers import read_answers
-from haast.training.asking import Outcome, RegenerateConfig
 from haast.training.chat import encode_prompt
 from haast.training.data import encode_answers
 from haast.training.endpoint import EndpointConfig, regenerate_from_endpoint
+from haast.training.generation_queue import Outcome, RegenerateConfig
 
 TOKENIZER = family("smollm2")
 END = int(TOKENIZER.eos_token_id or 0)

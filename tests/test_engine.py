@@ -29,16 +29,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from haast.cache import KVCache
 from haast.core import Accepted, Emission, RowVerdict, SamplingParams, StopParams, Verdict
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine
+from haast.engine.engine import Engine
 from haast.errors import PromptError
 from haast.heads.checkpoint import Head
 from haast.stats import Stats
-from haast.target import Target
+from haast.target.kv_cache import KVCache
+from haast.target.target import Target
 from haast.tree import DraftTree
 
 PROMPT = [4, 8, 15]

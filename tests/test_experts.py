@@ -21,15 +21,15 @@ from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.lookahead import LookaheadDrafter
-from haast.drafters.lookup import PromptLookupDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.ngram import PromptLookupDrafter
+from haast.drafters.tree_shape import DraftShape
 from haast.heads.checkpoint import Head
 from haast.heads.module import DraftModule
-from haast.target import Target
+from haast.target.target import Target
 from haast.training.config import TrainConfig
 from haast.training.features import stream_examples
-from haast.training.frozen import Frozen
 from haast.training.initialise import why_not_last_layer
+from haast.training.target_weights import Frozen
 from haast.training.trainer import Trainer
 
 EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe"]

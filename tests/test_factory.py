@@ -22,6 +22,7 @@ from haast.cli import app
 from haast.core import SamplingParams
 from haast.drafters import factory
 from haast.drafters.base import Drafter
+from haast.drafters.batch_policy import gain_of, measured_ways, nodes_for, way_for
 from haast.drafters.draft_cost import draft_ms, eagle_cost, small_model_cost
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.factory import (
@@ -36,14 +37,13 @@ from haast.drafters.factory import (
 )
 from haast.drafters.hybrid import HybridDrafter
 from haast.drafters.medusa import MedusaDrafter
-from haast.drafters.shape import CPU_NODES, DraftShape
 from haast.drafters.small_model import SmallModelDrafter
+from haast.drafters.tree_shape import CPU_NODES, DraftShape
 from haast.drafters.vanilla import VanillaDrafter
-from haast.drafters.ways import gain_of, measured_ways, nodes_for, way_for
 from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head, save_head
-from haast.models import DEFAULT_MODEL, load_target
-from haast.target import Target
+from haast.target.load import DEFAULT_MODEL, load_target
+from haast.target.target import Target
 from haast.tuning import latency as latencies
 from haast.tuning.latency import Latency, latency_of, measure_forwards, smoothed, target_identity
 
@@ -404,7 +404,7 @@ def test_the_command_line_takes_every_drafter(home: Path) -> None:
 def test_the_command_line_refuses_before_loading(
     home: Path, words: tuple[str, ...], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("haast.models.load_target", None)
+    monkeypatch.setattr("haast.target.load.load_target", None)
     result = run(home, *words)
     assert result.exit_code == 2 and told in result.stderr and result.stderr.count("\n") == 1, result.output
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
-from haast.engine import Stats
+from haast.drafters.tree_shape import DraftShape
+from haast.engine.engine import Stats
 from haast.errors import UnsupportedModelError
-from haast.target import Target
+from haast.target.target import Target
 from haast.tree import DraftTree
 
 VOCAB = 48

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from haast import native
-from haast.speed.fusing import FusedRMSNorm, FusedSwiGLU, fuse_small_modules
-from haast.speed.packing import PackedLinear, pack_linears
+from haast.target.fusing import FusedRMSNorm, FusedSwiGLU, fuse_small_modules
+from haast.target.packing import PackedLinear, pack_linears
 
 needs_kernels = pytest.mark.skipif(not native.available(), reason="no native kernels")
 SIZES: dict[str, Any] = {

@@ -13,7 +13,7 @@ from gguf import GGUFWriter
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from haast import models
+from haast.target import load as models
 
 # Names in the file, of a layer and outside.
 LAYER = {

@@ -16,32 +16,32 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, StopParams
+from haast.engine.engine import Engine, StopParams
 from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head, load_head, save_head
 from haast.heads.config import HeadConfig
 from haast.heads.eagle3 import Eagle3Config, default_layers
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.heads.module import DraftModule
-from haast.speed.fusing import fuse_small_modules
-from haast.speed.packing import pack_linears
-from haast.target import Target
+from haast.target.fusing import fuse_small_modules
+from haast.target.packing import pack_linears
+from haast.target.target import Target
 from haast.training import initialise
-from haast.training.alignment import chain_passes
 from haast.training.batches import Example, PackedBatch, pack
 from haast.training.bigrams import bigram_directions
 from haast.training.config import TrainConfig
 from haast.training.data import TokenSequence
+from haast.training.factory import make_head
 from haast.training.features import ShardIdentity, extract, read_shards, stream_examples
-from haast.training.frozen import Frozen
 from haast.training.losses import teacher_loss
-from haast.training.making import make_head
+from haast.training.normalized_head import TrainedHead, load_plain, plain_weights
 from haast.training.objective import Objective
 from haast.training.selftest import overfit_self_test
+from haast.training.target_weights import Frozen
 from haast.training.trainer import Trainer
-from haast.training.whitened import TrainedHead, load_plain, plain_weights
+from haast.training.training_time_test import chain_passes
 
 VOCAB, HIDDEN, LAYERS = 60, 32, (1, 2, 3)
 DRAFTED = torch.arange(2, 50)

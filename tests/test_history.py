@@ -18,16 +18,16 @@ from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.hybrid import HybridDrafter, with_matches
 from haast.drafters.lookahead import LookaheadDrafter, LookaheadState, NgramPool
-from haast.drafters.lookup import PromptLookupDrafter, SuffixAutomaton, SuffixDrafter, SuffixIndex
+from haast.drafters.ngram import PromptLookupDrafter, SuffixAutomaton, SuffixDrafter, SuffixIndex
 from haast.drafters.paths import PathTree, pack_rows
-from haast.drafters.shape import DraftShape
 from haast.drafters.small_model import SmallModelDrafter
+from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine
+from haast.engine.engine import Engine
 from haast.errors import HeadMismatchError
-from haast.kv_pool import KVPool
 from haast.stats import Stats
-from haast.target import Target
+from haast.target.kv_pool import KVPool
+from haast.target.target import Target
 from haast.tree import DraftTree
 
 CPU = torch.device("cpu")

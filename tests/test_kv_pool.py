@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from haast.errors import KVPoolError
-from haast.kv_pool import BLOCK, KVPool, PoolFullError, Sequence
+from haast.target.kv_pool import BLOCK, KVPool, PoolFullError, Sequence
 
 
 class Text:

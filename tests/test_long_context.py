@@ -21,15 +21,15 @@ from haast.bench.suite_tables import _lengths
 from haast.cli.settings import PREFILL_CHUNK as TOLD_CHUNK
 from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import PREFILL_CHUNK, Engine, Stats, StopParams
+from haast.engine.engine import PREFILL_CHUNK, Engine, Stats, StopParams
 from haast.errors import HeadMismatchError, LongContextWarning
 from haast.heads.checkpoint import Head, load_head, save_head
-from haast.speed.fusing import fuse_small_modules
-from haast.speed.packing import pack_linears
 from haast.stats import bucket_bounds, bucket_of
-from haast.target import Target
+from haast.target.fusing import fuse_small_modules
+from haast.target.packing import pack_linears
+from haast.target.target import Target
 from haast.training.data import TokenSequence
 from haast.training.features import stream_examples
 
@@ -103,7 +103,7 @@ QUICK = ("vanilla", "eagle", "small-model")
 )
 def test_nothing_is_as_large_as_the_prompt_squared(name: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What grows fastest is scores of a chunk over the prompt: heads * chunk * positions."""
-    monkeypatch.setattr("haast.target._MOST_TOKENS", 1024)  # the KV pool is one tensor, whatever it holds
+    monkeypatch.setattr("haast.target.target._MOST_TOKENS", 1024)  # the KV pool is one tensor, whatever it holds
     if path == "native" and not native.available():
         pytest.skip(native.why_not())
     found = []

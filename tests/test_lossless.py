@@ -34,18 +34,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from haast import scheduler
 from haast.core import RowVerdict, SamplingParams, StopParams, TokenChooser, Verdict
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine
+from haast.engine import scheduler
+from haast.engine.engine import Engine
+from haast.engine.verify import Failures, verify
 from haast.sampling import Sampler, keyed_uniform
 from haast.stats import Stats
-from haast.target import Target
+from haast.target.target import Target
 from haast.tree import DraftTree
-from haast.verify import Failures, verify
 
 NEW = 16
 

@@ -19,22 +19,22 @@ from haast.core import Accepted, SamplingParams
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.factory import head_drafter
 from haast.drafters.medusa import MedusaDrafter
-from haast.drafters.shape import DraftShape, likeliest_paths
+from haast.drafters.tree_shape import DraftShape, likeliest_paths
 from haast.errors import HeadMismatchError
 from haast.heads import checkpoint
 from haast.heads.checkpoint import Head, load_head, save_head
 from haast.heads.medusa import MedusaConfig, MedusaHeads
-from haast.kv_pool import KVPool
-from haast.speed.packing import pack_linears
-from haast.target import Target
+from haast.target.kv_pool import KVPool
+from haast.target.packing import pack_linears
+from haast.target.target import Target
 from haast.training.batches import Example, pack
 from haast.training.config import TrainConfig
 from haast.training.data import TokenSequence
+from haast.training.factory import make_head, make_objective
 from haast.training.features import stream_examples
-from haast.training.frozen import Frozen
-from haast.training.making import make_head, make_objective
 from haast.training.medusa import WhitenedMedusa, rank_accuracies
 from haast.training.selftest import overfit_self_test
+from haast.training.target_weights import Frozen
 from haast.tree import DraftTree
 
 ACCURACIES = [[0.6, 0.2, 0.1], [0.4, 0.3, 0.1], [0.3, 0.1, 0.1]]

@@ -15,18 +15,18 @@ import pytest
 import torch
 from fakes import random_head, tiny_llama, tiny_target, vanilla
 
-from haast import models
 from haast.api import Haast
 from haast.core import Request, SamplingParams, StopParams
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine
+from haast.engine.engine import Engine
+from haast.engine.scheduler import Scheduler
 from haast.errors import CancelledError, KVPoolError, PromptError, QueueFullError
-from haast.kv_pool import BLOCK
-from haast.scheduler import Scheduler
-from haast.target import Target
+from haast.target import load as models
+from haast.target.kv_pool import BLOCK
+from haast.target.target import Target
 
 DRAFTERS: dict[str, Callable[[Target], Drafter]] = {
     "vanilla": lambda target: VanillaDrafter(),

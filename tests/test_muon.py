@@ -21,15 +21,15 @@ from transformers import LlamaConfig
 from haast.heads.config import HeadSizes
 from haast.heads.eagle3 import Eagle3Config
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
-from haast.target import Target
+from haast.target.target import Target
 from haast.training import muon
 from haast.training.batches import Example, pack
 from haast.training.config import TrainConfig
+from haast.training.factory import make_head, make_objective
 from haast.training.features import stream_examples
-from haast.training.frozen import Frozen
-from haast.training.making import make_head, make_objective
 from haast.training.muon import COEFFICIENTS, Muon, orthogonalised, symmetric_product
 from haast.training.optimizer import HeadOptimizer
+from haast.training.target_weights import Frozen
 from haast.training.trainer import Trainer
 
 SHAPES = [(96, 96), (64, 80), (70, 200), (300, 65), (130, 97), (5, 9)]

@@ -28,11 +28,11 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from haast import native
-from haast.kv_pool import BLOCK
 from haast.native.library import thread_count
-from haast.speed.fusing import fuse_small_modules
-from haast.speed.packing import PackedLinear, pack_linears
-from haast.speed.stack import NativeStack
+from haast.target.fusing import fuse_small_modules
+from haast.target.kv_pool import BLOCK
+from haast.target.native_cpu import NativeStack
+from haast.target.packing import PackedLinear, pack_linears
 
 needs_native = pytest.mark.skipif(not native.available(), reason=native.why_not())
 SIZES = [1, 15, 16, 17, 100, 577]

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from haast.core import Request, RowVerdict, SamplingParams, StopParams
-from haast.drafters.lookup import PromptLookupDrafter, SuffixDrafter
-from haast.engine import Engine, Step
+from haast.drafters.ngram import PromptLookupDrafter, SuffixDrafter
+from haast.engine.engine import Engine, Step
 from haast.sampling import Sampler, keyed_uniform
 from haast.tuning.latency import Latency
 from haast.tuning.online import DraftSize, MatchOdds, OnlinePolicy, best_chain, chances_of

@@ -10,14 +10,14 @@ from haast import native
 from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, StopParams
+from haast.engine.engine import Engine, Stats, StopParams
 from haast.heads.checkpoint import Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
-from haast.speed.fusing import fuse_small_modules
-from haast.speed.packing import pack_linears
-from haast.target import Target
+from haast.target.fusing import fuse_small_modules
+from haast.target.packing import pack_linears
+from haast.target.target import Target
 from haast.tree import DraftTree
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no native kernels")

@@ -12,12 +12,12 @@ from test_stack import KINDS, made
 from haast import native
 from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, Step, StopParams
+from haast.engine.engine import Engine, Stats, Step, StopParams
 from haast.heads.checkpoint import Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
-from haast.target import Target
+from haast.target.target import Target
 from haast.tree import DraftTree
 from haast.tuning.policy import CostModel, interpolate
 

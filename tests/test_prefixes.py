@@ -20,12 +20,12 @@ from haast.api import Haast
 from haast.core import Accepted
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.forwards import HeadForward
+from haast.drafters.head_runner import HeadForward
 from haast.drafters.hybrid import HybridDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
-from haast.kv_pool import BLOCK
-from haast.target import Target
+from haast.target.kv_pool import BLOCK
+from haast.target.target import Target
 
 SYSTEM, OWN, PROMPTS = 800, 12, 20
 DRAFTERS: dict[str, Callable[[Target], Drafter]] = {

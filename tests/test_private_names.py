@@ -1,4 +1,4 @@
-"""What is private in transformers, torch and other libraries is touched in `haast.seams` alone.
+"""What is private in transformers, torch and other libraries is touched in `haast.compat` alone.
 
 The rule, by syntax: an underscore name is read or written only where Haast itself defines it. On `self`, `cls` and
 `super()` it may be defined anywhere in Haast, on other objects in the same file; and on those, or from another file, it
@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 import haast
 
 SOURCE = Path(haast.__file__).parent
-FILES = sorted(path for path in SOURCE.rglob("*.py") if path.name != "seams.py")
+FILES = sorted(path for path in SOURCE.rglob("*.py") if path.name != "compat.py")
 OWN = {"self", "cls"}
 STRINGS = {"_by_depth", "_by_length"}  # ends of words, which only look private
 
@@ -108,12 +108,12 @@ def everywhere() -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_only_the_seams_touch_private_names(path: Path, everywhere: set[str]) -> None:
-    assert complaints(path.read_text(encoding="utf-8"), everywhere) == [], "put it into haast/seams.py"
+    assert complaints(path.read_text(encoding="utf-8"), everywhere) == [], "put it into haast/compat.py"
 
 
 def test_the_seams_themselves_would_be_seen(everywhere: set[str]) -> None:
-    """The rule finds every private name that the seams touch."""
-    found = " ".join(complaints((SOURCE / "seams.py").read_text(encoding="utf-8"), everywhere))
+    """The rule finds every private name that the compat touch."""
+    found = " ".join(complaints((SOURCE / "compat.py").read_text(encoding="utf-8"), everywhere))
     for name in (
         "_attn_implementation", "_supports_sdpa", "_is_stateful", "_pad_token_tensor", "_prefix_allowed_tokens_fn",
         "_extract_generation_mode_kwargs", "_getframe", "_hf_hook", "_parameters",
@@ -149,7 +149,7 @@ def test_a_private_name_is_seen(line: str, everywhere: set[str]) -> None:
     [
         "class Own:\n    def copy(self):\n        made = Own()\n        made._a = self._a = 1\n        return made._a",
         "def f():\n    '''_documentation'''\n    _ = 1",
-        "from haast.cache import KVCache",
+        "from haast.target.kv_cache import KVCache",
         "def f(own): return own.__dict__",
     ],
 )

@@ -15,13 +15,13 @@ from fakes import tiny_llama
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from haast import attention, probe
-from haast.cache import KVCache
 from haast.errors import UnsupportedModelError
-from haast.forward import ModuleForward
-from haast.probe import Gap, gaps
-from haast.support import choose_attention
-from haast.target import Target
+from haast.target import attention, probe
+from haast.target.hf import ModuleForward
+from haast.target.kv_cache import KVCache
+from haast.target.probe import Gap, gaps
+from haast.target.support import choose_attention
+from haast.target.target import Target
 from haast.tree import DraftTree
 
 HELD: dict[str, Any] = json.loads((Path(__file__).parent.parent / "results/zoo.json").read_text(encoding="utf-8"))

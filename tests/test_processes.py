@@ -24,7 +24,7 @@ import torch
 torch.set_num_threads(1)
 import test_heads as tiny
 from haast.training.config import TrainConfig
-from haast.training.frozen import Frozen
+from haast.training.target_weights import Frozen
 from haast.training.trainer import Trainer
 
 out, accumulate, shard, views, resume = Path(sys.argv[1]), int(sys.argv[2]), *map(int, sys.argv[3:])

@@ -18,15 +18,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 import haast
 from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
-from haast.engine import Engine, StopParams
+from haast.drafters.tree_shape import DraftShape
+from haast.engine.engine import Engine, StopParams
 from haast.errors import HeadMismatchError, PrecisionWarning, UnsupportedModelError
 from haast.heads import precision as of_heads
 from haast.heads.checkpoint import Head
-from haast.models import load_target
-from haast.precision import TORCHAO, quantisation, quantise, weight_rows
-from haast.speed.packing import PackedLinear
-from haast.target import Target
+from haast.target.load import load_target
+from haast.target.packing import PackedLinear
+from haast.target.precision import TORCHAO, quantisation, quantise, weight_rows
+from haast.target.target import Target
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [[1, 2, 3], [9, 8, 7, 6, 5], [4]]

@@ -21,17 +21,17 @@ from torch.torch_version import TorchVersion
 from transformers import GenerationConfig
 
 import haast
-from haast.acceptance import rule_named
 from haast.checking import diagnose
 from haast.core import SamplingParams
 from haast.drafters.base import Accepted, Drafter
-from haast.drafters.shape import shape_for
 from haast.drafters.small_model import SmallModelDrafter
-from haast.engine import Engine, StopParams
+from haast.drafters.tree_shape import shape_for
+from haast.engine.engine import Engine, StopParams
+from haast.engine.rules import rule_named
 from haast.errors import HeadMismatchError
-from haast.kv_pool import Sequence as KVSequence
-from haast.spreading import Spread
-from haast.target import Target
+from haast.target.kv_pool import Sequence as KVSequence
+from haast.target.parallel_config import Spread
+from haast.target.target import Target
 from haast.tree import DraftTree
 
 # Both processes run it; each writes what it said. What differs between them on purpose is named at the end.
@@ -48,16 +48,16 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 import haast
 from fakes import decode, random_head, vanilla
-from haast.acceptance import rule_named
+from haast.engine.rules import rule_named
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.lookup import SuffixDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.ngram import SuffixDrafter
+from haast.drafters.tree_shape import DraftShape
 from haast.drafters.small_model import SmallModelDrafter
-from haast.engine import Engine, StopParams
+from haast.engine.engine import Engine, StopParams
 from haast.errors import PromptError, UnsupportedModelError
 from haast.core import SamplingParams
 from haast.tuning.policy import CostModel
-from haast.target import Target
+from haast.target.target import Target
 from fakes import collect, tiny_llama, tiny_target
 from torch.distributed.fsdp import fully_shard
 
@@ -219,7 +219,7 @@ import json, sys
 from pathlib import Path
 import torch.distributed as dist
 import haast
-from haast.drafters.shape import shape_for
+from haast.drafters.tree_shape import shape_for
 
 haast = haast.Haast.from_pretrained(tensor_parallel=True, shape=shape_for(6))
 said = [list(haast.generate(prompt, max_new_tokens=48).tokens) for prompt in json.loads(sys.argv[2])]

@@ -23,13 +23,13 @@ from torch import Tensor
 from haast import native
 from haast.core import Processor, Request, RequestState, SamplingParams, StopParams
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Step, raise_error
+from haast.engine.engine import Engine, Step, raise_error
 from haast.sampling import Sampler, keyed_uniform
-from haast.speed.fusing import fuse_small_modules
-from haast.speed.packing import pack_linears
-from haast.target import Target
+from haast.target.fusing import fuse_small_modules
+from haast.target.packing import pack_linears
+from haast.target.target import Target
 
 FAMILIES = ("llama", "gpt2", "qwen3", "mistral-sliding")
 VOCAB = 48

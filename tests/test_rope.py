@@ -13,15 +13,15 @@ from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, LlamaForCaus
 from haast import native
 from haast.core import SamplingParams, StopParams
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
-from haast.engine import Engine, Step
+from haast.drafters.tree_shape import DraftShape
+from haast.engine.engine import Engine, Step
 from haast.heads.checkpoint import Head
 from haast.heads.config import HeadConfig, rope_of
 from haast.heads.eagle3 import Eagle3Config, Eagle3Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
-from haast.speed.fusing import fuse_small_modules
-from haast.speed.packing import pack_linears
-from haast.target import Target
+from haast.target.fusing import fuse_small_modules
+from haast.target.packing import pack_linears
+from haast.target.target import Target
 from haast.tree import DraftTree
 
 CONTEXT = 128

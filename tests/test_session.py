@@ -24,23 +24,22 @@ from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.hybrid import HybridDrafter
 from haast.drafters.lookahead import LookaheadDrafter
-from haast.drafters.lookup import PromptLookupDrafter, SuffixDrafter
 from haast.drafters.medusa import MedusaDrafter
-from haast.drafters.shape import DraftShape, shape_for
+from haast.drafters.ngram import PromptLookupDrafter, SuffixDrafter
 from haast.drafters.small_model import SmallModelDrafter
+from haast.drafters.tree_shape import DraftShape, shape_for
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, StopParams
+from haast.engine.engine import Engine, Stats, StopParams
 from haast.errors import CancelledError, PromptError, QueueFullError
 from haast.generation import Generation
 from haast.heads.checkpoint import Head
 from haast.heads.eagle3 import Eagle3Config, Eagle3Head
 from haast.inputs import Message
-from haast.kv_pool import BLOCK
 from haast.session import Session, Sessions
-from haast.speed.fusing import fuse_small_modules
-from haast.speed.packing import PackedLinear, pack_linears
-from haast.target import Target
-from haast.tokens import common_length
+from haast.target.fusing import fuse_small_modules
+from haast.target.kv_pool import BLOCK, common_length
+from haast.target.packing import PackedLinear, pack_linears
+from haast.target.target import Target
 
 
 def eagle3(target: Target) -> Head:

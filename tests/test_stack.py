@@ -24,19 +24,19 @@ from haast import native
 from haast.core import Accepted, SamplingParams
 from haast.drafters.draft_lm import draft_lm_head
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.growth import Growth, best_places
-from haast.drafters.quick import QuickDraft
-from haast.drafters.shape import DraftShape, Plan, plan
+from haast.drafters.native_draft import QuickDraft
+from haast.drafters.tree_builder import Growth, best_places
+from haast.drafters.tree_shape import DraftShape, Plan, plan
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, StopParams
+from haast.engine.engine import Engine, StopParams
 from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
-from haast.kv_pool import BLOCK
-from haast.speed.fusing import fuse_small_modules
-from haast.speed.packing import pack_linears
-from haast.speed.stack import NativeStack
-from haast.target import Target, TargetOutput
+from haast.target.fusing import fuse_small_modules
+from haast.target.kv_pool import BLOCK
+from haast.target.native_cpu import NativeStack
+from haast.target.packing import pack_linears
+from haast.target.target import Target, TargetOutput
 from haast.tree import DraftTree
 from haast.tuning.policy import CostModel
 

@@ -34,7 +34,7 @@ from haast.bench.runner import BenchPrompt, Difference, Record, differences
 from haast.bench.suite import Answer, Turn, order
 from haast.bench.suite_tables import suite_markdown
 from haast.cli import app
-from haast.engine import Stats
+from haast.engine.engine import Stats
 from haast.heads.checkpoint import save_head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.heads.medusa import MedusaConfig, MedusaHeads
@@ -511,7 +511,7 @@ def test_decoders_with_parts_of_their_own_are_told_apart(home: Path, tmp_path: P
 def test_the_command_refuses_before_loading(
     home: Path, tmp_path: Path, words: list[object], named: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("haast.models.load_target", None)
+    monkeypatch.setattr("haast.target.load.load_target", None)
     refused(bench(home, tmp_path / "out", *words), *named)
 
 

@@ -16,14 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from haast.core import Accepted, RowVerdict, SamplingParams, StopParams
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine
+from haast.engine.engine import Engine
+from haast.engine.scheduler import Scheduler
+from haast.engine.verify import verify
 from haast.sampling import Sampler
-from haast.scheduler import Scheduler
-from haast.target import Target
+from haast.target.target import Target
 from haast.tree import DraftTree
-from haast.verify import verify
 
 # What makes the host wait for the device, or has a shape that only the device knows.
 READS = {

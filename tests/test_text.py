@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from haast.api import Haast
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
+from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
 from haast.errors import PromptError
-from haast.target import Target
+from haast.target.target import Target
 from haast.text import StopWatch, TextStream
 
 END = "<end>"

@@ -24,9 +24,9 @@ from haast.cli.trace import show_trace
 from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, Step, StopParams
+from haast.engine.engine import Engine, Stats, Step, StopParams
 from haast.sampling import Sampler
-from haast.target import Target
+from haast.target.target import Target
 from haast.text import token_text
 
 PROMPT = [3, 9, 27, 5, 15]

@@ -23,20 +23,20 @@ from haast.errors import HeadMismatchError
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.prompts import Prompt, read_prompts
 from haast.sampling import Sampler, choose_nodes, keyed_uniform
-from haast.speed.fusing import fuse_small_modules
-from haast.speed.packing import pack_linears
-from haast.target import Target
+from haast.target.fusing import fuse_small_modules
+from haast.target.packing import pack_linears
+from haast.target.target import Target
 from haast.training import answers, features, initialise, regenerate, trainer
-from haast.training.alignment import chain_passes
 from haast.training.answers import read_answers
-from haast.training.asking import Question, RegenerateConfig
 from haast.training.batches import BatchOrder, Example, PackedBatch, pack
 from haast.training.chat import encode_prompt
 from haast.training.config import TrainConfig
 from haast.training.data import TokenSequence, describe_supervised, encode_answer
+from haast.training.generation_queue import Question, RegenerateConfig
 from haast.training.losses import teacher_loss
+from haast.training.normalized_head import Scales, WhitenedHead, load_plain, plain_weights
 from haast.training.selftest import overfit_self_test
-from haast.training.whitened import Scales, WhitenedHead, load_plain, plain_weights
+from haast.training.training_time_test import chain_passes
 from haast.tree import DraftTree
 
 VOCAB, HIDDEN, END = 64, 32, 2

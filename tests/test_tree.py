@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from haast.attention import tree_mask
+from haast.target.attention import tree_mask
 from haast.tree import DraftTree
 
 NODES = 12

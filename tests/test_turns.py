@@ -18,17 +18,17 @@ from typer.testing import CliRunner, Result
 from haast.cli import app
 from haast.core import Request, SamplingParams
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
-from haast.loops import LOOP_SHARE, loop_share, loops
+from haast.drafters.tree_shape import DraftShape
+from haast.engine.scheduler import Scheduler
 from haast.prompts import Prompt
+from haast.repetition import LOOP_SHARE, loop_share, loops
 from haast.sampling import Sampler, inverse_cdf
-from haast.scheduler import Scheduler
-from haast.target import Target
+from haast.target.target import Target
 from haast.training import answers, features
 from haast.training.answers import read_answers
-from haast.training.asking import Outcome, Question, Questions, RegenerateConfig
 from haast.training.chat import encode_prompt
 from haast.training.data import encode_answer
+from haast.training.generation_queue import Outcome, Question, Questions, RegenerateConfig
 from haast.training.regenerate import regenerate
 
 TOKENIZER = family("smollm2")

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from haast.core import RowVerdict, SamplingParams, Verdict
+from haast.engine.verify import Failures, check_possible, verify
 from haast.errors import PromptError
 from haast.sampling import Sampler
 from haast.tree import DraftTree
-from haast.verify import Failures, check_possible, verify
 
 VOCAB = 5
 

@@ -23,11 +23,11 @@ from worker import PEERS
 
 from haast.api import Haast
 from haast.bench.report import machine
-from haast.cli.boundary import write_json
 from haast.drafters.vanilla import VanillaDrafter
-from haast.models import load_target
+from haast.files import write_json
 from haast.progress import Progress
 from haast.prompts import read_prompts
+from haast.target.load import load_target
 
 _WARMUP = 16  # tokens
 _LISTED = {

@@ -19,8 +19,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from haast.models import DEFAULT_MODEL, config_on_disk, load_tokenizer
 from haast.progress import Progress
+from haast.target.load import DEFAULT_MODEL, config_on_disk, load_tokenizer
 
 _KINDS = {
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),

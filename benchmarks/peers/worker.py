@@ -24,7 +24,7 @@ def haast(kind: str, weights: Path, threads: int) -> Answer:
 
     from haast.api import Haast
     from haast.core import SamplingParams
-    from haast.engine import Engine, StopParams
+    from haast.engine.engine import Engine, StopParams
 
     torch.set_num_threads(threads)
     packing = "int8" if kind.endswith("int8") else "auto"

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from haast.api import Haast
     from haast.core import SamplingParams
-    from haast.drafters.shape import DraftShape
-    from haast.dropin.decoder import Decoder, custom_generate
+    from haast.drafters.tree_shape import DraftShape
     from haast.generation import Generation, Piece
+    from haast.integrations.decoder import Decoder, custom_generate
     from haast.session import Session, Sessions
     from haast.stats import Stats
 
@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Decoder": "haast.dropin.decoder",
-    "DraftShape": "haast.drafters.shape",
+    "Decoder": "haast.integrations.decoder",
+    "DraftShape": "haast.drafters.tree_shape",
     "Generation": "haast.generation",
     "Haast": "haast.api",
     "Piece": "haast.generation",
@@ -39,7 +39,7 @@ _HOMES = {
     "Session": "haast.session",
     "Sessions": "haast.session",
     "Stats": "haast.stats",
-    "custom_generate": "haast.dropin.decoder",
+    "custom_generate": "haast.integrations.decoder",
 }
 
 

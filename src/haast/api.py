@@ -17,21 +17,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from haast.core import SamplingParams, StopParams
 from haast.drafters.base import Drafter
 from haast.drafters.factory import find_head, make_drafter, plan_drafter
-from haast.drafters.shape import DraftShape
-from haast.dropin.arguments import check_model
-from haast.dropin.decoder import Decoder
-from haast.engine import PREFILL_CHUNK, Engine, check_prompts
+from haast.drafters.tree_shape import DraftShape
+from haast.engine.engine import PREFILL_CHUNK, Engine, check_prompts
+from haast.engine.scheduler import Scheduler, check_limits
 from haast.errors import CancelledError, PromptError, QueueFullError
 from haast.generation import Answer, Generation, Piece, Settings, collected
 from haast.heads.checkpoint import load_head
 from haast.inputs import Ids, Message, Prompt, Prompts, split
-from haast.models import DEFAULT_MODEL, check_compile, load_target
-from haast.placement import execution_device
-from haast.scheduler import Scheduler, check_limits
-from haast.spreading import Spread
+from haast.integrations.arguments import check_model
+from haast.integrations.decoder import Decoder
 from haast.stats import Stats
-from haast.support import own_model
-from haast.target import Target, check_pool
+from haast.target.device_map import execution_device
+from haast.target.load import DEFAULT_MODEL, check_compile, load_target
+from haast.target.parallel_config import Spread
+from haast.target.support import own_model
+from haast.target.target import Target, check_pool
 from haast.text import StopWatch, TextStream, checked_stops
 
 __all__ = ["Generation", "Haast", "Piece", "Prompt", "find_head"]
@@ -90,7 +90,7 @@ class Haast:
         """Load a target and its head.
 
         Args:
-            model: a name as in `haast.models.load_target`, or a loaded transformers causal LM (left as it is: not
+            model: a name as in `haast.target.load.load_target`, or a loaded transformers causal LM (left as it is: not
                 packed, not moved, only its attention implementation is set).
             head: a head's folder; "default" is the one shipped for the default model; None drafts without one.
             drafter: "auto" is the best there is: with an EAGLE head "eagle+suffix", else "suffix", which drafts what
@@ -106,8 +106,8 @@ class Haast:
             draft_window: positions that an EAGLE head looks back; its memory and time then do not grow with the text.
                 None is all of the text.
             dtype, device, packing: see `load_target`; they apply to named models.
-            device_map, max_memory, offload_folder, tensor_parallel: see `haast.spreading.Spread`; of named models. A
-                loaded model may have been spread by transformers itself (docs/devices.md).
+            device_map, max_memory, offload_folder, tensor_parallel: see `haast.target.parallel_config.Spread`; of named
+                models. A loaded model may have been spread by transformers itself (docs/devices.md).
             compile: "on" compiles the decoder layers of target and head, "auto" does on CUDA, "off" does not; nothing
                 stays on a loaded model.
             kv_tokens, kv_bytes: memory for the keys and values of all requests together, as one or the other; a
@@ -260,7 +260,7 @@ class Haast:
 
     @property
     def custom_generate(self) -> Decoder:
-        """For transformers' own `generate` on `target.model`; see `haast.dropin`."""
+        """For transformers' own `generate` on `target.model`; see `haast.integrations`."""
         return Decoder.of(self.target, self.drafter)
 
     def eos_ids(self) -> tuple[int, ...]:

@@ -15,8 +15,8 @@ from haast.api import Haast
 from haast.errors import PromptError, QueueFullError
 from haast.generation import Generation, Piece, Settings, collected
 from haast.inputs import Message
-from haast.kv_pool import BLOCK
 from haast.stats import Stats
+from haast.target.kv_pool import BLOCK
 
 
 class Session:

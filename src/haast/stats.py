@@ -8,6 +8,12 @@ from dataclasses import dataclass, field
 _FIRST_BUCKET = 256  # positions; every further bucket is as long as all before it
 
 
+TAU_CONVENTION = (
+    "tau = tokens emitted per decoding target forward, the bonus token included; prefill and its one token excluded; "
+    "tokens cut off by a stop rule not counted"
+)
+
+
 @dataclass
 class Stats:
     """Counts and times of one run. Milliseconds are wall clock; prefill is apart, its first token is not in tau.

@@ -18,14 +18,14 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from haast.acceptance import rule_named
 from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.factory import make_drafter
 from haast.drafters.medusa import MedusaDrafter
-from haast.engine import PREFILL_CHUNK, Engine, Stats, StopParams
-from haast.target import Target
+from haast.engine.engine import PREFILL_CHUNK, Engine, Stats, StopParams
+from haast.engine.rules import rule_named
+from haast.target.target import Target
 
 HEADED = ("eagle", "eagle+suffix")  # these draft with a head
 # Decoders that are another one's drafts judged by another rule than sample-and-match; the small model's are drawn.

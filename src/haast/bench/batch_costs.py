@@ -14,9 +14,9 @@ from haast.bench.replay import StepCosts
 from haast.bench.vcurve import measure_v_curve
 from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
-from haast.engine import Engine, Step, StopParams
-from haast.target import Target
+from haast.drafters.tree_shape import DraftShape
+from haast.engine.engine import Engine, Step, StopParams
+from haast.target.target import Target
 from haast.tuning.policy import interpolate
 
 _NODES = {2: (1, 2, 3, 4, 6, 8, 12), 4: (1, 2, 3, 4, 6, 8), 8: (1, 2, 3, 4, 6)}  # rows -> nodes that are timed

@@ -17,8 +17,8 @@ from haast.bench.report import git_commit, versions
 from haast.bench.vcurve import measure_v_curve
 from haast.drafters.calibrated import identity, weights_read
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
-from haast.target import Target
+from haast.drafters.tree_shape import DraftShape
+from haast.target.target import Target
 from haast.tuning.calibration import Batch, Calibration
 from haast.tuning.policy import CostModel
 

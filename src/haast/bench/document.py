@@ -18,8 +18,8 @@ from haast.bench.runner import BenchPrompt, Record, differences
 from haast.bench.suite import Cells, Suite
 from haast.bench.trace import TRACE_FORMAT
 from haast.core import SamplingParams
-from haast.loops import loops
-from haast.target import Target
+from haast.repetition import loops
+from haast.target.target import Target
 
 FORMAT = "haast-suite-1"
 _MADE_BY = {FORMAT: "a suite.json of `haast bench --suite`", TRACE_FORMAT: "what `haast trace --json` wrote"}

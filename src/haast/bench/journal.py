@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from haast.bench.arms import ArmRun
 from haast.bench.suite import Answer, Turn
-from haast.engine import Stats
+from haast.engine.engine import Stats
 
 FORMAT = "haast-suite-journal-1"
 _FREE = ("command", "date", "load_average")  # of the environment: may differ when a run goes on

@@ -16,9 +16,9 @@ import torch
 
 from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter, EagleState
-from haast.drafters.growth import Growth
-from haast.engine import Engine, StopParams
-from haast.target import Target
+from haast.drafters.tree_builder import Growth
+from haast.engine.engine import Engine, StopParams
+from haast.target.target import Target
 from haast.tree import DraftTree
 from haast.tuning.policy import CostModel, interpolate
 

@@ -21,15 +21,11 @@ from rich.table import Table
 
 import haast
 from haast.bench.runner import BenchPrompt, Difference, Record, Records
-from haast.engine import Stats
-from haast.loops import LOOP_SHARE, NGRAM, loop_share, loops
-from haast.speed.machine import cpu_name
-from haast.target import Target
+from haast.repetition import LOOP_SHARE, NGRAM, loop_share, loops
+from haast.stats import TAU_CONVENTION, Stats
+from haast.target.target import Target
+from haast.tuning.machine import cpu_name
 
-TAU_CONVENTION = (
-    "tau = tokens emitted per decoding target forward, the bonus token included; prefill and its one token excluded; "
-    "tokens cut off by a stop rule not counted"
-)
 _COUNTS = (
     "accepted_by_depth", "reached_by_depth", "first_choice_by_depth", "forwards_by_length", "decoded_by_length",
     "reached_by_length", "accepted_by_length",

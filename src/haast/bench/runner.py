@@ -15,9 +15,9 @@ from statistics import median
 from haast.bench.arms import Arm, ArmRun
 from haast.checking.divergence import Divergence, diagnose
 from haast.core import SamplingParams
-from haast.engine import PREFILL_CHUNK
-from haast.target import Target
-from haast.tokens import common_length
+from haast.engine.engine import PREFILL_CHUNK
+from haast.target.kv_pool import common_length
+from haast.target.target import Target
 
 
 @dataclass(frozen=True)

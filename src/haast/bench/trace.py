@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from haast.bench.report import machine
 from haast.core import SamplingParams
 from haast.drafters.base import Drafter
-from haast.engine import Engine, Stats, Step, StopParams
+from haast.engine.engine import Engine, Stats, Step, StopParams
 from haast.sampling import Sampler
-from haast.target import Target
+from haast.target.target import Target
 from haast.text import TextStream, token_text
 
 TRACE_FORMAT = "haast-trace-1"

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from haast.cache import KVCache
 from haast.core import Accepted
 from haast.drafters.eagle import EagleDrafter
-from haast.target import Target
+from haast.target.kv_cache import KVCache
+from haast.target.target import Target
 from haast.tree import DraftTree
 
 NODE_COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 60)

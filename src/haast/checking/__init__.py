@@ -4,8 +4,8 @@
 what is sampled. Both recompute what they judge by: plain forwards over the history, never the tree's own logits.
 """
 
+from haast.checking.distribution import LawTest, chi_square, sampled_law, tiny_law
 from haast.checking.divergence import Comparison, Divergence, compare, diagnose, tolerance
-from haast.checking.law import LawTest, chi_square, sampled_law, tiny_law
 
 __all__ = [
     "Comparison",

@@ -15,10 +15,10 @@ from torch import Tensor
 from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, Stats, StopParams
+from haast.engine.engine import Engine, Stats, StopParams
 from haast.sampling import Sampler
-from haast.target import Target
-from haast.tokens import common_length
+from haast.target.kv_pool import common_length
+from haast.target.target import Target
 from haast.tree import DraftTree
 
 # Relative to the largest finite processed logit. Chosen by judgement from each dtype's precision, not measured.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from haast.cli.boundary import check_writable, human_output, write_json
+from haast.cli.boundary import human_output
 from haast.cli.loading import as_eagle, drawn_by, load_all, load_medusa, read_prompt_file
 from haast.cli.settings import (
     PREFILL_CHUNK,
@@ -24,6 +24,7 @@ from haast.cli.settings import (
     SuiteOptions,
 )
 from haast.cli.suite import Plan, Whereabouts, bench_suite, plan_suite, refuse_suite_options
+from haast.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from haast.bench.arms import Arm
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from haast.core import SamplingParams
     from haast.drafters.eagle import EagleDrafter
     from haast.drafters.medusa import MedusaDrafter
-    from haast.target import Target
+    from haast.target.target import Target
 
 
 def bench(
@@ -182,8 +183,8 @@ def _arms(
     medusa: MedusaDrafter | None,
 ) -> list[Arm]:
     from haast.bench.arms import EngineArm, StockArm, drafter_for
-    from haast.models import load_stock
-    from haast.training.frozen import end_tokens
+    from haast.target.load import load_stock
+    from haast.training.target_weights import end_tokens
 
     ends = end_tokens(target)
     arms: list[Arm] = []

@@ -1,26 +1,23 @@
-"""Where errors become one line, and results become files. Knows no command.
+"""Where errors become one line. Knows no command.
 
 Exit codes: 0 fine; 1 a check failed; 2 wrong input; 3 an error of Haast's own; 130 Ctrl-C.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
-import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TextIO
 
 import typer
 from typer.core import TyperGroup
 
-from haast.errors import HaastWarning, expanded
+from haast.errors import HaastWarning
 
 # transformers imports torchao where it is installed, which then tells of GPU kernels that it can't load here and of
 # torch's plans for enums: nothing that somebody who runs a command can act on. Errors pass.
@@ -83,63 +80,6 @@ def _quiet_imports() -> Iterator[None]:
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-
-
-def check_writable(path: str | None) -> None:
-    """Refuse a result file that cannot be written, before any work. None and "-" (stdout) always can.
-
-    Raises:
-        ValueError: the folder is missing or read-only, or the path is a folder.
-    """
-    if path is None or path == "-":
-        return
-    file = expanded(path, "cannot write")
-    if _is_special(file):
-        return
-    if file.is_dir():
-        raise ValueError(f"cannot write {file}: it is a folder; give a file name in it")
-    try:
-        descriptor, probe = tempfile.mkstemp(dir=file.parent, prefix=".haast-")
-        os.close(descriptor)
-        Path(probe).unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write {file} ({error.strerror}): choose another place or make the folder") from error
-
-
-def write_json(document: Any, path: str | None) -> None:
-    """Write a result to `path` (a whole file or none of it), or to stdout for "-"; None does nothing.
-
-    Raises:
-        ValueError: the file cannot be written.
-    """
-    if path is None:
-        return
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    if path == "-":
-        sys.stdout.write(text)
-        sys.stdout.flush()
-        return
-    write_text(expanded(path, "cannot write"), text)
-
-
-def _is_special(path: Path) -> bool:
-    """A pipe or a device, which is written to and never replaced."""
-    return path.exists() and not path.is_file() and not path.is_dir()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file behind a rename, so that a kill or a full disk leaves no half file. Raises ValueError."""
-    if _is_special(path):
-        path.write_text(text, encoding="utf-8")
-        return
-    path = path.resolve()  # the file behind a link, not the link, is replaced
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ValueError(f"cannot write {path} ({error.strerror}): choose another place or free space") from error
 
 
 def human_output(json_path: str | None) -> TextIO:

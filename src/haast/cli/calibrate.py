@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
-from haast.cli.boundary import check_writable, human_output, write_json
+from haast.cli.boundary import human_output
 from haast.cli.loading import OWN_PROMPTS, as_eagle, load_all, read_prompt_file
 from haast.cli.settings import Drafting, JsonOption, Loading, PromptsOption, SpreadLimitOption, check_at_least
+from haast.files import check_writable, write_json
 
 
 def calibrate(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from haast.cli.boundary import check_writable, human_output, write_json
+from haast.cli.boundary import human_output
 from haast.cli.loading import load_chosen
 from haast.cli.settings import (
     PREFILL_CHUNK,
@@ -23,13 +23,14 @@ from haast.cli.settings import (
     check_at_least,
 )
 from haast.cli.spreading import Spreading, leads, one_voice
+from haast.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from haast.api import Haast, Piece, Prompt
     from haast.core import SamplingParams
-    from haast.engine import Stats
+    from haast.engine.engine import Stats
     from haast.session import Session
-    from haast.spreading import Spread
+    from haast.target.parallel_config import Spread
 
 _GREEN, _RESET = "\x1b[32m", "\x1b[0m"
 _WARMUP = 8  # tokens
@@ -189,7 +190,7 @@ def _answer(
     model: Haast, prompt: Prompt, law: SamplingParams, ending: Ending, chat: bool, out: TextIO | None
 ) -> tuple[Said, Stats]:
     """One answer, shown on `out`, with its line of statistics on stderr; Ctrl-C prints it as well."""
-    from haast.engine import Stats
+    from haast.engine.engine import Stats
 
     said, stats = Said(), Stats()
     pieces = model.stream(

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from haast.cli.boundary import check_writable, human_output, write_json
+from haast.cli.boundary import human_output
 from haast.cli.settings import Drafting, JsonOption, Loading
+from haast.files import check_writable, write_json
 
 if TYPE_CHECKING:
-    from haast.target import Target
+    from haast.target.target import Target
 
 
 def info(loading: Loading, drafting: Drafting, json_out: JsonOption = None) -> None:
@@ -58,7 +59,7 @@ def _installation() -> dict[str, Any]:
     import haast
     from haast import native
     from haast.bench.report import git_commit, versions
-    from haast.speed.machine import cpu_name
+    from haast.tuning.machine import cpu_name
 
     return {
         **versions(),
@@ -74,8 +75,8 @@ def _installation() -> dict[str, Any]:
 
 
 def _model(target: Target, loading: Loading) -> dict[str, Any]:
-    from haast.models import resolve
-    from haast.speed.packing import PackedLinear
+    from haast.target.load import resolve
+    from haast.target.packing import PackedLinear
 
     source = resolve(loading.model)
     packed = {module for module in target.model.modules() if isinstance(module, PackedLinear)}

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from haast.drafters.base import Drafter
     from haast.drafters.eagle import EagleDrafter
     from haast.drafters.medusa import MedusaDrafter
-    from haast.drafters.shape import DraftShape
+    from haast.drafters.tree_shape import DraftShape
     from haast.prompts import Prompt
-    from haast.spreading import Spread
-    from haast.target import Target
+    from haast.target.parallel_config import Spread
+    from haast.target.target import Target
 
 OWN_PROMPTS = (
     "Explain in a few sentences why the sky is blue.",
@@ -82,7 +82,7 @@ def encoded_prompts(target: Target, prompts: Sequence[Prompt], raw: bool = False
     from haast.api import Haast
     from haast.bench.runner import BenchPrompt
     from haast.drafters.vanilla import VanillaDrafter
-    from haast.engine import check_prompts
+    from haast.engine.engine import check_prompts
 
     encoder = Haast(target, VanillaDrafter())
     encoded = []

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from haast.cli.boundary import check_writable, write_json
 from haast.cli.settings import JsonOption, LimitOption, Loading, PromptsOption
+from haast.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from haast.prompts import Prompt
-    from haast.training.asking import Outcome, RegenerateConfig
     from haast.training.endpoint import EndpointConfig
+    from haast.training.generation_queue import Outcome, RegenerateConfig
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Answering:
 
     def check(self) -> RegenerateConfig:
         """The library's own configuration. Raises ValueError."""
-        from haast.training.asking import RegenerateConfig
+        from haast.training.generation_queue import RegenerateConfig
 
         return RegenerateConfig(
             batch=self.batch,
@@ -149,7 +149,7 @@ def _run(
 ) -> Outcome:
     name = loading.model
     if endpoint is not None:
-        from haast.models import load_tokenizer
+        from haast.target.load import load_tokenizer
         from haast.training.endpoint import regenerate_from_endpoint
 
         tokenizer, ends = load_tokenizer(name)

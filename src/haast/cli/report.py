@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from haast.cli.boundary import check_writable, write_json, write_text
 from haast.cli.settings import JsonOption
 from haast.errors import expanded
+from haast.files import check_writable, write_json, write_text
 
 
 def report(

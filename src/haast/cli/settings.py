@@ -18,19 +18,19 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from haast.drafters.shape import DraftShape, shape_for, usual_nodes
+from haast.drafters.tree_shape import DraftShape, shape_for, usual_nodes
 from haast.errors import expanded as expanded_path
 
 if TYPE_CHECKING:
     from haast.core import SamplingParams
     from haast.drafters.eagle import EagleDrafter
     from haast.drafters.medusa import MedusaDrafter
-    from haast.spreading import Spread
-    from haast.target import Target
+    from haast.target.parallel_config import Spread
+    from haast.target.target import Target
     from haast.tuning.calibration import Calibration
 
-DEFAULT_MODEL = "smollm2-135m-instruct"  # haast.models has the same; importing it would import torch
-PREFILL_CHUNK = 512  # of haast.engine, likewise
+DEFAULT_MODEL = "smollm2-135m-instruct"  # haast.target.load has the same; importing it would import torch
+PREFILL_CHUNK = 512  # of haast.engine.engine, likewise
 
 JsonOption = Annotated[
     str | None, typer.Option("--json", metavar="OUT", help="Write the result to this file; '-' is stdout.")
@@ -69,7 +69,7 @@ class Loading:
             raise ValueError(f"threads={self.threads} is not allowed: give 1 or more")
         import torch
 
-        from haast.models import check_compile, check_precision, resolve
+        from haast.target.load import check_compile, check_precision, resolve
 
         check_precision(self.dtype, self.device, self.packing)
         check_compile(self.compile, self.dtype, self.device, self.packing)
@@ -81,7 +81,7 @@ class Loading:
         """Load the target. Raises ValueError."""
         from transformers.utils import logging
 
-        from haast.models import load_target
+        from haast.target.load import load_target
 
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         return load_target(
@@ -266,7 +266,7 @@ def _sizes_on_disk(model: str) -> tuple[int, int] | None:
     """(hidden size, vocabulary) of a model whose configuration is on this machine; None where only loading tells."""
     from transformers import AutoConfig
 
-    from haast.models import config_on_disk
+    from haast.target.load import config_on_disk
 
     folder = config_on_disk(model)
     if folder is None:

@@ -14,8 +14,8 @@ import typer
 from haast.cli.settings import Loading
 
 if TYPE_CHECKING:
-    from haast.spreading import Spread
-    from haast.target import Target
+    from haast.target.parallel_config import Spread
+    from haast.target.target import Target
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Spreading:
 
     def check(self, loading: Loading) -> Spread:
         """The library's own configuration. Raises ValueError."""
-        from haast.spreading import Spread
+        from haast.target.parallel_config import Spread
 
         spread = Spread(self.device_map, tensor_parallel=self.tensor_parallel)
         spread.check(loading.device, loading.packing, loading.compile)

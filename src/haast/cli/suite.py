@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from haast.cli.boundary import write_json, write_text
 from haast.cli.settings import SuiteOptions
+from haast.files import write_json, write_text
 
 if TYPE_CHECKING:
     from haast.bench.arms import Arm
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from haast.bench.suite import Answer, Suite
     from haast.core import SamplingParams
     from haast.prompts import Prompt
-    from haast.target import Target
+    from haast.target.target import Target
     from haast.tuning.calibration import Calibration
 
 JOURNAL = "journal.jsonl"

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from haast.cli.boundary import check_writable, human_output, write_json, write_text
+from haast.cli.boundary import human_output
 from haast.cli.loading import load_chosen
 from haast.cli.settings import Choice, Drafting, JsonOption, Loading, Sampling, check_at_least
 from haast.errors import expanded
+from haast.files import check_writable, write_json, write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,7 +96,7 @@ def _record(
     from haast.bench.trace import record_trace
     from haast.drafters.factory import NAMES
     from haast.drafters.vanilla import VanillaDrafter
-    from haast.engine import StopParams
+    from haast.engine.engine import StopParams
 
     law = sampling.check()
     if choice.drafter not in (*NAMES, "vanilla") and (choice.drafter in KNOWN or "," in choice.drafter):

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from haast.cli.boundary import check_writable, human_output, write_json
+from haast.cli.boundary import human_output
 from haast.cli.settings import JsonOption, LimitOption, Loading, check_at_least
+from haast.files import check_writable, write_json
 from haast.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from haast.heads.checkpoint import Head
-    from haast.target import Target
+    from haast.target.target import Target
     from haast.training.batches import Example
     from haast.training.data import TokenSequence
     from haast.training.features import ShardIdentity
@@ -105,7 +106,7 @@ def train(
     if show_data:
         _show(target, _straight(target, records, data)[:show_data])
         return
-    from haast.cli.trainrun import Run, head_config, layer_ids, start_parts
+    from haast.training.run import Run, head_config, layer_ids, start_parts
 
     if begin is not None:  # before hours are spent
         start_parts(begin, head_config(settings, target))
@@ -209,7 +210,7 @@ def _sequences(target: Target, records: Sequence[dict[str, Any]], data: Training
 
 def _straight(target: Target, records: Sequence[dict[str, Any]], data: TrainingData) -> list[TokenSequence]:
     """The sequences without those that loop, where these are to be dropped."""
-    from haast.loops import loops
+    from haast.repetition import loops
 
     sequences = _sequences(target, records, data)
     if data.loops == "keep":
@@ -263,11 +264,11 @@ def _stored(
     limit: int | None,
 ) -> tuple[list[Example], list[dict[str, Any]]]:
     """Examples of shards: those of the given answers, else all. Shards hold looping answers too, each run chooses."""
-    from haast.loops import loops
     from haast.prompts import evenly
+    from haast.repetition import loops
     from haast.training.answers import record_key
+    from haast.training.feature_check import check_features
     from haast.training.features import extract, read_shards
-    from haast.training.provenance import check_features
 
     if records:
         sequences = _sequences(target, records, data)

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from haast.cli.boundary import check_writable, human_output, write_json
+from haast.cli.boundary import human_output
 from haast.cli.loading import drawn_by, encoded_prompts, load_chosen, read_prompt_file
 from haast.cli.settings import Choice, Drafting, JsonOption, Loading, PromptsOption, SpreadLimitOption, check_at_least
+from haast.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from haast.bench.runner import BenchPrompt
     from haast.checking import Comparison, LawTest
     from haast.core import SamplingParams
     from haast.drafters.base import Drafter
-    from haast.target import Target
+    from haast.target.target import Target
 _TINY_SAMPLES = 1000  # fewer would not see the control's bias
 
 
@@ -90,8 +91,8 @@ def _verify_one(
     target: Target, drafter: Drafter, prompt: BenchPrompt, kind: str, law: SamplingParams, max_new_tokens: int
 ) -> dict[str, Any]:
     from haast.checking import compare
-    from haast.engine import StopParams
-    from haast.training.frozen import end_tokens
+    from haast.engine.engine import StopParams
+    from haast.training.target_weights import end_tokens
 
     done: Comparison = compare(target, drafter, prompt.tokens, law, StopParams(max_new_tokens, end_tokens(target)))
     return {

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from haast.cache import KVCache
 from haast.core import Accepted, Request, RowVerdict, TokenChooser
-from haast.kv_pool import Sequence as KVSequence
+from haast.target.kv_cache import KVCache
+from haast.target.kv_pool import Sequence as KVSequence
 from haast.tree import DraftTree
 
 __all__ = ["Accepted", "Drafter", "last_kept", "last_tokens"]

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from haast.drafters.batch_policy import Way, nodes_for, usual_ways
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
-from haast.drafters.ways import Way, nodes_for, usual_ways
-from haast.speed.packing import PackedLinear
-from haast.target import Target
+from haast.drafters.tree_shape import DraftShape
+from haast.target.packing import PackedLinear
+from haast.target.target import Target
 from haast.tuning.calibration import Batch, Calibration
 from haast.tuning.latency import file_for, target_identity
 

@@ -14,9 +14,9 @@ import torch
 from haast.core import Accepted, RowVerdict, Verdict
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.shape import DraftShape
 from haast.drafters.small_model import SmallModelDrafter
-from haast.target import Target
+from haast.drafters.tree_shape import DraftShape
+from haast.target.target import Target
 from haast.tree import DraftTree
 from haast.tuning.latency import timed
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from haast.errors import HeadMismatchError
 from haast.heads.module import DraftModule
-from haast.speed.packing import PackedLinear
-from haast.target import Target
+from haast.target.packing import PackedLinear
+from haast.target.target import Target
 
 # On a packed target the draft's LM head is held in 8 bits: a draft need not be exact, and reading those weights at
 # every level is most of its time. On 60 validation prompts it cost 0.003 of a tau of 2.42 (6 nodes), and a fifth of the

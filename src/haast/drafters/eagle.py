@@ -19,26 +19,26 @@ import torch
 from torch import Tensor, nn
 
 from haast import native
-from haast.cache import KVCache
 from haast.core import Accepted
 from haast.device import to_device
 from haast.drafters.base import Drafter, last_kept, stacked
+from haast.drafters.batch_policy import Way, Ways, way_for
 from haast.drafters.draft_lm import checked_vocab, draft_lm_head
-from haast.drafters.forwards import Flight, HeadForward
-from haast.drafters.growth import Growth, best_places
-from haast.drafters.quick import QuickDraft
-from haast.drafters.shape import DraftShape, Plan, plan
-from haast.drafters.ways import Way, Ways, way_for
+from haast.drafters.head_runner import Flight, HeadForward
+from haast.drafters.native_draft import QuickDraft
+from haast.drafters.tree_builder import Growth, best_places
+from haast.drafters.tree_shape import DraftShape, Plan, plan
 from haast.drafters.window import DraftWindow
 from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head, check_fits, check_weights
 from haast.heads.module import DraftModule
 from haast.heads.precision import warn_of_precision
-from haast.kv_pool import Sequence as KVSequence
-from haast.speed.fusing import fuse_small_modules
-from haast.speed.memory import give_back
-from haast.speed.packing import PackedLinear, pack_linears
-from haast.target import Target
+from haast.target.fusing import fuse_small_modules
+from haast.target.kv_cache import KVCache
+from haast.target.kv_pool import Sequence as KVSequence
+from haast.target.memory import give_back
+from haast.target.packing import PackedLinear, pack_linears
+from haast.target.target import Target
 from haast.tree import DraftTree
 from haast.tuning.policy import CostModel
 

@@ -17,23 +17,23 @@ from pathlib import Path
 
 from haast.core import SamplingParams
 from haast.drafters.base import Drafter
+from haast.drafters.batch_policy import measured_ways, usual_ways, way_for
 from haast.drafters.calibrated import apply_calibration, find_calibration
 from haast.drafters.draft_cost import draft_ms, eagle_cost, small_model_cost
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.hybrid import HybridDrafter
 from haast.drafters.lookahead import LookaheadDrafter
-from haast.drafters.lookup import PromptLookupDrafter, SuffixDrafter
 from haast.drafters.medusa import MedusaDrafter
-from haast.drafters.shape import DraftShape, shape_for, usual_nodes
+from haast.drafters.ngram import PromptLookupDrafter, SuffixDrafter
 from haast.drafters.small_model import SmallModelDrafter
+from haast.drafters.tree_shape import DraftShape, shape_for, usual_nodes
 from haast.drafters.vanilla import VanillaDrafter
-from haast.drafters.ways import measured_ways, usual_ways, way_for
 from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head, head_folder, read_head_config
 from haast.heads.config import HeadConfig
 from haast.heads.medusa import MedusaHeads
-from haast.models import DEFAULT_MODEL
-from haast.target import Target
+from haast.target.load import DEFAULT_MODEL
+from haast.target.target import Target
 from haast.tuning.latency import Latency, latency_of, measurable, target_identity
 from haast.tuning.online import DraftSize, OnlinePolicy
 

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from haast.cache import KVCache
 from haast.core import Accepted, Request, TokenChooser
 from haast.device import to_device
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.lookup import SuffixDrafter, TextIndex
+from haast.drafters.ngram import SuffixDrafter, TextIndex
 from haast.drafters.paths import Path
-from haast.kv_pool import Sequence as KVSequence
+from haast.target.kv_cache import KVCache
+from haast.target.kv_pool import Sequence as KVSequence
 from haast.tree import DraftTree
 from haast.tuning.latency import Latency
 

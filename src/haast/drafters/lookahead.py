@@ -29,7 +29,7 @@ import torch
 from haast.core import Accepted
 from haast.drafters.base import Drafter
 from haast.drafters.paths import PathTree, pack_rows
-from haast.kv_pool import Sequence as KVSequence
+from haast.target.kv_pool import Sequence as KVSequence
 from haast.tree import DraftTree
 
 Gram = tuple[int, ...]

@@ -19,15 +19,15 @@ from haast import native
 from haast.core import Accepted
 from haast.drafters.base import Drafter, last_kept, last_tokens, stacked
 from haast.drafters.draft_lm import DRAFT_LM_FORM, checked_vocab
-from haast.drafters.shape import DraftShape, likeliest_paths
+from haast.drafters.tree_shape import DraftShape, likeliest_paths
 from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head, check_fits, check_weights
 from haast.heads.medusa import MedusaHeads
 from haast.heads.precision import warn_of_precision
-from haast.kv_pool import Sequence as KVSequence
-from haast.speed.memory import give_back
-from haast.speed.packing import PackedLinear, pack_linears
-from haast.target import Target
+from haast.target.kv_pool import Sequence as KVSequence
+from haast.target.memory import give_back
+from haast.target.packing import PackedLinear, pack_linears
+from haast.target.target import Target
 from haast.tree import DraftTree
 
 RANKS = 10  # guesses per head that may enter a tree

@@ -2,7 +2,7 @@
 
 Owns what the small model keeps of every request: blocks of the small model's own KV pool. The small model is a `Target`
 like any other, so it may be packed. It drafts its likeliest tokens, or draws them from its own distribution and says
-what that was (`DraftTree.draft_probs`), which the rules of `haast.acceptance` read. With sample-and-match the text is
+what that was (`DraftTree.draft_probs`), which the rules of `haast.engine.rules` read. With sample-and-match the text is
 the target's for any small model and either way of drafting, since the target's own draws are of another stream.
 
     observed   the text grows; accepted drafts that were run already stay in the small model's cache
@@ -25,10 +25,10 @@ from haast.core import Accepted, SamplingParams, TokenChooser
 from haast.device import to_device
 from haast.drafters.base import Drafter
 from haast.errors import HeadMismatchError
-from haast.kv_pool import PoolFullError
-from haast.kv_pool import Sequence as KVSequence
 from haast.sampling import DRAFT, Sampler, inverse_cdf, keyed_uniform
-from haast.target import Target
+from haast.target.kv_pool import PoolFullError
+from haast.target.kv_pool import Sequence as KVSequence
+from haast.target.target import Target
 from haast.tree import DraftTree
 
 _MOST_WAITING = 16  # positions that wait for the next proposal; more are run when they are observed
@@ -232,7 +232,7 @@ class SmallModelDrafter(Drafter):
         return pad(torch.stack(found), (0, self._vocab - found[0].shape[0]))
 
     def _drawn(self, states: Sequence[SmallModelState], depth: int, probs: Tensor) -> Tensor:
-        """One draft per row, (rows,). Keyed by the root's position: every step draws anew, see `haast.acceptance`."""
+        """One draft per row, (rows,). Keyed by the root's position: every step draws anew, see `haast.engine.rules`."""
         tokens = [
             inverse_cdf(each, keyed_uniform(*state.key, len(state.text), DRAFT, depth))
             for state, each in zip(states, probs, strict=True)

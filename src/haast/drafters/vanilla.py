@@ -9,7 +9,7 @@ from torch import Tensor
 
 from haast.core import Accepted
 from haast.drafters.base import Drafter, last_tokens, stacked
-from haast.kv_pool import Sequence as KVSequence
+from haast.target.kv_pool import Sequence as KVSequence
 from haast.tree import DraftTree
 
 

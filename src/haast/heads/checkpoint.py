@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from haast.errors import HeadMismatchError, expanded
+from haast.files import replacing
 from haast.heads.config import HeadSizes
 from haast.heads.eagle3 import Eagle3Config, Eagle3Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
@@ -98,9 +99,8 @@ def save_head(
     document: dict[str, Any] = {"format": kind, "head": asdict(config), "about": about or {}}
     if draft_vocab is not None:
         document["draft_vocab_size"] = len(draft_vocab)
-    temporary = folder / "config.json.tmp"
-    temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / "config.json")
+    with replacing(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def head_folder(head: str | Path) -> Path:
@@ -243,12 +243,9 @@ def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     for name, tensors in split.filename_to_tensors.items():
         _write(folder / name, {each: weights[each] for each in tensors})
     if split.is_sharded:
-        temporary = folder / f"{_INDEX}.tmp"
-        temporary.write_text(
-            json.dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2) + "\n",
-            encoding="utf-8",
-        )
-        temporary.replace(index)
+        document = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        with replacing(index) as temporary:
+            temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     (whole if split.is_sharded else index).unlink(missing_ok=True)
 
 
@@ -309,6 +306,5 @@ def _draft_vocab(path: Path, tensors: dict[str, Tensor], size: int, vocab_size: 
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)

@@ -7,7 +7,8 @@ from typing import Any, Self
 
 from transformers import LlamaConfig, PretrainedConfig
 
-from haast import attention, seams
+from haast import compat
+from haast.target import attention
 
 # Kinds of rotary parameters that Llama's layers have.
 _ROPES = {"default", "linear", "dynamic", "yarn", "llama3", "longrope"}
@@ -70,7 +71,7 @@ class HeadConfig(HeadSizes):
         own = {field.name: getattr(self, field.name) for field in fields(HeadConfig) if field.name != "markov_rank"}
         own["rope_parameters"] = self.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
         config = LlamaConfig(**own, tie_word_embeddings=False)
-        seams.set_attention_name(config, attention.NAME)
+        compat.set_attention_name(config, attention.NAME)
         return config
 
 

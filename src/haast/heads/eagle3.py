@@ -26,9 +26,9 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from haast.cache import KVCache
 from haast.heads.config import HeadConfig
 from haast.heads.module import DraftModule, storing
+from haast.target.kv_cache import KVCache
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from haast.cache import KVCache
 from haast.heads.config import HeadConfig
 from haast.heads.kinds import INPUTS
 from haast.heads.module import DraftModule
-from haast.speed.stack import NativeStack
+from haast.target.kv_cache import KVCache
+from haast.target.native_cpu import NativeStack
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from haast.cache import KVCache, cache_name
 from haast.heads.config import HeadConfig
-from haast.speed.stack import NativeStack
+from haast.target.kv_cache import KVCache, cache_name
+from haast.target.native_cpu import NativeStack
 
 _CACHE = cache_name(LlamaDecoderLayer.forward)
 

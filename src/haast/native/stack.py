@@ -1,7 +1,7 @@
 """Whole decoder layers, and whole proposals, in one native call: the C structures of stack.h, draft.h and slots.h.
 
-Owns the layout of memory, and the words for what native code refuses; `haast.speed.stack` knows modules and checks
-shapes and dtypes.
+Owns the layout of memory, and the words for what native code refuses; `haast.target.native_cpu` knows modules and
+checks shapes and dtypes.
 """
 
 from __future__ import annotations

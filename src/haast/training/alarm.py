@@ -16,8 +16,8 @@ from torch import Tensor
 
 from haast.training.batches import Example
 from haast.training.findings import Finding
-from haast.training.frozen import Frozen
 from haast.training.selftest import TEACHER_AGREES, teacher_agreement
+from haast.training.target_weights import Frozen
 
 _SAMPLE = 64  # sequences looked at, evenly from all: enough for shares, a second at most
 _TINY_SHARE = 0.02  # of supervised tokens; even short answers about long texts are more

@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from haast.progress import Progress
 from haast.prompts import Prompt
 from haast.training.answers import AnswersFile
-from haast.training.asking import Outcome, Question, Questions, RegenerateConfig, answer_progress
 from haast.training.chat import check_template, encode_prompt, tokenizer_hash
 from haast.training.checkpoints import write_probe
+from haast.training.generation_queue import Outcome, Question, Questions, RegenerateConfig, answer_progress
 from haast.training.replies import NoAnswerError, Reply, ReplyReader, why_unusable
 
 if TYPE_CHECKING:

@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from haast.engine import PREFILL_CHUNK
+from haast.engine.engine import PREFILL_CHUNK
 from haast.errors import HeadMismatchError
 from haast.progress import Progress
 from haast.prompts import read_json_lines
-from haast.target import Target
+from haast.target.target import Target
 from haast.training.answers import record_key
 from haast.training.batches import Example
 from haast.training.chat import tokenizer_hash

@@ -27,13 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from haast.heads.config import HeadConfig
-from haast.precision import weight_rows
-from haast.speed.fusing import FusedAttention, FusedSwiGLU
-from haast.speed.packing import PackedLinear
-from haast.target import Target
+from haast.target.fusing import FusedAttention, FusedSwiGLU
+from haast.target.packing import PackedLinear
+from haast.target.precision import weight_rows
+from haast.target.target import Target
 from haast.training.batches import Example, usable
-from haast.training.frozen import rms_gain
-from haast.training.whitened import Scales
+from haast.training.normalized_head import Scales
+from haast.training.target_weights import rms_gain
 from haast.tree import DraftTree
 
 _EXAMPLES = 400  # sequences that the regression sees: about fifty positions for each of its inputs

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from haast.heads.medusa import MedusaConfig, MedusaHeads
-from haast.training.alignment import follows
 from haast.training.batches import Example, PackedBatch, pack, usable
 from haast.training.config import TrainConfig
-from haast.training.frozen import Frozen, draft_places
 from haast.training.losses import teacher_loss
-from haast.training.whitened import Parts, Scales, Whitened
+from haast.training.normalized_head import Parts, Scales, Whitened
+from haast.training.target_weights import Frozen, draft_places
+from haast.training.training_time_test import follows
 
 _RANKS = 10  # guesses per head whose accuracy is measured
 _BATCH = 16  # sequences at a time there

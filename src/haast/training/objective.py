@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from haast.training.alignment import chain_passes
 from haast.training.batches import PackedBatch
 from haast.training.config import TrainConfig
-from haast.training.frozen import Frozen, draft_places
 from haast.training.losses import feature_loss, teacher_loss
-from haast.training.whitened import TrainedHead
+from haast.training.normalized_head import TrainedHead
+from haast.training.target_weights import Frozen, draft_places
+from haast.training.training_time_test import chain_passes
 
 ALPHAS = 5  # depths whose acceptance an evaluation tells
 

@@ -23,18 +23,18 @@ from transformers import PreTrainedTokenizerBase
 from haast.core import Request, SamplingParams, StopParams
 from haast.drafters.base import Drafter
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import Engine, raise_error
+from haast.engine.engine import Engine, raise_error
+from haast.engine.scheduler import Computed
 from haast.prompts import Prompt
 from haast.sampling import Sampler
-from haast.scheduler import Computed
-from haast.target import Target
+from haast.target.target import Target
 from haast.training.answers import AnswersFile
-from haast.training.asking import TURN_DRAWS, Outcome, Question, Questions, RegenerateConfig, answer_progress
 from haast.training.batches import Example
 from haast.training.chat import check_template, encode_prompt, tokenizer_hash
 from haast.training.checkpoints import write_probe
 from haast.training.features import ShardIdentity, ShardWriter, teacher_topk
-from haast.training.frozen import end_tokens
+from haast.training.generation_queue import TURN_DRAWS, Outcome, Question, Questions, RegenerateConfig, answer_progress
+from haast.training.target_weights import end_tokens
 
 
 class TurnSampler(Sampler):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from haast.training.asking import Question
 from haast.training.chat import end_of_turn
+from haast.training.generation_queue import Question
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletion

@@ -12,7 +12,7 @@ from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.heads.medusa import MedusaConfig
 from haast.training.batches import Example, pack, usable
 from haast.training.config import TrainConfig
-from haast.training.frozen import Frozen
+from haast.training.target_weights import Frozen
 from haast.training.trainer import Trainer
 
 _SEQUENCES = 4

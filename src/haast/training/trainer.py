@@ -26,15 +26,15 @@ from haast.heads.config import HeadSizes
 from haast.training import checkpoints
 from haast.training.batches import BatchOrder, Example, PackedBatch, digest, pack, usable
 from haast.training.config import TrainConfig
+from haast.training.factory import make_head, make_objective
 from haast.training.findings import Finding
-from haast.training.frozen import Frozen, check_sizes, choose_draft_vocab
 from haast.training.interrupt import interrupt_flag, matmul_precision
-from haast.training.making import make_head, make_objective
+from haast.training.normalized_head import load_plain, plain_weights
 from haast.training.objective import ALPHAS
 from haast.training.optimizer import HeadOptimizer
 from haast.training.processes import Processes
 from haast.training.report import Reporter, Watcher
-from haast.training.whitened import load_plain, plain_weights
+from haast.training.target_weights import Frozen, check_sizes, choose_draft_vocab
 
 __all__ = ["Explain", "Frozen", "MeasureTau", "Trainer", "choose_draft_vocab", "plain_weights"]
 

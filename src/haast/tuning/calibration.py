@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from haast.files import write_json
 from haast.tuning.policy import CostModel
 
 FORMAT = 1
@@ -114,9 +114,7 @@ class Calibration:
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.document(), indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_json(self.document(), path, indent=1)
 
     @classmethod
     def load(cls, path: Path, identity: dict[str, Any] | None = None) -> Calibration:

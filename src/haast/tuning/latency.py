@@ -16,8 +16,6 @@ import hashlib
 import json
 import logging
 import math
-import os
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +25,11 @@ from typing import Any
 import torch
 from huggingface_hub import cached_assets_path
 
-from haast.speed.machine import machine_identity
-from haast.target import Target
+from haast.files import write_json
+from haast.target.target import Target
 from haast.tree import DraftTree
 from haast.tuning.calibration import Calibration
+from haast.tuning.machine import machine_identity
 from haast.tuning.policy import interpolate
 
 _LOG = logging.getLogger(__name__)
@@ -171,7 +170,7 @@ def _measure(
     found = Latency(forward_ms) if drafts is None else Latency(forward_ms, *drafts())
     try:
         _write(found, identity, path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         _LOG.info("what forwards cost is not kept: %s", error)
     return found
 
@@ -235,11 +234,8 @@ def _chain(target: Target, nodes: int) -> DraftTree:
 def _write(found: Latency, identity: dict[str, Any], path: Path) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     costs = {"forward_ms": found.forward_ms, "first_ms": found.first_ms, "level_ms": found.level_ms}
-    document = {"format": FORMAT, "identity": identity, **costs}
-    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_json({"format": FORMAT, "identity": identity, **costs}, path, indent=1)
 
 
 def _read(path: Path) -> Latency | None:

@@ -1,0 +1,108 @@
+"""How to draft by how many rows are decoded together. Owns the choice per row count, and the costs behind it.
+
+On a machine that computes no faster than it reads, a second row's nodes cost as much as another row's tokens: the more
+rows, the smaller the tree that pays, until none does and vanilla decoding is the fastest there is. Every choice is a
+function of how many rows run, so none touches losslessness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from haast.drafters.tree_shape import DraftShape, shape_for
+from haast.tuning.latency import Latency
+from haast.tuning.policy import CostModel
+
+# Nodes of all rows together, root included, where nothing was measured: a CPU has no more to give than this, a GPU
+# answers a few hundred positions in about the time of one.
+_CPU_TOTAL, _DEVICE_TOTAL = 12, 256
+_ROWS = (1, 2, 4, 8, 16, 32, 64)
+# Trees to choose from where forwards were measured, and what they gain a step: nodes, depth, width, drafts kept. With
+# the shipped head on validation prompts (results/calibration.json); better heads gain more of each, worse ones less.
+_KNOWN = (
+    (2, 1, 1, 0.55), (3, 2, 1, 0.88), (4, 3, 1, 1.08), (5, 3, 1, 1.27), (6, 4, 2, 1.4), (8, 4, 2, 1.53),
+    (12, 5, 3, 1.75), (16, 5, 4, 1.89), (24, 5, 8, 2.11), (32, 5, 8, 2.23), (48, 6, 8, 2.43), (60, 6, 10, 2.52),
+)  # fmt: skip
+_FOLLOW = 0.8  # chance that a right node that is expanded has a right child
+_MOST_PACED = 16  # nodes that a step may have where it draws in its horns by itself
+
+
+@dataclass(frozen=True)
+class Way:
+    """What is drafted for a number of rows; without a shape nothing is."""
+
+    shape: DraftShape | None
+    pace: CostModel | None = None  # its `forward_ms` are of all rows together, its `rate` is one row's
+    nodes: float | None = None  # of a tree on average, where a pace makes it smaller than the shape
+    gain: float | None = None  # drafts that a step is expected to keep, where somebody knows
+
+    @property
+    def usual_nodes(self) -> float:
+        """Of a tree on average, the root included; 1 where nothing is drafted."""
+        return 1.0 if self.shape is None else float(self.nodes or self.shape.nodes)
+
+    @property
+    def usual_gain(self) -> float:
+        """Drafts that a step is expected to keep."""
+        return self.gain if self.gain is not None else gain_of(self.usual_nodes)
+
+
+Ways = Mapping[int, Way]  # most rows -> what is drafted for so many
+
+
+def way_for(ways: Ways, rows: int) -> Way:
+    """The way of the least row count that holds `rows`; of the largest where none does."""
+    return ways[min((most for most in ways if most >= rows), default=max(ways))]
+
+
+def usual_ways(shape: DraftShape, device: str) -> Ways:
+    """Where nothing was measured: trees share a number of nodes, and end where they have no drafts left."""
+    total = _CPU_TOTAL if device == "cpu" else _DEVICE_TOTAL
+    ways = {1: Way(shape)}
+    for rows in _ROWS[1:]:
+        nodes = min(shape.nodes, total // rows)
+        ways[rows] = Way(shape_for(nodes, shape.kind) if nodes > 2 else None)
+    return ways
+
+
+def gain_of(nodes: float) -> float:
+    """Drafts that a tree of so many nodes gains a step, by what is known of the shipped head's."""
+    return max((gain for most, _, _, gain in _KNOWN if most <= nodes), default=0.0)
+
+
+def nodes_for(gain: float) -> float:
+    """Nodes of a tree that gains so much a step, by the same."""
+    return float(next((nodes for nodes, _, _, most in _KNOWN if most >= gain), _KNOWN[-1][0]))
+
+
+def measured_ways(latency: Latency, paced: bool, most_gain: float | None = None) -> Ways:
+    """By what forwards and drafts cost here: for every number of rows the tree with the most tokens per ms.
+
+    Args:
+        latency: measured.
+        paced: let each step be as deep and large as pays, up to more nodes than the best number; on the CPU.
+        most_gain: drafts that a step keeps at most, where that is known of the head.
+    """
+    ways = {rows: _measured(latency, rows, paced) for rows in _ROWS}
+    if most_gain is None:
+        return ways
+    return {rows: replace(way, gain=min(way.usual_gain, most_gain)) for rows, way in ways.items()}
+
+
+def _measured(latency: Latency, rows: int, paced: bool) -> Way:
+    def rate(known: tuple[int, int, int, float]) -> float:
+        nodes, depth, width, gain = known
+        return (1 + gain) / latency.step(rows, nodes, depth, width)
+
+    best = max(_KNOWN, key=rate)
+    nodes, depth, width, gain = best
+    children = max(width, shape_for(nodes).top_k)
+    if not paced:
+        return Way(DraftShape("dynamic", depth, children, width, nodes), gain=gain)
+    most = max(nodes, min(2 * nodes, _MOST_PACED))
+    level_ms = max(latency.level(width, rows), 1e-6)
+    # A row that drafts nothing has a rate too: nodes that do not even reach that are never worth it.
+    least = max(rate(best), 1 / latency.forward(rows))
+    pace = CostModel(tuple(latency.forward(rows * n) for n in range(1, most + 1)), level_ms, least, follow=_FOLLOW)
+    return Way(DraftShape("dynamic", depth, children, width, most), pace, float(nodes), gain)

@@ -1,0 +1,268 @@
+"""Drafting without a model: what followed the same words before, in the prompt and in what was said.
+
+Owns two ways to find it. `PromptLookupDrafter`: the latest place where the last few tokens stood before (prompt
+lookup decoding, Saxena 2023; `prompt_lookup_num_tokens` of transformers). `SuffixDrafter`: the longest suffix of the
+whole text that occurred before, by an online suffix automaton (Blumer et al. 1985; SAM decoding, arXiv 2411.10666);
+shorter suffixes give further branches. Both cost microseconds and know no target. Told what forwards cost, they propose
+what is expected to pay by the odds of the text so far, else nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from haast.core import Accepted
+from haast.drafters.base import Drafter
+from haast.drafters.paths import Path, PathTree, pack_rows
+from haast.target.kv_pool import Sequence as KVSequence
+from haast.tree import DraftTree
+from haast.tuning.latency import Latency
+from haast.tuning.online import MatchOdds, best_chain
+
+LatencySource = Callable[[], Latency | None]  # None where nothing is known
+
+
+class TextIndex(ABC):
+    """One request's text, and the places in it where it may go on as it went on there.
+
+    Attributes:
+        text: all tokens, the newest last.
+        device: where the request's trees go: where its accepted tokens came from.
+        odds: how often what was said has gone on as its match had.
+    """
+
+    def __init__(self) -> None:
+        self.text: list[int] = []
+        self.device = torch.device("cpu")
+        self.odds = MatchOdds()
+
+    def extend(self, tokens: Sequence[int], answer: bool = False) -> None:
+        """The text goes on with `tokens`; those of the answer tell what matches are worth."""
+        for token in tokens:
+            if answer:
+                length, place = self.match()
+                if length:
+                    self.odds.count(length, self.text[place] == token)
+            self.text.append(int(token))
+            self._learn()
+
+    def chances(self, most: int) -> list[float]:
+        """[d]: chance that the first d + 1 tokens of the first path come next; empty where there is none."""
+        length, place = self.match()
+        return self.odds.chances(length, min(most, len(self.text) - place)) if length else []
+
+    @abstractmethod
+    def match(self) -> tuple[int, int]:
+        """Tokens at the end of the text that stood before, and the place after them there; 0, 0 where none did."""
+
+    @abstractmethod
+    def paths(self, most: int) -> list[Path]:
+        """Continuations of the text, the most trusted first, of at most `most` tokens each."""
+
+    @abstractmethod
+    def _learn(self) -> None:
+        """Take in the newest token of the text."""
+
+
+class HistoryDrafter(Drafter):
+    """A drafter that reads a request's text alone. Subclasses say how a text is indexed.
+
+    Args:
+        nodes: the most nodes of a tree, root included, 2 or more; a tree has as many as there are drafts for.
+        latency: what forwards cost, asked for at the first match: then a tree has as many nodes as are expected to pay,
+            which may be none but the root. None proposes whatever there is.
+    """
+
+    def __init__(self, nodes: int, latency: LatencySource | None = None) -> None:
+        if nodes < 2:
+            raise ValueError(f"nodes={nodes} is not allowed: give 2 or more (root and a draft)")
+        self._nodes, self._latency = nodes, latency
+
+    @property
+    def nodes(self) -> int:
+        return self._nodes
+
+    def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> Any:
+        index = self._index()
+        index.extend(prompt[: reused + 1])  # `observe` brings what follows, the rest of the prompt included
+        return index
+
+    def observe(self, states: Sequence[TextIndex], accepted: Accepted) -> None:
+        for index, said in zip(states, accepted.said(), strict=True):
+            index.extend(said, answer=accepted.verdict is not None)
+            index.device = accepted.tokens.device
+
+    def propose(self, states: Sequence[TextIndex], budget: int | None = None) -> DraftTree:
+        most = self._nodes if budget is None else min(budget, self._nodes)
+        if self._latency is not None:
+            most = 1 + self.paying(states, most - 1)[0]
+        rows = []
+        for index in states:
+            tree = PathTree(index.text[-1], most)
+            for path in index.paths(most - 1) if most > 1 else ():
+                tree.insert(path)
+            rows.append(tree)
+        return pack_rows(rows, states[0].device)
+
+    def paying(self, states: Sequence[TextIndex], most: int) -> tuple[int, float]:
+        """How many drafts a row, at most `most`, are expected to pay, and a row's tokens with them."""
+        chances = [index.chances(most) for index in states]
+        if not any(chances):
+            return 0, 1.0
+        latency = None if self._latency is None else self._latency()
+        return (most, 1.0) if latency is None else best_chain(chances, latency)
+
+    @abstractmethod
+    def _index(self) -> TextIndex:
+        """The index of a text that has not begun."""
+
+
+class PromptLookupDrafter(HistoryDrafter):
+    """Continues as after the latest earlier place of the last `ngram` tokens; of fewer where there is none."""
+
+    name = "lookup"
+
+    def __init__(self, nodes: int = 11, ngram: int = 3, latency: LatencySource | None = None) -> None:
+        super().__init__(nodes, latency)
+        if ngram < 1:
+            raise ValueError(f"ngram={ngram} is not allowed: give 1 or more")
+        self._ngram = ngram
+
+    def _index(self) -> TextIndex:
+        return NgramIndex(self._ngram)
+
+
+class NgramIndex(TextIndex):
+    """Where each n-gram of up to `most` tokens stood last, and the time before."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+        # n-gram -> the place after its latest occurrence, and the one before that (the newest n-gram ends the text)
+        self._latest: dict[tuple[int, ...], int] = {}
+        self._before: dict[tuple[int, ...], int] = {}
+
+    def match(self) -> tuple[int, int]:
+        for length in range(min(self._most, len(self.text) - 1), 0, -1):
+            place = self._before.get(tuple(self.text[-length:]))
+            if place is not None:
+                return length, place
+        return 0, 0
+
+    def paths(self, most: int) -> list[Path]:
+        length, place = self.match()
+        return [self.text[place : place + most]] if length else []
+
+    def _learn(self) -> None:
+        for length in range(1, min(self._most, len(self.text)) + 1):
+            gram = tuple(self.text[-length:])
+            if gram in self._latest:
+                self._before[gram] = self._latest[gram]
+            self._latest[gram] = len(self.text)
+
+
+class SuffixDrafter(HistoryDrafter):
+    """Continues as after the longest suffix of the text that occurred before; shorter suffixes give further branches.
+
+    Args:
+        nodes: see `HistoryDrafter`.
+        least: tokens that a suffix must have to be trusted.
+        branches: how many continuations at most.
+    """
+
+    name = "suffix"
+
+    def __init__(
+        self, nodes: int = 11, least: int = 1, branches: int = 3, latency: LatencySource | None = None
+    ) -> None:
+        super().__init__(nodes, latency)
+        for name, value in (("least", least), ("branches", branches)):
+            if value < 1:
+                raise ValueError(f"{name}={value} is not allowed: give 1 or more")
+        self._least, self._branches = least, branches
+
+    def _index(self) -> TextIndex:
+        return SuffixIndex(self._least, self._branches)
+
+
+class SuffixIndex(TextIndex):
+    """A text with its suffix automaton; the arguments are `SuffixDrafter`'s."""
+
+    def __init__(self, least: int, branches: int) -> None:
+        super().__init__()
+        self._least, self._branches = least, branches
+        self._automaton = SuffixAutomaton()
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest suffix of the text that occurred before."""
+        return self._automaton.longest
+
+    def match(self) -> tuple[int, int]:
+        places = self._automaton.earlier(self._least, 1)
+        return (self.longest, places[0]) if places else (0, 0)
+
+    def paths(self, most: int) -> list[Path]:
+        return [self.text[end : end + most] for end in self._automaton.earlier(self._least, self._branches)]
+
+    def _learn(self) -> None:
+        self._automaton.append(self.text[-1])
+
+
+class SuffixAutomaton:
+    """All substrings of a growing text, in O(1) amortised a token. State 0 is the empty string."""
+
+    def __init__(self) -> None:
+        self._next: list[dict[int, int]] = [{}]
+        self._link, self._length, self._end = [-1], [0], [0]  # `_end`: place after the first occurrence
+        self._last, self._size = 0, 0
+
+    def append(self, token: int) -> None:
+        """The text grows by one token."""
+        self._size += 1
+        new = self._state(self._size, self._size, {})
+        state = self._last
+        while state != -1 and token not in self._next[state]:
+            self._next[state][token] = new
+            state = self._link[state]
+        self._link[new] = 0 if state == -1 else self._split(state, token)
+        self._last = new
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest suffix of the text that occurred before."""
+        return self._length[self._link[self._last]] if self._last else 0
+
+    def earlier(self, least: int, most: int) -> list[int]:
+        """Places after earlier occurrences of suffixes of at least `least` tokens, the longest suffix first."""
+        places: list[int] = []
+        state = self._link[self._last] if self._last else 0
+        while state > 0 and self._length[state] >= least and len(places) < most:
+            if self._end[state] not in places:
+                places.append(self._end[state])
+            state = self._link[state]
+        return places
+
+    def _split(self, state: int, token: int) -> int:
+        """The state of the longest earlier suffix, cut out of a longer string's state where that is needed."""
+        target = self._next[state][token]
+        if self._length[state] + 1 == self._length[target]:
+            return target
+        clone = self._state(self._length[state] + 1, self._end[target], dict(self._next[target]))
+        self._link[clone] = self._link[target]
+        self._link[target] = clone
+        while state != -1 and self._next[state].get(token) == target:
+            self._next[state][token] = clone
+            state = self._link[state]
+        return clone
+
+    def _state(self, length: int, end: int, following: dict[int, int]) -> int:
+        self._next.append(following)
+        self._link.append(-1)
+        self._length.append(length)
+        self._end.append(end)
+        return len(self._next) - 1

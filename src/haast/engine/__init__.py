@@ -1,0 +1,1 @@
+"""Requests, the scheduler that serves them, verification and the acceptance rules."""

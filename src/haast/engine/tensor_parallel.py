@@ -1,0 +1,124 @@
+"""What the processes of a sharded model have to agree on, while they serve the same requests in step.
+
+Owns who decides: the first process drafts, judges and applies stop rules; the others take its word. That costs two
+small broadcasts a step (three with a stop rule), beside two reductions per layer of every forward. A model in one
+process agrees with itself (`Alone`). Knows no model.
+
+    leader      propose -> tree | forward | judge     | stop?
+                         broadcast   meets  broadcast   broadcast
+    follower             tree   | forward |  verdict  |  stops
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+
+from haast.core import RowVerdict, Verdict
+from haast.errors import PromptError
+from haast.target.ranks import Ranks
+from haast.tree import DraftTree
+
+Ends = Sequence[tuple[int, str]]  # per row: tokens that stay, and why the request ends there
+_REASONS = ("", "stop", "length", "error")
+
+
+class Alone:
+    """One process: every decision is its own."""
+
+    leads = True
+
+    def proposed(self, propose: Callable[[], DraftTree], device: torch.device) -> DraftTree:
+        """The trees of a step."""
+        return propose()
+
+    def judged(self, judge: Callable[[], Verdict], device: torch.device) -> Verdict:
+        """What is kept of them."""
+        return judge()
+
+    def settled(self, ends: Callable[[], Ends]) -> Ends:
+        """What stop rules leave of that: they may look at a clock."""
+        return ends()
+
+    def numbers(self, own: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+        """Numbers that all processes go by."""
+        return own()
+
+    def check(self, *values: object) -> None:
+        """Raises PromptError where the processes do not serve the same request."""
+
+
+class Agreed(Alone):
+    """Several processes: the first one decides."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks, self.leads = ranks, ranks.leads
+
+    def proposed(self, propose: Callable[[], DraftTree], device: torch.device) -> DraftTree:
+        if not self.leads:
+            rows, height, *said = self._ranks.share()
+            tokens, parents, flags = torch.tensor(said, device=device).view(3, rows, -1)
+            return DraftTree.from_parents(tokens, parents, flags % 2 == 1, flags >= 2, height=height, checked=True)
+        with self._ranks.leading():
+            tree = propose()
+        flags = tree.live.long() if tree.placeholder is None else tree.live + 2 * tree.placeholder
+        fields = torch.cat([part.flatten() for part in (tree.tokens, tree.parents, flags)])
+        self._ranks.share([tree.rows, tree.height, *fields.tolist()])
+        return tree
+
+    def judged(self, judge: Callable[[], Verdict], device: torch.device) -> Verdict:
+        if not self.leads:
+            return Verdict.of_rows(_rows(self._ranks.share()), device)
+        with self._ranks.leading():
+            verdict = judge()
+        self._ranks.share(_numbers(verdict.rows))
+        return verdict
+
+    def settled(self, ends: Callable[[], Ends]) -> Ends:
+        own: Ends = ()
+        if self.leads:
+            with self._ranks.leading():
+                own = ends()
+        said = self._ranks.share([each for kept, why in own for each in (kept, _REASONS.index(why))])
+        return [(kept, _REASONS[why]) for kept, why in zip(said[::2], said[1::2], strict=True)]
+
+    def numbers(self, own: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+        return tuple(self._ranks.share(own() if self.leads else ()))
+
+    def check(self, *values: object) -> None:
+        digest = hashlib.sha256(repr(values).encode()).digest()
+        if not self._ranks.same(int.from_bytes(digest[:7], "big")):
+            raise PromptError(
+                "the processes of a tensor-parallel model were given different prompts, or another max_new_tokens or "
+                "prefill_chunk: all of them must decode the same requests in the same order"
+            )
+
+
+def agreement(ranks: Ranks | None) -> Alone:
+    """Of the processes that hold a target; None is a target in one process."""
+    return Alone() if ranks is None else Agreed(ranks)
+
+
+def _numbers(rows: Sequence[RowVerdict | None]) -> list[int]:
+    """A verdict as a message: for every row how many nodes are kept, these, as many tokens, and the first choices."""
+    said: list[int] = []
+    for row in rows:
+        if row is None:
+            said.append(0)
+        else:
+            said += [len(row.path), *row.path, *row.tokens, len(row.first_choice), *map(int, row.first_choice)]
+    return said
+
+
+def _rows(said: Sequence[int]) -> list[RowVerdict | None]:
+    rows: list[RowVerdict | None] = []
+    left = iter(said)
+    for kept in left:
+        if not kept:
+            rows.append(None)
+            continue
+        path, tokens = (tuple(next(left) for _ in range(kept)) for _ in range(2))
+        rows.append(RowVerdict(path, tokens, tuple(bool(next(left)) for _ in range(next(left)))))
+    return rows

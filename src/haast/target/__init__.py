@@ -1,0 +1,1 @@
+"""The model that is decoded: loading, checks, forwards over trees, and the KV pool."""

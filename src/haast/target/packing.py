@@ -1,0 +1,224 @@
+"""Linear layers with packed weights, and the swap of a model's linears for them.
+
+Owns: `PackedLinear`, the operator `haast::linear` and `pack_linears`. Knows nothing of trees or decoding.
+
+Weights are rounded once, to fp16 or to int8 with one factor per output; activations and sums stay fp32. On a CPU a
+forward over a few rows costs the time to read the weights, so half the bytes is up to half the time, and the panel
+layout makes several rows nearly free. A model packed to int8 is another target: what it says is what it says packed.
+Rows are independent: a row's result has the same bits whatever rows stand beside it (not so for `reference=True`, which
+leaves the order of sums to PyTorch).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from haast import native
+from haast.compat import buffers_of
+from haast.target.memory import give_back
+
+__all__ = ["PackedLinear", "PackingReport", "pack_linears"]
+
+# The operator that compiled graphs call. A 32 x 16 layer on the development CPU, microseconds per call on a
+# busy machine: bare ctypes 1.6, native.linear 9, PackedLinear 10, nn.Linear 10, this Library operator 15, a
+# torch.library.custom_op 32. A forward has 211 linears, so eager code calls the kernel directly and only a graph under
+# construction takes the operator.
+_LIBRARY = torch.library.Library("haast", "DEF")  # type: ignore[no-untyped-call]
+_SCHEMA = "linear(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int out_features) -> Tensor"
+_LIBRARY.define(_SCHEMA)  # type: ignore[no-untyped-call]
+
+
+def _linear_fake(x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+_LIBRARY.impl("linear", native.linear, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("haast::linear", _linear_fake, lib=_LIBRARY)
+
+FORMS = ("f16", "int8")
+
+
+class PackedLinear(nn.Module):
+    """A frozen `nn.Linear` whose weight is held in panels of fp16 or int8: y = x W^T + bias, fp32 in and out.
+
+    Attributes:
+        packed: (panels, in_features, 16) int16 with fp16 bits, see `native.pack_f16`, or int8, see `native.pack_i8`;
+            empty in the reference form.
+        scale: (out_features) fp32, the factor of each output of int8 weights; None with fp16.
+        dense: (out_features, in_features) fp32 with the same rounded values in the reference form; empty otherwise.
+        bias: (out_features) fp32, or None.
+    """
+
+    packed: Tensor
+    scale: Tensor | None
+    dense: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, *, form: str = "f16", reference: bool = False
+    ) -> None:
+        """Pack a weight; see `from_weight`."""
+        super().__init__()
+        _check_weight(weight, bias)
+        if form not in FORMS:
+            raise ValueError(f"form={form!r} is no packing: give one of {', '.join(FORMS)}")
+        self.form = form
+        self.out_features, self.in_features = weight.shape
+        self.reference = reference or not native.available()
+        values = weight.detach()
+        packed, scale = torch.empty(0, dtype=torch.int16), None
+        if not self.reference:
+            packed, scale = (native.pack_f16(values), None) if form == "f16" else native.pack_i8(values)
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale", scale)
+        self.register_buffer("dense", _rounded(values, form) if self.reference else torch.empty(0))
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    @classmethod
+    def from_weight(
+        cls, weight: Tensor, bias: Tensor | None = None, *, form: str = "f16", reference: bool = False
+    ) -> PackedLinear:
+        """Pack a weight matrix, for example the rows of an LM head that a draft vocabulary keeps.
+
+        Args:
+            weight: (out_features, in_features) fp32 on the CPU; it is copied.
+            bias: (out_features) fp32, or None.
+            form: "f16", or "int8" with one factor per output.
+            reference: the same rounded weights in plain PyTorch fp32: slow, for comparison. It is also what a
+                machine without the native library gets.
+
+        Raises:
+            ValueError: another dtype or device, shapes that do not fit, or values beyond fp16's range.
+        """
+        return cls(weight, bias, form=form, reference=reference)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., in_features) fp32 on the CPU to (..., out_features) fp32.
+
+        Raises:
+            ValueError: another dtype, device or width, or a gradient is asked for.
+        """
+        buffers = buffers_of(self)  # three attribute look-ups through nn.Module cost a microsecond
+        packed, scale, bias = buffers["packed"], buffers["scale"], buffers["bias"]
+        assert packed is not None, "registered as a tensor"
+        if self.reference:
+            return self._reference_forward(x)
+        if torch.compiler.is_compiling():
+            result: Tensor = torch.ops.haast.linear(x, packed, self.scale, bias, self.out_features)
+            return result
+        return native.linear(x, packed, scale, bias, self.out_features)
+
+    def _reference_forward(self, x: Tensor) -> Tensor:
+        if x.dtype is not torch.float32 or x.device != self.dense.device:
+            raise ValueError(
+                f"PackedLinear takes float32 on {self.dense.device}, not {x.dtype} on {x.device}; "
+                "load the model with dtype=torch.float32 there, or do not pack it"
+            )
+        return functional.linear(x, self.dense, self.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The rounded weight, made anew: for model code that reads it where it does not multiply (some routers do)."""
+        return self.unpack()
+
+    def unpack(self) -> Tensor:
+        """Return the weight (out_features, in_features) fp32 as it was rounded."""
+        if self.reference:
+            return self.dense.clone()
+        values = self.packed.view(torch.float16) if self.scale is None else self.packed
+        rows = values.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features].float()
+        return rows if self.scale is None else rows * self.scale.unsqueeze(1)
+
+    def extra_repr(self) -> str:
+        """Sizes, as `nn.Linear` shows them."""
+        path = "reference" if self.reference else "native"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}, {self.form}, {path}"
+
+
+def _check_weight(weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (out_features, in_features)")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype is not torch.float32 or tensor.device.type != "cpu"):
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}; packing needs float32 on the CPU: "
+                "load the model with dtype=torch.float32"
+            )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; the weight has {weight.shape[0]} outputs")
+
+
+def _rounded(weight: Tensor, form: str) -> Tensor:
+    """Return the weight after rounding to `form`, in fp32."""
+    if form == "int8":
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        scale[scale == 0] = 1
+        return (weight / scale).round() * scale
+    result = weight.half().float()
+    if not bool(result.isfinite().all()):
+        raise ValueError("weight has values that fp16 cannot hold (limit 65504); leave this layer unpacked")
+    return result
+
+
+@dataclass(frozen=True)
+class PackingReport:
+    """What `pack_linears` did."""
+
+    layers: int  # linears replaced
+    parameters: int  # their weights, biases not counted
+    bytes_before: int  # of those weights; one that an embedding shares is counted and yet stays in memory
+    bytes_after: int
+    native: bool  # False: the reference form, for want of the native library or on demand
+    note: str  # why it is not native; empty otherwise
+
+
+def pack_linears(model: nn.Module, *, form: str = "f16", reference: bool = False) -> PackingReport:
+    """Replace every `nn.Linear` and transformers `Conv1D` of a model by a `PackedLinear`, in place.
+
+    The LM head is included; an embedding tied to it keeps its own fp32 weight. The whole model is frozen, since nothing
+    can be trained through packed weights. Norms and embeddings stay as they are.
+
+    Args:
+        model: fp32, on the CPU.
+        form: "f16" or "int8".
+        reference: use the slow PyTorch form (see `PackedLinear.from_weight`).
+
+    Raises:
+        ValueError: the model holds another dtype or device, or weights beyond fp16's range. The message names the
+            layer; layers before it are already packed.
+    """
+    layers = parameters = bytes_after = 0
+    shared: dict[int, PackedLinear] = {}  # one module used at two places stays one module
+    for parent_name, parent in list(model.named_modules()):
+        for name, child in list(parent.named_children()):
+            if id(child) in shared:
+                setattr(parent, name, shared[id(child)])
+                continue
+            if not isinstance(child, nn.Linear | Conv1D):
+                continue
+            packed = _pack_child(f"{parent_name}.{name}".lstrip("."), child, form, reference)
+            setattr(parent, name, packed)
+            layers += 1
+            parameters += packed.in_features * packed.out_features
+            bytes_after += packed.packed.nbytes + packed.dense.nbytes
+            shared[id(child)] = packed
+        give_back()
+    model.requires_grad_(False)
+    done_natively = native.available() and not reference
+    note = "" if done_natively else native.why_not() or "the reference form was asked for"
+    return PackingReport(layers, parameters, 4 * parameters, bytes_after, done_natively, note)
+
+
+def _pack_child(name: str, child: nn.Linear | Conv1D, form: str, reference: bool) -> PackedLinear:
+    # Conv1D keeps (in, out). The old module lets go of its weight once nothing else refers to it.
+    weight = child.weight.t() if isinstance(child, Conv1D) else child.weight
+    try:
+        return PackedLinear(weight, child.bias, form=form, reference=reference)
+    except ValueError as error:
+        raise ValueError(f"cannot pack {name}: {error}") from error

@@ -1,0 +1,189 @@
+"""What is asked of the target: settings, which user turns wait for an answer, and the records that answers become.
+
+Owns the order of turns and the keys of draws. Knows no model: `regenerate` answers with the target in this process,
+`endpoint` with a server. A conversation's later turn waits until the earlier one is answered, now or in an earlier run,
+since the target's own words are part of what it is asked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from haast.progress import Progress
+from haast.prompts import Prompt
+from haast.repetition import loop_share
+from haast.sampling import keyed_uniform
+
+_TEMPERATURE_DRAW = 2**40  # a position no text reaches: the draw that picks an answer's temperature
+_SEED_DRAW = 2**41  # likewise, the draw that seeds a server's
+TURN_DRAWS = 2**42  # positions between the draws of one turn and the next
+
+
+@dataclass(frozen=True)
+class RegenerateConfig:
+    """How answers are made. `temperatures` are (temperature, share) pairs; each prompt draws one."""
+
+    batch: int = 32
+    max_new_tokens: int = 256
+    max_prompt_tokens: int = 1024
+    temperatures: tuple[tuple[float, float], ...] = ((0.0, 0.5), (0.7, 0.25), (1.0, 0.25))
+    seed: int = 0
+    features_dir: Path | None = None
+    topk: int = 16
+    max_gb: float = 20.0
+    turns: int = 1  # user turns of a prompt that are answered, at most
+    thinking: bool | None = None  # the chat template's `enable_thinking`; None leaves it to the template
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "max_new_tokens", "max_prompt_tokens", "topk", "max_gb", "turns"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed in regeneration: give a value above 0")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} is not allowed: give 0 to 2**63 - 1")
+        ok = all(t >= 0 and math.isfinite(t) and 0 < share < math.inf for t, share in self.temperatures)
+        if not self.temperatures or not ok:
+            raise ValueError(
+                f"temperatures={self.temperatures} is not allowed: give (temperature 0 or above, share above 0) pairs"
+            )
+
+    def temperature(self, index: int) -> float:
+        """The temperature of prompt `index`, the same in all its turns."""
+        point = keyed_uniform(self.seed, index, _TEMPERATURE_DRAW) * sum(share for _, share in self.temperatures)
+        for temperature, share in self.temperatures:
+            if point < share:
+                return temperature
+            point -= share
+        return self.temperatures[-1][0]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One user turn that waits for its answer."""
+
+    index: int  # the prompt's place in the list, which keys its draws
+    turn: int  # from 0
+    prompt: Prompt
+    history: tuple[str, ...] = ()  # user, assistant, ... before it
+
+    @property
+    def id(self) -> str:
+        """The prompt's own for the first turn, then with #2, #3, ... behind."""
+        return turn_id(self.prompt, self.turn)
+
+    @property
+    def turns(self) -> list[str]:
+        """All that was said, this question last."""
+        return [*self.history, self.prompt.turns[self.turn]]
+
+    def draw(self, seed: int, position: int) -> float:
+        """The keyed draw for the token at `position`."""
+        return keyed_uniform(seed, self.index, self.turn * TURN_DRAWS + position)
+
+    def seed(self, seed: int) -> int:
+        """31 bits that seed a server's draws for this answer."""
+        return int(self.draw(seed, _SEED_DRAW) * 2**31)
+
+    def record(
+        self, config: RegenerateConfig, model: str, tokenizer: str, text: str, tokens: list[int], finished: bool
+    ) -> dict[str, Any]:
+        """The answer as `answers` describes it."""
+        extra = self.prompt.extra
+        return {
+            "id": self.id,
+            "model": model,
+            "tokenizer": tokenizer,
+            "category": self.prompt.category,
+            "source": extra.get("source", ""),
+            "licence": extra.get("licence", ""),
+            **({"history": list(self.history)} if self.history else {}),
+            "prompt": self.prompt.turns[self.turn],
+            "temperature": config.temperature(self.index),
+            **({} if config.thinking is None else {"thinking": config.thinking}),
+            "response": text,
+            "response_ids": tokens,
+            "finished": finished,
+            "loop_share": round(loop_share(tokens), 4),
+        }
+
+
+def turn_id(prompt: Prompt, turn: int) -> str:
+    """A record's id."""
+    return prompt.id if turn == 0 else f"{prompt.id}#{turn + 1}"
+
+
+class Questions:
+    """The turns that wait, in order; a conversation's next turn comes as soon as the one before is answered.
+
+    Args:
+        prompts: in the same order on every run.
+        turns: answered of each, at most.
+        records: answers there, by id. `AnswersFile.records`, which grows.
+
+    Raises:
+        ValueError: two turns of one id, or an answer there is to another question of the same id.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], turns: int, records: dict[str, dict[str, Any]]) -> None:
+        ids = [turn_id(prompt, turn) for prompt in prompts for turn in range(min(turns, len(prompt.turns)))]
+        twice = next((name for name, count in Counter(ids).items() if count > 1), None)
+        if twice is not None:
+            raise ValueError(
+                f"two prompts have the same id {twice!r}: give each line its own, answers are resumed by id"
+            )
+        self.total = len(ids)
+        self.before = sum(name in records for name in ids)
+        self._turns, self._records = turns, records
+        firsts = (self._open(index, prompt) for index, prompt in enumerate(prompts))
+        self._waiting = deque(question for question in firsts if question is not None)
+
+    def take(self) -> Question | None:
+        """The next one; None where none waits now."""
+        return self._waiting.popleft() if self._waiting else None
+
+    def answered(self, question: Question) -> None:
+        """Its record is there: queue the conversation's next turn, before all others."""
+        following = self._open(question.index, question.prompt)
+        if following is not None:
+            self._waiting.appendleft(following)
+
+    def _open(self, index: int, prompt: Prompt) -> Question | None:
+        """The first turn without an answer."""
+        history: tuple[str, ...] = ()
+        for turn in range(min(self._turns, len(prompt.turns))):
+            record = self._records.get(turn_id(prompt, turn))
+            if record is None:
+                return Question(index, turn, prompt, history)
+            if record.get("prompt", prompt.turns[turn]) != prompt.turns[turn]:
+                raise ValueError(
+                    f"the answers file holds an answer {record['id']!r} to another prompt than the one of that id now: "
+                    f"give another --out, or prompts with ids of their own"
+                )
+            history = (*history, prompt.turns[turn], str(record.get("response", "")))
+        return None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did, in turns."""
+
+    total: int
+    before: int  # answered in earlier runs
+    added: int
+    failed: int = 0  # refused by a server, or never answered
+    complaint: str = ""  # the last failure's
+    tokens: int = 0  # of the answers added
+
+    @property
+    def left_out(self) -> int:
+        """Too long, or behind a turn that has no answer."""
+        return self.total - self.before - self.added - self.failed
+
+
+def answer_progress(questions: Questions, quiet: bool) -> Progress:
+    """How far the answers are; each tells how many tokens it has."""
+    return Progress("answers", "answers", questions.total, questions.before, rate="tokens", quiet=quiet)

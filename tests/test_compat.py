@@ -335,7 +335,8 @@ def test_stock_layers_write_to_a_cache_of_ours(model: Any) -> None:
     pool = KVPool(8)
     cache = KVCache(pool, model.config.num_hidden_layers, torch.device("cpu")).bind([pool.sequence()])
     cache.begin(4)
-    model(input_ids=IDS, use_cache=True, **{cache_name(type(model).forward): cache})
+    with torch.inference_mode():  # as every forward of ours
+        model(input_ids=IDS, use_cache=True, **{cache_name(type(model).forward): cache})
     assert cache.updated_layers == set(range(model.config.num_hidden_layers))
 
 

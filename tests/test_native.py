@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -28,11 +29,15 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from haast import native
+from haast.core import SamplingParams
+from haast.engine.verify import verify
 from haast.native.library import thread_count
+from haast.sampling import Sampler
 from haast.target.fusing import fuse_small_modules
 from haast.target.kv_pool import BLOCK
 from haast.target.native_cpu import NativeStack
 from haast.target.packing import PackedLinear, pack_linears
+from haast.tree import DraftTree
 
 needs_native = pytest.mark.skipif(not native.available(), reason=native.why_not())
 SIZES = [1, 15, 16, 17, 100, 577]
@@ -584,49 +589,136 @@ def test_threads_run_one_stack_over_one_store() -> None:
     assert not wrong
 
 
-# ------------------------------------------------------------------ moving slots
+# ------------------------------------------------------------------ keeping nodes
+
+TABLES = torch.tensor([[7, 2, 9, 0], [3, 8, 1, 5]], dtype=torch.int32)  # blocks of 4 slots
+
+
+def physical(row: int, slot: int, shift: int) -> int:
+    return int(TABLES[row, (slot + shift) // 4]) * 4 + (slot + shift) % 4
 
 
 @needs_native
 @pytest.mark.parametrize("dtype", FORMS)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_slots_are_moved_in_turn(dtype: torch.dtype, threads: int) -> None:
+@pytest.mark.parametrize("shift", [0, 1])
+def test_kept_nodes_move_up_in_turn(dtype: torch.dtype, threads: int, shift: int) -> None:
     store = randn(8, 3, 40, 20).to(dtype)
-    sources = torch.tensor([30, 5, 7, 8, 12, 39, 2])
-    targets = torch.tensor([30, 4, 5, 7, 8, 0, 2])  # 5, 7 and 8 are read before they are written to
+    lengths, counts = torch.tensor([3, 6]), torch.tensor([4, 1])
+    path = torch.tensor([[0, 2, 3, 7], [0, 5, 5, 5]])  # nodes 2 and 3 are read before they are written to
     expected = store.clone()
-    for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
-        expected[:, :, target] = expected[:, :, source]
-    native.move_slots(store, sources, targets, threads)
+    for row in range(2):
+        for place, node in enumerate(path[row, : counts[row]].tolist()):
+            source, target = (physical(row, int(lengths[row]) + each, shift) for each in (node, place))
+            expected[:, :, target] = expected[:, :, source]
+    native.keep(store, TABLES, lengths, path, counts, block=4, shift=shift, threads=threads)
     assert torch.equal(store, expected)
-    native.move_slots(store, sources[:0], targets[:0])
+    native.keep(store, TABLES, lengths, path[:, :0], counts * 0, block=4)
     assert torch.equal(store, expected)
 
 
 @needs_native
-def test_many_slots_are_moved_by_several_threads() -> None:
-    store = randn(60, 4, 400, 64)
-    sources, targets = torch.arange(1, 400, 2), torch.arange(200)
+def test_many_nodes_are_kept_by_several_threads() -> None:
+    store, table = randn(60, 4, 400, 64), torch.arange(100, dtype=torch.int32).unsqueeze(0)
+    path = torch.arange(0, 400, 2).unsqueeze(0)
     expected = store.clone()
-    expected[:, :, targets] = store[:, :, sources]
-    native.move_slots(store, sources, targets, 2)
+    expected[:, :, :200] = store[:, :, ::2]
+    native.keep(store, table, torch.tensor([0]), path, torch.tensor([200]), block=4, threads=2)
     assert torch.equal(store, expected)
 
 
 @needs_native
-def test_what_can_not_be_moved_is_refused() -> None:
-    store, some = randn(2, 1, 16, 4), torch.tensor([3, 4])
-    before = store.clone()
-    for sources, targets in ((torch.tensor([3, 16]), some), (some, torch.tensor([-1, 2]))):
-        with pytest.raises(ValueError, match="the store has 16"):
-            native.move_slots(store, sources, targets)
-    for sources, targets in ((some, some[:1]), (some.int(), some), (some, some.unsqueeze(0))):
-        with pytest.raises(ValueError, match="int64 on the"):
-            native.move_slots(store, sources, targets)
+def test_what_can_not_be_kept_is_refused() -> None:
+    store, table = randn(2, 1, 16, 4), torch.tensor([[0, 3]], dtype=torch.int32)
+    before, length, path, count = store.clone(), torch.tensor([2]), torch.tensor([[0, 3]]), torch.tensor([2])
+    with pytest.raises(ValueError, match="too short"):
+        native.keep(store, table, length, torch.tensor([[0, 6]]), count, block=4)
+    with pytest.raises(ValueError, match="too short"):
+        native.keep(store, table, torch.tensor([-9]), path, count, block=4)
+    with pytest.raises(ValueError, match="not in the store"):
+        native.keep(store, table + 1, length, path, count, block=4)
+    for wrong in (
+        (table.long(), length, path, count), (table, length, path.int(), count), (table, length[:0], path, count),
+        (table, length, path, count.unsqueeze(0)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="int64"):
+            native.keep(store, *wrong, block=4)
     for other in (store.double(), store[0], store.transpose(1, 2)[:, :, :, :2]):
         with pytest.raises(ValueError, match="the store is"):
-            native.move_slots(other, some, some)
+            native.keep(other, table, length, path, count, block=4)
     assert torch.equal(store, before)
+
+
+# ------------------------------------------------------------------ judging trees
+
+ODD: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda x: x,
+    "ties": lambda x: x.round(),
+    "all alike": torch.zeros_like,
+    "NaN": lambda x: x.masked_fill(x > 1.5, torch.nan),
+    "masked": lambda x: x.masked_fill(x < 2, -torch.inf),
+    "nothing is possible": lambda x: torch.full_like(x, -torch.inf),
+    "infinity": lambda x: x.masked_fill(x > 3, torch.inf),
+    "far apart": lambda x: x * 300,
+}
+
+
+@needs_native
+@pytest.mark.parametrize("vocab", [5, 256, 1000])
+@pytest.mark.parametrize("wide", [0, 1, 2])
+@pytest.mark.parametrize("odd", ODD)
+def test_trees_are_judged_as_by_tensors(vocab: int, wide: int, odd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    for trial in range(4):
+        rows, nodes = 3, 12
+        parents = torch.stack([torch.tensor([-1, *(int(torch.randint(i, (), generator=generator)) for i in
+                                                   range(1, nodes))]) for _ in range(rows)])  # fmt: skip
+        tokens = torch.randint(min(vocab, 3), (rows, nodes), generator=generator)
+        live = torch.ones(rows, nodes, dtype=torch.bool)
+        live[1, 8:] = False
+        live[1] &= live[1].gather(0, parents[1].clamp_min(0))
+        placeholder = None if trial % 2 else torch.rand(rows, nodes, generator=generator) < 0.2
+        tree = DraftTree.from_parents(tokens, parents, live, placeholder)
+        logits = ODD[odd](3 * torch.randn(rows, nodes, vocab, generator=generator))
+        samplers = [Sampler(SamplingParams(temperature=t, seed=trial)) for t in (0.0, 0.7, 1.0)]
+        histories = [[0] * (row + 1) for row in range(rows)]
+        with native.narrow_path(wide):
+            found = verify(tree, logits, samplers, histories)
+        with monkeypatch.context() as patched:
+            patched.setattr(native, "available", lambda: False)
+            expected = verify(tree, logits, samplers, histories)
+        assert found.rows == expected.rows
+
+
+@needs_native
+def test_draws_fall_where_the_exact_distribution_puts_them() -> None:
+    """Against 28 digits of decimal arithmetic, on both sides of every border between two tokens."""
+    logits = 4 * torch.randn(1, 1, 300, generator=torch.Generator().manual_seed(1))
+    weights = [Decimal(value).exp() for value in logits.flatten().tolist()]
+    total, reached = sum(weights), Decimal(0)
+    field, live = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
+    for token, weight in enumerate(weights):
+        for share in ("0.01", "0.99"):
+            draw = float((reached + Decimal(share) * weight) / total)
+            out = native.judge(logits, field, field - 1, live, None, temperatures=[1.0], draws=[[draw]])
+            assert out.tolist() == [[1, 0, token, -1]]
+        reached += weight
+
+
+@needs_native
+def test_what_can_not_be_judged_is_refused() -> None:
+    logits, field, live = randn(1, 2, 8), torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool)
+    drawn: dict[str, Any] = {"temperatures": [1.0], "draws": [[0.5, 0.5]]}
+    for wrong in (
+        (logits.double(), field, field, live, None), (logits[0], field, field, live, None),
+        (logits, field.int(), field, live, None), (logits, field, field[:, :1], live, None),
+        (logits, field, field, live.long(), None), (logits, field, field, live, live[:, :1]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"float32|dimensions|a tree has a field"):
+            native.judge(*wrong, **drawn)
+    for name, value in (("temperatures", ()), ("draws", [[]]), ("draws", ())):
+        with pytest.raises(ValueError, match="are given; expected"):
+            native.judge(logits, field, field, live, None, **{**drawn, name: value})
 
 
 # ------------------------------------------------------------------ threads

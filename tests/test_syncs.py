@@ -164,6 +164,7 @@ def on_meta(target: Target, drafter: EagleDrafter) -> None:
     model: Any = target.model
     model.to("meta")
     drafter._module.to("meta")
+    target.refresh()  # as every request does when it begins
 
 
 def meta_step(sampling: SamplingParams, shape: DraftShape, spoil: Callable[[DraftTree], Any] | None = None) -> None:

@@ -41,7 +41,17 @@ class Verdict:
     def __init__(self, path: Tensor, tokens: Tensor, counts: Tensor, preferred: Tensor) -> None:
         """`preferred` (rows, depth + 1) int64: -1 at a node without children, else whether its first one was right."""
         self.path, self.tokens, self.counts, self._preferred = path, tokens, counts, preferred
+        self._packed: Tensor | None = None
         self._rows: tuple[RowVerdict | None, ...] | None = None
+
+    @classmethod
+    def packed(cls, packed: Tensor) -> Verdict:
+        """From one tensor (rows, 1 + 3 * (depth + 1)) int64: every row's count, path, tokens, preferred."""
+        width = packed.shape[1] // 3
+        path, tokens, preferred = (packed[:, 1 + part * width : 1 + (part + 1) * width] for part in range(3))
+        made = cls(path, tokens, packed[:, 0], preferred)
+        made._packed = packed
+        return made
 
     @classmethod
     def of_rows(cls, rows: Sequence[RowVerdict | None], device: torch.device) -> Verdict:
@@ -67,8 +77,9 @@ class Verdict:
     def rows(self) -> tuple[RowVerdict | None, ...]:
         """One `RowVerdict` per row; None for a row that failed. The step's one read from the device."""
         if self._rows is None:
-            read = torch.cat([self.counts.unsqueeze(1), self.path, self.tokens, self._preferred], dim=1).tolist()
-            self._rows = tuple(map(_row_verdict, read))
+            parts = [self.counts.unsqueeze(1), self.path, self.tokens, self._preferred]
+            packed = torch.cat(parts, dim=1) if self._packed is None else self._packed
+            self._rows = tuple(map(_row_verdict, packed.tolist()))
         return self._rows
 
 

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 _MEMORY = Path("/proc/meminfo")
 _UNKNOWN = 4 << 30  # bytes that are taken to be free where the system does not say
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def without_autograd(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`torch.inference_mode` around a function, unless it is on: switching costs as much as several small operators."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def exact(device: torch.device) -> torch.dtype:

@@ -65,6 +65,13 @@ class Sampler:
             return self.greedy, *self._warpers
         return self.params.temperature, self.params.top_k, self.params.top_p, self.params.min_p
 
+    @property
+    def plain(self) -> float | None:
+        """The temperature, where it is all that a stateless choice from float32 logits depends on beside the draw."""
+        if self._given:
+            return 0.0 if self.greedy and not self._warpers else None
+        return None if self._warpers else self.params.temperature
+
     def takes_likeliest(self, dtype: torch.dtype) -> bool:
         """Whether a stateless choice is the argmax of raw logits of `dtype`; float32 may round float64 to a tie."""
         return self.greedy and not (self._given and (self._warpers or dtype is torch.float64))
@@ -139,11 +146,8 @@ def choose_nodes(
     if all(sampler.takes_likeliest(logits.dtype) for sampler in samplers):
         return likeliest(logits)
     rows, nodes, vocab = logits.shape
-    draws = [
-        [0.0 if sampler.greedy else sampler.draw(length + depth) for depth in range(height + 1)]
-        for sampler, length in zip(samplers, lengths, strict=True)
-    ]
-    uniform = to_device(torch.tensor(draws, dtype=exact(logits.device)), logits.device).gather(1, depths)
+    points = torch.tensor(draws(samplers, lengths, height), dtype=exact(logits.device))
+    uniform = to_device(points, logits.device).gather(1, depths)
     kinds: dict[tuple[Hashable, ...], list[int]] = {}
     for row, sampler in enumerate(samplers):
         kinds.setdefault(sampler.kind, []).append(row)
@@ -163,6 +167,14 @@ def choose_nodes(
             return found
         chosen[members] = found
     return chosen
+
+
+def draws(samplers: Sequence[Sampler], lengths: Sequence[int], height: int) -> list[list[float]]:
+    """Each row's draws for the tokens that follow nodes at depth 0 to `height`; 0 where nothing is drawn."""
+    return [
+        [0.0 if sampler.greedy else sampler.draw(length + depth) for depth in range(height + 1)]
+        for sampler, length in zip(samplers, lengths, strict=True)
+    ]
 
 
 def likeliest(logits: Tensor) -> Tensor:

@@ -120,4 +120,7 @@ def last_tokens(accepted: Accepted) -> Tensor:
 
 def stacked(states: Sequence[Any], name: str) -> Tensor:
     """A tensor that every state holds, (rows, ...)."""
+    if len(states) == 1:
+        alone: Tensor = getattr(states[0], name).unsqueeze(0)
+        return alone
     return torch.stack([getattr(state, name) for state in states])

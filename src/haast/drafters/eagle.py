@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from haast import native
 from haast.core import Accepted
-from haast.device import to_device
-from haast.drafters.base import Drafter, last_kept, stacked
+from haast.device import to_device, without_autograd
+from haast.drafters.base import Drafter, stacked
 from haast.drafters.batch_policy import Way, Ways, way_for
 from haast.drafters.draft_lm import checked_vocab, draft_lm_head
 from haast.drafters.head_runner import Flight, HeadForward
@@ -67,6 +67,13 @@ class EagleState:
     extrapolated: Tensor | None = None
     pending: list[tuple[Accepted, int]] = field(default_factory=list)
     waiting: int = 0  # the most positions that can be pending
+
+    def note_root(self) -> None:
+        """Take the last emitted token from what is pending."""
+        for accepted, row in reversed(self.pending):
+            if count := len(accepted.said()[row]):
+                self.root = accepted.tokens[row, count - 1]
+                return
 
 
 @dataclass(frozen=True)
@@ -212,20 +219,21 @@ class EagleDrafter(Drafter):
     def complete_from(self, state: EagleState) -> int:
         return state.skipped + 1 if state.skipped else 0
 
-    @torch.inference_mode()
+    @without_autograd
     def observe(self, states: Sequence[EagleState], accepted: Accepted) -> None:
-        for row, (state, root) in enumerate(zip(states, last_kept(accepted.tokens, accepted.counts), strict=True)):
-            state.root = root
+        for row, state in enumerate(states):
             state.pending.append((accepted, row))
             state.waiting += accepted.tokens.shape[1]
         # What waits is run with the next proposal, but prompts at once: others may begin with the same.
         if accepted.verdict is None or max(state.waiting for state in states) > _MOST_PENDING:
             self._catch_up(states)
 
-    @torch.inference_mode()
+    @without_autograd
     def propose(self, states: Sequence[EagleState], budget: int | None = None) -> DraftTree:
         growing = self._growing_of(way_for(self.ways, len(states)), budget)
         if growing is None:
+            for state in states:
+                state.note_root()
             return DraftTree.roots(stacked(states, "root"))
         self._catch_up(states)
         return self._draft(states, growing)
@@ -240,8 +248,9 @@ class EagleDrafter(Drafter):
         if not any(state.pending for state in states):
             return
         tokens, features, counts = _joined(states)
-        before = stacked(states, "before")
-        paired = tokens if self._module.follows_token else torch.cat([before.unsqueeze(1), tokens[:, :-1]], dim=1)
+        paired = tokens
+        if not self._module.follows_token:
+            paired = torch.cat([stacked(states, "before").unsqueeze(1), tokens[:, :-1]], dim=1)
         left = [self._pairs.left_out(s.skipped, s.observed, n) for s, n in zip(states, counts, strict=True)]
         if any(left):
             paired, features = _without(paired, left), _without(features, left)
@@ -250,19 +259,19 @@ class EagleDrafter(Drafter):
             state.observed += out
         pairs = max(kept)
         if pairs:
-            paired, features = paired[:, :pairs], features[:, :pairs]
+            if pairs < paired.shape[1]:
+                paired, features = paired[:, :pairs], features[:, :pairs]
             past = [state.observed for state in states]
             cache = self.cache.bind([state.kv for state in states], past)
             flight = Flight.chain(past, to_device(torch.tensor(past), paired.device), pairs)  # a tail is overwritten
             output = self._forward.run(cache, self._embedded(paired), self._module.fuse(features), flight)
-            held = to_device(torch.tensor(kept), output.device)
-            for state, count, newest in zip(states, kept, last_kept(output, held), strict=True):
+            for row, (state, count) in enumerate(zip(states, kept, strict=True)):
                 if count:
                     state.observed += count
-                    state.extrapolated = newest
-        for state, count in zip(states, counts, strict=True):
-            if count:
-                state.before = state.root if state.root is not None else state.before
+                    state.extrapolated = output[row, count - 1]
+        for state in states:
+            state.note_root()
+            state.before = state.before if state.root is None else state.root
             state.pending, state.waiting = [], 0
         self._pairs.warn(max(state.observed for state in states))
 

@@ -44,7 +44,7 @@ class Flight:
     def chain(cls, past: list[int], committed: Tensor, pairs: int) -> Flight:
         """Pairs that follow one another after what each row has."""
         positions = committed.unsqueeze(1) + torch.arange(pairs, device=committed.device)
-        causal = torch.ones(pairs, pairs, dtype=torch.bool, device=committed.device).tril_()
+        causal = _causal(pairs, committed.device)
         return cls(past, committed, positions, positions, causal.expand(len(past), -1, -1))
 
     def below(self, parent: Tensor, positions: Tensor) -> Flight:
@@ -69,6 +69,12 @@ class Flight:
         tensors = (self.committed, self.positions, self.flying, self.seen)
         committed, positions, flying, seen = (each[index] for each in tensors)
         return replace(self, committed=committed, positions=positions, flying=flying, seen=seen)
+
+
+@functools.lru_cache(maxsize=64)
+def _causal(pairs: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(pairs, pairs, dtype=torch.bool, device=device).tril_()
 
 
 class HeadForward:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from haast.core import Accepted, Request, TokenChooser
-from haast.device import to_device
+from haast.device import to_device, without_autograd
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.ngram import SuffixDrafter, TextIndex
@@ -123,7 +123,7 @@ class HybridDrafter(Drafter):
                     state.gained += sum(node >= state.offered for node in row.path)
                 state.offered = 0
 
-    @torch.inference_mode()
+    @without_autograd
     def propose(self, states: Sequence[HybridState], budget: int | None = None) -> DraftTree:
         if budget == 1 and self._latency is not None:
             return self._matches_alone(states)

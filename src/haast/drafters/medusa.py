@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from haast import native
 from haast.core import Accepted
+from haast.device import without_autograd
 from haast.drafters.base import Drafter, last_kept, last_tokens, stacked
 from haast.drafters.draft_lm import DRAFT_LM_FORM, checked_vocab
 from haast.drafters.tree_shape import DraftShape, likeliest_paths
@@ -116,7 +117,7 @@ class MedusaDrafter(Drafter):
         for state, feature, root in zip(states, features.unbind(), roots.unbind(), strict=True):
             state.feature, state.root = feature, root
 
-    @torch.inference_mode()
+    @without_autograd
     def propose(self, states: Sequence[MedusaState], budget: int | None = None) -> DraftTree:
         roots = stacked(states, "root")
         if budget is not None and budget < 2:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from haast.core import Accepted, SamplingParams, TokenChooser
-from haast.device import to_device
+from haast.device import to_device, without_autograd
 from haast.drafters.base import Drafter
 from haast.errors import HeadMismatchError
 from haast.sampling import DRAFT, Sampler, inverse_cdf, keyed_uniform
@@ -124,7 +124,7 @@ class SmallModelDrafter(Drafter):
             if state.kv is not None and len(state.text) - state.kv.length > _MOST_WAITING:
                 self._catch_up(state)
 
-    @torch.inference_mode()
+    @without_autograd
     def propose(self, states: Sequence[SmallModelState], budget: int | None = None) -> DraftTree:
         depth = self._depth if budget is None else min(self._depth, budget - 1)
         able = [row for row, state in enumerate(states) if depth > 0 and self._has_room(state, depth)]
@@ -186,7 +186,7 @@ class SmallModelDrafter(Drafter):
             state.ran = depth
         return logits
 
-    @torch.inference_mode()
+    @without_autograd
     def _catch_up(self, state: SmallModelState) -> None:
         """Run all that waits but the root, in parts, and let other requests begin with it."""
         small, kv = self._small, _kv(state)

@@ -22,8 +22,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from haast import native
 from haast.core import RowVerdict, TokenChooser, Verdict
-from haast.sampling import Sampler, choose_nodes, impossible
+from haast.sampling import Sampler, choose_nodes, draws, impossible
 from haast.tree import DraftTree
 
 Failures = dict[int, Exception]  # row -> what its own processor raised
@@ -73,7 +74,14 @@ def verify(
 
 def _match(tree: DraftTree, logits: Tensor, samplers: Sequence[Sampler], histories: Sequence[Sequence[int]]) -> Verdict:
     """All rows at once, without a look at any value."""
-    choices = choose_nodes(logits, samplers, [len(history) for history in histories], tree.depths, tree.height)
+    lengths = [len(history) for history in histories]
+    if logits.dtype is torch.float32 and logits.device.type == "cpu" and native.available():
+        plain = [each.plain for each in samplers if each.plain is not None]
+        if len(plain) == len(samplers):  # one call, which looks at the nodes of the path alone
+            points = draws(samplers, lengths, tree.height)
+            fields = (tree.tokens, tree.parents, tree.live, tree.placeholder)
+            return Verdict.packed(native.judge(logits, *fields, temperatures=plain, draws=points))
+    choices = choose_nodes(logits, samplers, lengths, tree.depths, tree.height)
     if tree.height == 0:
         zero = torch.zeros_like(choices)
         return Verdict(zero, choices, zero[:, 0] + 1, zero - 1)

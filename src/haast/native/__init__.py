@@ -6,11 +6,12 @@ them under `torch.no_grad()`.
 """
 
 from haast.native.attention import tree_attention
+from haast.native.judge import judge
 from haast.native.library import LANES, accelerated, available, features, narrow_path, sole_threads, why_not
 from haast.native.linear import linear, pack_f16, pack_i8
 from haast.native.roofline import multiply_peak, read_bandwidth
 from haast.native.rows import MOST_TOP, rms_norm, rotate_, swiglu, top
-from haast.native.slots import move_slots
+from haast.native.slots import keep
 
 __all__ = [
     "LANES",
@@ -18,8 +19,9 @@ __all__ = [
     "accelerated",
     "available",
     "features",
+    "judge",
+    "keep",
     "linear",
-    "move_slots",
     "multiply_peak",
     "narrow_path",
     "pack_f16",

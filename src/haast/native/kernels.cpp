@@ -13,6 +13,7 @@
 #include "attention.h"
 #include "draft.h"
 #include "half.h"
+#include "judge.h"
 #include "linear.h"
 #include "measure.h"
 #include "pool.h"
@@ -25,7 +26,7 @@
 
 // ---------------------------------------------------------------- the C ABI
 
-EXPORT int haast_abi() { return 8; }  // raised with every change of a signature: a stale library is refused at load
+EXPORT int haast_abi() { return 9; }  // raised with every change of a signature: a stale library is refused at load
 
 EXPORT int haast_features() { return cpu_features(); }  // 1 AVX2, 2 FMA, 4 F16C, 8 AVX-512 F, 16 NEON
 
@@ -115,11 +116,22 @@ EXPORT int64_t haast_draft(const Draft* draft, const Proposal* proposal, int thr
     return drafting.refusal() ? -drafting.refusal() : drafting.run();
 }
 
-// In every lane of store (lanes, slots, bytes), copy slot sources[k] to targets[k], k = 0, 1, ... in turn; returns
-// whether all slots exist, without which nothing was moved.
-EXPORT int64_t haast_move_slots(void* store, const int64_t* sources, const int64_t* targets, int64_t count,
-                                int64_t lanes, int64_t slots, int64_t bytes, int threads) {
-    return move_slots(Moving{static_cast<char*>(store), sources, targets, count, slots, bytes}, lanes, threads);
+// Move the kept nodes of every row together, see struct Keeping; returns a Refusal, with which nothing was moved.
+EXPORT int64_t haast_keep(void* store, const int32_t* tables, const int64_t* lengths, const int64_t* path,
+                          const int64_t* counts, int64_t lanes, int64_t slots, int64_t bytes, int64_t stride,
+                          int64_t block, int64_t shift, int64_t rows, int64_t path_stride, int64_t count_stride,
+                          int threads) {
+    const BlockTables where{tables, stride, block, shift, slots};
+    return keep(Keeping{where, lengths, path, counts, rows, path_stride, count_stride, static_cast<char*>(store), lanes,
+                        bytes}, threads);
+}
+
+// What sample-and-match keeps of drafted trees, see struct Judging.
+EXPORT void haast_judge(const float* logits, const int64_t* tokens, const int64_t* parents, const uint8_t* live,
+                        const uint8_t* placeholder, const float* temperatures, const double* draws,
+                        int64_t* out, int64_t rows, int64_t nodes, int64_t vocab, int64_t width, int threads) {
+    judge(Judging{logits, tokens, parents, live, placeholder, temperatures, draws, out, rows, nodes, vocab,
+                  width}, threads);
 }
 
 // The k <= 64 largest of each row of logits (rows, width): log-probabilities and places, descending.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 LANES = 16  # outputs in a weight panel
 
-_ABI = 8
+_ABI = 9
 _FAST = 7  # AVX2 | FMA | F16C
 _NEON = 16
 _REMEDY = "reinstall Haast where a C++ compiler is installed (pip install -v shows its messages)"
@@ -38,6 +38,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "haast_rms_norm_f32": [pointer] * 3 + [count] * 2 + [number, flag],
         "haast_rotate_f32": [pointer] * 3 + [count] * 5 + [flag],
         "haast_swiglu_f32": [pointer] * 2 + [count] * 2 + [flag],
+        "haast_judge": [pointer] * 8 + [count] * 4 + [flag],
         "haast_top": [pointer] * 3 + [count] * 3 + [flag],
         "haast_read": [pointer, count, pointer, count, flag],
     }
@@ -47,7 +48,7 @@ def _declare(library: ctypes.CDLL) -> None:
     telling = {
         "haast_stack_f32": [pointer] * 2 + [flag],
         "haast_draft": [pointer] * 2 + [flag],
-        "haast_move_slots": [pointer] * 3 + [count] * 4 + [flag],
+        "haast_keep": [pointer] * 5 + [count] * 9 + [flag],
         "haast_multiply": [count, pointer, count, flag],
     }
     for name, arguments in telling.items():

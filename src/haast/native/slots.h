@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "pool.h"
 
@@ -75,18 +76,45 @@ void move_lanes(const void* job, int64_t first, int64_t last) {
     for (int64_t l = first; l < last; ++l) {
         char* lane = a.store + l * a.slots * a.bytes;
         for (int64_t k = 0; k < a.count; ++k)
-            if (a.sources[k] != a.targets[k])
-                std::memcpy(lane + a.targets[k] * a.bytes, lane + a.sources[k] * a.bytes, static_cast<size_t>(a.bytes));
+            std::memcpy(lane + a.targets[k] * a.bytes, lane + a.sources[k] * a.bytes, static_cast<size_t>(a.bytes));
     }
 }
 
-// Whether all slots exist; if not, nothing was moved.
-bool move_slots(const Moving& a, int64_t lanes, int threads) {
+struct Keeping {
+    BlockTables where;
+    const int64_t *lengths, *path, *counts;  // (rows), (rows, path_stride) and (rows, count_stride): see KVCache.keep
+    int64_t rows, path_stride, count_stride;
+    char* store;
+    int64_t lanes, bytes;
+};
+
+// Copies the kept nodes of every row to where they are committed. A node never stands before its place, and both
+// ascend, so none is overwritten before it is read. With a refusal nothing was moved.
+Refusal keep(const Keeping& a, int threads) {
     constexpr int64_t kSerialBytes = 1 << 16;  // below, waking a helper takes as long as the copies
-    for (int64_t k = 0; k < a.count; ++k)
-        if (std::min(a.sources[k], a.targets[k]) < 0 || std::max(a.sources[k], a.targets[k]) >= a.slots) return false;
-    pool().run(move_lanes, &a, lanes, chunk_of(lanes, threads), lanes * a.count * a.bytes < kSerialBytes ? 1 : threads);
-    return true;
+    const BlockTables& t = a.where;
+    std::vector<int64_t> sources, targets;
+    for (int64_t r = 0; r < a.rows; ++r) {
+        const int64_t *path = a.path + r * a.path_stride, count = a.counts[r * a.count_stride];
+        const auto slot = [&](int64_t node) -> int64_t {
+            const int64_t at = a.lengths[r] + node + t.shift;
+            if (at < 0 || at >= t.stride * t.block) return -kShortTable;
+            const int64_t b = t.tables[r * t.stride + at / t.block];
+            return b < 0 || (b + 1) * t.block > t.slots ? -kStrangeBlock : b * t.block + at % t.block;
+        };
+        for (int64_t i = 0; i < count; ++i) {
+            if (path[i] == i) continue;
+            sources.push_back(slot(path[i])), targets.push_back(slot(i));
+            const int64_t least = std::min(sources.back(), targets.back());
+            if (least < 0) return static_cast<Refusal>(-least);
+        }
+    }
+    const int64_t count = static_cast<int64_t>(sources.size());
+    if (!count) return kFine;
+    const Moving moving{a.store, sources.data(), targets.data(), count, t.slots, a.bytes};
+    const bool serial = a.lanes * count * a.bytes < kSerialBytes;
+    pool().run(move_lanes, &moving, a.lanes, chunk_of(a.lanes, threads), serial ? 1 : threads);
+    return kFine;
 }
 
 }  // namespace

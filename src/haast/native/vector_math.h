@@ -1,8 +1,17 @@
-// exp, tanh, sums and maxima of AVX2 registers.
+// exp, tanh, sums and maxima of AVX2 registers, and the polynomial of an exp in double precision.
 #pragma once
 
 #include <cstdint>
 #include "cpu.h"
+
+namespace {
+
+// The Taylor polynomial of exp up to degree 13, highest power first.
+constexpr double kExp[14] = {1.6059043836821613e-10, 2.08767569878681e-09,   2.505210838544172e-08, 2.755731922398589e-07,
+                             2.7557319223985893e-06, 2.48015873015873e-05,   1.984126984126984e-04, 1.388888888888889e-03,
+                             8.333333333333333e-03,  4.1666666666666664e-02, 1.6666666666666666e-01, 0.5, 1.0, 1.0};
+
+}  // namespace
 
 #if defined(HAAST_X86)
 namespace {
@@ -25,6 +34,20 @@ AVX_INLINE __m256 exp8(__m256 x) {
     p = _mm256_add_ps(_mm256_fmadd_ps(p, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1.0f));
     const __m256i scale = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_and_ps(keep, _mm256_mul_ps(p, _mm256_castsi256_ps(scale)));
+}
+
+// exp of x <= 0, four of `exp_of` in judge.h, the same operations and so the same bits.
+AVX_INLINE __m256d exp4(__m256d x) {
+    const __m256d shift = _mm256_set1_pd(6755399441055744.0);
+    const __m256d moved = _mm256_add_pd(_mm256_mul_pd(x, _mm256_set1_pd(1.4426950408889634)), shift);
+    const __m256d n = _mm256_sub_pd(moved, shift);
+    __m256d r = _mm256_sub_pd(x, _mm256_mul_pd(n, _mm256_set1_pd(0.6931471803691238)));
+    r = _mm256_sub_pd(r, _mm256_mul_pd(n, _mm256_set1_pd(1.9082149292705877e-10)));
+    __m256d p = _mm256_set1_pd(kExp[0]);
+    for (int i = 1; i < 14; ++i) p = _mm256_add_pd(_mm256_mul_pd(p, r), _mm256_set1_pd(kExp[i]));
+    const __m256i bits = _mm256_add_epi64(_mm256_castpd_si256(moved), _mm256_set1_epi64x(1023));
+    const __m256d y = _mm256_mul_pd(p, _mm256_castsi256_pd(_mm256_slli_epi64(bits, 52)));
+    return _mm256_and_pd(_mm256_cmp_pd(x, _mm256_set1_pd(-708.0), _CMP_NLT_UQ), y);  // NaN stays NaN
 }
 
 // tanh (Cephes tanhf): an odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel.

@@ -54,26 +54,18 @@ class ModuleForward:
         self.decoder_gives_features = False
         self._cache_name = cache_name(model.forward)
         self.context_length = _context_length(self.config)  # positions the target was made for; None if it says none
+        self.refresh()
 
-    @property
-    def lm_head(self) -> nn.Module:
-        """The module from features to logits; packed where the target is."""
+    def refresh(self) -> None:
+        """Look where the model is now: `lm_head` (packed where the target is), `dtype` of activations, and `device`.
+
+        Tokens are sent to the device, and features and logits come back there: it is where the LM head computes.
+        """
         head: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         assert head is not None, "refuse_unsupported lets no model without an LM head through"
-        return head
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of activations."""
         embedding: nn.Module = self.model.get_input_embeddings()
-        return next(embedding.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where tokens are sent, and features and logits come back: where the LM head computes."""
-        return (
-            execution_device(self.lm_head) or execution_device(self.model.get_input_embeddings()) or self.model.device
-        )
+        self.lm_head, self.dtype = head, next(embedding.parameters()).dtype
+        self.device = execution_device(head) or execution_device(embedding) or self.model.device
 
     @property
     def window(self) -> int | None:

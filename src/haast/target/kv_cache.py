@@ -31,7 +31,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicLayer
 
 from haast import native
-from haast.device import to_device
+from haast.device import to_device, without_autograd
 from haast.errors import UnsupportedModelError
 from haast.target.kv_pool import BLOCK, KVPool, Sequence
 
@@ -167,11 +167,18 @@ class KVCache(Cache):
             tables[row, len(own) :] = own[0]  # what a row masks is its own, so that it is finite
         self._host_tables = tables
         self.tables = torch.from_numpy(tables)  # (rows, blocks) int32, on the CPU
-        self.lengths_tensor = to_device(torch.tensor(self.lengths), self.device)  # (rows,)
+        self._lengths_tensor: Tensor | None = None
         self._index: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._flat: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
         self._start: int | None = None  # see `_stretch`
         return self._read
+
+    @property
+    def lengths_tensor(self) -> Tensor:
+        """(rows,) int64 on the cache's device: committed slots when the forward began."""
+        if self._lengths_tensor is None:
+            self._lengths_tensor = to_device(torch.tensor(self.lengths), self.device)
+        return self._lengths_tensor
 
     def _stretch(self) -> int | None:
         """Where the only row begins, if its blocks are one stretch: then it is read through a view."""
@@ -200,7 +207,7 @@ class KVCache(Cache):
             self._index[device] = (write, read)
         return self._index[device]
 
-    @torch.inference_mode()
+    @without_autograd
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -272,7 +279,7 @@ class KVCache(Cache):
         places = [[self._place[layer, which] for which in (0, 1)] for layer in range(len(self.layers))]
         return [(self._stores[k][i], self._stores[v][j]) for (k, i), (v, j) in places]
 
-    @torch.inference_mode()
+    @without_autograd
     def keep(self, path: Tensor, counts: Tensor) -> None:
         """Move the accepted nodes to where they are committed; `advance` then says so on the host.
 
@@ -280,19 +287,20 @@ class KVCache(Cache):
             path: (rows, n) int64: nodes of the last forward, in path order, ascending.
             counts: (rows,) int64: how many of them are kept.
         """
+        for store in self._stores:
+            on_cpu = store.device.type == "cpu" and path.device.type == "cpu"
+            if on_cpu and store.dtype in _MOVABLE and native.available():
+                where = (self.tables, self.lengths_tensor, path, counts)
+                native.keep(store, *where, block=BLOCK, shift=self.shift)
+            else:
+                self._keep_in(store, path, counts)
+
+    def _keep_in(self, store: Tensor, path: Tensor, counts: Tensor) -> None:
         index = torch.arange(path.shape[1], device=path.device)
         lengths = self.lengths_tensor.unsqueeze(1)
-        source = lengths + torch.where(index < counts.unsqueeze(1), path, index)
-        self._move(self.physical(source), self.physical(lengths + index))
-
-    def _move(self, source: Tensor, target: Tensor) -> None:
-        source, target = source.flatten(), target.flatten()
-        for store in self._stores:
-            if store.device.type == "cpu" and native.available() and store.dtype in _MOVABLE:
-                native.move_slots(store, source, target)
-            else:
-                there = source.to(store.device)
-                store.index_copy_(2, target.to(store.device), store.index_select(2, there))
+        kept = torch.where(index < counts.unsqueeze(1), path, index)
+        source, target = (self.physical(lengths + each).flatten().to(store.device) for each in (kept, index))
+        store.index_copy_(2, target, store.index_select(2, source))
 
     def advance(self, counts: Rows[int]) -> None:
         """Commit so many slots more of each row, in the sequences too where the lengths are theirs."""
@@ -325,7 +333,7 @@ class KVCache(Cache):
             raise ValueError(f"row {row} holds {self.lengths[row]} slots and can't be cut to {length}")
         self.advance([length - self.lengths[each] if each == row else 0 for each in range(self.rows)])
 
-    @torch.inference_mode()
+    @without_autograd
     def copy_block(self, source: int, target: int) -> None:
         """Copy what a block holds to another, in all layers."""
         for store in self._stores:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from haast import compat, native
-from haast.device import free_memory
+from haast.device import free_memory, without_autograd
 from haast.errors import KVPoolError
 from haast.target.compiled import CompiledLayers, Progress, nodes_for, slots_for, wrapped
 from haast.target.device_map import dispatched, mesh_of, read_weight, sharded, whole
@@ -89,6 +89,7 @@ class Target:
         self.config = model.config.get_text_config()
         self.hidden_size = int(self.config.hidden_size)
         self.layers = int(self.config.num_hidden_layers)
+        self._softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
         self.embedding: nn.Module = model.get_input_embeddings()
         # The embedding may be padded past the tokenizer's vocabulary; the law is over what the head emits.
         self.vocab_size = int(self.config.vocab_size)
@@ -181,6 +182,7 @@ class Target:
         Raises:
             ValueError: the linears are packed, so that native code runs them.
         """
+        self._forward_of.refresh()
         if isinstance(self.lm_head, PackedLinear):
             raise ValueError(
                 "packed linears are native code, which can't be compiled: load the model with packing='off'"
@@ -277,6 +279,7 @@ class Target:
 
     def refresh(self) -> None:
         """Notice what was changed on the model since the last request: weights, hooks, placement."""
+        self._forward_of.refresh()
         if self._stack is not None and not self._unchanged(self._stack):
             self._stack = None  # the model was moved or changed: its own modules answer from here on
         state = (self.one_call, compat.weights_state(self.model), compat.foreign_hooks(self.model.modules()))
@@ -289,7 +292,7 @@ class Target:
         own = self.model.get_input_embeddings() is self.embedding and self.dtype is torch.float32
         return own and stack.current(list(decoder.layers), decoder.norm)
 
-    @torch.inference_mode()
+    @without_autograd
     def forward(
         self, tree: DraftTree, cache: KVCache, *, last_only: bool = False, hidden_layers: Sequence[int] = ()
     ) -> TargetOutput:
@@ -370,19 +373,19 @@ class Target:
         scale = float(expected.abs().max().clamp_min(1e-6))
         return bool((found.double() - expected.double()).abs().max() <= tolerance(self.dtype) * scale)
 
-    @torch.inference_mode()
+    @without_autograd
     def embed(self, tokens: Tensor) -> Tensor:
         """Input embeddings of `tokens` (any shape) -> (..., hidden)."""
         output: Tensor = self.embedding(tokens).to(tokens.device)
         return output
 
-    @torch.inference_mode()
+    @without_autograd
     def head_logits(self, features: Tensor) -> Tensor:
         """The frozen LM head over features (..., hidden) -> (..., vocab), scaled and capped as the model does."""
         output: Tensor = self.lm_head(features).to(features.device)
         if self.logit_scale != 1.0:
             output = output * self.logit_scale
-        cap = getattr(self.config, "final_logit_softcapping", None)
+        cap = self._softcap
         return output if cap is None else cap * torch.tanh(output / cap)
 
     def head_rows(self, tokens: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def test_drafted_text_is_the_same(target: Target, drafter: EagleDrafter, samplin
 def test_a_wrong_acceptance_rule_is_a_bug(
     target: Target, drafter: EagleDrafter, sampling: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("haast.engine.scheduler.verify", biased(verify, 0.5))
+    monkeypatch.setattr("haast.engine.step.verify", biased(verify, 0.5))
     found = compare(target, drafter, PROMPT, sampling, StopParams(40)).divergence
     assert found is not None and found.kind == "bug" and found.gap > found.allowed
 
@@ -166,7 +166,7 @@ def test_the_distribution_of_a_real_tree(
     law = SamplingParams(temperature=1.0)
     tests = sampled_law(target, drafter, PROMPT, law, 800)
     assert tests[0].name == "first token" and all(test.passed for test in tests)
-    for place in ("haast.engine.scheduler.verify", "haast.checking.distribution.verify"):
+    for place in ("haast.engine.step.verify", "haast.checking.distribution.verify"):
         monkeypatch.setattr(place, biased(verify, 0.3))
     assert not all(test.passed for test in sampled_law(target, drafter, PROMPT, law, 800))
     assert not tiny_law(1000)[0].passed

@@ -200,7 +200,7 @@ def test_interrupt_keeps_what_was_said(home: Path, monkeypatch: pytest.MonkeyPat
             raise KeyboardInterrupt
         return verify(*words)
 
-    monkeypatch.setattr("haast.engine.scheduler.verify", interrupted)
+    monkeypatch.setattr("haast.engine.step.verify", interrupted)
     result = haast_run("generate", "Hello", *parts(home), "--max-new-tokens", 50)
     assert result.exit_code == 130
     assert len(result.stdout) > 1 and "tau" in result.stderr
@@ -234,7 +234,7 @@ def test_chat_survives_an_interrupted_answer(home: Path, monkeypatch: pytest.Mon
             raise KeyboardInterrupt
         return verify(*words)
 
-    monkeypatch.setattr("haast.engine.scheduler.verify", interrupted)
+    monkeypatch.setattr("haast.engine.step.verify", interrupted)
     result = haast_run("chat", *parts(home), "--max-new-tokens", 6, stdin="Hi\nGo on\n/exit\n")
     assert result.exit_code == 0, result.output
     assert "[cut short]" in result.stdout and result.stdout.count("> ") == 3
@@ -426,7 +426,7 @@ def test_verify_exits_1_on_a_planted_bug(home: Path, monkeypatch: pytest.MonkeyP
             rows.append(RowVerdict((0, child), (token, bonus), (True,)))
         return Verdict.of_rows(rows, tree.tokens.device)
 
-    monkeypatch.setattr("haast.engine.scheduler.verify", credulous)
+    monkeypatch.setattr("haast.engine.step.verify", credulous)
     words = ["--prompts", home / "prompts.jsonl", "--limit", 1, "--max-new-tokens", 12]
     result = haast_run("verify", *parts(home), *words, "--samples", 0)
     assert result.exit_code == 1, result.output

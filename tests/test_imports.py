@@ -42,7 +42,8 @@ ONLY = {
     "target": {"haast.compat", "haast.device", "haast.errors", "haast.native", "haast.tree"},
     # The engine knows drafters and targets by their contract only.
     "engine": {
-        "haast.core", "haast.device", "haast.drafters.base", "haast.errors", "haast.native", "haast.sampling", "haast.stats",
+        "haast.core", "haast.device", "haast.drafters.base", "haast.errors", "haast.native", "haast.sampling",
+        "haast.stats",
         "haast.target.kv_pool", "haast.target.ranks", "haast.target.target", "haast.tree",
     },
     "engine.verify": {"haast.core", "haast.native", "haast.sampling", "haast.tree"},

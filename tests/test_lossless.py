@@ -39,7 +39,7 @@ from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
-from haast.engine import scheduler
+from haast.engine import step
 from haast.engine.engine import Engine
 from haast.engine.verify import Failures, verify
 from haast.sampling import Sampler, keyed_uniform
@@ -360,7 +360,7 @@ def test_the_sampled_distribution_is_exact_over_all_strings_of_length_3() -> Non
 
 
 def test_a_biased_rule_fails_the_same_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "verify", biased)
+    monkeypatch.setattr(step, "verify", biased)
     assert p_value(small_eagle()) < 1e-9
 
 

@@ -236,7 +236,7 @@ class Request:
         kv: its KV cache in the target's pool while it runs.
         draft_state: what its drafter keeps of it while it runs.
         deadline: on `time.monotonic`'s clock; None for none.
-        recorder: gets what the target computed at every position of the text, see `scheduler.Computed`.
+        recorder: gets what the target computed at every position of the text, see `engine.step.Computed`.
     """
 
     def __init__(

@@ -17,7 +17,8 @@ from numbers import Integral, Real
 from haast.core import Emission, Request, SamplingParams, StopParams, TokenChooser
 from haast.drafters.base import Drafter
 from haast.engine.rules import AcceptanceRule
-from haast.engine.scheduler import Computed, Scheduler, Step
+from haast.engine.scheduler import Scheduler
+from haast.engine.step import Computed, Step
 from haast.errors import CancelledError, KVPoolError, PromptError
 from haast.sampling import Sampler
 from haast.stats import Stats

@@ -1,12 +1,12 @@
-"""All requests on one target: who waits, who is prefilled, who decodes, and the step that serves them together.
+"""All requests on one target: who waits, who is prefilled, who decodes.
 
-Owns the states of requests and every step of the house: generate, stream, sessions, transformers' generate, answers for
-training, benchmarks and checks all submit requests here. Knows drafters and targets by their contracts only.
+Owns the states of requests: generate, stream, sessions, transformers' generate, answers for training, benchmarks and
+checks all submit requests here. What a step computes is `step`'s.
 
-    step    retire    cancelled requests and those past their deadline give their blocks back
-            admit     waiting requests, first come first served, as far as the KV pool has room
-            prefill   a chunk of prompt positions, smaller where others decode, so that a long prompt stalls nobody
-            decode    propose -> forward -> verify -> keep -> observe -> emit, for each drafter's requests together
+    retire    cancelled requests and those past their deadline give their blocks back
+    admit     waiting requests, first come first served, as far as the KV pool has room
+    prefill   a chunk of prompt positions, smaller where others decode, so that a long prompt stalls nobody
+    decode    a step of each drafter's requests together
 
 Whoever waits for a token takes steps (`pump`), or waits for the thread that is taking one; there is no thread of its
 own. A step serves every running request, whosever it is: tokens wait in `Request.emissions` until they are taken. A
@@ -23,58 +23,23 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
-from time import perf_counter
 
 import torch
-from torch import Tensor
 
-from haast.core import Accepted, Emission, Request, RequestState, Verdict
-from haast.device import to_device
+from haast.core import Request, RequestState
 from haast.drafters.base import Drafter
 from haast.engine.background import Background
 from haast.engine.rules import AcceptanceRule
+from haast.engine.step import decode, fail, prefill
 from haast.engine.tensor_parallel import agreement
-from haast.engine.verify import Failures, check_possible, verify
 from haast.errors import KVPoolError, QueueFullError
-from haast.stats import Stats
 from haast.target.kv_pool import BLOCK, PoolFullError, common_length
 from haast.target.kv_pool import Sequence as KVSequence
-from haast.target.target import Target, TargetOutput
-from haast.tree import DraftTree
+from haast.target.target import Target
 
 BESIDE_DECODING = 128  # prompt positions a step where other requests decode
 _PADDED = 9 / 8  # positions of a forward over several prompts, over those that are computed for something
 _MARGIN = 2  # slots after the nodes of a step: the bonus token, and a head's shift
-
-
-@dataclass(frozen=True)
-class Step:
-    """One decoding step as a watcher sees it. The tensors are the step's own: read them at once, keep none."""
-
-    tree: DraftTree
-    logits: Tensor  # (rows, nodes, vocab): the target's raw logits at every node
-    verdict: Verdict
-    emissions: tuple[Emission, ...]  # what the stop rules left of the verdict, one per row
-    rows: tuple[int, ...]  # the place of each row's request in its call
-    ms_draft: float
-    ms_verify: float
-    ms_overhead: float
-
-
-@dataclass(frozen=True)
-class Computed:
-    """What the target computed at kept positions of some requests. The tensors are the step's own: copy what stays.
-
-    A request that had to wait again computes positions anew that it has told of. Stop rules may cut off the last
-    positions later: the text has no token for them.
-    """
-
-    requests: tuple[Request, ...]
-    begins: tuple[int, ...]  # each one's first position
-    counts: tuple[int, ...]  # and how many
-    features: Tensor  # (positions, hidden): the LM head's input, request after request
-    logits: Tensor  # (n, vocab), raw: at the last n of these positions, after which tokens were chosen
 
 
 class Scheduler:
@@ -260,24 +225,28 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------ joining and leaving
 
     def _retire(self) -> None:
-        """Give back what requests hold that were cancelled or are too late."""
+        """Let those join that arrived, and those leave that were cancelled or are too late."""
         while self._arrived:
             self._waiting.append(self._arrived.popleft())
         now = time.monotonic()
         for request in [*self._running, *self._waiting]:
             if request.deadline is not None and now >= request.deadline and not request.finish_reason:
                 request.finish_reason = "deadline"
-            if request.finish_reason and not request.finished:
-                self._leave(request, RequestState.CANCELLED)
+        self._let_go([*self._running, *self._waiting])
 
-    def _leave(self, request: Request, state: RequestState) -> None:
-        if request in self._running:
-            self._running.remove(request)
-            self._release(request, keep=request.error is None)
-        elif request in self._waiting:
-            self._waiting.remove(request)
-        request.state = state
-        self._rules.pop(request, None)
+    def _let_go(self, requests: Sequence[Request]) -> None:
+        """Those that have ended leave, with all that they hold."""
+        for request in requests:
+            if not request.finish_reason or request.finished:
+                continue
+            if request in self._running:
+                self._running.remove(request)
+                self._release(request, keep=request.error is None)
+            elif request in self._waiting:
+                self._waiting.remove(request)
+            said_all = request.finish_reason in ("stop", "length")
+            request.state = RequestState.DONE if said_all else RequestState.CANCELLED
+            self._rules.pop(request, None)
 
     def _release(self, request: Request, keep: bool = True) -> None:
         drafter, kv, state = request.drafter, request.kv, request.draft_state
@@ -299,10 +268,6 @@ class Scheduler:
         drafter, state, length = request.drafter, request.draft_state, request.kv.length
         own = self._agreement.numbers(lambda: (drafter.filled(state, length), drafter.complete_from(state)))
         return own[0], own[1]
-
-    def _fail(self, request: Request, error: BaseException) -> None:
-        """End a request with this step: it is retired afterwards, since the step goes on for the others."""
-        request.finish_reason, request.error = "error", error
 
     def _preempt(self, request: Request, keep: bool = True) -> None:
         """Take a running request's blocks; it waits again, before all others."""
@@ -338,8 +303,8 @@ class Scheduler:
                 return request
             except Exception as error:  # its own drafter's
                 self._undo(request, kv)
-                self._fail(request, error)
-                self._leave(request, RequestState.CANCELLED)
+                fail(request, error)
+                self._let_go([request])
             except BaseException:
                 self._undo(request, kv)
                 self._waiting.appendleft(request)
@@ -444,53 +409,15 @@ class Scheduler:
         return int(have) // BLOCK * BLOCK + BLOCK
 
     def _prefill_batch(self, batch: list[tuple[Request, int]]) -> None:
-        """Compute the next positions of several prompts; with its last ones comes a request's first token."""
-        begun = perf_counter()
-        target, drafter = self.target, batch[0][0].drafter
         padded = max(count for _, count in batch)  # the forward writes so many slots of every row
         batch = [(request, count) for request, count in batch if self._reserved(request, padded)]
         if not batch:
             return
-        requests, counts = [request for request, _ in batch], [count for _, count in batch]
-        begins = [request.kv.length for request in requests]
-        ends = [begin + count for begin, count in zip(begins, counts, strict=True)]
-        rows, longest = len(batch), max(counts)
-        tokens = torch.zeros(2, rows, longest, dtype=torch.long)  # at the positions, and those that follow
-        known = []
-        for row, (request, begin, end) in enumerate(zip(requests, begins, ends, strict=True)):
-            tokens[0, row, : end - begin] = torch.tensor(request.tokens[begin:end])
-            known.append(request.tokens[begin + 1 : end + 1])
-            tokens[1, row, : len(known[-1])] = torch.tensor(known[-1], dtype=torch.long)
-        text, following = to_device(tokens, target.device)
-        held = to_device(torch.tensor(counts), target.device)
-        live = torch.arange(longest, device=target.device) < held.unsqueeze(1) if min(counts) < longest else None
-        cache = target.cache.bind([request.kv for request in requests])
-        tree = DraftTree.chain(text, live)
-        output = target.forward(tree, cache, last_only=True, hidden_layers=drafter.target_layers)
-        cache.advance(counts)
-        first = [row for row, request in enumerate(requests) if ends[row] == len(request.tokens)]
-        verdict = None
-        if first:
-            roots = DraftTree.roots(text[first, [counts[row] - 1 for row in first]])
-            verdict = self._judge([requests[row] for row in first], roots, output.logits[first], None)
-            following[first, [counts[row] - 1 for row in first]] = verdict.tokens[:, 0]
-            for row, kept in zip(first, verdict.rows, strict=True):
-                known[row] += [] if kept is None else kept.tokens
-        if self._agreement.leads:
-            states = [request.draft_state for request in requests]
-            drafter.observe(states, Accepted(following, self._features(drafter, output), held, known=known))
-        for row, request in enumerate(requests):
-            if request.recorder is not None:
-                logits = output.logits[row] if row in first else output.logits[row, :0]
-                features = output.features[row, : counts[row]]
-                request.recorder(Computed((request,), (begins[row],), (counts[row],), features, logits))
-            if ends[row] == request.prefill_end:
+        prefill(self.target, batch, self._agreement)
+        for request, _ in batch:
+            if request.kv.length == request.prefill_end:
                 self._publish(request)
                 request.state = RequestState.RUNNING
-        for stats in {id(request.stats): request.stats for request in requests}.values():
-            stats.ms_prefill += 1e3 * (perf_counter() - begun)
-        if verdict is not None:
-            self._emit([requests[row] for row in first], verdict, None)
 
     def _reserved(self, request: Request, count: int) -> bool:
         """Take the blocks for the next positions of a prompt; where there are none, it waits again."""
@@ -516,133 +443,9 @@ class Scheduler:
     def _decode(self, group: list[Request]) -> None:
         """One step of requests that share a drafter."""
         self._make_room(group)
-        if not group:
-            return
-        with self._guarded(group):
-            start = perf_counter()
-            target, drafter = self.target, group[0].drafter
-            states = [request.draft_state for request in group]
-            tree = self._propose(group, states)
-            drafted = perf_counter()
-            cache = target.cache.bind([request.kv for request in group])
-            output = target.forward(tree, cache, hidden_layers=drafter.target_layers)
-            forwarded = perf_counter()
-            verdict = self._judge(group, tree, output.logits, self._rules[group[0]])
-            if tree.height:
-                cache.keep(verdict.path, verdict.counts)
-            settled = perf_counter()
-            self._observe(drafter, states, verdict, output)
-            observed = perf_counter()
-            self._record(group, verdict, output)
-            cache.advance([0 if row is None else len(row.path) for row in verdict.rows])
-            emissions = self._emit(group, verdict, tree)
-            done = perf_counter()
-            ms = (drafted - start + observed - settled, forwarded - drafted, settled - forwarded + done - observed)
-            self._account(group, tree, output.logits, verdict, emissions, tuple(1e3 * seconds for seconds in ms))
-
-    def _propose(self, group: list[Request], states: list[object]) -> DraftTree:
-        drafter = group[0].drafter
-        budget = None if drafter.policy is None else drafter.policy.budget(group)
-        return self._agreement.proposed(lambda: drafter.propose(states, budget), self.target.device)
-
-    def _judge(self, group: list[Request], tree: DraftTree, logits: Tensor, rule: AcceptanceRule | None) -> Verdict:
-        """What is kept of every row. A request whose own processors raise ends alone."""
-        failures: Failures = {}
-        choosers, histories = [request.chooser for request in group], [request.tokens for request in group]
-
-        def judge() -> Verdict:
-            if rule is not None:
-                return rule.verify(tree, logits, choosers, histories, failures)
-            return verify(tree, logits, choosers, histories, failures)
-
-        verdict = self._agreement.judged(judge, self.target.device)
-        for row, error in failures.items():
-            self._fail(group[row], error)
-        return verdict
-
-    def _observe(self, drafter: Drafter, states: list[object], verdict: Verdict, output: TargetOutput) -> None:
-        """Hand the drafter each row's kept positions: features there, and the tokens that follow."""
-        if not self._agreement.leads:
-            return
-        path, tokens = verdict.path, verdict.tokens
-        if path.device.type == "cpu":  # values are at hand here, and padding would be computed
-            longest = max((len(row.path) for row in verdict.rows if row is not None), default=1)
-            path, tokens = path[:, :longest], tokens[:, :longest]
-        features = self._features(drafter, output)
-        features = features.gather(1, path.unsqueeze(2).expand(-1, -1, features.shape[2]))
-        choices = output.logits.argmax(-1) if drafter.wants_choices else None
-        drafter.observe(states, Accepted(tokens, features, verdict.counts, choices, verdict))
-
-    def _record(self, group: list[Request], verdict: Verdict, output: TargetOutput) -> None:
-        """Tell recorders of the kept nodes."""
-        recorders: dict[Callable[[Computed], None], list[int]] = {}
-        for place, request in enumerate(group):
-            if request.recorder is not None and verdict.rows[place] is not None:
-                recorders.setdefault(request.recorder, []).append(place)
-        for recorder, places in recorders.items():
-            paths = [row.path for row in map(verdict.rows.__getitem__, places) if row is not None]
-            counts = tuple(map(len, paths))
-            row = torch.tensor([place for place, path in zip(places, paths, strict=True) for _ in path])
-            node = torch.tensor([each for path in paths for each in path])
-            requests = tuple(group[place] for place in places)
-            begins = tuple(len(request.tokens) - 1 for request in requests)
-            recorder(Computed(requests, begins, counts, output.features[row, node], output.logits[row, node]))
-
-    def _features(self, drafter: Drafter, output: TargetOutput) -> Tensor:
-        layers = drafter.target_layers
-        return torch.cat([output.hidden[i] for i in layers], dim=-1) if layers else output.features
-
-    def _emit(self, group: list[Request], verdict: Verdict, tree: DraftTree | None) -> list[Emission]:
-        """Apply stop rules in the order in which vanilla would meet them, and publish what is left."""
-        ends = self._agreement.settled(lambda: [self._end(r, row) for r, row in zip(group, verdict.rows, strict=True)])
-        emissions = []
-        for request, row, (kept, reason) in zip(group, verdict.rows, ends, strict=True):
-            if reason == "error" and request.error is None:
-                self._fail(request, RuntimeError("this request failed in the first process, whose error says why"))
-            if row is None or not kept:
-                continue
-            position = len(request.tokens) - 1  # the root's
-            request.tokens.extend(row.tokens[:kept])
-            drafted = 0 if tree is None else min(len(row.tokens) - 1, kept)
-            emission = Emission(request.row, row.tokens[:kept], drafted, bool(reason))
-            request.stats.tokens += kept
-            if tree is not None:
-                request.stats.nodes += tree.nodes
-                request.stats.count(len(row.path), row.first_choice, position, kept)
-                if request.drafter.policy is not None:
-                    request.drafter.policy.observed(request, row, tree.nodes)
-            request.emissions.append(emission)  # before it is done: another thread may be waiting for either
-            emissions.append(emission)
-            if reason:
-                request.finish_reason = reason
-                self._leave(request, RequestState.DONE)
-        return emissions
-
-    def _end(self, request: Request, row: object) -> tuple[int, str]:
-        """How many of a row's new tokens stay, and why it ends there; 0 where its stop rule raised."""
-        if request.error is not None:
-            return 0, "error"
-        tokens: tuple[int, ...] = () if row is None else row.tokens  # type: ignore[attr-defined]
-        new = request.new_tokens if request.stop.stop is not None else []
-        count = len(request.tokens) - request.prompt_length
-        try:
-            if row is not None:
-                check_possible(row, len(request.tokens))  # type: ignore[arg-type]
-            for kept, token in enumerate(tokens, start=1):
-                new.append(token)
-                reason = "stop" if token in request.stop.eos_ids else ""
-                if request.stop.stop is not None and request.stop.stop(new):
-                    reason = "stop"
-                if count + kept >= request.limit:
-                    reason = reason or "length"
-                if reason:
-                    return kept, reason
-        except Exception as error:
-            self._fail(request, error)
-            return 0, "error"
-        return len(tokens), ""
-
-    # ---------------------------------------------------------------------------------------------- errors and times
+        if group:
+            with self._guarded(group):
+                decode(self.target, group, self._rules[group[0]], self._agreement)
 
     @contextmanager
     def _guarded(self, group: Sequence[Request]) -> Iterator[None]:
@@ -652,38 +455,12 @@ class Scheduler:
         except Exception as error:
             for request in group:
                 if not request.finish_reason:
-                    self._fail(request, error)
+                    fail(request, error)
         except BaseException:
             for request in reversed(group):
                 if not request.finished:
                     self._preempt(request, keep=False)
             raise
-
-    def _account(
-        self,
-        group: Sequence[Request],
-        tree: DraftTree,
-        logits: Tensor,
-        verdict: Verdict,
-        emissions: Sequence[Emission],
-        ms: tuple[float, ...],
-    ) -> None:
-        every: dict[int, Stats] = {id(request.stats): request.stats for request in group}
-        for stats in every.values():
-            stats.ms_draft += ms[0]
-            stats.ms_verify += ms[1]
-            stats.ms_overhead += ms[2]
-        watchers: dict[int, Callable[[Step], None]] = {id(r.watch): r.watch for r in group if r.watch is not None}
-        if watchers:
-            rows = tuple(request.row for request in group)
-            step = Step(tree, logits, verdict, tuple(emissions), rows, ms[0], ms[1], ms[2])
-            for watch in watchers.values():
-                try:
-                    watch(step)
-                except Exception as error:
-                    for request in group:
-                        if request.watch is watch:
-                            self._fail(request, error)
 
 
 def check_limits(max_batch: int, max_waiting: int | None) -> None:

@@ -24,7 +24,7 @@ from haast.core import Request, SamplingParams, StopParams
 from haast.drafters.base import Drafter
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine.engine import Engine, raise_error
-from haast.engine.scheduler import Computed
+from haast.engine.step import Computed
 from haast.prompts import Prompt
 from haast.sampling import Sampler
 from haast.target.target import Target

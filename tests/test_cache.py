@@ -32,7 +32,7 @@ def target() -> Target:
 def held(cache: KVCache, row: int) -> list[tuple[Tensor, Tensor]]:
     """A row's committed keys and values per layer."""
     slots = cache.physical(torch.arange(cache.lengths[row]).expand(cache.rows, -1))[row]
-    stores = cache.layer_tensors()
+    stores = cache.stores.by_layer()
     assert stores is not None
     return [(keys[:, slots].clone(), values[:, slots].clone()) for keys, values in stores]
 
@@ -113,7 +113,7 @@ def test_growth_keeps_content(rows: int, scattered: bool) -> None:
             keys, values = cache.update(numbered(rows, 100, begin), -numbered(rows, 100, begin), layer)
             assert torch.equal(keys, numbered(rows, begin + 100, 0))
             assert torch.equal(values, -numbered(rows, begin + 100, 0))
-        stores = cache.layer_tensors()
+        stores = cache.stores.by_layer()
         assert stores is not None
         where.append(stores[0][0].data_ptr())
         cache.commit([range(100)] * rows)
@@ -153,7 +153,7 @@ def test_a_block_is_copied_in_all_layers() -> None:
         cache.update(numbered(2, BLOCK, 10 * layer), numbered(2, BLOCK, 10 * layer), layer)
     cache.commit([range(BLOCK)] * 2)
     first, second = (int(sequence.table[0]) for sequence in cache.sequences)
-    cache.copy_block(first, second)
+    cache.stores.copy_block(first, second)
     for mine, theirs in zip(held(cache, 0), held(cache, 1), strict=True):
         assert torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1])
 

@@ -283,7 +283,7 @@ class EagleDrafter(Drafter):
             stack = self._forward.stack
             if stack is not None:
                 cache.begin(growing.quick.room)
-                store = cache.storage(stack.kv_heads, stack.head_dim, extrapolated.dtype)
+                store = cache.stores.together(stack.kv_heads, stack.head_dim, extrapolated.dtype)
                 if store is not None:
                     return growing.quick.propose(extrapolated, roots, past, cache.tables, store, cache.shift)
         grown = self._grow(growing, cache, past, roots, extrapolated)

@@ -113,7 +113,7 @@ class HeadForward:
         pairs = states.shape[1]
         slots = cache.begin(pairs)
         if self.stack is not None:
-            store = cache.storage(self.stack.kv_heads, self.stack.head_dim, states.dtype)
+            store = cache.stores.together(self.stack.kv_heads, self.stack.head_dim, states.dtype)
             if store is not None:
                 mixed = self._module.mix(embeddings, states)
                 where = (flight.positions, flight.seen, flight.past, store, cache.tables)
@@ -132,7 +132,7 @@ class HeadForward:
     ) -> Tensor | None:
         """`run` at a static shape; None where the modules have to answer: prompts, and what can't be compiled."""
         pairs = states.shape[1]
-        nodes, stores = nodes_for(pairs), cache.layer_tensors()
+        nodes, stores = nodes_for(pairs), cache.stores.by_layer()
         if nodes is None or stores is None:
             return None
         kept, slots = cache.rows, slots_for(cache.longest + nodes)

@@ -96,7 +96,7 @@ class SmallModelDrafter(Drafter):
             own = small.pool.sequence()
             _, source, copy = own.reuse(text)
             if source:
-                small.cache.copy_block(source, copy)
+                small.cache.stores.copy_block(source, copy)
         state = SmallModelState(own, text)
         if self._sampler is not None:
             state.key = (self._sampler.params.seed, 0)

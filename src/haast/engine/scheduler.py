@@ -326,7 +326,7 @@ class Scheduler:
             reused, source, copy = kv.reuse(text, drafter.prefix_key, drafter.reach)
         if source:
             for each in (cache, *drafter.caches):
-                each.copy_block(source, copy)
+                each.stores.copy_block(source, copy)
         request.kv, request.state = kv, RequestState.PREFILLING
         if self._agreement.leads:
             request.draft_state = drafter.begin(request.tokens, kv, reused)

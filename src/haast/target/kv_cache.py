@@ -1,8 +1,8 @@
 """Keys and values of one model in a KV pool: a transformers `Cache` whose rows are `Sequence`s of blocks.
 
-Owns the tensors, one (kv_heads, slots, head_dim) for the keys and one for the values of each layer, at addresses that
-never change; appending n nodes per row after that row's committed length; and keeping the accepted ones. Knows nothing
-of tokens, masks or acceptance. Seen from a row, slots are contiguous from 0, so a slot's index is its position.
+Owns appending n nodes per row after that row's committed length, and keeping the accepted ones; the tensors are
+`KVStores`'. Knows nothing of tokens, masks or acceptance. Seen from a row, slots are contiguous from 0, so a slot's
+index is its position.
 
     row 0   committed 0 1 2 3 4 | nodes 5 6 7        keep(path (0, 2)): node 2's keys and values move to slot 6
     row 1   committed 0 1       | nodes 2 3 4
@@ -13,11 +13,7 @@ the slot of token i + 1, so that the contents of a block depend on no token afte
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import math
-import mmap
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
@@ -34,8 +30,8 @@ from haast import native
 from haast.device import to_device, without_autograd
 from haast.errors import UnsupportedModelError
 from haast.target.kv_pool import BLOCK, KVPool, Sequence
+from haast.target.kv_stores import FLOATS, KVStores
 
-KV_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 CACHE_NAMES = ("cache", "past_key_values")  # what models call the argument: since transformers 5.24, and before
 
 
@@ -100,10 +96,7 @@ class KVCache(Cache):
     ) -> None:
         super().__init__(layers=[_Layer(self) for _ in range(layers)])
         self.pool, self.device, self.shift, self.dtype = pool, device, shift, dtype
-        self._devices = devices
-        self._stores: list[Tensor] = []  # (places, kv_heads, slots, dim); layers of one shape share one
-        self._place: dict[tuple[int, int], tuple[int, int]] = {}  # (layer, 0 key or 1 value) -> (store, index)
-        self._ordered: bool | None = None  # whether the one store holds key, value, key, value, ...
+        self.stores = KVStores(pool.slots, layers, dtype, devices)
         self.sequences: list[Sequence] = []
         self.lengths: list[int] = []  # committed slots per row
         self.updated_layers: set[int] = set()
@@ -129,7 +122,7 @@ class KVCache(Cache):
     @property
     def bytes_per_token(self) -> int:
         """Memory of one token slot; 0 before the first forward."""
-        return sum(store.nbytes for store in self._stores) // self.pool.slots
+        return sum(store.nbytes for store in self.stores.tensors) // self.pool.slots
 
     def bind(self, sequences: Rows[Sequence], lengths: Rows[int] | None = None) -> KVCache:
         """Let the next forwards be over these rows; their committed lengths are the sequences' own if None."""
@@ -225,7 +218,7 @@ class KVCache(Cache):
         return self._store(key_states, layer_idx, 0), self._store(value_states, layer_idx, 1)
 
     def _store(self, states: Tensor, layer: int, which: int) -> Tensor:
-        store = self._tensor((layer, which), states)  # (kv_heads, slots, dim)
+        store = self.stores.of(layer, which, states)  # (kv_heads, slots, dim)
         rows, heads, nodes, dim = states.shape
         if self.rows == 1 and (start := self._stretch()) is not None:
             begin, end = start, start + self.lengths[0]
@@ -250,35 +243,6 @@ class KVCache(Cache):
             )
         return self._flat[device, heads]
 
-    def storage(self, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor | None:
-        """The memory of all layers, (2 * layers, kv_heads, slots, head_dim): key, value, key, value, ...
-
-        For a native forward, which writes the new nodes by itself, through `tables`. None where the layers are of
-        different shapes, or stored in another order.
-        """
-        if not self._place:
-            like = torch.empty(1, kv_heads, 0, head_dim, dtype=dtype)
-            for layer in range(len(self.layers)):
-                for which in (0, 1):
-                    self._tensor((layer, which), like)
-        store = self._stores[0]
-        if len(self._stores) > 1 or store.shape[1::2] != (kv_heads, head_dim) or store.device.type != "cpu":
-            return None
-        return store if self._layers_in_order() and store.dtype in (torch.float32, *KV_DTYPES.values()) else None
-
-    def _layers_in_order(self) -> bool:
-        if self._ordered is None:
-            order = [(layer, which) for layer in range(len(self.layers)) for which in (0, 1)]
-            self._ordered = [self._place.get(key) for key in order] == [(0, i) for i in range(len(order))]
-        return self._ordered
-
-    def layer_tensors(self) -> list[tuple[Tensor, Tensor]] | None:
-        """Every layer's keys and values, (kv_heads, slots, head_dim) each; None before the first `update` of all."""
-        if len(self._place) != 2 * len(self.layers):
-            return None
-        places = [[self._place[layer, which] for which in (0, 1)] for layer in range(len(self.layers))]
-        return [(self._stores[k][i], self._stores[v][j]) for (k, i), (v, j) in places]
-
     @without_autograd
     def keep(self, path: Tensor, counts: Tensor) -> None:
         """Move the accepted nodes to where they are committed; `advance` then says so on the host.
@@ -287,9 +251,9 @@ class KVCache(Cache):
             path: (rows, n) int64: nodes of the last forward, in path order, ascending.
             counts: (rows,) int64: how many of them are kept.
         """
-        for store in self._stores:
+        for store in self.stores.tensors:
             on_cpu = store.device.type == "cpu" and path.device.type == "cpu"
-            if on_cpu and store.dtype in _MOVABLE and native.available():
+            if on_cpu and store.dtype in FLOATS and native.available():
                 where = (self.tables, self.lengths_tensor, path, counts)
                 native.keep(store, *where, block=BLOCK, shift=self.shift)
             else:
@@ -332,52 +296,3 @@ class KVCache(Cache):
         if not 0 <= length <= self.lengths[row]:
             raise ValueError(f"row {row} holds {self.lengths[row]} slots and can't be cut to {length}")
         self.advance([length - self.lengths[each] if each == row else 0 for each in range(self.rows)])
-
-    @without_autograd
-    def copy_block(self, source: int, target: int) -> None:
-        """Copy what a block holds to another, in all layers."""
-        for store in self._stores:
-            blocks = store.view(*store.shape[:2], -1, BLOCK, store.shape[3])
-            blocks[:, :, target] = blocks[:, :, source]
-
-    def _tensor(self, key: tuple[int, int], like: Tensor) -> Tensor:
-        if key not in self._place:
-            self._place[key] = self._allocate(like)
-        store, index = self._place[key]
-        return self._stores[store][index]
-
-    def _allocate(self, like: Tensor) -> tuple[int, int]:
-        dtype = self.dtype or like.dtype
-        shape = (like.shape[1], self.pool.slots, like.shape[3])
-        taken = set(self._place.values())
-        for number, store in enumerate(self._stores):
-            if store.shape[1:] == shape and store.dtype == dtype and store.device == like.device:
-                free = next((i for i in range(store.shape[0]) if (number, i) not in taken), None)
-                if free is not None:
-                    return number, free
-        # Guess that the layers to come look like this one (keys and values); one that does not gets a store of its own.
-        first = all(store.device != like.device for store in self._stores)
-        here = len(self.layers) if self._devices is None else self._devices.count(like.device)
-        places = 2 * here if first and (here or not self._stores) else 1
-        self._stores.append(_zeros((places, *shape), dtype, like.device))
-        return len(self._stores) - 1, 0
-
-
-_MOVABLE = (torch.float32, *KV_DTYPES.values())
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on the CPU the system gives memory page by page as it is written, so a large pool costs what it holds.
-
-    Small pages on Linux: numpy would ask for huge ones, and a text's first token would zero 2 MB for every head.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    size = dtype.itemsize * math.prod(shape)
-    if sys.platform == "linux" and size:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_NOHUGEPAGE)
-        return torch.frombuffer(memory, dtype=dtype).view(shape)
-    same_size = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}[torch.empty(0, dtype=dtype).element_size()]
-    return torch.from_numpy(np.zeros(shape, dtype=same_size)).view(dtype)

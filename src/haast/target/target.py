@@ -26,8 +26,9 @@ from haast.errors import KVPoolError
 from haast.target.compiled import CompiledLayers, Progress, nodes_for, slots_for, wrapped
 from haast.target.device_map import dispatched, mesh_of, read_weight, sharded, whole
 from haast.target.hf import ModuleForward, TargetOutput
-from haast.target.kv_cache import KV_DTYPES, KVCache
+from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import BLOCK, KVPool
+from haast.target.kv_stores import KV_DTYPES
 from haast.target.native_cpu import NativeStack
 from haast.target.packing import PackedLinear
 from haast.target.precision import precision, quantisation, weight_rows
@@ -325,7 +326,7 @@ class Target:
         self, stack: NativeStack, tree: DraftTree, cache: KVCache, last_only: bool, hidden_layers: Sequence[int]
     ) -> TargetOutput | None:
         """`forward` without transformers' own loop over layers; None where the cache has another layout."""
-        store = cache.storage(stack.kv_heads, stack.head_dim, self.dtype)
+        store = cache.stores.together(stack.kv_heads, stack.head_dim, self.dtype)
         if store is None:
             return None
         states = self.embedding(tree.tokens)  # a new tensor, which the stack may overwrite
@@ -347,7 +348,7 @@ class Target:
         The first time that a shape is met, the modules answer as well, and what is compiled is used only if it agrees.
         """
         layers, nodes = self._forward_of.layers(), nodes_for(tree.nodes)
-        tensors = cache.layer_tensors()
+        tensors = cache.stores.by_layer()
         if layers is None or wrapped(layers) or tensors is None or nodes is None or cache.dtype is not None:
             return None
         slots, kept = slots_for(cache.longest + nodes), tree.rows

@@ -94,12 +94,12 @@ def made(config: PretrainedConfig, form: str = "f16", spread: bool = True) -> Ta
 
 def both(target: Target, work: Any) -> tuple[Any, Any]:
     """What `work` gives by one call, and by modules."""
-    stack = target._stack
-    assert stack is not None
+    one_call = target._native
+    assert one_call is not None
     fast = work()
-    target._stack = None
+    target._native = None
     slow = work()
-    target._stack = stack
+    target._native = one_call
     return fast, slow
 
 

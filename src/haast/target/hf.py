@@ -11,7 +11,6 @@ import functools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from haast.target import attention
+from haast.target.base import TargetOutput, TreeForward
 from haast.target.compiled import layers_of
 from haast.target.device_map import execution_device, layer_devices
 from haast.target.kv_cache import KVCache, cache_name
@@ -26,25 +26,11 @@ from haast.target.kv_pool import KVPool
 from haast.tree import DraftTree
 
 
-@dataclass(frozen=True)
-class TargetOutput:
-    """One forward over a tree."""
-
-    features: Tensor  # (rows, nodes, hidden): the LM head's input at every node
-    logits: Tensor  # (rows, nodes or 1, vocab), raw; 1 when only the last live node was asked for
-    hidden: dict[int, Tensor]  # HF hidden_states index -> (rows, nodes, hidden)
-
-    def cut(self, rows: int, nodes: int, own: bool) -> TargetOutput:
-        """The first rows and nodes; `own` copies them out of memory that the next forward overwrites."""
-        parts = [part[:rows, :nodes] for part in (self.features, self.logits, *self.hidden.values())]
-        parts = [part.clone() if own else part for part in parts]
-        return TargetOutput(parts[0], parts[1], dict(zip(self.hidden, parts[2:], strict=True)))
-
-
-class ModuleForward:
+class ModuleForward(TreeForward):
     """A model's own modules, called for a tree.
 
-    `decoder_gives_features` says that the decoder's output is what the LM head reads; `probe` finds out.
+    `decoder_gives_features` says that the decoder's output is what the LM head reads, `logit_scale` by what its output
+    is multiplied; `probe` finds out.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -52,6 +38,8 @@ class ModuleForward:
         self.config = model.config.get_text_config()
         self.depth = int(self.config.num_hidden_layers)
         self.decoder_gives_features = False
+        self.logit_scale = 1.0
+        self._softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
         self._cache_name = cache_name(model.forward)
         self.context_length = _context_length(self.config)  # positions the target was made for; None if it says none
         self.refresh()
@@ -77,13 +65,11 @@ class ModuleForward:
         self,
         tree: DraftTree,
         cache: KVCache,
-        slots: int,
         last_only: bool = False,
         hidden_layers: Sequence[int] = (),
     ) -> TargetOutput:
-        """`Target.forward`; the cache has been told of the nodes. `slots` is how many attention reads."""
         captured: dict[str | int, Tensor] = {}
-        arguments = self.arguments(tree, cache, slots)
+        arguments = self.arguments(tree, cache)
         layers = self.layers() if self.decoder_gives_features else None
         arguments["output_hidden_states"] = bool(hidden_layers) and layers is None
         last = tree.live.sum(1) - 1  # (rows,)
@@ -102,6 +88,13 @@ class ModuleForward:
         hidden = {index: states[index].to(device) for index in hidden_layers}
         return TargetOutput(features.to(device), logits, hidden)
 
+    def head_logits(self, features: Tensor) -> Tensor:
+        """The LM head over features (..., hidden) -> (..., vocab), scaled and capped as the model does."""
+        output: Tensor = self.lm_head(features).to(features.device)
+        if self.logit_scale != 1.0:
+            output = output * self.logit_scale
+        return output if self._softcap is None else self._softcap * torch.tanh(output / self._softcap)
+
     def layers(self) -> list[nn.Module] | None:
         """The decoder layers; None where they can't be told from the decoder's other modules."""
         decoder: nn.Module = self.model.get_decoder()  # type: ignore[no-untyped-call]
@@ -119,8 +112,9 @@ class ModuleForward:
             positions = positions.clamp_max(self.context_length - 1)
         return positions
 
-    def arguments(self, tree: DraftTree, cache: KVCache, slots: int) -> dict[str, Any]:
-        """What the model takes beside tokens and cache: positions and masks that cover `slots` slots."""
+    def arguments(self, tree: DraftTree, cache: KVCache) -> dict[str, Any]:
+        """What the model takes beside tokens and cache: positions, and masks that cover what attention reads."""
+        slots = cache.reads
         positions = self.positions(tree, cache)
         window = self.window if slots > (self.window or 0) else None
         types = getattr(self.config, "layer_types", None)

@@ -100,7 +100,7 @@ class KVCache(Cache):
         self.sequences: list[Sequence] = []
         self.lengths: list[int] = []  # committed slots per row
         self.updated_layers: set[int] = set()
-        self._nodes, self._read = 0, 0
+        self._nodes, self.reads = 0, 0  # nodes of the forward, and slots that its attention reads
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         raise TypeError("a KVCache belongs to one pool and can't be copied: make another one")
@@ -149,10 +149,10 @@ class KVCache(Cache):
             PoolFullError: the pool has no room now.
         """
         longest = self.longest
-        self._nodes, self._read = nodes, read or longest + nodes
+        self._nodes, self.reads = nodes, read or longest + nodes
         for sequence, length in zip(self.sequences, self.lengths, strict=True):
             sequence.reserve(length + nodes + self.shift)
-        blocks = -(-(self._read + self.shift) // BLOCK)
+        blocks = -(-(self.reads + self.shift) // BLOCK)
         tables = np.empty((self.rows, blocks), dtype=np.int32)
         for row, sequence in enumerate(self.sequences):
             own = sequence.table[:blocks]
@@ -164,7 +164,7 @@ class KVCache(Cache):
         self._index: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._flat: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
         self._start: int | None = None  # see `_stretch`
-        return self._read
+        return self.reads
 
     @property
     def lengths_tensor(self) -> Tensor:
@@ -196,7 +196,7 @@ class KVCache(Cache):
         if device not in self._index:
             lengths = to_device(self.lengths_tensor, device).unsqueeze(1)
             write = self.physical(lengths + torch.arange(self._nodes, device=device))
-            read = self.physical(torch.arange(self._read, device=device).expand(self.rows, -1))
+            read = self.physical(torch.arange(self.reads, device=device).expand(self.rows, -1))
             self._index[device] = (write, read)
         return self._index[device]
 
@@ -223,11 +223,11 @@ class KVCache(Cache):
         if self.rows == 1 and (start := self._stretch()) is not None:
             begin, end = start, start + self.lengths[0]
             store[:, end : end + nodes] = states[0].to(store.dtype)
-            return store[:, begin : begin + self._read].unsqueeze(0).to(states.dtype)
+            return store[:, begin : begin + self.reads].unsqueeze(0).to(states.dtype)
         write, read = self._flat_slots(states.device, heads)
         flat = store.view(-1, dim)
         flat.index_copy_(0, write, states.reshape(-1, dim).to(store.dtype))
-        return flat.index_select(0, read).view(rows, heads, self._read, dim).to(states.dtype)
+        return flat.index_select(0, read).view(rows, heads, self.reads, dim).to(states.dtype)
 
     def _flat_slots(self, device: torch.device, heads: int) -> tuple[Tensor, Tensor]:
         """Places of (rows, heads, nodes) and (rows, heads, read) in a layer's (heads * slots, dim), flattened.

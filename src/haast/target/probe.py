@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from haast.errors import UnsupportedModelError
+from haast.target.base import TargetOutput
 from haast.target.device_map import mesh_of
 from haast.target.fusing import FusedAttention
-from haast.target.hf import ModuleForward, TargetOutput
+from haast.target.hf import ModuleForward
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import KVPool
 from haast.target.precision import quantisation
@@ -127,11 +128,11 @@ def _use_of_cache(forward: ModuleForward) -> tuple[bool, int]:
     cache = _cache(forward, 1)
     captured: dict[str | int, Tensor] = {}
     tree = DraftTree.chain(torch.zeros(1, 2, dtype=torch.long, device=forward.device))
-    slots = cache.begin(2)
+    cache.begin(2)
     name = type(forward.model).__name__
     try:
         with forward.capture(captured):
-            arguments = forward.arguments(tree, cache, slots)
+            arguments = forward.arguments(tree, cache)
             forward.model(input_ids=tree.tokens, **arguments, **forward.storing(cache))
     except _FAILURES as error:
         raise UnsupportedModelError(
@@ -307,7 +308,8 @@ def _cache(forward: ModuleForward, rows: int) -> KVCache:
 
 
 def _run(forward: ModuleForward, tree: DraftTree, cache: KVCache, last_only: bool = False) -> TargetOutput:
-    return forward.run(tree, cache, cache.begin(tree.nodes), last_only)
+    cache.begin(tree.nodes)
+    return forward.run(tree, cache, last_only)
 
 
 def _scale(forward: ModuleForward, features: Tensor, logits: Tensor) -> float:

@@ -8,7 +8,6 @@ implementation is chosen, through transformers' own switch.
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,19 +22,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from haast import compat, native
 from haast.device import free_memory, without_autograd
 from haast.errors import KVPoolError
-from haast.target.compiled import CompiledLayers, Progress, nodes_for, slots_for, wrapped
+from haast.target.base import TargetOutput, TreeForward
+from haast.target.compiled import CompiledLayers, Progress
 from haast.target.device_map import dispatched, mesh_of, read_weight, sharded, whole
-from haast.target.hf import ModuleForward, TargetOutput
+from haast.target.faster import CompiledForward, NativeForward
+from haast.target.hf import ModuleForward
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import BLOCK, KVPool
 from haast.target.kv_stores import KV_DTYPES
 from haast.target.native_cpu import NativeStack
 from haast.target.packing import PackedLinear
 from haast.target.precision import precision, quantisation, weight_rows
-from haast.target.probe import Probed, probe, tolerance
+from haast.target.probe import Probed, probe
 from haast.target.ranks import Ranks
 from haast.target.support import choose_attention, refuse_unsupported
-from haast.tree import DraftTree, repeating
+from haast.tree import DraftTree
 
 __all__ = ["Probed", "Target", "TargetOutput", "choose_attention", "refuse_unsupported"]
 
@@ -90,12 +91,11 @@ class Target:
         self.config = model.config.get_text_config()
         self.hidden_size = int(self.config.hidden_size)
         self.layers = int(self.config.num_hidden_layers)
-        self._softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
         self.embedding: nn.Module = model.get_input_embeddings()
         # The embedding may be padded past the tokenizer's vocabulary; the law is over what the head emits.
         self.vocab_size = int(self.config.vocab_size)
         self.lock = lock_of(model)  # held while the model runs, by every Target of it
-        self._stack: NativeStack | None = None
+        self._native: NativeForward | None = None
         self._cache: KVCache | None = None
         self._pool_tokens: int | None = None
         self._pool_bytes: int | None = None
@@ -110,7 +110,7 @@ class Target:
         self.ranks = None if mesh is None else Ranks(mesh)  # the processes that hold the model together
         self.probed = self._agree_on(probe(self._forward_of) if probed is None else probed)
         self._forward_of.decoder_gives_features = self.probed.decoder_gives_features
-        self.logit_scale = self.probed.logit_scale
+        self.logit_scale = self._forward_of.logit_scale = self.probed.logit_scale
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has a KV pool and requests of its own."""
@@ -169,7 +169,7 @@ class Target:
     @property
     def one_call(self) -> bool:
         """Whether all decoder layers run in one native call."""
-        return self._stack is not None
+        return self._native is not None
 
     def use_compiled_layers(
         self, backend: str | Callable[..., Any] = "inductor", progress: Progress | None = None
@@ -281,17 +281,12 @@ class Target:
     def refresh(self) -> None:
         """Notice what was changed on the model since the last request: weights, hooks, placement."""
         self._forward_of.refresh()
-        if self._stack is not None and not self._unchanged(self._stack):
-            self._stack = None  # the model was moved or changed: its own modules answer from here on
+        if self._native is not None and not self._native.current():
+            self._native = None  # the model was moved or changed: its own modules answer from here on
         state = (self.one_call, compat.weights_state(self.model), compat.foreign_hooks(self.model.modules()))
         if state != self._state and self._cache is not None:
             self._cache.pool.clear()
         self._state = state
-
-    def _unchanged(self, stack: NativeStack) -> bool:
-        decoder: Any = self.model.get_decoder()  # type: ignore[no-untyped-call]
-        own = self.model.get_input_embeddings() is self.embedding and self.dtype is torch.float32
-        return own and stack.current(list(decoder.layers), decoder.norm)
 
     @without_autograd
     def forward(
@@ -310,69 +305,18 @@ class Target:
             PoolFullError: the pool has no room for the nodes now.
         """
         self._check(tree, cache, hidden_layers)
-        slots = cache.begin(tree.nodes)
-        if self._stack is not None:
-            output = self._one_call(self._stack, tree, cache, last_only, hidden_layers)
+        cache.begin(tree.nodes)
+        for way in self._faster_ways():
+            output = way.run(tree, cache, last_only, hidden_layers)
             if output is not None:
                 return output
-        compiled = self.compiled
-        if compiled is not None and not last_only:
-            output = self._by_compiled_layers(compiled, tree, cache, hidden_layers)
-            if output is not None:
-                return output
-        return self._forward_of.run(tree, cache, slots, last_only, hidden_layers)
+        return self._forward_of.run(tree, cache, last_only, hidden_layers)
 
-    def _one_call(
-        self, stack: NativeStack, tree: DraftTree, cache: KVCache, last_only: bool, hidden_layers: Sequence[int]
-    ) -> TargetOutput | None:
-        """`forward` without transformers' own loop over layers; None where the cache has another layout."""
-        store = cache.stores.together(stack.kv_heads, stack.head_dim, self.dtype)
-        if store is None:
-            return None
-        states = self.embedding(tree.tokens)  # a new tensor, which the stack may overwrite
-        positions = self._forward_of.positions(tree, cache)
-        features, hidden = stack.run(
-            states, positions, tree.ancestors, cache.lengths, store, cache.tables, hidden_layers
-        )
-        read = features
-        if last_only:
-            last = tree.live.sum(1) - 1  # (rows,)
-            read = features[torch.arange(tree.rows), last].unsqueeze(1)
-        return TargetOutput(features, self.head_logits(read), hidden)
-
-    def _by_compiled_layers(
-        self, compiled: CompiledLayers, tree: DraftTree, cache: KVCache, hidden_layers: Sequence[int]
-    ) -> TargetOutput | None:
-        """`forward` at a static shape; None where the modules have to answer: long chains, and a cache still unused.
-
-        The first time that a shape is met, the modules answer as well, and what is compiled is used only if it agrees.
-        """
-        layers, nodes = self._forward_of.layers(), nodes_for(tree.nodes)
-        tensors = cache.stores.by_layer()
-        if layers is None or wrapped(layers) or tensors is None or nodes is None or cache.dtype is not None:
-            return None
-        slots, kept = slots_for(cache.longest + nodes), tree.rows
-        rows = compiled.rows_for(kept, nodes, slots)
-        expected = None
-        if not compiled.knows(rows, nodes, slots):
-            expected = self._forward_of.run(tree, cache, cache.begin(tree.nodes), False, hidden_layers)
-        padded = tree.padded(nodes).taken(repeating(kept, rows, tree.tokens.device))
-        with cache.repeated(rows):
-            cache.begin(nodes, slots)
-            run = functools.partial(self._forward_of.run, padded, cache, slots, False, hidden_layers)
-            output: TargetOutput | None = compiled.run(layers, cache, tensors, *cache.all_slots(), run)
-        cache.begin(tree.nodes)  # what is kept is said of the rows that there are
-        if output is None:
-            return expected
-        output = output.cut(kept, tree.nodes, own=compiled.graphs)
-        if expected is not None and not self._agree(output.logits[tree.live], expected.logits[tree.live]):
-            compiled.refuse("its compiled layers give other logits than its modules")
-            return expected
-        return output
-
-    def _agree(self, found: Tensor, expected: Tensor) -> bool:
-        scale = float(expected.abs().max().clamp_min(1e-6))
-        return bool((found.double() - expected.double()).abs().max() <= tolerance(self.dtype) * scale)
+    def _faster_ways(self) -> Iterator[TreeForward]:
+        if self._native is not None:
+            yield self._native
+        if self.compiled is not None:
+            yield CompiledForward(self.compiled, self._forward_of)
 
     @without_autograd
     def embed(self, tokens: Tensor) -> Tensor:
@@ -383,11 +327,7 @@ class Target:
     @without_autograd
     def head_logits(self, features: Tensor) -> Tensor:
         """The frozen LM head over features (..., hidden) -> (..., vocab), scaled and capped as the model does."""
-        output: Tensor = self.lm_head(features).to(features.device)
-        if self.logit_scale != 1.0:
-            output = output * self.logit_scale
-        cap = self._softcap
-        return output if cap is None else cap * torch.tanh(output / cap)
+        return self._forward_of.head_logits(features)
 
     def head_rows(self, tokens: Tensor) -> Tensor:
         """The LM head's weight rows for `tokens` (n,) -> (n, hidden), in the scale of the model's logits."""
@@ -437,19 +377,20 @@ class Target:
         stack = NativeStack.of(list(decoder.layers), decoder.norm, decoder.rotary_emb)
         if stack is None:
             return False
+        fast = NativeForward(stack, self._forward_of)
         device, middle = self.device, self.layers // 2
         first = DraftTree.chain(torch.arange(3, device=device).expand(2, -1) % self.vocab_size)
         tree = DraftTree.from_parents(
             torch.arange(8, device=device).view(2, 4) % self.vocab_size, torch.tensor([[-1, 0, 0, 1]] * 2)
         )
         found = []
-        for each in (None, stack):
-            self._stack = each
+        for each in (None, fast):
+            self._native = each
             cache = self.new_cache(2, 32)
             self.forward(first, cache)
             cache.commit([range(3), range(2)])
             output = self.forward(tree, cache, hidden_layers=(middle, self.layers))
             found.append((output.logits, output.features, *output.hidden.values()))
         same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(*found, strict=True))
-        self._stack = stack if same else None
+        self._native = fast if same else None
         return same

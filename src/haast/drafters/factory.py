@@ -29,7 +29,7 @@ from haast.drafters.small_model import SmallModelDrafter
 from haast.drafters.tree_shape import DraftShape, shape_for, usual_nodes
 from haast.drafters.vanilla import VanillaDrafter
 from haast.errors import HeadMismatchError
-from haast.heads.checkpoint import Head, head_folder, read_head_config
+from haast.heads.checkpoint import Head, head_folder, load_head, read_head_config
 from haast.heads.config import HeadConfig
 from haast.heads.medusa import MedusaHeads
 from haast.target.load import DEFAULT_MODEL
@@ -128,6 +128,21 @@ def find_head(head: str | Path | None, model: str | None) -> Path | None:
             f"without one (`haast train --model ...` makes a head)"
         )
     return Path(__file__).parents[1] / "data" / "heads" / DEFAULT_MODEL
+
+
+def open_head(head: str | Path | Head | None, model: str | None) -> Head | None:
+    """A head by the user's word, see `find_head`, or as it was loaded already; None for none.
+
+    Raises:
+        ValueError: see `find_head`. HeadMismatchError: it is no head, or its files are damaged.
+    """
+    if head is None or isinstance(head, Head):
+        return head
+    if not isinstance(head, str | Path):
+        raise HeadMismatchError(f"head is a {type(head).__name__}: give its folder, or what load_head returns")
+    folder = find_head(head, model)
+    assert folder is not None, "a head was given"
+    return load_head(folder)
 
 
 def make_drafter(

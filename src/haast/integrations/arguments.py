@@ -1,27 +1,48 @@
-"""Which arguments of `generate` Haast does not honour, and the checks of those that it does.
+"""Which arguments of `generate` Haast honours, and the refusal by name of those that it does not.
 
-Owns refusals: every argument that would change the text or the output, and that Haast does not honour, is refused by
-its name. docs/drop-in.md lists them; a test holds the two together. Knows no decoding.
+Owns the tables and the checks of settings, lengths and the model as it stands. What would change the text or the output
+is refused; so is what a newer transformers adds, until somebody has looked at it. docs/drop-in.md lists all arguments
+with remarks; a test holds the two together. Knows no decoding.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, __version__
+from transformers import GenerationConfig, PreTrainedModel, __version__
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteria
 
 from haast import compat
-from haast.errors import PromptError, UnsupportedArgumentError, UnsupportedModelError
-from haast.integrations.supported_args import HONOURED_SETTINGS, IDLE_SETTINGS
+from haast.errors import PromptError, UnsupportedArgumentError
 from haast.target.device_map import execution_device
 from haast.target.kv_cache import CACHE_NAMES
+
+# Settings of a GenerationConfig that `generate` turns into processors and criteria, or that Haast reads.
+HONOURED_SETTINGS = frozenset({
+    "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "max_time", "stop_strings",
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
+    "renormalize_logits", "num_return_sequences", "min_length", "min_new_tokens", "repetition_penalty",
+    "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+    "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "sequence_bias",
+    "exponential_decay_length_penalty", "remove_invalid_values", "watermarking_config", "return_dict_in_generate",
+    "output_scores", "output_logits",
+})  # fmt: skip
+# Settings that change nothing of greedy and sampled text, in stock `generate` either.
+IDLE_SETTINGS = frozenset({
+    "early_stopping", "length_penalty", "diversity_penalty", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind",
+    "assistant_ensemble_weight", "decoder_start_token_id", "disable_compile", "use_cache",
+})  # fmt: skip
+# Parameters of `generate` itself that it turns into what a decoding method gets, or that Haast refuses by itself.
+PARAMETERS = frozenset({
+    "self", "kwargs", "inputs", "generation_config", "logits_processor", "stopping_criteria",
+    "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model", "streamer", "negative_prompt_ids",
+    "negative_prompt_attention_mask", "custom_generate",
+})  # fmt: skip
 
 _BEAMS = "Haast decodes one continuation a row; leave it out, or use stock generate"
 _ASSISTED = "Haast drafts by itself; leave it out (a small model: SmallModelDrafter)"
@@ -80,15 +101,11 @@ def refuse_settings(config: GenerationConfig) -> None:
     Raises:
         UnsupportedArgumentError: a setting of `REFUSED_SETTINGS`, or one that only a newer transformers has.
     """
-    for name, why in REFUSED_SETTINGS.items():
+    unknown = f"transformers {__version__} has it, and this Haast does not know it; leave it out"
+    for name, usual in {**dict.fromkeys(REFUSED_SETTINGS), **unknown_settings()}.items():
         value = getattr(config, name, None)
-        if value is not None and value is not False and value not in _OFF.get(name, ()):
-            raise UnsupportedArgumentError(f"{name}={value!r}", why)
-    for name, usual in unknown_settings().items():
-        value = getattr(config, name, None)
-        if value is not None and value is not False and value != usual:
-            why = f"transformers {__version__} has it, and this Haast does not know it; leave it out"
-            raise UnsupportedArgumentError(f"{name}={value!r}", why)
+        if value is not None and value is not False and value != usual and value not in _OFF.get(name, ()):
+            raise UnsupportedArgumentError(f"{name}={value!r}", REFUSED_SETTINGS.get(name, unknown))
 
 
 @functools.cache
@@ -110,93 +127,6 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
             continue  # `generate` gives models of images and sounds an empty dict of what they have encoded
         why = "Haast passes the model nothing but tokens; leave it out, or use stock generate"
         raise UnsupportedArgumentError(name, REFUSED_ARGUMENTS.get(name, why))
-
-
-def padding(input_ids: Tensor, given: Mapping[str, Any]) -> list[int]:
-    """How many padding tokens stand before each row, from what `generate` prepared.
-
-    Args:
-        input_ids: (rows, width).
-        given: `attention_mask` (rows, width) or None where nothing is masked, and `position_ids`, as prepared.
-
-    Raises:
-        PromptError: no tokens, a mask or positions of another shape, padding elsewhere than on the left, an empty row.
-    """
-    if input_ids.ndim != 2 or not input_ids.numel():
-        raise PromptError(f"input_ids has shape {tuple(input_ids.shape)}: give (rows, tokens), at least one of each")
-    mask, positions = given.get("attention_mask"), given.get("position_ids")
-    for name, tensor in (("attention_mask", mask), ("position_ids", positions)):
-        shapes = (input_ids.shape, (1, input_ids.shape[1]))[: 1 if name == "attention_mask" else 2]
-        if tensor is not None and tuple(tensor.shape) not in map(tuple, shapes):
-            raise PromptError(
-                f"attention_mask (or position_ids) does not fit the prompt: {tuple(tensor.shape)} beside input_ids of "
-                f"{tuple(input_ids.shape)}: give one entry a token"
-            )
-    kept = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.to(input_ids.device) != 0
-    begins = [_row_begins(row, kept[row].tolist()) for row in range(len(kept))]
-    if positions is not None:
-        _check_positions(positions.to(input_ids.device), kept)
-    return begins
-
-
-def check_ids(input_ids: Tensor, vocab_size: int) -> None:
-    """Refuse ids that are no tokens, those of the padding too: processors look at them. Raises PromptError."""
-    wrong = (input_ids < 0) | (input_ids >= vocab_size)
-    if bool(wrong.any()):
-        row, place = wrong.nonzero()[0].tolist()
-        raise PromptError(
-            f"row {row} holds the token id {int(input_ids[row, place])}, which is outside 0..{vocab_size - 1}: is the "
-            f"tokenizer another model's?"
-        )
-
-
-def check_prepared(model: PreTrainedModel, input_ids: Tensor, given: Mapping[str, Any]) -> None:
-    """Refuse a model that gives its forward something else than the text's tokens.
-
-    Adapters of virtual tokens (prompt or prefix tuning) do, by a `prepare_inputs_for_generation` of their own; Haast
-    calls the forward itself, and would leave them out without a word.
-
-    Raises:
-        UnsupportedModelError: it prepares other ids, embeddings, or a cache that is filled already.
-    """
-    own: Any = model.prepare_inputs_for_generation
-    if getattr(own, "__func__", None) is GenerationMixin.prepare_inputs_for_generation:
-        return
-    more: dict[str, Any] = {}
-    if "cache_position" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
-        more["cache_position"] = torch.arange(input_ids.shape[1], device=input_ids.device)  # older transformers need it
-    prepared = own(input_ids, is_first_iteration=True, **more, **given)
-    ids, caches = prepared.get("input_ids"), {name: prepared.get(name) for name in CACHE_NAMES}
-    changed = {
-        "input_ids": ids is None or not torch.equal(ids, input_ids),
-        "inputs_embeds": prepared.get("inputs_embeds") is not None,
-        **{name: cache is not None and cache.get_seq_length() > 0 for name, cache in caches.items()},
-    }
-    for name, different in changed.items():
-        if different:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} prepares {name} of its own for its forward (as prompt tuning does), and "
-                f"Haast gives it nothing but the text's tokens: merge the adapter, or use stock generate"
-            )
-
-
-def _row_begins(row: int, kept: Sequence[bool]) -> int:
-    if not any(kept):
-        raise PromptError(f"row {row} of the batch is empty: its attention_mask is 0 everywhere; leave the row out")
-    first = list(kept).index(True)
-    if not all(kept[first:]):
-        raise PromptError(
-            f"row {row}: attention_mask is 0 after the row's first token; pad on the left "
-            f"(tokenizer.padding_side='left') and mask nothing else; where none is given, transformers masks every "
-            f"token that equals pad_token_id"
-        )
-    return first
-
-
-def _check_positions(positions: Tensor, kept: Tensor) -> None:
-    usual = kept.long().cumsum(-1) - 1
-    if not bool(((positions == usual) | ~kept).all()):
-        raise UnsupportedArgumentError("position_ids", "Haast counts each row's tokens from 0; leave it out")
 
 
 def new_tokens_allowed(criteria: Sequence[StoppingCriteria], width: int, begins: Sequence[int], model: Any) -> int:

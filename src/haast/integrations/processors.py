@@ -39,11 +39,11 @@ def for_rows(processors: Sequence[Any], rows: int) -> list[LogitsProcessorList]:
         if isinstance(each, UnbatchedClassifierFreeGuidanceLogitsProcessor):
             why = "classifier-free guidance runs the model on a second text; use stock generate"
             raise UnsupportedArgumentError("guidance_scale", why)
-    made = []
-    for row in range(rows):
-        copies: dict[int, Any] = {}  # what one processor shares with another, its copy shares with the other's
-        made.append(LogitsProcessorList(_for_row(each, row, rows, copies) for each in processors))
-    return made
+    # What one processor shares with another, its copy shares with the other's: `copies` is of a row.
+    return [
+        LogitsProcessorList(_for_row(each, row, rows, copies) for each in processors)
+        for row, copies in enumerate([dict[int, Any]() for _ in range(rows)])
+    ]
 
 
 def refuse_linked(processors: Sequence[Any], criteria: Sequence[Any], own: LogitsProcessorList) -> None:
@@ -75,7 +75,12 @@ def _for_row(processor: Any, row: int, rows: int, copies: dict[int, Any]) -> Any
     if rows == 1:
         return processor
     if isinstance(processor, RepetitionPenaltyLogitsProcessor):
-        return _repetition(processor, row, rows)
+        ignored: Any = processor.prompt_ignore_length
+        if not isinstance(ignored, Tensor):
+            return processor
+        if len(ignored) != rows:
+            raise ValueError(f"prompt_ignore_length has {len(ignored)} entries for {rows} rows: give one a row")
+        return _with(processor, prompt_ignore_length=ignored[row : row + 1])
     if isinstance(processor, EncoderRepetitionPenaltyLogitsProcessor):
         prompts = processor.encoder_input_ids
         at = row // max(rows // prompts.shape[0], 1)  # `num_return_sequences` rows share a prompt
@@ -97,19 +102,9 @@ class _Prefix(PrefixConstrainedLogitsProcessor):
         super().__init__(lambda _, text: ask(row, text), 1)
 
 
-def _repetition(processor: RepetitionPenaltyLogitsProcessor, row: int, rows: int) -> Any:
-    ignored: Any = processor.prompt_ignore_length
-    if not isinstance(ignored, Tensor):
-        return processor
-    if len(ignored) != rows:
-        raise ValueError(f"prompt_ignore_length has {len(ignored)} entries for {rows} rows: give one a row")
-    return _with(processor, prompt_ignore_length=ignored[row : row + 1])
-
-
 def _with(processor: Any, **changed: Any) -> Any:
     made = copy.copy(processor)
-    for name, value in changed.items():
-        setattr(made, name, value)
+    vars(made).update(changed)
     return made
 
 

@@ -1,9 +1,9 @@
-"""The rows of one `generate` call: their texts as `generate` would have them, their processors, and where they end.
+"""The rows of one `generate` call: their texts as `generate` would have them, where they end, and what is returned.
 
-Owns the choice of a token where processors look at the text, and what the stopping criteria say. Each row is a request
-of its own. A row's text holds its left padding, since stock processors and stopping criteria see it; the engine's does
-not. Processors and criteria are asked exactly once per emitted token, in order, with the text up to it, and never after
-a row's end, whatever is drafted. Knows neither trees nor models.
+Owns the choice of a token where processors look at the text, what the stopping criteria say, and the shapes that are
+streamed and returned. Each row is a request of its own. Its text holds its left padding, since stock processors and
+stopping criteria see it; the engine's does not. Processors and criteria are asked exactly once per emitted token, in
+order, and never after a row's end, whatever is drafted. Knows neither trees nor models.
 
     text     pad pad  p0  p1  p2 | n0  n1 ...      a view for whoever asks: nothing is copied per token
              begin=2             width
@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.logits_process import (
     EpsilonLogitsWarper,
     InfNanRemoveLogitsProcessor,
@@ -33,6 +33,8 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from haast.core import Emission, SamplingParams, StopParams
 from haast.sampling import Sampler, inverse_cdf, probabilities
@@ -72,17 +74,16 @@ class Criteria:
             ValueError: a criterion answered for other rows than the one that it was asked about.
         """
         done = token in self.eos or count >= self.most
-        return (self.look and self._ask(*shown())) or done
-
-    def _ask(self, text: Tensor, scores: tuple[Tensor, ...] | None) -> bool:
-        answer = self._others(text, scores)
+        if not self.look:
+            return done
+        answer = self._others(*shown())
         if answer.numel() != 1:
             names = [type(each).__name__ for each in self._others]
             raise ValueError(
                 f"the stopping criteria {names} answered for {answer.numel()} rows when asked about one: rows of a "
                 f"batch differ in length here, so a criterion must answer for the rows that it is given"
             )
-        return bool(answer)
+        return bool(answer) or done
 
 
 class Ends:
@@ -115,9 +116,7 @@ class Ends:
         done = self._done[row]
         if done is None or count >= self._most:
             return count >= self._most
-        if not self.together:
-            return count >= done
-        return count >= self.longest
+        return count >= (self.longest if self.together else done)
 
 
 class RowChooser(Sampler):
@@ -264,33 +263,74 @@ class RowChooser(Sampler):
 
 
 class Rows:
-    """The rows of a call.
+    """The rows of a call, and whoever listens to them.
 
     Args:
         rows: in their order.
         ends: theirs.
+        streamer: gets the new tokens, one of every row at a time, as stock `generate` gives them.
+        pad: stands after a row's end.
     """
 
-    def __init__(self, rows: Sequence[RowChooser], ends: Ends) -> None:
-        self.rows, self._ends = list(rows), ends
+    def __init__(self, rows: Sequence[RowChooser], ends: Ends, streamer: BaseStreamer | None, pad: int) -> None:
+        self._rows, self._ends, self._streamer, self._pad = list(rows), ends, streamer, pad
+        self._sent = 0
 
     def unfinished(self) -> list[RowChooser]:
         """Rows that need a request: at first all, then those that stopped before the longest was done."""
-        return [row for row in self.rows if row.end is None or len(row.tokens) < row.end]
+        return [row for row in self._rows if row.end is None or len(row.tokens) < row.end]
 
     def settle(self, agreed: Callable[[int], int]) -> None:
         """The requests have ended. `agreed` makes one process's number that of all that serve the model together."""
         if self._ends.together:
             longest = agreed(self._ends.longest)
-            for row in self.rows:
+            for row in self._rows:
                 row.end = longest
 
-    def column(self, place: int, pad: int) -> Tensor | None:
-        """New token number `place` of every row (rows,), as `generate` streams it; None if not yet there."""
-        ended = [row.end is not None and place >= row.end for row in self.rows]
-        if all(ended) or any(place >= len(row.tokens) for row, over in zip(self.rows, ended, strict=True) if not over):
-            return None
-        return torch.tensor([pad if over else row.tokens[place] for row, over in zip(self.rows, ended, strict=True)])
+    def flush(self) -> None:
+        """Hand the streamer what is settled: the next token of every row, as long as each has one or has ended."""
+        while self._streamer is not None:
+            place = self._sent
+            ended = [row.end is not None and place >= row.end for row in self._rows]
+            each = list(zip(self._rows, ended, strict=True))
+            if all(ended) or any(place >= len(row.tokens) for row, over in each if not over):
+                return
+            self._streamer.put(torch.tensor([self._pad if over else row.tokens[place] for row, over in each]))  # type: ignore[no-untyped-call]
+            self._sent += 1
+
+    def finish(self) -> None:
+        """All rows have ended; the streamer is told."""
+        if self._streamer is not None:
+            self.flush()
+            self._streamer.end()  # type: ignore[no-untyped-call]
+
+    def output(self, input_ids: Tensor, config: GenerationConfig) -> GenerateDecoderOnlyOutput | Tensor:
+        """The sequences (rows, width + longest), padded after their ends; with scores and logits if asked for.
+
+        A row that has ended has the pad token for certain: score 0 there and -inf elsewhere. `past_key_values` stays
+        None.
+        """
+        said = [row.tokens[: row.end] for row in self._rows]
+        ends = [len(tokens) for tokens in said]
+        new = [tokens + [self._pad] * (max(ends) - len(tokens)) for tokens in said]
+        sequences = torch.cat([input_ids, torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
+        if not config.return_dict_in_generate:
+            return sequences
+        scores, logits = (
+            self._by_step([getattr(row, name) for row in self._rows], ends) if wanted else None
+            for name, wanted in (("kept_scores", config.output_scores), ("kept_logits", config.output_logits))
+        )
+        return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=logits)  # type: ignore[arg-type]
+
+    def _by_step(self, kept: Sequence[Sequence[Tensor]], ends: Sequence[int]) -> tuple[Tensor, ...]:
+        """Rows of (vocab,) per step -> one (rows, vocab) per step."""
+        certain = torch.full_like(kept[0][0], -torch.inf)
+        if 0 <= self._pad < len(certain):
+            certain[self._pad] = 0.0
+        each = list(zip(kept, ends, strict=True))
+        return tuple(
+            torch.stack([row[step] if step < end else certain for row, end in each]) for step in range(max(ends))
+        )
 
 
 class _Text:

@@ -1,7 +1,7 @@
-"""Checks of what the user gave `generate`, before transformers has touched it.
+"""Checks of prompts, masks and stop strings: as the user gave them to `generate`, and as it has prepared them.
 
-Owns the checks that have to come first, since transformers itself would stumble over such input without saying why.
-What passes them is checked further in `arguments`, once `generate` has prepared it. Knows no models.
+Owns both. The first come before transformers has touched the input, since it would itself stumble over such input
+without a reason. Knows no decoding.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel
 
-from haast.errors import PromptError
+from haast.errors import PromptError, UnsupportedArgumentError
 from haast.target.kv_cache import CACHE_NAMES
-
-_TOKENS = (torch.int64, torch.int32)
+from haast.target.support import prepared_inputs
+from haast.text import stop_strings
 
 
 def validate_inputs(given: Mapping[str, Any]) -> None:
@@ -28,72 +29,105 @@ def validate_inputs(given: Mapping[str, Any]) -> None:
         PromptError: ids or a mask of another kind, shape or place. ValueError: stop strings that are none.
     """
     ids = given.get("inputs") if given.get("inputs") is not None else given.get("input_ids")
+    mask = given.get("attention_mask")
     if ids is not None:
-        _check_ids(ids)
-    if given.get("attention_mask") is not None:
+        source = "as a tokenizer makes with return_tensors='pt'; what it returns is passed on as generate(**inputs)"
+        _check_form("input_ids", ids, source, "at least one of each")
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise PromptError(f"input_ids is of {ids.dtype}: give token ids as torch.int64")
+    if mask is not None:
+        entries = "one entry a token; Haast makes the masks of its trees by itself"
+        _check_form("attention_mask", mask, "as the tokenizer's", entries)
         # After a cache the mask is longer, and the cache is refused by its name.
-        continued = any(given.get(name) is not None for name in CACHE_NAMES)
-        _check_mask(given["attention_mask"], None if continued else ids)
-    if given.get("stop_strings") is not None:
-        check_stop_strings(given["stop_strings"])
+        if ids is not None and not any(given.get(name) is not None for name in CACHE_NAMES):
+            _check_fit("attention_mask", mask, ids, shared=True)
+        odd = mask[(mask != 0) & (mask != 1)]
+        if odd.numel():
+            raise PromptError(
+                f"attention_mask holds {odd[0].item()}: give 1 for a token and 0 for padding; biases of attention "
+                f"scores are no mask"
+            )
+    if given.get("stop_strings") is not None and not stop_strings(given["stop_strings"], "stop_strings"):
+        raise ValueError("stop_strings is an empty list: leave it out, or give at least one string")
 
 
-def _check_ids(ids: Any) -> None:
-    if not isinstance(ids, Tensor):
+def padding(input_ids: Tensor, given: Mapping[str, Any]) -> list[int]:
+    """How many padding tokens stand before each row, from what `generate` prepared.
+
+    Args:
+        input_ids: (rows, width).
+        given: `attention_mask` (rows, width) or None where nothing is masked, and `position_ids`, as prepared.
+
+    Raises:
+        PromptError: no tokens, a mask or positions of another shape, padding elsewhere than on the left, an empty row.
+        UnsupportedArgumentError: positions that do not count each row's tokens from 0.
+    """
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise PromptError(f"input_ids has shape {tuple(input_ids.shape)}: give (rows, tokens), at least one of each")
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    kept = torch.ones_like(input_ids, dtype=torch.bool)
+    if mask is not None:
+        _check_fit("attention_mask", mask, input_ids)
+        kept = mask.to(input_ids.device) != 0
+    begins = [_row_begins(row, seen) for row, seen in enumerate(kept.tolist())]
+    if positions is not None:
+        _check_fit("position_ids", positions, input_ids, shared=True)
+        usual = kept.long().cumsum(-1) - 1
+        if not bool(((positions.to(input_ids.device) == usual) | ~kept).all()):
+            raise UnsupportedArgumentError("position_ids", "Haast counts each row's tokens from 0; leave it out")
+    return begins
+
+
+def check_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Refuse ids that are no tokens, those of the padding too: processors look at them. Raises PromptError."""
+    wrong = (input_ids < 0) | (input_ids >= vocab_size)
+    if bool(wrong.any()):
+        row, place = wrong.nonzero()[0].tolist()
         raise PromptError(
-            f"input_ids is a {type(ids).__name__}: give a tensor (rows, tokens), as a tokenizer makes with "
-            f"return_tensors='pt'; what it returns is passed on as generate(**inputs)"
-        )
-    if ids.ndim != 2:
-        raise PromptError(f"input_ids has shape {tuple(ids.shape)}: give (rows, tokens), at least one of each")
-    if ids.dtype not in _TOKENS:
-        raise PromptError(f"input_ids is of {ids.dtype}: give token ids as torch.int64")
-    _check_place("input_ids", ids)
-
-
-def _check_mask(mask: Any, ids: Any) -> None:
-    if not isinstance(mask, Tensor):
-        raise PromptError(
-            f"attention_mask is a {type(mask).__name__}: give a tensor (rows, tokens), as the tokenizer's"
-        )
-    if mask.ndim != 2:
-        raise PromptError(
-            f"attention_mask has shape {tuple(mask.shape)}: give (rows, tokens), one entry a token; Haast makes the "
-            f"masks of its trees by itself"
-        )
-    _check_place("attention_mask", mask)
-    if isinstance(ids, Tensor) and (mask.shape[1] != ids.shape[1] or mask.shape[0] not in (1, ids.shape[0])):
-        raise PromptError(
-            f"attention_mask does not fit the prompt: {tuple(mask.shape)} beside input_ids of {tuple(ids.shape)}: give "
-            f"one entry a token"
-        )
-    odd = mask[(mask != 0) & (mask != 1)]
-    if odd.numel():
-        raise PromptError(
-            f"attention_mask holds {odd[0].item()}: give 1 for a token and 0 for padding; biases of attention scores "
-            f"are no mask"
+            f"row {row} holds the token id {int(input_ids[row, place])}, which is outside 0..{vocab_size - 1}: is the "
+            f"tokenizer another model's?"
         )
 
 
-def _check_place(name: str, tensor: Tensor) -> None:
+def check_own_inputs(model: PreTrainedModel, input_ids: Tensor, given: Mapping[str, Any]) -> None:
+    """Refuse a model whose own `prepare_inputs_for_generation` gives its forward other inputs than the text's tokens.
+
+    Adapters of virtual tokens (prompt or prefix tuning) have one, and may have come after the model was probed.
+
+    Raises:
+        UnsupportedModelError: it prepares other ids, embeddings, or a cache that is filled already.
+    """
+    own: Any = model.prepare_inputs_for_generation
+    if getattr(own, "__func__", None) is not GenerationMixin.prepare_inputs_for_generation:
+        prepared_inputs(model, input_ids, **given)
+
+
+def _check_form(name: str, tensor: Any, source: str, entries: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise PromptError(f"{name} is a {type(tensor).__name__}: give a tensor (rows, tokens), {source}")
+    if tensor.ndim != 2:
+        raise PromptError(f"{name} has shape {tuple(tensor.shape)}: give (rows, tokens), {entries}")
     if tensor.device.type == "meta":
         raise PromptError(f"{name} is on the meta device, where tensors hold nothing: move it to the model's")
 
 
-def check_stop_strings(stops: Any) -> None:
-    """Refuse what is no stop string.
+def _check_fit(name: str, tensor: Tensor, ids: Tensor, shared: bool = False) -> None:
+    """Refuse what is not of the ids' shape; `shared`: one row may stand for all."""
+    if tensor.shape[1:] != ids.shape[1:] or len(tensor) not in (len(ids), *([1] if shared else [])):
+        raise PromptError(
+            f"{name} does not fit the prompt: {tuple(tensor.shape)} beside input_ids of {tuple(ids.shape)}: give one "
+            f"entry a token"
+        )
 
-    Raises:
-        ValueError: neither text nor a list of texts, or an empty one.
-    """
-    several: Sequence[Any] = [stops] if isinstance(stops, str) else stops
-    if not isinstance(several, Sequence) or isinstance(several, bytes):
-        raise ValueError(f"stop_strings={stops!r} is not allowed: give a string, or a list of strings")
-    if not several:
-        raise ValueError("stop_strings is an empty list: leave it out, or give at least one string")
-    for stop in several:
-        if not isinstance(stop, str) or not stop:
-            raise ValueError(
-                f"stop_strings holds {stop!r}: give strings of one character or more (an empty one would end every "
-                f"text at once)"
-            )
+
+def _row_begins(row: int, kept: Sequence[bool]) -> int:
+    if not any(kept):
+        raise PromptError(f"row {row} of the batch is empty: its attention_mask is 0 everywhere; leave the row out")
+    first = kept.index(True)
+    if not all(kept[first:]):
+        raise PromptError(
+            f"row {row}: attention_mask is 0 after the row's first token; pad on the left "
+            f"(tokenizer.padding_side='left') and mask nothing else; where none is given, transformers masks every "
+            f"token that equals pad_token_id"
+        )
+    return first

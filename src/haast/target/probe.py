@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
 
 from haast.errors import UnsupportedModelError
 from haast.target.device_map import mesh_of
@@ -28,7 +27,7 @@ from haast.target.hf import ModuleForward, TargetOutput
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import KVPool
 from haast.target.precision import quantisation
-from haast.target.support import choose_attention
+from haast.target.support import choose_attention, prepared_inputs
 from haast.tree import DraftTree
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}  # of logits, relative to the largest; 16-bit: 0.2
@@ -241,33 +240,21 @@ def _stock(forward: ModuleForward, tokens: Tensor) -> Tensor:
         UnsupportedModelError: it fails, or `generate` would give the forward something else than the text's tokens.
     """
     model: Any = forward.model
-    name = type(model).__name__
     more: dict[str, Any] = {}
     if "position_ids" in inspect.signature(model.forward).parameters:
         more["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens), 1)
-    if "cache_position" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
-        more["cache_position"] = torch.arange(tokens.shape[1], device=tokens.device)  # older transformers need it
-    mask = torch.ones_like(tokens)
     try:
         if not any(isinstance(module, FusedAttention) for module in model.modules()):  # they know registered ones only
             model.set_attn_implementation("eager")
-        prepared = model.prepare_inputs_for_generation(
-            tokens, attention_mask=mask, use_cache=False, is_first_iteration=True, **more
-        )
-        ids = prepared.get("input_ids")
-        if prepared.get("inputs_embeds") is not None or ids is None or not torch.equal(ids, tokens):
-            raise UnsupportedModelError(
-                f"{name} prepares inputs of its own for its forward in `generate` (as prompt tuning does), and Haast "
-                f"gives it nothing but the text's tokens: merge the adapter, or use stock generate"
-            )
+        prepared = prepared_inputs(model, tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **more)
         given = {each: value for each, value in prepared.items() if value is not None}  # None keeps no logits in Phi3
         logits: Tensor = model(**given).logits.reshape(*tokens.shape, -1)
     except UnsupportedModelError:
         raise
     except _FAILURES as error:
         raise UnsupportedModelError(
-            f"{name} can't be compared with stock: its own forward over {tokens.shape[1]} tokens failed with "
-            f"{_told(error)}; use stock generate"
+            f"{type(model).__name__} can't be compared with stock: its own forward over {tokens.shape[1]} tokens "
+            f"failed with {_told(error)}; use stock generate"
         ) from error
     finally:
         choose_attention(model)

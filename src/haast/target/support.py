@@ -1,4 +1,4 @@
-"""Which models Haast can verify trees with, by their class and config alone, and how they are to attend.
+"""Which models Haast can verify trees with, as far as it shows without a forward, and how they are to attend.
 
 Owns refusals that need no forward; what only a forward shows is `probe`'s. Nothing is patched: the attention
 implementation is chosen through transformers' own switch.
@@ -6,15 +6,18 @@ implementation is chosen through transformers' own switch.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
 
 from haast import compat
 from haast.errors import UnsupportedModelError
 from haast.target import attention
 from haast.target.device_map import check_placement
+from haast.target.kv_cache import CACHE_NAMES
 
 _GATHERABLE = {"full_attention", "sliding_attention"}
 
@@ -73,3 +76,29 @@ def choose_attention(model: PreTrainedModel) -> None:
     """Switch to the attention implementation that takes a tree, by transformers' own switch."""
     # Models whose attention is more than scores and softmax (sinks, say) support only their own eager code.
     model.set_attn_implementation(attention.NAME if compat.takes_registered_attention(model) else "eager")
+
+
+def prepared_inputs(model: Any, tokens: Tensor, **given: Any) -> dict[str, Any]:
+    """What the model's `prepare_inputs_for_generation` makes of a text's tokens (rows, tokens) for its forward.
+
+    Haast calls the forward itself: what an adapter of virtual tokens (prompt or prefix tuning) adds would be left out.
+
+    Raises:
+        UnsupportedModelError: it prepares other ids, embeddings, or a cache that is filled already.
+    """
+    if "cache_position" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
+        given["cache_position"] = torch.arange(tokens.shape[1], device=tokens.device)  # older transformers need it
+    prepared: dict[str, Any] = model.prepare_inputs_for_generation(tokens, is_first_iteration=True, **given)
+    ids, caches = prepared.get("input_ids"), {name: prepared.get(name) for name in CACHE_NAMES}
+    changed = {
+        "input_ids": ids is None or not torch.equal(ids, tokens),
+        "inputs_embeds": prepared.get("inputs_embeds") is not None,
+        **{name: cache is not None and cache.get_seq_length() > 0 for name, cache in caches.items()},
+    }
+    for name, different in changed.items():
+        if different:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} prepares {name} of its own for its forward in `generate` (as prompt tuning "
+                f"does), and Haast gives it nothing but the text's tokens: merge the adapter, or use stock generate"
+            )
+    return prepared

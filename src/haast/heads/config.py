@@ -50,16 +50,13 @@ class HeadConfig(HeadSizes):
     def for_target(cls, config: PretrainedConfig, **more: Any) -> Self:
         """Derive a head's sizes and RoPE from the target's (text) configuration; `more` are the head's own settings."""
         hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or hidden // heads
-        inner = getattr(config, "intermediate_size", None) or 8 * hidden // 3
         return cls(
             hidden_size=hidden,
             vocab_size=int(config.vocab_size),
-            intermediate_size=int(inner),
+            intermediate_size=int(getattr(config, "intermediate_size", None) or 8 * hidden // 3),
             num_attention_heads=heads,
-            num_key_value_heads=int(kv_heads),
-            head_dim=int(head_dim),
+            num_key_value_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+            head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
             rms_norm_eps=float(getattr(config, "rms_norm_eps", 1e-5)),
             max_position_embeddings=int(getattr(config, "max_position_embeddings", 4096)),
             rope_parameters=rope_of(config),

@@ -7,7 +7,7 @@ Owns the module and its configuration. Knows nothing of trees or training.
     feature         f_t          f_{t+1}
     input pair     (f_t, embedding of x_{t+1}), rotary position t
 
-`LlamaDecoderLayer`s of transformers serve every target; no input norm in front of the first and no norm behind the
+`LlamaDecoderLayer`s of transformers serve every target; no input norm before the first and no norm after the
 last, no bias in `fc`: the layout that the official loaders, vLLM and SGLang expect (they know one layer).
 """
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from haast.heads import INPUTS
 from haast.heads.config import HeadConfig
-from haast.heads.kinds import INPUTS
 from haast.heads.module import DraftModule
 from haast.target.kv_cache import KVCache
 from haast.target.native_cpu import NativeStack
@@ -54,10 +54,7 @@ class FeatExtrapolator(DraftModule):
         self.layers[0].add_module("input_layernorm", nn.Identity())  # the official layout has no norm before attention
         self.rotary = LlamaRotaryEmbedding(llama)
         self.add_markov(draft_vocab_size or config.vocab_size)
-
-    @property
-    def follows_token(self) -> bool:
-        return self.config.inputs != "feature+token"
+        self.follows_token = config.inputs != "feature+token"
 
     @property
     def decoder_layers(self) -> list[nn.Module]:

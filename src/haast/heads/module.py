@@ -31,21 +31,9 @@ class DraftModule(nn.Module, ABC):
     """A head's forward pass, with the parts that differ between kinds behind methods."""
 
     config: HeadConfig
-
-    @property
-    def target_layers(self) -> tuple[int, ...]:
-        """HF `hidden_states` indices that `fuse` reads, laid side by side; empty means the feature itself."""
-        return ()
-
-    @property
-    def follows_token(self) -> bool:
-        """Whether a pair holds the token after the feature's position (EAGLE) or the one at it (an ablation)."""
-        return True
-
-    @property
-    def own_lm_head(self) -> bool:
-        """Whether logits come from the head's own rows; else from the target's."""
-        return False
+    target_layers: tuple[int, ...] = ()  # HF `hidden_states` indices that `fuse` reads side by side; empty: the feature
+    follows_token = True  # whether a pair holds the token after the feature's position (EAGLE) or the one at it
+    own_lm_head = False  # whether logits come from the head's own rows; else from the target's
 
     @property
     @abstractmethod
@@ -100,13 +88,8 @@ class DraftModule(nn.Module, ABC):
     ) -> Tensor:
         """States (rows, nodes, hidden) through Llama layers, one after the other."""
         for layer in layers:
-            states = layer(
-                states,
-                attention_mask=bias,
-                position_ids=position_ids,
-                position_embeddings=rotary,
-                **storing(cache),
-            )
+            given = {"attention_mask": bias, "position_ids": position_ids, "position_embeddings": rotary}
+            states = layer(states, **given, **storing(cache))
         assert isinstance(states, Tensor), "a Llama layer returns one tensor"
         return states
 

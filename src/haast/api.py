@@ -16,20 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from haast.core import SamplingParams, StopParams
 from haast.drafters.base import Drafter
-from haast.drafters.factory import find_head, make_drafter, plan_drafter
+from haast.drafters.factory import find_head, make_drafter, open_head, plan_drafter
 from haast.drafters.tree_shape import DraftShape
 from haast.engine.engine import PREFILL_CHUNK, Engine, check_prompts
 from haast.engine.scheduler import Scheduler, check_limits
 from haast.errors import CancelledError, PromptError, QueueFullError
 from haast.generation import Answer, Generation, Piece, Settings, collected
-from haast.heads.checkpoint import load_head
 from haast.inputs import Ids, Message, Prompt, Prompts, split
 from haast.integrations.arguments import check_model
 from haast.integrations.decoder import Decoder
 from haast.stats import Stats
-from haast.target.device_map import execution_device
-from haast.target.load import DEFAULT_MODEL, check_compile, load_target
-from haast.target.parallel_config import Spread
+from haast.target.device_map import Spread, execution_device
+from haast.target.load import DEFAULT_MODEL, check_compile, end_tokens, load_target
 from haast.target.support import own_model
 from haast.target.target import Target, check_pool
 from haast.text import StopWatch, TextStream, checked_stops
@@ -106,7 +104,7 @@ class Haast:
             draft_window: positions that an EAGLE head looks back; its memory and time then do not grow with the text.
                 None is all of the text.
             dtype, device, packing: see `load_target`; they apply to named models.
-            device_map, max_memory, offload_folder, tensor_parallel: see `haast.target.parallel_config.Spread`; of named
+            device_map, max_memory, offload_folder, tensor_parallel: see `haast.target.device_map.Spread`; of named
                 models. A loaded model may have been spread by transformers itself (docs/devices.md).
             compile: "on" compiles the decoder layers of target and head, "auto" does on CUDA, "off" does not; nothing
                 stays on a loaded model.
@@ -139,9 +137,14 @@ class Haast:
             drafts: Target | None = load_target(small, dtype=dtype, device=device, packing=packing)
         else:
             drafts = None if small is None else Target(own_model(small), tokenizer)
-        loaded = None if folder is None else load_head(folder)
         made = make_drafter(
-            name, target, loaded, shape=shape, window=draft_window, small=drafts, calibration=calibration
+            name,
+            target,
+            open_head(folder, None),
+            shape=shape,
+            window=draft_window,
+            small=drafts,
+            calibration=calibration,
         )
         return cls(target, made)
 
@@ -230,11 +233,7 @@ class Haast:
         return self._astream(self._prepare([_single(prompt)], 1, stats, **settings)[0])
 
     def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
-        """Token ids of one prompt.
-
-        Raises:
-            PromptError: text without a tokenizer, an empty prompt, or several.
-        """
+        """Token ids of one prompt. Raises PromptError: text without a tokenizer, an empty prompt, or several."""
         return self._encode(_single(prompt), chat)
 
     def _encode(self, prompt: str | list[int] | list[Message], chat: bool) -> list[int]:
@@ -265,13 +264,7 @@ class Haast:
 
     def eos_ids(self) -> tuple[int, ...]:
         """The token ids with which the model ends a text."""
-        config = self.target.model.generation_config
-        ids = None if config is None else config.eos_token_id
-        if ids is None:
-            ids = self.target.config.eos_token_id
-        if ids is None:
-            return ()
-        return (ids,) if isinstance(ids, int) else tuple(ids)
+        return end_tokens(self.target.model.generation_config, self.target.config)
 
     def _prepare(
         self,

@@ -27,6 +27,12 @@ def expanded(path: str | Path, complaint: str) -> Path:
         raise ValueError(f"{complaint} {path} ({error}): give the folder in full") from error
 
 
+def check_at_least(name: str, value: int, least: int = 1, meaning: str = "") -> None:
+    """Refuse a setting below `least`, and say what the least value means. Raises ValueError."""
+    if value < least:
+        raise ValueError(f"{name}={value} is not allowed: give {least} or more{meaning}")
+
+
 class UnsupportedModelError(ValueError):
     """The target model cannot be drafted for; the message names its class and why."""
 
@@ -40,7 +46,7 @@ class PromptError(ValueError):
 
 
 class HaastWarning(UserWarning):
-    """What Haast tells without failing; the command line prints it as one line."""
+    """Base class of Haast's warnings; the command line prints them on one line."""
 
 
 class LongContextWarning(HaastWarning):

@@ -32,8 +32,7 @@ _FORMS = "give text, a list, tensor or array of token ids, a list of chat messag
 def split(given: Any) -> tuple[list[str | list[int] | list[Message]], bool]:
     """The prompts that are given, and whether it is one by itself and no list.
 
-    Raises:
-        PromptError: what is no prompt, or a mixture of what belongs to one and what belongs to several.
+    Raises PromptError: what is no prompt, or a mixture of what belongs to one and what belongs to several.
     """
     plain = _plain(given)
     one = _one(plain)

@@ -27,8 +27,7 @@ class Prompt:
 def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers (from 1) and objects of a .jsonl or .jsonl.gz file; blank lines are skipped.
 
-    Raises:
-        ValueError: the file cannot be read, or a line is no JSON object (the message has its number).
+    Raises ValueError where the file cannot be read, or a line is no JSON object (the message has its number).
     """
     path = Path(path)
     number = 0
@@ -52,16 +51,11 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_prompts(path: str | Path, limit: int | None = None, spread: bool = False) -> list[Prompt]:
-    """The first `limit` prompts of a file (all of them for None).
+    """The first `limit` prompts of a file, all of them for None; with `spread` taken evenly from the whole file.
 
-    Args:
-        path: JSON lines, each with `turns` (a list of texts) or `prompt` (one text); `id` and `category` are optional.
-            Without an `id` (or `question_id`) a prompt is known by a hash of its turns.
-        limit: at least 1.
-        spread: take them evenly from the whole file instead, since such files are often sorted by category.
-
-    Raises:
-        ValueError: a bad limit, an unreadable or empty file, or a malformed line (the message has its number).
+    Lines have `turns` (a list of texts) or `prompt` (one text); `id` and `category` are optional. Without an `id` (or
+    `question_id`) a prompt is known by a hash of its turns. Raises ValueError: a limit below 1, an unreadable or empty
+    file, or a malformed line (the message has its number).
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} is not allowed: give 1 or more prompts")
@@ -80,14 +74,9 @@ def read_suites(
 ) -> dict[Path, list[Prompt]]:
     """The prompt files (*.jsonl) of a folder, each a suite that is named by its stem.
 
-    Args:
-        folder: where they lie.
-        only: names, in the order wanted; None takes all, sorted.
-        limit: prompts of each, evenly from the whole file; None takes all.
-
-    Raises:
-        ValueError: no such folder, no file in it, an unknown or doubled name, a file that holds no prompts, or one
-            with an id twice.
+    `only` are names in the order wanted, None takes all, sorted; `limit` prompts are taken of each, evenly from the
+    whole file. Raises ValueError: no such folder, no file in it, an unknown or doubled name, a file that holds no
+    prompts, or one with an id twice.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -30,8 +30,7 @@ def stop_strings(stops: Any, name: str = "stop") -> tuple[str, ...]:
 def checked_stops(tokenizer: PreTrainedTokenizerBase, stops: str | Sequence[str]) -> tuple[str, ...]:
     """Stop strings that a text of this tokenizer can hold.
 
-    Raises:
-        ValueError: one that is no text, is empty, or has a character that none of the tokenizer's tokens write.
+    Raises ValueError for one that is no text, is empty, or has a character that none of the tokenizer's tokens write.
     """
     several = stop_strings(stops)
     for stop in several:

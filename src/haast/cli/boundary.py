@@ -40,17 +40,14 @@ class Boundary(TyperGroup):
             raise typer.Exit(1) from None
         except (typer.Exit, typer.Abort):
             raise
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, *_INTERNAL) as error:
             if isinstance(ctx.obj, dict) and ctx.obj.get("debug"):
                 traceback.print_exc(file=sys.stderr)
-            typer.echo(f"haast: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(2) from None
-        except _INTERNAL as error:
-            if isinstance(ctx.obj, dict) and ctx.obj.get("debug"):
-                traceback.print_exc(file=sys.stderr)
-            words = " ".join(f"{type(error).__name__}: {error}".split())
-            typer.echo(f"haast: internal error, {words} (haast --debug ... shows where; please report it)", err=True)
-            raise typer.Exit(3) from None
+            internal = not isinstance(error, ValueError | OSError)
+            words = " ".join((f"internal error, {type(error).__name__}: {error}" if internal else str(error)).split())
+            hint = " (haast --debug ... shows where; please report it)" if internal else ""
+            typer.echo(f"haast: {words}{hint}", err=True)
+            raise typer.Exit(3 if internal else 2) from None
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from haast.core import SamplingParams
     from haast.engine.engine import Stats
     from haast.session import Session
-    from haast.target.parallel_config import Spread
+    from haast.target.device_map import Spread
 
 _GREEN, _RESET = "\x1b[32m", "\x1b[0m"
 _WARMUP = 8  # tokens
@@ -46,6 +46,16 @@ class Ending:
     )
     prefill_chunk: ChunkOption = PREFILL_CHUNK
     plain: Annotated[bool, typer.Option("--plain", help="Don't colour drafted tokens (green).")] = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As keywords of `Haast.stream`."""
+        length = {"max_new_tokens": self.max_new_tokens, "prefill_chunk": self.prefill_chunk}
+        return {**length, "stop": self.stop or ()}
+
+    def coloured(self, out: TextIO) -> bool:
+        """Whether drafted tokens are shown in green there."""
+        return not self.plain and out.isatty()
 
     def check(self) -> None:
         """Raises ValueError."""
@@ -94,7 +104,7 @@ def generate(
     """
     ending.check()
     check_at_least("rounds", rounds)
-    law = sampling.check()
+    params = sampling.check()
     loading.check()
     spread = spreading.check(loading)
     if prompt == "-":
@@ -104,15 +114,13 @@ def generate(
     check_writable(json_out)
     if compare and choice.drafter in ("none", "vanilla"):
         raise ValueError(f"--compare compares a drafter with none: leave out --drafter {choice.drafter}")
-    drafter, vanilla = _load(loading, choice, drafting, spread)
-    json_out = json_out if leads(drafter.target) else None
-    with one_voice(drafter.target):
+    model = _load(loading, choice, drafting, spread)
+    json_out = json_out if leads(model.target) else None
+    with one_voice(model.target):
         if compare:
-            _compare(drafter, vanilla, prompt, law, ending, not raw, rounds, json_out)
-            return
-        out = human_output(json_out)
-        said, stats = _answer(drafter, prompt, law, ending, not raw, out)
-        write_json(_document(said, stats), json_out)
+            _compare(model, prompt, params, ending, not raw, rounds, json_out)
+        else:
+            write_json(_document(*_answer(model, prompt, params, ending, not raw, human_output(json_out))), json_out)
 
 
 def chat(
@@ -131,11 +139,11 @@ def chat(
     haast chat --temperature 0.7 --seed 1 --system "Answer in one sentence."
     """
     ending.check()
-    law = sampling.check()
+    params = sampling.check()
     loading.check()
     if spreading.tensor_parallel:
         raise ValueError("--tensor-parallel answers one prompt (`haast generate`): several processes can't hear you")
-    model, _ = _load(loading, choice, drafting, spreading.check(loading))
+    model = _load(loading, choice, drafting, spreading.check(loading))
     if not model.tokenizer.chat_template:
         raise ValueError(f"{loading.model} has no chat template, so it cannot chat: use `haast generate --raw`")
     from haast.session import Session
@@ -153,22 +161,16 @@ def chat(
         if line == "/reset":
             session.messages = list(beginning)
         elif line:
-            _turn(session, line, law, ending)
+            _turn(session, line, params, ending)
 
 
-def _turn(session: Session, line: str, law: SamplingParams, ending: Ending) -> None:
+def _turn(session: Session, line: str, params: SamplingParams, ending: Ending) -> None:
     """One exchange; the dialogue stays as it was where it no longer fits the context."""
     from haast.errors import PromptError
 
     try:
-        pieces = session.stream(
-            line,
-            max_new_tokens=ending.max_new_tokens,
-            sampling=law,
-            stop=ending.stop or (),
-            prefill_chunk=ending.prefill_chunk,
-        )
-        Said().listen(pieces, sys.stdout, _coloured(ending, sys.stdout))
+        pieces = session.stream(line, sampling=params, **ending.settings)
+        Said().listen(pieces, sys.stdout, ending.coloured(sys.stdout))
     except PromptError as error:
         typer.echo(f"haast: this dialogue is too long: {error}; /reset begins a new one", err=True)
         return
@@ -177,33 +179,22 @@ def _turn(session: Session, line: str, law: SamplingParams, ending: Ending) -> N
     typer.echo()
 
 
-def _load(loading: Loading, choice: Choice, drafting: Drafting, spread: Spread) -> tuple[Haast, Haast]:
-    """The target with its drafter, and without."""
+def _load(loading: Loading, choice: Choice, drafting: Drafting, spread: Spread) -> Haast:
     from haast.api import Haast
-    from haast.drafters.vanilla import VanillaDrafter
 
-    target, drafter = load_chosen(choice, loading, drafting, spread)
-    return Haast(target, drafter), Haast(target, VanillaDrafter())
+    return Haast(*load_chosen(choice, loading, drafting, spread))
 
 
 def _answer(
-    model: Haast, prompt: Prompt, law: SamplingParams, ending: Ending, chat: bool, out: TextIO | None
+    model: Haast, prompt: Prompt, params: SamplingParams, ending: Ending, chat: bool, out: TextIO | None
 ) -> tuple[Said, Stats]:
     """One answer, shown on `out`, with its line of statistics on stderr; Ctrl-C prints it as well."""
     from haast.engine.engine import Stats
 
     said, stats = Said(), Stats()
-    pieces = model.stream(
-        prompt,
-        max_new_tokens=ending.max_new_tokens,
-        sampling=law,
-        stop=ending.stop or (),
-        chat=chat,
-        stats=stats,
-        prefill_chunk=ending.prefill_chunk,
-    )
+    pieces = model.stream(prompt, sampling=params, chat=chat, stats=stats, **ending.settings)
     try:
-        said.listen(pieces, out, out is not None and _coloured(ending, out))
+        said.listen(pieces, out, out is not None and ending.coloured(out))
     finally:
         if out is not None:
             out.write("\n")
@@ -213,30 +204,23 @@ def _answer(
 
 
 def _compare(
-    drafter: Haast,
-    vanilla: Haast,
-    prompt: str,
-    law: SamplingParams,
-    ending: Ending,
-    chat: bool,
-    rounds: int,
-    json_out: str | None,
+    model: Haast, prompt: str, params: SamplingParams, ending: Ending, chat: bool, rounds: int, json_out: str | None
 ) -> None:
     """Vanilla, then drafted, on one prompt; further rounds are silent and in alternating order."""
-    from dataclasses import replace
+    from haast.api import Haast
+    from haast.drafters.vanilla import VanillaDrafter
 
-    out = human_output(json_out)
+    out, own, vanilla = human_output(json_out), model.drafter.name, Haast(model.target, VanillaDrafter())
     warm = replace(ending, max_new_tokens=min(_WARMUP, ending.max_new_tokens))
-    own = drafter.drafter.name
-    arms = [("vanilla", vanilla), (own, drafter)]
-    for _, model in arms:
-        _answer(model, prompt, law, warm, chat, None)
+    arms = [("vanilla", vanilla), (own, model)]
+    for _, arm in arms:
+        _answer(arm, prompt, params, warm, chat, None)
     runs: dict[str, list[tuple[Said, Stats]]] = {name: [] for name, _ in arms}
     for number in range(rounds):
-        for name, model in arms if number % 2 == 0 else reversed(arms):
+        for name, arm in arms if number % 2 == 0 else reversed(arms):
             if number == 0:
                 out.write(f"--- {name}\n")
-            runs[name].append(_answer(model, prompt, law, ending, chat, out if number == 0 else None))
+            runs[name].append(_answer(arm, prompt, params, ending, chat, out if number == 0 else None))
     speeds = {name: median(stats.tokens_per_s for _, stats in done) for name, done in runs.items()}
     speedup = speeds[own] / speeds["vanilla"] if speeds["vanilla"] else 0.0
     tau = runs[own][0][1].tau
@@ -244,7 +228,7 @@ def _compare(
     same = all(tokens == texts["vanilla"][0] for done in texts.values() for tokens in done)
     out.write("--- the same text" if same else "--- NOT the same text")
     out.write(f": speed-up {speedup:.2f}x, tau {tau:.2f} tokens per target forward\n")
-    kind = None if same else _judge(vanilla, vanilla.encode(prompt, chat), texts, law, out)
+    kind = None if same else _judge(vanilla, vanilla.encode(prompt, chat), texts, params, out)
     document: dict[str, Any] = {name: _document(*done[0]) for name, done in runs.items()}
     document |= {"same": same, "kind": kind, "speedup": speedup, "tau": tau, "tokens_per_s": speeds, "rounds": rounds}
     write_json(document, json_out)
@@ -253,14 +237,14 @@ def _compare(
 
 
 def _judge(
-    model: Haast, prompt: Sequence[int], texts: dict[str, list[list[int]]], law: SamplingParams, out: TextIO
+    model: Haast, prompt: Sequence[int], texts: dict[str, list[list[int]]], params: SamplingParams, out: TextIO
 ) -> str:
     """Say where the texts part, and why; returns "tie" or "bug"."""
     from haast.checking import diagnose
 
     wanted = texts["vanilla"][0]
     other = next(tokens for done in texts.values() for tokens in done if tokens != wanted)
-    found = diagnose(model.target, prompt, wanted, other, law)
+    found = diagnose(model.target, prompt, wanted, other, params)
     assert found is not None, "the texts differ"
     gaps = f"gap {found.gap:.2g}, a tie up to {found.allowed:.2g}"
     out.write(f"first difference at token {found.index}: {found.kind} ({gaps})\n")
@@ -273,10 +257,6 @@ def describe(stats: Stats) -> str:
     if stats.acceptance_by_depth:
         words += ", acceptance by depth " + " ".join(f"{value:.2f}" for value in stats.acceptance_by_depth)
     return words
-
-
-def _coloured(ending: Ending, out: TextIO) -> bool:
-    return not ending.plain and out.isatty()
 
 
 def _document(said: Said, stats: Stats) -> dict[str, Any]:

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from haast.drafters.tree_shape import DraftShape, shape_for, usual_nodes
+from haast.errors import check_at_least as check_at_least  # commands take it from here
 from haast.errors import expanded as expanded_path
 
 if TYPE_CHECKING:
     from haast.core import SamplingParams
     from haast.drafters.eagle import EagleDrafter
     from haast.drafters.medusa import MedusaDrafter
-    from haast.target.parallel_config import Spread
+    from haast.target.device_map import Spread
     from haast.target.target import Target
     from haast.tuning.calibration import Calibration
 
@@ -65,8 +66,8 @@ class Loading:
 
     def check(self) -> None:
         """Refuse impossible settings and apply the thread count; nothing is loaded. Raises ValueError."""
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads={self.threads} is not allowed: give 1 or more")
+        if self.threads is not None:
+            check_at_least("threads", self.threads)
         import torch
 
         from haast.target.load import check_compile, check_precision, resolve
@@ -79,20 +80,10 @@ class Loading:
 
     def load(self, spread: Spread | None = None) -> Target:
         """Load the target. Raises ValueError."""
-        from transformers.utils import logging
-
         from haast.target.load import load_target
 
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        return load_target(
-            self.model,
-            dtype=self.dtype,
-            device=self.device,
-            packing=self.packing,
-            compile=self.compile,
-            progress=compiling,
-            spread=spread,
-        )
+        how = {"dtype": self.dtype, "device": self.device, "packing": self.packing, "compile": self.compile}
+        return load_target(self.model, **how, progress=compiling, spread=spread)
 
 
 @dataclass(frozen=True)
@@ -145,15 +136,14 @@ class Drafting:
     def check(self, model: str, device: str) -> DraftShape:
         """Refuse an impossible shape, a head that is not there, or one for another model where its config says so.
 
-        Raises:
-            ValueError: the setting; HeadMismatchError: the head.
+        Raises ValueError for a setting, HeadMismatchError for the head.
         """
         shape = self.check_shape(device)
         if self.draft_window is not None:
             check_at_least("draft_window", self.draft_window)
+        if not self.calibration:
+            raise ValueError("calibration='' names no file: give auto, off or what `haast calibrate` wrote")
         if self.calibration not in ("auto", "off"):
-            if not self.calibration:
-                raise ValueError("calibration='' names no file: give auto, off or what `haast calibrate` wrote")
             if self.shaped:
                 raise ValueError(
                     "--calibration brings a shape of its own: leave out --shape, --nodes, --depth, --width"
@@ -166,10 +156,9 @@ class Drafting:
             from haast.heads.checkpoint import check_fits, read_head_config
             from haast.heads.config import HeadConfig
 
-            config = read_head_config(folder)
+            config, sizes = read_head_config(folder), _sizes_on_disk(model)
             if self.draft_window is not None and not isinstance(config, HeadConfig):
                 raise ValueError("--draft-window is for EAGLE heads, and --head names Medusa heads: leave it out")
-            sizes = _sizes_on_disk(model)
             if sizes is not None:
                 check_fits(config, *sizes, model)
         return shape
@@ -188,14 +177,11 @@ class Drafting:
     def load(self, target: Target, model: str, shape: DraftShape) -> EagleDrafter | MedusaDrafter | None:
         """A head's own drafter, without a policy; None without a head. Raises HeadMismatchError."""
         from haast.drafters.eagle import EagleDrafter
-        from haast.drafters.factory import head_drafter, tune_eagle
-        from haast.heads.checkpoint import check_fits, load_head
+        from haast.drafters.factory import head_drafter, open_head, tune_eagle
 
-        folder = self.folder(model)
-        if folder is None:
+        head = open_head(self.folder(model), model)
+        if head is None:
             return None
-        head = load_head(folder)
-        check_fits(head.module.config, target.hidden_size, target.vocab_size, model)
         drafter = head_drafter(target, head, shape, self.draft_window)
         if isinstance(drafter, EagleDrafter) and not self.shaped:
             tune_eagle(target, drafter, self.calibration)
@@ -210,7 +196,7 @@ class Drafting:
 
 @dataclass(frozen=True)
 class Sampling:
-    """The law of the next token."""
+    """The distribution of the next token."""
 
     temperature: Annotated[float, typer.Option(metavar="T", help="0 is greedy.")] = 0.0
     top_k: Annotated[int, typer.Option(metavar="K", help="Keep the K likeliest tokens; 0 is off.")] = 0
@@ -223,7 +209,7 @@ class Sampling:
         """The library's own configuration. Raises ValueError."""
         from haast.core import SamplingParams
 
-        return SamplingParams(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed)
+        return SamplingParams(**vars(self))
 
 
 @dataclass(frozen=True)
@@ -256,12 +242,6 @@ def compiling(what: str) -> Iterator[None]:
             print(f" {perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
 
 
-def check_at_least(name: str, value: int, least: int = 1) -> None:
-    """Raises ValueError below `least`."""
-    if value < least:
-        raise ValueError(f"{name}={value} is not allowed: give {least} or more")
-
-
 def _sizes_on_disk(model: str) -> tuple[int, int] | None:
     """(hidden size, vocabulary) of a model whose configuration is on this machine; None where only loading tells."""
     from transformers import AutoConfig
@@ -269,13 +249,11 @@ def _sizes_on_disk(model: str) -> tuple[int, int] | None:
     from haast.target.load import config_on_disk
 
     folder = config_on_disk(model)
-    if folder is None:
-        return None
     try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
+        config = None if folder is None else AutoConfig.from_pretrained(folder).get_text_config()
     except (OSError, KeyError, ValueError):
         return None  # loading the model tells what is wrong with it
-    return int(config.hidden_size), int(config.vocab_size)
+    return None if config is None else (int(config.hidden_size), int(config.vocab_size))
 
 
 def expanded(function: Callable[..., None]) -> Callable[..., None]:
@@ -289,13 +267,10 @@ def expanded(function: Callable[..., None]) -> Callable[..., None]:
             values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
         function(**values)
 
-    parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.name in groups:
-            parameters.extend(_options(groups[parameter.name]))
-        else:
-            kind = inspect.Parameter.KEYWORD_ONLY
-            parameters.append(parameter.replace(annotation=hints[parameter.name], kind=kind))
+    parameters = list[inspect.Parameter]()
+    for name, parameter in inspect.signature(function).parameters.items():
+        own = parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+        parameters += _options(groups[name]) if name in groups else [own]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     del command.__wrapped__
@@ -303,12 +278,10 @@ def expanded(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _options(kind: type[Any]) -> list[inspect.Parameter]:
-    hints = get_type_hints(kind, include_extras=True)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    made = []
+    hints, made = get_type_hints(kind, include_extras=True), []
     for field in fields(kind):
         assert field.default is not MISSING, "an option group's fields have defaults"
-        annotation = hints[field.name]
+        annotation, keyword = hints[field.name], inspect.Parameter.KEYWORD_ONLY
         if "help" in field.metadata:  # a configuration of the library, which knows no typer
             annotation = Annotated[annotation, typer.Option(help=field.metadata["help"])]
         made.append(inspect.Parameter(field.name, keyword, default=field.default, annotation=annotation))

@@ -14,7 +14,7 @@ import typer
 from haast.cli.settings import Loading
 
 if TYPE_CHECKING:
-    from haast.target.parallel_config import Spread
+    from haast.target.device_map import Spread
     from haast.target.target import Target
 
 
@@ -31,7 +31,7 @@ class Spreading:
 
     def check(self, loading: Loading) -> Spread:
         """The library's own configuration. Raises ValueError."""
-        from haast.target.parallel_config import Spread
+        from haast.target.device_map import Spread
 
         spread = Spread(self.device_map, tensor_parallel=self.tensor_parallel)
         spread.check(loading.device, loading.packing, loading.compile)

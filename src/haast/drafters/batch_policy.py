@@ -79,10 +79,8 @@ def nodes_for(gain: float) -> float:
 def measured_ways(latency: Latency, paced: bool, most_gain: float | None = None) -> Ways:
     """By what forwards and drafts cost here: for every number of rows the tree with the most tokens per ms.
 
-    Args:
-        latency: measured.
-        paced: let each step be as deep and large as pays, up to more nodes than the best number; on the CPU.
-        most_gain: drafts that a step keeps at most, where that is known of the head.
+    With `paced`, on the CPU, each step is as deep and large as pays, up to more nodes than the best number. `most_gain`
+    is how many drafts a step keeps at most, where that is known of the head.
     """
     ways = {rows: _measured(latency, rows, paced) for rows in _ROWS}
     if most_gain is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,7 @@ def default_path(known: dict[str, Any]) -> Path:
 def find_calibration(target: Target, drafter: EagleDrafter, wanted: str | Path = "auto") -> Calibration | None:
     """The calibration to use: "auto" is the kept one if there is one, "off" none, else a file.
 
-    Raises:
-        ValueError: a file that is not there, no calibration, or one of another machine, model or head.
+    Raises ValueError for a file that is not there, no calibration, or of another machine, model or head.
     """
     if wanted == "off":
         return None
@@ -39,30 +40,27 @@ def find_calibration(target: Target, drafter: EagleDrafter, wanted: str | Path =
     if wanted != "auto":
         return Calibration.load(Path(wanted), known)
     path = default_path(known)
-    if not path.is_file():
-        return None
-    try:
-        return Calibration.load(path, known)
-    except ValueError:
-        return None  # of an older Haast; `haast calibrate` writes it anew
+    with suppress(ValueError):  # of an older Haast; `haast calibrate` writes it anew
+        return Calibration.load(path, known) if path.is_file() else None
+    return None
 
 
 def apply_calibration(drafter: EagleDrafter, calibration: Calibration) -> bool:
     """Draft as the calibration found best; False, and nothing changed, where it found that drafting does not pay."""
     if not calibration.pays:
         return False
-    shape, expected = DraftShape(**calibration.shape), calibration.expected
-    first = Way(shape, calibration.chosen_pace, expected["nodes"], expected["tau"] - 1)
-    measured = {rows: _way(batch) for rows, batch in calibration.batches.items()}
-    drafter.reshape(shape, first.pace, {**(measured or usual_ways(shape, drafter.device.type)), 1: first})
+    batches = {rows: _way(batch) for rows, batch in calibration.batches.items()}
+    first = replace(_way(calibration), nodes=calibration.expected["nodes"])
+    assert first.shape is not None, "it pays"
+    drafter.reshape(first.shape, first.pace, {**(batches or usual_ways(first.shape, drafter.device.type)), 1: first})
     return True
 
 
-def _way(batch: Batch) -> Way:
-    if not batch.shape:
-        return Way(None, batch.chosen_pace)
-    gain = batch.expected["tau"] - 1
-    return Way(DraftShape(**batch.shape), batch.chosen_pace, nodes_for(gain), gain)
+def _way(found: Batch | Calibration) -> Way:
+    if not found.shape:
+        return Way(None, found.chosen_pace)
+    gain = found.expected["tau"] - 1
+    return Way(DraftShape(**found.shape), found.chosen_pace, nodes_for(gain), gain)
 
 
 def weights_read(target: Target) -> tuple[int, int]:

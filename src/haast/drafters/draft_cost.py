@@ -18,12 +18,10 @@ from haast.drafters.small_model import SmallModelDrafter
 from haast.drafters.tree_shape import DraftShape
 from haast.target.target import Target
 from haast.tree import DraftTree
-from haast.tuning.latency import timed
+from haast.tuning.latency import DraftCost, timed
 
 _COMMITTED, _ROUNDS, _SECONDS = 24, 6, 0.5
 _WIDTHS, _DEEP, _TOP_K = (1, 8), 5, 8
-
-DraftCost = tuple[float, dict[int, float]]  # ms of the first level, and of each further one by width
 
 
 def eagle_cost(target: Target, drafter: EagleDrafter) -> DraftCost:
@@ -48,13 +46,9 @@ def small_model_cost(target: Target, drafter: SmallModelDrafter, small: Target) 
 
 
 def draft_ms(target: Target, drafter: Drafter, budget: int | None = None, beside: Sequence[Target] = ()) -> float:
-    """Ms of observing two tokens and proposing, the least of a few times.
+    """Ms of observing two tokens and proposing within a budget, the least of a few times.
 
-    Args:
-        target: whom it drafts for.
-        drafter: serves no request meanwhile.
-        budget: of its tree.
-        beside: further models that it runs.
+    The drafter serves no request meanwhile; `beside` are further models that it runs.
     """
     prefix = _COMMITTED if target.context_length is None else min(_COMMITTED, max(target.context_length // 4, 3))
     room = prefix + 2 * _ROUNDS + drafter.nodes + drafter.room + 2
@@ -79,13 +73,9 @@ def _rehearse(target: Target, drafter: Drafter, budget: int | None, prefix: int,
     counts = torch.tensor([prefix], device=target.device)
     drafter.observe([state], Accepted(said, features, counts, known=said.tolist()))
     row = RowVerdict((0, 1), tuple(said[0, :2].tolist()), (True,))
-    step = Accepted(
-        said[:, :2],
-        features[:, :2],
-        torch.tensor([2], device=target.device),
-        output.logits.argmax(-1) if drafter.wants_choices else None,
-        Verdict.of_rows([row], target.device),
-    )
+    choices = output.logits.argmax(-1) if drafter.wants_choices else None
+    two, verdict = torch.tensor([2], device=target.device), Verdict.of_rows([row], target.device)
+    step = Accepted(said[:, :2], features[:, :2], two, choices, verdict)
 
     def once() -> None:
         drafter.observe([state], step)
@@ -95,8 +85,7 @@ def _rehearse(target: Target, drafter: Drafter, budget: int | None, prefix: int,
     for turn in range(_ROUNDS):
         if turn > 1 and perf_counter() - begun > _SECONDS:
             break
-        ms = timed(target, once)
-        least = min(least, ms)
+        least = min(least, timed(target, once))
     drafter.end(state)
     kv.release()
     return least

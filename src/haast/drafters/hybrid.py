@@ -23,6 +23,7 @@ from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.ngram import SuffixDrafter, TextIndex
 from haast.drafters.paths import Path
+from haast.errors import check_at_least
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import Sequence as KVSequence
 from haast.tree import DraftTree
@@ -33,13 +34,7 @@ _PRIOR = (4, 8.0)  # matches, and tokens gained by them, that every request begi
 
 @dataclass
 class HybridState:
-    """Both drafters' states of a request, and what matches have brought it.
-
-    Attributes:
-        matches: matches that were offered.
-        gained: tokens accepted of them, beyond what EAGLE's own nodes brought.
-        offered: nodes of the last tree that are EAGLE's, where a match was added to them; else 0.
-    """
+    """Both drafters' states of a request, and what matches have brought it."""
 
     eagle: Any
     text: TextIndex
@@ -63,16 +58,9 @@ class HybridDrafter(Drafter):
     name = "eagle+suffix"
 
     def __init__(
-        self,
-        eagle: EagleDrafter,
-        extra: int = 4,
-        least: int = 3,
-        *,
-        latency: Latency | None = None,
-        chain: int = 16,
+        self, eagle: EagleDrafter, extra: int = 4, least: int = 3, *, latency: Latency | None = None, chain: int = 16
     ) -> None:
-        if extra < 1:
-            raise ValueError(f"extra={extra} is not allowed: give 1 or more")
+        check_at_least("extra", extra)
         self.eagle, self._extra, self._least, self._latency = eagle, extra, least, latency
         self._chain = 0 if latency is None else chain
         self._suffix = SuffixDrafter(extra + 1, least if latency is None else 1, 1, latency=lambda: latency)
@@ -127,11 +115,13 @@ class HybridDrafter(Drafter):
     def propose(self, states: Sequence[HybridState], budget: int | None = None) -> DraftTree:
         if budget == 1 and self._latency is not None:
             return self._matches_alone(states)
-        extra = self._extra if budget is None or self._latency is not None else min(self._extra, budget // 2)
+        extra, own = self._extra, budget  # with costs, a budget is of the head's tree alone
+        if budget is not None and self._latency is None:
+            extra = min(extra, budget // 2)
+            own = budget - extra
         matches = [self._match(state.text) if extra else () for state in states]
         if not any(matches):
             return self.eagle.propose([state.eagle for state in states], budget)
-        own = budget if budget is None or self._latency is not None else budget - extra
         tree = self.eagle.propose([state.eagle for state in states], own)
         if not self._pays(states, matches, tree.nodes, extra):
             return tree
@@ -170,12 +160,9 @@ class HybridDrafter(Drafter):
 def with_matches(tree: DraftTree, matches: Sequence[Path], extra: int) -> DraftTree:
     """A tree with each row's match as one more path from the root; what the tree has of it already is shared.
 
-    Args:
-        tree: (rows, nodes), without placeholders.
-        matches: per row the tokens under the root; may be empty.
-        extra: most nodes that are added to every row, after its own; those without a token are dead.
-
-    Reads nothing back from the device; on the CPU, where values are at hand, no more nodes are added than are used.
+    The tree is (rows, nodes), without placeholders; at most `extra` nodes are added to every row, after its own, and
+    those without a token are dead. Reads nothing back from the device; on the CPU, where values are at hand, no more
+    nodes are added than are used.
     """
     nodes, device, longest = tree.nodes, tree.tokens.device, tree.height + extra
     wanted = torch.tensor([[*match[:longest], *[-1] * (longest - len(match))] for match in matches])

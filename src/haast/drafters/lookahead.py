@@ -29,6 +29,7 @@ import torch
 from haast.core import Accepted
 from haast.drafters.base import Drafter
 from haast.drafters.paths import PathTree, pack_rows
+from haast.errors import check_at_least
 from haast.target.kv_pool import Sequence as KVSequence
 from haast.tree import DraftTree
 
@@ -73,14 +74,9 @@ class LookaheadDrafter(Drafter):
     def __init__(
         self, vocab_size: int, window: int = 5, ngram: int = 4, guesses: int = 5, from_prompt: bool = True
     ) -> None:
-        for name, value, least in (
-            ("window", window, 1),
-            ("ngram", ngram, 2),
-            ("guesses", guesses, 1),
-            ("vocab_size", vocab_size, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name}={value} is not allowed: give {least} or more")
+        check_at_least("ngram", ngram, 2)
+        for name, value in (("window", window), ("guesses", guesses), ("vocab_size", vocab_size)):
+            check_at_least(name, value)
         self.window, self.ngram, self.guesses = window, ngram, guesses
         self.vocab_size, self.from_prompt = vocab_size, from_prompt
 
@@ -109,9 +105,7 @@ class LookaheadState:
     """One request's window and pool. Nothing but its text decides what they hold: the first window is always one."""
 
     def __init__(self, owner: LookaheadDrafter, first: int) -> None:
-        self._owner = owner
-        self._pool = NgramPool(owner.guesses)
-        self._last = first
+        self._owner, self._pool = owner, NgramPool(owner.guesses)
         self._recent = [first]  # the newest tokens of the text, N at most
         draw = random.Random(0)
         self._window = [[draw.randrange(owner.vocab_size) for _ in range(owner.window)] for _ in range(owner.ngram - 1)]
@@ -127,33 +121,31 @@ class LookaheadState:
             self._recent = [*self._recent, token][-self._owner.ngram :]
             if self._learns and len(self._recent) == self._owner.ngram:
                 self._pool.add(self._recent)
-            self._last = token
 
     def tree(self, nodes: int) -> PathTree:
         """The next tree, of at most `nodes` nodes: the window, if it fits, and as many guesses as there is room for."""
         self._learns = True
         window = (self._owner.ngram - 1) * self._owner.window  # the root is one of them
         reserved = window - 1 if nodes >= window else 0
-        tree = PathTree(self._last, nodes)
-        for guess in self._pool.guesses(self._last):
+        tree = PathTree(self._recent[-1], nodes)
+        for guess in self._pool.guesses(self._recent[-1]):
             tree.insert(guess, tree.room - reserved)
         self._numbers = self._window_under(tree) if nodes >= window else []
         return tree
 
     def _window_under(self, tree: PathTree) -> list[list[int]]:
         """Add the window to a tree; returns the numbers of its nodes, row by row."""
-        width = self._owner.window
-        first, numbers = self._window[0], [[0]]
-        for column in range(1, width):
-            numbers[0].append(tree.placeholder_under(numbers[0][column - 1], first[column]))
+        numbers = [[0]]
+        for token in self._window[0][1:]:
+            numbers[0].append(tree.placeholder_under(numbers[0][-1], token))
         for row in self._window[1:]:
-            numbers.append([tree.placeholder_under(numbers[-1][column], row[column]) for column in range(width)])
+            numbers.append([tree.placeholder_under(*each) for each in zip(numbers[-1], row, strict=True)])
         return numbers
 
     def _advance(self, choices: Sequence[int]) -> None:
         """The target's choices after the last row complete n-grams and become the newest row."""
         said = [choices[number] for number in self._numbers[-1]]
         for column in range(self._owner.window):
-            head = self._last if column == 0 else self._window[0][column]
-            self._pool.add([head, *(row[column] for row in self._window[1:]), said[column]])
+            first = self._recent[-1] if column == 0 else self._window[0][column]
+            self._pool.add([first, *(row[column] for row in self._window[1:]), said[column]])
         self._window = [*self._window[1:], said]

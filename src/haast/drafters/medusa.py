@@ -9,8 +9,10 @@ best guess of head d under the r_{d-1}-th best of head d - 1, whatever that was,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from haast.core import Accepted
 from haast.drafters.base import Drafter, last_kept, last_tokens, stacked
 from haast.drafters.draft_lm import DRAFT_LM_FORM, checked_vocab
 from haast.drafters.tree_shape import DraftShape, likeliest_paths
-from haast.errors import HeadMismatchError
+from haast.errors import HeadMismatchError, check_at_least
 from haast.heads.checkpoint import Head, check_fits, check_weights
 from haast.heads.medusa import MedusaHeads
 from haast.heads.precision import warn_of_precision
@@ -86,8 +88,7 @@ class MedusaDrafter(Drafter):
         if packed:
             _pack(self._module)
         self._native = packed and native.available()
-        if nodes < 2:
-            raise ValueError(f"nodes={nodes} is not allowed: a drafted tree has 2 nodes or more (root and a draft)")
+        check_at_least("nodes", nodes, 2, " (a drafted tree has a root and a draft)")
         self._combined: dict[int, _Combined] = {}
         self._nodes = self._tree_of(nodes).tree.nodes
 
@@ -105,8 +106,9 @@ class MedusaDrafter(Drafter):
     @property
     def expected(self) -> list[float]:
         """[n]: drafted tokens that a tree of n + 2 nodes brings a step, by the heads' accuracies."""
-        gains = [_chance(self.accuracies, path) for path in likeliest_paths(self.accuracies, 63)]
-        return torch.tensor(gains).cumsum(0).tolist()
+        paths = likeliest_paths(self.accuracies, 63)
+        gains = (math.prod(self.accuracies[depth][rank] for depth, rank in enumerate(path)) for path in paths)
+        return list(accumulate(gains))
 
     def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> MedusaState:
         return MedusaState()
@@ -137,11 +139,8 @@ class MedusaDrafter(Drafter):
 
     def _tree_of(self, nodes: int) -> _Combined:
         """The likeliest combinations that make a tree of so many nodes, 2 or more."""
-        if nodes not in self._combined:
-            self._combined[nodes] = self._combine(nodes)
-        return self._combined[nodes]
-
-    def _combine(self, nodes: int) -> _Combined:
+        if nodes in self._combined:
+            return self._combined[nodes]
         drafts = self._target.vocab_size if self._vocab is None else len(self._vocab)
         known = [chances[:drafts] for chances in self.accuracies]
         paths = sorted(likeliest_paths(known, nodes - 1), key=lambda path: (len(path), path))
@@ -150,11 +149,9 @@ class MedusaDrafter(Drafter):
         depth = max(map(len, paths))
         widths = tuple(1 + max(path[-1] for path in paths if len(path) == level) for level in range(1, depth + 1))
         picked = [sum(widths[: len(path) - 1]) + path[-1] for path in paths]
-        return _Combined(
-            DraftTree.from_parents(torch.zeros_like(parents), parents, height=depth, checked=True),
-            widths,
-            torch.tensor(picked, device=self._target.device),
-        )
+        tree = DraftTree.from_parents(torch.zeros_like(parents), parents, height=depth, checked=True)
+        made = self._combined[nodes] = _Combined(tree, widths, torch.tensor(picked, device=self._target.device))
+        return made
 
     def _best(self, number: int, feature: Tensor, width: int) -> Tensor:
         """The `width` likeliest tokens of a head, best first: (rows, width) target ids."""
@@ -179,13 +176,6 @@ def _accuracies(head: Head) -> tuple[tuple[float, ...], ...]:
             f"again, or take the entry out"
         )
     return tuple(tuple(map(float, row[:RANKS])) for row in told)
-
-
-def _chance(accuracies: Sequence[Sequence[float]], path: Sequence[int]) -> float:
-    chance = 1.0
-    for depth, rank in enumerate(path):
-        chance *= accuracies[depth][rank]
-    return chance
 
 
 def _pack(module: MedusaHeads) -> None:

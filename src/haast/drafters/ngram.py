@@ -18,6 +18,7 @@ import torch
 from haast.core import Accepted
 from haast.drafters.base import Drafter
 from haast.drafters.paths import Path, PathTree, pack_rows
+from haast.errors import check_at_least
 from haast.target.kv_pool import Sequence as KVSequence
 from haast.tree import DraftTree
 from haast.tuning.latency import Latency
@@ -29,10 +30,8 @@ LatencySource = Callable[[], Latency | None]  # None where nothing is known
 class TextIndex(ABC):
     """One request's text, and the places in it where it may go on as it went on there.
 
-    Attributes:
-        text: all tokens, the newest last.
-        device: where the request's trees go: where its accepted tokens came from.
-        odds: how often what was said has gone on as its match had.
+    `device` is where its trees go (where its accepted tokens came from), `odds` how often it has gone on as its match
+    had.
     """
 
     def __init__(self) -> None:
@@ -69,18 +68,17 @@ class TextIndex(ABC):
 
 
 class HistoryDrafter(Drafter):
-    """A drafter that reads a request's text alone. Subclasses say how a text is indexed.
+    """A drafter that reads a request's text alone.
 
     Args:
+        index: makes the index of a text that has not begun.
         nodes: the most nodes of a tree, root included, 2 or more; a tree has as many as there are drafts for.
-        latency: what forwards cost, asked for at the first match: then a tree has as many nodes as are expected to pay,
-            which may be none but the root. None proposes whatever there is.
+        latency: what forwards cost, asked for at the first match: then a tree has as many nodes as are expected to pay.
     """
 
-    def __init__(self, nodes: int, latency: LatencySource | None = None) -> None:
-        if nodes < 2:
-            raise ValueError(f"nodes={nodes} is not allowed: give 2 or more (root and a draft)")
-        self._nodes, self._latency = nodes, latency
+    def __init__(self, index: Callable[[], TextIndex], nodes: int, latency: LatencySource | None = None) -> None:
+        check_at_least("nodes", nodes, 2, " (root and a draft)")
+        self._index, self._nodes, self._latency = index, nodes, latency
 
     @property
     def nodes(self) -> int:
@@ -116,10 +114,6 @@ class HistoryDrafter(Drafter):
         latency = None if self._latency is None else self._latency()
         return (most, 1.0) if latency is None else best_chain(chances, latency)
 
-    @abstractmethod
-    def _index(self) -> TextIndex:
-        """The index of a text that has not begun."""
-
 
 class PromptLookupDrafter(HistoryDrafter):
     """Continues as after the latest earlier place of the last `ngram` tokens; of fewer where there is none."""
@@ -127,13 +121,8 @@ class PromptLookupDrafter(HistoryDrafter):
     name = "lookup"
 
     def __init__(self, nodes: int = 11, ngram: int = 3, latency: LatencySource | None = None) -> None:
-        super().__init__(nodes, latency)
-        if ngram < 1:
-            raise ValueError(f"ngram={ngram} is not allowed: give 1 or more")
-        self._ngram = ngram
-
-    def _index(self) -> TextIndex:
-        return NgramIndex(self._ngram)
+        check_at_least("ngram", ngram)
+        super().__init__(lambda: NgramIndex(ngram), nodes, latency)
 
 
 class NgramIndex(TextIndex):
@@ -179,14 +168,9 @@ class SuffixDrafter(HistoryDrafter):
     def __init__(
         self, nodes: int = 11, least: int = 1, branches: int = 3, latency: LatencySource | None = None
     ) -> None:
-        super().__init__(nodes, latency)
-        for name, value in (("least", least), ("branches", branches)):
-            if value < 1:
-                raise ValueError(f"{name}={value} is not allowed: give 1 or more")
-        self._least, self._branches = least, branches
-
-    def _index(self) -> TextIndex:
-        return SuffixIndex(self._least, self._branches)
+        check_at_least("least", least)
+        check_at_least("branches", branches)
+        super().__init__(lambda: SuffixIndex(least, branches), nodes, latency)
 
 
 class SuffixIndex(TextIndex):

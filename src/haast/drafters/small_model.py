@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from haast.core import Accepted, SamplingParams, TokenChooser
 from haast.device import to_device
 from haast.drafters.base import Drafter
-from haast.errors import HeadMismatchError
+from haast.errors import HeadMismatchError, check_at_least
 from haast.sampling import DRAFT, Sampler, inverse_cdf, keyed_uniform
 from haast.target.kv_pool import PoolFullError
 from haast.target.kv_pool import Sequence as KVSequence
@@ -37,14 +37,7 @@ _CHUNK = 512  # positions of a forward over a prompt
 
 @dataclass(eq=False)
 class SmallModelState:
-    """What the small model knows of a request.
-
-    Attributes:
-        kv: its blocks in the small model's pool; None where it drafts no more: its context or its pool is full.
-        text: all tokens up to and including the root.
-        ran: drafts of the last proposal that were run, so that their keys and values are there.
-        key: seed and choice that its draws are keyed by.
-    """
+    """What the small model knows of a request."""
 
     kv: KVSequence | None
     text: list[int] = field(default_factory=list)
@@ -71,8 +64,7 @@ class SmallModelDrafter(Drafter):
     name = "small-model"
 
     def __init__(self, target: Target, small: Target, depth: int = 4, sampling: SamplingParams | None = None) -> None:
-        if depth < 1:
-            raise ValueError(f"depth={depth} is not allowed: give 1 or more")
+        check_at_least("depth", depth)
         _check_vocabularies(target, small)
         if small.ranks is not None:
             raise HeadMismatchError("the small model is sharded over processes, and one process drafts: load it whole")
@@ -148,14 +140,12 @@ class SmallModelDrafter(Drafter):
             live = torch.zeros_like(tokens, dtype=torch.bool)
             live[:, 0] = live[able] = True
         tree = DraftTree.chain(tokens, live)
-        return tree if not probs else replace(tree, draft_probs=self._placed(probs, able, len(states)))
-
-    def _placed(self, probs: Sequence[Tensor], able: Sequence[int], rows: int) -> Tensor:
-        """Distributions per level as (rows, nodes, vocab); zeros where nothing was drawn: at roots and dead nodes."""
-        first = probs[0]
-        placed = first.new_zeros(rows, len(probs) + 1, self._vocab)
-        placed[able, 1:] = torch.stack(list(probs), 1)
-        return placed
+        if not probs:
+            return tree
+        # (rows, nodes, vocab); zeros where nothing was drawn: at roots and dead nodes
+        placed = probs[0].new_zeros(len(states), depth + 1, self._vocab)
+        placed[able, 1:] = torch.stack(probs, 1)
+        return replace(tree, draft_probs=placed)
 
     def _has_room(self, state: SmallModelState, depth: int) -> bool:
         """Whether the small model's context and pool have room for so many drafts."""
@@ -173,14 +163,16 @@ class SmallModelDrafter(Drafter):
 
     def _run(self, states: Sequence[SmallModelState], depth: int, newest: Tensor) -> Tensor:
         """The logits (rows, vocab) of what follows the draft at `depth`, `newest` (rows,); at 0 it is the root."""
-        small, waiting = self._small, [[0]] * len(states)
-        if depth == 0:
-            for state in states:
-                _kv(state).length = min(_kv(state).length, len(state.text) - 1)
-            waiting = [state.text[_kv(state).length :] for state in states]
-        chain = self._chain(waiting) if depth == 0 else DraftTree.roots(self._known(newest))
-        cache = small.cache.bind([_kv(state) for state in states])
-        logits = small.forward(chain, cache, last_only=chain.nodes > 1).logits[:, 0, : self._vocab]
+        kvs, waiting = [_kv(state) for state in states], [[0]] * len(states)
+        if depth:
+            chain = DraftTree.roots(self._known(newest))
+        else:
+            for kv, state in zip(kvs, states, strict=True):
+                kv.length = min(kv.length, len(state.text) - 1)
+            waiting = [state.text[kv.length :] for kv, state in zip(kvs, states, strict=True)]
+            chain = self._chain(waiting)
+        cache = self._small.cache.bind(kvs)
+        logits = self._small.forward(chain, cache, last_only=chain.nodes > 1).logits[:, 0, : self._vocab]
         cache.advance([len(each) for each in waiting])
         for state in states:
             state.ran = depth
@@ -213,10 +205,8 @@ class SmallModelDrafter(Drafter):
         tokens = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
         live = None
         if any(len(text) < longest for text in texts):
-            live = torch.arange(longest) < torch.tensor([[len(text)] for text in texts])
-        return DraftTree.chain(
-            self._known(to_device(tokens, device)), None if live is None else to_device(live, device)
-        )
+            live = to_device(torch.arange(longest) < torch.tensor([[len(text)] for text in texts]), device)
+        return DraftTree.chain(self._known(to_device(tokens, device)), live)
 
     def _distributions(
         self, sampler: Sampler, states: Sequence[SmallModelState], drafted: Sequence[Tensor], logits: Tensor

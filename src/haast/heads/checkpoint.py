@@ -54,8 +54,7 @@ class Head:
     def trained_length(self) -> int | None:
         """Tokens of the longest sequence that the head was trained on; None where its files do not say.
 
-        Raises:
-            HeadMismatchError: they say something that is no length.
+        Raises HeadMismatchError where they say something that is no length.
         """
         told = self.about.get("trained_length")
         if told is not None and (type(told) is not int or told < 1):
@@ -74,12 +73,10 @@ def save_head(
     about: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write a head atomically file by file. `weights` are plain tensors under the official names.
+    """Write a head, file by file whole or not at all. `weights` are plain tensors under the official names.
 
-    `draft_vocab` are the ascending target ids that the head drafts over; None is all of them.
-
-    Raises:
-        ValueError: a weight is not finite in `dtype`.
+    `draft_vocab` are the ascending target ids that the head drafts over; None is all of them. Raises ValueError where a
+    weight is not finite in `dtype`.
     """
     stored = {name: tensor.detach().to(dtype) for name, tensor in weights.items()}
     for name, tensor in stored.items():
@@ -109,8 +106,7 @@ def head_folder(head: str | Path) -> Path:
 def load_head(folder: Path) -> Head:
     """Read a head in float32 and check every tensor.
 
-    Raises:
-        HeadMismatchError: files are missing or corrupt, tensors are missing, unknown or of the wrong shape.
+    Raises HeadMismatchError: files are missing or corrupt, tensors are missing, unknown or of the wrong shape.
     """
     document, path = _read_config(folder), folder / "model.safetensors"
     config, size, weights = _config(folder, document), document.get("draft_vocab_size"), _read_weights(folder)
@@ -164,11 +160,7 @@ def _config(folder: Path, document: dict[str, Any]) -> HeadSizes:
 
 
 def check_fits(head: HeadSizes, hidden_size: int, vocab_size: int, target: str) -> None:
-    """Refuse a head made for another target.
-
-    Raises:
-        HeadMismatchError: hidden size or vocabulary differ; the message gives both sides.
-    """
+    """Refuse a head made for another target: HeadMismatchError, with both sides of what differs."""
     for name, theirs in (("hidden_size", hidden_size), ("vocab_size", vocab_size)):
         mine = getattr(head, name)
         if mine != theirs:
@@ -179,11 +171,7 @@ def check_fits(head: HeadSizes, hidden_size: int, vocab_size: int, target: str) 
 
 
 def check_weights(module: nn.Module) -> None:
-    """Refuse a loaded head that drafts nothing: its weights hold no numbers, or none that are finite.
-
-    Raises:
-        HeadMismatchError: the message names the first such weight.
-    """
+    """Refuse a loaded head that drafts nothing: weights without numbers, or not finite. Raises HeadMismatchError."""
     for name, tensor in module.state_dict().items():
         if tensor.is_meta:
             raise HeadMismatchError(

@@ -64,7 +64,7 @@ class DraftModule(nn.Module, ABC):
         bias: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """One step ahead.
+        """The next states, (rows, nodes, hidden).
 
         Args:
             embeddings: (rows, nodes, hidden) of the token that follows each state.
@@ -72,9 +72,6 @@ class DraftModule(nn.Module, ABC):
             position_ids: (rows, nodes) positions of the states.
             bias: additive mask (rows, 1, nodes, slots); None is causal self-attention without a past.
             cache: keys and values of earlier pairs, one layer for each of the head's.
-
-        Returns:
-            (rows, nodes, hidden): the next states.
         """
 
     def through(

@@ -23,9 +23,7 @@ def warn_of_precision(about: dict[str, Any], target: str) -> None:
     """Tell, as a `PrecisionWarning`, that a head drafts for a target of another precision than it was trained on.
 
     16-bit and wider floats count as one: between them the measured effect is within the noise of the measurement.
-
-    Raises:
-        HeadMismatchError: `precision` in the head's config.json is not a string.
+    Raises HeadMismatchError where `precision` in the head's config.json is not a string.
     """
     trained = about.get("precision")
     if trained is not None and not isinstance(trained, str):

@@ -96,10 +96,8 @@ _TAKEN = ("attention_mask", "position_ids", "use_cache", "logits_to_keep")
 
 
 def refuse_settings(config: GenerationConfig) -> None:
-    """Refuse what Haast does not honour of a GenerationConfig, or does not know, by name.
-
-    Raises:
-        UnsupportedArgumentError: a setting of `REFUSED_SETTINGS`, or one that only a newer transformers has.
+    """Refuse by name what Haast does not honour of a GenerationConfig, or does not know. Raises
+    UnsupportedArgumentError.
     """
     unknown = f"transformers {__version__} has it, and this Haast does not know it; leave it out"
     for name, usual in {**dict.fromkeys(REFUSED_SETTINGS), **unknown_settings()}.items():
@@ -117,10 +115,9 @@ def unknown_settings() -> dict[str, Any]:
 
 
 def refuse_arguments(given: Mapping[str, Any]) -> None:
-    """Refuse arguments that Haast does not honour: of `generate`, and for the model's forward, by name.
+    """Refuse by name arguments of `generate`, and of the model's forward, that Haast does not honour.
 
-    Raises:
-        UnsupportedArgumentError: one of `REFUSED_ARGUMENTS`, or an input that the model takes beside tokens.
+    Raises UnsupportedArgumentError for one of `REFUSED_ARGUMENTS`, and for an input that the model takes beside tokens.
     """
     for name, value in given.items():
         if value is None or value is False or name in _TAKEN or (isinstance(value, dict) and not value):
@@ -130,16 +127,10 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
 
 
 def new_tokens_allowed(criteria: Sequence[StoppingCriteria], width: int, begins: Sequence[int], model: Any) -> int:
-    """Tokens that `max_length` leaves: 1 at least, as `generate` looks only after a token.
+    """Tokens that `max_length` leaves after prompts padded to `width`: 1 at least, as `generate` looks only after a
+    token.
 
-    Args:
-        criteria: as prepared.
-        width: of the padded prompts.
-        begins: padding per row.
-        model: for its context.
-
-    Raises:
-        ValueError: no length limit is among the criteria, or it lies beyond the context.
+    Raises ValueError where no length limit is among the criteria, PromptError where it lies beyond the model's context.
     """
     limits = [each.max_length for each in criteria if isinstance(each, MaxLengthCriteria)]
     if not limits:
@@ -156,11 +147,7 @@ def new_tokens_allowed(criteria: Sequence[StoppingCriteria], width: int, begins:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Refuse a model as it stands now: one that would not answer the same twice, or can't answer at all.
-
-    Raises:
-        ValueError: it is in training mode, or autocast changes its dtypes.
-    """
+    """Refuse a model as it stands now: in training mode, or with autocast on the CPU. Raises ValueError."""
     place = execution_device(model.get_input_embeddings())
     if place is not None and place.type == "cpu" and torch.is_autocast_enabled("cpu"):
         raise ValueError(

@@ -51,9 +51,8 @@ from haast.target.target import Target
 class SignatureHook:
     """A descriptor for `__signature__`: the signature of `__call__`, and what `generate` keeps put back.
 
-    `generate(custom_generate=callable)` passes on only what the callable's signature names; `compat.hand_over` puts the
-    rest back among the arguments when the signature is read. transformers has touched nothing yet at that moment, so
-    the model and the inputs are checked too.
+    `compat.hand_over` does that when the signature is read. transformers has touched nothing yet at that moment, so the
+    model and the inputs are checked too.
     """
 
     def __get__(self, instance: object, owner: type) -> inspect.Signature:
@@ -251,8 +250,7 @@ def _choosers(
 ) -> list[RowChooser]:
     """One per row; what is drawn is drawn by seeds from torch's own generator, so that a call can be repeated.
 
-    Raises:
-        UnsupportedArgumentError: scores or logits are asked for where only one of several processes has them.
+    Raises UnsupportedArgumentError for scores or logits where only one of several processes has them.
     """
     scores, logits = (
         bool(config.return_dict_in_generate and wanted) for wanted in (config.output_scores, config.output_logits)
@@ -284,11 +282,7 @@ def _decode(engine: Engine, rows: Rows, stats: Stats) -> None:
 
 
 def _checked_name(name: str, headed: bool, small: bool) -> str:
-    """The name of a drafter, as far as it can be checked before a head is loaded.
-
-    Raises:
-        ValueError: it is unknown, needs a head or a small model that is not there, or has no use for the head.
-    """
+    """The name of a drafter, as far as it can be checked before a head is loaded. Raises ValueError."""
     if not headed:
         return check_drafter(name, small=small)
     if not needs_head(name) and check_drafter(name, small=True) != "none":
@@ -297,10 +291,8 @@ def _checked_name(name: str, headed: bool, small: bool) -> str:
 
 
 def _pad(config: GenerationConfig, criteria: StoppingCriteriaList, rows: int) -> int | None:
-    """The token after the end of a row, None where rows go on until all are done.
-
-    Raises:
-        PromptError: rows would have to be padded and there is no pad token.
+    """The token after the end of a row, None where rows go on until all are done. Raises PromptError where none is
+    known.
     """
     if all(getattr(each, "eos_token_id", None) is None for each in criteria):
         return None

@@ -88,8 +88,7 @@ _LOANS_LOCK = threading.Lock()
 def borrowed(model: PreTrainedModel) -> Iterator[Loan]:
     """The model with an attention that takes trees; its own is back after the last call that borrows it.
 
-    Raises:
-        UnsupportedModelError: see `refuse_unsupported`.
+    Raises UnsupportedModelError, see `refuse_unsupported`.
     """
     with _LOANS_LOCK:
         loan = _LOANS.setdefault(model, Loan())

@@ -32,8 +32,7 @@ from haast.errors import UnsupportedArgumentError
 def for_rows(processors: Sequence[Any], rows: int) -> list[LogitsProcessorList]:
     """The processors of each row, in their order; each is called with (1, length) and (1, vocab).
 
-    Raises:
-        UnsupportedArgumentError: one that runs the model, or that keeps state and cannot be copied.
+    Raises UnsupportedArgumentError for one that runs the model, or that keeps state and cannot be copied.
     """
     for each in processors:
         if isinstance(each, UnbatchedClassifierFreeGuidanceLogitsProcessor):
@@ -47,15 +46,9 @@ def for_rows(processors: Sequence[Any], rows: int) -> list[LogitsProcessorList]:
 
 
 def refuse_linked(processors: Sequence[Any], criteria: Sequence[Any], own: LogitsProcessorList) -> None:
-    """Refuse stopping criteria that look at a processor of which each row has a copy.
+    """Refuse stopping criteria, which all rows share, that look at a processor of which each row has a copy.
 
-    Args:
-        processors: as given.
-        criteria: the stopping criteria, which all rows share.
-        own: what `for_rows` made of the processors for one row.
-
-    Raises:
-        UnsupportedArgumentError: a criterion that would look at a processor that is never called.
+    `own` is what `for_rows` made of the processors for one row. Raises UnsupportedArgumentError.
     """
     copied = {id(each): each for each, one in zip(processors, own, strict=True) if one is not each}
     for criterion in criteria:

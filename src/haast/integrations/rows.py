@@ -50,9 +50,7 @@ _STATELESS = frozenset({
 class Criteria:
     """The stopping criteria that `generate` prepared, asked for one row at a time.
 
-    Attributes:
-        eos: tokens that end a text.
-        most: new tokens at most.
+    `eos` are tokens that end a text, `most` is the most new tokens.
     """
 
     def __init__(self, criteria: StoppingCriteriaList, most: int) -> None:
@@ -70,8 +68,7 @@ class Criteria:
     def done(self, count: int, token: int, shown: Callable[[], tuple[Tensor, tuple[Tensor, ...] | None]]) -> bool:
         """Whether a text of `count` new tokens, `token` the last, is done; `shown` are its ids and its scores so far.
 
-        Raises:
-            ValueError: a criterion answered for other rows than the one that it was asked about.
+        Raises ValueError where a criterion answers for other rows than the one that it was asked about.
         """
         done = token in self.eos or count >= self.most
         if not self.look:
@@ -87,12 +84,9 @@ class Criteria:
 
 
 class Ends:
-    """Where the rows of a call end, by where each was done.
+    """Where the rows of a call end, at most after `most` new tokens, by where each was done.
 
-    Args:
-        rows: of the batch.
-        most: new tokens at most.
-        together: whether a row that is done goes on until all are.
+    With `together`, a row that is done goes on until all are.
     """
 
     def __init__(self, rows: int, most: int, together: bool) -> None:
@@ -125,20 +119,15 @@ class RowChooser(Sampler):
     Without processors that look at the text, and where no scores are recorded, it is a stateless sampler.
 
     Args:
-        row: its number.
-        ids: (width,), left-padded.
-        begin: padding tokens.
+        ids: (width,), left-padded by `begin` tokens.
         processors: its own, from `processors.for_rows`.
-        criteria: asked after each of its tokens.
-        ends: of all rows of the call.
+        criteria, ends: of the call; `row` is its number there.
         seed: of its draws; None is greedy.
-        keep_scores, keep_logits: record the processed scores or the raw logits of every emitted token.
+        keep_scores, keep_logits: record the processed scores or the raw logits, (vocab,) fp32, of every emitted token.
 
     Attributes:
-        prompt: its tokens, without padding.
         tokens: new tokens, as the engine has emitted them: processes that serve a model together all have them.
         end: how many of them count; None while that is not known.
-        kept_scores, kept_logits: (vocab,) fp32 each, one per token.
     """
 
     def __init__(
@@ -191,8 +180,7 @@ class RowChooser(Sampler):
     def choose(self, history: Sequence[int], logits: Tensor) -> int:
         """The token at position len(history); any token after the row's end, where the engine cuts.
 
-        Raises:
-            RuntimeError: a token before it was not chosen here. PromptError: no token is possible.
+        Raises RuntimeError where a token before it was not chosen here, PromptError where no token is possible.
         """
         if self.stateless:
             return super().choose(history, logits)
@@ -263,14 +251,7 @@ class RowChooser(Sampler):
 
 
 class Rows:
-    """The rows of a call, and whoever listens to them.
-
-    Args:
-        rows: in their order.
-        ends: theirs.
-        streamer: gets the new tokens, one of every row at a time, as stock `generate` gives them.
-        pad: stands after a row's end.
-    """
+    """The rows of a call in their order, and who listens to their new tokens; `pad` stands after a row's end."""
 
     def __init__(self, rows: Sequence[RowChooser], ends: Ends, streamer: BaseStreamer | None, pad: int) -> None:
         self._rows, self._ends, self._streamer, self._pad = list(rows), ends, streamer, pad
@@ -307,8 +288,7 @@ class Rows:
     def output(self, input_ids: Tensor, config: GenerationConfig) -> GenerateDecoderOnlyOutput | Tensor:
         """The sequences (rows, width + longest), padded after their ends; with scores and logits if asked for.
 
-        A row that has ended has the pad token for certain: score 0 there and -inf elsewhere. `past_key_values` stays
-        None.
+        A row that has ended has the pad token for certain: score 0 there and -inf elsewhere.
         """
         said = [row.tokens[: row.end] for row in self._rows]
         ends = [len(tokens) for tokens in said]

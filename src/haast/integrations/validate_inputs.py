@@ -20,13 +20,8 @@ from haast.text import stop_strings
 
 
 def validate_inputs(given: Mapping[str, Any]) -> None:
-    """Refuse prompts, masks and stop strings that are none.
-
-    Args:
-        given: arguments of `generate` by name, as far as they were given.
-
-    Raises:
-        PromptError: ids or a mask of another kind, shape or place. ValueError: stop strings that are none.
+    """Refuse prompts, masks and stop strings, given to `generate` by name, that are none. Raises ValueError,
+    PromptError.
     """
     ids = given.get("inputs") if given.get("inputs") is not None else given.get("input_ids")
     mask = given.get("attention_mask")
@@ -52,15 +47,11 @@ def validate_inputs(given: Mapping[str, Any]) -> None:
 
 
 def padding(input_ids: Tensor, given: Mapping[str, Any]) -> list[int]:
-    """How many padding tokens stand before each row, from what `generate` prepared.
+    """How many padding tokens stand before each row of `input_ids` (rows, width), by the masks that `generate`
+    prepared.
 
-    Args:
-        input_ids: (rows, width).
-        given: `attention_mask` (rows, width) or None where nothing is masked, and `position_ids`, as prepared.
-
-    Raises:
-        PromptError: no tokens, a mask or positions of another shape, padding elsewhere than on the left, an empty row.
-        UnsupportedArgumentError: positions that do not count each row's tokens from 0.
+    Raises PromptError for no tokens, a mask or positions of another shape, padding elsewhere than on the left, or an
+    empty row; UnsupportedArgumentError for positions that do not count each row's tokens from 0.
     """
     if input_ids.ndim != 2 or not input_ids.numel():
         raise PromptError(f"input_ids has shape {tuple(input_ids.shape)}: give (rows, tokens), at least one of each")
@@ -90,12 +81,9 @@ def check_ids(input_ids: Tensor, vocab_size: int) -> None:
 
 
 def check_own_inputs(model: PreTrainedModel, input_ids: Tensor, given: Mapping[str, Any]) -> None:
-    """Refuse a model whose own `prepare_inputs_for_generation` gives its forward other inputs than the text's tokens.
+    """Refuse a model whose own `prepare_inputs_for_generation` gives its forward something else than the text's tokens.
 
-    Adapters of virtual tokens (prompt or prefix tuning) have one, and may have come after the model was probed.
-
-    Raises:
-        UnsupportedModelError: it prepares other ids, embeddings, or a cache that is filled already.
+    Adapters of virtual tokens have one, and may have come after the model was probed. Raises UnsupportedModelError.
     """
     own: Any = model.prepare_inputs_for_generation
     if getattr(own, "__func__", None) is not GenerationMixin.prepare_inputs_for_generation:

@@ -50,12 +50,9 @@ def slots_for(slots: int) -> int:
 
 
 class LayerSlots:
-    """One layer's keys and values, written at given slots and read at others, in the place of the layer's cache.
+    """One layer's keys and values (kv_heads, slots, head_dim), in the place of the layer's cache.
 
-    Args:
-        keys, values: (kv_heads, slots, head_dim), the pool's.
-        write: (rows * nodes,) slots of the nodes.
-        read: (rows, read) slots that attention sees.
+    Nodes are written to the slots `write` (rows * nodes,), and attention sees the slots `read` (rows, read).
     """
 
     def __init__(self, keys: Tensor, values: Tensor, write: Tensor, read: Tensor) -> None:
@@ -78,13 +75,9 @@ class LayerSlots:
 class CompiledLayers:
     """One compiled function that all decoder layers of a model go through.
 
-    Args:
-        device: where the model is. On CUDA the function runs as CUDA graphs (torch's mode "reduce-overhead").
-        backend: of torch.compile.
-        progress: wraps every compilation; silent if None.
-        what: is compiled, in words.
-
-    `problem` says, once that has turned out, why nothing is compiled; the owner then goes by modules.
+    On CUDA it runs as CUDA graphs (torch's mode "reduce-overhead"). `progress` wraps every compilation; `what` is
+    compiled, in words. `problem` says, once that has turned out, why nothing is compiled; the owner then goes by
+    modules.
     """
 
     def __init__(
@@ -138,13 +131,11 @@ class CompiledLayers:
             layers: the model's decoder layers.
             cache: the object that `forward` passes to them as their cache; they get their own store instead.
             stores: keys and values by layer.
-            write: (rows, nodes) slots of the nodes.
-            read: (rows, read) slots that attention sees.
+            write, read: slots of the nodes (rows, nodes), and those that attention sees (rows, read).
             forward: runs the model.
 
-        Returns:
-            what `forward` returns; None, and a `problem`, where a shape that is new can't be compiled. On CUDA the next
-            run overwrites it: clone what has to live longer.
+        Returns what `forward` returns; None, and a `problem`, where a shape that is new can't be compiled. On CUDA the
+        next run overwrites it: clone what has to live longer.
         """
         shape = (*write.shape, read.shape[1])
         with self._lock, self._stood_in(layers, cache, stores, write.flatten(), read):

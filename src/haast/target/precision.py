@@ -31,12 +31,8 @@ def check_torchao(form: str) -> None:
 def quantise(model: nn.Module, form: str) -> None:
     """Quantise the weights of a model's linears in place, the LM head's left out, as transformers leaves it out.
 
-    Args:
-        model: float weights on one device.
-        form: "torchao-int8", one factor per output, or "torchao-int4", one per 32 weights of an output.
-
-    Raises:
-        ValueError: 4 bits, and a layer whose inputs are no multiple of 32.
+    `form` is "torchao-int8", one factor per output, or "torchao-int4", one per 32 weights of an output. Raises
+    ValueError for 4 bits and a layer whose inputs are no multiple of 32.
     """
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerGroup
@@ -82,12 +78,8 @@ def precision(model: nn.Module, lm_head: nn.Module, dtype: torch.dtype) -> str:
 def weight_rows(module: nn.Module, inputs: int, dtype: torch.dtype | None = None) -> Tensor:
     """A linear layer's weight (outputs, inputs) as plain numbers, whatever format it is held in.
 
-    Where it is no plain matrix, the layer is asked: what it says of a unit vector is a column.
-
-    Args:
-        module: the layer.
-        inputs: how many it has.
-        dtype: that it takes; its weight's if absent.
+    Where it is no plain matrix, the layer is asked: what it says of a unit vector is a column. `dtype` is what it
+    takes, its weight's if absent.
     """
     if isinstance(module, PackedLinear):
         return module.unpack()

@@ -102,9 +102,8 @@ def gaps(found: Tensor, expected: Tensor) -> list[Gap]:
 def probe(forward: ModuleForward) -> Probed:
     """Run a few tokens through the model.
 
-    Raises:
-        UnsupportedModelError: the model can't take a tree, keeps state elsewhere, is not causal, or answers otherwise
-            than its own forward, or a node otherwise than its path alone.
+    Raises UnsupportedModelError: it can't take a tree, keeps state elsewhere, is not causal, or answers otherwise than
+    its own forward, or a node otherwise than its path alone.
     """
     gives_features, size = _use_of_cache(forward)
     forward.decoder_gives_features = gives_features
@@ -235,9 +234,7 @@ def _stock(forward: ModuleForward, tokens: Tensor) -> Tensor:
     """Logits (rows, tokens, vocab) of the model's own forward over plain texts, as `generate` calls it, uncached.
 
     The attention is transformers' eager one: every class has it, and only it leaves nothing out (a soft cap, say).
-
-    Raises:
-        UnsupportedModelError: it fails, or `generate` would give the forward something else than the text's tokens.
+    Raises UnsupportedModelError where it fails, or is given something else than the text's tokens.
     """
     model: Any = forward.model
     more: dict[str, Any] = {}

@@ -31,8 +31,7 @@ class Ranks:
     def share(self, values: Sequence[int] = ()) -> list[int]:
         """The first process's `values`, on every process; what the others give is not read.
 
-        Raises:
-            RuntimeError: the first process has failed within `leading`.
+        Raises RuntimeError where the first process has failed within `leading`.
         """
         count = len(values)
         box = torch.zeros(_ROOM, dtype=torch.int64)

@@ -25,8 +25,7 @@ _GATHERABLE = {"full_attention", "sliding_attention"}
 def own_model(model: Any) -> PreTrainedModel:
     """The transformers model itself, where the user may hold what torch.compile made of it.
 
-    Raises:
-        UnsupportedModelError: it is none, or another wrapper, whose forward would be left out.
+    Raises UnsupportedModelError where it is none, or another wrapper, whose forward would be left out.
     """
     found = model
     if isinstance(model, nn.Module) and type(model).__name__ == "OptimizedModule":  # to import it takes seconds

@@ -37,6 +37,7 @@ FORMAT = 1
 # The first three stand for all where a model is so slow that there is no time for more.
 _POINTS: tuple[int, ...] = (1, 2, 8, 4, 16, 32, 64)
 _DEVICE_POINTS: tuple[int, ...] = (1, 2, 64, 8, 256, 16, 32, 128)
+DraftCost = tuple[float, dict[int, float]]  # ms of the first level, and of each further one by width
 _LEAST, _ROUNDS, _SECONDS, _COMMITTED = 3, 5, 2.0, 32
 
 
@@ -137,18 +138,12 @@ def measurable(target: Target) -> bool:
 
 
 def latency_of(
-    target: Target,
-    drafts: Callable[[], tuple[float, dict[int, float]]] | None = None,
-    known: dict[str, Any] | None = None,
+    target: Target, drafts: Callable[[], DraftCost] | None = None, known: dict[str, Any] | None = None
 ) -> Latency | None:
     """What steps cost here: measured once for this machine and model, then kept in memory and on disk.
 
-    Args:
-        target: the model; its own keys and values are left alone.
-        drafts: measures `first_ms` and `level_ms`; None where drafts cost nothing to speak of.
-        known: what the drafts' costs are good for, beside the target.
-
-    Returns None where it is not `measurable`.
+    `drafts` measures `first_ms` and `level_ms` (None where drafts cost nothing to speak of), and `known` is what they
+    are good for, beside the target, whose own keys and values are left alone. None where it is not `measurable`.
     """
     if not measurable(target):
         return None
@@ -160,12 +155,7 @@ def latency_of(
         return _measured[path.name]
 
 
-def _measure(
-    target: Target,
-    drafts: Callable[[], tuple[float, dict[int, float]]] | None,
-    identity: dict[str, Any],
-    path: Path,
-) -> Latency:
+def _measure(target: Target, drafts: Callable[[], DraftCost] | None, identity: dict[str, Any], path: Path) -> Latency:
     forward_ms = measure_forwards(target)
     found = Latency(forward_ms) if drafts is None else Latency(forward_ms, *drafts())
     try:
@@ -185,10 +175,7 @@ def keep(target: Target, found: Latency) -> Path:
 
 
 def measure_forwards(
-    target: Target,
-    seconds: float = _SECONDS,
-    clock: Callable[[], float] = perf_counter,
-    rounds: int = _ROUNDS,
+    target: Target, seconds: float = _SECONDS, clock: Callable[[], float] = perf_counter, rounds: int = _ROUNDS
 ) -> dict[int, float]:
     """Nodes -> ms of a forward after a short text, the least of a few rounds; as many as fit into `seconds`."""
     points = _POINTS if target.device.type == "cpu" else _DEVICE_POINTS
@@ -242,11 +229,9 @@ def _read(path: Path) -> Latency | None:
     """What is kept; None where nothing is, or something else: then it is measured anew."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values["format"] != FORMAT:
-            return None
-        forward_ms, level_ms = (
+        forward, level = (
             {int(key): float(ms) for key, ms in values[name].items()} for name in ("forward_ms", "level_ms")
         )
-        return Latency(forward_ms, float(values["first_ms"]), level_ms)
+        return Latency(forward, float(values["first_ms"]), level) if values["format"] == FORMAT else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

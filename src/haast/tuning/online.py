@@ -38,9 +38,8 @@ class DraftSize:
 
     Attributes:
         budget: what the drafter is told; None is up to it.
-        nodes: of a row's tree, root included; on average, where that differs.
-        levels: of drafting, 0 where it takes no time to speak of.
-        width: nodes expanded on each.
+        nodes: of a row's tree on average, root included.
+        levels, width: of drafting, 0 levels where it takes no time to speak of, and nodes expanded on each.
         depth: of the tree, below the root.
         gain: drafts that a step keeps of it, where nothing is known of a request yet.
     """
@@ -114,10 +113,7 @@ def _record(request: Request, full: DraftSize) -> Record:
 class Record:
     """What a request's drafts have brought lately, and whether it drafts, rests, or tries again.
 
-    Attributes:
-        nodes: of its full trees, on average.
-        size: that was chosen for the running step; None for none.
-        rows: of that step.
+    `nodes` are those of its full trees, on average; `size` (None for none) and `rows` are of the running step.
     """
 
     def __init__(self, full: DraftSize) -> None:
@@ -230,8 +226,8 @@ def _class_of(length: int) -> int:
 def best_chain(chances: Sequence[Sequence[float]], latency: Latency) -> tuple[int, float]:
     """How many drafts a row to verify of chains with these chances, one list a row, and a row's tokens by them.
 
-    0 drafts, and 1 token, where no number of them is a bet well in our favour: where nodes are dear, fair bets win
-    nothing and lose much on the text that is against them.
+    0 drafts, and 1 token, where no number of them is a bet well in our favour: fair bets win nothing where nodes are
+    dear.
     """
     rows, gain = len(chances), 0.0
     chances = [each for each in chances if each]

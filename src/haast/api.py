@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
+from itertools import product
 from pathlib import Path
 from typing import Any, Unpack, cast, overload
 
@@ -224,7 +225,7 @@ class Haast:
         Raises:
             CancelledError: the text ran into its `timeout`; all pieces have come. Else see `generate`.
         """
-        return self._stream(self._prepare([_single(prompt)], 1, stats, **settings)[0])
+        return self._listen(self._prepare([_single(prompt)], 1, stats, **settings)[0], start=True)
 
     def astream(
         self, prompt: Prompt, *, stats: Stats | None = None, **settings: Unpack[Settings]
@@ -292,23 +293,20 @@ class Haast:
         check_prompts(texts, self.target.context_length, self.target.vocab_size)
         ends = self.eos_ids() if eos is None else _checked_eos(eos, self.target.vocab_size)
         stops = self._stops(stop)
-        made = []
-        for ids in texts:
-            for choice in range(n):
-                watch = StopWatch(self.tokenizer, stops) if stops else None
-                rules = StopParams(max_new_tokens, ends, watch)
-                request = self.engine.submit(
-                    ids,
-                    params,
-                    rules,
-                    choice=choice,
-                    stats=stats,
-                    timeout=timeout,
-                    prefill_chunk=prefill_chunk,
-                    queued=False,
-                )
-                tokenizer = self.target.tokenizer
-                made.append(Answer(request, None if tokenizer is None else TextStream(tokenizer, stops)))
+        tokenizer, made = self.target.tokenizer, []
+        for ids, choice in product(texts, range(n)):
+            watch = StopWatch(self.tokenizer, stops) if stops else None
+            request = self.engine.submit(
+                ids,
+                params,
+                StopParams(max_new_tokens, ends, watch),
+                choice=choice,
+                stats=stats,
+                timeout=timeout,
+                prefill_chunk=prefill_chunk,
+                queued=False,
+            )
+            made.append(Answer(request, None if tokenizer is None else TextStream(tokenizer, stops)))
         return made
 
     def _stops(self, stop: str | Sequence[str]) -> tuple[str, ...]:
@@ -318,11 +316,9 @@ class Haast:
             raise PromptError("stop strings need a tokenizer: give one, or stop by eos ids")
         return checked_stops(self.target.tokenizer, stop)
 
-    def _stream(self, answer: Answer) -> Generator[Piece, None, None]:
-        self.engine.start(answer.request)
-        yield from self._listen(answer)
-
-    def _listen(self, answer: Answer) -> Generator[Piece, None, None]:
+    def _listen(self, answer: Answer, start: bool = False) -> Generator[Piece, None, None]:
+        if start:
+            self.engine.start(answer.request)
         with closing(self.engine.read(answer.request)) as emissions:
             try:
                 for emission in emissions:

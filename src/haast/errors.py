@@ -1,18 +1,4 @@
-"""What can go wrong at Haast's boundary. All are `ValueError`s that name the value and the remedy.
-
-ValueError
-├── UnsupportedModelError   the target cannot be drafted for (encoder-decoder, recurrent state, no LM head)
-├── HeadMismatchError       the head does not fit the target, or its files are incomplete or corrupt
-├── PromptError             a prompt is empty or longer than the target's context
-├── UnsupportedArgumentError  an argument of transformers' `generate` that Haast does not honour
-├── KVPoolError             a KV pool's budget is impossible, or a request can never fit it
-├── QueueFullError          too many requests wait already
-└── CancelledError          a request that was cancelled, or whose deadline has passed, is read again
-
-HaastWarning (a UserWarning)
-├── LongContextWarning      a text is longer than anything that the head has seen in training
-└── PrecisionWarning        the target is held in another precision than the one that the head was trained on
-"""
+"""What can go wrong at Haast's boundary: errors that name the value and the remedy, all `ValueError`s, and warnings."""
 
 from __future__ import annotations
 

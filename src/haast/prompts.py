@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,11 +101,9 @@ def _suite(path: Path, limit: int | None) -> list[Prompt]:
         prompts = read_prompts(path, limit, spread=True)
     except ValueError as error:
         raise ValueError(f"{error}; or choose other files of the folder with --only") from error
-    seen = set[str]()
-    for prompt in prompts:
-        if prompt.id in seen:
-            raise ValueError(f"{path} has two prompts of the id {prompt.id!r}: results are told apart by it")
-        seen.add(prompt.id)
+    twice = next((name for name, count in Counter(prompt.id for prompt in prompts).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path} has two prompts of the id {twice!r}: results are told apart by it")
     return prompts
 
 
@@ -117,14 +116,11 @@ def evenly(items: Sequence[T], count: int) -> list[T]:
 
 def _prompt(value: dict[str, Any], where: str) -> Prompt:
     rest = dict(value)
-    turns = rest.pop("turns", None)
-    single = rest.pop("prompt", None)
-    if turns is None:
-        turns = [] if single is None else [single]
+    turns, single = rest.pop("turns", None), rest.pop("prompt", None)
+    turns = [single] if turns is None else turns
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
         raise ValueError(f"{where}: expected `turns` (a list of non-empty texts) or `prompt` (a non-empty text)")
     name = rest.pop("question_id", None)
     name = rest.pop("id", name)
-    if name is None:
-        name = hashlib.sha256("\0".join(turns).encode()).hexdigest()[:12]
+    name = hashlib.sha256("\0".join(turns).encode()).hexdigest()[:12] if name is None else name
     return Prompt(str(name), tuple(turns), str(rest.pop("category", "")), rest)

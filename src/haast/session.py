@@ -12,7 +12,7 @@ from copy import deepcopy
 from typing import Unpack
 
 from haast.api import Haast
-from haast.errors import PromptError, QueueFullError
+from haast.errors import PromptError, QueueFullError, check_at_least
 from haast.generation import Generation, Piece, Settings, collected
 from haast.inputs import Message
 from haast.stats import Stats
@@ -28,11 +28,7 @@ class Session:
     """
 
     def __init__(self, haast: Haast, messages: Sequence[Message] = ()) -> None:
-        """`messages` is how the dialogue begins: a system message, say.
-
-        Raises:
-            PromptError: the target has no chat template.
-        """
+        """`messages` begin the dialogue (a system message, say). Raises PromptError where there is no chat template."""
         if not haast.tokenizer.chat_template:
             raise PromptError("the tokenizer has no chat template, so this model holds no dialogue: use Haast.generate")
         self.haast = haast
@@ -152,8 +148,7 @@ class Sessions:
     """
 
     def __init__(self, haast: Haast, max_bytes: int = 1 << 30, messages: Sequence[Message] = ()) -> None:
-        if max_bytes < 1:
-            raise ValueError(f"max_bytes={max_bytes} is not allowed: give 1 or more")
+        check_at_least("max_bytes", max_bytes)
         self._haast, self.max_bytes, self._begin = haast, max_bytes, list(messages)
         self._held: OrderedDict[str, Session] = OrderedDict()
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from haast.cli.boundary import human_output
-from haast.cli.loading import load_chosen
+from haast.cli.loading import Spreading, leads, load_chosen, one_voice
 from haast.cli.settings import (
     PREFILL_CHUNK,
     Choice,
@@ -22,7 +22,6 @@ from haast.cli.settings import (
     Sampling,
     check_at_least,
 )
-from haast.cli.spreading import Spreading, leads, one_voice
 from haast.files import check_writable, write_json
 
 if TYPE_CHECKING:

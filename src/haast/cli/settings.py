@@ -41,8 +41,7 @@ PromptsOption = Annotated[
 ]
 LimitOption = Annotated[int | None, typer.Option("--limit", metavar="N", help="Take only the first N prompts.")]
 ChunkOption = Annotated[
-    int,
-    typer.Option("--prefill-chunk", metavar="N", help="Prompt tokens a forward; fewer take less memory."),
+    int, typer.Option("--prefill-chunk", metavar="N", help="Prompt tokens a forward; fewer take less memory.")
 ]
 SpreadLimitOption = Annotated[
     int | None, typer.Option("--limit", metavar="N", help="Take only N prompts, evenly from the whole file.")
@@ -113,10 +112,9 @@ class Drafting:
         "default"
     )
     shape: Annotated[str, typer.Option(help="dynamic, static or chain.")] = DraftShape.kind
-    nodes: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Tree budget, root included; by what pays here."),
-    ] = None
+    nodes: Annotated[int | None, typer.Option(metavar="N", help="Tree budget, root included; by what pays here.")] = (
+        None
+    )
     depth: Annotated[int | None, typer.Option(metavar="N", help="Levels below the root; by the budget.")] = None
     draft_top_k: Annotated[int | None, typer.Option(metavar="N", help="Children per node; by the budget.")] = None
     width: Annotated[int | None, typer.Option(metavar="N", help="Nodes expanded per level; by the budget.")] = None

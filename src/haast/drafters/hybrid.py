@@ -64,22 +64,14 @@ class HybridDrafter(Drafter):
         self.eagle, self._extra, self._least, self._latency = eagle, extra, least, latency
         self._chain = 0 if latency is None else chain
         self._suffix = SuffixDrafter(extra + 1, least if latency is None else 1, 1, latency=lambda: latency)
-        self.target_layers = eagle.target_layers
+        self.target_layers, self.prefix_key, self.reach = eagle.target_layers, eagle.prefix_key, eagle.reach
 
     @property
     def nodes(self) -> int:
         return max(self.eagle.nodes + self._extra, self._chain)
 
     @property
-    def prefix_key(self) -> object:  # type: ignore[override]  # this one and the next three are EAGLE's own
-        return self.eagle.prefix_key
-
-    @property
-    def reach(self) -> int | None:  # type: ignore[override]
-        return self.eagle.reach
-
-    @property
-    def caches(self) -> tuple[KVCache, ...]:  # type: ignore[override]
+    def caches(self) -> tuple[KVCache, ...]:  # type: ignore[override]  # made at first use, as EAGLE's own
         return self.eagle.caches
 
     @property

@@ -181,9 +181,7 @@ def _accuracies(head: Head) -> tuple[tuple[float, ...], ...]:
 def _pack(module: MedusaHeads) -> None:
     """Pack the blocks as the target is packed; the LM heads, whose drafts need not be exact, in 8 bits."""
     for head in module:
-        assert isinstance(head, nn.Sequential), "blocks and an LM head"
-        lm_head = head[-1]
-        assert isinstance(lm_head, nn.Linear), "the last is the LM head"
-        head[-1] = PackedLinear(lm_head.weight.detach(), None, form=DRAFT_LM_FORM)
+        assert isinstance(head, nn.Sequential) and isinstance(head[-1], nn.Linear), "blocks and an LM head"
+        head[-1] = PackedLinear(head[-1].weight.detach(), None, form=DRAFT_LM_FORM)
     pack_linears(module)
     give_back()

@@ -32,13 +32,7 @@ from haast.engine.engine import Engine, Stats
 from haast.engine.tensor_parallel import agreement
 from haast.errors import HeadMismatchError, PromptError, UnsupportedArgumentError
 from haast.heads.checkpoint import Head
-from haast.integrations.arguments import (
-    PARAMETERS,
-    check_model,
-    new_tokens_allowed,
-    refuse_arguments,
-    refuse_settings,
-)
+from haast.integrations.arguments import PARAMETERS, check_model, new_tokens_allowed, refuse_arguments, refuse_settings
 from haast.integrations.model_lock import Loan, borrowed
 from haast.integrations.processors import for_rows, refuse_linked
 from haast.integrations.rows import Criteria, Ends, RowChooser, Rows

@@ -102,14 +102,10 @@ def borrowed(model: PreTrainedModel) -> Iterator[Loan]:
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     """The configs of a model and of the models inside it, the outer ones first: setting one sets those below it."""
     found: dict[int, PreTrainedConfig] = {}
-
-    def take(config: PreTrainedConfig) -> None:
+    waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    while waiting:
+        config = waiting.pop(0)
         found.setdefault(id(config), config)
-        for part in (getattr(config, name, None) for name in config.sub_configs):
-            if part is not None:
-                take(part)
-
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            take(module.config)
+        parts = (getattr(config, name, None) for name in config.sub_configs)
+        waiting[:0] = [part for part in parts if part is not None]
     return list(found.values())

@@ -45,8 +45,8 @@ _EXACT = (torch.float64, torch.float32)
 _SAME_SHAPE = 0.2  # of that, between two forwards of one shape that should do the very same
 _TRIALS = 3  # texts for 16 bits, where a router near a tie may send a token elsewhere; a fault shows in all of them
 _WINDOW = 4
-_PAST, _TWIN, _PATH = 6, 3, 4  # tokens of the committed past, of the ragged row's, and of the path behind it
-# The path's nodes stand at `_ON`; a branch of two nodes leaves it behind the first one, a leaf beside the last one.
+_PAST, _TWIN, _PATH = 6, 3, 4  # tokens of the committed past, of the ragged row's, and of the path after it
+# The path's nodes stand at `_ON`; a branch of two nodes leaves it after the first one, a leaf beside the last one.
 _PARENTS = (-1, 0, 1, 0, 3, 4, 4)
 _ON = (0, 3, 4, 6)
 _OFF = (1, 2, 5)
@@ -109,8 +109,7 @@ def probe(forward: ModuleForward) -> Probed:
     forward.decoder_gives_features = gives_features
     with _narrowed(forward):
         faults, logit_scale = _trial(forward, 0)
-        more = 0 if forward.dtype in _EXACT else _TRIALS - 1
-        for number in range(1, more + 1):
+        for number in range(1, 1 if forward.dtype in _EXACT else _TRIALS):
             if faults:
                 again, _ = _trial(forward, number)
                 faults = {place: gap for place, gap in faults.items() if place in again}
@@ -161,14 +160,12 @@ def _uneven(forward: ModuleForward) -> str:
 def _narrowed(forward: ModuleForward) -> Iterator[None]:
     """The model with a sliding window that the probe's texts outgrow, where its configuration has a wider one."""
     window = forward.window
-    if window is None or window <= _WINDOW:
-        yield
-        return
     every: list[Any] = [forward.config, *(getattr(module, "config", None) for module in forward.model.modules())]
-    configs = {id(each): each for each in every if getattr(each, "sliding_window", None) == window}
-    for config in configs.values():
-        config.sliding_window = _WINDOW
+    wide = window is not None and window > _WINDOW
+    configs = {id(each): each for each in every if wide and getattr(each, "sliding_window", None) == window}
     try:
+        for config in configs.values():
+            config.sliding_window = _WINDOW
         yield
     finally:
         for config in configs.values():
@@ -215,12 +212,8 @@ def _trial(forward: ModuleForward, number: int) -> tuple[dict[tuple[str, int], G
     bounds = dict.fromkeys(compared, (forward.dtype, _SAME_SHAPE))
     # Quantised layers may compute in 16 bits whatever they are given, and here the shapes differ.
     bounds["own"] = (forward.dtype if quantisation(forward.model) is None else torch.bfloat16, 1.0)
-    faults = {
-        (kind, place): gap
-        for kind, pair in compared.items()
-        for place, gap in enumerate(gaps(*pair))
-        if not gap.within(*bounds[kind])
-    }
+    every = {(kind, place): gap for kind, pair in compared.items() for place, gap in enumerate(gaps(*pair))}
+    faults = {place: gap for place, gap in every.items() if not gap.within(*bounds[place[0]])}
     return faults, _scale(forward, chain.features[0], chain.logits[0])
 
 
@@ -263,26 +256,21 @@ def _reason(forward: ModuleForward, kind: str, gap: Gap) -> str:
     name, form = type(forward.model).__name__, quantisation(forward.model)
     if kind == "later":
         why = f"{name} is not causal: what it says at a token changes with the tokens behind it (its logits by {gap})"
-        if getattr(forward.config, "is_decoder", None) is False:
-            return (
-                f"{why}, as is_decoder is False in its configuration; load it with is_decoder=True, if it was trained "
-                f"so, or use stock generate"
-            )
-        return f"{why}, so a draft can't be checked in one forward; use a causal LM, or stock generate"
+        if getattr(forward.config, "is_decoder", None) is not False:
+            return f"{why}, so a draft can't be checked in one forward; use a causal LM, or stock generate"
+        how = "load it with is_decoder=True, if it was trained so, or use stock generate"
+        return f"{why}, as is_decoder is False in its configuration; {how}"
+    what = f"verify a tree: a node's logits are {gap} off those of its path alone"
+    why = "it takes positions or masks otherwise than given"
     if kind == "own":
         what = f"be drafted for: with Haast's masks, positions and cache its logits are {gap} off its own forward's"
         why = "it takes them otherwise than given (positions from cache slots, say)"
         if forward.window is not None:
             why += f" or has no sliding window of {forward.window}, as its configuration says"
-    else:
-        what = f"verify a tree: a node's logits are {gap} off those of its path alone"
-        why = "it takes positions or masks otherwise than given"
     if form is not None:
         why = f"its {form} layers compute a row otherwise beside other rows, or {why}"
-    remedy = "use stock generate"
-    if form == "bitsandbytes-8bit":
-        remedy = "llm_int8_threshold=0.0 in its BitsAndBytesConfig makes rows independent"
-    return f"{name} can't {what}, so {why}; {remedy}"
+    exact = "llm_int8_threshold=0.0 in its BitsAndBytesConfig makes rows independent"
+    return f"{name} can't {what}, so {why}; {exact if form == 'bitsandbytes-8bit' else 'use stock generate'}"
 
 
 def _cache(forward: ModuleForward, rows: int) -> KVCache:

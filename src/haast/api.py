@@ -1,8 +1,4 @@
-"""The library's front door: `Haast.from_pretrained(...).generate(...)`, `.stream(...)` and `.astream(...)`.
-
-Owns what users touch: prompts as text, chat messages or token ids, settings as keywords, text and statistics out.
-Decoding lives in `engine`.
-"""
+"""The front door, `Haast`: prompts as text, chat messages or token ids in, text and statistics out."""
 
 from __future__ import annotations
 

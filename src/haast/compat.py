@@ -1,9 +1,7 @@
 """Everything private that Haast touches of transformers and torch. No other file of Haast does; a test sees to it.
 
-Owns names that may change without notice, each behind a function of ours that says what is touched, why there is no
-public way, in which versions it is there, and what fails when it goes. tests/test_compat.py tries each by itself, so
-that the failing test names what has changed. docs/versions.md lists them, with the conventions that are public but
-written down nowhere. Knows no decoding.
+Each function says what it touches, why there is no public way, in which versions it is there, and what fails when it
+goes. tests/test_compat.py tries each by itself, docs/versions.md lists them. Knows no decoding.
 """
 
 from __future__ import annotations

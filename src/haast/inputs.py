@@ -1,11 +1,9 @@
-"""What is given as a prompt: one or several; as text, chat messages or token ids.
+"""What is given as a prompt: one or several; as text, chat messages or token ids. Knows neither tokenizers nor models.
 
-Owns telling them apart. Knows neither tokenizers nor models.
-
-    one                                           several
-    "Why?"                                        ["Why?", "How?"]
-    [{"role": "user", "content": "Why?"}]         [[{...}], [{...}]]
-    [1, 2, 3], a tensor or array (n,)             [[1, 2], [3]], (rows, n): no padding, every id counts
+one                                           several
+"Why?"                                        ["Why?", "How?"]
+[{"role": "user", "content": "Why?"}]         [[{...}], [{...}]]
+[1, 2, 3], a tensor or array (n,)             [[1, 2], [3]], (rows, n): no padding, every id counts
 """
 
 from __future__ import annotations

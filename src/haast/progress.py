@@ -1,7 +1,6 @@
 """How far a long job is: a bar on a terminal, and where stderr is no terminal one plain line every 30 s.
 
-Owns the words, the clock and both forms. Knows no job: every command and benchmark that can take minutes says here what
-it has done. The lines come from a thread of their own, so that a job whose single step takes minutes is heard of too.
+The lines come from a thread of their own, so that a job whose single step takes minutes is heard of too.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ class Progress(AbstractContextManager["Progress"]):
     Args:
         what: the job, which begins a line: "features".
         unit: what is counted: "answers". Empty where nothing is, and then only words and the time so far are told.
-        total: how many there are to do; None where nobody knows.
-        before: how many of them were done in earlier runs.
+        total, before: how many there are to do (None where nobody knows), and how many earlier runs have done.
         rate: the unit of the rate where it is another than `unit`: tokens of answers.
         quiet: neither bar nor lines.
         console: where the bar is drawn; None is stderr.

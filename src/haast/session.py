@@ -1,7 +1,6 @@
 """Conversations: `Session`, and `Sessions`, which bounds the memory of many.
 
-Owns the dialogue, and which of its text's cache goes when it is released. What is kept between turns is kept by the
-target's KV pool, as for every text: a turn computes only what no text before had in common with it.
+What is kept between turns is kept by the target's KV pool: a turn computes only what no text before had in common.
 """
 
 from __future__ import annotations
@@ -87,14 +86,10 @@ class Session:
             pieces.close()
             if begun:
                 self.messages = [*asked, {"role": "assistant", "content": answer}]
-                self._remember([*prompt, *said])
-
-    def _remember(self, text: list[int]) -> None:
-        """The dialogue's text is this one now; earlier ones count as long as they have blocks of their own."""
-        with self.haast.target.lock:
-            own = self.haast.target.pool.blocks_of
-            now = set(own(text, self._key))
-            self._texts = [*(each for each in self._texts if set(own(each, self._key)) - now), text]
+                with self.haast.target.lock:  # earlier texts count as long as they have blocks of their own
+                    own, texts = self.haast.target.pool.blocks_of, [*prompt, *said]
+                    now = set(own(texts, self._key))
+                    self._texts = [*(each for each in self._texts if set(own(each, self._key)) - now), texts]
 
     def edit(self, number: int, text: str, **settings: Unpack[Settings]) -> Generation:
         """Say something else instead of message `number`, the user's: it is answered, what came after it is forgotten.
@@ -105,8 +100,7 @@ class Session:
             **settings: see `say`.
 
         Raises:
-            ValueError: there is no such message, or it is not the user's. PromptError: see `say`. The dialogue stays as
-                it was.
+            ValueError: there is no such message of the user's. PromptError: see `say`. The dialogue stays as it was.
         """
         if not -len(self.messages) <= number < len(self.messages):
             raise ValueError(f"there is no message {number}: the dialogue has {len(self.messages)}")

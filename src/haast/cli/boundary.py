@@ -31,7 +31,7 @@ class Boundary(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command named on the command line."""
         try:
-            with _plain_warnings(), _quiet_imports():
+            with _quiet():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
@@ -51,30 +51,22 @@ class Boundary(TyperGroup):
 
 
 @contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Haast's own warnings as one line, without the place in its code."""
+def _quiet() -> Iterator[None]:
+    """Haast's warnings are one line, without the place in its code; what libraries log when imported stays out."""
     usual = warnings.formatwarning
+    levels = {name: logging.getLogger(name).level for name in _CHATTY}
 
     def one_line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
         own = issubclass(category, HaastWarning)
         return f"haast: warning: {message}\n" if own else usual(message, category, *where, **more)
 
     warnings.formatwarning = one_line
-    try:
-        yield
-    finally:
-        warnings.formatwarning = usual
-
-
-@contextmanager
-def _quiet_imports() -> Iterator[None]:
-    """What libraries log of themselves while they are imported stays out of a command's output."""
-    levels = {name: logging.getLogger(name).level for name in _CHATTY}
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     finally:
+        warnings.formatwarning = usual
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
 

@@ -1,7 +1,6 @@
 """Options that several commands share, as frozen dataclasses, and their expansion into flags.
 
-A command takes `loading: Loading`, say, and `expanded` gives it one flag per field. Owns no decoding; the checks are
-those of the dataclasses that the library itself uses.
+A command takes `loading: Loading`, say, and `expanded` gives it one flag per field.
 """
 
 from __future__ import annotations

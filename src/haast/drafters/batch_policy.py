@@ -1,8 +1,7 @@
-"""How to draft by how many rows are decoded together. Owns the choice per row count, and the costs behind it.
+"""Draft configuration per batch size: how to draft by how many rows are decoded together.
 
 On a machine that computes no faster than it reads, a second row's nodes cost as much as another row's tokens: the more
-rows, the smaller the tree that pays, until none does and vanilla decoding is the fastest there is. Every choice is a
-function of how many rows run, so none touches losslessness.
+rows, the smaller the tree that pays, until none does.
 """
 
 from __future__ import annotations

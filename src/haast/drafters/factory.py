@@ -1,8 +1,7 @@
 """From names to drafters: the one place where a target, a head, a shape and what steps cost here are put together.
 
-Owns the names that every entrance takes (`drafter=`, `--drafter`), what each of them needs, and what "auto" is. Where
-costs are known, drafters that need it get a policy (`haast.tuning.online`): a request whose drafts do not pay gets
-smaller ones, then none.
+Where costs are known, drafters that need it get a policy (`haast.tuning.online`): a request whose drafts do not pay
+gets smaller ones, then none.
 
     auto       with an EAGLE head eagle+suffix, with Medusa heads medusa, with a small model small-model, else suffix
     none       vanilla decoding; "vanilla" is another word for it
@@ -181,7 +180,11 @@ def make_drafter(
     if isinstance(drafted, MedusaDrafter):
         return _weighed_medusa(target, drafted) if weighs and shape is None else drafted
     latency = None if shape is not None else tune_eagle(target, drafted, calibration)
-    return _with_suffix(drafted, latency) if chosen == "eagle+suffix" else _weighed_eagle(drafted, latency)
+    whole = HybridDrafter(drafted, latency=latency) if chosen == "eagle+suffix" else drafted
+    beside = whole.undrafted if isinstance(whole, HybridDrafter) else None
+    sizes = functools.partial(_eagle_sizes, drafted, whole.nodes - drafted.nodes)
+    whole.policy = None if latency is None else OnlinePolicy(latency, sizes, beside)
+    return whole
 
 
 def head_drafter(
@@ -248,19 +251,6 @@ def _eagle_sizes(eagle: EagleDrafter, deeper: int, rows: int) -> tuple[DraftSize
         return ()
     depth, width = way.shape.depth, way.shape.width
     return _sizes(DraftSize(None, way.usual_nodes, depth, width, depth + deeper, way.usual_gain), deeper)
-
-
-def _weighed_eagle(eagle: EagleDrafter, latency: Latency | None) -> Drafter:
-    eagle.policy = None if latency is None else OnlinePolicy(latency, functools.partial(_eagle_sizes, eagle, 0))
-    return eagle
-
-
-def _with_suffix(eagle: EagleDrafter, latency: Latency | None) -> Drafter:
-    hybrid = HybridDrafter(eagle, latency=latency)
-    if latency is not None:
-        sizes = functools.partial(_eagle_sizes, eagle, hybrid.nodes - eagle.nodes)
-        hybrid.policy = OnlinePolicy(latency, sizes, hybrid.undrafted)
-    return hybrid
 
 
 def _weighed_medusa(target: Target, medusa: MedusaDrafter) -> Drafter:

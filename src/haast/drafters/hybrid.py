@@ -1,8 +1,7 @@
 """EAGLE's tree with the best suffix match as one more branch: what was said before needs no head.
 
-Owns the merge. Where the text repeats itself (code, tables, quotations) the match reaches deeper than any head; where
-it does not, nothing is added. Told what forwards cost, a step may do without the head: the match alone is verified
-then, as far as it is expected to pay.
+Where the text repeats itself the match reaches deeper than any head. Told what forwards cost, a step may do without the
+head: the match alone is verified then, as far as it is expected to pay.
 
     EAGLE's tree   r -- a -- b          match  a b c d e     merged   r -- a -- b -- c -- d
                     \\                                                 \\
@@ -105,8 +104,10 @@ class HybridDrafter(Drafter):
 
     @torch.inference_mode()
     def propose(self, states: Sequence[HybridState], budget: int | None = None) -> DraftTree:
-        if budget == 1 and self._latency is not None:
-            return self._matches_alone(states)
+        if budget == 1 and self._latency is not None:  # the match alone, as far as it pays
+            tree, drafts = self.eagle.propose([state.eagle for state in states], 1), self._paying(states)[0]
+            paths = [next(iter(state.text.paths(drafts)), ()) if drafts else () for state in states]
+            return with_matches(tree, paths, drafts) if drafts else tree
         extra, own = self._extra, budget  # with costs, a budget is of the head's tree alone
         if budget is not None and self._latency is None:
             extra = min(extra, budget // 2)
@@ -128,13 +129,6 @@ class HybridDrafter(Drafter):
 
     def _paying(self, states: Sequence[HybridState]) -> tuple[int, float]:
         return self._suffix.paying([state.text for state in states], self._chain - 1)
-
-    def _matches_alone(self, states: Sequence[HybridState]) -> DraftTree:
-        tree = self.eagle.propose([state.eagle for state in states], 1)
-        drafts, _ = self._paying(states)
-        if not drafts:
-            return tree
-        return with_matches(tree, [next(iter(state.text.paths(drafts)), ()) for state in states], drafts)
 
     def _match(self, text: TextIndex) -> Path:
         """How the text goes on after its longest match; empty where that is short, or there is none."""

@@ -1,8 +1,5 @@
 """Lookahead decoding (Fu et al., arXiv 2402.02057) as one tree: the window's nodes are placeholders, guesses drafts.
 
-Owns the window, the pool of n-grams and the tree of both. Knows no head; the target's own choices at the placeholders
-come with `Accepted.choices`.
-
     window, W = 4 columns, N = 4: three rows of past choices. Column 0 of row 0 is the root.
 
     row 0   r -- a1 -- a2 -- a3        a chain: column i is a child of column i - 1
@@ -14,8 +11,8 @@ come with `Accepted.choices`.
     next    row 1 becomes row 0 (its first token replaced by the new root), row 2 row 1, and d0 .. d3 row 2
     guesses (x1 .. x_{N-1}) that followed the root's token in the pool are chains under the root, the newest first
 
-A node sees the chain up to its column and the column above it: the ancestors of a tree, at positions of its depths.
-That is the paper's mask (figure 5).
+A node sees the chain up to its column and the column above it, as in the paper's mask (figure 5). The target's own
+choices at the placeholders come with `Accepted.choices`.
 """
 
 from __future__ import annotations

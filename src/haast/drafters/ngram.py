@@ -1,10 +1,9 @@
 """Drafting without a model: what followed the same words before, in the prompt and in what was said.
 
-Owns two ways to find it. `PromptLookupDrafter`: the latest place where the last few tokens stood before (prompt
-lookup decoding, Saxena 2023; `prompt_lookup_num_tokens` of transformers). `SuffixDrafter`: the longest suffix of the
-whole text that occurred before, by an online suffix automaton (Blumer et al. 1985; SAM decoding, arXiv 2411.10666);
-shorter suffixes give further branches. Both cost microseconds and know no target. Told what forwards cost, they propose
-what is expected to pay by the odds of the text so far, else nothing.
+`PromptLookupDrafter` finds the latest place where the last few tokens stood before (prompt lookup decoding, Saxena
+2023), `SuffixDrafter` the longest suffix of the whole text that occurred before, by an online suffix automaton (Blumer
+et al. 1985; SAM decoding, arXiv 2411.10666). Told what forwards cost, they propose what is expected to pay by the odds
+of the text so far, else nothing.
 """
 
 from __future__ import annotations

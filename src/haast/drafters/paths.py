@@ -1,8 +1,4 @@
-"""Trees made of whole continuations: several paths under a root, common beginnings shared.
-
-Owns the merge of paths into one row's tree, and of all rows' trees into one. Knows neither where paths come from nor
-any model.
-"""
+"""Trees made of whole continuations: several paths under a root, common beginnings shared. Knows no model."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
 """Drafting with a smaller model of the same tokenizer (Leviathan et al., arXiv 2211.17192), as a chain.
 
-Owns what the small model keeps of every request: blocks of the small model's own KV pool. The small model is a `Target`
-like any other, so it may be packed. It drafts its likeliest tokens, or draws them from its own distribution and says
-what that was (`DraftTree.draft_probs`), which the rules of `haast.engine.rules` read. With sample-and-match the text is
-the target's for any small model and either way of drafting, since the target's own draws are of another stream.
+The small model is a `Target` like any other, with a KV pool of its own. It drafts its likeliest tokens, or draws them
+from its own distribution and says what that was (`DraftTree.draft_probs`), for the rules of `haast.engine.rules`.
 
     observed   the text grows; accepted drafts that were run already stay in the small model's cache
     propose    run what the cache lacks of the text, root included, take a token, run that, ... depth forwards

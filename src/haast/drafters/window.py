@@ -1,10 +1,8 @@
 """How far back a head looks when it drafts: all of the text, or a sliding window of it.
 
-Owns which of the head's pairs are needed. A pair at position p sees those at p - window + 1 .. p, as in transformers'
-sliding attention, and rotary positions are the text's own.
-
-A prompt need not go through the head as a whole. The keys and values of a layer at position t come from the layer
-below at t alone, and that layer's output at t from its own window:
+A pair at position p sees those at p - window + 1 .. p, as in transformers' sliding attention. A prompt need not go
+through the head as a whole: the keys and values of a layer at position t come from the layer below at t alone, and that
+layer's output at t from its own window.
 
     layers   pairs that the last pair of a prompt and all later ones depend on
     1        the last window                   (its keys and values come from features and embeddings alone)

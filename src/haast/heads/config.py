@@ -75,9 +75,9 @@ class HeadConfig(HeadSizes):
 def rope_of(config: PretrainedConfig) -> dict[str, Any]:
     """Rotary parameters of the draft layers, which turn all of a head's dimensions: the target's own, scaling included.
 
-    Of a target with rotary parameters by kind of layer, those of full attention. Where it turns only a part of each
-    head, its base and its scaling; factors by dimension (longrope's) do not fit then, and the base alone is taken, as
-    it is of a kind that Llama's layers do not have. A target without RoPE gives the default.
+    Of a target with parameters by kind of layer, those of full attention. Where it turns only a part of each head,
+    factors by dimension (longrope's) do not fit, and the base alone is taken, as it is of a kind that Llama's layers do
+    not have.
     """
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if "rope_theta" not in rope:  # nested by layer type (gemma 3), or a target without RoPE (gpt2)

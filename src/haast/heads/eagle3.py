@@ -1,7 +1,5 @@
 """EAGLE-3's draft module (arXiv 2503.01840, section 3): low, middle and high features fused, an LM head of its own.
 
-Owns the module and its configuration. Knows nothing of trees or training.
-
     target's hidden_states[low], [mid], [high] at t ──(norms)── fc ──► state at t ┐ residual
                                                             hidden_norm ─► cat ───┤ midlayer ─► state at t + 1
     embedding of x_{t+1} ─────────────────────────────── input_layernorm ─┘                      │

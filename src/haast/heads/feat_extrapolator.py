@@ -1,14 +1,12 @@
 """The FeatExtrapolator: EAGLE-1's draft module (arXiv 2401.15077, section 3.1), also drafting for EAGLE-2's trees.
 
-Owns the module and its configuration. Knows nothing of trees or training.
-
     position        t            t + 1            the pair (f_t, e_{t+1}) extrapolates f_{t+1};
     token           x_t          x_{t+1}          the target's LM head on f_{t+1} predicts x_{t+2}
     feature         f_t          f_{t+1}
     input pair     (f_t, embedding of x_{t+1}), rotary position t
 
-`LlamaDecoderLayer`s of transformers serve every target; no input norm before the first and no norm after the
-last, no bias in `fc`: the layout that the official loaders, vLLM and SGLang expect (they know one layer).
+Llama layers serve every target; no norm before the first or after the last, no bias in `fc`: the layout that the
+official loaders, vLLM and SGLang expect (they know one layer).
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """MedusaHeads: several heads that each guess one token further ahead (Medusa, arXiv 2401.10774, section 3.1).
 
-Owns the module and its configuration. Knows nothing of trees or training.
-
     position          t            t + 1        t + 2        the target's own LM head on f_t predicts x_{t+1};
     token             x_t          x_{t+1}      x_{t+2}      head i on f_t guesses x_{t+2+i}, i = 0, 1, ...,
     feature           f_t                                    without knowing the tokens between

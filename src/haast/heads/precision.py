@@ -1,8 +1,4 @@
-"""Which precision a head was trained on, and what it costs to draft for a target held in another one.
-
-Owns the comparison and the measured effect. The text is the target's own whatever the head was trained on; only the
-number of accepted drafts can change.
-"""
+"""Which precision a head was trained on, and what it costs to draft for a target held in another one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Which arguments of `generate` Haast honours, and the refusal by name of those that it does not.
 
-Owns the tables and the checks of settings, lengths and the model as it stands. What would change the text or the output
-is refused; so is what a newer transformers adds, until somebody has looked at it. docs/drop-in.md lists all arguments
-with remarks; a test holds the two together. Knows no decoding.
+What would change the text or the output is refused; so is what a newer transformers adds, until somebody has looked at
+it. docs/drop-in.md lists all arguments with remarks; a test holds the two together.
 """
 
 from __future__ import annotations

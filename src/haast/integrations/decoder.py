@@ -104,7 +104,12 @@ class Decoder:
                 raise ValueError("give a head or a ready drafter, not both")
             self._name = drafter.name
         else:
-            self._name = _checked_name(drafter or "auto", head is not None, small is not None)
+            self._name = drafter or "auto"
+            if head is None:
+                self._name = check_drafter(self._name, small=small is not None)
+            elif not needs_head(self._name) and check_drafter(self._name, small=True) != "none":
+                why = f"leave the head out, or choose one of {HEADED}"
+                raise ValueError(f"drafter={self._name!r} drafts without a head: {why}")
         if head is None and (shape is not None or draft_window is not None):
             raise ValueError("shape and draft_window are of a head's drafts: give a head too")
         if model is None:
@@ -161,19 +166,13 @@ class Decoder:
         Args:
             model: that `generate` was called on.
             input_ids: (rows, width), left-padded, one row per sequence that is returned.
-            logits_processor, stopping_criteria, generation_config: as prepared.
-            synced_gpus: refused where True.
-            streamer: gets the new tokens one by one; the prompt it has had from `generate`.
-            tokenizer: only `generate` itself needs it, for stop strings.
-            handover: what transformers keeps from callables (see `signature_hook`): streamer, assistant_model, ...
+            logits_processor, stopping_criteria, generation_config, streamer: as prepared.
+            synced_gpus, tokenizer: refused where True; only `generate` itself needs it, for stop strings.
+            handover: what transformers keeps from callables (`compat.hand_over`): streamer, assistant_model, ...
             model_kwargs: for the model's forward.
 
-        Returns:
-            (rows, width + new tokens), or a GenerateDecoderOnlyOutput, as stock `generate` returns.
-
-        Raises:
-            UnsupportedArgumentError: an argument that Haast does not honour, by name.
-            ValueError: a model, mask or prompt that can't be answered.
+        Returns (rows, width + new tokens), or a GenerateDecoderOnlyOutput, as stock `generate` returns. Raises
+        UnsupportedArgumentError for an argument that Haast does not honour, ValueError for what can't be answered.
         """
         more = {"synced_gpus": synced_gpus, **(handover or {})}
         streamer = more.pop("streamer", None) or streamer
@@ -273,15 +272,6 @@ def _decode(engine: Engine, rows: Rows, stats: Stats) -> None:
                 rows.flush()
         rows.settle(lambda own: agreed.numbers(lambda: (own,))[0])
     rows.finish()
-
-
-def _checked_name(name: str, headed: bool, small: bool) -> str:
-    """The name of a drafter, as far as it can be checked before a head is loaded. Raises ValueError."""
-    if not headed:
-        return check_drafter(name, small=small)
-    if not needs_head(name) and check_drafter(name, small=True) != "none":
-        raise ValueError(f"drafter={name!r} drafts without a head: leave the head out, or choose one of {HEADED}")
-    return name
 
 
 def _pad(config: GenerationConfig, criteria: StoppingCriteriaList, rows: int) -> int | None:

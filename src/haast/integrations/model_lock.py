@@ -1,8 +1,7 @@
 """The user's model while calls run on it: with an attention that takes trees, and given back as it was.
 
-Owns the model's own attention implementation while it is switched, what a probe found of the model, and the target that
-calls without one of their own share, so that one scheduler serves them together. The first call that comes switches
-the attention, the last one that leaves gives it back. Knows no decoding.
+The first call that comes switches the attention, the last one that leaves gives it back. Calls without a target of
+their own share one, so that one scheduler serves them together.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""Logits processors made for a batch, for one row at a time.
+"""Logits processors made for a batch, for one row at a time: rows differ in length here, and stock processors want one.
 
-Owns the split. In speculative decoding the rows of a batch have different lengths, and stock processors want one. So
-each row gets the processors for itself: those that hold something per row are cut to it, those that keep state are
-copied, the others are shared. Knows no models.
+Those that hold something per row are cut to it, those that keep state are copied, the others are shared.
 """
 
 from __future__ import annotations

@@ -1,17 +1,16 @@
 """The rows of one `generate` call: their texts as `generate` would have them, where they end, and what is returned.
 
-Owns the choice of a token where processors look at the text, what the stopping criteria say, and the shapes that are
-streamed and returned. Each row is a request of its own. Its text holds its left padding, since stock processors and
-stopping criteria see it; the engine's does not. Processors and criteria are asked exactly once per emitted token, in
-order, and never after a row's end, whatever is drafted. Knows neither trees nor models.
+Each row is a request of its own. Its text holds its left padding, since stock processors and stopping criteria see it;
+the engine's does not. Processors and criteria are asked exactly once per emitted token, in order, and never after a
+row's end, whatever is drafted. Knows neither trees nor models.
 
     text     pad pad  p0  p1  p2 | n0  n1 ...      a view for whoever asks: nothing is copied per token
              begin=2             width
 
 Stock `generate` runs a batch until all rows are done. A row that is done is padded where an end-of-text criterion is
 among the criteria; otherwise it goes on with true tokens until the last row is done. Requests run at their own pace:
-such a row stops where it is as long as any row is known to become, and is continued, as far as it lacks, by a second
-request once the length of the longest is known. So nobody is asked about a token that is cut off again.
+such a row stops where it is as long as any row is known to become, and a second request continues it once the length of
+the longest is known.
 """
 
 from __future__ import annotations
@@ -191,7 +190,16 @@ class RowChooser(Sampler):
             return 0
         if count > len(self._chosen):
             raise RuntimeError(f"row {self.row} has {count} new tokens, of which {len(self._chosen)} were chosen here")
-        token = self._pick(history, logits)
+        scores = self.scores(history, logits)
+        if self.greedy:
+            token = int(scores.argmax(-1))
+        else:
+            where = f"in row {self.row} after {len(history)} tokens"
+            token = inverse_cdf(probabilities(scores, where), self.draw(len(history)))
+        if self._keep_logits:
+            self.kept_logits.append(self._raw(logits))
+        if self._keep_scores:
+            self.kept_scores.append(scores)
         self._chosen.append(token)
         self._settle(count + 1, token)
         return token
@@ -208,19 +216,6 @@ class RowChooser(Sampler):
     def _raw(self, logits: Tensor) -> Tensor:
         """A copy in float32, as `generate` makes it: processors may write in place."""
         return logits.to(device=self._text.device, dtype=torch.float32, copy=True)
-
-    def _pick(self, history: Sequence[int], logits: Tensor) -> int:
-        scores = self.scores(history, logits)
-        if self.greedy:
-            token = int(scores.argmax(-1))
-        else:
-            where = f"in row {self.row} after {len(history)} tokens"
-            token = inverse_cdf(probabilities(scores, where), self.draw(len(history)))
-        if self._keep_logits:
-            self.kept_logits.append(self._raw(logits))
-        if self._keep_scores:
-            self.kept_scores.append(scores)
-        return token
 
     def _stop(self, new: Sequence[int]) -> bool:
         """The engine's stop rule for the request that runs."""

@@ -1,7 +1,6 @@
 """Checks of prompts, masks and stop strings: as the user gave them to `generate`, and as it has prepared them.
 
-Owns both. The first come before transformers has touched the input, since it would itself stumble over such input
-without a reason. Knows no decoding.
+The first come before transformers has touched the input: it would itself stumble over it without a reason.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 Owns what `torch.compile` needs to see few shapes and compile little: the node counts and cache lengths that forwards
 are padded to, a view of one layer's cache that is written at given slots, and one compiled function through which all
-layers go, so that layers of one kind share their code (regional compilation). Knows nothing of trees, targets or
-drafting. The model's own code runs; its layers are stood in for only while a forward lasts.
+layers go. The model's own code runs; its layers are stood in for only while a forward lasts.
 """
 
 from __future__ import annotations

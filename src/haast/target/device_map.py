@@ -1,9 +1,8 @@
 """Where a model's weights are to be (`Spread`), and where they are: on devices, paged in, or cut over processes.
 
-Owns the settings of spreading and the reading of what transformers and accelerate have made of them: accelerate's hooks
-(`device_map`), which move a module's inputs and page its weights in, and torch's distributed tensors (`tp_plan`). A
-module that is borrowed from such a model is called as a module, so that its hooks do their work; only `read_weight`
-looks at a weight.
+transformers and accelerate do the spreading: accelerate's hooks (`device_map`) move a module's inputs and page its
+weights in, torch's distributed tensors (`tp_plan`) are cut. A module that is borrowed from such a model is called as a
+module, so that its hooks do their work; only `read_weight` looks at a weight.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Finding and loading a target by name: an alias, a hub id, a local folder, or a GGUF file.
 
-Owns names, files and the one-time conversion of GGUF weights (transformers needs half a minute to read them; the
-converted copy loads in a second). Knows nothing of decoding.
+A GGUF file is converted once: transformers needs half a minute to read it, the converted copy loads in a second.
 """
 
 from __future__ import annotations
@@ -231,22 +230,14 @@ def _load(
                 f"{source.name} ({type(config).__name__}) is an encoder-decoder; Haast drafts for decoder-only "
                 f"causal LMs"
             )
-        with _no_progress_bars():
-            given = spread.arguments() if spread else {}
+        given, bars = spread.arguments() if spread else {}, transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one for every model's weights
+        try:
             model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **given)
+        finally:
+            if bars:
+                transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
         return model, AutoTokenizer.from_pretrained(location)
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """transformers draws one for every model's weights."""
-    before = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if before:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
 """How a target's weights are held: its dtype, packed by Haast, or quantised by somebody else.
 
 Owns the name of a precision, the weights of a quantised layer where they are needed as numbers, and quantisation by
-torchao when a model is loaded. A quantised layer is otherwise only called: whatever its format, the target's text is
-what its own forwards say, and drafts are checked by those.
+torchao when a model is loaded.
 """
 
 from __future__ import annotations

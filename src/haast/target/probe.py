@@ -1,9 +1,8 @@
-"""Does a model answer for a tree as it answers a plain text by itself? A few tokens through it tell.
+"""Does a model answer for a tree as it answers a plain text by itself? A few tokens through it tell, once.
 
-Owns what is found out once, when a model is taken up: whether it keeps its state in our cache, whether the decoder's
-output is what the LM head reads, by how much logits are scaled, and whether it may be drafted for at all: it must be
-causal, must say with Haast's masks, positions and cache what its own forward says, and must answer a node of a tree as
-that node's path alone. Texts are compared by their logits, see `Gap`.
+Found out: whether it keeps its state in our cache, whether the decoder's output is what the LM head reads, by how much
+logits are scaled, and whether it may be drafted for at all: it must be causal, must say with Haast's masks, positions
+and cache what its own forward says, and must answer a node of a tree as that node's path alone.
 
 The probe's texts are ten tokens long, so a sliding window is narrowed to `_WINDOW` while it lasts: the masks are made
 from the configuration in each forward, by transformers as by Haast, and of the same code for every size.

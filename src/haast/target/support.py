@@ -1,8 +1,4 @@
-"""Which models Haast can verify trees with, as far as it shows without a forward, and how they are to attend.
-
-Owns refusals that need no forward; what only a forward shows is `probe`'s. Nothing is patched: the attention
-implementation is chosen through transformers' own switch.
-"""
+"""Which models are refused without a forward (`probe` finds the others), and how a model is to attend."""
 
 from __future__ import annotations
 

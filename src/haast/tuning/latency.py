@@ -1,13 +1,10 @@
-"""What a target forward costs by its nodes, and drafting by its levels: measured at first use, then kept.
-
-Owns the measurement, what it is good for, and its file in the assets cache; `haast calibrate` measures more, and with
-patience. Knows no drafter: who drafts says how long that takes.
+"""What a target forward costs by its nodes, and drafting by its levels: measured at first use, then kept on disk.
 
     v(n)   a forward over n nodes, of all rows together, in forwards over one: what eight rows of two nodes cost is
            about what one row of sixteen does
 
-A machine that is busy while it is measured seems slow all over; decisions rest on ratios, and the least time of
-several counts. No decision looks at a clock again, so runs repeat.
+A busy machine seems slow all over; decisions rest on ratios, and the least time of several counts. No decision looks at
+a clock again, so runs repeat. Knows no drafter: who drafts says how long that takes.
 """
 
 from __future__ import annotations
@@ -43,12 +40,8 @@ _LEAST, _ROUNDS, _SECONDS, _COMMITTED = 3, 5, 2.0, 32
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds, of the fastest runs.
-
-    Attributes:
-        forward_ms: nodes of all rows together -> a target forward; has 1.
-        first_ms: one row's first level of drafts, observing included; 0 where drafts cost nothing to speak of.
-        level_ms: width -> every further level.
+    """Milliseconds, of the fastest runs: `forward_ms` by the nodes of all rows together (has 1), `first_ms` of one
+    row's first level of drafts, observing included, `level_ms` of every further level by its width.
     """
 
     forward_ms: dict[int, float]
@@ -150,19 +143,15 @@ def latency_of(
     identity = {**target_identity(target), **(known or {})}
     path = file_for(identity, "latency")
     with target.lock:  # of two threads the second finds what the first has measured
-        if path.name not in _measured:
-            _measured[path.name] = _read(path) or _measure(target, drafts, identity, path)
-        return _measured[path.name]
-
-
-def _measure(target: Target, drafts: Callable[[], DraftCost] | None, identity: dict[str, Any], path: Path) -> Latency:
-    forward_ms = measure_forwards(target)
-    found = Latency(forward_ms) if drafts is None else Latency(forward_ms, *drafts())
-    try:
-        _write(found, identity, path)
-    except (OSError, ValueError) as error:
-        _LOG.info("what forwards cost is not kept: %s", error)
-    return found
+        found = _measured.get(path.name) or _read(path)
+        if found is None:
+            forward_ms = measure_forwards(target)
+            found = Latency(forward_ms) if drafts is None else Latency(forward_ms, *drafts())
+            try:
+                _write(found, identity, path)
+            except (OSError, ValueError) as error:
+                _LOG.info("what forwards cost is not kept: %s", error)
+        return _measured.setdefault(path.name, found)
 
 
 def keep(target: Target, found: Latency) -> Path:

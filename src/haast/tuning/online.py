@@ -58,8 +58,7 @@ class OnlinePolicy:
     Args:
         latency: what steps cost.
         sizes: by rows, what there is to choose from, from small to full; none where drafts never pay.
-        undrafted: tokens per row, and nodes, that a step brings with a budget of 1, for drafters that have drafts
-            beside those that they are asked for; None where that is a root alone.
+        undrafted: tokens per row, and nodes, that a step brings with a budget of 1; None where that is a root alone.
     """
 
     def __init__(
@@ -141,7 +140,8 @@ class Record:
         self.rows, self.size, self._whole = rows, size, size is full
         if size is None:
             self._idle += 1
-            if self._idle >= self._pause(trial):
+            first = max(_PAUSE, math.ceil((trial - 1) / _TRIAL_SHARE))
+            if self._idle >= min(first << min(self._failed, 16), max(first, _LONGEST_PAUSE)):
                 self._idle, self._account = 0, _STAKE
                 self._resting, self._trying = False, True
 
@@ -160,10 +160,6 @@ class Record:
             self._account, self._resting, self._trying = _STAKE, True, False
         elif self._account == 0:
             self._failed, self._resting, self._trying = 0, False, False
-
-    def _pause(self, trial: float) -> int:
-        first = max(_PAUSE, math.ceil((trial - 1) / _TRIAL_SHARE))
-        return int(min(first << min(self._failed, 16), max(first, _LONGEST_PAUSE)))
 
 
 def chances_of(gain: float, depth: int) -> list[float]:

@@ -18,8 +18,7 @@ from haast.drafters.tree_shape import DraftShape
 from haast.engine.engine import PREFILL_CHUNK, Engine, check_prompts
 from haast.engine.scheduler import Scheduler, check_limits
 from haast.errors import CancelledError, PromptError, QueueFullError
-from haast.generation import Answer, Generation, Piece, Settings, collected
-from haast.inputs import Ids, Message, Prompt, Prompts, split
+from haast.generation import Answer, Generation, Ids, Message, Piece, Prompt, Prompts, Settings, collected, split
 from haast.integrations.arguments import check_model
 from haast.integrations.decoder import Decoder
 from haast.stats import Stats

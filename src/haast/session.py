@@ -12,8 +12,7 @@ from typing import Unpack
 
 from haast.api import Haast
 from haast.errors import PromptError, QueueFullError, check_at_least
-from haast.generation import Generation, Piece, Settings, collected
-from haast.inputs import Message
+from haast.generation import Generation, Message, Piece, Settings, collected
 from haast.stats import Stats
 from haast.target.kv_pool import BLOCK
 

@@ -16,8 +16,7 @@ from pathlib import Path
 from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.batch_policy import measured_ways, usual_ways, way_for
-from haast.drafters.calibrated import apply_calibration, find_calibration
-from haast.drafters.draft_cost import draft_ms, eagle_cost, small_model_cost
+from haast.drafters.calibrated import apply_calibration, draft_ms, eagle_cost, find_calibration, small_model_cost
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.hybrid import HybridDrafter
 from haast.drafters.lookahead import LookaheadDrafter

@@ -18,7 +18,6 @@ choices at the placeholders come with `Accepted.choices`.
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -38,16 +37,15 @@ class NgramPool:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._grams: dict[int, OrderedDict[Gram, None]] = {}
+        self._grams: dict[int, dict[Gram, None]] = {}
 
     def add(self, gram: Sequence[int]) -> None:
         """Take in an n-gram."""
-        kept = self._grams.setdefault(gram[0], OrderedDict())
-        rest = tuple(gram[1:])
+        kept, rest = self._grams.setdefault(gram[0], {}), tuple(gram[1:])
         kept.pop(rest, None)
         kept[rest] = None
         if len(kept) > self._most:
-            kept.popitem(last=False)
+            del kept[next(iter(kept))]
 
     def guesses(self, token: int) -> list[Gram]:
         """What followed the token, the newest first."""

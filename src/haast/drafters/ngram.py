@@ -130,14 +130,13 @@ class NgramIndex(TextIndex):
     def __init__(self, most: int) -> None:
         super().__init__()
         self._most = most
-        # n-gram -> the place after its latest occurrence, and the one before that (the newest n-gram ends the text)
-        self._latest: dict[tuple[int, ...], int] = {}
-        self._before: dict[tuple[int, ...], int] = {}
+        # n-gram -> the place after its last occurrence but one, and after its latest: the newest n-gram ends the text
+        self._places: dict[tuple[int, ...], tuple[int, int]] = {}
 
     def match(self) -> tuple[int, int]:
         for length in range(min(self._most, len(self.text) - 1), 0, -1):
-            place = self._before.get(tuple(self.text[-length:]))
-            if place is not None:
+            place, _ = self._places[tuple(self.text[-length:])]
+            if place:
                 return length, place
         return 0, 0
 
@@ -148,9 +147,8 @@ class NgramIndex(TextIndex):
     def _learn(self) -> None:
         for length in range(1, min(self._most, len(self.text)) + 1):
             gram = tuple(self.text[-length:])
-            if gram in self._latest:
-                self._before[gram] = self._latest[gram]
-            self._latest[gram] = len(self.text)
+            _, before = self._places.get(gram, (0, 0))
+            self._places[gram] = before, len(self.text)
 
 
 class SuffixDrafter(HistoryDrafter):

@@ -42,10 +42,7 @@ def nodes_for(nodes: int) -> int | None:
 
 def slots_for(slots: int) -> int:
     """The cache length that holds `slots`: 256, 512, 1024, ... so that a growing text meets few lengths."""
-    length = _SLOTS
-    while length < slots:
-        length *= 2
-    return length
+    return max(_SLOTS, 1 << (slots - 1).bit_length())
 
 
 class LayerSlots:

@@ -8,18 +8,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import cached_assets_path
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -287,19 +284,7 @@ def _converted_folder(source: ModelSource) -> Path:
 def _convert(source: ModelSource, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source.location, gguf_file=source.gguf, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source.location, gguf_file=source.gguf)
-    folder.mkdir(parents=True)
-    tensors: dict[str, Any] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict().items():  # tied weights once, as save_pretrained does
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            tensors[name] = tensor.contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict()
-    config.pop("quantization_config", None)
-    config["architectures"] = [type(model).__name__]
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+    vars(model.config).pop("quantization_config", None)  # the copy's weights are plain
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "complete").touch()

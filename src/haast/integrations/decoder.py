@@ -35,7 +35,7 @@ from haast.heads.checkpoint import Head
 from haast.integrations.arguments import PARAMETERS, check_model, new_tokens_allowed, refuse_arguments, refuse_settings
 from haast.integrations.model_lock import Loan, borrowed
 from haast.integrations.processors import for_rows, refuse_linked
-from haast.integrations.rows import Criteria, Ends, RowChooser, Rows
+from haast.integrations.rows import Ends, RowChooser, Rows
 from haast.integrations.validate_inputs import check_ids, check_own_inputs, padding, validate_inputs
 from haast.target.kv_cache import CACHE_NAMES
 from haast.target.support import own_model, refuse_unsupported
@@ -185,10 +185,9 @@ class Decoder:
         with borrowed(model) as loan:
             target, drafter = self._parts(model, loan)
             most = new_tokens_allowed(stopping_criteria, input_ids.shape[1], begins, target)
-            ends = Ends(len(begins), most, together=pad is None and len(begins) > 1)
-            criteria, stats = Criteria(stopping_criteria, most), Stats()
-            choosers = _choosers(input_ids, begins, processors, criteria, ends, generation_config, target)
-            rows = Rows(choosers, ends, streamer, pad or 0)
+            ends = Ends(stopping_criteria, len(begins), most, together=pad is None and len(begins) > 1)
+            choosers = _choosers(input_ids, begins, processors, ends, generation_config, target)
+            rows, stats = Rows(choosers, ends, streamer, pad or 0), Stats()
             _decode(Engine(target, drafter), rows, stats)
         self.stats = stats
         return rows.output(input_ids, generation_config)
@@ -236,7 +235,6 @@ def _choosers(
     input_ids: Tensor,
     begins: list[int],
     processors: list[LogitsProcessorList],
-    criteria: Criteria,
     ends: Ends,
     config: GenerationConfig,
     target: Target,
@@ -255,7 +253,7 @@ def _choosers(
     seeds = torch.randint(2**63 - 1, (count,)).tolist() if config.do_sample else [None] * count
     parts = zip(input_ids, begins, processors, seeds, strict=True)
     return [
-        RowChooser(row, ids, begin, own, criteria, ends, seed=seed, keep_scores=scores, keep_logits=logits)
+        RowChooser(row, ids, begin, own, ends, seed=seed, keep_scores=scores, keep_logits=logits)
         for row, (ids, begin, own, seed) in enumerate(parts)
     ]
 

@@ -44,57 +44,43 @@ _STATELESS = frozenset({
     TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper,
     EpsilonLogitsWarper, LogitNormalization, InfNanRemoveLogitsProcessor, SuppressTokensLogitsProcessor,
 })  # fmt: skip
+_Shown = tuple[Tensor, tuple[Tensor, ...] | None]
 
 
-class Criteria:
-    """The stopping criteria that `generate` prepared, asked for one row at a time.
+class Ends:
+    """Where the rows of a call end, by the stopping criteria that `generate` prepared, asked for one row at a time.
 
-    `eos` are tokens that end a text, `most` is the most new tokens.
+    Attributes:
+        eos: tokens that end a text.
+        most: new tokens at most.
+        look: whether there are criteria that look at the text.
+        together: whether a row that is done goes on until all are.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList, most: int) -> None:
+    def __init__(self, criteria: StoppingCriteriaList, rows: int, most: int, together: bool) -> None:
         # The two that almost every call has are answered without tensors.
         self.eos = frozenset(int(i) for each in criteria if type(each) is EosTokenCriteria for i in each.eos_token_id)
         plain = (EosTokenCriteria, MaxLengthCriteria)
         self._others = StoppingCriteriaList(each for each in criteria if type(each) not in plain)
-        self.most = most
+        self.most, self.look, self.together = most, bool(self._others), together
+        self._counts = [0] * rows
+        self._done: list[int | None] = [None] * rows
 
-    @property
-    def look(self) -> bool:
-        """Whether there are any that look at the text."""
-        return bool(self._others)
-
-    def done(self, count: int, token: int, shown: Callable[[], tuple[Tensor, tuple[Tensor, ...] | None]]) -> bool:
-        """Whether a text of `count` new tokens, `token` the last, is done; `shown` are its ids and its scores so far.
+    def settle(self, row: int, count: int, token: int, shown: Callable[[], _Shown]) -> None:
+        """A row has `count` new tokens, `token` is the last; `shown` are its ids and its scores so far.
 
         Raises ValueError where a criterion answers for other rows than the one that it was asked about.
         """
         done = token in self.eos or count >= self.most
-        if not self.look:
-            return done
-        answer = self._others(*shown())
-        if answer.numel() != 1:
-            names = [type(each).__name__ for each in self._others]
-            raise ValueError(
-                f"the stopping criteria {names} answered for {answer.numel()} rows when asked about one: rows of a "
-                f"batch differ in length here, so a criterion must answer for the rows that it is given"
-            )
-        return bool(answer) or done
-
-
-class Ends:
-    """Where the rows of a call end, at most after `most` new tokens, by where each was done.
-
-    With `together`, a row that is done goes on until all are.
-    """
-
-    def __init__(self, rows: int, most: int, together: bool) -> None:
-        self.together, self._most = together, most
-        self._counts = [0] * rows
-        self._done: list[int | None] = [None] * rows
-
-    def settle(self, row: int, count: int, done: bool) -> None:
-        """A row has `count` new tokens, one more than before, and is done or not."""
+        if self.look:
+            answer = self._others(*shown())
+            if answer.numel() != 1:
+                names = [type(each).__name__ for each in self._others]
+                raise ValueError(
+                    f"the stopping criteria {names} answered for {answer.numel()} rows when asked about one: rows of a "
+                    f"batch differ in length here, so a criterion must answer for the rows that it is given"
+                )
+            done = bool(answer) or done
         self._counts[row] = count
         if done and self._done[row] is None:
             self._done[row] = count
@@ -107,8 +93,8 @@ class Ends:
     def over(self, row: int, count: int) -> bool:
         """Whether a row stops that has `count` new tokens."""
         done = self._done[row]
-        if done is None or count >= self._most:
-            return count >= self._most
+        if done is None or count >= self.most:
+            return count >= self.most
         return count >= (self.longest if self.together else done)
 
 
@@ -120,7 +106,7 @@ class RowChooser(Sampler):
     Args:
         ids: (width,), left-padded by `begin` tokens.
         processors: its own, from `processors.for_rows`.
-        criteria, ends: of the call; `row` is its number there.
+        ends: of the call; `row` is its number there.
         seed: of its draws; None is greedy.
         keep_scores, keep_logits: record the processed scores or the raw logits, (vocab,) fp32, of every emitted token.
 
@@ -135,7 +121,6 @@ class RowChooser(Sampler):
         ids: Tensor,
         begin: int,
         processors: LogitsProcessorList,
-        criteria: Criteria,
         ends: Ends,
         *,
         seed: int | None,
@@ -150,7 +135,7 @@ class RowChooser(Sampler):
         self.kept_scores: list[Tensor] = []
         self.kept_logits: list[Tensor] = []
         self._keep_scores, self._keep_logits = keep_scores, keep_logits
-        self._processors_of_row, self._criteria, self._ends = processors, criteria, ends
+        self._processors_of_row, self._ends = processors, ends
         plain = all(type(each) in _STATELESS for each in processors)
         self._stateless = plain and not (keep_scores or keep_logits)
         self._text = _Text(ids)
@@ -166,9 +151,9 @@ class RowChooser(Sampler):
     def begun(self) -> StopParams:
         """A request begins, over the prompt and the new tokens so far: when it stops."""
         self._begin, self._stops_at = len(self.tokens), -1
-        asks = self._criteria.look or not self.stateless or self._ends.together
-        most = self._criteria.most if self.end is None else self.end
-        return StopParams(most - self._begin, tuple(self._criteria.eos), self._stop if asks else None)
+        asks = self._ends.look or not self.stateless or self._ends.together
+        most = self._ends.most if self.end is None else self.end
+        return StopParams(most - self._begin, tuple(self._ends.eos), self._stop if asks else None)
 
     def take(self, emission: Emission) -> None:
         """Tokens were emitted."""
@@ -227,16 +212,15 @@ class RowChooser(Sampler):
         """There are `count` new tokens, `token` is the last: ask the criteria, once."""
         if count <= self._asked:
             return
-        if self._criteria.look or not self.stateless:
+        if self._ends.look or not self.stateless:
             self._text.put(count - 1, token)
 
-        def shown() -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        def shown() -> _Shown:
             scores = tuple(each.unsqueeze(0) for each in self.kept_scores) if self._keep_scores else None
             return self._text.upto(count), scores
 
-        done = self._criteria.done(count, token, shown)
+        self._ends.settle(self.row, count, token, shown)
         self._asked = count
-        self._ends.settle(self.row, count, done)
 
     def _over(self, count: int) -> bool:
         """Whether the request stops at `count` new tokens. Once said it stays so, whatever other rows do meanwhile."""

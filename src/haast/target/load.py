@@ -284,7 +284,8 @@ def _converted_folder(source: ModelSource) -> Path:
 def _convert(source: ModelSource, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source.location, gguf_file=source.gguf, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source.location, gguf_file=source.gguf)
-    vars(model.config).pop("quantization_config", None)  # the copy's weights are plain
+    vars(model.config).pop("quantization_config", None)  # the weights are plain numbers by now
+    vars(model).pop("hf_quantizer", None)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "complete").touch()

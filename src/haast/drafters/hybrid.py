@@ -116,8 +116,11 @@ class HybridDrafter(Drafter):
         if not any(matches):
             return self.eagle.propose([state.eagle for state in states], budget)
         tree = self.eagle.propose([state.eagle for state in states], own)
-        if not self._pays(states, matches, tree.nodes, extra):
-            return tree
+        if len(states) > 1:  # are the matches worth the nodes that every row gets for them?
+            each = zip(states, matches, strict=True)
+            gain = sum(state.gained / state.matches for state, match in each if match) / len(states)
+            if not self.eagle.affords(len(states), tree.nodes, extra, gain):
+                return tree
         for state, match in zip(states, matches, strict=True):
             state.offered = tree.nodes if match else 0
         return with_matches(tree, matches, extra)
@@ -134,13 +137,6 @@ class HybridDrafter(Drafter):
         """How the text goes on after its longest match; empty where that is short, or there is none."""
         length, place = text.match()
         return text.text[place : place + self.nodes] if length >= self._least else ()
-
-    def _pays(self, states: Sequence[HybridState], matches: Sequence[Path], nodes: int, extra: int) -> bool:
-        """Whether the matches are worth the nodes that every row gets for them."""
-        if len(states) == 1:
-            return True
-        gain = sum(state.gained / state.matches for state, match in zip(states, matches, strict=True) if match)
-        return self.eagle.affords(len(states), nodes, extra, gain / len(states))
 
 
 def with_matches(tree: DraftTree, matches: Sequence[Path], extra: int) -> DraftTree:

@@ -125,17 +125,15 @@ class LookaheadState:
         tree = PathTree(self._recent[-1], nodes)
         for guess in self._pool.guesses(self._recent[-1]):
             tree.insert(guess, tree.room - reserved)
-        self._numbers = self._window_under(tree) if nodes >= window else []
+        self._numbers = []
+        if nodes >= window:
+            self._numbers = [[0]]
+            for token in self._window[0][1:]:
+                self._numbers[0].append(tree.placeholder_under(self._numbers[0][-1], token))
+            for row in self._window[1:]:
+                above = zip(self._numbers[-1], row, strict=True)
+                self._numbers.append([tree.placeholder_under(number, token) for number, token in above])
         return tree
-
-    def _window_under(self, tree: PathTree) -> list[list[int]]:
-        """Add the window to a tree; returns the numbers of its nodes, row by row."""
-        numbers = [[0]]
-        for token in self._window[0][1:]:
-            numbers[0].append(tree.placeholder_under(numbers[0][-1], token))
-        for row in self._window[1:]:
-            numbers.append([tree.placeholder_under(*each) for each in zip(numbers[-1], row, strict=True)])
-        return numbers
 
     def _advance(self, choices: Sequence[int]) -> None:
         """The target's choices after the last row complete n-grams and become the newest row."""

@@ -178,14 +178,9 @@ class SuffixIndex(TextIndex):
         self._least, self._branches = least, branches
         self._automaton = SuffixAutomaton()
 
-    @property
-    def longest(self) -> int:
-        """Length of the longest suffix of the text that occurred before."""
-        return self._automaton.longest
-
     def match(self) -> tuple[int, int]:
         places = self._automaton.earlier(self._least, 1)
-        return (self.longest, places[0]) if places else (0, 0)
+        return (self._automaton.longest, places[0]) if places else (0, 0)
 
     def paths(self, most: int) -> list[Path]:
         return [self.text[end : end + most] for end in self._automaton.earlier(self._least, self._branches)]

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.logits_process import (
     EpsilonLogitsWarper,
@@ -138,7 +139,7 @@ class RowChooser(Sampler):
         self._processors_of_row, self._ends = processors, ends
         plain = all(type(each) in _STATELESS for each in processors)
         self._stateless = plain and not (keep_scores or keep_logits)
-        self._text = _Text(ids)
+        self._text, self._width = ids.unsqueeze(0), len(ids)  # with room for new ones once there is one
         self._chosen: list[int] = []  # where processors look at the text
         self._asked = 0  # new tokens after which the criteria were asked
         self._begin, self._stops_at = 0, -1  # of the request that runs: new tokens before it, and where it stops
@@ -194,7 +195,7 @@ class RowChooser(Sampler):
         if self.stateless:
             return super().scores(history, logits)
         raw = self._raw(logits).unsqueeze(0)
-        text = self._text.upto(len(history) - len(self.prompt))
+        text = self._text[:, : self._width + len(history) - len(self.prompt)]
         scores: Tensor = self._processors_of_row(text, raw) if self._processors_of_row else raw  # type: ignore[arg-type]
         return scores[0]
 
@@ -213,11 +214,14 @@ class RowChooser(Sampler):
         if count <= self._asked:
             return
         if self._ends.look or not self.stateless:
-            self._text.put(count - 1, token)
+            place = self._width + count - 1
+            if place >= self._text.shape[1]:  # the first time too: the ids are the caller's
+                self._text = pad(self._text, (0, self._text.shape[1]))
+            self._text[0, place] = token
 
         def shown() -> _Shown:
             scores = tuple(each.unsqueeze(0) for each in self.kept_scores) if self._keep_scores else None
-            return self._text.upto(count), scores
+            return self._text[:, : self._width + count], scores
 
         self._ends.settle(self.row, count, token, shown)
         self._asked = count
@@ -230,10 +234,10 @@ class RowChooser(Sampler):
 
 
 class Rows:
-    """The rows of a call in their order, and who listens to their new tokens; `pad` stands after a row's end."""
+    """The rows of a call in their order, and who listens to their new tokens; `padding` stands after a row's end."""
 
-    def __init__(self, rows: Sequence[RowChooser], ends: Ends, streamer: BaseStreamer | None, pad: int) -> None:
-        self._rows, self._ends, self._streamer, self._pad = list(rows), ends, streamer, pad
+    def __init__(self, rows: Sequence[RowChooser], ends: Ends, streamer: BaseStreamer | None, padding: int) -> None:
+        self._rows, self._ends, self._streamer, self._pad = list(rows), ends, streamer, padding
         self._sent = 0
 
     def unfinished(self) -> list[RowChooser]:
@@ -290,25 +294,3 @@ class Rows:
         return tuple(
             torch.stack([row[step] if step < end else certain for row, end in each]) for step in range(max(ends))
         )
-
-
-class _Text:
-    """A row's ids and new tokens, (1, length), in memory that grows by doubling."""
-
-    def __init__(self, ids: Tensor) -> None:
-        self._line, self._width = ids.unsqueeze(0), len(ids)
-
-    @property
-    def device(self) -> torch.device:
-        return self._line.device
-
-    def put(self, place: int, token: int) -> None:
-        """New token number `place`."""
-        place += self._width
-        if place >= self._line.shape[1]:  # the first time too: the ids are the caller's
-            self._line = torch.cat([self._line, torch.zeros_like(self._line)], dim=1)
-        self._line[0, place] = token
-
-    def upto(self, count: int) -> Tensor:
-        """The text with `count` new tokens, a view."""
-        return self._line[:, : self._width + count]

@@ -138,7 +138,10 @@ class CompiledLayers:
             if shape in self.shapes:
                 return self._step(forward)
             try:
-                with self._compiling(shape):
+                rows, nodes, slots = shape
+                batch = f"{rows} rows of " if rows > 1 else ""
+                what = f"{self._what} for {batch}{nodes} node{'s' * (nodes > 1)} and {slots} slots"
+                with self._progress(what), _kept_on_disk(), compat.variants_allowed(_VARIANTS):
                     for _ in range(2 if self.graphs else 0):  # one run to warm up, one to record the graphs
                         self._step(forward)
                     output = self._step(forward)
@@ -181,14 +184,6 @@ class CompiledLayers:
         if not any(each is held for each in (*given, *named.values())):
             return _through(layer, args, kwargs)  # somebody else's call of the model, from another thread
         return self._call(layer, given, named)
-
-    @contextmanager
-    def _compiling(self, shape: tuple[int, ...]) -> Iterator[None]:
-        rows, nodes, slots = shape
-        batch = f"{rows} rows of " if rows > 1 else ""
-        what = f"{self._what} for {batch}{nodes} node{'s' * (nodes > 1)} and {slots} slots"
-        with self._progress(what), _kept_on_disk(), compat.variants_allowed(_VARIANTS):
-            yield
 
 
 def layers_of(decoder: nn.Module, count: int) -> list[nn.Module] | None:

@@ -9,6 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
+from typer import Option
 
 from haast.cli.boundary import human_output
 from haast.cli.loading import Spreading, leads, load_chosen, one_voice
@@ -39,12 +40,10 @@ _WARMUP = 8  # tokens
 class Ending:
     """How long a text goes on, and how it is shown."""
 
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Exact upper bound of new tokens.")] = 256
-    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be repeated.")] = (
-        None
-    )
+    max_new_tokens: Annotated[int, Option(metavar="N", help="Exact upper bound of new tokens.")] = 256
+    stop: Annotated[list[str] | None, Option(metavar="TEXT", help="End before this text; may be repeated.")] = None
     prefill_chunk: ChunkOption = PREFILL_CHUNK
-    plain: Annotated[bool, typer.Option("--plain", help="Don't colour drafted tokens (green).")] = False
+    plain: Annotated[bool, Option("--plain", help="Don't colour drafted tokens (green).")] = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -89,9 +88,9 @@ def generate(
     sampling: Sampling,
     ending: Ending,
     spreading: Spreading,
-    raw: Annotated[bool, typer.Option("--raw", help="Don't put the prompt through the chat template.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Decode without drafting first, then with it.")] = False,
-    rounds: Annotated[int, typer.Option(metavar="R", help="With --compare: timed runs of each.")] = 1,
+    raw: Annotated[bool, Option("--raw", help="Don't put the prompt through the chat template.")] = False,
+    compare: Annotated[bool, Option("--compare", help="Decode without drafting first, then with it.")] = False,
+    rounds: Annotated[int, Option(metavar="R", help="With --compare: timed runs of each.")] = 1,
     json_out: JsonOption = None,
 ) -> None:
     """Answer one prompt, streamed; drafted tokens are green, the target's own are not.
@@ -129,7 +128,7 @@ def chat(
     sampling: Sampling,
     ending: Ending,
     spreading: Spreading,
-    system: Annotated[str, typer.Option(metavar="TEXT", help="A system message to begin with.")] = "",
+    system: Annotated[str, Option(metavar="TEXT", help="A system message to begin with.")] = "",
 ) -> None:
     """Talk with the model. /reset forgets the dialogue, /exit (or end of input) leaves, Ctrl-C cuts an answer short.
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from haast.cli.settings import Choice, Drafting, Loading, check_at_least
 
@@ -44,10 +44,10 @@ class Spreading:
     """Over what the target is spread."""
 
     device_map: Annotated[
-        str | None, typer.Option(metavar="PLAN", help="auto: over all devices, memory and disk, as transformers plans.")
+        str | None, Option(metavar="PLAN", help="auto: over all devices, memory and disk, as transformers plans.")
     ] = None
     tensor_parallel: Annotated[
-        bool, typer.Option("--tensor-parallel", help="Under torchrun: cut the layers over its processes.")
+        bool, Option("--tensor-parallel", help="Under torchrun: cut the layers over its processes.")
     ] = False
 
     def check(self, loading: Loading) -> Spread:

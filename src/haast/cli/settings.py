@@ -15,7 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-import typer
+from typer import Option
 
 from haast.drafters.tree_shape import DraftShape, shape_for, usual_nodes
 from haast.errors import check_at_least as check_at_least  # commands take it from here
@@ -33,17 +33,15 @@ DEFAULT_MODEL = "smollm2-135m-instruct"  # haast.target.load has the same; impor
 PREFILL_CHUNK = 512  # of haast.engine.engine, likewise
 
 JsonOption = Annotated[
-    str | None, typer.Option("--json", metavar="OUT", help="Write the result to this file; '-' is stdout.")
+    str | None, Option("--json", metavar="OUT", help="Write the result to this file; '-' is stdout.")
 ]
-PromptsOption = Annotated[
-    Path | None, typer.Option("--prompts", metavar="FILE", help="JSON lines with `turns` or `prompt`.")
-]
-LimitOption = Annotated[int | None, typer.Option("--limit", metavar="N", help="Take only the first N prompts.")]
+PromptsOption = Annotated[Path | None, Option("--prompts", metavar="FILE", help="JSON lines with `turns` or `prompt`.")]
+LimitOption = Annotated[int | None, Option("--limit", metavar="N", help="Take only the first N prompts.")]
 ChunkOption = Annotated[
-    int, typer.Option("--prefill-chunk", metavar="N", help="Prompt tokens a forward; fewer take less memory.")
+    int, Option("--prefill-chunk", metavar="N", help="Prompt tokens a forward; fewer take less memory.")
 ]
 SpreadLimitOption = Annotated[
-    int | None, typer.Option("--limit", metavar="N", help="Take only N prompts, evenly from the whole file.")
+    int | None, Option("--limit", metavar="N", help="Take only N prompts, evenly from the whole file.")
 ]
 
 
@@ -51,16 +49,14 @@ SpreadLimitOption = Annotated[
 class Loading:
     """Which target, and how it is loaded."""
 
-    model: Annotated[str, typer.Option(help="Name, hub id, folder or .gguf file.")] = DEFAULT_MODEL
-    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or float64.")] = "float32"
-    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu"
-    packing: Annotated[
-        str, typer.Option(help="auto, f16 (packed 16-bit linears on the CPU), int8, torchao-int8, torchao-int4 or off.")
-    ] = "auto"
-    compile: Annotated[
-        str, typer.Option(help="off, auto (on for CUDA) or on: compiled layers at a few static shapes, kept on disk.")
-    ] = "off"
-    threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads; torch's own choice if absent.")] = None
+    model: Annotated[str, Option(help="Name, hub id, folder or .gguf file.")] = DEFAULT_MODEL
+    dtype: Annotated[str, Option(help="float32, float16, bfloat16 or float64.")] = "float32"
+    device: Annotated[str, Option(help="A torch device.")] = "cpu"
+    packing: Annotated[str, Option(help="auto, f16 (packed, on the CPU), int8, torchao-int8, torchao-int4 or off.")] = (
+        "auto"
+    )
+    compile: Annotated[str, Option(help="off, auto (on for CUDA) or on: static shapes, kept on disk.")] = "off"
+    threads: Annotated[int | None, Option(metavar="N", help="CPU threads; torch's own choice if absent.")] = None
 
     def check(self) -> None:
         """Refuse impossible settings and apply the thread count; nothing is loaded. Raises ValueError."""
@@ -90,12 +86,12 @@ class Choice:
 
     drafter: Annotated[
         str,
-        typer.Option(
+        Option(
             help="auto, eagle, eagle+suffix, suffix, lookup, lookahead, medusa, small-model, or none. auto is the best "
             "there is: eagle+suffix with an EAGLE head, suffix without one."
         ),
     ] = "auto"
-    small_model: Annotated[str | None, typer.Option(metavar="NAME", help="The smaller model that drafts.")] = None
+    small_model: Annotated[str | None, Option(metavar="NAME", help="The smaller model that drafts.")] = None
 
     def check(self) -> None:
         """Refuse what is no drafter. Raises ValueError."""
@@ -107,22 +103,16 @@ class Choice:
 class Drafting:
     """Which head, and how far and wide it drafts."""
 
-    head: Annotated[str, typer.Option(help="A head's folder; 'default' is the shipped one, 'none' uses none.")] = (
-        "default"
-    )
-    shape: Annotated[str, typer.Option(help="dynamic, static or chain.")] = DraftShape.kind
-    nodes: Annotated[int | None, typer.Option(metavar="N", help="Tree budget, root included; by what pays here.")] = (
-        None
-    )
-    depth: Annotated[int | None, typer.Option(metavar="N", help="Levels below the root; by the budget.")] = None
-    draft_top_k: Annotated[int | None, typer.Option(metavar="N", help="Children per node; by the budget.")] = None
-    width: Annotated[int | None, typer.Option(metavar="N", help="Nodes expanded per level; by the budget.")] = None
+    head: Annotated[str, Option(help="A head's folder; 'default' is the shipped one, 'none' uses none.")] = "default"
+    shape: Annotated[str, Option(help="dynamic, static or chain.")] = DraftShape.kind
+    nodes: Annotated[int | None, Option(metavar="N", help="Tree budget, root included; by what pays here.")] = None
+    depth: Annotated[int | None, Option(metavar="N", help="Levels below the root; by the budget.")] = None
+    draft_top_k: Annotated[int | None, Option(metavar="N", help="Children per node; by the budget.")] = None
+    width: Annotated[int | None, Option(metavar="N", help="Nodes expanded per level; by the budget.")] = None
     draft_window: Annotated[
-        int | None, typer.Option(metavar="W", help="Positions that the head looks back; all of the text if absent.")
+        int | None, Option(metavar="W", help="Positions that the head looks back; all of the text if absent.")
     ] = None
-    calibration: Annotated[
-        str, typer.Option(metavar="FILE", help="auto: what `haast calibrate` or a quick look found here; off; a file.")
-    ] = "auto"
+    calibration: Annotated[str, Option(metavar="FILE", help="auto: what was measured here; off; a file.")] = "auto"
 
     @property
     def shaped(self) -> bool:
@@ -195,12 +185,12 @@ class Drafting:
 class Sampling:
     """The distribution of the next token."""
 
-    temperature: Annotated[float, typer.Option(metavar="T", help="0 is greedy.")] = 0.0
-    top_k: Annotated[int, typer.Option(metavar="K", help="Keep the K likeliest tokens; 0 is off.")] = 0
-    top_p: Annotated[float, typer.Option(metavar="P", help="Keep the likeliest tokens of mass P; 1 is off.")] = 1.0
-    min_p: Annotated[float, typer.Option(metavar="P", help="Drop tokens below P times the best; 0 is off.")] = 0.0
-    repetition_penalty: Annotated[float, typer.Option(metavar="X", help="1 is off.")] = 1.0
-    seed: Annotated[int, typer.Option(metavar="S", help="Same seed, same text, with or without drafting.")] = 0
+    temperature: Annotated[float, Option(metavar="T", help="0 is greedy.")] = 0.0
+    top_k: Annotated[int, Option(metavar="K", help="Keep the K likeliest tokens; 0 is off.")] = 0
+    top_p: Annotated[float, Option(metavar="P", help="Keep the likeliest tokens of mass P; 1 is off.")] = 1.0
+    min_p: Annotated[float, Option(metavar="P", help="Drop tokens below P times the best; 0 is off.")] = 0.0
+    repetition_penalty: Annotated[float, Option(metavar="X", help="1 is off.")] = 1.0
+    seed: Annotated[int, Option(metavar="S", help="Same seed, same text, with or without drafting.")] = 0
 
     def check(self) -> SamplingParams:
         """The library's own configuration. Raises ValueError."""
@@ -213,17 +203,15 @@ class Sampling:
 class SuiteOptions:
     """A folder of prompt files instead of one, and where its results go."""
 
-    suite: Annotated[Path | None, typer.Option(metavar="DIR", help="Bench all prompt files (*.jsonl) of a folder.")] = (
-        None
-    )
-    only: Annotated[str | None, typer.Option(metavar="A,B", help="With --suite: these files, without .jsonl.")] = None
+    suite: Annotated[Path | None, Option(metavar="DIR", help="Bench all prompt files (*.jsonl) of a folder.")] = None
+    only: Annotated[str | None, Option(metavar="A,B", help="With --suite: these files, without .jsonl.")] = None
     temperatures: Annotated[
-        str | None, typer.Option(metavar="T,T", help="With --suite, which takes 0,1 if this is absent.")
+        str | None, Option(metavar="T,T", help="With --suite, which takes 0,1 if this is absent.")
     ] = None
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="With --suite: where journal.jsonl, suite.json, suite.md go.")
+        Path | None, Option(metavar="FOLDER", help="With --suite: where journal.jsonl, suite.json, suite.md go.")
     ] = None
-    resume: Annotated[bool, typer.Option("--resume", help="With --suite: go on with the journal in --out.")] = False
+    resume: Annotated[bool, Option("--resume", help="With --suite: go on with the journal in --out.")] = False
 
 
 @contextmanager
@@ -280,6 +268,6 @@ def _options(kind: type[Any]) -> list[inspect.Parameter]:
         assert field.default is not MISSING, "an option group's fields have defaults"
         annotation, keyword = hints[field.name], inspect.Parameter.KEYWORD_ONLY
         if "help" in field.metadata:  # a configuration of the library, which knows no typer
-            annotation = Annotated[annotation, typer.Option(help=field.metadata["help"])]
+            annotation = Annotated[annotation, Option(help=field.metadata["help"])]
         made.append(inspect.Parameter(field.name, keyword, default=field.default, annotation=annotation))
     return made

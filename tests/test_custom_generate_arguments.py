@@ -31,7 +31,6 @@ from haast.drafters.vanilla import VanillaDrafter
 from haast.errors import HeadMismatchError, PromptError, UnsupportedArgumentError, UnsupportedModelError
 from haast.heads.checkpoint import save_head
 from haast.integrations import arguments
-from haast.integrations import decoder as call
 from haast.integrations.arguments import (
     HONOURED_SETTINGS,
     IDLE_SETTINGS,
@@ -184,7 +183,7 @@ def test_what_this_transformers_adds_is_refused(name: str) -> None:
 
 
 def test_a_parameter_that_haast_does_not_know_is_refused_by_name(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(call, "PARAMETERS", PARAMETERS - {"negative_prompt_ids"})
+    monkeypatch.setattr(arguments, "PARAMETERS", PARAMETERS - {"negative_prompt_ids"})
     assert run(model).shape == (1, 7)
     with pytest.raises(UnsupportedArgumentError, match=r"^negative_prompt_ids is not supported"):
         run(model, negative_prompt_ids=IDS)

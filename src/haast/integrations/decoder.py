@@ -32,11 +32,10 @@ from haast.engine.engine import Engine, Stats
 from haast.engine.tensor_parallel import agreement
 from haast.errors import HeadMismatchError, PromptError, UnsupportedArgumentError
 from haast.heads.checkpoint import Head
-from haast.integrations.arguments import PARAMETERS, check_model, new_tokens_allowed, refuse_arguments, refuse_settings
+from haast.integrations import arguments
 from haast.integrations.model_lock import Loan, borrowed
 from haast.integrations.processors import for_rows, refuse_linked
 from haast.integrations.rows import Ends, RowChooser, Rows
-from haast.integrations.validate_inputs import check_ids, check_own_inputs, padding, validate_inputs
 from haast.target.kv_cache import CACHE_NAMES
 from haast.target.support import own_model, refuse_unsupported
 from haast.target.target import Target
@@ -52,13 +51,13 @@ class SignatureHook:
     def __get__(self, instance: object, owner: type) -> inspect.Signature:
         if instance is None:
             raise AttributeError("__signature__")  # the class has its constructor's signature, as every class
-        given = compat.hand_over(PARAMETERS, CACHE_NAMES)
+        given = compat.hand_over(arguments.PARAMETERS, CACHE_NAMES)
         if given is not None:
             model: Any = given["self"]
             refuse_unsupported(model)
-            check_model(model)
+            arguments.check_model(model)
             config = given.get("generation_config") or model.generation_config
-            validate_inputs({"stop_strings": config.stop_strings, **given})
+            arguments.validate_inputs({"stop_strings": config.stop_strings, **given})
         call = inspect.signature(owner.__call__)
         return call.replace(parameters=list(call.parameters.values())[1:])
 
@@ -117,7 +116,7 @@ class Decoder:
                 raise ValueError("a head, a small model and a ready drafter draft for one model: give it too")
             return
         model = own_model(model)
-        check_model(model)
+        arguments.check_model(model)
         loaded = open_head(head, str(model.name_or_path) or type(model).__name__)
         drafts = None if small is None else Target(own_model(small))
         with borrowed(model):
@@ -184,7 +183,7 @@ class Decoder:
         pad = _pad(generation_config, stopping_criteria, len(begins))
         with borrowed(model) as loan:
             target, drafter = self._parts(model, loan)
-            most = new_tokens_allowed(stopping_criteria, input_ids.shape[1], begins, target)
+            most = arguments.new_tokens_allowed(stopping_criteria, input_ids.shape[1], begins, target)
             ends = Ends(stopping_criteria, len(begins), most, together=pad is None and len(begins) > 1)
             choosers = _choosers(input_ids, begins, processors, ends, generation_config, target)
             rows, stats = Rows(choosers, ends, streamer, pad or 0), Stats()
@@ -222,12 +221,12 @@ def _checked(
     for name in CACHE_NAMES:  # an empty one is what `generate` prepares; the user's own is in `more`
         if (cache := given.get(name)) is not None and cache.get_seq_length() == 0:
             del given[name]
-    refuse_settings(config)
-    refuse_arguments({**given, **more})
-    check_model(model)
-    begins = padding(input_ids, given)
-    check_ids(input_ids, int(model.config.get_text_config().vocab_size))
-    check_own_inputs(model, input_ids, for_model)
+    arguments.refuse_settings(config)
+    arguments.refuse_arguments({**given, **more})
+    arguments.check_model(model)
+    begins = arguments.padding(input_ids, given)
+    arguments.check_ids(input_ids, int(model.config.get_text_config().vocab_size))
+    arguments.check_own_inputs(model, input_ids, for_model)
     return begins
 
 

@@ -38,22 +38,13 @@ class Haast:
     Build with `from_pretrained`; the constructor takes parts that are already loaded.
 
     Attributes:
+        target, drafter: the model that answers, and what drafts for it.
         engine: where its requests go.
     """
 
     def __init__(self, target: Target, drafter: Drafter) -> None:
-        self.engine = Engine(target, drafter)
+        self.target, self.drafter, self.engine = target, drafter, Engine(target, drafter)
         self._tokenizing = threading.Lock()  # fast tokenizers keep settings of a call in themselves
-
-    @property
-    def target(self) -> Target:
-        """The model that answers."""
-        return self.engine.target
-
-    @property
-    def drafter(self) -> Drafter:
-        """What drafts for it."""
-        return self.engine.drafter
 
     @classmethod
     def from_pretrained(
@@ -287,8 +278,11 @@ class Haast:
         texts = [self._encode(prompt, chat) for prompt in prompts]
         check_prompts(texts, self.target.context_length, self.target.vocab_size)
         ends = self.eos_ids() if eos is None else _checked_eos(eos, self.target.vocab_size)
-        stops = self._stops(stop)
-        tokenizer, made = self.target.tokenizer, []
+        tokenizer, made, stops = self.target.tokenizer, [], tuple[str, ...]()
+        if stop or isinstance(stop, str):
+            if tokenizer is None:
+                raise PromptError("stop strings need a tokenizer: give one, or stop by eos ids")
+            stops = checked_stops(tokenizer, stop)
         for ids, choice in product(texts, range(n)):
             watch = StopWatch(self.tokenizer, stops) if stops else None
             request = self.engine.submit(
@@ -303,13 +297,6 @@ class Haast:
             )
             made.append(Answer(request, None if tokenizer is None else TextStream(tokenizer, stops)))
         return made
-
-    def _stops(self, stop: str | Sequence[str]) -> tuple[str, ...]:
-        if not stop and not isinstance(stop, str):
-            return ()
-        if self.target.tokenizer is None:
-            raise PromptError("stop strings need a tokenizer: give one, or stop by eos ids")
-        return checked_stops(self.target.tokenizer, stop)
 
     def _listen(self, answer: Answer, start: bool = False) -> Generator[Piece, None, None]:
         if start:

@@ -140,9 +140,8 @@ def split(given: Any) -> tuple[list[str | list[int] | list[Message]], bool]:
     for number, item in enumerate(plain):
         found = _one(_plain(item)) if isinstance(item, str | Sequence | Tensor | np.ndarray) else None
         if found is None:
-            raise PromptError(
-                f"the prompt is a list that holds a {type(item).__name__} (number {number}): {_FORMS}, not a mixture"
-            )
+            held = f"holds a {type(item).__name__} (number {number})"
+            raise PromptError(f"the prompt is a list that {held}: {_FORMS}, not a mixture")
         several.append(found)
     return several, False
 
@@ -159,9 +158,8 @@ def _plain(given: Any) -> str | list[Any]:
             )
         return list(given.tolist())
     if isinstance(given, Mapping):
-        raise PromptError(
-            f"the prompt is a {type(given).__name__}: give its input_ids, or a list of messages, [message]"
-        )
+        form = "give its input_ids, or a list of messages, [message]"
+        raise PromptError(f"the prompt is a {type(given).__name__}: {form}")
     if isinstance(given, str):
         return given
     if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):

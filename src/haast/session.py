@@ -132,12 +132,9 @@ class Sessions:
 
     Args:
         haast: who answers.
-        max_bytes: of all their blocks. Those of whole dialogues are freed, the one that was silent longest first; no
-            dialogue is lost.
+        max_bytes: of all their blocks, 1 or more. Those of whole dialogues are freed, the one that was silent longest
+            first; no dialogue is lost.
         messages: how every dialogue begins.
-
-    Raises:
-        ValueError: a bound that no cache fits.
     """
 
     def __init__(self, haast: Haast, max_bytes: int = 1 << 30, messages: Sequence[Message] = ()) -> None:

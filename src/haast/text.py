@@ -47,8 +47,7 @@ def checked_stops(tokenizer: PreTrainedTokenizerBase, stops: str | Sequence[str]
 class TextStream:
     """Turns a growing list of tokens into text that never has to be taken back.
 
-    Text that may be the beginning of a stop string, or half a character, is held until it is settled; a stop string
-    itself is never given out.
+    Text that may be the beginning of a stop string, or half a character, is held until it is settled.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:

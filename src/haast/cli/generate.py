@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from haast.api import Haast, Piece, Prompt
     from haast.core import SamplingParams
     from haast.engine.engine import Stats
-    from haast.session import Session
     from haast.target.device_map import Spread
 
 _GREEN, _RESET = "\x1b[32m", "\x1b[0m"
@@ -144,6 +143,7 @@ def chat(
     model = _load(loading, choice, drafting, spreading.check(loading))
     if not model.tokenizer.chat_template:
         raise ValueError(f"{loading.model} has no chat template, so it cannot chat: use `haast generate --raw`")
+    from haast.errors import PromptError
     from haast.session import Session
 
     beginning = [{"role": "system", "content": system}] if system else []
@@ -159,22 +159,14 @@ def chat(
         if line == "/reset":
             session.messages = list(beginning)
         elif line:
-            _turn(session, line, params, ending)
-
-
-def _turn(session: Session, line: str, params: SamplingParams, ending: Ending) -> None:
-    """One exchange; the dialogue stays as it was where it no longer fits the context."""
-    from haast.errors import PromptError
-
-    try:
-        pieces = session.stream(line, sampling=params, **ending.settings)
-        Said().listen(pieces, sys.stdout, ending.coloured(sys.stdout))
-    except PromptError as error:
-        typer.echo(f"haast: this dialogue is too long: {error}; /reset begins a new one", err=True)
-        return
-    except KeyboardInterrupt:
-        typer.echo(" [cut short]", nl=False)
-    typer.echo()
+            try:
+                pieces = session.stream(line, sampling=params, **ending.settings)
+                Said().listen(pieces, sys.stdout, ending.coloured(sys.stdout))
+                typer.echo()
+            except PromptError as error:  # the dialogue stays as it was
+                typer.echo(f"haast: this dialogue is too long: {error}; /reset begins a new one", err=True)
+            except KeyboardInterrupt:
+                typer.echo(" [cut short]")
 
 
 def _load(loading: Loading, choice: Choice, drafting: Drafting, spread: Spread) -> Haast:

@@ -146,17 +146,16 @@ def make_drafter(
         name: one of `NAMES`, or "vanilla".
         target: whom it drafts for.
         head: loaded, or in a drafter already, which is then shared; not used by drafters without one.
-        shape: of a head's trees, drafted as it is for any number of rows; of Medusa heads its nodes. None is what pays
+        shape: of a head's trees, drafted as it is for any number of rows; of Medusa heads its nodes. None: what pays
             here.
         window: positions that an EAGLE head looks back; None is all.
-        small: the model that drafts for "small-model".
+        small, sampling: the model that drafts for "small-model", and how its drafts are drawn; None: the likeliest
+            tokens.
         calibration: "auto" goes by what `haast calibrate` found, else by costs that are measured at first use and kept;
             "off" measures nothing and drafts what is usual; else the file of a calibration.
-        sampling: of the small model's drafts; None takes its likeliest tokens.
 
-    Raises:
-        ValueError: see `check_drafter`; a window for Medusa heads; a calibration of something else.
-        HeadMismatchError: the head is another model's, or of another kind.
+    Raises ValueError as `check_drafter` does, for a window of Medusa heads, and for a calibration of something else;
+    HeadMismatchError where the head is another model's, or of another kind.
     """
     chosen = check_drafter(name, kind_of(head), small is not None)
     weighs = calibration != "off"

@@ -64,9 +64,7 @@ class MedusaDrafter(Drafter):
             packed where the target is packed.
         nodes: nodes of the tree, root included, 2 or more.
 
-    Raises:
-        HeadMismatchError: the head is of another kind or for another target.
-        ValueError: too few nodes, or accuracies that are none.
+    Raises HeadMismatchError for another kind or target, ValueError for too few nodes, or accuracies that are none.
     """
 
     name = "medusa"

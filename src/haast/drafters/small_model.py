@@ -50,13 +50,11 @@ class SmallModelDrafter(Drafter):
         target: the model that is drafted for.
         small: a smaller one of the same tokenizer. Their embeddings may be padded to different sizes if both carry it.
         depth: tokens drafted a step, 1 or more.
-        sampling: draw the drafts under these settings (the target's own serve best) instead of taking the likeliest.
-            Its `processors` are left out: they belong to the target's text, and may count their calls. Its seed serves
-            for requests that have none of their own.
+        sampling: draw the drafts under these settings (the target's own serve best) instead of taking the likeliest;
+            without its `processors`, which may count their calls. Its seed serves for requests that have none of their
+            own.
 
-    Raises:
-        HeadMismatchError: another vocabulary or device.
-        ValueError: a depth below 1.
+    Raises HeadMismatchError for another vocabulary or device, ValueError for a depth below 1.
     """
 
     name = "small-model"

@@ -54,12 +54,7 @@ class MedusaBlock(nn.Module):
 
 
 class MedusaHeads(nn.ModuleList):
-    """Head i is `self[i]`: its blocks, then its LM head over the draft vocabulary.
-
-    Args:
-        config: sizes.
-        draft_vocab_size: tokens that are drafted over; None is the target's whole vocabulary.
-    """
+    """Head i is `self[i]`: its blocks, then its LM head over `draft_vocab_size` tokens; None is all of them."""
 
     def __init__(self, config: MedusaConfig, draft_vocab_size: int | None = None) -> None:
         drafts = config.vocab_size if draft_vocab_size is None else draft_vocab_size

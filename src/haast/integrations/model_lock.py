@@ -23,7 +23,6 @@ class Loan:
     """One model's calls in flight. Holds the model only while there are any, so that it does not keep one alive."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
         self._callers: list[int] = []  # threads, once for each call
         self._before: list[tuple[PreTrainedConfig, str | None]] = []
         self._probed: Probed | None = None
@@ -53,22 +52,20 @@ class Loan:
         return target
 
     def _enter(self, model: PreTrainedModel) -> None:
-        with self._lock:
-            if not self._callers:
-                refuse_unsupported(model)
-                self._before = [(config, compat.attention_name(config)) for config in _configs(model)]
-                try:
-                    choose_attention(model)
-                except BaseException:
-                    self._give_back()
-                    raise
-            self._callers.append(threading.get_ident())
+        if not self._callers:
+            refuse_unsupported(model)
+            self._before = [(config, compat.attention_name(config)) for config in _configs(model)]
+            try:
+                choose_attention(model)
+            except BaseException:
+                self._give_back()
+                raise
+        self._callers.append(threading.get_ident())
 
     def _leave(self) -> None:
-        with self._lock:
-            self._callers.remove(threading.get_ident())
-            if not self._callers:
-                self._give_back()
+        self._callers.remove(threading.get_ident())
+        if not self._callers:
+            self._give_back()
 
     def _give_back(self) -> None:
         for config, attention in self._before:
@@ -80,7 +77,7 @@ class Loan:
 
 
 _LOANS: WeakKeyDictionary[PreTrainedModel, Loan] = WeakKeyDictionary()
-_LOANS_LOCK = threading.Lock()
+_LOANS_LOCK = threading.RLock()
 
 
 @contextmanager
@@ -91,11 +88,12 @@ def borrowed(model: PreTrainedModel) -> Iterator[Loan]:
     """
     with _LOANS_LOCK:
         loan = _LOANS.setdefault(model, Loan())
-    loan._enter(model)
+        loan._enter(model)
     try:
         yield loan
     finally:
-        loan._leave()
+        with _LOANS_LOCK:
+            loan._leave()
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

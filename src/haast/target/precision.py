@@ -22,7 +22,7 @@ _PROBED = 256  # inputs of a layer that are read at a time
 
 
 def check_torchao(form: str) -> None:
-    """Refuse, before anything loads, what needs a package that is not there. Raises ValueError."""
+    """Refuse a form that needs torchao where it is not installed. Raises ValueError."""
     if form in TORCHAO and importlib.util.find_spec("torchao") is None:
         raise ValueError(f"packing={form!r} needs torchao, which is not installed: pip install 'haast[quantised]'")
 

@@ -29,7 +29,6 @@ from haast.target.precision import quantisation
 from haast.target.support import choose_attention, prepared_inputs
 from haast.tree import DraftTree
 
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}  # of logits, relative to the largest; 16-bit: 0.2
 # What rounding may do to logits that should be equal, as `Gap` measures it: spread, KL, top. Over the models that
 # tests/zoo.py takes up, and SmolLM2-135M, it did at most: 6e-6, 7e-11 and 0 in float32; 0.06, 0.004 and 0 in bfloat16;
 # 0.011, 2e-4 and 0 in float16, the best of three texts. A mask that shows a node its neighbour, hides a token, or has a
@@ -55,7 +54,7 @@ _FAILURES = (TypeError, LookupError, AttributeError, RuntimeError, ValueError, A
 
 def tolerance(dtype: torch.dtype) -> float:
     """How far logits that should be equal may lie apart, relative to the largest."""
-    return _TOLERANCE.get(dtype, 0.2)
+    return _ALLOWED[dtype][0] if dtype in _EXACT else 0.2
 
 
 @dataclass(frozen=True)

@@ -76,10 +76,8 @@ def choose_attention(model: PreTrainedModel) -> None:
 def prepared_inputs(model: Any, tokens: Tensor, **given: Any) -> dict[str, Any]:
     """What the model's `prepare_inputs_for_generation` makes of a text's tokens (rows, tokens) for its forward.
 
-    Haast calls the forward itself: what an adapter of virtual tokens (prompt or prefix tuning) adds would be left out.
-
-    Raises:
-        UnsupportedModelError: it prepares other ids, embeddings, or a cache that is filled already.
+    Haast calls the forward itself, without what an adapter of virtual tokens adds. Raises UnsupportedModelError where
+    it prepares other ids, embeddings, or a cache that is filled already.
     """
     if "cache_position" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
         given["cache_position"] = torch.arange(tokens.shape[1], device=tokens.device)  # older transformers need it

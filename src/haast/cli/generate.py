@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -189,7 +189,9 @@ def _answer(
         if out is not None:
             out.write("\n")
             out.flush()
-            typer.echo(f"[{describe(stats)}]", err=True)
+            words = f"{stats.tokens} tokens, {stats.tokens_per_s:.1f} tokens/s, tau {stats.tau:.2f}"
+            depths = " ".join(f"{value:.2f}" for value in stats.acceptance_by_depth)
+            typer.echo(f"[{words}{', acceptance by depth ' * bool(depths)}{depths}]", err=True)
     return said, stats
 
 
@@ -198,6 +200,7 @@ def _compare(
 ) -> None:
     """Vanilla, then drafted, on one prompt; further rounds are silent and in alternating order."""
     from haast.api import Haast
+    from haast.checking import diagnose
     from haast.drafters.vanilla import VanillaDrafter
 
     out, own, vanilla = human_output(json_out), model.drafter.name, Haast(model.target, VanillaDrafter())
@@ -218,35 +221,19 @@ def _compare(
     same = all(tokens == texts["vanilla"][0] for done in texts.values() for tokens in done)
     out.write("--- the same text" if same else "--- NOT the same text")
     out.write(f": speed-up {speedup:.2f}x, tau {tau:.2f} tokens per target forward\n")
-    kind = None if same else _judge(vanilla, vanilla.encode(prompt, chat), texts, params, out)
+    kind = None
+    if not same:
+        wanted = texts["vanilla"][0]
+        other = next(tokens for done in texts.values() for tokens in done if tokens != wanted)
+        found = diagnose(model.target, model.encode(prompt, chat), wanted, other, params)
+        assert found is not None, "the texts differ"
+        kind, gaps = found.kind, f"gap {found.gap:.2g}, a tie up to {found.allowed:.2g}"
+        out.write(f"first difference at token {found.index}: {kind} ({gaps})\n")
     document: dict[str, Any] = {name: _document(*done[0]) for name, done in runs.items()}
     document |= {"same": same, "kind": kind, "speedup": speedup, "tau": tau, "tokens_per_s": speeds, "rounds": rounds}
     write_json(document, json_out)
     if kind == "bug":
         raise typer.Exit(1)
-
-
-def _judge(
-    model: Haast, prompt: Sequence[int], texts: dict[str, list[list[int]]], params: SamplingParams, out: TextIO
-) -> str:
-    """Say where the texts part, and why; returns "tie" or "bug"."""
-    from haast.checking import diagnose
-
-    wanted = texts["vanilla"][0]
-    other = next(tokens for done in texts.values() for tokens in done if tokens != wanted)
-    found = diagnose(model.target, prompt, wanted, other, params)
-    assert found is not None, "the texts differ"
-    gaps = f"gap {found.gap:.2g}, a tie up to {found.allowed:.2g}"
-    out.write(f"first difference at token {found.index}: {found.kind} ({gaps})\n")
-    return found.kind
-
-
-def describe(stats: Stats) -> str:
-    """A run in one line."""
-    words = f"{stats.tokens} tokens, {stats.tokens_per_s:.1f} tokens/s, tau {stats.tau:.2f}"
-    if stats.acceptance_by_depth:
-        words += ", acceptance by depth " + " ".join(f"{value:.2f}" for value in stats.acceptance_by_depth)
-    return words
 
 
 def _document(said: Said, stats: Stats) -> dict[str, Any]:

@@ -30,7 +30,11 @@ _WIDTHS, _DEEP, _TOP_K = (1, 8), 5, 8
 
 def identity(target: Target, drafter: EagleDrafter) -> dict[str, Any]:
     """What a calibration is good for: this machine, this model and head, these settings."""
-    return {**target_identity(target), "head": _digest(drafter)}
+    head = hashlib.sha256()
+    for name, tensor in sorted(drafter.tensors().items()):
+        head.update(name.encode())
+        head.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return {**target_identity(target), "head": head.hexdigest()[:16]}
 
 
 def default_path(known: dict[str, Any]) -> Path:
@@ -83,15 +87,6 @@ def weights_read(target: Target) -> tuple[int, int]:
             size += module.weight.nbytes
             parameters += module.weight.numel()
     return size, parameters
-
-
-def _digest(drafter: EagleDrafter) -> str:
-    """A head by its tensors."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(drafter.tensors().items()):
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 def eagle_cost(target: Target, drafter: EagleDrafter) -> DraftCost:

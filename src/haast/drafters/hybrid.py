@@ -105,7 +105,8 @@ class HybridDrafter(Drafter):
     @torch.inference_mode()
     def propose(self, states: Sequence[HybridState], budget: int | None = None) -> DraftTree:
         if budget == 1 and self._latency is not None:  # the match alone, as far as it pays
-            tree, drafts = self.eagle.propose([state.eagle for state in states], 1), self._paying(states)[0]
+            tree = self.eagle.propose([state.eagle for state in states], 1)
+            drafts, _ = self._suffix.paying([state.text for state in states], self._chain - 1)
             paths = [next(iter(state.text.paths(drafts)), ()) if drafts else () for state in states]
             return with_matches(tree, paths, drafts) if drafts else tree
         extra, own = self._extra, budget  # with costs, a budget is of the head's tree alone
@@ -127,11 +128,9 @@ class HybridDrafter(Drafter):
 
     def undrafted(self, requests: Sequence[Request]) -> tuple[float, float]:
         """Tokens of a row, and nodes, that the next step is expected to have without the head."""
-        drafts, tokens = self._paying([request.draft_state for request in requests])
+        texts = [request.draft_state.text for request in requests]
+        drafts, tokens = self._suffix.paying(texts, self._chain - 1)
         return tokens, 1 + drafts
-
-    def _paying(self, states: Sequence[HybridState]) -> tuple[int, float]:
-        return self._suffix.paying([state.text for state in states], self._chain - 1)
 
     def _match(self, text: TextIndex) -> Path:
         """How the text goes on after its longest match; empty where that is short, or there is none."""

@@ -83,8 +83,12 @@ class MedusaDrafter(Drafter):
         self._target = target
         self._module = module.to(device=target.device, dtype=target.dtype)
         packed = isinstance(target.lm_head, PackedLinear)
-        if packed:
-            _pack(self._module)
+        if packed:  # the blocks as the target; the LM heads, whose drafts need not be exact, in 8 bits
+            for each in self._module:
+                assert isinstance(each, nn.Sequential) and isinstance(each[-1], nn.Linear), "blocks and an LM head"
+                each[-1] = PackedLinear(each[-1].weight.detach(), None, form=DRAFT_LM_FORM)
+            pack_linears(self._module)
+            give_back()
         self._native = packed and native.available()
         check_at_least("nodes", nodes, 2, " (a drafted tree has a root and a draft)")
         self._combined: dict[int, _Combined] = {}
@@ -174,12 +178,3 @@ def _accuracies(head: Head) -> tuple[tuple[float, ...], ...]:
             f"again, or take the entry out"
         )
     return tuple(tuple(map(float, row[:RANKS])) for row in told)
-
-
-def _pack(module: MedusaHeads) -> None:
-    """Pack the blocks as the target is packed; the LM heads, whose drafts need not be exact, in 8 bits."""
-    for head in module:
-        assert isinstance(head, nn.Sequential) and isinstance(head[-1], nn.Linear), "blocks and an LM head"
-        head[-1] = PackedLinear(head[-1].weight.detach(), None, form=DRAFT_LM_FORM)
-    pack_linears(module)
-    give_back()

@@ -131,7 +131,7 @@ def _use_of_cache(forward: ModuleForward) -> tuple[bool, int]:
     except _FAILURES as error:
         raise UnsupportedModelError(
             f"{name} can't take a tree: a two-token forward with a 4-D mask, position_ids and Haast's cache "
-            f"failed with {_told(error)}{_uneven(forward) or '; use stock generate'}"
+            f"failed with {_told(error)}; {_uneven(forward) or 'use stock generate'}"
         ) from error
     if len(cache.updated_layers) != forward.depth or "head" not in captured:
         raise UnsupportedModelError(
@@ -151,7 +151,7 @@ def _uneven(forward: ModuleForward) -> str:
     heads = getattr(forward.config, "num_key_value_heads", None) or forward.config.num_attention_heads
     if mesh is None or heads % mesh.size() == 0:
         return ""
-    return f"; its {heads} key heads can't be cut over {mesh.size()} processes: start as many as divide them"
+    return f"its {heads} key heads can't be cut over {mesh.size()} processes: start as many as divide them"
 
 
 @contextmanager
@@ -180,7 +180,9 @@ def _trial(forward: ModuleForward, number: int) -> tuple[dict[tuple[str, int], G
         past = max(1, min(past, forward.context_length - _PATH))
         twin = min(twin, past)
     sizes = [past, twin, _PATH, len(_OFF), len(_OFF), _PATH]
-    first, second, path, off, others, tail = torch.split(_words(forward, number, sum(sizes)), sizes)
+    begin, count = 100 + number * sum(sizes), sum(sizes)  # the first ids are special tokens in many vocabularies
+    words = torch.arange(begin, begin + count, device=forward.device) % int(forward.config.vocab_size)
+    first, second, path, off, others, tail = torch.split(words, sizes)
     filler = tail[: past - twin]
 
     rows = torch.stack([first, first, torch.cat([second, filler])])
@@ -213,12 +215,6 @@ def _trial(forward: ModuleForward, number: int) -> tuple[dict[tuple[str, int], G
     every = {(kind, place): gap for kind, pair in compared.items() for place, gap in enumerate(gaps(*pair))}
     faults = {place: gap for place, gap in every.items() if not gap.within(*bounds[place[0]])}
     return faults, _scale(forward, chain.features[0], chain.logits[0])
-
-
-def _words(forward: ModuleForward, number: int, count: int) -> Tensor:
-    """So many tokens, all different where the vocabulary allows it; others for another number."""
-    begin = 100 + number * count  # the first ids are special tokens in many vocabularies
-    return torch.arange(begin, begin + count, device=forward.device) % int(forward.config.vocab_size)
 
 
 def _stock(forward: ModuleForward, tokens: Tensor) -> Tensor:

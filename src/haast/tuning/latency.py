@@ -40,8 +40,10 @@ _LEAST, _ROUNDS, _SECONDS, _COMMITTED = 3, 5, 2.0, 32
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds, of the fastest runs: `forward_ms` by the nodes of all rows together (has 1), `first_ms` of one
-    row's first level of drafts, observing included, `level_ms` of every further level by its width.
+    """Milliseconds, of the fastest runs.
+
+    `forward_ms` by the nodes of all rows together (has 1), `first_ms` of one row's first level of drafts, observing
+    included, `level_ms` of every further level by its width.
     """
 
     forward_ms: dict[int, float]

@@ -75,7 +75,9 @@ class OnlinePolicy:
         if not sizes:
             return 1
         small, full = sizes[0], sizes[-1]
-        records = [_record(request, full) for request in requests]
+        for request in requests:
+            request.draft_policy = request.draft_policy or Record(full)
+        records: list[Record] = [request.draft_policy for request in requests]
         trial = self.ratio(rows, small, small.nodes)
         tokens, nodes = (1.0, 1.0) if self._undrafted is None else self._undrafted(requests)
         best, chosen = LEAST_GAIN * tokens / self.ratio(rows, None, nodes), None
@@ -100,13 +102,6 @@ class OnlinePolicy:
         """What a step over `nodes` nodes of every row costs, in steps over the roots alone."""
         levels, width = (0, 1) if size is None else (size.levels, size.width)
         return self.latency.step(rows, nodes, levels, width) / self.latency.forward(rows)
-
-
-def _record(request: Request, full: DraftSize) -> Record:
-    if request.draft_policy is None:
-        request.draft_policy = Record(full)
-    record: Record = request.draft_policy
-    return record
 
 
 class Record:

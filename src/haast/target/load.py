@@ -35,7 +35,7 @@ from haast.target.device_map import Spread
 from haast.target.fusing import fuse_small_modules
 from haast.target.memory import give_back, own_memory
 from haast.target.packing import FORMS, pack_linears
-from haast.target.precision import TORCHAO, check_torchao, quantisation, quantise
+from haast.target.precision import TORCHAO, quantisation, quantise
 from haast.target.target import Target
 
 _DTYPES = {
@@ -145,7 +145,8 @@ def check_precision(dtype: str, device: str, packing: str) -> torch.dtype:
         raise ValueError(f"dtype={dtype!r} is unknown: choose one of {sorted(_DTYPES)}")
     if packing not in ("auto", *FORMS, *TORCHAO, "off"):
         raise ValueError(f"packing={packing!r} is unknown: choose auto, {', '.join((*FORMS, *TORCHAO))} or off")
-    check_torchao(packing)
+    if packing in TORCHAO and importlib.util.find_spec("torchao") is None:
+        raise ValueError(f"packing={packing!r} needs torchao, which is not installed: pip install 'haast[quantised]'")
     try:
         place = torch.device(device)
     except RuntimeError as error:

@@ -6,7 +6,6 @@ torchao when a model is loaded.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -19,12 +18,6 @@ from haast.target.packing import PackedLinear
 TORCHAO = ("torchao-int8", "torchao-int4")  # what `quantise` makes
 _GROUP = 32  # weights that share a factor at 4 bits
 _PROBED = 256  # inputs of a layer that are read at a time
-
-
-def check_torchao(form: str) -> None:
-    """Refuse a form that needs torchao where it is not installed. Raises ValueError."""
-    if form in TORCHAO and importlib.util.find_spec("torchao") is None:
-        raise ValueError(f"packing={form!r} needs torchao, which is not installed: pip install 'haast[quantised]'")
 
 
 def quantise(model: nn.Module, form: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -160,8 +161,9 @@ def chat(
             session.messages = list(beginning)
         elif line:
             try:
-                pieces = session.stream(line, sampling=params, **ending.settings)
-                Said().listen(pieces, sys.stdout, ending.coloured(sys.stdout))
+                # Cut short or not, what was said joins the dialogue when the stream is closed.
+                with closing(session.stream(line, sampling=params, **ending.settings)) as pieces:
+                    Said().listen(pieces, sys.stdout, ending.coloured(sys.stdout))
                 typer.echo()
             except PromptError as error:  # the dialogue stays as it was
                 typer.echo(f"haast: this dialogue is too long: {error}; /reset begins a new one", err=True)

@@ -11,9 +11,7 @@ When drafting, the layer's own output is fed back without `fc`. Tensor names and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,8 +121,17 @@ class Eagle3Head(DraftModule):
         output: Tensor = self.fc(features)
         return output
 
-    def enter(self, *given: Any) -> tuple[Tensor, Sequence[nn.Module]]:
-        return self.midlayer(*given), list(self.more)
+    def forward(
+        self,
+        embeddings: Tensor,
+        states: Tensor,
+        position_ids: Tensor,
+        bias: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        rotary = self.rotary(states, position_ids=position_ids)
+        first = self.midlayer(embeddings, states, rotary, bias, cache)
+        return self.through(self.more, first, rotary, position_ids, bias, cache)
 
     def normed(self, states: Tensor) -> Tensor:
         output: Tensor = self.norm(states)

@@ -11,9 +11,7 @@ official loaders, vLLM and SGLang expect (they know one layer).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from haast.heads import INPUTS
 from haast.heads.config import HeadConfig
 from haast.heads.module import DraftModule
+from haast.target.kv_cache import KVCache
 from haast.target.native_cpu import NativeStack
 
 
@@ -74,8 +73,17 @@ class FeatExtrapolator(DraftModule):
     def native_stack(self, window: int = 0) -> NativeStack | None:
         return NativeStack.of(list(self.layers), None, self.rotary, window)
 
-    def enter(self, embeddings: Tensor, states: Tensor, *_: Any) -> tuple[Tensor, Sequence[nn.Module]]:
-        return self.mix(embeddings, states), list(self.layers)
+    def forward(
+        self,
+        embeddings: Tensor,
+        states: Tensor,
+        position_ids: Tensor,
+        bias: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        fused = self.mix(embeddings, states)
+        rotary = self.rotary(fused, position_ids=position_ids)
+        return self.through(self.layers, fused, rotary, position_ids, bias, cache)
 
     def lm_rows(self, target_rows: Tensor) -> Tensor:
         if not self.config.markov_rank:

@@ -9,7 +9,6 @@ embedding of the following token ────────┘              │
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,7 +31,6 @@ class DraftModule(nn.Module, ABC):
     """A head's forward pass, with the parts that differ between kinds behind methods."""
 
     config: HeadConfig
-    rotary: nn.Module
     target_layers: tuple[int, ...] = ()  # HF `hidden_states` indices that `fuse` reads side by side; empty: the feature
     follows_token = True  # whether a pair holds the token after the feature's position (EAGLE) or the one at it
     own_lm_head = False  # whether logits come from the head's own rows; else from the target's
@@ -58,16 +56,6 @@ class DraftModule(nn.Module, ABC):
         return None
 
     @abstractmethod
-    def enter(
-        self,
-        embeddings: Tensor,
-        states: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        bias: Tensor | None,
-        cache: KVCache | None,
-    ) -> tuple[Tensor, Sequence[nn.Module]]:
-        """What becomes of `forward`'s inputs first, (rows, nodes, hidden), and the Llama layers that it then passes."""
-
     def forward(
         self,
         embeddings: Tensor,
@@ -85,11 +73,21 @@ class DraftModule(nn.Module, ABC):
             bias: additive mask (rows, 1, nodes, slots); None is causal self-attention without a past.
             cache: keys and values of earlier pairs, one layer for each of the head's.
         """
-        rotary = self.rotary(states, position_ids=position_ids)
-        states, layers = self.enter(embeddings, states, rotary, bias, cache)
-        given = {"attention_mask": bias, "position_ids": position_ids, "position_embeddings": rotary}
+
+    def through(
+        self,
+        layers: nn.ModuleList,
+        states: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        position_ids: Tensor,
+        bias: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """States (rows, nodes, hidden) through Llama layers, one after the other."""
         for layer in layers:
+            given = {"attention_mask": bias, "position_ids": position_ids, "position_embeddings": rotary}
             states = layer(states, **given, **storing(cache))
+        assert isinstance(states, Tensor), "a Llama layer returns one tensor"
         return states
 
     @abstractmethod

@@ -20,7 +20,7 @@ from haast.api import Haast, Piece
 from haast.bench.report import environment
 from haast.engine.engine import Stats
 from haast.files import write_json
-from haast.inputs import Message
+from haast.generation import Message
 from haast.progress import Progress
 from haast.session import Session
 from haast.target.load import DEFAULT_MODEL

@@ -24,8 +24,8 @@ from torch import Tensor
 from haast.bench.report import environment
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.tree_shape import DraftShape
+from haast.heads import INPUTS
 from haast.heads.checkpoint import Head
-from haast.heads.kinds import INPUTS
 from haast.progress import Progress
 from haast.prompts import read_prompts
 from haast.target.load import load_target

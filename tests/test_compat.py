@@ -26,7 +26,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from haast import compat
-from haast.integrations.supported_args import PARAMETERS
+from haast.integrations.arguments import PARAMETERS
 from haast.target.attention import NAME
 from haast.target.kv_cache import CACHE_NAMES, KVCache, cache_name
 from haast.target.kv_pool import KVPool

@@ -30,9 +30,16 @@ import haast
 from haast.drafters.vanilla import VanillaDrafter
 from haast.errors import HeadMismatchError, PromptError, UnsupportedArgumentError, UnsupportedModelError
 from haast.heads.checkpoint import save_head
-from haast.integrations import arguments, signature_hook
-from haast.integrations.arguments import REFUSED_ARGUMENTS, REFUSED_SETTINGS, refuse_settings, unknown_settings
-from haast.integrations.supported_args import HONOURED_SETTINGS, IDLE_SETTINGS, PARAMETERS
+from haast.integrations import arguments
+from haast.integrations.arguments import (
+    HONOURED_SETTINGS,
+    IDLE_SETTINGS,
+    PARAMETERS,
+    REFUSED_ARGUMENTS,
+    REFUSED_SETTINGS,
+    refuse_settings,
+    unknown_settings,
+)
 from haast.target.kv_cache import CACHE_NAMES, cache_name
 from haast.target.load import DEFAULT_MODEL, load_stock
 from haast.target.target import Target
@@ -176,7 +183,7 @@ def test_what_this_transformers_adds_is_refused(name: str) -> None:
 
 
 def test_a_parameter_that_haast_does_not_know_is_refused_by_name(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signature_hook, "PARAMETERS", PARAMETERS - {"negative_prompt_ids"})
+    monkeypatch.setattr(arguments, "PARAMETERS", PARAMETERS - {"negative_prompt_ids"})
     assert run(model).shape == (1, 7)
     with pytest.raises(UnsupportedArgumentError, match=r"^negative_prompt_ids is not supported"):
         run(model, negative_prompt_ids=IDS)

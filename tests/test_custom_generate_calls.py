@@ -31,7 +31,7 @@ from haast.drafters.vanilla import VanillaDrafter
 from haast.engine.engine import Engine
 from haast.engine.scheduler import Scheduler
 from haast.errors import UnsupportedArgumentError
-from haast.integrations.rows import Criteria, Ends, RowChooser
+from haast.integrations.rows import Ends, RowChooser
 from haast.sampling import choose_nodes
 from haast.target.target import Target
 
@@ -150,9 +150,9 @@ def test_all_nodes_are_chosen_for_in_float32_as_generate_does(dtype: torch.dtype
     logits = (torch.randint(0, 4, (1, 8, 32)) / 2 + 1e-12 * torch.rand(1, 8, 32, dtype=torch.float64)).to(dtype)
     made = []
     for kept in (False, True):
-        ends, criteria = Ends(1, 9, together=False), Criteria(StoppingCriteriaList([]), 9)
+        ends = Ends(StoppingCriteriaList([]), 1, 9, together=False)
         warpers = LogitsProcessorList([TopKLogitsWarper(30)] if seed else [])
-        made.append(RowChooser(0, IDS[0], 0, warpers, criteria, ends, seed=seed, keep_scores=kept))
+        made.append(RowChooser(0, IDS[0], 0, warpers, ends, seed=seed, keep_scores=kept))
     at_once, along = made
     assert at_once.stateless and not along.stateless
     said = [1, 2, 3, 4]
@@ -442,8 +442,8 @@ def test_a_step_that_is_taken_again_asks_nobody_twice() -> None:
         return scores
 
     processors = LogitsProcessorList([noting])
-    criteria = Criteria(StoppingCriteriaList([]), 9)
-    chooser = RowChooser(0, IDS[0], 1, processors, criteria, Ends(1, 9, together=False), seed=3)
+    ends = Ends(StoppingCriteriaList([]), 1, 9, together=False)
+    chooser = RowChooser(0, IDS[0], 1, processors, ends, seed=3)
     torch.manual_seed(0)
     logits = torch.randn(4, 32)
     said = [2, 3, 4]

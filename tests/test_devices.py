@@ -28,10 +28,9 @@ from haast.drafters.lookahead import LookaheadDrafter
 from haast.drafters.tree_shape import DraftShape
 from haast.errors import HeadMismatchError, UnsupportedModelError
 from haast.heads.checkpoint import Head
-from haast.target.device_map import dispatched, execution_device, layer_devices
+from haast.target.device_map import Spread, dispatched, execution_device, layer_devices
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import KVPool
-from haast.target.parallel_config import Spread
 from haast.target.target import Target
 from haast.tree import DraftTree
 

@@ -33,7 +33,6 @@ from haast.drafters import factory
 from haast.errors import PrecisionWarning
 from haast.heads.checkpoint import save_head
 from haast.heads.medusa import MedusaConfig, MedusaHeads
-from haast.integrations import decoder
 from haast.target import load as models
 from haast.target.load import DEFAULT_MODEL, ModelSource
 
@@ -125,7 +124,7 @@ def folder(
         source = ModelSource(DEFAULT_MODEL, str(tiny / "model"))
         resolve, find, model, head = models.resolve, factory.find_head, tiny / "model", tiny / "head"
         monkeypatch.setattr(models, "resolve", lambda name: source if name == DEFAULT_MODEL else resolve(name))
-        for user in (api, decoder, factory):
+        for user in (api, factory):
             monkeypatch.setattr(user, "find_head", lambda name, of: head if name == "default" else find(name, of))
     else:
         model, head = _real_model(request), ROOT / "src" / "haast" / "data" / "heads" / DEFAULT_MODEL

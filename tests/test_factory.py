@@ -23,7 +23,7 @@ from haast.core import SamplingParams
 from haast.drafters import factory
 from haast.drafters.base import Drafter
 from haast.drafters.batch_policy import gain_of, measured_ways, nodes_for, way_for
-from haast.drafters.draft_cost import draft_ms, eagle_cost, small_model_cost
+from haast.drafters.calibrated import draft_ms, eagle_cost, small_model_cost
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.factory import (
     NAMES,

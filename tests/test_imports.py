@@ -17,7 +17,7 @@ SOURCE = Path(haast.__file__).parent
 # A room is a module or a package directly under haast; it may import rooms of smaller rank, and itself.
 RANKS = [
     {"compat", "device", "errors", "native", "progress", "prompts", "repetition", "stats", "text", "tree"},
-    {"core", "files", "inputs"},
+    {"core", "files"},
     {"generation", "sampling"},
     {"target"},
     {"heads", "tuning"},

@@ -184,7 +184,7 @@ class Helpless(LlamaForCausalLM):  # type: ignore[no-untyped-call]
     ("kind", "why"),
     [
         (Bidirectional, "is not causal: .* use a causal LM"),
-        (Shifted, "prepares inputs of its own"),
+        (Shifted, "prepares input_ids of its own"),
         (Helpless, "can't be compared with stock: .* AssertionError: no cache; use stock generate"),
     ],
 )

@@ -29,8 +29,8 @@ from haast.drafters.tree_shape import shape_for
 from haast.engine.engine import Engine, StopParams
 from haast.engine.rules import rule_named
 from haast.errors import HeadMismatchError
+from haast.target.device_map import Spread
 from haast.target.kv_pool import Sequence as KVSequence
-from haast.target.parallel_config import Spread
 from haast.target.target import Target
 from haast.tree import DraftTree
 

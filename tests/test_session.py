@@ -31,10 +31,9 @@ from haast.drafters.tree_shape import DraftShape, shape_for
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine.engine import Engine, Stats, StopParams
 from haast.errors import CancelledError, PromptError, QueueFullError
-from haast.generation import Generation
+from haast.generation import Generation, Message
 from haast.heads.checkpoint import Head
 from haast.heads.eagle3 import Eagle3Config, Eagle3Head
-from haast.inputs import Message
 from haast.session import Session, Sessions
 from haast.target.fusing import fuse_small_modules
 from haast.target.kv_pool import BLOCK, common_length

@@ -1,14 +1,11 @@
-"""The library's front door: `Haast.from_pretrained(...).generate(...)`, `.stream(...)` and `.astream(...)`.
-
-Owns what users touch: prompts as text, chat messages or token ids, settings as keywords, text and statistics out.
-Decoding lives in `engine`.
-"""
+"""The front door, `Haast`: prompts as text, chat messages or token ids in, text and statistics out."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
+from itertools import product
 from pathlib import Path
 from typing import Any, Unpack, cast, overload
 
@@ -16,20 +13,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from haast.core import SamplingParams, StopParams
 from haast.drafters.base import Drafter
-from haast.drafters.factory import find_head, make_drafter, plan_drafter
+from haast.drafters.factory import find_head, make_drafter, open_head, plan_drafter
 from haast.drafters.tree_shape import DraftShape
 from haast.engine.engine import PREFILL_CHUNK, Engine, check_prompts
 from haast.engine.scheduler import Scheduler, check_limits
 from haast.errors import CancelledError, PromptError, QueueFullError
-from haast.generation import Answer, Generation, Piece, Settings, collected
-from haast.heads.checkpoint import load_head
-from haast.inputs import Ids, Message, Prompt, Prompts, split
+from haast.generation import Answer, Generation, Ids, Message, Piece, Prompt, Prompts, Settings, collected, split
 from haast.integrations.arguments import check_model
 from haast.integrations.decoder import Decoder
 from haast.stats import Stats
-from haast.target.device_map import execution_device
-from haast.target.load import DEFAULT_MODEL, check_compile, load_target
-from haast.target.parallel_config import Spread
+from haast.target.device_map import Spread, execution_device
+from haast.target.load import DEFAULT_MODEL, check_compile, end_tokens, load_target
 from haast.target.support import own_model
 from haast.target.target import Target, check_pool
 from haast.text import StopWatch, TextStream, checked_stops
@@ -44,22 +38,13 @@ class Haast:
     Build with `from_pretrained`; the constructor takes parts that are already loaded.
 
     Attributes:
+        target, drafter: the model that answers, and what drafts for it.
         engine: where its requests go.
     """
 
     def __init__(self, target: Target, drafter: Drafter) -> None:
-        self.engine = Engine(target, drafter)
+        self.target, self.drafter, self.engine = target, drafter, Engine(target, drafter)
         self._tokenizing = threading.Lock()  # fast tokenizers keep settings of a call in themselves
-
-    @property
-    def target(self) -> Target:
-        """The model that answers."""
-        return self.engine.target
-
-    @property
-    def drafter(self) -> Drafter:
-        """What drafts for it."""
-        return self.engine.drafter
 
     @classmethod
     def from_pretrained(
@@ -106,7 +91,7 @@ class Haast:
             draft_window: positions that an EAGLE head looks back; its memory and time then do not grow with the text.
                 None is all of the text.
             dtype, device, packing: see `load_target`; they apply to named models.
-            device_map, max_memory, offload_folder, tensor_parallel: see `haast.target.parallel_config.Spread`; of named
+            device_map, max_memory, offload_folder, tensor_parallel: see `haast.target.device_map.Spread`; of named
                 models. A loaded model may have been spread by transformers itself (docs/devices.md).
             compile: "on" compiles the decoder layers of target and head, "auto" does on CUDA, "off" does not; nothing
                 stays on a loaded model.
@@ -139,9 +124,14 @@ class Haast:
             drafts: Target | None = load_target(small, dtype=dtype, device=device, packing=packing)
         else:
             drafts = None if small is None else Target(own_model(small), tokenizer)
-        loaded = None if folder is None else load_head(folder)
         made = make_drafter(
-            name, target, loaded, shape=shape, window=draft_window, small=drafts, calibration=calibration
+            name,
+            target,
+            open_head(folder, None),
+            shape=shape,
+            window=draft_window,
+            small=drafts,
+            calibration=calibration,
         )
         return cls(target, made)
 
@@ -221,7 +211,7 @@ class Haast:
         Raises:
             CancelledError: the text ran into its `timeout`; all pieces have come. Else see `generate`.
         """
-        return self._stream(self._prepare([_single(prompt)], 1, stats, **settings)[0])
+        return self._listen(self._prepare([_single(prompt)], 1, stats, **settings)[0], start=True)
 
     def astream(
         self, prompt: Prompt, *, stats: Stats | None = None, **settings: Unpack[Settings]
@@ -230,11 +220,7 @@ class Haast:
         return self._astream(self._prepare([_single(prompt)], 1, stats, **settings)[0])
 
     def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
-        """Token ids of one prompt.
-
-        Raises:
-            PromptError: text without a tokenizer, an empty prompt, or several.
-        """
+        """Token ids of one prompt. Raises PromptError: text without a tokenizer, an empty prompt, or several."""
         return self._encode(_single(prompt), chat)
 
     def _encode(self, prompt: str | list[int] | list[Message], chat: bool) -> list[int]:
@@ -265,13 +251,7 @@ class Haast:
 
     def eos_ids(self) -> tuple[int, ...]:
         """The token ids with which the model ends a text."""
-        config = self.target.model.generation_config
-        ids = None if config is None else config.eos_token_id
-        if ids is None:
-            ids = self.target.config.eos_token_id
-        if ids is None:
-            return ()
-        return (ids,) if isinstance(ids, int) else tuple(ids)
+        return end_tokens(self.target.model.generation_config, self.target.config)
 
     def _prepare(
         self,
@@ -298,38 +278,29 @@ class Haast:
         texts = [self._encode(prompt, chat) for prompt in prompts]
         check_prompts(texts, self.target.context_length, self.target.vocab_size)
         ends = self.eos_ids() if eos is None else _checked_eos(eos, self.target.vocab_size)
-        stops = self._stops(stop)
-        made = []
-        for ids in texts:
-            for choice in range(n):
-                watch = StopWatch(self.tokenizer, stops) if stops else None
-                rules = StopParams(max_new_tokens, ends, watch)
-                request = self.engine.submit(
-                    ids,
-                    params,
-                    rules,
-                    choice=choice,
-                    stats=stats,
-                    timeout=timeout,
-                    prefill_chunk=prefill_chunk,
-                    queued=False,
-                )
-                tokenizer = self.target.tokenizer
-                made.append(Answer(request, None if tokenizer is None else TextStream(tokenizer, stops)))
+        tokenizer, made, stops = self.target.tokenizer, [], tuple[str, ...]()
+        if stop or isinstance(stop, str):
+            if tokenizer is None:
+                raise PromptError("stop strings need a tokenizer: give one, or stop by eos ids")
+            stops = checked_stops(tokenizer, stop)
+        for ids, choice in product(texts, range(n)):
+            watch = StopWatch(self.tokenizer, stops) if stops else None
+            request = self.engine.submit(
+                ids,
+                params,
+                StopParams(max_new_tokens, ends, watch),
+                choice=choice,
+                stats=stats,
+                timeout=timeout,
+                prefill_chunk=prefill_chunk,
+                queued=False,
+            )
+            made.append(Answer(request, None if tokenizer is None else TextStream(tokenizer, stops)))
         return made
 
-    def _stops(self, stop: str | Sequence[str]) -> tuple[str, ...]:
-        if not stop and not isinstance(stop, str):
-            return ()
-        if self.target.tokenizer is None:
-            raise PromptError("stop strings need a tokenizer: give one, or stop by eos ids")
-        return checked_stops(self.target.tokenizer, stop)
-
-    def _stream(self, answer: Answer) -> Generator[Piece, None, None]:
-        self.engine.start(answer.request)
-        yield from self._listen(answer)
-
-    def _listen(self, answer: Answer) -> Generator[Piece, None, None]:
+    def _listen(self, answer: Answer, start: bool = False) -> Generator[Piece, None, None]:
+        if start:
+            self.engine.start(answer.request)
         with closing(self.engine.read(answer.request)) as emissions:
             try:
                 for emission in emissions:

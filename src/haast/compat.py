@@ -1,9 +1,7 @@
 """Everything private that Haast touches of transformers and torch. No other file of Haast does; a test sees to it.
 
-Owns names that may change without notice, each behind a function of ours that says what is touched, why there is no
-public way, in which versions it is there, and what fails when it goes. tests/test_compat.py tries each by itself, so
-that the failing test names what has changed. docs/versions.md lists them, with the conventions that are public but
-written down nowhere. Knows no decoding.
+Each function says what it touches, why there is no public way, in which versions it is there, and what fails when it
+goes. tests/test_compat.py tries each by itself, docs/versions.md lists them. Knows no decoding.
 """
 
 from __future__ import annotations
@@ -29,8 +27,7 @@ _FRAMES = 16  # between it and us stand a few of `inspect`
 def attention_name(config: PreTrainedConfig) -> str | None:
     """The attention implementation that a model with this configuration runs.
 
-    Touches: `PreTrainedConfig._attn_implementation`. Public: only the choice (`set_attn_implementation`).
-    There: transformers 5.0 and newer.
+    Touches: `PreTrainedConfig._attn_implementation`. Public: only the choice. There: transformers 5.0 and newer.
     Fails without it: giving a model back as it was after `generate`, and fusing Llama's attention.
     """
     name: str | None = config._attn_implementation
@@ -40,9 +37,8 @@ def attention_name(config: PreTrainedConfig) -> str | None:
 def set_attention_name(config: PreTrainedConfig, name: str | None) -> None:
     """Choose the attention of modules that are no whole model (a head's layers), or that a model had before.
 
-    Touches: `PreTrainedConfig._attn_implementation`. Public: `PreTrainedModel.set_attn_implementation`, which needs a
-    whole model, checks the name anew, and may load a kernel for it.
-    There: transformers 5.0 and newer.
+    Touches: `PreTrainedConfig._attn_implementation`. There: transformers 5.0 and newer.
+    Public: `set_attn_implementation`, which needs a whole model, checks the name anew, and may load a kernel for it.
     Fails without it: heads run transformers' own attention, which takes no tree; a model keeps Haast's attention.
     """
     config._attn_implementation = name
@@ -51,9 +47,8 @@ def set_attention_name(config: PreTrainedConfig, name: str | None) -> None:
 def takes_registered_attention(model: PreTrainedModel) -> bool:
     """Whether the model calls a registered attention function, and that with scores and softmax as sdpa has them.
 
-    Touches: `PreTrainedModel._supports_sdpa`. Public: only the question whether it calls a registered function at all.
-    There: transformers 5.0 and newer.
-    Fails without it: every target, at loading.
+    Touches: `PreTrainedModel._supports_sdpa`. There: transformers 5.0 and newer.
+    Public: only whether it calls a registered function at all. Fails without it: every target, at loading.
     """
     kind: Any = type(model)
     return bool(kind._supports_sdpa and kind.is_backend_compatible())
@@ -62,9 +57,8 @@ def takes_registered_attention(model: PreTrainedModel) -> bool:
 def carries_state(model: PreTrainedModel) -> bool:
     """Whether the model has a recurrent state beside or instead of keys and values (Mamba, RWKV, ...).
 
-    Touches: `PreTrainedModel._is_stateful`. Public: nothing.
-    There: transformers 5.0 and newer.
-    Fails without it: nothing but the reason in the refusal; the probe of a target still sees that no cache is used.
+    Touches: `PreTrainedModel._is_stateful`. Public: nothing. There: transformers 5.0 and newer.
+    Fails without it: only the reason in the refusal; the probe of a target still sees that no cache is used.
     """
     return bool(getattr(type(model), "_is_stateful", False))
 
@@ -72,9 +66,8 @@ def carries_state(model: PreTrainedModel) -> bool:
 def usual_settings() -> dict[str, Any]:
     """Every setting of a GenerationConfig with what `generate` fills in where nobody gives it; None for nothing.
 
-    Touches: `GenerationConfig._get_default_generation_params`. Public: `GenerationConfig()`, whose settings are None.
-    There: transformers 5.0 and newer.
-    Fails without it: `generate` with Haast, when it looks for settings that it does not know.
+    Touches: `GenerationConfig._get_default_generation_params`. There: transformers 5.0 and newer.
+    Public: `GenerationConfig()`, whose settings are None. Fails without it: refusing unknown settings.
     """
     config: Any = GenerationConfig()  # type: ignore[no-untyped-call]
     return {**vars(config), **config._get_default_generation_params()}
@@ -83,9 +76,8 @@ def usual_settings() -> dict[str, Any]:
 def prepared_pad_token(config: GenerationConfig) -> int | None:
     """The pad token that `generate` has made up its mind to use, where the user gave none; None where there is none.
 
-    Touches: `GenerationConfig._pad_token_tensor`. Public: `pad_token_id`, which `generate` leaves at None when it takes
-    the first end token instead.
-    There: transformers 5.0 and newer.
+    Touches: `GenerationConfig._pad_token_tensor`. There: transformers 5.0 and newer.
+    Public: `pad_token_id`, which `generate` leaves at None when it takes the first end token instead.
     Fails without it: batches without `pad_token_id`.
     """
     token: Any = config._pad_token_tensor
@@ -95,9 +87,8 @@ def prepared_pad_token(config: GenerationConfig) -> int | None:
 def allowed_tokens_function(processor: PrefixConstrainedLogitsProcessor) -> Callable[[int, Tensor], list[int]]:
     """The user's `prefix_allowed_tokens_fn`, as the processor holds it.
 
-    Touches: `PrefixConstrainedLogitsProcessor._prefix_allowed_tokens_fn`. Public: nothing; the processor itself counts
-    the rows of what it is given, and Haast gives it one row at a time.
-    There: transformers 5.0 and newer.
+    Touches: `PrefixConstrainedLogitsProcessor._prefix_allowed_tokens_fn`. There: transformers 5.0 and newer.
+    Public: nothing; the processor itself counts the rows of what it is given, and Haast gives it one row at a time.
     Fails without it: `generate(prefix_allowed_tokens_fn=...)` with Haast.
     """
     function: Callable[[int, Tensor], list[int]] = processor._prefix_allowed_tokens_fn
@@ -150,8 +141,7 @@ def _reading() -> FrameType | None:
 def foreign_hooks(modules: Iterable[nn.Module]) -> int:
     """Hooks that stand on the modules and may change what they say. transformers' own, which collect states, do not.
 
-    Touches: `torch.nn.Module._forward_hooks` and `_forward_pre_hooks`. Public: adding and removing, not asking.
-    There: torch 2.6 and newer.
+    Touches: `torch.nn.Module._forward_hooks`, `_forward_pre_hooks`. Public: no asking. There: torch 2.6 and newer.
     Fails without it: loading a packed model; before that was asked, a user's hook on a layer went unheard.
     """
     hooks = [hook for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
@@ -161,10 +151,8 @@ def foreign_hooks(modules: Iterable[nn.Module]) -> int:
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """The module's own buffers by name, as it holds them.
 
-    Touches: `torch.nn.Module._buffers`. Public: attributes, which take a third of a microsecond each in a forward that
-    takes a few, and `named_buffers`, slower still.
-    There: torch 2.6 and newer.
-    Fails without it: packed linears.
+    Touches: `torch.nn.Module._buffers`. Public: attributes, a third of a microsecond each, in forwards of a few.
+    There: torch 2.6 and newer. Fails without it: packed linears.
     """
     return module._buffers
 
@@ -172,10 +160,7 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
 def weights_state(module: nn.Module) -> list[tuple[int, int]]:
     """Where each parameter and buffer lies, and how often it was written to; it differs once one has been changed.
 
-    Packed weights are buffers.
-
-    Touches: `Tensor._version`. Public: nothing that tells of a write in place.
-    There: torch 2.6 and newer; tensors made in inference mode have none.
+    Touches: `Tensor._version`. Public: nothing. There: torch 2.6 and newer; tensors of inference mode have none.
     Fails without it: a `Session` goes on with keys and values of weights that have changed since.
     """
     tensors = (*module.parameters(), *module.buffers())
@@ -192,9 +177,8 @@ def _address(tensor: Tensor) -> int:
 def with_own_parameters(module: nn.Module) -> nn.Module:
     """A copy of a module that shares its parameters, and whose parameters can be set without setting the module's.
 
-    Touches: `torch.nn.Module._parameters`. Public: `copy.copy`, whose result holds the very dict, and `copy.deepcopy`,
-    which copies the weights.
-    There: torch 2.6 and newer.
+    Touches: `torch.nn.Module._parameters`. There: torch 2.6 and newer.
+    Public: `copy.copy`, whose result holds the very dict, and `copy.deepcopy`, which copies the weights.
     Fails without it: heads for targets that are cut over processes.
     """
     made = copy.copy(module)
@@ -205,8 +189,7 @@ def with_own_parameters(module: nn.Module) -> nn.Module:
 def accelerate_hook(module: nn.Module) -> ModelHook | None:
     """What accelerate has hung on the module, to move its inputs or to page its weights in; None for nothing.
 
-    Touches: the attribute `_hf_hook`. Public: adding and removing (`accelerate.hooks`), not asking.
-    There: accelerate 1.2 and newer.
+    Touches: the attribute `_hf_hook`. Public: adding and removing. There: accelerate 1.2 and newer.
     Fails without it: targets over several devices (`device_map`).
     """
     hook: ModelHook | None = vars(module).get("_hf_hook")
@@ -216,8 +199,7 @@ def accelerate_hook(module: nn.Module) -> ModelHook | None:
 def mark_static(tensor: Tensor) -> None:
     """Promise that the tensor stays where it is, so that CUDA graphs read and write it in place.
 
-    Touches: `torch._dynamo.mark_static_address`. Public: nothing.
-    There: torch 2.6 and newer.
+    Touches: `torch._dynamo.mark_static_address`. Public: nothing. There: torch 2.6 and newer.
     Fails without it: compiled layers on CUDA (each replay would copy the cache).
     """
     torch._dynamo.mark_static_address(tensor, guard=False)
@@ -226,10 +208,8 @@ def mark_static(tensor: Tensor) -> None:
 def variants_allowed(most: int) -> AbstractContextManager[None]:
     """While it lasts, torch compiles up to so many versions of one function, before it gives up on it.
 
-    Touches: `torch._dynamo.config`, `recompile_limit` and `accumulated_recompile_limit`; torch 2.6 knows them as
-    `cache_size_limit` and `accumulated_cache_size_limit`. Public: nothing with a scope.
-    There: torch 2.6 and newer.
-    Fails without it: compiled layers.
+    Touches: `torch._dynamo.config`, its `recompile_limit`, `accumulated_recompile_limit` (`cache_size_limit` in 2.6).
+    Public: nothing with a scope. There: torch 2.6 and newer. Fails without it: compiled layers.
     """
     name = "recompile_limit" if torch.__version__ >= "2.7" else "cache_size_limit"
     limits = {name: most, f"accumulated_{name}": most}
@@ -240,10 +220,8 @@ def variants_allowed(most: int) -> AbstractContextManager[None]:
 def default_code_folder() -> str:
     """Where torch keeps compiled code unless it is told another place; it writes this into the environment itself.
 
-    Touches: `torch._inductor.runtime.cache_dir_utils.default_cache_dir`. Public: the variable TORCHINDUCTOR_CACHE_DIR,
-    which does not tell whether the user or torch has set it.
-    There: torch 2.6 and newer.
-    Fails without it: compiled layers.
+    Touches: `torch._inductor.runtime.cache_dir_utils.default_cache_dir`. There: torch 2.6 and newer.
+    Public: TORCHINDUCTOR_CACHE_DIR, which does not tell who has set it. Fails without it: compiled layers.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # seconds, if nobody compiles
 

@@ -1,18 +1,4 @@
-"""What can go wrong at Haast's boundary. All are `ValueError`s that name the value and the remedy.
-
-ValueError
-├── UnsupportedModelError   the target cannot be drafted for (encoder-decoder, recurrent state, no LM head)
-├── HeadMismatchError       the head does not fit the target, or its files are incomplete or corrupt
-├── PromptError             a prompt is empty or longer than the target's context
-├── UnsupportedArgumentError  an argument of transformers' `generate` that Haast does not honour
-├── KVPoolError             a KV pool's budget is impossible, or a request can never fit it
-├── QueueFullError          too many requests wait already
-└── CancelledError          a request that was cancelled, or whose deadline has passed, is read again
-
-HaastWarning (a UserWarning)
-├── LongContextWarning      a text is longer than anything that the head has seen in training
-└── PrecisionWarning        the target is held in another precision than the one that the head was trained on
-"""
+"""What can go wrong at Haast's boundary: errors that name the value and the remedy, all `ValueError`s, and warnings."""
 
 from __future__ import annotations
 
@@ -25,6 +11,12 @@ def expanded(path: str | Path, complaint: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise ValueError(f"{complaint} {path} ({error}): give the folder in full") from error
+
+
+def check_at_least(name: str, value: int, least: int = 1, meaning: str = "") -> None:
+    """Refuse a setting below `least`, and say what the least value means. Raises ValueError."""
+    if value < least:
+        raise ValueError(f"{name}={value} is not allowed: give {least} or more{meaning}")
 
 
 class UnsupportedModelError(ValueError):
@@ -40,7 +32,7 @@ class PromptError(ValueError):
 
 
 class HaastWarning(UserWarning):
-    """What Haast tells without failing; the command line prints it as one line."""
+    """Base class of Haast's warnings; the command line prints them on one line."""
 
 
 class LongContextWarning(HaastWarning):

@@ -1,7 +1,6 @@
 """How far a long job is: a bar on a terminal, and where stderr is no terminal one plain line every 30 s.
 
-Owns the words, the clock and both forms. Knows no job: every command and benchmark that can take minutes says here what
-it has done. The lines come from a thread of their own, so that a job whose single step takes minutes is heard of too.
+The lines come from a thread of their own, so that a job whose single step takes minutes is heard of too.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 EVERY = 30.0  # seconds between two lines
@@ -26,13 +25,11 @@ class Progress(AbstractContextManager["Progress"]):
     Args:
         what: the job, which begins a line: "features".
         unit: what is counted: "answers". Empty where nothing is, and then only words and the time so far are told.
-        total: how many there are to do; None where nobody knows.
-        before: how many of them were done in earlier runs.
+        total, before: how many there are to do (None where nobody knows), and how many earlier runs have done.
         rate: the unit of the rate where it is another than `unit`: tokens of answers.
         quiet: neither bar nor lines.
         console: where the bar is drawn; None is stderr.
-        clock: seconds; for tests.
-        over: is waited for between two lines, and set at the end; for tests.
+        clock, over: seconds, and what is waited for between two lines and set at the end; for tests.
     """
 
     def __init__(
@@ -55,10 +52,8 @@ class Progress(AbstractContextManager["Progress"]):
         console = Console(stderr=True) if console is None else console
         drawn = console.is_terminal and not console.is_dumb_terminal and not quiet
         self._told = not quiet and not (drawn and sys.stderr.isatty())
-        columns: list[ProgressColumn] = [BarColumn()] if total is not None else [SpinnerColumn()]
-        columns.append(TextColumn("{task.description}", markup=False))
-        if total is not None:
-            columns.append(TimeRemainingColumn())
+        words = TextColumn("{task.description}", markup=False)
+        columns = [SpinnerColumn(), words] if total is None else [BarColumn(), words, TimeRemainingColumn()]
         self._bar = Bar(
             *columns,
             console=console,
@@ -90,25 +85,22 @@ class Progress(AbstractContextManager["Progress"]):
         self.reach(self.done + count, self.counted + counted, words)
 
     def reach(self, done: int, counted: int = 0, words: str | None = None) -> None:
-        """So many are done, those of earlier runs included; `words` (kept where None) stand behind the numbers."""
+        """So many are done, those of earlier runs included; `words` (kept where None) stand after the numbers."""
         self.done, self.counted = done, counted
         self._words = self._words if words is None else words
         self._show()
 
     def say(self, words: str) -> None:
         """What is being done now, or how well it goes."""
-        self._words = words
-        self._show()
+        self.reach(self.done, self.counted, words)
 
     def line(self) -> str:
         """What a log is told: job, count, rate, time left (the time so far where nothing is done yet), words."""
         seconds, new = self._clock() - self._begun, self.done - self._before
         parts = [self._count(), self._speed(seconds)]
-        if self._total is not None and new > 0:
-            parts.append(f"{_spoken(seconds * max(self._total - self.done, 0) / new)} left")
-        else:
-            parts.append(f"{_spoken(seconds)} so far")
-        return f"{self._what}: " + ", ".join(part for part in (*parts, self._words) if part)
+        left = None if self._total is None or new <= 0 else seconds * max(self._total - self.done, 0) / new
+        parts += [f"{_spoken(seconds)} so far" if left is None else f"{_spoken(left)} left", self._words]
+        return f"{self._what}: " + ", ".join(filter(None, parts))
 
     def _count(self) -> str:
         if not self._unit:
@@ -126,7 +118,7 @@ class Progress(AbstractContextManager["Progress"]):
     def _show(self) -> None:
         """Bring the bar up to date; its own column tells the time left."""
         parts = (self._count() or self._what, self._speed(self._clock() - self._begun), self._words)
-        self._bar.update(self._task, completed=self.done, description="  ".join(part for part in parts if part))
+        self._bar.update(self._task, completed=self.done, description="  ".join(filter(None, parts)))
 
     def _tell(self) -> None:
         """Until the job is over, a line every 30 s."""

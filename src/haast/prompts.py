@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +28,7 @@ class Prompt:
 def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers (from 1) and objects of a .jsonl or .jsonl.gz file; blank lines are skipped.
 
-    Raises:
-        ValueError: the file cannot be read, or a line is no JSON object (the message has its number).
+    Raises ValueError where the file cannot be read, or a line is no JSON object (the message has its number).
     """
     path = Path(path)
     number = 0
@@ -52,16 +52,11 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_prompts(path: str | Path, limit: int | None = None, spread: bool = False) -> list[Prompt]:
-    """The first `limit` prompts of a file (all of them for None).
+    """The first `limit` prompts of a file, all of them for None; with `spread` taken evenly from the whole file.
 
-    Args:
-        path: JSON lines, each with `turns` (a list of texts) or `prompt` (one text); `id` and `category` are optional.
-            Without an `id` (or `question_id`) a prompt is known by a hash of its turns.
-        limit: at least 1.
-        spread: take them evenly from the whole file instead, since such files are often sorted by category.
-
-    Raises:
-        ValueError: a bad limit, an unreadable or empty file, or a malformed line (the message has its number).
+    Lines have `turns` (a list of texts) or `prompt` (one text); `id` and `category` are optional. Without an `id` (or
+    `question_id`) a prompt is known by a hash of its turns. Raises ValueError: a limit below 1, an unreadable or empty
+    file, or a malformed line (the message has its number).
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} is not allowed: give 1 or more prompts")
@@ -80,14 +75,9 @@ def read_suites(
 ) -> dict[Path, list[Prompt]]:
     """The prompt files (*.jsonl) of a folder, each a suite that is named by its stem.
 
-    Args:
-        folder: where they lie.
-        only: names, in the order wanted; None takes all, sorted.
-        limit: prompts of each, evenly from the whole file; None takes all.
-
-    Raises:
-        ValueError: no such folder, no file in it, an unknown or doubled name, a file that holds no prompts, or one
-            with an id twice.
+    `only` are names in the order wanted, None takes all, sorted; `limit` prompts are taken of each, evenly from the
+    whole file. Raises ValueError: no such folder, no file in it, an unknown or doubled name, a file that holds no
+    prompts, or one with an id twice.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -111,11 +101,9 @@ def _suite(path: Path, limit: int | None) -> list[Prompt]:
         prompts = read_prompts(path, limit, spread=True)
     except ValueError as error:
         raise ValueError(f"{error}; or choose other files of the folder with --only") from error
-    seen = set[str]()
-    for prompt in prompts:
-        if prompt.id in seen:
-            raise ValueError(f"{path} has two prompts of the id {prompt.id!r}: results are told apart by it")
-        seen.add(prompt.id)
+    twice = next((name for name, count in Counter(prompt.id for prompt in prompts).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path} has two prompts of the id {twice!r}: results are told apart by it")
     return prompts
 
 
@@ -128,14 +116,11 @@ def evenly(items: Sequence[T], count: int) -> list[T]:
 
 def _prompt(value: dict[str, Any], where: str) -> Prompt:
     rest = dict(value)
-    turns = rest.pop("turns", None)
-    single = rest.pop("prompt", None)
-    if turns is None:
-        turns = [] if single is None else [single]
+    turns, single = rest.pop("turns", None), rest.pop("prompt", None)
+    turns = [single] if turns is None else turns
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
         raise ValueError(f"{where}: expected `turns` (a list of non-empty texts) or `prompt` (a non-empty text)")
     name = rest.pop("question_id", None)
     name = rest.pop("id", name)
-    if name is None:
-        name = hashlib.sha256("\0".join(turns).encode()).hexdigest()[:12]
+    name = hashlib.sha256("\0".join(turns).encode()).hexdigest()[:12] if name is None else name
     return Prompt(str(name), tuple(turns), str(rest.pop("category", "")), rest)

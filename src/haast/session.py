@@ -1,7 +1,6 @@
 """Conversations: `Session`, and `Sessions`, which bounds the memory of many.
 
-Owns the dialogue, and which of its text's cache goes when it is released. What is kept between turns is kept by the
-target's KV pool, as for every text: a turn computes only what no text before had in common with it.
+What is kept between turns is kept by the target's KV pool: a turn computes only what no text before had in common.
 """
 
 from __future__ import annotations
@@ -12,9 +11,8 @@ from copy import deepcopy
 from typing import Unpack
 
 from haast.api import Haast
-from haast.errors import PromptError, QueueFullError
-from haast.generation import Generation, Piece, Settings, collected
-from haast.inputs import Message
+from haast.errors import PromptError, QueueFullError, check_at_least
+from haast.generation import Generation, Message, Piece, Settings, collected
 from haast.stats import Stats
 from haast.target.kv_pool import BLOCK
 
@@ -28,11 +26,7 @@ class Session:
     """
 
     def __init__(self, haast: Haast, messages: Sequence[Message] = ()) -> None:
-        """`messages` is how the dialogue begins: a system message, say.
-
-        Raises:
-            PromptError: the target has no chat template.
-        """
+        """`messages` begin the dialogue (a system message, say). Raises PromptError where there is no chat template."""
         if not haast.tokenizer.chat_template:
             raise PromptError("the tokenizer has no chat template, so this model holds no dialogue: use Haast.generate")
         self.haast = haast
@@ -91,14 +85,10 @@ class Session:
             pieces.close()
             if begun:
                 self.messages = [*asked, {"role": "assistant", "content": answer}]
-                self._remember([*prompt, *said])
-
-    def _remember(self, text: list[int]) -> None:
-        """The dialogue's text is this one now; earlier ones count as long as they have blocks of their own."""
-        with self.haast.target.lock:
-            own = self.haast.target.pool.blocks_of
-            now = set(own(text, self._key))
-            self._texts = [*(each for each in self._texts if set(own(each, self._key)) - now), text]
+                with self.haast.target.lock:  # earlier texts count as long as they have blocks of their own
+                    own, texts = self.haast.target.pool.blocks_of, [*prompt, *said]
+                    now = set(own(texts, self._key))
+                    self._texts = [*(each for each in self._texts if set(own(each, self._key)) - now), texts]
 
     def edit(self, number: int, text: str, **settings: Unpack[Settings]) -> Generation:
         """Say something else instead of message `number`, the user's: it is answered, what came after it is forgotten.
@@ -109,8 +99,7 @@ class Session:
             **settings: see `say`.
 
         Raises:
-            ValueError: there is no such message, or it is not the user's. PromptError: see `say`. The dialogue stays as
-                it was.
+            ValueError: there is no such message of the user's. PromptError: see `say`. The dialogue stays as it was.
         """
         if not -len(self.messages) <= number < len(self.messages):
             raise ValueError(f"there is no message {number}: the dialogue has {len(self.messages)}")
@@ -143,17 +132,13 @@ class Sessions:
 
     Args:
         haast: who answers.
-        max_bytes: of all their blocks. Those of whole dialogues are freed, the one that was silent longest first; no
-            dialogue is lost.
+        max_bytes: of all their blocks, 1 or more. Those of whole dialogues are freed, the one that was silent longest
+            first; no dialogue is lost.
         messages: how every dialogue begins.
-
-    Raises:
-        ValueError: a bound that no cache fits.
     """
 
     def __init__(self, haast: Haast, max_bytes: int = 1 << 30, messages: Sequence[Message] = ()) -> None:
-        if max_bytes < 1:
-            raise ValueError(f"max_bytes={max_bytes} is not allowed: give 1 or more")
+        check_at_least("max_bytes", max_bytes)
         self._haast, self.max_bytes, self._begin = haast, max_bytes, list(messages)
         self._held: OrderedDict[str, Session] = OrderedDict()
 

@@ -77,39 +77,36 @@ class Stats:
         for bucket, (forwards, decoded, reached, accepted) in enumerate(zip(*counts, strict=True)):
             if forwards:
                 begin, end = bucket_bounds(bucket)
-                chance = accepted / reached if reached else 0.0
                 told = {"begin": begin, "end": end, "target_forwards": forwards, "drafted": reached}
-                found.append(told | {"tau": decoded / forwards, "acceptance": chance})
+                rates = {"tau": decoded / forwards, "acceptance": accepted / reached if reached else 0.0}
+                found.append(told | rates)
         return found
 
     def count(self, kept: int, first_choice: Sequence[bool], position: int, emitted: int) -> None:
         """Take in one request's verdict of one step.
 
-        Args:
-            kept: nodes, the root included.
-            first_choice: per visited node that has children: was its preferred child the right one?
-            position: tokens before the root, or the root's position.
-            emitted: tokens that the stop rules left.
+        `kept` nodes, the root included; `first_choice`, for each visited node that has children, whether its preferred
+        child was the right one; the `position` of the root; and the tokens `emitted` that the stop rules left.
         """
         self.target_forwards += 1
         self.decoded_tokens += emitted
-        self._count_length(bucket_of(position), emitted, bool(first_choice), kept > 1)
+        by_length = {
+            "forwards_by_length": 1,
+            "decoded_by_length": emitted,
+            "reached_by_length": int(bool(first_choice)),
+            "accepted_by_length": int(kept > 1),
+        }
+        for name, value in by_length.items():
+            _add(getattr(self, name), bucket_of(position), value)
         for depth, preferred in enumerate(first_choice):
-            if depth == len(self.reached_by_depth):
-                self.reached_by_depth.append(0)
-                self.accepted_by_depth.append(0)
-                self.first_choice_by_depth.append(0)
-            self.reached_by_depth[depth] += 1
-            self.accepted_by_depth[depth] += kept > depth + 1
-            self.first_choice_by_depth[depth] += preferred
+            _add(self.reached_by_depth, depth, 1)
+            _add(self.accepted_by_depth, depth, int(kept > depth + 1))
+            _add(self.first_choice_by_depth, depth, int(preferred))
 
-    def _count_length(self, bucket: int, emitted: int, tried: bool, accepted: bool) -> None:
-        added = (1, emitted, int(tried), int(accepted))
-        names = ("forwards_by_length", "decoded_by_length", "reached_by_length", "accepted_by_length")
-        for name, value in zip(names, added, strict=True):
-            counts: list[int] = getattr(self, name)
-            counts.extend([0] * (bucket + 1 - len(counts)))
-            counts[bucket] += value
+
+def _add(counts: list[int], place: int, value: int) -> None:
+    counts.extend([0] * (place + 1 - len(counts)))
+    counts[place] += value
 
 
 def bucket_of(position: int) -> int:
@@ -118,5 +115,5 @@ def bucket_of(position: int) -> int:
 
 
 def bucket_bounds(bucket: int) -> tuple[int, int]:
-    """First position of a bucket, and the first behind it."""
+    """First position of a bucket, and the first after it."""
     return (_FIRST_BUCKET << bucket >> 1 if bucket else 0), _FIRST_BUCKET << bucket

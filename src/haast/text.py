@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -14,20 +15,25 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # how SentencePiece writes a byte that is no character by itself
 
 
-def checked_stops(tokenizer: PreTrainedTokenizerBase, stops: str | Sequence[str]) -> tuple[str, ...]:
-    """Stop strings that a text of this tokenizer can hold; one by itself is one string, not its letters.
-
-    Raises:
-        ValueError: one that is no text, is empty, or has a character that none of the tokenizer's tokens write.
-    """
+def stop_strings(stops: Any, name: str = "stop") -> tuple[str, ...]:
+    """Stop strings, given as `name`; one by itself is one string, not its letters. Raises ValueError."""
     if not isinstance(stops, Sequence) or isinstance(stops, bytes):
-        raise ValueError(f"stop={stops!r} is not allowed: give a string, or a list of strings")
+        raise ValueError(f"{name}={stops!r} is not allowed: give a string, or a list of strings")
     several = (stops,) if isinstance(stops, str) else tuple(stops)
     for stop in several:
-        if not isinstance(stop, str):
-            raise ValueError(f"stop holds {stop!r}: give strings")
-        if not stop:
-            raise ValueError("an empty stop string would end every text at once: leave it out")
+        if not isinstance(stop, str) or not stop:
+            why = "an empty stop string would end every text at once"
+            raise ValueError(f"{name} holds {stop!r}: give strings of one character or more ({why})")
+    return several
+
+
+def checked_stops(tokenizer: PreTrainedTokenizerBase, stops: str | Sequence[str]) -> tuple[str, ...]:
+    """Stop strings that a text of this tokenizer can hold.
+
+    Raises ValueError for one that is no text, is empty, or has a character that none of the tokenizer's tokens write.
+    """
+    several = stop_strings(stops)
+    for stop in several:
         ids = tokenizer.encode(stop, add_special_tokens=False)
         written = str(tokenizer.decode(ids, skip_special_tokens=False)).lower()
         lost = [letter for letter in stop if not letter.isspace() and letter.lower() not in written]
@@ -41,14 +47,11 @@ def checked_stops(tokenizer: PreTrainedTokenizerBase, stops: str | Sequence[str]
 class TextStream:
     """Turns a growing list of tokens into text that never has to be taken back.
 
-    Text that may be the beginning of a stop string, or half a character, is held until it is settled; a stop string
-    itself is never given out.
+    Text that may be the beginning of a stop string, or half a character, is held until it is settled.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
-        if any(not stop for stop in stops):
-            raise ValueError("an empty stop string would end every text at once: leave it out")
-        self._tokenizer, self._stops = tokenizer, tuple(stops)
+        self._tokenizer, self._stops = tokenizer, stop_strings(stops)
         self._tokens: list[int] = []
         self._window = 0  # tokens before it are settled: their text no longer changes
         self._prefix = 0  # where the window's context begins; some tokenizers join words by looking back
@@ -63,9 +66,9 @@ class TextStream:
         self._tokens.append(token)
         before = self._decode(self._prefix, self._window)
         now = self._decode(self._prefix, len(self._tokens))
-        if now.endswith("\ufffd"):  # half a character; the next token completes it
-            return ""
-        if now == before:  # a special token, say: no context for what follows, so the window stays where it is
+        # Half a character, which the next token completes; or nothing new (a special token), which is no context for
+        # what follows: the window stays where it is.
+        if now.endswith("\ufffd") or now == before:
             return ""
         self._pending += now[len(before) :]
         self._prefix, self._window = self._window, len(self._tokens)

@@ -31,7 +31,7 @@ class Boundary(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command named on the command line."""
         try:
-            with _plain_warnings(), _quiet_imports():
+            with _quiet():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
@@ -40,44 +40,33 @@ class Boundary(TyperGroup):
             raise typer.Exit(1) from None
         except (typer.Exit, typer.Abort):
             raise
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, *_INTERNAL) as error:
             if isinstance(ctx.obj, dict) and ctx.obj.get("debug"):
                 traceback.print_exc(file=sys.stderr)
-            typer.echo(f"haast: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(2) from None
-        except _INTERNAL as error:
-            if isinstance(ctx.obj, dict) and ctx.obj.get("debug"):
-                traceback.print_exc(file=sys.stderr)
-            words = " ".join(f"{type(error).__name__}: {error}".split())
-            typer.echo(f"haast: internal error, {words} (haast --debug ... shows where; please report it)", err=True)
-            raise typer.Exit(3) from None
+            internal = not isinstance(error, ValueError | OSError)
+            words = " ".join((f"internal error, {type(error).__name__}: {error}" if internal else str(error)).split())
+            hint = " (haast --debug ... shows where; please report it)" if internal else ""
+            typer.echo(f"haast: {words}{hint}", err=True)
+            raise typer.Exit(3 if internal else 2) from None
 
 
 @contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Haast's own warnings as one line, without the place in its code."""
+def _quiet() -> Iterator[None]:
+    """Haast's warnings are one line, without the place in its code; what libraries log when imported stays out."""
     usual = warnings.formatwarning
+    levels = {name: logging.getLogger(name).level for name in _CHATTY}
 
     def one_line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
         own = issubclass(category, HaastWarning)
         return f"haast: warning: {message}\n" if own else usual(message, category, *where, **more)
 
     warnings.formatwarning = one_line
-    try:
-        yield
-    finally:
-        warnings.formatwarning = usual
-
-
-@contextmanager
-def _quiet_imports() -> Iterator[None]:
-    """What libraries log of themselves while they are imported stays out of a command's output."""
-    levels = {name: logging.getLogger(name).level for name in _CHATTY}
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     finally:
+        warnings.formatwarning = usual
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from haast.cli.boundary import human_output
 from haast.cli.settings import Drafting, JsonOption, Loading
 from haast.files import check_writable, write_json
 
@@ -31,12 +30,10 @@ def info(loading: Loading, drafting: Drafting, json_out: JsonOption = None) -> N
     document = {"haast": _installation(), "model": _model(target, loading), "head": head}
     if "location" in head:
         document["drafting"] = _drafting(target, loading, drafting)
-    out = human_output(json_out)
-    if json_out != "-":
-        for name, facts in document.items():
-            print(name, file=out)
-            for key, value in _flat(facts):
-                print(f"  {key:22} {value}", file=out)
+    for name, facts in document.items() if json_out != "-" else ():
+        print(name)
+        for key, value in _flat(facts):
+            print(f"  {key:22} {value}")
     write_json(document, json_out)
     if "problem" in head:
         raise typer.Exit(1)
@@ -123,15 +120,15 @@ def _drafting(target: Target, loading: Loading, drafting: Drafting) -> dict[str,
 
 def _head(drafting: Drafting, model: str) -> dict[str, Any]:
     """A head that is not there is a fact, not an error."""
-    from haast.heads.checkpoint import load_head
+    from haast.drafters.factory import open_head
 
     try:
         folder = drafting.folder(model)
-        if folder is None:
-            return {"name": "none"}
-        head = load_head(folder)
+        head = open_head(folder, model)
     except ValueError as error:
         return {"name": drafting.head, "problem": str(error)}
+    if head is None:
+        return {"name": "none"}
     return {
         "name": drafting.head,
         "location": str(folder),

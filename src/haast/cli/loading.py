@@ -1,11 +1,15 @@
-"""Prompts and parts that verify and bench need. Owns the order of checks: files first, then the model."""
+"""Prompts and parts that commands load. Owns the order of checks (files first, then the model), and who speaks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Option
 
 from haast.cli.settings import Choice, Drafting, Loading, check_at_least
 
@@ -16,7 +20,7 @@ if TYPE_CHECKING:
     from haast.drafters.medusa import MedusaDrafter
     from haast.drafters.tree_shape import DraftShape
     from haast.prompts import Prompt
-    from haast.target.parallel_config import Spread
+    from haast.target.device_map import Spread
     from haast.target.target import Target
 
 OWN_PROMPTS = (
@@ -35,6 +39,41 @@ OWN_PROMPTS = (
 )
 
 
+@dataclass(frozen=True)
+class Spreading:
+    """Over what the target is spread."""
+
+    device_map: Annotated[
+        str | None, Option(metavar="PLAN", help="auto: over all devices, memory and disk, as transformers plans.")
+    ] = None
+    tensor_parallel: Annotated[
+        bool, Option("--tensor-parallel", help="Under torchrun: cut the layers over its processes.")
+    ] = False
+
+    def check(self, loading: Loading) -> Spread:
+        """The library's own configuration. Raises ValueError."""
+        from haast.target.device_map import Spread
+
+        spread = Spread(self.device_map, tensor_parallel=self.tensor_parallel)
+        spread.check(loading.device, loading.packing, loading.compile)
+        return spread
+
+
+def leads(target: Target) -> bool:
+    """Whether this process speaks for a target, which several may hold."""
+    return target.ranks is None or target.ranks.leads
+
+
+@contextmanager
+def one_voice(target: Target) -> Iterator[None]:
+    """Of the processes that hold a target only the first one prints."""
+    if leads(target):
+        yield
+        return
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
 def read_prompt_file(path: Path | None, limit: int | None) -> list[Prompt]:
     from haast.prompts import Prompt, read_prompts
 
@@ -49,8 +88,7 @@ def load_chosen(
     choice: Choice, loading: Loading, drafting: Drafting, spread: Spread | None = None
 ) -> tuple[Target, Drafter]:
     """A target, and the drafter that was asked for; all is checked first. Raises ValueError as loading does."""
-    from haast.drafters.factory import make_drafter, needs_head, plan_drafter
-    from haast.heads.checkpoint import check_fits, load_head
+    from haast.drafters.factory import make_drafter, needs_head, open_head, plan_drafter
 
     choice.check()
     if not needs_head(choice.drafter):
@@ -62,13 +100,10 @@ def load_chosen(
     head = None if drafting.head == "none" else drafting.head
     name, folder = plan_drafter(choice.drafter, head, loading.model, small is not None)
     target = loading.load(spread)
-    loaded = None if folder is None else load_head(folder)
-    if loaded is not None:
-        check_fits(loaded.module.config, target.hidden_size, target.vocab_size, loading.model)
     drafter = make_drafter(
         name,
         target,
-        loaded,
+        open_head(folder, loading.model),
         shape=shape if drafting.shaped else None,
         window=drafting.draft_window,
         small=None if small is None else small.load(),
@@ -117,14 +152,11 @@ def as_eagle(drafter: EagleDrafter | MedusaDrafter | None) -> EagleDrafter | Non
 
 def load_medusa(folder: Path, target: Target, model: str, nodes: int) -> MedusaDrafter:
     """The drafter of Medusa heads. Raises HeadMismatchError where the folder holds none for this target."""
-    from haast.drafters.factory import find_head
+    from haast.drafters.factory import open_head
     from haast.drafters.medusa import MedusaDrafter
-    from haast.heads.checkpoint import check_fits, load_head
 
-    found = find_head(folder, model)
-    assert found is not None, "a folder was given"
-    head = load_head(found)
-    check_fits(head.module.config, target.hidden_size, target.vocab_size, model)
+    head = open_head(folder, model)
+    assert head is not None, "a folder was given"
     return MedusaDrafter(target, head, nodes)
 
 
@@ -137,8 +169,5 @@ def drawn_by(drafter: Drafter | None) -> dict[str, Any]:
     drafter = drafter.eagle if isinstance(drafter, HybridDrafter) else drafter
     if not isinstance(drafter, EagleDrafter | MedusaDrafter):
         return {"shape": None, "pace": None, "draft_window": None}
-    return {
-        "shape": asdict(drafter.shape),
-        "pace": None if drafter.pace is None else asdict(drafter.pace),
-        "draft_window": drafter.window,
-    }
+    pace = None if drafter.pace is None else asdict(drafter.pace)
+    return {"shape": asdict(drafter.shape), "pace": pace, "draft_window": drafter.window}

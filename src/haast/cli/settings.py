@@ -1,7 +1,6 @@
 """Options that several commands share, as frozen dataclasses, and their expansion into flags.
 
-A command takes `loading: Loading`, say, and `expanded` gives it one flag per field. Owns no decoding; the checks are
-those of the dataclasses that the library itself uses.
+A command takes `loading: Loading`, say, and `expanded` gives it one flag per field.
 """
 
 from __future__ import annotations
@@ -16,16 +15,17 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-import typer
+from typer import Option
 
 from haast.drafters.tree_shape import DraftShape, shape_for, usual_nodes
+from haast.errors import check_at_least as check_at_least  # commands take it from here
 from haast.errors import expanded as expanded_path
 
 if TYPE_CHECKING:
     from haast.core import SamplingParams
     from haast.drafters.eagle import EagleDrafter
     from haast.drafters.medusa import MedusaDrafter
-    from haast.target.parallel_config import Spread
+    from haast.target.device_map import Spread
     from haast.target.target import Target
     from haast.tuning.calibration import Calibration
 
@@ -33,18 +33,15 @@ DEFAULT_MODEL = "smollm2-135m-instruct"  # haast.target.load has the same; impor
 PREFILL_CHUNK = 512  # of haast.engine.engine, likewise
 
 JsonOption = Annotated[
-    str | None, typer.Option("--json", metavar="OUT", help="Write the result to this file; '-' is stdout.")
+    str | None, Option("--json", metavar="OUT", help="Write the result to this file; '-' is stdout.")
 ]
-PromptsOption = Annotated[
-    Path | None, typer.Option("--prompts", metavar="FILE", help="JSON lines with `turns` or `prompt`.")
-]
-LimitOption = Annotated[int | None, typer.Option("--limit", metavar="N", help="Take only the first N prompts.")]
+PromptsOption = Annotated[Path | None, Option("--prompts", metavar="FILE", help="JSON lines with `turns` or `prompt`.")]
+LimitOption = Annotated[int | None, Option("--limit", metavar="N", help="Take only the first N prompts.")]
 ChunkOption = Annotated[
-    int,
-    typer.Option("--prefill-chunk", metavar="N", help="Prompt tokens a forward; fewer take less memory."),
+    int, Option("--prefill-chunk", metavar="N", help="Prompt tokens a forward; fewer take less memory.")
 ]
 SpreadLimitOption = Annotated[
-    int | None, typer.Option("--limit", metavar="N", help="Take only N prompts, evenly from the whole file.")
+    int | None, Option("--limit", metavar="N", help="Take only N prompts, evenly from the whole file.")
 ]
 
 
@@ -52,21 +49,19 @@ SpreadLimitOption = Annotated[
 class Loading:
     """Which target, and how it is loaded."""
 
-    model: Annotated[str, typer.Option(help="Name, hub id, folder or .gguf file.")] = DEFAULT_MODEL
-    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or float64.")] = "float32"
-    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu"
-    packing: Annotated[
-        str, typer.Option(help="auto, f16 (packed 16-bit linears on the CPU), int8, torchao-int8, torchao-int4 or off.")
-    ] = "auto"
-    compile: Annotated[
-        str, typer.Option(help="off, auto (on for CUDA) or on: compiled layers at a few static shapes, kept on disk.")
-    ] = "off"
-    threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads; torch's own choice if absent.")] = None
+    model: Annotated[str, Option(help="Name, hub id, folder or .gguf file.")] = DEFAULT_MODEL
+    dtype: Annotated[str, Option(help="float32, float16, bfloat16 or float64.")] = "float32"
+    device: Annotated[str, Option(help="A torch device.")] = "cpu"
+    packing: Annotated[str, Option(help="auto, f16 (packed, on the CPU), int8, torchao-int8, torchao-int4 or off.")] = (
+        "auto"
+    )
+    compile: Annotated[str, Option(help="off, auto (on for CUDA) or on: static shapes, kept on disk.")] = "off"
+    threads: Annotated[int | None, Option(metavar="N", help="CPU threads; torch's own choice if absent.")] = None
 
     def check(self) -> None:
         """Refuse impossible settings and apply the thread count; nothing is loaded. Raises ValueError."""
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads={self.threads} is not allowed: give 1 or more")
+        if self.threads is not None:
+            check_at_least("threads", self.threads)
         import torch
 
         from haast.target.load import check_compile, check_precision, resolve
@@ -79,20 +74,10 @@ class Loading:
 
     def load(self, spread: Spread | None = None) -> Target:
         """Load the target. Raises ValueError."""
-        from transformers.utils import logging
-
         from haast.target.load import load_target
 
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        return load_target(
-            self.model,
-            dtype=self.dtype,
-            device=self.device,
-            packing=self.packing,
-            compile=self.compile,
-            progress=compiling,
-            spread=spread,
-        )
+        how = {"dtype": self.dtype, "device": self.device, "packing": self.packing, "compile": self.compile}
+        return load_target(self.model, **how, progress=compiling, spread=spread)
 
 
 @dataclass(frozen=True)
@@ -101,12 +86,12 @@ class Choice:
 
     drafter: Annotated[
         str,
-        typer.Option(
+        Option(
             help="auto, eagle, eagle+suffix, suffix, lookup, lookahead, medusa, small-model, or none. auto is the best "
             "there is: eagle+suffix with an EAGLE head, suffix without one."
         ),
     ] = "auto"
-    small_model: Annotated[str | None, typer.Option(metavar="NAME", help="The smaller model that drafts.")] = None
+    small_model: Annotated[str | None, Option(metavar="NAME", help="The smaller model that drafts.")] = None
 
     def check(self) -> None:
         """Refuse what is no drafter. Raises ValueError."""
@@ -118,23 +103,16 @@ class Choice:
 class Drafting:
     """Which head, and how far and wide it drafts."""
 
-    head: Annotated[str, typer.Option(help="A head's folder; 'default' is the shipped one, 'none' uses none.")] = (
-        "default"
-    )
-    shape: Annotated[str, typer.Option(help="dynamic, static or chain.")] = DraftShape.kind
-    nodes: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Tree budget, root included; by what pays here."),
-    ] = None
-    depth: Annotated[int | None, typer.Option(metavar="N", help="Levels below the root; by the budget.")] = None
-    draft_top_k: Annotated[int | None, typer.Option(metavar="N", help="Children per node; by the budget.")] = None
-    width: Annotated[int | None, typer.Option(metavar="N", help="Nodes expanded per level; by the budget.")] = None
+    head: Annotated[str, Option(help="A head's folder; 'default' is the shipped one, 'none' uses none.")] = "default"
+    shape: Annotated[str, Option(help="dynamic, static or chain.")] = DraftShape.kind
+    nodes: Annotated[int | None, Option(metavar="N", help="Tree budget, root included; by what pays here.")] = None
+    depth: Annotated[int | None, Option(metavar="N", help="Levels below the root; by the budget.")] = None
+    draft_top_k: Annotated[int | None, Option(metavar="N", help="Children per node; by the budget.")] = None
+    width: Annotated[int | None, Option(metavar="N", help="Nodes expanded per level; by the budget.")] = None
     draft_window: Annotated[
-        int | None, typer.Option(metavar="W", help="Positions that the head looks back; all of the text if absent.")
+        int | None, Option(metavar="W", help="Positions that the head looks back; all of the text if absent.")
     ] = None
-    calibration: Annotated[
-        str, typer.Option(metavar="FILE", help="auto: what `haast calibrate` or a quick look found here; off; a file.")
-    ] = "auto"
+    calibration: Annotated[str, Option(metavar="FILE", help="auto: what was measured here; off; a file.")] = "auto"
 
     @property
     def shaped(self) -> bool:
@@ -145,15 +123,14 @@ class Drafting:
     def check(self, model: str, device: str) -> DraftShape:
         """Refuse an impossible shape, a head that is not there, or one for another model where its config says so.
 
-        Raises:
-            ValueError: the setting; HeadMismatchError: the head.
+        Raises ValueError for a setting, HeadMismatchError for the head.
         """
         shape = self.check_shape(device)
         if self.draft_window is not None:
             check_at_least("draft_window", self.draft_window)
+        if not self.calibration:
+            raise ValueError("calibration='' names no file: give auto, off or what `haast calibrate` wrote")
         if self.calibration not in ("auto", "off"):
-            if not self.calibration:
-                raise ValueError("calibration='' names no file: give auto, off or what `haast calibrate` wrote")
             if self.shaped:
                 raise ValueError(
                     "--calibration brings a shape of its own: leave out --shape, --nodes, --depth, --width"
@@ -166,10 +143,9 @@ class Drafting:
             from haast.heads.checkpoint import check_fits, read_head_config
             from haast.heads.config import HeadConfig
 
-            config = read_head_config(folder)
+            config, sizes = read_head_config(folder), _sizes_on_disk(model)
             if self.draft_window is not None and not isinstance(config, HeadConfig):
                 raise ValueError("--draft-window is for EAGLE heads, and --head names Medusa heads: leave it out")
-            sizes = _sizes_on_disk(model)
             if sizes is not None:
                 check_fits(config, *sizes, model)
         return shape
@@ -188,14 +164,11 @@ class Drafting:
     def load(self, target: Target, model: str, shape: DraftShape) -> EagleDrafter | MedusaDrafter | None:
         """A head's own drafter, without a policy; None without a head. Raises HeadMismatchError."""
         from haast.drafters.eagle import EagleDrafter
-        from haast.drafters.factory import head_drafter, tune_eagle
-        from haast.heads.checkpoint import check_fits, load_head
+        from haast.drafters.factory import head_drafter, open_head, tune_eagle
 
-        folder = self.folder(model)
-        if folder is None:
+        head = open_head(self.folder(model), model)
+        if head is None:
             return None
-        head = load_head(folder)
-        check_fits(head.module.config, target.hidden_size, target.vocab_size, model)
         drafter = head_drafter(target, head, shape, self.draft_window)
         if isinstance(drafter, EagleDrafter) and not self.shaped:
             tune_eagle(target, drafter, self.calibration)
@@ -210,37 +183,35 @@ class Drafting:
 
 @dataclass(frozen=True)
 class Sampling:
-    """The law of the next token."""
+    """The distribution of the next token."""
 
-    temperature: Annotated[float, typer.Option(metavar="T", help="0 is greedy.")] = 0.0
-    top_k: Annotated[int, typer.Option(metavar="K", help="Keep the K likeliest tokens; 0 is off.")] = 0
-    top_p: Annotated[float, typer.Option(metavar="P", help="Keep the likeliest tokens of mass P; 1 is off.")] = 1.0
-    min_p: Annotated[float, typer.Option(metavar="P", help="Drop tokens below P times the best; 0 is off.")] = 0.0
-    repetition_penalty: Annotated[float, typer.Option(metavar="X", help="1 is off.")] = 1.0
-    seed: Annotated[int, typer.Option(metavar="S", help="Same seed, same text, with or without drafting.")] = 0
+    temperature: Annotated[float, Option(metavar="T", help="0 is greedy.")] = 0.0
+    top_k: Annotated[int, Option(metavar="K", help="Keep the K likeliest tokens; 0 is off.")] = 0
+    top_p: Annotated[float, Option(metavar="P", help="Keep the likeliest tokens of mass P; 1 is off.")] = 1.0
+    min_p: Annotated[float, Option(metavar="P", help="Drop tokens below P times the best; 0 is off.")] = 0.0
+    repetition_penalty: Annotated[float, Option(metavar="X", help="1 is off.")] = 1.0
+    seed: Annotated[int, Option(metavar="S", help="Same seed, same text, with or without drafting.")] = 0
 
     def check(self) -> SamplingParams:
         """The library's own configuration. Raises ValueError."""
         from haast.core import SamplingParams
 
-        return SamplingParams(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed)
+        return SamplingParams(**vars(self))
 
 
 @dataclass(frozen=True)
 class SuiteOptions:
     """A folder of prompt files instead of one, and where its results go."""
 
-    suite: Annotated[Path | None, typer.Option(metavar="DIR", help="Bench all prompt files (*.jsonl) of a folder.")] = (
-        None
-    )
-    only: Annotated[str | None, typer.Option(metavar="A,B", help="With --suite: these files, without .jsonl.")] = None
+    suite: Annotated[Path | None, Option(metavar="DIR", help="Bench all prompt files (*.jsonl) of a folder.")] = None
+    only: Annotated[str | None, Option(metavar="A,B", help="With --suite: these files, without .jsonl.")] = None
     temperatures: Annotated[
-        str | None, typer.Option(metavar="T,T", help="With --suite, which takes 0,1 if this is absent.")
+        str | None, Option(metavar="T,T", help="With --suite, which takes 0,1 if this is absent.")
     ] = None
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="With --suite: where journal.jsonl, suite.json, suite.md go.")
+        Path | None, Option(metavar="FOLDER", help="With --suite: where journal.jsonl, suite.json, suite.md go.")
     ] = None
-    resume: Annotated[bool, typer.Option("--resume", help="With --suite: go on with the journal in --out.")] = False
+    resume: Annotated[bool, Option("--resume", help="With --suite: go on with the journal in --out.")] = False
 
 
 @contextmanager
@@ -256,12 +227,6 @@ def compiling(what: str) -> Iterator[None]:
             print(f" {perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
 
 
-def check_at_least(name: str, value: int, least: int = 1) -> None:
-    """Raises ValueError below `least`."""
-    if value < least:
-        raise ValueError(f"{name}={value} is not allowed: give {least} or more")
-
-
 def _sizes_on_disk(model: str) -> tuple[int, int] | None:
     """(hidden size, vocabulary) of a model whose configuration is on this machine; None where only loading tells."""
     from transformers import AutoConfig
@@ -269,13 +234,11 @@ def _sizes_on_disk(model: str) -> tuple[int, int] | None:
     from haast.target.load import config_on_disk
 
     folder = config_on_disk(model)
-    if folder is None:
-        return None
     try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
+        config = None if folder is None else AutoConfig.from_pretrained(folder).get_text_config()
     except (OSError, KeyError, ValueError):
         return None  # loading the model tells what is wrong with it
-    return int(config.hidden_size), int(config.vocab_size)
+    return None if config is None else (int(config.hidden_size), int(config.vocab_size))
 
 
 def expanded(function: Callable[..., None]) -> Callable[..., None]:
@@ -289,13 +252,10 @@ def expanded(function: Callable[..., None]) -> Callable[..., None]:
             values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
         function(**values)
 
-    parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.name in groups:
-            parameters.extend(_options(groups[parameter.name]))
-        else:
-            kind = inspect.Parameter.KEYWORD_ONLY
-            parameters.append(parameter.replace(annotation=hints[parameter.name], kind=kind))
+    parameters = list[inspect.Parameter]()
+    for name, parameter in inspect.signature(function).parameters.items():
+        own = parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+        parameters += _options(groups[name]) if name in groups else [own]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     del command.__wrapped__
@@ -303,13 +263,11 @@ def expanded(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _options(kind: type[Any]) -> list[inspect.Parameter]:
-    hints = get_type_hints(kind, include_extras=True)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    made = []
+    hints, made = get_type_hints(kind, include_extras=True), []
     for field in fields(kind):
         assert field.default is not MISSING, "an option group's fields have defaults"
-        annotation = hints[field.name]
+        annotation, keyword = hints[field.name], inspect.Parameter.KEYWORD_ONLY
         if "help" in field.metadata:  # a configuration of the library, which knows no typer
-            annotation = Annotated[annotation, typer.Option(help=field.metadata["help"])]
+            annotation = Annotated[annotation, Option(help=field.metadata["help"])]
         made.append(inspect.Parameter(field.name, keyword, default=field.default, annotation=annotation))
     return made

@@ -1,8 +1,7 @@
-"""How to draft by how many rows are decoded together. Owns the choice per row count, and the costs behind it.
+"""Draft configuration per batch size: how to draft by how many rows are decoded together.
 
 On a machine that computes no faster than it reads, a second row's nodes cost as much as another row's tokens: the more
-rows, the smaller the tree that pays, until none does and vanilla decoding is the fastest there is. Every choice is a
-function of how many rows run, so none touches losslessness.
+rows, the smaller the tree that pays, until none does.
 """
 
 from __future__ import annotations
@@ -79,10 +78,8 @@ def nodes_for(gain: float) -> float:
 def measured_ways(latency: Latency, paced: bool, most_gain: float | None = None) -> Ways:
     """By what forwards and drafts cost here: for every number of rows the tree with the most tokens per ms.
 
-    Args:
-        latency: measured.
-        paced: let each step be as deep and large as pays, up to more nodes than the best number; on the CPU.
-        most_gain: drafts that a step keeps at most, where that is known of the head.
+    With `paced`, on the CPU, each step is as deep and large as pays, up to more nodes than the best number. `most_gain`
+    is how many drafts a step keeps at most, where that is known of the head.
     """
     ways = {rows: _measured(latency, rows, paced) for rows in _ROWS}
     if most_gain is None:

@@ -1,25 +1,40 @@
-"""Which calibration belongs to a target and its drafter, and how it is put to use. Measures nothing."""
+"""What a target's drafts cost here: the kept calibration, how it is put to use, and a rehearsal where there is none."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 
+from haast.core import Accepted, RowVerdict, Verdict
+from haast.drafters.base import Drafter
 from haast.drafters.batch_policy import Way, nodes_for, usual_ways
 from haast.drafters.eagle import EagleDrafter
+from haast.drafters.small_model import SmallModelDrafter
 from haast.drafters.tree_shape import DraftShape
 from haast.target.packing import PackedLinear
 from haast.target.target import Target
+from haast.tree import DraftTree
 from haast.tuning.calibration import Batch, Calibration
-from haast.tuning.latency import file_for, target_identity
+from haast.tuning.latency import DraftCost, file_for, target_identity, timed
+
+_COMMITTED, _ROUNDS, _SECONDS = 24, 6, 0.5
+_WIDTHS, _DEEP, _TOP_K = (1, 8), 5, 8
 
 
 def identity(target: Target, drafter: EagleDrafter) -> dict[str, Any]:
     """What a calibration is good for: this machine, this model and head, these settings."""
-    return {**target_identity(target), "head": _digest(drafter)}
+    head = hashlib.sha256()
+    for name, tensor in sorted(drafter.tensors().items()):
+        head.update(name.encode())
+        head.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return {**target_identity(target), "head": head.hexdigest()[:16]}
 
 
 def default_path(known: dict[str, Any]) -> Path:
@@ -30,8 +45,7 @@ def default_path(known: dict[str, Any]) -> Path:
 def find_calibration(target: Target, drafter: EagleDrafter, wanted: str | Path = "auto") -> Calibration | None:
     """The calibration to use: "auto" is the kept one if there is one, "off" none, else a file.
 
-    Raises:
-        ValueError: a file that is not there, no calibration, or one of another machine, model or head.
+    Raises ValueError for a file that is not there, no calibration, or of another machine, model or head.
     """
     if wanted == "off":
         return None
@@ -39,30 +53,27 @@ def find_calibration(target: Target, drafter: EagleDrafter, wanted: str | Path =
     if wanted != "auto":
         return Calibration.load(Path(wanted), known)
     path = default_path(known)
-    if not path.is_file():
-        return None
-    try:
-        return Calibration.load(path, known)
-    except ValueError:
-        return None  # of an older Haast; `haast calibrate` writes it anew
+    with suppress(ValueError):  # of an older Haast; `haast calibrate` writes it anew
+        return Calibration.load(path, known) if path.is_file() else None
+    return None
 
 
 def apply_calibration(drafter: EagleDrafter, calibration: Calibration) -> bool:
     """Draft as the calibration found best; False, and nothing changed, where it found that drafting does not pay."""
     if not calibration.pays:
         return False
-    shape, expected = DraftShape(**calibration.shape), calibration.expected
-    first = Way(shape, calibration.chosen_pace, expected["nodes"], expected["tau"] - 1)
-    measured = {rows: _way(batch) for rows, batch in calibration.batches.items()}
-    drafter.reshape(shape, first.pace, {**(measured or usual_ways(shape, drafter.device.type)), 1: first})
+    batches = {rows: _way(batch) for rows, batch in calibration.batches.items()}
+    first = replace(_way(calibration), nodes=calibration.expected["nodes"])
+    assert first.shape is not None, "it pays"
+    drafter.reshape(first.shape, first.pace, {**(batches or usual_ways(first.shape, drafter.device.type)), 1: first})
     return True
 
 
-def _way(batch: Batch) -> Way:
-    if not batch.shape:
-        return Way(None, batch.chosen_pace)
-    gain = batch.expected["tau"] - 1
-    return Way(DraftShape(**batch.shape), batch.chosen_pace, nodes_for(gain), gain)
+def _way(found: Batch | Calibration) -> Way:
+    if not found.shape:
+        return Way(None, found.chosen_pace)
+    gain = found.expected["tau"] - 1
+    return Way(DraftShape(**found.shape), found.chosen_pace, nodes_for(gain), gain)
 
 
 def weights_read(target: Target) -> tuple[int, int]:
@@ -78,10 +89,68 @@ def weights_read(target: Target) -> tuple[int, int]:
     return size, parameters
 
 
-def _digest(drafter: EagleDrafter) -> str:
-    """A head by its tensors."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(drafter.tensors().items()):
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+def eagle_cost(target: Target, drafter: EagleDrafter) -> DraftCost:
+    """Of an EAGLE head; the drafter keeps its shape."""
+    before = drafter.shape, drafter.pace, drafter.ways
+    try:
+        drafter.reshape(DraftShape("dynamic", 1, _TOP_K, 1, 2))
+        first = draft_ms(target, drafter)
+        levels = {}
+        for width in _WIDTHS:
+            drafter.reshape(DraftShape("dynamic", _DEEP, _TOP_K, width, _DEEP + 1))
+            levels[width] = max((draft_ms(target, drafter) - first) / (_DEEP - 1), 1e-3)
+    finally:
+        drafter.reshape(*before)
+    return first, levels
+
+
+def small_model_cost(target: Target, drafter: SmallModelDrafter, small: Target) -> DraftCost:
+    """Of a smaller model's chain."""
+    first, all_levels = (draft_ms(target, drafter, budget, (small,)) for budget in (2, None))
+    return first, {1: max((all_levels - first) / max(drafter.nodes - 2, 1), 1e-3)}
+
+
+def draft_ms(target: Target, drafter: Drafter, budget: int | None = None, beside: Sequence[Target] = ()) -> float:
+    """Ms of observing two tokens and proposing within a budget, the least of a few times.
+
+    The drafter serves no request meanwhile; `beside` are further models that it runs.
+    """
+    prefix = _COMMITTED if target.context_length is None else min(_COMMITTED, max(target.context_length // 4, 3))
+    room = prefix + 2 * _ROUNDS + drafter.nodes + drafter.room + 2
+    with ExitStack() as stack:
+        for each in (target, *beside):
+            stack.enter_context(each.scratch_pool(4 * room + 256))
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(target.step_threads())
+        return _rehearse(target, drafter, budget, prefix, room)
+
+
+def _rehearse(target: Target, drafter: Drafter, budget: int | None, prefix: int, room: int) -> float:
+    tokens = torch.arange(prefix, device=target.device).unsqueeze(0) % target.vocab_size
+    kv = target.pool.sequence()
+    kv.reserve(room)
+    layers = drafter.target_layers
+    output = target.forward(DraftTree.chain(tokens), target.cache.bind([kv]), hidden_layers=layers)
+    target.cache.advance([prefix])
+    features = torch.cat([output.hidden[i] for i in layers], dim=-1) if layers else output.features
+    said = tokens.roll(-1, 1)
+    state = drafter.begin(tokens[0].tolist(), kv, 0)
+    counts = torch.tensor([prefix], device=target.device)
+    drafter.observe([state], Accepted(said, features, counts, known=said.tolist()))
+    row = RowVerdict((0, 1), tuple(said[0, :2].tolist()), (True,))
+    choices = output.logits.argmax(-1) if drafter.wants_choices else None
+    two, verdict = torch.tensor([2], device=target.device), Verdict.of_rows([row], target.device)
+    step = Accepted(said[:, :2], features[:, :2], two, choices, verdict)
+
+    def once() -> None:
+        drafter.observe([state], step)
+        drafter.propose([state], budget)
+
+    begun, least = perf_counter(), float("inf")
+    for turn in range(_ROUNDS):
+        if turn > 1 and perf_counter() - begun > _SECONDS:
+            break
+        least = min(least, timed(target, once))
+    drafter.end(state)
+    kv.release()
+    return least

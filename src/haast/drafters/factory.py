@@ -1,8 +1,7 @@
 """From names to drafters: the one place where a target, a head, a shape and what steps cost here are put together.
 
-Owns the names that every entrance takes (`drafter=`, `--drafter`), what each of them needs, and what "auto" is. Where
-costs are known, drafters that need it get a policy (`haast.tuning.online`): a request whose drafts do not pay gets
-smaller ones, then none.
+Where costs are known, drafters that need it get a policy (`haast.tuning.online`): a request whose drafts do not pay
+gets smaller ones, then none.
 
     auto       with an EAGLE head eagle+suffix, with Medusa heads medusa, with a small model small-model, else suffix
     none       vanilla decoding; "vanilla" is another word for it
@@ -12,14 +11,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.batch_policy import measured_ways, usual_ways, way_for
-from haast.drafters.calibrated import apply_calibration, find_calibration
-from haast.drafters.draft_cost import draft_ms, eagle_cost, small_model_cost
+from haast.drafters.calibrated import apply_calibration, draft_ms, eagle_cost, find_calibration, small_model_cost
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.hybrid import HybridDrafter
 from haast.drafters.lookahead import LookaheadDrafter
@@ -29,7 +26,7 @@ from haast.drafters.small_model import SmallModelDrafter
 from haast.drafters.tree_shape import DraftShape, shape_for, usual_nodes
 from haast.drafters.vanilla import VanillaDrafter
 from haast.errors import HeadMismatchError
-from haast.heads.checkpoint import Head, head_folder, read_head_config
+from haast.heads.checkpoint import Head, head_folder, load_head, read_head_config
 from haast.heads.config import HeadConfig
 from haast.heads.medusa import MedusaHeads
 from haast.target.load import DEFAULT_MODEL
@@ -54,14 +51,9 @@ AnyHead = Head | EagleDrafter | MedusaDrafter
 def check_drafter(name: str, head: str | None = None, small: bool = False) -> str:
     """The drafter that a name means, before anything is loaded: never "auto".
 
-    Args:
-        name: one of `NAMES`, or "vanilla".
-        head: "eagle" or "medusa", by the kind of the head that there is; None for none.
-        small: whether there is a small model.
-
-    Raises:
-        ValueError: an unknown name, or one that needs a head or model that is not there.
-        HeadMismatchError: a head of another kind.
+    `head` is the kind of head that there is, "eagle" or "medusa"; `small` is whether there is a small model. Raises
+    ValueError for an unknown name, or one that needs a head or model that is not there, HeadMismatchError for a head of
+    another kind.
     """
     if name == "auto":
         return {"eagle": "eagle+suffix", "medusa": "medusa", None: "small-model" if small else "suffix"}[head]
@@ -94,14 +86,8 @@ def kind_of(head: AnyHead | None) -> str | None:
 def plan_drafter(name: str, head: str | Path | None, model: str | None, small: bool = False) -> tuple[str, Path | None]:
     """What `make_drafter` will be asked for, before a model is loaded: a drafter, and the folder of its head, if any.
 
-    Args:
-        name: one of `NAMES`, or "vanilla".
-        head: the user's word, see `find_head`; not looked at where the drafter needs none.
-        model: the target's name.
-        small: whether there is a small model.
-
-    Raises:
-        ValueError: see `check_drafter` and `find_head`. HeadMismatchError: the head's config is damaged.
+    `head` is the user's word, see `find_head`; it is not looked at where the drafter needs none. Raises as
+    `check_drafter` and `find_head` do, and HeadMismatchError where the head's config is damaged.
     """
     folder = find_head(head, model) if needs_head(name) else None
     if folder is None:
@@ -130,6 +116,19 @@ def find_head(head: str | Path | None, model: str | None) -> Path | None:
     return Path(__file__).parents[1] / "data" / "heads" / DEFAULT_MODEL
 
 
+def open_head(head: str | Path | Head | None, model: str | None) -> Head | None:
+    """A head by the user's word, see `find_head`, or as it was loaded already; None for none.
+
+    Raises ValueError as `find_head` does, HeadMismatchError where it is no head, or its files are damaged.
+    """
+    if isinstance(head, Head):
+        return head
+    if not isinstance(head, str | Path | None):
+        raise HeadMismatchError(f"head is a {type(head).__name__}: give its folder, or what load_head returns")
+    folder = find_head(head, model)
+    return None if folder is None else load_head(folder)
+
+
 def make_drafter(
     name: str,
     target: Target,
@@ -147,36 +146,42 @@ def make_drafter(
         name: one of `NAMES`, or "vanilla".
         target: whom it drafts for.
         head: loaded, or in a drafter already, which is then shared; not used by drafters without one.
-        shape: of a head's trees, drafted as it is for any number of rows; of Medusa heads its nodes. None is what pays
+        shape: of a head's trees, drafted as it is for any number of rows; of Medusa heads its nodes. None: what pays
             here.
         window: positions that an EAGLE head looks back; None is all.
-        small: the model that drafts for "small-model".
+        small, sampling: the model that drafts for "small-model", and how its drafts are drawn; None: the likeliest
+            tokens.
         calibration: "auto" goes by what `haast calibrate` found, else by costs that are measured at first use and kept;
             "off" measures nothing and drafts what is usual; else the file of a calibration.
-        sampling: of the small model's drafts; None takes its likeliest tokens.
 
-    Raises:
-        ValueError: see `check_drafter`; a window for Medusa heads; a calibration of something else.
-        HeadMismatchError: the head is another model's, or of another kind.
+    Raises ValueError as `check_drafter` does, for a window of Medusa heads, and for a calibration of something else;
+    HeadMismatchError where the head is another model's, or of another kind.
     """
     chosen = check_drafter(name, kind_of(head), small is not None)
     weighs = calibration != "off"
+    source = functools.cache(lambda: latency_of(target)) if weighs and measurable(target) else None
     if chosen in ("suffix", "lookup"):
-        source = functools.cache(lambda: latency_of(target)) if weighs and measurable(target) else None
         nodes = HISTORY_NODES if source is None else _WEIGHED_NODES
         return (SuffixDrafter if chosen == "suffix" else PromptLookupDrafter)(nodes, latency=source)
     if chosen == "lookahead":
-        return _lookahead(target, weighs)
+        drafter = LookaheadDrafter(target.vocab_size, *LOOKAHEAD)
+        depth = drafter.ngram - 1
+        full = DraftSize(None, drafter.nodes, 0, 1, depth, min(_LOOKAHEAD_GAIN, depth))
+        return _with_policy(drafter, source and source(), (full,))
     if chosen == "small-model":
         assert small is not None, "checked"
         return _small_model(target, small, sampling, weighs)
     if chosen == "none" or head is None:
         return VanillaDrafter()
-    drafter = head_drafter(target, head, shape, window)
-    if isinstance(drafter, MedusaDrafter):
-        return _weighed_medusa(target, drafter) if weighs and shape is None else drafter
-    latency = None if shape is not None else tune_eagle(target, drafter, calibration)
-    return _with_suffix(drafter, latency) if chosen == "eagle+suffix" else _weighed_eagle(drafter, latency)
+    drafted = head_drafter(target, head, shape, window)
+    if isinstance(drafted, MedusaDrafter):
+        return _weighed_medusa(target, drafted) if weighs and shape is None else drafted
+    latency = None if shape is not None else tune_eagle(target, drafted, calibration)
+    whole = HybridDrafter(drafted, latency=latency) if chosen == "eagle+suffix" else drafted
+    beside = whole.undrafted if isinstance(whole, HybridDrafter) else None
+    sizes = functools.partial(_eagle_sizes, drafted, whole.nodes - drafted.nodes)
+    whole.policy = None if latency is None else OnlinePolicy(latency, sizes, beside)
+    return whole
 
 
 def head_drafter(
@@ -184,8 +189,7 @@ def head_drafter(
 ) -> EagleDrafter | MedusaDrafter:
     """Draft with a head and no policy; Medusa heads take only the shape's nodes: their tree is by their accuracies.
 
-    Raises:
-        ValueError: a window for Medusa heads, or below 1. HeadMismatchError: the head is another model's.
+    Raises ValueError for a window of Medusa heads, or below 1, HeadMismatchError for another model's head.
     """
     if isinstance(head, EagleDrafter | MedusaDrafter):
         return head
@@ -200,8 +204,7 @@ def head_drafter(
 def tune_eagle(target: Target, drafter: EagleDrafter, calibration: str | Path = "auto") -> Latency | None:
     """Draft what pays here from the next step on; returns what steps cost, None where nothing was measured.
 
-    Raises:
-        ValueError: see `find_calibration`.
+    Raises ValueError as `find_calibration` does.
     """
     kind = target.device.type
     usual = shape_for(usual_nodes(kind))
@@ -226,17 +229,16 @@ def tune_eagle(target: Target, drafter: EagleDrafter, calibration: str | Path = 
     return latency
 
 
-def _weighed_eagle(eagle: EagleDrafter, latency: Latency | None) -> Drafter:
-    eagle.policy = None if latency is None else OnlinePolicy(latency, functools.partial(_eagle_sizes, eagle, 0))
-    return eagle
+def _with_policy(drafter: Drafter, latency: Latency | None, sizes: tuple[DraftSize, ...]) -> Drafter:
+    drafter.policy = None if latency is None else OnlinePolicy(latency, lambda rows: sizes)
+    return drafter
 
 
-def _with_suffix(eagle: EagleDrafter, latency: Latency | None) -> Drafter:
-    hybrid = HybridDrafter(eagle, latency=latency)
-    if latency is not None:
-        sizes = functools.partial(_eagle_sizes, eagle, hybrid.nodes - eagle.nodes)
-        hybrid.policy = OnlinePolicy(latency, sizes, hybrid.undrafted)
-    return hybrid
+def _sizes(full: DraftSize, deeper: int = 0) -> tuple[DraftSize, ...]:
+    """A small size before the full one, where there is a smaller one; without the levels that others add to a tree."""
+    nodes = max(2, int(full.nodes) // 4)
+    small = DraftSize(nodes, nodes, min(full.levels, nodes - 1), 1, min(full.depth - deeper, nodes - 1), 0.0)
+    return (small, full) if nodes + 1 <= full.nodes else (full,)
 
 
 def _eagle_sizes(eagle: EagleDrafter, deeper: int, rows: int) -> tuple[DraftSize, ...]:
@@ -244,27 +246,16 @@ def _eagle_sizes(eagle: EagleDrafter, deeper: int, rows: int) -> tuple[DraftSize
     way = way_for(eagle.ways, rows)
     if way.shape is None:
         return ()
-    depth, width, nodes = way.shape.depth, way.shape.width, way.usual_nodes
-    full = DraftSize(None, nodes, depth, width, depth + deeper, way.usual_gain)
-    return _sizes(full, lambda small: DraftSize(small, small, min(depth, small - 1), 1, min(depth, small - 1), 0.0))
-
-
-def _sizes(full: DraftSize, small: Callable[[int], DraftSize]) -> tuple[DraftSize, ...]:
-    """A small size before the full one, where there is a smaller one."""
-    nodes = max(2, int(full.nodes) // 4)
-    return (small(nodes), full) if nodes + 1 <= full.nodes else (full,)
+    depth, width = way.shape.depth, way.shape.width
+    return _sizes(DraftSize(None, way.usual_nodes, depth, width, depth + deeper, way.usual_gain), deeper)
 
 
 def _weighed_medusa(target: Target, medusa: MedusaDrafter) -> Drafter:
-    if not measurable(target):
-        return medusa
     known = {"drafter": "medusa", "heads": len(medusa.accuracies), "nodes": medusa.nodes}
-    latency = latency_of(target, lambda: (draft_ms(target, medusa), {}), known)
-    depth, gains = medusa.shape.depth, medusa.expected
-    full = DraftSize(None, medusa.nodes, 1, 1, depth, gains[min(medusa.nodes - 2, len(gains) - 1)])
-    sizes = _sizes(full, lambda small: DraftSize(small, small, 1, 1, min(depth, small - 1), 0.0))
-    medusa.policy = None if latency is None else OnlinePolicy(latency, lambda rows: sizes)
-    return medusa
+    latency = latency_of(target, lambda: (draft_ms(target, medusa), {}), known) if measurable(target) else None
+    gains = medusa.expected
+    gain = gains[min(medusa.nodes - 2, len(gains) - 1)]
+    return _with_policy(medusa, latency, _sizes(DraftSize(None, medusa.nodes, 1, 1, medusa.shape.depth, gain)))
 
 
 def _small_model(target: Target, small: Target, sampling: SamplingParams | None, weighs: bool) -> Drafter:
@@ -276,17 +267,4 @@ def _small_model(target: Target, small: Target, sampling: SamplingParams | None,
     latency = latency_of(target, cost, {"drafter": "small-model", "nodes": drafter.nodes, **own})
     depth = drafter.nodes - 1
     gain = sum(_SMALL_MODEL_CHANCE ** (level + 1) for level in range(depth))
-    full = DraftSize(None, drafter.nodes, depth, 1, depth, gain)
-    sizes = _sizes(full, lambda nodes: DraftSize(nodes, nodes, nodes - 1, 1, nodes - 1, 0.0))
-    drafter.policy = None if latency is None else OnlinePolicy(latency, lambda rows: sizes)
-    return drafter
-
-
-def _lookahead(target: Target, weighs: bool) -> Drafter:
-    drafter = LookaheadDrafter(target.vocab_size, *LOOKAHEAD)
-    latency = latency_of(target) if weighs and measurable(target) else None
-    if latency is not None:
-        depth = drafter.ngram - 1
-        sizes = (DraftSize(None, drafter.nodes, 0, 1, depth, min(_LOOKAHEAD_GAIN, depth)),)
-        drafter.policy = OnlinePolicy(latency, lambda rows: sizes)
-    return drafter
+    return _with_policy(drafter, latency, _sizes(DraftSize(None, drafter.nodes, depth, 1, depth, gain)))

@@ -1,8 +1,7 @@
 """EAGLE's tree with the best suffix match as one more branch: what was said before needs no head.
 
-Owns the merge. Where the text repeats itself (code, tables, quotations) the match reaches deeper than any head; where
-it does not, nothing is added. Told what forwards cost, a step may do without the head: the match alone is verified
-then, as far as it is expected to pay.
+Where the text repeats itself the match reaches deeper than any head. Told what forwards cost, a step may do without the
+head: the match alone is verified then, as far as it is expected to pay.
 
     EAGLE's tree   r -- a -- b          match  a b c d e     merged   r -- a -- b -- c -- d
                     \\                                                 \\
@@ -23,6 +22,7 @@ from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.ngram import SuffixDrafter, TextIndex
 from haast.drafters.paths import Path
+from haast.errors import check_at_least
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import Sequence as KVSequence
 from haast.tree import DraftTree
@@ -33,13 +33,7 @@ _PRIOR = (4, 8.0)  # matches, and tokens gained by them, that every request begi
 
 @dataclass
 class HybridState:
-    """Both drafters' states of a request, and what matches have brought it.
-
-    Attributes:
-        matches: matches that were offered.
-        gained: tokens accepted of them, beyond what EAGLE's own nodes brought.
-        offered: nodes of the last tree that are EAGLE's, where a match was added to them; else 0.
-    """
+    """Both drafters' states of a request, and what matches have brought it."""
 
     eagle: Any
     text: TextIndex
@@ -63,35 +57,20 @@ class HybridDrafter(Drafter):
     name = "eagle+suffix"
 
     def __init__(
-        self,
-        eagle: EagleDrafter,
-        extra: int = 4,
-        least: int = 3,
-        *,
-        latency: Latency | None = None,
-        chain: int = 16,
+        self, eagle: EagleDrafter, extra: int = 4, least: int = 3, *, latency: Latency | None = None, chain: int = 16
     ) -> None:
-        if extra < 1:
-            raise ValueError(f"extra={extra} is not allowed: give 1 or more")
+        check_at_least("extra", extra)
         self.eagle, self._extra, self._least, self._latency = eagle, extra, least, latency
         self._chain = 0 if latency is None else chain
         self._suffix = SuffixDrafter(extra + 1, least if latency is None else 1, 1, latency=lambda: latency)
-        self.target_layers = eagle.target_layers
+        self.target_layers, self.prefix_key, self.reach = eagle.target_layers, eagle.prefix_key, eagle.reach
 
     @property
     def nodes(self) -> int:
         return max(self.eagle.nodes + self._extra, self._chain)
 
     @property
-    def prefix_key(self) -> object:  # type: ignore[override]  # this one and the next three are EAGLE's own
-        return self.eagle.prefix_key
-
-    @property
-    def reach(self) -> int | None:  # type: ignore[override]
-        return self.eagle.reach
-
-    @property
-    def caches(self) -> tuple[KVCache, ...]:  # type: ignore[override]
+    def caches(self) -> tuple[KVCache, ...]:  # type: ignore[override]  # made at first use, as EAGLE's own
         return self.eagle.caches
 
     @property
@@ -125,57 +104,46 @@ class HybridDrafter(Drafter):
 
     @without_autograd
     def propose(self, states: Sequence[HybridState], budget: int | None = None) -> DraftTree:
-        if budget == 1 and self._latency is not None:
-            return self._matches_alone(states)
-        extra = self._extra if budget is None or self._latency is not None else min(self._extra, budget // 2)
+        if budget == 1 and self._latency is not None:  # the match alone, as far as it pays
+            tree = self.eagle.propose([state.eagle for state in states], 1)
+            drafts, _ = self._suffix.paying([state.text for state in states], self._chain - 1)
+            paths = [next(iter(state.text.paths(drafts)), ()) if drafts else () for state in states]
+            return with_matches(tree, paths, drafts) if drafts else tree
+        extra, own = self._extra, budget  # with costs, a budget is of the head's tree alone
+        if budget is not None and self._latency is None:
+            extra = min(extra, budget // 2)
+            own = budget - extra
         matches = [self._match(state.text) if extra else () for state in states]
         if not any(matches):
             return self.eagle.propose([state.eagle for state in states], budget)
-        own = budget if budget is None or self._latency is not None else budget - extra
         tree = self.eagle.propose([state.eagle for state in states], own)
-        if not self._pays(states, matches, tree.nodes, extra):
-            return tree
+        if len(states) > 1:  # are the matches worth the nodes that every row gets for them?
+            each = zip(states, matches, strict=True)
+            gain = sum(state.gained / state.matches for state, match in each if match) / len(states)
+            if not self.eagle.affords(len(states), tree.nodes, extra, gain):
+                return tree
         for state, match in zip(states, matches, strict=True):
             state.offered = tree.nodes if match else 0
         return with_matches(tree, matches, extra)
 
     def undrafted(self, requests: Sequence[Request]) -> tuple[float, float]:
         """Tokens of a row, and nodes, that the next step is expected to have without the head."""
-        drafts, tokens = self._paying([request.draft_state for request in requests])
+        texts = [request.draft_state.text for request in requests]
+        drafts, tokens = self._suffix.paying(texts, self._chain - 1)
         return tokens, 1 + drafts
-
-    def _paying(self, states: Sequence[HybridState]) -> tuple[int, float]:
-        return self._suffix.paying([state.text for state in states], self._chain - 1)
-
-    def _matches_alone(self, states: Sequence[HybridState]) -> DraftTree:
-        tree = self.eagle.propose([state.eagle for state in states], 1)
-        drafts, _ = self._paying(states)
-        if not drafts:
-            return tree
-        return with_matches(tree, [next(iter(state.text.paths(drafts)), ()) for state in states], drafts)
 
     def _match(self, text: TextIndex) -> Path:
         """How the text goes on after its longest match; empty where that is short, or there is none."""
         length, place = text.match()
         return text.text[place : place + self.nodes] if length >= self._least else ()
 
-    def _pays(self, states: Sequence[HybridState], matches: Sequence[Path], nodes: int, extra: int) -> bool:
-        """Whether the matches are worth the nodes that every row gets for them."""
-        if len(states) == 1:
-            return True
-        gain = sum(state.gained / state.matches for state, match in zip(states, matches, strict=True) if match)
-        return self.eagle.affords(len(states), nodes, extra, gain / len(states))
-
 
 def with_matches(tree: DraftTree, matches: Sequence[Path], extra: int) -> DraftTree:
     """A tree with each row's match as one more path from the root; what the tree has of it already is shared.
 
-    Args:
-        tree: (rows, nodes), without placeholders.
-        matches: per row the tokens under the root; may be empty.
-        extra: most nodes that are added to every row, after its own; those without a token are dead.
-
-    Reads nothing back from the device; on the CPU, where values are at hand, no more nodes are added than are used.
+    The tree is (rows, nodes), without placeholders; at most `extra` nodes are added to every row, after its own, and
+    those without a token are dead. Reads nothing back from the device; on the CPU, where values are at hand, no more
+    nodes are added than are used.
     """
     nodes, device, longest = tree.nodes, tree.tokens.device, tree.height + extra
     wanted = torch.tensor([[*match[:longest], *[-1] * (longest - len(match))] for match in matches])

@@ -1,8 +1,5 @@
 """Lookahead decoding (Fu et al., arXiv 2402.02057) as one tree: the window's nodes are placeholders, guesses drafts.
 
-Owns the window, the pool of n-grams and the tree of both. Knows no head; the target's own choices at the placeholders
-come with `Accepted.choices`.
-
     window, W = 4 columns, N = 4: three rows of past choices. Column 0 of row 0 is the root.
 
     row 0   r -- a1 -- a2 -- a3        a chain: column i is a child of column i - 1
@@ -14,14 +11,13 @@ come with `Accepted.choices`.
     next    row 1 becomes row 0 (its first token replaced by the new root), row 2 row 1, and d0 .. d3 row 2
     guesses (x1 .. x_{N-1}) that followed the root's token in the pool are chains under the root, the newest first
 
-A node sees the chain up to its column and the column above it: the ancestors of a tree, at positions of its depths.
-That is the paper's mask (figure 5).
+A node sees the chain up to its column and the column above it, as in the paper's mask (figure 5). The target's own
+choices at the placeholders come with `Accepted.choices`.
 """
 
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -29,6 +25,7 @@ import torch
 from haast.core import Accepted
 from haast.drafters.base import Drafter
 from haast.drafters.paths import PathTree, pack_rows
+from haast.errors import check_at_least
 from haast.target.kv_pool import Sequence as KVSequence
 from haast.tree import DraftTree
 
@@ -40,16 +37,15 @@ class NgramPool:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._grams: dict[int, OrderedDict[Gram, None]] = {}
+        self._grams: dict[int, dict[Gram, None]] = {}
 
     def add(self, gram: Sequence[int]) -> None:
         """Take in an n-gram."""
-        kept = self._grams.setdefault(gram[0], OrderedDict())
-        rest = tuple(gram[1:])
+        kept, rest = self._grams.setdefault(gram[0], {}), tuple(gram[1:])
         kept.pop(rest, None)
         kept[rest] = None
         if len(kept) > self._most:
-            kept.popitem(last=False)
+            del kept[next(iter(kept))]
 
     def guesses(self, token: int) -> list[Gram]:
         """What followed the token, the newest first."""
@@ -73,14 +69,9 @@ class LookaheadDrafter(Drafter):
     def __init__(
         self, vocab_size: int, window: int = 5, ngram: int = 4, guesses: int = 5, from_prompt: bool = True
     ) -> None:
-        for name, value, least in (
-            ("window", window, 1),
-            ("ngram", ngram, 2),
-            ("guesses", guesses, 1),
-            ("vocab_size", vocab_size, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name}={value} is not allowed: give {least} or more")
+        check_at_least("ngram", ngram, 2)
+        for name, value in (("window", window), ("guesses", guesses), ("vocab_size", vocab_size)):
+            check_at_least(name, value)
         self.window, self.ngram, self.guesses = window, ngram, guesses
         self.vocab_size, self.from_prompt = vocab_size, from_prompt
 
@@ -109,9 +100,7 @@ class LookaheadState:
     """One request's window and pool. Nothing but its text decides what they hold: the first window is always one."""
 
     def __init__(self, owner: LookaheadDrafter, first: int) -> None:
-        self._owner = owner
-        self._pool = NgramPool(owner.guesses)
-        self._last = first
+        self._owner, self._pool = owner, NgramPool(owner.guesses)
         self._recent = [first]  # the newest tokens of the text, N at most
         draw = random.Random(0)
         self._window = [[draw.randrange(owner.vocab_size) for _ in range(owner.window)] for _ in range(owner.ngram - 1)]
@@ -127,33 +116,29 @@ class LookaheadState:
             self._recent = [*self._recent, token][-self._owner.ngram :]
             if self._learns and len(self._recent) == self._owner.ngram:
                 self._pool.add(self._recent)
-            self._last = token
 
     def tree(self, nodes: int) -> PathTree:
         """The next tree, of at most `nodes` nodes: the window, if it fits, and as many guesses as there is room for."""
         self._learns = True
         window = (self._owner.ngram - 1) * self._owner.window  # the root is one of them
         reserved = window - 1 if nodes >= window else 0
-        tree = PathTree(self._last, nodes)
-        for guess in self._pool.guesses(self._last):
+        tree = PathTree(self._recent[-1], nodes)
+        for guess in self._pool.guesses(self._recent[-1]):
             tree.insert(guess, tree.room - reserved)
-        self._numbers = self._window_under(tree) if nodes >= window else []
+        self._numbers = []
+        if nodes >= window:
+            self._numbers = [[0]]
+            for token in self._window[0][1:]:
+                self._numbers[0].append(tree.placeholder_under(self._numbers[0][-1], token))
+            for row in self._window[1:]:
+                above = zip(self._numbers[-1], row, strict=True)
+                self._numbers.append([tree.placeholder_under(number, token) for number, token in above])
         return tree
-
-    def _window_under(self, tree: PathTree) -> list[list[int]]:
-        """Add the window to a tree; returns the numbers of its nodes, row by row."""
-        width = self._owner.window
-        first, numbers = self._window[0], [[0]]
-        for column in range(1, width):
-            numbers[0].append(tree.placeholder_under(numbers[0][column - 1], first[column]))
-        for row in self._window[1:]:
-            numbers.append([tree.placeholder_under(numbers[-1][column], row[column]) for column in range(width)])
-        return numbers
 
     def _advance(self, choices: Sequence[int]) -> None:
         """The target's choices after the last row complete n-grams and become the newest row."""
         said = [choices[number] for number in self._numbers[-1]]
         for column in range(self._owner.window):
-            head = self._last if column == 0 else self._window[0][column]
-            self._pool.add([head, *(row[column] for row in self._window[1:]), said[column]])
+            first = self._recent[-1] if column == 0 else self._window[0][column]
+            self._pool.add([first, *(row[column] for row in self._window[1:]), said[column]])
         self._window = [*self._window[1:], said]

@@ -9,8 +9,10 @@ best guess of head d under the r_{d-1}-th best of head d - 1, whatever that was,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from haast.device import without_autograd
 from haast.drafters.base import Drafter, last_kept, last_tokens, stacked
 from haast.drafters.draft_lm import DRAFT_LM_FORM, checked_vocab
 from haast.drafters.tree_shape import DraftShape, likeliest_paths
-from haast.errors import HeadMismatchError
+from haast.errors import HeadMismatchError, check_at_least
 from haast.heads.checkpoint import Head, check_fits, check_weights
 from haast.heads.medusa import MedusaHeads
 from haast.heads.precision import warn_of_precision
@@ -63,9 +65,7 @@ class MedusaDrafter(Drafter):
             packed where the target is packed.
         nodes: nodes of the tree, root included, 2 or more.
 
-    Raises:
-        HeadMismatchError: the head is of another kind or for another target.
-        ValueError: too few nodes, or accuracies that are none.
+    Raises HeadMismatchError for another kind or target, ValueError for too few nodes, or accuracies that are none.
     """
 
     name = "medusa"
@@ -84,11 +84,14 @@ class MedusaDrafter(Drafter):
         self._target = target
         self._module = module.to(device=target.device, dtype=target.dtype)
         packed = isinstance(target.lm_head, PackedLinear)
-        if packed:
-            _pack(self._module)
+        if packed:  # the blocks as the target; the LM heads, whose drafts need not be exact, in 8 bits
+            for each in self._module:
+                assert isinstance(each, nn.Sequential) and isinstance(each[-1], nn.Linear), "blocks and an LM head"
+                each[-1] = PackedLinear(each[-1].weight.detach(), None, form=DRAFT_LM_FORM)
+            pack_linears(self._module)
+            give_back()
         self._native = packed and native.available()
-        if nodes < 2:
-            raise ValueError(f"nodes={nodes} is not allowed: a drafted tree has 2 nodes or more (root and a draft)")
+        check_at_least("nodes", nodes, 2, " (a drafted tree has a root and a draft)")
         self._combined: dict[int, _Combined] = {}
         self._nodes = self._tree_of(nodes).tree.nodes
 
@@ -106,8 +109,9 @@ class MedusaDrafter(Drafter):
     @property
     def expected(self) -> list[float]:
         """[n]: drafted tokens that a tree of n + 2 nodes brings a step, by the heads' accuracies."""
-        gains = [_chance(self.accuracies, path) for path in likeliest_paths(self.accuracies, 63)]
-        return torch.tensor(gains).cumsum(0).tolist()
+        paths = likeliest_paths(self.accuracies, 63)
+        gains = (math.prod(self.accuracies[depth][rank] for depth, rank in enumerate(path)) for path in paths)
+        return list(accumulate(gains))
 
     def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> MedusaState:
         return MedusaState()
@@ -138,11 +142,8 @@ class MedusaDrafter(Drafter):
 
     def _tree_of(self, nodes: int) -> _Combined:
         """The likeliest combinations that make a tree of so many nodes, 2 or more."""
-        if nodes not in self._combined:
-            self._combined[nodes] = self._combine(nodes)
-        return self._combined[nodes]
-
-    def _combine(self, nodes: int) -> _Combined:
+        if nodes in self._combined:
+            return self._combined[nodes]
         drafts = self._target.vocab_size if self._vocab is None else len(self._vocab)
         known = [chances[:drafts] for chances in self.accuracies]
         paths = sorted(likeliest_paths(known, nodes - 1), key=lambda path: (len(path), path))
@@ -151,11 +152,9 @@ class MedusaDrafter(Drafter):
         depth = max(map(len, paths))
         widths = tuple(1 + max(path[-1] for path in paths if len(path) == level) for level in range(1, depth + 1))
         picked = [sum(widths[: len(path) - 1]) + path[-1] for path in paths]
-        return _Combined(
-            DraftTree.from_parents(torch.zeros_like(parents), parents, height=depth, checked=True),
-            widths,
-            torch.tensor(picked, device=self._target.device),
-        )
+        tree = DraftTree.from_parents(torch.zeros_like(parents), parents, height=depth, checked=True)
+        made = self._combined[nodes] = _Combined(tree, widths, torch.tensor(picked, device=self._target.device))
+        return made
 
     def _best(self, number: int, feature: Tensor, width: int) -> Tensor:
         """The `width` likeliest tokens of a head, best first: (rows, width) target ids."""
@@ -180,21 +179,3 @@ def _accuracies(head: Head) -> tuple[tuple[float, ...], ...]:
             f"again, or take the entry out"
         )
     return tuple(tuple(map(float, row[:RANKS])) for row in told)
-
-
-def _chance(accuracies: Sequence[Sequence[float]], path: Sequence[int]) -> float:
-    chance = 1.0
-    for depth, rank in enumerate(path):
-        chance *= accuracies[depth][rank]
-    return chance
-
-
-def _pack(module: MedusaHeads) -> None:
-    """Pack the blocks as the target is packed; the LM heads, whose drafts need not be exact, in 8 bits."""
-    for head in module:
-        assert isinstance(head, nn.Sequential), "blocks and an LM head"
-        lm_head = head[-1]
-        assert isinstance(lm_head, nn.Linear), "the last is the LM head"
-        head[-1] = PackedLinear(lm_head.weight.detach(), None, form=DRAFT_LM_FORM)
-    pack_linears(module)
-    give_back()

@@ -1,10 +1,9 @@
 """Drafting without a model: what followed the same words before, in the prompt and in what was said.
 
-Owns two ways to find it. `PromptLookupDrafter`: the latest place where the last few tokens stood before (prompt
-lookup decoding, Saxena 2023; `prompt_lookup_num_tokens` of transformers). `SuffixDrafter`: the longest suffix of the
-whole text that occurred before, by an online suffix automaton (Blumer et al. 1985; SAM decoding, arXiv 2411.10666);
-shorter suffixes give further branches. Both cost microseconds and know no target. Told what forwards cost, they propose
-what is expected to pay by the odds of the text so far, else nothing.
+`PromptLookupDrafter` finds the latest place where the last few tokens stood before (prompt lookup decoding, Saxena
+2023), `SuffixDrafter` the longest suffix of the whole text that occurred before, by an online suffix automaton (Blumer
+et al. 1985; SAM decoding, arXiv 2411.10666). Told what forwards cost, they propose what is expected to pay by the odds
+of the text so far, else nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import torch
 from haast.core import Accepted
 from haast.drafters.base import Drafter
 from haast.drafters.paths import Path, PathTree, pack_rows
+from haast.errors import check_at_least
 from haast.target.kv_pool import Sequence as KVSequence
 from haast.tree import DraftTree
 from haast.tuning.latency import Latency
@@ -29,10 +29,8 @@ LatencySource = Callable[[], Latency | None]  # None where nothing is known
 class TextIndex(ABC):
     """One request's text, and the places in it where it may go on as it went on there.
 
-    Attributes:
-        text: all tokens, the newest last.
-        device: where the request's trees go: where its accepted tokens came from.
-        odds: how often what was said has gone on as its match had.
+    `device` is where its trees go (where its accepted tokens came from), `odds` how often it has gone on as its match
+    had.
     """
 
     def __init__(self) -> None:
@@ -69,18 +67,17 @@ class TextIndex(ABC):
 
 
 class HistoryDrafter(Drafter):
-    """A drafter that reads a request's text alone. Subclasses say how a text is indexed.
+    """A drafter that reads a request's text alone.
 
     Args:
+        index: makes the index of a text that has not begun.
         nodes: the most nodes of a tree, root included, 2 or more; a tree has as many as there are drafts for.
-        latency: what forwards cost, asked for at the first match: then a tree has as many nodes as are expected to pay,
-            which may be none but the root. None proposes whatever there is.
+        latency: what forwards cost, asked for at the first match: then a tree has as many nodes as are expected to pay.
     """
 
-    def __init__(self, nodes: int, latency: LatencySource | None = None) -> None:
-        if nodes < 2:
-            raise ValueError(f"nodes={nodes} is not allowed: give 2 or more (root and a draft)")
-        self._nodes, self._latency = nodes, latency
+    def __init__(self, index: Callable[[], TextIndex], nodes: int, latency: LatencySource | None = None) -> None:
+        check_at_least("nodes", nodes, 2, " (root and a draft)")
+        self._index, self._nodes, self._latency = index, nodes, latency
 
     @property
     def nodes(self) -> int:
@@ -116,10 +113,6 @@ class HistoryDrafter(Drafter):
         latency = None if self._latency is None else self._latency()
         return (most, 1.0) if latency is None else best_chain(chances, latency)
 
-    @abstractmethod
-    def _index(self) -> TextIndex:
-        """The index of a text that has not begun."""
-
 
 class PromptLookupDrafter(HistoryDrafter):
     """Continues as after the latest earlier place of the last `ngram` tokens; of fewer where there is none."""
@@ -127,13 +120,8 @@ class PromptLookupDrafter(HistoryDrafter):
     name = "lookup"
 
     def __init__(self, nodes: int = 11, ngram: int = 3, latency: LatencySource | None = None) -> None:
-        super().__init__(nodes, latency)
-        if ngram < 1:
-            raise ValueError(f"ngram={ngram} is not allowed: give 1 or more")
-        self._ngram = ngram
-
-    def _index(self) -> TextIndex:
-        return NgramIndex(self._ngram)
+        check_at_least("ngram", ngram)
+        super().__init__(lambda: NgramIndex(ngram), nodes, latency)
 
 
 class NgramIndex(TextIndex):
@@ -142,14 +130,13 @@ class NgramIndex(TextIndex):
     def __init__(self, most: int) -> None:
         super().__init__()
         self._most = most
-        # n-gram -> the place after its latest occurrence, and the one before that (the newest n-gram ends the text)
-        self._latest: dict[tuple[int, ...], int] = {}
-        self._before: dict[tuple[int, ...], int] = {}
+        # n-gram -> the place after its last occurrence but one, and after its latest: the newest n-gram ends the text
+        self._places: dict[tuple[int, ...], tuple[int, int]] = {}
 
     def match(self) -> tuple[int, int]:
         for length in range(min(self._most, len(self.text) - 1), 0, -1):
-            place = self._before.get(tuple(self.text[-length:]))
-            if place is not None:
+            place, _ = self._places[tuple(self.text[-length:])]
+            if place:
                 return length, place
         return 0, 0
 
@@ -160,9 +147,8 @@ class NgramIndex(TextIndex):
     def _learn(self) -> None:
         for length in range(1, min(self._most, len(self.text)) + 1):
             gram = tuple(self.text[-length:])
-            if gram in self._latest:
-                self._before[gram] = self._latest[gram]
-            self._latest[gram] = len(self.text)
+            _, before = self._places.get(gram, (0, 0))
+            self._places[gram] = before, len(self.text)
 
 
 class SuffixDrafter(HistoryDrafter):
@@ -179,14 +165,9 @@ class SuffixDrafter(HistoryDrafter):
     def __init__(
         self, nodes: int = 11, least: int = 1, branches: int = 3, latency: LatencySource | None = None
     ) -> None:
-        super().__init__(nodes, latency)
-        for name, value in (("least", least), ("branches", branches)):
-            if value < 1:
-                raise ValueError(f"{name}={value} is not allowed: give 1 or more")
-        self._least, self._branches = least, branches
-
-    def _index(self) -> TextIndex:
-        return SuffixIndex(self._least, self._branches)
+        check_at_least("least", least)
+        check_at_least("branches", branches)
+        super().__init__(lambda: SuffixIndex(least, branches), nodes, latency)
 
 
 class SuffixIndex(TextIndex):
@@ -197,14 +178,9 @@ class SuffixIndex(TextIndex):
         self._least, self._branches = least, branches
         self._automaton = SuffixAutomaton()
 
-    @property
-    def longest(self) -> int:
-        """Length of the longest suffix of the text that occurred before."""
-        return self._automaton.longest
-
     def match(self) -> tuple[int, int]:
         places = self._automaton.earlier(self._least, 1)
-        return (self.longest, places[0]) if places else (0, 0)
+        return (self._automaton.longest, places[0]) if places else (0, 0)
 
     def paths(self, most: int) -> list[Path]:
         return [self.text[end : end + most] for end in self._automaton.earlier(self._least, self._branches)]

@@ -1,8 +1,4 @@
-"""Trees made of whole continuations: several paths under a root, common beginnings shared.
-
-Owns the merge of paths into one row's tree, and of all rows' trees into one. Knows neither where paths come from nor
-any model.
-"""
+"""Trees made of whole continuations: several paths under a root, common beginnings shared. Knows no model."""
 
 from __future__ import annotations
 
@@ -37,28 +33,22 @@ class PathTree:
 
     def insert(self, path: Path, most: int | None = None) -> int:
         """Add a path under the root as far as there is room, at most `most` new nodes; returns how many were new."""
-        node, depth = self._along(path)
-        new = path[depth : depth + max(0, self.room if most is None else min(self.room, most))]
-        for token in new:
-            parent, node = node, self._add(node, token)
-            self._children[(parent, token)] = node
-        return len(new)
+        room, node, new = self.room if most is None else min(self.room, most), 0, 0
+        for token in path:
+            child = self._children.get((node, token))
+            if child is None:
+                if new >= room:
+                    break
+                child = self._children[(node, token)] = self._add(node, token)
+                new += 1
+            node = child
+        return new
 
     def placeholder_under(self, parent: int, token: int) -> int:
         """Add a node that is run and never accepted; returns its number. Raises ValueError where there is no room."""
         if not self.room:
             raise ValueError(f"a tree of {self._most} nodes has no room for another placeholder: give it more nodes")
         return self._add(parent, token, placeholder=True)
-
-    def _along(self, path: Path) -> tuple[int, int]:
-        """The last node that is there on the path, and its depth."""
-        node = 0
-        for depth, token in enumerate(path):
-            child = self._children.get((node, token))
-            if child is None:
-                return node, depth
-            node = child
-        return node, len(path)
 
     def _add(self, parent: int, token: int, placeholder: bool = False) -> int:
         self.tokens.append(token)

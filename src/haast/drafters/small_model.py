@@ -1,9 +1,7 @@
 """Drafting with a smaller model of the same tokenizer (Leviathan et al., arXiv 2211.17192), as a chain.
 
-Owns what the small model keeps of every request: blocks of the small model's own KV pool. The small model is a `Target`
-like any other, so it may be packed. It drafts its likeliest tokens, or draws them from its own distribution and says
-what that was (`DraftTree.draft_probs`), which the rules of `haast.engine.rules` read. With sample-and-match the text is
-the target's for any small model and either way of drafting, since the target's own draws are of another stream.
+The small model is a `Target` like any other, with a KV pool of its own. It drafts its likeliest tokens, or draws them
+from its own distribution and says what that was (`DraftTree.draft_probs`), for the rules of `haast.engine.rules`.
 
     observed   the text grows; accepted drafts that were run already stay in the small model's cache
     propose    run what the cache lacks of the text, root included, take a token, run that, ... depth forwards
@@ -24,7 +22,7 @@ from torch.nn.functional import pad
 from haast.core import Accepted, SamplingParams, TokenChooser
 from haast.device import to_device, without_autograd
 from haast.drafters.base import Drafter
-from haast.errors import HeadMismatchError
+from haast.errors import HeadMismatchError, check_at_least
 from haast.sampling import DRAFT, Sampler, inverse_cdf, keyed_uniform
 from haast.target.kv_pool import PoolFullError
 from haast.target.kv_pool import Sequence as KVSequence
@@ -37,14 +35,7 @@ _CHUNK = 512  # positions of a forward over a prompt
 
 @dataclass(eq=False)
 class SmallModelState:
-    """What the small model knows of a request.
-
-    Attributes:
-        kv: its blocks in the small model's pool; None where it drafts no more: its context or its pool is full.
-        text: all tokens up to and including the root.
-        ran: drafts of the last proposal that were run, so that their keys and values are there.
-        key: seed and choice that its draws are keyed by.
-    """
+    """What the small model knows of a request."""
 
     kv: KVSequence | None
     text: list[int] = field(default_factory=list)
@@ -59,20 +50,17 @@ class SmallModelDrafter(Drafter):
         target: the model that is drafted for.
         small: a smaller one of the same tokenizer. Their embeddings may be padded to different sizes if both carry it.
         depth: tokens drafted a step, 1 or more.
-        sampling: draw the drafts under these settings (the target's own serve best) instead of taking the likeliest.
-            Its `processors` are left out: they belong to the target's text, and may count their calls. Its seed serves
-            for requests that have none of their own.
+        sampling: draw the drafts under these settings (the target's own serve best) instead of taking the likeliest;
+            without its `processors`, which may count their calls. Its seed serves for requests that have none of their
+            own.
 
-    Raises:
-        HeadMismatchError: another vocabulary or device.
-        ValueError: a depth below 1.
+    Raises HeadMismatchError for another vocabulary or device, ValueError for a depth below 1.
     """
 
     name = "small-model"
 
     def __init__(self, target: Target, small: Target, depth: int = 4, sampling: SamplingParams | None = None) -> None:
-        if depth < 1:
-            raise ValueError(f"depth={depth} is not allowed: give 1 or more")
+        check_at_least("depth", depth)
         _check_vocabularies(target, small)
         if small.ranks is not None:
             raise HeadMismatchError("the small model is sharded over processes, and one process drafts: load it whole")
@@ -148,14 +136,12 @@ class SmallModelDrafter(Drafter):
             live = torch.zeros_like(tokens, dtype=torch.bool)
             live[:, 0] = live[able] = True
         tree = DraftTree.chain(tokens, live)
-        return tree if not probs else replace(tree, draft_probs=self._placed(probs, able, len(states)))
-
-    def _placed(self, probs: Sequence[Tensor], able: Sequence[int], rows: int) -> Tensor:
-        """Distributions per level as (rows, nodes, vocab); zeros where nothing was drawn: at roots and dead nodes."""
-        first = probs[0]
-        placed = first.new_zeros(rows, len(probs) + 1, self._vocab)
-        placed[able, 1:] = torch.stack(list(probs), 1)
-        return placed
+        if not probs:
+            return tree
+        # (rows, nodes, vocab); zeros where nothing was drawn: at roots and dead nodes
+        placed = probs[0].new_zeros(len(states), depth + 1, self._vocab)
+        placed[able, 1:] = torch.stack(probs, 1)
+        return replace(tree, draft_probs=placed)
 
     def _has_room(self, state: SmallModelState, depth: int) -> bool:
         """Whether the small model's context and pool have room for so many drafts."""
@@ -173,14 +159,16 @@ class SmallModelDrafter(Drafter):
 
     def _run(self, states: Sequence[SmallModelState], depth: int, newest: Tensor) -> Tensor:
         """The logits (rows, vocab) of what follows the draft at `depth`, `newest` (rows,); at 0 it is the root."""
-        small, waiting = self._small, [[0]] * len(states)
-        if depth == 0:
-            for state in states:
-                _kv(state).length = min(_kv(state).length, len(state.text) - 1)
-            waiting = [state.text[_kv(state).length :] for state in states]
-        chain = self._chain(waiting) if depth == 0 else DraftTree.roots(self._known(newest))
-        cache = small.cache.bind([_kv(state) for state in states])
-        logits = small.forward(chain, cache, last_only=chain.nodes > 1).logits[:, 0, : self._vocab]
+        kvs, waiting = [_kv(state) for state in states], [[0]] * len(states)
+        if depth:
+            chain = DraftTree.roots(self._known(newest))
+        else:
+            for kv, state in zip(kvs, states, strict=True):
+                kv.length = min(kv.length, len(state.text) - 1)
+            waiting = [state.text[kv.length :] for kv, state in zip(kvs, states, strict=True)]
+            chain = self._chain(waiting)
+        cache = self._small.cache.bind(kvs)
+        logits = self._small.forward(chain, cache, last_only=chain.nodes > 1).logits[:, 0, : self._vocab]
         cache.advance([len(each) for each in waiting])
         for state in states:
             state.ran = depth
@@ -213,10 +201,8 @@ class SmallModelDrafter(Drafter):
         tokens = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
         live = None
         if any(len(text) < longest for text in texts):
-            live = torch.arange(longest) < torch.tensor([[len(text)] for text in texts])
-        return DraftTree.chain(
-            self._known(to_device(tokens, device)), None if live is None else to_device(live, device)
-        )
+            live = to_device(torch.arange(longest) < torch.tensor([[len(text)] for text in texts]), device)
+        return DraftTree.chain(self._known(to_device(tokens, device)), live)
 
     def _distributions(
         self, sampler: Sampler, states: Sequence[SmallModelState], drafted: Sequence[Tensor], logits: Tensor

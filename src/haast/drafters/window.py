@@ -1,10 +1,8 @@
 """How far back a head looks when it drafts: all of the text, or a sliding window of it.
 
-Owns which of the head's pairs are needed. A pair at position p sees those at p - window + 1 .. p, as in transformers'
-sliding attention, and rotary positions are the text's own.
-
-A prompt need not go through the head as a whole. The keys and values of a layer at position t come from the layer
-below at t alone, and that layer's output at t from its own window:
+A pair at position p sees those at p - window + 1 .. p, as in transformers' sliding attention. A prompt need not go
+through the head as a whole: the keys and values of a layer at position t come from the layer below at t alone, and that
+layer's output at t from its own window.
 
     layers   pairs that the last pair of a prompt and all later ones depend on
     1        the last window                   (its keys and values come from features and embeddings alone)
@@ -15,24 +13,19 @@ from __future__ import annotations
 
 import warnings
 
-from haast.errors import LongContextWarning
+from haast.errors import LongContextWarning, check_at_least
 
 
 class DraftWindow:
-    """The pairs a head sees.
+    """The pairs that a head of so many layers sees: `window` positions, 1 or more; None is all.
 
-    Args:
-        window: positions, 1 or more; None is all.
-        layers: of the head.
-        trained: tokens of the longest sequence that the head was trained on; None where nobody knows.
-
-    Raises:
-        ValueError: a window below 1.
+    `trained` is the length of the longest sequence that the head was trained on, None where nobody knows. Raises
+    ValueError for a window below 1.
     """
 
     def __init__(self, window: int | None, layers: int, trained: int | None) -> None:
-        if window is not None and window < 1:
-            raise ValueError(f"draft_window={window} is not allowed: give 1 or more positions, or None for all")
+        if window is not None:
+            check_at_least("draft_window", window, meaning=" positions, or None for all")
         self.window, self._trained, self._told = window, trained, False
         self.reach = None if window is None else layers * (window - 1) + 1  # pairs of a prompt that are needed
 
@@ -47,10 +40,8 @@ class DraftWindow:
     def warn(self, reached: int) -> None:
         """Say once that a text, `reached` tokens long now, has gone past what the head has seen in training."""
         trained = self._trained
-        if self._told or trained is None or reached <= trained:
-            return
-        if self.window is not None and self.window <= trained:
-            return  # no pair looks farther back than it has learned to
+        if self._told or trained is None or min(reached, self.window or reached) <= trained:
+            return  # no pair looks farther back than the head has learned to
         self._told = True
         warnings.warn(
             f"the text has {reached} tokens, the head was trained on at most {trained}: the text stays the target's, "

@@ -1,1 +1,4 @@
-"""Trainable draft modules: forward passes and their files. No decoding, no training."""
+"""Heads that draft. The names of kinds and inputs are here so that the command line lists them without torch."""
+
+KINDS = ("feat-extrapolator", "eagle3", "medusa")
+INPUTS = ("feature+shifted-token", "feature+token", "feature", "token")  # the first is EAGLE's, the others ablations

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from haast.errors import HeadMismatchError, expanded
-from haast.files import replacing
+from haast.files import replacing, write_json
 from haast.heads.config import HeadSizes
 from haast.heads.eagle3 import Eagle3Config, Eagle3Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
@@ -54,8 +54,7 @@ class Head:
     def trained_length(self) -> int | None:
         """Tokens of the longest sequence that the head was trained on; None where its files do not say.
 
-        Raises:
-            HeadMismatchError: they say something that is no length.
+        Raises HeadMismatchError where they say something that is no length.
         """
         told = self.about.get("trained_length")
         if told is not None and (type(told) is not int or told < 1):
@@ -74,33 +73,27 @@ def save_head(
     about: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write a head atomically file by file. `weights` are plain tensors under the official names.
+    """Write a head, file by file whole or not at all. `weights` are plain tensors under the official names.
 
-    `draft_vocab` are the ascending target ids that the head drafts over; None is all of them.
-
-    Raises:
-        ValueError: a weight is not finite in `dtype`.
+    `draft_vocab` are the ascending target ids that the head drafts over; None is all of them. Raises ValueError where a
+    weight is not finite in `dtype`.
     """
     stored = {name: tensor.detach().to(dtype) for name, tensor in weights.items()}
     for name, tensor in stored.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} holds values that {dtype} can't: save the head in torch.float32")
     folder.mkdir(parents=True, exist_ok=True)
-    eagle3 = isinstance(config, Eagle3Config)
-    if draft_vocab is not None:
-        offsets = {"d2t": draft_vocab.long() - torch.arange(len(draft_vocab))}
-        if eagle3:
-            drafted = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, draft_vocab.long(), True)
-            stored |= {**offsets, "t2d": drafted}
-        else:
-            _write(folder / "draft_vocab.safetensors", offsets)
-    _write_weights(folder, stored)
     kind = next(name for name, each in _CONFIGS.items() if each is type(config))
     document: dict[str, Any] = {"format": kind, "head": asdict(config), "about": about or {}}
     if draft_vocab is not None:
         document["draft_vocab_size"] = len(draft_vocab)
-    with replacing(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        offsets = {"d2t": draft_vocab.long() - torch.arange(len(draft_vocab))}
+        if isinstance(config, Eagle3Config):
+            stored |= {**offsets, "t2d": _drafted(draft_vocab, config.vocab_size)}
+        else:
+            _write(folder / "draft_vocab.safetensors", offsets)
+    _write_weights(folder, stored)
+    write_json(document, folder / "config.json")
 
 
 def head_folder(head: str | Path) -> Path:
@@ -113,15 +106,16 @@ def head_folder(head: str | Path) -> Path:
 def load_head(folder: Path) -> Head:
     """Read a head in float32 and check every tensor.
 
-    Raises:
-        HeadMismatchError: files are missing or corrupt, tensors are missing, unknown or of the wrong shape.
+    Raises HeadMismatchError: files are missing or corrupt, tensors are missing, unknown or of the wrong shape.
     """
-    document = _read_config(folder)
-    config = _config(folder, document)
-    size = document.get("draft_vocab_size")
-    path = folder / "model.safetensors"
-    weights = _read_weights(folder)
-    _check_count(folder, config, weights)
+    document, path = _read_config(folder), folder / "model.safetensors"
+    config, size, weights = _config(folder, document), document.get("draft_vocab_size"), _read_weights(folder)
+    # Sizes of another head are refused before modules are built for them, which takes time and memory.
+    if isinstance(config, MedusaConfig) and (wanted := config.heads * (2 * config.blocks + 1)) != len(weights):
+        raise HeadMismatchError(
+            f"{folder / 'config.json'}: {config.heads} Medusa heads of {config.blocks} blocks have {wanted} tensors, "
+            f"the files hold {len(weights)}; fetch or train the heads again"
+        )
     try:
         module = build_module(config, size)
     except _NO_SIZES as error:
@@ -129,30 +123,18 @@ def load_head(folder: Path) -> Head:
     vocab = None
     if isinstance(config, Eagle3Config):
         mapping: dict[str, Tensor] = {n: weights.pop(n) for n in ("d2t", "t2d") if n in weights}
+        if len(mapping) == 1:
+            raise HeadMismatchError(f"{path} has {next(iter(mapping))} alone of d2t and t2d; fetch the head again")
         if size is not None or mapping:
-            if len(mapping) == 1:
-                raise HeadMismatchError(f"{path} has {next(iter(mapping))} alone of d2t and t2d; fetch the head again")
             vocab = _draft_vocab(path, mapping, config.drafts, config.vocab_size)
-            drafted = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, vocab, True)
-            if not torch.equal(mapping["t2d"].bool(), drafted):
+            if not torch.equal(mapping["t2d"].bool(), _drafted(vocab, config.vocab_size)):
                 raise HeadMismatchError(f"{path}: t2d and d2t name different tokens; fetch or train the head again")
     elif size is not None:
         beside = folder / "draft_vocab.safetensors"
         vocab = _draft_vocab(beside, _read_tensors(beside), int(size), config.vocab_size)
-    _check_tensors(folder, module, weights)
+    _check_tensors(path, module, weights)
     module.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return Head(module.eval().requires_grad_(False), vocab, document["about"])
-
-
-def _check_count(folder: Path, config: HeadSizes, weights: dict[str, Tensor]) -> None:
-    """Refuse sizes of another head before modules are built for them, which takes time and memory."""
-    if isinstance(config, MedusaConfig):
-        wanted = config.heads * (2 * config.blocks + 1)
-        if wanted != len(weights):
-            raise HeadMismatchError(
-                f"{folder / 'config.json'}: {config.heads} Medusa heads of {config.blocks} blocks have {wanted} "
-                f"tensors, the files hold {len(weights)}; fetch or train the heads again"
-            )
 
 
 def build_module(config: HeadSizes, draft_vocab_size: int | None) -> AnyModule:
@@ -178,15 +160,9 @@ def _config(folder: Path, document: dict[str, Any]) -> HeadSizes:
 
 
 def check_fits(head: HeadSizes, hidden_size: int, vocab_size: int, target: str) -> None:
-    """Refuse a head made for another target.
-
-    Raises:
-        HeadMismatchError: hidden size or vocabulary differ; the message gives both sides.
-    """
-    for name, mine, theirs in (
-        ("hidden_size", head.hidden_size, hidden_size),
-        ("vocab_size", head.vocab_size, vocab_size),
-    ):
+    """Refuse a head made for another target: HeadMismatchError, with both sides of what differs."""
+    for name, theirs in (("hidden_size", hidden_size), ("vocab_size", vocab_size)):
+        mine = getattr(head, name)
         if mine != theirs:
             raise HeadMismatchError(
                 f"the head was made for another model: its {name} is {mine}, {target} has {theirs}; "
@@ -195,11 +171,7 @@ def check_fits(head: HeadSizes, hidden_size: int, vocab_size: int, target: str) 
 
 
 def check_weights(module: nn.Module) -> None:
-    """Refuse a loaded head that drafts nothing: its weights hold no numbers, or none that are finite.
-
-    Raises:
-        HeadMismatchError: the message names the first such weight.
-    """
+    """Refuse a loaded head that drafts nothing: weights without numbers, or not finite. Raises HeadMismatchError."""
     for name, tensor in module.state_dict().items():
         if tensor.is_meta:
             raise HeadMismatchError(
@@ -243,9 +215,7 @@ def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     for name, tensors in split.filename_to_tensors.items():
         _write(folder / name, {each: weights[each] for each in tensors})
     if split.is_sharded:
-        document = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        with replacing(index) as temporary:
-            temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_json({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, index)
     (whole if split.is_sharded else index).unlink(missing_ok=True)
 
 
@@ -273,24 +243,25 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise HeadMismatchError(f"{path} is corrupt ({error}); fetch or train the head again") from error
 
 
-def _check_tensors(folder: Path, module: AnyModule, weights: dict[str, Tensor]) -> None:
+def _check_tensors(path: Path, module: AnyModule, weights: dict[str, Tensor]) -> None:
     wanted = module.state_dict()
     missing, unknown = sorted(set(wanted) - set(weights)), sorted(set(weights) - set(wanted))
     if missing or unknown:
         raise HeadMismatchError(
-            f"{folder / 'model.safetensors'}: missing tensors {missing}, unknown tensors {unknown}; "
-            f"a {type(module).__name__} has exactly {sorted(wanted)}"
+            f"{path}: missing tensors {missing}, unknown tensors {unknown}; a {type(module).__name__} has exactly "
+            f"{sorted(wanted)}"
         )
     for name, tensor in weights.items():
         if tensor.shape != wanted[name].shape:
-            raise HeadMismatchError(
-                f"{folder / 'model.safetensors'}: {name} is {tuple(tensor.shape)}, config.json says "
-                f"{tuple(wanted[name].shape)}"
-            )
+            sizes = tuple(wanted[name].shape)
+            raise HeadMismatchError(f"{path}: {name} is {tuple(tensor.shape)}, config.json says {sizes}")
         if not bool(torch.isfinite(tensor).all()):
-            raise HeadMismatchError(
-                f"{folder / 'model.safetensors'}: {name} holds NaN or infinity; train the head again"
-            )
+            raise HeadMismatchError(f"{path}: {name} holds NaN or infinity; train the head again")
+
+
+def _drafted(vocab: Tensor, vocab_size: int) -> Tensor:
+    """Which target ids are drafted, (vocab_size,) bool."""
+    return torch.zeros(vocab_size, dtype=torch.bool).index_fill(0, vocab.long(), True)
 
 
 def _draft_vocab(path: Path, tensors: dict[str, Tensor], size: int, vocab_size: int) -> Tensor:

@@ -50,16 +50,13 @@ class HeadConfig(HeadSizes):
     def for_target(cls, config: PretrainedConfig, **more: Any) -> Self:
         """Derive a head's sizes and RoPE from the target's (text) configuration; `more` are the head's own settings."""
         hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or hidden // heads
-        inner = getattr(config, "intermediate_size", None) or 8 * hidden // 3
         return cls(
             hidden_size=hidden,
             vocab_size=int(config.vocab_size),
-            intermediate_size=int(inner),
+            intermediate_size=int(getattr(config, "intermediate_size", None) or 8 * hidden // 3),
             num_attention_heads=heads,
-            num_key_value_heads=int(kv_heads),
-            head_dim=int(head_dim),
+            num_key_value_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+            head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
             rms_norm_eps=float(getattr(config, "rms_norm_eps", 1e-5)),
             max_position_embeddings=int(getattr(config, "max_position_embeddings", 4096)),
             rope_parameters=rope_of(config),
@@ -78,9 +75,9 @@ class HeadConfig(HeadSizes):
 def rope_of(config: PretrainedConfig) -> dict[str, Any]:
     """Rotary parameters of the draft layers, which turn all of a head's dimensions: the target's own, scaling included.
 
-    Of a target with rotary parameters by kind of layer, those of full attention. Where it turns only a part of each
-    head, its base and its scaling; factors by dimension (longrope's) do not fit then, and the base alone is taken, as
-    it is of a kind that Llama's layers do not have. A target without RoPE gives the default.
+    Of a target with parameters by kind of layer, those of full attention. Where it turns only a part of each head,
+    factors by dimension (longrope's) do not fit, and the base alone is taken, as it is of a kind that Llama's layers do
+    not have.
     """
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if "rope_theta" not in rope:  # nested by layer type (gemma 3), or a target without RoPE (gpt2)

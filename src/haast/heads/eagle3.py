@@ -1,14 +1,12 @@
 """EAGLE-3's draft module (arXiv 2503.01840, section 3): low, middle and high features fused, an LM head of its own.
 
-Owns the module and its configuration. Knows nothing of trees or training.
-
     target's hidden_states[low], [mid], [high] at t ──(norms)── fc ──► state at t ┐ residual
                                                             hidden_norm ─► cat ───┤ midlayer ─► state at t + 1
     embedding of x_{t+1} ─────────────────────────────── input_layernorm ─┘                      │
                                                                      lm_head(norm(state)) ◄──────┘ predicts x_{t+2}
 
 When drafting, the layer's own output is fed back without `fc`. Tensor names and shapes are the official ones
-(`midlayer.*`); layers behind the first (`more.*`) and norms in front of `fc` (`fc_norm.*`) are options.
+(`midlayer.*`); layers after the first (`more.*`) and norms before `fc` (`fc_norm.*`) are options.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ class Eagle3Config(HeadConfig):
 
     layer_ids: tuple[int, ...] = ()
     draft_vocab_size: int = 0  # rows of the LM head; 0 is the target's vocabulary
-    fc_norm: bool = False  # a norm on each captured feature in front of fc (EAGLE-3.1)
+    fc_norm: bool = False  # a norm on each captured feature before fc (EAGLE-3.1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,6 +93,8 @@ class _FirstLayer(nn.Module):
 class Eagle3Head(DraftModule):
     """See the module docstring. `lm_head.weight` is (draft vocabulary, H), `fc.weight` (H, layers * H)."""
 
+    own_lm_head = True
+
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
         self.config: Eagle3Config = config
@@ -108,14 +108,7 @@ class Eagle3Head(DraftModule):
         self.lm_head = nn.Linear(hidden, config.drafts, bias=False)
         self.rotary = LlamaRotaryEmbedding(llama)
         self.add_markov(config.drafts)
-
-    @property
-    def target_layers(self) -> tuple[int, ...]:
-        return self.config.layer_ids
-
-    @property
-    def own_lm_head(self) -> bool:
-        return True
+        self.target_layers = config.layer_ids
 
     @property
     def decoder_layers(self) -> list[nn.Module]:

@@ -1,14 +1,12 @@
 """The FeatExtrapolator: EAGLE-1's draft module (arXiv 2401.15077, section 3.1), also drafting for EAGLE-2's trees.
 
-Owns the module and its configuration. Knows nothing of trees or training.
-
     position        t            t + 1            the pair (f_t, e_{t+1}) extrapolates f_{t+1};
     token           x_t          x_{t+1}          the target's LM head on f_{t+1} predicts x_{t+2}
     feature         f_t          f_{t+1}
     input pair     (f_t, embedding of x_{t+1}), rotary position t
 
-`LlamaDecoderLayer`s of transformers serve every target; no input norm in front of the first and no norm behind the
-last, no bias in `fc`: the layout that the official loaders, vLLM and SGLang expect (they know one layer).
+Llama layers serve every target; no norm before the first or after the last, no bias in `fc`: the layout that the
+official loaders, vLLM and SGLang expect (they know one layer).
 """
 
 from __future__ import annotations
@@ -19,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from haast.heads import INPUTS
 from haast.heads.config import HeadConfig
-from haast.heads.kinds import INPUTS
 from haast.heads.module import DraftModule
 from haast.target.kv_cache import KVCache
 from haast.target.native_cpu import NativeStack
@@ -54,10 +52,7 @@ class FeatExtrapolator(DraftModule):
         self.layers[0].add_module("input_layernorm", nn.Identity())  # the official layout has no norm before attention
         self.rotary = LlamaRotaryEmbedding(llama)
         self.add_markov(draft_vocab_size or config.vocab_size)
-
-    @property
-    def follows_token(self) -> bool:
-        return self.config.inputs != "feature+token"
+        self.follows_token = config.inputs != "feature+token"
 
     @property
     def decoder_layers(self) -> list[nn.Module]:

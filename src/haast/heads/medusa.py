@@ -1,7 +1,5 @@
 """MedusaHeads: several heads that each guess one token further ahead (Medusa, arXiv 2401.10774, section 3.1).
 
-Owns the module and its configuration. Knows nothing of trees or training.
-
     position          t            t + 1        t + 2        the target's own LM head on f_t predicts x_{t+1};
     token             x_t          x_{t+1}      x_{t+2}      head i on f_t guesses x_{t+2+i}, i = 0, 1, ...,
     feature           f_t                                    without knowing the tokens between
@@ -56,12 +54,7 @@ class MedusaBlock(nn.Module):
 
 
 class MedusaHeads(nn.ModuleList):
-    """Head i is `self[i]`: its blocks, then its LM head over the draft vocabulary.
-
-    Args:
-        config: sizes.
-        draft_vocab_size: tokens that are drafted over; None is the target's whole vocabulary.
-    """
+    """Head i is `self[i]`: its blocks, then its LM head over `draft_vocab_size` tokens; None is all of them."""
 
     def __init__(self, config: MedusaConfig, draft_vocab_size: int | None = None) -> None:
         drafts = config.vocab_size if draft_vocab_size is None else draft_vocab_size

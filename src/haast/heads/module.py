@@ -31,21 +31,9 @@ class DraftModule(nn.Module, ABC):
     """A head's forward pass, with the parts that differ between kinds behind methods."""
 
     config: HeadConfig
-
-    @property
-    def target_layers(self) -> tuple[int, ...]:
-        """HF `hidden_states` indices that `fuse` reads, laid side by side; empty means the feature itself."""
-        return ()
-
-    @property
-    def follows_token(self) -> bool:
-        """Whether a pair holds the token after the feature's position (EAGLE) or the one at it (an ablation)."""
-        return True
-
-    @property
-    def own_lm_head(self) -> bool:
-        """Whether logits come from the head's own rows; else from the target's."""
-        return False
+    target_layers: tuple[int, ...] = ()  # HF `hidden_states` indices that `fuse` reads side by side; empty: the feature
+    follows_token = True  # whether a pair holds the token after the feature's position (EAGLE) or the one at it
+    own_lm_head = False  # whether logits come from the head's own rows; else from the target's
 
     @property
     @abstractmethod
@@ -76,7 +64,7 @@ class DraftModule(nn.Module, ABC):
         bias: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """One step ahead.
+        """The next states, (rows, nodes, hidden).
 
         Args:
             embeddings: (rows, nodes, hidden) of the token that follows each state.
@@ -84,9 +72,6 @@ class DraftModule(nn.Module, ABC):
             position_ids: (rows, nodes) positions of the states.
             bias: additive mask (rows, 1, nodes, slots); None is causal self-attention without a past.
             cache: keys and values of earlier pairs, one layer for each of the head's.
-
-        Returns:
-            (rows, nodes, hidden): the next states.
         """
 
     def through(
@@ -100,13 +85,8 @@ class DraftModule(nn.Module, ABC):
     ) -> Tensor:
         """States (rows, nodes, hidden) through Llama layers, one after the other."""
         for layer in layers:
-            states = layer(
-                states,
-                attention_mask=bias,
-                position_ids=position_ids,
-                position_embeddings=rotary,
-                **storing(cache),
-            )
+            given = {"attention_mask": bias, "position_ids": position_ids, "position_embeddings": rotary}
+            states = layer(states, **given, **storing(cache))
         assert isinstance(states, Tensor), "a Llama layer returns one tensor"
         return states
 

@@ -1,13 +1,13 @@
-"""Which arguments of `generate` Haast does not honour, and the checks of those that it does.
+"""Which arguments of `generate` Haast honours, the refusal by name of those that it does not, and checks of the inputs.
 
-Owns refusals: every argument that would change the text or the output, and that Haast does not honour, is refused by
-its name. docs/drop-in.md lists them; a test holds the two together. Knows no decoding.
+What would change the text or the output is refused; so is what a newer transformers adds, until somebody has looked at
+it. docs/drop-in.md lists all arguments with remarks; a test holds the two together. Inputs are checked twice: as the
+user gave them, since transformers would stumble over some without a reason, and as `generate` has prepared them.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import Any
@@ -18,10 +18,34 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, __v
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteria
 
 from haast import compat
-from haast.errors import PromptError, UnsupportedArgumentError, UnsupportedModelError
-from haast.integrations.supported_args import HONOURED_SETTINGS, IDLE_SETTINGS
+from haast.errors import PromptError, UnsupportedArgumentError
 from haast.target.device_map import execution_device
 from haast.target.kv_cache import CACHE_NAMES
+from haast.target.support import prepared_inputs
+from haast.text import stop_strings
+
+# Settings of a GenerationConfig that `generate` turns into processors and criteria, or that Haast reads.
+HONOURED_SETTINGS = frozenset({
+    "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "max_time", "stop_strings",
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
+    "renormalize_logits", "num_return_sequences", "min_length", "min_new_tokens", "repetition_penalty",
+    "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+    "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "sequence_bias",
+    "exponential_decay_length_penalty", "remove_invalid_values", "watermarking_config", "return_dict_in_generate",
+    "output_scores", "output_logits",
+})  # fmt: skip
+# Settings that change nothing of greedy and sampled text, in stock `generate` either.
+IDLE_SETTINGS = frozenset({
+    "early_stopping", "length_penalty", "diversity_penalty", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind",
+    "assistant_ensemble_weight", "decoder_start_token_id", "disable_compile", "use_cache",
+})  # fmt: skip
+# Parameters of `generate` itself that it turns into what a decoding method gets, or that Haast refuses by itself.
+PARAMETERS = frozenset({
+    "self", "kwargs", "inputs", "generation_config", "logits_processor", "stopping_criteria",
+    "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model", "streamer", "negative_prompt_ids",
+    "negative_prompt_attention_mask", "custom_generate",
+})  # fmt: skip
 
 _BEAMS = "Haast decodes one continuation a row; leave it out, or use stock generate"
 _ASSISTED = "Haast drafts by itself; leave it out (a small model: SmallModelDrafter)"
@@ -75,20 +99,14 @@ _TAKEN = ("attention_mask", "position_ids", "use_cache", "logits_to_keep")
 
 
 def refuse_settings(config: GenerationConfig) -> None:
-    """Refuse what Haast does not honour of a GenerationConfig, or does not know, by name.
-
-    Raises:
-        UnsupportedArgumentError: a setting of `REFUSED_SETTINGS`, or one that only a newer transformers has.
+    """Refuse by name what Haast does not honour of a GenerationConfig, or does not know. Raises
+    UnsupportedArgumentError.
     """
-    for name, why in REFUSED_SETTINGS.items():
+    unknown = f"transformers {__version__} has it, and this Haast does not know it; leave it out"
+    for name, usual in {**dict.fromkeys(REFUSED_SETTINGS), **unknown_settings()}.items():
         value = getattr(config, name, None)
-        if value is not None and value is not False and value not in _OFF.get(name, ()):
-            raise UnsupportedArgumentError(f"{name}={value!r}", why)
-    for name, usual in unknown_settings().items():
-        value = getattr(config, name, None)
-        if value is not None and value is not False and value != usual:
-            why = f"transformers {__version__} has it, and this Haast does not know it; leave it out"
-            raise UnsupportedArgumentError(f"{name}={value!r}", why)
+        if value is not None and value is not False and value != usual and value not in _OFF.get(name, ()):
+            raise UnsupportedArgumentError(f"{name}={value!r}", REFUSED_SETTINGS.get(name, unknown))
 
 
 @functools.cache
@@ -100,10 +118,9 @@ def unknown_settings() -> dict[str, Any]:
 
 
 def refuse_arguments(given: Mapping[str, Any]) -> None:
-    """Refuse arguments that Haast does not honour: of `generate`, and for the model's forward, by name.
+    """Refuse by name arguments of `generate`, and of the model's forward, that Haast does not honour.
 
-    Raises:
-        UnsupportedArgumentError: one of `REFUSED_ARGUMENTS`, or an input that the model takes beside tokens.
+    Raises UnsupportedArgumentError for one of `REFUSED_ARGUMENTS`, and for an input that the model takes beside tokens.
     """
     for name, value in given.items():
         if value is None or value is False or name in _TAKEN or (isinstance(value, dict) and not value):
@@ -112,104 +129,11 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
         raise UnsupportedArgumentError(name, REFUSED_ARGUMENTS.get(name, why))
 
 
-def padding(input_ids: Tensor, given: Mapping[str, Any]) -> list[int]:
-    """How many padding tokens stand before each row, from what `generate` prepared.
-
-    Args:
-        input_ids: (rows, width).
-        given: `attention_mask` (rows, width) or None where nothing is masked, and `position_ids`, as prepared.
-
-    Raises:
-        PromptError: no tokens, a mask or positions of another shape, padding elsewhere than on the left, an empty row.
-    """
-    if input_ids.ndim != 2 or not input_ids.numel():
-        raise PromptError(f"input_ids has shape {tuple(input_ids.shape)}: give (rows, tokens), at least one of each")
-    mask, positions = given.get("attention_mask"), given.get("position_ids")
-    for name, tensor in (("attention_mask", mask), ("position_ids", positions)):
-        shapes = (input_ids.shape, (1, input_ids.shape[1]))[: 1 if name == "attention_mask" else 2]
-        if tensor is not None and tuple(tensor.shape) not in map(tuple, shapes):
-            raise PromptError(
-                f"attention_mask (or position_ids) does not fit the prompt: {tuple(tensor.shape)} beside input_ids of "
-                f"{tuple(input_ids.shape)}: give one entry a token"
-            )
-    kept = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.to(input_ids.device) != 0
-    begins = [_row_begins(row, kept[row].tolist()) for row in range(len(kept))]
-    if positions is not None:
-        _check_positions(positions.to(input_ids.device), kept)
-    return begins
-
-
-def check_ids(input_ids: Tensor, vocab_size: int) -> None:
-    """Refuse ids that are no tokens, those of the padding too: processors look at them. Raises PromptError."""
-    wrong = (input_ids < 0) | (input_ids >= vocab_size)
-    if bool(wrong.any()):
-        row, place = wrong.nonzero()[0].tolist()
-        raise PromptError(
-            f"row {row} holds the token id {int(input_ids[row, place])}, which is outside 0..{vocab_size - 1}: is the "
-            f"tokenizer another model's?"
-        )
-
-
-def check_prepared(model: PreTrainedModel, input_ids: Tensor, given: Mapping[str, Any]) -> None:
-    """Refuse a model that gives its forward something else than the text's tokens.
-
-    Adapters of virtual tokens (prompt or prefix tuning) do, by a `prepare_inputs_for_generation` of their own; Haast
-    calls the forward itself, and would leave them out without a word.
-
-    Raises:
-        UnsupportedModelError: it prepares other ids, embeddings, or a cache that is filled already.
-    """
-    own: Any = model.prepare_inputs_for_generation
-    if getattr(own, "__func__", None) is GenerationMixin.prepare_inputs_for_generation:
-        return
-    more: dict[str, Any] = {}
-    if "cache_position" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
-        more["cache_position"] = torch.arange(input_ids.shape[1], device=input_ids.device)  # older transformers need it
-    prepared = own(input_ids, is_first_iteration=True, **more, **given)
-    ids, caches = prepared.get("input_ids"), {name: prepared.get(name) for name in CACHE_NAMES}
-    changed = {
-        "input_ids": ids is None or not torch.equal(ids, input_ids),
-        "inputs_embeds": prepared.get("inputs_embeds") is not None,
-        **{name: cache is not None and cache.get_seq_length() > 0 for name, cache in caches.items()},
-    }
-    for name, different in changed.items():
-        if different:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} prepares {name} of its own for its forward (as prompt tuning does), and "
-                f"Haast gives it nothing but the text's tokens: merge the adapter, or use stock generate"
-            )
-
-
-def _row_begins(row: int, kept: Sequence[bool]) -> int:
-    if not any(kept):
-        raise PromptError(f"row {row} of the batch is empty: its attention_mask is 0 everywhere; leave the row out")
-    first = list(kept).index(True)
-    if not all(kept[first:]):
-        raise PromptError(
-            f"row {row}: attention_mask is 0 after the row's first token; pad on the left "
-            f"(tokenizer.padding_side='left') and mask nothing else; where none is given, transformers masks every "
-            f"token that equals pad_token_id"
-        )
-    return first
-
-
-def _check_positions(positions: Tensor, kept: Tensor) -> None:
-    usual = kept.long().cumsum(-1) - 1
-    if not bool(((positions == usual) | ~kept).all()):
-        raise UnsupportedArgumentError("position_ids", "Haast counts each row's tokens from 0; leave it out")
-
-
 def new_tokens_allowed(criteria: Sequence[StoppingCriteria], width: int, begins: Sequence[int], model: Any) -> int:
-    """Tokens that `max_length` leaves: 1 at least, as `generate` looks only after a token.
+    """Tokens that `max_length` leaves after prompts padded to `width`: 1 at least, as `generate` looks only after a
+    token.
 
-    Args:
-        criteria: as prepared.
-        width: of the padded prompts.
-        begins: padding per row.
-        model: for its context.
-
-    Raises:
-        ValueError: no length limit is among the criteria, or it lies beyond the context.
+    Raises ValueError where no length limit is among the criteria, PromptError where it lies beyond the model's context.
     """
     limits = [each.max_length for each in criteria if isinstance(each, MaxLengthCriteria)]
     if not limits:
@@ -226,11 +150,7 @@ def new_tokens_allowed(criteria: Sequence[StoppingCriteria], width: int, begins:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Refuse a model as it stands now: one that would not answer the same twice, or can't answer at all.
-
-    Raises:
-        ValueError: it is in training mode, or autocast changes its dtypes.
-    """
+    """Refuse a model as it stands now: in training mode, or with autocast on the CPU. Raises ValueError."""
     place = execution_device(model.get_input_embeddings())
     if place is not None and place.type == "cpu" and torch.is_autocast_enabled("cpu"):
         raise ValueError(
@@ -242,3 +162,105 @@ def check_model(model: PreTrainedModel) -> None:
             f"{type(model).__name__} is in training mode, where dropout may answer a drafted token otherwise than a "
             f"plain one: call model.eval() first"
         )
+
+
+def validate_inputs(given: Mapping[str, Any]) -> None:
+    """Refuse prompts, masks and stop strings, given to `generate` by name, that are none. Raises ValueError,
+    PromptError.
+    """
+    ids = given.get("inputs") if given.get("inputs") is not None else given.get("input_ids")
+    mask = given.get("attention_mask")
+    if ids is not None:
+        source = "as a tokenizer makes with return_tensors='pt'; what it returns is passed on as generate(**inputs)"
+        _check_form("input_ids", ids, source, "at least one of each")
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise PromptError(f"input_ids is of {ids.dtype}: give token ids as torch.int64")
+    if mask is not None:
+        entries = "one entry a token; Haast makes the masks of its trees by itself"
+        _check_form("attention_mask", mask, "as the tokenizer's", entries)
+        # After a cache the mask is longer, and the cache is refused by its name.
+        if ids is not None and not any(given.get(name) is not None for name in CACHE_NAMES):
+            _check_fit("attention_mask", mask, ids, shared=True)
+        odd = mask[(mask != 0) & (mask != 1)]
+        if odd.numel():
+            raise PromptError(
+                f"attention_mask holds {odd[0].item()}: give 1 for a token and 0 for padding; biases of attention "
+                f"scores are no mask"
+            )
+    if given.get("stop_strings") is not None and not stop_strings(given["stop_strings"], "stop_strings"):
+        raise ValueError("stop_strings is an empty list: leave it out, or give at least one string")
+
+
+def padding(input_ids: Tensor, given: Mapping[str, Any]) -> list[int]:
+    """How many padding tokens stand before each row of `input_ids` (rows, width), by the masks that `generate`
+    prepared.
+
+    Raises PromptError for no tokens, a mask or positions of another shape, padding elsewhere than on the left, or an
+    empty row; UnsupportedArgumentError for positions that do not count each row's tokens from 0.
+    """
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise PromptError(f"input_ids has shape {tuple(input_ids.shape)}: give (rows, tokens), at least one of each")
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    kept = torch.ones_like(input_ids, dtype=torch.bool)
+    if mask is not None:
+        _check_fit("attention_mask", mask, input_ids)
+        kept = mask.to(input_ids.device) != 0
+    begins = [_row_begins(row, seen) for row, seen in enumerate(kept.tolist())]
+    if positions is not None:
+        _check_fit("position_ids", positions, input_ids, shared=True)
+        usual = kept.long().cumsum(-1) - 1
+        if not bool(((positions.to(input_ids.device) == usual) | ~kept).all()):
+            raise UnsupportedArgumentError("position_ids", "Haast counts each row's tokens from 0; leave it out")
+    return begins
+
+
+def check_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Refuse ids that are no tokens, those of the padding too: processors look at them. Raises PromptError."""
+    wrong = (input_ids < 0) | (input_ids >= vocab_size)
+    if bool(wrong.any()):
+        row, place = wrong.nonzero()[0].tolist()
+        raise PromptError(
+            f"row {row} holds the token id {int(input_ids[row, place])}, which is outside 0..{vocab_size - 1}: is the "
+            f"tokenizer another model's?"
+        )
+
+
+def check_own_inputs(model: PreTrainedModel, input_ids: Tensor, given: Mapping[str, Any]) -> None:
+    """Refuse a model whose own `prepare_inputs_for_generation` gives its forward something else than the text's tokens.
+
+    Adapters of virtual tokens have one, and may have come after the model was probed. Raises UnsupportedModelError.
+    """
+    own: Any = model.prepare_inputs_for_generation
+    if getattr(own, "__func__", None) is not GenerationMixin.prepare_inputs_for_generation:
+        prepared_inputs(model, input_ids, **given)
+
+
+def _check_form(name: str, tensor: Any, source: str, entries: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise PromptError(f"{name} is a {type(tensor).__name__}: give a tensor (rows, tokens), {source}")
+    if tensor.ndim != 2:
+        raise PromptError(f"{name} has shape {tuple(tensor.shape)}: give (rows, tokens), {entries}")
+    if tensor.device.type == "meta":
+        raise PromptError(f"{name} is on the meta device, where tensors hold nothing: move it to the model's")
+
+
+def _check_fit(name: str, tensor: Tensor, ids: Tensor, shared: bool = False) -> None:
+    """Refuse what is not of the ids' shape; `shared`: one row may stand for all."""
+    if tensor.shape[1:] != ids.shape[1:] or len(tensor) not in (len(ids), *([1] if shared else [])):
+        raise PromptError(
+            f"{name} does not fit the prompt: {tuple(tensor.shape)} beside input_ids of {tuple(ids.shape)}: give one "
+            f"entry a token"
+        )
+
+
+def _row_begins(row: int, kept: Sequence[bool]) -> int:
+    if not any(kept):
+        raise PromptError(f"row {row} of the batch is empty: its attention_mask is 0 everywhere; leave the row out")
+    first = kept.index(True)
+    if not all(kept[first:]):
+        raise PromptError(
+            f"row {row}: attention_mask is 0 after the row's first token; pad on the left "
+            f"(tokenizer.padding_side='left') and mask nothing else; where none is given, transformers masks every "
+            f"token that equals pad_token_id"
+        )
+    return first

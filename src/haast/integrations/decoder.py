@@ -1,11 +1,12 @@
 """The callable that `generate(custom_generate=...)` takes: `Decoder`, and the one for any model, `custom_generate`.
 
-Owns the call: checks, the model for the length of it, a request per row, the output. The arguments are those that
-transformers' own decoding methods get (`GenerationMixin._sample`). docs/drop-in.md says what is honoured.
+Owns the call: checks, the model for the length of it, a request per row. The arguments are those that transformers' own
+decoding methods get (`GenerationMixin._sample`). docs/drop-in.md says what is honoured.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -25,21 +26,40 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from haast import compat
 from haast.drafters.base import Drafter
-from haast.drafters.factory import HEADED, check_drafter, find_head, make_drafter, needs_head
+from haast.drafters.factory import HEADED, check_drafter, make_drafter, needs_head, open_head
 from haast.drafters.tree_shape import DraftShape
 from haast.engine.engine import Engine, Stats
 from haast.engine.tensor_parallel import agreement
 from haast.errors import HeadMismatchError, PromptError, UnsupportedArgumentError
-from haast.heads.checkpoint import Head, load_head
+from haast.heads.checkpoint import Head
 from haast.integrations import arguments
 from haast.integrations.model_lock import Loan, borrowed
-from haast.integrations.output import Live, assembled
 from haast.integrations.processors import for_rows, refuse_linked
-from haast.integrations.rows import Criteria, Ends, RowChooser, Rows
-from haast.integrations.signature_hook import SignatureHook
+from haast.integrations.rows import Ends, RowChooser, Rows
 from haast.target.kv_cache import CACHE_NAMES
-from haast.target.support import own_model
+from haast.target.support import own_model, refuse_unsupported
 from haast.target.target import Target
+
+
+class SignatureHook:
+    """A descriptor for `__signature__`: the signature of `__call__`, and what `generate` keeps put back.
+
+    `compat.hand_over` does that when the signature is read. transformers has touched nothing yet at that moment, so the
+    model and the inputs are checked too.
+    """
+
+    def __get__(self, instance: object, owner: type) -> inspect.Signature:
+        if instance is None:
+            raise AttributeError("__signature__")  # the class has its constructor's signature, as every class
+        given = compat.hand_over(arguments.PARAMETERS, CACHE_NAMES)
+        if given is not None:
+            model: Any = given["self"]
+            refuse_unsupported(model)
+            arguments.check_model(model)
+            config = given.get("generation_config") or model.generation_config
+            arguments.validate_inputs({"stop_strings": config.stop_strings, **given})
+        call = inspect.signature(owner.__call__)
+        return call.replace(parameters=list(call.parameters.values())[1:])
 
 
 class Decoder:
@@ -78,12 +98,17 @@ class Decoder:
         self.stats = Stats()
         self._target: Target | None = None
         self._drafter = drafter if isinstance(drafter, Drafter) else None
-        if self._drafter is not None and head is not None:
-            raise ValueError("give a head or a ready drafter, not both")
         if isinstance(drafter, Drafter):
+            if head is not None:
+                raise ValueError("give a head or a ready drafter, not both")
             self._name = drafter.name
         else:
-            self._name = _checked_name(drafter or "auto", head is not None, small is not None)
+            self._name = drafter or "auto"
+            if head is None:
+                self._name = check_drafter(self._name, small=small is not None)
+            elif not needs_head(self._name) and check_drafter(self._name, small=True) != "none":
+                why = f"leave the head out, or choose one of {HEADED}"
+                raise ValueError(f"drafter={self._name!r} drafts without a head: {why}")
         if head is None and (shape is not None or draft_window is not None):
             raise ValueError("shape and draft_window are of a head's drafts: give a head too")
         if model is None:
@@ -92,7 +117,7 @@ class Decoder:
             return
         model = own_model(model)
         arguments.check_model(model)
-        loaded = None if head is None else _load(head, model)
+        loaded = open_head(head, str(model.name_or_path) or type(model).__name__)
         drafts = None if small is None else Target(own_model(small))
         with borrowed(model):
             target = Target(model)
@@ -140,19 +165,13 @@ class Decoder:
         Args:
             model: that `generate` was called on.
             input_ids: (rows, width), left-padded, one row per sequence that is returned.
-            logits_processor, stopping_criteria, generation_config: as prepared.
-            synced_gpus: refused where True.
-            streamer: gets the new tokens one by one; the prompt it has had from `generate`.
-            tokenizer: only `generate` itself needs it, for stop strings.
-            handover: what transformers keeps from callables (see `signature_hook`): streamer, assistant_model, ...
+            logits_processor, stopping_criteria, generation_config, streamer: as prepared.
+            synced_gpus, tokenizer: refused where True; only `generate` itself needs it, for stop strings.
+            handover: what transformers keeps from callables (`compat.hand_over`): streamer, assistant_model, ...
             model_kwargs: for the model's forward.
 
-        Returns:
-            (rows, width + new tokens), or a GenerateDecoderOnlyOutput, as stock `generate` returns.
-
-        Raises:
-            UnsupportedArgumentError: an argument that Haast does not honour, by name.
-            ValueError: a model, mask or prompt that can't be answered.
+        Returns (rows, width + new tokens), or a GenerateDecoderOnlyOutput, as stock `generate` returns. Raises
+        UnsupportedArgumentError for an argument that Haast does not honour, ValueError for what can't be answered.
         """
         more = {"synced_gpus": synced_gpus, **(handover or {})}
         streamer = more.pop("streamer", None) or streamer
@@ -165,14 +184,12 @@ class Decoder:
         with borrowed(model) as loan:
             target, drafter = self._parts(model, loan)
             most = arguments.new_tokens_allowed(stopping_criteria, input_ids.shape[1], begins, target)
-            ends = Ends(len(begins), most, together=pad is None and len(begins) > 1)
-            criteria = Criteria(stopping_criteria, most)
-            rows = _rows(input_ids, begins, processors, criteria, ends, generation_config, target)
-            live, stats = Live(streamer, rows, pad or 0), Stats()
-            _decode(Engine(target, drafter), rows, live, stats)
-            live.end()
+            ends = Ends(stopping_criteria, len(begins), most, together=pad is None and len(begins) > 1)
+            choosers = _choosers(input_ids, begins, processors, ends, generation_config, target)
+            rows, stats = Rows(choosers, ends, streamer, pad or 0), Stats()
+            _decode(Engine(target, drafter), rows, stats)
         self.stats = stats
-        return assembled(rows, input_ids, pad or 0, generation_config)
+        return rows.output(input_ids, generation_config)
 
     def _parts(self, model: PreTrainedModel, loan: Loan) -> tuple[Target, Drafter]:
         """The model as a target, and who drafts for it."""
@@ -209,52 +226,38 @@ def _checked(
     arguments.check_model(model)
     begins = arguments.padding(input_ids, given)
     arguments.check_ids(input_ids, int(model.config.get_text_config().vocab_size))
-    arguments.check_prepared(model, input_ids, for_model)
+    arguments.check_own_inputs(model, input_ids, for_model)
     return begins
 
 
-def _rows(
+def _choosers(
     input_ids: Tensor,
     begins: list[int],
     processors: list[LogitsProcessorList],
-    criteria: Criteria,
     ends: Ends,
     config: GenerationConfig,
     target: Target,
-) -> Rows:
-    """A chooser per row; what is drawn is drawn by seeds from torch's own generator, so that a call can be repeated.
+) -> list[RowChooser]:
+    """One per row; what is drawn is drawn by seeds from torch's own generator, so that a call can be repeated.
 
-    Raises:
-        UnsupportedArgumentError: scores or logits are asked for where only one of several processes has them.
+    Raises UnsupportedArgumentError for scores or logits where only one of several processes has them.
     """
+    scores, logits = (
+        bool(config.return_dict_in_generate and wanted) for wanted in (config.output_scores, config.output_logits)
+    )
+    if target.ranks is not None and (scores or logits):
+        why = "of the processes that hold a tensor-parallel model only the first one chooses tokens; leave it out"
+        raise UnsupportedArgumentError(f"output_{'scores' if scores else 'logits'}=True", why)
     count = len(begins)
-    kept = {
-        name: bool(config.return_dict_in_generate and getattr(config, name))
-        for name in ("output_scores", "output_logits")
-    }
-    for name, wanted in kept.items():
-        if wanted and target.ranks is not None:
-            why = "of the processes that hold a tensor-parallel model only the first one chooses tokens; leave it out"
-            raise UnsupportedArgumentError(f"{name}=True", why)
     seeds = torch.randint(2**63 - 1, (count,)).tolist() if config.do_sample else [None] * count
-    made = [
-        RowChooser(
-            row,
-            input_ids[row],
-            begins[row],
-            processors[row],
-            criteria,
-            ends,
-            seed=seeds[row],
-            keep_scores=kept["output_scores"],
-            keep_logits=kept["output_logits"],
-        )
-        for row in range(count)
+    parts = zip(input_ids, begins, processors, seeds, strict=True)
+    return [
+        RowChooser(row, ids, begin, own, ends, seed=seed, keep_scores=scores, keep_logits=logits)
+        for row, (ids, begin, own, seed) in enumerate(parts)
     ]
-    return Rows(made, ends)
 
 
-def _decode(engine: Engine, rows: Rows, live: Live, stats: Stats) -> None:
+def _decode(engine: Engine, rows: Rows, stats: Stats) -> None:
     """Run every row to its end; tokens are streamed as they come."""
     agreed = agreement(engine.target.ranks)
     while left := rows.unfinished():
@@ -263,38 +266,14 @@ def _decode(engine: Engine, rows: Rows, live: Live, stats: Stats) -> None:
         with closing(engine.run(texts, sampling, stops, stats, choosers=left)) as emissions:
             for emission in emissions:
                 left[emission.row].take(emission)
-                live.flush()
+                rows.flush()
         rows.settle(lambda own: agreed.numbers(lambda: (own,))[0])
-
-
-def _checked_name(name: str, headed: bool, small: bool) -> str:
-    """The name of a drafter, as far as it can be checked before a head is loaded.
-
-    Raises:
-        ValueError: it is unknown, needs a head or a small model that is not there, or has no use for the head.
-    """
-    if not headed:
-        return check_drafter(name, small=small)
-    if not needs_head(name) and check_drafter(name, small=True) != "none":
-        raise ValueError(f"drafter={name!r} drafts without a head: leave the head out, or choose one of {HEADED}")
-    return name
-
-
-def _load(head: Any, model: PreTrainedModel) -> Head:
-    if isinstance(head, Head):
-        return head
-    if not isinstance(head, str | Path):
-        raise HeadMismatchError(f"head is a {type(head).__name__}: give its folder, or what load_head returns")
-    folder = find_head(head, str(model.name_or_path) or type(model).__name__)
-    assert folder is not None, "only no head is none"
-    return load_head(folder)
+    rows.finish()
 
 
 def _pad(config: GenerationConfig, criteria: StoppingCriteriaList, rows: int) -> int | None:
-    """The token after the end of a row, None where rows go on until all are done.
-
-    Raises:
-        PromptError: rows would have to be padded and there is no pad token.
+    """The token after the end of a row, None where rows go on until all are done. Raises PromptError where none is
+    known.
     """
     if all(getattr(each, "eos_token_id", None) is None for each in criteria):
         return None

@@ -1,8 +1,7 @@
 """The user's model while calls run on it: with an attention that takes trees, and given back as it was.
 
-Owns the model's own attention implementation while it is switched, what a probe found of the model, and the target that
-calls without one of their own share, so that one scheduler serves them together. The first call that comes switches
-the attention, the last one that leaves gives it back. Knows no decoding.
+The first call that comes switches the attention, the last one that leaves gives it back. Calls without a target of
+their own share one, so that one scheduler serves them together.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ class Loan:
     """One model's calls in flight. Holds the model only while there are any, so that it does not keep one alive."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
         self._callers: list[int] = []  # threads, once for each call
         self._before: list[tuple[PreTrainedConfig, str | None]] = []
         self._probed: Probed | None = None
@@ -54,22 +52,20 @@ class Loan:
         return target
 
     def _enter(self, model: PreTrainedModel) -> None:
-        with self._lock:
-            if not self._callers:
-                refuse_unsupported(model)
-                self._before = [(config, compat.attention_name(config)) for config in _configs(model)]
-                try:
-                    choose_attention(model)
-                except BaseException:
-                    self._give_back()
-                    raise
-            self._callers.append(threading.get_ident())
+        if not self._callers:
+            refuse_unsupported(model)
+            self._before = [(config, compat.attention_name(config)) for config in _configs(model)]
+            try:
+                choose_attention(model)
+            except BaseException:
+                self._give_back()
+                raise
+        self._callers.append(threading.get_ident())
 
     def _leave(self) -> None:
-        with self._lock:
-            self._callers.remove(threading.get_ident())
-            if not self._callers:
-                self._give_back()
+        self._callers.remove(threading.get_ident())
+        if not self._callers:
+            self._give_back()
 
     def _give_back(self) -> None:
         for config, attention in self._before:
@@ -81,36 +77,32 @@ class Loan:
 
 
 _LOANS: WeakKeyDictionary[PreTrainedModel, Loan] = WeakKeyDictionary()
-_LOANS_LOCK = threading.Lock()
+_LOANS_LOCK = threading.RLock()
 
 
 @contextmanager
 def borrowed(model: PreTrainedModel) -> Iterator[Loan]:
     """The model with an attention that takes trees; its own is back after the last call that borrows it.
 
-    Raises:
-        UnsupportedModelError: see `refuse_unsupported`.
+    Raises UnsupportedModelError, see `refuse_unsupported`.
     """
     with _LOANS_LOCK:
         loan = _LOANS.setdefault(model, Loan())
-    loan._enter(model)
+        loan._enter(model)
     try:
         yield loan
     finally:
-        loan._leave()
+        with _LOANS_LOCK:
+            loan._leave()
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     """The configs of a model and of the models inside it, the outer ones first: setting one sets those below it."""
     found: dict[int, PreTrainedConfig] = {}
-
-    def take(config: PreTrainedConfig) -> None:
+    waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    while waiting:
+        config = waiting.pop(0)
         found.setdefault(id(config), config)
-        for part in (getattr(config, name, None) for name in config.sub_configs):
-            if part is not None:
-                take(part)
-
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            take(module.config)
+        parts = (getattr(config, name, None) for name in config.sub_configs)
+        waiting[:0] = [part for part in parts if part is not None]
     return list(found.values())

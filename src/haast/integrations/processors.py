@@ -1,8 +1,6 @@
-"""Logits processors made for a batch, for one row at a time.
+"""Logits processors made for a batch, for one row at a time: rows differ in length here, and stock processors want one.
 
-Owns the split. In speculative decoding the rows of a batch have different lengths, and stock processors want one. So
-each row gets the processors for itself: those that hold something per row are cut to it, those that keep state are
-copied, the others are shared. Knows no models.
+Those that hold something per row are cut to it, those that keep state are copied, the others are shared.
 """
 
 from __future__ import annotations
@@ -32,30 +30,23 @@ from haast.errors import UnsupportedArgumentError
 def for_rows(processors: Sequence[Any], rows: int) -> list[LogitsProcessorList]:
     """The processors of each row, in their order; each is called with (1, length) and (1, vocab).
 
-    Raises:
-        UnsupportedArgumentError: one that runs the model, or that keeps state and cannot be copied.
+    Raises UnsupportedArgumentError for one that runs the model, or that keeps state and cannot be copied.
     """
     for each in processors:
         if isinstance(each, UnbatchedClassifierFreeGuidanceLogitsProcessor):
             why = "classifier-free guidance runs the model on a second text; use stock generate"
             raise UnsupportedArgumentError("guidance_scale", why)
-    made = []
-    for row in range(rows):
-        copies: dict[int, Any] = {}  # what one processor shares with another, its copy shares with the other's
-        made.append(LogitsProcessorList(_for_row(each, row, rows, copies) for each in processors))
-    return made
+    # What one processor shares with another, its copy shares with the other's: `copies` is of a row.
+    return [
+        LogitsProcessorList(_for_row(each, row, rows, copies) for each in processors)
+        for row, copies in enumerate([dict[int, Any]() for _ in range(rows)])
+    ]
 
 
 def refuse_linked(processors: Sequence[Any], criteria: Sequence[Any], own: LogitsProcessorList) -> None:
-    """Refuse stopping criteria that look at a processor of which each row has a copy.
+    """Refuse stopping criteria, which all rows share, that look at a processor of which each row has a copy.
 
-    Args:
-        processors: as given.
-        criteria: the stopping criteria, which all rows share.
-        own: what `for_rows` made of the processors for one row.
-
-    Raises:
-        UnsupportedArgumentError: a criterion that would look at a processor that is never called.
+    `own` is what `for_rows` made of the processors for one row. Raises UnsupportedArgumentError.
     """
     copied = {id(each): each for each, one in zip(processors, own, strict=True) if one is not each}
     for criterion in criteria:
@@ -75,7 +66,12 @@ def _for_row(processor: Any, row: int, rows: int, copies: dict[int, Any]) -> Any
     if rows == 1:
         return processor
     if isinstance(processor, RepetitionPenaltyLogitsProcessor):
-        return _repetition(processor, row, rows)
+        ignored: Any = processor.prompt_ignore_length
+        if not isinstance(ignored, Tensor):
+            return processor
+        if len(ignored) != rows:
+            raise ValueError(f"prompt_ignore_length has {len(ignored)} entries for {rows} rows: give one a row")
+        return _with(processor, prompt_ignore_length=ignored[row : row + 1])
     if isinstance(processor, EncoderRepetitionPenaltyLogitsProcessor):
         prompts = processor.encoder_input_ids
         at = row // max(rows // prompts.shape[0], 1)  # `num_return_sequences` rows share a prompt
@@ -97,19 +93,9 @@ class _Prefix(PrefixConstrainedLogitsProcessor):
         super().__init__(lambda _, text: ask(row, text), 1)
 
 
-def _repetition(processor: RepetitionPenaltyLogitsProcessor, row: int, rows: int) -> Any:
-    ignored: Any = processor.prompt_ignore_length
-    if not isinstance(ignored, Tensor):
-        return processor
-    if len(ignored) != rows:
-        raise ValueError(f"prompt_ignore_length has {len(ignored)} entries for {rows} rows: give one a row")
-    return _with(processor, prompt_ignore_length=ignored[row : row + 1])
-
-
 def _with(processor: Any, **changed: Any) -> Any:
     made = copy.copy(processor)
-    for name, value in changed.items():
-        setattr(made, name, value)
+    vars(made).update(changed)
     return made
 
 

@@ -1,17 +1,16 @@
-"""The rows of one `generate` call: their texts as `generate` would have them, their processors, and where they end.
+"""The rows of one `generate` call: their texts as `generate` would have them, where they end, and what is returned.
 
-Owns the choice of a token where processors look at the text, and what the stopping criteria say. Each row is a request
-of its own. A row's text holds its left padding, since stock processors and stopping criteria see it; the engine's does
-not. Processors and criteria are asked exactly once per emitted token, in order, with the text up to it, and never after
-a row's end, whatever is drafted. Knows neither trees nor models.
+Each row is a request of its own. Its text holds its left padding, since stock processors and stopping criteria see it;
+the engine's does not. Processors and criteria are asked exactly once per emitted token, in order, and never after a
+row's end, whatever is drafted. Knows neither trees nor models.
 
     text     pad pad  p0  p1  p2 | n0  n1 ...      a view for whoever asks: nothing is copied per token
              begin=2             width
 
 Stock `generate` runs a batch until all rows are done. A row that is done is padded where an end-of-text criterion is
 among the criteria; otherwise it goes on with true tokens until the last row is done. Requests run at their own pace:
-such a row stops where it is as long as any row is known to become, and is continued, as far as it lacks, by a second
-request once the length of the longest is known. So nobody is asked about a token that is cut off again.
+such a row stops where it is as long as any row is known to become, and a second request continues it once the length of
+the longest is known.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from torch.nn.functional import pad
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.logits_process import (
     EpsilonLogitsWarper,
     InfNanRemoveLogitsProcessor,
@@ -33,6 +33,8 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from haast.core import Emission, SamplingParams, StopParams
 from haast.sampling import Sampler, inverse_cdf, probabilities
@@ -43,64 +45,43 @@ _STATELESS = frozenset({
     TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper,
     EpsilonLogitsWarper, LogitNormalization, InfNanRemoveLogitsProcessor, SuppressTokensLogitsProcessor,
 })  # fmt: skip
+_Shown = tuple[Tensor, tuple[Tensor, ...] | None]
 
 
-class Criteria:
-    """The stopping criteria that `generate` prepared, asked for one row at a time.
+class Ends:
+    """Where the rows of a call end, by the stopping criteria that `generate` prepared, asked for one row at a time.
 
     Attributes:
         eos: tokens that end a text.
         most: new tokens at most.
+        look: whether there are criteria that look at the text.
+        together: whether a row that is done goes on until all are.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList, most: int) -> None:
+    def __init__(self, criteria: StoppingCriteriaList, rows: int, most: int, together: bool) -> None:
         # The two that almost every call has are answered without tensors.
         self.eos = frozenset(int(i) for each in criteria if type(each) is EosTokenCriteria for i in each.eos_token_id)
         plain = (EosTokenCriteria, MaxLengthCriteria)
         self._others = StoppingCriteriaList(each for each in criteria if type(each) not in plain)
-        self.most = most
-
-    @property
-    def look(self) -> bool:
-        """Whether there are any that look at the text."""
-        return bool(self._others)
-
-    def done(self, count: int, token: int, shown: Callable[[], tuple[Tensor, tuple[Tensor, ...] | None]]) -> bool:
-        """Whether a text of `count` new tokens, `token` the last, is done; `shown` are its ids and its scores so far.
-
-        Raises:
-            ValueError: a criterion answered for other rows than the one that it was asked about.
-        """
-        done = token in self.eos or count >= self.most
-        return (self.look and self._ask(*shown())) or done
-
-    def _ask(self, text: Tensor, scores: tuple[Tensor, ...] | None) -> bool:
-        answer = self._others(text, scores)
-        if answer.numel() != 1:
-            names = [type(each).__name__ for each in self._others]
-            raise ValueError(
-                f"the stopping criteria {names} answered for {answer.numel()} rows when asked about one: rows of a "
-                f"batch differ in length here, so a criterion must answer for the rows that it is given"
-            )
-        return bool(answer)
-
-
-class Ends:
-    """Where the rows of a call end, by where each was done.
-
-    Args:
-        rows: of the batch.
-        most: new tokens at most.
-        together: whether a row that is done goes on until all are.
-    """
-
-    def __init__(self, rows: int, most: int, together: bool) -> None:
-        self.together, self._most = together, most
+        self.most, self.look, self.together = most, bool(self._others), together
         self._counts = [0] * rows
         self._done: list[int | None] = [None] * rows
 
-    def settle(self, row: int, count: int, done: bool) -> None:
-        """A row has `count` new tokens, one more than before, and is done or not."""
+    def settle(self, row: int, count: int, token: int, shown: Callable[[], _Shown]) -> None:
+        """A row has `count` new tokens, `token` is the last; `shown` are its ids and its scores so far.
+
+        Raises ValueError where a criterion answers for other rows than the one that it was asked about.
+        """
+        done = token in self.eos or count >= self.most
+        if self.look:
+            answer = self._others(*shown())
+            if answer.numel() != 1:
+                names = [type(each).__name__ for each in self._others]
+                raise ValueError(
+                    f"the stopping criteria {names} answered for {answer.numel()} rows when asked about one: rows of a "
+                    f"batch differ in length here, so a criterion must answer for the rows that it is given"
+                )
+            done = bool(answer) or done
         self._counts[row] = count
         if done and self._done[row] is None:
             self._done[row] = count
@@ -113,11 +94,9 @@ class Ends:
     def over(self, row: int, count: int) -> bool:
         """Whether a row stops that has `count` new tokens."""
         done = self._done[row]
-        if done is None or count >= self._most:
-            return count >= self._most
-        if not self.together:
-            return count >= done
-        return count >= self.longest
+        if done is None or count >= self.most:
+            return count >= self.most
+        return count >= (self.longest if self.together else done)
 
 
 class RowChooser(Sampler):
@@ -126,20 +105,15 @@ class RowChooser(Sampler):
     Without processors that look at the text, and where no scores are recorded, it is a stateless sampler.
 
     Args:
-        row: its number.
-        ids: (width,), left-padded.
-        begin: padding tokens.
+        ids: (width,), left-padded by `begin` tokens.
         processors: its own, from `processors.for_rows`.
-        criteria: asked after each of its tokens.
-        ends: of all rows of the call.
+        ends: of the call; `row` is its number there.
         seed: of its draws; None is greedy.
-        keep_scores, keep_logits: record the processed scores or the raw logits of every emitted token.
+        keep_scores, keep_logits: record the processed scores or the raw logits, (vocab,) fp32, of every emitted token.
 
     Attributes:
-        prompt: its tokens, without padding.
         tokens: new tokens, as the engine has emitted them: processes that serve a model together all have them.
         end: how many of them count; None while that is not known.
-        kept_scores, kept_logits: (vocab,) fp32 each, one per token.
     """
 
     def __init__(
@@ -148,7 +122,6 @@ class RowChooser(Sampler):
         ids: Tensor,
         begin: int,
         processors: LogitsProcessorList,
-        criteria: Criteria,
         ends: Ends,
         *,
         seed: int | None,
@@ -163,10 +136,10 @@ class RowChooser(Sampler):
         self.kept_scores: list[Tensor] = []
         self.kept_logits: list[Tensor] = []
         self._keep_scores, self._keep_logits = keep_scores, keep_logits
-        self._processors_of_row, self._criteria, self._ends = processors, criteria, ends
+        self._processors_of_row, self._ends = processors, ends
         plain = all(type(each) in _STATELESS for each in processors)
         self._stateless = plain and not (keep_scores or keep_logits)
-        self._text = _Text(ids)
+        self._text, self._width = ids.unsqueeze(0), len(ids)  # with room for new ones once there is one
         self._chosen: list[int] = []  # where processors look at the text
         self._asked = 0  # new tokens after which the criteria were asked
         self._begin, self._stops_at = 0, -1  # of the request that runs: new tokens before it, and where it stops
@@ -179,9 +152,9 @@ class RowChooser(Sampler):
     def begun(self) -> StopParams:
         """A request begins, over the prompt and the new tokens so far: when it stops."""
         self._begin, self._stops_at = len(self.tokens), -1
-        asks = self._criteria.look or not self.stateless or self._ends.together
-        most = self._criteria.most if self.end is None else self.end
-        return StopParams(most - self._begin, tuple(self._criteria.eos), self._stop if asks else None)
+        asks = self._ends.look or not self.stateless or self._ends.together
+        most = self._ends.most if self.end is None else self.end
+        return StopParams(most - self._begin, tuple(self._ends.eos), self._stop if asks else None)
 
     def take(self, emission: Emission) -> None:
         """Tokens were emitted."""
@@ -192,8 +165,7 @@ class RowChooser(Sampler):
     def choose(self, history: Sequence[int], logits: Tensor) -> int:
         """The token at position len(history); any token after the row's end, where the engine cuts.
 
-        Raises:
-            RuntimeError: a token before it was not chosen here. PromptError: no token is possible.
+        Raises RuntimeError where a token before it was not chosen here, PromptError where no token is possible.
         """
         if self.stateless:
             return super().choose(history, logits)
@@ -204,25 +176,6 @@ class RowChooser(Sampler):
             return 0
         if count > len(self._chosen):
             raise RuntimeError(f"row {self.row} has {count} new tokens, of which {len(self._chosen)} were chosen here")
-        token = self._pick(history, logits)
-        self._chosen.append(token)
-        self._settle(count + 1, token)
-        return token
-
-    def scores(self, history: Sequence[int], logits: Tensor) -> Tensor:
-        """Scores (vocab,) as `generate` has them: processors see the text with its padding."""
-        if self.stateless:
-            return super().scores(history, logits)
-        raw = self._raw(logits).unsqueeze(0)
-        text = self._text.upto(len(history) - len(self.prompt))
-        scores: Tensor = self._processors_of_row(text, raw) if self._processors_of_row else raw  # type: ignore[arg-type]
-        return scores[0]
-
-    def _raw(self, logits: Tensor) -> Tensor:
-        """A copy in float32, as `generate` makes it: processors may write in place."""
-        return logits.to(device=self._text.device, dtype=torch.float32, copy=True)
-
-    def _pick(self, history: Sequence[int], logits: Tensor) -> int:
         scores = self.scores(history, logits)
         if self.greedy:
             token = int(scores.argmax(-1))
@@ -233,7 +186,22 @@ class RowChooser(Sampler):
             self.kept_logits.append(self._raw(logits))
         if self._keep_scores:
             self.kept_scores.append(scores)
+        self._chosen.append(token)
+        self._settle(count + 1, token)
         return token
+
+    def scores(self, history: Sequence[int], logits: Tensor) -> Tensor:
+        """Scores (vocab,) as `generate` has them: processors see the text with its padding."""
+        if self.stateless:
+            return super().scores(history, logits)
+        raw = self._raw(logits).unsqueeze(0)
+        text = self._text[:, : self._width + len(history) - len(self.prompt)]
+        scores: Tensor = self._processors_of_row(text, raw) if self._processors_of_row else raw  # type: ignore[arg-type]
+        return scores[0]
+
+    def _raw(self, logits: Tensor) -> Tensor:
+        """A copy in float32, as `generate` makes it: processors may write in place."""
+        return logits.to(device=self._text.device, dtype=torch.float32, copy=True)
 
     def _stop(self, new: Sequence[int]) -> bool:
         """The engine's stop rule for the request that runs."""
@@ -245,16 +213,18 @@ class RowChooser(Sampler):
         """There are `count` new tokens, `token` is the last: ask the criteria, once."""
         if count <= self._asked:
             return
-        if self._criteria.look or not self.stateless:
-            self._text.put(count - 1, token)
+        if self._ends.look or not self.stateless:
+            place = self._width + count - 1
+            if place >= self._text.shape[1]:  # the first time too: the ids are the caller's
+                self._text = pad(self._text, (0, self._text.shape[1]))
+            self._text[0, place] = token
 
-        def shown() -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        def shown() -> _Shown:
             scores = tuple(each.unsqueeze(0) for each in self.kept_scores) if self._keep_scores else None
-            return self._text.upto(count), scores
+            return self._text[:, : self._width + count], scores
 
-        done = self._criteria.done(count, token, shown)
+        self._ends.settle(self.row, count, token, shown)
         self._asked = count
-        self._ends.settle(self.row, count, done)
 
     def _over(self, count: int) -> bool:
         """Whether the request stops at `count` new tokens. Once said it stays so, whatever other rows do meanwhile."""
@@ -264,52 +234,63 @@ class RowChooser(Sampler):
 
 
 class Rows:
-    """The rows of a call.
+    """The rows of a call in their order, and who listens to their new tokens; `padding` stands after a row's end."""
 
-    Args:
-        rows: in their order.
-        ends: theirs.
-    """
-
-    def __init__(self, rows: Sequence[RowChooser], ends: Ends) -> None:
-        self.rows, self._ends = list(rows), ends
+    def __init__(self, rows: Sequence[RowChooser], ends: Ends, streamer: BaseStreamer | None, padding: int) -> None:
+        self._rows, self._ends, self._streamer, self._pad = list(rows), ends, streamer, padding
+        self._sent = 0
 
     def unfinished(self) -> list[RowChooser]:
         """Rows that need a request: at first all, then those that stopped before the longest was done."""
-        return [row for row in self.rows if row.end is None or len(row.tokens) < row.end]
+        return [row for row in self._rows if row.end is None or len(row.tokens) < row.end]
 
     def settle(self, agreed: Callable[[int], int]) -> None:
         """The requests have ended. `agreed` makes one process's number that of all that serve the model together."""
         if self._ends.together:
             longest = agreed(self._ends.longest)
-            for row in self.rows:
+            for row in self._rows:
                 row.end = longest
 
-    def column(self, place: int, pad: int) -> Tensor | None:
-        """New token number `place` of every row (rows,), as `generate` streams it; None if not yet there."""
-        ended = [row.end is not None and place >= row.end for row in self.rows]
-        if all(ended) or any(place >= len(row.tokens) for row, over in zip(self.rows, ended, strict=True) if not over):
-            return None
-        return torch.tensor([pad if over else row.tokens[place] for row, over in zip(self.rows, ended, strict=True)])
+    def flush(self) -> None:
+        """Hand the streamer what is settled: the next token of every row, as long as each has one or has ended."""
+        while self._streamer is not None:
+            place = self._sent
+            ended = [row.end is not None and place >= row.end for row in self._rows]
+            each = list(zip(self._rows, ended, strict=True))
+            if all(ended) or any(place >= len(row.tokens) for row, over in each if not over):
+                return
+            self._streamer.put(torch.tensor([self._pad if over else row.tokens[place] for row, over in each]))  # type: ignore[no-untyped-call]
+            self._sent += 1
 
+    def finish(self) -> None:
+        """All rows have ended; the streamer is told."""
+        if self._streamer is not None:
+            self.flush()
+            self._streamer.end()  # type: ignore[no-untyped-call]
 
-class _Text:
-    """A row's ids and new tokens, (1, length), in memory that grows by doubling."""
+    def output(self, input_ids: Tensor, config: GenerationConfig) -> GenerateDecoderOnlyOutput | Tensor:
+        """The sequences (rows, width + longest), padded after their ends; with scores and logits if asked for.
 
-    def __init__(self, ids: Tensor) -> None:
-        self._line, self._width = ids.unsqueeze(0), len(ids)
+        A row that has ended has the pad token for certain: score 0 there and -inf elsewhere.
+        """
+        said = [row.tokens[: row.end] for row in self._rows]
+        ends = [len(tokens) for tokens in said]
+        new = [tokens + [self._pad] * (max(ends) - len(tokens)) for tokens in said]
+        sequences = torch.cat([input_ids, torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
+        if not config.return_dict_in_generate:
+            return sequences
+        scores, logits = (
+            self._by_step([getattr(row, name) for row in self._rows], ends) if wanted else None
+            for name, wanted in (("kept_scores", config.output_scores), ("kept_logits", config.output_logits))
+        )
+        return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=logits)  # type: ignore[arg-type]
 
-    @property
-    def device(self) -> torch.device:
-        return self._line.device
-
-    def put(self, place: int, token: int) -> None:
-        """New token number `place`."""
-        place += self._width
-        if place >= self._line.shape[1]:  # the first time too: the ids are the caller's
-            self._line = torch.cat([self._line, torch.zeros_like(self._line)], dim=1)
-        self._line[0, place] = token
-
-    def upto(self, count: int) -> Tensor:
-        """The text with `count` new tokens, a view."""
-        return self._line[:, : self._width + count]
+    def _by_step(self, kept: Sequence[Sequence[Tensor]], ends: Sequence[int]) -> tuple[Tensor, ...]:
+        """Rows of (vocab,) per step -> one (rows, vocab) per step."""
+        certain = torch.full_like(kept[0][0], -torch.inf)
+        if 0 <= self._pad < len(certain):
+            certain[self._pad] = 0.0
+        each = list(zip(kept, ends, strict=True))
+        return tuple(
+            torch.stack([row[step] if step < end else certain for row, end in each]) for step in range(max(ends))
+        )

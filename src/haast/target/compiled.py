@@ -2,8 +2,7 @@
 
 Owns what `torch.compile` needs to see few shapes and compile little: the node counts and cache lengths that forwards
 are padded to, a view of one layer's cache that is written at given slots, and one compiled function through which all
-layers go, so that layers of one kind share their code (regional compilation). Knows nothing of trees, targets or
-drafting. The model's own code runs; its layers are stood in for only while a forward lasts.
+layers go. The model's own code runs; its layers are stood in for only while a forward lasts.
 """
 
 from __future__ import annotations
@@ -43,19 +42,13 @@ def nodes_for(nodes: int) -> int | None:
 
 def slots_for(slots: int) -> int:
     """The cache length that holds `slots`: 256, 512, 1024, ... so that a growing text meets few lengths."""
-    length = _SLOTS
-    while length < slots:
-        length *= 2
-    return length
+    return max(_SLOTS, 1 << (slots - 1).bit_length())
 
 
 class LayerSlots:
-    """One layer's keys and values, written at given slots and read at others, in the place of the layer's cache.
+    """One layer's keys and values (kv_heads, slots, head_dim), in the place of the layer's cache.
 
-    Args:
-        keys, values: (kv_heads, slots, head_dim), the pool's.
-        write: (rows * nodes,) slots of the nodes.
-        read: (rows, read) slots that attention sees.
+    Nodes are written to the slots `write` (rows * nodes,), and attention sees the slots `read` (rows, read).
     """
 
     def __init__(self, keys: Tensor, values: Tensor, write: Tensor, read: Tensor) -> None:
@@ -78,13 +71,9 @@ class LayerSlots:
 class CompiledLayers:
     """One compiled function that all decoder layers of a model go through.
 
-    Args:
-        device: where the model is. On CUDA the function runs as CUDA graphs (torch's mode "reduce-overhead").
-        backend: of torch.compile.
-        progress: wraps every compilation; silent if None.
-        what: is compiled, in words.
-
-    `problem` says, once that has turned out, why nothing is compiled; the owner then goes by modules.
+    On CUDA it runs as CUDA graphs (torch's mode "reduce-overhead"). `progress` wraps every compilation; `what` is
+    compiled, in words. `problem` says, once that has turned out, why nothing is compiled; the owner then goes by
+    modules.
     """
 
     def __init__(
@@ -138,20 +127,21 @@ class CompiledLayers:
             layers: the model's decoder layers.
             cache: the object that `forward` passes to them as their cache; they get their own store instead.
             stores: keys and values by layer.
-            write: (rows, nodes) slots of the nodes.
-            read: (rows, read) slots that attention sees.
+            write, read: slots of the nodes (rows, nodes), and those that attention sees (rows, read).
             forward: runs the model.
 
-        Returns:
-            what `forward` returns; None, and a `problem`, where a shape that is new can't be compiled. On CUDA the next
-            run overwrites it: clone what has to live longer.
+        Returns what `forward` returns; None, and a `problem`, where a shape that is new can't be compiled. On CUDA the
+        next run overwrites it: clone what has to live longer.
         """
         shape = (*write.shape, read.shape[1])
         with self._lock, self._stood_in(layers, cache, stores, write.flatten(), read):
             if shape in self.shapes:
                 return self._step(forward)
             try:
-                with self._compiling(shape):
+                rows, nodes, slots = shape
+                batch = f"{rows} rows of " if rows > 1 else ""
+                what = f"{self._what} for {batch}{nodes} node{'s' * (nodes > 1)} and {slots} slots"
+                with self._progress(what), _kept_on_disk(), compat.variants_allowed(_VARIANTS):
                     for _ in range(2 if self.graphs else 0):  # one run to warm up, one to record the graphs
                         self._step(forward)
                     output = self._step(forward)
@@ -194,14 +184,6 @@ class CompiledLayers:
         if not any(each is held for each in (*given, *named.values())):
             return _through(layer, args, kwargs)  # somebody else's call of the model, from another thread
         return self._call(layer, given, named)
-
-    @contextmanager
-    def _compiling(self, shape: tuple[int, ...]) -> Iterator[None]:
-        rows, nodes, slots = shape
-        batch = f"{rows} rows of " if rows > 1 else ""
-        what = f"{self._what} for {batch}{nodes} node{'s' * (nodes > 1)} and {slots} slots"
-        with self._progress(what), _kept_on_disk(), compat.variants_allowed(_VARIANTS):
-            yield
 
 
 def layers_of(decoder: nn.Module, count: int) -> list[nn.Module] | None:

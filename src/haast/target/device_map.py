@@ -1,16 +1,20 @@
-"""Where a model's weights are: on one device, on several, paged in from memory or disk, or cut over processes.
+"""Where a model's weights are to be (`Spread`), and where they are: on devices, paged in, or cut over processes.
 
-Owns the reading of what others have set up: accelerate's hooks (`device_map`), which move a module's inputs and page
-its weights in, and torch's distributed tensors (`tp_plan`). Moves nothing by itself. A module that is borrowed from
-such a model is called as a module, so that its hooks do their work; only `read_weight` looks at a weight.
+transformers and accelerate do the spreading: accelerate's hooks (`device_map`) move a module's inputs and page its
+weights in, torch's distributed tensors (`tp_plan`) are cut. A module that is borrowed from such a model is called as a
+module, so that its hooks do their work; only `read_weight` looks at a weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import transformers
 from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,12 +24,79 @@ from torch.distributed.tensor import DTensor
 from haast import compat
 from haast.errors import UnsupportedModelError
 
+_PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Over what a target is spread; the defaults spread nothing.
+
+    Args:
+        device_map: "auto" (or another plan of transformers), or a map from modules to devices, "cpu" and "disk".
+        max_memory: for a plan: device -> bytes or "10GiB".
+        offload_folder: where weights go that are kept on disk; checkpoints in safetensors are read where they are.
+        tensor_parallel: cut every layer over the processes that torchrun started.
+    """
+
+    device_map: str | Mapping[str, Any] | None = None
+    max_memory: Mapping[int | str, int | str] | None = None
+    offload_folder: str | None = None
+    tensor_parallel: bool = False
+
+    def __bool__(self) -> bool:
+        """Whether anything is spread."""
+        return self.device_map is not None or self.tensor_parallel
+
+    def check(self, device: str, packing: str, compile: str) -> None:
+        """Refuse what does not go together, before anything loads. Raises ValueError."""
+        if not self:
+            if self.max_memory is not None or self.offload_folder is not None:
+                raise ValueError("max_memory and offload_folder belong to a device_map: give device_map='auto' too")
+            return
+        named = "tensor_parallel=True" if self.tensor_parallel else f"device_map={self.device_map!r}"
+        if self.tensor_parallel and self.device_map is not None:
+            raise ValueError("device_map and tensor_parallel are two ways to spread a model: give one of them")
+        if isinstance(self.device_map, str) and self.device_map not in _PLANS:
+            raise ValueError(f"device_map={self.device_map!r} is unknown: choose one of {', '.join(_PLANS)}")
+        if device != "cpu":
+            raise ValueError(f"device={device!r} names one device and {named} finds its own: leave one of them out")
+        if packing not in ("auto", "off"):
+            raise ValueError(f"packing={packing!r} works on one device, not with {named}: use packing='off'")
+        if compile == "on":
+            raise ValueError(f"compile='on' works on one device, not with {named}: use compile='off'")
+        if self.tensor_parallel:
+            _check_processes()
+
+    def arguments(self) -> dict[str, Any]:
+        """What `from_pretrained` is given."""
+        if self.tensor_parallel:
+            from transformers.distributed.configuration_utils import DistributedConfig
+
+            return {"distributed_config": DistributedConfig(tp_plan="auto")}
+        if self.device_map is None:
+            return {}
+        given = {"max_memory": self.max_memory, "offload_folder": self.offload_folder}
+        return {"device_map": self.device_map} | {name: value for name, value in given.items() if value is not None}
+
+
+def _check_processes() -> None:
+    """Refuse one process, and versions that cut no weights or do so by means of their own. Raises ValueError."""
+    if not (dist.is_initialized() or dist.is_torchelastic_launched()):
+        raise ValueError(
+            "tensor_parallel=True needs several processes: start the program with `torchrun --nproc-per-node N ...` "
+            "(docs/devices.md)"
+        )
+    if torch.__version__ < "2.7" or tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 16):
+        raise ValueError(
+            f"tensor_parallel=True needs torch 2.7 and transformers 5.16 or newer, these are {torch.__version__} and "
+            f"{transformers.__version__}: update them, or use device_map"
+        )
+
 
 def check_placement(model: nn.Module) -> None:
-    """Refuse weights that no forward could read.
+    """Refuse weights that no forward could read: on the meta device and not paged in, or sharded by FSDP.
 
-    Raises:
-        UnsupportedModelError: weights on the meta device without a hook that pages them in, or sharded by FSDP.
+    Raises UnsupportedModelError.
     """
     name = type(model).__name__
     if any(isinstance(module, FSDPModule) for module in model.modules()):

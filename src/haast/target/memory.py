@@ -10,11 +10,7 @@ from torch import nn
 
 
 def give_back() -> None:
-    """Return freed memory to the system.
-
-    Packing frees every weight that it has rounded, and glibc keeps blocks of that size for later, which never comes:
-    on SmolLM2-135M they were three times the packed weights.
-    """
+    """Return freed memory to the system: glibc keeps the large blocks that packing frees for later use."""
     _trim()(0)
 
 

@@ -1,13 +1,11 @@
 """How a target's weights are held: its dtype, packed by Haast, or quantised by somebody else.
 
 Owns the name of a precision, the weights of a quantised layer where they are needed as numbers, and quantisation by
-torchao when a model is loaded. A quantised layer is otherwise only called: whatever its format, the target's text is
-what its own forwards say, and drafts are checked by those.
+torchao when a model is loaded.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -22,21 +20,11 @@ _GROUP = 32  # weights that share a factor at 4 bits
 _PROBED = 256  # inputs of a layer that are read at a time
 
 
-def check_torchao(form: str) -> None:
-    """Refuse, before anything loads, what needs a package that is not there. Raises ValueError."""
-    if form in TORCHAO and importlib.util.find_spec("torchao") is None:
-        raise ValueError(f"packing={form!r} needs torchao, which is not installed: pip install 'haast[quantised]'")
-
-
 def quantise(model: nn.Module, form: str) -> None:
     """Quantise the weights of a model's linears in place, the LM head's left out, as transformers leaves it out.
 
-    Args:
-        model: float weights on one device.
-        form: "torchao-int8", one factor per output, or "torchao-int4", one per 32 weights of an output.
-
-    Raises:
-        ValueError: 4 bits, and a layer whose inputs are no multiple of 32.
+    `form` is "torchao-int8", one factor per output, or "torchao-int4", one per 32 weights of an output. Raises
+    ValueError for 4 bits and a layer whose inputs are no multiple of 32.
     """
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerGroup
@@ -82,12 +70,8 @@ def precision(model: nn.Module, lm_head: nn.Module, dtype: torch.dtype) -> str:
 def weight_rows(module: nn.Module, inputs: int, dtype: torch.dtype | None = None) -> Tensor:
     """A linear layer's weight (outputs, inputs) as plain numbers, whatever format it is held in.
 
-    Where it is no plain matrix, the layer is asked: what it says of a unit vector is a column.
-
-    Args:
-        module: the layer.
-        inputs: how many it has.
-        dtype: that it takes; its weight's if absent.
+    Where it is no plain matrix, the layer is asked: what it says of a unit vector is a column. `dtype` is what it
+    takes, its weight's if absent.
     """
     if isinstance(module, PackedLinear):
         return module.unpack()

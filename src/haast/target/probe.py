@@ -1,9 +1,8 @@
-"""Does a model answer for a tree as it answers a plain text by itself? A few tokens through it tell.
+"""Does a model answer for a tree as it answers a plain text by itself? A few tokens through it tell, once.
 
-Owns what is found out once, when a model is taken up: whether it keeps its state in our cache, whether the decoder's
-output is what the LM head reads, by how much logits are scaled, and whether it may be drafted for at all: it must be
-causal, must say with Haast's masks, positions and cache what its own forward says, and must answer a node of a tree as
-that node's path alone. Texts are compared by their logits, see `Gap`.
+Found out: whether it keeps its state in our cache, whether the decoder's output is what the LM head reads, by how much
+logits are scaled, and whether it may be drafted for at all: it must be causal, must say with Haast's masks, positions
+and cache what its own forward says, and must answer a node of a tree as that node's path alone.
 
 The probe's texts are ten tokens long, so a sliding window is narrowed to `_WINDOW` while it lasts: the masks are made
 from the configuration in each forward, by transformers as by Haast, and of the same code for every size.
@@ -19,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
 
 from haast.errors import UnsupportedModelError
 from haast.target.base import TargetOutput
@@ -29,10 +27,9 @@ from haast.target.hf import ModuleForward
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import KVPool
 from haast.target.precision import quantisation
-from haast.target.support import choose_attention
+from haast.target.support import choose_attention, prepared_inputs
 from haast.tree import DraftTree
 
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}  # of logits, relative to the largest; 16-bit: 0.2
 # What rounding may do to logits that should be equal, as `Gap` measures it: spread, KL, top. Over the models that
 # tests/zoo.py takes up, and SmolLM2-135M, it did at most: 6e-6, 7e-11 and 0 in float32; 0.06, 0.004 and 0 in bfloat16;
 # 0.011, 2e-4 and 0 in float16, the best of three texts. A mask that shows a node its neighbour, hides a token, or has a
@@ -47,8 +44,8 @@ _EXACT = (torch.float64, torch.float32)
 _SAME_SHAPE = 0.2  # of that, between two forwards of one shape that should do the very same
 _TRIALS = 3  # texts for 16 bits, where a router near a tie may send a token elsewhere; a fault shows in all of them
 _WINDOW = 4
-_PAST, _TWIN, _PATH = 6, 3, 4  # tokens of the committed past, of the ragged row's, and of the path behind it
-# The path's nodes stand at `_ON`; a branch of two nodes leaves it behind the first one, a leaf beside the last one.
+_PAST, _TWIN, _PATH = 6, 3, 4  # tokens of the committed past, of the ragged row's, and of the path after it
+# The path's nodes stand at `_ON`; a branch of two nodes leaves it after the first one, a leaf beside the last one.
 _PARENTS = (-1, 0, 1, 0, 3, 4, 4)
 _ON = (0, 3, 4, 6)
 _OFF = (1, 2, 5)
@@ -58,7 +55,7 @@ _FAILURES = (TypeError, LookupError, AttributeError, RuntimeError, ValueError, A
 
 def tolerance(dtype: torch.dtype) -> float:
     """How far logits that should be equal may lie apart, relative to the largest."""
-    return _TOLERANCE.get(dtype, 0.2)
+    return _ALLOWED[dtype][0] if dtype in _EXACT else 0.2
 
 
 @dataclass(frozen=True)
@@ -104,16 +101,14 @@ def gaps(found: Tensor, expected: Tensor) -> list[Gap]:
 def probe(forward: ModuleForward) -> Probed:
     """Run a few tokens through the model.
 
-    Raises:
-        UnsupportedModelError: the model can't take a tree, keeps state elsewhere, is not causal, or answers otherwise
-            than its own forward, or a node otherwise than its path alone.
+    Raises UnsupportedModelError: it can't take a tree, keeps state elsewhere, is not causal, or answers otherwise than
+    its own forward, or a node otherwise than its path alone.
     """
     gives_features, size = _use_of_cache(forward)
     forward.decoder_gives_features = gives_features
     with _narrowed(forward):
         faults, logit_scale = _trial(forward, 0)
-        more = 0 if forward.dtype in _EXACT else _TRIALS - 1
-        for number in range(1, more + 1):
+        for number in range(1, 1 if forward.dtype in _EXACT else _TRIALS):
             if faults:
                 again, _ = _trial(forward, number)
                 faults = {place: gap for place, gap in faults.items() if place in again}
@@ -137,7 +132,7 @@ def _use_of_cache(forward: ModuleForward) -> tuple[bool, int]:
     except _FAILURES as error:
         raise UnsupportedModelError(
             f"{name} can't take a tree: a two-token forward with a 4-D mask, position_ids and Haast's cache "
-            f"failed with {_told(error)}{_uneven(forward) or '; use stock generate'}"
+            f"failed with {_told(error)}; {_uneven(forward) or 'use stock generate'}"
         ) from error
     if len(cache.updated_layers) != forward.depth or "head" not in captured:
         raise UnsupportedModelError(
@@ -157,21 +152,19 @@ def _uneven(forward: ModuleForward) -> str:
     heads = getattr(forward.config, "num_key_value_heads", None) or forward.config.num_attention_heads
     if mesh is None or heads % mesh.size() == 0:
         return ""
-    return f"; its {heads} key heads can't be cut over {mesh.size()} processes: start as many as divide them"
+    return f"its {heads} key heads can't be cut over {mesh.size()} processes: start as many as divide them"
 
 
 @contextmanager
 def _narrowed(forward: ModuleForward) -> Iterator[None]:
     """The model with a sliding window that the probe's texts outgrow, where its configuration has a wider one."""
     window = forward.window
-    if window is None or window <= _WINDOW:
-        yield
-        return
     every: list[Any] = [forward.config, *(getattr(module, "config", None) for module in forward.model.modules())]
-    configs = {id(each): each for each in every if getattr(each, "sliding_window", None) == window}
-    for config in configs.values():
-        config.sliding_window = _WINDOW
+    wide = window is not None and window > _WINDOW
+    configs = {id(each): each for each in every if wide and getattr(each, "sliding_window", None) == window}
     try:
+        for config in configs.values():
+            config.sliding_window = _WINDOW
         yield
     finally:
         for config in configs.values():
@@ -188,7 +181,9 @@ def _trial(forward: ModuleForward, number: int) -> tuple[dict[tuple[str, int], G
         past = max(1, min(past, forward.context_length - _PATH))
         twin = min(twin, past)
     sizes = [past, twin, _PATH, len(_OFF), len(_OFF), _PATH]
-    first, second, path, off, others, tail = torch.split(_words(forward, number, sum(sizes)), sizes)
+    begin, count = 100 + number * sum(sizes), sum(sizes)  # the first ids are special tokens in many vocabularies
+    words = torch.arange(begin, begin + count, device=forward.device) % int(forward.config.vocab_size)
+    first, second, path, off, others, tail = torch.split(words, sizes)
     filler = tail[: past - twin]
 
     rows = torch.stack([first, first, torch.cat([second, filler])])
@@ -218,57 +213,33 @@ def _trial(forward: ModuleForward, number: int) -> tuple[dict[tuple[str, int], G
     bounds = dict.fromkeys(compared, (forward.dtype, _SAME_SHAPE))
     # Quantised layers may compute in 16 bits whatever they are given, and here the shapes differ.
     bounds["own"] = (forward.dtype if quantisation(forward.model) is None else torch.bfloat16, 1.0)
-    faults = {
-        (kind, place): gap
-        for kind, pair in compared.items()
-        for place, gap in enumerate(gaps(*pair))
-        if not gap.within(*bounds[kind])
-    }
+    every = {(kind, place): gap for kind, pair in compared.items() for place, gap in enumerate(gaps(*pair))}
+    faults = {place: gap for place, gap in every.items() if not gap.within(*bounds[place[0]])}
     return faults, _scale(forward, chain.features[0], chain.logits[0])
-
-
-def _words(forward: ModuleForward, number: int, count: int) -> Tensor:
-    """So many tokens, all different where the vocabulary allows it; others for another number."""
-    begin = 100 + number * count  # the first ids are special tokens in many vocabularies
-    return torch.arange(begin, begin + count, device=forward.device) % int(forward.config.vocab_size)
 
 
 def _stock(forward: ModuleForward, tokens: Tensor) -> Tensor:
     """Logits (rows, tokens, vocab) of the model's own forward over plain texts, as `generate` calls it, uncached.
 
     The attention is transformers' eager one: every class has it, and only it leaves nothing out (a soft cap, say).
-
-    Raises:
-        UnsupportedModelError: it fails, or `generate` would give the forward something else than the text's tokens.
+    Raises UnsupportedModelError where it fails, or is given something else than the text's tokens.
     """
     model: Any = forward.model
-    name = type(model).__name__
     more: dict[str, Any] = {}
     if "position_ids" in inspect.signature(model.forward).parameters:
         more["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens), 1)
-    if "cache_position" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
-        more["cache_position"] = torch.arange(tokens.shape[1], device=tokens.device)  # older transformers need it
-    mask = torch.ones_like(tokens)
     try:
         if not any(isinstance(module, FusedAttention) for module in model.modules()):  # they know registered ones only
             model.set_attn_implementation("eager")
-        prepared = model.prepare_inputs_for_generation(
-            tokens, attention_mask=mask, use_cache=False, is_first_iteration=True, **more
-        )
-        ids = prepared.get("input_ids")
-        if prepared.get("inputs_embeds") is not None or ids is None or not torch.equal(ids, tokens):
-            raise UnsupportedModelError(
-                f"{name} prepares inputs of its own for its forward in `generate` (as prompt tuning does), and Haast "
-                f"gives it nothing but the text's tokens: merge the adapter, or use stock generate"
-            )
+        prepared = prepared_inputs(model, tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **more)
         given = {each: value for each, value in prepared.items() if value is not None}  # None keeps no logits in Phi3
         logits: Tensor = model(**given).logits.reshape(*tokens.shape, -1)
     except UnsupportedModelError:
         raise
     except _FAILURES as error:
         raise UnsupportedModelError(
-            f"{name} can't be compared with stock: its own forward over {tokens.shape[1]} tokens failed with "
-            f"{_told(error)}; use stock generate"
+            f"{type(model).__name__} can't be compared with stock: its own forward over {tokens.shape[1]} tokens "
+            f"failed with {_told(error)}; use stock generate"
         ) from error
     finally:
         choose_attention(model)
@@ -280,26 +251,21 @@ def _reason(forward: ModuleForward, kind: str, gap: Gap) -> str:
     name, form = type(forward.model).__name__, quantisation(forward.model)
     if kind == "later":
         why = f"{name} is not causal: what it says at a token changes with the tokens behind it (its logits by {gap})"
-        if getattr(forward.config, "is_decoder", None) is False:
-            return (
-                f"{why}, as is_decoder is False in its configuration; load it with is_decoder=True, if it was trained "
-                f"so, or use stock generate"
-            )
-        return f"{why}, so a draft can't be checked in one forward; use a causal LM, or stock generate"
+        if getattr(forward.config, "is_decoder", None) is not False:
+            return f"{why}, so a draft can't be checked in one forward; use a causal LM, or stock generate"
+        how = "load it with is_decoder=True, if it was trained so, or use stock generate"
+        return f"{why}, as is_decoder is False in its configuration; {how}"
+    what = f"verify a tree: a node's logits are {gap} off those of its path alone"
+    why = "it takes positions or masks otherwise than given"
     if kind == "own":
         what = f"be drafted for: with Haast's masks, positions and cache its logits are {gap} off its own forward's"
         why = "it takes them otherwise than given (positions from cache slots, say)"
         if forward.window is not None:
             why += f" or has no sliding window of {forward.window}, as its configuration says"
-    else:
-        what = f"verify a tree: a node's logits are {gap} off those of its path alone"
-        why = "it takes positions or masks otherwise than given"
     if form is not None:
         why = f"its {form} layers compute a row otherwise beside other rows, or {why}"
-    remedy = "use stock generate"
-    if form == "bitsandbytes-8bit":
-        remedy = "llm_int8_threshold=0.0 in its BitsAndBytesConfig makes rows independent"
-    return f"{name} can't {what}, so {why}; {remedy}"
+    exact = "llm_int8_threshold=0.0 in its BitsAndBytesConfig makes rows independent"
+    return f"{name} can't {what}, so {why}; {exact if form == 'bitsandbytes-8bit' else 'use stock generate'}"
 
 
 def _cache(forward: ModuleForward, rows: int) -> KVCache:

@@ -1,9 +1,8 @@
-"""The processes that hold one model in shards, and how the first of them tells the others.
+"""The processes that hold one model in shards, and how the first of them tells the others: by a list of integers.
 
-Owns the process group and one message, a list of integers. Every process runs the same program over the same texts;
-forwards meet inside the model. Whatever a process decides from numbers or from its clock could differ from process to
-process by a last bit, and one that decides otherwise would wait for ever in the next forward: so the first process
-decides, and tells (`haast.engine.tensor_parallel`).
+Every process runs the same program over the same texts; forwards meet inside the model. What processes decide from
+numbers or from their clocks could differ by a last bit, and one would wait for ever in the next forward: so the first
+process decides, and tells (`haast.engine.tensor_parallel`).
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ class Ranks:
     def share(self, values: Sequence[int] = ()) -> list[int]:
         """The first process's `values`, on every process; what the others give is not read.
 
-        Raises:
-            RuntimeError: the first process has failed within `leading`.
+        Raises RuntimeError where the first process has failed within `leading`.
         """
         count = len(values)
         box = torch.zeros(_ROOM, dtype=torch.int64)

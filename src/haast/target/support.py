@@ -1,20 +1,19 @@
-"""Which models Haast can verify trees with, by their class and config alone, and how they are to attend.
-
-Owns refusals that need no forward; what only a forward shows is `probe`'s. Nothing is patched: the attention
-implementation is chosen through transformers' own switch.
-"""
+"""Which models are refused without a forward (`probe` finds the others), and how a model is to attend."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
 
 from haast import compat
 from haast.errors import UnsupportedModelError
 from haast.target import attention
 from haast.target.device_map import check_placement
+from haast.target.kv_cache import CACHE_NAMES
 
 _GATHERABLE = {"full_attention", "sliding_attention"}
 
@@ -22,8 +21,7 @@ _GATHERABLE = {"full_attention", "sliding_attention"}
 def own_model(model: Any) -> PreTrainedModel:
     """The transformers model itself, where the user may hold what torch.compile made of it.
 
-    Raises:
-        UnsupportedModelError: it is none, or another wrapper, whose forward would be left out.
+    Raises UnsupportedModelError where it is none, or another wrapper, whose forward would be left out.
     """
     found = model
     if isinstance(model, nn.Module) and type(model).__name__ == "OptimizedModule":  # to import it takes seconds
@@ -73,3 +71,27 @@ def choose_attention(model: PreTrainedModel) -> None:
     """Switch to the attention implementation that takes a tree, by transformers' own switch."""
     # Models whose attention is more than scores and softmax (sinks, say) support only their own eager code.
     model.set_attn_implementation(attention.NAME if compat.takes_registered_attention(model) else "eager")
+
+
+def prepared_inputs(model: Any, tokens: Tensor, **given: Any) -> dict[str, Any]:
+    """What the model's `prepare_inputs_for_generation` makes of a text's tokens (rows, tokens) for its forward.
+
+    Haast calls the forward itself, without what an adapter of virtual tokens adds. Raises UnsupportedModelError where
+    it prepares other ids, embeddings, or a cache that is filled already.
+    """
+    if "cache_position" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
+        given["cache_position"] = torch.arange(tokens.shape[1], device=tokens.device)  # older transformers need it
+    prepared: dict[str, Any] = model.prepare_inputs_for_generation(tokens, is_first_iteration=True, **given)
+    ids, caches = prepared.get("input_ids"), {name: prepared.get(name) for name in CACHE_NAMES}
+    changed = {
+        "input_ids": ids is None or not torch.equal(ids, tokens),
+        "inputs_embeds": prepared.get("inputs_embeds") is not None,
+        **{name: cache is not None and cache.get_seq_length() > 0 for name, cache in caches.items()},
+    }
+    for name, different in changed.items():
+        if different:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} prepares {name} of its own for its forward in `generate` (as prompt tuning "
+                f"does), and Haast gives it nothing but the text's tokens: merge the adapter, or use stock generate"
+            )
+    return prepared

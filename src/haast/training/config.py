@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from haast.heads.kinds import INPUTS, KINDS
+from haast.heads import INPUTS, KINDS
 
 # Views, at most a quarter of the run. In the first hundred steps Adam's steps all point one way, and with the large
 # dimensions of the LM head's input a fast start throws the logits far off (measured: CE 18 instead of 8).

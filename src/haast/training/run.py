@@ -25,11 +25,11 @@ from haast.drafters.vanilla import VanillaDrafter
 from haast.engine.engine import Engine, Stats, StopParams, check_prompts
 from haast.errors import HeadMismatchError
 from haast.files import write_text
+from haast.heads import INPUTS
 from haast.heads.checkpoint import AnyModule, Head, save_head
 from haast.heads.config import HeadSizes
 from haast.heads.eagle3 import Eagle3Config, default_layers
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
-from haast.heads.kinds import INPUTS
 from haast.heads.medusa import MedusaConfig, MedusaHeads
 from haast.progress import Progress
 from haast.stats import TAU_CONVENTION

@@ -39,13 +39,8 @@ class Batch:
     @classmethod
     def read(cls, values: dict[str, Any]) -> Batch:
         """From a file's values. Raises ValueError, TypeError or KeyError where they are none."""
-        found = cls(
-            **{**values, "forward_ms": _by_number(values["forward_ms"]), "level_ms": _by_number(values["level_ms"])}
-        )
-        _check_costs(found)
-        _check_shape(found.shape)
-        _check_numbers(found.expected, ("tau", "tokens_per_s", "vanilla_tokens_per_s", "speedup"))
-        _ = found.chosen_pace  # its own check
+        found = cls(**_numbered(values))
+        _check(found, ("tau", "tokens_per_s", "vanilla_tokens_per_s", "speedup"))
         return found
 
 
@@ -83,9 +78,7 @@ class Calibration:
     @property
     def chosen_pace(self) -> CostModel | None:
         """The pace of the chosen shape."""
-        if self.pace is None:
-            return None
-        return _pace(self.pace)
+        return None if self.pace is None else _pace(self.pace)
 
     def v(self, nodes: int) -> float:
         """Cost of a forward over `nodes` in one-node forwards; only measured counts."""
@@ -97,19 +90,15 @@ class Calibration:
 
     def validate(self) -> None:
         """Refuse values that no measurement gives. Raises ValueError, TypeError or KeyError."""
-        _check_costs(self)
-        _check_numbers(self.expected, ("tau", "nodes", "levels", "tokens_per_s", "vanilla_tokens_per_s", "speedup"))
-        for entry in self.grid:
-            _check_numbers(entry, ("depth", "width", "nodes", "tau"))
+        _check(self, ("tau", "nodes", "levels", "tokens_per_s", "vanilla_tokens_per_s", "speedup"))
+        _ = [float(entry[name]) for entry in self.grid for name in ("depth", "width", "nodes", "tau")]
         measured = [name for name in ("bandwidth", "peak") if getattr(self, name) is not None]
         for name in ("weight_bytes", "parameters", "head_parameters", "committed", *measured):
             _check_amount(name, getattr(self, name))
         if not isinstance(self.identity, dict):
             raise TypeError("identity has to be a table")
-        _check_shape(self.shape)
         if any(rows < 2 for rows in self.batches):
             raise ValueError(f"batches are of 2 rows and more, not of {min(self.batches)}")
-        _ = self.chosen_pace  # its own check
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
@@ -118,14 +107,9 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path, identity: dict[str, Any] | None = None) -> Calibration:
-        """Read a file.
+        """Read what `save` wrote; `identity` is what it has to hold for, None takes it as it is.
 
-        Args:
-            path: what `save` wrote.
-            identity: what it has to hold for; None takes it as it is.
-
-        Raises:
-            ValueError: no such file, not a calibration, or one of another machine, model, head or setting.
+        Raises ValueError: no such file, not a calibration, or one of another machine, model, head or setting.
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -139,10 +123,8 @@ class Calibration:
         if not isinstance(values, dict) or values.get("format") != FORMAT or not known <= set(values):
             raise ValueError(f"{path} is no calibration of format {FORMAT}: run `haast calibrate` again")
         try:
-            for name in ("forward_ms", "level_ms"):
-                values[name] = _by_number(values[name])
             values["batches"] = {int(rows): Batch.read(each) for rows, each in values["batches"].items()}
-            found = cls(**{name: values[name] for name in known})
+            found = cls(**_numbered({name: values[name] for name in known}))
             found.validate()
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise ValueError(f"{path} is damaged ({error}): run `haast calibrate` again") from error
@@ -153,30 +135,25 @@ class Calibration:
         """Refuse a calibration of something else. Raises ValueError that names what differs."""
         if identity is None or identity == self.identity:
             return
-        keys = sorted(set(identity) | set(self.identity))
-        other = [
-            f"{key} {self.identity.get(key)!r}, here {identity.get(key)!r}"
-            for key in keys
-            if self.identity.get(key) != identity.get(key)
-        ]
-        raise ValueError(f"the calibration {name} is of another setting ({'; '.join(other)}): run `haast calibrate`")
+        pairs = {key: (self.identity.get(key), identity.get(key)) for key in sorted({*identity, *self.identity})}
+        other = "; ".join(f"{key} {held!r}, here {here!r}" for key, (held, here) in pairs.items() if held != here)
+        raise ValueError(f"the calibration {name} is of another setting ({other}): run `haast calibrate`")
 
 
-def _check_costs(found: Batch | Calibration) -> None:
+def _check(found: Batch | Calibration, expected: Sequence[str]) -> None:
+    """Refuse costs, a choice or expectations that are none."""
     times = [*found.forward_ms.values(), *found.level_ms.values(), found.first_ms]
     if not found.level_ms or not found.forward_ms or not all(0 < float(ms) < math.inf for ms in times):
         raise ValueError("a cost is missing, or not a number of ms above 0")
     _check_amount("overhead_ms", found.overhead_ms)
+    _check_shape(found.shape)
+    _ = [float(found.expected[name]) for name in expected]
+    _ = found.chosen_pace  # its own check
 
 
 def _check_amount(name: str, value: Any) -> None:
     if not 0 <= float(value) < math.inf:
         raise ValueError(f"{name}={value} is no number from 0 on")
-
-
-def _check_numbers(values: dict[str, float], names: Sequence[str]) -> None:
-    for name in names:
-        float(values[name])
 
 
 def _check_shape(shape: Any) -> None:
@@ -192,8 +169,10 @@ def _check_shape(shape: Any) -> None:
         raise ValueError(f"nodes={shape['nodes']} is no tree: it has a root and a draft")
 
 
-def _by_number(values: dict[str, Any]) -> dict[int, float]:
-    return {int(key): float(ms) for key, ms in values.items()}
+def _numbered(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no numbers as keys."""
+    costs = {name: {int(key): float(ms) for key, ms in values[name].items()} for name in ("forward_ms", "level_ms")}
+    return values | costs
 
 
 def _pace(values: dict[str, Any]) -> CostModel:

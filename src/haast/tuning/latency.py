@@ -1,13 +1,10 @@
-"""What a target forward costs by its nodes, and drafting by its levels: measured at first use, then kept.
-
-Owns the measurement, what it is good for, and its file in the assets cache; `haast calibrate` measures more, and with
-patience. Knows no drafter: who drafts says how long that takes.
+"""What a target forward costs by its nodes, and drafting by its levels: measured at first use, then kept on disk.
 
     v(n)   a forward over n nodes, of all rows together, in forwards over one: what eight rows of two nodes cost is
            about what one row of sixteen does
 
-A machine that is busy while it is measured seems slow all over; decisions rest on ratios, and the least time of
-several counts. No decision looks at a clock again, so runs repeat.
+A busy machine seems slow all over; decisions rest on ratios, and the least time of several counts. No decision looks at
+a clock again, so runs repeat. Knows no drafter: who drafts says how long that takes.
 """
 
 from __future__ import annotations
@@ -37,6 +34,7 @@ FORMAT = 1
 # The first three stand for all where a model is so slow that there is no time for more.
 _POINTS: tuple[int, ...] = (1, 2, 8, 4, 16, 32, 64)
 _DEVICE_POINTS: tuple[int, ...] = (1, 2, 64, 8, 256, 16, 32, 128)
+DraftCost = tuple[float, dict[int, float]]  # ms of the first level, and of each further one by width
 _LEAST, _ROUNDS, _SECONDS, _COMMITTED = 3, 5, 2.0, 32
 
 
@@ -44,10 +42,8 @@ _LEAST, _ROUNDS, _SECONDS, _COMMITTED = 3, 5, 2.0, 32
 class Latency:
     """Milliseconds, of the fastest runs.
 
-    Attributes:
-        forward_ms: nodes of all rows together -> a target forward; has 1.
-        first_ms: one row's first level of drafts, observing included; 0 where drafts cost nothing to speak of.
-        level_ms: width -> every further level.
+    `forward_ms` by the nodes of all rows together (has 1), `first_ms` of one row's first level of drafts, observing
+    included, `level_ms` of every further level by its width.
     """
 
     forward_ms: dict[int, float]
@@ -137,42 +133,27 @@ def measurable(target: Target) -> bool:
 
 
 def latency_of(
-    target: Target,
-    drafts: Callable[[], tuple[float, dict[int, float]]] | None = None,
-    known: dict[str, Any] | None = None,
+    target: Target, drafts: Callable[[], DraftCost] | None = None, known: dict[str, Any] | None = None
 ) -> Latency | None:
     """What steps cost here: measured once for this machine and model, then kept in memory and on disk.
 
-    Args:
-        target: the model; its own keys and values are left alone.
-        drafts: measures `first_ms` and `level_ms`; None where drafts cost nothing to speak of.
-        known: what the drafts' costs are good for, beside the target.
-
-    Returns None where it is not `measurable`.
+    `drafts` measures `first_ms` and `level_ms` (None where drafts cost nothing to speak of), and `known` is what they
+    are good for, beside the target, whose own keys and values are left alone. None where it is not `measurable`.
     """
     if not measurable(target):
         return None
     identity = {**target_identity(target), **(known or {})}
     path = file_for(identity, "latency")
     with target.lock:  # of two threads the second finds what the first has measured
-        if path.name not in _measured:
-            _measured[path.name] = _read(path) or _measure(target, drafts, identity, path)
-        return _measured[path.name]
-
-
-def _measure(
-    target: Target,
-    drafts: Callable[[], tuple[float, dict[int, float]]] | None,
-    identity: dict[str, Any],
-    path: Path,
-) -> Latency:
-    forward_ms = measure_forwards(target)
-    found = Latency(forward_ms) if drafts is None else Latency(forward_ms, *drafts())
-    try:
-        _write(found, identity, path)
-    except (OSError, ValueError) as error:
-        _LOG.info("what forwards cost is not kept: %s", error)
-    return found
+        found = _measured.get(path.name) or _read(path)
+        if found is None:
+            forward_ms = measure_forwards(target)
+            found = Latency(forward_ms) if drafts is None else Latency(forward_ms, *drafts())
+            try:
+                _write(found, identity, path)
+            except (OSError, ValueError) as error:
+                _LOG.info("what forwards cost is not kept: %s", error)
+        return _measured.setdefault(path.name, found)
 
 
 def keep(target: Target, found: Latency) -> Path:
@@ -185,10 +166,7 @@ def keep(target: Target, found: Latency) -> Path:
 
 
 def measure_forwards(
-    target: Target,
-    seconds: float = _SECONDS,
-    clock: Callable[[], float] = perf_counter,
-    rounds: int = _ROUNDS,
+    target: Target, seconds: float = _SECONDS, clock: Callable[[], float] = perf_counter, rounds: int = _ROUNDS
 ) -> dict[int, float]:
     """Nodes -> ms of a forward after a short text, the least of a few rounds; as many as fit into `seconds`."""
     points = _POINTS if target.device.type == "cpu" else _DEVICE_POINTS
@@ -242,11 +220,9 @@ def _read(path: Path) -> Latency | None:
     """What is kept; None where nothing is, or something else: then it is measured anew."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values["format"] != FORMAT:
-            return None
-        forward_ms, level_ms = (
+        forward, level = (
             {int(key): float(ms) for key, ms in values[name].items()} for name in ("forward_ms", "level_ms")
         )
-        return Latency(forward_ms, float(values["first_ms"]), level_ms)
+        return Latency(forward, float(values["first_ms"]), level) if values["format"] == FORMAT else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

@@ -38,9 +38,8 @@ class DraftSize:
 
     Attributes:
         budget: what the drafter is told; None is up to it.
-        nodes: of a row's tree, root included; on average, where that differs.
-        levels: of drafting, 0 where it takes no time to speak of.
-        width: nodes expanded on each.
+        nodes: of a row's tree on average, root included.
+        levels, width: of drafting, 0 levels where it takes no time to speak of, and nodes expanded on each.
         depth: of the tree, below the root.
         gain: drafts that a step keeps of it, where nothing is known of a request yet.
     """
@@ -59,8 +58,7 @@ class OnlinePolicy:
     Args:
         latency: what steps cost.
         sizes: by rows, what there is to choose from, from small to full; none where drafts never pay.
-        undrafted: tokens per row, and nodes, that a step brings with a budget of 1, for drafters that have drafts
-            beside those that they are asked for; None where that is a root alone.
+        undrafted: tokens per row, and nodes, that a step brings with a budget of 1; None where that is a root alone.
     """
 
     def __init__(
@@ -77,7 +75,9 @@ class OnlinePolicy:
         if not sizes:
             return 1
         small, full = sizes[0], sizes[-1]
-        records = [_record(request, full) for request in requests]
+        for request in requests:
+            request.draft_policy = request.draft_policy or Record(full)
+        records: list[Record] = [request.draft_policy for request in requests]
         trial = self.ratio(rows, small, small.nodes)
         tokens, nodes = (1.0, 1.0) if self._undrafted is None else self._undrafted(requests)
         best, chosen = LEAST_GAIN * tokens / self.ratio(rows, None, nodes), None
@@ -104,20 +104,10 @@ class OnlinePolicy:
         return self.latency.step(rows, nodes, levels, width) / self.latency.forward(rows)
 
 
-def _record(request: Request, full: DraftSize) -> Record:
-    if request.draft_policy is None:
-        request.draft_policy = Record(full)
-    record: Record = request.draft_policy
-    return record
-
-
 class Record:
     """What a request's drafts have brought lately, and whether it drafts, rests, or tries again.
 
-    Attributes:
-        nodes: of its full trees, on average.
-        size: that was chosen for the running step; None for none.
-        rows: of that step.
+    `nodes` are those of its full trees, on average; `size` (None for none) and `rows` are of the running step.
     """
 
     def __init__(self, full: DraftSize) -> None:
@@ -145,7 +135,8 @@ class Record:
         self.rows, self.size, self._whole = rows, size, size is full
         if size is None:
             self._idle += 1
-            if self._idle >= self._pause(trial):
+            first = max(_PAUSE, math.ceil((trial - 1) / _TRIAL_SHARE))
+            if self._idle >= min(first << min(self._failed, 16), max(first, _LONGEST_PAUSE)):
                 self._idle, self._account = 0, _STAKE
                 self._resting, self._trying = False, True
 
@@ -164,10 +155,6 @@ class Record:
             self._account, self._resting, self._trying = _STAKE, True, False
         elif self._account == 0:
             self._failed, self._resting, self._trying = 0, False, False
-
-    def _pause(self, trial: float) -> int:
-        first = max(_PAUSE, math.ceil((trial - 1) / _TRIAL_SHARE))
-        return int(min(first << min(self._failed, 16), max(first, _LONGEST_PAUSE)))
 
 
 def chances_of(gain: float, depth: int) -> list[float]:
@@ -230,8 +217,8 @@ def _class_of(length: int) -> int:
 def best_chain(chances: Sequence[Sequence[float]], latency: Latency) -> tuple[int, float]:
     """How many drafts a row to verify of chains with these chances, one list a row, and a row's tokens by them.
 
-    0 drafts, and 1 token, where no number of them is a bet well in our favour: where nodes are dear, fair bets win
-    nothing and lose much on the text that is against them.
+    0 drafts, and 1 token, where no number of them is a bet well in our favour: fair bets win nothing where nodes are
+    dear.
     """
     rows, gain = len(chances), 0.0
     chances = [each for each in chances if each]

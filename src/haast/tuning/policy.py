@@ -1,11 +1,8 @@
 """How far to draft and how much to verify: what a step may cost for the tokens that it can bring.
 
-Owns the arithmetic of tokens against milliseconds. Knows nothing of models: costs come from measurements, chances from
-the head's own probabilities. Every decision is a function of the prefix alone, so none of them touches losslessness.
-
 A run's speed is a ratio of sums, tokens over time. It is greatest where every step maximises tokens - rate * time, rate
 being the speed itself (Dinkelbach 1967): so a level, or a node, pays if it is expected to bring more tokens than the
-machine makes in the time that it takes.
+machine makes in the time that it takes. Every decision is a function of the prefix alone.
 """
 
 from __future__ import annotations

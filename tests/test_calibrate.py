@@ -16,7 +16,7 @@ from haast import native
 from haast.bench import replay
 from haast.bench.batch_costs import BatchCosts
 from haast.bench.calibrate import calibrate, choose, search
-from haast.bench.costs import draw, roofline_ms
+from haast.bench.calibration_report import draw, roofline_ms
 from haast.bench.plan import MACHINES, Machine, parse_machine, project
 from haast.core import SamplingParams
 from haast.drafters.batch_policy import Way, way_for

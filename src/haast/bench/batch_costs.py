@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from haast.bench.forward_latency import measure_v_curve
 from haast.bench.replay import StepCosts
-from haast.bench.vcurve import measure_v_curve
 from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.tree_shape import DraftShape

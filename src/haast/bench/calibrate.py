@@ -13,8 +13,8 @@ from dataclasses import asdict, replace
 from haast import native
 from haast.bench import replay
 from haast.bench.batch_costs import BatchCosts, forward_costs, live_costs, measure_batches
+from haast.bench.forward_latency import measure_v_curve
 from haast.bench.report import git_commit, versions
-from haast.bench.vcurve import measure_v_curve
 from haast.drafters.calibrated import identity, weights_read
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.tree_shape import DraftShape

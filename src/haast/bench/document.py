@@ -11,8 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from haast.bench.aggregate import complete
 from haast.bench.bootstrap import Bootstrap
-from haast.bench.pool import complete
 from haast.bench.report import build_rows, describe_differences
 from haast.bench.runner import BenchPrompt, Record, differences
 from haast.bench.suite import Cells, Suite

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from haast.bench.arms import ArmRun
+from haast.bench.decoders import DecoderRun
 from haast.bench.suite import Answer, Turn
 from haast.engine.engine import Stats
 
@@ -189,7 +189,7 @@ def _from_json(line: dict[str, Any]) -> Answer:
             raise TypeError(f"{name} is no list")
         for value in values:
             _number(name, value)
-    return Answer(turn, ArmRun(tuple(tokens), times["ms_prefill"], times["ms_decode"], stats), times["peak_rss_mb"])
+    return Answer(turn, DecoderRun(tuple(tokens), times["ms_prefill"], times["ms_decode"], stats), times["peak_rss_mb"])
 
 
 def _number(name: str, value: Any) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from haast.bench.pool import complete
+from haast.bench.aggregate import complete
 
 Document = dict[str, Any]
 _SAME = ("commit", "sources_sha256", "cpu", "threads", "device", "model", "dtype", "packing", "versions")

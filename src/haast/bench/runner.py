@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from haast.bench.arms import Arm, ArmRun
+from haast.bench.decoders import Decoder, DecoderRun
 from haast.checking.divergence import Divergence, diagnose
 from haast.core import SamplingParams
 from haast.engine.engine import PREFILL_CHUNK
@@ -49,7 +49,7 @@ class BenchPrompt:
 class Record:
     """What one decoder did with one prompt, over all rounds."""
 
-    runs: list[ArmRun] = field(default_factory=list)
+    runs: list[DecoderRun] = field(default_factory=list)
     peak_rss_mb: float = 0.0
 
     @property
@@ -92,7 +92,7 @@ Records = dict[str, list[Record]]  # decoder -> one record per prompt
 
 
 def run_bench(
-    arms: Sequence[Arm],
+    arms: Sequence[Decoder],
     prompts: Sequence[BenchPrompt],
     config: BenchConfig,
     progress: Callable[[str, Record], None] | None = None,
@@ -121,7 +121,7 @@ def run_bench(
     return records
 
 
-def rotated(arms: Sequence[Arm], seed: int, turn: int) -> list[Arm]:
+def rotated(arms: Sequence[Decoder], seed: int, turn: int) -> list[Decoder]:
     """A seeded order of the arms, one place further each turn."""
     order = list(arms)
     random.Random(seed).shuffle(order)

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
-from haast.bench.arms import Arm, ArmRun
+from haast.bench.decoders import Decoder, DecoderRun
 from haast.bench.runner import BenchConfig, BenchPrompt, Record, Records, peak_rss_mb, reset_peak_rss
 
 
@@ -41,7 +41,7 @@ class Answer:
     """One answer given."""
 
     turn: Turn
-    run: ArmRun
+    run: DecoderRun
     peak_rss_mb: float
 
 
@@ -69,7 +69,7 @@ def order(seed: int, rounds: int, sizes: Mapping[str, int], decoders: Mapping[fl
 
 
 def run_suite(
-    arms: Mapping[float, Sequence[Arm]],
+    arms: Mapping[float, Sequence[Decoder]],
     suites: Mapping[str, Suite],
     config: BenchConfig,
     done: Container[Turn],
@@ -97,7 +97,7 @@ def run_suite(
         keep(Answer(turn, run, peak_rss_mb()))
 
 
-def turns_of(arms: Mapping[float, Sequence[Arm]], suites: Mapping[str, Suite], config: BenchConfig) -> list[Turn]:
+def turns_of(arms: Mapping[float, Sequence[Decoder]], suites: Mapping[str, Suite], config: BenchConfig) -> list[Turn]:
     """The order of a run."""
     sizes = {name: len(suite.prompts) for name, suite in suites.items()}
     decoders = {temperature: [arm.name for arm in own] for temperature, own in arms.items()}

@@ -27,7 +27,7 @@ from haast.cli.suite import Plan, Whereabouts, bench_suite, plan_suite, refuse_s
 from haast.files import check_writable, write_json
 
 if TYPE_CHECKING:
-    from haast.bench.arms import Arm
+    from haast.bench.decoders import Decoder
     from haast.bench.runner import BenchConfig, BenchPrompt, Record
     from haast.core import SamplingParams
     from haast.drafters.eagle import EagleDrafter
@@ -81,7 +81,7 @@ def bench(
     check_writable(json_out)
     drafting.check_shape(loading.device)
 
-    from haast.bench.arms import HEADED, check_decoders
+    from haast.bench.decoders import HEADED, check_decoders
     from haast.bench.runner import BenchConfig
 
     usual = 1 if plan is None else 2
@@ -101,7 +101,7 @@ def bench(
     medusa = None if medusa_head is None else load_medusa(medusa_head, target, loading.model, medusa_nodes)
     small = None if small_model is None else replace(loading, model=small_model).load()
 
-    def arms_at(temperature: float, own: Sequence[str]) -> list[Arm]:
+    def arms_at(temperature: float, own: Sequence[str]) -> list[Decoder]:
         there = replace(config, sampling=replace(law, temperature=temperature))
         return _arms(own, target, drafter, loading, drafting, there, small, medusa)
 
@@ -115,7 +115,7 @@ def bench(
     arms = arms_at(law.temperature, names)
     document = _bench(arms, encoded, config, target, loading.model, prompts, settings)
     if v_curve:
-        from haast.bench.vcurve import measure_v_curve
+        from haast.bench.forward_latency import measure_v_curve
         from haast.progress import Progress
 
         with Progress("v curve"):
@@ -149,7 +149,7 @@ def _drafting(
     small: Target | None,
 ) -> dict[str, dict[str, Any]]:
     """What the decoders draft with that have a head or a model of their own: settings, and the head's digest."""
-    from haast.bench.arms import HEADED, RULED
+    from haast.bench.decoders import HEADED, RULED
     from haast.bench.report import folder_sha256, weights_sha256
     from haast.drafters.factory import find_head
 
@@ -181,18 +181,18 @@ def _arms(
     config: BenchConfig,
     small: Target | None,
     medusa: MedusaDrafter | None,
-) -> list[Arm]:
-    from haast.bench.arms import EngineArm, StockArm, drafter_for
+) -> list[Decoder]:
+    from haast.bench.decoders import EngineDecoder, StockDecoder, drafter_for
     from haast.target.load import load_stock
     from haast.training.target_weights import end_tokens
 
     ends = end_tokens(target)
-    arms: list[Arm] = []
+    arms: list[Decoder] = []
     for name in names:
         if name == "hf":
             stock = load_stock(loading.model)[0]
             stock.to(target.device)  # type: ignore[arg-type]
-            arms.append(StockArm(stock, ends))
+            arms.append(StockDecoder(stock, ends))
         else:
             own = drafter_for(
                 name,
@@ -204,12 +204,12 @@ def _arms(
                 shaped=drafting.shaped,
                 calibration=drafting.calibration,
             )
-            arms.append(EngineArm(target, own, config.sampling, ends, name, config.prefill_chunk))
+            arms.append(EngineDecoder(target, own, config.sampling, ends, name, config.prefill_chunk))
     return arms
 
 
 def _bench(
-    arms: Sequence[Arm],
+    arms: Sequence[Decoder],
     encoded: Sequence[BenchPrompt],
     config: BenchConfig,
     target: Target,

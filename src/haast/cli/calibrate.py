@@ -67,7 +67,7 @@ def calibrate(
     from rich.console import Console
 
     from haast.bench.calibrate import calibrate as measure
-    from haast.bench.costs import draw, show
+    from haast.bench.calibration_report import draw, show
     from haast.bench.report import environment
     from haast.drafters.calibrated import default_path
     from haast.progress import Progress

@@ -16,7 +16,7 @@ from haast.cli.settings import SuiteOptions
 from haast.files import write_json, write_text
 
 if TYPE_CHECKING:
-    from haast.bench.arms import Arm
+    from haast.bench.decoders import Decoder
     from haast.bench.runner import BenchConfig, BenchPrompt
     from haast.bench.suite import Answer, Suite
     from haast.core import SamplingParams
@@ -112,7 +112,7 @@ def bench_suite(
     plan: Plan,
     names: Sequence[str],
     encoded: Sequence[BenchPrompt],
-    arms_at: Callable[[float, Sequence[str]], list[Arm]],
+    arms_at: Callable[[float, Sequence[str]], list[Decoder]],
     config: BenchConfig,
     target: Target,
     where: Whereabouts,
@@ -175,13 +175,13 @@ def _suites(plan: Plan, encoded: Sequence[BenchPrompt]) -> dict[str, Suite]:
 def _header(
     plan: Plan,
     suites: Mapping[str, Suite],
-    arms: Mapping[float, Sequence[Arm]],
+    arms: Mapping[float, Sequence[Decoder]],
     config: BenchConfig,
     target: Target,
     where: Whereabouts,
 ) -> dict[str, Any]:
     """What the journal fixes, and the document repeats."""
-    from haast.bench.arms import rule_of
+    from haast.bench.decoders import rule_of
     from haast.bench.report import environment, sources_sha256, weights_sha256
 
     settings = {**where.settings, "sampling": {**where.settings["sampling"]}}
@@ -211,10 +211,10 @@ def _tokens_sha256(suite: Suite) -> str:
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
-def _settings(arm: Arm, where: Whereabouts) -> dict[str, Any]:
-    from haast.bench.arms import EngineArm
+def _settings(arm: Decoder, where: Whereabouts) -> dict[str, Any]:
+    from haast.bench.decoders import EngineDecoder
 
-    if not isinstance(arm, EngineArm):
+    if not isinstance(arm, EngineDecoder):
         return {"dtype": "float32"}
     return {"nodes": arm.nodes, **where.drafting.get(arm.name, {})}
 

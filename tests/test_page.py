@@ -16,7 +16,7 @@ import pytest
 from pages import NASTY, suite_document, trace_document
 
 from haast.bench.page import report_html, trace_html
-from haast.bench.suite_tables import main_rows
+from haast.bench.tables import main_rows
 
 FIGURES = ["speedup", "tau", "acceptance", "lengths", "milliseconds", "nodes"]
 VOID = {"meta", "link", "input", "br", "img", "hr"}

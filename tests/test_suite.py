@@ -32,7 +32,7 @@ from haast.bench.merge import merged
 from haast.bench.readme import render
 from haast.bench.runner import BenchPrompt, Difference, Record, differences
 from haast.bench.suite import Answer, Turn, order
-from haast.bench.suite_tables import suite_markdown
+from haast.bench.tables import suite_markdown
 from haast.cli import app
 from haast.engine.engine import Stats
 from haast.heads.checkpoint import save_head

@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from haast.bench.suite_tables import Document, Row, length_buckets, main_rows, named, panels
-from haast.bench.tables import UNKNOWN, Table
+from haast.bench.tables import UNKNOWN, Document, Table, length_buckets, main_rows, named, panels
 from haast.tuning.policy import interpolate
 
 _COLOURS = 8  # that the page has for series
@@ -59,7 +58,7 @@ def _main(document: Document) -> list[dict[str, Any]]:
     return _named(document, [row for each in sorted(document["temperatures"]) for row in main_rows(document, each)])
 
 
-def _named(document: Document, rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _named(document: Document, rows: Sequence[Document]) -> list[dict[str, Any]]:
     return [{**row, "name": named(document, row["decoder"])} for row in rows]
 
 
@@ -117,7 +116,7 @@ def _tau(document: Document) -> Chart:
     return Chart(_dots(document, marks), [whole, parted] if parted.rows else [whole], Axis(most))
 
 
-def _dots(document: Document, marks: Sequence[Row]) -> list[dict[str, Any]]:
+def _dots(document: Document, marks: Sequence[Document]) -> list[dict[str, Any]]:
     """A panel per suite; a mark per decoder and temperature, the decoder's name at its first."""
     order, temps = list(document["decoders"]), sorted(document["temperatures"])
     shown = []
@@ -139,13 +138,16 @@ def _dots(document: Document, marks: Sequence[Row]) -> list[dict[str, Any]]:
     return shown
 
 
-def _after(marks: Sequence[Row]) -> list[tuple[Row, Any]]:
+def _after(marks: Sequence[Document]) -> list[tuple[Document, Any]]:
     """Each mark with the decoder of the one before it."""
     return list(zip(marks, [None, *(mark["decoder"] for mark in marks)], strict=False))
 
 
 def _lines(
-    document: Document, rows: Sequence[Row], points: Callable[[Row], list[tuple[int, float]]], places: Sequence[str]
+    document: Document,
+    rows: Sequence[Document],
+    points: Callable[[Document], list[tuple[int, float]]],
+    places: Sequence[str],
 ) -> list[dict[str, Any]]:
     """A panel per temperature; a line per decoder through its points (number of the place, value)."""
     temps, order = sorted(document["temperatures"]), list(document["decoders"])
@@ -186,13 +188,13 @@ def _acceptance(document: Document) -> Chart:
     return Chart(shown, [Table(["temperature", "decoder", "", *(f"depth {n}" for n in depths)], cells)])
 
 
-def _lengths(document: Document, rows: Sequence[Row]) -> Chart:
+def _lengths(document: Document, rows: Sequence[Document]) -> Chart:
     """Tokens per target forward by the tokens that stood before the step."""
     drafted = [row for row in rows if row["decoder"] != "vanilla"]
     buckets = length_buckets(drafted)
     place = {begin: number for number, (begin, _) in enumerate(buckets)}
 
-    def points(row: Row) -> list[tuple[int, float]]:
+    def points(row: Document) -> list[tuple[int, float]]:
         return [(place[each["begin"]], each["tau"]) for each in row["by_length"]]
 
     shown = _lines(document, drafted, points, [f"{end - 1:g}" for _, end in buckets])

@@ -19,11 +19,9 @@ from markupsafe import Markup
 
 from haast.bench.aggregate import SUITE_FORMAT
 from haast.bench.charts import charts
-from haast.bench.suite_tables import best, main_rows
-from haast.bench.tables import UNKNOWN, Table
+from haast.bench.tables import UNKNOWN, Document, Table, best, main_rows
 from haast.bench.trace_view import StepView, check_trace, counted, percent, quoted, visible
 
-Document = Mapping[str, Any]
 _MOST_NODES = 4000  # of the trees of a page, which stays under 2 MB
 
 

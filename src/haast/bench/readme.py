@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from haast.bench import suite_tables, tables
+from haast.bench.tables import KINDS, markdown, suite_markdown
 
 _BLOCK = re.compile(r"(<!-- results:(?P<name>[a-z0-9+-]+)(?P<short>#short)? -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
@@ -42,17 +42,16 @@ def _told(documents: dict[str, dict[str, Any]], short: bool) -> str:
     """The table of one document or several, and where they come from."""
     name, document = next(iter(documents.items()))
     if "ratios" in document:  # a suite
-        table = suite_tables.short(document) if short else suite_tables.tables(document)
-        return f"{table}\n\n{suite_tables.sources(document, name)}\n"
+        return suite_markdown(document, "short" if short else "tables", name)
     if "added" in document:
-        table = tables.answers(documents)
-    elif kind := next((draw for key, draw in tables.KINDS.items() if key in document), None):
-        table = kind(document)
+        table = markdown("results.md", "added", documents)
+    elif kind := next((key for key in KINDS if key in document), None):
+        table = markdown("results.md", kind, document)
     elif any(row["decoder"] == "vanilla" for row in document["rows"]):
-        table = tables.decoders(document)
+        table = markdown("results.md", "decoders", document)
     else:  # no denominator: runs for tau alone
-        table = tables.taus(documents)
-    sources = (tables.source(name, each["environment"]) for name, each in documents.items())
+        table = markdown("results.md", "taus", documents)
+    sources = (markdown("results.md", "source", name, each["environment"]) for name, each in documents.items())
     return f"{table}\n\n" + "\n".join(sources) + "\n"
 
 

@@ -41,7 +41,7 @@ def report(
 
     from haast.bench.document import read_document
     from haast.bench.merge import merged
-    from haast.bench.suite_tables import suite_markdown
+    from haast.bench.tables import suite_markdown
     from haast.bench.trace import TRACE_FORMAT
 
     if len(set(files)) < len(files):

@@ -238,7 +238,7 @@ def _end(document: dict[str, Any], out: Path) -> None:
 
     from haast.bench.document import bugs
     from haast.bench.report import show_table
-    from haast.bench.suite_tables import suite_markdown
+    from haast.bench.tables import suite_markdown
 
     write_json(document, str(out / "suite.json"))
     write_text(out / "suite.md", suite_markdown(document))

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from haast.api import Haast
+from haast.bench.aggregate import build_rows
 from haast.bench.decoders import Decoder, EngineDecoder
-from haast.bench.report import build_rows, environment
+from haast.bench.report import environment
 from haast.bench.runner import BenchConfig, BenchPrompt, run_bench
 from haast.cli.loading import load_medusa, read_prompt_file
 from haast.core import SamplingParams

@@ -17,7 +17,7 @@ from test_cli import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from haast.bench import report
+from haast.bench import aggregate, report
 from haast.bench.decoders import Decoder, DecoderRun, EngineDecoder, StockDecoder, check_decoders, drafter_for
 from haast.bench.forward_latency import measure_v_curve
 from haast.bench.runner import (
@@ -136,7 +136,7 @@ def test_all_decoders_say_the_same_and_count_the_same(arms: list[Decoder], targe
     assert {tuple(seen[i : i + 3]) for i in range(0, 27, 3)} >= {tuple(a.name for a in rotated(arms, 0, 1))}
     assert len({seen[i] for i in range(0, 27, 3)}) == 3  # each decoder goes first at times
     assert differences(records, PROMPTS, target, settings.sampling) == []
-    rows = {row["decoder"]: row for row in report.build_rows(records, PROMPTS)}
+    rows = {row["decoder"]: row for row in aggregate.build_rows(records, PROMPTS)}
     assert set(rows) == {"vanilla", "eagle", "hf"}
     for name, row in rows.items():
         assert set(row) >= ROW_KEYS
@@ -148,7 +148,7 @@ def test_all_decoders_say_the_same_and_count_the_same(arms: list[Decoder], targe
     assert rows["eagle"]["tau"] == pytest.approx(33 / rows["eagle"]["target_forwards"])
     assert rows["eagle"]["tau"] > 1 and set(rows["eagle"]["tau_by_category"]) == {"a", "b"}
     assert rows["hf"]["tau"] is None and rows["hf"]["ms_verify"] is None
-    assert len(report.per_prompt(records, PROMPTS)) == 3
+    assert len(aggregate.per_prompt(records, PROMPTS)) == 3
 
 
 def test_a_prompt_is_computed_as_a_whole_whoever_answered_it_before(target: Target, drafter: EagleDrafter) -> None:
@@ -176,7 +176,7 @@ class _Fixed(Decoder):
 def test_medians_loops_and_per_step_times_by_hand() -> None:
     loop = _Fixed("eagle", [1, 2] * 20, [30.0, 10.0, 500.0])
     records = run_bench([loop], PROMPTS[:1], BenchConfig(rounds=3, warmup_tokens=0))
-    (row,) = report.build_rows(records, PROMPTS[:1])
+    (row,) = aggregate.build_rows(records, PROMPTS[:1])
     assert row["tokens_per_s"] == pytest.approx(39 / 0.030)  # the median round, the first token not counted
     assert row["whole_call_tokens_per_s"] == pytest.approx(40 / 0.031)
     assert row["tau"] == 39 / 4 and row["tau_loop_filtered"] == 0.0 and row["looping_outputs"] == 1
@@ -197,7 +197,7 @@ def test_differences_are_judged_between_engine_decoders_only(target: Target, arm
     settings = BenchConfig(warmup_tokens=0)
     fakes = [_Fixed("vanilla", said, [1.0]), _Fixed("eagle", wrong, [1.0]), _Fixed("hf", wrong, [1.0])]
     records = run_bench(fakes, PROMPTS[:1], settings)
-    found = report.describe_differences(differences(records, PROMPTS[:1], target, settings.sampling))
+    found = aggregate.describe_differences(differences(records, PROMPTS[:1], target, settings.sampling))
     assert [(each["decoder"], each["index"], each["kind"]) for each in found] == [
         ("eagle", 3, "bug"),
         ("hf", 3, "precision"),
@@ -319,7 +319,7 @@ def test_the_command_refuses_before_loading(
 def test_the_table_survives_missing_numbers(arms: list[Decoder]) -> None:
     records = run_bench(arms[:1], PROMPTS[:1], BenchConfig(max_new_tokens=2, warmup_tokens=0))
     document = {
-        "rows": report.build_rows(records, PROMPTS[:1]),
+        "rows": aggregate.build_rows(records, PROMPTS[:1]),
         "differences": [],
         "environment": {"model": "tiny", "prompts_count": 1},
     }

@@ -22,11 +22,10 @@ from test_cli import tiny_tokenizer
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
-from haast.bench import report
-from haast.bench.aggregate import pooled
+from haast.bench.aggregate import build_rows, describe_answer, pooled
 from haast.bench.bootstrap import Bootstrap, rates, ratio
 from haast.bench.decoders import DecoderRun, EngineDecoder
-from haast.bench.document import FORMAT, describe_answer
+from haast.bench.document import FORMAT
 from haast.bench.journal import Journal, differing
 from haast.bench.merge import merged
 from haast.bench.readme import render
@@ -261,13 +260,13 @@ def test_pooled_rows_are_those_of_all_prompts_at_once() -> None:
 
     suites = {"a": [record(9, 4, 2.0), record(5, 3, 1.0)], "b": [record(12, 6, 5.0)]}
     prompts = {name: [BenchPrompt(str(i), "xy"[i % 2], (1,)) for i in range(len(own))] for name, own in suites.items()}
-    parts = [report.build_rows({"eagle": own}, prompts[name])[0] for name, own in suites.items()]
+    parts = [build_rows({"eagle": own}, prompts[name])[0] for name, own in suites.items()]
     answers = [
         describe_answer({"suite": name, "temperature": 0.0}, prompt, "eagle", own)
         for name in suites
         for prompt, own in zip(prompts[name], suites[name], strict=True)
     ]
-    (wanted,) = report.build_rows({"eagle": [*chain(*suites.values())]}, [*chain(*prompts.values())])
+    (wanted,) = build_rows({"eagle": [*chain(*suites.values())]}, [*chain(*prompts.values())])
     found = pooled(parts, answers)
     for key in wanted.keys() - {"speedup_vs_vanilla", "speedup_vs_hf"}:
         if key == "decoder":

@@ -1,4 +1,4 @@
-"""The JSON of a suite run ("haast-suite-1"), from its records. Owns the schema; `pool` adds what goes over suites.
+"""The JSON of a suite run ("haast-suite-1"), from its records. Owns the schema; `aggregate` adds what goes over suites.
 
 Neither prompts nor answers are in it: their licences are their authors', and counts are all that a reader needs.
 """
@@ -11,17 +11,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from haast.bench.aggregate import complete
+from haast.bench.aggregate import SUITE_FORMAT, build_rows, complete, describe_answer, describe_differences
 from haast.bench.bootstrap import Bootstrap
-from haast.bench.report import build_rows, describe_differences
-from haast.bench.runner import BenchPrompt, Record, differences
+from haast.bench.runner import differences
 from haast.bench.suite import Cells, Suite
 from haast.bench.trace import TRACE_FORMAT
 from haast.core import SamplingParams
-from haast.repetition import loops
 from haast.target.target import Target
 
-FORMAT = "haast-suite-1"
+FORMAT = SUITE_FORMAT
 _MADE_BY = {FORMAT: "a suite.json of `haast bench --suite`", TRACE_FORMAT: "what `haast trace --json` wrote"}
 _KEYS = {"environment", "suites", "decoders", "temperatures", "rounds", "rows", "ratios", "differences", "answers"}
 _KEYS |= {"bootstrap", "calibration", "traces"}
@@ -42,7 +40,7 @@ def build_document(
         cells: the records.
         suites: by name.
         target: judges differing texts.
-        sampling: the law; each cell's temperature replaces its own.
+        sampling: the distribution; each cell's temperature replaces its own.
         bootstrap: of the intervals.
     """
     document = {
@@ -76,30 +74,6 @@ def build_document(
 
 def _suite(suite: Suite) -> dict[str, Any]:
     return {"file": suite.file, "sha256": suite.sha256, "prompts": len(suite.prompts)}
-
-
-def describe_answer(cell: Mapping[str, Any], prompt: BenchPrompt, decoder: str, record: Record) -> dict[str, Any]:
-    """What one decoder did with one prompt; `cell` has its suite and temperature. Counts are the first round's."""
-    stats = record.runs[0].stats
-    return {
-        "suite": cell["suite"],
-        "id": prompt.id,
-        "category": prompt.category,
-        "temperature": cell["temperature"],
-        "decoder": decoder,
-        "tokens": len(record.tokens),
-        "ms_decode": [run.ms_decode for run in record.runs],
-        "ms_prefill": [run.ms_prefill for run in record.runs],
-        "target_forwards": None if stats is None else stats.target_forwards,
-        "tau": None if stats is None else stats.tau,
-        "nodes": None if stats is None else stats.nodes,
-        "looping": loops(record.tokens),
-    }
-
-
-def bugs(document: Mapping[str, Any]) -> int:
-    """Texts that differ, and not by rounding."""
-    return sum(each["kind"] == "bug" for each in document["differences"])
 
 
 def _no_number(name: str) -> None:

@@ -217,7 +217,7 @@ def _bench(
     prompts: Path,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    from haast.bench import report, runner
+    from haast.bench import aggregate, report, runner
     from haast.progress import Progress
 
     where = report.environment(target, model, prompts, len(encoded), settings)
@@ -236,9 +236,9 @@ def _bench(
     own_text = [arm.name for arm in arms if arm.own_text]
     found = runner.differences(records, encoded, target, config.sampling, own_text)
     return {
-        "rows": report.build_rows(records, encoded),
-        "differences": report.describe_differences(found),
-        "per_prompt": report.per_prompt(records, encoded),
+        "rows": aggregate.build_rows(records, encoded),
+        "differences": aggregate.describe_differences(found),
+        "per_prompt": aggregate.per_prompt(records, encoded),
         "environment": where,
     }
 

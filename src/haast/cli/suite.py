@@ -236,7 +236,7 @@ class _Tau:
 def _end(document: dict[str, Any], out: Path) -> None:
     from rich.console import Console
 
-    from haast.bench.document import bugs
+    from haast.bench.aggregate import bugs
     from haast.bench.report import show_table
     from haast.bench.tables import suite_markdown
 

@@ -75,7 +75,7 @@ def search(target: Target, prompts: list[BenchPrompt], medusa: Path | None, conf
             known[name] = (family, each)
             arms.append(_Named(name, target, make()))
     with Progress("settings", "answers", len(arms) * len(prompts) * config.rounds) as progress:
-        records = run_bench(arms, prompts, config, lambda name, record: progress.step())
+        records = run_bench(arms, prompts, config, lambda answer: progress.step())
     points = [
         {
             "family": known[row["decoder"]][0],

@@ -27,7 +27,6 @@ from haast.bench.runner import (
     differences,
     peak_rss_mb,
     reset_peak_rss,
-    rotated,
     run_bench,
 )
 from haast.cli import app
@@ -131,9 +130,9 @@ def arms(model: LlamaForCausalLM, target: Target, drafter: EagleDrafter) -> list
 def test_all_decoders_say_the_same_and_count_the_same(arms: list[Decoder], target: Target) -> None:
     seen: list[str] = []
     settings = BenchConfig(max_new_tokens=12, rounds=3, warmup_tokens=2)
-    records = run_bench(arms, PROMPTS, settings, lambda name, _record: seen.append(name))
+    records = run_bench(arms, PROMPTS, settings, lambda answer: seen.append(answer.turn.decoder))
     assert len(seen) == 3 * 3 * 3
-    assert {tuple(seen[i : i + 3]) for i in range(0, 27, 3)} >= {tuple(a.name for a in rotated(arms, 0, 1))}
+    assert all(set(seen[i : i + 3]) == {"vanilla", "eagle", "hf"} for i in range(0, 27, 3)), "a prompt's, in a row"
     assert len({seen[i] for i in range(0, 27, 3)}) == 3  # each decoder goes first at times
     assert differences(records, PROMPTS, target, settings.sampling) == []
     rows = {row["decoder"]: row for row in aggregate.build_rows(records, PROMPTS)}

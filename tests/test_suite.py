@@ -29,8 +29,7 @@ from haast.bench.document import FORMAT
 from haast.bench.journal import Journal, differing
 from haast.bench.merge import merged
 from haast.bench.readme import render
-from haast.bench.runner import BenchPrompt, Difference, Record, differences
-from haast.bench.suite import Answer, Turn, order
+from haast.bench.runner import Answer, BenchPrompt, Difference, Record, Turn, differences, order
 from haast.bench.tables import suite_markdown
 from haast.cli import app
 from haast.engine.engine import Stats

@@ -13,8 +13,7 @@ from typing import Any
 
 from haast.bench.aggregate import SUITE_FORMAT, build_rows, complete, describe_answer, describe_differences
 from haast.bench.bootstrap import Bootstrap
-from haast.bench.runner import differences
-from haast.bench.suite import Cells, Suite
+from haast.bench.runner import Cells, Suite, differences
 from haast.bench.trace import TRACE_FORMAT
 from haast.core import SamplingParams
 from haast.target.target import Target

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from haast.bench.decoders import DecoderRun
-from haast.bench.suite import Answer, Turn
+from haast.bench.runner import Answer, Turn
 from haast.engine.engine import Stats
 
 FORMAT = "haast-suite-journal-1"

@@ -23,12 +23,12 @@ from haast.cli.settings import (
     SpreadLimitOption,
     SuiteOptions,
 )
-from haast.cli.suite import Plan, Whereabouts, bench_suite, plan_suite, refuse_suite_options
+from haast.cli.suite import Plan, Whereabouts, bench_suite, plan_suite, refuse_suite_options, telling
 from haast.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from haast.bench.decoders import Decoder
-    from haast.bench.runner import BenchConfig, BenchPrompt, Record
+    from haast.bench.runner import BenchConfig, BenchPrompt
     from haast.core import SamplingParams
     from haast.drafters.eagle import EagleDrafter
     from haast.drafters.medusa import MedusaDrafter
@@ -221,18 +221,8 @@ def _bench(
     from haast.progress import Progress
 
     where = report.environment(target, model, prompts, len(encoded), settings)
-    decoded, forwards = 0, 0
     with Progress("bench", "answers", config.rounds * len(encoded) * len(arms), rate="tokens") as progress:
-
-        def told(name: str, record: Record) -> None:
-            nonlocal decoded, forwards
-            run = record.runs[-1]
-            stats = run.stats
-            if name == "eagle" and stats is not None:
-                decoded, forwards = decoded + stats.decoded_tokens, forwards + stats.target_forwards
-            progress.step(counted=len(run.tokens), words=f"eagle's tau {decoded / forwards:.2f}" if forwards else "")
-
-        records = runner.run_bench(arms, encoded, config, told)
+        records = runner.run_bench(arms, encoded, config, telling(progress))
     own_text = [arm.name for arm in arms if arm.own_text]
     found = runner.differences(records, encoded, target, config.sampling, own_text)
     return {

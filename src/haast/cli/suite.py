@@ -17,9 +17,9 @@ from haast.files import write_json, write_text
 
 if TYPE_CHECKING:
     from haast.bench.decoders import Decoder
-    from haast.bench.runner import BenchConfig, BenchPrompt
-    from haast.bench.suite import Answer, Suite
+    from haast.bench.runner import Answer, BenchConfig, BenchPrompt, Suite
     from haast.core import SamplingParams
+    from haast.progress import Progress
     from haast.prompts import Prompt
     from haast.target.target import Target
     from haast.tuning.calibration import Calibration
@@ -130,7 +130,7 @@ def bench_suite(
     """
     from haast.bench.document import build_document
     from haast.bench.journal import Journal
-    from haast.bench.suite import gather, run_suite, turns_of
+    from haast.bench.runner import gather, run_suite, turns_of
     from haast.progress import Progress
 
     suites = _suites(plan, encoded)
@@ -145,11 +145,11 @@ def bench_suite(
     with Journal(path, header, plan.resume) as journal:
         try:
             with Progress("bench", "answers", len(turns), len(journal.answers), rate="tokens") as progress:
-                tau = _Tau()
+                told = telling(progress)
 
                 def keep(answer: Answer) -> None:
                     journal.add(answer)
-                    progress.step(counted=len(answer.run.tokens), words=tau.after(answer))
+                    told(answer)
 
                 run_suite(arms, suites, config, journal.answers, keep)
         except KeyboardInterrupt:
@@ -162,7 +162,7 @@ def bench_suite(
 
 
 def _suites(plan: Plan, encoded: Sequence[BenchPrompt]) -> dict[str, Suite]:
-    from haast.bench.suite import Suite
+    from haast.bench.runner import Suite
 
     suites, begin = dict[str, Suite](), 0
     for path, prompts in plan.files.items():
@@ -219,18 +219,19 @@ def _settings(arm: Decoder, where: Whereabouts) -> dict[str, Any]:
     return {"nodes": arm.nodes, **where.drafting.get(arm.name, {})}
 
 
-class _Tau:
-    """EAGLE's tau so far, in words."""
+def telling(progress: Progress) -> Callable[[Answer], None]:
+    """Tells the progress of every answer, and EAGLE's tau so far."""
+    decoded = forwards = 0
 
-    def __init__(self) -> None:
-        self._decoded = self._forwards = 0
-
-    def after(self, answer: Answer) -> str:
-        """With one more answer; empty as long as EAGLE gave none."""
+    def tell(answer: Answer) -> None:
+        nonlocal decoded, forwards
         stats = answer.run.stats
         if answer.turn.decoder == "eagle" and stats is not None:
-            self._decoded, self._forwards = self._decoded + stats.decoded_tokens, self._forwards + stats.target_forwards
-        return f"eagle's tau {self._decoded / self._forwards:.2f}" if self._forwards else ""
+            decoded, forwards = decoded + stats.decoded_tokens, forwards + stats.target_forwards
+        words = f"eagle's tau {decoded / forwards:.2f}" if forwards else ""
+        progress.step(counted=len(answer.run.tokens), words=words)
+
+    return tell
 
 
 def _end(document: dict[str, Any], out: Path) -> None:

@@ -19,9 +19,10 @@ from markupsafe import Markup
 
 from haast.bench.aggregate import SUITE_FORMAT
 from haast.bench.charts import charts
-from haast.bench.tables import UNKNOWN, Document, Table, best, main_rows
+from haast.bench.tables import Document, best, formatted, main_rows, named
 from haast.bench.trace_view import StepView, check_trace, counted, percent, quoted, visible
 
+_UNKNOWN = "\u2013"
 _MOST_NODES = 4000  # of the trees of a page, which stays under 2 MB
 
 
@@ -66,25 +67,26 @@ def report_html(document: Document) -> str:
     found, decoders, different = best(document), document["decoders"], document["differences"]
     columns = list(dict.fromkeys(key for each in different for key in each))
     settings = [
-        [name, "lossy" if each["lossy"] else "the target\u2019s", _cell(each["settings"])]
+        (name, "lossy" if each["lossy"] else "the target\u2019s", _cell(each["settings"]))
         for name, each in decoders.items()
     ]
-    files = [
-        [name, *(_cell(each.get(key)) for key in ("file", "prompts", "sha256"))]
-        for name, each in document["suites"].items()
-    ]
+    known = ("file", "prompts", "sha256")
+    main = [row for temperature in sorted(document["temperatures"]) for row in main_rows(document, temperature)]
     rows = main_rows(document, found["temperature"]) if found else []
     more = {
-        "charts": charts(document),
+        "charts": charts(document, main),
         "temperatures": sorted(document["temperatures"]),
         "level": document["bootstrap"].get("level"),
         "best": found,
         "best_tau": next((row["tau"] for row in rows if found and row["decoder"] == found["decoder"]), None),
         "lossy": [name for name, each in decoders.items() if each["lossy"]],
         "kinds": sorted(Counter(str(each["kind"]) for each in different).items()),
-        "differences": Table(columns, [[_cell(each.get(key)) for key in columns] for each in different]),
-        "prompts": Table(["suite", "file", "prompts", "sha256"], files),
-        "decoders": Table(["decoder", "distribution", "settings"], settings),
+        "columns": columns,
+        "differences": [[_cell(each.get(key)) for key in columns] for each in different],
+        "files": [(name, *(_cell(own.get(key)) for key in known)) for name, own in document["suites"].items()],
+        "settings": settings,
+        "document": document,
+        "main": main,
     }
     return _render("report.html", document["environment"], document["traces"], more)
 
@@ -98,7 +100,8 @@ def _render(template: str, where: Document, traces: Sequence[Document], more: Ma
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    room.filters |= {"counted": counted, "percent": percent, "quoted": quoted, "visible": visible}
+    room.filters |= {"counted": counted, "percent": percent, "quoted": quoted, "visible": visible, "n": _number}
+    room.globals["named"] = named
     assert room.loader is not None, "just given"
     style, script = (room.loader.get_source(room, name)[0] for name in ("page.css", "page.js"))
     known = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -139,9 +142,14 @@ def _facts(where: Document) -> list[tuple[str, str, bool]]:
     return facts
 
 
+def _number(value: Any, form: str, unit: str = "") -> str:
+    """A number in a form; a dash where there is none, since an empty cell would look forgotten."""
+    return formatted(value, form, unit) or _UNKNOWN
+
+
 def _cell(value: Any) -> str:
     if value is None:
-        return UNKNOWN
+        return _UNKNOWN
     if isinstance(value, dict | list):
         return json.dumps(value, ensure_ascii=False)
     return f"{value:g}" if isinstance(value, float) else str(value)

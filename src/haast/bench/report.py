@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from rich.table import Table as RichTable
+from rich.table import Table
 
 import haast
-from haast.bench.tables import Table
+from haast.bench.tables import formatted
 from haast.repetition import LOOP_SHARE, NGRAM
 from haast.stats import TAU_CONVENTION, Stats
 from haast.target.target import Target
@@ -114,18 +114,18 @@ def weights_sha256(target: Target) -> str:
 
 def show_table(document: Mapping[str, Any], console: Console) -> None:
     """The rows of a bench document as a terminal table: the same numbers, rounded."""
-    rows = Table.of(
-        document["rows"],
-        "decoder | tokens/s | vs vanilla | vs hf | tau | tau, no loops | ms draft | ms verify | ms rest | MB",
-        "{decoder} | {tokens_per_s:.1f} | {speedup_vs_vanilla:.2f} | {speedup_vs_hf:.2f} | {tau:.2f} | "
-        "{tau_loop_filtered:.2f} | {ms_draft:.2f} | {ms_verify:.2f} | {ms_overhead:.2f} | {peak_rss_mb:.0f}",
-        "-",
-    )
-    table = RichTable(title=f"{document['environment']['model']}, {document['environment']['prompts_count']} prompts")
-    for head in rows.heads:
-        table.add_column(head, justify="left" if head == "decoder" else "right")
-    for cells in rows.rows:
-        table.add_row(*cells)
+    columns = {
+        "tokens_per_s": ("tokens/s", ".1f"), "speedup_vs_vanilla": ("vs vanilla", ".2f"),
+        "speedup_vs_hf": ("vs hf", ".2f"), "tau": ("tau", ".2f"), "tau_loop_filtered": ("tau, no loops", ".2f"),
+        "ms_draft": ("ms draft", ".2f"), "ms_verify": ("ms verify", ".2f"), "ms_overhead": ("ms rest", ".2f"),
+        "peak_rss_mb": ("MB", ".0f"),
+    }  # fmt: skip
+    table = Table(title=f"{document['environment']['model']}, {document['environment']['prompts_count']} prompts")
+    table.add_column("decoder")
+    for title, _ in columns.values():
+        table.add_column(title, justify="right")
+    for row in document["rows"]:
+        table.add_row(row["decoder"], *(formatted(row[key], form) or "-" for key, (_, form) in columns.items()))
     console.print(table)
     for one in document["rows"]:
         if one["alpha_by_depth"]:

@@ -1,18 +1,16 @@
-"""Tables of measurements, for the page, the terminal and Markdown; every number is a document's, rounded.
+"""Tables of measurements; every number is a document's, rounded.
 
-Owns `Table`, the look-ups in a suite document ("haast-suite-1"), and how values become text in Markdown. The templates
-own the words of Markdown and of the page. Knows neither models nor answers: `haast report` makes the same text years
+Owns the look-ups in a suite document ("haast-suite-1"), and how values become text in Markdown. The templates own the
+words and the columns. Knows neither models nor answers: `haast report` makes the same text years
 later from the JSON alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from statistics import median
-from string import Formatter
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
@@ -21,23 +19,11 @@ from markupsafe import Markup
 from haast.bench.aggregate import ALL
 
 Document = Mapping[str, Any]
-UNKNOWN = "\u2013"  # a dash for a number that there is not, where an empty cell would look forgotten
 KINDS = (  # of documents in results/ but suites, each by the key that only this kind has
     "base", "seconds_to_tau", "explained_variance", "peers", "linears", "contexts", "oracle", "baselines", "lengths",
     "forward_ms", "batches", "precisions", "conversation", "optimizers",
 )  # fmt: skip
 _LEADERS = ("eagle", "eagle+suffix")  # whose ratio over each other decoder has a table
-
-
-class _UnknownError(Exception):
-    """A value that a cell shows is None, or a list without values."""
-
-
-class _Cells(Formatter):
-    def format_field(self, value: Any, format_spec: str) -> str:
-        if value is None or value == []:
-            raise _UnknownError
-        return formatted(value, format_spec)
 
 
 def formatted(value: Any, form: str, unit: str = "") -> str:
@@ -47,36 +33,6 @@ def formatted(value: Any, form: str, unit: str = "") -> str:
     if isinstance(value, list):
         return " ".join(format(each, form) for each in value)
     return format(value, form) + unit
-
-
-@dataclass(frozen=True)
-class Table:
-    """Heads, and rows of cells that are text already."""
-
-    heads: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    @classmethod
-    def of(cls, rows: Iterable[Document], heads: str, forms: str, unknown: str = "") -> Table:
-        """One row per document. `heads` and `forms` ("{tau:.2f}") are written as lines of a Markdown table: "a | b".
-
-        `unknown` stands where a value is None.
-        """
-        cells = forms.split(" | ")
-        return cls(heads.split(" | "), [[_cell(form, row, unknown) for form in cells] for row in rows])
-
-    @property
-    def numeric(self) -> list[bool]:
-        """Which columns hold numbers alone, and stand at the right."""
-        columns = zip(*self.rows, strict=True)
-        return [all(not cell or cell[0].isdigit() or cell == UNKNOWN for cell in column) for column in columns]
-
-
-def _cell(form: str, row: Document, unknown: str) -> str:
-    try:
-        return _Cells().vformat(form, (), row)
-    except _UnknownError:
-        return unknown
 
 
 def panels(document: Document) -> list[str]:

@@ -25,9 +25,8 @@ from typer.testing import CliRunner, Result
 from haast.bench.aggregate import build_rows, describe_answer, pooled
 from haast.bench.bootstrap import Bootstrap, rates, ratio
 from haast.bench.decoders import DecoderRun, EngineDecoder
-from haast.bench.document import FORMAT
+from haast.bench.document import FORMAT, merged
 from haast.bench.journal import Journal, differing
-from haast.bench.merge import merged
 from haast.bench.readme import render
 from haast.bench.runner import Answer, BenchPrompt, Difference, Record, Turn, differences, order
 from haast.bench.tables import suite_markdown

@@ -1,4 +1,4 @@
-"""The decoders a bench compares, behind one method and one clock.
+"""The decoders a bench compares, with one method and one clock.
 
 Owns how one decoder answers one prompt and what is timed. Prefill ends when the first token is there, for every arm:
 decode time is from that moment to the end of the call, and the first token is not counted.

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
@@ -24,24 +23,6 @@ from haast.bench.trace_view import StepView, check_trace, counted, percent, quot
 
 _UNKNOWN = "\u2013"
 _MOST_NODES = 4000  # of the trees of a page, which stays under 2 MB
-
-
-@dataclass(frozen=True)
-class _Traced:
-    """A trace and those of its steps whose trees are shown."""
-
-    document: Document
-    views: list[StepView]
-
-    @property
-    def left(self) -> int:
-        """Steps whose trees are not shown."""
-        return len(self.document["steps"]) - len(self.views)
-
-    @property
-    def liveliest(self) -> int:
-        """The step to show first: the one that kept the most drafts."""
-        return max(range(len(self.views)), key=lambda at: self.views[at].kept, default=0)
 
 
 def trace_html(document: Document) -> str:
@@ -114,8 +95,8 @@ def _render(template: str, where: Document, traces: Sequence[Document], more: Ma
         raise KeyError(str(error)) from error
 
 
-def _traced(traces: Sequence[Document]) -> list[_Traced]:
-    """All traces, each with as many trees as its share of the page allows."""
+def _traced(traces: Sequence[Document]) -> list[dict[str, Any]]:
+    """All traces, each with as many trees as its share of the page allows; the step shown first kept the most."""
     found = []
     for trace in traces:
         check_trace(trace)
@@ -126,7 +107,9 @@ def _traced(traces: Sequence[Document]) -> list[_Traced]:
             if room < 0:
                 break
             views.append(view)
-        found.append(_Traced(trace, views))
+        liveliest = max(range(len(views)), key=lambda at: views[at].kept, default=0)
+        left = len(trace["steps"]) - len(views)
+        found.append({"document": trace, "views": views, "left": left, "liveliest": liveliest})
     return found
 
 

@@ -75,8 +75,8 @@ def bench(
     haast bench --prompts mt_bench.jsonl --nodes 24 --rounds 3 --v-curve --json -
     haast bench --suite prompts/ --limit 20 --decoders vanilla,eagle,lookup,hf --out results/suite
     """
-    law = sampling.check()
-    plan = _plan(prompts, suite, limit, law, extras=v_curve or json_out is not None)
+    params = sampling.check()
+    plan = _plan(prompts, suite, limit, params, extras=v_curve or json_out is not None)
     chosen = read_prompt_file(prompts, limit) if plan is None else plan.prompts
     check_writable(json_out)
     drafting.check_shape(loading.device)
@@ -85,10 +85,10 @@ def bench(
     from haast.bench.runner import BenchConfig
 
     usual = 1 if plan is None else 2
-    config = BenchConfig(max_new_tokens, usual if rounds is None else rounds, warmup, law, prefill_chunk)
+    config = BenchConfig(max_new_tokens, usual if rounds is None else rounds, warmup, params, prefill_chunk)
     headed, given = drafting.head != "none", (small_model is not None, medusa_head is not None)
-    names = check_decoders(decoders, headed, law.temperature, *given)
-    if "hf" in names and (law.repetition_penalty != 1.0):
+    names = check_decoders(decoders, headed, params.temperature, *given)
+    if "hf" in names and (params.repetition_penalty != 1.0):
         raise ValueError("decoder 'hf' is greedy without penalties here: leave out --repetition-penalty, or hf")
     if plan is not None:
         plan.decoders(names)  # its own check
@@ -102,7 +102,7 @@ def bench(
     small = None if small_model is None else replace(loading, model=small_model).load()
 
     def arms_at(temperature: float, own: Sequence[str]) -> list[Decoder]:
-        there = replace(config, sampling=replace(law, temperature=temperature))
+        there = replace(config, sampling=replace(params, temperature=temperature))
         return _arms(own, target, drafter, loading, drafting, there, small, medusa)
 
     settings = {**drawn_by(drafter), **_plain(config), "raw": raw}
@@ -112,7 +112,7 @@ def bench(
         bench_suite(plan, names, encoded, arms_at, config, target, where)
         return
     assert prompts is not None, "checked above"
-    arms = arms_at(law.temperature, names)
+    arms = arms_at(params.temperature, names)
     document = _bench(arms, encoded, config, target, loading.model, prompts, settings)
     if v_curve:
         from haast.bench.forward_latency import measure_v_curve
@@ -124,7 +124,7 @@ def bench(
 
 
 def _plan(
-    prompts: Path | None, suite: SuiteOptions, limit: int | None, law: SamplingParams, extras: bool
+    prompts: Path | None, suite: SuiteOptions, limit: int | None, params: SamplingParams, extras: bool
 ) -> Plan | None:
     """What --suite asks for; None for --prompts. Raises ValueError for both, neither, or options of the other."""
     if (prompts is None) == (suite.suite is None):
@@ -136,7 +136,7 @@ def _plan(
         return None
     if extras:
         raise ValueError("--v-curve and --json belong to --prompts: with --suite, results go to the folder --out")
-    return plan_suite(suite, limit, law)
+    return plan_suite(suite, limit, params)
 
 
 def _drafting(

@@ -70,7 +70,7 @@ def refuse_suite_options(options: SuiteOptions) -> None:
             raise ValueError(f"--{field.name} belongs to --suite DIR: give that, or leave it out")
 
 
-def plan_suite(options: SuiteOptions, limit: int | None, law: SamplingParams) -> Plan:
+def plan_suite(options: SuiteOptions, limit: int | None, params: SamplingParams) -> Plan:
     """Read and check all that needs no model.
 
     Raises:
@@ -81,14 +81,14 @@ def plan_suite(options: SuiteOptions, limit: int | None, law: SamplingParams) ->
     from haast.training.checkpoints import write_probe
 
     assert options.suite is not None, "asked for"
-    if law.temperature != 0:
-        given = f"{law.temperature:g}"
+    if params.temperature != 0:
+        given = f"{params.temperature:g}"
         raise ValueError(f"--temperature {given} is not for --suite: give --temperatures {given}")
     only = None if options.only is None else [name.strip() for name in options.only.split(",") if name.strip()]
     files = read_suites(options.suite, only, limit)
     temperatures = _temperatures("0,1" if options.temperatures is None else options.temperatures)
     for temperature in temperatures:
-        replace(law, temperature=temperature)  # its own check
+        replace(params, temperature=temperature)  # its own check
     if options.out is None:
         raise ValueError("--suite needs --out FOLDER, where journal and results go")
     if options.out.resolve() == options.suite.resolve():

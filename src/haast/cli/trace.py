@@ -98,7 +98,7 @@ def _record(
     from haast.drafters.vanilla import VanillaDrafter
     from haast.engine.engine import StopParams
 
-    law = sampling.check()
+    params = sampling.check()
     if choice.drafter not in (*NAMES, "vanilla") and (choice.drafter in KNOWN or "," in choice.drafter):
         raise ValueError(
             f"drafter={choice.drafter!r} can't be traced: give one that runs in Haast's engine, by sample-and-match"
@@ -112,7 +112,7 @@ def _record(
         "packing": target.packing,
     }
     rules = StopParams(max_new_tokens, model.eos_ids())
-    return record_trace(target, drafter, model.encode(prompt, chat=not raw), law, rules, prompt, where)
+    return record_trace(target, drafter, model.encode(prompt, chat=not raw), params, rules, prompt, where)
 
 
 def show_trace(document: Mapping[str, Any], console: Console) -> None:
@@ -124,15 +124,13 @@ def show_trace(document: Mapping[str, Any], console: Console) -> None:
     console.print(_answer(document))
     tau = f"tau {document['tau']:.2f}" if document["target_forwards"] else "no step was taken"
     counts = f"{document['tokens']} tokens, {document['target_forwards']} target forwards"
-    console.print(Text(f"\n{document['decoder']}: {counts}, {tau}; probabilities are the {_law(document)}"))
+    console.print(
+        Text(f"\n{document['decoder']}: {counts}, {tau}; probabilities are the target's, {document['probabilities']}")
+    )
     for number, step in enumerate(document["steps"], start=1):
         view = StepView(step)
         console.print(Text(f"\nstep {number}: {view.summary()}", style="bold"))
         console.print(_tree(view))
-
-
-def _law(document: Mapping[str, Any]) -> str:
-    return f"target's, {document['probabilities']}"
 
 
 def _answer(document: Mapping[str, Any]) -> Text:

@@ -76,13 +76,8 @@ def verify(
         verdict = "passed" if test.passed else "BUG"
         expected = ", must fail" if test.expected_to_fail else ""
         print(f"chi-square, {test.name}{expected}: p = {test.p_value:.3g}, {test.samples} samples: {verdict}", file=out)
-    settings = {
-        "drafter": drafter.name,
-        **drawn_by(drafter),
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed,
-    }
+    asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    settings = {"drafter": drafter.name, **drawn_by(drafter), **asked}
     where = environment(target, loading.model, prompts, len(encoded), settings)
     _verify_end(target, where, results, tests, json_out)
 

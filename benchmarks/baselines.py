@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from haast.api import Haast
-from haast.bench.arms import Arm, EngineArm
-from haast.bench.report import build_rows, environment
+from haast.bench.aggregate import build_rows
+from haast.bench.decoders import Decoder, EngineDecoder
+from haast.bench.report import environment
 from haast.bench.runner import BenchConfig, BenchPrompt, run_bench
 from haast.cli.loading import load_medusa, read_prompt_file
 from haast.core import SamplingParams
@@ -56,7 +57,7 @@ def families(target: Target, medusa: Path | None) -> dict[str, list[tuple[Settin
     return {name: [(each, partial(make, **each)) for each in all_] for name, (all_, make) in makers.items()}
 
 
-class _Named(EngineArm):
+class _Named(EngineDecoder):
     """An arm under the name of its setting."""
 
     def __init__(self, name: str, target: Target, drafter: Drafter) -> None:
@@ -66,7 +67,7 @@ class _Named(EngineArm):
 
 def search(target: Target, prompts: list[BenchPrompt], medusa: Path | None, config: BenchConfig) -> dict[str, Any]:
     """Tokens a second and tau of every setting, and each family's fastest."""
-    arms: list[Arm] = [_Named("vanilla", target, VanillaDrafter())]
+    arms: list[Decoder] = [_Named("vanilla", target, VanillaDrafter())]
     known: dict[str, tuple[str, Settings]] = {}
     for family, settings in families(target, medusa).items():
         for each, make in settings:
@@ -74,7 +75,7 @@ def search(target: Target, prompts: list[BenchPrompt], medusa: Path | None, conf
             known[name] = (family, each)
             arms.append(_Named(name, target, make()))
     with Progress("settings", "answers", len(arms) * len(prompts) * config.rounds) as progress:
-        records = run_bench(arms, prompts, config, lambda name, record: progress.step())
+        records = run_bench(arms, prompts, config, lambda answer: progress.step())
     points = [
         {
             "family": known[row["decoder"]][0],

@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 from haast.api import Haast, find_head
-from haast.bench.arms import Arm, EngineArm, StockArm
+from haast.bench.decoders import Decoder, EngineDecoder, StockDecoder
 from haast.bench.report import environment
 from haast.bench.runner import peak_rss_mb, reset_peak_rss
 from haast.cli.loading import OWN_PROMPTS
@@ -76,16 +76,16 @@ def own_texts() -> list[str]:
     return [part for part in parts if part and not part.startswith(("|", "<", "!["))]
 
 
-def _arm(name: str, target: Target | None) -> Arm:
+def _arm(name: str, target: Target | None) -> Decoder:
     """A decoder by name: vanilla, eagle, eagle-64 (a window), lookup; plain-... and hf."""
     base = name.removeprefix("plain-")
     if target is None:
-        return StockArm(load_stock(DEFAULT_MODEL)[0], ())
+        return StockDecoder(load_stock(DEFAULT_MODEL)[0], ())
     drafters: dict[str, Callable[[], Drafter]] = {
         "vanilla": VanillaDrafter,
         "lookup": lambda: PromptLookupDrafter(CPU_NODES),
     }
-    return EngineArm(target, drafters.get(base, lambda: _eagle(base, target))(), SamplingParams(), ())
+    return EngineDecoder(target, drafters.get(base, lambda: _eagle(base, target))(), SamplingParams(), ())
 
 
 def _eagle(name: str, target: Target) -> EagleDrafter:

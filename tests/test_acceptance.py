@@ -16,7 +16,7 @@ import torch
 from fakes import chi_square_p, collect, random_head, tiny_llama, tiny_target, vanilla
 from torch import Tensor
 
-from haast.bench.arms import EngineArm
+from haast.bench.decoders import EngineDecoder
 from haast.core import RowVerdict, SamplingParams, StopParams, TokenChooser, Verdict
 from haast.drafters import small_model as small_model_module
 from haast.drafters.eagle import EagleDrafter
@@ -681,12 +681,12 @@ def test_rules_judge_the_trees_of_a_head_too() -> None:
 def test_a_bench_arm_says_what_its_rule_keeps() -> None:
     at, params = wandering(0), SamplingParams(temperature=1.0)
     drafter: Any = SmallModelDrafter(at, at, 2, params)
-    arm = EngineArm(at, drafter, params, (), "medusa-typical")
+    arm = EngineDecoder(at, drafter, params, (), "medusa-typical")
     assert arm.name == "medusa-typical" and arm.own_text and arm.lossy
-    block = EngineArm(at, drafter, params, (), "small-model-block")
+    block = EngineDecoder(at, drafter, params, (), "small-model-block")
     assert block.own_text and not block.lossy
-    assert not EngineArm(at, drafter, SamplingParams(), (), "small-model-block").own_text  # greedy: vanilla's text
-    plain = EngineArm(at, drafter, params, ())
+    assert not EngineDecoder(at, drafter, SamplingParams(), (), "small-model-block").own_text  # greedy: vanilla's text
+    plain = EngineDecoder(at, drafter, params, ())
     assert plain.name == "small-model" and not plain.own_text
     assert len(arm.run([1, 2], 9).tokens) == 9
 

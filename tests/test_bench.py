@@ -17,8 +17,9 @@ from test_cli import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from haast.bench import report
-from haast.bench.arms import Arm, ArmRun, EngineArm, StockArm, check_decoders, drafter_for
+from haast.bench import aggregate, report
+from haast.bench.decoders import Decoder, DecoderRun, EngineDecoder, StockDecoder, check_decoders, drafter_for
+from haast.bench.forward_latency import measure_v_curve
 from haast.bench.runner import (
     BenchConfig,
     BenchPrompt,
@@ -26,10 +27,8 @@ from haast.bench.runner import (
     differences,
     peak_rss_mb,
     reset_peak_rss,
-    rotated,
     run_bench,
 )
-from haast.bench.vcurve import measure_v_curve
 from haast.cli import app
 from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter
@@ -119,24 +118,24 @@ def drafter(target: Target) -> EagleDrafter:
 
 
 @pytest.fixture
-def arms(model: LlamaForCausalLM, target: Target, drafter: EagleDrafter) -> list[Arm]:
+def arms(model: LlamaForCausalLM, target: Target, drafter: EagleDrafter) -> list[Decoder]:
     greedy = SamplingParams()
     return [
-        EngineArm(target, VanillaDrafter(), greedy, ()),
-        EngineArm(target, drafter, greedy, ()),
-        StockArm(model, ()),
+        EngineDecoder(target, VanillaDrafter(), greedy, ()),
+        EngineDecoder(target, drafter, greedy, ()),
+        StockDecoder(model, ()),
     ]
 
 
-def test_all_decoders_say_the_same_and_count_the_same(arms: list[Arm], target: Target) -> None:
+def test_all_decoders_say_the_same_and_count_the_same(arms: list[Decoder], target: Target) -> None:
     seen: list[str] = []
     settings = BenchConfig(max_new_tokens=12, rounds=3, warmup_tokens=2)
-    records = run_bench(arms, PROMPTS, settings, lambda name, _record: seen.append(name))
+    records = run_bench(arms, PROMPTS, settings, lambda answer: seen.append(answer.turn.decoder))
     assert len(seen) == 3 * 3 * 3
-    assert {tuple(seen[i : i + 3]) for i in range(0, 27, 3)} >= {tuple(a.name for a in rotated(arms, 0, 1))}
+    assert all(set(seen[i : i + 3]) == {"vanilla", "eagle", "hf"} for i in range(0, 27, 3)), "a prompt's, in a row"
     assert len({seen[i] for i in range(0, 27, 3)}) == 3  # each decoder goes first at times
     assert differences(records, PROMPTS, target, settings.sampling) == []
-    rows = {row["decoder"]: row for row in report.build_rows(records, PROMPTS)}
+    rows = {row["decoder"]: row for row in aggregate.build_rows(records, PROMPTS)}
     assert set(rows) == {"vanilla", "eagle", "hf"}
     for name, row in rows.items():
         assert set(row) >= ROW_KEYS
@@ -148,35 +147,35 @@ def test_all_decoders_say_the_same_and_count_the_same(arms: list[Arm], target: T
     assert rows["eagle"]["tau"] == pytest.approx(33 / rows["eagle"]["target_forwards"])
     assert rows["eagle"]["tau"] > 1 and set(rows["eagle"]["tau_by_category"]) == {"a", "b"}
     assert rows["hf"]["tau"] is None and rows["hf"]["ms_verify"] is None
-    assert len(report.per_prompt(records, PROMPTS)) == 3
+    assert len(aggregate.per_prompt(records, PROMPTS)) == 3
 
 
 def test_a_prompt_is_computed_as_a_whole_whoever_answered_it_before(target: Target, drafter: EagleDrafter) -> None:
     prompt = tuple(range(1, 11)) * 4
-    arms = [EngineArm(target, each, SamplingParams(), ()) for each in (VanillaDrafter(), drafter, drafter)]
+    arms = [EngineDecoder(target, each, SamplingParams(), ()) for each in (VanillaDrafter(), drafter, drafter)]
     runs = [arm.run(prompt, 4) for arm in arms for _ in range(2)]
     assert [run.stats.recalled_tokens for run in runs if run.stats is not None] == [0] * 6
     (found,) = Engine(target, drafter).run([prompt], SamplingParams(), StopParams(1), stats := Stats())
     assert found.finished and stats.recalled_tokens == 39, "an engine by itself does recall it"
 
 
-class _Fixed(Arm):
+class _Fixed(Decoder):
     """Says what it is told and took as long as it is told."""
 
     def __init__(self, name: str, tokens: Sequence[int], ms: Sequence[float]) -> None:
         self.name, self._tokens, self._ms = name, tuple(tokens), iter(ms)
 
-    def run(self, prompt: Sequence[int], max_new_tokens: int) -> ArmRun:
+    def run(self, prompt: Sequence[int], max_new_tokens: int) -> DecoderRun:
         stats = Stats(decoded_tokens=len(self._tokens) - 1, target_forwards=4, reached_by_depth=[4])
         stats.accepted_by_depth, stats.first_choice_by_depth = [2], [1]
         stats.ms_verify = ms = next(self._ms)
-        return ArmRun(self._tokens, 1.0, ms, stats)
+        return DecoderRun(self._tokens, 1.0, ms, stats)
 
 
 def test_medians_loops_and_per_step_times_by_hand() -> None:
     loop = _Fixed("eagle", [1, 2] * 20, [30.0, 10.0, 500.0])
     records = run_bench([loop], PROMPTS[:1], BenchConfig(rounds=3, warmup_tokens=0))
-    (row,) = report.build_rows(records, PROMPTS[:1])
+    (row,) = aggregate.build_rows(records, PROMPTS[:1])
     assert row["tokens_per_s"] == pytest.approx(39 / 0.030)  # the median round, the first token not counted
     assert row["whole_call_tokens_per_s"] == pytest.approx(40 / 0.031)
     assert row["tau"] == 39 / 4 and row["tau_loop_filtered"] == 0.0 and row["looping_outputs"] == 1
@@ -191,20 +190,22 @@ def test_loop_share() -> None:
     assert loop_share([7] * 17) == pytest.approx(0.9)  # 10 grams, 1 of them new
 
 
-def test_differences_are_judged_between_engine_decoders_only(target: Target, arms: list[Arm]) -> None:
+def test_differences_are_judged_between_engine_decoders_only(target: Target, arms: list[Decoder]) -> None:
     said = arms[0].run(PROMPTS[0].tokens, 8).tokens
     wrong = (*said[:3], (said[3] + 1) % 12, *said[4:])
     settings = BenchConfig(warmup_tokens=0)
     fakes = [_Fixed("vanilla", said, [1.0]), _Fixed("eagle", wrong, [1.0]), _Fixed("hf", wrong, [1.0])]
     records = run_bench(fakes, PROMPTS[:1], settings)
-    found = report.describe_differences(differences(records, PROMPTS[:1], target, settings.sampling))
+    found = aggregate.describe_differences(differences(records, PROMPTS[:1], target, settings.sampling))
     assert [(each["decoder"], each["index"], each["kind"]) for each in found] == [
         ("eagle", 3, "bug"),
         ("hf", 3, "precision"),
     ]
 
 
-def test_decoders_are_judged_by_one_of_the_engine_also_where_hf_is_named_first(target: Target, arms: list[Arm]) -> None:
+def test_decoders_are_judged_by_one_of_the_engine_also_where_hf_is_named_first(
+    target: Target, arms: list[Decoder]
+) -> None:
     said = arms[0].run(PROMPTS[0].tokens, 8).tokens
     wrong = (*said[:3], (said[3] + 1) % 12, *said[4:])
     fakes = [_Fixed("hf", said, [1.0]), _Fixed("eagle", said, [1.0]), _Fixed("lookup", wrong, [1.0])]
@@ -314,10 +315,10 @@ def test_the_command_refuses_before_loading(
     assert result.exit_code == 2 and named in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_the_table_survives_missing_numbers(arms: list[Arm]) -> None:
+def test_the_table_survives_missing_numbers(arms: list[Decoder]) -> None:
     records = run_bench(arms[:1], PROMPTS[:1], BenchConfig(max_new_tokens=2, warmup_tokens=0))
     document = {
-        "rows": report.build_rows(records, PROMPTS[:1]),
+        "rows": aggregate.build_rows(records, PROMPTS[:1]),
         "differences": [],
         "environment": {"model": "tiny", "prompts_count": 1},
     }
@@ -327,7 +328,7 @@ def test_the_table_survives_missing_numbers(arms: list[Arm]) -> None:
 
 
 def test_a_record_of_one_token_has_no_speed() -> None:
-    record = Record([ArmRun((5,), 1.0, 0.0, None)])
+    record = Record([DecoderRun((5,), 1.0, 0.0, None)])
     assert record.decoded == 0 and record.ms_part("ms_draft") == 0.0
 
 

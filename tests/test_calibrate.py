@@ -14,9 +14,9 @@ from test_stack import KINDS, made
 
 from haast import native
 from haast.bench import replay
-from haast.bench.batch_costs import BatchCosts
 from haast.bench.calibrate import calibrate, choose, search
-from haast.bench.costs import draw, roofline_ms
+from haast.bench.calibration_report import draw, roofline_ms
+from haast.bench.forward_latency import BatchCosts
 from haast.bench.plan import MACHINES, Machine, parse_machine, project
 from haast.core import SamplingParams
 from haast.drafters.batch_policy import Way, way_for
@@ -156,7 +156,7 @@ def test_a_damaged_calibration_is_refused(found: Calibration, tmp_path: Path, ch
 
 def a_batch() -> Batch:
     """What eight rows draft where every node costs the same: made from the steps by hand."""
-    return choose(hand_made() * 8, 8, BatchCosts({1: 10.0, 8: 10.5}, 0.5, {1: 0.2, 8: 0.4}, 0.1))
+    return choose(hand_made(8), 8, BatchCosts({1: 10.0, 8: 10.5}, 0.5, {1: 0.2, 8: 0.4}, 0.1))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_what_a_batch_drafts_is_chosen_by_its_costs() -> None:
     cheap = a_batch()
     assert cheap.expected["speedup"] > 1 and DraftShape(**cheap.shape).nodes > 2
     assert cheap.expected["vanilla_tokens_per_s"] == pytest.approx(8 * 1e3 / 10.1)
-    dear = choose(hand_made() * 8, 8, BatchCosts({1: 10.0, 2: 40.0, 8: 160.0}, 0.5, {1: 0.2, 8: 0.4}, 0.1))
+    dear = choose(hand_made(8), 8, BatchCosts({1: 10.0, 2: 40.0, 8: 160.0}, 0.5, {1: 0.2, 8: 0.4}, 0.1))
     assert dear.shape == {} and dear.chosen_pace.rate == pytest.approx(1 / 10.1)
 
 
@@ -259,19 +259,17 @@ def test_a_replayed_shape_has_the_tau_of_a_real_run(target: Target, eagle: Eagle
     assert outcome.levels == 3 and outcome.nodes == 12 and outcome.ms == pytest.approx(0.5 + 0.3 + 1.0)
 
 
-def hand_made() -> list[replay.Step]:
+def hand_made(times: int = 1) -> replay.Recorded:
     """Two steps: one whose chain of first choices is right to depth 3, one whose second choice is right, once."""
-    c = replay.Candidate
-    first = (
-        c(1, -1, -0.1, True), c(1, -1, -2.5, False),
-        c(2, 0, -0.2, True), c(2, 0, -3.0, False), c(2, 1, -2.6, False), c(2, 1, -4.0, False),
-        c(3, 2, -0.3, True), c(3, 2, -3.2, False), c(3, 4, -2.7, False), c(3, 4, -5.0, False),
-    )  # fmt: skip
-    second = (
-        c(1, -1, -0.5, False), c(1, -1, -1.0, True),
-        c(2, 0, -0.9, False), c(2, 0, -2.0, False), c(2, 1, -1.5, False), c(2, 1, -3.0, False),
-    )  # fmt: skip
-    return [first, second]
+    no, parents = [False] * 4, [[0, 0, 1, 1]] * 2
+    levels = (
+        ([[-0.1, -2.5], [-0.5, -1.0]], [[True, False], [False, True]], [[-1, -1]] * 2),
+        ([[-0.2, -3.0, -2.6, -4.0], [-0.9, -2.0, -1.5, -3.0]], [[True, *no[1:]], no], parents),
+        ([[-0.3, -3.2, -2.7, -5.0], [-math.inf] * 4], [[True, *no[1:]], no], [[0, 0, 2, 2]] * 2),
+    )
+    return replay.Recorded(
+        tuple(replay.Level(*(torch.tensor(part).repeat(times, 1) for part in level)) for level in levels)
+    )
 
 
 def test_replay_by_hand() -> None:
@@ -289,7 +287,7 @@ def test_replay_by_hand() -> None:
 
 def test_the_search_finds_the_fastest_and_a_pace_only_helps() -> None:
     costs = replay.StepCosts(tuple(10 + 0.2 * n for n in range(1, 33)), {1: 0.5, 8: 2.0}, 1.0)
-    shape, outcome, grid = search(hand_made() * 5, costs)
+    shape, outcome, grid = search(hand_made(5), costs)
     best = max(entry["tau"] / (1 + costs.forward_ms[int(entry["nodes"]) - 1]) for entry in grid if entry["nodes"] <= 32)
     assert outcome.rate <= best and outcome.tau > 1 and shape.depth >= 1
     assert len({(e["depth"], e["width"], e["nodes"]) for e in grid}) == len(grid)
@@ -320,7 +318,8 @@ def test_a_projection(found: Calibration) -> None:
 
 
 def test_a_head_that_is_never_right_gets_no_pace() -> None:
-    wrong = [tuple(replace(candidate, right=False) for candidate in step) for step in hand_made()]
+    levels = (replace(level, right=torch.zeros_like(level.right)) for level in hand_made().levels)
+    wrong = replay.Recorded(tuple(levels))
     costs = replay.StepCosts(tuple(10 + 0.2 * n for n in range(1, 33)), {1: 0.5, 8: 2.0}, 1.0)
     shape, outcome, _ = search(wrong, costs)
     assert outcome.pace is None and outcome.tau == 1.0 and (shape.depth, shape.nodes) == (1, 2)

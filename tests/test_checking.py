@@ -9,7 +9,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from haast.checking import LawTest, chi_square, compare, diagnose, sampled_law, tiny_law, tolerance
+from haast.checking import (
+    DistributionTest,
+    chi_square,
+    compare,
+    diagnose,
+    sampled_distribution,
+    tiny_distribution,
+    tolerance,
+)
 from haast.checking.divergence import logits_after
 from haast.core import RowVerdict, SamplingParams, Verdict
 from haast.drafters.eagle import EagleDrafter
@@ -155,7 +163,7 @@ def test_chi_square_merges_rare_cells_and_refuses_impossible_ones() -> None:
 
 
 def test_the_distribution_of_the_engine_and_its_control() -> None:
-    right, control = tiny_law(1000)
+    right, control = tiny_distribution(1000)
     assert right.passed and right.p_value > 1e-4
     assert control.passed and control.p_value < 1e-4
 
@@ -164,15 +172,15 @@ def test_the_distribution_of_a_real_tree(
     target: Target, drafter: EagleDrafter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     law = SamplingParams(temperature=1.0)
-    tests = sampled_law(target, drafter, PROMPT, law, 800)
+    tests = sampled_distribution(target, drafter, PROMPT, law, 800)
     assert tests[0].name == "first token" and all(test.passed for test in tests)
     for place in ("haast.engine.step.verify", "haast.checking.distribution.verify"):
         monkeypatch.setattr(place, biased(verify, 0.3))
-    assert not all(test.passed for test in sampled_law(target, drafter, PROMPT, law, 800))
-    assert not tiny_law(1000)[0].passed
+    assert not all(test.passed for test in sampled_distribution(target, drafter, PROMPT, law, 800))
+    assert not tiny_distribution(1000)[0].passed
 
 
 def test_a_control_passes_by_failing() -> None:
-    assert LawTest("control", 1, 2, 99.0, 1e-9, expected_to_fail=True).passed
-    assert not LawTest("control", 1, 2, 0.1, 0.9, expected_to_fail=True).passed
-    assert not LawTest("law", 1, 2, 99.0, 1e-9).passed
+    assert DistributionTest("control", 1, 2, 99.0, 1e-9, expected_to_fail=True).passed
+    assert not DistributionTest("control", 1, 2, 0.1, 0.9, expected_to_fail=True).passed
+    assert not DistributionTest("law", 1, 2, 99.0, 1e-9).passed

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from haast import native
-from haast.bench.pool import pooled
-from haast.bench.suite_tables import _lengths
+from haast.bench.aggregate import pooled
+from haast.bench.tables import markdown
 from haast.cli.settings import PREFILL_CHUNK as TOLD_CHUNK
 from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter
@@ -182,9 +182,9 @@ def test_rows_of_several_suites_add_their_buckets() -> None:
     found = pooled([row((0, 1, 2.0), (256, 3, 1.0)), row((0, 3, 4.0)), old], told)["by_length"]
     assert [(each["begin"], each["target_forwards"], each["tau"]) for each in found] == [(0, 4, 3.5), (256, 3, 1.0)]
     assert found[0]["acceptance"] == 3.5 / 4
-    table = _lengths({"eagle": found, "hf": []}, str)
+    table = markdown("suite.md", "lengths", {"eagle": found, "hf": []})
     assert table.splitlines()[0] == "| decoder | 0 to 255 | 256 to 511 |" and "| eagle | 3.50 | 1.00 |" in table
-    assert _lengths({"eagle": found[:1]}, str) == ""
+    assert markdown("suite.md", "lengths", {"eagle": found[:1]}) == ""
 
 
 # ------------------------------------------------------------------ past a head's training

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from haast.bench.readme import render
+from haast.bench.tables import markdown
 from haast.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +39,12 @@ def test_a_changed_number_would_be_noticed() -> None:
     assert number is not None
     forged = README.replace(number[0], number[0].replace(number[1], "999.9"), 1)
     assert render(forged, ROOT / "results") == README
+
+
+def test_what_would_end_a_cell_is_escaped_and_nothing_else() -> None:
+    row = {"rows": "1 | <2>\n& 3", "ms": 1.0, "roofline_ms": 0.5, "times": None}
+    document = {"linears": [row], "bandwidth": 1e9, "peak": 2e9, "weight_bytes": 3e6}
+    assert "| 1 \\| <2> & 3 | 1.00 | 0.50 |  |" in markdown("results.md", "linears", document)
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("haast ")])

@@ -18,7 +18,7 @@ from test_medusa import medusa
 
 from haast import native
 from haast.api import Haast
-from haast.bench import tables
+from haast.bench.tables import markdown
 from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
@@ -294,7 +294,7 @@ def test_the_benchmark_counts_what_turns_compute(model: Haast, plain: Haast, mon
     assert [each["prefilled"]["scratch"] for each in turns] == [each["prompt_tokens"] for each in turns]
     assert turns[0]["prefilled"]["session"] == turns[0]["prompt_tokens"]
     assert all(each["prefilled"]["session"] < each["prompt_tokens"] - 50 for each in turns[1:])
-    table = tables.conversation({"conversation": turns})
+    table = markdown("results.md", "conversation", {"conversation": turns})
     assert table.startswith("| turn | 1 | 2 | 3 |") and str(turns[2]["prompt_tokens"]) in table
     different = model.stream([{"role": "user", "content": "x"}], max_new_tokens=4)
     monkeypatch.setattr(conversation, "anew", lambda *_: conversation.listen(different, Stats(), 0.0))

@@ -22,17 +22,14 @@ from test_cli import tiny_tokenizer
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
-from haast.bench import report
-from haast.bench.arms import ArmRun, EngineArm
+from haast.bench.aggregate import build_rows, describe_answer, pooled
 from haast.bench.bootstrap import Bootstrap, rates, ratio
-from haast.bench.document import FORMAT, describe_answer
+from haast.bench.decoders import DecoderRun, EngineDecoder
+from haast.bench.document import FORMAT, merged
 from haast.bench.journal import Journal, differing
-from haast.bench.merge import merged
-from haast.bench.pool import pooled
 from haast.bench.readme import render
-from haast.bench.runner import BenchPrompt, Difference, Record, differences
-from haast.bench.suite import Answer, Turn, order
-from haast.bench.suite_tables import suite_markdown
+from haast.bench.runner import Answer, BenchPrompt, Difference, Record, Turn, differences, order
+from haast.bench.tables import suite_markdown
 from haast.cli import app
 from haast.engine.engine import Stats
 from haast.heads.checkpoint import save_head
@@ -256,18 +253,18 @@ def test_pooled_rows_are_those_of_all_prompts_at_once() -> None:
         stats.reached_by_depth, stats.accepted_by_depth = [steps, steps // 2], [steps // 2, 1]
         stats.first_choice_by_depth = [1, 1]
         stats.ms_draft = stats.ms_verify = stats.ms_overhead = scale
-        runs = [ArmRun(tuple(range(tokens)), 1.0 + i, scale * (i + 1), stats) for i in range(2)]
+        runs = [DecoderRun(tuple(range(tokens)), 1.0 + i, scale * (i + 1), stats) for i in range(2)]
         return Record(runs, peak_rss_mb=scale)
 
     suites = {"a": [record(9, 4, 2.0), record(5, 3, 1.0)], "b": [record(12, 6, 5.0)]}
     prompts = {name: [BenchPrompt(str(i), "xy"[i % 2], (1,)) for i in range(len(own))] for name, own in suites.items()}
-    parts = [report.build_rows({"eagle": own}, prompts[name])[0] for name, own in suites.items()]
+    parts = [build_rows({"eagle": own}, prompts[name])[0] for name, own in suites.items()]
     answers = [
         describe_answer({"suite": name, "temperature": 0.0}, prompt, "eagle", own)
         for name in suites
         for prompt, own in zip(prompts[name], suites[name], strict=True)
     ]
-    (wanted,) = report.build_rows({"eagle": [*chain(*suites.values())]}, [*chain(*prompts.values())])
+    (wanted,) = build_rows({"eagle": [*chain(*suites.values())]}, [*chain(*prompts.values())])
     found = pooled(parts, answers)
     for key in wanted.keys() - {"speedup_vs_vanilla", "speedup_vs_hf"}:
         if key == "decoder":
@@ -317,7 +314,7 @@ def test_a_finished_journal_gives_its_document_without_an_answer_more(
     home: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "journal.jsonl").write_bytes((done / "journal.jsonl").read_bytes())
-    monkeypatch.setattr(EngineArm, "run", None)
+    monkeypatch.setattr(EngineDecoder, "run", None)
     assert bench(home, tmp_path, "--resume").exit_code == 0
     assert (tmp_path / "suite.json").read_bytes() == (done / "suite.json").read_bytes()
     assert (tmp_path / "suite.md").read_bytes() == (done / "suite.md").read_bytes()
@@ -367,7 +364,7 @@ def test_a_journal_of_another_head_behind_the_same_name_is_refused(home: Path, d
 
 
 def _answer(place: int) -> Answer:
-    return Answer(Turn(0, 0.0, "one", place, "hf"), ArmRun((1, 2), 1.0, 2.0, None), 5.0)
+    return Answer(Turn(0, 0.0, "one", place, "hf"), DecoderRun((1, 2), 1.0, 2.0, None), 5.0)
 
 
 def test_a_damaged_or_foreign_journal_is_left_as_it_is(tmp_path: Path) -> None:
@@ -410,16 +407,16 @@ def test_one_run_at_a_time_writes_a_journal(tmp_path: Path) -> None:
 def test_ctrl_c_leaves_a_journal_that_goes_on(
     home: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, run = [0], EngineArm.run
+    calls, run = [0], EngineDecoder.run
 
-    def interrupted(self: EngineArm, prompt: Sequence[int], max_new_tokens: int) -> ArmRun:
+    def interrupted(self: EngineDecoder, prompt: Sequence[int], max_new_tokens: int) -> DecoderRun:
         calls[0] += 1
         if calls[0] == 20:
             raise KeyboardInterrupt
         return run(self, prompt, max_new_tokens)
 
     with monkeypatch.context() as patch:
-        patch.setattr(EngineArm, "run", interrupted)
+        patch.setattr(EngineDecoder, "run", interrupted)
         result = bench(home, tmp_path)
     assert result.exit_code == 130
     kept = len((tmp_path / "journal.jsonl").read_text().splitlines()) - 1
@@ -431,16 +428,16 @@ def test_ctrl_c_leaves_a_journal_that_goes_on(
 
 def _forge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lookup says another fourth token."""
-    run = EngineArm.run
+    run = EngineDecoder.run
 
-    def wrong(self: EngineArm, prompt: Sequence[int], max_new_tokens: int) -> ArmRun:
+    def wrong(self: EngineDecoder, prompt: Sequence[int], max_new_tokens: int) -> DecoderRun:
         done = run(self, prompt, max_new_tokens)
         if self.name != "lookup":
             return done
         tokens = (*done.tokens[:3], (done.tokens[3] + 1) % 250, *done.tokens[4:])
-        return ArmRun(tokens, done.ms_prefill, done.ms_decode, done.stats)
+        return DecoderRun(tokens, done.ms_prefill, done.ms_decode, done.stats)
 
-    monkeypatch.setattr(EngineArm, "run", wrong)
+    monkeypatch.setattr(EngineDecoder, "run", wrong)
 
 
 def test_a_decoder_that_says_something_else_fails_the_run(

@@ -17,8 +17,8 @@ from test_cli import EXACT, SMALL, save_random_head, tiny_config, tiny_tokenizer
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
-from haast.bench.steps import StepView, check_trace, percent, visible
 from haast.bench.trace import record_trace
+from haast.bench.trace_view import StepView, check_trace, percent, visible
 from haast.cli import app
 from haast.cli.trace import show_trace
 from haast.core import SamplingParams

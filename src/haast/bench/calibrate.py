@@ -12,9 +12,8 @@ from dataclasses import asdict, replace
 
 from haast import native
 from haast.bench import replay
-from haast.bench.batch_costs import BatchCosts, forward_costs, live_costs, measure_batches
+from haast.bench.forward_latency import BatchCosts, forward_costs, live_costs, measure_batches, measure_v_curve
 from haast.bench.report import git_commit, versions
-from haast.bench.vcurve import measure_v_curve
 from haast.drafters.calibrated import identity, weights_read
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.tree_shape import DraftShape
@@ -55,13 +54,15 @@ def calibrate(
         say("target forwards over 1 to 32 nodes")
         curve = measure_v_curve(target, None, rounds, NODES)
         say("draft levels, while decoding")
-        alone = BatchCosts(forward_costs(curve), *live_costs(target, drafter, prompts[:2], WIDTHS))
+        alone = BatchCosts(
+            forward_costs(curve), *live_costs(target, drafter, [[prompt] for prompt in prompts[:2]], WIDTHS)
+        )
         say("batches of 2 and more")
         together = measure_batches(target, drafter, prompts, rounds)
         say(f"drafts over {len(prompts)} prompts")
         drafter.reshape(_RECORDED)
         steps = replay.record(target, drafter, prompts, tokens)
-    if not steps:
+    if not len(steps):
         raise ValueError(f"the texts are too short to learn from: give longer prompts, or more than {tokens} tokens")
     say(f"replaying {len(steps)} steps under other shapes")
     shape, outcome, grid = search(steps, alone.step_costs())
@@ -88,7 +89,7 @@ def calibrate(
     )
 
 
-def choose(steps: Sequence[replay.Step], rows: int, found: BatchCosts) -> Batch:
+def choose(steps: replay.Recorded, rows: int, found: BatchCosts) -> Batch:
     """What to draft where so many rows are decoded together."""
     costs = found.step_costs()
     shape, outcome, _ = search(steps, costs, rows, range(1, 5))
@@ -117,7 +118,7 @@ def _expected(outcome: replay.Outcome, costs: BatchCosts, rows: int = 1) -> dict
 
 
 def search(
-    steps: Sequence[replay.Step], costs: replay.StepCosts, rows: int = 1, depths: Sequence[int] = DEPTHS
+    steps: replay.Recorded, costs: replay.StepCosts, rows: int = 1, depths: Sequence[int] = DEPTHS
 ) -> tuple[DraftShape, replay.Outcome, list[dict[str, float]]]:
     """The shape with the most tokens per ms on the recorded steps, what it brings, and tau of all shapes tried."""
     most = len(costs.forward_ms)

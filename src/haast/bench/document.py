@@ -1,4 +1,8 @@
-"""The JSON of a suite run ("haast-suite-1"), from its records. Owns the schema; `pool` adds what goes over suites.
+"""The JSON of a suite run ("haast-suite-1"): made from records, read from a file, merged from several.
+
+Owns the schema and what has to agree in a merge; `aggregate` adds what goes over suites. Speeds of two machines are no
+comparison, so they are refused; who asks for it anyway gets every environment and the reasons in the document. Decoders
+of different files did not run interleaved, and of their texts only the lengths can be compared.
 
 Neither prompts nor answers are in it: their licences are their authors', and counts are all that a reader needs.
 """
@@ -6,25 +10,26 @@ Neither prompts nor answers are in it: their licences are their authors', and co
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from haast.bench.aggregate import SUITE_FORMAT, build_rows, complete, describe_answer, describe_differences
 from haast.bench.bootstrap import Bootstrap
-from haast.bench.pool import complete
-from haast.bench.report import build_rows, describe_differences
-from haast.bench.runner import BenchPrompt, Record, differences
-from haast.bench.suite import Cells, Suite
+from haast.bench.runner import Cells, Suite, differences
 from haast.bench.trace import TRACE_FORMAT
 from haast.core import SamplingParams
-from haast.repetition import loops
 from haast.target.target import Target
 
-FORMAT = "haast-suite-1"
+Document = Mapping[str, Any]
+
+FORMAT = SUITE_FORMAT
 _MADE_BY = {FORMAT: "a suite.json of `haast bench --suite`", TRACE_FORMAT: "what `haast trace --json` wrote"}
 _KEYS = {"environment", "suites", "decoders", "temperatures", "rounds", "rows", "ratios", "differences", "answers"}
 _KEYS |= {"bootstrap", "calibration", "traces"}
+_SAME = ("commit", "sources_sha256", "cpu", "threads", "device", "model", "dtype", "packing", "versions")
+_DRAFTER = ("shape", "pace")  # of the settings: each decoder's own, compared there
 
 
 def build_document(
@@ -42,7 +47,7 @@ def build_document(
         cells: the records.
         suites: by name.
         target: judges differing texts.
-        sampling: the law; each cell's temperature replaces its own.
+        sampling: the distribution; each cell's temperature replaces its own.
         bootstrap: of the intervals.
     """
     document = {
@@ -61,8 +66,8 @@ def build_document(
     for temperature in header["temperatures"]:
         for name, suite in suites.items():
             records, cell = cells[temperature, name], {"suite": name, "temperature": temperature}
-            law, own_text = replace(sampling, temperature=temperature), ruled if temperature > 0 else ()
-            found = differences(records, suite.prompts, target, law, own_text)
+            there, own_text = replace(sampling, temperature=temperature), ruled if temperature > 0 else ()
+            found = differences(records, suite.prompts, target, there, own_text)
             document["rows"] += [{**cell, **row} for row in build_rows(records, suite.prompts)]
             document["differences"] += [{**cell, **each} for each in describe_differences(found)]
             document["answers"] += [
@@ -76,30 +81,6 @@ def build_document(
 
 def _suite(suite: Suite) -> dict[str, Any]:
     return {"file": suite.file, "sha256": suite.sha256, "prompts": len(suite.prompts)}
-
-
-def describe_answer(cell: Mapping[str, Any], prompt: BenchPrompt, decoder: str, record: Record) -> dict[str, Any]:
-    """What one decoder did with one prompt; `cell` has its suite and temperature. Counts are the first round's."""
-    stats = record.runs[0].stats
-    return {
-        "suite": cell["suite"],
-        "id": prompt.id,
-        "category": prompt.category,
-        "temperature": cell["temperature"],
-        "decoder": decoder,
-        "tokens": len(record.tokens),
-        "ms_decode": [run.ms_decode for run in record.runs],
-        "ms_prefill": [run.ms_prefill for run in record.runs],
-        "target_forwards": None if stats is None else stats.target_forwards,
-        "tau": None if stats is None else stats.tau,
-        "nodes": None if stats is None else stats.nodes,
-        "looping": loops(record.tokens),
-    }
-
-
-def bugs(document: Mapping[str, Any]) -> int:
-    """Texts that differ, and not by rounding."""
-    return sum(each["kind"] == "bug" for each in document["differences"])
 
 
 def _no_number(name: str) -> None:
@@ -138,3 +119,103 @@ def read_document(path: Path, kind: str = FORMAT) -> dict[str, Any]:
         words = ", ".join(wrong)
         raise ValueError(f"{path}: {words} hold something else than `haast bench --suite` writes: a damaged document")
     return value
+
+
+def merged(documents: Mapping[str, Document], anyway: bool = False) -> dict[str, Any]:
+    """One document.
+
+    Args:
+        documents: by file name.
+        anyway: merge although something differs that decides speed.
+
+    Raises:
+        ValueError: one suite, decoder and temperature twice, one name for two suites, or a difference without `anyway`.
+    """
+    names, parts = list(documents), list(documents.values())
+    if len(parts) == 1:
+        return dict(parts[0])
+    _refuse_clashes(documents)
+    first = parts[0]
+    result: dict[str, Any] = {"format": first["format"], "environment": {}}
+    result["suites"] = {name: suite for part in parts for name, suite in part["suites"].items()}
+    result["decoders"] = {name: own for part in reversed(parts) for name, own in part["decoders"].items()}
+    ranked = dict.fromkeys(name for part in parts for name in part["decoders"])
+    result["decoders"] = {name: result["decoders"][name] for name in ranked}
+    result["temperatures"] = sorted({temperature for part in parts for temperature in part["temperatures"]})
+    result["rounds"] = max(part["rounds"] for part in parts)
+    for key in ("rows", "ratios", "differences", "answers", "traces"):
+        result[key] = [dict(each) for part in parts for each in part[key]] if key != "ratios" else []
+    result["bootstrap"] = first["bootstrap"]
+    result["calibration"] = next((part["calibration"] for part in parts if part["calibration"] is not None), None)
+    complaints = [words for name in names[1:] for words in _differing(names[0], first, name, documents[name])]
+    complaints += _uneven(result)
+    if complaints and not anyway:
+        raise ValueError(
+            f"these are not one measurement: {'; '.join(complaints)}: merge what ran alike, or give --merge-anyway"
+        )
+    result["environment"] = _environment(parts, complaints)
+    complete(result)
+    return result
+
+
+def _refuse_clashes(documents: Mapping[str, Document]) -> None:
+    """What no document can hold, whoever asks."""
+    owners, suites = dict[tuple[str, str, float], str](), dict[str, tuple[str, Any]]()
+    for file, document in documents.items():
+        for suite, about in document["suites"].items():
+            same = (about, list(dict.fromkeys(a["id"] for a in document["answers"] if a["suite"] == suite)))
+            other, known = suites.setdefault(suite, (file, same))
+            if known != same:
+                raise ValueError(f"suite {suite!r} has other prompts in {other} than in {file}: rename one, run again")
+        for row in document["rows"]:
+            key = (row["suite"], row["decoder"], row["temperature"])
+            if row["suite"] == "all":
+                continue
+            if key in owners:
+                where = f"{row['decoder']} on {row['suite']} at temperature {row['temperature']:g}"
+                raise ValueError(f"{where} is in {owners[key]} and in {file}: leave one of the files out")
+            owners[key] = file
+
+
+def _differing(one: str, before: Document, other: str, now: Document) -> Iterator[str]:
+    """What decides speed and is not the same, in words."""
+    pairs = [(key, before["environment"].get(key), now["environment"].get(key)) for key in _SAME]
+    old, new = (document["environment"].get("settings", {}) for document in (before, now))
+    names = [key for key in {**old, **new} if key not in _DRAFTER]
+    pairs += [(key, old.get(key), new.get(key)) for key in names]
+    pairs += [(key, before[key], now[key]) for key in ("rounds", "bootstrap") if key not in names]
+    for name in set(before["decoders"]) & set(now["decoders"]):
+        pairs.append((f"settings of {name}", before["decoders"][name], now["decoders"][name]))
+    for key, mine, theirs in pairs:
+        if mine != theirs:
+            yield f"{key} is {_short(mine)} in {one}, {_short(theirs)} in {other}"
+
+
+def _short(value: Any) -> str:
+    words = str(value)
+    return words if len(words) <= 80 else f"{words[:77]}..."
+
+
+def _uneven(document: Document) -> Iterator[str]:
+    """Decoders bound to vanilla's text whose answers to one prompt have other lengths, and no difference on record."""
+    excused = {(d["suite"], d["temperature"], d["prompt"], d["decoder"]) for d in document["differences"]}
+    lengths: dict[tuple[str, float, str], dict[str, int]] = {}
+    for answer in document["answers"]:
+        key, name = (answer["suite"], answer["temperature"], answer["id"]), answer["decoder"]
+        own_text = answer["temperature"] > 0 and document["decoders"][name]["rule"] != "match"
+        if name != "hf" and not own_text and (*key, name) not in excused:
+            lengths.setdefault(key, {})[name] = answer["tokens"]
+    for (suite, temperature, prompt), own in lengths.items():
+        if len(set(own.values())) > 1:
+            yield f"answers to {prompt} of {suite} at temperature {temperature:g} have other lengths: {own}"
+            return
+
+
+def _environment(parts: Sequence[Document], complaints: Sequence[str]) -> dict[str, Any]:
+    """The first's, with all of them listed beside."""
+    listed, warnings = list[dict[str, Any]](), list[str]()
+    for part in parts:
+        own = dict(part["environment"])
+        warnings += own.pop("warnings", [])
+        listed += own.pop("merged", [own])
+    return {**listed[0], "merged": listed, "warnings": [*warnings, *complaints]}

@@ -11,16 +11,16 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import IO, Any
 
-from haast.bench.arms import ArmRun
-from haast.bench.suite import Answer, Turn
+from haast.bench.decoders import DecoderRun
+from haast.bench.runner import Answer, Turn
 from haast.engine.engine import Stats
 
 FORMAT = "haast-suite-journal-1"
-_FREE = ("command", "date", "load_average")  # of the environment: may differ when a run goes on
+_FREE = ("environment.command", "environment.date", "environment.load_average")  # may differ when a run goes on
 _NAMED = 4  # differences that a refusal spells out
 
 
@@ -112,19 +112,17 @@ def check_absent(path: Path, resume: bool) -> None:
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What two headers differ in, named by the path to it; date, command and load may differ."""
-    found = []
-    for path, old, new in _leaves(before, now):
-        if not (path[0] == "environment" and len(path) > 1 and path[1] in _FREE):
-            found.append(f"{'.'.join(path)} was {_short(old)}, now {_short(new)}")
-    return found
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    paths = [path for path in {**old, **new} if old.get(path) != new.get(path) and path not in _FREE]
+    return [f"{path} was {_short(old.get(path))}, now {_short(new.get(path))}" for path in paths]
 
 
-def _leaves(before: Any, now: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in [*before, *(key for key in now if key not in before)]:
-            yield from _leaves(before.get(key), now.get(key), (*path, key))
-    elif before != now:
-        yield path, before, now
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, own in value.items():
+            yield from _leaves(own, f"{path}.{key}" if path else key)
+    else:
+        yield path, value
 
 
 def _short(value: Any) -> str:
@@ -172,7 +170,7 @@ def _to_json(answer: Answer) -> dict[str, Any]:
 
 def _from_json(line: dict[str, Any]) -> Answer:
     """Raises KeyError, TypeError or ValueError where the line is no answer that `add` wrote."""
-    turn = Turn(line["round"], line["temperature"], line["suite"], line["place"], line["decoder"])
+    turn = Turn(**{each.name: line[each.name] for each in fields(Turn)})
     stats = None if line["stats"] is None else Stats(**line["stats"])
     if (stats is None) != (turn.decoder == "hf"):
         raise ValueError("stats belong to every decoder but hf")
@@ -180,18 +178,12 @@ def _from_json(line: dict[str, Any]) -> Answer:
     if not isinstance(tokens, list) or not tokens or not all(type(t) is int and 0 <= t < 1 << 31 for t in tokens):
         raise ValueError("tokens are no list of ids")
     times = {name: line[name] for name in ("ms_prefill", "ms_decode", "peak_rss_mb")}
-    counts = {} if stats is None else asdict(stats)
-    lists = {name: value for name, value in counts.items() if name.endswith(("_by_depth", "_by_length"))}
-    for name, value in (times | {n: v for n, v in counts.items() if n not in lists}).items():
-        _number(name, value)
-    for name, values in lists.items():
-        if not isinstance(values, list):
-            raise TypeError(f"{name} is no list")
-        for value in values:
-            _number(name, value)
-    return Answer(turn, ArmRun(tuple(tokens), times["ms_prefill"], times["ms_decode"], stats), times["peak_rss_mb"])
+    for name, value in (times | ({} if stats is None else asdict(stats))).items():
+        listed = name.endswith(("_by_depth", "_by_length"))
+        if isinstance(value, list) != listed or not all(map(_is_amount, value if listed else [value])):
+            raise ValueError(f"{name}={value!r} is no number from 0 on, or no list of them")
+    return Answer(turn, DecoderRun(tuple(tokens), times["ms_prefill"], times["ms_decode"], stats), times["peak_rss_mb"])
 
 
-def _number(name: str, value: Any) -> None:
-    if type(value) not in (int, float) or not 0 <= value < math.inf:
-        raise ValueError(f"{name}={value!r} is no number from 0 on")
+def _is_amount(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf

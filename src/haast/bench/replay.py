@@ -1,22 +1,23 @@
 """What would another tree have brought? Drafts recorded once, replayed under any depth, width, budget and pace.
 
-Owns the record and the replay. The texts come from the drafter's own run, greedy: what follows each root is known, so
-every candidate that the head ever proposed is known to be right or wrong, verified or not.
+Owns the record and the replay; trees grow and are cut as the drafter's own (`drafters.tree_builder`). The texts come
+from the drafter's own run, greedy: what follows each root is known, so every candidate that the head ever proposed is
+known to be right or wrong, verified or not.
 """
 
 from __future__ import annotations
 
-import math
-import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter, EagleState
-from haast.drafters.tree_builder import Growth
+from haast.drafters.tree_builder import Growth, best_places
+from haast.drafters.tree_shape import DraftShape, Plan, plan
 from haast.engine.engine import Engine, StopParams
 from haast.target.target import Target
 from haast.tree import DraftTree
@@ -24,16 +25,30 @@ from haast.tuning.policy import CostModel, interpolate
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One drafted token of one step. `parent` is an index into the step's candidates, -1 for the root."""
+class Level:
+    """The candidates of one level of every recorded step, (steps, candidates) each."""
 
-    level: int  # 1 below the root
-    parent: int
-    logprob: float  # of its whole path
-    right: bool
+    scores: Tensor  # log-probability of the whole path; -inf is no candidate
+    right: Tensor  # bool
+    parents: Tensor  # places in the level above; nothing in the first
 
 
-Step = tuple[Candidate, ...]
+@dataclass(frozen=True)
+class Recorded:
+    """Steps of texts, each with all that the head proposed."""
+
+    levels: tuple[Level, ...]
+
+    def __len__(self) -> int:
+        return len(self.levels[0].scores) if self.levels else 0
+
+    def batches(self, rows: int) -> Iterator[Recorded]:
+        """`rows` steps of any texts and places at a time; a rest is left out."""
+        order = torch.arange(len(self))
+        if rows > 1:
+            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(rows))
+        for own in torch.split(order[: len(self) // rows * rows], rows):
+            yield Recorded(tuple(Level(each.scores[own], each.right[own], each.parents[own]) for each in self.levels))
 
 
 @dataclass(frozen=True)
@@ -62,128 +77,108 @@ class Outcome:
 
 
 class _Recorder(EagleDrafter):
-    """Keeps every proposal's candidates beside the tokens that followed."""
+    """Keeps every proposal's candidates."""
 
-    def watch(self) -> None:
-        self.grown: list[Growth] = []
+    grown: list[Growth]
 
     def _draft(self, states: Sequence[EagleState], growing: Any) -> DraftTree:
         """By tensor operations: the native proposal keeps no candidates."""
         return super()._draft(states, replace(growing, quick=None))
 
     def _grow(self, *args: Any) -> Growth:
-        grown = super()._grow(*args)
-        self.grown.append(grown)
-        return grown
+        self.grown.append(super()._grow(*args))
+        return self.grown[-1]
 
 
-def record(target: Target, drafter: EagleDrafter, prompts: Sequence[Sequence[int]], tokens: int) -> list[Step]:
+def record(target: Target, drafter: EagleDrafter, prompts: Sequence[Sequence[int]], tokens: int) -> Recorded:
     """Answer the prompts with `drafter` and note all that it proposed. Steps at the end of a text are left out."""
-    steps: list[Step] = []
+    steps: list[list[Level]] = []
     recorder = object.__new__(_Recorder)
     recorder.__dict__.update(drafter.__dict__)
+    shape = recorder._planned(drafter.shape)
     for prompt in prompts:
-        recorder.watch()
+        recorder.grown = []
         text, begins = list[int](), list[int]()
         for emission in Engine(target, recorder).run([list(prompt)], SamplingParams(), StopParams(tokens)):
             text.extend(emission.tokens)
             begins.append(len(text))
         for grown, begin in zip(recorder.grown, begins, strict=False):
-            following = text[begin : begin + recorder.shape.depth]
-            if len(following) == recorder.shape.depth:
-                steps.append(_step(grown, following))
-    return steps
+            following = text[begin : begin + drafter.shape.depth]
+            if len(following) == drafter.shape.depth:
+                steps.append(_levels(grown, following, shape))
+    joined = [
+        Level(*(torch.cat([getattr(each, name) for each in level]) for name in ("scores", "right", "parents")))
+        for level in zip(*steps, strict=True)
+    ]
+    return Recorded(tuple(joined))
 
 
-def _step(grown: Growth, following: Sequence[int]) -> Step:
-    tokens, scores, parents = (part[0].tolist() for part in grown.listed())
-    found: list[Candidate] = []
-    for token, score, parent in zip(tokens, scores, parents, strict=True):
-        level = 1 if parent < 0 else found[parent].level + 1
-        right = (parent < 0 or found[parent].right) and following[level - 1] == token
-        found.append(Candidate(level, parent, score, right))
-    return tuple(found)
+def _levels(grown: Growth, following: Sequence[int], shape: Plan) -> list[Level]:
+    """A recorded tree by level, held against the tokens that followed its root."""
+    sizes = [width * shape.top_k for width in (1, *shape.widths)]
+    levels, before = list[Level](), 0  # before: how many candidates stand above the level's parents
+    parts = zip(*(torch.split(part.cpu(), sizes, 1) for part in grown.listed()), following, strict=True)
+    for place, (tokens, scores, parents, token) in enumerate(parts):
+        right = tokens == token
+        if place:
+            parents = parents - before
+            before += sizes[place - 1]
+            right &= levels[-1].right.gather(1, parents)
+        levels.append(Level(scores, right, parents))
+    return levels
 
 
-def trust(steps: Sequence[Step], nodes: int) -> float:
+def trust(steps: Recorded, nodes: int) -> float:
     """Right candidates per unit of probability among the `nodes` - 1 best of every step."""
-    expected = right = 0.0
-    for step in steps:
-        best = sorted(step, key=lambda c: -c.logprob)[: nodes - 1]
-        expected += sum(math.exp(c.logprob) for c in best)
-        right += sum(c.right for c in best)
-    return right / expected if expected else 1.0
+    scores, right = (torch.cat([getattr(each, name) for each in steps.levels], 1) for name in ("scores", "right"))
+    best = best_places(scores, nodes - 1)
+    expected = float(scores.gather(1, best).double().exp().sum())
+    return float(right.gather(1, best).sum()) / expected if expected else 1.0
 
 
-def follow(steps: Sequence[Step]) -> float:
-    """How often a right candidate that was expanded has a right child."""
+def follow(steps: Recorded) -> float:
+    """How often a right candidate that was expanded has a right child. No step has two right ones at a level."""
     expanded = continued = 0
-    for step in steps:
-        parents = {c.parent for c in step}
-        for number, candidate in enumerate(step):
-            if candidate.right and number in parents:
-                expanded += 1
-                continued += any(c.right for c in step if c.parent == number)
+    for above, below in zip(steps.levels, steps.levels[1:], strict=False):
+        of_right = above.right.gather(1, below.parents) & below.scores.isfinite()
+        expanded += int(of_right.any(1).sum())
+        continued += int((of_right & below.right).any(1).sum())
     return continued / expanded if expanded else 0.5
-
-
-Row = tuple[tuple[float, bool], ...]  # a row's candidates by falling probability: log-probability, and whether right
 
 
 @dataclass(frozen=True)
 class Drafted:
-    """What a shape drafts in one step of one or more rows, and the levels below the first."""
+    """What a shape drafts: in all steps at once, or at a pace in one step of a batch."""
 
-    rows: tuple[Row, ...]
-    levels: int
-
-
-def grouped(steps: Sequence[Step], rows: int) -> list[tuple[Step, ...]]:
-    """Steps as batches take them: `rows` of any texts and places at a time; a rest is left out."""
-    mixed = list(steps)
-    if rows > 1:
-        random.Random(rows).shuffle(mixed)
-    return [tuple(mixed[begin : begin + rows]) for begin in range(0, len(mixed) - rows + 1, rows)]
+    grown: Growth  # its tokens say whether a candidate is right
+    levels: int  # below the first
+    most: int  # candidates that the shape has
+    batches: int
 
 
-def draft(steps: Sequence[Step], depth: int, width: int, pace: CostModel | None = None, rows: int = 1) -> list[Drafted]:
-    """What a narrower or shallower drafter would have proposed in every step, `rows` of them drafted together."""
-    return [_draft(group, depth, width, pace) for group in grouped(steps, rows)]
+def draft(steps: Recorded, depth: int, width: int, pace: CostModel | None = None, rows: int = 1) -> list[Drafted]:
+    """What a narrower or shallower drafter would have proposed, `rows` steps drafted together."""
+    if pace is None:
+        return [_draft(steps, depth, width, None, len(steps) // rows)]
+    return [_draft(batch, depth, width, pace, 1) for batch in steps.batches(rows)]
 
 
-def _draft(group: Sequence[Step], depth: int, width: int, pace: CostModel | None) -> Drafted:
-    by_level = [_levels_of(step) for step in group]
-    here = [places.get(1, []) for places in by_level]
-    present, levels = [list(first) for first in here], 0
-    for level in range(1, depth):
-        frontiers = [_likeliest(step, numbers)[:width] for step, numbers in zip(group, here, strict=True)]
-        scores = [[step[n].logprob for n in numbers] for step, numbers in zip(group, frontiers, strict=True)]
-        if not any(frontiers) or (pace is not None and not pace.deeper(_tensor(scores))):
-            break
-        for row, (step, numbers) in enumerate(zip(group, frontiers, strict=True)):
-            chosen = set(numbers)
-            here[row] = [n for n in by_level[row].get(level + 1, ()) if step[n].parent in chosen]
-            present[row] += here[row]
-        levels += 1
-    found = [_likeliest(step, numbers) for step, numbers in zip(group, present, strict=True)]
-    rows = (tuple((step[n].logprob, step[n].right) for n in order) for step, order in zip(group, found, strict=True))
-    return Drafted(tuple(rows), levels)
-
-
-def _levels_of(step: Step) -> dict[int, list[int]]:
-    places: dict[int, list[int]] = {}
-    for number, candidate in enumerate(step):
-        places.setdefault(candidate.level, []).append(number)
-    return places
-
-
-def _likeliest(step: Step, numbers: Sequence[int]) -> list[int]:
-    return sorted(numbers, key=lambda n: (-step[n].logprob, n))
-
-
-def _tensor(rows: Sequence[Sequence[float]]) -> torch.Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[-math.inf] * (longest - len(row))] for row in rows], dtype=torch.float64)
+def _draft(steps: Recorded, depth: int, width: int, pace: CostModel | None, batches: int) -> Drafted:
+    top_k = steps.levels[0].scores.shape[1]
+    widths = plan(DraftShape("dynamic", depth, top_k, width), top_k).widths
+    grown, levels = Growth(torch.zeros(len(steps), dtype=torch.long)), 0
+    kept: Tensor | None = None  # which candidates of the level above are expanded
+    for level, wide in zip(steps.levels, (*widths, 0), strict=False):
+        below = torch.ones_like(level.right) if kept is None else kept.gather(1, level.parents)
+        scores = level.scores.masked_fill(~below, -torch.inf)
+        grown.add(level.right.long(), scores, parents=None)
+        if wide:
+            chosen = best_places(scores, wide)
+            if pace is not None and not pace.deeper(scores.gather(1, chosen)):
+                break
+            kept = torch.zeros_like(level.right).scatter(1, chosen, True)
+            levels += 1
+    return Drafted(grown, levels, top_k * (1 + sum(widths[:levels])), batches)
 
 
 def replay(
@@ -192,20 +187,19 @@ def replay(
     """Tokens of a row, and time, of trees of at most `nodes` nodes, or of as many as pay, over what was drafted."""
     level_ms = interpolate(costs.level_ms, width)
     tokens = ms = verified = levels = 0.0
-    for step in drafted:
-        count = min(nodes, max(map(len, step.rows)) + 1)
-        if pace is not None:
-            count = pace.nodes(_tensor([[logprob for logprob, _ in row[: count - 1]] for row in step.rows]))
-        right = sum(right for row in step.rows for _, right in row[: count - 1])
-        tokens += 1 + right / len(step.rows)
-        ms += costs.fixed_ms + step.levels * level_ms + costs.forward_ms[count - 1]
-        verified, levels = verified + count, levels + step.levels
-    total = len(drafted)
+    for each in drafted:
+        keep = each.grown.best(min(nodes - 1, each.most), pace)
+        count = keep.shape[1] + 1
+        right = float(each.grown.listed()[0].gather(1, keep).sum(1).double().mean())
+        tokens += each.batches * (1 + right)
+        ms += each.batches * (costs.fixed_ms + each.levels * level_ms + costs.forward_ms[count - 1])
+        verified, levels = verified + each.batches * count, levels + each.batches * each.levels
+    total = sum(each.batches for each in drafted)
     return Outcome(tokens / total, ms / total, verified / total, levels / total, pace)
 
 
 def paced(
-    steps: Sequence[Step],
+    steps: Recorded,
     costs: StepCosts,
     depth: int,
     width: int,

@@ -1,6 +1,6 @@
 """What one answer's drafts came to, step by step, as a document ("haast-trace-1").
 
-Owns the recording and the document's schema. Knows neither terminal nor HTML (see `accept_tree` and `cli.trace`).
+Owns the recording and the document's schema. Knows neither terminal nor HTML (see `trace_view` and `cli.trace`).
 
 A node's `target_prob` is the target's probability of its token after its own parent, of the processed distribution that
 is sampled. Greedy decoding has a one-hot one, which tells nothing: there it is the softmax of the processed scores.

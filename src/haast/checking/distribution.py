@@ -1,8 +1,8 @@
 """Chi-square tests of the sampled distribution: are drafted samples the target's own samples?
 
-Owns two experiments. `tiny_law`: a built-in random model in fp64, all strings of length 3, the whole engine, and a
-biased control that must fail, so that the test is known to see. `sampled_law`: the user's model, one drafted tree,
-verified with many seeds; its first token, and its second after the first one drafted.
+Owns two experiments. `tiny_distribution`: a built-in random model in fp64, all strings of length 3, the whole engine,
+and a biased control that must fail, so that the test is known to see. `sampled_distribution`: the user's model, one
+drafted tree, verified with many seeds; its first token, and its second after the first one drafted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _VOCAB, _LENGTH = 6, 3
 
 
 @dataclass(frozen=True)
-class LawTest:
+class DistributionTest:
     """One chi-square test."""
 
     name: str
@@ -78,7 +78,7 @@ def chi_square(counts: Mapping[int, int], probs: Tensor) -> tuple[float, int, fl
     return statistic, len(expected), float(torch.special.gammaincc(half[0], half[1]))
 
 
-def tiny_law(samples: int = 3000, seed: int = 0) -> list[LawTest]:
+def tiny_distribution(samples: int = 3000, seed: int = 0) -> list[DistributionTest]:
     """The whole engine on a tiny random model: the distribution over all strings of length 3, and a biased control.
 
     Args:
@@ -91,13 +91,15 @@ def tiny_law(samples: int = 3000, seed: int = 0) -> list[LawTest]:
     for name, processors in (("tiny model, strings of length 3", ()), ("control: one logit raised", (_raise_first,))):
         sampling = SamplingParams(temperature=1.0, seed=seed, processors=processors)
         counts = _draw_strings(target, drafter, sampling, samples)
-        tests.append(LawTest(name, samples, *_ordered(chi_square(counts, probs)), expected_to_fail=bool(processors)))
+        tests.append(
+            DistributionTest(name, samples, *_ordered(chi_square(counts, probs)), expected_to_fail=bool(processors))
+        )
     return tests
 
 
-def sampled_law(
+def sampled_distribution(
     target: Target, drafter: Drafter, prompt: Sequence[int], sampling: SamplingParams, samples: int = 1000
-) -> list[LawTest]:
+) -> list[DistributionTest]:
     """The user's model: the distribution of the tokens that one verified tree emits, over many seeds.
 
     One forward over the drafted tree, then verification with `samples` seeds. The first token is held against a plain
@@ -122,7 +124,7 @@ def sampled_law(
     ):
         if sum(counts.values()) >= 10 * _FEWEST:
             probs = Sampler(sampling).probs(history, logits_after(target, history)).cpu()
-            tests.append(LawTest(name, sum(counts.values()), *_ordered(chi_square(counts, probs))))
+            tests.append(DistributionTest(name, sum(counts.values()), *_ordered(chi_square(counts, probs))))
     return tests
 
 

@@ -23,12 +23,12 @@ from haast.cli.settings import (
     SpreadLimitOption,
     SuiteOptions,
 )
-from haast.cli.suite import Plan, Whereabouts, bench_suite, plan_suite, refuse_suite_options
+from haast.cli.suite import Plan, Whereabouts, bench_suite, plan_suite, refuse_suite_options, telling
 from haast.files import check_writable, write_json
 
 if TYPE_CHECKING:
-    from haast.bench.arms import Arm
-    from haast.bench.runner import BenchConfig, BenchPrompt, Record
+    from haast.bench.decoders import Decoder
+    from haast.bench.runner import BenchConfig, BenchPrompt
     from haast.core import SamplingParams
     from haast.drafters.eagle import EagleDrafter
     from haast.drafters.medusa import MedusaDrafter
@@ -75,20 +75,20 @@ def bench(
     haast bench --prompts mt_bench.jsonl --nodes 24 --rounds 3 --v-curve --json -
     haast bench --suite prompts/ --limit 20 --decoders vanilla,eagle,lookup,hf --out results/suite
     """
-    law = sampling.check()
-    plan = _plan(prompts, suite, limit, law, extras=v_curve or json_out is not None)
+    params = sampling.check()
+    plan = _plan(prompts, suite, limit, params, extras=v_curve or json_out is not None)
     chosen = read_prompt_file(prompts, limit) if plan is None else plan.prompts
     check_writable(json_out)
     drafting.check_shape(loading.device)
 
-    from haast.bench.arms import HEADED, check_decoders
+    from haast.bench.decoders import HEADED, check_decoders
     from haast.bench.runner import BenchConfig
 
     usual = 1 if plan is None else 2
-    config = BenchConfig(max_new_tokens, usual if rounds is None else rounds, warmup, law, prefill_chunk)
+    config = BenchConfig(max_new_tokens, usual if rounds is None else rounds, warmup, params, prefill_chunk)
     headed, given = drafting.head != "none", (small_model is not None, medusa_head is not None)
-    names = check_decoders(decoders, headed, law.temperature, *given)
-    if "hf" in names and (law.repetition_penalty != 1.0):
+    names = check_decoders(decoders, headed, params.temperature, *given)
+    if "hf" in names and (params.repetition_penalty != 1.0):
         raise ValueError("decoder 'hf' is greedy without penalties here: leave out --repetition-penalty, or hf")
     if plan is not None:
         plan.decoders(names)  # its own check
@@ -101,8 +101,8 @@ def bench(
     medusa = None if medusa_head is None else load_medusa(medusa_head, target, loading.model, medusa_nodes)
     small = None if small_model is None else replace(loading, model=small_model).load()
 
-    def arms_at(temperature: float, own: Sequence[str]) -> list[Arm]:
-        there = replace(config, sampling=replace(law, temperature=temperature))
+    def arms_at(temperature: float, own: Sequence[str]) -> list[Decoder]:
+        there = replace(config, sampling=replace(params, temperature=temperature))
         return _arms(own, target, drafter, loading, drafting, there, small, medusa)
 
     settings = {**drawn_by(drafter), **_plain(config), "raw": raw}
@@ -112,10 +112,10 @@ def bench(
         bench_suite(plan, names, encoded, arms_at, config, target, where)
         return
     assert prompts is not None, "checked above"
-    arms = arms_at(law.temperature, names)
+    arms = arms_at(params.temperature, names)
     document = _bench(arms, encoded, config, target, loading.model, prompts, settings)
     if v_curve:
-        from haast.bench.vcurve import measure_v_curve
+        from haast.bench.forward_latency import measure_v_curve
         from haast.progress import Progress
 
         with Progress("v curve"):
@@ -124,7 +124,7 @@ def bench(
 
 
 def _plan(
-    prompts: Path | None, suite: SuiteOptions, limit: int | None, law: SamplingParams, extras: bool
+    prompts: Path | None, suite: SuiteOptions, limit: int | None, params: SamplingParams, extras: bool
 ) -> Plan | None:
     """What --suite asks for; None for --prompts. Raises ValueError for both, neither, or options of the other."""
     if (prompts is None) == (suite.suite is None):
@@ -136,7 +136,7 @@ def _plan(
         return None
     if extras:
         raise ValueError("--v-curve and --json belong to --prompts: with --suite, results go to the folder --out")
-    return plan_suite(suite, limit, law)
+    return plan_suite(suite, limit, params)
 
 
 def _drafting(
@@ -149,7 +149,7 @@ def _drafting(
     small: Target | None,
 ) -> dict[str, dict[str, Any]]:
     """What the decoders draft with that have a head or a model of their own: settings, and the head's digest."""
-    from haast.bench.arms import HEADED, RULED
+    from haast.bench.decoders import HEADED, RULED
     from haast.bench.report import folder_sha256, weights_sha256
     from haast.drafters.factory import find_head
 
@@ -181,18 +181,18 @@ def _arms(
     config: BenchConfig,
     small: Target | None,
     medusa: MedusaDrafter | None,
-) -> list[Arm]:
-    from haast.bench.arms import EngineArm, StockArm, drafter_for
+) -> list[Decoder]:
+    from haast.bench.decoders import EngineDecoder, StockDecoder, drafter_for
     from haast.target.load import load_stock
     from haast.training.target_weights import end_tokens
 
     ends = end_tokens(target)
-    arms: list[Arm] = []
+    arms: list[Decoder] = []
     for name in names:
         if name == "hf":
             stock = load_stock(loading.model)[0]
             stock.to(target.device)  # type: ignore[arg-type]
-            arms.append(StockArm(stock, ends))
+            arms.append(StockDecoder(stock, ends))
         else:
             own = drafter_for(
                 name,
@@ -204,12 +204,12 @@ def _arms(
                 shaped=drafting.shaped,
                 calibration=drafting.calibration,
             )
-            arms.append(EngineArm(target, own, config.sampling, ends, name, config.prefill_chunk))
+            arms.append(EngineDecoder(target, own, config.sampling, ends, name, config.prefill_chunk))
     return arms
 
 
 def _bench(
-    arms: Sequence[Arm],
+    arms: Sequence[Decoder],
     encoded: Sequence[BenchPrompt],
     config: BenchConfig,
     target: Target,
@@ -217,28 +217,18 @@ def _bench(
     prompts: Path,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    from haast.bench import report, runner
+    from haast.bench import aggregate, report, runner
     from haast.progress import Progress
 
     where = report.environment(target, model, prompts, len(encoded), settings)
-    decoded, forwards = 0, 0
     with Progress("bench", "answers", config.rounds * len(encoded) * len(arms), rate="tokens") as progress:
-
-        def told(name: str, record: Record) -> None:
-            nonlocal decoded, forwards
-            run = record.runs[-1]
-            stats = run.stats
-            if name == "eagle" and stats is not None:
-                decoded, forwards = decoded + stats.decoded_tokens, forwards + stats.target_forwards
-            progress.step(counted=len(run.tokens), words=f"eagle's tau {decoded / forwards:.2f}" if forwards else "")
-
-        records = runner.run_bench(arms, encoded, config, told)
+        records = runner.run_bench(arms, encoded, config, telling(progress))
     own_text = [arm.name for arm in arms if arm.own_text]
     found = runner.differences(records, encoded, target, config.sampling, own_text)
     return {
-        "rows": report.build_rows(records, encoded),
-        "differences": report.describe_differences(found),
-        "per_prompt": report.per_prompt(records, encoded),
+        "rows": aggregate.build_rows(records, encoded),
+        "differences": aggregate.describe_differences(found),
+        "per_prompt": aggregate.per_prompt(records, encoded),
         "environment": where,
     }
 

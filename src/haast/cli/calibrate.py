@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +14,12 @@ from haast.cli.boundary import human_output
 from haast.cli.loading import OWN_PROMPTS, as_eagle, load_all, read_prompt_file
 from haast.cli.settings import Drafting, JsonOption, Loading, PromptsOption, SpreadLimitOption, check_at_least
 from haast.files import check_writable, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from haast.bench.plan import Row
+    from haast.tuning.calibration import Calibration
 
 
 def calibrate(
@@ -67,7 +74,7 @@ def calibrate(
     from rich.console import Console
 
     from haast.bench.calibrate import calibrate as measure
-    from haast.bench.costs import draw, show
+    from haast.bench.calibration_report import draw, show
     from haast.bench.report import environment
     from haast.drafters.calibrated import default_path
     from haast.progress import Progress
@@ -139,12 +146,17 @@ def plan(
     from dataclasses import asdict
 
     from rich.console import Console
+    from rich.table import Table
 
-    from haast.bench.plan import MACHINES, kept_calibration, parse_machine, project, show_machines, show_plan
+    from haast.bench.plan import MACHINES, kept_calibration, parse_machine, project
 
     console = Console(file=human_output(json_out))
     if listing:
-        show_machines(console)
+        machines = Table("name", "what", "GB/s", "TFLOP/s", box=None)
+        for each in MACHINES.values():
+            machines.add_row(each.name, each.about, f"{each.bandwidth / 1e9:.0f}", f"{each.peak / 1e12:g}")
+        console.print(machines)
+        console.print("the makers' peak figures; a projection takes them as reachable, so it is an upper bound")
         return
     check_writable(json_out)
     unknown = [name for name in machine or () if name not in MACHINES]
@@ -157,5 +169,24 @@ def plan(
         raise ValueError(f"bytes_per_weight={bytes_per_weight} is not allowed: give a number above 0")
     found = kept_calibration(calibration)
     rows = project(found, chosen or list(MACHINES.values()), parameters, bytes_per_weight)
-    show_plan(found, rows, console)
+    _show_plan(found, rows, console)
     write_json([asdict(row) for row in rows], json_out)
+
+
+def _show_plan(found: Calibration, rows: Sequence[Row], console: Console) -> None:
+    """The projections, labelled as such."""
+    from rich.table import Table
+
+    heads = ("machine", "vanilla tok/s", "EAGLE tok/s", "speed-up", "tau", "depth", "width", "nodes", "v(n)", "c")
+    table = Table(*heads, box=None, title="PROJECTED, not measured", title_justify="left")
+    for row in rows:
+        shape = (str(row.depth), str(row.width), str(row.nodes)) if row.depth else ("vanilla", "", "")
+        speeds = (f"{row.vanilla_tokens_per_s:.0f}", f"{row.tokens_per_s:.0f}", f"{row.speedup:.2f}x")
+        table.add_row(row.machine, *speeds, f"{row.tau:.2f}", *shape, f"{row.v:.2f}", f"{row.c:.3f}")
+    console.print(table)
+    if rows[0].measured_speedup is not None:
+        console.print(
+            f"this machine: {rows[0].tokens_per_s:.0f} tokens/s, {rows[0].speedup:.2f}x, projected; "
+            f"{found.expected['tokens_per_s']:.0f}, {rows[0].measured_speedup:.2f}x, from measured costs and a pace, "
+            "which a projection leaves out"
+        )

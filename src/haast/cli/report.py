@@ -39,9 +39,8 @@ def report(
     for path in (html, markdown, json_out):
         check_writable(path)
 
-    from haast.bench.document import read_document
-    from haast.bench.merge import merged
-    from haast.bench.suite_tables import suite_markdown
+    from haast.bench.document import merged, read_document
+    from haast.bench.tables import suite_markdown
     from haast.bench.trace import TRACE_FORMAT
 
     if len(set(files)) < len(files):

@@ -16,10 +16,10 @@ from haast.cli.settings import SuiteOptions
 from haast.files import write_json, write_text
 
 if TYPE_CHECKING:
-    from haast.bench.arms import Arm
-    from haast.bench.runner import BenchConfig, BenchPrompt
-    from haast.bench.suite import Answer, Suite
+    from haast.bench.decoders import Decoder
+    from haast.bench.runner import Answer, BenchConfig, BenchPrompt, Suite
     from haast.core import SamplingParams
+    from haast.progress import Progress
     from haast.prompts import Prompt
     from haast.target.target import Target
     from haast.tuning.calibration import Calibration
@@ -70,7 +70,7 @@ def refuse_suite_options(options: SuiteOptions) -> None:
             raise ValueError(f"--{field.name} belongs to --suite DIR: give that, or leave it out")
 
 
-def plan_suite(options: SuiteOptions, limit: int | None, law: SamplingParams) -> Plan:
+def plan_suite(options: SuiteOptions, limit: int | None, params: SamplingParams) -> Plan:
     """Read and check all that needs no model.
 
     Raises:
@@ -81,14 +81,14 @@ def plan_suite(options: SuiteOptions, limit: int | None, law: SamplingParams) ->
     from haast.training.checkpoints import write_probe
 
     assert options.suite is not None, "asked for"
-    if law.temperature != 0:
-        given = f"{law.temperature:g}"
+    if params.temperature != 0:
+        given = f"{params.temperature:g}"
         raise ValueError(f"--temperature {given} is not for --suite: give --temperatures {given}")
     only = None if options.only is None else [name.strip() for name in options.only.split(",") if name.strip()]
     files = read_suites(options.suite, only, limit)
     temperatures = _temperatures("0,1" if options.temperatures is None else options.temperatures)
     for temperature in temperatures:
-        replace(law, temperature=temperature)  # its own check
+        replace(params, temperature=temperature)  # its own check
     if options.out is None:
         raise ValueError("--suite needs --out FOLDER, where journal and results go")
     if options.out.resolve() == options.suite.resolve():
@@ -112,7 +112,7 @@ def bench_suite(
     plan: Plan,
     names: Sequence[str],
     encoded: Sequence[BenchPrompt],
-    arms_at: Callable[[float, Sequence[str]], list[Arm]],
+    arms_at: Callable[[float, Sequence[str]], list[Decoder]],
     config: BenchConfig,
     target: Target,
     where: Whereabouts,
@@ -130,7 +130,7 @@ def bench_suite(
     """
     from haast.bench.document import build_document
     from haast.bench.journal import Journal
-    from haast.bench.suite import gather, run_suite, turns_of
+    from haast.bench.runner import gather, run_suite, turns_of
     from haast.progress import Progress
 
     suites = _suites(plan, encoded)
@@ -145,11 +145,11 @@ def bench_suite(
     with Journal(path, header, plan.resume) as journal:
         try:
             with Progress("bench", "answers", len(turns), len(journal.answers), rate="tokens") as progress:
-                tau = _Tau()
+                told = telling(progress)
 
                 def keep(answer: Answer) -> None:
                     journal.add(answer)
-                    progress.step(counted=len(answer.run.tokens), words=tau.after(answer))
+                    told(answer)
 
                 run_suite(arms, suites, config, journal.answers, keep)
         except KeyboardInterrupt:
@@ -162,7 +162,7 @@ def bench_suite(
 
 
 def _suites(plan: Plan, encoded: Sequence[BenchPrompt]) -> dict[str, Suite]:
-    from haast.bench.suite import Suite
+    from haast.bench.runner import Suite
 
     suites, begin = dict[str, Suite](), 0
     for path, prompts in plan.files.items():
@@ -175,13 +175,13 @@ def _suites(plan: Plan, encoded: Sequence[BenchPrompt]) -> dict[str, Suite]:
 def _header(
     plan: Plan,
     suites: Mapping[str, Suite],
-    arms: Mapping[float, Sequence[Arm]],
+    arms: Mapping[float, Sequence[Decoder]],
     config: BenchConfig,
     target: Target,
     where: Whereabouts,
 ) -> dict[str, Any]:
     """What the journal fixes, and the document repeats."""
-    from haast.bench.arms import rule_of
+    from haast.bench.decoders import rule_of
     from haast.bench.report import environment, sources_sha256, weights_sha256
 
     settings = {**where.settings, "sampling": {**where.settings["sampling"]}}
@@ -211,34 +211,35 @@ def _tokens_sha256(suite: Suite) -> str:
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
-def _settings(arm: Arm, where: Whereabouts) -> dict[str, Any]:
-    from haast.bench.arms import EngineArm
+def _settings(arm: Decoder, where: Whereabouts) -> dict[str, Any]:
+    from haast.bench.decoders import EngineDecoder
 
-    if not isinstance(arm, EngineArm):
+    if not isinstance(arm, EngineDecoder):
         return {"dtype": "float32"}
     return {"nodes": arm.nodes, **where.drafting.get(arm.name, {})}
 
 
-class _Tau:
-    """EAGLE's tau so far, in words."""
+def telling(progress: Progress) -> Callable[[Answer], None]:
+    """Tells the progress of every answer, and EAGLE's tau so far."""
+    decoded = forwards = 0
 
-    def __init__(self) -> None:
-        self._decoded = self._forwards = 0
-
-    def after(self, answer: Answer) -> str:
-        """With one more answer; empty as long as EAGLE gave none."""
+    def tell(answer: Answer) -> None:
+        nonlocal decoded, forwards
         stats = answer.run.stats
         if answer.turn.decoder == "eagle" and stats is not None:
-            self._decoded, self._forwards = self._decoded + stats.decoded_tokens, self._forwards + stats.target_forwards
-        return f"eagle's tau {self._decoded / self._forwards:.2f}" if self._forwards else ""
+            decoded, forwards = decoded + stats.decoded_tokens, forwards + stats.target_forwards
+        words = f"eagle's tau {decoded / forwards:.2f}" if forwards else ""
+        progress.step(counted=len(answer.run.tokens), words=words)
+
+    return tell
 
 
 def _end(document: dict[str, Any], out: Path) -> None:
     from rich.console import Console
 
-    from haast.bench.document import bugs
+    from haast.bench.aggregate import bugs
     from haast.bench.report import show_table
-    from haast.bench.suite_tables import suite_markdown
+    from haast.bench.tables import suite_markdown
 
     write_json(document, str(out / "suite.json"))
     write_text(out / "suite.md", suite_markdown(document))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.text import Text
     from rich.tree import Tree
 
-    from haast.bench.steps import StepView
+    from haast.bench.trace_view import StepView
 
 _STYLES = {
     "root": "bold", "accepted": "green", "cut": "green", "rejected": "dim", "unreached": "dim", "probe": "dim italic",
@@ -91,14 +91,14 @@ def _record(
 ) -> dict[str, Any]:
     """Check everything, load, and record."""
     from haast.api import Haast
-    from haast.bench.arms import KNOWN
+    from haast.bench.decoders import KNOWN
     from haast.bench.report import machine
     from haast.bench.trace import record_trace
     from haast.drafters.factory import NAMES
     from haast.drafters.vanilla import VanillaDrafter
     from haast.engine.engine import StopParams
 
-    law = sampling.check()
+    params = sampling.check()
     if choice.drafter not in (*NAMES, "vanilla") and (choice.drafter in KNOWN or "," in choice.drafter):
         raise ValueError(
             f"drafter={choice.drafter!r} can't be traced: give one that runs in Haast's engine, by sample-and-match"
@@ -112,27 +112,25 @@ def _record(
         "packing": target.packing,
     }
     rules = StopParams(max_new_tokens, model.eos_ids())
-    return record_trace(target, drafter, model.encode(prompt, chat=not raw), law, rules, prompt, where)
+    return record_trace(target, drafter, model.encode(prompt, chat=not raw), params, rules, prompt, where)
 
 
 def show_trace(document: Mapping[str, Any], console: Console) -> None:
     """The text with its drafted tokens in colour, then every step's tree."""
     from rich.text import Text
 
-    from haast.bench.steps import StepView
+    from haast.bench.trace_view import StepView
 
     console.print(_answer(document))
     tau = f"tau {document['tau']:.2f}" if document["target_forwards"] else "no step was taken"
     counts = f"{document['tokens']} tokens, {document['target_forwards']} target forwards"
-    console.print(Text(f"\n{document['decoder']}: {counts}, {tau}; probabilities are the {_law(document)}"))
+    console.print(
+        Text(f"\n{document['decoder']}: {counts}, {tau}; probabilities are the target's, {document['probabilities']}")
+    )
     for number, step in enumerate(document["steps"], start=1):
         view = StepView(step)
         console.print(Text(f"\nstep {number}: {view.summary()}", style="bold"))
         console.print(_tree(view))
-
-
-def _law(document: Mapping[str, Any]) -> str:
-    return f"target's, {document['probabilities']}"
 
 
 def _answer(document: Mapping[str, Any]) -> Text:
@@ -165,7 +163,7 @@ def _tree(view: StepView) -> Tree:
 def _label(view: StepView, number: int) -> Text:
     from rich.text import Text
 
-    from haast.bench.steps import percent, visible
+    from haast.bench.trace_view import percent, visible
 
     node, fate = view.nodes[number], view.fate(number)
     label = Text(f"{_SIGNS[fate]}{visible(node['text'])}", style=_STYLES[fate])
@@ -177,7 +175,7 @@ def _label(view: StepView, number: int) -> Text:
 
 
 def _reason(view: StepView, number: int, fate: str) -> Iterator[str]:
-    from haast.bench.steps import percent, quoted
+    from haast.bench.trace_view import percent, quoted
 
     choice = view.nodes[view.nodes[number]["parent"]]["choice"] if number else None
     if fate == "rejected" and choice is not None:
@@ -194,6 +192,6 @@ def _reason(view: StepView, number: int, fate: str) -> Iterator[str]:
 def _bonus(choice: Mapping[str, Any]) -> Text:
     from rich.text import Text
 
-    from haast.bench.steps import percent, visible
+    from haast.bench.trace_view import percent, visible
 
     return Text(f"+ {visible(choice['text'])}  {percent(choice['prob'])}  the target's own", style="bold")

@@ -15,7 +15,7 @@ from haast.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from haast.bench.runner import BenchPrompt
-    from haast.checking import Comparison, LawTest
+    from haast.checking import Comparison, DistributionTest
     from haast.core import SamplingParams
     from haast.drafters.base import Drafter
     from haast.target.target import Target
@@ -34,7 +34,7 @@ def verify(
     samples: Annotated[int, typer.Option(metavar="N", help="Draws per chi-square test; 0 leaves them out.")] = 2000,
     json_out: JsonOption = None,
 ) -> None:
-    """Check that drafting changes nothing: the same greedy text, the same sampled text, the same law.
+    """Check that drafting changes nothing: the same greedy text, the same sampled text, the same distribution.
 
     Every difference is classed: a floating-point tie (the two tokens' scores are closer than rounding) or a bug.
     Ends with exit code 1 on a bug.
@@ -58,43 +58,38 @@ def verify(
     from haast.core import SamplingParams
     from haast.progress import Progress
 
-    laws = {"greedy": SamplingParams(), "sampled": SamplingParams(temperature=temperature, seed=seed)}
+    kinds = {"greedy": SamplingParams(), "sampled": SamplingParams(temperature=temperature, seed=seed)}
     loading.check()
     target, drafter = load_chosen(choice, loading, drafting)
     encoded = encoded_prompts(target, chosen)
     out = human_output(json_out)
     results: list[dict[str, Any]] = []
-    with Progress("verifying", "texts", len(laws) * len(encoded)) as progress:
+    with Progress("verifying", "texts", len(kinds) * len(encoded)) as progress:
         for prompt in encoded:
-            for kind, law in laws.items():
-                results.append(_verify_one(target, drafter, prompt, kind, law, max_new_tokens))
+            for kind, params in kinds.items():
+                results.append(_verify_one(target, drafter, prompt, kind, params, max_new_tokens))
                 print(_verify_line(results[-1]), file=human_output(json_out), flush=True)  # above the bar
                 progress.step()
         progress.say("chi-square tests" if samples else "")
-        tests = _laws(target, drafter, encoded[0].tokens, laws["sampled"], samples) if samples else []
+        tests = _distributions(target, drafter, encoded[0].tokens, kinds["sampled"], samples) if samples else []
     for test in tests:
         verdict = "passed" if test.passed else "BUG"
         expected = ", must fail" if test.expected_to_fail else ""
         print(f"chi-square, {test.name}{expected}: p = {test.p_value:.3g}, {test.samples} samples: {verdict}", file=out)
-    settings = {
-        "drafter": drafter.name,
-        **drawn_by(drafter),
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed,
-    }
+    asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    settings = {"drafter": drafter.name, **drawn_by(drafter), **asked}
     where = environment(target, loading.model, prompts, len(encoded), settings)
     _verify_end(target, where, results, tests, json_out)
 
 
 def _verify_one(
-    target: Target, drafter: Drafter, prompt: BenchPrompt, kind: str, law: SamplingParams, max_new_tokens: int
+    target: Target, drafter: Drafter, prompt: BenchPrompt, kind: str, params: SamplingParams, max_new_tokens: int
 ) -> dict[str, Any]:
     from haast.checking import compare
     from haast.engine.engine import StopParams
     from haast.training.target_weights import end_tokens
 
-    done: Comparison = compare(target, drafter, prompt.tokens, law, StopParams(max_new_tokens, end_tokens(target)))
+    done: Comparison = compare(target, drafter, prompt.tokens, params, StopParams(max_new_tokens, end_tokens(target)))
     return {
         "prompt": prompt.id,
         "check": kind,
@@ -117,18 +112,20 @@ def _verify_line(result: dict[str, Any]) -> str:
     )
 
 
-def _laws(target: Target, drafter: Drafter, prompt: Sequence[int], law: SamplingParams, samples: int) -> list[LawTest]:
-    from haast.checking import sampled_law, tiny_law
+def _distributions(
+    target: Target, drafter: Drafter, prompt: Sequence[int], params: SamplingParams, samples: int
+) -> list[DistributionTest]:
+    from haast.checking import sampled_distribution, tiny_distribution
 
-    own = sampled_law(target, drafter, prompt, law, samples) if len(prompt) > 1 else []
-    return tiny_law(max(samples, _TINY_SAMPLES), law.seed) + own
+    own = sampled_distribution(target, drafter, prompt, params, samples) if len(prompt) > 1 else []
+    return tiny_distribution(max(samples, _TINY_SAMPLES), params.seed) + own
 
 
 def _verify_end(
     target: Target,
     environment: dict[str, Any],
     results: list[dict[str, Any]],
-    tests: list[LawTest],
+    tests: list[DistributionTest],
     json_out: str | None,
 ) -> None:
     from haast.checking import tolerance

@@ -1,4 +1,4 @@
-"""A recorded step, read: who stands under whom, what became of every node, and why, in words.
+"""A recorded step as a reader sees it: the tree, what became of every node, and why, in words.
 
 Owns the words that the terminal and the page share. Knows the "haast-trace-1" document only.
 """
@@ -75,6 +75,14 @@ class StepView:
         visited = [number for number, node in self.nodes.items() if node["choice"] is not None]
         last = max(visited, key=lambda number: self.nodes[number]["depth"])
         return last, self.nodes[last]["choice"]
+
+    def gist(self) -> str:
+        """What stands under a tree until a node is picked."""
+        bonus = self.bonus()
+        if bonus is None:
+            return "The text ends here. Pick a node to see why."
+        own = f"The target\u2019s own token: {quoted(bonus[1]['text'])} ({percent(bonus[1]['prob'])})."
+        return f"{own} Pick a node to see why." if self.drafted else own
 
     def summary(self) -> str:
         """The step in one line."""

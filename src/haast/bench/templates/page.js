@@ -45,11 +45,11 @@
     for (const step of steps) {
       const words = step.querySelector(".why");
       const pick = (event) => {
-        const node = event.target.closest("g[tabindex]");
+        const node = event.target.closest(".node");
         if (!node) return;
         step.querySelectorAll(".picked").forEach((one) => one.classList.remove("picked"));
         node.classList.add("picked");
-        words.textContent = node.querySelector("title").textContent;
+        words.textContent = node.title;
       };
       for (const kind of ["mouseover", "focusin", "click"]) step.addEventListener(kind, pick);
     }

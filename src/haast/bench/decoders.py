@@ -1,4 +1,4 @@
-"""The decoders a bench compares, behind one method and one clock.
+"""The decoders a bench compares, with one method and one clock.
 
 Owns how one decoder answers one prompt and what is timed. Prefill ends when the first token is there, for every arm:
 decode time is from that moment to the end of the call, and the first token is not counted.
@@ -38,7 +38,7 @@ KNOWN = ("vanilla", *HEADED, "medusa", "small-model", *RULED, "lookahead", "look
 
 
 @dataclass(frozen=True)
-class ArmRun:
+class DecoderRun:
     """One prompt answered once."""
 
     tokens: tuple[int, ...]
@@ -47,7 +47,7 @@ class ArmRun:
     stats: Stats | None  # None for a decoder outside the engine
 
 
-class Arm(ABC):
+class Decoder(ABC):
     """One decoder."""
 
     name: str
@@ -55,11 +55,11 @@ class Arm(ABC):
     own_text: bool = False  # its text is not bound to vanilla's for the same seed, so a difference says nothing
 
     @abstractmethod
-    def run(self, prompt: Sequence[int], max_new_tokens: int) -> ArmRun:
+    def run(self, prompt: Sequence[int], max_new_tokens: int) -> DecoderRun:
         """Answer `prompt` (token ids)."""
 
 
-class EngineArm(Arm):
+class EngineDecoder(Decoder):
     """Vanilla or drafted decoding in Haast's engine."""
 
     def __init__(
@@ -78,7 +78,7 @@ class EngineArm(Arm):
         self.own_text = rule is not None and sampling.temperature > 0
         self._engine, self._sampling, self._eos = Engine(target, drafter, rule, prefill_chunk), sampling, tuple(eos)
 
-    def run(self, prompt: Sequence[int], max_new_tokens: int) -> ArmRun:
+    def run(self, prompt: Sequence[int], max_new_tokens: int) -> DecoderRun:
         stats, tokens = Stats(), list[int]()
         self._engine.target.pool.clear()  # the whole prompt is computed, whoever answered one like it before
         begun = first = perf_counter()
@@ -87,10 +87,10 @@ class EngineArm(Arm):
                 first = perf_counter()
             tokens.extend(emission.tokens)
         end = perf_counter()
-        return ArmRun(tuple(tokens), 1e3 * (first - begun), 1e3 * (end - first), stats)
+        return DecoderRun(tuple(tokens), 1e3 * (first - begun), 1e3 * (end - first), stats)
 
 
-class StockArm(Arm):
+class StockDecoder(Decoder):
     """`model.generate` of transformers, greedy, its own instance of the model with its own attention."""
 
     name = "hf"
@@ -100,7 +100,7 @@ class StockArm(Arm):
         self._eos = list(eos)
 
     @torch.inference_mode()
-    def run(self, prompt: Sequence[int], max_new_tokens: int) -> ArmRun:
+    def run(self, prompt: Sequence[int], max_new_tokens: int) -> DecoderRun:
         ids = torch.tensor([list(prompt)], device=self._model.device)
         self._model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=max_new_tokens,
@@ -114,7 +114,7 @@ class StockArm(Arm):
         output = generate(ids, attention_mask=torch.ones_like(ids), streamer=watch)
         end = perf_counter()
         tokens = tuple(output[0, ids.shape[1] :].tolist())
-        return ArmRun(tokens, 1e3 * (watch.first - begun), 1e3 * (end - watch.first), None)
+        return DecoderRun(tokens, 1e3 * (watch.first - begun), 1e3 * (end - watch.first), None)
 
 
 class _FirstToken(BaseStreamer):

@@ -1,24 +1,120 @@
-"""What the answers of a suite document say together: rows over all suites, spread over rounds, ratios of decoders.
+"""From answers to rows: of one prompt, of many, of all suites; spread over rounds, ratios of decoders.
 
-Owns the arithmetic on documents, so that a run and a merge of runs count alike. Knows neither tokens nor models: a
-decoded token is every one but the prefill's (`report`), time per prompt is the median over rounds.
+Owns the arithmetic and the rows' schema, so that a run, a suite and a merge of suites count alike: times are medians
+over rounds per prompt, counts are the first round's, and a decoded token is every one but the prefill's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import permutations
 from statistics import median
 from typing import Any
 
 from haast.bench.bootstrap import Bootstrap, rates, ratio
-from haast.bench.report import rate
+from haast.bench.runner import BenchPrompt, Difference, Record, Records
+from haast.repetition import loop_share, loops
 
 Row = dict[str, Any]
 Group = dict[tuple[float, str], dict[str, list[Row]]]  # (temperature, suite or "all") -> decoder -> its answers
 ALL = "all"
+SUITE_FORMAT = "haast-suite-1"
 _BY_DEPTH = ("alpha_by_depth", "acceptance_by_depth")
 _PER_STEP = ("ms_draft", "ms_verify", "ms_overhead", "nodes_per_forward")
+
+
+def build_rows(records: Records, prompts: Sequence[BenchPrompt]) -> list[Row]:
+    """One row per decoder.
+
+    `tokens_per_s` is decoded tokens over decode time by one rule for all decoders; `whole_call_tokens_per_s` counts
+    every token and the prefill. ms_draft, ms_verify, ms_overhead are per decoding step. `peak_rss_mb` is the process's
+    peak while that decoder ran, with all decoders' models in memory.
+    """
+    rows = []
+    for name, own in records.items():
+        answers = [describe_answer({}, prompt, name, each) for prompt, each in zip(prompts, own, strict=True)]
+        rows.append(pooled([_row_of(name, each) for each in own], answers))
+    _compare(rows, {row["decoder"]: row["tokens_per_s"] for row in rows})
+    return rows
+
+
+def _row_of(name: str, record: Record) -> Row:
+    """What of one answer a row is made of, beside its answer."""
+    stats, parts = record.runs[0].stats, ("ms_draft", "ms_verify", "ms_overhead")
+    row: Row = {"decoder": name, "peak_rss_mb": record.peak_rss_mb, "tokens": len(record.tokens), "prompts": 1}
+    row["decoded_tokens"] = record.decoded
+    if stats is None:  # outside the engine
+        return row | {"tau": None, "target_forwards": None} | {key: [] for key in (*_BY_DEPTH, "reached_by_depth")}
+    steps = max(stats.target_forwards, 1)
+    counts = ("tau", *_BY_DEPTH, "reached_by_depth", "by_length", "target_forwards")
+    return {
+        **row,
+        **{key: getattr(stats, key) for key in counts},
+        **{part: record.ms_part(part) / steps for part in parts},
+        "nodes_per_forward": stats.nodes / steps,
+    }
+
+
+def describe_answer(cell: Mapping[str, Any], prompt: BenchPrompt, decoder: str, record: Record) -> Row:
+    """What one decoder did with one prompt; `cell` has its suite and temperature."""
+    stats = record.runs[0].stats
+    return {
+        "suite": cell.get("suite"),
+        "id": prompt.id,
+        "category": prompt.category,
+        "temperature": cell.get("temperature"),
+        "decoder": decoder,
+        "tokens": len(record.tokens),
+        "ms_decode": [run.ms_decode for run in record.runs],
+        "ms_prefill": [run.ms_prefill for run in record.runs],
+        "target_forwards": None if stats is None else stats.target_forwards,
+        "tau": None if stats is None else stats.tau,
+        "nodes": None if stats is None else stats.nodes,
+        "looping": loops(record.tokens),
+    }
+
+
+def per_prompt(records: Records, prompts: Sequence[BenchPrompt]) -> list[Row]:
+    """What each decoder did with each prompt, prompt by prompt."""
+    listed = []
+    for place, prompt in enumerate(prompts):
+        one: Row = {"id": prompt.id, "category": prompt.category, "prompt_tokens": len(prompt.tokens)}
+        for name, own in records.items():
+            stats, tokens = own[place].runs[0].stats, own[place].tokens
+            speed = rate(own[place].decoded, own[place].ms_decode)
+            tau = None if stats is None else stats.tau
+            one[name] = {"tokens": len(tokens), "tokens_per_s": speed, "tau": tau, "loop_share": loop_share(tokens)}
+        listed.append(one)
+    return listed
+
+
+def describe_differences(found: Sequence[Difference]) -> list[Row]:
+    """Differences as JSON; `kind` is tie, bug, or precision (another arithmetic: reported, not judged)."""
+    return [
+        {
+            **{key: getattr(each, key) for key in ("prompt", "decoder", "reference", "index")},
+            "kind": "precision" if each.verdict is None else each.verdict.kind,
+            "gap": None if each.verdict is None else each.verdict.gap,
+        }
+        for each in found
+    ]
+
+
+def bugs(document: Row) -> int:
+    """Texts that differ, and not by rounding."""
+    return sum(each["kind"] == "bug" for each in document["differences"])
+
+
+def rate(tokens: int, ms: float) -> float:
+    """Tokens a second; 0 where no time was taken."""
+    return 1e3 * tokens / ms if ms else 0.0
+
+
+def _compare(rows: Sequence[Row], speeds: Mapping[str, float]) -> None:
+    """Add the speed-ups over those decoders whose speeds there are."""
+    for row in rows:
+        for base in ("vanilla", "hf"):
+            row[f"speedup_vs_{base}"] = row["tokens_per_s"] / speeds[base] if speeds.get(base) else None
 
 
 def grouped(document: Row) -> Group:
@@ -45,9 +141,7 @@ def complete(document: Row) -> None:
     for row in rows:
         cell = groups[row["temperature"], row["suite"]]
         row["spread"] = spread(cell[row["decoder"]])
-        for base in ("vanilla", "hf"):
-            there = speed(cell[base]) if base in cell else 0.0
-            row[f"speedup_vs_{base}"] = row["tokens_per_s"] / there if there else None
+        _compare([row], {name: speed(own) for name, own in cell.items()})
     rank = {name: number for number, name in enumerate([*document["suites"], ALL])}
     decoders = list(document["decoders"])
     rows.sort(key=lambda row: (row["temperature"], rank[row["suite"]], decoders.index(row["decoder"])))
@@ -78,7 +172,7 @@ def spread(answers: Sequence[Row]) -> dict[str, float]:
 
 
 def pooled(parts: Sequence[Row], answers: Sequence[Row]) -> Row:
-    """One decoder's row over several suites, from its rows of each and its answers: as `report.build_rows` has it."""
+    """One decoder's row over several suites, from its rows of each and its answers: as `build_rows` has it."""
     engine = parts[0]["tau"] is not None
     steps = sum(part["target_forwards"] for part in parts) if engine else None
     names = {answer["category"] for answer in answers if answer["category"]}

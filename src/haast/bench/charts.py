@@ -1,0 +1,173 @@
+"""What the report's figures show: marks, bars, and lines, panel by panel. The templates draw them.
+
+Owns the choice and the order of what is shown. Knows the "haast-suite-1" document only, and computes nothing but the
+axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from haast.bench.tables import Document, length_buckets, main_rows, named, panels
+from haast.tuning.policy import interpolate
+
+_COLOURS = 8  # that the page has for series
+_PARTS = {"ms_draft": 1, "ms_verify": 0, "ms_overhead": 7}  # of a step, with their colours
+
+
+@dataclass(frozen=True)
+class Axis:
+    """From 0 to `most`, with round ticks."""
+
+    most: float
+
+    @property
+    def ticks(self) -> list[tuple[float, str]]:
+        """Places from 0 to 1, and their words; three to six of them."""
+        unit = 10.0 ** math.floor(math.log10(self.most / 4))
+        step = next(unit * times for times in (1, 2, 5, 10) if self.most / (unit * times) <= 5)
+        return [(n * step / self.most, f"{n * step:g}") for n in range(int(self.most / step) + 1)]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure: panels as the template draws them, and the values' axis."""
+
+    panels: list[dict[str, Any]]
+    axis: Axis
+
+
+def charts(document: Document, main: Sequence[Document]) -> dict[str, Chart]:
+    """All figures that the document has numbers for, in the page's order. `main` are its rows over all prompts."""
+    ratios = [
+        {**each, "value": each["ratio"], "also": None, "words": f"{each['ratio']:.2f}\u00d7"}
+        for each in document["ratios"]
+        if each["over"] == "vanilla" != each["decoder"] and each["low"] is not None
+    ]
+    drafted = [row for row in document["rows"] if row["tau"] is not None and row["decoder"] != "vanilla"]
+    taus = [
+        {**row, **dict.fromkeys(("value", "low", "high"), row["tau"]), "words": f"{row['tau']:.2f}"}
+        | {"also": row["tau_loop_filtered"] or None}
+        for row in drafted
+    ]
+    depths = range(1, 1 + max((len(row["acceptance_by_depth"]) for row in main), default=0))
+    lines = _lines(document, main, lambda row: list(enumerate(row["acceptance_by_depth"])), [*map(str, depths)])
+    found = {"speedup": _dots(document, ratios), "tau": _dots(document, taus), "acceptance": Chart(lines, Axis(1.0))}
+    if len(length_buckets(main)) > 1:
+        found["lengths"] = _lengths(document, [row for row in main if row["decoder"] != "vanilla"])
+    found["milliseconds"] = _milliseconds(document, [row for row in main if row["ms_verify"] is not None])
+    if document["calibration"]:
+        found["nodes"] = _nodes(document)
+    return found
+
+
+def _dots(document: Document, marks: Sequence[Document]) -> Chart:
+    """A panel per suite; a mark (value, low, high, also) per decoder and temperature, named at a decoder's first."""
+    order, temps, suites = list(document["decoders"]), sorted(document["temperatures"]), panels(document)
+    shown = []
+    for suite in suites:
+        own = [mark for mark in marks if mark["suite"] == suite]
+        own.sort(key=lambda mark: (order.index(mark["decoder"]), mark["temperature"]))
+        decoders = [mark["decoder"] for mark in own]
+        lines = [
+            {
+                **mark,
+                "label": named(document, decoder) if place == decoders.index(decoder) else "",
+                "lossy": document["decoders"][decoder]["lossy"],
+                "colour": temps.index(mark["temperature"]),
+            }
+            for place, (mark, decoder) in enumerate(zip(own, decoders, strict=True))
+        ]
+        name = "all prompts" if suite == "all" else suite.replace("_", " ")
+        shown.append({"name": name if len(suites) > 1 else "", "marks": lines})
+    return Chart(shown, Axis(max((max(mark["high"], mark["also"] or 0) for mark in marks), default=1.0)))
+
+
+def _by_temperature(
+    document: Document, rows: Sequence[Document], panel: Callable[[list[Document]], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """A panel per temperature, named where there are several."""
+    temps = sorted(document["temperatures"])
+    return [
+        {"name": f"temperature {temperature:g}" if len(temps) > 1 else ""}
+        | panel([row for row in rows if row["temperature"] == temperature])
+        for temperature in temps
+    ]
+
+
+def _lines(
+    document: Document,
+    rows: Sequence[Document],
+    points: Callable[[Document], list[tuple[int, float]]],
+    places: Sequence[str],
+) -> list[dict[str, Any]]:
+    """A line per decoder through its points (number of the place, value)."""
+    order, gap = list(document["decoders"]), 1 / max(len(places) - 1, 1)
+
+    def panel(own: list[Document]) -> dict[str, Any]:
+        lines = [
+            {
+                "label": named(document, row["decoder"]),
+                "colour": order.index(row["decoder"]) % _COLOURS,
+                "dashed": document["decoders"][row["decoder"]]["lossy"],
+                "points": [(number * gap, value) for number, value in points(row)],
+            }
+            for row in own
+            if points(row)
+        ]
+        return {"places": [(number * gap, words) for number, words in enumerate(places)], "lines": lines}
+
+    return _by_temperature(document, rows, panel)
+
+
+def _lengths(document: Document, rows: Sequence[Document]) -> Chart:
+    """Tokens per target forward by the tokens that stood before the step."""
+    buckets = length_buckets(rows)
+    place = {begin: number for number, (begin, _) in enumerate(buckets)}
+
+    def points(row: Document) -> list[tuple[int, float]]:
+        return [(place[each["begin"]], each["tau"]) for each in row.get("by_length", ())]
+
+    most = max((tau for row in rows for _, tau in points(row)), default=1.0)
+    return Chart(_lines(document, rows, points, [f"{end - 1:g}" for _, end in buckets]), Axis(most))
+
+
+def _milliseconds(document: Document, rows: Sequence[Document]) -> Chart:
+    """A step's time by part, stacked."""
+    sums = {id(row): sum(row[part] for part in _PARTS) for row in rows}
+
+    def panel(own: list[Document]) -> dict[str, Any]:
+        return {
+            "bars": [
+                {
+                    "label": named(document, row["decoder"]),
+                    "words": f"{sums[id(row)]:.1f}",
+                    "parts": [(colour, row[part]) for part, colour in _PARTS.items()],
+                }
+                for row in own
+            ]
+        }
+
+    return Chart(_by_temperature(document, rows, panel), Axis(max(sums.values(), default=1.0)))
+
+
+def _nodes(document: Document) -> Chart:
+    """v(n), and the nodes that each decoder ran over."""
+    forward = {int(n): ms for n, ms in document["calibration"]["forward_ms"].items()}
+    costs = {n: ms / forward[min(forward)] for n, ms in sorted(forward.items())}
+    budgets: dict[float, list[str]] = {}
+    for row in main_rows(document, min(document["temperatures"])):
+        if row["nodes_per_forward"] is not None and row["decoder"] != "vanilla":
+            budgets.setdefault(round(row["nodes_per_forward"], 1), []).append(named(document, row["decoder"]))
+    if (expected := document["calibration"].get("expected")) is not None:
+        budgets.setdefault(round(expected["nodes"], 1), []).append("calibration\u2019s choice")
+    most = max(costs)
+    curve = [(n / most, cost) for n, cost in costs.items()]
+    rings = [
+        (min(n / most, 1.0), interpolate(costs, min(n, most)), own, f"{n:g}") for n, own in sorted(budgets.items())
+    ]
+    lines = [{"label": "v(n)", "colour": 0, "dashed": False, "points": curve}]
+    return Chart([{"name": "", "places": Axis(most).ticks, "lines": lines, "rings": rings}], Axis(max(costs.values())))

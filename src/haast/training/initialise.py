@@ -32,7 +32,7 @@ from haast.target.packing import PackedLinear
 from haast.target.precision import weight_rows
 from haast.target.target import Target
 from haast.training.batches import Example, usable
-from haast.training.normalized_head import Scales
+from haast.training.scaled_head import Scales
 from haast.training.target_weights import rms_gain
 from haast.tree import DraftTree
 

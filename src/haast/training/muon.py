@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ class Muon(torch.optim.Optimizer):
         weight_decay: decoupled from the gradient.
         momentum: share of the old momentum.
         ns_steps: of the Newton-Schulz iteration.
+        stacked: tuples of them with the same input that are one matrix to the iteration, rows below rows: its work
+            grows with the cube of the shorter side, so that one tall matrix costs less than two.
 
     Raises:
         ValueError: a parameter is no matrix.
@@ -49,10 +51,13 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         momentum: float = 0.95,
         ns_steps: int = STEPS,
+        stacked: Sequence[tuple[nn.Parameter, ...]] = (),
     ) -> None:
         settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "ns_steps": ns_steps}
         fixed = {"nesterov": True, "ns_coefficients": COEFFICIENTS, "eps": 1e-7, "adjust_lr_fn": "match_rms_adamw"}
         super().__init__(params, settings | fixed)
+        self._below = {stack[0]: stack[1:] for stack in stacked}
+        self._not_first = {parameter for stack in stacked for parameter in stack[1:]}
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim != 2:
@@ -64,20 +69,27 @@ class Muon(torch.optim.Optimizer):
         assert closure is None, "Muon computes no loss"
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._apply(parameter, parameter.grad, group)
+                if parameter.grad is not None and parameter not in self._not_first:
+                    self._apply([parameter, *self._below.get(parameter, ())], group)
 
-    def _apply(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
+    def _apply(self, stack: list[nn.Parameter], group: dict[str, Any]) -> None:
+        ahead = [self._ahead(parameter, float(group["momentum"])) for parameter in stack]
+        whole = torch.cat(ahead) if len(ahead) > 1 else ahead[0]
+        update = orthogonalised(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        rate = float(group["lr"])
+        for parameter, part in zip(stack, torch.split(update, [len(each) for each in stack]), strict=True):
+            parameter.mul_(1 - rate * group["weight_decay"])
+            parameter.add_(part, alpha=-rate * 0.2 * math.sqrt(max(whole.shape)))
+
+    def _ahead(self, parameter: nn.Parameter, share: float) -> Tensor:
+        """Nesterov's momentum."""
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None, "whoever has none is left out"
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         momentum: Tensor = state["momentum_buffer"]
-        momentum.lerp_(gradient, 1 - group["momentum"])
-        ahead = gradient.lerp(momentum, group["momentum"])  # Nesterov's
-        update = orthogonalised(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        rate = float(group["lr"])
-        parameter.mul_(1 - rate * group["weight_decay"])
-        parameter.add_(update, alpha=-rate * 0.2 * math.sqrt(max(parameter.shape)))
+        momentum.lerp_(gradient, 1 - share)
+        return gradient.lerp(momentum, share)
 
 
 def orthogonalised(

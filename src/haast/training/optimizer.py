@@ -13,7 +13,8 @@ from torch import nn
 from haast.training.config import TrainConfig
 from haast.training.muon import Muon
 
-_ENDS = ("lm_head", "markov_embed", "markov_rows")
+_ENDS = ("lm_head", "embed", "rows")  # names of modules; those of Medusa's LM heads are numbers
+_STACKED = (("k_proj", "v_proj"), ("gate_proj", "up_proj"))  # read the same, and are one matrix to Muon
 
 
 class HeadOptimizer:
@@ -27,15 +28,25 @@ class HeadOptimizer:
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> None:
         betas, muonic = (config.beta1, config.beta2), config.optimizer == "muon"
-        matrices, others = list[nn.Parameter](), list[nn.Parameter]()
+        matrices, others = dict[str, nn.Parameter](), list[nn.Parameter]()
         for name, parameter in parameters:
-            inside = parameter.ndim == 2 and name.rsplit(".", 1)[-1] not in _ENDS
-            (matrices if muonic and inside else others).append(parameter)
+            owner = name.removesuffix(".parametrizations.weight.original").removesuffix(".weight").rpartition(".")[2]
+            inside = parameter.ndim == 2 and owner not in _ENDS and not owner.isdigit()
+            if muonic and inside:
+                matrices[name] = parameter
+            else:
+                others.append(parameter)
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(others, config.learning_rate, betas, weight_decay=config.weight_decay, fused=True)
         ]
         if matrices:
-            self.parts.append(Muon(matrices, config.learning_rate, config.weight_decay))
+            stacked = [
+                (parameter, matrices[name.replace(first, second)])
+                for first, second in _STACKED
+                for name, parameter in matrices.items()
+                if f".{first}." in name
+            ]
+            self.parts.append(Muon(matrices.values(), config.learning_rate, config.weight_decay, stacked=stacked))
 
     def step(self, learning_rate: float) -> None:
         """Apply the gradients and forget them."""

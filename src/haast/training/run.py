@@ -40,7 +40,7 @@ from haast.training.config import TrainConfig
 from haast.training.curves import Curves
 from haast.training.findings import Finding
 from haast.training.initialise import last_layer_weights, why_not_last_layer
-from haast.training.medusa import rank_accuracies
+from haast.training.objective import rank_accuracies
 from haast.training.selftest import overfit_self_test
 from haast.training.target_weights import Frozen
 from haast.training.tensorboard import TensorBoard

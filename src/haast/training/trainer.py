@@ -26,20 +26,18 @@ from haast.heads.config import HeadSizes
 from haast.training import checkpoints
 from haast.training.batches import BatchOrder, Example, PackedBatch, digest, pack, usable
 from haast.training.config import TrainConfig
-from haast.training.factory import make_head, make_objective
 from haast.training.findings import Finding
 from haast.training.interrupt import interrupt_flag, matmul_precision
-from haast.training.normalized_head import load_plain, plain_weights
-from haast.training.objective import ALPHAS
+from haast.training.objective import ALPHAS, Objective
 from haast.training.optimizer import HeadOptimizer
 from haast.training.processes import Processes
 from haast.training.report import Reporter, Watcher
+from haast.training.scaled_head import make_head
 from haast.training.target_weights import Frozen, check_sizes, choose_draft_vocab
-
-__all__ = ["Explain", "Frozen", "MeasureTau", "Trainer", "choose_draft_vocab", "plain_weights"]
 
 MeasureTau = Callable[[AnyModule, Tensor], float]  # (head in eval mode, draft vocabulary ids) -> tau
 Explain = Callable[[dict[str, Any], Tensor], list[Finding]]  # (an evaluation, draft vocabulary ids) -> what is wrong
+_FORMAT = 2  # of checkpoints: their tensors' names
 _TAU_IS_ONE = 1.05  # a head below this drafts nothing that is accepted
 _EARLY = 0.2  # share of the run before which a tau of one is no alarm
 _MARKS = (1.5, 2.0, 2.4, 2.8, 3.2, 3.6)  # taus whose time is told
@@ -127,11 +125,11 @@ class Trainer:
         self.head = make_head(config, head_config, frozen, self.train_set, draft_vocab)
         self.head_config = self.head.config
         if start_from is not None:
-            load_plain(self.head, start_from)
+            self.head.load_plain(start_from)
         self._captured = self.head.reads_captured
         self._plain = copy.deepcopy(self.head)  # stays whole and on the CPU
         self._objective = self._processes.prepare(
-            make_objective(self.head, frozen, draft_vocab, config, self._processes.device)
+            Objective(self.head, frozen, draft_vocab, config, self._processes.device)
         )
         trained = [(name, p) for name, p in self._objective.named_parameters() if p.requires_grad]
         self._averages = [p.detach().clone() for _, p in trained] if config.ema else []
@@ -314,6 +312,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint; returns its path."""
         state: dict[str, Any] = {
+            "format": _FORMAT,
             "config": asdict(self.config),
             "head": asdict(self.head_config),
             "data": self._data,
@@ -338,10 +337,11 @@ class Trainer:
             return
         if not resume:
             raise ValueError(f"{self.out_dir} holds a training run: resume it, or choose another folder")
-        own = asdict(self.config) | asdict(self.head_config) | {"processes": self._processes.count, "data": self._data}
+        own = asdict(self.config) | asdict(self.head_config)
+        own |= {"format": _FORMAT, "processes": self._processes.count, "data": self._data}
         # A setting that came after the checkpoint was written stands at its default, which is what was done then.
         then = asdict(TrainConfig()) | state["config"] | state["head"]
-        then |= {name: state.get(name) for name in ("processes", "data")}
+        then |= {name: state.get(name) for name in ("format", "processes", "data")}
         changed = {k: (then.get(k), own.get(k)) for k in sorted({*then, *own}) if then.get(k) != own.get(k)}
         if changed:
             raise ValueError(

@@ -30,10 +30,10 @@ from haast.target.target import Target
 from haast.training.batches import Example, pack
 from haast.training.config import TrainConfig
 from haast.training.data import TokenSequence
+from haast.training.diagnostics import overfit_self_test
 from haast.training.features import stream_examples
 from haast.training.objective import Objective, rank_accuracies
 from haast.training.scaled_head import TrainedHead, make_head
-from haast.training.selftest import overfit_self_test
 from haast.training.target_weights import Frozen
 from haast.tree import DraftTree
 

@@ -32,10 +32,10 @@ from haast.training.batches import BatchOrder, Example, PackedBatch, pack
 from haast.training.chat import encode_prompt
 from haast.training.config import TrainConfig
 from haast.training.data import TokenSequence, describe_supervised, encode_answer
+from haast.training.diagnostics import overfit_self_test
 from haast.training.generation_queue import Question, RegenerateConfig
 from haast.training.losses import teacher_loss
 from haast.training.scaled_head import TrainedHead, make_head
-from haast.training.selftest import overfit_self_test
 from haast.training.target_weights import Frozen
 from haast.training.training_time_test import chain_passes
 from haast.tree import DraftTree

@@ -267,7 +267,7 @@ def _stored(
     from haast.prompts import evenly
     from haast.repetition import loops
     from haast.training.answers import record_key
-    from haast.training.feature_check import check_features
+    from haast.training.diagnostics import check_features
     from haast.training.features import extract, read_shards
 
     if records:

@@ -34,16 +34,14 @@ from haast.heads.medusa import MedusaConfig, MedusaHeads
 from haast.progress import Progress
 from haast.stats import TAU_CONVENTION
 from haast.target.target import Target
-from haast.training.alarm import diagnose
 from haast.training.batches import Example
 from haast.training.config import TrainConfig
-from haast.training.curves import Curves
-from haast.training.findings import Finding
+from haast.training.curves import Curves, TensorBoard
+from haast.training.diagnostics import diagnose, overfit_self_test
 from haast.training.initialise import last_layer_weights, why_not_last_layer
 from haast.training.objective import rank_accuracies
-from haast.training.selftest import overfit_self_test
+from haast.training.report import Finding
 from haast.training.target_weights import Frozen
-from haast.training.tensorboard import TensorBoard
 from haast.training.trainer import Trainer
 
 _HOLD_OUT_EVERY, _HELD_OUT_AT_MOST = 50, 200

@@ -26,12 +26,11 @@ from haast.heads.config import HeadSizes
 from haast.training import checkpoints
 from haast.training.batches import BatchOrder, Example, PackedBatch, digest, pack, usable
 from haast.training.config import TrainConfig
-from haast.training.findings import Finding
 from haast.training.interrupt import interrupt_flag, matmul_precision
 from haast.training.objective import ALPHAS, Objective
 from haast.training.optimizer import HeadOptimizer
 from haast.training.processes import Processes
-from haast.training.report import Reporter, Watcher
+from haast.training.report import Finding, Reporter, Watcher
 from haast.training.scaled_head import make_head
 from haast.training.target_weights import Frozen, check_sizes, choose_draft_vocab
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from haast import jsonl_log
 from haast.core import SamplingParams
 from haast.errors import HeadMismatchError
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
@@ -26,7 +27,7 @@ from haast.sampling import Sampler, choose_nodes, keyed_uniform
 from haast.target.fusing import fuse_small_modules
 from haast.target.packing import pack_linears
 from haast.target.target import Target
-from haast.training import answers, features, initialise, regenerate, trainer
+from haast.training import features, initialise, regenerate, trainer
 from haast.training.answers import read_answers
 from haast.training.batches import BatchOrder, Example, PackedBatch, pack
 from haast.training.chat import encode_prompt
@@ -596,7 +597,7 @@ def test_a_killed_regeneration_resumes_to_the_same_answers(
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     regenerate.regenerate(target, tokenizer, prompts(), whole, settings(), quiet=True)
     tail = b'{"id": "p0", "resp'
-    monkeypatch.setattr(answers, "append_record", dies_after(answers.append_record, 4, tail))
+    monkeypatch.setattr(jsonl_log, "append", dies_after(jsonl_log.append, 4, tail))
     with pytest.raises(KeyboardInterrupt):
         regenerate.regenerate(target, tokenizer, prompts(), cut, settings(), quiet=True)
     monkeypatch.undo()
@@ -661,7 +662,7 @@ def test_a_file_of_something_else_is_left_alone(content: str, tmp_path: Path) ->
     path = tmp_path / "notes.txt"
     path.write_text(content)
     with pytest.raises(ValueError, match=r"line \d: "):
-        answers.mend_answers(path)
+        jsonl_log.mended(path, b'{"id": ')
     assert path.read_text() == content
 
 

@@ -19,9 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from haast.engine.engine import PREFILL_CHUNK
 from haast.errors import HeadMismatchError
+from haast.files import replacing
 from haast.progress import Progress
 from haast.prompts import read_json_lines
 from haast.target.target import Target
@@ -58,6 +60,11 @@ class ShardIdentity:
         digest = "none" if target.tokenizer is None else tokenizer_hash(target.tokenizer)
         return ShardIdentity(name, target.hidden_size, target.vocab_size, topk, digest, tuple(layer_ids))
 
+    def metadata(self) -> dict[str, str]:
+        """As a shard holds it."""
+        values = {name: str(value) for name, value in asdict(self).items()}
+        return {"format": FORMAT, **values, "layer_ids": ",".join(map(str, self.layer_ids)) or "none"}
+
     @property
     def bytes_per_token(self) -> int:
         """Stored size of one position."""
@@ -72,18 +79,16 @@ def check_room(folder: Path, tokens: int, identity: ShardIdentity, max_gb: float
     """
     if max_gb <= 0:
         raise ValueError(f"max_gb={max_gb} is not allowed: give a cap above 0")
-    size = tokens * identity.bytes_per_token / _GB
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free / _GB
+    size, stored = tokens * identity.bytes_per_token / _GB, _stored_bytes(folder) / _GB
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(parent).free / _GB
+    beside = f" beside {stored:.3g} GB that are there" if stored else ""
+    needs = f"features of {tokens} tokens take {size:.3g} GB"
     remedy = "take fewer sequences, or train without shards (features in memory)"
-    there_already = _stored_bytes(folder) / _GB
-    if size + there_already > max_gb:
-        beside = f" beside {there_already:.3g} GB that are there" if there_already else ""
-        raise ValueError(
-            f"features of {tokens} tokens take {size:.3g} GB{beside}, the cap is {max_gb:g} GB: raise it, {remedy}"
-        )
+    if size + stored > max_gb:
+        raise ValueError(f"{needs}{beside}, the cap is {max_gb:g} GB: raise it, {remedy}")
     if size > 0.9 * free:
-        raise ValueError(f"features of {tokens} tokens take {size:.3g} GB, {free:.3g} GB are free: make room, {remedy}")
+        raise ValueError(f"{needs}, {free:.3g} GB are free: make room, {remedy}")
     return size
 
 
@@ -142,26 +147,16 @@ class ShardWriter:
             )
         while (path := self._folder / f"{self._prefix}-{self._number:05d}.safetensors").exists():
             self._number += 1
-        _write_shard(path, tensors, [record for _, record in self._entries], self._identity)
+        try:
+            path.with_suffix(".jsonl").write_text("".join(json.dumps(record) + "\n" for _, record in self._entries))
+            with replacing(path) as temporary:
+                save_file(tensors, temporary, self._identity.metadata())
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"cannot write shard {path} ({error}): free space; what was written before is whole"
+            ) from error
         self._used += size
         self._entries = []
-
-
-def _write_shard(
-    path: Path, tensors: dict[str, Tensor], records: list[dict[str, Any]], identity: ShardIdentity
-) -> None:
-    temporary = path.with_suffix(".tmp")
-    metadata = {"format": FORMAT, **{name: str(value) for name, value in asdict(identity).items()}}
-    metadata["layer_ids"] = _words(identity.layer_ids)
-    try:
-        path.with_suffix(".jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        save_file(tensors, temporary, metadata)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise ValueError(
-            f"cannot write shard {path} ({error}): free space; what was written before is whole"
-        ) from error
 
 
 def read_shards(folder: Path, identity: ShardIdentity | None = None) -> tuple[list[Example], list[dict[str, Any]]]:
@@ -217,7 +212,7 @@ def _refuse_foreign(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
         found |= {"vocab_size": int(metadata["vocab_size"]), "tokenizer": metadata["tokenizer"]}
     found["topk"] = tensors["topk_ids"].shape[1]
     if identity.layer_ids:
-        found["layer_ids"] = _ids(metadata.get("layer_ids", "none"))
+        found["layer_ids"] = _layer_ids(metadata)
     highest = max(int(tensors["tokens"].max()), int(tensors["topk_ids"].max()))
     if highest >= identity.vocab_size:
         found.setdefault("vocab_size", f"above {highest}")
@@ -230,11 +225,8 @@ def _refuse_foreign(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
             )
 
 
-def _words(layer_ids: Sequence[int]) -> str:
-    return ",".join(map(str, layer_ids)) or "none"
-
-
-def _ids(words: str) -> tuple[int, ...]:
+def _layer_ids(metadata: dict[str, str]) -> tuple[int, ...]:
+    words = metadata.get("layer_ids", "none")
     return () if words == "none" else tuple(int(word) for word in words.split(","))
 
 
@@ -258,29 +250,19 @@ def stream_examples(
     Yields:
         Index into `sequences`, and its example; similar lengths come together.
     """
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
-    current: list[int] = []
-    for index in order:
-        if current and len(sequences[index].tokens) * (len(current) + 1) > batch_tokens:
-            yield from zip(current, _forward(target, [sequences[i] for i in current], topk, layer_ids), strict=True)
-            current = []
-        current.append(index)
-    if current:
-        yield from zip(current, _forward(target, [sequences[i] for i in current], topk, layer_ids), strict=True)
-
-
-def _forward(target: Target, sequences: list[TokenSequence], topk: int, layer_ids: Sequence[int]) -> list[Example]:
-    lengths = [len(s.tokens) for s in sequences]
-    longest, rows = max(lengths), len(sequences)
-    tokens = torch.zeros(rows, longest, dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        tokens[row, : lengths[row]] = torch.tensor(sequence.tokens)
-    live = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
-    features, hidden = _states(target, tokens.to(target.device), live.to(target.device), layer_ids)
-    return [
-        _example(target, s, features[row, : len(s.tokens)], topk, hidden[row, : len(s.tokens)])
-        for row, s in enumerate(sequences)
-    ]
+    batches = list[list[int]]()
+    for index in sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens)):
+        if not batches or len(sequences[index].tokens) * (len(batches[-1]) + 1) > batch_tokens:
+            batches.append([])
+        batches[-1].append(index)
+    for batch in batches:
+        rows = [torch.tensor(sequences[index].tokens) for index in batch]
+        tokens, lengths = pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
+        live = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)
+        features, hidden = _states(target, tokens.to(target.device), live.to(target.device), layer_ids)
+        for row, index in enumerate(batch):
+            end = len(sequences[index].tokens)
+            yield index, _example(target, sequences[index], features[row, :end], topk, hidden[row, :end])
 
 
 def _states(target: Target, tokens: Tensor, live: Tensor, layer_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -322,7 +304,7 @@ def _same_layers(folder: Path, identity: ShardIdentity) -> None:
     """Raises HeadMismatchError where shards of other captured layers lie: the folder would fit no head."""
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            found = _ids((file.metadata() or {}).get("layer_ids", "none"))
+            found = _layer_ids(file.metadata() or {})
         if found != identity.layer_ids:
             raise HeadMismatchError(
                 f"feature shard {path} has layer_ids {found}, wanted is {identity.layer_ids}: give another folder"
@@ -354,10 +336,9 @@ def extract(
     sequences = [s for s in sequences if len(s.tokens) >= 3]
     check_room(folder, sum(len(s.tokens) for s in sequences), identity, max_gb)
     stream = stream_examples(target, sequences, identity.topk, batch_tokens, identity.layer_ids)
-    with _progress(sequences, quiet) as progress, ShardWriter(folder, identity, max_gb) as writer:
-        for index, example in stream:
+    with ShardWriter(folder, identity, max_gb) as writer:
+        for index, example in _followed(stream, sequences, quiet):
             writer.add(example, sequences[index].record)
-            progress.step(len(example.tokens))
     return len(sequences)
 
 
@@ -370,13 +351,16 @@ def in_memory(
     quiet: bool = False,
 ) -> list[Example]:
     """The target's features of sequences of at least three tokens each, in their order; nothing is written."""
-    made = dict[int, Example]()
-    with _progress(sequences, quiet) as progress:
-        for index, example in stream_examples(target, sequences, topk, layer_ids=layer_ids):
-            made[index] = example
-            progress.step(len(example.tokens))
+    stream = stream_examples(target, sequences, topk, layer_ids=layer_ids)
+    made = dict(_followed(stream, sequences, quiet))
     return [made[index] for index in range(len(sequences))]
 
 
-def _progress(sequences: Sequence[TokenSequence], quiet: bool) -> Progress:
-    return Progress("features", "tokens", sum(len(s.tokens) for s in sequences), quiet=quiet)
+def _followed(
+    stream: Iterator[tuple[int, Example]], sequences: Sequence[TokenSequence], quiet: bool
+) -> Iterator[tuple[int, Example]]:
+    """The same, and how far it is."""
+    with Progress("features", "tokens", sum(len(s.tokens) for s in sequences), quiet=quiet) as progress:
+        for index, example in stream:
+            yield index, example
+            progress.step(len(example.tokens))

@@ -31,9 +31,8 @@ from haast.progress import Progress
 from haast.training.batches import Example, pack
 from haast.training.config import TrainConfig
 from haast.training.interrupt import matmul_precision
-from haast.training.muon import Muon
 from haast.training.objective import Objective
-from haast.training.optimizer import HeadOptimizer
+from haast.training.optimizer import HeadOptimizer, Muon
 from haast.training.scaled_head import make_head
 from haast.training.target_weights import Frozen
 

@@ -29,7 +29,6 @@ from haast.target.packing import pack_linears
 from haast.target.target import Target
 from haast.training import initialise
 from haast.training.batches import Example, pack
-from haast.training.bigrams import bigram_directions
 from haast.training.config import TrainConfig
 from haast.training.data import TokenSequence
 from haast.training.diagnostics import overfit_self_test
@@ -37,7 +36,7 @@ from haast.training.features import ShardIdentity, extract, read_shards, stream_
 from haast.training.losses import teacher_loss
 from haast.training.objective import Objective
 from haast.training.scaled_head import TrainedHead, make_head
-from haast.training.target_weights import Frozen
+from haast.training.target_weights import Frozen, bigram_directions
 from haast.training.trainer import Trainer
 from haast.training.training_time_test import chain_passes
 

@@ -22,13 +22,12 @@ from haast.heads.config import HeadSizes
 from haast.heads.eagle3 import Eagle3Config
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.target.target import Target
-from haast.training import muon
+from haast.training import optimizer as muon
 from haast.training.batches import Example, pack
 from haast.training.config import TrainConfig
 from haast.training.features import stream_examples
-from haast.training.muon import COEFFICIENTS, Muon, orthogonalised, symmetric_product
 from haast.training.objective import Objective
-from haast.training.optimizer import HeadOptimizer
+from haast.training.optimizer import COEFFICIENTS, HeadOptimizer, Muon, orthogonalised, symmetric_product
 from haast.training.scaled_head import make_head
 from haast.training.target_weights import Frozen
 from haast.training.trainer import Trainer

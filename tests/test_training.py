@@ -434,16 +434,17 @@ def test_overfit_self_test_passes_and_fails_on_shuffled_labels(
 
 def test_settings_are_checked() -> None:
     for name in ("views", "learning_rate", "batch_tokens", "clip"):
+        wrong: dict[str, Any] = {name: -1}
         with pytest.raises(ValueError, match=f"{name}=-1"):
-            TrainConfig.from_mapping({name: -1})
+            TrainConfig(**wrong)
     with pytest.raises(ValueError, match=r"initialisation='zero'.*last-layer"):
         TrainConfig(initialisation="zero")
     with pytest.raises(ValueError, match="optimizer='sgd'"):
         TrainConfig(optimizer="sgd")
     with pytest.raises(ValueError, match="matmul_precision='low'"):
         TrainConfig(matmul_precision="low")
-    with pytest.raises(ValueError, match="speed"):
-        TrainConfig.from_mapping({"speed": 3})
+    with pytest.raises(TypeError, match="speed"):
+        TrainConfig(speed=3)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="batch=0"):
         RegenerateConfig(batch=0)
     with pytest.raises(ValueError, match="temperatures"):

@@ -46,9 +46,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], thin
     """
     if tokenizer.chat_template is None:
         return [int(i) for i in tokenizer.encode("\n".join(turns))]
-    roles = ("user", "assistant")
-    messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
-    return _tokens(tokenizer, _render(tokenizer, messages, thinking, prompt=True))
+    return _tokens(tokenizer, _render(tokenizer, alternating(turns), thinking, prompt=True))
+
+
+def alternating(turns: Sequence[str]) -> list[Message]:
+    """What user and assistant say in turn, as a chat."""
+    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 
 def encode_chat(

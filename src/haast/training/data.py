@@ -15,7 +15,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from haast.training.answers import record_key, refuse_other_tokenizer
-from haast.training.chat import check_template, encode_chat, encode_prompt, tokenizer_hash
+from haast.training.chat import alternating, check_template, encode_chat, encode_prompt, tokenizer_hash
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,7 @@ def _messages(record: dict[str, Any]) -> list[dict[str, str]]:
     """A given record as a chat."""
     if "messages" in record:
         return [{"role": message["role"], "content": message["content"]} for message in record["messages"]]
-    turns = [*record.get("history", []), record["prompt"], record["response"]]
-    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    return alternating([*record.get("history", []), record["prompt"], record["response"]])
 
 
 def describe_supervised(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence) -> Text:

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from transformers import PreTrainedTokenizerBase
 
 from haast.prompts import Prompt
+from haast.training.chat import alternating
 from haast.training.generation_queue import AnswerRun, Outcome, Question, RegenerateConfig
 from haast.training.replies import NoAnswerError, Reply, ReplyReader, why_unusable
 
@@ -209,12 +210,13 @@ class _Asking:
         """The server's words; None where they are no completion. Settings that it doesn't know are not sent again."""
         import openai
 
+        messages: Any = alternating(question.turns)
         while True:
             extra = dict(self._extra)  # another worker may take names out meanwhile
             try:
                 return await client.chat.completions.create(
                     model=self._model,
-                    messages=_messages(question),
+                    messages=messages,
                     temperature=self._config.temperature(question.index),
                     top_p=1.0,
                     max_tokens=self._config.max_new_tokens,
@@ -263,10 +265,6 @@ class _Pace:
         at = max(now, self._next)
         self._next = at + self._gap
         await asyncio.sleep(at - now)
-
-
-def _messages(question: Question) -> Any:
-    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(question.turns)]
 
 
 def _words(error: Exception) -> str:

@@ -20,12 +20,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from operator import attrgetter
-from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized, register_parametrization
+from torch.nn.utils.parametrize import register_parametrization
 
 from haast.heads.checkpoint import AnyModule, build_module
 from haast.heads.config import HeadConfig, HeadSizes
@@ -33,9 +31,8 @@ from haast.heads.eagle3 import Eagle3Config
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.heads.medusa import MedusaConfig
 from haast.training.batches import Example
-from haast.training.bigrams import bigram_directions
 from haast.training.config import TrainConfig
-from haast.training.target_weights import Frozen
+from haast.training.target_weights import Frozen, bigram_directions
 
 _SCALE_EXAMPLES = 200  # enough for an rms
 _FLOOR = 0.025  # of the overall rms: a nearly constant dimension is not blown up
@@ -103,10 +100,11 @@ class TrainedHead(nn.Module):
         self.config, self.scales = config, scales
         self._draft_vocab_size, self._factors = draft_vocab_size, factors
         self.module = module = self._build()
-        self._names = list(module.state_dict())
+        self._keys = {name: f"module.{name}" for name in module.state_dict()}  # of what is trained, by plain name
         for name, factor in factors.items():
             owner, _, leaf = name.rpartition(".")
             register_parametrization(module.get_submodule(owner), leaf, _Scaled(factor.to(scales.feature.dtype)))
+            self._keys[name] = f"module.{owner}.parametrizations.{leaf}.original"
 
     def _build(self) -> AnyModule:
         return build_module(self.config, self._draft_vocab_size).to(self.scales.feature.dtype)
@@ -127,17 +125,18 @@ class TrainedHead(nn.Module):
         hidden = self.scales.hidden
         return hidden if self.reads_captured and hidden is not None else self.scales.feature
 
-    def trained(self, name: str) -> Tensor:
-        """The parameter behind a plain weight."""
-        owner, _, leaf = name.rpartition(".")
-        module = self.module.get_submodule(owner)
-        behind = f"{owner}.parametrizations.{leaf}.original" if is_parametrized(module, leaf) else name
-        return cast(Tensor, attrgetter(behind)(self.module))
+    def trained(self, name: str) -> nn.Parameter:
+        """The parameter that a plain weight is made of."""
+        return self.get_parameter(self._keys[name])
 
     @torch.no_grad()
-    def plain_weights(self) -> dict[str, Tensor]:
-        """The official tensors, the fixed units folded in; they load into the module that users get."""
-        return {name: attrgetter(name)(self.module).detach().clone().cpu() for name in self._names}
+    def plain_weights(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The official tensors, the factors folded in, of a state dict; None is the present one."""
+        trained = self.state_dict() if state is None else state
+        return {name: trained[key].cpu() * self._factor(name) for name, key in self._keys.items()}
+
+    def _factor(self, name: str) -> Tensor:
+        return self._factors.get(name, torch.ones(()))
 
     @torch.no_grad()
     def load_plain(self, weights: Mapping[str, Tensor]) -> None:
@@ -146,19 +145,19 @@ class TrainedHead(nn.Module):
         Raises:
             ValueError: a tensor is missing or has another shape.
         """
-        for name in self._names:
+        for name in self._keys:
             part = self.trained(name)
             if name not in weights or weights[name].shape != part.shape:
                 found = tuple(weights[name].shape) if name in weights else "nothing"
                 raise ValueError(
                     f"cannot start from these weights: {name} should be {tuple(part.shape)}, found {found}"
                 )
-            part.copy_(weights[name] / self._factors.get(name, torch.ones(())))
+            part.copy_(weights[name] / self._factor(name))
 
-    def plain(self) -> AnyModule:
-        """The module that users get, with the present weights, in eval mode."""
+    def plain(self, state: Mapping[str, Tensor] | None = None) -> AnyModule:
+        """The module that users get, in eval mode, with the weights of a state dict; None is the present one."""
         module = self._build()
-        module.load_state_dict(self.plain_weights())
+        module.load_state_dict(self.plain_weights(state))
         return module.eval()
 
 

@@ -8,7 +8,6 @@ one process that accumulates n times as many batches.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -126,7 +125,6 @@ class Trainer:
         if start_from is not None:
             self.head.load_plain(start_from)
         self._captured = self.head.reads_captured
-        self._plain = copy.deepcopy(self.head)  # stays whole and on the CPU
         self._objective = self._processes.prepare(
             Objective(self.head, frozen, draft_vocab, config, self._processes.device)
         )
@@ -285,9 +283,7 @@ class Trainer:
             return self._plain_head(self._processes.weights(self._objective))
 
     def _plain_head(self, weights: dict[str, Tensor]) -> AnyModule:
-        prefix = "head."
-        self._plain.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
-        return self._plain.plain()
+        return self.head.plain({name.removeprefix("head."): tensor for name, tensor in weights.items()})
 
     def _store(self, folder: Path, head: AnyModule) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -356,9 +352,5 @@ class Trainer:
 
 def _seconds_to_tau(evaluations: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Seconds until an evaluation first measured each of some taus."""
-    found: dict[str, float] = {}
-    for line in evaluations:
-        for mark in _MARKS:
-            if line.get("tau", 0.0) >= mark:
-                found.setdefault(str(mark), line["seconds"])
-    return found
+    first = {mark: [line["seconds"] for line in evaluations if line.get("tau", 0.0) >= mark][:1] for mark in _MARKS}
+    return {str(mark): seconds for mark, found in first.items() for seconds in found}

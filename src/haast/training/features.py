@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +104,14 @@ class ShardWriter:
         folder: created where missing.
         identity: written into each shard.
         max_gb: hard cap on the folder's shards, those already there included.
-        prefix: of shard names.
     """
 
-    def __init__(self, folder: Path, identity: ShardIdentity, max_gb: float, prefix: str = "shard") -> None:
-        self._folder, self._identity, self._max_gb, self._prefix = folder, identity, max_gb, prefix
+    def __init__(self, folder: Path, identity: ShardIdentity, max_gb: float) -> None:
+        self._folder, self._identity, self._max_gb = folder, identity, max_gb
         folder.mkdir(parents=True, exist_ok=True)
         self._entries: list[tuple[Example, dict[str, Any]]] = []
         self._used = _stored_bytes(folder)
-        self._number = len(list(folder.glob(f"{prefix}-*.safetensors")))
+        self._numbers = count(len(list(folder.glob("shard-*.safetensors"))))
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -145,8 +145,8 @@ class ShardWriter:
                 f"the shards in {self._folder} would take {(self._used + size) / _GB:.3g} GB, the cap is "
                 f"{self._max_gb:g} GB: raise it or stop here, what is written can be trained on"
             )
-        while (path := self._folder / f"{self._prefix}-{self._number:05d}.safetensors").exists():
-            self._number += 1
+        paths = (self._folder / f"shard-{number:05d}.safetensors" for number in self._numbers)
+        path = next(path for path in paths if not path.exists())
         try:
             path.with_suffix(".jsonl").write_text("".join(json.dumps(record) + "\n" for _, record in self._entries))
             with replacing(path) as temporary:

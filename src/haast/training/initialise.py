@@ -102,7 +102,7 @@ def _layer_weights(
     before = _gain(layer.before_attention) / _typical(entering) / units
     # norm(u) divides by the rms of u = D a, the target's norm by that of a: their ratio is taken as constant as well.
     ratio = float((_rms(middle * units) / _rms(middle)).mean())
-    # The head's gain is chosen as whitening would: 1 in its units. What is left over goes into gate and up.
+    # The head's gain is what training starts a random head with. What is left over goes into gate and up.
     gain = float(scales.feature.square().mean().sqrt()) / scales.feature
     inside = _gain(layer.before_mlp) * ratio / units / gain
     prefix = "layers.0."
@@ -119,7 +119,7 @@ def _layer_weights(
 
 
 def _fuse(examples: Sequence[Example], embeddings: Tensor, scales: Scales, wanted: Tensor) -> Tensor:
-    """Ridge regression of `wanted` (n, hidden) on embedding and feature, solved in whitened units: fc (H, 2H)."""
+    """Ridge regression of `wanted` (n, hidden) on embedding and feature, solved in units of their rms: fc (H, 2H)."""
     inputs = []
     for example in examples:
         at = example.queries()

@@ -32,10 +32,11 @@ from haast.training.batches import Example, pack
 from haast.training.config import TrainConfig
 from haast.training.data import TokenSequence
 from haast.training.diagnostics import overfit_self_test
-from haast.training.features import ShardIdentity, extract, read_shards, stream_examples
+from haast.training.features import extract, stream_examples
 from haast.training.losses import teacher_loss
 from haast.training.objective import Objective
 from haast.training.scaled_head import TrainedHead, make_head
+from haast.training.shards import ShardIdentity, read_shards
 from haast.training.target_weights import Frozen, bigram_directions
 from haast.training.trainer import Trainer
 from haast.training.training_time_test import chain_passes

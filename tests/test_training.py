@@ -27,7 +27,7 @@ from haast.sampling import Sampler, choose_nodes, keyed_uniform
 from haast.target.fusing import fuse_small_modules
 from haast.target.packing import pack_linears
 from haast.target.target import Target
-from haast.training import features, initialise, regenerate, trainer
+from haast.training import features, initialise, regenerate, shards, trainer
 from haast.training.answers import read_answers
 from haast.training.batches import BatchOrder, Example, PackedBatch, pack
 from haast.training.chat import encode_prompt
@@ -464,14 +464,14 @@ def test_sizes_that_differ_are_refused(target: Target, frozen: Frozen, examples:
 # Shards
 
 
-def identity(target: Target) -> features.ShardIdentity:
-    return features.ShardIdentity.of(target, "tiny", topk=8)
+def identity(target: Target) -> shards.ShardIdentity:
+    return shards.ShardIdentity.of(target, "tiny", topk=8)
 
 
 def test_shards_round_trip_and_resume(target: Target, examples: list[Example], tmp_path: Path) -> None:
     assert features.extract(target, sequences(5), tmp_path, identity(target), quiet=True) == 5
     assert features.extract(target, sequences(12), tmp_path, identity(target), quiet=True, batch_tokens=64) == 7
-    stored, records = features.read_shards(tmp_path, identity(target))
+    stored, records = shards.read_shards(tmp_path, identity(target))
     assert sorted(record["id"] for record in records) == sorted(str(i) for i in range(12))
     for example, record in zip(stored, records, strict=True):
         wanted = examples[int(record["id"])]
@@ -484,7 +484,7 @@ def test_shards_over_the_cap_are_refused_before_anything_is_written(target: Targ
         features.extract(target, sequences(12), tmp_path, identity(target), max_gb=1e-6, quiet=True)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="are free"):
-        features.check_room(tmp_path, 10**15, identity(target), 1e15)
+        shards.check_room(tmp_path, 10**15, identity(target), 1e15)
 
 
 def test_shards_take_another_answer_of_the_same_id_and_count_what_is_there(target: Target, tmp_path: Path) -> None:
@@ -501,14 +501,14 @@ def test_corrupt_and_foreign_shards_are_refused(target: Target, tmp_path: Path) 
     changes: list[tuple[str, Any]] = [("hidden_size", 31), ("vocab_size", 65), ("tokenizer", "other")]
     for name, value in changes:
         with pytest.raises(HeadMismatchError, match=name):
-            features.read_shards(tmp_path, replace(identity(target), **{name: value}))
+            shards.read_shards(tmp_path, replace(identity(target), **{name: value}))
     (path,) = tmp_path.glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match="corrupt"):
-        features.read_shards(tmp_path)
+        shards.read_shards(tmp_path)
     path.unlink()
     with pytest.raises(ValueError, match="no feature shards"):
-        features.read_shards(tmp_path)
+        shards.read_shards(tmp_path)
 
 
 # Text
@@ -614,7 +614,7 @@ def test_features_captured_while_answering_equal_extracted_ones(
 ) -> None:
     config = settings(features_dir=tmp_path / "shards", topk=8)
     regenerate.regenerate(target, tokenizer, prompts(), tmp_path / "a.jsonl", config, name="tiny", quiet=True)
-    stored, records = features.read_shards(tmp_path / "shards", identity(target))
+    stored, records = shards.read_shards(tmp_path / "shards", identity(target))
     assert len(stored) == 9
     wanted = dict(features.stream_examples(target, [encode_answer(tokenizer, r) for r in records], topk=8))
     for number, example in enumerate(stored):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from haast.target.target import Target
     from haast.training.batches import Example
     from haast.training.data import TokenSequence
-    from haast.training.features import ShardIdentity
+    from haast.training.shards import ShardIdentity
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,8 @@ def _examples(
     layers: tuple[int, ...],
 ) -> tuple[list[Example], list[dict[str, Any]]]:
     """Examples and the records they came from: from shards (made where missing), or in memory."""
-    from haast.training.features import ShardIdentity, in_memory
+    from haast.training.features import in_memory
+    from haast.training.shards import ShardIdentity
 
     identity = ShardIdentity.of(target, name, data.topk, layers)
     if data.shards is not None:
@@ -258,7 +259,8 @@ def _stored(
     from haast.repetition import loops
     from haast.training.answers import record_key
     from haast.training.diagnostics import check_features
-    from haast.training.features import extract, read_shards
+    from haast.training.features import extract
+    from haast.training.shards import read_shards
 
     if records:
         sequences = _sequences(target, records, data)

@@ -30,8 +30,9 @@ from haast.sampling import Sampler
 from haast.target.target import Target
 from haast.training.batches import Example
 from haast.training.checkpoints import write_probe
-from haast.training.features import ShardIdentity, ShardWriter, teacher_topk
+from haast.training.features import teacher_topk
 from haast.training.generation_queue import TURN_DRAWS, AnswerRun, Outcome, Question, RegenerateConfig
+from haast.training.shards import ShardIdentity, ShardWriter
 from haast.training.target_weights import end_tokens
 
 

@@ -87,7 +87,8 @@ def pack(examples: Sequence[Example], captured: bool = False) -> PackedBatch:
     """Lay sequences end to end; see the module docstring for the shift. `captured` takes `hidden` for features."""
     lengths, own = [example.pairs for example in examples], [example.queries() for example in examples]
     counts = [len(q) for q in own]  # own: positions within the sequence
-    rows, numbers = torch.split(torch.arange(sum(lengths)), lengths), torch.split(torch.arange(sum(counts)), counts)
+    rows = list(torch.split(torch.arange(sum(lengths)), lengths))
+    numbers = list(torch.split(torch.arange(sum(counts)), counts))
     after = [(example, q + 1) for example, q in zip(examples, own, strict=True)]
     return PackedBatch(
         features=torch.cat([(e.hidden if captured else e.features)[: e.pairs] for e in examples]).float(),

@@ -46,19 +46,12 @@ def atomic_save(state: dict[str, Any], path: Path) -> None:
         ) from error
 
 
-def path_of(folder: Path, step: int) -> Path:
-    """Where the state of a step lies."""
-    return folder / f"state-{step:08d}.pt"
-
-
-def save_state(folder: Path, state: dict[str, Any], step: int) -> Path:
-    """Write `state-<step>.pt`, drop all but the newest two, and return its path."""
-    path = path_of(folder, step)
-    atomic_save(state, path)
+def save_state(folder: Path, state: dict[str, Any], step: int) -> None:
+    """Write `state-<step>.pt`, and drop all but the newest two."""
+    atomic_save(state, folder / f"state-{step:08d}.pt")
     torn = folder.glob(".*.tmp")  # of a run that was killed while it wrote
     for old in [*sorted(folder.glob("state-*.pt"))[:-_KEEP], *torn]:
         old.unlink()
-    return path
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:

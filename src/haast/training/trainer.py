@@ -304,8 +304,8 @@ class Trainer:
             for parameter, data in zip(parameters, own, strict=True):
                 parameter.data = data
 
-    def save(self) -> Path:
-        """Write a checkpoint; returns its path."""
+    def save(self) -> None:
+        """Write a checkpoint."""
         state: dict[str, Any] = {
             "format": _FORMAT,
             "config": asdict(self.config),
@@ -319,11 +319,9 @@ class Trainer:
             "progress": asdict(self._at),
             "report": self._report.state(),
         }
-        path = checkpoints.path_of(self.out_dir, self._at.step)
         if self._processes.main:
             checkpoints.save_state(self.out_dir, state, self._at.step)
         self._processes.wait()
-        return path
 
     def _open(self, resume: bool) -> None:
         state = self._resumable

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from rich.text import Text
@@ -104,10 +106,7 @@ def describe_supervised(tokenizer: PreTrainedTokenizerBase, sequence: TokenSeque
     """The sequence as text: supervised tokens in green, the rest dim, with the counts in front."""
     count = sum(sequence.supervised)
     text = Text(f"{count} of {len(sequence.tokens)} tokens supervised\n", style="bold")
-    start = 0
-    for stop in range(1, len(sequence.tokens) + 1):
-        if stop == len(sequence.tokens) or sequence.supervised[stop] != sequence.supervised[start]:
-            piece = str(tokenizer.decode(sequence.tokens[start:stop]))
-            text.append(piece, style="black on green" if sequence.supervised[start] else "dim")
-            start = stop
+    for mine, run in groupby(zip(sequence.supervised, sequence.tokens, strict=True), key=itemgetter(0)):
+        piece = str(tokenizer.decode([token for _, token in run]))
+        text.append(piece, style="black on green" if mine else "dim")
     return text

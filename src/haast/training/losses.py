@@ -3,7 +3,7 @@
 Soft cross-entropy against the teacher's top-k (EAGLE, arXiv 2401.15077, section 3.2; top-k distillation as in HASS,
 arXiv 2408.15766), or its mix with the acceptance itself (LK losses, arXiv 2602.23881), over a draft vocabulary.
 Gradients are made in place from the logits of one chunk, so logits for every position never exist and there is one
-exponential pass. Smooth L1 on features.
+exponential pass.
 
 Of one position, with p the teacher's probabilities on its k tokens and q the head's softmax:
 
@@ -134,8 +134,3 @@ def teacher_loss(
         apply: Any = _TeacherLoss.apply  # untyped in torch
         found = apply(features, weight, bias, ids, probs, columns, sharpness, rejected)
     return Sums(*found)
-
-
-def feature_loss(extrapolated: Tensor, wanted: Tensor) -> Tensor:
-    """Smooth L1, mean over (positions, hidden); both are in units of each dimension's rms."""
-    return functional.smooth_l1_loss(extrapolated, wanted)

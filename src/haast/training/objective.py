@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from haast.heads.medusa import MedusaHeads
 from haast.heads.module import DraftModule
 from haast.training.batches import Example, PackedBatch, pack, usable
 from haast.training.config import TrainConfig
-from haast.training.losses import feature_loss, teacher_loss
+from haast.training.losses import teacher_loss
 from haast.training.scaled_head import TrainedHead
 from haast.training.target_weights import Frozen, draft_places
 from haast.training.training_time_test import chain_passes, follows
@@ -113,7 +114,7 @@ class Objective(nn.Module):
             loss = config.ce_weight * found.loss / len(rows)
             if state is not None:
                 wanted = batch.wanted[rows].to(state.dtype)
-                regression = feature_loss(state / self._feature_units, wanted / self._feature_units)
+                regression = functional.smooth_l1_loss(state / self._feature_units, wanted / self._feature_units)
                 loss = loss + config.feature_weight * regression
                 sums.setdefault("feature", regression.detach() * batch.views)
             if not number:

@@ -212,29 +212,22 @@ def _rms(units: Tensor) -> Tensor:
     return units.square().mean().sqrt()
 
 
-def _layer_factors(prefix: str, units: Tensor) -> Factors:
-    """Of a decoder layer whose q, k and v read through a norm."""
-    return {
-        f"{prefix}.self_attn.o_proj.weight": units[:, None],
-        f"{prefix}.mlp.down_proj.weight": units[:, None],
-        f"{prefix}.post_attention_layernorm.weight": _rms(units) / units,
-    }
-
-
-def _more_layers(prefix: str, numbers: range, units: Tensor) -> Factors:
-    found: Factors = {}
-    for number in numbers:
-        found |= _layer_factors(f"{prefix}.{number}", units)
-        found[f"{prefix}.{number}.input_layernorm.weight"] = _rms(units) / units
-    return found
+def _layer_factors(
+    prefix: str, units: Tensor, norms: Sequence[str] = ("input_layernorm", "post_attention_layernorm")
+) -> Factors:
+    """Of a decoder layer: what it adds to the stream, and those of its norms that read the stream."""
+    outputs = {f"{prefix}.{name}.weight": units[:, None] for name in ("self_attn.o_proj", "mlp.down_proj")}
+    return outputs | {f"{prefix}.{norm}.weight": _rms(units) / units for norm in norms}
 
 
 def _feat_extrapolator_factors(config: FeatExtrapolatorConfig, scales: Scales) -> Factors:
     units = scales.feature
     read = torch.cat([torch.full_like(units, 1 / scales.embedding), 1 / units])
-    first = {f"layers.0.self_attn.{name}.weight": 1 / units for name in ("q_proj", "k_proj", "v_proj")}
-    more = _more_layers("layers", range(1, config.num_hidden_layers), units)
-    return {"fc.weight": units[:, None] * read} | first | _layer_factors("layers.0", units) | more
+    factors = {"fc.weight": units[:, None] * read} | _layer_factors("layers.0", units, ["post_attention_layernorm"])
+    factors |= {f"layers.0.self_attn.{name}.weight": 1 / units for name in ("q_proj", "k_proj", "v_proj")}
+    for number in range(1, config.num_hidden_layers):
+        factors |= _layer_factors(f"layers.{number}", units)
+    return factors
 
 
 def _eagle3_factors(config: Eagle3Config, scales: Scales, final_gain: Tensor | None) -> Factors:
@@ -249,8 +242,10 @@ def _eagle3_factors(config: Eagle3Config, scales: Scales, final_gain: Tensor | N
     if config.fc_norm:
         captured = scales.hidden.chunk(len(config.layer_ids))
         factors |= {f"fc_norm.{i}.weight": _rms(part) / part for i, part in enumerate(captured)}
-    factors |= {"midlayer.hidden_norm.weight": _rms(units) / units} | _layer_factors("midlayer", units)
-    return factors | _more_layers("more", range(config.num_hidden_layers - 1), units)
+    factors |= _layer_factors("midlayer", units, ["hidden_norm", "post_attention_layernorm"])
+    for number in range(config.num_hidden_layers - 1):
+        factors |= _layer_factors(f"more.{number}", units)
+    return factors
 
 
 def _medusa_factors(config: MedusaConfig, scales: Scales) -> Factors:

@@ -124,7 +124,7 @@ def bigram_directions(examples: Sequence[Example], vocab: int, draft_vocab: Tens
     Returns:
         (vocab, rank) of unit rms over the tokens that were seen; zeros for others, and where directions are fewer.
     """
-    place = torch.full((vocab,), -1).index_put((draft_vocab,), torch.arange(len(draft_vocab)))
+    place = draft_places(draft_vocab, vocab)
     pairs = []
     for example in examples:
         both = example.supervised[:-1].bool() & example.supervised[1:].bool()

@@ -74,7 +74,7 @@ class PackedBatch:
         return int(self.queries.shape[0])
 
     def seen(self, back: int) -> Tensor:
-        """(B, Q, L) bool: the pair slots at least `back` positions behind each query (0: itself included)."""
+        """(B, Q, L) bool: the pair slots at least `back` positions before each query (0: itself included)."""
         at = self.positions[self.queries][self.query_slots]  # (B, Q)
         return torch.arange(self.key_slots.shape[1], device=at.device) <= at.unsqueeze(2) - back
 

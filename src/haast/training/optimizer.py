@@ -133,7 +133,7 @@ def rounds_factors(device: torch.device, precision: str) -> bool:
         precision: what `torch.get_float32_matmul_precision` says now.
     """
     assert precision == torch.get_float32_matmul_precision(), "only the present setting can be tried"
-    factor = torch.full((256, 256), 1 + 2**-12, device=device)  # TF32 has 10 bits behind the point, bf16 has 7
+    factor = torch.full((256, 256), 1 + 2**-12, device=device)  # TF32 has 10 bits after the point, bf16 has 7
     return float((factor @ factor)[0, 0]) == 256.0  # and not 256.125
 
 

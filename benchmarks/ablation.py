@@ -42,10 +42,10 @@ from haast.target.target import Target
 from haast.training.answers import record_key
 from haast.training.batches import Example
 from haast.training.config import TrainConfig
-from haast.training.features import read_shards
 from haast.training.initialise import last_layer_weights
 from haast.training.interrupt import matmul_precision
 from haast.training.run import head_config
+from haast.training.shards import read_shards
 from haast.training.target_weights import Frozen
 from haast.training.trainer import Trainer
 

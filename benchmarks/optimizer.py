@@ -30,10 +30,10 @@ from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.progress import Progress
 from haast.training.batches import Example, pack
 from haast.training.config import TrainConfig
-from haast.training.factory import make_head, make_objective
 from haast.training.interrupt import matmul_precision
-from haast.training.muon import Muon
-from haast.training.optimizer import HeadOptimizer
+from haast.training.objective import Objective
+from haast.training.optimizer import HeadOptimizer, Muon
+from haast.training.scaled_head import make_head
 from haast.training.target_weights import Frozen
 
 _SIZES: dict[int, dict[str, Any]] = {
@@ -59,9 +59,7 @@ class Arm:
         examples = [_example(hidden, vocab, generator) for _ in range(count)]
         rows = torch.randn(vocab, hidden, generator=generator) / 10
         frozen, drafted = Frozen(rows, rows, None, (1,)), torch.arange(vocab)
-        self._objective = make_objective(
-            make_head(config, sizes, frozen, examples, drafted), frozen, drafted, config, torch.device("cpu")
-        )
+        self._objective = Objective(make_head(config, sizes, frozen, examples, drafted), frozen, drafted, config)
         self._batch = pack(examples)
         self._stepper = HeadOptimizer(self._objective.named_parameters(), config)
         if torchs:

@@ -31,8 +31,8 @@ from haast.prompts import read_prompts
 from haast.target.load import load_target
 from haast.training.batches import Example
 from haast.training.config import TrainConfig
-from haast.training.features import read_shards
 from haast.training.run import head_config
+from haast.training.shards import read_shards
 from haast.training.target_weights import Frozen
 from haast.training.trainer import Trainer
 

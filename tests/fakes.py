@@ -272,7 +272,7 @@ def drafted(module: DraftModule, embedded: Tensor, known: Tensor, count: int) ->
 
 
 def dies_after(append: Callable[..., None], count: int, tail: bytes = b"") -> Callable[..., None]:
-    """Stands in for `answers.append_record`: after `count` records a kill, in the middle of the line `tail`."""
+    """Stands in for `jsonl_log.append`: after `count` records a kill, in the middle of the line `tail`."""
     left = iter(range(count))
 
     def dying(file: Any, record: dict[str, Any], path: Path) -> None:

@@ -20,7 +20,8 @@ from haast.training.data import TokenSequence
 from haast.training.features import stream_examples
 from haast.training.generation_queue import RegenerateConfig
 from haast.training.regenerate import regenerate
-from haast.training.trainer import Frozen, Trainer
+from haast.training.target_weights import Frozen
+from haast.training.trainer import Trainer
 
 VOCAB = 64
 ANSWERS = 24

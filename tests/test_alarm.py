@@ -13,12 +13,12 @@ import torch
 from fakes import tiny_target
 from rich.console import Console
 
-from haast.training.alarm import diagnose
 from haast.training.batches import Example, pack
 from haast.training.data import TokenSequence
+from haast.training.diagnostics import diagnose
 from haast.training.features import stream_examples
-from haast.training.findings import findings_table
 from haast.training.losses import teacher_loss
+from haast.training.report import findings_table
 from haast.training.target_weights import Frozen, choose_draft_vocab
 
 VOCAB, OPENING = 64, [3, 1, 4]

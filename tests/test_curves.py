@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -14,10 +15,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from haast.training import curves
-from haast.training.curves import Curves, doubling_gain, draw_curves
-from haast.training.findings import Finding
-from haast.training.report import Reporter
-from haast.training.tensorboard import TensorBoard
+from haast.training.curves import Curves, TensorBoard, draw_curves, tau_trend
+from haast.training.report import Finding, Reporter
 
 SUMS = {"loss": 200.0, "ce": 150.0, "feature": 10.0, "top1": 40.0, "accepted": 30.0, "views": 100.0}
 PNG = b"\x89PNG\r\n"
@@ -38,10 +37,10 @@ def drive(report: Reporter, steps: Sequence[int]) -> None:
 
 def test_another_doubling_brings_the_slope() -> None:
     taus = [evaluation(1000 * 2**k, 1.5 + 0.2 * k) for k in range(4)]
-    assert doubling_gain(taus) == pytest.approx(0.2)
-    assert doubling_gain([*taus, {"step": 1, "views": 500, "loss": 3.0}]) == pytest.approx(0.2)
+    assert tau_trend(taus) == pytest.approx((0.2, 1.5 - 0.2 * math.log2(1000)))
+    assert tau_trend([*taus, {"step": 1, "views": 500, "loss": 3.0}]) == tau_trend(taus)
     wavering = [evaluation(v, t) for v, t in ((1, 1.0), (2, 1.4), (4, 1.2), (8, 1.6))]
-    assert doubling_gain(wavering) == pytest.approx(0.16)
+    assert tau_trend(wavering) == pytest.approx((0.16, 1.06))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +54,7 @@ def test_another_doubling_brings_the_slope() -> None:
     ],
 )
 def test_too_few_evaluations_say_nothing(metrics: list[dict[str, Any]]) -> None:
-    assert doubling_gain(metrics) is None
+    assert tau_trend(metrics) is None
 
 
 @pytest.mark.parametrize("count", [0, 1, 6])

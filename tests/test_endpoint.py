@@ -19,10 +19,10 @@ from fakes import dies_after
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
+from haast import jsonl_log
 from haast.cli import app
 from haast.prompts import Prompt
 from haast.target.load import load_tokenizer
-from haast.training import answers
 from haast.training.answers import read_answers
 from haast.training.chat import encode_prompt
 from haast.training.data import encode_answers
@@ -320,7 +320,7 @@ def test_a_killed_run_resumes_to_the_same_answers(
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     ask(server, whole, prompts(4, turns=2), turns=2)
     tail = b'{"id": "p0", "resp'
-    monkeypatch.setattr(answers, "append_record", dies_after(answers.append_record, 3, tail))
+    monkeypatch.setattr(jsonl_log, "append", dies_after(jsonl_log.append, 3, tail))
     with pytest.raises(KeyboardInterrupt):
         ask(server, cut, prompts(4, turns=2), turns=2)
     monkeypatch.undo()

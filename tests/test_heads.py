@@ -11,7 +11,6 @@ import pytest
 import torch
 from fakes import drafted
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from haast.core import SamplingParams
@@ -29,17 +28,16 @@ from haast.target.fusing import fuse_small_modules
 from haast.target.packing import pack_linears
 from haast.target.target import Target
 from haast.training import initialise
-from haast.training.batches import Example, PackedBatch, pack
-from haast.training.bigrams import bigram_directions
+from haast.training.batches import Example, pack
 from haast.training.config import TrainConfig
 from haast.training.data import TokenSequence
-from haast.training.factory import make_head
-from haast.training.features import ShardIdentity, extract, read_shards, stream_examples
+from haast.training.diagnostics import overfit_self_test
+from haast.training.features import extract, stream_examples
 from haast.training.losses import teacher_loss
-from haast.training.normalized_head import TrainedHead, load_plain, plain_weights
 from haast.training.objective import Objective
-from haast.training.selftest import overfit_self_test
-from haast.training.target_weights import Frozen
+from haast.training.scaled_head import TrainedHead, make_head
+from haast.training.shards import ShardIdentity, read_shards
+from haast.training.target_weights import Frozen, bigram_directions
 from haast.training.trainer import Trainer
 from haast.training.training_time_test import chain_passes
 
@@ -115,9 +113,7 @@ def trained(target: Target, kind: str, examples: list[Example], dtype: torch.dty
     frozen = Frozen.of(target)
     frozen = replace(frozen, embeddings=frozen.embeddings.to(dtype), head=frozen.head.to(dtype))
     config = TrainConfig(head="eagle3" if kind.startswith("eagle3") else "feat-extrapolator", output_init=1.0)
-    made = make_head(config, sizes(target, kind), frozen, examples, DRAFTED)
-    assert isinstance(made, TrainedHead)
-    return shaken(made)
+    return shaken(make_head(config, sizes(target, kind), frozen, examples, DRAFTED))
 
 
 def plain(head: TrainedHead) -> DraftModule:
@@ -126,74 +122,64 @@ def plain(head: TrainedHead) -> DraftModule:
     return module
 
 
-def pairs(head: TrainedHead, target: Target, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain embeddings of what pairs hold, and the same and the features in whitened units."""
-    held = batch.next_tokens if head.follows_token else batch.tokens
-    embedded = target.embed(held).clone()
-    units = head.scales.feature if head.regresses else head.scales.hidden
-    assert units is not None
-    return embedded, embedded / head.scales.embedding, batch.features.double() / units
-
-
-def unit(head: TrainedHead) -> Tensor:
-    """What makes a whitened state plain."""
-    found: Any = head.scales.feature if head.regresses else dict(head.named_buffers())["units"]
-    assert isinstance(found, Tensor)
-    return found
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_passes_read_what_drafts_read(kind: str, target: Target, examples: list[Example]) -> None:
     """Pass s at the end of a chain equals the users' module over true pairs, then over its own states."""
     head = trained(target, kind, examples)
     module = plain(head)
     batch = pack(examples[:2], captured=not head.regresses)
-    embedded, embeddings, features = pairs(head, target, batch)
+    embedded = target.embed(batch.next_tokens if module.follows_token else batch.tokens).clone()
+    assert isinstance(head.module, DraftModule)
     first = int(batch.lengths[0])
     known = module.fuse(batch.features[:first].double().unsqueeze(0))[0].detach()
     seen = 0
-    for number, (output, rows) in enumerate(chain_passes(head, batch, embeddings, features, 3)):
+    chain = chain_passes(head.module, batch, embedded, batch.features.double(), 3)
+    for number, (output, rows) in enumerate(chain):
         for place, query in enumerate(rows.tolist()):
             end = int(batch.queries[query])
             if end >= first:
                 break
             wanted = drafted(module, embedded, known[: end - number + 1], number)
-            assert torch.allclose(output[place] * unit(head), wanted, atol=2e-5), (number, query)
+            assert torch.allclose(output[place], wanted, atol=2e-5), (number, query)
             seen += 1
     assert number == 2 and seen > 20
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_and_drafting_see_the_same_logits(kind: str, target: Target, examples: list[Example]) -> None:
+    """The cross-entropy of a batch is that of the users' module, states and logits computed sequence by sequence."""
     head = trained(target, kind, examples)
     module = plain(head)
     frozen = Frozen.of(target)
     frozen = replace(frozen, embeddings=frozen.embeddings.double(), head=frozen.head.double())
-    objective = Objective(
-        head, frozen, DRAFTED, TrainConfig(head="eagle3" if not head.regresses else "feat-extrapolator")
-    )
-    states = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    before = torch.tensor([3, 4, 5, 6, 7])
-    weight, _ = objective._rows()
-    ours = objective._read(states, before) @ weight.T
+    config = TrainConfig(head="eagle3" if not head.regresses else "feat-extrapolator")
+    batch, wanted = pack(examples[:3], captured=not head.regresses), torch.zeros((), dtype=torch.float64)
+    _, sums = Objective(head, frozen, DRAFTED, config)(batch)
+    place = {int(token): number for number, token in enumerate(DRAFTED)}
     rows = module.lm_rows(target.head_rows(DRAFTED))
-    theirs = module.lm_input((states * unit(head)).unsqueeze(0), before.unsqueeze(0))[0] @ rows.T
-    assert torch.allclose(ours, theirs, atol=1e-6)
+    for example in examples[:3]:
+        one = pack([example], captured=not head.regresses)
+        embedded = target.embed(one.next_tokens if module.follows_token else one.tokens).clone().unsqueeze(0)
+        states = module(embedded, module.fuse(one.features.double().unsqueeze(0)), one.positions.unsqueeze(0))
+        read = module.lm_input(states, one.next_tokens.unsqueeze(0))[0, one.queries]
+        for said, ids, probs in zip((read @ rows.T).log_softmax(-1), one.teacher_ids, one.teacher_probs, strict=True):
+            for token, prob in zip(ids.tolist(), probs.tolist(), strict=True):
+                wanted = wanted - prob * said[place[token]] if token in place else wanted
+    assert torch.allclose(sums["ce"], wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_weights_come_back(kind: str, target: Target, examples: list[Example]) -> None:
     head = trained(target, kind, examples)
-    frozen = Frozen.of(target)
     other = trained(target, kind, examples)
     for parameter in other.parameters():
         parameter.data.zero_()
-    load_plain(other, plain_weights(head))
+    other.load_plain(head.plain_weights())
     for (name, one), (_, two) in zip(head.named_parameters(), other.named_parameters(), strict=True):
         assert torch.allclose(one, two), name
     with pytest.raises(ValueError, match=r"fc\.weight"):
-        load_plain(other, {})
-    assert frozen.final_gain is not None
+        other.load_plain({})
+    assert Frozen.of(target).final_gain is not None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -404,7 +390,7 @@ def test_the_average_of_weights_is_the_head_that_is_given(examples: list[Example
     run.run()
     best = torch.load(tmp_path / "best" / "head.pt", weights_only=True)["weights"]
     assert torch.equal(run.plain_head().state_dict()["fc.weight"], best["fc.weight"])
-    assert not torch.equal(plain_weights(run.head)["fc.weight"], best["fc.weight"])
+    assert not torch.equal(run.head.plain_weights()["fc.weight"], best["fc.weight"])
 
 
 def other(name: str) -> Target:

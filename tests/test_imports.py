@@ -16,7 +16,7 @@ SOURCE = Path(haast.__file__).parent
 
 # A room is a module or a package directly under haast; it may import rooms of smaller rank, and itself.
 RANKS = [
-    {"compat", "device", "errors", "native", "progress", "prompts", "repetition", "stats", "text", "tree"},
+    {"compat", "device", "errors", "jsonl_log", "native", "progress", "prompts", "repetition", "stats", "text", "tree"},
     {"core", "files"},
     {"generation", "sampling"},
     {"target"},
@@ -38,6 +38,7 @@ RANK = {room: number for number, rooms in enumerate(RANKS) for room in rooms}
 ONLY = {
     "core": {"haast.stats"}, "stats": set(), "tree": set(), "errors": set(), "compat": set(), "text": set(),
     "prompts": set(), "progress": set(), "repetition": set(), "device": set(), "native": set(),
+    "jsonl_log": set(),
     "sampling": {"haast.core", "haast.device", "haast.errors"},
     "target": {"haast.compat", "haast.device", "haast.errors", "haast.native", "haast.tree"},
     # The engine knows drafters and targets by their contract only.

@@ -158,13 +158,13 @@ def test_a_kill_while_a_checkpoint_is_written(trained: Path, tmp_path: Path, kep
     newest = max(tmp_path.glob("state-*.pt"))
     content = newest.read_bytes()
     newest.write_bytes(content[: int(kept * len(content))])
-    (tmp_path / "state-99999998.tmp").write_bytes(content[: int(kept * len(content))])
+    (tmp_path / ".state-99999998.pt.1.1.tmp").write_bytes(content[: int(kept * len(content))])
     run(kill_jobs.train, tmp_path, True, VIEWS)
     assert_same_run(tmp_path, trained)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-@pytest.mark.parametrize("name", ["metrics.jsonl", "state-00000030.tmp", "head.tmp"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "state-00000030.pt", "head.pt"])
 def test_a_full_disk_is_one_line_and_costs_no_checkpoint(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -173,7 +173,8 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(
 
     def full(path: Path, mode: str = "r", *rest: Any, **named: Any) -> Any:
         late = any(state.name >= "state-00000029.pt" for state in tmp_path.glob("state-*.pt"))
-        is_full = late and path.name == name and "r" not in mode
+        written = path.name == name or path.name.startswith(f".{name}.")  # itself, or what will be renamed to it
+        is_full = late and written and "r" not in mode
         return opening(Path("/dev/full") if is_full else path, mode, *rest, **named)
 
     monkeypatch.setattr(Path, "open", full)

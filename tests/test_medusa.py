@@ -30,10 +30,10 @@ from haast.target.target import Target
 from haast.training.batches import Example, pack
 from haast.training.config import TrainConfig
 from haast.training.data import TokenSequence
-from haast.training.factory import make_head, make_objective
+from haast.training.diagnostics import overfit_self_test
 from haast.training.features import stream_examples
-from haast.training.medusa import WhitenedMedusa, rank_accuracies
-from haast.training.selftest import overfit_self_test
+from haast.training.objective import Objective, rank_accuracies
+from haast.training.scaled_head import TrainedHead, make_head
 from haast.training.target_weights import Frozen
 from haast.tree import DraftTree
 
@@ -71,16 +71,14 @@ def examples(target: Target) -> list[Example]:
     return [made[i] for i in range(len(made))]
 
 
-def whitened(target: Target, examples: list[Example], drafted: Tensor, heads: int = 3) -> tuple[WhitenedMedusa, Frozen]:
+def scaled(target: Target, examples: list[Example], drafted: Tensor, heads: int = 3) -> tuple[TrainedHead, Frozen]:
     frozen = Frozen.of(target)
     frozen = replace(frozen, embeddings=frozen.embeddings.double(), head=frozen.head.double())
     sizes = MedusaConfig(target.hidden_size, target.vocab_size, heads, 2)
-    made = make_head(TrainConfig(head="medusa", medusa_heads=heads), sizes, frozen, examples, drafted)
-    assert isinstance(made, WhitenedMedusa)
-    return made, frozen
+    return make_head(TrainConfig(head="medusa", medusa_heads=heads), sizes, frozen, examples, drafted), frozen
 
 
-def shake(head: WhitenedMedusa) -> None:
+def shake(head: TrainedHead) -> None:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in head.parameters():
@@ -101,7 +99,7 @@ def test_every_block_has_weights_of_its_own(target: Target) -> None:
 
 def test_untrained_heads_all_say_what_the_target_says_next(target: Target, examples: list[Example]) -> None:
     every = torch.arange(target.vocab_size)
-    plain = whitened(target, examples, every)[0].plain()
+    plain = scaled(target, examples, every)[0].plain()
     features = examples[0].features.double()
     for logits in plain(features):
         torch.testing.assert_close(logits, target.head_logits(features))
@@ -109,10 +107,10 @@ def test_untrained_heads_all_say_what_the_target_says_next(target: Target, examp
 
 def test_the_trained_head_is_the_one_that_users_get(target: Target, examples: list[Example]) -> None:
     drafted = torch.arange(2, 20)
-    head, frozen = whitened(target, examples, drafted)
+    head, frozen = scaled(target, examples, drafted)
     shake(head)
     config, batch = TrainConfig(head="medusa"), pack(examples)
-    _, sums = make_objective(head, frozen, drafted, config, torch.device("cpu"))(batch)
+    _, sums = Objective(head, frozen, drafted, config)(batch)
     ce, right, tried = brute_force(head.plain().requires_grad_(False), examples, drafted, frozen)
     torch.testing.assert_close(sums["ce"], ce[0])
     assert [int(sums[f"right_{i}"]) for i in range(3)] == right

@@ -22,13 +22,13 @@ from haast.heads.config import HeadSizes
 from haast.heads.eagle3 import Eagle3Config
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.target.target import Target
-from haast.training import muon
+from haast.training import optimizer as muon
 from haast.training.batches import Example, pack
 from haast.training.config import TrainConfig
-from haast.training.factory import make_head, make_objective
 from haast.training.features import stream_examples
-from haast.training.muon import COEFFICIENTS, Muon, orthogonalised, symmetric_product
-from haast.training.optimizer import HeadOptimizer
+from haast.training.objective import Objective
+from haast.training.optimizer import COEFFICIENTS, HeadOptimizer, Muon, orthogonalised, symmetric_product
+from haast.training.scaled_head import make_head
 from haast.training.target_weights import Frozen
 from haast.training.trainer import Trainer
 
@@ -297,7 +297,7 @@ def share(config: TrainConfig, hidden: int) -> float:
     some *= config.positions // some[0].pairs
     frozen = Frozen(torch.ones(VOCAB, hidden), torch.ones(VOCAB, hidden), None, (1,))
     head = make_head(config, sizes, frozen, some, torch.arange(VOCAB)).to(meta)
-    objective = make_objective(head, frozen, torch.arange(VOCAB), config, meta)
+    objective = Objective(head, frozen, torch.arange(VOCAB), config, meta)
     optimizer = HeadOptimizer([(n, p) for n, p in objective.named_parameters() if p.requires_grad], config)
     with FlopCounterMode(display=False) as counter:
         loss, _ = objective(pack(some, head.reads_captured).to(meta), passes=1)

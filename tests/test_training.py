@@ -1,4 +1,4 @@
-"""Training: index shift by brute force, whitening, losses, resume, shards, regeneration. Tiny models, no network."""
+"""Training: index shift by brute force, scaled weights, losses, resume, shards, answers. Tiny models, no network."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from haast import jsonl_log
 from haast.core import SamplingParams
 from haast.errors import HeadMismatchError
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
@@ -26,16 +27,17 @@ from haast.sampling import Sampler, choose_nodes, keyed_uniform
 from haast.target.fusing import fuse_small_modules
 from haast.target.packing import pack_linears
 from haast.target.target import Target
-from haast.training import answers, features, initialise, regenerate, trainer
+from haast.training import features, initialise, regenerate, shards, trainer
 from haast.training.answers import read_answers
 from haast.training.batches import BatchOrder, Example, PackedBatch, pack
 from haast.training.chat import encode_prompt
 from haast.training.config import TrainConfig
 from haast.training.data import TokenSequence, describe_supervised, encode_answer
+from haast.training.diagnostics import overfit_self_test
 from haast.training.generation_queue import Question, RegenerateConfig
 from haast.training.losses import teacher_loss
-from haast.training.normalized_head import Scales, WhitenedHead, load_plain, plain_weights
-from haast.training.selftest import overfit_self_test
+from haast.training.scaled_head import TrainedHead, make_head
+from haast.training.target_weights import Frozen
 from haast.training.training_time_test import chain_passes
 from haast.tree import DraftTree
 
@@ -99,8 +101,8 @@ def examples(target: Target) -> list[Example]:
 
 
 @pytest.fixture(scope="module")
-def frozen(target: Target) -> trainer.Frozen:
-    return trainer.Frozen.of(target)
+def frozen(target: Target) -> Frozen:
+    return Frozen.of(target)
 
 
 def head_config(target: Target) -> FeatExtrapolatorConfig:
@@ -114,15 +116,18 @@ def small(**changes: Any) -> TrainConfig:
     return replace(base, **changes)
 
 
-def whitened(target: Target, examples: list[Example], dtype: torch.dtype = torch.float64) -> WhitenedHead:
-    table = target.embed(torch.arange(VOCAB)).to(dtype)
-    scales = Scales.measure(examples, table)
-    return WhitenedHead(head_config(target), scales, 1.0, 3)
+def scaled(target: Target, frozen: Frozen, examples: list[Example], seed: int = 3) -> TrainedHead:
+    frozen = replace(frozen, embeddings=frozen.embeddings.double(), head=frozen.head.double())
+    config = TrainConfig(seed=seed, output_init=1.0)
+    return make_head(config, head_config(target), frozen, examples, torch.arange(VOCAB))
 
 
-def inputs(head: WhitenedHead, target: Target, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    table = target.embed(torch.arange(VOCAB)).clone() / head.scales.embedding
-    return table, batch.features.double() / head.scales.feature
+def passes_of(
+    head: TrainedHead, target: Target, batch: PackedBatch, passes: int
+) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+    assert isinstance(head.module, FeatExtrapolator)
+    embedded = target.embed(batch.next_tokens).clone()
+    return enumerate(chain_passes(head.module, batch, embedded, batch.features.double(), passes))
 
 
 # Index shift and packing
@@ -168,17 +173,15 @@ def test_every_example_comes_once_an_epoch() -> None:
 # The head
 
 
-def test_whitened_head_is_the_feat_extrapolator(target: Target, examples: list[Example]) -> None:
-    head = whitened(target, examples)
-    layer: Any = head.layers[0]
+def test_the_trained_head_is_the_feat_extrapolator(target: Target, frozen: Frozen, examples: list[Example]) -> None:
+    head = scaled(target, frozen, examples)
+    norm = head.trained("layers.0.post_attention_layernorm.weight")
     with torch.no_grad():
-        layer.norm.add_(torch.randn(HIDDEN, generator=torch.Generator().manual_seed(1)) * 0.1)
+        norm.add_(torch.randn(HIDDEN, generator=torch.Generator().manual_seed(1)) * 0.1)
     batch = pack(examples[:4])
-    table, whites = inputs(head, target, batch)
-    ((got, _),) = chain_passes(head, batch, table[batch.next_tokens], whites, 1)
-    got = got * head.scales.feature
+    ((_, (got, _)),) = passes_of(head, target, batch, 1)
     plain = FeatExtrapolator(head_config(target)).double()
-    plain.load_state_dict(plain_weights(head))
+    plain.load_state_dict(head.plain_weights())
     start, rows = 0, []
     for length in batch.lengths.tolist():
         part = slice(start, start + length)
@@ -187,30 +190,39 @@ def test_whitened_head_is_the_feat_extrapolator(target: Target, examples: list[E
         rows.append(plain(embedded, known, batch.positions[part].unsqueeze(0))[0])
         start += length
     assert torch.allclose(got, torch.cat(rows)[batch.queries], atol=1e-5)
-    other = WhitenedHead(head_config(target), head.scales, 1.0, 4)
-    load_plain(other, plain_weights(head))
-    assert torch.allclose(other.fc, head.fc)
+    other = scaled(target, frozen, examples, seed=4)
+    assert not torch.allclose(other.trained("fc.weight"), head.trained("fc.weight"))
+    other.load_plain(head.plain_weights())
+    assert torch.allclose(other.trained("fc.weight"), head.trained("fc.weight"))
     with pytest.raises(ValueError, match=r"fc\.weight"):
-        load_plain(other, {})
+        other.load_plain({})
 
 
-def test_alignment_pass_reads_what_a_draft_reads(target: Target, examples: list[Example]) -> None:
+def test_what_is_trained_has_unit_size(target: Target, frozen: Frozen, examples: list[Example]) -> None:
+    """Whatever a dimension's rms, its trained weights start alike; the plain ones differ as the dimensions do."""
+    odd = [replace(e, features=e.features * torch.linspace(0.1, 3, HIDDEN).half()) for e in examples]
+    head = scaled(target, frozen, odd)
+    sizes = [head.trained("fc.weight")[:, HIDDEN:], head.plain_weights()["fc.weight"][:, HIDDEN:]]
+    rms = [weight.detach().square().mean(0).sqrt() for weight in sizes]
+    assert float(rms[0].max() / rms[0].min()) < 2 and float(rms[1].max() / rms[1].min()) > 10
+
+
+def test_alignment_pass_reads_what_a_draft_reads(target: Target, frozen: Frozen, examples: list[Example]) -> None:
     """Pass s at the end of one chain equals a plain head run over true pairs, then its own features."""
-    head = whitened(target, examples)
+    head = scaled(target, frozen, examples)
     batch = pack(examples[:2])
-    table, whites = inputs(head, target, batch)
     plain = FeatExtrapolator(head_config(target)).double()
-    plain.load_state_dict(plain_weights(head))
+    plain.load_state_dict(head.plain_weights())
     first = int(batch.lengths[0])
     known = batch.features[:first].double()
     embedded = target.embed(batch.next_tokens[:first]).clone()
-    for number, (output, rows) in enumerate(chain_passes(head, batch, table[batch.next_tokens], whites, 3)):
+    for number, (output, rows) in passes_of(head, target, batch, 3):
         for place, query in enumerate(rows.tolist()):
             end = int(batch.queries[query])
             if end >= first:
                 break
             wanted = drafted(plain, embedded, known[: end - number + 1], number)
-            assert torch.allclose(output[place] * head.scales.feature, wanted, atol=1e-5)
+            assert torch.allclose(output[place], wanted, atol=1e-5)
     assert number == 2
 
 
@@ -321,7 +333,7 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     ],
 )
 def test_a_resumed_run_repeats_the_curve_bit_for_bit(
-    target: Target, frozen: trainer.Frozen, examples: list[Example], tmp_path: Path, changes: dict[str, Any]
+    target: Target, frozen: Frozen, examples: list[Example], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     def make(name: str) -> trainer.Trainer:
         parts = (small(**changes), head_config(target), frozen, examples[:9], examples[9:], tmp_path / name)
@@ -352,7 +364,7 @@ def test_a_resumed_run_repeats_the_curve_bit_for_bit(
 
 
 def test_ctrl_c_finishes_the_step_and_saves(
-    target: Target, frozen: trainer.Frozen, examples: list[Example], tmp_path: Path
+    target: Target, frozen: Frozen, examples: list[Example], tmp_path: Path
 ) -> None:
     run = trainer.Trainer(small(), head_config(target), frozen, examples, [], tmp_path, quiet=True)
     step, count = run._step, 0
@@ -371,7 +383,7 @@ def test_ctrl_c_finishes_the_step_and_saves(
 
 
 def test_resume_refuses_other_settings_and_unreadable_states(
-    target: Target, frozen: trainer.Frozen, examples: list[Example], tmp_path: Path
+    target: Target, frozen: Frozen, examples: list[Example], tmp_path: Path
 ) -> None:
     def make(config: TrainConfig) -> trainer.Trainer:
         return trainer.Trainer(config, head_config(target), frozen, examples, [], tmp_path, quiet=True)
@@ -386,7 +398,7 @@ def test_resume_refuses_other_settings_and_unreadable_states(
 
 
 def test_a_tau_of_one_raises_the_alarm_and_the_best_is_kept(
-    target: Target, frozen: trainer.Frozen, examples: list[Example], tmp_path: Path
+    target: Target, frozen: Frozen, examples: list[Example], tmp_path: Path
 ) -> None:
     taus = iter([1.6, 1.01, 1.2])
     kept: list[float] = []
@@ -406,7 +418,7 @@ def test_a_tau_of_one_raises_the_alarm_and_the_best_is_kept(
 
 
 def test_overfit_self_test_passes_and_fails_on_shuffled_labels(
-    target: Target, frozen: trainer.Frozen, examples: list[Example], tmp_path: Path
+    target: Target, frozen: Frozen, examples: list[Example], tmp_path: Path
 ) -> None:
     run = overfit_self_test
     assert run(head_config(target), frozen, examples[:4], tmp_path, draft_vocab=VOCAB, steps=120) > 0.9
@@ -422,16 +434,17 @@ def test_overfit_self_test_passes_and_fails_on_shuffled_labels(
 
 def test_settings_are_checked() -> None:
     for name in ("views", "learning_rate", "batch_tokens", "clip"):
+        wrong: dict[str, Any] = {name: -1}
         with pytest.raises(ValueError, match=f"{name}=-1"):
-            TrainConfig.from_mapping({name: -1})
+            TrainConfig(**wrong)
     with pytest.raises(ValueError, match=r"initialisation='zero'.*last-layer"):
         TrainConfig(initialisation="zero")
     with pytest.raises(ValueError, match="optimizer='sgd'"):
         TrainConfig(optimizer="sgd")
     with pytest.raises(ValueError, match="matmul_precision='low'"):
         TrainConfig(matmul_precision="low")
-    with pytest.raises(ValueError, match="speed"):
-        TrainConfig.from_mapping({"speed": 3})
+    with pytest.raises(TypeError, match="speed"):
+        TrainConfig(speed=3)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="batch=0"):
         RegenerateConfig(batch=0)
     with pytest.raises(ValueError, match="temperatures"):
@@ -440,9 +453,7 @@ def test_settings_are_checked() -> None:
     assert rates[0] < rates[5] == pytest.approx(2e-3) and rates[-1] == pytest.approx(4e-5)
 
 
-def test_sizes_that_differ_are_refused(
-    target: Target, frozen: trainer.Frozen, examples: list[Example], tmp_path: Path
-) -> None:
+def test_sizes_that_differ_are_refused(target: Target, frozen: Frozen, examples: list[Example], tmp_path: Path) -> None:
     with pytest.raises(HeadMismatchError, match="vocabulary 65"):
         trainer.Trainer(small(), replace(head_config(target), vocab_size=65), frozen, examples, [], tmp_path)
     unsupervised = [replace(e, supervised=torch.zeros_like(e.supervised)) for e in examples]
@@ -453,14 +464,14 @@ def test_sizes_that_differ_are_refused(
 # Shards
 
 
-def identity(target: Target) -> features.ShardIdentity:
-    return features.ShardIdentity.of(target, "tiny", topk=8)
+def identity(target: Target) -> shards.ShardIdentity:
+    return shards.ShardIdentity.of(target, "tiny", topk=8)
 
 
 def test_shards_round_trip_and_resume(target: Target, examples: list[Example], tmp_path: Path) -> None:
     assert features.extract(target, sequences(5), tmp_path, identity(target), quiet=True) == 5
     assert features.extract(target, sequences(12), tmp_path, identity(target), quiet=True, batch_tokens=64) == 7
-    stored, records = features.read_shards(tmp_path, identity(target))
+    stored, records = shards.read_shards(tmp_path, identity(target))
     assert sorted(record["id"] for record in records) == sorted(str(i) for i in range(12))
     for example, record in zip(stored, records, strict=True):
         wanted = examples[int(record["id"])]
@@ -473,7 +484,7 @@ def test_shards_over_the_cap_are_refused_before_anything_is_written(target: Targ
         features.extract(target, sequences(12), tmp_path, identity(target), max_gb=1e-6, quiet=True)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="are free"):
-        features.check_room(tmp_path, 10**15, identity(target), 1e15)
+        shards.check_room(tmp_path, 10**15, identity(target), 1e15)
 
 
 def test_shards_take_another_answer_of_the_same_id_and_count_what_is_there(target: Target, tmp_path: Path) -> None:
@@ -490,14 +501,14 @@ def test_corrupt_and_foreign_shards_are_refused(target: Target, tmp_path: Path) 
     changes: list[tuple[str, Any]] = [("hidden_size", 31), ("vocab_size", 65), ("tokenizer", "other")]
     for name, value in changes:
         with pytest.raises(HeadMismatchError, match=name):
-            features.read_shards(tmp_path, replace(identity(target), **{name: value}))
+            shards.read_shards(tmp_path, replace(identity(target), **{name: value}))
     (path,) = tmp_path.glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match="corrupt"):
-        features.read_shards(tmp_path)
+        shards.read_shards(tmp_path)
     path.unlink()
     with pytest.raises(ValueError, match="no feature shards"):
-        features.read_shards(tmp_path)
+        shards.read_shards(tmp_path)
 
 
 # Text
@@ -587,7 +598,7 @@ def test_a_killed_regeneration_resumes_to_the_same_answers(
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     regenerate.regenerate(target, tokenizer, prompts(), whole, settings(), quiet=True)
     tail = b'{"id": "p0", "resp'
-    monkeypatch.setattr(answers, "append_record", dies_after(answers.append_record, 4, tail))
+    monkeypatch.setattr(jsonl_log, "append", dies_after(jsonl_log.append, 4, tail))
     with pytest.raises(KeyboardInterrupt):
         regenerate.regenerate(target, tokenizer, prompts(), cut, settings(), quiet=True)
     monkeypatch.undo()
@@ -603,7 +614,7 @@ def test_features_captured_while_answering_equal_extracted_ones(
 ) -> None:
     config = settings(features_dir=tmp_path / "shards", topk=8)
     regenerate.regenerate(target, tokenizer, prompts(), tmp_path / "a.jsonl", config, name="tiny", quiet=True)
-    stored, records = features.read_shards(tmp_path / "shards", identity(target))
+    stored, records = shards.read_shards(tmp_path / "shards", identity(target))
     assert len(stored) == 9
     wanted = dict(features.stream_examples(target, [encode_answer(tokenizer, r) for r in records], topk=8))
     for number, example in enumerate(stored):
@@ -652,7 +663,7 @@ def test_a_file_of_something_else_is_left_alone(content: str, tmp_path: Path) ->
     path = tmp_path / "notes.txt"
     path.write_text(content)
     with pytest.raises(ValueError, match=r"line \d: "):
-        answers.mend_answers(path)
+        jsonl_log.mended(path, b'{"id": ')
     assert path.read_text() == content
 
 

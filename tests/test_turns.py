@@ -15,6 +15,7 @@ from chats import family
 from fakes import dies_after, random_head, tiny_llama
 from typer.testing import CliRunner, Result
 
+from haast import jsonl_log
 from haast.cli import app
 from haast.core import Request, SamplingParams
 from haast.drafters.eagle import EagleDrafter
@@ -24,7 +25,7 @@ from haast.prompts import Prompt
 from haast.repetition import LOOP_SHARE, loop_share, loops
 from haast.sampling import Sampler, inverse_cdf
 from haast.target.target import Target
-from haast.training import answers, features
+from haast.training import features, shards
 from haast.training.answers import read_answers
 from haast.training.chat import encode_prompt
 from haast.training.data import encode_answer
@@ -123,7 +124,7 @@ def test_neither_the_batch_nor_a_kill_between_turns_changes_answers(
 ) -> None:
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     ask(target, whole, batch=1)
-    monkeypatch.setattr(answers, "append_record", dies_after(answers.append_record, 3))
+    monkeypatch.setattr(jsonl_log, "append", dies_after(jsonl_log.append, 3))
     with pytest.raises(KeyboardInterrupt):
         ask(target, cut)
     monkeypatch.undo()
@@ -135,7 +136,7 @@ def test_neither_the_batch_nor_a_kill_between_turns_changes_answers(
 
 
 def same_as_extracted(target: Target, folder: Path) -> None:
-    stored, records = features.read_shards(folder)
+    stored, records = shards.read_shards(folder)
     wanted = dict(features.stream_examples(target, [encode_answer(TOKENIZER, r) for r in records], topk=4))
     assert len(stored) == 8
     for number, example in enumerate(stored):

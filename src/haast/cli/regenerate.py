@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,18 +44,9 @@ class Answering:
         """The library's own configuration. Raises ValueError."""
         from haast.training.generation_queue import RegenerateConfig
 
-        return RegenerateConfig(
-            batch=self.batch,
-            max_new_tokens=self.max_new_tokens,
-            max_prompt_tokens=self.max_prompt_tokens,
-            temperatures=_temperatures(self.temperatures),
-            seed=self.seed,
-            features_dir=self.shards,
-            topk=self.topk,
-            max_gb=self.max_gb,
-            turns=self.turns,
-            thinking=self.thinking,
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {"temperatures": _temperatures(self.temperatures), "features_dir": values.pop("shards")}
+        return RegenerateConfig(**values)
 
 
 @dataclass(frozen=True)
@@ -169,7 +160,7 @@ def _summary(outcome: Outcome, out: Path) -> str:
     if outcome.failed:
         words.append(f"{outcome.failed} got no answer, the last because: {outcome.complaint}")
     if outcome.left_out:
-        words.append(f"{outcome.left_out} were left out (too long, or behind a turn without an answer)")
+        words.append(f"{outcome.left_out} were left out (too long, or after a turn without an answer)")
     return "; ".join(words)
 
 

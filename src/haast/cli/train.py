@@ -17,11 +17,10 @@ from haast.files import check_writable, write_json
 from haast.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from haast.heads.checkpoint import Head
     from haast.target.target import Target
     from haast.training.batches import Example
     from haast.training.data import TokenSequence
-    from haast.training.features import ShardIdentity
+    from haast.training.shards import ShardIdentity
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,16 @@ def train(
     haast train --shards features/ --views 20000000 --out run/ --resume
     haast train --answers answers.jsonl --show-data 2 --out run/
     """
-    from rich.console import Console
-
-    from haast.prompts import read_prompts
-    from haast.training.checkpoints import write_probe
-
     loading.check()
     data.check()
     check_at_least("show_data", show_data, 0)
+    from rich.console import Console
+
+    from haast.heads.checkpoint import load_head
+    from haast.progress import Progress
+    from haast.prompts import read_prompts
+    from haast.training.checkpoints import write_probe
+
     records = _read_records(data, limit)
     prompts = [] if data.valid_prompts is None else read_prompts(data.valid_prompts, data.valid_limit)
     main = _main_process(data, settings, loading)
@@ -101,7 +102,7 @@ def train(
         check_writable(json_out)
     if any(out.glob("state-*.pt")) and not (resume or show_data or self_test):
         raise ValueError(f"{out} holds a training run: go on with --resume, or choose another folder")
-    begin = _start_head(start_from)
+    begin = None if start_from is None else load_head(start_from)
     target = loading.load()
     if show_data:
         _show(target, _straight(target, records, data)[:show_data])
@@ -115,8 +116,6 @@ def train(
     _warn_of_others(sources, loading.model)
     run = Run(target, loading.model, settings, examples, sources, shlex.join(["haast", *sys.argv[1:]]))
     if self_test:
-        from haast.progress import Progress
-
         with Progress("self-test"):
             reached = run.self_test(out)
         typer.echo(f"self-test passed: top-1 agreement {reached:.3f} on one batch", err=True)
@@ -189,14 +188,6 @@ def _read_records(data: TrainingData, limit: int | None) -> list[dict[str, Any]]
     return []
 
 
-def _start_head(folder: Path | None) -> Head | None:
-    if folder is None:
-        return None
-    from haast.heads.checkpoint import load_head
-
-    return load_head(folder)
-
-
 def _sequences(target: Target, records: Sequence[dict[str, Any]], data: TrainingData) -> list[TokenSequence]:
     from haast.training.data import encode_answers
 
@@ -232,9 +223,8 @@ def _show(target: Target, sequences: Sequence[TokenSequence]) -> None:
     from haast.training.data import describe_supervised
 
     assert target.tokenizer is not None, "_sequences refuses a target without one"
-    console = Console()
     for sequence in sequences:
-        console.print(describe_supervised(target.tokenizer, sequence))
+        Console().print(describe_supervised(target.tokenizer, sequence))
 
 
 def _examples(
@@ -246,7 +236,8 @@ def _examples(
     layers: tuple[int, ...],
 ) -> tuple[list[Example], list[dict[str, Any]]]:
     """Examples and the records they came from: from shards (made where missing), or in memory."""
-    from haast.training.features import ShardIdentity, in_memory
+    from haast.training.features import in_memory
+    from haast.training.shards import ShardIdentity
 
     identity = ShardIdentity.of(target, name, data.topk, layers)
     if data.shards is not None:
@@ -267,8 +258,9 @@ def _stored(
     from haast.prompts import evenly
     from haast.repetition import loops
     from haast.training.answers import record_key
-    from haast.training.feature_check import check_features
-    from haast.training.features import extract, read_shards
+    from haast.training.diagnostics import check_features
+    from haast.training.features import extract
+    from haast.training.shards import read_shards
 
     if records:
         sequences = _sequences(target, records, data)

@@ -39,7 +39,7 @@ def draft_lm_head(target: Target, module: DraftModule, vocab: Tensor | None, pac
     rows = module.lm_rows(theirs)
     if vocab is None and rows is theirs and target.logit_scale == 1.0:
         return target.borrowed(target.lm_head)
-    bias = None if module.own_lm_head else target.head_bias(ids)
+    rows, bias = rows.detach(), None if module.own_lm_head else target.head_bias(ids)
     if packed:
         return PackedLinear(rows, bias, form=DRAFT_LM_FORM)
     linear = nn.Linear(rows.shape[1], rows.shape[0], bias is not None, device=rows.device, dtype=rows.dtype)

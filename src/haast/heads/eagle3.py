@@ -75,6 +75,10 @@ class _FirstLayer(nn.Module):
         self.post_attention_layernorm = LlamaRMSNorm(hidden, config.rms_norm_eps)
         self.mlp: nn.Module = LlamaMLP(config)  # type: ignore[no-untyped-call]
 
+    def read(self, embeddings: Tensor, states: Tensor) -> Tensor:
+        """What q, k and v read: (..., 2 * hidden)."""
+        return torch.cat([self.input_layernorm(embeddings), self.hidden_norm(states)], dim=-1)
+
     def forward(
         self,
         embeddings: Tensor,
@@ -83,7 +87,7 @@ class _FirstLayer(nn.Module):
         bias: Tensor | None,
         cache: KVCache | None,
     ) -> Tensor:
-        read = torch.cat([self.input_layernorm(embeddings), self.hidden_norm(states)], dim=-1)
+        read = self.read(embeddings, states)
         attended, _ = self.self_attn(read, position_embeddings=rotary, attention_mask=bias, **storing(cache))
         states = states + attended
         output: Tensor = states + self.mlp(self.post_attention_layernorm(states))
@@ -121,6 +125,9 @@ class Eagle3Head(DraftModule):
         output: Tensor = self.fc(features)
         return output
 
+    def enter(self, embeddings: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        return states, self.midlayer.read(embeddings, states)
+
     def forward(
         self,
         embeddings: Tensor,
@@ -138,7 +145,7 @@ class Eagle3Head(DraftModule):
         return output
 
     def lm_rows(self, target_rows: Tensor) -> Tensor:
-        rows = self.lm_head.weight.detach()
+        rows = self.lm_head.weight
         if self.config.markov_rank:
-            rows = torch.cat([rows, self.markov.rows.weight.detach()], dim=1)
+            rows = torch.cat([rows, self.markov.rows.weight], dim=1)
         return rows.to(target_rows.dtype)

@@ -70,6 +70,10 @@ class FeatExtrapolator(DraftModule):
         output: Tensor = self.fc(torch.cat([embeddings, states], dim=-1))
         return output
 
+    def enter(self, embeddings: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        fused = self.mix(embeddings, states)
+        return fused, fused
+
     def native_stack(self, window: int = 0) -> NativeStack | None:
         return NativeStack.of(list(self.layers), None, self.rotary, window)
 

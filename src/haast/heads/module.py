@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from haast.heads.config import HeadConfig
 from haast.target.kv_cache import KVCache, cache_name
@@ -31,6 +31,7 @@ class DraftModule(nn.Module, ABC):
     """A head's forward pass, with the parts that differ between kinds behind methods."""
 
     config: HeadConfig
+    rotary: LlamaRotaryEmbedding
     target_layers: tuple[int, ...] = ()  # HF `hidden_states` indices that `fuse` reads side by side; empty: the feature
     follows_token = True  # whether a pair holds the token after the feature's position (EAGLE) or the one at it
     own_lm_head = False  # whether logits come from the head's own rows; else from the target's
@@ -43,6 +44,10 @@ class DraftModule(nn.Module, ABC):
     @abstractmethod
     def fuse(self, features: Tensor) -> Tensor:
         """The target's features (rows, nodes, width) as the head's state (rows, nodes, hidden)."""
+
+    @abstractmethod
+    def enter(self, embeddings: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream, and what the first layer's q, k and v read, of what `forward` takes."""
 
     def mix(self, embeddings: Tensor, states: Tensor) -> Tensor:
         """What `native_stack` reads, (rows, nodes, hidden), of what `forward` takes."""

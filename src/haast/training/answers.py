@@ -1,7 +1,6 @@
 """The answers file: JSON lines that `haast regenerate` writes and `haast train` reads.
 
-Owns the forms of a record, reading, and appending that survives kills: a lock, one synced line per answer, and a torn
-last line that is cut off on resume. Knows no tokenizer and no model.
+Owns the forms of a record, and whose answers a file holds. Knows no tokenizer and no model.
 
     own answer     id, prompt, response, response_ids; after earlier turns also history: [user, assistant, ...]
     given text     prompt and response, without response_ids
@@ -12,19 +11,15 @@ Besides, a record may say whose it is (`model`, `tokenizer`), its `temperature`,
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from haast.errors import HeadMismatchError
+from haast.jsonl_log import JsonlLog
 from haast.prompts import read_json_lines
-
-_RECORD_BEGINS = b'{"id": '
 
 
 def record_key(record: dict[str, Any]) -> str:
@@ -106,7 +101,7 @@ def refuse_other_tokenizer(records: Sequence[dict[str, Any]], tokenizer: str, wh
             )
 
 
-class AnswersFile:
+class AnswersFile(JsonlLog):
     """An answers file that one run adds to. Use `with`.
 
     Args:
@@ -119,86 +114,19 @@ class AnswersFile:
     """
 
     def __init__(self, path: Path, model: str, tokenizer: str) -> None:
-        self._path, self._model, self._tokenizer = path, model, tokenizer
-        self._file: IO[bytes] | None = None
-        self.records: dict[str, dict[str, Any]] = {}
+        super().__init__(path, b'{"id": ')
+        self._model, self._tokenizer = model, tokenizer
+        self.records: dict[str, dict[str, Any]] = {}  # by id
 
-    def __enter__(self) -> AnswersFile:
-        self._file = self._path.open("ab", buffering=0)
-        try:
-            _lock(self._file, self._path)
-            before = mend_answers(self._path)
-            _refuse_other_model(before, self._model, self._path)
-            refuse_other_tokenizer(before, self._tokenizer, str(self._path))
-        except ValueError:
-            self._file.close()
-            raise
-        self.records = {str(record.get("id")): record for record in before}
-        return self
+    def check(self) -> None:
+        others = sorted({str(r["model"]) for r in self.values if r.get("model", self._model) != self._model})
+        if others:
+            raise ValueError(
+                f"{self.path} holds answers of {', '.join(others)}, not of {self._model}: give another --out"
+            )
+        refuse_other_tokenizer(self.values, self._tokenizer, str(self.path))
+        self.records = {str(record.get("id")): record for record in self.values}
 
-    def __exit__(self, *_: object) -> None:
-        assert self._file is not None, "left without entering"
-        self._file.close()
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Write one record, synced. Raises ValueError where the disk is full."""
-        assert self._file is not None, "the file is open only within `with`"
-        append_record(self._file, record, self._path)
-        self.records[record["id"]] = record
-
-
-def mend_answers(path: Path) -> list[dict[str, Any]]:
-    """Read an answers file of an interrupted run, cutting a torn last line off the file.
-
-    Only what a kill leaves is cut: a tail without its newline that begins as a record does.
-
-    Raises:
-        ValueError: a line is no answer record (the message has its number); the file is left as it is.
-    """
-    if not path.exists():
-        return []
-    content, kept, records = path.read_bytes(), 0, []
-    lines = content.splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith(b"\n") and _RECORD_BEGINS.startswith(line[: len(_RECORD_BEGINS)]):
-            break
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}): mend or remove the line") from error
-        if not isinstance(record, dict) or not line.endswith(b"\n"):
-            raise ValueError(f"{path}, line {number}: no answer record: is this an answers file? Give another --out")
-        records.append(record)
-        kept += len(line)
-    if kept < len(content):
-        os.truncate(path, kept)
-    return records
-
-
-def append_record(file: IO[bytes], record: dict[str, Any], path: Path) -> None:
-    """One line, written in one call and synced. Raises ValueError where the disk is full."""
-    try:
-        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-        if file.write(line) < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fsync(file.fileno())
-    except OSError as error:
-        raise ValueError(
-            f"cannot write {path} ({error.strerror}): free space and run again, finished answers are kept"
-        ) from error
-
-
-def _refuse_other_model(records: Sequence[dict[str, Any]], name: str, path: Path) -> None:
-    others = sorted({str(record["model"]) for record in records if record.get("model", name) != name})
-    if others:
-        raise ValueError(f"{path} holds answers of {', '.join(others)}, not of {name}: give another --out")
-
-
-def _lock(file: IO[bytes], path: Path) -> None:
-    """Held until the file is closed, also by a kill. Two runs on one file would answer the same prompts twice."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f"another run is writing to {path}: wait for it, or give another --out") from error
-    except OSError:  # a file system without locks
-        return
+    def add(self, value: dict[str, Any]) -> None:
+        super().add(value)
+        self.records[value["id"]] = value

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 _WINDOW = 512  # examples sorted by length together, so that a batch's attention has little padding
 
@@ -73,7 +74,7 @@ class PackedBatch:
         return int(self.queries.shape[0])
 
     def seen(self, back: int) -> Tensor:
-        """(B, Q, L) bool: the pair slots at least `back` positions behind each query (0: itself included)."""
+        """(B, Q, L) bool: the pair slots at least `back` positions before each query (0: itself included)."""
         at = self.positions[self.queries][self.query_slots]  # (B, Q)
         return torch.arange(self.key_slots.shape[1], device=at.device) <= at.unsqueeze(2) - back
 
@@ -84,31 +85,24 @@ class PackedBatch:
 
 def pack(examples: Sequence[Example], captured: bool = False) -> PackedBatch:
     """Lay sequences end to end; see the module docstring for the shift. `captured` takes `hidden` for features."""
-    lengths = [example.pairs for example in examples]
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    own = [example.queries() for example in examples]  # positions within the sequence
-    counts = [len(q) for q in own]
-    firsts = [sum(counts[:i]) for i in range(len(counts))]
-    longest, most = max(lengths), max(counts)
-    key_slots = torch.zeros(len(examples), longest, dtype=torch.long)
-    query_slots = torch.zeros(len(examples), most, dtype=torch.long)
-    for row, (start, length, first, count) in enumerate(zip(starts, lengths, firsts, counts, strict=True)):
-        key_slots[row, :length] = torch.arange(start, start + length)
-        query_slots[row, :count] = torch.arange(first, first + count)
+    lengths, own = [example.pairs for example in examples], [example.queries() for example in examples]
+    counts = [len(q) for q in own]  # own: positions within the sequence
+    rows = list(torch.split(torch.arange(sum(lengths)), lengths))
+    numbers = list(torch.split(torch.arange(sum(counts)), counts))
     after = [(example, q + 1) for example, q in zip(examples, own, strict=True)]
     return PackedBatch(
         features=torch.cat([(e.hidden if captured else e.features)[: e.pairs] for e in examples]).float(),
         tokens=torch.cat([e.tokens[:-2] for e in examples]).long(),
         next_tokens=torch.cat([e.tokens[1:-1] for e in examples]).long(),
         positions=torch.cat([torch.arange(length) for length in lengths]),
-        queries=torch.cat([q + start for q, start in zip(own, starts, strict=True)]),
+        queries=torch.cat([each[q] for each, q in zip(rows, own, strict=True)]),
         wanted=torch.cat([e.features[q] for e, q in after]).float(),
         teacher_ids=torch.cat([e.topk_ids[q] for e, q in after]).long(),
         teacher_probs=torch.cat([e.topk_probs[q] for e, q in after]).float(),
-        key_slots=key_slots,
-        query_slots=query_slots,
-        key_places=torch.cat([torch.arange(length) + row * longest for row, length in enumerate(lengths)]),
-        query_places=torch.cat([torch.arange(c) + row * most for row, c in enumerate(counts)]),
+        key_slots=pad_sequence(rows, batch_first=True),
+        query_slots=pad_sequence(numbers, batch_first=True),
+        key_places=torch.cat([torch.arange(n) + row * max(lengths) for row, n in enumerate(lengths)]),
+        query_places=torch.cat([torch.arange(n) + row * max(counts) for row, n in enumerate(counts)]),
         lengths=torch.tensor(lengths),
     )
 

@@ -46,9 +46,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], thin
     """
     if tokenizer.chat_template is None:
         return [int(i) for i in tokenizer.encode("\n".join(turns))]
-    roles = ("user", "assistant")
-    messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
-    return _tokens(tokenizer, _render(tokenizer, messages, thinking, prompt=True))
+    return _tokens(tokenizer, _render(tokenizer, alternating(turns), thinking, prompt=True))
+
+
+def alternating(turns: Sequence[str]) -> list[Message]:
+    """What user and assistant say in turn, as a chat."""
+    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 
 def encode_chat(
@@ -56,7 +59,7 @@ def encode_chat(
 ) -> tuple[list[int], list[bool]]:
     """A given conversation as tokens, and which of them the model would have written.
 
-    Without a chat template one user and one assistant turn are plain text, with the tokenizer's end token behind.
+    Without a chat template one user and one assistant turn are plain text, with the tokenizer's end token after them.
 
     Raises:
         ValueError: several turns without a template, or a template in whose render an answer cannot be found.
@@ -93,7 +96,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
             f"the chat template leaves out what {'users say' if user not in prompt else 'answers say'}: {remedy}"
         )
     if not prompt[prompt.rindex(user) + len(user) :].strip():
-        raise ValueError(f"the chat template has no marker of the assistant's turn, not even behind a user's: {remedy}")
+        raise ValueError(f"the chat template has no marker of the assistant's turn, not even after a user's: {remedy}")
     header = whole[len(prompt) : whole.index(answer)] if whole.startswith(prompt) else ""
     if header.strip() and prompt == _render(tokenizer, asked, None):
         raise ValueError(
@@ -102,7 +105,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template puts behind an answer; None where it puts none."""
+    """The special token that the chat template puts after an answer; None where it puts none."""
     if tokenizer.chat_template is None:
         return None
     answer = _MARK.format("a")
@@ -128,7 +131,7 @@ def _encode_plain(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 def _render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], thinking: bool | None, prompt: bool = False
 ) -> str:
-    """The chat as text, with the generation prompt behind for `prompt`. Raises ValueError where the template does."""
+    """The chat as text; `prompt` ends it with the generation prompt. Raises ValueError where the template does."""
     extra: Any = {} if thinking is None else {"enable_thinking": thinking}
     try:
         text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=prompt, tokenize=False, **extra)
@@ -171,7 +174,7 @@ def _spans(
 def _gaps(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], thinking: bool | None, text: str
 ) -> list[str]:
-    """What a template writes before, between and behind answers: the render split at marks in their places."""
+    """What a template writes before, between and after answers: the render split at marks in their places."""
     marks, marked = [], []
     for place, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -193,7 +196,7 @@ def _gaps(
 
 
 def _stop(tokenizer: PreTrainedTokenizerBase, text: str, start: int, content: str, gap: str) -> tuple[int, int]:
-    """Where an answer that begins at `start` of `text` stops, and where that is in the gap behind it.
+    """Where an answer that begins at `start` of `text` stops, and where that is in the gap after it.
 
     The end is the special token that the gap begins with; without one, the end of the answer's own words.
     """
@@ -212,7 +215,7 @@ def _stop(tokenizer: PreTrainedTokenizerBase, text: str, start: int, content: st
 
 
 def _first_special(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> tuple[int, int] | None:
-    """Characters of the first special token at or behind `start`."""
+    """Characters of the first special token at or after `start`."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     found = [(text.find(word, start), word) for word in special | set(tokenizer.all_special_tokens)]
     places = [(place, -len(word), word) for place, word in found if place >= 0]

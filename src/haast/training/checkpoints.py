@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from haast.files import replacing
+
 _KEEP = 2
 
 
@@ -33,33 +35,23 @@ def atomic_save(state: dict[str, Any], path: Path) -> None:
     Raises:
         ValueError: the disk is full or the folder read-only.
     """
-    temporary = path.with_suffix(".tmp")
     try:
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
         raise ValueError(
             f"cannot write checkpoint {path} ({error}): free space; the run resumes from the one before"
         ) from error
 
 
-def path_of(folder: Path, step: int) -> Path:
-    """Where the state of a step lies."""
-    return folder / f"state-{step:08d}.pt"
-
-
-def save_state(folder: Path, state: dict[str, Any], step: int) -> Path:
-    """Write `state-<step>.pt`, drop all but the newest two, and return its path."""
-    path = path_of(folder, step)
-    atomic_save(state, path)
-    torn = folder.glob("state-*.tmp")  # of a run killed while it wrote, at a step that does not come again
+def save_state(folder: Path, state: dict[str, Any], step: int) -> None:
+    """Write `state-<step>.pt`, and drop all but the newest two."""
+    atomic_save(state, folder / f"state-{step:08d}.pt")
+    torn = folder.glob(".*.tmp")  # of a run that was killed while it wrote
     for old in [*sorted(folder.glob("state-*.pt"))[:-_KEEP], *torn]:
         old.unlink()
-    return path
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:

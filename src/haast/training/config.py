@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from haast.heads import INPUTS, KINDS
@@ -121,15 +120,6 @@ class TrainConfig:
     def _require_one_of(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:
             raise ValueError(f"{name}={getattr(self, name)!r} is not allowed in training: give {', '.join(allowed)}")
-
-    @staticmethod
-    def from_mapping(values: Mapping[str, Any]) -> TrainConfig:
-        """Build from names and values; an unknown name fails and lists the known ones."""
-        known = [setting.name for setting in fields(TrainConfig)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ValueError(f"unknown training settings {unknown}: the known ones are {', '.join(known)}")
-        return TrainConfig(**values)
 
     def settled(self, hidden_size: int) -> TrainConfig:
         """With the default of `batch_tokens` for a head of this size, where it was not given."""

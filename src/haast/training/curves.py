@@ -1,29 +1,32 @@
-"""The curves of a training run as a picture, `curves.png`, and what more of the same data might bring.
+"""A training run to look at: its curves as a picture, `OUT/curves.png`, and its metrics in `OUT/tensorboard`.
 
-Owns the drawing and the fit. Knows metrics lines only (see `report.Reporter`). matplotlib is optional and is imported
-at the first drawing, never on the way to `haast generate`.
+Owns the drawing, the fit of tau, and the event files. Knows metrics lines only (see `report.Reporter`). matplotlib and
+tensorboard are optional and are imported when a run starts, never on the way to `haast generate`.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from haast.files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from torch.utils.tensorboard import SummaryWriter
+
+    Lines = Sequence[Mapping[str, Any]]
 
 _FIT_FROM = 3  # evaluations; a line through two says nothing of their noise
 _EVALUATED = ("tau", "valid_ce", "valid_top1")
 
 
 class Curves:
-    """A `report.Watcher` that redraws `out_dir`/curves.png at each evaluation and at the end.
-
-    Args:
-        out_dir: folder of the run.
-    """
+    """A `report.Watcher` that redraws `out_dir`/curves.png at each evaluation and at the end."""
 
     name = "curves.png"
 
@@ -32,7 +35,7 @@ class Curves:
         self._lines: list[Mapping[str, Any]] = []
         self._drawn = 0  # lines in the picture
 
-    def start(self, kept: Sequence[Mapping[str, Any]]) -> None:
+    def start(self, kept: Lines) -> None:
         """Take over the lines of a resumed run. Raises ImportError where matplotlib is missing."""
         import matplotlib.figure  # noqa: F401  said before the hours of training, not after
 
@@ -42,20 +45,56 @@ class Curves:
         """Remember a line; redraw if it is an evaluation."""
         self._lines.append(values)
         if any(name in values for name in _EVALUATED):
-            self._draw()
+            self.close()
 
     def close(self) -> None:
-        """Draw what came after the last evaluation."""
+        """Draw what is not in the picture yet."""
         if self._drawn < len(self._lines):
-            self._draw()
-
-    def _draw(self) -> None:
-        draw_curves(self._lines, self._path)
-        self._drawn = len(self._lines)
+            draw_curves(self._lines, self._path)
+            self._drawn = len(self._lines)
 
 
-def doubling_gain(metrics: Sequence[Mapping[str, Any]]) -> float | None:
-    """How much tau another doubling of views would bring: the slope of the least-squares line of tau over log2(views).
+class TensorBoard:
+    """A `report.Watcher` that writes every number of a line as a scalar over views: `train/ce`, `valid/ce`, `tau`."""
+
+    name = "TensorBoard"
+
+    def __init__(self, out_dir: Path) -> None:
+        self._folder = out_dir / "tensorboard"
+        self._writer: SummaryWriter | None = None
+
+    def start(self, kept: Lines) -> None:
+        """Open an event file. Readers forget what older files hold from the last kept views on, so that is repeated.
+
+        Raises:
+            ImportError: tensorboard is missing.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        last = int(kept[-1]["views"]) if kept else 0
+        self._writer = SummaryWriter(str(self._folder), purge_step=last)
+        for values in kept:
+            if values["views"] >= last:
+                self.line(values)
+
+    def line(self, values: Mapping[str, Any]) -> None:
+        """Write a line's numbers at once: what waits in memory is lost by a kill, and a resume does not repeat it."""
+        assert self._writer is not None, "a watcher is started before its first line"
+        for name, value in values.items():
+            if name not in ("step", "views") and isinstance(value, int | float):
+                tag = name if name == "tau" else f"train/{name}".replace("train/valid_", "valid/")
+                self._writer.add_scalar(tag, value, int(values["views"]))
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            with suppress(OSError):  # an event that could not be written was told of at its line
+                self._writer.close()
+
+
+def tau_trend(metrics: Lines) -> tuple[float, float] | None:
+    """The least-squares line of tau over log2(views): what another doubling of views would bring, and the intercept.
 
     An extrapolation: it takes for granted that tau goes on as it went. Within one run the learning rate falls too, and
     what that brings is counted in.
@@ -64,34 +103,25 @@ def doubling_gain(metrics: Sequence[Mapping[str, Any]]) -> float | None:
         metrics: lines of metrics.jsonl; only those with `tau` and `views` above 0 count.
 
     Returns:
-        tau per doubling; None with fewer than three evaluations at different views.
+        Slope and intercept; None with fewer than three evaluations at different views.
     """
-    fitted = _line_through_taus(metrics)
-    return None if fitted is None else fitted[0]
-
-
-def _line_through_taus(metrics: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
-    """Slope and intercept of tau over log2(views)."""
-    points = dict(zip(*_series(metrics, "tau"), strict=True))
+    points = dict(_series(metrics, "tau"))
     if len(points) < _FIT_FROM:
         return None
-    xs, ys = [math.log2(views) for views in points], list(points.values())
-    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / sum((x - mean_x) ** 2 for x in xs)
-    return slope, mean_y - slope * mean_x
+    fit = statistics.linear_regression([math.log2(views) for views in points], list(points.values()))
+    return fit.slope, fit.intercept
 
 
-def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """Views and values of the lines that have `name` as a finite number; a log axis has no place for 0 views."""
-    points = [
+def _series(metrics: Lines, name: str) -> list[tuple[float, float]]:
+    """(views, value) of the lines that have `name` as a finite number; a log axis has no place for 0 views."""
+    return [
         (float(line["views"]), float(line[name]))
         for line in metrics
         if name in line and line.get("views", 0) > 0 and math.isfinite(line[name])
     ]
-    return [x for x, _ in points], [y for _, y in points]
 
 
-def draw_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
+def draw_curves(metrics: Lines, path: Path) -> None:
     """Draw cross-entropy, top-1 agreement and tau over views, as a PNG behind a rename.
 
     Args:
@@ -108,28 +138,26 @@ def draw_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(13, 4), layout="constrained")
     canvas = FigureCanvasAgg(figure)  # by itself it opens no window and leaves pyplot's state alone
     loss, top1, tau = figure.subplots(1, 3)
-    _panel(loss, metrics, "cross-entropy and loss", {"loss": "loss", "ce": "train", "valid_ce": "held out"})
-    _panel(top1, metrics, "top-1 agreement with the target", {"top1": "train", "valid_top1": "held out"})
-    _panel(tau, metrics, "tau, tokens per target forward", {"tau": "validation prompts"})
-    _draw_fit(tau, metrics)
-    temporary = path.with_suffix(".png.tmp")
-    try:
+    loss_curves = {"loss": ("loss", "0.7"), "ce": ("train", "tab:blue"), "valid_ce": ("held out", "tab:orange")}
+    _panel(loss, metrics, "cross-entropy and loss", loss_curves)
+    top1_curves = {"top1": ("train", "tab:blue"), "valid_top1": ("held out", "tab:orange")}
+    _panel(top1, metrics, "top-1 agreement with the target", top1_curves)
+    _panel(tau, metrics, "tau, tokens per target forward", {"tau": ("validation prompts", "tab:green")})
+    _draw_trend(tau, metrics)
+    with replacing(path) as temporary:
         canvas.print_figure(temporary, format="png", dpi=110)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def _panel(axes: Axes, metrics: Sequence[Mapping[str, Any]], title: str, names: Mapping[str, str]) -> None:
+def _panel(axes: Axes, metrics: Lines, title: str, curves: Mapping[str, tuple[str, str]]) -> None:
+    """One plot; `curves` are labels and colours by the name of a metric."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-    colours = {"loss": "0.7", "train": "tab:blue", "held out": "tab:orange", "validation prompts": "tab:green"}
-    for name, label in names.items():
-        xs, ys = _series(metrics, name)
-        if xs:
+    for name, (label, colour) in curves.items():
+        points = _series(metrics, name)
+        if points:
             # Evaluations are few, so each has its mark; so has a lone point, which makes no line.
-            marker = "o" if name in _EVALUATED or len(xs) == 1 else ""
-            axes.plot(xs, ys, label=label, color=colours[label], marker=marker, markersize=4, linewidth=1.3)
+            marker = "o" if name in _EVALUATED or len(points) == 1 else ""
+            axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker, markersize=4, linewidth=1.3)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("views", fontsize=9)
     axes.grid(alpha=0.3)
@@ -143,16 +171,14 @@ def _panel(axes: Axes, metrics: Sequence[Mapping[str, Any]], title: str, names: 
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="0.5")
 
 
-def _draw_fit(axes: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
+def _draw_trend(axes: Axes, metrics: Lines) -> None:
     """The fitted line one doubling further, dashed where nothing was measured, and what it says."""
-    fitted = _line_through_taus(metrics)
-    if fitted is None:
+    trend = tau_trend(metrics)
+    if trend is None:
         return
-    slope, intercept = fitted
-    views = _series(metrics, "tau")[0]
-    ends = [min(views), max(views), 2 * max(views)]
-    heights = [intercept + slope * math.log2(x) for x in ends]
-    axes.plot(ends[:2], heights[:2], color="0.4", linewidth=1)
-    axes.plot(ends[1:], heights[1:], color="0.4", linewidth=1, linestyle="--")
-    words = f"another doubling of views would bring\nabout {slope:+.2f} tau (an extrapolation)"
+    views = [at for at, _ in _series(metrics, "tau")]
+    for begin, end, style in ((min(views), max(views), "-"), (max(views), 2 * max(views), "--")):
+        heights = [trend[0] * math.log2(at) + trend[1] for at in (begin, end)]
+        axes.plot((begin, end), heights, color="0.4", linewidth=1, linestyle=style)
+    words = f"another doubling of views would bring\nabout {trend[0]:+.2f} tau (an extrapolation)"
     axes.text(0.97, 0.05, words, transform=axes.transAxes, ha="right", va="bottom", fontsize=8, color="0.3")

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from haast.training.answers import record_key, refuse_other_tokenizer
-from haast.training.chat import check_template, encode_chat, encode_prompt, tokenizer_hash
+from haast.training.chat import alternating, check_template, encode_chat, encode_prompt, tokenizer_hash
 
 
 @dataclass(frozen=True)
@@ -97,18 +99,14 @@ def _messages(record: dict[str, Any]) -> list[dict[str, str]]:
     """A given record as a chat."""
     if "messages" in record:
         return [{"role": message["role"], "content": message["content"]} for message in record["messages"]]
-    turns = [*record.get("history", []), record["prompt"], record["response"]]
-    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    return alternating([*record.get("history", []), record["prompt"], record["response"]])
 
 
 def describe_supervised(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence) -> Text:
     """The sequence as text: supervised tokens in green, the rest dim, with the counts in front."""
     count = sum(sequence.supervised)
     text = Text(f"{count} of {len(sequence.tokens)} tokens supervised\n", style="bold")
-    start = 0
-    for stop in range(1, len(sequence.tokens) + 1):
-        if stop == len(sequence.tokens) or sequence.supervised[stop] != sequence.supervised[start]:
-            piece = str(tokenizer.decode(sequence.tokens[start:stop]))
-            text.append(piece, style="black on green" if sequence.supervised[start] else "dim")
-            start = stop
+    for mine, run in groupby(zip(sequence.supervised, sequence.tokens, strict=True), key=itemgetter(0)):
+        piece = str(tokenizer.decode([token for _, token in run]))
+        text.append(piece, style="black on green" if mine else "dim")
     return text

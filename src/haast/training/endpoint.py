@@ -18,12 +18,9 @@ from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase
 
-from haast.progress import Progress
 from haast.prompts import Prompt
-from haast.training.answers import AnswersFile
-from haast.training.chat import check_template, encode_prompt, tokenizer_hash
-from haast.training.checkpoints import write_probe
-from haast.training.generation_queue import Outcome, Question, Questions, RegenerateConfig, answer_progress
+from haast.training.chat import alternating
+from haast.training.generation_queue import AnswerRun, Outcome, Question, RegenerateConfig
 from haast.training.replies import NoAnswerError, Reply, ReplyReader, why_unusable
 
 if TYPE_CHECKING:
@@ -33,8 +30,8 @@ if TYPE_CHECKING:
 _TRIES = 3  # of a reply that is no chat completion
 _CONNECT = 10.0  # seconds that a server may take to pick up
 _GIVE_UP = 8  # failures in a row, or refusals before any answer, that end a run
-# Servers have sampling defaults of their own; without these, answers would not be of the law that was asked for.
-_PLAIN_LAW: dict[str, Any] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+# Servers have sampling defaults of their own; without these, answers would be of another distribution than asked for.
+_PLAIN_SAMPLING: dict[str, Any] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True)
@@ -117,45 +114,25 @@ def regenerate_from_endpoint(
     check_installed()
     if tokenizer.chat_template is None:
         raise ValueError(f"{name} has no chat template, but an endpoint answers chats: set tokenizer.chat_template")
-    check_template(tokenizer)
-    write_probe(out_path.parent)
-    digest = tokenizer_hash(tokenizer)
-    with AnswersFile(out_path, name, digest) as file:
-        questions = Questions(prompts, config.turns, file.records)
-        with answer_progress(questions, quiet) as progress:
-            run = _Run(tokenizer, end_ids, config, endpoint, name, digest, file, questions, progress)
-            try:
-                asyncio.run(run.everything())
-            except ExceptionGroup as group:  # of the workers; the first one's is what went wrong
-                raise group.exceptions[0] from group
-    return Outcome(questions.total, questions.before, run.added, run.failed, run.complaint, progress.counted)
+    with AnswerRun(tokenizer, prompts, out_path, config, name, quiet) as run:
+        asking = _Asking(run, ReplyReader(tokenizer, end_ids, name), config, endpoint)
+        try:
+            asyncio.run(asking.everything())
+        except ExceptionGroup as group:  # of the workers; the first one's is what went wrong
+            raise group.exceptions[0] from group
+    return run.outcome(asking.failed, asking.complaint)
 
 
-class _Run:
+class _Asking:
     """Workers that ask until no question is left."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        end_ids: Sequence[int],
-        config: RegenerateConfig,
-        endpoint: EndpointConfig,
-        name: str,
-        digest: str,
-        file: AnswersFile,
-        questions: Questions,
-        progress: Progress,
-    ) -> None:
-        self._tokenizer, self._config, self._endpoint = tokenizer, config, endpoint
-        self._name, self._digest = name, digest
-        self._file, self._questions, self._progress = file, questions, progress
-        self._reader = ReplyReader(tokenizer, end_ids, name)
-        self._extra = _PLAIN_LAW | {"return_token_ids": True}
+    def __init__(self, run: AnswerRun, reader: ReplyReader, config: RegenerateConfig, endpoint: EndpointConfig) -> None:
+        self._run, self._reader, self._config, self._endpoint = run, reader, config, endpoint
+        self._extra = _PLAIN_SAMPLING | {"return_token_ids": True}
         if config.thinking is not None:
             self._extra["chat_template_kwargs"] = {"enable_thinking": config.thinking}
         self._model = endpoint.model or ""
-        self._in_a_row = 0
-        self.added = self.failed = 0
+        self._in_a_row = self.failed = 0
         self.complaint = ""
 
     async def everything(self) -> None:
@@ -173,7 +150,7 @@ class _Run:
         ) as client:
             self._model = await self._served(client)
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(self._endpoint.concurrency, self._questions.total)):
+                for _ in range(min(self._endpoint.concurrency, self._run.questions.total)):
                     group.create_task(self._work(client))
 
     async def _served(self, client: openai.AsyncOpenAI) -> str:
@@ -196,31 +173,23 @@ class _Run:
         return self._endpoint.model or served[0]
 
     async def _work(self, client: openai.AsyncOpenAI) -> None:
-        while (question := self._questions.take()) is not None:
-            prompt = encode_prompt(self._tokenizer, question.turns, self._config.thinking)
-            if len(prompt) > self._config.max_prompt_tokens:
-                continue
+        while (asked := self._run.take()) is not None:
+            question, prompt, _ = asked
             try:
                 reply = await self._ask(client, question, prompt)
             except NoAnswerError as failure:
                 self._count(failure)
                 continue
             self._in_a_row = 0
-            self._keep(question, reply)
-
-    def _keep(self, question: Question, reply: Reply) -> None:
-        record = question.record(self._config, self._name, self._digest, reply.text, reply.tokens, reply.finished)
-        extra = {"endpoint_model": self._model, **({"retokenised": True} if reply.retokenised else {})}
-        self._file.add(record | extra)
-        self._questions.answered(question)
-        self.added += 1
-        self._progress.step(counted=len(reply.tokens))
+            more = {"endpoint_model": self._model, **({"retokenised": True} if reply.retokenised else {})}
+            self._run.keep(question, reply.text, reply.tokens, reply.finished, **more)
 
     def _count(self, failure: NoAnswerError) -> None:
         """Account a prompt without an answer; raises ValueError where there is no end of them."""
         self.failed, self.complaint = self.failed + 1, str(failure)
         self._in_a_row += not failure.refused
-        never = failure.refused and not self.added and not self._questions.before and self.failed >= _GIVE_UP
+        answered = self._run.added or self._run.questions.before
+        never = failure.refused and not answered and self.failed >= _GIVE_UP
         if self._in_a_row >= _GIVE_UP or never:
             raise ValueError(
                 f"{self._endpoint.base} left {self.failed} prompts without an answer, the last because: {failure}; "
@@ -241,12 +210,13 @@ class _Run:
         """The server's words; None where they are no completion. Settings that it doesn't know are not sent again."""
         import openai
 
+        messages: Any = alternating(question.turns)
         while True:
             extra = dict(self._extra)  # another worker may take names out meanwhile
             try:
                 return await client.chat.completions.create(
                     model=self._model,
-                    messages=_messages(question),
+                    messages=messages,
                     temperature=self._config.temperature(question.index),
                     top_p=1.0,
                     max_tokens=self._config.max_new_tokens,
@@ -295,10 +265,6 @@ class _Pace:
         at = max(now, self._next)
         self._next = at + self._gap
         await asyncio.sleep(at - now)
-
-
-def _messages(question: Question) -> Any:
-    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(question.turns)]
 
 
 def _words(error: Exception) -> str:

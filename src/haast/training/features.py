@@ -1,241 +1,27 @@
-"""Feature shards: what the target knows at each position, computed once and stored.
+"""What a target computes at each position of its answers: features, captured states, and the teacher's best tokens.
 
-Owns the shard format, its limits, and extraction. Knows nothing of heads or losses. A shard is `NAME.safetensors` with
-the tensors of `Example` laid end to end plus `lengths` (sequences) int32, and `NAME.jsonl` with one answer record per
-sequence in the same order. Per token: 2 * hidden * (1 + captured layers) + 6 * k + 5 bytes (1.2 KB for SmolLM2-135M and
-k = 16; 4.7 KB with the three layers of an Eagle3Head).
+Owns extraction, in memory or into shards. Knows nothing of heads or losses.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from haast.engine.engine import PREFILL_CHUNK
-from haast.errors import HeadMismatchError
 from haast.progress import Progress
-from haast.prompts import read_json_lines
 from haast.target.target import Target
 from haast.training.answers import record_key
 from haast.training.batches import Example
-from haast.training.chat import tokenizer_hash
 from haast.training.data import TokenSequence
+from haast.training.shards import ShardIdentity, ShardWriter, check_room, read_shards, refuse_other_layers
 from haast.tree import DraftTree
 
-FORMAT = "haast-features-1"
-_GB = 10**9
-_TENSORS = ("tokens", "features", "supervised", "topk_ids", "topk_probs")
-_CAPTURED = "hidden"  # stored where layers are captured
 _LOGIT_ROWS = 256  # positions whose logits exist at a time
-_PER_SHARD = 256  # sequences
-
-
-@dataclass(frozen=True)
-class ShardIdentity:
-    """Whose features these are."""
-
-    target: str  # name or path of the model
-    hidden_size: int
-    vocab_size: int
-    topk: int
-    tokenizer: str  # hash of the vocabulary
-    layer_ids: tuple[int, ...] = ()  # HF `hidden_states` indices captured besides
-
-    @staticmethod
-    def of(target: Target, name: str, topk: int = 16, layer_ids: Sequence[int] = ()) -> ShardIdentity:
-        """The identity of a target's features."""
-        if not 1 <= topk <= target.vocab_size:
-            raise ValueError(f"topk={topk} is not allowed: give 1 to {target.vocab_size}")
-        digest = "none" if target.tokenizer is None else tokenizer_hash(target.tokenizer)
-        return ShardIdentity(name, target.hidden_size, target.vocab_size, topk, digest, tuple(layer_ids))
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Stored size of one position."""
-        return 2 * self.hidden_size * (1 + len(self.layer_ids)) + 6 * self.topk + 5
-
-
-def check_room(folder: Path, tokens: int, identity: ShardIdentity, max_gb: float) -> float:
-    """Estimate what `tokens` more positions take, in GB, and refuse what is too much, before anything is written.
-
-    Raises:
-        ValueError: above `max_gb` with the shards that are there, or above nine tenths of the free disk.
-    """
-    if max_gb <= 0:
-        raise ValueError(f"max_gb={max_gb} is not allowed: give a cap above 0")
-    size = tokens * identity.bytes_per_token / _GB
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free / _GB
-    remedy = "take fewer sequences, or train without shards (features in memory)"
-    there_already = _stored_bytes(folder) / _GB
-    if size + there_already > max_gb:
-        beside = f" beside {there_already:.3g} GB that are there" if there_already else ""
-        raise ValueError(
-            f"features of {tokens} tokens take {size:.3g} GB{beside}, the cap is {max_gb:g} GB: raise it, {remedy}"
-        )
-    if size > 0.9 * free:
-        raise ValueError(f"features of {tokens} tokens take {size:.3g} GB, {free:.3g} GB are free: make room, {remedy}")
-    return size
-
-
-def _stored_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-class ShardWriter:
-    """Collects sequences and writes them in shards, each behind a rename. Use `with`: leaving writes what is left.
-
-    Args:
-        folder: created where missing.
-        identity: written into each shard.
-        max_gb: hard cap on the folder's shards, those already there included.
-        prefix: of shard names.
-    """
-
-    def __init__(self, folder: Path, identity: ShardIdentity, max_gb: float, prefix: str = "shard") -> None:
-        self._folder, self._identity, self._max_gb, self._prefix = folder, identity, max_gb, prefix
-        folder.mkdir(parents=True, exist_ok=True)
-        self._entries: list[tuple[Example, dict[str, Any]]] = []
-        self._used = _stored_bytes(folder)
-        self._number = len(list(folder.glob(f"{prefix}-*.safetensors")))
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.flush()
-
-    def add(self, example: Example, record: dict[str, Any]) -> None:
-        """Queue one sequence; every 256 make a shard."""
-        self._entries.append((example, record))
-        if len(self._entries) >= _PER_SHARD:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the queue as one shard. The records go first: a shard exists only with them.
-
-        Raises:
-            ValueError: over the cap, a feature that fp16 cannot hold, or the disk is full.
-        """
-        if not self._entries:
-            return
-        examples = [example for example, _ in self._entries]
-        names = (*_TENSORS, _CAPTURED) if self._identity.layer_ids else _TENSORS
-        tensors = {name: torch.cat([getattr(e, name) for e in examples]).contiguous() for name in names}
-        tensors["lengths"] = torch.tensor([len(e.tokens) for e in examples], dtype=torch.int32)
-        if not all(bool(torch.isfinite(tensors[name]).all()) for name in ("features", *names[len(_TENSORS) :])):
-            raise ValueError("features exceed the range of fp16 (65504): this target's features cannot be stored")
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
-        if self._used + size > self._max_gb * _GB:
-            raise ValueError(
-                f"the shards in {self._folder} would take {(self._used + size) / _GB:.3g} GB, the cap is "
-                f"{self._max_gb:g} GB: raise it or stop here, what is written can be trained on"
-            )
-        while (path := self._folder / f"{self._prefix}-{self._number:05d}.safetensors").exists():
-            self._number += 1
-        _write_shard(path, tensors, [record for _, record in self._entries], self._identity)
-        self._used += size
-        self._entries = []
-
-
-def _write_shard(
-    path: Path, tensors: dict[str, Tensor], records: list[dict[str, Any]], identity: ShardIdentity
-) -> None:
-    temporary = path.with_suffix(".tmp")
-    metadata = {"format": FORMAT, **{name: str(value) for name, value in asdict(identity).items()}}
-    metadata["layer_ids"] = _words(identity.layer_ids)
-    try:
-        path.with_suffix(".jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        save_file(tensors, temporary, metadata)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise ValueError(
-            f"cannot write shard {path} ({error}): free space; what was written before is whole"
-        ) from error
-
-
-def read_shards(folder: Path, identity: ShardIdentity | None = None) -> tuple[list[Example], list[dict[str, Any]]]:
-    """Examples (views of memory-mapped files) and their records, in order of file name.
-
-    Args:
-        folder: of shards.
-        identity: refuse shards of another target; None takes what is there. Shards without metadata are checked by
-            their sizes only.
-
-    Raises:
-        ValueError: no shards, or a corrupt one (the message names it).
-        HeadMismatchError: a shard of another target.
-    """
-    examples: list[Example] = []
-    records: list[dict[str, Any]] = []
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors = _read_shard(path, identity)
-        lengths = tensors["lengths"].tolist()
-        parts = [torch.split(tensors[name], lengths) for name in (*_TENSORS, _CAPTURED) if name in tensors]
-        examples.extend(Example(*part) for part in zip(*parts, strict=True))
-        own = [record for _, record in read_json_lines(path.with_suffix(".jsonl"))]
-        if len(own) != len(lengths):
-            raise ValueError(f"{path} has {len(lengths)} sequences but {len(own)} records beside it: delete both files")
-        records.extend(own)
-    if not examples:
-        raise ValueError(f"{folder} holds no feature shards (*.safetensors): extract some first")
-    return examples, records
-
-
-def _read_shard(path: Path, identity: ShardIdentity | None) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            wanted = identity is None or identity.layer_ids  # states that nobody asks for are not read
-            captured = [name for name in file.keys() if name == _CAPTURED and wanted]  # noqa: SIM118 - no mapping
-            tensors = {name: file.get_tensor(name) for name in (*_TENSORS, "lengths", *captured)}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"feature shard {path} is corrupt ({error}): delete it and extract again") from error
-    total = int(tensors["lengths"].sum())
-    if any(tensors[name].shape[0] != total for name in _TENSORS):
-        raise ValueError(f"feature shard {path} is corrupt: its tensors differ in length; delete it and extract again")
-    if metadata and metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {metadata.get('format')!r}, not {FORMAT!r}: extract features with Haast")
-    if identity is not None:
-        _refuse_foreign(path, tensors, metadata, identity)
-    return tensors
-
-
-def _refuse_foreign(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], identity: ShardIdentity) -> None:
-    found: dict[str, Any] = {"hidden_size": tensors["features"].shape[1]}
-    if metadata:
-        found |= {"vocab_size": int(metadata["vocab_size"]), "tokenizer": metadata["tokenizer"]}
-    found["topk"] = tensors["topk_ids"].shape[1]
-    if identity.layer_ids:
-        found["layer_ids"] = _ids(metadata.get("layer_ids", "none"))
-    highest = max(int(tensors["tokens"].max()), int(tensors["topk_ids"].max()))
-    if highest >= identity.vocab_size:
-        found.setdefault("vocab_size", f"above {highest}")
-    for name, value in found.items():
-        wanted = getattr(identity, name)
-        if value != wanted:
-            raise HeadMismatchError(
-                f"feature shard {path} has {name} {value}, wanted is {wanted}: extract features with this target and "
-                f"setting"
-            )
-
-
-def _words(layer_ids: Sequence[int]) -> str:
-    return ",".join(map(str, layer_ids)) or "none"
-
-
-def _ids(words: str) -> tuple[int, ...]:
-    return () if words == "none" else tuple(int(word) for word in words.split(","))
 
 
 @torch.inference_mode()
@@ -258,29 +44,19 @@ def stream_examples(
     Yields:
         Index into `sequences`, and its example; similar lengths come together.
     """
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
-    current: list[int] = []
-    for index in order:
-        if current and len(sequences[index].tokens) * (len(current) + 1) > batch_tokens:
-            yield from zip(current, _forward(target, [sequences[i] for i in current], topk, layer_ids), strict=True)
-            current = []
-        current.append(index)
-    if current:
-        yield from zip(current, _forward(target, [sequences[i] for i in current], topk, layer_ids), strict=True)
-
-
-def _forward(target: Target, sequences: list[TokenSequence], topk: int, layer_ids: Sequence[int]) -> list[Example]:
-    lengths = [len(s.tokens) for s in sequences]
-    longest, rows = max(lengths), len(sequences)
-    tokens = torch.zeros(rows, longest, dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        tokens[row, : lengths[row]] = torch.tensor(sequence.tokens)
-    live = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
-    features, hidden = _states(target, tokens.to(target.device), live.to(target.device), layer_ids)
-    return [
-        _example(target, s, features[row, : len(s.tokens)], topk, hidden[row, : len(s.tokens)])
-        for row, s in enumerate(sequences)
-    ]
+    batches = list[list[int]]()
+    for index in sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens)):
+        if not batches or len(sequences[index].tokens) * (len(batches[-1]) + 1) > batch_tokens:
+            batches.append([])
+        batches[-1].append(index)
+    for batch in batches:
+        rows = [torch.tensor(sequences[index].tokens) for index in batch]
+        tokens, lengths = pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
+        live = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)
+        features, hidden = _states(target, tokens.to(target.device), live.to(target.device), layer_ids)
+        for row, index in enumerate(batch):
+            end = len(sequences[index].tokens)
+            yield index, _example(target, sequences[index], features[row, :end], topk, hidden[row, :end])
 
 
 def _states(target: Target, tokens: Tensor, live: Tensor, layer_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -318,17 +94,6 @@ def teacher_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return ids.int().cpu(), (values - logits.logsumexp(-1, keepdim=True)).exp().half().cpu()
 
 
-def _same_layers(folder: Path, identity: ShardIdentity) -> None:
-    """Raises HeadMismatchError where shards of other captured layers lie: the folder would fit no head."""
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            found = _ids((file.metadata() or {}).get("layer_ids", "none"))
-        if found != identity.layer_ids:
-            raise HeadMismatchError(
-                f"feature shard {path} has layer_ids {found}, wanted is {identity.layer_ids}: give another folder"
-            )
-
-
 def extract(
     target: Target,
     sequences: Sequence[TokenSequence],
@@ -348,16 +113,15 @@ def extract(
         ValueError: over the cap or the free disk (before anything is computed), or the disk filled up.
     """
     if folder.exists() and any(folder.glob("*.safetensors")):
-        _same_layers(folder, identity)
+        refuse_other_layers(folder, identity)
         done = {record_key(record) for record in read_shards(folder, identity)[1]}
         sequences = [s for s in sequences if s.key not in done]
     sequences = [s for s in sequences if len(s.tokens) >= 3]
     check_room(folder, sum(len(s.tokens) for s in sequences), identity, max_gb)
     stream = stream_examples(target, sequences, identity.topk, batch_tokens, identity.layer_ids)
-    with _progress(sequences, quiet) as progress, ShardWriter(folder, identity, max_gb) as writer:
-        for index, example in stream:
+    with ShardWriter(folder, identity, max_gb) as writer:
+        for index, example in _followed(stream, sequences, quiet):
             writer.add(example, sequences[index].record)
-            progress.step(len(example.tokens))
     return len(sequences)
 
 
@@ -370,13 +134,16 @@ def in_memory(
     quiet: bool = False,
 ) -> list[Example]:
     """The target's features of sequences of at least three tokens each, in their order; nothing is written."""
-    made = dict[int, Example]()
-    with _progress(sequences, quiet) as progress:
-        for index, example in stream_examples(target, sequences, topk, layer_ids=layer_ids):
-            made[index] = example
-            progress.step(len(example.tokens))
+    stream = stream_examples(target, sequences, topk, layer_ids=layer_ids)
+    made = dict(_followed(stream, sequences, quiet))
     return [made[index] for index in range(len(sequences))]
 
 
-def _progress(sequences: Sequence[TokenSequence], quiet: bool) -> Progress:
-    return Progress("features", "tokens", sum(len(s.tokens) for s in sequences), quiet=quiet)
+def _followed(
+    stream: Iterator[tuple[int, Example]], sequences: Sequence[TokenSequence], quiet: bool
+) -> Iterator[tuple[int, Example]]:
+    """The same, and how far it is."""
+    with Progress("features", "tokens", sum(len(s.tokens) for s in sequences), quiet=quiet) as progress:
+        for index, example in stream:
+            yield index, example
+            progress.step(len(example.tokens))

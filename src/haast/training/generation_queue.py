@@ -1,8 +1,8 @@
 """What is asked of the target: settings, which user turns wait for an answer, and the records that answers become.
 
 Owns the order of turns and the keys of draws. Knows no model: `regenerate` answers with the target in this process,
-`endpoint` with a server. A conversation's later turn waits until the earlier one is answered, now or in an earlier run,
-since the target's own words are part of what it is asked.
+`endpoint` with a server, each in an `AnswerRun`. A conversation's later turn waits until the earlier one is answered,
+now or in an earlier run, since the target's own words are part of what it is asked.
 """
 
 from __future__ import annotations
@@ -10,14 +10,20 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from haast.progress import Progress
 from haast.prompts import Prompt
 from haast.repetition import loop_share
 from haast.sampling import keyed_uniform
+from haast.training.answers import AnswersFile
+from haast.training.chat import check_template, encode_prompt, tokenizer_hash
+from haast.training.checkpoints import write_probe
 
 _TEMPERATURE_DRAW = 2**40  # a position no text reaches: the draw that picks an answer's temperature
 _SEED_DRAW = 2**41  # likewise, the draw that seeds a server's
@@ -72,7 +78,7 @@ class Question:
 
     @property
     def id(self) -> str:
-        """The prompt's own for the first turn, then with #2, #3, ... behind."""
+        """The prompt's own for the first turn, then followed by #2, #3, ..."""
         return turn_id(self.prompt, self.turn)
 
     @property
@@ -87,28 +93,6 @@ class Question:
     def seed(self, seed: int) -> int:
         """31 bits that seed a server's draws for this answer."""
         return int(self.draw(seed, _SEED_DRAW) * 2**31)
-
-    def record(
-        self, config: RegenerateConfig, model: str, tokenizer: str, text: str, tokens: list[int], finished: bool
-    ) -> dict[str, Any]:
-        """The answer as `answers` describes it."""
-        extra = self.prompt.extra
-        return {
-            "id": self.id,
-            "model": model,
-            "tokenizer": tokenizer,
-            "category": self.prompt.category,
-            "source": extra.get("source", ""),
-            "licence": extra.get("licence", ""),
-            **({"history": list(self.history)} if self.history else {}),
-            "prompt": self.prompt.turns[self.turn],
-            "temperature": config.temperature(self.index),
-            **({} if config.thinking is None else {"thinking": config.thinking}),
-            "response": text,
-            "response_ids": tokens,
-            "finished": finished,
-            "loop_share": round(loop_share(tokens), 4),
-        }
 
 
 def turn_id(prompt: Prompt, turn: int) -> str:
@@ -180,10 +164,92 @@ class Outcome:
 
     @property
     def left_out(self) -> int:
-        """Too long, or behind a turn that has no answer."""
+        """Too long, or after a turn that has no answer."""
         return self.total - self.before - self.added - self.failed
 
 
-def answer_progress(questions: Questions, quiet: bool) -> Progress:
-    """How far the answers are; each tells how many tokens it has."""
-    return Progress("answers", "answers", questions.total, questions.before, rate="tokens", quiet=quiet)
+class AnswerRun:
+    """One run over an answers file: hands out questions and keeps their answers. Use `with`.
+
+    Args:
+        tokenizer: the target's.
+        prompts: in the same order on every run: a prompt's draws are keyed by its place.
+        out_path: see `answers`.
+        config: settings.
+        name: the target's name, stored with answers.
+        quiet: no progress bar or lines.
+
+    Raises:
+        ValueError: on entering, a folder that cannot be written, a chat template without a place for answers, or what
+            `AnswersFile` and `Questions` refuse.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        out_path: Path,
+        config: RegenerateConfig,
+        name: str,
+        quiet: bool,
+    ) -> None:
+        self._tokenizer, self._config, self._name, self._quiet = tokenizer, config, name, quiet
+        self._prompts, self._path, self._digest = prompts, out_path, tokenizer_hash(tokenizer)
+        self.added = 0
+
+    def __enter__(self) -> AnswerRun:
+        write_probe(self._path.parent)
+        check_template(self._tokenizer)
+        with ExitStack() as stack:
+            self._file = stack.enter_context(AnswersFile(self._path, self._name, self._digest))
+            self.questions = Questions(self._prompts, self._config.turns, self._file.records)
+            total, before = self.questions.total, self.questions.before
+            progress = Progress("answers", "answers", total, before, rate="tokens", quiet=self._quiet)
+            self._progress = stack.enter_context(progress)
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def take(self, context: int | None = None) -> tuple[Question, list[int], int] | None:
+        """The next question that is not too long, as the model reads it, and how many tokens its answer may have."""
+        while (question := self.questions.take()) is not None:
+            tokens = encode_prompt(self._tokenizer, question.turns, self._config.thinking)
+            limit = self._config.max_new_tokens
+            if context is not None:
+                limit = min(limit, context - len(tokens))
+            if len(tokens) <= self._config.max_prompt_tokens and limit > 0:
+                return question, tokens, limit
+        return None
+
+    def keep(self, question: Question, text: str, tokens: list[int], finished: bool, **more: Any) -> dict[str, Any]:
+        """Store an answer; returns its record, as `answers` describes it, with `more` at its end."""
+        extra, thinking = question.prompt.extra, self._config.thinking
+        record = {
+            "id": question.id,
+            "model": self._name,
+            "tokenizer": self._digest,
+            "category": question.prompt.category,
+            "source": extra.get("source", ""),
+            "licence": extra.get("licence", ""),
+            **({"history": list(question.history)} if question.history else {}),
+            "prompt": question.turns[-1],
+            "temperature": self._config.temperature(question.index),
+            **({} if thinking is None else {"thinking": thinking}),
+            "response": text,
+            "response_ids": tokens,
+            "finished": finished,
+            "loop_share": round(loop_share(tokens), 4),
+            **more,
+        }
+        self._file.add(record)
+        self.questions.answered(question)
+        self.added += 1
+        self._progress.step(counted=len(tokens))
+        return record
+
+    def outcome(self, failed: int = 0, complaint: str = "") -> Outcome:
+        """The counts so far."""
+        questions = self.questions
+        return Outcome(questions.total, questions.before, self.added, failed, complaint, self._progress.counted)

@@ -19,9 +19,10 @@ A trial on 1,170 answers of SmolLM2-135M-Instruct: held-out cross-entropy 3.18 b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from haast.target.packing import PackedLinear
 from haast.target.precision import weight_rows
 from haast.target.target import Target
 from haast.training.batches import Example, usable
-from haast.training.normalized_head import Scales
+from haast.training.scaled_head import Scales
 from haast.training.target_weights import rms_gain
 from haast.tree import DraftTree
 
@@ -102,7 +103,7 @@ def _layer_weights(
     before = _gain(layer.before_attention) / _typical(entering) / units
     # norm(u) divides by the rms of u = D a, the target's norm by that of a: their ratio is taken as constant as well.
     ratio = float((_rms(middle * units) / _rms(middle)).mean())
-    # The head's gain is chosen as whitening would: 1 in its units. What is left over goes into gate and up.
+    # The head's gain is what training starts a random head with. What is left over goes into gate and up.
     gain = float(scales.feature.square().mean().sqrt()) / scales.feature
     inside = _gain(layer.before_mlp) * ratio / units / gain
     prefix = "layers.0."
@@ -119,7 +120,7 @@ def _layer_weights(
 
 
 def _fuse(examples: Sequence[Example], embeddings: Tensor, scales: Scales, wanted: Tensor) -> Tensor:
-    """Ridge regression of `wanted` (n, hidden) on embedding and feature, solved in whitened units: fc (H, 2H)."""
+    """Ridge regression of `wanted` (n, hidden) on embedding and feature, solved in units of their rms: fc (H, 2H)."""
     inputs = []
     for example in examples:
         at = example.queries()
@@ -138,9 +139,12 @@ def _fuse(examples: Sequence[Example], embeddings: Tensor, scales: Scales, wante
 def _flows(target: Target, layer: _LastLayer, examples: Sequence[Example]) -> list[tuple[Tensor, Tensor, Tensor]]:
     """What enters the last layer, stands between its halves, and leaves it, at t + 1 of each supervised pair t."""
     captured: dict[str, Tensor] = {}
-    watched = {"entering": layer.before_attention, "middle": layer.before_mlp, "leaving": layer.final}
     found, one_call = [], target.one_call
-    with _captured(watched, captured), target.step_threads():
+    watched = {"entering": layer.before_attention, "middle": layer.before_mlp, "leaving": layer.final}
+    with ExitStack() as stack:
+        for name, module in watched.items():
+            stack.callback(module.register_forward_pre_hook(partial(_capture, captured, name)).remove)
+        stack.enter_context(target.step_threads())
         for example in examples:
             tokens = example.tokens[:-1].long().unsqueeze(0).to(target.device)
             cache = target.new_cache(1, tokens.shape[1])  # which notices the hooks, so that the modules run
@@ -152,17 +156,8 @@ def _flows(target: Target, layer: _LastLayer, examples: Sequence[Example]) -> li
     return found
 
 
-@contextmanager
-def _captured(watched: dict[str, nn.Module], captured: dict[str, Tensor]) -> Iterator[None]:
-    def catch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, inputs: captured.__setitem__(name, inputs[0])
-
-    hooks = [module.register_forward_pre_hook(catch(name)) for name, module in watched.items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _capture(captured: dict[str, Tensor], name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    captured[name] = inputs[0]
 
 
 def _find(target: Target) -> _LastLayer | str:

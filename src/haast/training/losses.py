@@ -3,7 +3,7 @@
 Soft cross-entropy against the teacher's top-k (EAGLE, arXiv 2401.15077, section 3.2; top-k distillation as in HASS,
 arXiv 2408.15766), or its mix with the acceptance itself (LK losses, arXiv 2602.23881), over a draft vocabulary.
 Gradients are made in place from the logits of one chunk, so logits for every position never exist and there is one
-exponential pass. Smooth L1 on features.
+exponential pass.
 
 Of one position, with p the teacher's probabilities on its k tokens and q the head's softmax:
 
@@ -66,10 +66,10 @@ class _TeacherLoss(torch.autograd.Function):
             hit = (raw[:, :1] >= best) & (probs[part, :1] > 0)
             hits += hit.sum()
             counts = torch.where(hit, 1.0, rejected)  # (chunk, 1): the weight of each position
-            law = torch.softmax(logits, -1, out=logits)
-            log_total = best - law.amax(-1, keepdim=True).log()
+            draft_probs = torch.softmax(logits, -1, out=logits)
+            log_total = best - draft_probs.amax(-1, keepdim=True).log()
             own_ce = ((log_total - raw) * probs[part]).sum(-1, keepdim=True)
-            own = law.gather(1, ids[part])  # q on the teacher's tokens
+            own = draft_probs.gather(1, ids[part])  # q on the teacher's tokens
             overlap = torch.minimum(own, probs[part]).sum(-1, keepdim=True)
             ce += own_ce.sum()
             accepted += overlap.sum()
@@ -78,12 +78,12 @@ class _TeacherLoss(torch.autograd.Function):
             if wants[0] or wants[1]:
                 below = (own < probs[part]) * own * (1 - share)  # (1 - w) I q
                 # w (mass q - p) - (1 - w) q (I - sum I q)
-                law *= counts * (share * probs[part].sum(-1, keepdim=True) + below.sum(-1, keepdim=True))
-                law.scatter_add_(1, ids[part], -counts * (share * probs[part] + below))
+                draft_probs *= counts * (share * probs[part].sum(-1, keepdim=True) + below.sum(-1, keepdim=True))
+                draft_probs.scatter_add_(1, ids[part], -counts * (share * probs[part] + below))
                 if wants[0]:
-                    torch.mm(law, weight, out=gradient[part])
+                    torch.mm(draft_probs, weight, out=gradient[part])
                 if wants[1]:
-                    of_weight.addmm_(law.T, features[part, frozen:])
+                    of_weight.addmm_(draft_probs.T, features[part, frozen:])
         ctx.save_for_backward(gradient, of_weight)
         ctx.frozen, ctx.wants = frozen, (wants[0], wants[1])
         ctx.mark_non_differentiable(ce, hits, accepted)
@@ -134,8 +134,3 @@ def teacher_loss(
         apply: Any = _TeacherLoss.apply  # untyped in torch
         found = apply(features, weight, bias, ids, probs, columns, sharpness, rejected)
     return Sums(*found)
-
-
-def feature_loss(extrapolated: Tensor, wanted: Tensor) -> Tensor:
-    """Smooth L1, mean over (positions, hidden); both are in units of each dimension's rms."""
-    return functional.smooth_l1_loss(extrapolated, wanted)

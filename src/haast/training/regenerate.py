@@ -11,7 +11,7 @@ independent; otherwise up to floating-point ties).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,12 +28,11 @@ from haast.engine.step import Computed
 from haast.prompts import Prompt
 from haast.sampling import Sampler
 from haast.target.target import Target
-from haast.training.answers import AnswersFile
 from haast.training.batches import Example
-from haast.training.chat import check_template, encode_prompt, tokenizer_hash
 from haast.training.checkpoints import write_probe
-from haast.training.features import ShardIdentity, ShardWriter, teacher_topk
-from haast.training.generation_queue import TURN_DRAWS, Outcome, Question, Questions, RegenerateConfig, answer_progress
+from haast.training.features import teacher_topk
+from haast.training.generation_queue import TURN_DRAWS, AnswerRun, Outcome, Question, RegenerateConfig
+from haast.training.shards import ShardIdentity, ShardWriter
 from haast.training.target_weights import end_tokens
 
 
@@ -46,23 +45,6 @@ class TurnSampler(Sampler):
 
     def draw(self, position: int) -> float:
         return super().draw(self._before + position)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A question whose answer is wanted."""
-
-    question: Question
-    tokens: list[int]  # as the model reads it
-    limit: int  # new tokens at most
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What the target said."""
-
-    question: Question
-    request: Request
 
 
 @dataclass
@@ -143,81 +125,46 @@ def regenerate(
             runs), two prompts of one id, a full disk, or another run is writing to `out_path`.
         KVPoolError: the longest prompt and answer could never fit the target's KV pool.
     """
-    for folder in (out_path.parent, *([config.features_dir] if config.features_dir else [])):
-        write_probe(folder)
-    check_template(tokenizer)
-    ends, digest, added = end_tokens(target), tokenizer_hash(tokenizer), 0
-    engine = Engine(target, drafter or VanillaDrafter())
+    if config.features_dir is not None:
+        write_probe(config.features_dir)
+    ends, engine = end_tokens(target), Engine(target, drafter or VanillaDrafter())
     with ExitStack() as stack:
-        file = stack.enter_context(AnswersFile(out_path, name, digest))
-        questions = Questions(prompts, config.turns, file.records)
-        progress = stack.enter_context(answer_progress(questions, quiet))
+        run = stack.enter_context(AnswerRun(tokenizer, prompts, out_path, config, name, quiet))
         writer, recording = None, None
         if config.features_dir is not None:
             identity = ShardIdentity.of(target, name, config.topk)
             writer = stack.enter_context(ShardWriter(config.features_dir, identity, config.max_gb))
             recording = _Recording(config.topk)
-        take = _waiting(target, tokenizer, questions, config)
-        for answer in stack.enter_context(closing(_answers(engine, take, ends, config, recording))):
-            tokens = answer.request.new_tokens
+        for question, request in stack.enter_context(closing(_answers(engine, run, ends, config, recording))):
+            tokens = request.new_tokens
             text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-            record = answer.question.record(config, name, digest, text, tokens, tokens[-1] in ends)
-            file.add(record)
-            questions.answered(answer.question)
+            record = run.keep(question, text, tokens, tokens[-1] in ends)
             if writer is not None and recording is not None:
-                writer.add(recording.example(answer.request), record)
-            added += 1
-            progress.step(counted=len(tokens))
-    return Outcome(questions.total, questions.before, added, tokens=progress.counted)
+                writer.add(recording.example(request), record)
+    return run.outcome()
 
 
 def _answers(
-    engine: Engine,
-    take: Callable[[], _Asked | None],
-    ends: tuple[int, ...],
-    config: RegenerateConfig,
-    recording: _Recording | None,
-) -> Generator[_Answer, None, None]:
+    engine: Engine, run: AnswerRun, ends: tuple[int, ...], config: RegenerateConfig, recording: _Recording | None
+) -> Generator[tuple[Question, Request], None, None]:
     """Yields each answer as it ends, and asks for more (later turns too) when it goes on; leaving it ends the rest."""
-    flying: list[_Answer] = []
+    flying: list[tuple[Question, Request]] = []
     try:
         while True:
-            while len(flying) < config.batch and (asked := take()) is not None:
-                flying.append(_ask(engine, asked, ends, config, recording))
+            while len(flying) < config.batch and (asked := run.take(engine.target.context_length)) is not None:
+                question, tokens, limit = asked
+                sampling = SamplingParams(temperature=config.temperature(question.index), seed=config.seed)
+                stop, chooser = StopParams(limit, ends), TurnSampler(sampling, question)
+                request = engine.submit(tokens, sampling, stop, chooser=chooser, recorder=recording)
+                flying.append((question, request))
             if not flying:
                 return
             engine.scheduler.advance()
-            ended = [answer for answer in flying if answer.request.finished]
-            flying = [answer for answer in flying if not answer.request.finished]
-            for answer in ended:
-                raise_error(answer.request)
-                yield answer
+            ended = [each for each in flying if each[1].finished]
+            flying = [each for each in flying if not each[1].finished]
+            for question, request in ended:
+                raise_error(request)
+                yield question, request
     finally:
-        for answer in flying:
-            engine.cancel(answer.request)
-
-
-def _ask(
-    engine: Engine, asked: _Asked, ends: tuple[int, ...], config: RegenerateConfig, recording: _Recording | None
-) -> _Answer:
-    question = asked.question
-    sampling = SamplingParams(temperature=config.temperature(question.index), seed=config.seed)
-    stop, chooser = StopParams(asked.limit, ends), TurnSampler(sampling, question)
-    return _Answer(question, engine.submit(asked.tokens, sampling, stop, chooser=chooser, recorder=recording))
-
-
-def _waiting(
-    target: Target, tokenizer: PreTrainedTokenizerBase, questions: Questions, config: RegenerateConfig
-) -> Callable[[], _Asked | None]:
-    """Takes the next question that has room for an answer."""
-    context = target.context_length
-
-    def take() -> _Asked | None:
-        while (question := questions.take()) is not None:
-            tokens = encode_prompt(tokenizer, question.turns, config.thinking)
-            room = config.max_new_tokens if context is None else min(config.max_new_tokens, context - len(tokens))
-            if len(tokens) <= config.max_prompt_tokens and room > 0:
-                return _Asked(question, tokens, room)
-        return None
-
-    return take
+        for _, request in flying:
+            engine.cancel(request)

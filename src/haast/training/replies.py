@@ -60,12 +60,12 @@ class ReplyReader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int], name: str) -> None:
         self._tokenizer, self._name = tokenizer, name
-        behind = end_of_turn(tokenizer)
-        self._end = behind if behind is not None else next(iter(end_ids), None)
+        end = end_of_turn(tokenizer)
+        self._end = end if end is not None else next(iter(end_ids), None)
         self._ends = {*end_ids, self._end}
 
     def read(self, completion: ChatCompletion, question: Question, prompt: list[int]) -> Reply:
-        """The answer in a usable completion; the end-of-turn token is put behind what ended by itself.
+        """The answer in a usable completion; the end-of-turn token is put after what ended by itself.
 
         Raises:
             NoAnswerError: there is nothing in it.

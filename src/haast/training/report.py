@@ -9,16 +9,40 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
+from haast.files import replacing
 from haast.progress import Progress
-from haast.training.findings import Finding, findings_table
 
 _SUMS = ("loss", "ce", "feature", "top1", "accepted", "views")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check that was run to explain a tau of about 1, see `diagnostics`."""
+
+    check: str  # its name, a few words
+    text: str  # what was measured
+    state: Literal["ok", "suspect"]
+    remedy: str  # what to do if it is suspect
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """One row per check, suspects in red with their remedy."""
+    table = Table(title="tau is about 1: nothing that the head drafts is accepted. What was checked:", box=None)
+    for heading in ("", "check", "found"):
+        table.add_column(heading, justify="left", overflow="fold")
+    for finding in sorted(findings, key=lambda f: f.state != "suspect"):
+        suspect = finding.state == "suspect"
+        words = Text(finding.text + (f"; {finding.remedy}" if suspect else ""))
+        table.add_row(Text(finding.state, style="bold red" if suspect else "green"), Text(finding.check), words)
+    return table
 
 
 class Watcher(Protocol):
@@ -97,10 +121,8 @@ class Reporter:
         kept = [values for values in self.lines() if values["step"] <= step]
         kept = kept[: int(state.get("lines", len(kept)))]  # the last step may have had lines after its checkpoint
         self._lines = len(kept)
-        temporary = self._path.with_suffix(".tmp")
-        with self._writing():
+        with self._writing(), replacing(self._path) as temporary:
             temporary.write_text("".join(json.dumps(values) + "\n" for values in kept))
-            temporary.replace(self._path)
         self._tell(lambda watcher: watcher.start(kept))
 
     def close(self) -> None:
@@ -128,15 +150,16 @@ class Reporter:
             self._sums[name] += sums[name]
         self._views = views
         if self._progress is not None:
-            self._progress.reach(views, words=f"{self._words()}  tau {tau:.2f}")
+            self._progress.reach(views, words=f"{_words(self._means())}  tau {tau:.2f}")
 
     def line(self, step: int) -> None:
         """Write the means since the last line."""
         if not self._sums["views"]:
             return
-        self._write({"step": step, "views": self._views, **self._means()})
-        speed = f"{self._means()['views_per_s']:.0f} views/s"
-        self._console.print(f"{self._views} views  {self._words()}  {speed}", highlight=False)
+        means = self._means()
+        self._write({"step": step, "views": self._views, **means})
+        words = f"{self._views} views  {_words(means)}  {means['views_per_s']:.0f} views/s"
+        self._console.print(words, highlight=False)
         self._sums, self._since = dict.fromkeys(_SUMS, 0.0), time.monotonic()
 
     def evaluation(self, step: int, views: int, values: Mapping[str, Any], findings: Sequence[Finding] | None) -> None:
@@ -161,10 +184,6 @@ class Reporter:
         views = max(self._sums["views"], 1.0)
         means = {name: self._sums[name] / views for name in _SUMS if name != "views"}
         return means | {"views_per_s": views / max(time.monotonic() - self._since, 1e-9)}
-
-    def _words(self) -> str:
-        m = self._means()
-        return f"loss {m['loss']:.3f}  ce {m['ce']:.3f}  feature {m['feature']:.3f}  top-1 {m['top1']:.3f}"
 
     def _write(self, values: Mapping[str, Any]) -> None:
         if not self._writes:
@@ -194,6 +213,11 @@ class Reporter:
                 remedy = ": pip install 'haast[curves]'" if isinstance(error, ImportError) else ""
                 words = f"no {watcher.name} ({error}){remedy}; training goes on"
                 self._console.print(words, highlight=False, markup=False)
+
+
+def _words(means: Mapping[str, float]) -> str:
+    names = {"loss": "loss", "ce": "ce", "feature": "feature", "top1": "top-1"}
+    return "  ".join(f"{word} {means[name]:.3f}" for name, word in names.items())
 
 
 def _short(value: Any) -> str:

@@ -34,16 +34,14 @@ from haast.heads.medusa import MedusaConfig, MedusaHeads
 from haast.progress import Progress
 from haast.stats import TAU_CONVENTION
 from haast.target.target import Target
-from haast.training.alarm import diagnose
 from haast.training.batches import Example
 from haast.training.config import TrainConfig
-from haast.training.curves import Curves
-from haast.training.findings import Finding
+from haast.training.curves import Curves, TensorBoard
+from haast.training.diagnostics import diagnose, overfit_self_test
 from haast.training.initialise import last_layer_weights, why_not_last_layer
-from haast.training.medusa import rank_accuracies
-from haast.training.selftest import overfit_self_test
+from haast.training.objective import rank_accuracies
+from haast.training.report import Finding
 from haast.training.target_weights import Frozen
-from haast.training.tensorboard import TensorBoard
 from haast.training.trainer import Trainer
 
 _HOLD_OUT_EVERY, _HELD_OUT_AT_MOST = 50, 200
@@ -208,38 +206,35 @@ class Run:
     def card(self, draft_vocab: int, about: dict[str, Any]) -> str:
         """The model card."""
         tau = "not measured" if about["tau"] is None else f"{about['tau']:.3f} ({about['tau_measured_on']})"
-        rows = [f"| {d['source'] or '-'} | {d['licence'] or '-'} | {d['answers']} |" for d in about["data"]]
-        recipe = [f"| {name} | {value} |" for name, value in about["settings"].items()]
-        return "\n".join(
-            [
-                f"# {'Medusa heads' if self._settings.head == 'medusa' else 'EAGLE head'} for {self._name}",
-                "",
-                f"A head of kind {about['settings']['head']}, trained by Haast for {self._name}. It drafts "
-                f"over {draft_vocab} tokens; the target checks each, so the text is the target's own.",
-                "",
-                f"- tau on validation prompts: {tau}; {TAU_CONVENTION}",
-                f"- trained on {about['sequences']} sequences, {about['tokens']} tokens, "
-                f"{about['supervised_tokens']} of them supervised; best evaluation of a run of {about['views']} views",
-                f"- trained on the features of a target held in {about['precision']}",
-                f"- longest sequence: {about['trained_length']} tokens; in longer texts `--draft-window` may help",
-                f"- command: `{self._command}`",
-                "",
-                "## Data",
-                "",
-                f"Prompts by source; {self._own()} of {len(self._records)} answers were made by {self._name}.",
-                "",
-                "| source | licence | answers |",
-                "|---|---|---|",
-                *rows,
-                "",
-                "## Recipe",
-                "",
-                "| setting | value |",
-                "|---|---|",
-                *recipe,
-                "",
-            ]
-        )
+        rows = "\n".join(f"| {d['source'] or '-'} | {d['licence'] or '-'} | {d['answers']} |" for d in about["data"])
+        recipe = "\n".join(f"| {name} | {value} |" for name, value in about["settings"].items())
+        kind = "Medusa heads" if self._settings.head == "medusa" else "EAGLE head"
+        return f"""# {kind} for {self._name}
+
+A head of kind {about["settings"]["head"]}, trained by Haast for {self._name}. It drafts over {draft_vocab} tokens; \
+the target checks each, so the text is the target's own.
+
+- tau on validation prompts: {tau}; {TAU_CONVENTION}
+- trained on {about["sequences"]} sequences, {about["tokens"]} tokens, {about["supervised_tokens"]} of them \
+supervised; best evaluation of a run of {about["views"]} views
+- trained on the features of a target held in {about["precision"]}
+- longest sequence: {about["trained_length"]} tokens; in longer texts `--draft-window` may help
+- command: `{self._command}`
+
+## Data
+
+Prompts by source; {self._own()} of {len(self._records)} answers were made by {self._name}.
+
+| source | licence | answers |
+|---|---|---|
+{rows}
+
+## Recipe
+
+| setting | value |
+|---|---|
+{recipe}
+"""
 
 
 def layer_ids(settings: TrainConfig, target: Target) -> tuple[int, ...]:

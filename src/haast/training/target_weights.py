@@ -1,6 +1,6 @@
-"""The frozen ends of a target that train a head: embedding and LM head; and the draft vocabulary.
+"""The frozen ends of a target that train a head: embedding and LM head; and what its answers count.
 
-Owns copies of the two matrices and the frequency ranking. Knows nothing of the trainable part.
+Owns copies of the two matrices, the draft vocabulary, and the bigrams. Knows nothing of the trainable part.
 """
 
 from __future__ import annotations
@@ -106,3 +106,44 @@ def check_sizes(config: HeadSizes, frozen: Frozen, example: Example) -> None:
             f"the features have hidden size {example.features.shape[1]}, the target {hidden}: extract them "
             "with this target"
         )
+
+
+def bigram_directions(examples: Sequence[Example], vocab: int, draft_vocab: Tensor, rank: int) -> Tensor:
+    """What a Markov bias of the previous token starts from (DSpark, arXiv 2607.05147): bigrams of the answers.
+
+    A head already reads the previous token, so a whole bigram table on top of it would count the same evidence twice:
+    only the token's side starts from the counts, as the strongest directions of their positive pointwise mutual
+    information, and training finds how much of each is still wanted.
+
+    Args:
+        examples: bigrams are counted where both tokens are the assistant's.
+        vocab: of the target.
+        draft_vocab: (drafted,) ascending target ids; other followers are left out.
+        rank: columns.
+
+    Returns:
+        (vocab, rank) of unit rms over the tokens that were seen; zeros for others, and where directions are fewer.
+    """
+    place = draft_places(draft_vocab, vocab)
+    pairs = []
+    for example in examples:
+        both = example.supervised[:-1].bool() & example.supervised[1:].bool()
+        before, after = example.tokens[:-1][both].long(), place[example.tokens[1:][both].long()]
+        pairs.append(torch.stack([before, after])[:, after >= 0])
+    counts = torch.ones(sum(part.shape[1] for part in pairs))
+    shape = (vocab, len(draft_vocab))
+    counted = torch.sparse_coo_tensor(torch.cat(pairs, dim=1), counts, shape, check_invariants=True).coalesce()
+    (rows, columns), counts = counted.indices(), counted.values()
+    of_row = torch.zeros(vocab).index_add_(0, rows, counts)
+    of_column = torch.zeros(len(draft_vocab)).index_add_(0, columns, counts)
+    information = (counts * counts.sum() / (of_row[rows] * of_column[columns])).log().clamp_min(0)
+    known = min(rank, *counted.shape)
+    matrix = torch.sparse_coo_tensor(counted.indices(), information, shape, check_invariants=True)
+    with torch.random.fork_rng(devices=[]):  # svd_lowrank draws from the global generator
+        torch.manual_seed(0)
+        left, strengths, _ = torch.svd_lowrank(matrix, q=known)
+    directions = torch.zeros(vocab, rank)
+    directions[:, :known] = left * strengths.sqrt()
+    seen = of_row > 0
+    size = directions[seen].square().mean().sqrt() if bool(seen.any()) else torch.ones(())
+    return directions / size.clamp_min(1e-9)

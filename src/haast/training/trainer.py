@@ -8,7 +8,6 @@ one process that accumulates n times as many batches.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -26,20 +25,17 @@ from haast.heads.config import HeadSizes
 from haast.training import checkpoints
 from haast.training.batches import BatchOrder, Example, PackedBatch, digest, pack, usable
 from haast.training.config import TrainConfig
-from haast.training.factory import make_head, make_objective
-from haast.training.findings import Finding
 from haast.training.interrupt import interrupt_flag, matmul_precision
-from haast.training.normalized_head import load_plain, plain_weights
-from haast.training.objective import ALPHAS
+from haast.training.objective import ALPHAS, Objective
 from haast.training.optimizer import HeadOptimizer
 from haast.training.processes import Processes
-from haast.training.report import Reporter, Watcher
+from haast.training.report import Finding, Reporter, Watcher
+from haast.training.scaled_head import make_head
 from haast.training.target_weights import Frozen, check_sizes, choose_draft_vocab
-
-__all__ = ["Explain", "Frozen", "MeasureTau", "Trainer", "choose_draft_vocab", "plain_weights"]
 
 MeasureTau = Callable[[AnyModule, Tensor], float]  # (head in eval mode, draft vocabulary ids) -> tau
 Explain = Callable[[dict[str, Any], Tensor], list[Finding]]  # (an evaluation, draft vocabulary ids) -> what is wrong
+_FORMAT = 2  # of checkpoints: their tensors' names
 _TAU_IS_ONE = 1.05  # a head below this drafts nothing that is accepted
 _EARLY = 0.2  # share of the run before which a tau of one is no alarm
 _MARKS = (1.5, 2.0, 2.4, 2.8, 3.2, 3.6)  # taus whose time is told
@@ -127,11 +123,10 @@ class Trainer:
         self.head = make_head(config, head_config, frozen, self.train_set, draft_vocab)
         self.head_config = self.head.config
         if start_from is not None:
-            load_plain(self.head, start_from)
+            self.head.load_plain(start_from)
         self._captured = self.head.reads_captured
-        self._plain = copy.deepcopy(self.head)  # stays whole and on the CPU
         self._objective = self._processes.prepare(
-            make_objective(self.head, frozen, draft_vocab, config, self._processes.device)
+            Objective(self.head, frozen, draft_vocab, config, self._processes.device)
         )
         trained = [(name, p) for name, p in self._objective.named_parameters() if p.requires_grad]
         self._averages = [p.detach().clone() for _, p in trained] if config.ema else []
@@ -288,9 +283,7 @@ class Trainer:
             return self._plain_head(self._processes.weights(self._objective))
 
     def _plain_head(self, weights: dict[str, Tensor]) -> AnyModule:
-        prefix = "head."
-        self._plain.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
-        return self._plain.plain()
+        return self.head.plain({name.removeprefix("head."): tensor for name, tensor in weights.items()})
 
     def _store(self, folder: Path, head: AnyModule) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -311,9 +304,10 @@ class Trainer:
             for parameter, data in zip(parameters, own, strict=True):
                 parameter.data = data
 
-    def save(self) -> Path:
-        """Write a checkpoint; returns its path."""
+    def save(self) -> None:
+        """Write a checkpoint."""
         state: dict[str, Any] = {
+            "format": _FORMAT,
             "config": asdict(self.config),
             "head": asdict(self.head_config),
             "data": self._data,
@@ -325,11 +319,9 @@ class Trainer:
             "progress": asdict(self._at),
             "report": self._report.state(),
         }
-        path = checkpoints.path_of(self.out_dir, self._at.step)
         if self._processes.main:
             checkpoints.save_state(self.out_dir, state, self._at.step)
         self._processes.wait()
-        return path
 
     def _open(self, resume: bool) -> None:
         state = self._resumable
@@ -338,10 +330,11 @@ class Trainer:
             return
         if not resume:
             raise ValueError(f"{self.out_dir} holds a training run: resume it, or choose another folder")
-        own = asdict(self.config) | asdict(self.head_config) | {"processes": self._processes.count, "data": self._data}
+        own = asdict(self.config) | asdict(self.head_config)
+        own |= {"format": _FORMAT, "processes": self._processes.count, "data": self._data}
         # A setting that came after the checkpoint was written stands at its default, which is what was done then.
         then = asdict(TrainConfig()) | state["config"] | state["head"]
-        then |= {name: state.get(name) for name in ("processes", "data")}
+        then |= {name: state.get(name) for name in ("format", "processes", "data")}
         changed = {k: (then.get(k), own.get(k)) for k in sorted({*then, *own}) if then.get(k) != own.get(k)}
         if changed:
             raise ValueError(
@@ -357,9 +350,5 @@ class Trainer:
 
 def _seconds_to_tau(evaluations: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Seconds until an evaluation first measured each of some taus."""
-    found: dict[str, float] = {}
-    for line in evaluations:
-        for mark in _MARKS:
-            if line.get("tau", 0.0) >= mark:
-                found.setdefault(str(mark), line["seconds"])
-    return found
+    first = {mark: [line["seconds"] for line in evaluations if line.get("tau", 0.0) >= mark][:1] for mark in _MARKS}
+    return {str(mark): seconds for mark, found in first.items() for seconds in found}

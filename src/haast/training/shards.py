@@ -1,0 +1,234 @@
+"""Feature shards: what the target knows at each position, computed once and stored.
+
+Owns the shard format and its limits. Knows nothing of heads, and not how features are computed. A shard is
+`NAME.safetensors` with the tensors of `Example` laid end to end plus `lengths` (sequences) int32, and `NAME.jsonl` with
+one answer record per sequence in the same order. Per token: 2 * hidden * (1 + captured layers) + 6 * k + 5 bytes (for
+SmolLM2-135M and k = 16 1.2 KB; with the three layers of an Eagle3Head 4.7 KB).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from haast.errors import HeadMismatchError
+from haast.files import replacing
+from haast.prompts import read_json_lines
+from haast.target.target import Target
+from haast.training.batches import Example
+from haast.training.chat import tokenizer_hash
+
+FORMAT = "haast-features-1"
+_GB = 10**9
+_TENSORS = ("tokens", "features", "supervised", "topk_ids", "topk_probs")
+_CAPTURED = "hidden"  # stored where layers are captured
+_PER_SHARD = 256  # sequences
+
+
+@dataclass(frozen=True)
+class ShardIdentity:
+    """Whose features these are."""
+
+    target: str  # name or path of the model
+    hidden_size: int
+    vocab_size: int
+    topk: int
+    tokenizer: str  # hash of the vocabulary
+    layer_ids: tuple[int, ...] = ()  # HF `hidden_states` indices captured besides
+
+    @staticmethod
+    def of(target: Target, name: str, topk: int = 16, layer_ids: Sequence[int] = ()) -> ShardIdentity:
+        """The identity of a target's features."""
+        if not 1 <= topk <= target.vocab_size:
+            raise ValueError(f"topk={topk} is not allowed: give 1 to {target.vocab_size}")
+        digest = "none" if target.tokenizer is None else tokenizer_hash(target.tokenizer)
+        return ShardIdentity(name, target.hidden_size, target.vocab_size, topk, digest, tuple(layer_ids))
+
+    def metadata(self) -> dict[str, str]:
+        """As a shard holds it."""
+        values = {name: str(value) for name, value in asdict(self).items()}
+        return {"format": FORMAT, **values, "layer_ids": ",".join(map(str, self.layer_ids)) or "none"}
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Stored size of one position."""
+        return 2 * self.hidden_size * (1 + len(self.layer_ids)) + 6 * self.topk + 5
+
+
+def check_room(folder: Path, tokens: int, identity: ShardIdentity, max_gb: float) -> float:
+    """Estimate what `tokens` more positions take, in GB, and refuse what is too much, before anything is written.
+
+    Raises:
+        ValueError: above `max_gb` with the shards that are there, or above nine tenths of the free disk.
+    """
+    if max_gb <= 0:
+        raise ValueError(f"max_gb={max_gb} is not allowed: give a cap above 0")
+    size, stored = tokens * identity.bytes_per_token / _GB, _stored_bytes(folder) / _GB
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(parent).free / _GB
+    beside = f" beside {stored:.3g} GB that are there" if stored else ""
+    needs = f"features of {tokens} tokens take {size:.3g} GB"
+    remedy = "take fewer sequences, or train without shards (features in memory)"
+    if size + stored > max_gb:
+        raise ValueError(f"{needs}{beside}, the cap is {max_gb:g} GB: raise it, {remedy}")
+    if size > 0.9 * free:
+        raise ValueError(f"{needs}, {free:.3g} GB are free: make room, {remedy}")
+    return size
+
+
+def _stored_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+class ShardWriter:
+    """Collects sequences and writes them in shards, each behind a rename. Use `with`: leaving writes what is left.
+
+    Args:
+        folder: created where missing.
+        identity: written into each shard.
+        max_gb: hard cap on the folder's shards, those already there included.
+    """
+
+    def __init__(self, folder: Path, identity: ShardIdentity, max_gb: float) -> None:
+        self._folder, self._identity, self._max_gb = folder, identity, max_gb
+        folder.mkdir(parents=True, exist_ok=True)
+        self._entries: list[tuple[Example, dict[str, Any]]] = []
+        self._used = _stored_bytes(folder)
+        self._numbers = count(len(list(folder.glob("shard-*.safetensors"))))
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+
+    def add(self, example: Example, record: dict[str, Any]) -> None:
+        """Queue one sequence; every 256 make a shard."""
+        self._entries.append((example, record))
+        if len(self._entries) >= _PER_SHARD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the queue as one shard. The records go first: a shard exists only with them.
+
+        Raises:
+            ValueError: over the cap, a feature that fp16 cannot hold, or the disk is full.
+        """
+        if not self._entries:
+            return
+        examples = [example for example, _ in self._entries]
+        names = (*_TENSORS, _CAPTURED) if self._identity.layer_ids else _TENSORS
+        tensors = {name: torch.cat([getattr(e, name) for e in examples]).contiguous() for name in names}
+        tensors["lengths"] = torch.tensor([len(e.tokens) for e in examples], dtype=torch.int32)
+        if not all(bool(torch.isfinite(tensors[name]).all()) for name in ("features", *names[len(_TENSORS) :])):
+            raise ValueError("features exceed the range of fp16 (65504): this target's features cannot be stored")
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        if self._used + size > self._max_gb * _GB:
+            raise ValueError(
+                f"the shards in {self._folder} would take {(self._used + size) / _GB:.3g} GB, the cap is "
+                f"{self._max_gb:g} GB: raise it or stop here, what is written can be trained on"
+            )
+        paths = (self._folder / f"shard-{number:05d}.safetensors" for number in self._numbers)
+        path = next(path for path in paths if not path.exists())
+        try:
+            path.with_suffix(".jsonl").write_text("".join(json.dumps(record) + "\n" for _, record in self._entries))
+            with replacing(path) as temporary:
+                save_file(tensors, temporary, self._identity.metadata())
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"cannot write shard {path} ({error}): free space; what was written before is whole"
+            ) from error
+        self._used += size
+        self._entries = []
+
+
+def read_shards(folder: Path, identity: ShardIdentity | None = None) -> tuple[list[Example], list[dict[str, Any]]]:
+    """Examples (views of memory-mapped files) and their records, in order of file name.
+
+    Args:
+        folder: of shards.
+        identity: refuse shards of another target; None takes what is there. Shards without metadata are checked by
+            their sizes only.
+
+    Raises:
+        ValueError: no shards, or a corrupt one (the message names it).
+        HeadMismatchError: a shard of another target.
+    """
+    examples: list[Example] = []
+    records: list[dict[str, Any]] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = _read_shard(path, identity)
+        lengths = tensors["lengths"].tolist()
+        parts = [torch.split(tensors[name], lengths) for name in (*_TENSORS, _CAPTURED) if name in tensors]
+        examples.extend(Example(*part) for part in zip(*parts, strict=True))
+        own = [record for _, record in read_json_lines(path.with_suffix(".jsonl"))]
+        if len(own) != len(lengths):
+            raise ValueError(f"{path} has {len(lengths)} sequences but {len(own)} records beside it: delete both files")
+        records.extend(own)
+    if not examples:
+        raise ValueError(f"{folder} holds no feature shards (*.safetensors): extract some first")
+    return examples, records
+
+
+def _read_shard(path: Path, identity: ShardIdentity | None) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            wanted = identity is None or identity.layer_ids  # states that nobody asks for are not read
+            captured = [name for name in file.keys() if name == _CAPTURED and wanted]  # noqa: SIM118 - no mapping
+            tensors = {name: file.get_tensor(name) for name in (*_TENSORS, "lengths", *captured)}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"feature shard {path} is corrupt ({error}): delete it and extract again") from error
+    total = int(tensors["lengths"].sum())
+    if any(tensors[name].shape[0] != total for name in _TENSORS):
+        raise ValueError(f"feature shard {path} is corrupt: its tensors differ in length; delete it and extract again")
+    if metadata and metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {metadata.get('format')!r}, not {FORMAT!r}: extract features with Haast")
+    if identity is not None:
+        _refuse_foreign(path, tensors, metadata, identity)
+    return tensors
+
+
+def _refuse_foreign(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], identity: ShardIdentity) -> None:
+    found: dict[str, Any] = {"hidden_size": tensors["features"].shape[1]}
+    if metadata:
+        found |= {"vocab_size": int(metadata["vocab_size"]), "tokenizer": metadata["tokenizer"]}
+    found["topk"] = tensors["topk_ids"].shape[1]
+    if identity.layer_ids:
+        found["layer_ids"] = _layer_ids(metadata)
+    highest = max(int(tensors["tokens"].max()), int(tensors["topk_ids"].max()))
+    if highest >= identity.vocab_size:
+        found.setdefault("vocab_size", f"above {highest}")
+    for name, value in found.items():
+        wanted = getattr(identity, name)
+        if value != wanted:
+            raise HeadMismatchError(
+                f"feature shard {path} has {name} {value}, wanted is {wanted}: extract features with this target and "
+                f"setting"
+            )
+
+
+def _layer_ids(metadata: dict[str, str]) -> tuple[int, ...]:
+    words = metadata.get("layer_ids", "none")
+    return () if words == "none" else tuple(int(word) for word in words.split(","))
+
+
+def refuse_other_layers(folder: Path, identity: ShardIdentity) -> None:
+    """Raises HeadMismatchError where shards of other captured layers lie: the folder would fit no head."""
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found = _layer_ids(file.metadata() or {})
+        if found != identity.layer_ids:
+            raise HeadMismatchError(
+                f"feature shard {path} has layer_ids {found}, wanted is {identity.layer_ids}: give another folder"
+            )

@@ -95,7 +95,7 @@ def record(target: Target, drafter: EagleDrafter, prompts: Sequence[Sequence[int
     steps: list[list[Level]] = []
     recorder = object.__new__(_Recorder)
     recorder.__dict__.update(drafter.__dict__)
-    shape = recorder._planned(drafter.shape)
+    shape = recorder.planned(drafter.shape)
     for prompt in prompts:
         recorder.grown = []
         text, begins = list[int](), list[int]()

@@ -183,7 +183,7 @@ class Target:
         Raises:
             ValueError: the linears are packed, so that native code runs them.
         """
-        self._forward_of.refresh()
+        self.locate()
         if isinstance(self.lm_head, PackedLinear):
             raise ValueError(
                 "packed linears are native code, which can't be compiled: load the model with packing='off'"
@@ -278,9 +278,13 @@ class Target:
         """Memory of one token's keys and values."""
         return self.probed.kv_bytes_per_token // (2 if self.kv_dtype and self.dtype.itemsize == 4 else 1)
 
+    def locate(self) -> None:
+        """Look where the model stands now: its LM head, device and dtype."""
+        self._forward_of.refresh()
+
     def refresh(self) -> None:
         """Notice what was changed on the model since the last request: weights, hooks, placement."""
-        self._forward_of.refresh()
+        self.locate()
         if self._native is not None and not self._native.current():
             self._native = None  # the model was moved or changed: its own modules answer from here on
         state = (self.one_call, compat.weights_state(self.model), compat.foreign_hooks(self.model.modules()))

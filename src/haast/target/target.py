@@ -92,7 +92,7 @@ class Target:
         self.hidden_size = int(self.config.hidden_size)
         self.layers = int(self.config.num_hidden_layers)
         self.embedding: nn.Module = model.get_input_embeddings()
-        # The embedding may be padded past the tokenizer's vocabulary; the law is over what the head emits.
+        # The embedding may be padded past the tokenizer's vocabulary; the distribution is over what the head emits.
         self.vocab_size = int(self.config.vocab_size)
         self.lock = lock_of(model)  # held while the model runs, by every Target of it
         self._native: NativeForward | None = None

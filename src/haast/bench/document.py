@@ -17,6 +17,7 @@ from typing import Any
 
 from haast.bench.aggregate import SUITE_FORMAT, build_rows, complete, describe_answer, describe_differences
 from haast.bench.bootstrap import Bootstrap
+from haast.bench.journal import short
 from haast.bench.runner import Cells, Suite, differences
 from haast.bench.trace import TRACE_FORMAT
 from haast.core import SamplingParams
@@ -62,12 +63,10 @@ def build_document(
         "traces": [],
     }
     document["suites"] = {name: _suite(suite) for name, suite in suites.items()}
-    ruled = [name for name, decoder in header["decoders"].items() if decoder["rule"] != "match"]
     for temperature in header["temperatures"]:
         for name, suite in suites.items():
             records, cell = cells[temperature, name], {"suite": name, "temperature": temperature}
-            there, own_text = replace(sampling, temperature=temperature), ruled if temperature > 0 else ()
-            found = differences(records, suite.prompts, target, there, own_text)
+            found = differences(records, suite.prompts, target, replace(sampling, temperature=temperature))
             document["rows"] += [{**cell, **row} for row in build_rows(records, suite.prompts)]
             document["differences"] += [{**cell, **each} for each in describe_differences(found)]
             document["answers"] += [
@@ -188,12 +187,7 @@ def _differing(one: str, before: Document, other: str, now: Document) -> Iterato
         pairs.append((f"settings of {name}", before["decoders"][name], now["decoders"][name]))
     for key, mine, theirs in pairs:
         if mine != theirs:
-            yield f"{key} is {_short(mine)} in {one}, {_short(theirs)} in {other}"
-
-
-def _short(value: Any) -> str:
-    words = str(value)
-    return words if len(words) <= 80 else f"{words[:77]}..."
+            yield f"{key} is {short(mine)} in {one}, {short(theirs)} in {other}"
 
 
 def _uneven(document: Document) -> Iterator[str]:

@@ -38,7 +38,7 @@ def environment(
         "packing": target.packing,
         "compile": target.compiling,
         "prompts_file": None if prompts is None else str(prompts),
-        "prompts_sha256": None if prompts is None else hashlib.sha256(prompts.read_bytes()).hexdigest(),
+        "prompts_sha256": None if prompts is None else file_sha256(prompts),
         "prompts_count": count,
         "settings": settings,
         "tau_convention": TAU_CONVENTION,
@@ -86,6 +86,11 @@ def git_commit() -> dict[str, Any] | None:
 def sources_sha256() -> str:
     """Of the package's own code: tells two states of a changed checkout apart, and installed copies."""
     return folder_sha256(Path(haast.__file__).parent, "*.py", "*.cpp", "*.h")
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def folder_sha256(folder: Path, *kinds: str) -> str:

@@ -8,13 +8,15 @@ terminal and no files.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from haast.bench.decoders import Decoder, DecoderRun
+from haast.bench.decoders import Decoder, DecoderRun, own_text
 from haast.checking.divergence import Divergence, diagnose
 from haast.core import SamplingParams
 from haast.engine.engine import PREFILL_CHUNK
@@ -92,12 +94,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Suite:
-    """A named file of prompts, encoded."""
+    """A file of prompts, encoded."""
 
-    name: str
     file: str  # its name without a folder
     sha256: str
     prompts: tuple[BenchPrompt, ...]
+
+    @property
+    def tokens_sha256(self) -> str:
+        """Of the prompts as the model sees them: other tokens of the same file are another run."""
+        tokens = [(prompt.id, prompt.tokens) for prompt in self.prompts]
+        return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -207,7 +214,7 @@ def run_bench(
     progress: Callable[[Answer], None] = lambda answer: None,
 ) -> Records:
     """Answer every prompt of one file with every decoder, `rounds` times; `progress` is called after each answer."""
-    at, suites, answers = {config.sampling.temperature: arms}, {"": Suite("", "", "", tuple(prompts))}, {}
+    at, suites, answers = {config.sampling.temperature: arms}, {"": Suite("", "", tuple(prompts))}, {}
 
     def keep(answer: Answer) -> None:
         answers[answer.turn] = answer
@@ -219,18 +226,14 @@ def run_bench(
 
 
 def differences(
-    records: Records,
-    prompts: Sequence[BenchPrompt],
-    target: Target,
-    sampling: SamplingParams,
-    own_text: Collection[str] = (),
+    records: Records, prompts: Sequence[BenchPrompt], target: Target, sampling: SamplingParams
 ) -> list[Difference]:
     """Where decoders' outputs part from the first engine decoder's (vanilla where it ran), and between rounds.
 
-    Engine decoders share one target, so a difference between them is judged: tie or bug. Those in `own_text` are
-    not compared: their acceptance rule uses randomness of its own.
+    Engine decoders share one target, so a difference between them is judged: tie or bug. Those whose
+    acceptance rule uses randomness of its own are not compared.
     """
-    records = {name: own for name, own in records.items() if name not in own_text}
+    records = {name: own for name, own in records.items() if not own_text(name, sampling.temperature)}
     if not records:
         return []
     reference = "vanilla" if "vanilla" in records else next((name for name in records if name != "hf"), "hf")

@@ -81,7 +81,7 @@ def markdown(template: str, part: str, *values: Any) -> str:
         KeyError: the document lacks what is shown.
     """
     try:
-        return str(getattr(_room().get_template(template).module, part)(*values)).strip()
+        return str(getattr(_markdown().get_template(template).module, part)(*values)).strip()
     except UndefinedError as error:
         raise KeyError(str(error)) from error
 
@@ -96,17 +96,23 @@ def suite_markdown(document: Document, part: str = "page", name: str = "suite.js
     return "\n\n".join([*parts, markdown("suite.md", "sources", document, name)]) + "\n"
 
 
-@cache
-def _room() -> Environment:
+def templates() -> Environment:
+    """The templates' room: what they lack is an error, what documents say is escaped."""
     room = Environment(
         loader=PackageLoader("haast.bench"),
+        autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
-        autoescape=True,
-        finalize=_escaped,
     )
-    room.globals |= {"leaders": _LEADERS, "named": named, "length_buckets": length_buckets}
+    room.globals["named"] = named
+    return room
+
+
+@cache
+def _markdown() -> Environment:
+    room = templates().overlay(finalize=_escaped)
+    room.globals |= {"leaders": _LEADERS, "length_buckets": length_buckets}
     room.filters |= {"f": formatted, "median": median, "stem": lambda path: Path(path).stem, "raw": Markup}
     return room
 

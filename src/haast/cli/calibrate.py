@@ -81,14 +81,8 @@ def calibrate(
     from haast.tuning.latency import Latency, keep, smoothed
 
     with Progress("calibrating") as progress:
-        found = measure(
-            target,
-            drafter,
-            [prompt.tokens for prompt in encoded],
-            tokens=max_new_tokens,
-            rounds=rounds,
-            say=progress.say,
-        )
+        texts = [prompt.tokens for prompt in encoded]
+        found = measure(target, drafter, texts, tokens=max_new_tokens, rounds=rounds, say=progress.say)
     path = default_path(found.identity) if out is None else out
     found.save(path)
     if out is None:
@@ -163,10 +157,9 @@ def plan(
     if unknown:
         raise ValueError(f"unknown machines {unknown}: `haast plan --list` shows the table, --hardware takes your own")
     chosen = [MACHINES[name] for name in machine or ()] + [parse_machine(text) for text in own or ()]
-    if parameters is not None and not parameters > 0:
-        raise ValueError(f"parameters={parameters} is not allowed: give billions above 0")
-    if not bytes_per_weight > 0:
-        raise ValueError(f"bytes_per_weight={bytes_per_weight} is not allowed: give a number above 0")
+    for name, value in (("parameters", parameters), ("bytes_per_weight", bytes_per_weight)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}={value} is not allowed: give a number above 0")
     found = kept_calibration(calibration)
     rows = project(found, chosen or list(MACHINES.values()), parameters, bytes_per_weight)
     _show_plan(found, rows, console)
@@ -184,9 +177,10 @@ def _show_plan(found: Calibration, rows: Sequence[Row], console: Console) -> Non
         speeds = (f"{row.vanilla_tokens_per_s:.0f}", f"{row.tokens_per_s:.0f}", f"{row.speedup:.2f}x")
         table.add_row(row.machine, *speeds, f"{row.tau:.2f}", *shape, f"{row.v:.2f}", f"{row.c:.3f}")
     console.print(table)
-    if rows[0].measured_speedup is not None:
+    own = rows[0]
+    if own.measured_speedup is not None:
         console.print(
-            f"this machine: {rows[0].tokens_per_s:.0f} tokens/s, {rows[0].speedup:.2f}x, projected; "
-            f"{found.expected['tokens_per_s']:.0f}, {rows[0].measured_speedup:.2f}x, from measured costs and a pace, "
+            f"this machine: {own.tokens_per_s:.0f} tokens/s, {own.speedup:.2f}x, projected; "
+            f"{found.expected['tokens_per_s']:.0f}, {own.measured_speedup:.2f}x, from measured costs and a pace, "
             "which a projection leaves out"
         )

@@ -103,10 +103,10 @@ def _line(result: dict[str, Any]) -> str:
     if found is None:
         return words + "the same"
     told = (
-        "{name} at token {index} ({vanilla} or {drafted}): gap {gap:.2g}, top-2 logit gap {top2_gap:.2g}, a tie up to"
+        "{name} at token {index} ({vanilla} or {drafted}): gap {gap:.2g}, top-2 logit gap {top2_gap:.2g}, a tie up to "
+        "{allowed:.2g}"
     )
-    name = "floating-point tie" if found["kind"] == "tie" else "BUG"
-    return words + f"{told} {{allowed:.2g}}".format(name=name, **found)
+    return words + told.format(name="floating-point tie" if found["kind"] == "tie" else "BUG", **found)
 
 
 def _document(target: Target, results: list[dict[str, Any]], tests: list[DistributionTest]) -> dict[str, Any]:

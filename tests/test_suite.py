@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from readme import render
 from safetensors.torch import load_file, save_file
 from test_bench import config
 from test_cli import tiny_tokenizer
@@ -27,7 +28,6 @@ from haast.bench.bootstrap import Bootstrap, rates, ratio
 from haast.bench.decoders import DecoderRun, EngineDecoder
 from haast.bench.document import FORMAT, merged
 from haast.bench.journal import Journal, differing
-from haast.bench.readme import render
 from haast.bench.runner import Answer, BenchPrompt, Difference, Record, Turn, differences, order
 from haast.bench.tables import suite_markdown
 from haast.cli import app

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from haast.bench.bootstrap import Bootstrap, rates, ratio
-from haast.bench.runner import BenchPrompt, Difference, Record, Records
+from haast.bench.runner import BenchPrompt, Record, Records
 from haast.repetition import loop_share, loops
 
 Row = dict[str, Any]
@@ -78,18 +78,6 @@ def per_prompt(records: Records, prompts: Sequence[BenchPrompt]) -> list[Row]:
             one[name] = {"tokens": len(tokens), "tokens_per_s": speed, "tau": tau, "loop_share": loop_share(tokens)}
         listed.append(one)
     return listed
-
-
-def describe_differences(found: Sequence[Difference]) -> list[Row]:
-    """Differences as JSON; `kind` is tie, bug, or precision (another arithmetic: reported, not judged)."""
-    return [
-        {
-            **{key: getattr(each, key) for key in ("prompt", "decoder", "reference", "index")},
-            "kind": "precision" if each.verdict is None else each.verdict.kind,
-            "gap": None if each.verdict is None else each.verdict.gap,
-        }
-        for each in found
-    ]
 
 
 def rate(tokens: int, ms: float) -> float:

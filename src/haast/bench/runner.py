@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from haast.bench.decoders import Decoder, DecoderRun, own_text
-from haast.checking.divergence import Divergence, diagnose
+from haast.checking.divergence import diagnose
 from haast.core import SamplingParams
 from haast.engine.engine import PREFILL_CHUNK
 from haast.target.kv_pool import common_length
@@ -71,11 +71,6 @@ class Record:
         """Median over rounds."""
         return median(run.ms_decode for run in self.runs)
 
-    @property
-    def ms_whole(self) -> float:
-        """Median over rounds, prefill included."""
-        return median(run.ms_prefill + run.ms_decode for run in self.runs)
-
     def ms_part(self, name: str) -> float:
         """Median over rounds of a field of `Stats`; 0 outside the engine."""
         return median(0.0 if run.stats is None else float(getattr(run.stats, name)) for run in self.runs)
@@ -83,13 +78,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Difference:
-    """Two decoders said different things to one prompt. `verdict` is None where their arithmetic differs (hf)."""
+    """Two decoders said different things to one prompt."""
 
     prompt: str
     decoder: str
     reference: str
     index: int
-    verdict: Divergence | None
+    kind: str  # tie, bug, or precision (another arithmetic, hf's: reported, not judged)
+    gap: float | None  # see `Divergence`
 
 
 @dataclass(frozen=True)
@@ -174,10 +170,9 @@ def run_suite(
         for arm in by_name.values():
             arm.run(first.tokens, config.warmup_tokens)
     for turn in left:
-        prompt = suites[turn.suite].prompts[turn.place]
         reset_peak_rss()
-        run = by_name[turn.temperature, turn.decoder].run(prompt.tokens, config.max_new_tokens)
-        keep(Answer(turn, run, peak_rss_mb()))
+        arm, prompt = by_name[turn.temperature, turn.decoder], suites[turn.suite].prompts[turn.place]
+        keep(Answer(turn, arm.run(prompt.tokens, config.max_new_tokens), peak_rss_mb()))
 
 
 def turns_of(arms: Mapping[float, Sequence[Decoder]], suites: Mapping[str, Suite], config: BenchConfig) -> list[Turn]:
@@ -241,14 +236,12 @@ def differences(
     for place, prompt in enumerate(prompts):
         wanted = records[reference][place].tokens
         for name, own in records.items():
-            for run in own[place].runs:
-                if run.tokens == wanted:
-                    continue
-                judged = None
-                if "hf" not in (name, reference):
-                    judged = diagnose(target, prompt.tokens, wanted, run.tokens, sampling)
-                found.append(Difference(prompt.id, name, reference, common_length(wanted, run.tokens), judged))
-                break
+            other = next((run.tokens for run in own[place].runs if run.tokens != wanted), None)
+            if other is not None:
+                alike = "hf" not in (name, reference)
+                judged = diagnose(target, prompt.tokens, wanted, other, sampling) if alike else None
+                kind, gap = ("precision", None) if judged is None else (judged.kind, judged.gap)
+                found.append(Difference(prompt.id, name, reference, common_length(wanted, other), kind, gap))
     return found
 
 

@@ -7,7 +7,7 @@ later from the JSON alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -19,10 +19,6 @@ from markupsafe import Markup
 from haast.bench.aggregate import ALL
 
 Document = Mapping[str, Any]
-KINDS = (  # of documents in results/ but suites, each by the key that only this kind has
-    "base", "seconds_to_tau", "explained_variance", "peers", "linears", "contexts", "oracle", "baselines", "lengths",
-    "forward_ms", "batches", "precisions", "conversation", "optimizers",
-)  # fmt: skip
 _LEADERS = ("eagle", "eagle+suffix")  # whose ratio over each other decoder has a table
 
 
@@ -74,8 +70,9 @@ def best(document: Document) -> Document | None:
 def markdown(template: str, part: str, *values: Any) -> str:
     """A macro of a Markdown template, filled in.
 
-    Of "results.md": one of `KINDS`, "decoders" (`haast bench`), "taus" and "added" (documents by file name), or
-    "source" (a file's name and the environment). Of "suite.md": "lengths", or through `suite_markdown` any other.
+    Of "results.md": a kind of `benchmarks/readme.py`, "decoders" (`haast bench`), "taus" and "added" (documents by
+    file name), or "source" (a file's name and the environment). Of "suite.md": "lengths", or through `suite_markdown`
+    any other.
 
     Raises:
         KeyError: the document lacks what is shown.
@@ -107,6 +104,13 @@ def templates() -> Environment:
     )
     room.globals["named"] = named
     return room
+
+
+def text(template: str, filters: Mapping[str, Callable[..., Any]] | None = None, **values: Any) -> str:
+    """A template of plain text, filled in."""
+    room = templates().overlay(autoescape=False)
+    room.filters |= filters or {}
+    return room.get_template(template).render(**values).rstrip()
 
 
 @cache

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,9 @@ from haast.cli.settings import Drafting, Loading
 from haast.files import write_json, write_text
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from haast.bench.decoders import Decoder, Parts
     from haast.bench.runner import Answer, BenchConfig, Cells, Suite, Turn
     from haast.cli.bench import BenchOptions, Plan
-    from haast.progress import Progress
     from haast.target.target import Target
 
 JOURNAL = "journal.jsonl"
@@ -68,12 +65,18 @@ class Run:
         from haast.progress import Progress
 
         turns = turns_of(arms, self.suites, self.config)
+        decoded = forwards = 0
         with Progress("bench", "answers", len(turns), len(done), rate="tokens") as progress:
-            tell = telling(progress)
 
             def kept(answer: Answer) -> None:
+                """The progress tells EAGLE's tau so far."""
+                nonlocal decoded, forwards
                 keep(answer)
-                tell(answer)
+                stats = answer.run.stats
+                if answer.turn.decoder == "eagle" and stats is not None:
+                    decoded, forwards = decoded + stats.decoded_tokens, forwards + stats.target_forwards
+                words = f"eagle's tau {decoded / forwards:.2f}" if forwards else ""
+                progress.step(counted=len(answer.run.tokens), words=words)
 
             run_suite(arms, self.suites, self.config, done, kept)
         return gather(done, turns, self.names)
@@ -85,24 +88,9 @@ class Run:
         return environment(self.target, self.loading.model, prompts, len(self.plan.prompts), settings)
 
 
-def telling(progress: Progress) -> Callable[[Answer], None]:
-    """Tells the progress of every answer, and EAGLE's tau so far."""
-    decoded = forwards = 0
-
-    def tell(answer: Answer) -> None:
-        nonlocal decoded, forwards
-        stats = answer.run.stats
-        if answer.turn.decoder == "eagle" and stats is not None:
-            decoded, forwards = decoded + stats.decoded_tokens, forwards + stats.target_forwards
-        words = f"eagle's tau {decoded / forwards:.2f}" if forwards else ""
-        progress.step(counted=len(answer.run.tokens), words=words)
-
-    return tell
-
-
 def bench_file(run: Run, options: BenchOptions, settings: dict[str, Any]) -> None:
     from haast.bench import aggregate
-    from haast.bench.report import show_table
+    from haast.bench.report import bench_text
     from haast.bench.runner import differences
 
     document: dict[str, Any] = {"environment": run.describe(options.prompts, settings)}
@@ -111,7 +99,7 @@ def bench_file(run: Run, options: BenchOptions, settings: dict[str, Any]) -> Non
     (suite,) = run.suites.values()
     found = differences(records, suite.prompts, run.target, run.config.sampling)
     document["rows"] = aggregate.build_rows(records, suite.prompts)
-    document["differences"] = aggregate.describe_differences(found)
+    document["differences"] = [asdict(each) for each in found]
     document["per_prompt"] = aggregate.per_prompt(records, suite.prompts)
     if options.v_curve:
         from haast.bench.forward_latency import measure_v_curve
@@ -119,7 +107,7 @@ def bench_file(run: Run, options: BenchOptions, settings: dict[str, Any]) -> Non
 
         with Progress("v curve"):
             document["v_curve"] = measure_v_curve(run.target, run.parts.eagle)
-    show_table(document, _console(options.json_out))
+    print(bench_text(document), file=human_output(options.json_out))
     write_json(document, options.json_out)
     _fail_on_bugs(document)
 
@@ -128,7 +116,7 @@ def bench_suites(run: Run, out: Path, options: BenchOptions, drafting: Drafting,
     """Run, or go on with, a suite; write its documents; exit with 1 where a text differs that must not."""
     from haast.bench.document import build_document
     from haast.bench.journal import Journal
-    from haast.bench.report import show_table
+    from haast.bench.report import bench_text
     from haast.bench.tables import suite_markdown
 
     arms, path = run.arms(), out / JOURNAL
@@ -144,7 +132,6 @@ def bench_suites(run: Run, out: Path, options: BenchOptions, drafting: Drafting,
         document = build_document(journal.header, cells, run.suites, run.target, run.config.sampling)
     write_json(document, str(out / "suite.json"))
     write_text(out / "suite.md", suite_markdown(document))
-    console = _console(None)
     for temperature in document["temperatures"]:
         rows = [row for row in document["rows"] if (row["suite"], row["temperature"]) == ("all", temperature)]
         found = [
@@ -152,8 +139,8 @@ def bench_suites(run: Run, out: Path, options: BenchOptions, drafting: Drafting,
             for each in document["differences"]
             if each["temperature"] == temperature
         ]
-        console.print(f"temperature {temperature:g}, {', '.join(document['suites'])}", highlight=False)
-        show_table({"environment": document["environment"], "rows": rows, "differences": found}, console)
+        typer.echo(f"temperature {temperature:g}, {', '.join(document['suites'])}")
+        typer.echo(bench_text({"environment": document["environment"], "rows": rows, "differences": found}))
     typer.echo(f"written: {out / 'suite.json'}, {out / 'suite.md'}")
     _fail_on_bugs(document)
 
@@ -177,17 +164,11 @@ def _header(
         skipped = [temperature for temperature in arms if temperature > 0]
         where["skipped"] = [{"decoder": "hf", "temperature": t, "why": HF_SKIPPED} for t in skipped]
     parts = _part_settings(run, options, drafting)
-    decoders = {
-        arm.name: {
-            "lossy": lossy(arm.name),
-            "rule": rule_of(arm.name),
-            "settings": {"nodes": arm.nodes, **parts.get(base_of(arm.name), {})}
-            if isinstance(arm, EngineDecoder)
-            else {"dtype": "float32"},
-        }
-        for own in arms.values()
-        for arm in own
-    }
+    decoders = {}
+    for arm in (arm for own in arms.values() for arm in own):
+        engine = {"nodes": arm.nodes, **parts.get(base_of(arm.name), {})} if isinstance(arm, EngineDecoder) else None
+        about = {"lossy": lossy(arm.name), "rule": rule_of(arm.name), "settings": engine or {"dtype": "float32"}}
+        decoders[arm.name] = about
     calibration = drafting.calibrated(run.target, run.parts.eagle)
     return {
         "environment": where,
@@ -219,12 +200,6 @@ def _part_settings(run: Run, options: BenchOptions, drafting: Drafting) -> dict[
     if run.parts.small is not None:
         found["small-model"] = {"model": options.small_model, "weights_sha256": weights_sha256(run.parts.small)}
     return found
-
-
-def _console(json_out: str | None) -> Console:
-    from rich.console import Console
-
-    return Console(file=human_output(json_out), width=None if sys.stdout.isatty() else 120)
 
 
 def _fail_on_bugs(document: dict[str, Any]) -> None:

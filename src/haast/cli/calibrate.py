@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,12 +13,6 @@ from haast.cli.boundary import human_output
 from haast.cli.loading import OWN_PROMPTS, as_eagle, load_all, read_prompt_file
 from haast.cli.settings import Drafting, JsonOption, Loading, PromptsOption, SpreadLimitOption, check_at_least
 from haast.files import check_writable, write_json
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from haast.bench.plan import Row
-    from haast.tuning.calibration import Calibration
 
 
 def calibrate(
@@ -71,10 +64,8 @@ def calibrate(
     drafter = as_eagle(loaded)
     assert drafter is not None, "a head was asked for"
 
-    from rich.console import Console
-
     from haast.bench.calibrate import calibrate as measure
-    from haast.bench.calibration_report import draw, show
+    from haast.bench.calibration_report import calibration_text, draw
     from haast.bench.report import environment
     from haast.drafters.calibrated import default_path
     from haast.progress import Progress
@@ -87,8 +78,7 @@ def calibrate(
     found.save(path)
     if out is None:
         keep(target, Latency(smoothed(found.forward_ms)))  # for drafters without a head
-    show(found, Console(file=human_output(json_out)))
-    print(f"kept in {path}", file=human_output(json_out))
+    print(f"{calibration_text(found)}\nkept in {path}", file=human_output(json_out))
     if png is not None:
         draw(found, png)
     settings = {"max_new_tokens": max_new_tokens, "rounds": rounds}
@@ -139,18 +129,16 @@ def plan(
     """
     from dataclasses import asdict
 
-    from rich.console import Console
-    from rich.table import Table
-
+    from haast.bench.calibration_report import plan_text
     from haast.bench.plan import MACHINES, kept_calibration, parse_machine, project
 
-    console = Console(file=human_output(json_out))
     if listing:
-        machines = Table("name", "what", "GB/s", "TFLOP/s", box=None)
+        row, out = "{:<14} {:<62} {:>5} {:>8}", human_output(json_out)
+        print(row.format("name", "what", "GB/s", "TFLOP/s"), file=out)
         for each in MACHINES.values():
-            machines.add_row(each.name, each.about, f"{each.bandwidth / 1e9:.0f}", f"{each.peak / 1e12:g}")
-        console.print(machines)
-        console.print("the makers' peak figures; a projection takes them as reachable, so it is an upper bound")
+            figures = (f"{each.bandwidth / 1e9:.0f}", f"{each.peak / 1e12:g}")
+            print(row.format(each.name, each.about, *figures), file=out)
+        print("the makers' peak figures; a projection takes them as reachable, so it is an upper bound", file=out)
         return
     check_writable(json_out)
     unknown = [name for name in machine or () if name not in MACHINES]
@@ -162,25 +150,5 @@ def plan(
             raise ValueError(f"{name}={value} is not allowed: give a number above 0")
     found = kept_calibration(calibration)
     rows = project(found, chosen or list(MACHINES.values()), parameters, bytes_per_weight)
-    _show_plan(found, rows, console)
+    print(plan_text(found, rows), file=human_output(json_out))
     write_json([asdict(row) for row in rows], json_out)
-
-
-def _show_plan(found: Calibration, rows: Sequence[Row], console: Console) -> None:
-    """The projections, labelled as such."""
-    from rich.table import Table
-
-    heads = ("machine", "vanilla tok/s", "EAGLE tok/s", "speed-up", "tau", "depth", "width", "nodes", "v(n)", "c")
-    table = Table(*heads, box=None, title="PROJECTED, not measured", title_justify="left")
-    for row in rows:
-        shape = (str(row.depth), str(row.width), str(row.nodes)) if row.depth else ("vanilla", "", "")
-        speeds = (f"{row.vanilla_tokens_per_s:.0f}", f"{row.tokens_per_s:.0f}", f"{row.speedup:.2f}x")
-        table.add_row(row.machine, *speeds, f"{row.tau:.2f}", *shape, f"{row.v:.2f}", f"{row.c:.3f}")
-    console.print(table)
-    own = rows[0]
-    if own.measured_speedup is not None:
-        console.print(
-            f"this machine: {own.tokens_per_s:.0f} tokens/s, {own.speedup:.2f}x, projected; "
-            f"{found.expected['tokens_per_s']:.0f}, {own.measured_speedup:.2f}x, from measured costs and a pace, "
-            "which a projection leaves out"
-        )

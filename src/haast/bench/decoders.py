@@ -200,10 +200,9 @@ def check_decoders(
     if headless and not head:
         raise ValueError(f"decoder {headless[0]!r} needs a head: give --head, or leave it out of --decoders")
     bases = {base_of(name) for name in chosen}
-    if ("small-model" in bases) != small:
-        raise ValueError("decoder 'small-model' and --small-model NAME go together: give both, or neither")
-    if ("medusa" in bases) != medusa:
-        raise ValueError("decoder 'medusa' and --medusa-head DIR go together: give both, or neither")
+    for base, given, option in (("small-model", small, "--small-model NAME"), ("medusa", medusa, "--medusa-head DIR")):
+        if (base in bases) != given:
+            raise ValueError(f"decoder {base!r} and {option} go together: give both, or neither")
     if "hf" in chosen and temperature > 0:
         raise ValueError(
             f"decoder 'hf' draws its own random numbers, so its text cannot be compared at temperature={temperature}: "

@@ -47,16 +47,11 @@ def calibrate(
         )
     chosen = read_prompt_file(prompts, limit if prompts is not None or limit is not None else len(OWN_PROMPTS))
     check_writable(json_out)
-    for path in (out, png):
-        check_writable(None if path is None else str(path))
-    if png is not None and png.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--png {png} is no picture: give a name that ends in .png, .svg or .pdf")
+    if drafting.head == "none" and any(given is not None for given in (prompts, limit, out, png)):
+        raise ValueError("--prompts, --limit, --out and --png are for a head's drafts: leave them out, or give a head")
+    _check_files(out, png)
     loading.check()
     if drafting.head == "none":
-        if any(given is not None for given in (prompts, limit, out, png)):
-            raise ValueError(
-                "--prompts, --limit, --out and --png are for a head's drafts: leave them out, or give a head"
-            )
         _forwards_alone(loading, rounds, json_out)
         return
     shape = drafting.check(loading.model, loading.device)
@@ -84,6 +79,13 @@ def calibrate(
     settings = {"max_new_tokens": max_new_tokens, "rounds": rounds}
     where = environment(target, loading.model, prompts, len(encoded), settings)
     write_json({**found.document(), "environment": where}, json_out)
+
+
+def _check_files(out: Path | None, png: Path | None) -> None:
+    for path in (out, png):
+        check_writable(None if path is None else str(path))
+    if png is not None and png.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--png {png} is no picture: give a name that ends in .png, .svg or .pdf")
 
 
 def _forwards_alone(loading: Loading, rounds: int, json_out: str | None) -> None:

@@ -61,13 +61,7 @@ def trace(
     haast trace "Why is the sky blue?" --drafter lookahead --html trace.html --json trace.json
     """
     check_at_least("max_new_tokens", max_new_tokens)
-    prompt = sys.stdin.read() if prompt == "-" else prompt
-    if not prompt:
-        raise ValueError("the prompt is empty: give some text")
-    check_writable(json_out)
-    check_writable(html_out)
-    if html_out == "-" == json_out:
-        raise ValueError("--html - and --json - both ask for stdout: write one of them to a file")
+    prompt = _checked(prompt, html_out, json_out)
     params = sampling.check()
 
     from haast.api import Haast
@@ -98,6 +92,18 @@ def trace(
     if html_out is not None:
         page = trace_html(document)
         sys.stdout.write(page) if html_out == "-" else write_text(expanded(html_out, "cannot write"), page)
+
+
+def _checked(prompt: str, html_out: str | None, json_out: str | None) -> str:
+    """The prompt. Raises ValueError where it is empty, or a result can't be written."""
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    if not prompt:
+        raise ValueError("the prompt is empty: give some text")
+    check_writable(json_out)
+    check_writable(html_out)
+    if html_out == "-" == json_out:
+        raise ValueError("--html - and --json - both ask for stdout: write one of them to a file")
+    return prompt
 
 
 def show_trace(document: Mapping[str, Any], console: Console) -> None:

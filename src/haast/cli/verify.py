@@ -71,16 +71,20 @@ def verify(
         progress.say("chi-square tests" if samples else "")
         tests = distribution_tests(target, drafter, encoded[0].tokens, kinds["sampled"], samples) if samples else []
     for test in tests:
-        verdict = "passed" if test.passed else "BUG"
-        expected = ", must fail" if test.expected_to_fail else ""
-        print(f"chi-square, {test.name}{expected}: p = {test.p_value:.3g}, {test.samples} samples: {verdict}", file=out)
-    asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    settings = {"drafter": drafter.name, **drawn_by(drafter), **asked}
+        words, expected = "passed" if test.passed else "BUG", ", must fail" if test.expected_to_fail else ""
+        print(f"chi-square, {test.name}{expected}: p = {test.p_value:.3g}, {test.samples} samples: {words}", file=out)
+    settings = {"drafter": drafter.name, **drawn_by(drafter), "max_new_tokens": max_new_tokens}
+    settings |= {"temperature": temperature, "seed": seed}
     document = _document(target, results, tests)
     document["environment"] = environment(target, loading.model, prompts, len(encoded), settings)
-    same = sum(result["same"] for result in results)
-    words = "{same} of {total} texts the same, {ties} floating-point ties, {bugs} bugs"
-    print(words.format(same=same, total=len(results), **document), file=out)
+    _end(document, json_out)
+
+
+def _end(document: dict[str, Any], json_out: str | None) -> None:
+    results = document["comparisons"]
+    words = f"{sum(each['same'] for each in results)} of {len(results)} texts the same, "
+    words += f"{document['ties']} floating-point ties, {document['bugs']} bugs"
+    print(words, file=human_output(json_out))
     write_json(document, json_out)
     if document["bugs"]:
         raise typer.Exit(1)

@@ -41,14 +41,9 @@ def calibrate(
     """
     check_at_least("max_new_tokens", max_new_tokens, 16)
     check_at_least("rounds", rounds)
-    if drafting.shaped or drafting.calibration != "auto":
-        raise ValueError(
-            "calibrate looks for the best shape itself: leave out --shape, --nodes, --depth, --calibration"
-        )
+    _check_options(drafting, (prompts, limit, out, png))
     chosen = read_prompt_file(prompts, limit if prompts is not None or limit is not None else len(OWN_PROMPTS))
     check_writable(json_out)
-    if drafting.head == "none" and any(given is not None for given in (prompts, limit, out, png)):
-        raise ValueError("--prompts, --limit, --out and --png are for a head's drafts: leave them out, or give a head")
     _check_files(out, png)
     loading.check()
     if drafting.head == "none":
@@ -79,6 +74,15 @@ def calibrate(
     settings = {"max_new_tokens": max_new_tokens, "rounds": rounds}
     where = environment(target, loading.model, prompts, len(encoded), settings)
     write_json({**found.document(), "environment": where}, json_out)
+
+
+def _check_options(drafting: Drafting, of_heads: tuple[object, ...]) -> None:
+    if drafting.shaped or drafting.calibration != "auto":
+        raise ValueError(
+            "calibrate looks for the best shape itself: leave out --shape, --nodes, --depth, --calibration"
+        )
+    if drafting.head == "none" and any(given is not None for given in of_heads):
+        raise ValueError("--prompts, --limit, --out and --png are for a head's drafts: leave them out, or give a head")
 
 
 def _check_files(out: Path | None, png: Path | None) -> None:

@@ -69,7 +69,8 @@ def work() -> None:
     shape = module("drafters.tree_shape", "drafters.shape").shape_for(6)
     eagle = EagleDrafter(target, load_head(folder), shape)
     drafters: dict[str, Any] = {"vanilla": VanillaDrafter(), "eagle": eagle, "eagle+suffix": HybridDrafter(eagle)}
-    ends = module("training.target_weights", "training.frozen").end_tokens(target)
+    said = target.model.generation_config.eos_token_id
+    ends = tuple(said) if isinstance(said, list) else (said,)
     for line in sys.stdin:
         request = json.loads(line)
         if "hello" in request:
@@ -105,9 +106,8 @@ def answers(target: Any, request: dict[str, Any]) -> dict[str, Any]:
     from haast.training.regenerate import regenerate
 
     prompts = [Prompt(id=str(i), turns=(text,)) for i, text in enumerate(request["regenerate"])]
-    config = module("training.generation_queue", "training.asking").RegenerateConfig(
-        batch=BATCH, max_new_tokens=request["tokens"]
-    )
+    settings = sys.modules["haast.training.regenerate"].RegenerateConfig  # it is imported there in every checkout
+    config = settings(batch=BATCH, max_new_tokens=request["tokens"])
     with tempfile.TemporaryDirectory() as folder:
         begun, out = perf_counter(), Path(folder, "answers.jsonl")
         outcome = regenerate(target, target.tokenizer, prompts, out, config, quiet=True)

@@ -15,10 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.prompts import Prompt
-from haast.training.config import TrainConfig
+from haast.training.config import RegenerateConfig, TrainConfig
 from haast.training.data import TokenSequence
 from haast.training.features import stream_examples
-from haast.training.generation_queue import RegenerateConfig
 from haast.training.regenerate import regenerate
 from haast.training.target_weights import Frozen
 from haast.training.trainer import Trainer

@@ -25,9 +25,10 @@ from haast.prompts import Prompt
 from haast.target.load import load_tokenizer
 from haast.training.answers import read_answers
 from haast.training.chat import encode_prompt
+from haast.training.config import RegenerateConfig
 from haast.training.data import encode_answers
 from haast.training.endpoint import EndpointConfig, regenerate_from_endpoint
-from haast.training.generation_queue import Outcome, RegenerateConfig
+from haast.training.generation_queue import Outcome
 
 TOKENIZER = family("smollm2")
 END = int(TOKENIZER.eos_token_id or 0)

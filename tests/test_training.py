@@ -31,10 +31,10 @@ from haast.training import features, initialise, regenerate, shards, trainer
 from haast.training.answers import read_answers
 from haast.training.batches import BatchOrder, Example, PackedBatch, pack
 from haast.training.chat import encode_prompt
-from haast.training.config import TrainConfig
+from haast.training.config import RegenerateConfig, TrainConfig
 from haast.training.data import TokenSequence, describe_supervised, encode_answer
 from haast.training.diagnostics import overfit_self_test
-from haast.training.generation_queue import Question, RegenerateConfig
+from haast.training.generation_queue import Question
 from haast.training.losses import teacher_loss
 from haast.training.scaled_head import TrainedHead, make_head
 from haast.training.target_weights import Frozen
@@ -448,7 +448,9 @@ def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="batch=0"):
         RegenerateConfig(batch=0)
     with pytest.raises(ValueError, match="temperatures"):
-        RegenerateConfig(temperatures=((-1.0, 1.0),))
+        RegenerateConfig(temperatures="-1:1")
+    with pytest.raises(ValueError, match="not of the form"):
+        RegenerateConfig(temperatures="warm")
     rates = [TrainConfig(views=10**7).learning_rate_at(v * 10**5) for v in range(101)]
     assert rates[0] < rates[5] == pytest.approx(2e-3) and rates[-1] == pytest.approx(4e-5)
 
@@ -612,7 +614,7 @@ def test_a_killed_regeneration_resumes_to_the_same_answers(
 def test_features_captured_while_answering_equal_extracted_ones(
     target: Target, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    config = settings(features_dir=tmp_path / "shards", topk=8)
+    config = settings(shards=tmp_path / "shards", topk=8)
     regenerate.regenerate(target, tokenizer, prompts(), tmp_path / "a.jsonl", config, name="tiny", quiet=True)
     stored, records = shards.read_shards(tmp_path / "shards", identity(target))
     assert len(stored) == 9

@@ -28,8 +28,9 @@ from haast.target.target import Target
 from haast.training import features, shards
 from haast.training.answers import read_answers
 from haast.training.chat import encode_prompt
+from haast.training.config import RegenerateConfig
 from haast.training.data import encode_answer
-from haast.training.generation_queue import Outcome, Question, Questions, RegenerateConfig
+from haast.training.generation_queue import Outcome, Question, Questions
 from haast.training.regenerate import regenerate
 
 TOKENIZER = family("smollm2")
@@ -78,7 +79,7 @@ def test_a_later_turn_is_answered_knowing_the_earlier_answers(target: Target, tm
 
 def test_the_draws_of_a_turn_are_those_of_its_question(target: Target, tmp_path: Path) -> None:
     """So files that were made before there was an engine for many requests go on with the same text."""
-    ask(target, tmp_path / "a.jsonl", temperatures=((0.7, 1.0),))
+    ask(target, tmp_path / "a.jsonl", temperatures="0.7:1")
     for record in by_id(tmp_path / "a.jsonl").values():
         index, turn = int(record["id"][1]), 1 if record["id"].endswith("#2") else 0
         question = Question(index, turn, prompts()[index])
@@ -92,7 +93,7 @@ def test_the_draws_of_a_turn_are_those_of_its_question(target: Target, tmp_path:
 
 def test_a_drafter_changes_no_answer_and_no_feature(target: Target, tmp_path: Path) -> None:
     drafter = EagleDrafter(target, random_head(target), DraftShape(depth=3, top_k=3, width=2, nodes=6))
-    settled = settings(features_dir=tmp_path / "shards", topk=4)
+    settled = settings(shards=tmp_path / "shards", topk=4)
     regenerate(target, TOKENIZER, prompts(), tmp_path / "a.jsonl", settled, quiet=True, drafter=drafter)
     ask(target, tmp_path / "b.jsonl")
     assert by_id(tmp_path / "a.jsonl") == by_id(tmp_path / "b.jsonl")
@@ -113,7 +114,7 @@ def test_answers_and_features_are_the_same_where_requests_have_to_wait_for_memor
     assert not waited
     narrow = Target(target.model, TOKENIZER)
     narrow.use_pool(tokens=320)
-    settled = settings(max_new_tokens=40, features_dir=tmp_path / "shards", topk=4)
+    settled = settings(max_new_tokens=40, shards=tmp_path / "shards", topk=4)
     regenerate(narrow, TOKENIZER, prompts(), tmp_path / "b.jsonl", settled, quiet=True)
     assert waited and by_id(tmp_path / "a.jsonl") == by_id(tmp_path / "b.jsonl")
     same_as_extracted(target, tmp_path / "shards")
@@ -147,7 +148,7 @@ def same_as_extracted(target: Target, folder: Path) -> None:
 
 
 def test_features_of_later_turns_are_those_of_the_whole_conversation(target: Target, tmp_path: Path) -> None:
-    ask(target, tmp_path / "a.jsonl", features_dir=tmp_path / "shards", topk=4)
+    ask(target, tmp_path / "a.jsonl", shards=tmp_path / "shards", topk=4)
     same_as_extracted(target, tmp_path / "shards")
 
 

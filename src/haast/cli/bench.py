@@ -183,10 +183,9 @@ def _arms(
     medusa: MedusaDrafter | None,
 ) -> list[Decoder]:
     from haast.bench.decoders import EngineDecoder, StockDecoder, drafter_for
-    from haast.target.load import load_stock
-    from haast.training.target_weights import end_tokens
+    from haast.target.load import end_tokens, load_stock
 
-    ends = end_tokens(target)
+    ends = end_tokens(target.model.generation_config, target.config)
     arms: list[Decoder] = []
     for name in names:
         if name == "hf":

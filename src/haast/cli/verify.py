@@ -87,9 +87,15 @@ def _verify_one(
 ) -> dict[str, Any]:
     from haast.checking import compare
     from haast.engine.engine import StopParams
-    from haast.training.target_weights import end_tokens
+    from haast.target.load import end_tokens
 
-    done: Comparison = compare(target, drafter, prompt.tokens, params, StopParams(max_new_tokens, end_tokens(target)))
+    done: Comparison = compare(
+        target,
+        drafter,
+        prompt.tokens,
+        params,
+        StopParams(max_new_tokens, end_tokens(target.model.generation_config, target.config)),
+    )
     return {
         "prompt": prompt.id,
         "check": kind,

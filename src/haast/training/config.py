@@ -1,9 +1,10 @@
-"""The one configuration of head training. Owns defaults and their checks; knows nothing else."""
+"""How answers are made and heads are trained. Owns settings, their defaults and their checks; knows nothing else."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from haast.heads import INPUTS, KINDS
@@ -12,6 +13,8 @@ from haast.heads import INPUTS, KINDS
 # dimensions of the LM head's input a fast start throws the logits far off (measured: CE 18 instead of 8).
 _LEAST_WARMUP = 100_000
 
+_TEMPERATURE_DRAW = 2**40  # a position no text reaches: the draw that picks an answer's temperature
+
 # Positions a batch where none are given. Muon's work grows with the cube of the hidden size, a batch's with its square
 # and the positions: from 6 for each hidden dimension on, at most a quarter of a step is Muon's (a test counts it).
 # More is not better: the same views are fewer steps.
@@ -19,8 +22,56 @@ _BATCH, _BATCH_BY_SIZE = 1536, 6
 
 
 def _setting(default: Any, words: str) -> Any:
-    """A field with the words that `haast train --help` says of it."""
+    """A field with the words that `--help` says of it."""
     return field(default=default, metadata={"help": words})
+
+
+@dataclass(frozen=True)
+class RegenerateConfig:
+    """How answers are made."""
+
+    batch: int = _setting(32, "Answers in the making at a time.")
+    max_new_tokens: int = _setting(256, "Of an answer.")
+    max_prompt_tokens: int = _setting(1024, "Longer prompts are left out.")
+    temperatures: str = _setting("0:0.5,0.7:0.25,1:0.25", "Temperatures and their shares; each prompt draws one.")
+    seed: int = _setting(0, "Of all draws.")
+    turns: int = _setting(1, "User turns of a prompt that are answered, at most.")
+    thinking: bool | None = _setting(None, "The template's enable_thinking (Qwen3); by default the template's choice.")
+    shards: Path | None = _setting(None, "Also store features in this folder.")  # noqa: RUF009 - a field
+    topk: int = _setting(16, "The teacher's best tokens kept per position.")
+    max_gb: float = _setting(20.0, "Most that shards may take.")
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "max_new_tokens", "max_prompt_tokens", "topk", "max_gb", "turns"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed in regeneration: give a value above 0")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} is not allowed: give 0 to 2**63 - 1")
+        try:
+            shares = self._shares()
+        except ValueError as error:
+            raise ValueError(f"temperatures={self.temperatures!r} is not of the form 0:0.5,0.7:0.25,1:0.25") from error
+        if not all(t >= 0 and math.isfinite(t) and 0 < share < math.inf for t, share in shares):
+            raise ValueError(
+                f"temperatures={self.temperatures!r} is not allowed: give pairs of a temperature of 0 or above and a "
+                f"share above 0"
+            )
+
+    def _shares(self) -> list[tuple[float, float]]:
+        pairs = [pair.split(":") for pair in self.temperatures.split(",")]
+        return [(float(temperature), float(share)) for temperature, share in pairs]
+
+    def temperature(self, index: int) -> float:
+        """The temperature of prompt `index`, the same in all its turns."""
+        from haast.sampling import keyed_uniform  # which imports torch; settings are read before that
+
+        shares = self._shares()
+        point = keyed_uniform(self.seed, index, _TEMPERATURE_DRAW) * sum(share for _, share in shares)
+        for temperature, share in shares:
+            if point < share:
+                return temperature
+            point -= share
+        return shares[-1][0]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from haast.prompts import Prompt
 from haast.training.chat import alternating
-from haast.training.generation_queue import AnswerRun, Outcome, Question, RegenerateConfig
+from haast.training.config import RegenerateConfig
+from haast.training.generation_queue import AnswerRun, Outcome, Question
 from haast.training.replies import NoAnswerError, Reply, ReplyReader, why_unusable
 
 if TYPE_CHECKING:

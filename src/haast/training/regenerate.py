@@ -27,13 +27,14 @@ from haast.engine.engine import Engine, raise_error
 from haast.engine.step import Computed
 from haast.prompts import Prompt
 from haast.sampling import Sampler
+from haast.target.load import end_tokens
 from haast.target.target import Target
 from haast.training.batches import Example
 from haast.training.checkpoints import write_probe
+from haast.training.config import RegenerateConfig
 from haast.training.features import teacher_topk
-from haast.training.generation_queue import TURN_DRAWS, AnswerRun, Outcome, Question, RegenerateConfig
+from haast.training.generation_queue import TURN_DRAWS, AnswerRun, Outcome, Question
 from haast.training.shards import ShardIdentity, ShardWriter
-from haast.training.target_weights import end_tokens
 
 
 class TurnSampler(Sampler):
@@ -125,15 +126,16 @@ def regenerate(
             runs), two prompts of one id, a full disk, or another run is writing to `out_path`.
         KVPoolError: the longest prompt and answer could never fit the target's KV pool.
     """
-    if config.features_dir is not None:
-        write_probe(config.features_dir)
-    ends, engine = end_tokens(target), Engine(target, drafter or VanillaDrafter())
+    if config.shards is not None:
+        write_probe(config.shards)
+    ends = end_tokens(target.model.generation_config, target.config)
+    engine = Engine(target, drafter or VanillaDrafter())
     with ExitStack() as stack:
         run = stack.enter_context(AnswerRun(tokenizer, prompts, out_path, config, name, quiet))
         writer, recording = None, None
-        if config.features_dir is not None:
+        if config.shards is not None:
             identity = ShardIdentity.of(target, name, config.topk)
-            writer = stack.enter_context(ShardWriter(config.features_dir, identity, config.max_gb))
+            writer = stack.enter_context(ShardWriter(config.shards, identity, config.max_gb))
             recording = _Recording(config.topk)
         for question, request in stack.enter_context(closing(_answers(engine, run, ends, config, recording))):
             tokens = request.new_tokens

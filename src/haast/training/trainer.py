@@ -9,7 +9,7 @@ one process that accumulates n times as many batches.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,7 +97,7 @@ class Trainer:
         draft_vocab: Tensor | None = None,
         quiet: bool = False,
         explain: Explain | None = None,
-        watchers: Sequence[Watcher] = (),
+        watchers: Mapping[str, Watcher] | None = None,
         on_cpu: bool = False,
         console: Console | None = None,
     ) -> None:
@@ -134,7 +134,7 @@ class Trainer:
         self._at = _Progress()
         main = self._processes.main
         self._report = Reporter(
-            config.views, out_dir / "metrics.jsonl", quiet or not main, watchers if main else (), main, console
+            config.views, out_dir / "metrics.jsonl", quiet or not main, watchers if main else None, main, console
         )
 
     def run(self, resume: bool = False) -> dict[str, Any]:

@@ -111,19 +111,21 @@ def regenerate(
 def _run(
     loading: Loading, prompts: Sequence[Prompt], out: Path, config: RegenerateConfig, endpoint: EndpointConfig | None
 ) -> Outcome:
+    from haast.training.generation_queue import AnswerRun
+
     name = loading.model
     if endpoint is not None:
         from haast.target.load import load_tokenizer
         from haast.training.endpoint import regenerate_from_endpoint
 
         tokenizer, ends = load_tokenizer(name)
-        return regenerate_from_endpoint(tokenizer, ends, prompts, out, config, endpoint, name=name)
+        return regenerate_from_endpoint(AnswerRun(tokenizer, prompts, out, config, name), ends, endpoint)
     from haast.training.regenerate import regenerate as run
 
     target = loading.load()
     if target.tokenizer is None:
         raise ValueError(f"{name} has no tokenizer, so it cannot answer prompts")
-    return run(target, target.tokenizer, prompts, out, config, name=name)
+    return run(target, AnswerRun(target.tokenizer, prompts, out, config, name))
 
 
 def _summary(outcome: Outcome, out: Path) -> str:

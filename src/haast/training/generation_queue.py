@@ -136,9 +136,9 @@ class AnswerRun:
     Args:
         tokenizer: the target's.
         prompts: in the same order on every run: a prompt's draws are keyed by its place.
-        out_path: see `answers`.
-        config: settings.
-        name: the target's name, stored with answers.
+        out_path: JSON lines, see `answers`; new ones are appended, done ones are skipped.
+        config: settings; for an endpoint, `batch` and the features are without meaning.
+        name: the target's name, stored with answers and in feature shards.
         quiet: no progress bar or lines.
 
     Raises:
@@ -152,19 +152,20 @@ class AnswerRun:
         prompts: Sequence[Prompt],
         out_path: Path,
         config: RegenerateConfig,
-        name: str,
-        quiet: bool,
+        name: str = "",
+        quiet: bool = False,
     ) -> None:
-        self._tokenizer, self._config, self._name, self._quiet = tokenizer, config, name, quiet
-        self._prompts, self._path, self._digest = prompts, out_path, tokenizer_hash(tokenizer)
+        self.tokenizer, self.config, self.name = tokenizer, config, name
+        self._prompts, self._path, self._quiet = prompts, out_path, quiet
+        self._digest = tokenizer_hash(tokenizer)
         self.added = 0
 
     def __enter__(self) -> AnswerRun:
         write_probe(self._path.parent)
-        check_template(self._tokenizer)
+        check_template(self.tokenizer)
         with ExitStack() as stack:
-            self._file = stack.enter_context(AnswersFile(self._path, self._name, self._digest))
-            self.questions = Questions(self._prompts, self._config.turns, self._file.records)
+            self._file = stack.enter_context(AnswersFile(self._path, self.name, self._digest))
+            self.questions = Questions(self._prompts, self.config.turns, self._file.records)
             total, before = self.questions.total, self.questions.before
             progress = Progress("answers", "answers", total, before, rate="tokens", quiet=self._quiet)
             self._progress = stack.enter_context(progress)
@@ -177,27 +178,27 @@ class AnswerRun:
     def take(self, context: int | None = None) -> tuple[Question, list[int], int] | None:
         """The next question that is not too long, as the model reads it, and how many tokens its answer may have."""
         while (question := self.questions.take()) is not None:
-            tokens = encode_prompt(self._tokenizer, question.turns, self._config.thinking)
-            limit = self._config.max_new_tokens
+            tokens = encode_prompt(self.tokenizer, question.turns, self.config.thinking)
+            limit = self.config.max_new_tokens
             if context is not None:
                 limit = min(limit, context - len(tokens))
-            if len(tokens) <= self._config.max_prompt_tokens and limit > 0:
+            if len(tokens) <= self.config.max_prompt_tokens and limit > 0:
                 return question, tokens, limit
         return None
 
     def keep(self, question: Question, text: str, tokens: list[int], finished: bool, **more: Any) -> dict[str, Any]:
         """Store an answer; returns its record, as `answers` describes it, with `more` at its end."""
-        extra, thinking = question.prompt.extra, self._config.thinking
+        extra, thinking = question.prompt.extra, self.config.thinking
         record = {
             "id": question.id,
-            "model": self._name,
+            "model": self.name,
             "tokenizer": self._digest,
             "category": question.prompt.category,
             "source": extra.get("source", ""),
             "licence": extra.get("licence", ""),
             **({"history": list(question.history)} if question.history else {}),
             "prompt": question.turns[-1],
-            "temperature": self._config.temperature(question.index),
+            "temperature": self.config.temperature(question.index),
             **({} if thinking is None else {"thinking": thinking}),
             "response": text,
             "response_ids": tokens,

@@ -472,7 +472,7 @@ def identity(target: Target) -> shards.ShardIdentity:
 
 def test_shards_round_trip_and_resume(target: Target, examples: list[Example], tmp_path: Path) -> None:
     assert features.extract(target, sequences(5), tmp_path, identity(target), quiet=True) == 5
-    assert features.extract(target, sequences(12), tmp_path, identity(target), quiet=True, batch_tokens=64) == 7
+    assert features.extract(target, sequences(12), tmp_path, identity(target), quiet=True) == 7
     stored, records = shards.read_shards(tmp_path, identity(target))
     assert sorted(record["id"] for record in records) == sorted(str(i) for i in range(12))
     for example, record in zip(stored, records, strict=True):

@@ -47,7 +47,6 @@ from haast.training.target_weights import Frozen
 from haast.training.trainer import Trainer
 
 _HOLD_OUT_EVERY, _HELD_OUT_AT_MOST = 50, 200
-_SELF_TEST_EXAMPLES = 4
 _MARKDOWN: dict[str, Any] = {"trim_blocks": True, "keep_trailing_newline": True, "undefined": StrictUndefined}
 
 
@@ -76,9 +75,9 @@ class Run:
         self._settings = settings.settled(self._head_config.hidden_size)
         self._target, self._name, self._command = target, name, command
         self._records = list(records)
-        held = set(range(0, len(examples), _HOLD_OUT_EVERY)) if len(examples) >= _HOLD_OUT_EVERY else set()
-        held = set(sorted(held)[:_HELD_OUT_AT_MOST])
-        self._valid = [example for i, example in enumerate(examples) if i in held]
+        several = len(examples) if len(examples) >= _HOLD_OUT_EVERY else 0
+        held = range(0, several, _HOLD_OUT_EVERY)[:_HELD_OUT_AT_MOST]
+        self._valid = [examples[i] for i in held]
         self._train = [example for i, example in enumerate(examples) if i not in held]
         self._prompts: list[list[int]] = []
         self._tau: float | None = None
@@ -86,8 +85,8 @@ class Run:
 
     def self_test(self, folder: Path) -> float:
         """Overfit one batch; returns the agreement. Raises ValueError where it stays low."""
-        frozen, some = Frozen.of(self._target), self._train[:_SELF_TEST_EXAMPLES]
-        return overfit_self_test(self._head_config, frozen, some, folder, draft_vocab=self._settings.draft_vocab)
+        frozen, vocab = Frozen.of(self._target), self._settings.draft_vocab
+        return overfit_self_test(self._head_config, frozen, self._train, folder, draft_vocab=vocab)
 
     def train(
         self,

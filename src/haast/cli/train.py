@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from haast.target.target import Target
     from haast.training.batches import Example
     from haast.training.data import TokenSequence
+    from haast.training.run import Run
 
 T = TypeVar("T")
 
@@ -94,51 +95,78 @@ def train(
     from rich.console import Console
 
     from haast.heads.checkpoint import load_head
-    from haast.progress import Progress
-    from haast.training.checkpoints import write_probe
 
     records = _read_records(data, limit)
-    prompts = [] if data.valid_prompts is None else read_prompts(data.valid_prompts, data.valid_limit)
+    turns = [] if data.valid_prompts is None else _first_turns(data.valid_prompts, data.valid_limit)
     main = _main_process(data, settings, loading)
-    if main:
-        write_probe(out)
-        check_writable(json_out)
-    if any(out.glob("state-*.pt")) and not (resume or show_data or self_test):
-        raise ValueError(f"{out} holds a training run: go on with --resume, or choose another folder")
+    _check_out(out, json_out, main, anew=not (resume or show_data or self_test))
     begin = None if start_from is None else load_head(start_from)
     target = loading.load()
     if show_data:
         _show(target, records, data, show_data)
         return
-    from haast.training.run import Run, head_config, layer_ids, start_parts
+    from haast.training import run as runs
 
     if begin is not None:  # before hours are spent
-        start_parts(begin, head_config(settings, target))
-    examples, sources = _examples(target, loading.model, records, data, limit, layer_ids(settings, target))
+        runs.start_parts(begin, runs.head_config(settings, target))
+    examples, sources = _examples(target, loading.model, records, data, limit, runs.layer_ids(settings, target))
     _warn_of_others(sources, loading.model)
-    run = Run(target, loading.model, settings, examples, sources, shlex.join(["haast", *sys.argv[1:]]))
+    run = runs.Run(target, loading.model, settings, examples, sources, shlex.join(["haast", *sys.argv[1:]]))
     if self_test:
-        with Progress("self-test"):
-            reached = run.self_test(out)
-        typer.echo(f"self-test passed: top-1 agreement {reached:.3f} on one batch", err=True)
-        write_json({"self_test": reached}, json_out)
+        _self_test(run, out, json_out)
         return
-    turns = [prompt.turns[0] for prompt in prompts]
     try:
-        told = Console(file=human_output(json_out))
-        result = run.train(out, turns, data.valid_tokens, data.valid_nodes, begin, resume, told)
+        console = Console(file=human_output(json_out))
+        result = run.train(out, turns, data.valid_tokens, data.valid_nodes, begin, resume, console)
     except KeyboardInterrupt:
         typer.echo(f"\nstopped and saved; go on with --resume --out {out}", err=True)
         raise
     if main:
         typer.echo(f"the best head is in {out / 'best'}", err=True)
-    if main and json_out is not None:
-        from haast.bench.report import environment
-        from haast.bench.runner import peak_rss_mb
+        result["head"] = str(out / "best")
+        _write_result(result, target, loading.model, data, len(turns), settings, json_out)
 
-        where = environment(target, loading.model, data.valid_prompts, len(prompts), asdict(settings))
-        document = {**result, "peak_rss_mb": peak_rss_mb(), "environment": where, "head": str(out / "best")}
-        write_json(document, json_out)
+
+def _first_turns(path: Path, count: int) -> list[str]:
+    return [prompt.turns[0] for prompt in read_prompts(path, count)]
+
+
+def _check_out(out: Path, json_out: str | None, main: bool, anew: bool) -> None:
+    """Raises ValueError where the results cannot be written, or would mix with another run's."""
+    from haast.training.checkpoints import write_probe
+
+    if main:
+        write_probe(out)
+        check_writable(json_out)
+    if anew and any(out.glob("state-*.pt")):
+        raise ValueError(f"{out} holds a training run: go on with --resume, or choose another folder")
+
+
+def _self_test(run: Run, out: Path, json_out: str | None) -> None:
+    from haast.progress import Progress
+
+    with Progress("self-test"):
+        reached = run.self_test(out)
+    typer.echo(f"self-test passed: top-1 agreement {reached:.3f} on one batch", err=True)
+    write_json({"self_test": reached}, json_out)
+
+
+def _write_result(
+    result: dict[str, Any],
+    target: Target,
+    name: str,
+    data: TrainingData,
+    prompts: int,
+    settings: TrainConfig,
+    json_out: str | None,
+) -> None:
+    if json_out is None:
+        return
+    from haast.bench.report import environment
+    from haast.bench.runner import peak_rss_mb
+
+    where = environment(target, name, data.valid_prompts, prompts, asdict(settings))
+    write_json({**result, "peak_rss_mb": peak_rss_mb(), "environment": where}, json_out)
 
 
 def _main_process(data: TrainingData, settings: TrainConfig, loading: Loading) -> bool:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
+from inspect import signature
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -69,7 +70,8 @@ def work() -> None:
     shape = module("drafters.tree_shape", "drafters.shape").shape_for(6)
     eagle = EagleDrafter(target, load_head(folder), shape)
     drafters: dict[str, Any] = {"vanilla": VanillaDrafter(), "eagle": eagle, "eagle+suffix": HybridDrafter(eagle)}
-    ends = module("training.target_weights", "training.frozen").end_tokens(target)
+    said = target.model.generation_config.eos_token_id
+    ends = tuple(said) if isinstance(said, list) else (said,)
     for line in sys.stdin:
         request = json.loads(line)
         if "hello" in request:
@@ -102,15 +104,18 @@ def answers(target: Any, request: dict[str, Any]) -> dict[str, Any]:
     from time import perf_counter
 
     from haast.prompts import Prompt
-    from haast.training.regenerate import regenerate
+
+    regenerate: Any = module("training.regenerate").regenerate
 
     prompts = [Prompt(id=str(i), turns=(text,)) for i, text in enumerate(request["regenerate"])]
-    config = module("training.generation_queue", "training.asking").RegenerateConfig(
-        batch=BATCH, max_new_tokens=request["tokens"]
-    )
+    queue = module("training.generation_queue", "training.asking")  # both of which import the settings
+    config = queue.RegenerateConfig(batch=BATCH, max_new_tokens=request["tokens"])
     with tempfile.TemporaryDirectory() as folder:
         begun, out = perf_counter(), Path(folder, "answers.jsonl")
-        outcome = regenerate(target, target.tokenizer, prompts, out, config, quiet=True)
+        if "run" in signature(regenerate).parameters:
+            outcome = regenerate(target, queue.AnswerRun(target.tokenizer, prompts, out, config, quiet=True))
+        else:  # an older checkout
+            outcome = regenerate(target, target.tokenizer, prompts, out, config, quiet=True)
         seconds = perf_counter() - begun
         records = [json.loads(line) for line in out.read_text().splitlines() if "response_ids" in line]
     return {"seconds": seconds, "tokens": outcome.tokens, "said": sorted((r["id"], r["response_ids"]) for r in records)}

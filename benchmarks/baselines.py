@@ -29,7 +29,6 @@ from haast.files import write_json
 from haast.progress import Progress
 from haast.target.load import DEFAULT_MODEL, load_target
 from haast.target.target import Target
-from haast.training.target_weights import end_tokens
 
 # Window, n-gram, guesses: from the smallest that is lookahead at all to the authors' own for a 7B model (15, 5, 15).
 _LOOKAHEAD = (
@@ -61,7 +60,7 @@ class _Named(EngineDecoder):
     """An arm under the name of its setting."""
 
     def __init__(self, name: str, target: Target, drafter: Drafter) -> None:
-        super().__init__(target, drafter, SamplingParams(), end_tokens(target))
+        super().__init__(target, drafter, SamplingParams(), target.end_ids)
         self.name = name
 
 

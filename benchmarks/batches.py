@@ -30,7 +30,6 @@ from haast.heads.checkpoint import load_head
 from haast.progress import Progress
 from haast.target.load import DEFAULT_MODEL, load_target
 from haast.target.target import Target
-from haast.training.target_weights import end_tokens
 from haast.tuning.calibration import Calibration
 
 _SIZES = (1, 2, 4, 8)
@@ -54,7 +53,7 @@ class Arm:
             steps.append(step.tree.nodes == 1)
 
         for begin in range(0, len(prompts), size):
-            stats, stop = Stats(), StopParams(tokens, end_tokens(target))
+            stats, stop = Stats(), StopParams(tokens, target.end_ids)
             batch = prompts[begin : begin + size]
             for _ in Engine(target, self.drafter).run(batch, SamplingParams(), stop, stats, watch=watch):
                 continue

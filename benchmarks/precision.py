@@ -29,7 +29,6 @@ from haast.heads.checkpoint import load_head
 from haast.progress import Progress
 from haast.target.kv_pool import common_length
 from haast.target.load import DEFAULT_MODEL, load_target
-from haast.training.target_weights import end_tokens
 
 _KINDS = (  # dtype, packing
     ("float32", "f16"),
@@ -52,7 +51,7 @@ def measure(dtype: str, packing: str, texts: list[str], tokens: int) -> tuple[di
     encoder, stats, said = Haast(target, VanillaDrafter()), Stats(), list[list[int]]()
     with Progress(f"{dtype}, {packing}", "texts", len(texts)) as progress:
         for text in texts:
-            stop = StopParams(tokens, end_tokens(target))
+            stop = StopParams(tokens, target.end_ids)
             said += Engine(target, drafter).complete([encoder.encode(text)], SamplingParams(), stop, stats)
             progress.step()
     row = {

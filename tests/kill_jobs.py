@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.prompts import Prompt
-from haast.training.config import TrainConfig
+from haast.training.config import RegenerateConfig, TrainConfig
 from haast.training.data import TokenSequence
 from haast.training.features import stream_examples
-from haast.training.generation_queue import RegenerateConfig
+from haast.training.generation_queue import AnswerRun
 from haast.training.regenerate import regenerate
 from haast.training.target_weights import Frozen
 from haast.training.trainer import Trainer
@@ -60,4 +60,7 @@ def answer(folder: Path, resume: bool, length: int) -> None:
     ]
     config = RegenerateConfig(batch=3, max_new_tokens=length, seed=5)
     target = tiny_target(vocab=VOCAB)
-    regenerate(target, make(tokenizer_object=words), prompts, folder / "answers.jsonl", config, name="tiny", quiet=True)
+    regenerate(
+        target,
+        AnswerRun(make(tokenizer_object=words), prompts, folder / "answers.jsonl", config, name="tiny", quiet=True),
+    )

@@ -7,7 +7,8 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from haast.training import curves
-from haast.training.curves import Curves, TensorBoard, draw_curves, tau_trend
+from haast.training.curves import draw_curves, tau_trend
 from haast.training.report import Finding, Reporter
 
 SUMS = {"loss": 200.0, "ce": 150.0, "feature": 10.0, "top1": 40.0, "accepted": 30.0, "views": 100.0}
@@ -67,14 +68,14 @@ def test_the_picture_is_whole_or_not_there(tmp_path: Path, count: int) -> None:
 def test_it_is_drawn_at_evaluations_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
     monkeypatch.setattr(curves, "draw_curves", lambda metrics, path: drawn.append(len(metrics)))
-    report = Reporter(1000, tmp_path / "metrics.jsonl", True, [Curves(tmp_path)])
+    report = Reporter(1000, tmp_path / "metrics.jsonl", True, {"curves.png": partial(curves.curves, tmp_path)})
     report.start(0)
     drive(report, range(1, 6))
     assert drawn == [3, 6]
     report.close()
     report.close()
     assert drawn == [3, 6, 7]
-    again = Reporter(1000, tmp_path / "metrics.jsonl", True, [Curves(tmp_path)])
+    again = Reporter(1000, tmp_path / "metrics.jsonl", True, {"curves.png": partial(curves.curves, tmp_path)})
     again.start(3)
     drive(again, [4])
     again.close()
@@ -91,7 +92,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_tensorboard_holds_the_metrics_once_after_an_interruption(tmp_path: Path) -> None:
     """Killed after step 6 with a checkpoint of step 4, whose own lines came before it; then resumed."""
     path = tmp_path / "metrics.jsonl"
-    killed = Reporter(1000, path, True, [TensorBoard(tmp_path)])
+    killed = Reporter(1000, path, True, {"TensorBoard": partial(curves.tensorboard, tmp_path)})
     killed.start(0)
     drive(killed, range(1, 5))
     state, begun = killed.state(), int(time.time())
@@ -99,7 +100,7 @@ def test_tensorboard_holds_the_metrics_once_after_an_interruption(tmp_path: Path
     killed.close()
     while int(time.time()) == begun:  # event files are read in the order of the second they were opened in
         time.sleep(0.05)
-    resumed = Reporter(1000, path, True, [TensorBoard(tmp_path)])
+    resumed = Reporter(1000, path, True, {"TensorBoard": partial(curves.tensorboard, tmp_path)})
     resumed.start(4, state)
     drive(resumed, range(5, 8))
     resumed.close()
@@ -115,7 +116,8 @@ def test_a_run_goes_on_without_the_optional_packages(
 ) -> None:
     for package in ("matplotlib.figure", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, package, None)
-    report = Reporter(1000, tmp_path / "metrics.jsonl", False, [Curves(tmp_path), TensorBoard(tmp_path)])
+    both = {"curves.png": partial(curves.curves, tmp_path), "TensorBoard": partial(curves.tensorboard, tmp_path)}
+    report = Reporter(1000, tmp_path / "metrics.jsonl", False, both)
     report.start(0)
     drive(report, range(1, 5))
     report.close()
@@ -125,23 +127,19 @@ def test_a_run_goes_on_without_the_optional_packages(
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-class Full:
+def full(kept: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any] | None], None]:
     """A watcher whose disk is full."""
+    assert not kept
 
-    name = "picture"
-
-    def start(self, kept: Sequence[Mapping[str, Any]]) -> None:
-        assert not kept
-
-    def line(self, values: Mapping[str, Any]) -> None:
+    def follow(line: Mapping[str, Any] | None) -> None:
+        assert line is not None, "it was dropped"
         raise OSError(28, "No space left on device")
 
-    def close(self) -> None:
-        raise AssertionError("it was dropped")
+    return follow
 
 
 def test_a_watcher_that_fails_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = Reporter(1000, tmp_path / "metrics.jsonl", False, [Full()])
+    report = Reporter(1000, tmp_path / "metrics.jsonl", False, {"picture": full})
     report.start(0)
     drive(report, range(1, 5))
     report.close()

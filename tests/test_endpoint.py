@@ -25,9 +25,10 @@ from haast.prompts import Prompt
 from haast.target.load import load_tokenizer
 from haast.training.answers import read_answers
 from haast.training.chat import encode_prompt
+from haast.training.config import RegenerateConfig
 from haast.training.data import encode_answers
 from haast.training.endpoint import EndpointConfig, regenerate_from_endpoint
-from haast.training.generation_queue import Outcome, RegenerateConfig
+from haast.training.generation_queue import AnswerRun, Outcome
 
 TOKENIZER = family("smollm2")
 END = int(TOKENIZER.eos_token_id or 0)
@@ -131,9 +132,8 @@ def settings(**changes: Any) -> RegenerateConfig:
 def ask(server: Server, out: Path, many: list[Prompt] | None = None, **changes: Any) -> Outcome:
     own = {name: changes.pop(name) for name in ("turns", "thinking") if name in changes}
     endpoint = replace(EndpointConfig(server.url, concurrency=2, retries=3), **changes)
-    return regenerate_from_endpoint(
-        TOKENIZER, (END,), many or prompts(), out, settings(**own), endpoint, name="target", quiet=True
-    )
+    run = AnswerRun(TOKENIZER, many or prompts(), out, settings(**own), name="target", quiet=True)
+    return regenerate_from_endpoint(run, (END,), endpoint)
 
 
 def by_id(path: Path) -> dict[str, Body]:

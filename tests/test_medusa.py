@@ -122,6 +122,46 @@ def test_the_trained_head_is_the_one_that_users_get(target: Target, examples: li
     assert all(sum(row) <= 1.0001 for row in measured)
 
 
+def test_blocks_and_lm_heads_have_the_gradient_of_the_plain_formula(target: Target, examples: list[Example]) -> None:
+    drafted = torch.arange(2, 20)
+    head, frozen = scaled(target, examples, drafted)
+    shake(head)
+    loss, sums = Objective(head, frozen, drafted, TrainConfig(head="medusa"))(pack(examples))
+    loss.backward()
+    plain = head.plain()
+    ce, _, tried = brute_force(plain, examples, drafted, frozen)
+    mean = sum(0.8**i * ce[i] / tried[i] for i in range(3)) / (1 + 0.8 + 0.64) * float(sums["views"])
+    mean.backward()  # type: ignore[union-attr]
+    units = head.scales.feature  # plain = trained / units
+    for name, wanted in plain.named_parameters():
+        assert wanted.grad is not None and float(wanted.grad.abs().max()) > 0, name
+        own = wanted.grad / units if wanted.ndim == 2 else wanted.grad
+        torch.testing.assert_close(head.trained(name).grad, own, msg=name)
+
+
+def test_training_moves_the_lm_heads_below_what_blocks_alone_reach(target: Target, examples: list[Example]) -> None:
+    drafted = torch.arange(target.vocab_size)
+
+    def trained(lm_heads: bool) -> tuple[float, float]:
+        """The loss after a few steps without weight decay, and how far the LM heads went."""
+        head, frozen = scaled(target, examples, drafted)
+        objective, batch = Objective(head, frozen, drafted, TrainConfig(head="medusa")), pack(examples)
+        own = [head.trained(f"{i}.2.weight") for i in range(3)]
+        before = [weight.detach().clone() for weight in own]
+        for weight in own:
+            weight.requires_grad_(lm_heads)
+        learning = torch.optim.Adam([p for p in objective.parameters() if p.requires_grad], lr=0.01)
+        for _ in range(20):
+            learning.zero_grad()
+            objective(batch)[0].backward()
+            learning.step()
+        moved = [float((now.detach() - then).abs().max()) for now, then in zip(own, before, strict=True)]
+        return float(objective(batch)[0].detach()), min(moved)
+
+    (whole, moved), (blocks, still) = trained(lm_heads=True), trained(lm_heads=False)
+    assert moved > 0.05 and still == 0 and whole < 0.9 * blocks, (whole, blocks, moved)
+
+
 def brute_force(
     plain: Any, examples: list[Example], drafted: Tensor, frozen: Frozen
 ) -> tuple[list[Tensor], list[int], list[int]]:

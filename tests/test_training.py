@@ -31,10 +31,10 @@ from haast.training import features, initialise, regenerate, shards, trainer
 from haast.training.answers import read_answers
 from haast.training.batches import BatchOrder, Example, PackedBatch, pack
 from haast.training.chat import encode_prompt
-from haast.training.config import TrainConfig
+from haast.training.config import RegenerateConfig, TrainConfig
 from haast.training.data import TokenSequence, describe_supervised, encode_answer
 from haast.training.diagnostics import overfit_self_test
-from haast.training.generation_queue import Question, RegenerateConfig
+from haast.training.generation_queue import AnswerRun, Question
 from haast.training.losses import teacher_loss
 from haast.training.scaled_head import TrainedHead, make_head
 from haast.training.target_weights import Frozen
@@ -448,7 +448,9 @@ def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="batch=0"):
         RegenerateConfig(batch=0)
     with pytest.raises(ValueError, match="temperatures"):
-        RegenerateConfig(temperatures=((-1.0, 1.0),))
+        RegenerateConfig(temperatures="-1:1")
+    with pytest.raises(ValueError, match="not of the form"):
+        RegenerateConfig(temperatures="warm")
     rates = [TrainConfig(views=10**7).learning_rate_at(v * 10**5) for v in range(101)]
     assert rates[0] < rates[5] == pytest.approx(2e-3) and rates[-1] == pytest.approx(4e-5)
 
@@ -470,7 +472,7 @@ def identity(target: Target) -> shards.ShardIdentity:
 
 def test_shards_round_trip_and_resume(target: Target, examples: list[Example], tmp_path: Path) -> None:
     assert features.extract(target, sequences(5), tmp_path, identity(target), quiet=True) == 5
-    assert features.extract(target, sequences(12), tmp_path, identity(target), quiet=True, batch_tokens=64) == 7
+    assert features.extract(target, sequences(12), tmp_path, identity(target), quiet=True) == 7
     stored, records = shards.read_shards(tmp_path, identity(target))
     assert sorted(record["id"] for record in records) == sorted(str(i) for i in range(12))
     for example, record in zip(stored, records, strict=True):
@@ -577,7 +579,7 @@ def test_answers_are_those_of_one_row_at_a_time(
     target: Target, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     config = settings()
-    regenerate.regenerate(target, tokenizer, prompts(), tmp_path / "a.jsonl", config, quiet=True)
+    regenerate.regenerate(target, AnswerRun(tokenizer, prompts(), tmp_path / "a.jsonl", config, quiet=True))
     got = answered(tmp_path / "a.jsonl")
     assert len(got) == 9 and len({r["temperature"] for r in got.values()}) > 1
     for index, prompt in enumerate(prompts()):
@@ -596,24 +598,26 @@ def test_a_killed_regeneration_resumes_to_the_same_answers(
     target: Target, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    regenerate.regenerate(target, tokenizer, prompts(), whole, settings(), quiet=True)
+    regenerate.regenerate(target, AnswerRun(tokenizer, prompts(), whole, settings(), quiet=True))
     tail = b'{"id": "p0", "resp'
     monkeypatch.setattr(jsonl_log, "append", dies_after(jsonl_log.append, 4, tail))
     with pytest.raises(KeyboardInterrupt):
-        regenerate.regenerate(target, tokenizer, prompts(), cut, settings(), quiet=True)
+        regenerate.regenerate(target, AnswerRun(tokenizer, prompts(), cut, settings(), quiet=True))
     monkeypatch.undo()
-    again = regenerate.regenerate(target, tokenizer, prompts(), cut, settings(batch=2), quiet=True)
+    again = regenerate.regenerate(target, AnswerRun(tokenizer, prompts(), cut, settings(batch=2), quiet=True))
     assert (again.before, again.added) == (4, 5) and answered(cut) == answered(whole)
     cut.write_text("{\n" + cut.read_text())
     with pytest.raises(ValueError, match="line 1"):
-        regenerate.regenerate(target, tokenizer, prompts(), cut, settings(), quiet=True)
+        regenerate.regenerate(target, AnswerRun(tokenizer, prompts(), cut, settings(), quiet=True))
 
 
 def test_features_captured_while_answering_equal_extracted_ones(
     target: Target, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    config = settings(features_dir=tmp_path / "shards", topk=8)
-    regenerate.regenerate(target, tokenizer, prompts(), tmp_path / "a.jsonl", config, name="tiny", quiet=True)
+    config = settings(shards=tmp_path / "shards", topk=8)
+    regenerate.regenerate(
+        target, AnswerRun(tokenizer, prompts(), tmp_path / "a.jsonl", config, name="tiny", quiet=True)
+    )
     stored, records = shards.read_shards(tmp_path / "shards", identity(target))
     assert len(stored) == 9
     wanted = dict(features.stream_examples(target, [encode_answer(tokenizer, r) for r in records], topk=8))
@@ -630,18 +634,23 @@ def test_regeneration_refuses_before_the_model_runs(
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write to"):
         out = tmp_path / "file" / "a.jsonl"
-        regenerate.regenerate(target, tokenizer, prompts(), out, settings(), quiet=True)
+        regenerate.regenerate(target, AnswerRun(tokenizer, prompts(), out, settings(), quiet=True))
     with pytest.raises(ValueError, match="same id"):
         twice = [*prompts(), *prompts()]
-        regenerate.regenerate(target, tokenizer, twice, tmp_path / "a.jsonl", settings(), quiet=True)
+        regenerate.regenerate(target, AnswerRun(tokenizer, twice, tmp_path / "a.jsonl", settings(), quiet=True))
     with (tmp_path / "a.jsonl").open("ab") as held, pytest.raises(ValueError, match="another run is writing"):
         fcntl.flock(held, fcntl.LOCK_EX)
-        regenerate.regenerate(target, tokenizer, prompts(), tmp_path / "a.jsonl", settings(), quiet=True)
+        regenerate.regenerate(target, AnswerRun(tokenizer, prompts(), tmp_path / "a.jsonl", settings(), quiet=True))
     (tmp_path / "b.jsonl").write_text('{"id": "p0", "model": "another"}\n')
     with pytest.raises(ValueError, match=r"answers of another, not of tiny.*--out"):
-        regenerate.regenerate(target, tokenizer, prompts(), tmp_path / "b.jsonl", settings(), name="tiny", quiet=True)
+        regenerate.regenerate(
+            target, AnswerRun(tokenizer, prompts(), tmp_path / "b.jsonl", settings(), name="tiny", quiet=True)
+        )
     long = [Prompt("long", (" ".join(["w9"] * 80),))]
-    assert regenerate.regenerate(target, tokenizer, long, tmp_path / "a.jsonl", settings(), quiet=True).left_out == 1
+    assert (
+        regenerate.regenerate(target, AnswerRun(tokenizer, long, tmp_path / "a.jsonl", settings(), quiet=True)).left_out
+        == 1
+    )
 
 
 def test_answers_drawn_together_are_those_drawn_one_by_one() -> None:
@@ -671,7 +680,7 @@ def test_answers_end_at_the_context(target: Target, tokenizer: PreTrainedTokeniz
     """The target holds 256 positions."""
     many = [Prompt("long", (" ".join(["w9"] * 245),)), Prompt("longer", (" ".join(["w9"] * 300),))]
     config = settings(max_prompt_tokens=1000)
-    regenerate.regenerate(target, tokenizer, many, tmp_path / "a.jsonl", config, quiet=True)
+    regenerate.regenerate(target, AnswerRun(tokenizer, many, tmp_path / "a.jsonl", config, quiet=True))
     (record,) = read_answers(tmp_path / "a.jsonl")
     whole = len(encode_prompt(tokenizer, [record["prompt"]])) + len(record["response_ids"])
     assert record["id"] == "long" and whole <= 256

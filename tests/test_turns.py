@@ -28,8 +28,9 @@ from haast.target.target import Target
 from haast.training import features, shards
 from haast.training.answers import read_answers
 from haast.training.chat import encode_prompt
+from haast.training.config import RegenerateConfig
 from haast.training.data import encode_answer
-from haast.training.generation_queue import Outcome, Question, Questions, RegenerateConfig
+from haast.training.generation_queue import AnswerRun, Outcome, Question, Questions
 from haast.training.regenerate import regenerate
 
 TOKENIZER = family("smollm2")
@@ -53,7 +54,7 @@ def by_id(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def ask(target: Target, out: Path, **changes: Any) -> Outcome:
-    return regenerate(target, TOKENIZER, prompts(), out, settings(**changes), quiet=True)
+    return regenerate(target, AnswerRun(TOKENIZER, prompts(), out, settings(**changes), quiet=True))
 
 
 def test_a_later_turn_is_answered_knowing_the_earlier_answers(target: Target, tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_a_later_turn_is_answered_knowing_the_earlier_answers(target: Target, tm
 
 def test_the_draws_of_a_turn_are_those_of_its_question(target: Target, tmp_path: Path) -> None:
     """So files that were made before there was an engine for many requests go on with the same text."""
-    ask(target, tmp_path / "a.jsonl", temperatures=((0.7, 1.0),))
+    ask(target, tmp_path / "a.jsonl", temperatures="0.7:1")
     for record in by_id(tmp_path / "a.jsonl").values():
         index, turn = int(record["id"][1]), 1 if record["id"].endswith("#2") else 0
         question = Question(index, turn, prompts()[index])
@@ -92,8 +93,8 @@ def test_the_draws_of_a_turn_are_those_of_its_question(target: Target, tmp_path:
 
 def test_a_drafter_changes_no_answer_and_no_feature(target: Target, tmp_path: Path) -> None:
     drafter = EagleDrafter(target, random_head(target), DraftShape(depth=3, top_k=3, width=2, nodes=6))
-    settled = settings(features_dir=tmp_path / "shards", topk=4)
-    regenerate(target, TOKENIZER, prompts(), tmp_path / "a.jsonl", settled, quiet=True, drafter=drafter)
+    settled = settings(shards=tmp_path / "shards", topk=4)
+    regenerate(target, AnswerRun(TOKENIZER, prompts(), tmp_path / "a.jsonl", settled, quiet=True), drafter=drafter)
     ask(target, tmp_path / "b.jsonl")
     assert by_id(tmp_path / "a.jsonl") == by_id(tmp_path / "b.jsonl")
     same_as_extracted(target, tmp_path / "shards")
@@ -113,8 +114,8 @@ def test_answers_and_features_are_the_same_where_requests_have_to_wait_for_memor
     assert not waited
     narrow = Target(target.model, TOKENIZER)
     narrow.use_pool(tokens=320)
-    settled = settings(max_new_tokens=40, features_dir=tmp_path / "shards", topk=4)
-    regenerate(narrow, TOKENIZER, prompts(), tmp_path / "b.jsonl", settled, quiet=True)
+    settled = settings(max_new_tokens=40, shards=tmp_path / "shards", topk=4)
+    regenerate(narrow, AnswerRun(TOKENIZER, prompts(), tmp_path / "b.jsonl", settled, quiet=True))
     assert waited and by_id(tmp_path / "a.jsonl") == by_id(tmp_path / "b.jsonl")
     same_as_extracted(target, tmp_path / "shards")
 
@@ -147,13 +148,13 @@ def same_as_extracted(target: Target, folder: Path) -> None:
 
 
 def test_features_of_later_turns_are_those_of_the_whole_conversation(target: Target, tmp_path: Path) -> None:
-    ask(target, tmp_path / "a.jsonl", features_dir=tmp_path / "shards", topk=4)
+    ask(target, tmp_path / "a.jsonl", shards=tmp_path / "shards", topk=4)
     same_as_extracted(target, tmp_path / "shards")
 
 
 def test_what_stands_behind_a_missing_answer_is_left_out(target: Target, tmp_path: Path) -> None:
     many = [Prompt("long", ("x" * 400, "more")), Prompt("late", ("say", "y" * 400, "more")), Prompt("fine", ("say",))]
-    outcome = regenerate(target, TOKENIZER, many, tmp_path / "a.jsonl", settings(turns=3), quiet=True)
+    outcome = regenerate(target, AnswerRun(TOKENIZER, many, tmp_path / "a.jsonl", settings(turns=3), quiet=True))
     assert (outcome.total, outcome.added, outcome.left_out) == (6, 2, 4)
 
 
@@ -161,9 +162,9 @@ def test_another_prompt_of_the_same_id_is_refused(target: Target, tmp_path: Path
     ask(target, tmp_path / "a.jsonl")
     other = [Prompt("p0", ("something else",))]
     with pytest.raises(ValueError, match=r"'p0' to another prompt.*--out"):
-        regenerate(target, TOKENIZER, other, tmp_path / "a.jsonl", settings(), quiet=True)
+        regenerate(target, AnswerRun(TOKENIZER, other, tmp_path / "a.jsonl", settings(), quiet=True))
     with pytest.raises(ValueError, match="the same id 'p0'"):
-        regenerate(target, TOKENIZER, other * 2, tmp_path / "b.jsonl", settings(), quiet=True)
+        regenerate(target, AnswerRun(TOKENIZER, other * 2, tmp_path / "b.jsonl", settings(), quiet=True))
 
 
 def test_questions_follow_one_another() -> None:
@@ -193,11 +194,11 @@ def test_a_log_gets_lines_and_the_rest_is_quiet(
         return step(self)
 
     monkeypatch.setattr(Scheduler, "step", slow)
-    regenerate(target, TOKENIZER, prompts(), tmp_path / "a.jsonl", settings(batch=1))
+    regenerate(target, AnswerRun(TOKENIZER, prompts(), tmp_path / "a.jsonl", settings(batch=1)))
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith("answers: 0 of 8 answers, ")
     assert "answers: 3 of 8 answers, " in said.err and " tokens/s, " in said.err
-    regenerate(target, TOKENIZER, prompts(), tmp_path / "b.jsonl", settings(), quiet=True)
+    regenerate(target, AnswerRun(TOKENIZER, prompts(), tmp_path / "b.jsonl", settings(), quiet=True))
     assert capsys.readouterr() == ("", "")
 
 

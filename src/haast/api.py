@@ -24,7 +24,7 @@ from haast.integrations.decoder import Decoder
 from haast.stats import Stats
 from haast.target.device_map import Spread, execution_device
 from haast.target.kv_budget import KVBudget
-from haast.target.load import DEFAULT_MODEL, check_compile, end_tokens, load_target
+from haast.target.load import DEFAULT_MODEL, check_compile, load_target
 from haast.target.support import own_model
 from haast.target.target import Target
 from haast.text import StopWatch, TextStream, checked_stops
@@ -252,7 +252,7 @@ class Haast:
 
     def eos_ids(self) -> tuple[int, ...]:
         """The token ids with which the model ends a text."""
-        return end_tokens(self.target.model.generation_config, self.target.config)
+        return self.target.end_ids
 
     def _prepare(
         self,

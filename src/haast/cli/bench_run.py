@@ -47,9 +47,8 @@ class Run:
     def _arm(self, name: str, temperature: float) -> Decoder:
         from haast.bench.decoders import EngineDecoder, StockDecoder, drafter_for
         from haast.target.load import load_stock
-        from haast.training.target_weights import end_tokens
 
-        ends, sampling = end_tokens(self.target), replace(self.config.sampling, temperature=temperature)
+        ends, sampling = self.target.end_ids, replace(self.config.sampling, temperature=temperature)
         if name == "hf":
             stock = load_stock(self.loading.model)[0]
             stock.to(self.target.device)  # type: ignore[arg-type]

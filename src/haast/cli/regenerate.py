@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,41 +12,14 @@ import typer
 
 from haast.cli.settings import JsonOption, LimitOption, Loading, PromptsOption
 from haast.files import check_writable, write_json
+from haast.training.config import RegenerateConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from haast.prompts import Prompt
     from haast.training.endpoint import EndpointConfig
-    from haast.training.generation_queue import Outcome, RegenerateConfig
-
-
-@dataclass(frozen=True)
-class Answering:
-    """How answers are made."""
-
-    batch: Annotated[int, typer.Option(metavar="N", help="Answers in the making at a time.")] = 32
-    max_new_tokens: Annotated[int, typer.Option(metavar="N")] = 256
-    max_prompt_tokens: Annotated[int, typer.Option(metavar="N", help="Longer prompts are left out.")] = 1024
-    temperatures: Annotated[str, typer.Option(metavar="T:SHARE,...", help="Each prompt draws one.")] = (
-        "0:0.5,0.7:0.25,1:0.25"
-    )
-    seed: Annotated[int, typer.Option(metavar="S")] = 0
-    turns: Annotated[int, typer.Option(metavar="N", help="User turns of a prompt that are answered, at most.")] = 1
-    thinking: Annotated[
-        bool | None, typer.Option("--thinking/--no-thinking", help="The template's enable_thinking (Qwen3).")
-    ] = None
-    shards: Annotated[Path | None, typer.Option(metavar="DIR", help="Also store features there.")] = None
-    topk: Annotated[int, typer.Option(metavar="K", help="The teacher's best tokens kept per position.")] = 16
-    max_gb: Annotated[float, typer.Option(metavar="GB", help="Most that shards may take.")] = 20.0
-
-    def check(self) -> RegenerateConfig:
-        """The library's own configuration. Raises ValueError."""
-        from haast.training.generation_queue import RegenerateConfig
-
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values |= {"temperatures": _temperatures(self.temperatures), "features_dir": values.pop("shards")}
-        return RegenerateConfig(**values)
+    from haast.training.generation_queue import Outcome
 
 
 @dataclass(frozen=True)
@@ -85,7 +58,7 @@ class Serving:
 def regenerate(
     loading: Loading,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Answers are appended; done ones are skipped.")],
-    answering: Answering,
+    config: RegenerateConfig,
     serving: Serving,
     prompts: PromptsOption = None,
     limit: LimitOption = None,
@@ -103,8 +76,8 @@ def regenerate(
     from haast.prompts import read_prompts
     from haast.training.checkpoints import write_probe
 
-    config, endpoint = answering.check(), serving.check()
-    if endpoint is not None and config.features_dir is not None:
+    endpoint = serving.check()
+    if endpoint is not None and config.shards is not None:
         raise ValueError("--shards stores features, which no endpoint tells: give --shards to `haast train` instead")
     loading.check()
     if prompts is None:
@@ -114,7 +87,7 @@ def regenerate(
         raise ValueError(f"cannot write {out}: it is a folder; give a file name in it")
     if out.suffix == ".gz":
         raise ValueError(f"cannot write {out}: answers are appended as plain text; give a name without .gz")
-    for folder in (out.parent, *([config.features_dir] if config.features_dir else [])):
+    for folder in (out.parent, *([config.shards] if config.shards else [])):
         write_probe(folder)
     check_writable(json_out)
     begun = time.monotonic()
@@ -138,19 +111,21 @@ def regenerate(
 def _run(
     loading: Loading, prompts: Sequence[Prompt], out: Path, config: RegenerateConfig, endpoint: EndpointConfig | None
 ) -> Outcome:
+    from haast.training.generation_queue import AnswerRun
+
     name = loading.model
     if endpoint is not None:
         from haast.target.load import load_tokenizer
         from haast.training.endpoint import regenerate_from_endpoint
 
         tokenizer, ends = load_tokenizer(name)
-        return regenerate_from_endpoint(tokenizer, ends, prompts, out, config, endpoint, name=name)
+        return regenerate_from_endpoint(AnswerRun(tokenizer, prompts, out, config, name), ends, endpoint)
     from haast.training.regenerate import regenerate as run
 
     target = loading.load()
     if target.tokenizer is None:
         raise ValueError(f"{name} has no tokenizer, so it cannot answer prompts")
-    return run(target, target.tokenizer, prompts, out, config, name=name)
+    return run(target, AnswerRun(target.tokenizer, prompts, out, config, name))
 
 
 def _summary(outcome: Outcome, out: Path) -> str:
@@ -162,11 +137,3 @@ def _summary(outcome: Outcome, out: Path) -> str:
     if outcome.left_out:
         words.append(f"{outcome.left_out} were left out (too long, or after a turn without an answer)")
     return "; ".join(words)
-
-
-def _temperatures(words: str) -> tuple[tuple[float, float], ...]:
-    try:
-        pairs = [pair.split(":") for pair in words.split(",")]
-        return tuple((float(temperature), float(share)) for temperature, share in pairs)
-    except ValueError as error:
-        raise ValueError(f"temperatures={words!r} is not of the form 0:0.5,0.7:0.25,1:0.25") from error

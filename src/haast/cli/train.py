@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from haast.cli.boundary import human_output
 from haast.cli.settings import JsonOption, LimitOption, Loading, check_at_least
 from haast.files import check_writable, write_json
+from haast.prompts import evenly, read_prompts
+from haast.training.answers import read_answers, record_key
 from haast.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from haast.target.target import Target
     from haast.training.batches import Example
     from haast.training.data import TokenSequence
-    from haast.training.shards import ShardIdentity
+    from haast.training.run import Run
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,54 +95,78 @@ def train(
     from rich.console import Console
 
     from haast.heads.checkpoint import load_head
-    from haast.progress import Progress
-    from haast.prompts import read_prompts
-    from haast.training.checkpoints import write_probe
 
     records = _read_records(data, limit)
-    prompts = [] if data.valid_prompts is None else read_prompts(data.valid_prompts, data.valid_limit)
+    turns = [] if data.valid_prompts is None else _first_turns(data.valid_prompts, data.valid_limit)
     main = _main_process(data, settings, loading)
-    if main:
-        write_probe(out)
-        check_writable(json_out)
-    if any(out.glob("state-*.pt")) and not (resume or show_data or self_test):
-        raise ValueError(f"{out} holds a training run: go on with --resume, or choose another folder")
+    _check_out(out, json_out, main, anew=not (resume or show_data or self_test))
     begin = None if start_from is None else load_head(start_from)
     target = loading.load()
     if show_data:
-        _show(target, _straight(target, records, data)[:show_data])
+        _show(target, records, data, show_data)
         return
-    from haast.training.run import Run, head_config, layer_ids, start_parts
+    from haast.training import run as runs
 
     if begin is not None:  # before hours are spent
-        start_parts(begin, head_config(settings, target))
-    layers = layer_ids(settings, target)
-    examples, sources = _examples(target, loading.model, records, data, limit, layers)
+        runs.start_parts(begin, runs.head_config(settings, target))
+    examples, sources = _examples(target, loading.model, records, data, limit, runs.layer_ids(settings, target))
     _warn_of_others(sources, loading.model)
-    run = Run(target, loading.model, settings, examples, sources, shlex.join(["haast", *sys.argv[1:]]))
+    run = runs.Run(target, loading.model, settings, examples, sources, shlex.join(["haast", *sys.argv[1:]]))
     if self_test:
-        with Progress("self-test"):
-            reached = run.self_test(out)
-        typer.echo(f"self-test passed: top-1 agreement {reached:.3f} on one batch", err=True)
-        write_json({"self_test": reached}, json_out)
+        _self_test(run, out, json_out)
         return
-    turns = [prompt.turns[0] for prompt in prompts]
     try:
-        told = Console(file=human_output(json_out))
-        result = run.train(out, turns, data.valid_tokens, data.valid_nodes, begin, resume, told)
+        console = Console(file=human_output(json_out))
+        result = run.train(out, turns, data.valid_tokens, data.valid_nodes, begin, resume, console)
     except KeyboardInterrupt:
         typer.echo(f"\nstopped and saved; go on with --resume --out {out}", err=True)
         raise
-    if not main:
-        return
-    typer.echo(f"the best head is in {out / 'best'}", err=True)
-    if json_out is not None:
-        from haast.bench.report import environment
-        from haast.bench.runner import peak_rss_mb
+    if main:
+        typer.echo(f"the best head is in {out / 'best'}", err=True)
+        result["head"] = str(out / "best")
+        _write_result(result, target, loading.model, data, len(turns), settings, json_out)
 
-        where = environment(target, loading.model, data.valid_prompts, len(prompts), asdict(settings))
-        document = {**result, "peak_rss_mb": peak_rss_mb(), "environment": where, "head": str(out / "best")}
-        write_json(document, json_out)
+
+def _first_turns(path: Path, count: int) -> list[str]:
+    return [prompt.turns[0] for prompt in read_prompts(path, count)]
+
+
+def _check_out(out: Path, json_out: str | None, main: bool, anew: bool) -> None:
+    """Raises ValueError where the results cannot be written, or would mix with another run's."""
+    from haast.training.checkpoints import write_probe
+
+    if main:
+        write_probe(out)
+        check_writable(json_out)
+    if anew and any(out.glob("state-*.pt")):
+        raise ValueError(f"{out} holds a training run: go on with --resume, or choose another folder")
+
+
+def _self_test(run: Run, out: Path, json_out: str | None) -> None:
+    from haast.progress import Progress
+
+    with Progress("self-test"):
+        reached = run.self_test(out)
+    typer.echo(f"self-test passed: top-1 agreement {reached:.3f} on one batch", err=True)
+    write_json({"self_test": reached}, json_out)
+
+
+def _write_result(
+    result: dict[str, Any],
+    target: Target,
+    name: str,
+    data: TrainingData,
+    prompts: int,
+    settings: TrainConfig,
+    json_out: str | None,
+) -> None:
+    if json_out is None:
+        return
+    from haast.bench.report import environment
+    from haast.bench.runner import peak_rss_mb
+
+    where = environment(target, name, data.valid_prompts, prompts, asdict(settings))
+    write_json({**result, "peak_rss_mb": peak_rss_mb(), "environment": where}, json_out)
 
 
 def _main_process(data: TrainingData, settings: TrainConfig, loading: Loading) -> bool:
@@ -160,24 +189,18 @@ def _main_process(data: TrainingData, settings: TrainConfig, loading: Loading) -
 
 def _warn_of_others(records: Sequence[dict[str, Any]], model: str) -> None:
     others = [str(record["model"]) for record in records if record.get("model", model) != model]
-    if others:
-        typer.echo(
-            f"warning: {len(others)} of {len(records)} answers were made by {', '.join(sorted(set(others)))}, not by "
-            f"{model}: a head learns best from its own target's answers (`haast regenerate`)",
-            err=True,
-        )
     given = sum(not record.get("response_ids") for record in records if "prompt" in record or "messages" in record)
-    if given:
-        typer.echo(
-            f"warning: {given} of {len(records)} answers are given text: a head learns best from its own target's "
-            f"answers (`haast regenerate`)",
-            err=True,
-        )
+    made_by = f"were made by {', '.join(sorted(set(others)))}, not by {model}"
+    for count, what in ((len(others), made_by), (given, "are given text")):
+        if count:
+            typer.echo(
+                f"warning: {count} of {len(records)} answers {what}: a head learns best from its own target's answers "
+                f"(`haast regenerate`)",
+                err=True,
+            )
 
 
 def _read_records(data: TrainingData, limit: int | None) -> list[dict[str, Any]]:
-    from haast.training.answers import read_answers
-
     if limit is not None:
         check_at_least("limit", limit)
     if data.answers is not None:
@@ -199,31 +222,27 @@ def _sequences(target: Target, records: Sequence[dict[str, Any]], data: Training
     return encode_answers(target.tokenizer, records, longest, target.vocab_size)
 
 
-def _straight(target: Target, records: Sequence[dict[str, Any]], data: TrainingData) -> list[TokenSequence]:
-    """The sequences without those that loop, where these are to be dropped."""
+def _straight(items: list[T], answer: Callable[[T], Sequence[int]], data: TrainingData) -> list[T]:
+    """Those whose answers do not loop, where these are to be dropped."""
     from haast.repetition import loops
 
-    sequences = _sequences(target, records, data)
     if data.loops == "keep":
-        return sequences
-    kept = [sequence for sequence in sequences if not loops(sequence.answer)]
-    _say_dropped(len(sequences), len(kept))
+        return items
+    kept = [item for item in items if not loops(answer(item))]
+    typer.echo(f"{len(items) - len(kept)} of {len(items)} answers left out, since they loop", err=True)
+    if not kept:
+        raise ValueError("all answers loop, so nothing is left to train on: give --loops keep, or other answers")
     return kept
 
 
-def _say_dropped(all_of_them: int, kept: int) -> None:
-    typer.echo(f"{all_of_them - kept} of {all_of_them} answers left out, since they loop", err=True)
-    if not kept:
-        raise ValueError("all answers loop, so nothing is left to train on: give --loops keep, or other answers")
-
-
-def _show(target: Target, sequences: Sequence[TokenSequence]) -> None:
+def _show(target: Target, records: Sequence[dict[str, Any]], data: TrainingData, count: int) -> None:
     from rich.console import Console
 
     from haast.training.data import describe_supervised
 
+    sequences = _straight(_sequences(target, records, data), attrgetter("answer"), data)
     assert target.tokenizer is not None, "_sequences refuses a target without one"
-    for sequence in sequences:
+    for sequence in sequences[:count]:
         Console().print(describe_supervised(target.tokenizer, sequence))
 
 
@@ -235,46 +254,28 @@ def _examples(
     limit: int | None,
     layers: tuple[int, ...],
 ) -> tuple[list[Example], list[dict[str, Any]]]:
-    """Examples and the records they came from: from shards (made where missing), or in memory."""
-    from haast.training.features import in_memory
-    from haast.training.shards import ShardIdentity
+    """Examples and the records they came from: in memory, or of shards (made where missing).
+
+    Shards hold looping answers too, each run chooses; those of the given answers are taken, else all.
+    """
+    from haast.training.diagnostics import check_features
+    from haast.training.features import extract, in_memory
+    from haast.training.shards import ShardIdentity, read_shards
 
     identity = ShardIdentity.of(target, name, data.topk, layers)
-    if data.shards is not None:
-        return _stored(target, records, data, data.shards, identity, limit)
-    sequences = [s for s in _straight(target, records, data) if len(s.tokens) >= 3]
-    return in_memory(target, sequences, data.topk, layers), [sequence.record for sequence in sequences]
-
-
-def _stored(
-    target: Target,
-    records: Sequence[dict[str, Any]],
-    data: TrainingData,
-    folder: Path,
-    identity: ShardIdentity,
-    limit: int | None,
-) -> tuple[list[Example], list[dict[str, Any]]]:
-    """Examples of shards: those of the given answers, else all. Shards hold looping answers too, each run chooses."""
-    from haast.prompts import evenly
-    from haast.repetition import loops
-    from haast.training.answers import record_key
-    from haast.training.diagnostics import check_features
-    from haast.training.features import extract
-    from haast.training.shards import read_shards
-
+    if data.shards is None:
+        sequences = _straight(_sequences(target, records, data), attrgetter("answer"), data)
+        sequences = [s for s in sequences if len(s.tokens) >= 3]
+        return in_memory(target, sequences, data.topk, layers), [sequence.record for sequence in sequences]
     if records:
-        sequences = _sequences(target, records, data)
-        extract(target, sequences, folder, identity, max_gb=data.max_gb)
-    examples, sources = read_shards(folder, identity)
-    check_features(target, examples, str(folder))
+        extract(target, _sequences(target, records, data), data.shards, identity, max_gb=data.max_gb)
+    examples, sources = read_shards(data.shards, identity)
+    check_features(target, examples, str(data.shards))
     pairs = list(zip(examples, sources, strict=True))
     if records:
         asked = {record_key(record) for record in records}
         pairs = [pair for pair in pairs if record_key(pair[1]) in asked]
     elif limit is not None:  # a shard lies in order of length
         pairs = evenly(pairs, limit)
-    if data.loops == "drop":
-        kept = [(e, s) for e, s in pairs if not loops(e.tokens[e.supervised.bool()].tolist())]
-        _say_dropped(len(pairs), len(kept))
-        pairs = kept
+    pairs = _straight(pairs, lambda pair: pair[0].tokens[pair[0].supervised.bool()].tolist(), data)
     return [example for example, _ in pairs], [source for _, source in pairs]

@@ -55,12 +55,11 @@ def verify(
     from haast.core import SamplingParams
     from haast.engine.engine import StopParams
     from haast.progress import Progress
-    from haast.training.target_weights import end_tokens
 
     kinds = {"greedy": SamplingParams(), "sampled": SamplingParams(temperature=temperature, seed=seed)}
     loading.check()
     target, drafter = load_chosen(choice, loading, drafting)
-    encoded, stop = encoded_prompts(target, chosen), StopParams(max_new_tokens, end_tokens(target))
+    encoded, stop = encoded_prompts(target, chosen), StopParams(max_new_tokens, target.end_ids)
     out = human_output(json_out)
     results: list[dict[str, Any]] = []
     with Progress("verifying", "texts", len(kinds) * len(encoded)) as progress:

@@ -22,7 +22,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -36,7 +35,7 @@ from haast.target.fusing import fuse_small_modules
 from haast.target.memory import give_back, own_memory
 from haast.target.packing import FORMS, pack_linears
 from haast.target.precision import TORCHAO, quantisation, quantise
-from haast.target.target import Target
+from haast.target.target import Target, end_tokens
 
 _DTYPES = {
     str(each).removeprefix("torch."): each for each in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -206,15 +205,6 @@ def load_tokenizer(name: str = DEFAULT_MODEL) -> tuple[PreTrainedTokenizerBase, 
             generation = GenerationConfig.from_pretrained(location)
         ends = end_tokens(generation, AutoConfig.from_pretrained(location).get_text_config())
     return tokenizer, ends or (() if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),))
-
-
-def end_tokens(generation: GenerationConfig | None, config: PreTrainedConfig) -> tuple[int, ...]:
-    """Tokens that end an answer, from the generation configuration, else the model's; empty where there are none."""
-    ends = None if generation is None else generation.eos_token_id
-    ends = config.eos_token_id if ends is None else ends
-    if ends is None:
-        return ()
-    return tuple(int(end) for end in ends) if isinstance(ends, list | tuple) else (int(ends),)
 
 
 def _load(

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from haast import compat, native
 from haast.device import without_autograd
@@ -42,6 +42,15 @@ __all__ = ["Probed", "Target", "TargetOutput", "choose_attention", "refuse_unsup
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
+
+
+def end_tokens(generation: GenerationConfig | None, config: PreTrainedConfig) -> tuple[int, ...]:
+    """Tokens that end an answer, from the generation configuration, else the model's; empty where there are none."""
+    ends = None if generation is None else generation.eos_token_id
+    ends = config.eos_token_id if ends is None else ends
+    if ends is None:
+        return ()
+    return tuple(int(end) for end in ends) if isinstance(ends, list | tuple) else (int(ends),)
 
 
 def lock_of(model: nn.Module) -> threading.RLock:
@@ -140,6 +149,11 @@ class Target:
     def context_length(self) -> int | None:
         """Positions the target was made for; None where its config does not say."""
         return self._forward_of.context_length
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens with which the model ends an answer."""
+        return end_tokens(self.model.generation_config, self.config)
 
     @property
     def spread(self) -> str:

@@ -8,89 +8,62 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from haast.files import replacing
+from haast.training.report import Line, Lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from torch.utils.tensorboard import SummaryWriter
-
-    Lines = Sequence[Mapping[str, Any]]
 
 _FIT_FROM = 3  # evaluations; a line through two says nothing of their noise
 _EVALUATED = ("tau", "valid_ce", "valid_top1")
 
 
-class Curves:
+def curves(out_dir: Path, kept: Lines) -> Callable[[Line | None], None]:
     """A `report.Watcher` that redraws `out_dir`/curves.png at each evaluation and at the end."""
+    import matplotlib.figure  # noqa: F401  said before the hours of training, not after
 
-    name = "curves.png"
+    lines, drawn = list(kept), len(kept)
 
-    def __init__(self, out_dir: Path) -> None:
-        self._path = out_dir / "curves.png"
-        self._lines: list[Mapping[str, Any]] = []
-        self._drawn = 0  # lines in the picture
+    def follow(line: Line | None) -> None:
+        nonlocal drawn
+        lines.extend([] if line is None else [line])
+        if drawn < len(lines) and (line is None or any(name in line for name in _EVALUATED)):
+            draw_curves(lines, out_dir / "curves.png")
+            drawn = len(lines)
 
-    def start(self, kept: Lines) -> None:
-        """Take over the lines of a resumed run. Raises ImportError where matplotlib is missing."""
-        import matplotlib.figure  # noqa: F401  said before the hours of training, not after
-
-        self._lines, self._drawn = list(kept), len(kept)
-
-    def line(self, values: Mapping[str, Any]) -> None:
-        """Remember a line; redraw if it is an evaluation."""
-        self._lines.append(values)
-        if any(name in values for name in _EVALUATED):
-            self.close()
-
-    def close(self) -> None:
-        """Draw what is not in the picture yet."""
-        if self._drawn < len(self._lines):
-            draw_curves(self._lines, self._path)
-            self._drawn = len(self._lines)
+    return follow
 
 
-class TensorBoard:
-    """A `report.Watcher` that writes every number of a line as a scalar over views: `train/ce`, `valid/ce`, `tau`."""
+def tensorboard(out_dir: Path, kept: Lines) -> Callable[[Line | None], None]:
+    """A `report.Watcher` that writes every number of a line as a scalar over views: `train/ce`, `valid/ce`, `tau`.
 
-    name = "TensorBoard"
+    Readers forget what older event files hold from the last kept views on, so that is repeated.
+    """
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, out_dir: Path) -> None:
-        self._folder = out_dir / "tensorboard"
-        self._writer: SummaryWriter | None = None
+    last = int(kept[-1]["views"]) if kept else 0
+    writer = SummaryWriter(str(out_dir / "tensorboard"), purge_step=last)
 
-    def start(self, kept: Lines) -> None:
-        """Open an event file. Readers forget what older files hold from the last kept views on, so that is repeated.
-
-        Raises:
-            ImportError: tensorboard is missing.
-        """
-        from torch.utils.tensorboard import SummaryWriter
-
-        last = int(kept[-1]["views"]) if kept else 0
-        self._writer = SummaryWriter(str(self._folder), purge_step=last)
-        for values in kept:
-            if values["views"] >= last:
-                self.line(values)
-
-    def line(self, values: Mapping[str, Any]) -> None:
-        """Write a line's numbers at once: what waits in memory is lost by a kill, and a resume does not repeat it."""
-        assert self._writer is not None, "a watcher is started before its first line"
-        for name, value in values.items():
+    def follow(line: Line | None) -> None:
+        if line is None:
+            with suppress(OSError):  # an event that could not be written was told of at its line
+                writer.close()
+            return
+        for name, value in line.items():
             if name not in ("step", "views") and isinstance(value, int | float):
                 tag = name if name == "tau" else f"train/{name}".replace("train/valid_", "valid/")
-                self._writer.add_scalar(tag, value, int(values["views"]))
-        self._writer.flush()
+                writer.add_scalar(tag, value, int(line["views"]))
+        writer.flush()  # what waits in memory is lost by a kill, and a resume does not repeat it
 
-    def close(self) -> None:
-        """Close the event file."""
-        if self._writer is not None:
-            with suppress(OSError):  # an event that could not be written was told of at its line
-                self._writer.close()
+    for line in kept:
+        if line["views"] >= last:
+            follow(line)
+    return follow
 
 
 def tau_trend(metrics: Lines) -> tuple[float, float] | None:

@@ -33,7 +33,7 @@ from haast.training.trainer import Trainer
 
 _COMPARED, _TOKENS = 8, 32  # sequences, and tokens of each, whose features are computed anew
 _LEAST_COSINE = 0.95  # another precision or a quantised copy of the same weights stays above
-_OVERFITTED = 4  # sequences
+_OVERFITTED, _LEARNED = 4, 0.9  # sequences, and the top-1 agreement to reach on them
 _TEACHER_AGREES = 0.9  # less than 1: stored features are rounded to fp16
 _SAMPLE = 64  # sequences looked at, evenly from all: enough for shares, a second at most
 _TINY_SHARE = 0.02  # of supervised tokens; even short answers about long texts are more
@@ -77,7 +77,6 @@ def overfit_self_test(
     *,
     draft_vocab: int = 8192,
     steps: int = 250,
-    wanted: float = 0.9,
 ) -> float:
     """Check the teacher against the features, then overfit one small batch: a sound pipeline learns it nearly by heart.
 
@@ -91,7 +90,6 @@ def overfit_self_test(
         out_dir: an existing folder for the run's temporary files.
         draft_vocab: size of the draft vocabulary.
         steps: optimiser steps.
-        wanted: top-1 agreement to reach.
 
     Returns:
         Top-1 agreement reached on that batch.
@@ -122,9 +120,9 @@ def overfit_self_test(
     with TemporaryDirectory(dir=out_dir) as folder:
         run = Trainer(config, head_config, frozen, some, some, Path(folder), quiet=True)
         reached = float(run.run()["valid_top1"])
-    if reached < wanted:
+    if reached < _LEARNED:
         raise ValueError(
-            f"self-test: top-1 {reached:.2f} on one batch after {steps} steps, {wanted} wanted. The teacher agrees "
+            f"self-test: top-1 {reached:.2f} on one batch after {steps} steps, {_LEARNED} wanted. The teacher agrees "
             f"with the features, so the data is sound: a few short answers may not do, so give longer ones"
         )
     return reached

@@ -12,15 +12,11 @@ import asyncio
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from transformers import PreTrainedTokenizerBase
-
-from haast.prompts import Prompt
 from haast.training.chat import alternating
-from haast.training.generation_queue import AnswerRun, Outcome, Question, RegenerateConfig
+from haast.training.generation_queue import AnswerRun, Outcome, Question
 from haast.training.replies import NoAnswerError, Reply, ReplyReader, why_unusable
 
 if TYPE_CHECKING:
@@ -81,41 +77,26 @@ def check_installed() -> None:
         raise ValueError('--endpoint needs the openai package, which is not installed: pip install "haast[endpoint]"')
 
 
-def regenerate_from_endpoint(
-    tokenizer: PreTrainedTokenizerBase,
-    end_ids: Sequence[int],
-    prompts: Sequence[Prompt],
-    out_path: Path,
-    config: RegenerateConfig,
-    endpoint: EndpointConfig,
-    *,
-    name: str = "",
-    quiet: bool = False,
-) -> Outcome:
-    """Let a server answer every prompt's turns, appending to `out_path`; done ones are skipped.
+def regenerate_from_endpoint(run: AnswerRun, end_ids: Sequence[int], endpoint: EndpointConfig) -> Outcome:
+    """Let a server answer every prompt's turns.
 
     Args:
-        tokenizer: the target's, with a chat template.
+        run: what is asked, and where answers go; its tokenizer has a chat template.
         end_ids: tokens that end the target's answers.
-        prompts: in the same order on every run: a prompt's temperature and seed are keyed by its place.
-        out_path: JSON lines, see `answers`.
-        config: settings; `batch` and the features are local regeneration's.
         endpoint: the server.
-        name: the target's name, stored with answers.
-        quiet: no progress bar or lines.
 
     Returns:
         The counts; refused prompts (400: too long, say) are among the failed.
 
     Raises:
         ValueError: no `openai` package, a wrong address, model or key, a server that stopped answering, one whose chat
-            template is another or that parts reasoning from answers, or what `AnswersFile` and `Questions` refuse.
+            template is another or that parts reasoning from answers, or what `AnswerRun` refuses.
     """
     check_installed()
-    if tokenizer.chat_template is None:
-        raise ValueError(f"{name} has no chat template, but an endpoint answers chats: set tokenizer.chat_template")
-    with AnswerRun(tokenizer, prompts, out_path, config, name, quiet) as run:
-        asking = _Asking(run, ReplyReader(tokenizer, end_ids, name), config, endpoint)
+    if run.tokenizer.chat_template is None:
+        raise ValueError(f"{run.name} has no chat template, but an endpoint answers chats: set tokenizer.chat_template")
+    with run:
+        asking = _Asking(run, ReplyReader(run.tokenizer, end_ids, run.name), endpoint)
         try:
             asyncio.run(asking.everything())
         except ExceptionGroup as group:  # of the workers; the first one's is what went wrong
@@ -126,11 +107,11 @@ def regenerate_from_endpoint(
 class _Asking:
     """Workers that ask until no question is left."""
 
-    def __init__(self, run: AnswerRun, reader: ReplyReader, config: RegenerateConfig, endpoint: EndpointConfig) -> None:
-        self._run, self._reader, self._config, self._endpoint = run, reader, config, endpoint
+    def __init__(self, run: AnswerRun, reader: ReplyReader, endpoint: EndpointConfig) -> None:
+        self._run, self._reader, self._endpoint = run, reader, endpoint
         self._extra = _PLAIN_SAMPLING | {"return_token_ids": True}
-        if config.thinking is not None:
-            self._extra["chat_template_kwargs"] = {"enable_thinking": config.thinking}
+        if run.config.thinking is not None:
+            self._extra["chat_template_kwargs"] = {"enable_thinking": run.config.thinking}
         self._model = endpoint.model or ""
         self._in_a_row = self.failed = 0
         self.complaint = ""
@@ -217,10 +198,10 @@ class _Asking:
                 return await client.chat.completions.create(
                     model=self._model,
                     messages=messages,
-                    temperature=self._config.temperature(question.index),
+                    temperature=self._run.config.temperature(question.index),
                     top_p=1.0,
-                    max_tokens=self._config.max_new_tokens,
-                    seed=question.seed(self._config.seed),
+                    max_tokens=self._run.config.max_new_tokens,
+                    seed=question.seed(self._run.config.seed),
                     extra_body=extra,
                 )
             except (openai.AuthenticationError, openai.PermissionDeniedError) as error:

@@ -101,7 +101,6 @@ def extract(
     identity: ShardIdentity,
     *,
     max_gb: float = 20.0,
-    batch_tokens: int = 2048,
     quiet: bool = False,
 ) -> int:
     """Write shards of the target's features; sequences that are already there are skipped.
@@ -118,7 +117,7 @@ def extract(
         sequences = [s for s in sequences if s.key not in done]
     sequences = [s for s in sequences if len(s.tokens) >= 3]
     check_room(folder, sum(len(s.tokens) for s in sequences), identity, max_gb)
-    stream = stream_examples(target, sequences, identity.topk, batch_tokens, identity.layer_ids)
+    stream = stream_examples(target, sequences, identity.topk, layer_ids=identity.layer_ids)
     with ShardWriter(folder, identity, max_gb) as writer:
         for index, example in _followed(stream, sequences, quiet):
             writer.add(example, sequences[index].record)
@@ -126,21 +125,15 @@ def extract(
 
 
 def in_memory(
-    target: Target,
-    sequences: Sequence[TokenSequence],
-    topk: int = 16,
-    layer_ids: Sequence[int] = (),
-    *,
-    quiet: bool = False,
+    target: Target, sequences: Sequence[TokenSequence], topk: int = 16, layer_ids: Sequence[int] = ()
 ) -> list[Example]:
     """The target's features of sequences of at least three tokens each, in their order; nothing is written."""
-    stream = stream_examples(target, sequences, topk, layer_ids=layer_ids)
-    made = dict(_followed(stream, sequences, quiet))
+    made = dict(_followed(stream_examples(target, sequences, topk, layer_ids=layer_ids), sequences))
     return [made[index] for index in range(len(sequences))]
 
 
 def _followed(
-    stream: Iterator[tuple[int, Example]], sequences: Sequence[TokenSequence], quiet: bool
+    stream: Iterator[tuple[int, Example]], sequences: Sequence[TokenSequence], quiet: bool = False
 ) -> Iterator[tuple[int, Example]]:
     """The same, and how far it is."""
     with Progress("features", "tokens", sum(len(s.tokens) for s in sequences), quiet=quiet) as progress:

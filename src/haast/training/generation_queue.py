@@ -1,4 +1,4 @@
-"""What is asked of the target: settings, which user turns wait for an answer, and the records that answers become.
+"""What is asked of the target: which user turns wait for an answer, and the records that answers become.
 
 Owns the order of turns and the keys of draws. Knows no model: `regenerate` answers with the target in this process,
 `endpoint` with a server, each in an `AnswerRun`. A conversation's later turn waits until the earlier one is answered,
@@ -7,7 +7,6 @@ now or in an earlier run, since the target's own words are part of what it is as
 
 from __future__ import annotations
 
-import math
 from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -24,47 +23,10 @@ from haast.sampling import keyed_uniform
 from haast.training.answers import AnswersFile
 from haast.training.chat import check_template, encode_prompt, tokenizer_hash
 from haast.training.checkpoints import write_probe
+from haast.training.config import RegenerateConfig
 
-_TEMPERATURE_DRAW = 2**40  # a position no text reaches: the draw that picks an answer's temperature
-_SEED_DRAW = 2**41  # likewise, the draw that seeds a server's
+_SEED_DRAW = 2**41  # a position no text reaches: the draw that seeds a server's
 TURN_DRAWS = 2**42  # positions between the draws of one turn and the next
-
-
-@dataclass(frozen=True)
-class RegenerateConfig:
-    """How answers are made. `temperatures` are (temperature, share) pairs; each prompt draws one."""
-
-    batch: int = 32
-    max_new_tokens: int = 256
-    max_prompt_tokens: int = 1024
-    temperatures: tuple[tuple[float, float], ...] = ((0.0, 0.5), (0.7, 0.25), (1.0, 0.25))
-    seed: int = 0
-    features_dir: Path | None = None
-    topk: int = 16
-    max_gb: float = 20.0
-    turns: int = 1  # user turns of a prompt that are answered, at most
-    thinking: bool | None = None  # the chat template's `enable_thinking`; None leaves it to the template
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "max_new_tokens", "max_prompt_tokens", "topk", "max_gb", "turns"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed in regeneration: give a value above 0")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed} is not allowed: give 0 to 2**63 - 1")
-        ok = all(t >= 0 and math.isfinite(t) and 0 < share < math.inf for t, share in self.temperatures)
-        if not self.temperatures or not ok:
-            raise ValueError(
-                f"temperatures={self.temperatures} is not allowed: give (temperature 0 or above, share above 0) pairs"
-            )
-
-    def temperature(self, index: int) -> float:
-        """The temperature of prompt `index`, the same in all its turns."""
-        point = keyed_uniform(self.seed, index, _TEMPERATURE_DRAW) * sum(share for _, share in self.temperatures)
-        for temperature, share in self.temperatures:
-            if point < share:
-                return temperature
-            point -= share
-        return self.temperatures[-1][0]
 
 
 @dataclass(frozen=True)
@@ -174,9 +136,9 @@ class AnswerRun:
     Args:
         tokenizer: the target's.
         prompts: in the same order on every run: a prompt's draws are keyed by its place.
-        out_path: see `answers`.
-        config: settings.
-        name: the target's name, stored with answers.
+        out_path: JSON lines, see `answers`; new ones are appended, done ones are skipped.
+        config: settings; for an endpoint, `batch` and the features are without meaning.
+        name: the target's name, stored with answers and in feature shards.
         quiet: no progress bar or lines.
 
     Raises:
@@ -190,19 +152,20 @@ class AnswerRun:
         prompts: Sequence[Prompt],
         out_path: Path,
         config: RegenerateConfig,
-        name: str,
-        quiet: bool,
+        name: str = "",
+        quiet: bool = False,
     ) -> None:
-        self._tokenizer, self._config, self._name, self._quiet = tokenizer, config, name, quiet
-        self._prompts, self._path, self._digest = prompts, out_path, tokenizer_hash(tokenizer)
+        self.tokenizer, self.config, self.name = tokenizer, config, name
+        self._prompts, self._path, self._quiet = prompts, out_path, quiet
+        self._digest = tokenizer_hash(tokenizer)
         self.added = 0
 
     def __enter__(self) -> AnswerRun:
         write_probe(self._path.parent)
-        check_template(self._tokenizer)
+        check_template(self.tokenizer)
         with ExitStack() as stack:
-            self._file = stack.enter_context(AnswersFile(self._path, self._name, self._digest))
-            self.questions = Questions(self._prompts, self._config.turns, self._file.records)
+            self._file = stack.enter_context(AnswersFile(self._path, self.name, self._digest))
+            self.questions = Questions(self._prompts, self.config.turns, self._file.records)
             total, before = self.questions.total, self.questions.before
             progress = Progress("answers", "answers", total, before, rate="tokens", quiet=self._quiet)
             self._progress = stack.enter_context(progress)
@@ -215,27 +178,27 @@ class AnswerRun:
     def take(self, context: int | None = None) -> tuple[Question, list[int], int] | None:
         """The next question that is not too long, as the model reads it, and how many tokens its answer may have."""
         while (question := self.questions.take()) is not None:
-            tokens = encode_prompt(self._tokenizer, question.turns, self._config.thinking)
-            limit = self._config.max_new_tokens
+            tokens = encode_prompt(self.tokenizer, question.turns, self.config.thinking)
+            limit = self.config.max_new_tokens
             if context is not None:
                 limit = min(limit, context - len(tokens))
-            if len(tokens) <= self._config.max_prompt_tokens and limit > 0:
+            if len(tokens) <= self.config.max_prompt_tokens and limit > 0:
                 return question, tokens, limit
         return None
 
     def keep(self, question: Question, text: str, tokens: list[int], finished: bool, **more: Any) -> dict[str, Any]:
         """Store an answer; returns its record, as `answers` describes it, with `more` at its end."""
-        extra, thinking = question.prompt.extra, self._config.thinking
+        extra, thinking = question.prompt.extra, self.config.thinking
         record = {
             "id": question.id,
-            "model": self._name,
+            "model": self.name,
             "tokenizer": self._digest,
             "category": question.prompt.category,
             "source": extra.get("source", ""),
             "licence": extra.get("licence", ""),
             **({"history": list(question.history)} if question.history else {}),
             "prompt": question.turns[-1],
-            "temperature": self._config.temperature(question.index),
+            "temperature": self.config.temperature(question.index),
             **({} if thinking is None else {"thinking": thinking}),
             "response": text,
             "response_ids": tokens,

@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -40,15 +39,15 @@ from haast.tree import DraftTree
 _EXAMPLES = 400  # sequences that the regression sees: about fifty positions for each of its inputs
 _RIDGE = 0.01  # of the inputs' mean square
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_LINEAR = (nn.Linear, PackedLinear)
 
 
 @dataclass(frozen=True)
 class _LastLayer:
     """The target's last decoder layer, taken apart. Weights are (out, in), gains (hidden,)."""
 
-    before_attention: nn.Module
-    before_mlp: nn.Module
-    final: nn.Module
+    norms: tuple[nn.Module, ...]  # before attention, before the MLP, after the layers
+    gains: tuple[Tensor, ...]  # of these
     weights: dict[str, Tensor]
 
 
@@ -89,7 +88,7 @@ def last_layer_weights(target: Target, config: HeadConfig, examples: Sequence[Ex
     scales = Scales.measure(some, embeddings)
     seen = _flows(target, layer, some)
     entering, middle, leaving = (torch.cat(parts).float().cpu() for parts in zip(*seen, strict=True))
-    units = _gain(layer.final) / _typical(leaving)  # D
+    units = layer.gains[2] / _typical(leaving)  # D
     units = torch.where(units.abs() < 1e-8, torch.full_like(units, 1e-8), units)
     plain = _layer_weights(layer, units, scales, entering, middle)
     plain["fc.weight"] = _fuse(some, embeddings, scales, entering * units)
@@ -100,12 +99,12 @@ def _layer_weights(
     layer: _LastLayer, units: Tensor, scales: Scales, entering: Tensor, middle: Tensor
 ) -> dict[str, Tensor]:
     weights = layer.weights
-    before = _gain(layer.before_attention) / _typical(entering) / units
+    before = layer.gains[0] / _typical(entering) / units
     # norm(u) divides by the rms of u = D a, the target's norm by that of a: their ratio is taken as constant as well.
     ratio = float((_rms(middle * units) / _rms(middle)).mean())
     # The head's gain is what training starts a random head with. What is left over goes into gate and up.
     gain = float(scales.feature.square().mean().sqrt()) / scales.feature
-    inside = _gain(layer.before_mlp) * ratio / units / gain
+    inside = layer.gains[1] * ratio / units / gain
     prefix = "layers.0."
     return {
         f"{prefix}self_attn.q_proj.weight": weights["q_proj"] * before,
@@ -138,26 +137,23 @@ def _fuse(examples: Sequence[Example], embeddings: Tensor, scales: Scales, wante
 
 def _flows(target: Target, layer: _LastLayer, examples: Sequence[Example]) -> list[tuple[Tensor, Tensor, Tensor]]:
     """What enters the last layer, stands between its halves, and leaves it, at t + 1 of each supervised pair t."""
-    captured: dict[str, Tensor] = {}
+    captured: dict[nn.Module, Tensor] = {}
     found, one_call = [], target.one_call
-    watched = {"entering": layer.before_attention, "middle": layer.before_mlp, "leaving": layer.final}
     with ExitStack() as stack:
-        for name, module in watched.items():
-            stack.callback(module.register_forward_pre_hook(partial(_capture, captured, name)).remove)
+        for norm in layer.norms:
+            hook = norm.register_forward_pre_hook(lambda module, inputs: captured.update({module: inputs[0]}))
+            stack.callback(hook.remove)
         stack.enter_context(target.step_threads())
         for example in examples:
             tokens = example.tokens[:-1].long().unsqueeze(0).to(target.device)
             cache = target.new_cache(1, tokens.shape[1])  # which notices the hooks, so that the modules run
             target.forward(DraftTree.chain(tokens), cache, last_only=True)
             at = example.queries() + 1
-            found.append((captured["entering"][0, at], captured["middle"][0, at], captured["leaving"][0, at]))
+            entering, middle, leaving = (captured[norm][0, at] for norm in layer.norms)
+            found.append((entering, middle, leaving))
     if one_call:
         target.use_one_call()
     return found
-
-
-def _capture(captured: dict[str, Tensor], name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    captured[name] = inputs[0]
 
 
 def _find(target: Target) -> _LastLayer | str:
@@ -171,33 +167,24 @@ def _find(target: Target) -> _LastLayer | str:
     inside = dict(layers[-1].named_children())
     if set(inside) != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
         return f"the layers of {name} hold {sorted(inside)}, not a Llama layer's four parts"
-    if any(rms_gain(norm) is None for norm in (inside["input_layernorm"], inside["post_attention_layernorm"], final)):
+    norms = (inside["input_layernorm"], inside["post_attention_layernorm"], final)
+    gains = tuple(gain for gain in map(rms_gain, norms) if gain is not None)
+    if len(gains) < len(norms):
         return f"the norms of {name} are no RMS norms with a gain"
     attention, mlp = inside["self_attn"], inside["mlp"]
-    weights: dict[str, Tensor | None] = {}
+    weights: dict[str, Tensor] = {}
     for module, names in ((attention, _LINEARS[:4]), (mlp, _LINEARS[4:])):
         if isinstance(module, FusedAttention | FusedSwiGLU):
             weights |= module.parts()
         else:
-            weights |= {key: _weight(dict(module.named_children()).get(key)) for key in names}
-    known = {key: weight.detach().float().cpu() for key, weight in weights.items() if weight is not None}
+            linears = {key: dict(module.named_children()).get(key) for key in names}
+            weights |= {k: weight_rows(m, m.in_features) for k, m in linears.items() if isinstance(m, _LINEAR)}
+    known = {key: weight.detach().float().cpu() for key, weight in weights.items()}
     if len(known) < len(_LINEARS) or any("norm" in key for key, _ in attention.named_children()):
         return (
             f"the last layer of {name} is not a Llama layer: it lacks {sorted(set(_LINEARS) - set(known)) or 'nothing'}"
         )
-    return _LastLayer(inside["input_layernorm"], inside["post_attention_layernorm"], final, known)
-
-
-def _weight(module: nn.Module | None) -> Tensor | None:
-    if not isinstance(module, nn.Linear | PackedLinear):
-        return None
-    return weight_rows(module, module.in_features)
-
-
-def _gain(norm: nn.Module) -> Tensor:
-    gain = rms_gain(norm)
-    assert gain is not None, "_find takes RMS norms only"
-    return gain
+    return _LastLayer(norms, gains, known)
 
 
 def _rms(x: Tensor) -> Tensor:

@@ -38,7 +38,6 @@ class _Guess(NamedTuple):
 
     read: Tensor  # (n, width): what the LM head reads
     weight: Tensor  # (draft vocabulary, width)
-    frozen: int  # leading columns of the weight that are not trained
     rows: Tensor  # (n,): of the M supervised pairs, those whose teachers are aimed at
     state: Tensor | None = None  # (n, hidden) that aims at the target's feature
 
@@ -69,7 +68,7 @@ class Objective(nn.Module):
         # Plain attributes: as buffers they would be sent from process to process, and they never change.
         self._embeddings = frozen.embeddings.to(device)  # (vocab, hidden)
         self._frozen_rows = (frozen.head[:0] if own else frozen.head[draft_vocab]).to(device)
-        self._frozen_columns = 0 if own else frozen.head.shape[1]
+        self._frozen_columns = 0 if own else frozen.head.shape[1]  # of the LM head: the target's, before a Markov bias
         self._bias = None if bias is None else bias.to(device)
         self._draft_index = draft_places(draft_vocab, len(frozen.head)).to(device)
         self._feature_units, self._input_units = head.scales.feature.to(device), head.input_units.to(device)
@@ -100,14 +99,14 @@ class Objective(nn.Module):
             if isinstance(module, MedusaHeads)
             else self._eagle_guesses(module, batch, features, passes)
         )
-        for number, (read, weight, frozen, rows, state) in enumerate(guesses):
+        for number, (read, weight, rows, state) in enumerate(guesses):
             found = teacher_loss(
                 read,
                 weight,
                 ids[rows],
                 probs[rows],
                 self._bias,
-                frozen=frozen,
+                frozen=self._frozen_columns,
                 sharpness=sharpness,
                 rejected=config.rejected_weight,
             )
@@ -133,7 +132,7 @@ class Objective(nn.Module):
         weight = module.lm_rows(self._frozen_rows)
         for state, rows in chain_passes(module, batch, self._embeddings[held], features, passes):
             read = module.lm_input(state, batch.next_tokens[batch.queries[rows]])
-            yield _Guess(read, weight, self._frozen_columns, rows, state if self.head.regresses else None)
+            yield _Guess(read, weight, rows, state if self.head.regresses else None)
 
     def _teacher(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """The teacher's best tokens in the draft vocabulary; ids outside get probability 0."""
@@ -149,8 +148,7 @@ def _medusa_guesses(module: MedusaHeads, batch: PackedBatch, features: Tensor) -
     states = features[batch.queries]  # (M, hidden)
     heads: Any = module
     for head, (origin, rows) in zip(heads, _ahead(batch), strict=False):
-        rows_of_lm_head = head[-1].weight
-        yield _Guess(head[:-1](states[origin]), rows_of_lm_head, rows_of_lm_head.shape[1], rows)
+        yield _Guess(head[:-1](states[origin]), head[-1].weight, rows)
 
 
 def _ahead(batch: PackedBatch) -> Iterator[tuple[Tensor, Tensor]]:

@@ -26,6 +26,7 @@ from haast.training.config import TrainConfig
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c: the steepest start that still ends near one
 STEPS = 5
+_EPS = 1e-7  # least norm that is divided by
 _LONG = 9 / 7  # columns to rows: from here on Q costs fewer operations than iterating X, whatever the number of steps
 _HALVED = 64  # rows from which on leaving out a quarter of a product is worth two calls
 
@@ -38,7 +39,6 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate.
         weight_decay: decoupled from the gradient.
         momentum: share of the old momentum.
-        ns_steps: of the Newton-Schulz iteration.
         stacked: tuples of them with the same input that are one matrix to the iteration, rows below rows: its work
             grows with the cube of the shorter side, so that one tall matrix costs less than two.
 
@@ -52,11 +52,10 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         weight_decay: float,
         momentum: float = 0.95,
-        ns_steps: int = STEPS,
         stacked: Sequence[tuple[nn.Parameter, ...]] = (),
     ) -> None:
-        settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "ns_steps": ns_steps}
-        fixed = {"nesterov": True, "ns_coefficients": COEFFICIENTS, "eps": 1e-7, "adjust_lr_fn": "match_rms_adamw"}
+        settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "ns_steps": STEPS}
+        fixed = {"nesterov": True, "ns_coefficients": COEFFICIENTS, "eps": _EPS, "adjust_lr_fn": "match_rms_adamw"}
         super().__init__(params, settings | fixed)
         self._below = {stack[0]: stack[1:] for stack in stacked}
         self._not_first = {parameter for stack in stacked for parameter in stack[1:]}
@@ -77,7 +76,7 @@ class Muon(torch.optim.Optimizer):
     def _apply(self, stack: list[nn.Parameter], group: dict[str, Any]) -> None:
         ahead = [self._ahead(parameter, float(group["momentum"])) for parameter in stack]
         whole = torch.cat(ahead) if len(ahead) > 1 else ahead[0]
-        update = orthogonalised(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        update = orthogonalised(whole)
         rate = float(group["lr"])
         for parameter, part in zip(stack, torch.split(update, [len(each) for each in stack]), strict=True):
             parameter.mul_(1 - rate * group["weight_decay"])
@@ -94,16 +93,12 @@ class Muon(torch.optim.Optimizer):
         return gradient.lerp(momentum, share)
 
 
-def orthogonalised(
-    matrix: Tensor, coefficients: tuple[float, float, float] = COEFFICIENTS, steps: int = STEPS, eps: float = 1e-7
-) -> Tensor:
+def orthogonalised(matrix: Tensor, steps: int = STEPS) -> Tensor:
     """The matrix with its singular values moved near one (to 0.7 to 1.2, but those that were nearly nothing).
 
     Args:
         matrix: (rows, columns).
-        coefficients: a, b, c of every step.
         steps: 1 or more.
-        eps: least norm that is divided by.
 
     Returns:
         (rows, columns), in fp32 (fp64 for such a matrix), or in bf16 where the device multiplies that.
@@ -111,13 +106,13 @@ def orthogonalised(
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     narrow = matrix.dtype is not torch.float64 and rounds_factors(matrix.device, torch.get_float32_matmul_precision())
     start = wide.to(torch.bfloat16 if narrow else torch.promote_types(matrix.dtype, torch.float32))
-    start = start / start.norm().clamp(min=eps)
+    start = start / start.norm().clamp(min=_EPS)
     if narrow:
-        made = _iterated(start, coefficients, steps, torch.matmul)
+        made = _iterated(start, steps, torch.matmul)
     elif wide.shape[1] < _LONG * wide.shape[0]:
-        made = _iterated(start, coefficients, steps, symmetric_product)
+        made = _iterated(start, steps, symmetric_product)
     else:
-        made = _by_factor(start, coefficients, steps)
+        made = _by_factor(start, steps)
     return made if wide is matrix else made.T
 
 
@@ -137,21 +132,18 @@ def rounds_factors(device: torch.device, precision: str) -> bool:
     return float((factor @ factor)[0, 0]) == 256.0  # and not 256.125
 
 
-Product = Callable[[Tensor, Tensor], Tensor]
-
-
-def _iterated(x: Tensor, coefficients: tuple[float, float, float], steps: int, product: Product) -> Tensor:
+def _iterated(x: Tensor, steps: int, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """X <- P X, so many times. X is (rows, columns); `product` makes the two symmetric products of a step."""
-    a, b, c = coefficients
+    a, b, c = COEFFICIENTS
     for _ in range(steps):
         gram = product(x, x.T)
         x = torch.addmm(x, gram.mul(b).add_(product(gram, gram), alpha=c), x, beta=a)
     return x
 
 
-def _by_factor(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+def _by_factor(x: Tensor, steps: int) -> Tensor:
     """Q X, where Q (rows, rows) is the product of all P."""
-    a, b, c = coefficients
+    a, b, c = COEFFICIENTS
     gram, factor = symmetric_product(x, x.T), None
     for number in range(steps):
         p = gram.mul(b).add_(symmetric_product(gram, gram), alpha=c)
@@ -201,8 +193,9 @@ class HeadOptimizer:
                 matrices[name] = parameter
             else:
                 others.append(parameter)
+        rate, decay = config.learning_rate, config.weight_decay
         self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(others, config.learning_rate, betas, weight_decay=config.weight_decay, fused=True)
+            torch.optim.AdamW(others, rate, betas, weight_decay=decay, fused=True)
         ]
         if matrices:
             stacked = [
@@ -211,7 +204,7 @@ class HeadOptimizer:
                 for name, parameter in matrices.items()
                 if f".{first}." in name
             ]
-            self.parts.append(Muon(matrices.values(), config.learning_rate, config.weight_decay, stacked=stacked))
+            self.parts.append(Muon(matrices.values(), rate, decay, stacked=stacked))
 
     def step(self, learning_rate: float) -> None:
         """Apply the gradients and forget them."""

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 _LAST_WORK = 0.2  # seconds
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -110,18 +111,15 @@ class Processes:
         state = get_model_state_dict(module, options=_FULL)
         return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
-    def load_weights(self, module: nn.Module, weights: dict[str, Tensor]) -> None:
-        """Take over what `weights` returned."""
-        set_model_state_dict(module, dict[str, Any](weights), options=_FULL)
-
-    def optimizer_state(self, module: nn.Module, parts: list[torch.optim.Optimizer]) -> dict[str, Any]:
+    def optimizer_state(self, module: nn.Module, parts: list[Optimizer]) -> dict[str, Any]:
         """State of the optimisers, whole and on the CPU, by parameter name."""
         return dict(get_optimizer_state_dict(module, parts, options=_FULL))
 
-    def load_optimizer_state(
-        self, module: nn.Module, parts: list[torch.optim.Optimizer], state: dict[str, Any]
+    def load(
+        self, module: nn.Module, weights: dict[str, Tensor], parts: list[Optimizer], state: dict[str, Any]
     ) -> None:
-        """Take over what `optimizer_state` returned."""
+        """Take over what `weights` and `optimizer_state` returned."""
+        set_model_state_dict(module, dict[str, Any](weights), options=_FULL)
         set_optimizer_state_dict(module, parts, optim_state_dict=state, options=_FULL)
 
     def wait(self) -> None:

@@ -11,29 +11,25 @@ independent; otherwise up to floating-point ties).
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from haast.core import Request, SamplingParams, StopParams
 from haast.drafters.base import Drafter
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine.engine import Engine, raise_error
 from haast.engine.step import Computed
-from haast.prompts import Prompt
 from haast.sampling import Sampler
 from haast.target.target import Target
 from haast.training.batches import Example
 from haast.training.checkpoints import write_probe
 from haast.training.features import teacher_topk
-from haast.training.generation_queue import TURN_DRAWS, AnswerRun, Outcome, Question, RegenerateConfig
+from haast.training.generation_queue import TURN_DRAWS, AnswerRun, Outcome, Question
 from haast.training.shards import ShardIdentity, ShardWriter
-from haast.training.target_weights import end_tokens
 
 
 class TurnSampler(Sampler):
@@ -94,50 +90,35 @@ class _Recording:
         return Example(torch.tensor(tokens, dtype=torch.int32), padded, supervised, all_ids, all_probs)
 
 
-def regenerate(
-    target: Target,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    out_path: Path,
-    config: RegenerateConfig,
-    *,
-    name: str = "",
-    quiet: bool = False,
-    drafter: Drafter | None = None,
-) -> Outcome:
-    """Let the target answer every prompt's turns, appending to `out_path`; done ones are skipped.
+def regenerate(target: Target, run: AnswerRun, drafter: Drafter | None = None) -> Outcome:
+    """Let the target answer every prompt's turns.
 
     Args:
         target: the model.
-        tokenizer: its tokenizer.
-        prompts: in the same order on every run: a prompt's draws are keyed by its place.
-        out_path: JSON lines, see `answers`.
-        config: settings.
-        name: the target's name, stored with answers and in feature shards.
-        quiet: no progress bar or lines.
+        run: what is asked, and where answers go.
         drafter: drafts for it; the answers are the same. None drafts nothing, which is fastest for large batches.
 
     Returns:
         The counts. Prompts longer than `max_prompt_tokens`, or than the context, are left out.
 
     Raises:
-        ValueError: a folder that cannot be written or a chat template without a place for answers (before the model
-            runs), two prompts of one id, a full disk, or another run is writing to `out_path`.
+        ValueError: before the model runs, a folder that cannot be written or what `AnswerRun` refuses; a full disk.
         KVPoolError: the longest prompt and answer could never fit the target's KV pool.
     """
-    if config.features_dir is not None:
-        write_probe(config.features_dir)
-    ends, engine = end_tokens(target), Engine(target, drafter or VanillaDrafter())
+    config, engine = run.config, Engine(target, drafter or VanillaDrafter())
+    ends = target.end_ids
+    if config.shards is not None:
+        write_probe(config.shards)
     with ExitStack() as stack:
-        run = stack.enter_context(AnswerRun(tokenizer, prompts, out_path, config, name, quiet))
+        stack.enter_context(run)
         writer, recording = None, None
-        if config.features_dir is not None:
-            identity = ShardIdentity.of(target, name, config.topk)
-            writer = stack.enter_context(ShardWriter(config.features_dir, identity, config.max_gb))
+        if config.shards is not None:
+            identity = ShardIdentity.of(target, run.name, config.topk)
+            writer = stack.enter_context(ShardWriter(config.shards, identity, config.max_gb))
             recording = _Recording(config.topk)
-        for question, request in stack.enter_context(closing(_answers(engine, run, ends, config, recording))):
+        for question, request in stack.enter_context(closing(_answers(engine, run, ends, recording))):
             tokens = request.new_tokens
-            text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+            text = str(run.tokenizer.decode(tokens, skip_special_tokens=True))
             record = run.keep(question, text, tokens, tokens[-1] in ends)
             if writer is not None and recording is not None:
                 writer.add(recording.example(request), record)
@@ -145,10 +126,10 @@ def regenerate(
 
 
 def _answers(
-    engine: Engine, run: AnswerRun, ends: tuple[int, ...], config: RegenerateConfig, recording: _Recording | None
+    engine: Engine, run: AnswerRun, ends: tuple[int, ...], recording: _Recording | None
 ) -> Generator[tuple[Question, Request], None, None]:
     """Yields each answer as it ends, and asks for more (later turns too) when it goes on; leaving it ends the rest."""
-    flying: list[tuple[Question, Request]] = []
+    flying, config = list[tuple[Question, Request]](), run.config
     try:
         while True:
             while len(flying) < config.batch and (asked := run.take(engine.target.context_length)) is not None:

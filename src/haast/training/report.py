@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -45,24 +46,12 @@ def findings_table(findings: Sequence[Finding]) -> Table:
     return table
 
 
-class Watcher(Protocol):
-    """Follows the metrics lines of a run: curves, TensorBoard. One that fails is dropped, the training goes on.
-
-    Every method may raise ImportError (an optional package is missing) or OSError (nothing can be written).
-    """
-
-    @property
-    def name(self) -> str:
-        """What it makes, for messages."""
-
-    def start(self, kept: Sequence[Mapping[str, Any]]) -> None:
-        """A run begins, or goes on after the lines `kept`; later ones, if there were any, are void."""
-
-    def line(self, values: Mapping[str, Any]) -> None:
-        """A line was written."""
-
-    def close(self) -> None:
-        """The run is over, or was interrupted."""
+Line = Mapping[str, Any]
+Lines = Sequence[Line]
+# What follows the metrics: it gets the lines that a run goes on from (later ones, if there were any, are void), and
+# what it returns gets every new line, and None when the run is over. Either may raise ImportError (an optional package
+# is missing) or OSError (nothing can be written): it is dropped, and the training goes on.
+Watcher = Callable[[Lines], Callable[[Line | None], None]]
 
 
 class Reporter:
@@ -76,7 +65,7 @@ class Reporter:
         total: views of the whole run.
         path: metrics.jsonl; lines are appended.
         quiet: write files only.
-        watchers: are told of every line.
+        watchers: are told of every line, by the names of what they make.
         writes: of several processes one writes; the others keep their sums only.
         console: where the words go; None is stdout.
     """
@@ -86,14 +75,15 @@ class Reporter:
         total: int,
         path: Path,
         quiet: bool,
-        watchers: Sequence[Watcher] = (),
+        watchers: Mapping[str, Watcher] | None = None,
         writes: bool = True,
         console: Console | None = None,
     ) -> None:
         self._writes, self._quiet = writes, quiet
         self._path, self._total = path, total
         self._console = Console(quiet=True) if quiet else console or Console()
-        self._watchers, self._lines = list(watchers), 0
+        self._watchers, self._lines = watchers or {}, 0
+        self._following: dict[str, Callable[[Line | None], None]] = {}
         self._sums = dict.fromkeys(_SUMS, 0.0)
         self._since = time.monotonic()
         self._views = 0
@@ -123,11 +113,13 @@ class Reporter:
         self._lines = len(kept)
         with self._writing(), replacing(self._path) as temporary:
             temporary.write_text("".join(json.dumps(values) + "\n" for values in kept))
-        self._tell(lambda watcher: watcher.start(kept))
+        for name, watcher in self._watchers.items():
+            follow = self._off_the_clock(name, partial(watcher, kept))
+            self._following |= {} if follow is None else {name: follow}
 
     def close(self) -> None:
         """Let the watchers finish."""
-        self._tell(lambda watcher: watcher.close())
+        self._tell(None)
 
     @contextmanager
     def live(self, views: int) -> Iterator[None]:
@@ -191,7 +183,7 @@ class Reporter:
         with self._writing(), self._path.open("a") as file:
             file.write(json.dumps(values) + "\n")
         self._lines += 1
-        self._tell(lambda watcher: watcher.line(values))
+        self._tell(values)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -202,17 +194,20 @@ class Reporter:
                 f"cannot write {self._path} ({error.strerror}): free space; the run resumes from its last checkpoint"
             ) from error
 
-    def _tell(self, act: Callable[[Watcher], None]) -> None:
-        """Do something with every watcher, off the clock; one that fails is named once and dropped."""
-        for watcher in list(self._watchers):
-            try:
-                with self.paused():
-                    act(watcher)
-            except (ImportError, OSError) as error:
-                self._watchers.remove(watcher)
-                remedy = ": pip install 'haast[curves]'" if isinstance(error, ImportError) else ""
-                words = f"no {watcher.name} ({error}){remedy}; training goes on"
-                self._console.print(words, highlight=False, markup=False)
+    def _tell(self, line: Line | None) -> None:
+        for name, follow in list(self._following.items()):
+            self._off_the_clock(name, partial(follow, line))
+
+    def _off_the_clock(self, name: str, act: Callable[[], Any]) -> Any:
+        """Let a watcher do something; one that fails is named once and dropped."""
+        try:
+            with self.paused():
+                return act()
+        except (ImportError, OSError) as error:
+            self._following.pop(name, None)
+            remedy = ": pip install 'haast[curves]'" if isinstance(error, ImportError) else ""
+            self._console.print(f"no {name} ({error}){remedy}; training goes on", highlight=False, markup=False)
+            return None
 
 
 def _words(means: Mapping[str, float]) -> str:

@@ -9,10 +9,12 @@ import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor
@@ -36,7 +38,7 @@ from haast.stats import TAU_CONVENTION
 from haast.target.target import Target
 from haast.training.batches import Example
 from haast.training.config import TrainConfig
-from haast.training.curves import Curves, TensorBoard
+from haast.training.curves import curves, tensorboard
 from haast.training.diagnostics import diagnose, overfit_self_test
 from haast.training.initialise import last_layer_weights, why_not_last_layer
 from haast.training.objective import rank_accuracies
@@ -45,7 +47,7 @@ from haast.training.target_weights import Frozen
 from haast.training.trainer import Trainer
 
 _HOLD_OUT_EVERY, _HELD_OUT_AT_MOST = 50, 200
-_SELF_TEST_EXAMPLES = 4
+_MARKDOWN: dict[str, Any] = {"trim_blocks": True, "keep_trailing_newline": True, "undefined": StrictUndefined}
 
 
 class Run:
@@ -73,9 +75,9 @@ class Run:
         self._settings = settings.settled(self._head_config.hidden_size)
         self._target, self._name, self._command = target, name, command
         self._records = list(records)
-        held = set(range(0, len(examples), _HOLD_OUT_EVERY)) if len(examples) >= _HOLD_OUT_EVERY else set()
-        held = set(sorted(held)[:_HELD_OUT_AT_MOST])
-        self._valid = [example for i, example in enumerate(examples) if i in held]
+        several = len(examples) if len(examples) >= _HOLD_OUT_EVERY else 0
+        held = range(0, several, _HOLD_OUT_EVERY)[:_HELD_OUT_AT_MOST]
+        self._valid = [examples[i] for i in held]
         self._train = [example for i, example in enumerate(examples) if i not in held]
         self._prompts: list[list[int]] = []
         self._tau: float | None = None
@@ -83,8 +85,8 @@ class Run:
 
     def self_test(self, folder: Path) -> float:
         """Overfit one batch; returns the agreement. Raises ValueError where it stays low."""
-        frozen, some = Frozen.of(self._target), self._train[:_SELF_TEST_EXAMPLES]
-        return overfit_self_test(self._head_config, frozen, some, folder, draft_vocab=self._settings.draft_vocab)
+        frozen, vocab = Frozen.of(self._target), self._settings.draft_vocab
+        return overfit_self_test(self._head_config, frozen, self._train, folder, draft_vocab=vocab)
 
     def train(
         self,
@@ -129,7 +131,7 @@ class Run:
             weights,
             vocab,
             explain=self.explain,
-            watchers=(Curves(out), TensorBoard(out)),
+            watchers={"curves.png": partial(curves, out), "TensorBoard": partial(tensorboard, out)},
             console=console,
             on_cpu=self._target.device.type == "cpu",
         )
@@ -199,42 +201,13 @@ class Run:
             "tau_convention": TAU_CONVENTION,
         }
 
-    def _own(self) -> int:
-        """Answers that the target made itself, as their records say."""
-        return sum("response_ids" in r and r.get("model", self._name) == self._name for r in self._records)
-
     def card(self, draft_vocab: int, about: dict[str, Any]) -> str:
         """The model card."""
-        tau = "not measured" if about["tau"] is None else f"{about['tau']:.3f} ({about['tau_measured_on']})"
-        rows = "\n".join(f"| {d['source'] or '-'} | {d['licence'] or '-'} | {d['answers']} |" for d in about["data"])
-        recipe = "\n".join(f"| {name} | {value} |" for name, value in about["settings"].items())
+        templates = Environment(loader=PackageLoader("haast", "training/templates"), **_MARKDOWN)
+        own = sum("response_ids" in r and r.get("model", self._name) == self._name for r in self._records)
         kind = "Medusa heads" if self._settings.head == "medusa" else "EAGLE head"
-        return f"""# {kind} for {self._name}
-
-A head of kind {about["settings"]["head"]}, trained by Haast for {self._name}. It drafts over {draft_vocab} tokens; \
-the target checks each, so the text is the target's own.
-
-- tau on validation prompts: {tau}; {TAU_CONVENTION}
-- trained on {about["sequences"]} sequences, {about["tokens"]} tokens, {about["supervised_tokens"]} of them \
-supervised; best evaluation of a run of {about["views"]} views
-- trained on the features of a target held in {about["precision"]}
-- longest sequence: {about["trained_length"]} tokens; in longer texts `--draft-window` may help
-- command: `{self._command}`
-
-## Data
-
-Prompts by source; {self._own()} of {len(self._records)} answers were made by {self._name}.
-
-| source | licence | answers |
-|---|---|---|
-{rows}
-
-## Recipe
-
-| setting | value |
-|---|---|
-{recipe}
-"""
+        counts = {"draft_vocab": draft_vocab, "own": own, "answers": len(self._records)}
+        return templates.get_template("card.md").render(kind=kind, **counts, **about)
 
 
 def layer_ids(settings: TrainConfig, target: Target) -> tuple[int, ...]:

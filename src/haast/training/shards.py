@@ -65,8 +65,8 @@ class ShardIdentity:
         return 2 * self.hidden_size * (1 + len(self.layer_ids)) + 6 * self.topk + 5
 
 
-def check_room(folder: Path, tokens: int, identity: ShardIdentity, max_gb: float) -> float:
-    """Estimate what `tokens` more positions take, in GB, and refuse what is too much, before anything is written.
+def check_room(folder: Path, tokens: int, identity: ShardIdentity, max_gb: float) -> None:
+    """Estimate what `tokens` more positions take, and refuse what is too much, before anything is written.
 
     Raises:
         ValueError: above `max_gb` with the shards that are there, or above nine tenths of the free disk.
@@ -83,7 +83,6 @@ def check_room(folder: Path, tokens: int, identity: ShardIdentity, max_gb: float
         raise ValueError(f"{needs}{beside}, the cap is {max_gb:g} GB: raise it, {remedy}")
     if size > 0.9 * free:
         raise ValueError(f"{needs}, {free:.3g} GB are free: make room, {remedy}")
-    return size
 
 
 def _stored_bytes(folder: Path) -> int:

@@ -36,7 +36,7 @@ class Frozen:
             target.embed(ids).float().cpu().clone(),
             target.head_rows(ids).detach().float().cpu().clone(),
             None if bias is None else bias.detach().float().cpu().clone(),
-            end_tokens(target),
+            target.end_ids,
             _final_gain(target),
         )
 
@@ -62,16 +62,6 @@ def rms_gain(norm: nn.Module) -> Tensor | None:
         return None
     found: Tensor = gain.detach().cpu()
     return found
-
-
-def end_tokens(target: Target) -> tuple[int, ...]:
-    """Tokens that end an answer, from the generation configuration, else the model's; empty where there are none."""
-    generation = target.model.generation_config
-    ends = None if generation is None else generation.eos_token_id
-    ends = target.config.eos_token_id if ends is None else ends
-    if ends is None:
-        return ()
-    return tuple(int(end) for end in ends) if isinstance(ends, list | tuple) else (int(ends),)
 
 
 def choose_draft_vocab(examples: Sequence[Example], vocab: int, size: int, always: Sequence[int] = ()) -> Tensor:

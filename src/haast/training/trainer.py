@@ -9,7 +9,7 @@ one process that accumulates n times as many batches.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,7 +97,7 @@ class Trainer:
         draft_vocab: Tensor | None = None,
         quiet: bool = False,
         explain: Explain | None = None,
-        watchers: Sequence[Watcher] = (),
+        watchers: Mapping[str, Watcher] | None = None,
         on_cpu: bool = False,
         console: Console | None = None,
     ) -> None:
@@ -134,7 +134,7 @@ class Trainer:
         self._at = _Progress()
         main = self._processes.main
         self._report = Reporter(
-            config.views, out_dir / "metrics.jsonl", quiet or not main, watchers if main else (), main, console
+            config.views, out_dir / "metrics.jsonl", quiet or not main, watchers if main else None, main, console
         )
 
     def run(self, resume: bool = False) -> dict[str, Any]:
@@ -245,8 +245,8 @@ class Trainer:
         with self._report.paused(), self._averaged():
             if self.valid_set:
                 values = self._held_out()
-            weights = self._processes.weights(self._objective)
-            head = self._plain_head(weights) if self._processes.main else None
+            weights = self._processes.weights(self._objective)  # a meeting of all processes
+            head = self._plain(weights) if self._processes.main else None
             if self._measure_tau is not None:
                 own = 0.0 if head is None else float(self._measure_tau(head, self.draft_vocab))
                 values["tau"] = self._at.tau = self._processes.agree(own)
@@ -280,9 +280,9 @@ class Trainer:
     def plain_head(self) -> AnyModule:
         """The present weights as users get them, in eval mode (on the main process)."""
         with self._averaged():
-            return self._plain_head(self._processes.weights(self._objective))
+            return self._plain(self._processes.weights(self._objective))
 
-    def _plain_head(self, weights: dict[str, Tensor]) -> AnyModule:
+    def _plain(self, weights: dict[str, Tensor]) -> AnyModule:
         return self.head.plain({name.removeprefix("head."): tensor for name, tensor in weights.items()})
 
     def _store(self, folder: Path, head: AnyModule) -> None:
@@ -341,8 +341,8 @@ class Trainer:
                 f"{self.out_dir} was trained otherwise, so it cannot be resumed; (then, now): {changed}. Give what was "
                 f"given then, or another folder"
             )
-        self._processes.load_weights(self._objective, state["weights"])
-        self._processes.load_optimizer_state(self._objective, self._optimizer.parts, state["optimizer"])
+        parts = self._optimizer.parts
+        self._processes.load(self._objective, state["weights"], parts, state["optimizer"])
         self._averages = [average.to(self._processes.device) for average in state["averages"]]
         self._at = _Progress(**state["progress"])
         self._report.start(self._at.step, state["report"])

@@ -29,7 +29,7 @@ from haast.heads.medusa import MedusaHeads
 from haast.heads.precision import warn_of_precision
 from haast.target.kv_pool import Sequence as KVSequence
 from haast.target.memory import give_back
-from haast.target.packing import PackedLinear, pack_linears
+from haast.target.packing import PackedLinear, is_packed, pack_linears
 from haast.target.target import Target
 from haast.tree import DraftTree
 
@@ -83,7 +83,7 @@ class MedusaDrafter(Drafter):
         self.accuracies = _accuracies(head)
         self._target = target
         self._module = module.to(device=target.device, dtype=target.dtype)
-        packed = isinstance(target.lm_head, PackedLinear)
+        packed = is_packed(target.lm_head)
         if packed:  # the blocks as the target; the LM heads, whose drafts need not be exact, in 8 bits
             for each in self._module:
                 assert isinstance(each, nn.Sequential) and isinstance(each[-1], nn.Linear), "blocks and an LM head"

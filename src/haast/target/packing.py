@@ -11,7 +11,9 @@ leaves the order of sums to PyTorch).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from haast import native
 from haast.compat import buffers_of
 from haast.target.memory import give_back
 
-__all__ = ["PackedLinear", "PackingReport", "pack_linears"]
+__all__ = ["PackedLinear", "PackingReport", "is_linear", "is_packed", "linear_sizes", "pack_linears"]
 
 # The operator that compiled graphs call. A 32 x 16 layer on the development CPU, microseconds per call on a
 # busy machine: bare ctypes 1.6, native.linear 9, PackedLinear 10, nn.Linear 10, this Library operator 15, a
@@ -62,7 +64,18 @@ class PackedLinear(nn.Module):
     def __init__(
         self, weight: Tensor, bias: Tensor | None = None, *, form: str = "f16", reference: bool = False
     ) -> None:
-        """Pack a weight; see `from_weight`."""
+        """Pack a weight matrix, for example the rows of an LM head that a draft vocabulary keeps.
+
+        Args:
+            weight: (out_features, in_features) fp32 on the CPU; it is copied.
+            bias: (out_features) fp32, or None.
+            form: "f16", or "int8" with one factor per output.
+            reference: the same rounded weights in plain PyTorch fp32: slow, for comparison. It is also what a
+                machine without the native library gets.
+
+        Raises:
+            ValueError: another dtype or device, shapes that do not fit, or values beyond fp16's range.
+        """
         super().__init__()
         _check_weight(weight, bias)
         if form not in FORMS:
@@ -78,24 +91,6 @@ class PackedLinear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("dense", _rounded(values, form) if self.reference else torch.empty(0))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-
-    @classmethod
-    def from_weight(
-        cls, weight: Tensor, bias: Tensor | None = None, *, form: str = "f16", reference: bool = False
-    ) -> PackedLinear:
-        """Pack a weight matrix, for example the rows of an LM head that a draft vocabulary keeps.
-
-        Args:
-            weight: (out_features, in_features) fp32 on the CPU; it is copied.
-            bias: (out_features) fp32, or None.
-            form: "f16", or "int8" with one factor per output.
-            reference: the same rounded weights in plain PyTorch fp32: slow, for comparison. It is also what a
-                machine without the native library gets.
-
-        Raises:
-            ValueError: another dtype or device, shapes that do not fit, or values beyond fp16's range.
-        """
-        return cls(weight, bias, form=form, reference=reference)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) fp32 on the CPU to (..., out_features) fp32.
@@ -139,6 +134,27 @@ class PackedLinear(nn.Module):
         path = "reference" if self.reference else "native"
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}, {self.form}, {path}"
+
+
+def is_packed(module: nn.Module | None) -> TypeGuard[PackedLinear]:
+    """Whether it is a packed linear layer: a target whose LM head is one is packed as a whole, and so are its heads."""
+    return isinstance(module, PackedLinear)
+
+
+def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear | PackedLinear]:
+    """Whether it is a linear layer, packed or not: it has `in_features` and `out_features`."""
+    return isinstance(module, nn.Linear | PackedLinear)
+
+
+def linear_sizes(modules: Iterable[nn.Module]) -> tuple[int, int]:
+    """Bytes and parameters of the weights of those modules that are linear layers, packed or not, biases left out."""
+    size = parameters = 0
+    for module in modules:
+        if is_linear(module):
+            held = (module.packed, module.dense) if isinstance(module, PackedLinear) else (module.weight,)
+            size += sum(tensor.nbytes for tensor in held)
+            parameters += module.in_features * module.out_features
+    return size, parameters
 
 
 def _check_weight(weight: Tensor, bias: Tensor | None) -> None:
@@ -187,7 +203,7 @@ def pack_linears(model: nn.Module, *, form: str = "f16", reference: bool = False
     Args:
         model: fp32, on the CPU.
         form: "f16" or "int8".
-        reference: use the slow PyTorch form (see `PackedLinear.from_weight`).
+        reference: use the slow PyTorch form (see `PackedLinear`).
 
     Raises:
         ValueError: the model holds another dtype or device, or weights beyond fp16's range. The message names the

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from haast.heads.config import HeadConfig
 from haast.target.fusing import FusedAttention, FusedSwiGLU
-from haast.target.packing import PackedLinear
+from haast.target.packing import is_linear
 from haast.target.precision import weight_rows
 from haast.target.target import Target
 from haast.training.batches import Example, usable
@@ -189,7 +189,7 @@ def _find(target: Target) -> _LastLayer | str:
 
 
 def _weight(module: nn.Module | None) -> Tensor | None:
-    if not isinstance(module, nn.Linear | PackedLinear):
+    if not is_linear(module):
         return None
     return weight_rows(module, module.in_features)
 

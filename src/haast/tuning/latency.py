@@ -25,7 +25,7 @@ from huggingface_hub import cached_assets_path
 from haast.files import write_json
 from haast.target.target import Target
 from haast.tree import DraftTree
-from haast.tuning.calibration import Calibration
+from haast.tuning.calibration import Calibration, milliseconds
 from haast.tuning.machine import machine_identity
 from haast.tuning.policy import interpolate
 
@@ -220,9 +220,7 @@ def _read(path: Path) -> Latency | None:
     """What is kept; None where nothing is, or something else: then it is measured anew."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        forward, level = (
-            {int(key): float(ms) for key, ms in values[name].items()} for name in ("forward_ms", "level_ms")
-        )
+        forward, level = (milliseconds(values[name]) for name in ("forward_ms", "level_ms"))
         return Latency(forward, float(values["first_ms"]), level) if values["format"] == FORMAT else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

@@ -215,7 +215,7 @@ def impossible(where: str) -> PromptError:
 
 def inverse_cdf(probs: Tensor, uniform: float) -> int:
     """The token that a draw in [0, 1) falls on; `probs` (vocab,) need not sum to exactly 1."""
-    return int(_inverse_cdfs(probs.unsqueeze(0), torch.full((1,), uniform, dtype=probs.dtype, device=probs.device)))
+    return int(_at(probs.unsqueeze(0).cumsum(-1), torch.full((1,), uniform, dtype=probs.dtype, device=probs.device)))
 
 
 def _drawn(scores: Tensor, uniform: Tensor) -> Tensor:
@@ -225,11 +225,6 @@ def _drawn(scores: Tensor, uniform: Tensor) -> Tensor:
     """
     weights = scores.to(exact(scores.device), copy=True)
     return _at(weights.sub_(weights.amax(-1, keepdim=True)).exp_().cumsum_(-1), uniform)
-
-
-def _inverse_cdfs(probs: Tensor, uniform: Tensor) -> Tensor:
-    """`inverse_cdf` of every row: probs (n, vocab), uniform (n,) -> (n,) int64; -1 where the row is NaN."""
-    return _at(probs.cumsum(-1), uniform)
 
 
 def _at(cumulative: Tensor, uniform: Tensor) -> Tensor:

@@ -130,15 +130,10 @@ class MedusaDrafter(Drafter):
         features, tree = stacked(states, "feature"), combined.tree
         guesses = torch.cat([self._best(i, features, width) for i, width in enumerate(combined.widths)], dim=1)
         tokens = torch.cat([roots.unsqueeze(1), guesses[:, combined.picked]], dim=1)  # (rows, nodes)
-        rows, nodes = tokens.shape
-        return DraftTree(
-            tokens,
-            tree.parents.expand(rows, -1),
-            tree.depths.expand(rows, -1),
-            tree.ancestors.expand(rows, nodes, nodes),
-            tree.live.expand(rows, -1),
-            tree.height,
+        parents, depths, ancestors, live = (
+            each.expand(len(tokens), *each.shape[1:]) for each in (tree.parents, tree.depths, tree.ancestors, tree.live)
         )
+        return DraftTree(tokens, parents, depths, ancestors, live, tree.height)
 
     def _tree_of(self, nodes: int) -> _Combined:
         """The likeliest combinations that make a tree of so many nodes, 2 or more."""

@@ -43,7 +43,7 @@ class NativeStack:
         rotary: nn.Module,
         window: int,
     ) -> None:
-        """Take what `of` has checked; `parts` are the layers'."""
+        """Take what `of` has checked; `parts` are those of the layers."""
         self._modules, self._rotary = _modules(layers, norm), rotary
         attention, feed_forward, _, after = parts[0]
         self.layers, self._lanes, self.hidden = len(parts), 2 * len(parts), feed_forward.down_proj.out_features
@@ -52,7 +52,7 @@ class NativeStack:
         self._structures = (CLayer * len(parts))(*(part.structure(window) for part in parts))
         sizes = (self.hidden, self.heads, self.kv_heads, self.head_dim, feed_forward.down_proj.in_features)
         factors = (after.variance_epsilon, float(attention.scaling))
-        last = norm.weight.data_ptr() if isinstance(norm, FusedRMSNorm) else None
+        last = None if norm is None else norm.weight.data_ptr()
         self._stack = CStack(self._structures, len(parts), *sizes, *factors, last)
         self._angles: tuple[Tensor, Tensor] | None = None  # (positions, head_dim) each
         self._held = _tensors(self._modules)  # what the structures point to stays alive
@@ -82,7 +82,7 @@ class NativeStack:
         eps = {each.variance_epsilon for each in norms if isinstance(each, FusedRMSNorm)}
         if len(eps) > 1 or len({part.sizes for part in parts}) > 1 or parts[0].attention.head_dim % 2:
             return None
-        return cls(_modules(layers, norm), parts, norm, rotary, window)
+        return cls(layers, parts, norm, rotary, window)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or a pickle, of a stack is None: its owner goes by modules until it builds one of its own."""
@@ -287,8 +287,9 @@ class _Layer(NamedTuple):
     @classmethod
     def of(cls, layer: nn.Module) -> _Layer | None:
         """None for a layer of another kind."""
-        parts: dict[str, Any] = dict(layer.named_children())
-        found = cls(*map(parts.get, _CHILDREN))
+        parts = dict(layer.named_children())
+        known: list[Any] = [parts.get(name) for name in _CHILDREN]
+        found = cls(*known)
         fits = set(parts) == set(_CHILDREN) and (
             isinstance(found.attention, FusedAttention)
             and isinstance(found.feed_forward, FusedSwiGLU)

@@ -12,7 +12,6 @@ leaves the order of sums to PyTorch).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
@@ -24,7 +23,7 @@ from haast import native
 from haast.compat import buffers_of
 from haast.target.memory import give_back
 
-__all__ = ["PackedLinear", "PackingReport", "is_linear", "is_packed", "linear_sizes", "pack_linears"]
+__all__ = ["PackedLinear", "is_linear", "is_packed", "linear_sizes", "pack_linears"]
 
 # The operator that compiled graphs call. A 32 x 16 layer on the development CPU, microseconds per call on a
 # busy machine: bare ctypes 1.6, native.linear 9, PackedLinear 10, nn.Linear 10, this Library operator 15, a
@@ -182,19 +181,7 @@ def _rounded(weight: Tensor, form: str) -> Tensor:
     return result
 
 
-@dataclass(frozen=True)
-class PackingReport:
-    """What `pack_linears` did."""
-
-    layers: int  # linears replaced
-    parameters: int  # their weights, biases not counted
-    bytes_before: int  # of those weights; one that an embedding shares is counted and yet stays in memory
-    bytes_after: int
-    native: bool  # False: the reference form, for want of the native library or on demand
-    note: str  # why it is not native; empty otherwise
-
-
-def pack_linears(model: nn.Module, *, form: str = "f16", reference: bool = False) -> PackingReport:
+def pack_linears(model: nn.Module, *, form: str = "f16", reference: bool = False) -> None:
     """Replace every `nn.Linear` and transformers `Conv1D` of a model by a `PackedLinear`, in place.
 
     The LM head is included; an embedding tied to it keeps its own fp32 weight. The whole model is frozen, since nothing
@@ -209,7 +196,6 @@ def pack_linears(model: nn.Module, *, form: str = "f16", reference: bool = False
         ValueError: the model holds another dtype or device, or weights beyond fp16's range. The message names the
             layer; layers before it are already packed.
     """
-    layers = parameters = bytes_after = 0
     shared: dict[int, PackedLinear] = {}  # one module used at two places stays one module
     for parent_name, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
@@ -220,15 +206,9 @@ def pack_linears(model: nn.Module, *, form: str = "f16", reference: bool = False
                 continue
             packed = _pack_child(f"{parent_name}.{name}".lstrip("."), child, form, reference)
             setattr(parent, name, packed)
-            layers += 1
-            parameters += packed.in_features * packed.out_features
-            bytes_after += packed.packed.nbytes + packed.dense.nbytes
             shared[id(child)] = packed
         give_back()
     model.requires_grad_(False)
-    done_natively = native.available() and not reference
-    note = "" if done_natively else native.why_not() or "the reference form was asked for"
-    return PackingReport(layers, parameters, 4 * parameters, bytes_after, done_natively, note)
 
 
 def _pack_child(name: str, child: nn.Linear | Conv1D, form: str, reference: bool) -> PackedLinear:

@@ -36,6 +36,10 @@ class Sampler:
         warpers: applied in this order instead of the params' temperature, top-k, top-p and min-p, to float32 scores
             (n, vocab), as transformers' `generate` does; they look at scores alone. Temperature 0 then only means that
             the likeliest token is taken.
+
+    Attributes:
+        greedy: whether the likeliest token is chosen.
+        stateless: whether a choice depends on logits and position alone, so that all nodes can be chosen for at once.
     """
 
     def __init__(self, params: SamplingParams, choice: int = 0, warpers: Sequence[Processor] | None = None) -> None:
@@ -47,16 +51,7 @@ class Sampler:
         self._processors: tuple[Processor, ...] = (*chain, *params.processors)
         self._warpers = tuple(_own_warpers(params) if warpers is None else warpers)
         self._key = _keyed(0, params.seed, choice)
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is chosen."""
-        return self.params.temperature == 0
-
-    @property
-    def stateless(self) -> bool:
-        """Whether a choice depends on logits and position alone, so that all nodes can be chosen for at once."""
-        return not self._processors
+        self.greedy, self.stateless = params.temperature == 0, not self._processors
 
     @property
     def kind(self) -> tuple[Hashable, ...]:

@@ -23,6 +23,7 @@ from haast.device import without_autograd
 from haast.drafters.base import Drafter, last_kept, last_tokens, stacked
 from haast.drafters.draft_lm import DRAFT_LM_FORM, checked_vocab
 from haast.drafters.tree_shape import DraftShape, likeliest_paths
+from haast.drafters.vanilla import RootState
 from haast.errors import HeadMismatchError, check_at_least
 from haast.heads.checkpoint import Head, check_fits, check_weights
 from haast.heads.medusa import MedusaHeads
@@ -40,11 +41,10 @@ _FALLS = 0.7  # of the assumed accuracies from each further head to the next
 
 
 @dataclass
-class MedusaState:
+class MedusaState(RootState):
     """What a request's next tree hangs on; set by the first `observe`."""
 
-    root: Tensor | None = None  # () int64: the newest token
-    feature: Tensor | None = None  # (hidden,) at the position before it
+    feature: Tensor | None = None  # (hidden,) at the position before the root
 
 
 @dataclass(frozen=True)

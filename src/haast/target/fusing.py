@@ -8,7 +8,6 @@ swapped only if its substitute gives the same numbers on a random input. Rows st
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,15 +20,6 @@ from haast.target.packing import PackedLinear
 
 _LLAMA_ATTENTION = {"config", "layer_idx", "head_dim", "scaling", "is_causal", "num_key_value_groups"}
 _TOLERANCE = 1e-5  # relative and absolute; fp32 sums in another order stay far below it
-
-
-@dataclass(frozen=True)
-class FusingReport:
-    """What `fuse_small_modules` did."""
-
-    norms: int
-    feed_forwards: int
-    attentions: int
 
 
 class FusedRMSNorm(nn.Module):
@@ -123,8 +113,11 @@ class FusedAttention(nn.Module):
 
 
 @torch.no_grad()
-def fuse_small_modules(model: nn.Module) -> FusingReport:
-    """Swap what can be swapped, in place; `model` is packed already (see `pack_linears`). A no-op without kernels."""
+def fuse_small_modules(model: nn.Module) -> tuple[int, ...]:
+    """Swap what can be swapped, in place; `model` is packed already (see `pack_linears`). A no-op without kernels.
+
+    Returns how many norms, feed-forwards and attentions were swapped.
+    """
     counts = dict.fromkeys((FusedRMSNorm, FusedSwiGLU, FusedAttention), 0)
     for parent in list(model.modules()) if native.available() else ():
         for name, child in list(parent.named_children()):
@@ -133,7 +126,7 @@ def fuse_small_modules(model: nn.Module) -> FusingReport:
                 setattr(parent, name, fused)
                 counts[type(fused)] += 1
         give_back()
-    return FusingReport(*counts.values())
+    return tuple(counts.values())
 
 
 def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:

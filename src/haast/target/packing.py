@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from haast import native
 from haast.compat import buffers_of
+from haast.native.library import check_tensor
 from haast.target.memory import give_back
 
 __all__ = ["PackedLinear", "is_linear", "is_packed", "linear_sizes", "pack_linears"]
@@ -157,16 +158,11 @@ def linear_sizes(modules: Iterable[nn.Module]) -> tuple[int, int]:
 
 
 def _check_weight(weight: Tensor, bias: Tensor | None) -> None:
-    if weight.dim() != 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (out_features, in_features)")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and (tensor.dtype is not torch.float32 or tensor.device.type != "cpu"):
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}; packing needs float32 on the CPU: "
-                "load the model with dtype=torch.float32"
-            )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; the weight has {weight.shape[0]} outputs")
+    check_tensor("weight", weight.detach(), 2)
+    if bias is not None:
+        check_tensor("bias", bias.detach(), 1)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; the weight has {weight.shape[0]} outputs")
 
 
 def _rounded(weight: Tensor, form: str) -> Tensor:

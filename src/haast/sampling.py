@@ -12,12 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation import logits_process as stock
 
 from haast.core import Processor, SamplingParams
 from haast.device import exact, to_device
@@ -47,7 +42,7 @@ class Sampler:
         self._given = warpers is not None
         chain: list[Processor] = []
         if params.repetition_penalty != 1.0:
-            chain.append(RepetitionPenaltyLogitsProcessor(penalty=float(params.repetition_penalty)))
+            chain.append(stock.RepetitionPenaltyLogitsProcessor(penalty=float(params.repetition_penalty)))
         self._processors: tuple[Processor, ...] = (*chain, *params.processors)
         self._warpers = tuple(_own_warpers(params) if warpers is None else warpers)
         self._key = _keyed(0, params.seed, choice)
@@ -115,11 +110,11 @@ def _own_warpers(params: SamplingParams) -> list[Processor]:
     warpers: list[Any] = []  # of transformers, whose types are wider in one place and narrower in another
     if params.temperature > 0:
         if params.top_k > 0:
-            warpers.append(TopKLogitsWarper(top_k=params.top_k))
+            warpers.append(stock.TopKLogitsWarper(top_k=params.top_k))
         if params.top_p < 1.0:
-            warpers.append(TopPLogitsWarper(top_p=params.top_p))
+            warpers.append(stock.TopPLogitsWarper(top_p=params.top_p))
         if params.min_p > 0.0:
-            warpers.append(MinPLogitsWarper(min_p=params.min_p))
+            warpers.append(stock.MinPLogitsWarper(min_p=params.min_p))
     return warpers
 
 

@@ -21,17 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.logits_process import (
-    EpsilonLogitsWarper,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    MinPLogitsWarper,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers.generation import logits_process as stock
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -42,8 +32,9 @@ from haast.sampling import Sampler, inverse_cdf, probabilities
 # Those of transformers that look at scores alone, a row of them at a time, and never make the host wait for values.
 # TopHLogitsWarper and EtaLogitsWarper do: their torch.distributions check what they are given.
 _STATELESS = frozenset({
-    TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper,
-    EpsilonLogitsWarper, LogitNormalization, InfNanRemoveLogitsProcessor, SuppressTokensLogitsProcessor,
+    stock.TemperatureLogitsWarper, stock.TopKLogitsWarper, stock.TopPLogitsWarper, stock.MinPLogitsWarper,
+    stock.TypicalLogitsWarper, stock.EpsilonLogitsWarper, stock.LogitNormalization,
+    stock.InfNanRemoveLogitsProcessor, stock.SuppressTokensLogitsProcessor,
 })  # fmt: skip
 _Shown = tuple[Tensor, tuple[Tensor, ...] | None]
 

@@ -17,7 +17,7 @@ from haast import native
 from haast.drafters.tree_shape import Plan
 from haast.heads.feat_extrapolator import FeatExtrapolator
 from haast.heads.module import DraftModule
-from haast.native.stack import CDraft, CProposal, run_draft
+from haast.native.stack import CDraft, CProposal, Refusal, run_draft
 from haast.target.native_cpu import NativeStack, int64s, refuse, weight_of
 from haast.target.packing import PackedLinear, is_packed
 from haast.target.target import Target
@@ -123,9 +123,13 @@ class QuickDraft:
         ancestors = torch.empty(rows * most * most, dtype=torch.bool)
         begins, found = (states.data_ptr(), roots_at, lengths_at, store.data_ptr()), numbers.data_ptr()
         places = (found, found + 8 * rows * most, found + 16 * rows * most, ancestors.data_ptr())
-        proposal = CProposal(*begins, None, None, blocks, rows, 0, form, *places)
-        run, reached = lambda: run_draft(self._draft, proposal), lambda: max(map(int, lengths)) + self._levels
-        nodes = self._stack.with_angles(proposal, run, reached)
+        cosine, sine, angles = self._stack.angles()
+        proposal = CProposal(*begins, cosine, sine, blocks, rows, angles, form, *places)
+        nodes = run_draft(self._draft, proposal)
+        if nodes == -Refusal.FEW_ANGLES:
+            last = max(map(int, lengths)) + self._levels
+            proposal.cosine, proposal.sine, proposal.angles = self._stack.angles(last)
+            nodes = run_draft(self._draft, proposal)
         if nodes < 0:
             refuse(nodes, lengths, self._room, store, tables, shift)
         tokens, parents, depths = numbers[:, : rows * nodes].view(3, rows, nodes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from haast.compat import foreign_hooks
 from haast.native.slots import FORMS
-from haast.native.stack import CBlockTables, CLayer, CPass, CProposal, CStack, CWeight, Refusal, run_stack
+from haast.native.stack import CBlockTables, CLayer, CPass, CStack, CWeight, Refusal, run_stack
 from haast.target.fusing import FusedAttention, FusedRMSNorm, FusedSwiGLU
 from haast.target.kv_pool import BLOCK
 from haast.target.packing import PackedLinear
@@ -54,7 +54,8 @@ class NativeStack:
         factors = (after.variance_epsilon, float(attention.scaling))
         last = None if norm is None else norm.weight.data_ptr()
         self._stack = CStack(self._structures, len(parts), *sizes, *factors, last)
-        self._angles: tuple[Tensor, Tensor] | None = None  # (positions, head_dim) each
+        self._tables: tuple[Tensor, Tensor] | None = None
+        self._places = (0, 0, 0)
         self._held = _tensors(self._modules)  # what the structures point to stays alive
         self._known = _fingerprint(self._modules)
 
@@ -153,21 +154,15 @@ class NativeStack:
             pointers[index] = tensor.data_ptr()  # type: ignore[index]
         ends = (states.data_ptr(), output.data_ptr(), None if pointers is None else ctypes.addressof(pointers))
         where = (positions.data_ptr(), flying.data_ptr(), lengths_at, seen.data_ptr(), store.data_ptr(), blocks)
-        each = CPass(*ends, None, None, *where, rows, nodes, flight, 0, form)
-        result = self.with_angles(each, lambda: run_stack(self._stack, each), lambda: int(positions.max()))
+        cosine, sine, angles = self.angles()
+        each = CPass(*ends, cosine, sine, *where, rows, nodes, flight, angles, form)
+        result = run_stack(self._stack, each)
+        if result == -Refusal.FEW_ANGLES:
+            each.cosine, each.sine, each.angles = self.angles(int(positions.max()))
+            result = run_stack(self._stack, each)
         if result:
             refuse(result, lengths, flight, store, tables, shift)
         return output, captured
-
-    def with_angles(self, arguments: CPass | CProposal, run: Callable[[], int], reached: Callable[[], int]) -> int:
-        """`run()`, given tables of angles; once more with larger ones where these end before the position `reached`."""
-        for again in (False, True):
-            cosine, sine = self._angles_of(1 + reached() if again else 1)
-            arguments.cosine, arguments.sine, arguments.angles = cosine.data_ptr(), sine.data_ptr(), cosine.size(0)
-            result = run()
-            if result != -Refusal.FEW_ANGLES:
-                break
-        return result
 
     def placed(self, store: Tensor, tables: Tensor, rows: int, shift: int) -> tuple[CBlockTables, int]:
         """A store and its block tables (see `run`) as native code reads them, and the form of keys and values.
@@ -211,13 +206,14 @@ class NativeStack:
         """The stack as other native structures hold it."""
         return ctypes.pointer(self._stack)
 
-    def _angles_of(self, positions: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions 0, 1, ..., at least so many: (any, head_dim) each."""
-        if self._angles is None or len(self._angles[0]) < positions:
-            every = torch.arange(max(512, 1 << (positions - 1).bit_length())).unsqueeze(0)
+    def angles(self, last: int = 0) -> tuple[int, int, int]:
+        """Tables of cosines and sines, for positions up to `last` at least: where they lie, and how long they are."""
+        if self._tables is None or self._places[2] <= last:
+            every = torch.arange(max(512, 1 << last.bit_length())).unsqueeze(0)
             cosine, sine = self._rotary(torch.empty(0), position_ids=every)
-            self._angles = cosine[0].contiguous(), sine[0].contiguous()
-        return self._angles
+            self._tables = cosine[0].contiguous(), sine[0].contiguous()  # (positions, head_dim) each
+            self._places = (self._tables[0].data_ptr(), self._tables[1].data_ptr(), every.numel())
+        return self._places
 
 
 def int64s(name: str, numbers: Sequence[int] | Tensor, count: int) -> tuple[Any, int]:

@@ -36,7 +36,6 @@ from haast.integrations import arguments
 from haast.integrations.model_lock import Loan, borrowed
 from haast.integrations.processors import for_rows, refuse_linked
 from haast.integrations.rows import Ends, RowChooser, Rows
-from haast.target.device_map import execution_device
 from haast.target.kv_cache import CACHE_NAMES
 from haast.target.support import own_model, refuse_unsupported
 from haast.target.target import Target
@@ -146,7 +145,7 @@ class Decoder:
 
     def _bind(self, target: Target, drafter: Drafter) -> None:
         self._target, self._drafter = target, drafter
-        self._built = _place(target.model)
+        self._built = (target.device, target.dtype)
 
     def __call__(
         self,
@@ -202,18 +201,12 @@ class Decoder:
                 f"this decoder was made for another model than the {type(model).__name__} that generate was called on: "
                 f"make a Decoder for this one"
             )
-        if self._built != (now := _place(model)):  # the target looks where its model is when a request begins
+        if self._built != (target.device, target.dtype):
             raise HeadMismatchError(
-                f"the model is on {now[0]} in {now[1]} now; its drafter was made for it on {self._built[0]} in "
-                f"{self._built[1]}: move the model first, then make the Decoder"
+                f"the model is on {target.device} in {target.dtype} now; its drafter was made for it on "
+                f"{self._built[0]} in {self._built[1]}: move the model first, then make the Decoder"
             )
         return target, drafter
-
-
-def _place(model: PreTrainedModel) -> tuple[torch.device | None, torch.dtype]:
-    """Where the model computes now, and in what dtype."""
-    embedding: torch.nn.Module = model.get_input_embeddings()
-    return execution_device(embedding), next(embedding.parameters()).dtype
 
 
 def _checked(

@@ -36,7 +36,7 @@ gpu: $(STAMP)
 	$(BIN)/python benchmarks/gpu.py
 
 readme: $(STAMP)
-	$(BIN)/python -m haast.bench.readme
+	$(BIN)/python benchmarks/readme.py
 	$(BIN)/haast report results/suite.json $(addprefix --trace ,$(sort $(wildcard results/trace-*.json))) --html docs/report.html
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard src/haast/native/*.cpp src/haast/native/*.h)

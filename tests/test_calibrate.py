@@ -16,7 +16,6 @@ from haast import native
 from haast.bench import replay
 from haast.bench.calibrate import calibrate, choose, search
 from haast.bench.calibration_report import draw, roofline_ms
-from haast.bench.forward_latency import BatchCosts
 from haast.bench.plan import MACHINES, Machine, parse_machine, project
 from haast.core import SamplingParams
 from haast.drafters.batch_policy import Way, way_for
@@ -156,7 +155,7 @@ def test_a_damaged_calibration_is_refused(found: Calibration, tmp_path: Path, ch
 
 def a_batch() -> Batch:
     """What eight rows draft where every node costs the same: made from the steps by hand."""
-    return choose(hand_made(8), 8, BatchCosts({1: 10.0, 8: 10.5}, 0.5, {1: 0.2, 8: 0.4}, 0.1))
+    return choose(hand_made(8), 8, replay.Costs({1: 10.0, 8: 10.5}, 0.5, {1: 0.2, 8: 0.4}, 0.1))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +200,7 @@ def test_what_a_batch_drafts_is_chosen_by_its_costs() -> None:
     cheap = a_batch()
     assert cheap.expected["speedup"] > 1 and DraftShape(**cheap.shape).nodes > 2
     assert cheap.expected["vanilla_tokens_per_s"] == pytest.approx(8 * 1e3 / 10.1)
-    dear = choose(hand_made(8), 8, BatchCosts({1: 10.0, 2: 40.0, 8: 160.0}, 0.5, {1: 0.2, 8: 0.4}, 0.1))
+    dear = choose(hand_made(8), 8, replay.Costs({1: 10.0, 2: 40.0, 8: 160.0}, 0.5, {1: 0.2, 8: 0.4}, 0.1))
     assert dear.shape == {} and dear.chosen_pace and dear.chosen_pace.rate == pytest.approx(1 / 10.1)
 
 
@@ -252,7 +251,7 @@ def test_a_replayed_shape_has_the_tau_of_a_real_run(target: Target, eagle: Eagle
             continue
     steps = replay.record(target, eagle, PROMPTS, 40)
     eagle.reshape(before)
-    costs = replay.StepCosts((1.0,) * 12, {4: 0.1}, 0.5)
+    costs = replay.Costs(dict.fromkeys(range(1, 13), 1.0), 0.5, {4: 0.1}, 0.0)
     outcome = replay.replay(replay.draft(steps, 4, 4), costs, 4, 12)
     assert 0 < len(steps) <= stats.target_forwards
     assert outcome.tau == pytest.approx(stats.tau, abs=0.3)  # the last steps of a text are left out
@@ -274,7 +273,7 @@ def hand_made(times: int = 1) -> replay.Recorded:
 
 def test_replay_by_hand() -> None:
     steps = hand_made()
-    costs = replay.StepCosts((10.0, 10.5, 11.0, 12.0, 13.0, 14.0), {1: 0.5, 2: 1.0}, 1.0)
+    costs = replay.Costs({1: 10.0, 2: 10.5, 3: 11.0, 4: 12.0, 5: 13.0, 6: 14.0}, 0.6, {1: 0.5, 2: 1.0}, 0.4)
     one = replay.replay(replay.draft(steps, 1, 1), costs, 1, 2)
     assert (one.tau, one.nodes, one.levels) == (1.5, 2, 0) and one.ms == 11.5
     wide = replay.replay(replay.draft(steps, 3, 2), costs, 2, 4)
@@ -286,9 +285,9 @@ def test_replay_by_hand() -> None:
 
 
 def test_the_search_finds_the_fastest_and_a_pace_only_helps() -> None:
-    costs = replay.StepCosts(tuple(10 + 0.2 * n for n in range(1, 33)), {1: 0.5, 8: 2.0}, 1.0)
+    costs = replay.Costs({n: 10 + 0.2 * n for n in range(1, 33)}, 0.7, {1: 0.5, 8: 2.0}, 0.3)
     shape, outcome, grid = search(hand_made(5), costs)
-    best = max(entry["tau"] / (1 + costs.forward_ms[int(entry["nodes"]) - 1]) for entry in grid if entry["nodes"] <= 32)
+    best = max(entry["tau"] / (1 + costs.forward_ms[int(entry["nodes"])]) for entry in grid if entry["nodes"] <= 32)
     assert outcome.rate <= best and outcome.tau > 1 and shape.depth >= 1
     assert len({(e["depth"], e["width"], e["nodes"]) for e in grid}) == len(grid)
 
@@ -320,7 +319,7 @@ def test_a_projection(found: Calibration) -> None:
 def test_a_head_that_is_never_right_gets_no_pace() -> None:
     levels = (replace(level, right=torch.zeros_like(level.right)) for level in hand_made().levels)
     wrong = replay.Recorded(tuple(levels))
-    costs = replay.StepCosts(tuple(10 + 0.2 * n for n in range(1, 33)), {1: 0.5, 8: 2.0}, 1.0)
+    costs = replay.Costs({n: 10 + 0.2 * n for n in range(1, 33)}, 0.7, {1: 0.5, 8: 2.0}, 0.3)
     shape, outcome, _ = search(wrong, costs)
     assert outcome.pace is None and outcome.tau == 1.0 and (shape.depth, shape.nodes) == (1, 2)
 

@@ -103,7 +103,7 @@ QUICK = ("vanilla", "eagle", "small-model")
 )
 def test_nothing_is_as_large_as_the_prompt_squared(name: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What grows fastest is scores of a chunk over the prompt: heads * chunk * positions."""
-    monkeypatch.setattr("haast.target.target._MOST_TOKENS", 1024)  # the KV pool is one tensor, whatever it holds
+    monkeypatch.setattr("haast.target.kv_budget._MOST_TOKENS", 1024)  # the KV pool is one tensor, whatever it holds
     if path == "native" and not native.available():
         pytest.skip(native.why_not())
     found = []

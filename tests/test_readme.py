@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+from readme import render
 from typer.testing import CliRunner
 
-from haast.bench.readme import render
 from haast.bench.tables import markdown
 from haast.cli import app
 

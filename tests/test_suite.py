@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from readme import render
 from safetensors.torch import load_file, save_file
 from test_bench import config
 from test_cli import tiny_tokenizer
@@ -27,7 +28,6 @@ from haast.bench.bootstrap import Bootstrap, rates, ratio
 from haast.bench.decoders import DecoderRun, EngineDecoder
 from haast.bench.document import FORMAT, merged
 from haast.bench.journal import Journal, differing
-from haast.bench.readme import render
 from haast.bench.runner import Answer, BenchPrompt, Difference, Record, Turn, differences, order
 from haast.bench.tables import suite_markdown
 from haast.cli import app
@@ -371,7 +371,7 @@ def test_a_damaged_or_foreign_journal_is_left_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     with Journal(path, {"rounds": 1}, False) as journal:
         for place in range(3):
-            journal.add(_answer(place))
+            journal.keep(_answer(place))
     lines = path.read_text().splitlines(keepends=True)
     for damage, named in (
         ([lines[0], "x\n", lines[2]], "line 2"),
@@ -389,7 +389,7 @@ def test_a_journal_that_was_killed_within_its_header_begins_anew(tmp_path: Path)
     path = tmp_path / "journal.jsonl"
     path.write_text('{"format": "haast-suite-journal-1", "rou')
     with Journal(path, {"rounds": 1}, True) as journal:
-        journal.add(_answer(0))
+        journal.keep(_answer(0))
     with Journal(path, {"rounds": 1}, True) as journal:
         assert list(journal.answers.values()) == [_answer(0)]
 

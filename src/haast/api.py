@@ -23,9 +23,10 @@ from haast.integrations.arguments import check_model
 from haast.integrations.decoder import Decoder
 from haast.stats import Stats
 from haast.target.device_map import Spread, execution_device
+from haast.target.kv_budget import KVBudget
 from haast.target.load import DEFAULT_MODEL, check_compile, end_tokens, load_target
 from haast.target.support import own_model
-from haast.target.target import Target, check_pool
+from haast.target.target import Target
 from haast.text import StopWatch, TextStream, checked_stops
 
 __all__ = ["Generation", "Haast", "Piece", "Prompt", "find_head"]
@@ -97,14 +98,14 @@ class Haast:
                 stays on a loaded model.
             kv_tokens, kv_bytes: memory for the keys and values of all requests together, as one or the other; a
                 quarter of what is free if neither is given. Requests wait for room.
-            kv_dtype: "auto", "float16" or "bfloat16", see `Target.use_pool`.
+            kv_dtype: "auto", "float16" or "bfloat16", see `haast.target.kv_budget.KVBudget`.
             max_batch: requests that run at once; others wait.
             max_waiting: requests that may wait beside `max_batch`, further ones are refused; None is any number.
 
         Raises:
             ValueError: a setting, model or head is not usable; the message says what to do.
         """
-        check_pool(kv_tokens, kv_bytes, kv_dtype=kv_dtype)
+        KVBudget(kv_tokens, kv_bytes, kv_dtype=kv_dtype)
         check_limits(max_batch, max_waiting)
         wanted = drafter if isinstance(drafter, str) else "none"
         # A wrong name and a broken head are told before the model loads.

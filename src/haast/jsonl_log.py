@@ -18,13 +18,13 @@ class JsonlLog:
 
     Args:
         path: created where missing.
-        begins: what every line begins with. Only a last line that begins so may be cut off as torn.
+        begins: what lines begin with. Only a last line that begins so, or that is zeros, may be cut off as torn.
 
     Raises:
         ValueError: on entering, another run writes to the file, or a line is no JSON object.
     """
 
-    def __init__(self, path: Path, begins: bytes) -> None:
+    def __init__(self, path: Path, *begins: bytes) -> None:
         self.path, self._begins = path, begins
         self._file: IO[bytes] | None = None
         self.values: list[dict[str, Any]] = []
@@ -33,7 +33,7 @@ class JsonlLog:
         self._file = self.path.open("ab", buffering=0)
         try:
             _lock(self._file, self.path)
-            self.values = mended(self.path, self._begins)
+            self.values = mended(self.path, *self._begins)
             self.check()
         except ValueError:
             self._file.close()
@@ -66,17 +66,18 @@ def append(file: IO[bytes], value: dict[str, Any], path: Path) -> None:
         ) from error
 
 
-def mended(path: Path, begins: bytes) -> list[dict[str, Any]]:
+def mended(path: Path, *begins: bytes) -> list[dict[str, Any]]:
     """The values of an interrupted run's log, whose torn last line is cut off the file.
 
-    Only what a kill leaves is cut: a tail without its newline that begins as a line does.
+    Only what a kill or a power cut leaves is cut: a tail without its newline that begins as a line does, or zeros.
 
     Raises:
         ValueError: a line is no JSON object (the message has its number); the file is left as it is.
     """
     content, kept, values = path.read_bytes(), 0, []
     for number, line in enumerate(content.splitlines(keepends=True), start=1):
-        if not line.endswith(b"\n") and begins.startswith(line[: len(begins)]):
+        torn = not line.endswith(b"\n") and any(each.startswith(line[: len(each)]) for each in begins)
+        if torn or (number > 1 and not content[kept:].strip(b"\0\n")):
             break
         try:
             value = json.loads(line)

@@ -6,13 +6,13 @@ over rounds per prompt, counts are the first round's, and a decoded token is eve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import permutations
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import permutations, zip_longest
 from statistics import median
 from typing import Any
 
 from haast.bench.bootstrap import Bootstrap, rates, ratio
-from haast.bench.runner import BenchPrompt, Difference, Record, Records
+from haast.bench.runner import BenchPrompt, Record, Records
 from haast.repetition import loop_share, loops
 
 Row = dict[str, Any]
@@ -40,24 +40,19 @@ def build_rows(records: Records, prompts: Sequence[BenchPrompt]) -> list[Row]:
 
 def _row_of(name: str, record: Record) -> Row:
     """What of one answer a row is made of, beside its answer."""
-    stats, parts = record.runs[0].stats, ("ms_draft", "ms_verify", "ms_overhead")
+    stats = record.runs[0].stats
     row: Row = {"decoder": name, "peak_rss_mb": record.peak_rss_mb, "tokens": len(record.tokens), "prompts": 1}
     row["decoded_tokens"] = record.decoded
     if stats is None:  # outside the engine
         return row | {"tau": None, "target_forwards": None} | {key: [] for key in (*_BY_DEPTH, "reached_by_depth")}
     steps = max(stats.target_forwards, 1)
-    counts = ("tau", *_BY_DEPTH, "reached_by_depth", "by_length", "target_forwards")
-    return {
-        **row,
-        **{key: getattr(stats, key) for key in counts},
-        **{part: record.ms_part(part) / steps for part in parts},
-        "nodes_per_forward": stats.nodes / steps,
-    }
+    row |= {key: getattr(stats, key) for key in ("tau", *_BY_DEPTH, "reached_by_depth", "by_length", "target_forwards")}
+    row |= {key: record.ms_part(key) / steps for key in _PER_STEP if key.startswith("ms_")}
+    return row | {"nodes_per_forward": stats.nodes / steps}
 
 
 def describe_answer(cell: Mapping[str, Any], prompt: BenchPrompt, decoder: str, record: Record) -> Row:
     """What one decoder did with one prompt; `cell` has its suite and temperature."""
-    stats = record.runs[0].stats
     return {
         "suite": cell.get("suite"),
         "id": prompt.id,
@@ -65,11 +60,8 @@ def describe_answer(cell: Mapping[str, Any], prompt: BenchPrompt, decoder: str, 
         "temperature": cell.get("temperature"),
         "decoder": decoder,
         "tokens": len(record.tokens),
-        "ms_decode": [run.ms_decode for run in record.runs],
-        "ms_prefill": [run.ms_prefill for run in record.runs],
-        "target_forwards": None if stats is None else stats.target_forwards,
-        "tau": None if stats is None else stats.tau,
-        "nodes": None if stats is None else stats.nodes,
+        **{key: [getattr(run, key) for run in record.runs] for key in ("ms_decode", "ms_prefill")},
+        **{key: getattr(record.runs[0].stats, key, None) for key in ("target_forwards", "tau", "nodes")},
         "looping": loops(record.tokens),
     }
 
@@ -86,23 +78,6 @@ def per_prompt(records: Records, prompts: Sequence[BenchPrompt]) -> list[Row]:
             one[name] = {"tokens": len(tokens), "tokens_per_s": speed, "tau": tau, "loop_share": loop_share(tokens)}
         listed.append(one)
     return listed
-
-
-def describe_differences(found: Sequence[Difference]) -> list[Row]:
-    """Differences as JSON; `kind` is tie, bug, or precision (another arithmetic: reported, not judged)."""
-    return [
-        {
-            **{key: getattr(each, key) for key in ("prompt", "decoder", "reference", "index")},
-            "kind": "precision" if each.verdict is None else each.verdict.kind,
-            "gap": None if each.verdict is None else each.verdict.gap,
-        }
-        for each in found
-    ]
-
-
-def bugs(document: Row) -> int:
-    """Texts that differ, and not by rounding."""
-    return sum(each["kind"] == "bug" for each in document["differences"])
 
 
 def rate(tokens: int, ms: float) -> float:
@@ -174,9 +149,8 @@ def spread(answers: Sequence[Row]) -> dict[str, float]:
 def pooled(parts: Sequence[Row], answers: Sequence[Row]) -> Row:
     """One decoder's row over several suites, from its rows of each and its answers: as `build_rows` has it."""
     engine = parts[0]["tau"] is not None
-    steps = sum(part["target_forwards"] for part in parts) if engine else None
-    names = {answer["category"] for answer in answers if answer["category"]}
-    categories = {name: [a for a in answers if a["category"] == name] for name in sorted(names)}
+    names = sorted({answer["category"] for answer in answers if answer["category"]})
+    categories = {name: [a for a in answers if a["category"] == name] for name in names}
     straight = [answer for answer in answers if not answer["looping"]]
     whole = sum(median(map(sum, zip(a["ms_prefill"], a["ms_decode"], strict=True))) for a in answers)
     return {
@@ -188,36 +162,32 @@ def pooled(parts: Sequence[Row], answers: Sequence[Row]) -> Row:
         "looping_outputs": len(answers) - len(straight),
         "tau_by_category": {name: _tau(own) for name, own in categories.items()} if engine else {},
         **{key: _by_depth(parts, key) for key in _BY_DEPTH},
-        "reached_by_depth": _reached(parts),
+        "reached_by_depth": [sum(own) for own in zip_longest(*(p["reached_by_depth"] for p in parts), fillvalue=0)],
         "by_length": _by_length(parts),
-        **{key: _per_step(parts, key) if steps is not None else None for key in _PER_STEP},
+        **{key: _mean((p[key], p["target_forwards"]) for p in parts) if engine else None for key in _PER_STEP},
         "peak_rss_mb": max(part["peak_rss_mb"] for part in parts),
         **{key: sum(part[key] for part in parts) for key in ("tokens", "decoded_tokens", "prompts")},
-        "target_forwards": steps,
+        "target_forwards": sum(part["target_forwards"] for part in parts) if engine else None,
     }
 
 
+def _mean(values: Iterable[tuple[float, float]]) -> float:
+    """Of (value, weight); 0 without any weight."""
+    pairs = list(values)
+    whole = sum(weight for _, weight in pairs)
+    return float(sum(value * weight for value, weight in pairs) / whole) if whole else 0.0
+
+
 def _tau(answers: Sequence[Row]) -> float:
-    steps = sum(answer["target_forwards"] for answer in answers)
-    return float(sum(answer["tau"] * answer["target_forwards"] for answer in answers) / steps) if steps else 0.0
-
-
-def _per_step(parts: Sequence[Row], key: str) -> float:
-    steps = sum(part["target_forwards"] for part in parts)
-    return float(sum(part[key] * part["target_forwards"] for part in parts) / max(steps, 1))
-
-
-def _reached(parts: Sequence[Row]) -> list[int]:
-    deepest = max(len(part["reached_by_depth"]) for part in parts)
-    return [sum(sum(part["reached_by_depth"][depth : depth + 1]) for part in parts) for depth in range(deepest)]
+    return _mean((answer["tau"], answer["target_forwards"]) for answer in answers)
 
 
 def _by_depth(parts: Sequence[Row], key: str) -> list[float]:
-    found = []
-    for depth, steps in enumerate(_reached(parts)):
-        deep = [part for part in parts if depth < len(part[key])]
-        found.append(sum(part[key][depth] * part["reached_by_depth"][depth] for part in deep) / max(steps, 1))
-    return found
+    found: list[list[tuple[float, float]]] = [[] for _ in range(max(len(part[key]) for part in parts))]
+    for part in parts:
+        for own, pair in zip(found, zip(part[key], part["reached_by_depth"], strict=True), strict=False):
+            own.append(pair)
+    return [_mean(own) for own in found]
 
 
 def _by_length(parts: Sequence[Row]) -> list[Row]:
@@ -226,18 +196,15 @@ def _by_length(parts: Sequence[Row]) -> list[Row]:
     for part in parts:
         for each in part.get("by_length", ()):
             buckets.setdefault(each["begin"], []).append(each)
-    return [_together(own) for _, own in sorted(buckets.items())]
-
-
-def _together(own: Sequence[Row]) -> Row:
-    steps, drafted = (sum(each[key] for each in own) for key in ("target_forwards", "drafted"))
-    return {
-        **own[0],
-        "target_forwards": steps,
-        "drafted": drafted,
-        "tau": sum(each["tau"] * each["target_forwards"] for each in own) / steps,
-        "acceptance": sum(each["acceptance"] * each["drafted"] for each in own) / max(drafted, 1),
-    }
+    return [
+        {
+            **own[0],
+            **{key: sum(each[key] for each in own) for key in ("target_forwards", "drafted")},
+            "tau": _mean((each["tau"], each["target_forwards"]) for each in own),
+            "acceptance": _mean((each["acceptance"], each["drafted"]) for each in own),
+        }
+        for _, own in sorted(buckets.items())
+    ]
 
 
 def _ratios(document: Row, groups: Group) -> Iterator[Row]:

@@ -51,10 +51,8 @@ def rates(tokens: Sequence[int], ms: Sequence[float], draws: NDArray[np.int64]) 
         ms: per prompt.
         draws: prompt numbers (samples, prompts).
     """
-    counts, times = np.asarray(tokens, dtype=np.float64)[draws].sum(1), np.asarray(ms, dtype=np.float64)[draws].sum(1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found: NDArray[np.float64] = 1e3 * counts / times
-    return found
+    counts, times = (np.asarray(values, dtype=np.float64)[draws].sum(1) for values in (tokens, ms))
+    return ratio(1e3 * counts, times)
 
 
 def ratio(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> NDArray[np.float64]:

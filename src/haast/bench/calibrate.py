@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from haast import native
 from haast.bench import replay
-from haast.bench.forward_latency import BatchCosts, forward_costs, live_costs, measure_batches, measure_v_curve
+from haast.bench.forward_latency import forward_costs, live_costs, measure_batches, measure_v_curve
 from haast.bench.report import git_commit, versions
 from haast.drafters.calibrated import identity, weights_read
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.tree_shape import DraftShape
 from haast.target.target import Target
 from haast.tuning.calibration import Batch, Calibration
-from haast.tuning.policy import CostModel
 
 NODES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 18, 24, 32)
 WIDTHS = (1, 3, 8)
@@ -54,9 +53,8 @@ def calibrate(
         say("target forwards over 1 to 32 nodes")
         curve = measure_v_curve(target, None, rounds, NODES)
         say("draft levels, while decoding")
-        alone = BatchCosts(
-            forward_costs(curve), *live_costs(target, drafter, [[prompt] for prompt in prompts[:2]], WIDTHS)
-        )
+        live = live_costs(target, drafter, [[prompt] for prompt in prompts[:2]], WIDTHS)
+        alone = replay.Costs(forward_costs(curve), *live)
         say("batches of 2 and more")
         together = measure_batches(target, drafter, prompts, rounds)
         say(f"drafts over {len(prompts)} prompts")
@@ -65,8 +63,8 @@ def calibrate(
     if not len(steps):
         raise ValueError(f"the texts are too short to learn from: give longer prompts, or more than {tokens} tokens")
     say(f"replaying {len(steps)} steps under other shapes")
-    shape, outcome, grid = search(steps, alone.step_costs())
-    pays = outcome.rate > _LEAST_GAIN * alone.vanilla_rate
+    shape, outcome, grid = search(steps, alone)
+    pays = _pays(outcome, alone)
     weight_bytes, parameters = weights_read(target)
     roofline = target.device.type == "cpu" and native.available()
     # What a forward has reached is possible: a probe that ran while something else did must not say otherwise.
@@ -89,25 +87,24 @@ def calibrate(
     )
 
 
-def choose(steps: replay.Recorded, rows: int, found: BatchCosts) -> Batch:
+def choose(steps: replay.Recorded, rows: int, costs: replay.Costs) -> Batch:
     """What to draft where so many rows are decoded together."""
-    costs = found.step_costs()
     shape, outcome, _ = search(steps, costs, rows, range(1, 5))
-    vanilla = found.vanilla_rate
-    pays = outcome.rate > _LEAST_GAIN * vanilla
-    least_level = min(found.level_ms.values())
-    pace = (outcome.pace if pays else None) or CostModel(
-        costs.forward_ms, least_level, outcome.rate if pays else vanilla
-    )
-    return Batch(
-        **asdict(found),
-        shape=asdict(shape) if pays else {},
-        pace=asdict(pace),
-        expected=_expected(outcome, found, rows),
-    )
+    pays = _pays(outcome, costs)
+    pace = outcome.pace if pays else None
+    if pace is None:
+        pace = costs.pace(
+            min(costs.level_ms, key=lambda w: costs.level_ms[w]), outcome.rate if pays else costs.vanilla_rate
+        )
+    expected = _expected(outcome, costs, rows)
+    return Batch(**asdict(costs), shape=asdict(shape) if pays else {}, pace=asdict(pace), expected=expected)
 
 
-def _expected(outcome: replay.Outcome, costs: BatchCosts, rows: int = 1) -> dict[str, float]:
+def _pays(outcome: replay.Outcome, costs: replay.Costs) -> bool:
+    return outcome.rate > _LEAST_GAIN * costs.vanilla_rate
+
+
+def _expected(outcome: replay.Outcome, costs: replay.Costs, rows: int = 1) -> dict[str, float]:
     """What drafting is expected to bring, all rows together."""
     return {
         "tau": outcome.tau,
@@ -118,27 +115,24 @@ def _expected(outcome: replay.Outcome, costs: BatchCosts, rows: int = 1) -> dict
 
 
 def search(
-    steps: replay.Recorded, costs: replay.StepCosts, rows: int = 1, depths: Sequence[int] = DEPTHS
+    steps: replay.Recorded, costs: replay.Costs, rows: int = 1, depths: Sequence[int] = DEPTHS
 ) -> tuple[DraftShape, replay.Outcome, list[dict[str, float]]]:
-    """The shape with the most tokens per ms on the recorded steps, what it brings, and tau of all shapes tried."""
-    most = len(costs.forward_ms)
-    free = replace(costs, forward_ms=(1.0,) * max(BUDGETS))  # for tau alone, beyond what was timed
+    """The shape with the most tokens per ms on the recorded steps, what it brings, and tau of all shapes tried.
+
+    Larger trees than were timed are tried for their tau alone, which projections need.
+    """
     found, grid = [], list[dict[str, float]]()
     for depth in depths:
         for width in (1, 2, 3, 4, 6, 8) if depth > 1 else (1,):
-            drafted = replay.draft(steps, depth, width, rows=rows)
-            outcomes = {n: replay.replay(drafted, costs if n <= most else free, width, n) for n in BUDGETS}
+            drafted = replay.draft(steps, depth, width)
+            outcomes = {n: replay.replay(drafted, costs, width, n) for n in BUDGETS}
             grid += [{"depth": depth, "width": width, "nodes": n, "tau": o.tau} for n, o in outcomes.items()]
-            best = max((o for n, o in outcomes.items() if n <= most), key=lambda o: o.rate)
-            found.append((best.rate, depth, width, best))
-    found.sort(key=lambda each: -each[0])
-    trusted, followed = replay.trust(steps, 8), replay.follow(steps)
-    finals = [(start, depth, width) for _, depth, width, start in found[:4]]
-    if trusted and followed:  # else the head was never right, and there is nothing to pace by
-        known = (trusted, followed, rows)
-        finals = [(replay.paced(steps, costs, d, w, start, *known), d, w) for start, d, w in finals]
+            best = max((o for n, o in outcomes.items() if n <= costs.most), key=lambda o: o.rate)
+            found.append((best, depth, width))
+    found.sort(key=lambda each: -each[0].rate)
+    finals = [(replay.paced(steps, costs, d, w, start, rows), d, w) for start, d, w in found[:4]]
     outcome, depth, width = max(finals, key=lambda each: each[0].rate)
-    nodes = most if outcome.pace is not None else max(round(outcome.nodes), 2)
+    nodes = costs.most if outcome.pace is not None else max(round(outcome.nodes), 2)
     return DraftShape("dynamic", depth, _RECORDED.top_k, width, nodes), outcome, grid
 
 

@@ -1,15 +1,13 @@
-"""A calibration for people: costs beside the roofline, in the terminal and as a picture. Owns the drawing alone."""
+"""A calibration for people: costs beside the roofline, as text and as a picture. Owns the drawing alone."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from haast.bench.plan import Row
+from haast.bench.tables import text
 from haast.tuning.calibration import Calibration
-
-_BARS = 40
 
 
 def roofline_ms(found: Calibration, nodes: int) -> float | None:
@@ -19,39 +17,15 @@ def roofline_ms(found: Calibration, nodes: int) -> float | None:
     return 1e3 * max(found.weight_bytes / found.bandwidth, 2 * found.parameters * nodes / found.peak)
 
 
-def show(found: Calibration, console: Console) -> None:
+def calibration_text(found: Calibration) -> str:
     """Costs as bars, and what was chosen."""
-    table = Table(title="one target forward", title_justify="left", box=None)
-    for column in ("nodes", "ms", "v(n)", "roofline ms", ""):
-        table.add_column(column, justify="left" if not column else "right")
-    longest = max(found.forward_ms.values())
-    for nodes, ms in sorted(found.forward_ms.items()):
-        least = roofline_ms(found, nodes)
-        bar = "█" * max(round(_BARS * ms / longest), 1)
-        table.add_row(str(nodes), f"{ms:.2f}", f"{found.v(nodes):.2f}", "" if least is None else f"{least:.2f}", bar)
-    console.print(table)
-    one = found.forward_ms[1]
-    if found.bandwidth is not None and found.peak is not None:
-        console.print(
-            f"this machine reads {found.bandwidth / 1e9:.1f} GB/s and does {found.peak / 1e9:.0f} GFLOP/s (fp32); the "
-            f"linear layers hold {found.weight_bytes / 1e6:.0f} MB"
-        )
-    levels = ", ".join(f"{ms:.2f} ({ms / one:.3f}) at width {w}" for w, ms in sorted(found.level_ms.items()))
-    console.print(
-        f"first draft level {found.first_ms:.2f} ms ({found.first_ms / one:.3f} of a forward); each more {levels}"
-    )
-    console.print(f"bookkeeping {found.overhead_ms:.2f} ms a step ({found.overhead_ms / one:.3f})")
-    expected = found.expected
-    if not found.pays:
-        console.print("drafting does not pay here: vanilla decoding is chosen")
-        return
-    shape = found.shape
-    size = "as many nodes as pay" if found.pace is not None else f"{shape['nodes']} nodes"
-    speed = f"{expected['speedup']:.2f}x vanilla, {expected['tokens_per_s']:.0f} tokens/s"
-    console.print(
-        f"chosen: depth {shape['depth']}, width {shape['width']}, {size} ({expected['nodes']:.1f} on average)\n"
-        f"expected: tau {expected['tau']:.2f}, {speed} (replayed on {found.measured['steps']} recorded steps)"
-    )
+    one, longest = found.forward_ms[1], max(found.forward_ms.values())
+    return text("calibration.txt", {"roofline": roofline_ms}, found=found, one=one, longest=longest)
+
+
+def plan_text(found: Calibration, rows: Sequence[Row]) -> str:
+    """Projections, labelled as such."""
+    return text("plan.txt", found=found, rows=rows)
 
 
 def draw(found: Calibration, path: Path) -> None:

@@ -54,7 +54,7 @@ def charts(document: Document, main: Sequence[Document]) -> dict[str, Chart]:
         for row in drafted
     ]
     depths = range(1, 1 + max((len(row["acceptance_by_depth"]) for row in main), default=0))
-    lines = _lines(document, main, lambda row: list(enumerate(row["acceptance_by_depth"])), [*map(str, depths)])
+    lines = _lines(document, main, lambda row: dict(enumerate(row["acceptance_by_depth"])), [*map(str, depths)])
     found = {"speedup": _dots(document, ratios), "tau": _dots(document, taus), "acceptance": Chart(lines, Axis(1.0))}
     if len(length_buckets(main)) > 1:
         found["lengths"] = _lengths(document, [row for row in main if row["decoder"] != "vanilla"])
@@ -64,63 +64,50 @@ def charts(document: Document, main: Sequence[Document]) -> dict[str, Chart]:
     return found
 
 
+def _decoder(document: Document, name: str) -> dict[str, Any]:
+    """How a decoder is told apart."""
+    colour = list(document["decoders"]).index(name) % _COLOURS
+    return {"label": named(document, name), "colour": colour, "lossy": document["decoders"][name]["lossy"]}
+
+
 def _dots(document: Document, marks: Sequence[Document]) -> Chart:
     """A panel per suite; a mark (value, low, high, also) per decoder and temperature, named at a decoder's first."""
     order, temps, suites = list(document["decoders"]), sorted(document["temperatures"]), panels(document)
     shown = []
     for suite in suites:
+        lines = list[dict[str, Any]]()
         own = [mark for mark in marks if mark["suite"] == suite]
-        own.sort(key=lambda mark: (order.index(mark["decoder"]), mark["temperature"]))
-        decoders = [mark["decoder"] for mark in own]
-        lines = [
-            {
-                **mark,
-                "label": named(document, decoder) if place == decoders.index(decoder) else "",
-                "lossy": document["decoders"][decoder]["lossy"],
-                "colour": temps.index(mark["temperature"]),
-            }
-            for place, (mark, decoder) in enumerate(zip(own, decoders, strict=True))
-        ]
+        for mark in sorted(own, key=lambda mark: (order.index(mark["decoder"]), mark["temperature"])):
+            line = {**mark, **_decoder(document, mark["decoder"]), "colour": temps.index(mark["temperature"])}
+            if lines and lines[-1]["decoder"] == mark["decoder"]:
+                line["label"] = ""
+            lines.append(line)
         name = "all prompts" if suite == "all" else suite.replace("_", " ")
         shown.append({"name": name if len(suites) > 1 else "", "marks": lines})
     return Chart(shown, Axis(max((max(mark["high"], mark["also"] or 0) for mark in marks), default=1.0)))
 
 
-def _by_temperature(
-    document: Document, rows: Sequence[Document], panel: Callable[[list[Document]], dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """A panel per temperature, named where there are several."""
+def _by_temperature(document: Document, rows: Sequence[Document]) -> list[tuple[str, list[Document]]]:
+    """The name of a panel, which is empty where there is only one, and its rows."""
     temps = sorted(document["temperatures"])
-    return [
-        {"name": f"temperature {temperature:g}" if len(temps) > 1 else ""}
-        | panel([row for row in rows if row["temperature"] == temperature])
-        for temperature in temps
-    ]
+    names = [f"temperature {temperature:g}" if len(temps) > 1 else "" for temperature in temps]
+    return [(name, [r for r in rows if r["temperature"] == t]) for name, t in zip(names, temps, strict=True)]
 
 
 def _lines(
-    document: Document,
-    rows: Sequence[Document],
-    points: Callable[[Document], list[tuple[int, float]]],
-    places: Sequence[str],
+    document: Document, rows: Sequence[Document], points: Callable[[Document], dict[int, float]], places: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """A line per decoder through its points (number of the place, value)."""
-    order, gap = list(document["decoders"]), 1 / max(len(places) - 1, 1)
-
-    def panel(own: list[Document]) -> dict[str, Any]:
+    """A line per decoder through its points (number of the place -> value)."""
+    gap = 1 / max(len(places) - 1, 1)
+    ticks = [(number * gap, words) for number, words in enumerate(places)]
+    shown = []
+    for name, own in _by_temperature(document, rows):
         lines = [
-            {
-                "label": named(document, row["decoder"]),
-                "colour": order.index(row["decoder"]) % _COLOURS,
-                "dashed": document["decoders"][row["decoder"]]["lossy"],
-                "points": [(number * gap, value) for number, value in points(row)],
-            }
+            {**_decoder(document, row["decoder"]), "points": [(at * gap, value) for at, value in points(row).items()]}
             for row in own
-            if points(row)
         ]
-        return {"places": [(number * gap, words) for number, words in enumerate(places)], "lines": lines}
-
-    return _by_temperature(document, rows, panel)
+        shown.append({"name": name, "places": ticks, "lines": [line for line in lines if line["points"]]})
+    return shown
 
 
 def _lengths(document: Document, rows: Sequence[Document]) -> Chart:
@@ -128,30 +115,24 @@ def _lengths(document: Document, rows: Sequence[Document]) -> Chart:
     buckets = length_buckets(rows)
     place = {begin: number for number, (begin, _) in enumerate(buckets)}
 
-    def points(row: Document) -> list[tuple[int, float]]:
-        return [(place[each["begin"]], each["tau"]) for each in row.get("by_length", ())]
+    def points(row: Document) -> dict[int, float]:
+        return {place[each["begin"]]: each["tau"] for each in row.get("by_length", ())}
 
-    most = max((tau for row in rows for _, tau in points(row)), default=1.0)
+    most = max((tau for row in rows for tau in points(row).values()), default=1.0)
     return Chart(_lines(document, rows, points, [f"{end - 1:g}" for _, end in buckets]), Axis(most))
 
 
 def _milliseconds(document: Document, rows: Sequence[Document]) -> Chart:
     """A step's time by part, stacked."""
-    sums = {id(row): sum(row[part] for part in _PARTS) for row in rows}
-
-    def panel(own: list[Document]) -> dict[str, Any]:
-        return {
-            "bars": [
-                {
-                    "label": named(document, row["decoder"]),
-                    "words": f"{sums[id(row)]:.1f}",
-                    "parts": [(colour, row[part]) for part, colour in _PARTS.items()],
-                }
-                for row in own
-            ]
-        }
-
-    return Chart(_by_temperature(document, rows, panel), Axis(max(sums.values(), default=1.0)))
+    shown, most = list[dict[str, Any]](), 0.0
+    for name, own in _by_temperature(document, rows):
+        bars = []
+        for row in own:
+            whole = sum(row[part] for part in _PARTS)
+            most, parts = max(most, whole), [(colour, row[part]) for part, colour in _PARTS.items()]
+            bars.append({"label": named(document, row["decoder"]), "words": f"{whole:.1f}", "parts": parts})
+        shown.append({"name": name, "bars": bars})
+    return Chart(shown, Axis(most or 1.0))
 
 
 def _nodes(document: Document) -> Chart:
@@ -165,9 +146,10 @@ def _nodes(document: Document) -> Chart:
     if (expected := document["calibration"].get("expected")) is not None:
         budgets.setdefault(round(expected["nodes"], 1), []).append("calibration\u2019s choice")
     most = max(costs)
-    curve = [(n / most, cost) for n, cost in costs.items()]
     rings = [
         (min(n / most, 1.0), interpolate(costs, min(n, most)), own, f"{n:g}") for n, own in sorted(budgets.items())
     ]
-    lines = [{"label": "v(n)", "colour": 0, "dashed": False, "points": curve}]
-    return Chart([{"name": "", "places": Axis(most).ticks, "lines": lines, "rings": rings}], Axis(max(costs.values())))
+    curve = {"label": "v(n)", "colour": 0, "lossy": False, "points": [(n / most, cost) for n, cost in costs.items()]}
+    return Chart(
+        [{"name": "", "places": Axis(most).ticks, "lines": [curve], "rings": rings}], Axis(max(costs.values()))
+    )

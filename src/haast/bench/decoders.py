@@ -51,8 +51,6 @@ class Decoder(ABC):
     """One decoder."""
 
     name: str
-    lossy: bool = False  # whether it may follow another distribution than the target's
-    own_text: bool = False  # its text is not bound to vanilla's for the same seed, so a difference says nothing
 
     @abstractmethod
     def run(self, prompt: Sequence[int], max_new_tokens: int) -> DecoderRun:
@@ -72,11 +70,9 @@ class EngineDecoder(Decoder):
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         """`name` is of `KNOWN` and says the acceptance rule; None is the drafter's own, with sample-and-match."""
-        rule = rule_named(rule_of(name or drafter.name))
         self.name, self.nodes = name or drafter.name, drafter.nodes
-        self.lossy = rule is not None and rule.lossy
-        self.own_text = rule is not None and sampling.temperature > 0
-        self._engine, self._sampling, self._eos = Engine(target, drafter, rule, prefill_chunk), sampling, tuple(eos)
+        self._engine = Engine(target, drafter, rule_named(rule_of(self.name)), prefill_chunk)
+        self._sampling, self._eos = sampling, tuple(eos)
 
     def run(self, prompt: Sequence[int], max_new_tokens: int) -> DecoderRun:
         stats, tokens = Stats(), list[int]()
@@ -132,45 +128,56 @@ class _FirstToken(BaseStreamer):
         return
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What decoders draft with that have a head or a model of their own, and how EAGLE is to draft."""
+
+    eagle: EagleDrafter | None = None
+    medusa: MedusaDrafter | None = None
+    small: Target | None = None
+    shaped: bool = False  # whether EAGLE's shape was asked for, and is to be drafted as it is
+    calibration: str | Path = "auto"  # of EAGLE's drafts, see `make_drafter`
+
+
 def drafter_for(
-    name: str,
-    target: Target,
-    eagle: EagleDrafter | None = None,
-    small: Target | None = None,
-    medusa: MedusaDrafter | None = None,
-    sampling: SamplingParams | None = None,
-    *,
-    shaped: bool = False,
-    calibration: str | Path = "auto",
+    name: str, target: Target, parts: Parts | None = None, sampling: SamplingParams | None = None
 ) -> Drafter:
     """The drafter of an engine decoder. EAGLE drafts what pays, as users get it; others what they can.
 
     Args:
         name: one of `KNOWN`, not hf.
         target: what it drafts for.
-        eagle: the drafter with a head, for those that need one.
-        small: the model that drafts for "small-model".
-        medusa: drafts for "medusa".
+        parts: with those that `name` needs.
         sampling: the distribution, where drafts are drawn.
-        shaped: whether EAGLE's shape was asked for, and is to be drafted as it is.
-        calibration: of EAGLE's drafts, see `make_drafter`.
     """
-    base = base_of(name)
+    base, parts = base_of(name), parts or Parts()
     if base in HEADED:
-        assert eagle is not None, "checked with the names"
-        return make_drafter(base, target, eagle, shape=eagle.shape if shaped else None, calibration=calibration)
+        assert parts.eagle is not None, "checked with the names"
+        shape = parts.eagle.shape if parts.shaped else None
+        return make_drafter(base, target, parts.eagle, shape=shape, calibration=parts.calibration)
     drawn = sampling if name in RULED else None
-    return make_drafter(base, target, medusa, small=small, calibration="off", sampling=drawn)
+    return make_drafter(base, target, parts.medusa, small=parts.small, calibration="off", sampling=drawn)
 
 
 def base_of(name: str) -> str:
     """The decoder whose drafts a decoder judges: itself, but for those in `RULED`."""
-    return RULED[name][0] if name in RULED else name
+    return RULED.get(name, (name, ""))[0]
 
 
 def rule_of(name: str) -> str:
     """The acceptance rule of a decoder."""
-    return RULED[name][1] if name in RULED else "match"
+    return RULED.get(name, ("", "match"))[1]
+
+
+def lossy(name: str) -> bool:
+    """Whether a decoder may follow another distribution than the target's."""
+    rule = rule_named(rule_of(name))
+    return rule is not None and rule.lossy
+
+
+def own_text(name: str, temperature: float) -> bool:
+    """Whether a decoder's text is not bound to vanilla's for the same seed, so that a difference says nothing."""
+    return rule_of(name) != "match" and temperature > 0
 
 
 def check_decoders(
@@ -193,10 +200,9 @@ def check_decoders(
     if headless and not head:
         raise ValueError(f"decoder {headless[0]!r} needs a head: give --head, or leave it out of --decoders")
     bases = {base_of(name) for name in chosen}
-    if ("small-model" in bases) != small:
-        raise ValueError("decoder 'small-model' and --small-model NAME go together: give both, or neither")
-    if ("medusa" in bases) != medusa:
-        raise ValueError("decoder 'medusa' and --medusa-head DIR go together: give both, or neither")
+    for base, given, option in (("small-model", small, "--small-model NAME"), ("medusa", medusa, "--medusa-head DIR")):
+        if (base in bases) != given:
+            raise ValueError(f"decoder {base!r} and {option} go together: give both, or neither")
     if "hf" in chosen and temperature > 0:
         raise ValueError(
             f"decoder 'hf' draws its own random numbers, so its text cannot be compared at temperature={temperature}: "

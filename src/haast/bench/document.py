@@ -15,8 +15,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from haast.bench.aggregate import SUITE_FORMAT, build_rows, complete, describe_answer, describe_differences
+from haast.bench.aggregate import SUITE_FORMAT, build_rows, complete, describe_answer
 from haast.bench.bootstrap import Bootstrap
+from haast.bench.journal import short
 from haast.bench.runner import Cells, Suite, differences
 from haast.bench.trace import TRACE_FORMAT
 from haast.core import SamplingParams
@@ -26,8 +27,10 @@ Document = Mapping[str, Any]
 
 FORMAT = SUITE_FORMAT
 _MADE_BY = {FORMAT: "a suite.json of `haast bench --suite`", TRACE_FORMAT: "what `haast trace --json` wrote"}
-_KEYS = {"environment", "suites", "decoders", "temperatures", "rounds", "rows", "ratios", "differences", "answers"}
-_KEYS |= {"bootstrap", "calibration", "traces"}
+_KEYS: dict[str, type] = {
+    "environment": dict, "suites": dict, "decoders": dict, "temperatures": list, "rounds": int, "rows": list,
+    "ratios": list, "differences": list, "answers": list, "bootstrap": object, "calibration": object, "traces": list,
+}  # fmt: skip
 _SAME = ("commit", "sources_sha256", "cpu", "threads", "device", "model", "dtype", "packing", "versions")
 _DRAFTER = ("shape", "pace")  # of the settings: each decoder's own, compared there
 
@@ -50,26 +53,19 @@ def build_document(
         sampling: the distribution; each cell's temperature replaces its own.
         bootstrap: of the intervals.
     """
-    document = {
-        "format": FORMAT,
-        **{key: header[key] for key in ("environment", "suites", "decoders", "temperatures", "rounds")},
-        "rows": [],
-        "ratios": [],
-        "differences": [],
-        "answers": [],
-        "bootstrap": asdict(bootstrap or Bootstrap()),
-        "calibration": header["calibration"],
-        "traces": [],
+    document: dict[str, Any] = {"format": FORMAT, **{key: header[key] for key in _KEYS if key in header}}
+    document["suites"] = {
+        name: {"file": suite.file, "sha256": suite.sha256, "prompts": len(suite.prompts)}
+        for name, suite in suites.items()
     }
-    document["suites"] = {name: _suite(suite) for name, suite in suites.items()}
-    ruled = [name for name, decoder in header["decoders"].items() if decoder["rule"] != "match"]
+    document |= {key: [] for key in ("rows", "ratios", "differences", "answers", "traces")}
+    document["bootstrap"] = asdict(bootstrap or Bootstrap())
     for temperature in header["temperatures"]:
         for name, suite in suites.items():
             records, cell = cells[temperature, name], {"suite": name, "temperature": temperature}
-            there, own_text = replace(sampling, temperature=temperature), ruled if temperature > 0 else ()
-            found = differences(records, suite.prompts, target, there, own_text)
+            found = differences(records, suite.prompts, target, replace(sampling, temperature=temperature))
             document["rows"] += [{**cell, **row} for row in build_rows(records, suite.prompts)]
-            document["differences"] += [{**cell, **each} for each in describe_differences(found)]
+            document["differences"] += [{**cell, **asdict(each)} for each in found]
             document["answers"] += [
                 describe_answer(cell, prompt, decoder, own[place])
                 for place, prompt in enumerate(suite.prompts)
@@ -77,10 +73,6 @@ def build_document(
             ]
     complete(document)
     return document
-
-
-def _suite(suite: Suite) -> dict[str, Any]:
-    return {"file": suite.file, "sha256": suite.sha256, "prompts": len(suite.prompts)}
 
 
 def _no_number(name: str) -> None:
@@ -103,18 +95,14 @@ def read_document(path: Path, kind: str = FORMAT) -> dict[str, Any]:
         raise ValueError(f"{path} is no document of {kind}: give {_MADE_BY[kind]}")
     if kind == TRACE_FORMAT:
         return value
-    missing = sorted(_KEYS - set(value))
+    missing = sorted(set(_KEYS) - set(value))
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: run `haast bench --suite` again with --resume")
-    lists = ("temperatures", "rows", "ratios", "differences", "answers", "traces")
-    kinds: dict[str, type] = dict.fromkeys(lists, list) | dict.fromkeys(("environment", "suites", "decoders"), dict)
-    wrong = [key for key, kind in (kinds | {"rounds": int}).items() if not isinstance(value[key], kind)]
-    if "temperatures" not in wrong and not all(type(t) in (int, float) for t in value["temperatures"]):
-        wrong.append("temperatures")
-    if not wrong and not {str(row.get("decoder")) for row in value["rows"] if isinstance(row, dict)} <= {
-        *value["decoders"]
-    }:
-        wrong.append("decoders")
+    wrong = [key for key, kind in _KEYS.items() if not isinstance(value[key], kind)]
+    if not wrong:
+        named = {str(row.get("decoder")) for row in value["rows"] if isinstance(row, dict)}
+        numbers = all(type(temperature) in (int, float) for temperature in value["temperatures"])
+        wrong = [*(["temperatures"] if not numbers else []), *(["decoders"] if named - set(value["decoders"]) else [])]
     if wrong:
         words = ", ".join(wrong)
         raise ValueError(f"{path}: {words} hold something else than `haast bench --suite` writes: a damaged document")
@@ -138,13 +126,12 @@ def merged(documents: Mapping[str, Document], anyway: bool = False) -> dict[str,
     first = parts[0]
     result: dict[str, Any] = {"format": first["format"], "environment": {}}
     result["suites"] = {name: suite for part in parts for name, suite in part["suites"].items()}
-    result["decoders"] = {name: own for part in reversed(parts) for name, own in part["decoders"].items()}
-    ranked = dict.fromkeys(name for part in parts for name in part["decoders"])
-    result["decoders"] = {name: result["decoders"][name] for name in ranked}
+    known = {name: own for part in reversed(parts) for name, own in part["decoders"].items()}
+    result["decoders"] = {name: known[name] for part in parts for name in part["decoders"]}
     result["temperatures"] = sorted({temperature for part in parts for temperature in part["temperatures"]})
-    result["rounds"] = max(part["rounds"] for part in parts)
-    for key in ("rows", "ratios", "differences", "answers", "traces"):
-        result[key] = [dict(each) for part in parts for each in part[key]] if key != "ratios" else []
+    result["rounds"], result["ratios"] = max(part["rounds"] for part in parts), []
+    for key in ("rows", "differences", "answers", "traces"):
+        result[key] = [dict(each) for part in parts for each in part[key]]
     result["bootstrap"] = first["bootstrap"]
     result["calibration"] = next((part["calibration"] for part in parts if part["calibration"] is not None), None)
     complaints = [words for name in names[1:] for words in _differing(names[0], first, name, documents[name])]
@@ -188,12 +175,7 @@ def _differing(one: str, before: Document, other: str, now: Document) -> Iterato
         pairs.append((f"settings of {name}", before["decoders"][name], now["decoders"][name]))
     for key, mine, theirs in pairs:
         if mine != theirs:
-            yield f"{key} is {_short(mine)} in {one}, {_short(theirs)} in {other}"
-
-
-def _short(value: Any) -> str:
-    words = str(value)
-    return words if len(words) <= 80 else f"{words[:77]}..."
+            yield f"{key} is {short(mine)} in {one}, {short(theirs)} in {other}"
 
 
 def _uneven(document: Document) -> Iterator[str]:

@@ -6,21 +6,20 @@ Owns these measurements, of one row and of several together; which drafting foll
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
 
-from haast.bench.replay import StepCosts
+from haast.bench.replay import Costs
 from haast.core import Accepted, SamplingParams
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.tree_shape import DraftShape
 from haast.engine.engine import Engine, Step, StopParams
 from haast.target.target import Target
 from haast.tree import DraftTree
-from haast.tuning.policy import interpolate
+from haast.tuning.latency import timed
 
 NODE_COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 60)
 COMMITTED = 160  # slots in the cache, the length of a short chat
@@ -29,26 +28,6 @@ _DEVICE_NODES = {16: (1, 2, 3, 4, 8), 32: (1, 2, 3, 4, 8)}  # elsewhere than on 
 _WIDTHS = (1, 3)
 _LIVE, _LIVE_TOGETHER = 48, 16  # tokens per text that time a draft, alone and in a batch
 _TOP_K, _LEVELS = 8, 4
-
-
-@dataclass(frozen=True)
-class BatchCosts:
-    """Medians in ms, of all rows together; one row is a batch too."""
-
-    forward_ms: dict[int, float]  # nodes of a row -> a target forward
-    first_ms: float
-    level_ms: dict[int, float]
-    overhead_ms: float
-
-    def step_costs(self) -> StepCosts:
-        """As a replay takes them."""
-        dense = tuple(interpolate(self.forward_ms, n) for n in range(1, max(self.forward_ms) + 1))
-        return StepCosts(dense, self.level_ms, self.first_ms + self.overhead_ms)
-
-    @property
-    def vanilla_rate(self) -> float:
-        """Tokens per ms of a row without drafting."""
-        return 1 / (self.forward_ms[1] + self.overhead_ms)
 
 
 def measure_v_curve(
@@ -70,20 +49,16 @@ def measure_v_curve(
     cache = target.new_cache(rows, committed + max(node_counts))
     features = target.forward(DraftTree.chain(tokens), cache, last_only=True).features
     cache.advance([committed] * rows)
-    timed: dict[int, list[float]] = {n: [] for n in node_counts}
+    times: dict[int, list[float]] = {n: [] for n in node_counts}
     drafted: list[tuple[float, float]] = []
     with target.step_threads():
-        for turn in range(rounds + 1):
+        for _ in range(rounds + 1):
             for n in node_counts:
-                chain = torch.arange(n, device=target.device).expand(rows, -1) % target.vocab_size
-                tree, begun = DraftTree.chain(chain), _now(target)
-                target.forward(tree, cache)
-                elapsed = 1e3 * (_now(target) - begun)
-                if turn:
-                    timed[n].append(elapsed)
+                tree = DraftTree.chain(torch.arange(n, device=target.device).expand(rows, -1) % target.vocab_size)
+                times[n].append(timed(target, partial(target.forward, tree, cache)))
             if drafter is not None:
                 drafted.append(_draft_step(target, drafter, tokens, features))
-    ms = {n: median(values) for n, values in timed.items()}
+    ms = {n: median(values[1:]) for n, values in times.items()}
     one = ms[min(ms)]
     points = [{"nodes": n, "ms": value, "v": value / one} for n, value in ms.items()]
     result: dict[str, Any] = {"committed_slots": committed, "rounds": rounds, "points": points}
@@ -97,10 +72,10 @@ def _draft_step(
     target: Target, drafter: EagleDrafter, tokens: torch.Tensor, features: torch.Tensor
 ) -> tuple[float, float]:
     """Ms to observe three accepted tokens, and to propose, after the prefix."""
-    prefix, kept = tokens.shape[1] - 4, 3
+    end = tokens.shape[1] - 1
     said, kv = tokens[0].tolist(), target.pool.sequence()
     kv.reserve(len(said) + drafter.room)
-    state = drafter.begin(said[: prefix + 1], kv, 0)
+    state = drafter.begin(said[: end - 2], kv, 0)
 
     def observe(begin: int, end: int) -> None:
         """As of a prompt, so that the head runs over it at once."""
@@ -108,32 +83,22 @@ def _draft_step(
         drafter.observe([state], Accepted(tokens[:, begin + 1 : end + 1], features[:, begin:end], counts))
 
     try:
-        observe(0, prefix)
-        begun = _now(target)
-        observe(prefix, prefix + kept)
-        observed = _now(target)
-        drafter.propose([state])
-        return 1e3 * (observed - begun), 1e3 * (_now(target) - observed)
+        observe(0, end - 3)
+        return timed(target, partial(observe, end - 3, end)), timed(target, partial(drafter.propose, [state]))
     finally:
         drafter.end(state)
         kv.release()
 
 
-def _now(target: Target) -> float:
-    if target.device.type == "cuda":
-        torch.cuda.synchronize(target.device)
-    return perf_counter()
-
-
 def measure_batches(
     target: Target, drafter: EagleDrafter, prompts: Sequence[Sequence[int]], rounds: int
-) -> dict[int, BatchCosts]:
+) -> dict[int, Costs]:
     """Costs by rows. The drafter is reshaped."""
     found = {}
     for rows, nodes in {**_NODES, **({} if target.device.type == "cpu" else _DEVICE_NODES)}.items():
         curve = measure_v_curve(target, None, max(rounds // 2, 1), nodes, rows)
         texts = [prompts[i % len(prompts)] for i in range(rows)]
-        found[rows] = BatchCosts(forward_costs(curve), *live_costs(target, drafter, [texts], _WIDTHS, _LIVE_TOGETHER))
+        found[rows] = Costs(forward_costs(curve), *live_costs(target, drafter, [texts], _WIDTHS, _LIVE_TOGETHER))
     return found
 
 

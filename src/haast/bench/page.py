@@ -9,16 +9,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
+from jinja2 import UndefinedError
 from markupsafe import Markup
 
 from haast.bench.aggregate import SUITE_FORMAT
 from haast.bench.charts import charts
-from haast.bench.tables import Document, best, formatted, main_rows, named
+from haast.bench.tables import Document, best, formatted, main_rows, templates
 from haast.bench.trace_view import StepView, check_trace, counted, percent, quoted, visible
 
 _UNKNOWN = "\u2013"
@@ -32,7 +31,7 @@ def trace_html(document: Document) -> str:
         ValueError: another kind of document.
     """
     check_trace(document)
-    return _render("trace.html", document["environment"], [document], {})
+    return _render("trace.html", document["environment"], [document])
 
 
 def report_html(document: Document) -> str:
@@ -45,52 +44,23 @@ def report_html(document: Document) -> str:
         raise ValueError(
             f"format={document.get('format')!r} is not {SUITE_FORMAT!r}: give what `haast bench --suite --json` wrote"
         )
-    found, decoders, different = best(document), document["decoders"], document["differences"]
-    columns = list(dict.fromkeys(key for each in different for key in each))
-    settings = [
-        (name, "lossy" if each["lossy"] else "the target\u2019s", _cell(each["settings"]))
-        for name, each in decoders.items()
-    ]
-    known = ("file", "prompts", "sha256")
     main = [row for temperature in sorted(document["temperatures"]) for row in main_rows(document, temperature)]
-    rows = main_rows(document, found["temperature"]) if found else []
-    more = {
-        "charts": charts(document, main),
-        "temperatures": sorted(document["temperatures"]),
-        "level": document["bootstrap"].get("level"),
-        "best": found,
-        "best_tau": next((row["tau"] for row in rows if found and row["decoder"] == found["decoder"]), None),
-        "lossy": [name for name, each in decoders.items() if each["lossy"]],
-        "kinds": sorted(Counter(str(each["kind"]) for each in different).items()),
-        "columns": columns,
-        "differences": [[_cell(each.get(key)) for key in columns] for each in different],
-        "files": [(name, *(_cell(own.get(key)) for key in known)) for name, own in document["suites"].items()],
-        "settings": settings,
-        "document": document,
-        "main": main,
-    }
-    return _render("report.html", document["environment"], document["traces"], more)
+    shown = {"document": document, "main": main, "best": best(document), "charts": charts(document, main)}
+    return _render("report.html", document["environment"], document["traces"], **shown)
 
 
-def _render(template: str, where: Document, traces: Sequence[Document], more: Mapping[str, Any]) -> str:
+def _render(template: str, where: Document, traces: Sequence[Document], **more: Any) -> str:
     """A template filled in; KeyError where a document lacks what it shows."""
-    room = Environment(
-        loader=PackageLoader("haast.bench"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    room.filters |= {"counted": counted, "percent": percent, "quoted": quoted, "visible": visible, "n": _number}
-    room.globals["named"] = named
+    room = templates()
+    room.filters |= {"counted": counted, "percent": percent, "quoted": quoted, "visible": visible}
+    room.filters |= {"n": _number, "cell": _cell}
     assert room.loader is not None, "just given"
     style, script = (room.loader.get_source(room, name)[0] for name in ("page.css", "page.js"))
     known = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    more |= {"traced": _traced(traces), "greedy": any(trace["temperature"] == 0 for trace in traces)}
+    more |= {"style": Markup(style), "script": Markup(script), "script_hash": known}
     try:
-        return room.get_template(template).render(
-            style=Markup(style), script=Markup(script), script_hash=known, where=where, facts=_facts(where),
-            traced=_traced(traces), greedy=any(trace["temperature"] == 0 for trace in traces), **more,
-        )  # fmt: skip
+        return room.get_template(template).render(where=where, **more)
     except UndefinedError as error:
         raise KeyError(str(error)) from error
 
@@ -113,24 +83,13 @@ def _traced(traces: Sequence[Document]) -> list[dict[str, Any]]:
     return found
 
 
-def _facts(where: Document) -> list[tuple[str, str, bool]]:
-    """Hardware, commit, command and settings: a name, the words, and whether these are code."""
-    facts = []
-    for key, value in where.items():
-        words = _cell(value)
-        if key == "commit":
-            changed = ", with changed files" if value and value["dirty"] else ""
-            words = f"{value['hash']}{changed}" if value else "not a checkout"
-        facts.append((key.replace("_", " "), words, key in ("command", "commit") or isinstance(value, dict)))
-    return facts
-
-
 def _number(value: Any, form: str, unit: str = "") -> str:
     """A number in a form; a dash where there is none, since an empty cell would look forgotten."""
     return formatted(value, form, unit) or _UNKNOWN
 
 
 def _cell(value: Any) -> str:
+    """Any JSON value in a table."""
     if value is None:
         return _UNKNOWN
     if isinstance(value, dict | list):

@@ -23,6 +23,8 @@ from haast.target.target import Target
 from haast.tree import DraftTree
 from haast.tuning.policy import CostModel, interpolate
 
+_TRUSTED = 8  # nodes of a tree by which a head's probabilities are judged
+
 
 @dataclass(frozen=True)
 class Level:
@@ -52,12 +54,33 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class StepCosts:
-    """Milliseconds of the parts of a step, measured; of all rows together."""
+class Costs:
+    """Milliseconds of the parts of a step, measured, of all rows together; one row is a batch too."""
 
-    forward_ms: tuple[float, ...]  # [n - 1]: a target forward over n nodes of every row
-    level_ms: dict[int, float]  # by width
-    fixed_ms: float  # observing, the root's children, bookkeeping
+    forward_ms: dict[int, float]  # nodes of a row -> a target forward
+    first_ms: float  # drafting one level, observing included
+    level_ms: dict[int, float]  # width -> every further level
+    overhead_ms: float  # acceptance, commit, stop rules
+
+    @property
+    def most(self) -> int:
+        """Nodes of the largest forward that was timed."""
+        return max(self.forward_ms)
+
+    @property
+    def vanilla_rate(self) -> float:
+        """Tokens per ms of a row without drafting."""
+        return 1 / (self.forward_ms[1] + self.overhead_ms)
+
+    def step(self, nodes: int, levels: int, width: int) -> float:
+        """A step that drafts so many levels below the first."""
+        drafted = self.first_ms + levels * interpolate(self.level_ms, width)
+        return drafted + interpolate(self.forward_ms, nodes) + self.overhead_ms
+
+    def pace(self, width: int, rate: float, trust: float = 1.0, follow: float = 0.7) -> CostModel:
+        """As drafters weigh them."""
+        dense = tuple(interpolate(self.forward_ms, n) for n in range(1, self.most + 1))
+        return CostModel(dense, interpolate(self.level_ms, width), rate, trust, follow)
 
 
 @dataclass(frozen=True)
@@ -95,7 +118,7 @@ def record(target: Target, drafter: EagleDrafter, prompts: Sequence[Sequence[int
     steps: list[list[Level]] = []
     recorder = object.__new__(_Recorder)
     recorder.__dict__.update(drafter.__dict__)
-    shape = recorder._planned(drafter.shape)
+    shape = recorder.planned(drafter.shape)
     for prompt in prompts:
         recorder.grown = []
         text, begins = list[int](), list[int]()
@@ -153,17 +176,14 @@ class Drafted:
     grown: Growth  # its tokens say whether a candidate is right
     levels: int  # below the first
     most: int  # candidates that the shape has
-    batches: int
 
 
 def draft(steps: Recorded, depth: int, width: int, pace: CostModel | None = None, rows: int = 1) -> list[Drafted]:
-    """What a narrower or shallower drafter would have proposed, `rows` steps drafted together."""
-    if pace is None:
-        return [_draft(steps, depth, width, None, len(steps) // rows)]
-    return [_draft(batch, depth, width, pace, 1) for batch in steps.batches(rows)]
+    """What a narrower or shallower drafter would have proposed; at a `pace`, `rows` steps are drafted together."""
+    return [_draft(batch, depth, width, pace) for batch in ([steps] if pace is None else steps.batches(rows))]
 
 
-def _draft(steps: Recorded, depth: int, width: int, pace: CostModel | None, batches: int) -> Drafted:
+def _draft(steps: Recorded, depth: int, width: int, pace: CostModel | None) -> Drafted:
     top_k = steps.levels[0].scores.shape[1]
     widths = plan(DraftShape("dynamic", depth, top_k, width), top_k).widths
     grown, levels = Growth(torch.zeros(len(steps), dtype=torch.long)), 0
@@ -178,41 +198,29 @@ def _draft(steps: Recorded, depth: int, width: int, pace: CostModel | None, batc
                 break
             kept = torch.zeros_like(level.right).scatter(1, chosen, True)
             levels += 1
-    return Drafted(grown, levels, top_k * (1 + sum(widths[:levels])), batches)
+    return Drafted(grown, levels, top_k * (1 + sum(widths[:levels])))
 
 
-def replay(
-    drafted: Sequence[Drafted], costs: StepCosts, width: int, nodes: int, pace: CostModel | None = None
-) -> Outcome:
+def replay(drafted: Sequence[Drafted], costs: Costs, width: int, nodes: int, pace: CostModel | None = None) -> Outcome:
     """Tokens of a row, and time, of trees of at most `nodes` nodes, or of as many as pay, over what was drafted."""
-    level_ms = interpolate(costs.level_ms, width)
-    tokens = ms = verified = levels = 0.0
+    found = []
     for each in drafted:
         keep = each.grown.best(min(nodes - 1, each.most), pace)
         count = keep.shape[1] + 1
         right = float(each.grown.listed()[0].gather(1, keep).sum(1).double().mean())
-        tokens += each.batches * (1 + right)
-        ms += each.batches * (costs.fixed_ms + each.levels * level_ms + costs.forward_ms[count - 1])
-        verified, levels = verified + each.batches * count, levels + each.batches * each.levels
-    total = sum(each.batches for each in drafted)
-    return Outcome(tokens / total, ms / total, verified / total, levels / total, pace)
+        found.append((1 + right, costs.step(count, each.levels, width), count, each.levels))
+    tokens, ms, verified, levels = (sum(each) / len(found) for each in zip(*found, strict=True))
+    return Outcome(tokens, ms, verified, levels, pace)
 
 
-def paced(
-    steps: Recorded,
-    costs: StepCosts,
-    depth: int,
-    width: int,
-    start: Outcome,
-    trusted: float,
-    followed: float,
-    rows: int = 1,
-) -> Outcome:
+def paced(steps: Recorded, costs: Costs, depth: int, width: int, start: Outcome, rows: int = 1) -> Outcome:
     """The shape at the pace that it keeps itself: the rate is raised until it is its own result (Dinkelbach)."""
-    best, most = start, len(costs.forward_ms)
+    best, trusted, followed = start, trust(steps, _TRUSTED), follow(steps)
+    if not trusted or not followed:
+        return start  # the head was never right, and there is nothing to pace by
     for _ in range(4):
-        pace = CostModel(costs.forward_ms, interpolate(costs.level_ms, width), best.rate, trusted, followed)
-        found = replay(draft(steps, depth, width, pace, rows), costs, width, most, pace)
+        pace = costs.pace(width, best.rate, trusted, followed)
+        found = replay(draft(steps, depth, width, pace, rows), costs, width, costs.most, pace)
         if found.rate <= best.rate:
             break
         best = found

@@ -16,11 +16,9 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
-from rich.table import Table
 
 import haast
-from haast.bench.tables import formatted
+from haast.bench.tables import text
 from haast.repetition import LOOP_SHARE, NGRAM
 from haast.stats import TAU_CONVENTION, Stats
 from haast.target.target import Target
@@ -38,7 +36,7 @@ def environment(
         "packing": target.packing,
         "compile": target.compiling,
         "prompts_file": None if prompts is None else str(prompts),
-        "prompts_sha256": None if prompts is None else hashlib.sha256(prompts.read_bytes()).hexdigest(),
+        "prompts_sha256": None if prompts is None else file_sha256(prompts),
         "prompts_count": count,
         "settings": settings,
         "tau_convention": TAU_CONVENTION,
@@ -88,6 +86,11 @@ def sources_sha256() -> str:
     return folder_sha256(Path(haast.__file__).parent, "*.py", "*.cpp", "*.h")
 
 
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def folder_sha256(folder: Path, *kinds: str) -> str:
     """Of the files in a folder (a head's, say), or of those of some kinds below it; another content is noticed."""
     found = {path for kind in kinds for path in folder.rglob(kind)} if kinds else set(folder.iterdir())
@@ -112,32 +115,9 @@ def weights_sha256(target: Target) -> str:
     return digest.hexdigest()
 
 
-def show_table(document: Mapping[str, Any], console: Console) -> None:
-    """The rows of a bench document as a terminal table: the same numbers, rounded."""
-    columns = {
-        "tokens_per_s": ("tokens/s", ".1f"), "speedup_vs_vanilla": ("vs vanilla", ".2f"),
-        "speedup_vs_hf": ("vs hf", ".2f"), "tau": ("tau", ".2f"), "tau_loop_filtered": ("tau, no loops", ".2f"),
-        "ms_draft": ("ms draft", ".2f"), "ms_verify": ("ms verify", ".2f"), "ms_overhead": ("ms rest", ".2f"),
-        "peak_rss_mb": ("MB", ".0f"),
-    }  # fmt: skip
-    table = Table(title=f"{document['environment']['model']}, {document['environment']['prompts_count']} prompts")
-    table.add_column("decoder")
-    for title, _ in columns.values():
-        table.add_column(title, justify="right")
-    for row in document["rows"]:
-        table.add_row(row["decoder"], *(formatted(row[key], form) or "-" for key, (_, form) in columns.items()))
-    console.print(table)
-    for one in document["rows"]:
-        if one["alpha_by_depth"]:
-            depths = "  ".join(f"{value:.2f}" for value in one["alpha_by_depth"])
-            console.print(f"{one['decoder']}: first draft right, by depth: {depths}", highlight=False)
-        if len(one["by_length"]) > 1:
-            console.print(f"{one['decoder']}: tau by context: {by_length_words(one['by_length'])}", highlight=False)
-    if "v_curve" in document:
-        points = "  ".join(f"v({p['nodes']})={p['v']:.2f}" for p in document["v_curve"]["points"])
-        console.print(f"{points}  (v(1) = {document['v_curve']['points'][0]['ms']:.1f} ms)", highlight=False)
-    for each in document["differences"]:
-        console.print("differs: {prompt}, {decoder} from {reference}, token {index}: {kind}".format(**each))
+def bench_text(document: Mapping[str, Any]) -> str:
+    """The rows of a bench document as a table for a terminal."""
+    return text("bench.txt", {"lengths": by_length_words}, d=document)
 
 
 def by_length_words(found: Sequence[dict[str, Any]]) -> str:
@@ -147,11 +127,5 @@ def by_length_words(found: Sequence[dict[str, Any]]) -> str:
 
 def stats_document(stats: Stats) -> dict[str, Any]:
     """One run's statistics as JSON."""
-    return {
-        **asdict(stats),
-        "tau": stats.tau,
-        "tokens_per_s": stats.tokens_per_s,
-        "acceptance_by_depth": stats.acceptance_by_depth,
-        "alpha_by_depth": stats.alpha_by_depth,
-        "by_length": stats.by_length,
-    }
+    told = ("tau", "tokens_per_s", "acceptance_by_depth", "alpha_by_depth", "by_length")
+    return {**asdict(stats), **{name: getattr(stats, name) for name in told}}

@@ -8,14 +8,16 @@ terminal and no files.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from haast.bench.decoders import Decoder, DecoderRun
-from haast.checking.divergence import Divergence, diagnose
+from haast.bench.decoders import Decoder, DecoderRun, own_text
+from haast.checking.divergence import diagnose
 from haast.core import SamplingParams
 from haast.engine.engine import PREFILL_CHUNK
 from haast.target.kv_pool import common_length
@@ -69,11 +71,6 @@ class Record:
         """Median over rounds."""
         return median(run.ms_decode for run in self.runs)
 
-    @property
-    def ms_whole(self) -> float:
-        """Median over rounds, prefill included."""
-        return median(run.ms_prefill + run.ms_decode for run in self.runs)
-
     def ms_part(self, name: str) -> float:
         """Median over rounds of a field of `Stats`; 0 outside the engine."""
         return median(0.0 if run.stats is None else float(getattr(run.stats, name)) for run in self.runs)
@@ -81,23 +78,29 @@ class Record:
 
 @dataclass(frozen=True)
 class Difference:
-    """Two decoders said different things to one prompt. `verdict` is None where their arithmetic differs (hf)."""
+    """Two decoders said different things to one prompt."""
 
     prompt: str
     decoder: str
     reference: str
     index: int
-    verdict: Divergence | None
+    kind: str  # tie, bug, or precision (another arithmetic, hf's: reported, not judged)
+    gap: float | None  # see `Divergence`
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A named file of prompts, encoded."""
+    """A file of prompts, encoded."""
 
-    name: str
     file: str  # its name without a folder
     sha256: str
     prompts: tuple[BenchPrompt, ...]
+
+    @property
+    def tokens_sha256(self) -> str:
+        """Of the prompts as the model sees them: other tokens of the same file are another run."""
+        tokens = [(prompt.id, prompt.tokens) for prompt in self.prompts]
+        return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -167,10 +170,9 @@ def run_suite(
         for arm in by_name.values():
             arm.run(first.tokens, config.warmup_tokens)
     for turn in left:
-        prompt = suites[turn.suite].prompts[turn.place]
         reset_peak_rss()
-        run = by_name[turn.temperature, turn.decoder].run(prompt.tokens, config.max_new_tokens)
-        keep(Answer(turn, run, peak_rss_mb()))
+        arm, prompt = by_name[turn.temperature, turn.decoder], suites[turn.suite].prompts[turn.place]
+        keep(Answer(turn, arm.run(prompt.tokens, config.max_new_tokens), peak_rss_mb()))
 
 
 def turns_of(arms: Mapping[float, Sequence[Decoder]], suites: Mapping[str, Suite], config: BenchConfig) -> list[Turn]:
@@ -207,7 +209,7 @@ def run_bench(
     progress: Callable[[Answer], None] = lambda answer: None,
 ) -> Records:
     """Answer every prompt of one file with every decoder, `rounds` times; `progress` is called after each answer."""
-    at, suites, answers = {config.sampling.temperature: arms}, {"": Suite("", "", "", tuple(prompts))}, {}
+    at, suites, answers = {config.sampling.temperature: arms}, {"": Suite("", "", tuple(prompts))}, {}
 
     def keep(answer: Answer) -> None:
         answers[answer.turn] = answer
@@ -219,18 +221,14 @@ def run_bench(
 
 
 def differences(
-    records: Records,
-    prompts: Sequence[BenchPrompt],
-    target: Target,
-    sampling: SamplingParams,
-    own_text: Collection[str] = (),
+    records: Records, prompts: Sequence[BenchPrompt], target: Target, sampling: SamplingParams
 ) -> list[Difference]:
     """Where decoders' outputs part from the first engine decoder's (vanilla where it ran), and between rounds.
 
-    Engine decoders share one target, so a difference between them is judged: tie or bug. Those in `own_text` are
-    not compared: their acceptance rule uses randomness of its own.
+    Engine decoders share one target, so a difference between them is judged: tie or bug. Those whose
+    acceptance rule uses randomness of its own are not compared.
     """
-    records = {name: own for name, own in records.items() if name not in own_text}
+    records = {name: own for name, own in records.items() if not own_text(name, sampling.temperature)}
     if not records:
         return []
     reference = "vanilla" if "vanilla" in records else next((name for name in records if name != "hf"), "hf")
@@ -238,14 +236,12 @@ def differences(
     for place, prompt in enumerate(prompts):
         wanted = records[reference][place].tokens
         for name, own in records.items():
-            for run in own[place].runs:
-                if run.tokens == wanted:
-                    continue
-                judged = None
-                if "hf" not in (name, reference):
-                    judged = diagnose(target, prompt.tokens, wanted, run.tokens, sampling)
-                found.append(Difference(prompt.id, name, reference, common_length(wanted, run.tokens), judged))
-                break
+            other = next((run.tokens for run in own[place].runs if run.tokens != wanted), None)
+            if other is not None:
+                alike = "hf" not in (name, reference)
+                judged = diagnose(target, prompt.tokens, wanted, other, sampling) if alike else None
+                kind, gap = ("precision", None) if judged is None else (judged.kind, judged.gap)
+                found.append(Difference(prompt.id, name, reference, common_length(wanted, other), kind, gap))
     return found
 
 

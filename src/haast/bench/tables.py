@@ -7,7 +7,7 @@ later from the JSON alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -19,10 +19,6 @@ from markupsafe import Markup
 from haast.bench.aggregate import ALL
 
 Document = Mapping[str, Any]
-KINDS = (  # of documents in results/ but suites, each by the key that only this kind has
-    "base", "seconds_to_tau", "explained_variance", "peers", "linears", "contexts", "oracle", "baselines", "lengths",
-    "forward_ms", "batches", "precisions", "conversation", "optimizers",
-)  # fmt: skip
 _LEADERS = ("eagle", "eagle+suffix")  # whose ratio over each other decoder has a table
 
 
@@ -74,14 +70,15 @@ def best(document: Document) -> Document | None:
 def markdown(template: str, part: str, *values: Any) -> str:
     """A macro of a Markdown template, filled in.
 
-    Of "results.md": one of `KINDS`, "decoders" (`haast bench`), "taus" and "added" (documents by file name), or
-    "source" (a file's name and the environment). Of "suite.md": "lengths", or through `suite_markdown` any other.
+    Of "results.md": a kind of `benchmarks/readme.py`, "decoders" (`haast bench`), "taus" and "added" (documents by
+    file name), or "source" (a file's name and the environment). Of "suite.md": "lengths", or through `suite_markdown`
+    any other.
 
     Raises:
         KeyError: the document lacks what is shown.
     """
     try:
-        return str(getattr(_room().get_template(template).module, part)(*values)).strip()
+        return str(getattr(_markdown().get_template(template).module, part)(*values)).strip()
     except UndefinedError as error:
         raise KeyError(str(error)) from error
 
@@ -96,17 +93,30 @@ def suite_markdown(document: Document, part: str = "page", name: str = "suite.js
     return "\n\n".join([*parts, markdown("suite.md", "sources", document, name)]) + "\n"
 
 
-@cache
-def _room() -> Environment:
+def templates() -> Environment:
+    """The templates' room: what they lack is an error, what documents say is escaped."""
     room = Environment(
         loader=PackageLoader("haast.bench"),
+        autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
-        autoescape=True,
-        finalize=_escaped,
     )
-    room.globals |= {"leaders": _LEADERS, "named": named, "length_buckets": length_buckets}
+    room.globals["named"] = named
+    return room
+
+
+def text(template: str, filters: Mapping[str, Callable[..., Any]] | None = None, **values: Any) -> str:
+    """A template of plain text, filled in."""
+    room = templates().overlay(autoescape=False)
+    room.filters |= filters or {}
+    return room.get_template(template).render(**values).rstrip()
+
+
+@cache
+def _markdown() -> Environment:
+    room = templates().overlay(finalize=_escaped)
+    room.globals |= {"leaders": _LEADERS, "length_buckets": length_buckets}
     room.filters |= {"f": formatted, "median": median, "stem": lambda path: Path(path).stem, "raw": Markup}
     return room
 

@@ -8,7 +8,7 @@ is sampled. Greedy decoding has a one-hot one, which tells nothing: there it is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -58,10 +58,7 @@ def record_trace(
         "decoder": drafter.name,
         "prompt": prompt_text,
         "text": recorder.stream.text,
-        "tau": stats.tau,
-        "tokens": stats.tokens,
-        "target_forwards": stats.target_forwards,
-        "by_length": stats.by_length,
+        **{key: getattr(stats, key) for key in ("tau", "tokens", "target_forwards", "by_length")},
         "temperature": sampling.temperature,
         "probabilities": "softmax of the scores" if sampling.temperature == 0 else "the distribution that was sampled",
         "environment": machine() if environment is None else environment,
@@ -82,61 +79,56 @@ class _Recorder:
 
     def begin(self, token: int) -> None:
         """Take in the prompt's own token, which no step drafted."""
-        self.prefill = self._emitted(token, drafted=False)
-        del self.prefill["drafted"]
+        self.prefill = self._emitted(token)
 
     def end(self) -> None:
         """Give out the text of a character that was never completed."""
-        held = self.stream.finish()
         last = self.steps[-1]["emitted"][-1] if self.steps else self.prefill
-        last["text"] += held
+        last["text"] += self.stream.finish()
 
     def watch(self, step: Step) -> None:
         """Write down a step. Its logits are read here and not kept."""
         verdict, emission = step.verdict.rows[0], step.emissions[0]
         assert verdict is not None, "the one row of a trace runs until its end"
-        nodes = self._nodes(step, verdict.path, verdict.tokens)
-        position = len(self._history)
-        emitted = [self._emitted(token, place < emission.drafted) for place, token in enumerate(emission.tokens)]
-        self.steps.append(
-            {
-                "position": position,
-                "ms_draft": step.ms_draft,
-                "ms_verify": step.ms_verify,
-                "ms_overhead": step.ms_overhead,
-                "emitted": emitted,
-                "nodes": nodes,
-            }
-        )
+        told: dict[str, Any] = {"position": len(self._history)}
+        told |= {part: getattr(step, part) for part in ("ms_draft", "ms_verify", "ms_overhead")}
+        nodes = self._nodes(step, dict(zip(verdict.path, verdict.tokens, strict=True)))
+        told["emitted"] = [
+            self._emitted(token) | {"drafted": place < emission.drafted} for place, token in enumerate(emission.tokens)
+        ]
+        self.steps.append(told | {"nodes": nodes})
 
-    def _emitted(self, token: int, drafted: bool) -> dict[str, Any]:
+    def _emitted(self, token: int) -> dict[str, Any]:
         """A settled token; `text` is what became certain with it, so that all of them together are the answer."""
         self._history.append(token)
-        return {"token": token, "text": self.stream.push(token), "drafted": drafted}
+        return {"token": token, "text": self.stream.push(token)}
 
-    def _nodes(self, step: Step, path: Sequence[int], choices: Sequence[int]) -> list[dict[str, Any]]:
-        tree = step.tree
-        tokens, parents, live = (each[0].tolist() for each in (tree.tokens, tree.parents, tree.live))
+    def _nodes(self, step: Step, chosen: Mapping[int, int]) -> list[dict[str, Any]]:
+        """The tree, and what the target chose after the nodes that verification visited."""
+        tree, known = step.tree, dict[int, Tensor]()  # known: node -> target probabilities after it (vocab,)
+        tokens, parents, live, depths = (x[0].tolist() for x in (tree.tokens, tree.parents, tree.live, tree.depths))
         probes = [False] * tree.nodes if tree.placeholder is None else tree.placeholder[0].tolist()
-        chosen = dict(zip(path, choices, strict=True))
-        known: dict[int, Tensor] = {}  # node -> target probabilities after it (vocab,)
 
-        def probs(node: int) -> Tensor:
+        def prob(node: int, token: int) -> float:
             if node not in known:
                 known[node] = self._probs(step.logits[0, node], _way(node, parents, tokens))
-            return known[node]
+            return float(known[node][token])
 
         nodes = []
         for node, token in enumerate(tokens):
-            candidate = live[node] and parents[node] >= 0 and not probes[node]
-            choice = None
-            if node in chosen:
-                choice = self._named(chosen[node]) | {"prob": float(probs(node)[chosen[node]])}
+            candidate, then = live[node] and parents[node] >= 0 and not probes[node], chosen.get(node)
             nodes.append(
-                {"id": node, "parent": parents[node], "depth": int(tree.depths[0, node])}
-                | self._named(token)
-                | {"accepted": node > 0 and node in chosen, "probe": bool(probes[node]), "live": bool(live[node])}
-                | {"target_prob": float(probs(parents[node])[token]) if candidate else None, "choice": choice}
+                {
+                    "id": node,
+                    "parent": parents[node],
+                    "depth": depths[node],
+                    **self._named(token),
+                    "accepted": node > 0 and then is not None,
+                    "probe": probes[node],
+                    "live": live[node],
+                    "target_prob": prob(parents[node], token) if candidate else None,
+                    "choice": None if then is None else {**self._named(then), "prob": prob(node, then)},
+                }
             )
         return nodes
 

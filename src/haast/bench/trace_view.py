@@ -12,6 +12,15 @@ from haast.bench.trace import TRACE_FORMAT
 
 Node = Mapping[str, Any]
 FATES = ("root", "accepted", "cut", "rejected", "unreached", "probe")
+_WHY = {
+    "root": "root {token}: the last token of the text so far",
+    "accepted": "drafted {token} (target {chance}): accepted, the target chose it too",
+    "cut": "drafted {token} (target {chance}): accepted, but the text ended before it",
+    "rejected": "drafted {token} (target {chance}): rejected, the target said {choice} ({likely})",
+    "twin": "drafted {token} (target {chance}): the same token as an accepted branch",
+    "unreached": "drafted {token} (target {chance}): not reached, a token before it was not accepted",
+    "probe": "probe {token}: run to learn what may follow later, never accepted",
+}
 _MARKS = {" ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"}
 _LONGEST = 24  # characters of a token that are shown
 
@@ -50,22 +59,21 @@ class StepView:
 
     def why(self, number: int) -> str:
         """A sentence on a node's fate, with the target's probabilities."""
+        return self.told(number, _WHY)
+
+    def told(self, number: int, sentences: Mapping[str, str]) -> str:
+        """The sentence of a node's fate, or of a "twin", filled in; empty where there is none.
+
+        A twin is rejected, but its token was chosen: in another branch.
+        """
         node, fate = self.nodes[number], self.fate(number)
-        if fate == "root":
-            return f"root {quoted(node['text'])}: the last token of the text so far"
-        if fate == "probe":
-            return f"probe {quoted(node['text'])}: run to learn what may follow later, never accepted"
-        chance = f"drafted {quoted(node['text'])} (target {percent(node['target_prob'])})"
-        choice = self.nodes[node["parent"]]["choice"]
-        if fate == "accepted":
-            return f"{chance}: accepted, the target chose it too"
-        if fate == "cut":
-            return f"{chance}: accepted, but the text ended before it"
-        if fate == "unreached":
-            return f"{chance}: not reached, a token before it was not accepted"
-        if choice["token"] == node["token"]:
-            return f"{chance}: the same token as an accepted branch"
-        return f"{chance}: rejected, the target said {quoted(choice['text'])} ({percent(choice['prob'])})"
+        choice = self.nodes[node["parent"]]["choice"] if number else None
+        words = {"token": quoted(node["text"]), "chance": percent(node["target_prob"] or 0.0)}
+        if choice is not None:
+            words |= {"choice": quoted(choice["text"]), "likely": percent(choice["prob"])}
+            if fate == "rejected" and choice["token"] == node["token"]:
+                fate = "twin"
+        return sentences.get(fate, "").format(**words)
 
     def bonus(self) -> tuple[int, Mapping[str, Any]] | None:
         """The target's own last token and the node it follows; None where the text ended before it."""

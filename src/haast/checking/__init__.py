@@ -4,7 +4,13 @@
 sampled. Both recompute what they judge by: plain forwards over the history, never the tree's own logits.
 """
 
-from haast.checking.distribution import DistributionTest, chi_square, sampled_distribution, tiny_distribution
+from haast.checking.distribution import (
+    DistributionTest,
+    chi_square,
+    distribution_tests,
+    sampled_distribution,
+    tiny_distribution,
+)
 from haast.checking.divergence import Comparison, Divergence, compare, diagnose, tolerance
 
 __all__ = [
@@ -14,6 +20,7 @@ __all__ = [
     "chi_square",
     "compare",
     "diagnose",
+    "distribution_tests",
     "sampled_distribution",
     "tiny_distribution",
     "tolerance",

@@ -30,6 +30,7 @@ from haast.tree import DraftTree
 
 _LEVEL = 1e-4  # p-values below it are taken for a wrong distribution; a right one gets there once in 10,000 tests
 _FEWEST = 5.0  # expected count of a cell; smaller cells are merged into one
+_TINY_SAMPLES = 1000  # fewer would not see the control's bias
 _VOCAB, _LENGTH = 6, 3
 
 
@@ -49,6 +50,12 @@ class DistributionTest:
         """Whether the distribution came out as it should: right, or (a control) visibly wrong."""
         return (self.p_value < _LEVEL) == self.expected_to_fail
 
+    @classmethod
+    def of(cls, name: str, counts: Counter[int], probs: Tensor, expected_to_fail: bool = False) -> DistributionTest:
+        """Of what was drawn, against the distribution it should follow; see `chi_square`."""
+        statistic, cells, p_value = chi_square(counts, probs)
+        return cls(name, counts.total(), cells, statistic, p_value, expected_to_fail)
+
 
 def chi_square(counts: Mapping[int, int], probs: Tensor) -> tuple[float, int, float]:
     """Pearson's test of `counts` (index -> times seen) against `probs` (cells,) float64.
@@ -58,17 +65,12 @@ def chi_square(counts: Mapping[int, int], probs: Tensor) -> tuple[float, int, fl
     Returns:
         The statistic, the number of cells and the p-value.
     """
-    total = sum(counts.values())
-    seen = torch.zeros_like(probs)
-    for index, count in counts.items():
-        seen[index] = count
-    expected = probs * total
+    seen = torch.tensor([counts.get(index, 0) for index in range(len(probs))], dtype=probs.dtype)
+    expected = probs * seen.sum()
     if bool(((seen > 0) & (expected == 0)).any()):
         return float("inf"), len(probs), 0.0
     small = expected < _FEWEST
-    if bool(small.any()):
-        seen = torch.cat([seen[~small], seen[small].sum().reshape(1)])
-        expected = torch.cat([expected[~small], expected[small].sum().reshape(1)])
+    seen, expected = (torch.cat([each[~small], each[small].sum().reshape(1)]) for each in (seen, expected))
     seen, expected = seen[expected > 0], expected[expected > 0]
     statistic = float(((seen - expected) ** 2 / expected).sum())
     freedom = len(expected) - 1
@@ -91,10 +93,16 @@ def tiny_distribution(samples: int = 3000, seed: int = 0) -> list[DistributionTe
     for name, processors in (("tiny model, strings of length 3", ()), ("control: one logit raised", (_raise_first,))):
         sampling = SamplingParams(temperature=1.0, seed=seed, processors=processors)
         counts = _draw_strings(target, drafter, sampling, samples)
-        tests.append(
-            DistributionTest(name, samples, *_ordered(chi_square(counts, probs)), expected_to_fail=bool(processors))
-        )
+        tests.append(DistributionTest.of(name, counts, probs, expected_to_fail=bool(processors)))
     return tests
+
+
+def distribution_tests(
+    target: Target, drafter: Drafter, prompt: Sequence[int], sampling: SamplingParams, samples: int
+) -> list[DistributionTest]:
+    """Both experiments; the second one needs a prompt of two tokens or more."""
+    own = sampled_distribution(target, drafter, prompt, sampling, samples) if len(prompt) > 1 else []
+    return tiny_distribution(max(samples, _TINY_SAMPLES), sampling.seed) + own
 
 
 def sampled_distribution(
@@ -122,15 +130,10 @@ def sampled_distribution(
         ("first token", first, list(prompt)),
         ("second token after the drafted first", second, [*prompt, favourite]),
     ):
-        if sum(counts.values()) >= 10 * _FEWEST:
+        if counts.total() >= 10 * _FEWEST:
             probs = Sampler(sampling).probs(history, logits_after(target, history)).cpu()
-            tests.append(DistributionTest(name, sum(counts.values()), *_ordered(chi_square(counts, probs))))
+            tests.append(DistributionTest.of(name, counts, probs))
     return tests
-
-
-def _ordered(result: tuple[float, int, float]) -> tuple[int, float, float]:
-    statistic, cells, p_value = result
-    return cells, statistic, p_value
 
 
 class _Forced:

@@ -87,9 +87,8 @@ def diagnose(
     if tuple(vanilla) == tuple(drafted):
         return None
     index = common_length(vanilla, drafted)
-    if index >= min(len(vanilla), len(drafted)):
-        mine = vanilla[index] if index < len(vanilla) else None
-        theirs = drafted[index] if index < len(drafted) else None
+    mine, theirs = (text[index] if index < len(text) else None for text in (vanilla, drafted))
+    if mine is None or theirs is None:
         return Divergence(index, mine, theirs, float("inf"), float("inf"), 0.0, "bug")
     history = [*prompt, *vanilla[:index]]
     logits = logits_after(target, history)
@@ -99,7 +98,6 @@ def diagnose(
     best = finite.topk(min(2, len(finite))).values
     top2 = float(best[0] - best[-1])
     allowed = tolerance(target.dtype) * max(float(finite.abs().max()), 1.0)
-    mine, theirs = vanilla[index], drafted[index]
     if sampling.temperature == 0:
         gap = float(best[0] - torch.minimum(scores[mine], scores[theirs]))
     else:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,12 +13,6 @@ from haast.cli.boundary import human_output
 from haast.cli.loading import OWN_PROMPTS, as_eagle, load_all, read_prompt_file
 from haast.cli.settings import Drafting, JsonOption, Loading, PromptsOption, SpreadLimitOption, check_at_least
 from haast.files import check_writable, write_json
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from haast.bench.plan import Row
-    from haast.tuning.calibration import Calibration
 
 
 def calibrate(
@@ -48,22 +41,12 @@ def calibrate(
     """
     check_at_least("max_new_tokens", max_new_tokens, 16)
     check_at_least("rounds", rounds)
-    if drafting.shaped or drafting.calibration != "auto":
-        raise ValueError(
-            "calibrate looks for the best shape itself: leave out --shape, --nodes, --depth, --calibration"
-        )
+    _check_options(drafting, (prompts, limit, out, png))
     chosen = read_prompt_file(prompts, limit if prompts is not None or limit is not None else len(OWN_PROMPTS))
     check_writable(json_out)
-    for path in (out, png):
-        check_writable(None if path is None else str(path))
-    if png is not None and png.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--png {png} is no picture: give a name that ends in .png, .svg or .pdf")
+    _check_files(out, png)
     loading.check()
     if drafting.head == "none":
-        if any(given is not None for given in (prompts, limit, out, png)):
-            raise ValueError(
-                "--prompts, --limit, --out and --png are for a head's drafts: leave them out, or give a head"
-            )
         _forwards_alone(loading, rounds, json_out)
         return
     shape = drafting.check(loading.model, loading.device)
@@ -71,35 +54,42 @@ def calibrate(
     drafter = as_eagle(loaded)
     assert drafter is not None, "a head was asked for"
 
-    from rich.console import Console
-
     from haast.bench.calibrate import calibrate as measure
-    from haast.bench.calibration_report import draw, show
+    from haast.bench.calibration_report import calibration_text, draw
     from haast.bench.report import environment
     from haast.drafters.calibrated import default_path
     from haast.progress import Progress
     from haast.tuning.latency import Latency, keep, smoothed
 
     with Progress("calibrating") as progress:
-        found = measure(
-            target,
-            drafter,
-            [prompt.tokens for prompt in encoded],
-            tokens=max_new_tokens,
-            rounds=rounds,
-            say=progress.say,
-        )
+        texts = [prompt.tokens for prompt in encoded]
+        found = measure(target, drafter, texts, tokens=max_new_tokens, rounds=rounds, say=progress.say)
     path = default_path(found.identity) if out is None else out
     found.save(path)
     if out is None:
         keep(target, Latency(smoothed(found.forward_ms)))  # for drafters without a head
-    show(found, Console(file=human_output(json_out)))
-    print(f"kept in {path}", file=human_output(json_out))
+    print(f"{calibration_text(found)}\nkept in {path}", file=human_output(json_out))
     if png is not None:
         draw(found, png)
     settings = {"max_new_tokens": max_new_tokens, "rounds": rounds}
     where = environment(target, loading.model, prompts, len(encoded), settings)
     write_json({**found.document(), "environment": where}, json_out)
+
+
+def _check_options(drafting: Drafting, of_heads: tuple[object, ...]) -> None:
+    if drafting.shaped or drafting.calibration != "auto":
+        raise ValueError(
+            "calibrate looks for the best shape itself: leave out --shape, --nodes, --depth, --calibration"
+        )
+    if drafting.head == "none" and any(given is not None for given in of_heads):
+        raise ValueError("--prompts, --limit, --out and --png are for a head's drafts: leave them out, or give a head")
+
+
+def _check_files(out: Path | None, png: Path | None) -> None:
+    for path in (out, png):
+        check_writable(None if path is None else str(path))
+    if png is not None and png.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--png {png} is no picture: give a name that ends in .png, .svg or .pdf")
 
 
 def _forwards_alone(loading: Loading, rounds: int, json_out: str | None) -> None:
@@ -145,48 +135,26 @@ def plan(
     """
     from dataclasses import asdict
 
-    from rich.console import Console
-    from rich.table import Table
-
+    from haast.bench.calibration_report import plan_text
     from haast.bench.plan import MACHINES, kept_calibration, parse_machine, project
 
-    console = Console(file=human_output(json_out))
     if listing:
-        machines = Table("name", "what", "GB/s", "TFLOP/s", box=None)
+        row, out = "{:<14} {:<62} {:>5} {:>8}", human_output(json_out)
+        print(row.format("name", "what", "GB/s", "TFLOP/s"), file=out)
         for each in MACHINES.values():
-            machines.add_row(each.name, each.about, f"{each.bandwidth / 1e9:.0f}", f"{each.peak / 1e12:g}")
-        console.print(machines)
-        console.print("the makers' peak figures; a projection takes them as reachable, so it is an upper bound")
+            figures = (f"{each.bandwidth / 1e9:.0f}", f"{each.peak / 1e12:g}")
+            print(row.format(each.name, each.about, *figures), file=out)
+        print("the makers' peak figures; a projection takes them as reachable, so it is an upper bound", file=out)
         return
     check_writable(json_out)
     unknown = [name for name in machine or () if name not in MACHINES]
     if unknown:
         raise ValueError(f"unknown machines {unknown}: `haast plan --list` shows the table, --hardware takes your own")
     chosen = [MACHINES[name] for name in machine or ()] + [parse_machine(text) for text in own or ()]
-    if parameters is not None and not parameters > 0:
-        raise ValueError(f"parameters={parameters} is not allowed: give billions above 0")
-    if not bytes_per_weight > 0:
-        raise ValueError(f"bytes_per_weight={bytes_per_weight} is not allowed: give a number above 0")
+    for name, value in (("parameters", parameters), ("bytes_per_weight", bytes_per_weight)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}={value} is not allowed: give a number above 0")
     found = kept_calibration(calibration)
     rows = project(found, chosen or list(MACHINES.values()), parameters, bytes_per_weight)
-    _show_plan(found, rows, console)
+    print(plan_text(found, rows), file=human_output(json_out))
     write_json([asdict(row) for row in rows], json_out)
-
-
-def _show_plan(found: Calibration, rows: Sequence[Row], console: Console) -> None:
-    """The projections, labelled as such."""
-    from rich.table import Table
-
-    heads = ("machine", "vanilla tok/s", "EAGLE tok/s", "speed-up", "tau", "depth", "width", "nodes", "v(n)", "c")
-    table = Table(*heads, box=None, title="PROJECTED, not measured", title_justify="left")
-    for row in rows:
-        shape = (str(row.depth), str(row.width), str(row.nodes)) if row.depth else ("vanilla", "", "")
-        speeds = (f"{row.vanilla_tokens_per_s:.0f}", f"{row.tokens_per_s:.0f}", f"{row.speedup:.2f}x")
-        table.add_row(row.machine, *speeds, f"{row.tau:.2f}", *shape, f"{row.v:.2f}", f"{row.c:.3f}")
-    console.print(table)
-    if rows[0].measured_speedup is not None:
-        console.print(
-            f"this machine: {rows[0].tokens_per_s:.0f} tokens/s, {rows[0].speedup:.2f}x, projected; "
-            f"{found.expected['tokens_per_s']:.0f}, {rows[0].measured_speedup:.2f}x, from measured costs and a pace, "
-            "which a projection leaves out"
-        )

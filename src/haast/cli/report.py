@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -40,6 +40,7 @@ def report(
         check_writable(path)
 
     from haast.bench.document import merged, read_document
+    from haast.bench.page import report_html
     from haast.bench.tables import suite_markdown
     from haast.bench.trace import TRACE_FORMAT
 
@@ -47,25 +48,18 @@ def report(
         raise ValueError("a file is named twice: name each once")
     named = {str(file): read_document(expanded(file, "cannot read")) for file in files}
     traces = [read_document(expanded(file, "cannot read"), TRACE_FORMAT) for file in trace or ()]
-    wanted = markdown is not None or (html is None and json_out is None)
     with _undamaged([*files, *(trace or ())]):  # everything is made before anything is written
         document = merged(named, merge_anyway)
         document["traces"] = [*document["traces"], *traces]
         told = suite_markdown(document)
-        page = None if html is None else _page(document)
+        page = "" if html is None else report_html(document)
     for words in document["environment"].get("warnings", ()):
         typer.echo(f"haast: warning: {words}", err=True)
     write_json(document, json_out)
-    if html is not None and page is not None:
+    if html is not None:
         _write(html, page)
-    if wanted:
+    if markdown is not None or (html is None and json_out is None):
         _write(markdown or "-", told)
-
-
-def _page(document: dict[str, Any]) -> str:
-    from haast.bench.page import report_html
-
-    return report_html(document)
 
 
 @contextmanager

@@ -199,21 +199,6 @@ class Sampling:
         return SamplingParams(**vars(self))
 
 
-@dataclass(frozen=True)
-class SuiteOptions:
-    """A folder of prompt files instead of one, and where its results go."""
-
-    suite: Annotated[Path | None, Option(metavar="DIR", help="Bench all prompt files (*.jsonl) of a folder.")] = None
-    only: Annotated[str | None, Option(metavar="A,B", help="With --suite: these files, without .jsonl.")] = None
-    temperatures: Annotated[
-        str | None, Option(metavar="T,T", help="With --suite, which takes 0,1 if this is absent.")
-    ] = None
-    out: Annotated[
-        Path | None, Option(metavar="FOLDER", help="With --suite: where journal.jsonl, suite.json, suite.md go.")
-    ] = None
-    resume: Annotated[bool, Option("--resume", help="With --suite: go on with the journal in --out.")] = False
-
-
 @contextmanager
 def compiling(what: str) -> Iterator[None]:
     """A line on stderr while something is compiled, where somebody reads along."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,12 +14,8 @@ from haast.cli.settings import Choice, Drafting, JsonOption, Loading, PromptsOpt
 from haast.files import check_writable, write_json
 
 if TYPE_CHECKING:
-    from haast.bench.runner import BenchPrompt
     from haast.checking import Comparison, DistributionTest
-    from haast.core import SamplingParams
-    from haast.drafters.base import Drafter
     from haast.target.target import Target
-_TINY_SAMPLES = 1000  # fewer would not see the control's bias
 
 
 def verify(
@@ -55,43 +51,48 @@ def verify(
     drafting.check_shape(loading.device)
 
     from haast.bench.report import environment
+    from haast.checking import compare, distribution_tests
     from haast.core import SamplingParams
+    from haast.engine.engine import StopParams
     from haast.progress import Progress
+    from haast.training.target_weights import end_tokens
 
     kinds = {"greedy": SamplingParams(), "sampled": SamplingParams(temperature=temperature, seed=seed)}
     loading.check()
     target, drafter = load_chosen(choice, loading, drafting)
-    encoded = encoded_prompts(target, chosen)
+    encoded, stop = encoded_prompts(target, chosen), StopParams(max_new_tokens, end_tokens(target))
     out = human_output(json_out)
     results: list[dict[str, Any]] = []
     with Progress("verifying", "texts", len(kinds) * len(encoded)) as progress:
-        for prompt in encoded:
-            for kind, params in kinds.items():
-                results.append(_verify_one(target, drafter, prompt, kind, params, max_new_tokens))
-                print(_verify_line(results[-1]), file=human_output(json_out), flush=True)  # above the bar
-                progress.step()
+        for prompt, kind in product(encoded, kinds):
+            results.append(_described(compare(target, drafter, prompt.tokens, kinds[kind], stop), prompt.id, kind))
+            print(_line(results[-1]), file=human_output(json_out), flush=True)  # above the bar
+            progress.step()
         progress.say("chi-square tests" if samples else "")
-        tests = _distributions(target, drafter, encoded[0].tokens, kinds["sampled"], samples) if samples else []
+        tests = distribution_tests(target, drafter, encoded[0].tokens, kinds["sampled"], samples) if samples else []
     for test in tests:
-        verdict = "passed" if test.passed else "BUG"
-        expected = ", must fail" if test.expected_to_fail else ""
-        print(f"chi-square, {test.name}{expected}: p = {test.p_value:.3g}, {test.samples} samples: {verdict}", file=out)
-    asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    settings = {"drafter": drafter.name, **drawn_by(drafter), **asked}
-    where = environment(target, loading.model, prompts, len(encoded), settings)
-    _verify_end(target, where, results, tests, json_out)
+        words, expected = "passed" if test.passed else "BUG", ", must fail" if test.expected_to_fail else ""
+        print(f"chi-square, {test.name}{expected}: p = {test.p_value:.3g}, {test.samples} samples: {words}", file=out)
+    settings = {"drafter": drafter.name, **drawn_by(drafter), "max_new_tokens": max_new_tokens}
+    settings |= {"temperature": temperature, "seed": seed}
+    document = _document(target, results, tests)
+    document["environment"] = environment(target, loading.model, prompts, len(encoded), settings)
+    _end(document, json_out)
 
 
-def _verify_one(
-    target: Target, drafter: Drafter, prompt: BenchPrompt, kind: str, params: SamplingParams, max_new_tokens: int
-) -> dict[str, Any]:
-    from haast.checking import compare
-    from haast.engine.engine import StopParams
-    from haast.training.target_weights import end_tokens
+def _end(document: dict[str, Any], json_out: str | None) -> None:
+    results = document["comparisons"]
+    words = f"{sum(each['same'] for each in results)} of {len(results)} texts the same, "
+    words += f"{document['ties']} floating-point ties, {document['bugs']} bugs"
+    print(words, file=human_output(json_out))
+    write_json(document, json_out)
+    if document["bugs"]:
+        raise typer.Exit(1)
 
-    done: Comparison = compare(target, drafter, prompt.tokens, params, StopParams(max_new_tokens, end_tokens(target)))
+
+def _described(done: Comparison, prompt: str, kind: str) -> dict[str, Any]:
     return {
-        "prompt": prompt.id,
+        "prompt": prompt,
         "check": kind,
         "same": done.divergence is None,
         "tokens": len(done.vanilla),
@@ -100,51 +101,27 @@ def _verify_one(
     }
 
 
-def _verify_line(result: dict[str, Any]) -> str:
-    words = f"{result['prompt']}, {result['check']}: {result['tokens']} tokens, tau {result['tau']:.2f}: "
+def _line(result: dict[str, Any]) -> str:
+    words = "{prompt}, {check}: {tokens} tokens, tau {tau:.2f}: ".format(**result)
     found = result["divergence"]
     if found is None:
         return words + "the same"
-    name = "floating-point tie" if found["kind"] == "tie" else "BUG"
-    return words + (
-        f"{name} at token {found['index']} ({found['vanilla']} or {found['drafted']}): gap {found['gap']:.2g}, top-2 "
-        f"logit gap {found['top2_gap']:.2g}, a tie up to {found['allowed']:.2g}"
+    told = (
+        "{name} at token {index} ({vanilla} or {drafted}): gap {gap:.2g}, top-2 logit gap {top2_gap:.2g}, a tie up to "
+        "{allowed:.2g}"
     )
+    return words + told.format(name="floating-point tie" if found["kind"] == "tie" else "BUG", **found)
 
 
-def _distributions(
-    target: Target, drafter: Drafter, prompt: Sequence[int], params: SamplingParams, samples: int
-) -> list[DistributionTest]:
-    from haast.checking import sampled_distribution, tiny_distribution
-
-    own = sampled_distribution(target, drafter, prompt, params, samples) if len(prompt) > 1 else []
-    return tiny_distribution(max(samples, _TINY_SAMPLES), params.seed) + own
-
-
-def _verify_end(
-    target: Target,
-    environment: dict[str, Any],
-    results: list[dict[str, Any]],
-    tests: list[DistributionTest],
-    json_out: str | None,
-) -> None:
+def _document(target: Target, results: list[dict[str, Any]], tests: list[DistributionTest]) -> dict[str, Any]:
     from haast.checking import tolerance
 
-    ties = sum(r["divergence"] is not None and r["divergence"]["kind"] == "tie" for r in results)
-    bugs = sum(r["divergence"] is not None and r["divergence"]["kind"] == "bug" for r in results)
-    bugs += sum(not test.passed for test in tests)
-    document = {
-        "bugs": bugs,
-        "ties": ties,
+    kinds = [result["divergence"]["kind"] for result in results if not result["same"]]
+    return {
+        "bugs": kinds.count("bug") + sum(not test.passed for test in tests),
+        "ties": kinds.count("tie"),
         "tolerance": tolerance(target.dtype),
         "tolerance_of": "the largest processed logit at that position (greedy: gap in logits, sampled: in probability)",
         "comparisons": results,
         "laws": [{**asdict(test), "passed": test.passed} for test in tests],
-        "environment": environment,
     }
-    same = sum(r["same"] for r in results)
-    words = f"{same} of {len(results)} texts the same, {ties} floating-point ties, {bugs} bugs"
-    print(words, file=human_output(json_out))
-    write_json(document, json_out)
-    if bugs:
-        raise typer.Exit(1)

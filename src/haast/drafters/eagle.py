@@ -162,11 +162,12 @@ class EagleDrafter(Drafter):
         self.shape, self.pace = shape, pace
         self.ways: Ways = {1: Way(shape, pace), **(ways or {})}
         self._growing: dict[tuple[DraftShape, int], _Growing] = {}
-        plans = [self._planned(way.shape) for way in self.ways.values() if way.shape is not None]
+        plans = [self.planned(way.shape) for way in self.ways.values() if way.shape is not None]
         self._most = max(each.nodes for each in plans)
         self.room = max(self._most, *(sum(each.widths) for each in plans)) + self._most
 
-    def _planned(self, shape: DraftShape) -> Plan:
+    def planned(self, shape: DraftShape) -> Plan:
+        """The index plan of a shape over the draft's vocabulary."""
         return plan(shape, self._target.vocab_size if self._vocab is None else len(self._vocab))
 
     def _growing_of(self, way: Way, budget: int | None) -> _Growing | None:
@@ -178,7 +179,7 @@ class EagleDrafter(Drafter):
             shape = replace(shape, nodes=budget, depth=min(shape.depth, budget - 1))
         found = self._growing.get((shape, id(way.pace)))
         if found is None:
-            fixed, device = self._planned(shape), self._target.device
+            fixed, device = self.planned(shape), self._target.device
             pace = way.pace if device.type == "cpu" else None
             frontier = [torch.tensor(level, device=device).unsqueeze(0) for level in fixed.frontier or ()]
             keep = None if fixed.keep is None else torch.tensor(fixed.keep, device=device).unsqueeze(0)

@@ -201,6 +201,7 @@ class Decoder:
                 f"this decoder was made for another model than the {type(model).__name__} that generate was called on: "
                 f"make a Decoder for this one"
             )
+        target.locate()
         if self._built != (target.device, target.dtype):
             raise HeadMismatchError(
                 f"the model is on {target.device} in {target.dtype} now; its drafter was made for it on "

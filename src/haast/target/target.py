@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from haast import compat, native
-from haast.device import free_memory, without_autograd
+from haast.device import without_autograd
 from haast.errors import KVPoolError
 from haast.target.base import TargetOutput, TreeForward
 from haast.target.compiled import CompiledLayers, Progress
 from haast.target.device_map import dispatched, mesh_of, read_weight, sharded, whole
 from haast.target.faster import CompiledForward, NativeForward
 from haast.target.hf import ModuleForward
+from haast.target.kv_budget import KVBudget
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import BLOCK, KVPool
-from haast.target.kv_stores import KV_DTYPES
 from haast.target.native_cpu import NativeStack
 from haast.target.packing import PackedLinear
 from haast.target.precision import precision, quantisation, weight_rows
@@ -40,23 +40,8 @@ from haast.tree import DraftTree
 
 __all__ = ["Probed", "Target", "TargetOutput", "choose_attention", "refuse_unsupported"]
 
-_RETAIN = 8192  # token slots of ended texts that are kept as prefixes
-_MOST_TOKENS = 1 << 20  # of a pool whose budget nobody has set
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
-
-
-def check_pool(
-    tokens: int | None = None, size: int | None = None, retain: int | None = None, kv_dtype: str = "auto"
-) -> None:
-    """Raises KVPoolError where `Target.use_pool` could not do with these."""
-    for name, value, least in (("tokens", tokens, 1), ("size", size, 1), ("retain", retain, 0)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise KVPoolError(f"{name}={value!r} is not allowed for a KV pool: give {least} or more")
-    if tokens is not None and size is not None:
-        raise KVPoolError(f"tokens={tokens} and size={size} are two budgets of one KV pool: give one")
-    if kv_dtype != "auto" and kv_dtype not in KV_DTYPES:
-        raise KVPoolError(f"kv_dtype={kv_dtype!r} is unknown: choose auto, {' or '.join(KV_DTYPES)}")
 
 
 def lock_of(model: nn.Module) -> threading.RLock:
@@ -92,17 +77,14 @@ class Target:
         self.hidden_size = int(self.config.hidden_size)
         self.layers = int(self.config.num_hidden_layers)
         self.embedding: nn.Module = model.get_input_embeddings()
-        # The embedding may be padded past the tokenizer's vocabulary; the law is over what the head emits.
+        # The embedding may be padded past the tokenizer's vocabulary; the distribution is over what the head emits.
         self.vocab_size = int(self.config.vocab_size)
         self.lock = lock_of(model)  # held while the model runs, by every Target of it
         self._native: NativeForward | None = None
         self._cache: KVCache | None = None
-        self._pool_tokens: int | None = None
-        self._pool_bytes: int | None = None
-        self._retain = _RETAIN
+        self._budget = KVBudget()
         self._state: object = None
         self.scheduler: Any = None  # of all requests on this target; the engine's
-        self.kv_dtype: torch.dtype | None = None
         self._compiled: CompiledLayers | None = None
         choose_attention(model)
         self._forward_of = ModuleForward(model)
@@ -183,7 +165,7 @@ class Target:
         Raises:
             ValueError: the linears are packed, so that native code runs them.
         """
-        self._forward_of.refresh()
+        self.locate()
         if isinstance(self.lm_head, PackedLinear):
             raise ValueError(
                 "packed linears are native code, which can't be compiled: load the model with packing='off'"
@@ -220,7 +202,9 @@ class Target:
         if self._cache is None:
             with self.lock:
                 if self._cache is None:
-                    self._cache = self._forward_of.new_cache(KVPool(self._budget(), self._retain), self.kv_dtype)
+                    slots = self._budget.slots(self.kv_bytes_per_token, self.device)
+                    pool = KVPool(slots, self._budget.kept)
+                    self._cache = self._forward_of.new_cache(pool, self.kv_dtype)
         return self._cache
 
     @property
@@ -241,46 +225,35 @@ class Target:
     def use_pool(
         self, tokens: int | None = None, *, size: int | None = None, retain: int | None = None, kv_dtype: str = "auto"
     ) -> None:
-        """Set the KV pool's budget, before its first use.
-
-        Args:
-            tokens: token slots of all requests together; None goes by `size`.
-            size: bytes of keys and values; None is a quarter of the memory that is free.
-            retain: token slots of ended texts that are kept as prefixes for later ones.
-            kv_dtype: "auto" holds keys and values as the model gives them, "float16" or "bfloat16" in 16 bits: the
-                target with 16-bit keys and values is then the target, for vanilla and drafted decoding alike.
+        """Set the KV pool's budget, before its first use; see `haast.target.kv_budget.KVBudget`.
 
         Raises:
-            KVPoolError: a budget below 1, both budgets, an unknown dtype, or the pool is in use already.
+            KVPoolError: an impossible budget, or the pool is in use already.
         """
-        check_pool(tokens, size, retain, kv_dtype)
+        budget = KVBudget(tokens, size, retain, kv_dtype)
         with self.lock:
             if self._cache is not None:
                 raise KVPoolError("the KV pool is in use already: set its budget before the first request")
-            self._pool_tokens, self._pool_bytes, self._retain = tokens, size, _RETAIN if retain is None else retain
-            self.kv_dtype = KV_DTYPES.get(kv_dtype)
-            self._budget()
+            self._budget = budget
+            budget.slots(self.kv_bytes_per_token, self.device)
 
-    def _budget(self) -> int:
-        if self._pool_tokens is not None:
-            return self._pool_tokens
-        size = self._pool_bytes or free_memory(self.device) // 4
-        blocks = size // (BLOCK * max(self.kv_bytes_per_token, 1)) - 1  # one is for padding
-        if blocks < 1:
-            raise KVPoolError(
-                f"a KV pool of {size} bytes is too small: {2 * BLOCK} token slots, the least, take "
-                f"{2 * BLOCK * self.kv_bytes_per_token} here"
-            )
-        return min(blocks * BLOCK, _MOST_TOKENS)
+    @property
+    def kv_dtype(self) -> torch.dtype | None:
+        """What keys and values are stored in; None is as the model gives them."""
+        return self._budget.dtype
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Memory of one token's keys and values."""
         return self.probed.kv_bytes_per_token // (2 if self.kv_dtype and self.dtype.itemsize == 4 else 1)
 
+    def locate(self) -> None:
+        """Look where the model stands now: its LM head, device and dtype."""
+        self._forward_of.refresh()
+
     def refresh(self) -> None:
         """Notice what was changed on the model since the last request: weights, hooks, placement."""
-        self._forward_of.refresh()
+        self.locate()
         if self._native is not None and not self._native.current():
             self._native = None  # the model was moved or changed: its own modules answer from here on
         state = (self.one_call, compat.weights_state(self.model), compat.foreign_hooks(self.model.modules()))

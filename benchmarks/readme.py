@@ -1,7 +1,7 @@
 """The numbers of the README and of docs/, from the JSON files in `results/` and nothing else.
 
 Owns the text between `<!-- results:NAME -->` (or NAME+NAME: one table of several files; NAME#short: a suite's one
-table) and `<!-- end -->`. `python -m haast.bench.readme` rewrites it; a test keeps the two equal.
+table) and `<!-- end -->`. `python benchmarks/readme.py` rewrites it; a test keeps the two equal.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from haast.bench.tables import KINDS, markdown, suite_markdown
+from haast.bench.tables import markdown, suite_markdown
 
+KINDS = (  # of documents in results/ but suites, each by the key that only this kind has
+    "base", "seconds_to_tau", "explained_variance", "peers", "linears", "contexts", "oracle", "baselines", "lengths",
+    "forward_ms", "batches", "precisions", "conversation", "optimizers",
+)  # fmt: skip
 _BLOCK = re.compile(r"(<!-- results:(?P<name>[a-z0-9+-]+)(?P<short>#short)? -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
 

@@ -1,0 +1,210 @@
+"""What `haast bench` does once all is loaded: answers under a progress bar, documents, and its end.
+
+Owns the files of results and what stands in a journal's header; the work is `haast.bench`'s.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from haast.cli.boundary import human_output
+from haast.cli.loading import drawn_by
+from haast.cli.settings import Drafting, Loading
+from haast.files import write_json, write_text
+
+if TYPE_CHECKING:
+    from haast.bench.decoders import Decoder, Parts
+    from haast.bench.runner import Answer, BenchConfig, Cells, Suite, Turn
+    from haast.cli.bench import BenchOptions, Plan
+    from haast.target.target import Target
+
+JOURNAL = "journal.jsonl"
+HF_SKIPPED = "hf draws its own random numbers, so its text cannot be compared there"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Decoders about to answer."""
+
+    plan: Plan
+    suites: dict[str, Suite]
+    names: Sequence[str]
+    config: BenchConfig
+    target: Target
+    loading: Loading
+    parts: Parts
+
+    def arms(self) -> dict[float, list[Decoder]]:
+        """Temperature -> decoders."""
+        return {t: [self._arm(name, t) for name in own] for t, own in self.plan.decoders(self.names).items()}
+
+    def _arm(self, name: str, temperature: float) -> Decoder:
+        from haast.bench.decoders import EngineDecoder, StockDecoder, drafter_for
+        from haast.target.load import load_stock
+        from haast.training.target_weights import end_tokens
+
+        ends, sampling = end_tokens(self.target), replace(self.config.sampling, temperature=temperature)
+        if name == "hf":
+            stock = load_stock(self.loading.model)[0]
+            stock.to(self.target.device)  # type: ignore[arg-type]
+            return StockDecoder(stock, ends)
+        drafter = drafter_for(name, self.target, self.parts, sampling)
+        return EngineDecoder(self.target, drafter, sampling, ends, name, self.config.prefill_chunk)
+
+    def answer(
+        self, arms: Mapping[float, Sequence[Decoder]], done: dict[Turn, Answer], keep: Callable[[Answer], None]
+    ) -> Cells:
+        """Give every answer that is not `done`; `keep` puts it there."""
+        from haast.bench.runner import gather, run_suite, turns_of
+        from haast.progress import Progress
+
+        turns = turns_of(arms, self.suites, self.config)
+        decoded = forwards = 0
+        with Progress("bench", "answers", len(turns), len(done), rate="tokens") as progress:
+
+            def kept(answer: Answer) -> None:
+                """The progress tells EAGLE's tau so far."""
+                nonlocal decoded, forwards
+                keep(answer)
+                stats = answer.run.stats
+                if answer.turn.decoder == "eagle" and stats is not None:
+                    decoded, forwards = decoded + stats.decoded_tokens, forwards + stats.target_forwards
+                words = f"eagle's tau {decoded / forwards:.2f}" if forwards else ""
+                progress.step(counted=len(answer.run.tokens), words=words)
+
+            run_suite(arms, self.suites, self.config, done, kept)
+        return gather(done, turns, self.names)
+
+    def describe(self, prompts: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+        """Of a document."""
+        from haast.bench.report import environment
+
+        return environment(self.target, self.loading.model, prompts, len(self.plan.prompts), settings)
+
+
+def bench_file(run: Run, options: BenchOptions, settings: dict[str, Any]) -> None:
+    from haast.bench import aggregate
+    from haast.bench.report import bench_text
+    from haast.bench.runner import differences
+
+    document: dict[str, Any] = {"environment": run.describe(options.prompts, settings)}
+    answers: dict[Turn, Answer] = {}
+    (records,) = run.answer(run.arms(), answers, lambda answer: answers.update({answer.turn: answer})).values()
+    (suite,) = run.suites.values()
+    found = differences(records, suite.prompts, run.target, run.config.sampling)
+    document["rows"] = aggregate.build_rows(records, suite.prompts)
+    document["differences"] = [asdict(each) for each in found]
+    document["per_prompt"] = aggregate.per_prompt(records, suite.prompts)
+    if options.v_curve:
+        from haast.bench.forward_latency import measure_v_curve
+        from haast.progress import Progress
+
+        with Progress("v curve"):
+            document["v_curve"] = measure_v_curve(run.target, run.parts.eagle)
+    print(bench_text(document), file=human_output(options.json_out))
+    write_json(document, options.json_out)
+    _fail_on_bugs(document)
+
+
+def bench_suites(run: Run, out: Path, options: BenchOptions, drafting: Drafting, settings: dict[str, Any]) -> None:
+    """Run, or go on with, a suite; write its documents; exit with 1 where a text differs that must not."""
+    from haast.bench.document import build_document
+    from haast.bench.journal import Journal
+    from haast.bench.report import bench_text
+    from haast.bench.tables import suite_markdown
+
+    arms, path = run.arms(), out / JOURNAL
+    header = _header(run, arms, options, drafting, settings)
+    with Journal(path, header, options.resume) as journal:
+        try:
+            cells = run.answer(arms, journal.answers, journal.keep)
+        except KeyboardInterrupt:
+            total = run.config.rounds * sum(len(own) for own in arms.values()) * len(run.plan.prompts)
+            done = f"{len(journal.answers)} of {total} answers are in {path}"
+            typer.echo(f"\nstopped; {done}, the same command with --resume goes on from there", err=True)
+            raise
+        document = build_document(journal.header, cells, run.suites, run.target, run.config.sampling)
+    write_json(document, str(out / "suite.json"))
+    write_text(out / "suite.md", suite_markdown(document))
+    for temperature in document["temperatures"]:
+        rows = [row for row in document["rows"] if (row["suite"], row["temperature"]) == ("all", temperature)]
+        found = [
+            {**each, "prompt": f"{each['suite']} {each['prompt']}"}
+            for each in document["differences"]
+            if each["temperature"] == temperature
+        ]
+        typer.echo(f"temperature {temperature:g}, {', '.join(document['suites'])}")
+        typer.echo(bench_text({"environment": document["environment"], "rows": rows, "differences": found}))
+    typer.echo(f"written: {out / 'suite.json'}, {out / 'suite.md'}")
+    _fail_on_bugs(document)
+
+
+def _header(
+    run: Run,
+    arms: Mapping[float, Sequence[Decoder]],
+    options: BenchOptions,
+    drafting: Drafting,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """What the journal fixes, and the document repeats."""
+    from haast.bench.decoders import EngineDecoder, base_of, lossy, rule_of
+    from haast.bench.report import sources_sha256, weights_sha256
+
+    sampling = {key: value for key, value in settings["sampling"].items() if key != "temperature"}  # a cell has its own
+    where = run.describe(None, {**settings, "sampling": sampling})
+    del where["prompts_file"], where["prompts_sha256"]
+    where |= {"sources_sha256": sources_sha256(), "weights_sha256": weights_sha256(run.target)}
+    if "hf" in run.names:
+        skipped = [temperature for temperature in arms if temperature > 0]
+        where["skipped"] = [{"decoder": "hf", "temperature": t, "why": HF_SKIPPED} for t in skipped]
+    parts = _part_settings(run, options, drafting)
+    decoders = {}
+    for arm in (arm for own in arms.values() for arm in own):
+        engine = {"nodes": arm.nodes, **parts.get(base_of(arm.name), {})} if isinstance(arm, EngineDecoder) else None
+        about = {"lossy": lossy(arm.name), "rule": rule_of(arm.name), "settings": engine or {"dtype": "float32"}}
+        decoders[arm.name] = about
+    calibration = drafting.calibrated(run.target, run.parts.eagle)
+    return {
+        "environment": where,
+        "suites": {
+            name: {"file": suite.file, "sha256": suite.sha256, "tokens_sha256": suite.tokens_sha256}
+            for name, suite in run.suites.items()
+        },
+        "decoders": decoders,
+        "temperatures": list(run.plan.temperatures),
+        "rounds": run.config.rounds,
+        "calibration": None if calibration is None else calibration.document(),
+    }
+
+
+def _part_settings(run: Run, options: BenchOptions, drafting: Drafting) -> dict[str, dict[str, Any]]:
+    """What the decoders draft with that have a head or a model of their own: settings, and its digest."""
+    from haast.bench.decoders import HEADED
+    from haast.bench.report import folder_sha256, weights_sha256
+    from haast.drafters.factory import find_head
+
+    found: dict[str, dict[str, Any]] = {}
+    model = run.loading.model
+    eagle = None if run.parts.eagle is None else drafting.folder(model)
+    groups = ((HEADED, run.parts.eagle, eagle), (("medusa",), run.parts.medusa, find_head(options.medusa_head, model)))
+    for names, drafter, folder in groups:
+        if folder is not None:
+            settings = {**drawn_by(drafter), "head_sha256": folder_sha256(folder)}
+            found |= dict.fromkeys(names, settings)
+    if run.parts.small is not None:
+        found["small-model"] = {"model": options.small_model, "weights_sha256": weights_sha256(run.parts.small)}
+    return found
+
+
+def _fail_on_bugs(document: dict[str, Any]) -> None:
+    bugs = sum(each["kind"] == "bug" for each in document["differences"])
+    if bugs:
+        words = f"{bugs} outputs differ, and not by a floating-point tie: run `haast verify`"
+        print(f"haast: {words}", file=sys.stderr)
+        raise typer.Exit(1)

@@ -43,9 +43,9 @@ def test_llama_keeps_its_numbers() -> None:
     tokens = torch.arange(12).view(1, 12)
     with torch.no_grad():
         before = model(tokens).logits
-        report = fuse_small_modules(model)
+        swapped = fuse_small_modules(model)
         after = model(tokens).logits
-    assert (report.norms, report.feed_forwards, report.attentions) == (5, 2, 2)
+    assert swapped == (5, 2, 2)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
@@ -59,8 +59,8 @@ def test_a_norm_of_another_law_is_left_alone() -> None:
             if type(module).__name__ == "Gemma2RMSNorm":
                 nn.init.normal_(module.get_parameter("weight"))
     pack_linears(model)
-    report = fuse_small_modules(model)
-    assert (report.norms, report.feed_forwards) == (0, 0)
+    swapped = fuse_small_modules(model)
+    assert swapped[:2] == (0, 0)
 
 
 @needs_kernels
@@ -81,9 +81,9 @@ def test_attention_is_fused_where_it_is_llamas(kind: Any, fused: int) -> None:
     tokens = torch.arange(12).view(1, 12)
     with torch.no_grad():
         before = model(tokens).logits
-        report = fuse_small_modules(model)
+        swapped = fuse_small_modules(model)
         after = model(tokens).logits
-    assert report.attentions == fused
+    assert swapped[2] == fused
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 

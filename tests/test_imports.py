@@ -136,6 +136,30 @@ def test_a_wrong_import_is_seen(module: str, line: str) -> None:
     assert complaints(module, f"{read(module)}\n{line}\n", MODULES) != []
 
 
+def asks_for_packed(source: str) -> list[int]:
+    """Lines that ask by `isinstance` whether something is a PackedLinear, by itself or among other classes."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance"
+        if any(getattr(part, "id", getattr(part, "attr", "")) == "PackedLinear" for part in ast.walk(node.args[1]))
+    ]
+
+
+@pytest.mark.parametrize("module", [each for each in MODULES if not each.startswith("haast.target.")])
+def test_only_targets_know_how_linears_are_packed(module: str) -> None:
+    assert asks_for_packed(read(module)) == [], "ask haast.target.packing: is_packed, is_linear, linear_sizes"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["isinstance(x, PackedLinear)", "isinstance(x, nn.Linear | PackedLinear)", "isinstance(x, packing.PackedLinear)"],
+)
+def test_asking_for_packed_linears_is_seen(line: str) -> None:
+    source = read("haast.drafters.medusa")
+    assert asks_for_packed(f"{source}\nif True:\n    assert not {line}\n") == [len(source.splitlines()) + 3]
+
+
 @pytest.mark.parametrize("module", ["haast", "haast.cli"])
 def test_importing_is_light(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"

@@ -805,7 +805,7 @@ def test_threads_that_overlap_each_get_back_what_they_had() -> None:
 @pytest.mark.parametrize("reference", [False, True])
 def test_packed_linear_is_a_linear_with_rounded_weights(reference: bool) -> None:
     linear = nn.Linear(33, 50)
-    packed = PackedLinear.from_weight(linear.weight, linear.bias, reference=reference)
+    packed = PackedLinear(linear.weight, linear.bias, reference=reference)
     assert (packed.in_features, packed.out_features) == (33, 50)
     assert torch.equal(packed.unpack(), linear.weight.half().float())
     x = randn(2, 5, 33)
@@ -815,20 +815,20 @@ def test_packed_linear_is_a_linear_with_rounded_weights(reference: bool) -> None
 
 
 def test_packed_linear_names_the_remedy() -> None:
-    packed = PackedLinear.from_weight(randn(4, 4))
+    packed = PackedLinear(randn(4, 4))
     with pytest.raises(ValueError, match=r"bfloat16 on cpu.*dtype=torch.float32"):
         packed(torch.zeros(1, 4, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="meta"):
         packed(torch.zeros(1, 4, device="meta"))
     with pytest.raises(ValueError, match=r"dtype=torch\.float32"):
-        PackedLinear.from_weight(torch.zeros(4, 4, dtype=torch.float16))
+        PackedLinear(torch.zeros(4, 4, dtype=torch.float16))
     with pytest.raises(ValueError, match="outputs"):
-        PackedLinear.from_weight(torch.zeros(4, 4), torch.zeros(5))
+        PackedLinear(torch.zeros(4, 4), torch.zeros(5))
 
 
 @needs_native
 def test_packed_weights_outlive_casts_of_the_model() -> None:
-    packed, x = PackedLinear.from_weight(randn(20, 12)), randn(3, 12)
+    packed, x = PackedLinear(randn(20, 12)), randn(3, 12)
     expected = packed(x)
     assert torch.equal(packed.double().float()(x), expected)
     assert torch.equal(packed.bfloat16()(x), expected)
@@ -836,7 +836,7 @@ def test_packed_weights_outlive_casts_of_the_model() -> None:
 
 @needs_native
 def test_the_operator_traces_and_agrees() -> None:
-    packed, x = PackedLinear.from_weight(randn(20, 12), randn(20)), randn(3, 12)
+    packed, x = PackedLinear(randn(20, 12), randn(20)), randn(3, 12)
     torch.library.opcheck(torch.ops.haast.linear.default, (x, packed.packed, packed.scale, packed.bias, 20))
     compiled = torch.compile(packed, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), packed(x))
@@ -870,14 +870,14 @@ def test_a_packed_model_says_what_a_rounded_one_says(
     rounded.load_state_dict(model.state_dict())
     embedding: Tensor = model.get_input_embeddings().get_parameter("weight")
     before = embedding.clone()
-    report = pack_linears(model, reference=reference)
+    pack_linears(model, reference=reference)
     round_linears(rounded)
     ids = torch.arange(20).view(2, 10)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, rounded(ids).logits, rtol=1e-4, atol=1e-5)
-    assert report.layers == layers
-    assert report.native == (native.available() and not reference)
-    assert bool(report.note) != report.native
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    assert len(packed) == layers
+    assert all(module.reference == (reference or not native.available()) for module in packed)
     assert torch.equal(embedding, before)
     assert not any(p.requires_grad for p in model.parameters())
     assert not any(isinstance(m, nn.Linear) for m in model.modules())

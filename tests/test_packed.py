@@ -39,8 +39,8 @@ def target(request: pytest.FixtureRequest) -> Target:
     )
     made = Target(LlamaForCausalLM(config))
     pack_linears(made.model, form=request.param.split()[0])
-    report = fuse_small_modules(made.model)
-    assert (report.norms, report.feed_forwards, report.attentions) == (7, 3, 3)
+    swapped = fuse_small_modules(made.model)
+    assert swapped == (7, 3, 3)
     if "one call" in request.param:
         assert made.use_one_call() and made.one_call
     return made

@@ -377,7 +377,7 @@ def test_what_does_not_fit_a_proposal_is_refused() -> None:
         quick.propose(states, roots, [-1], tables, store)
     with pytest.raises(ValueError, match="past has 2 numbers for 1 rows"):
         quick.propose(states, roots, [1, 1], tables, store)
-    with pytest.raises(ValueError, match=r"expected fp32 \(1, 40\) for 1 roots"):
+    with pytest.raises(ValueError, match=r"expected contiguous fp32 \(1, 40\)"):
         quick.propose(states[:, :8], roots, [1], tables, store)
     with pytest.raises(ValueError, match=r"block tables are torch\.int64"):
         quick.propose(states, roots, [1], tables.long(), store)

@@ -12,12 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation import logits_process as stock
 
 from haast.core import Processor, SamplingParams
 from haast.device import exact, to_device
@@ -36,6 +31,10 @@ class Sampler:
         warpers: applied in this order instead of the params' temperature, top-k, top-p and min-p, to float32 scores
             (n, vocab), as transformers' `generate` does; they look at scores alone. Temperature 0 then only means that
             the likeliest token is taken.
+
+    Attributes:
+        greedy: whether the likeliest token is chosen.
+        stateless: whether a choice depends on logits and position alone, so that all nodes can be chosen for at once.
     """
 
     def __init__(self, params: SamplingParams, choice: int = 0, warpers: Sequence[Processor] | None = None) -> None:
@@ -43,20 +42,11 @@ class Sampler:
         self._given = warpers is not None
         chain: list[Processor] = []
         if params.repetition_penalty != 1.0:
-            chain.append(RepetitionPenaltyLogitsProcessor(penalty=float(params.repetition_penalty)))
+            chain.append(stock.RepetitionPenaltyLogitsProcessor(penalty=float(params.repetition_penalty)))
         self._processors: tuple[Processor, ...] = (*chain, *params.processors)
         self._warpers = tuple(_own_warpers(params) if warpers is None else warpers)
         self._key = _keyed(0, params.seed, choice)
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is chosen."""
-        return self.params.temperature == 0
-
-    @property
-    def stateless(self) -> bool:
-        """Whether a choice depends on logits and position alone, so that all nodes can be chosen for at once."""
-        return not self._processors
+        self.greedy, self.stateless = params.temperature == 0, not self._processors
 
     @property
     def kind(self) -> tuple[Hashable, ...]:
@@ -120,11 +110,11 @@ def _own_warpers(params: SamplingParams) -> list[Processor]:
     warpers: list[Any] = []  # of transformers, whose types are wider in one place and narrower in another
     if params.temperature > 0:
         if params.top_k > 0:
-            warpers.append(TopKLogitsWarper(top_k=params.top_k))
+            warpers.append(stock.TopKLogitsWarper(top_k=params.top_k))
         if params.top_p < 1.0:
-            warpers.append(TopPLogitsWarper(top_p=params.top_p))
+            warpers.append(stock.TopPLogitsWarper(top_p=params.top_p))
         if params.min_p > 0.0:
-            warpers.append(MinPLogitsWarper(min_p=params.min_p))
+            warpers.append(stock.MinPLogitsWarper(min_p=params.min_p))
     return warpers
 
 
@@ -215,7 +205,7 @@ def impossible(where: str) -> PromptError:
 
 def inverse_cdf(probs: Tensor, uniform: float) -> int:
     """The token that a draw in [0, 1) falls on; `probs` (vocab,) need not sum to exactly 1."""
-    return int(_inverse_cdfs(probs.unsqueeze(0), torch.full((1,), uniform, dtype=probs.dtype, device=probs.device)))
+    return int(_at(probs.unsqueeze(0).cumsum(-1), torch.full((1,), uniform, dtype=probs.dtype, device=probs.device)))
 
 
 def _drawn(scores: Tensor, uniform: Tensor) -> Tensor:
@@ -225,11 +215,6 @@ def _drawn(scores: Tensor, uniform: Tensor) -> Tensor:
     """
     weights = scores.to(exact(scores.device), copy=True)
     return _at(weights.sub_(weights.amax(-1, keepdim=True)).exp_().cumsum_(-1), uniform)
-
-
-def _inverse_cdfs(probs: Tensor, uniform: Tensor) -> Tensor:
-    """`inverse_cdf` of every row: probs (n, vocab), uniform (n,) -> (n,) int64; -1 where the row is NaN."""
-    return _at(probs.cumsum(-1), uniform)
 
 
 def _at(cumulative: Tensor, uniform: Tensor) -> Tensor:

@@ -73,15 +73,14 @@ def _installation() -> dict[str, Any]:
 
 def _model(target: Target, loading: Loading) -> dict[str, Any]:
     from haast.target.load import resolve
-    from haast.target.packing import PackedLinear
+    from haast.target.packing import is_packed, linear_sizes
 
     source = resolve(loading.model)
-    packed = {module for module in target.model.modules() if isinstance(module, PackedLinear)}
-    parameters = sum(p.numel() for p in target.model.parameters())
+    packed = [module for module in target.model.modules() if is_packed(module)]
     tied = bool(getattr(target.config, "tie_word_embeddings", False))
-    for module in packed:  # packed weights are buffers; a tied head's are the embedding's once more
-        if not (tied and module is target.lm_head):
-            parameters += module.in_features * module.out_features
+    # Packed weights are buffers, and no parameters; a tied head's are the embedding's once more.
+    own = [module for module in packed if not (tied and module is target.lm_head)]
+    parameters = sum(p.numel() for p in target.model.parameters()) + linear_sizes(own)[1]
     return {
         "name": loading.model,
         "class": type(target.model).__name__,

@@ -23,20 +23,8 @@ if TYPE_CHECKING:
     from haast.target.device_map import Spread
     from haast.target.target import Target
 
-OWN_PROMPTS = (
-    "Explain in a few sentences why the sky is blue.",
-    "Write a Python function that returns the n-th Fibonacci number.",
-    "List three things to check before a long drive.",
-    "A train goes 60 km in 45 minutes. How fast is it in km/h? Show the steps.",
-    "Write a short letter to a neighbour who feeds your cat while you are away.",
-    "What is the difference between weather and climate?",
-    "You are a ship's cook in the year 1750. Describe your day.",
-    "Summarise how a bill becomes a law in a parliament.",
-    "Give me a recipe for a simple vegetable soup.",
-    "Write an SQL query that lists the ten customers with the most orders.",
-    "Name four planets and one fact about each of them.",
-    "My friend is nervous before a job interview. What could I say?",
-)
+# One a line: what is asked where no prompts are given.
+OWN_PROMPTS = tuple((Path(__file__).parents[1] / "data" / "prompts.txt").read_text(encoding="utf-8").splitlines())
 
 
 @dataclass(frozen=True)

@@ -58,11 +58,8 @@ def way_for(ways: Ways, rows: int) -> Way:
 def usual_ways(shape: DraftShape, device: str) -> Ways:
     """Where nothing was measured: trees share a number of nodes, and end where they have no drafts left."""
     total = _CPU_TOTAL if device == "cpu" else _DEVICE_TOTAL
-    ways = {1: Way(shape)}
-    for rows in _ROWS[1:]:
-        nodes = min(shape.nodes, total // rows)
-        ways[rows] = Way(shape_for(nodes, shape.kind) if nodes > 2 else None)
-    return ways
+    nodes = {rows: min(shape.nodes, total // rows) for rows in _ROWS[1:]}
+    return {1: Way(shape), **{rows: Way(shape_for(n, shape.kind) if n > 2 else None) for rows, n in nodes.items()}}
 
 
 def gain_of(nodes: float) -> float:

@@ -18,7 +18,7 @@ from haast.drafters.batch_policy import Way, nodes_for, usual_ways
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.small_model import SmallModelDrafter
 from haast.drafters.tree_shape import DraftShape
-from haast.target.packing import PackedLinear
+from haast.target.packing import linear_sizes
 from haast.target.target import Target
 from haast.tree import DraftTree
 from haast.tuning.calibration import Batch, Calibration
@@ -78,15 +78,7 @@ def _way(found: Batch | Calibration) -> Way:
 
 def weights_read(target: Target) -> tuple[int, int]:
     """Bytes and parameters of the linear layers, LM head included: what one forward reads and multiplies."""
-    size = parameters = 0
-    for module in target.model.modules():
-        if isinstance(module, PackedLinear):
-            size += module.packed.nbytes + module.dense.nbytes
-            parameters += module.in_features * module.out_features
-        elif isinstance(module, torch.nn.Linear):
-            size += module.weight.nbytes
-            parameters += module.weight.numel()
-    return size, parameters
+    return linear_sizes(target.model.modules())
 
 
 def eagle_cost(target: Target, drafter: EagleDrafter) -> DraftCost:

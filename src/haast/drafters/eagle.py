@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from haast import native
 from haast.core import Accepted
@@ -37,7 +37,7 @@ from haast.target.fusing import fuse_small_modules
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import Sequence as KVSequence
 from haast.target.memory import give_back
-from haast.target.packing import PackedLinear, pack_linears
+from haast.target.packing import is_packed, linear_sizes, pack_linears
 from haast.target.target import Target
 from haast.tree import DraftTree
 from haast.tuning.policy import CostModel
@@ -117,7 +117,7 @@ class EagleDrafter(Drafter):
         self.target_layers = module.target_layers
         vocab = None if head.draft_vocab is None else checked_vocab(head.draft_vocab, target)
         self._vocab = vocab
-        packed = isinstance(target.lm_head, PackedLinear)
+        packed = is_packed(target.lm_head)
         self._embedding = target.borrowed(target.embedding)
         self._lm_head = draft_lm_head(target, self._module, vocab, packed)
         if packed:
@@ -144,8 +144,7 @@ class EagleDrafter(Drafter):
     @property
     def parameters(self) -> int:
         """Weights of the head's linear layers and of the draft's LM head."""
-        linears = [*self._module.modules(), self._lm_head]
-        return sum(m.in_features * m.out_features for m in linears if isinstance(m, PackedLinear | nn.Linear))
+        return linear_sizes([*self._module.modules(), self._lm_head])[1]
 
     def tensors(self) -> dict[str, Tensor]:
         """The head's tensors as they draft, packed where the target is."""

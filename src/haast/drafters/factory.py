@@ -165,8 +165,7 @@ def make_drafter(
         return (SuffixDrafter if chosen == "suffix" else PromptLookupDrafter)(nodes, latency=source)
     if chosen == "lookahead":
         drafter = LookaheadDrafter(target.vocab_size, *LOOKAHEAD)
-        depth = drafter.ngram - 1
-        full = DraftSize(None, drafter.nodes, 0, 1, depth, min(_LOOKAHEAD_GAIN, depth))
+        full = DraftSize(None, drafter.nodes, 0, 1, drafter.ngram - 1, _LOOKAHEAD_GAIN)
         return _with_policy(drafter, source and source(), (full,))
     if chosen == "small-model":
         assert small is not None, "checked"

@@ -23,13 +23,14 @@ from haast.device import without_autograd
 from haast.drafters.base import Drafter, last_kept, last_tokens, stacked
 from haast.drafters.draft_lm import DRAFT_LM_FORM, checked_vocab
 from haast.drafters.tree_shape import DraftShape, likeliest_paths
+from haast.drafters.vanilla import RootState
 from haast.errors import HeadMismatchError, check_at_least
 from haast.heads.checkpoint import Head, check_fits, check_weights
 from haast.heads.medusa import MedusaHeads
 from haast.heads.precision import warn_of_precision
 from haast.target.kv_pool import Sequence as KVSequence
 from haast.target.memory import give_back
-from haast.target.packing import PackedLinear, pack_linears
+from haast.target.packing import PackedLinear, is_packed, pack_linears
 from haast.target.target import Target
 from haast.tree import DraftTree
 
@@ -40,11 +41,10 @@ _FALLS = 0.7  # of the assumed accuracies from each further head to the next
 
 
 @dataclass
-class MedusaState:
+class MedusaState(RootState):
     """What a request's next tree hangs on; set by the first `observe`."""
 
-    root: Tensor | None = None  # () int64: the newest token
-    feature: Tensor | None = None  # (hidden,) at the position before it
+    feature: Tensor | None = None  # (hidden,) at the position before the root
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class MedusaDrafter(Drafter):
         self.accuracies = _accuracies(head)
         self._target = target
         self._module = module.to(device=target.device, dtype=target.dtype)
-        packed = isinstance(target.lm_head, PackedLinear)
+        packed = is_packed(target.lm_head)
         if packed:  # the blocks as the target; the LM heads, whose drafts need not be exact, in 8 bits
             for each in self._module:
                 assert isinstance(each, nn.Sequential) and isinstance(each[-1], nn.Linear), "blocks and an LM head"
@@ -130,15 +130,10 @@ class MedusaDrafter(Drafter):
         features, tree = stacked(states, "feature"), combined.tree
         guesses = torch.cat([self._best(i, features, width) for i, width in enumerate(combined.widths)], dim=1)
         tokens = torch.cat([roots.unsqueeze(1), guesses[:, combined.picked]], dim=1)  # (rows, nodes)
-        rows, nodes = tokens.shape
-        return DraftTree(
-            tokens,
-            tree.parents.expand(rows, -1),
-            tree.depths.expand(rows, -1),
-            tree.ancestors.expand(rows, nodes, nodes),
-            tree.live.expand(rows, -1),
-            tree.height,
+        parents, depths, ancestors, live = (
+            each.expand(len(tokens), *each.shape[1:]) for each in (tree.parents, tree.depths, tree.ancestors, tree.live)
         )
+        return DraftTree(tokens, parents, depths, ancestors, live, tree.height)
 
     def _tree_of(self, nodes: int) -> _Combined:
         """The likeliest combinations that make a tree of so many nodes, 2 or more."""

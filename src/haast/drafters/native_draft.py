@@ -19,7 +19,7 @@ from haast.heads.feat_extrapolator import FeatExtrapolator
 from haast.heads.module import DraftModule
 from haast.native.stack import CDraft, CProposal, Refusal, run_draft
 from haast.target.native_cpu import NativeStack, int64s, refuse, weight_of
-from haast.target.packing import PackedLinear
+from haast.target.packing import PackedLinear, is_packed
 from haast.target.target import Target
 from haast.tree import DraftTree
 from haast.tuning.policy import CostModel
@@ -38,7 +38,7 @@ class QuickDraft:
     ) -> None:
         """Take what `of` has checked."""
         fc = module.fc
-        assert isinstance(fc, PackedLinear), "a packed module has packed linears"
+        assert is_packed(fc), "a packed module has packed linears"
         self._stack: NativeStack = stack
         self._held: tuple[object, ...] = (fc, lm_head, embedding, vocab)  # what the structure points to
         self._draft: CDraft = CDraft(fc=weight_of(fc), lm=weight_of(lm_head), embedding=embedding.data_ptr())
@@ -55,7 +55,7 @@ class QuickDraft:
         cls, target: Target, module: DraftModule, stack: NativeStack | None, lm_head: nn.Module, vocab: Tensor | None
     ) -> QuickDraft | None:
         """For a plain FeatExtrapolator on a packed target; None for any other head or embedding."""
-        if stack is None or not isinstance(module, FeatExtrapolator) or not isinstance(lm_head, PackedLinear):
+        if stack is None or not isinstance(module, FeatExtrapolator) or not is_packed(lm_head):
             return None
         if module.config.markov_rank or module.config.inputs != "feature+shifted-token" or lm_head.reference:
             return None
@@ -71,24 +71,18 @@ class QuickDraft:
         """What to draft from now on; False where the native code cannot."""
         if plan.top_k > native.MOST_TOP:
             return False
-        draft, count = self._draft, ctypes.c_int64
-        widths = (count * max(len(plan.widths), 1))(*plan.widths)
-        levels = plan.frontier
-        frontier = (
-            None if levels is None else (count * max(sum(map(len, levels)), 1))(*(i for level in levels for i in level))
-        )
-        keep = None if plan.keep is None else (count * max(len(plan.keep), 1))(*plan.keep)
-        costs = None if pace is None else (ctypes.c_float * len(pace.forward_ms))(*pace.forward_ms)
+        draft, keep = self._draft, plan.keep
+        frontier = None if plan.frontier is None else [place for level in plan.frontier for place in level]
+        counts = [_array(ctypes.c_int64, numbers) for numbers in (plan.widths, frontier, keep)]
+        costs = None if pace is None else _array(ctypes.c_float, pace.forward_ms)
         self._nodes = plan.nodes if pace is None or keep is not None else min(plan.nodes, len(pace.forward_ms))
         draft.top_k, draft.levels, draft.nodes = plan.top_k, len(plan.widths), self._nodes
-        draft.widths = ctypes.addressof(widths)
-        draft.frontier = None if frontier is None else ctypes.addressof(frontier)
-        draft.keep = None if keep is None else ctypes.addressof(keep)
-        draft.forward_ms = None if costs is None else ctypes.addressof(costs)
+        self._arrays = (*counts, costs)
+        places = [None if each is None else ctypes.addressof(each) for each in self._arrays]
+        draft.widths, draft.frontier, draft.keep, draft.forward_ms = places
         if pace is not None:
             draft.level_ms, draft.rate = pace.level_ms, pace.rate
             draft.trust, draft.follow = pace.trust, pace.follow
-        self._arrays = (widths, frontier, keep, costs)
         self._room = sum(plan.widths)
         self._levels = len(plan.widths)
         return True
@@ -122,42 +116,28 @@ class QuickDraft:
         """
         rows, most = roots.size(0), self._nodes
         blocks, form = self._stack.placed(store, tables, rows, shift)
-        if states.shape != (rows, self._stack.hidden) or states.dtype is not torch.float32:
-            raise ValueError(
-                f"states are {states.dtype} of shape {tuple(states.shape)}; expected fp32 ({rows}, "
-                f"{self._stack.hidden}) for {rows} roots"
-            )
+        self._stack.check_states(states := states.contiguous(), rows)
         _, roots_at = int64s("roots", roots := roots.contiguous(), rows)
         lengths, lengths_at = int64s("past", past, rows)
-        cosine, sine = self._stack.angles(1)
         numbers = torch.empty(3, rows * most, dtype=torch.int64)
         ancestors = torch.empty(rows * most * most, dtype=torch.bool)
-        states = states.contiguous()
-        place, step = numbers.data_ptr(), 8 * rows * most
-        proposal = CProposal(
-            states.data_ptr(),
-            roots_at,
-            lengths_at,
-            store.data_ptr(),
-            cosine.data_ptr(),
-            sine.data_ptr(),
-            blocks,
-            rows,
-            cosine.size(0),
-            form,
-            place,
-            place + step,
-            place + 2 * step,
-            ancestors.data_ptr(),
-        )
+        begins, found = (states.data_ptr(), roots_at, lengths_at, store.data_ptr()), numbers.data_ptr()
+        places = (found, found + 8 * rows * most, found + 16 * rows * most, ancestors.data_ptr())
+        cosine, sine, angles = self._stack.angles()
+        proposal = CProposal(*begins, cosine, sine, blocks, rows, angles, form, *places)
         nodes = run_draft(self._draft, proposal)
         if nodes == -Refusal.FEW_ANGLES:
-            cosine, sine = self._stack.angles(max(map(int, lengths)) + self._levels + 1)
-            proposal.cosine, proposal.sine, proposal.angles = cosine.data_ptr(), sine.data_ptr(), cosine.size(0)
+            last = max(map(int, lengths)) + self._levels
+            proposal.cosine, proposal.sine, proposal.angles = self._stack.angles(last)
             nodes = run_draft(self._draft, proposal)
         if nodes < 0:
-            refuse(-nodes, lengths, self._room, store, tables, shift)
+            refuse(nodes, lengths, self._room, store, tables, shift)
         tokens, parents, depths = numbers[:, : rows * nodes].view(3, rows, nodes)
         seen = ancestors[: rows * nodes * nodes].view(rows, nodes, nodes)
         live, height = torch.ones(rows, nodes, dtype=torch.bool), min(self._levels + 1, nodes - 1)
         return DraftTree(tokens, parents, depths, seen, live, height)
+
+
+def _array(kind: type[Any], numbers: Sequence[float] | None) -> Any:
+    """Numbers as native code reads them; with room for one where there are none."""
+    return None if numbers is None else (kind * max(len(numbers), 1))(*numbers)

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from haast.errors import check_at_least
+
 # Assumed chance that the child of each rank is right, by which a static tree spends its nodes; ranks beyond the list
 # fall off geometrically. Only the order of the products matters. Chosen once, not tuned on any evaluation prompt.
 _RANK_CHANCE = (0.5, 0.14, 0.07, 0.045, 0.03, 0.022, 0.017, 0.013, 0.01, 0.008)
@@ -40,12 +42,8 @@ class DraftShape:
         if self.kind not in ("dynamic", "static", "chain"):
             raise ValueError(f"kind={self.kind!r} is no draft shape: choose dynamic, static or chain")
         for name in ("depth", "top_k", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed: give 1 or more")
-        if self.nodes < 2:
-            raise ValueError(
-                f"nodes={self.nodes} is not allowed: a drafted tree has 2 nodes or more (root and a draft)"
-            )
+            check_at_least(name, getattr(self, name))
+        check_at_least("nodes", self.nodes, 2, " (a drafted tree has a root and a draft)")
 
 
 # Per node budget (the first row that holds it): depth, and children per node = nodes expanded per level. Chosen on
@@ -87,9 +85,8 @@ class Plan:
 def plan(shape: DraftShape, vocab: int) -> Plan:
     """Resolve `shape` for a draft vocabulary of `vocab` tokens; counts that can't be reached are lowered."""
     if shape.kind == "chain":
-        return Plan(
-            1, (1,) * (shape.depth - 1), shape.depth + 1, ((0,),) * (shape.depth - 1), tuple(range(shape.depth))
-        )
+        more = shape.depth - 1
+        return Plan(1, (1,) * more, shape.depth + 1, ((0,),) * more, tuple(range(shape.depth)))
     top_k = min(shape.top_k, vocab)
     if shape.kind == "static":
         return _static(shape.depth, top_k, shape.nodes)

@@ -93,11 +93,9 @@ class Candidates:
 
     def verdict(self, path: Sequence[int], bonus: int) -> RowVerdict:
         """What is kept: the nodes of `path`, and the token after them."""
-        following = [*path[1:], None]
-        preferred = [
-            self.children[node][0] == kept for node, kept in zip(path, following, strict=True) if self.children[node]
-        ]
-        return RowVerdict(tuple(path), (*(self.tokens[node] for node in path[1:]), bonus), tuple(preferred))
+        following = zip(path, [*path[1:], None], strict=True)
+        preferred = tuple(self.children[node][0] == kept for node, kept in following if self.children[node])
+        return RowVerdict(tuple(path), (*(self.tokens[node] for node in path[1:]), bonus), preferred)
 
 
 class AcceptanceRule(ABC):
@@ -259,7 +257,8 @@ class TypicalRule(AcceptanceRule):
         return seen.verdict(best[1], best[2])
 
 
-RULES = ("match", "rejection", "block", "typical")
+_RULES: dict[str, type[AcceptanceRule]] = {each.name: each for each in (RejectionRule, BlockRule, TypicalRule)}
+RULES = ("match", *_RULES)
 
 
 def rule_named(name: str) -> AcceptanceRule | None:
@@ -270,8 +269,7 @@ def rule_named(name: str) -> AcceptanceRule | None:
     """
     if name not in RULES:
         raise ValueError(f"unknown acceptance rule {name!r}: choose one of {', '.join(RULES)}")
-    made: dict[str, type[AcceptanceRule]] = {"rejection": RejectionRule, "block": BlockRule, "typical": TypicalRule}
-    return made[name]() if name in made else None
+    return _RULES[name]() if name in _RULES else None
 
 
 def accept_chance(target_probs: Tensor, draft_probs: Tensor, token: int) -> float:

@@ -112,23 +112,21 @@ def load_head(folder: Path) -> Head:
     config, size, weights = _config(folder, document), document.get("draft_vocab_size"), _read_weights(folder)
     # Sizes of another head are refused before modules are built for them, which takes time and memory.
     if isinstance(config, MedusaConfig) and (wanted := config.heads * (2 * config.blocks + 1)) != len(weights):
-        raise HeadMismatchError(
-            f"{folder / 'config.json'}: {config.heads} Medusa heads of {config.blocks} blocks have {wanted} tensors, "
-            f"the files hold {len(weights)}; fetch or train the heads again"
-        )
+        told = f"{config.heads} Medusa heads of {config.blocks} blocks have {wanted} tensors"
+        raise _damaged(folder / "config.json", f": {told}, the files hold {len(weights)}")
     try:
         module = build_module(config, size)
     except _NO_SIZES as error:
-        raise HeadMismatchError(f"{folder / 'config.json'}: sizes do not make a head: {error}") from error
+        raise _damaged(folder / "config.json", f": sizes do not make a head: {error}") from error
     vocab = None
     if isinstance(config, Eagle3Config):
         mapping: dict[str, Tensor] = {n: weights.pop(n) for n in ("d2t", "t2d") if n in weights}
         if len(mapping) == 1:
-            raise HeadMismatchError(f"{path} has {next(iter(mapping))} alone of d2t and t2d; fetch the head again")
+            raise _damaged(path, f" has {next(iter(mapping))} alone of d2t and t2d")
         if size is not None or mapping:
             vocab = _draft_vocab(path, mapping, config.drafts, config.vocab_size)
             if not torch.equal(mapping["t2d"].bool(), _drafted(vocab, config.vocab_size)):
-                raise HeadMismatchError(f"{path}: t2d and d2t name different tokens; fetch or train the head again")
+                raise _damaged(path, ": t2d and d2t name different tokens")
     elif size is not None:
         beside = folder / "draft_vocab.safetensors"
         vocab = _draft_vocab(beside, _read_tensors(beside), int(size), config.vocab_size)
@@ -156,7 +154,7 @@ def _config(folder: Path, document: dict[str, Any]) -> HeadSizes:
     try:
         return kind(**document["head"])
     except (TypeError, ValueError) as error:
-        raise HeadMismatchError(f"{folder / 'config.json'}: sizes do not make a head: {error}") from error
+        raise _damaged(folder / "config.json", f": sizes do not make a head: {error}") from error
 
 
 def check_fits(head: HeadSizes, hidden_size: int, vocab_size: int, target: str) -> None:
@@ -196,7 +194,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise HeadMismatchError(f"{path} is not JSON ({error}); fetch or train the head again") from error
+        raise _damaged(path, f" is not JSON ({error})") from error
     found = document.get("format") if isinstance(document, dict) else type(document).__name__
     if not isinstance(document, dict) or str(found) not in _CONFIGS or "head" not in document:
         raise HeadMismatchError(
@@ -204,7 +202,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     for part in ("head", "about"):
         if not isinstance(document.setdefault(part, {}), dict):
-            raise HeadMismatchError(f"{path}: {part!r} is no JSON object; fetch or train the head again")
+            raise _damaged(path, f": {part!r} is no JSON object")
     return document
 
 
@@ -226,10 +224,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     try:
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise HeadMismatchError(f"{index} is no index of weights ({error}); fetch the head again") from error
+        raise _damaged(index, f" is no index of weights ({error})") from error
     for name in sorted(map(str, files)):
         if not name.endswith(".safetensors") or Path(name).name != name:
-            raise HeadMismatchError(f"{index} names {name!r}, which lies outside the head's folder; fetch it again")
+            raise _damaged(index, f" names {name!r}, which lies outside the head's folder")
         weights |= _read_tensors(folder / name)
     return weights
 
@@ -238,25 +236,22 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError as error:
-        raise HeadMismatchError(f"{path} is missing; fetch or train the head again") from error
+        raise _damaged(path, " is missing") from error
     except (SafetensorError, OSError) as error:
-        raise HeadMismatchError(f"{path} is corrupt ({error}); fetch or train the head again") from error
+        raise _damaged(path, f" is corrupt ({error})") from error
 
 
 def _check_tensors(path: Path, module: AnyModule, weights: dict[str, Tensor]) -> None:
     wanted = module.state_dict()
     missing, unknown = sorted(set(wanted) - set(weights)), sorted(set(weights) - set(wanted))
     if missing or unknown:
-        raise HeadMismatchError(
-            f"{path}: missing tensors {missing}, unknown tensors {unknown}; a {type(module).__name__} has exactly "
-            f"{sorted(wanted)}"
-        )
+        has = f"a {type(module).__name__} has exactly {sorted(wanted)}"
+        raise _damaged(path, f": missing tensors {missing}, unknown tensors {unknown}; {has}")
     for name, tensor in weights.items():
         if tensor.shape != wanted[name].shape:
-            sizes = tuple(wanted[name].shape)
-            raise HeadMismatchError(f"{path}: {name} is {tuple(tensor.shape)}, config.json says {sizes}")
+            raise _damaged(path, f": {name} is {tuple(tensor.shape)}, config.json says {tuple(wanted[name].shape)}")
         if not bool(torch.isfinite(tensor).all()):
-            raise HeadMismatchError(f"{path}: {name} holds NaN or infinity; train the head again")
+            raise _damaged(path, f": {name} holds NaN or infinity")
 
 
 def _drafted(vocab: Tensor, vocab_size: int) -> Tensor:
@@ -266,14 +261,17 @@ def _drafted(vocab: Tensor, vocab_size: int) -> Tensor:
 
 def _draft_vocab(path: Path, tensors: dict[str, Tensor], size: int, vocab_size: int) -> Tensor:
     if "d2t" not in tensors or set(tensors) - {"d2t", "t2d"}:
-        raise HeadMismatchError(f"{path}: expected the draft vocabulary d2t, found {sorted(tensors)}")
+        raise _damaged(path, f": expected the draft vocabulary d2t, found {sorted(tensors)}")
     ids = tensors["d2t"].long() + torch.arange(len(tensors["d2t"]))
     ascending = len(ids) > 0 and bool((ids[1:] > ids[:-1]).all()) and int(ids[0]) >= 0 and int(ids[-1]) < vocab_size
     if len(ids) != size or not ascending:
-        raise HeadMismatchError(
-            f"{path}: {len(ids)} ids do not form a draft vocabulary of {size} ascending ids below {vocab_size}"
-        )
+        form = f"a draft vocabulary of {size} ascending ids below {vocab_size}"
+        raise _damaged(path, f": {len(ids)} ids do not form {form}")
     return ids
+
+
+def _damaged(path: Path, why: str) -> HeadMismatchError:
+    return HeadMismatchError(f"{path}{why}; fetch or train the head again")
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:

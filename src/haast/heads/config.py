@@ -8,6 +8,7 @@ from typing import Any, Self
 from transformers import LlamaConfig, PretrainedConfig
 
 from haast import compat
+from haast.errors import check_at_least
 from haast.target import attention
 
 # Kinds of rotary parameters that Llama's layers have.
@@ -41,10 +42,8 @@ class HeadConfig(HeadSizes):
     markov_rank: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_hidden_layers < 1:
-            raise ValueError(f"num_hidden_layers={self.num_hidden_layers} is no head: give 1 or more layers")
-        if self.markov_rank < 0:
-            raise ValueError(f"markov_rank={self.markov_rank} is not allowed: give 0 (none) or more")
+        check_at_least("num_hidden_layers", self.num_hidden_layers)
+        check_at_least("markov_rank", self.markov_rank, 0, " (0 is none)")
 
     @classmethod
     def for_target(cls, config: PretrainedConfig, **more: Any) -> Self:

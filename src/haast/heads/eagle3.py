@@ -12,6 +12,7 @@ When drafting, the layer's own output is fed back without `fc`. Tensor names and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from haast.heads.config import HeadConfig
-from haast.heads.module import DraftModule, storing
-from haast.target.kv_cache import KVCache
+from haast.heads.module import DraftModule
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,8 @@ class _FirstLayer(nn.Module):
         """What q, k and v read: (..., 2 * hidden)."""
         return torch.cat([self.input_layernorm(embeddings), self.hidden_norm(states)], dim=-1)
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        states: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        bias: Tensor | None,
-        cache: KVCache | None,
-    ) -> Tensor:
-        read = self.read(embeddings, states)
-        attended, _ = self.self_attn(read, position_embeddings=rotary, attention_mask=bias, **storing(cache))
+    def forward(self, embeddings: Tensor, states: Tensor, **given: Any) -> Tensor:
+        attended, _ = self.self_attn(self.read(embeddings, states), **given)
         states = states + attended
         output: Tensor = states + self.mlp(self.post_attention_layernorm(states))
         return output
@@ -128,17 +120,9 @@ class Eagle3Head(DraftModule):
     def enter(self, embeddings: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         return states, self.midlayer.read(embeddings, states)
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        states: Tensor,
-        position_ids: Tensor,
-        bias: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        rotary = self.rotary(states, position_ids=position_ids)
-        first = self.midlayer(embeddings, states, rotary, bias, cache)
-        return self.through(self.more, first, rotary, position_ids, bias, cache)
+    def through_first(self, layer: nn.Module, embeddings: Tensor, states: Tensor, given: dict[str, Any]) -> Tensor:
+        output: Tensor = layer(embeddings, states, **given)
+        return output
 
     def normed(self, states: Tensor) -> Tensor:
         output: Tensor = self.norm(states)

@@ -12,6 +12,7 @@ official loaders, vLLM and SGLang expect (they know one layer).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,6 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from haast.heads import INPUTS
 from haast.heads.config import HeadConfig
 from haast.heads.module import DraftModule
-from haast.target.kv_cache import KVCache
 from haast.target.native_cpu import NativeStack
 
 
@@ -77,17 +77,9 @@ class FeatExtrapolator(DraftModule):
     def native_stack(self, window: int = 0) -> NativeStack | None:
         return NativeStack.of(list(self.layers), None, self.rotary, window)
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        states: Tensor,
-        position_ids: Tensor,
-        bias: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        fused = self.mix(embeddings, states)
-        rotary = self.rotary(fused, position_ids=position_ids)
-        return self.through(self.layers, fused, rotary, position_ids, bias, cache)
+    def through_first(self, layer: nn.Module, embeddings: Tensor, states: Tensor, given: dict[str, Any]) -> Tensor:
+        output: Tensor = layer(self.mix(embeddings, states), **given)
+        return output
 
     def lm_rows(self, target_rows: Tensor) -> Tensor:
         if not self.config.markov_rank:

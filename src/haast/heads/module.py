@@ -60,7 +60,6 @@ class DraftModule(nn.Module, ABC):
         """
         return None
 
-    @abstractmethod
     def forward(
         self,
         embeddings: Tensor,
@@ -78,22 +77,18 @@ class DraftModule(nn.Module, ABC):
             bias: additive mask (rows, 1, nodes, slots); None is causal self-attention without a past.
             cache: keys and values of earlier pairs, one layer for each of the head's.
         """
-
-    def through(
-        self,
-        layers: nn.ModuleList,
-        states: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        position_ids: Tensor,
-        bias: Tensor | None,
-        cache: KVCache | None,
-    ) -> Tensor:
-        """States (rows, nodes, hidden) through Llama layers, one after the other."""
-        for layer in layers:
-            given = {"attention_mask": bias, "position_ids": position_ids, "position_embeddings": rotary}
-            states = layer(states, **given, **storing(cache))
+        rotary = self.rotary(states, position_ids=position_ids)
+        given = {"attention_mask": bias, "position_ids": position_ids, "position_embeddings": rotary, **storing(cache)}
+        first, *more = self.decoder_layers
+        states = self.through_first(first, embeddings, states, given)
+        for layer in more:
+            states = layer(states, **given)
         assert isinstance(states, Tensor), "a Llama layer returns one tensor"
         return states
+
+    @abstractmethod
+    def through_first(self, layer: nn.Module, embeddings: Tensor, states: Tensor, given: dict[str, Any]) -> Tensor:
+        """The first layer's output (rows, nodes, hidden), of what `forward` takes and every layer is `given`."""
 
     @abstractmethod
     def lm_rows(self, target_rows: Tensor) -> Tensor:

@@ -54,28 +54,20 @@ _FORWARD = "the forward over a tree computes none of them for the emitted tokens
 
 # Name -> why not. A GenerationConfig's value that is None, False or in `_OFF` asks for nothing.
 REFUSED_SETTINGS: dict[str, str] = {
-    "num_beams": _BEAMS,
-    "num_beam_groups": _BEAMS,
-    "constraints": _BEAMS,
-    "force_words_ids": _BEAMS,
+    **dict.fromkeys(("num_beams", "num_beam_groups", "constraints", "force_words_ids"), _BEAMS),
     "penalty_alpha": "contrastive search ranks by hidden states of candidates; leave it out, or use stock generate",
     "low_memory": "it belongs to contrastive search; leave it out",
     "dola_layers": "DoLa contrasts logits of several layers; leave it out, or use stock generate",
     "guidance_scale": "classifier-free guidance runs the model on a second text; use stock generate",
-    "use_mtp": _ASSISTED,
+    **dict.fromkeys(("use_mtp", "assistant_early_exit", "speculation_type"), _ASSISTED),
     "prompt_lookup_num_tokens": "Haast drafts by itself; for prompt lookup pass Decoder(drafter='lookup')",
-    "assistant_early_exit": _ASSISTED,
-    "speculation_type": _ASSISTED,
     "is_assistant": "Haast does not draft for transformers' assisted generation; leave it out",
     "token_healing": "it rewrites the prompt by another generation; heal the prompt first",
-    "cache_implementation": _CACHE,
-    "cache_config": _CACHE,
-    "max_cache_len": _CACHE,
+    **dict.fromkeys(("cache_implementation", "cache_config", "max_cache_len"), _CACHE),
     "compile_config": "Haast's forward is not compiled; leave it out",
     "prefill_chunk_size": "Haast prefills in chunks of its own; leave it out",
     "continuous_batching_config": "Haast runs the batch that it is given; leave it out",
-    "output_attentions": _FORWARD,
-    "output_hidden_states": _FORWARD,
+    **dict.fromkeys(("output_attentions", "output_hidden_states"), _FORWARD),
 }
 _OFF: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
@@ -87,8 +79,7 @@ _OFF: dict[str, tuple[Any, ...]] = {
 
 # Arguments of `generate` itself, and of the model's forward.
 REFUSED_ARGUMENTS: dict[str, str] = {
-    "assistant_model": _ASSISTED,
-    "assistant_tokenizer": _ASSISTED,
+    **dict.fromkeys(("assistant_model", "assistant_tokenizer"), _ASSISTED),
     "synced_gpus": "a sharded model must run in step on all processes, and acceptance differs; use stock generate",
     "inputs_embeds": "drafts continue tokens, and embeddings have none; pass input_ids",
     **dict.fromkeys(CACHE_NAMES, _CACHE),

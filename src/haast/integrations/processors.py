@@ -13,15 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase
-from transformers.generation import logits_process
-from transformers.generation.logits_process import (
-    EncoderNoRepeatNGramLogitsProcessor,
-    EncoderRepetitionPenaltyLogitsProcessor,
-    PrefixConstrainedLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SynthIDTextWatermarkLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
+from transformers.generation import logits_process as stock
 
 from haast import compat
 from haast.errors import UnsupportedArgumentError
@@ -33,7 +25,7 @@ def for_rows(processors: Sequence[Any], rows: int) -> list[LogitsProcessorList]:
     Raises UnsupportedArgumentError for one that runs the model, or that keeps state and cannot be copied.
     """
     for each in processors:
-        if isinstance(each, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+        if isinstance(each, stock.UnbatchedClassifierFreeGuidanceLogitsProcessor):
             why = "classifier-free guidance runs the model on a second text; use stock generate"
             raise UnsupportedArgumentError("guidance_scale", why)
     # What one processor shares with another, its copy shares with the other's: `copies` is of a row.
@@ -61,34 +53,34 @@ def refuse_linked(processors: Sequence[Any], criteria: Sequence[Any], own: Logit
 
 
 def _for_row(processor: Any, row: int, rows: int, copies: dict[int, Any]) -> Any:
-    if isinstance(processor, PrefixConstrainedLogitsProcessor):
+    if isinstance(processor, stock.PrefixConstrainedLogitsProcessor):
         return _Prefix(processor, row)
     if rows == 1:
         return processor
-    if isinstance(processor, RepetitionPenaltyLogitsProcessor):
+    if isinstance(processor, stock.RepetitionPenaltyLogitsProcessor):
         ignored: Any = processor.prompt_ignore_length
         if not isinstance(ignored, Tensor):
             return processor
         if len(ignored) != rows:
             raise ValueError(f"prompt_ignore_length has {len(ignored)} entries for {rows} rows: give one a row")
         return _with(processor, prompt_ignore_length=ignored[row : row + 1])
-    if isinstance(processor, EncoderRepetitionPenaltyLogitsProcessor):
+    if isinstance(processor, stock.EncoderRepetitionPenaltyLogitsProcessor):
         prompts = processor.encoder_input_ids
         at = row // max(rows // prompts.shape[0], 1)  # `num_return_sequences` rows share a prompt
         return _with(processor, encoder_input_ids=prompts[at : at + 1])
-    if isinstance(processor, EncoderNoRepeatNGramLogitsProcessor):
+    if isinstance(processor, stock.EncoderNoRepeatNGramLogitsProcessor):
         at = row // max(rows // processor.batch_size, 1)
         return _with(processor, batch_size=1, generated_ngrams=[processor.generated_ngrams[at]])
-    stateless = type(processor).__module__ == logits_process.__name__
-    if stateless and not isinstance(processor, SynthIDTextWatermarkLogitsProcessor):
+    stateless = type(processor).__module__ == stock.__name__
+    if stateless and not isinstance(processor, stock.SynthIDTextWatermarkLogitsProcessor):
         return processor
     return _copied(processor, copies)
 
 
-class _Prefix(PrefixConstrainedLogitsProcessor):
+class _Prefix(stock.PrefixConstrainedLogitsProcessor):
     """Asks the user's function with the true number of the row, also where the row stands alone."""
 
-    def __init__(self, whole: PrefixConstrainedLogitsProcessor, row: int) -> None:
+    def __init__(self, whole: stock.PrefixConstrainedLogitsProcessor, row: int) -> None:
         ask = compat.allowed_tokens_function(whole)
         super().__init__(lambda _, text: ask(row, text), 1)
 

@@ -21,17 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.logits_process import (
-    EpsilonLogitsWarper,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    MinPLogitsWarper,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers.generation import logits_process as stock
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -42,8 +32,9 @@ from haast.sampling import Sampler, inverse_cdf, probabilities
 # Those of transformers that look at scores alone, a row of them at a time, and never make the host wait for values.
 # TopHLogitsWarper and EtaLogitsWarper do: their torch.distributions check what they are given.
 _STATELESS = frozenset({
-    TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper,
-    EpsilonLogitsWarper, LogitNormalization, InfNanRemoveLogitsProcessor, SuppressTokensLogitsProcessor,
+    stock.TemperatureLogitsWarper, stock.TopKLogitsWarper, stock.TopPLogitsWarper, stock.MinPLogitsWarper,
+    stock.TypicalLogitsWarper, stock.EpsilonLogitsWarper, stock.LogitNormalization,
+    stock.InfNanRemoveLogitsProcessor, stock.SuppressTokensLogitsProcessor,
 })  # fmt: skip
 _Shown = tuple[Tensor, tuple[Tensor, ...] | None]
 
@@ -112,6 +103,7 @@ class RowChooser(Sampler):
         keep_scores, keep_logits: record the processed scores or the raw logits, (vocab,) fp32, of every emitted token.
 
     Attributes:
+        stateless: whether no processor looks at the text, and nothing is recorded.
         tokens: new tokens, as the engine has emitted them: processes that serve a model together all have them.
         end: how many of them count; None while that is not known.
     """
@@ -138,16 +130,11 @@ class RowChooser(Sampler):
         self._keep_scores, self._keep_logits = keep_scores, keep_logits
         self._processors_of_row, self._ends = processors, ends
         plain = all(type(each) in _STATELESS for each in processors)
-        self._stateless = plain and not (keep_scores or keep_logits)
+        self.stateless = plain and not (keep_scores or keep_logits)
         self._text, self._width = ids.unsqueeze(0), len(ids)  # with room for new ones once there is one
         self._chosen: list[int] = []  # where processors look at the text
         self._asked = 0  # new tokens after which the criteria were asked
         self._begin, self._stops_at = 0, -1  # of the request that runs: new tokens before it, and where it stops
-
-    @property
-    def stateless(self) -> bool:
-        """Whether no processor looks at the text, and nothing is recorded."""
-        return self._stateless
 
     def begun(self) -> StopParams:
         """A request begins, over the prompt and the new tokens so far: when it stops."""

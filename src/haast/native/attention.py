@@ -64,47 +64,18 @@ def tree_attention(
     v = v if _usable(v) else _made_usable("v", v)
     rows, heads, n, d = q.shape
     k_rows, kv_heads, slots, k_d = k.shape
-    mask_pointer, mask_row, mask_node = None, 0, 0
     fits = k_rows == rows and k_d == d and v.shape == k.shape and kv_heads > 0 and heads % kv_heads == 0
+    place, mask_row, mask_node = None, 0, 0
     if mask is not None:
         mask = mask if _usable(mask) else _made_usable("mask", mask)
         mask_rows, one, mask_n, mask_slots = mask.shape
         fits = fits and mask_rows in (1, rows) and one == 1 and mask_n == n and mask_slots == slots
-        mask_row, _, mask_node, _ = mask.stride()
-        mask_pointer, mask_row = mask.data_ptr(), 0 if mask_rows == 1 else mask_row
+        place, mask_row, mask_node = mask.data_ptr(), 0 if mask_rows == 1 else mask.stride(0), mask.stride(2)
     if not fits:
         raise _misfit(q, k, v, mask)
-    (q_row, q_head, q_node, _), (k_row, k_head, k_slot, _), (v_row, v_head, v_slot, _) = (
-        q.stride(),
-        k.stride(),
-        v.stride(),
-    )
     out = torch.empty(rows, n, heads, d)
-    library().haast_tree_attention_f32(
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        mask_pointer,
-        out.data_ptr(),
-        rows,
-        heads,
-        kv_heads,
-        n,
-        slots,
-        d,
-        q_row,
-        q_head,
-        q_node,
-        k_row,
-        k_head,
-        k_slot,
-        v_row,
-        v_head,
-        v_slot,
-        mask_row,
-        mask_node,
-        scaling,
-        softcap,
-        threads or thread_count(),
-    )
+    places = (q.data_ptr(), k.data_ptr(), v.data_ptr(), place, out.data_ptr())
+    strides = q.stride()[:3] + k.stride()[:3] + v.stride()[:3]
+    how = (mask_row, mask_node, scaling, softcap, threads or thread_count())
+    library().haast_tree_attention_f32(*places, rows, heads, kv_heads, n, slots, d, *strides, *how)
     return out

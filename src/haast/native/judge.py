@@ -58,23 +58,11 @@ def judge(
             f"{len(temperatures)} temperatures and {len(draws)} times {sorted(widths)} draws are given; expected "
             f"{rows} temperatures, and as many draws for each of {rows} rows as there are depths"
         )
+    heat = (ctypes.c_float * rows)(*temperatures)
     points = (ctypes.c_double * (rows * width))(*(draw for each in draws for draw in each))
-    logits, tokens, parents, live = logits.contiguous(), tokens.contiguous(), parents.contiguous(), live.contiguous()
-    placeholder = None if placeholder is None else placeholder.contiguous()
+    given = [each.contiguous() for each in (logits, tokens, parents, *flags)]
     out = torch.empty(rows, 1 + 3 * width, dtype=torch.int64)
-    library().haast_judge(
-        logits.data_ptr(),
-        tokens.data_ptr(),
-        parents.data_ptr(),
-        live.data_ptr(),
-        None if placeholder is None else placeholder.data_ptr(),
-        (ctypes.c_float * rows)(*temperatures),
-        points,
-        out.data_ptr(),
-        rows,
-        nodes,
-        vocab,
-        width,
-        threads or thread_count(),
-    )
+    places = (*(each.data_ptr() for each in given), *[None] * (5 - len(given)))
+    sizes = (rows, nodes, vocab, width)
+    library().haast_judge(*places, heat, points, out.data_ptr(), *sizes, threads or thread_count())
     return out

@@ -26,34 +26,34 @@ _NEON = 16
 _REMEDY = "reinstall Haast where a C++ compiler is installed (pip install -v shows its messages)"
 
 
+# Kinds of arguments, and what every function takes of them.
+_KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
+_TAKES = {
+    "haast_limit_path": "i",
+    "haast_pack_f16": "pp nn",
+    "haast_pack_i8": "ppp nn",
+    "haast_linear": "ppppp nnnnn i",
+    "haast_tree_attention_f32": "ppppp nnnnnn nnnnnnnnnnn ff i",
+    "haast_rms_norm_f32": "ppp nn f i",
+    "haast_rotate_f32": "ppp nnnnn i",
+    "haast_swiglu_f32": "pp nn i",
+    "haast_judge": "pppppppp nnnn i",
+    "haast_top": "ppp nnn i",
+    "haast_read": "p n p n i",
+    "haast_multiply": "n p n i",
+    "haast_stack_f32": "pp i",
+    "haast_draft": "pp i",
+    "haast_keep": "ppppp nnnnnnnnn i",
+}
+_COUNTING = {"haast_multiply", "haast_stack_f32", "haast_draft", "haast_keep"}  # these return a number
+
+
 def _declare(library: ctypes.CDLL) -> None:
     """Set the argument types once; ctypes then converts plain ints without looking at them again."""
-    pointer, count, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-    signatures = {
-        "haast_limit_path": [flag],
-        "haast_pack_f16": [pointer] * 2 + [count] * 2,
-        "haast_pack_i8": [pointer] * 3 + [count] * 2,
-        "haast_linear": [pointer] * 5 + [count] * 5 + [flag],
-        "haast_tree_attention_f32": [pointer] * 5 + [count] * 17 + [number] * 2 + [flag],
-        "haast_rms_norm_f32": [pointer] * 3 + [count] * 2 + [number, flag],
-        "haast_rotate_f32": [pointer] * 3 + [count] * 5 + [flag],
-        "haast_swiglu_f32": [pointer] * 2 + [count] * 2 + [flag],
-        "haast_judge": [pointer] * 8 + [count] * 4 + [flag],
-        "haast_top": [pointer] * 3 + [count] * 3 + [flag],
-        "haast_read": [pointer, count, pointer, count, flag],
-    }
-    for name, arguments in signatures.items():
+    for name, takes in _TAKES.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
-    telling = {
-        "haast_stack_f32": [pointer] * 2 + [flag],
-        "haast_draft": [pointer] * 2 + [flag],
-        "haast_keep": [pointer] * 5 + [count] * 9 + [flag],
-        "haast_multiply": [count, pointer, count, flag],
-    }
-    for name, arguments in telling.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, count
+        function.argtypes = [_KINDS[kind] for kind in takes.replace(" ", "")]
+        function.restype = ctypes.c_int64 if name in _COUNTING else None
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
@@ -174,13 +174,17 @@ def thread_count() -> int:
     return _own.kept if _own.open else torch.get_num_threads()
 
 
-def check_tensor(name: str, tensor: Tensor, ndim: int) -> None:
-    if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
+def check_tensor(name: str, tensor: Tensor, ndim: int | None = None) -> None:
+    """Refuse what no kernel reads: other numbers than fp32 on the CPU, `ndim` dimensions, without a gradient.
+
+    Raises ValueError.
+    """
+    if tensor.dtype is not torch.float32 or not tensor.is_cpu:
         raise ValueError(
             f"{name} is {tensor.dtype} on {tensor.device}; the native kernels and packed linears take float32 on the "
             "CPU: load the model with dtype=torch.float32 there, or do not pack it"
         )
-    if tensor.dim() != ndim:
+    if ndim is not None and tensor.dim() != ndim:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {ndim} dimensions")
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient, which native kernels do not compute; use torch.no_grad()")

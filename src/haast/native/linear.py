@@ -125,6 +125,6 @@ def _empty_rows(x: Tensor, width: int) -> Tensor:
 
 
 def _check_linear(x: Tensor, in_features: int) -> None:
-    check_tensor("x", x, x.dim())
+    check_tensor("x", x)
     if x.size(-1) != in_features:
         raise ValueError(f"x has shape {tuple(x.shape)}, but the packed weight is for {in_features} inputs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
 
 import torch
@@ -35,8 +36,7 @@ def multiply_peak(rounds: int = 5) -> float:
     return 2 * done / seconds
 
 
-def _best_seconds(work: object, rounds: int) -> float:
-    assert callable(work)
+def _best_seconds(work: Callable[[], None], rounds: int) -> float:
     best = float("inf")
     for _ in range(rounds + 1):
         begun = perf_counter()

@@ -12,16 +12,15 @@ MOST_TOP = 64  # entries that `top` can list
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, threads: int | None = None) -> Tensor:
     """Return weight * x / sqrt(mean(x^2) + eps) over the last dimension; x (..., dim), weight (dim), both fp32."""
-    check_tensor("x", x, x.dim())
+    check_tensor("x", x)
     check_tensor("weight", weight.detach(), 1)
     dim = x.shape[-1]
     if weight.shape[0] != dim:
         raise ValueError(f"weight has {weight.shape[0]} values; x has shape {tuple(x.shape)}")
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty(x.shape)
-    threads = threads or thread_count()
-    rows = x.numel() // dim
-    library().haast_rms_norm_f32(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, dim, eps, threads)
+    places, sizes = (x.data_ptr(), weight.data_ptr(), y.data_ptr()), (x.numel() // dim, dim)
+    library().haast_rms_norm_f32(*places, *sizes, eps, threads or thread_count())
     return y
 
 
@@ -49,30 +48,20 @@ def rotate_(x: Tensor, cosine: Tensor, sine: Tensor, heads: int, threads: int | 
             "expected x (rows, nodes, width) contiguous and twice (rows or 1, nodes, even d), heads * d within width"
         )
     cosine, sine = cosine.contiguous(), sine.contiguous()
-    library().haast_rotate_f32(
-        x.data_ptr(),
-        cosine.data_ptr(),
-        sine.data_ptr(),
-        rows * nodes,
-        heads,
-        d,
-        width,
-        angle_rows * nodes,
-        threads or thread_count(),
-    )
+    places, sizes = (x.data_ptr(), cosine.data_ptr(), sine.data_ptr()), (rows * nodes, heads, d, width)
+    library().haast_rotate_f32(*places, *sizes, angle_rows * nodes, threads or thread_count())
     return x
 
 
 def swiglu(gate_up: Tensor, threads: int | None = None) -> Tensor:
     """Return silu(gate) * up; gate_up (..., 2 * width) fp32 with the gate first, result (..., width)."""
-    check_tensor("gate_up", gate_up, gate_up.dim())
+    check_tensor("gate_up", gate_up)
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up has shape {tuple(gate_up.shape)}; the last dimension must be even")
     gate_up, width = gate_up.contiguous(), gate_up.shape[-1] // 2
     y = torch.empty((*gate_up.shape[:-1], width))
-    threads = threads or thread_count()
     rows = gate_up.numel() // max(2 * width, 1)
-    library().haast_swiglu_f32(gate_up.data_ptr(), y.data_ptr(), rows, width, threads)
+    library().haast_swiglu_f32(gate_up.data_ptr(), y.data_ptr(), rows, width, threads or thread_count())
     return y
 
 
@@ -87,15 +76,13 @@ def top(logits: Tensor, count: int, threads: int | None = None) -> tuple[Tensor,
     Returns:
         log-probabilities (..., count) fp32 and places (..., count) int64.
     """
-    check_tensor("logits", logits, logits.dim())
+    check_tensor("logits", logits)
     width = logits.shape[-1]
     if not 1 <= count <= min(MOST_TOP, width):
         raise ValueError(f"count={count} is not allowed: give 1 to {min(MOST_TOP, width)}")
     logits = logits.contiguous()
     shape = (*logits.shape[:-1], count)
     logprobs, places = torch.empty(shape), torch.empty(shape, dtype=torch.int64)
-    rows = logits.numel() // width
-    library().haast_top(
-        logits.data_ptr(), logprobs.data_ptr(), places.data_ptr(), rows, width, count, threads or thread_count()
-    )
+    sizes = (logits.numel() // width, width, count)
+    library().haast_top(logits.data_ptr(), logprobs.data_ptr(), places.data_ptr(), *sizes, threads or thread_count())
     return logprobs, places

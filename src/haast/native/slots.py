@@ -57,23 +57,9 @@ def keep(
     if width == 0:
         return
     lanes, heads, slots, head_dim = store.shape
-    refused = library().haast_keep(
-        store.data_ptr(),
-        tables.data_ptr(),
-        lengths.data_ptr(),
-        path.data_ptr(),
-        counts.data_ptr(),
-        lanes * heads,
-        slots,
-        head_dim * store.element_size(),
-        tables.shape[1],
-        block,
-        shift,
-        rows,
-        path.stride(0),
-        counts.stride(0),
-        threads or thread_count(),
-    )
+    places = (store.data_ptr(), tables.data_ptr(), lengths.data_ptr(), path.data_ptr(), counts.data_ptr())
+    row, sizes = head_dim * store.element_size(), (tables.size(1), block, shift, rows, path.stride(0), counts.stride(0))
+    refused = library().haast_keep(*places, lanes * heads, slots, row, *sizes, threads or thread_count())
     if refused:
         what = "a table is too short for its nodes" if refused == Refusal.SHORT_TABLE else "a block is not in the store"
         raise ValueError(

@@ -8,89 +8,88 @@ from __future__ import annotations
 
 import ctypes
 import enum
+from typing import Any
 
 from haast.native.library import library, thread_count
 
 _Pointer, _Count, _Number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
+def _members(*declared: tuple[Any, str]) -> list[tuple[str, Any]]:
+    """The members of a C structure, declared as there: a type, and the names of those that have it."""
+    return [(name, kind) for kind, names in declared for name in names.split()]
+
+
 class CWeight(ctypes.Structure):
     """struct Weight."""
 
-    _fields_ = (
-        ("packed", _Pointer),
-        ("scale", _Pointer),
-        ("bias", _Pointer),
-        ("inputs", _Count),
-        ("outputs", _Count),
-    )
+    _fields_ = _members((_Pointer, "packed scale bias"), (_Count, "inputs outputs"))
 
 
 class CLayer(ctypes.Structure):
     """struct Layer."""
 
-    _fields_ = (
-        ("input_norm", _Pointer),
-        ("qkv", CWeight),
-        ("q_norm", _Pointer),
-        ("k_norm", _Pointer),
-        ("o", CWeight),
-        ("post_norm", _Pointer),
-        ("gate_up", CWeight),
-        ("down", CWeight),
-        ("window", _Count),
+    _fields_ = _members(
+        (_Pointer, "input_norm"),
+        (CWeight, "qkv"),
+        (_Pointer, "q_norm k_norm"),
+        (CWeight, "o"),
+        (_Pointer, "post_norm"),
+        (CWeight, "gate_up down"),
+        (_Count, "window"),
     )
 
 
 class CStack(ctypes.Structure):
     """struct Stack."""
 
-    _fields_ = (
-        ("layers", ctypes.POINTER(CLayer)),
-        ("layer_count", _Count),
-        ("hidden", _Count),
-        ("heads", _Count),
-        ("kv_heads", _Count),
-        ("d", _Count),
-        ("inner", _Count),
-        ("eps", _Number),
-        ("scaling", _Number),
-        ("final_norm", _Pointer),
+    _fields_ = _members(
+        (ctypes.POINTER(CLayer), "layers"),
+        (_Count, "layer_count hidden heads kv_heads d inner"),
+        (_Number, "eps scaling"),
+        (_Pointer, "final_norm"),
     )
 
 
 class CBlockTables(ctypes.Structure):
     """struct BlockTables."""
 
-    _fields_ = (
-        ("tables", _Pointer),
-        ("stride", _Count),
-        ("block", _Count),
-        ("shift", _Count),
-        ("slots", _Count),
-    )
+    _fields_ = _members((_Pointer, "tables"), (_Count, "stride block shift slots"))
 
 
 class CPass(ctypes.Structure):
     """struct Pass."""
 
-    _fields_ = (
-        ("states", _Pointer),
-        ("output", _Pointer),
-        ("captured", _Pointer),
-        ("cosine", _Pointer),
-        ("sine", _Pointer),
-        ("positions", _Pointer),
-        ("flight_positions", _Pointer),
-        ("past", _Pointer),
-        ("seen", _Pointer),
-        ("cache", _Pointer),
-        ("blocks", CBlockTables),
-        ("rows", _Count),
-        ("n", _Count),
-        ("flight", _Count),
-        ("angles", _Count),
-        ("form", _Count),
+    _fields_ = _members(
+        (_Pointer, "states output captured cosine sine positions flight_positions past seen cache"),
+        (CBlockTables, "blocks"),
+        (_Count, "rows n flight angles form"),
+    )
+
+
+class CDraft(ctypes.Structure):
+    """struct Draft."""
+
+    _fields_ = _members(
+        (ctypes.POINTER(CStack), "stack"),
+        (CWeight, "fc lm"),
+        (_Pointer, "embedding vocab"),
+        (_Count, "top_k levels"),
+        (_Pointer, "widths frontier keep"),
+        (_Count, "nodes"),
+        (_Pointer, "forward_ms"),
+        (_Number, "level_ms rate trust follow"),
+    )
+
+
+class CProposal(ctypes.Structure):
+    """struct Proposal."""
+
+    _fields_ = _members(
+        (_Pointer, "states roots past cache cosine sine"),
+        (CBlockTables, "blocks"),
+        (_Count, "rows angles form"),
+        (_Pointer, "tokens parents depths ancestors"),
     )
 
 
@@ -102,55 +101,11 @@ class Refusal(enum.IntEnum):
     STRANGE_BLOCK = 3
 
 
-def run_stack(stack: CStack, each: CPass, threads: int | None = None) -> int:
-    """Run every layer over one tree; `each` says where everything lies. Returns 0, or a `Refusal`: nothing was done."""
-    return int(library().haast_stack_f32(ctypes.addressof(stack), ctypes.addressof(each), threads or thread_count()))
+def run_stack(stack: CStack, each: CPass) -> int:
+    """Run every layer over one tree; `each` says where everything lies. Returns 0, or a `Refusal` less than 0."""
+    return -int(library().haast_stack_f32(ctypes.addressof(stack), ctypes.addressof(each), thread_count()))
 
 
-class CDraft(ctypes.Structure):
-    """struct Draft."""
-
-    _fields_ = (
-        ("stack", ctypes.POINTER(CStack)),
-        ("fc", CWeight),
-        ("lm", CWeight),
-        ("embedding", _Pointer),
-        ("vocab", _Pointer),
-        ("top_k", _Count),
-        ("levels", _Count),
-        ("widths", _Pointer),
-        ("frontier", _Pointer),
-        ("keep", _Pointer),
-        ("nodes", _Count),
-        ("forward_ms", _Pointer),
-        ("level_ms", _Number),
-        ("rate", _Number),
-        ("trust", _Number),
-        ("follow", _Number),
-    )
-
-
-class CProposal(ctypes.Structure):
-    """struct Proposal."""
-
-    _fields_ = (
-        ("states", _Pointer),
-        ("roots", _Pointer),
-        ("past", _Pointer),
-        ("cache", _Pointer),
-        ("cosine", _Pointer),
-        ("sine", _Pointer),
-        ("blocks", CBlockTables),
-        ("rows", _Count),
-        ("angles", _Count),
-        ("form", _Count),
-        ("tokens", _Pointer),
-        ("parents", _Pointer),
-        ("depths", _Pointer),
-        ("ancestors", _Pointer),
-    )
-
-
-def run_draft(draft: CDraft, proposal: CProposal, threads: int | None = None) -> int:
+def run_draft(draft: CDraft, proposal: CProposal) -> int:
     """Propose one tree per row; returns its nodes, or a `Refusal` less than 0."""
-    return int(library().haast_draft(ctypes.addressof(draft), ctypes.addressof(proposal), threads or thread_count()))
+    return int(library().haast_draft(ctypes.addressof(draft), ctypes.addressof(proposal), thread_count()))

@@ -54,16 +54,18 @@ class Spread:
                 raise ValueError("max_memory and offload_folder belong to a device_map: give device_map='auto' too")
             return
         named = "tensor_parallel=True" if self.tensor_parallel else f"device_map={self.device_map!r}"
-        if self.tensor_parallel and self.device_map is not None:
-            raise ValueError("device_map and tensor_parallel are two ways to spread a model: give one of them")
-        if isinstance(self.device_map, str) and self.device_map not in _PLANS:
-            raise ValueError(f"device_map={self.device_map!r} is unknown: choose one of {', '.join(_PLANS)}")
-        if device != "cpu":
-            raise ValueError(f"device={device!r} names one device and {named} finds its own: leave one of them out")
-        if packing not in ("auto", "off"):
-            raise ValueError(f"packing={packing!r} works on one device, not with {named}: use packing='off'")
-        if compile == "on":
-            raise ValueError(f"compile='on' works on one device, not with {named}: use compile='off'")
+        plan, one = self.device_map, f"works on one device, not with {named}"
+        for wrong, why in (
+            (self.tensor_parallel and plan is not None,
+             "device_map and tensor_parallel are two ways to spread a model: give one of them"),
+            (isinstance(plan, str) and plan not in _PLANS,
+             f"device_map={plan!r} is unknown: choose one of {', '.join(_PLANS)}"),
+            (device != "cpu", f"device={device!r} names one device and {named} finds its own: leave one of them out"),
+            (packing not in ("auto", "off"), f"packing={packing!r} {one}: use packing='off'"),
+            (compile == "on", f"compile='on' {one}: use compile='off'"),
+        ):  # fmt: skip
+            if wrong:
+                raise ValueError(why)
         if self.tensor_parallel:
             _check_processes()
 

@@ -7,7 +7,7 @@ swapped only if its substitute gives the same numbers on a random input. Rows st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,15 +20,6 @@ from haast.target.packing import PackedLinear
 
 _LLAMA_ATTENTION = {"config", "layer_idx", "head_dim", "scaling", "is_causal", "num_key_value_groups"}
 _TOLERANCE = 1e-5  # relative and absolute; fp32 sums in another order stay far below it
-
-
-@dataclass(frozen=True)
-class FusingReport:
-    """What `fuse_small_modules` did."""
-
-    norms: int
-    feed_forwards: int
-    attentions: int
 
 
 class FusedRMSNorm(nn.Module):
@@ -122,26 +113,20 @@ class FusedAttention(nn.Module):
 
 
 @torch.no_grad()
-def fuse_small_modules(model: nn.Module) -> FusingReport:
-    """Swap what can be swapped, in place; `model` is packed already (see `pack_linears`). A no-op without kernels."""
-    norms = feed_forwards = attentions = 0
-    if not native.available():
-        return FusingReport(0, 0, 0)
-    for parent in list(model.modules()):
+def fuse_small_modules(model: nn.Module) -> tuple[int, ...]:
+    """Swap what can be swapped, in place; `model` is packed already (see `pack_linears`). A no-op without kernels.
+
+    Returns how many norms, feed-forwards and attentions were swapped.
+    """
+    counts = dict.fromkeys((FusedRMSNorm, FusedSwiGLU, FusedAttention), 0)
+    for parent in list(model.modules()) if native.available() else ():
         for name, child in list(parent.named_children()):
-            norm, feed_forward = _fused_norm(child), _fused_feed_forward(child)
-            attention = _fused_attention(child)
-            if norm is not None:
-                setattr(parent, name, norm)
-                norms += 1
-            elif feed_forward is not None:
-                setattr(parent, name, feed_forward)
-                feed_forwards += 1
-            elif attention is not None:
-                setattr(parent, name, attention)
-                attentions += 1
+            fused = _fused_norm(child) or _fused_feed_forward(child) or _fused_attention(child)
+            if fused is not None:
+                setattr(parent, name, fused)
+                counts[type(fused)] += 1
         give_back()
-    return FusingReport(norms, feed_forwards, attentions)
+    return tuple(counts.values())
 
 
 def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:
@@ -154,33 +139,20 @@ def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:
 
 
 def _fused_feed_forward(module: nn.Module) -> FusedSwiGLU | None:
-    parts = dict(module.named_children())
-    linears = [parts.get(name) for name in ("gate_proj", "up_proj", "down_proj")]
-    if set(parts) - {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+    linears = _packed_parts(module, ("gate_proj", "up_proj", "down_proj"), {"act_fn"})
+    if linears is None or linears[0].bias is not None or linears[1].bias is not None:
         return None
     gate, up, down = linears
-    if not (isinstance(gate, PackedLinear) and isinstance(up, PackedLinear) and isinstance(down, PackedLinear)):
-        return None
-    if gate.bias is not None or up.bias is not None:
-        return None
     fused = FusedSwiGLU(gate, up, down)
     return fused if _same(module, fused, gate.in_features) else None
 
 
 def _fused_attention(module: nn.Module) -> FusedAttention | None:
-    parts = dict(module.named_children())
-    norms = {"q_norm", "k_norm"} & set(parts)
-    if (
-        set(parts) - norms != {"q_proj", "k_proj", "v_proj", "o_proj"}
-        or len(norms) == 1
-        or not _LLAMA_ATTENTION.issubset(vars(module))
-    ):
+    norms = {"q_norm", "k_norm"} & set(dict(module.named_children()))
+    linears = _packed_parts(module, ("q_proj", "k_proj", "v_proj", "o_proj"), norms)
+    if linears is None or len(norms) == 1 or not _LLAMA_ATTENTION.issubset(vars(module)):
         return None
-    q, k, v, o = (parts[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
-    if not (isinstance(q, PackedLinear) and isinstance(k, PackedLinear)):
-        return None
-    if not (isinstance(v, PackedLinear) and isinstance(o, PackedLinear)):
-        return None
+    q, k, v, o = linears
     if len({linear.bias is None for linear in (q, k, v)}) > 1 or k.out_features != v.out_features:
         return None
     fused = FusedAttention(module, q, k, v, o)
@@ -198,6 +170,13 @@ def _fused_attention(module: nn.Module) -> FusedAttention | None:
         return None
     ours = fused(hidden_states=x, position_embeddings=angles, attention_mask=mask)[0]
     return fused if torch.allclose(theirs, ours, rtol=_TOLERANCE, atol=_TOLERANCE) else None
+
+
+def _packed_parts(module: nn.Module, names: Sequence[str], beside: set[str]) -> list[PackedLinear] | None:
+    """A module's packed linears of these names, where it has them all and nothing else but what may stand beside."""
+    parts = dict(module.named_children())
+    found = [part for part in map(parts.get, names) if isinstance(part, PackedLinear)]
+    return found if len(found) == len(names) and set(parts) <= {*names, *beside} else None
 
 
 def _same(module: nn.Module, fused: nn.Module, width: int) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from haast.target.fusing import FusedAttention, FusedRMSNorm, FusedSwiGLU
 from haast.target.kv_pool import BLOCK
 from haast.target.packing import PackedLinear
 
-_CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_CHILDREN = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
 CHANGING_ROPE = {"dynamic", "longrope"}  # their angles depend on the longest position of a forward
 _HUGE = 2 << 20  # bytes of a huge page
 _ALIGN = 64
@@ -36,32 +36,28 @@ class NativeStack:
     """
 
     def __init__(
-        self, layers: Sequence[nn.Module], norm: FusedRMSNorm | None, rotary: nn.Module, window: int = 0
+        self,
+        layers: Sequence[nn.Module],
+        parts: Sequence[_Layer],
+        norm: FusedRMSNorm | None,
+        rotary: nn.Module,
+        window: int,
     ) -> None:
-        """Read the modules; see `of`."""
-        self._layers, self._norm, self._rotary = layers, norm, rotary
-        parts = [_parts(layer) for layer in layers]
-        attention, feed_forward, _, post = parts[0]
-        self._lanes = 2 * len(layers)
-        self.hidden = feed_forward.down_proj.out_features
+        """Take what `of` has checked; `parts` are those of the layers."""
+        self._modules, self._rotary = _modules(layers, norm), rotary
+        attention, feed_forward, _, after = parts[0]
+        self.layers, self._lanes, self.hidden = len(parts), 2 * len(parts), feed_forward.down_proj.out_features
         self.heads, self.kv_heads, self.head_dim = attention.heads, attention.kv_heads, attention.head_dim
-        self._arena = _gather([linear for part in parts for linear in _linears(part)])
-        self._structures = (CLayer * len(layers))(*(_structure(part, window) for part in parts))
-        self._stack = CStack(
-            self._structures,
-            len(layers),
-            self.hidden,
-            self.heads,
-            self.kv_heads,
-            self.head_dim,
-            feed_forward.down_proj.in_features,
-            post.variance_epsilon,
-            float(attention.scaling),
-            None if norm is None else norm.weight.data_ptr(),
-        )
-        self._angles: tuple[Tensor, Tensor] | None = None  # (positions, head_dim) each
-        self._held = _tensors(layers, norm)  # what the structures point to stays alive
-        self._known = _fingerprint(layers, norm)
+        self._arena = _gather([linear for part in parts for linear in part.linears])
+        self._structures = (CLayer * len(parts))(*(part.structure(window) for part in parts))
+        sizes = (self.hidden, self.heads, self.kv_heads, self.head_dim, feed_forward.down_proj.in_features)
+        factors = (after.variance_epsilon, float(attention.scaling))
+        last = None if norm is None else norm.weight.data_ptr()
+        self._stack = CStack(self._structures, len(parts), *sizes, *factors, last)
+        self._tables: tuple[Tensor, Tensor] | None = None
+        self._places = (0, 0, 0)
+        self._held = _tensors(self._modules)  # what the structures point to stays alive
+        self._known = _fingerprint(self._modules)
 
     @classmethod
     def of(
@@ -80,17 +76,14 @@ class NativeStack:
         kind = getattr(rotary, "rope_type", "default")
         if not isinstance(kind, str) or kind in CHANGING_ROPE:  # some models have angles by kind of layer
             return None
-        if not layers or not (norm is None or isinstance(norm, FusedRMSNorm)):
+        parts = [part for part in map(_Layer.of, layers) if part is not None]
+        if not parts or len(parts) < len(layers) or not (norm is None or isinstance(norm, FusedRMSNorm)):
             return None
-        if not all(_known(layer) for layer in layers):
-            return None
-        first = _parts(layers[0])
-        norms = [norm, *(part[i] for part in map(_parts, layers) for i in (2, 3))]
+        norms = [norm, *(each for part in parts for each in (part.before, part.after))]
         eps = {each.variance_epsilon for each in norms if isinstance(each, FusedRMSNorm)}
-        alike = {_sizes(_parts(layer)) for layer in layers}
-        if len(eps) > 1 or len(alike) > 1 or first[0].head_dim % 2:
+        if len(eps) > 1 or len({part.sizes for part in parts}) > 1 or parts[0].attention.head_dim % 2:
             return None
-        return cls(layers, norm, rotary, window)
+        return cls(layers, parts, norm, rotary, window)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or a pickle, of a stack is None: its owner goes by modules until it builds one of its own."""
@@ -101,8 +94,7 @@ class NativeStack:
 
         Nobody replaced, moved or converted a weight, changed a setting, or hung a hook on a layer.
         """
-        layers, norm = (self._layers, self._norm) if layers is None else (layers, norm)
-        return _fingerprint(layers, norm) == self._known
+        return _fingerprint(self._modules if layers is None else _modules(layers, norm)) == self._known
 
     def run(
         self,
@@ -142,57 +134,34 @@ class NativeStack:
         """
         rows, nodes, flight = seen.shape
         blocks, form = self.placed(store, tables, rows, shift)
-        if (
-            states.dtype is not torch.float32
-            or states.shape != (rows, nodes, self.hidden)
-            or not (states.is_cpu and states.is_contiguous())
-        ):
-            raise ValueError(
-                f"states are {states.dtype} of shape {tuple(states.shape)} on {states.device}; expected contiguous "
-                f"fp32 ({rows}, {nodes}, {self.hidden}) on the CPU"
-            )
+        self.check_states(states, rows, nodes)
         if flight_positions is None and flight != nodes and any(layer.window for layer in self._structures):
             raise ValueError(f"{flight} slots are in flight and {nodes} are the nodes': windows need flight_positions")
         flying = positions if flight_positions is None else flight_positions
-        if seen.dtype is not torch.bool or flight < nodes or not _integers(positions, rows, nodes):
-            raise _unfit_tree(seen, positions, flying)
-        if flying is not positions and not _integers(flying, rows, flight):
-            raise _unfit_tree(seen, positions, flying)
+        whole = _integers(positions, rows, nodes) and (flying is positions or _integers(flying, rows, flight))
+        if seen.dtype is not torch.bool or flight < nodes or not whole:
+            raise ValueError(
+                f"seen {tuple(seen.shape)} {seen.dtype}, positions {tuple(positions.shape)} {positions.dtype} and "
+                f"those in flight {tuple(flying.shape)} {flying.dtype} do not belong together: give bool (rows, nodes, "
+                "flight), flight at least nodes, and int64 (rows, nodes) and (rows, flight), on the CPU"
+            )
         positions, flying, seen = positions.contiguous(), flying.contiguous(), seen.contiguous()
         lengths, lengths_at = int64s("past", past, rows)
-        cosine, sine = self._angles or self.angles(1)
         output = torch.empty_like(states)
         captured = {index: torch.empty_like(states) for index in capture}
-        pointers = None
-        if captured:
-            pointers = (ctypes.c_void_p * (len(self._layers) + 1))()
-            for index, tensor in captured.items():
-                pointers[index] = tensor.data_ptr()
-        each = CPass(
-            states.data_ptr(),
-            output.data_ptr(),
-            None if pointers is None else ctypes.addressof(pointers),
-            cosine.data_ptr(),
-            sine.data_ptr(),
-            positions.data_ptr(),
-            flying.data_ptr(),
-            lengths_at,
-            seen.data_ptr(),
-            store.data_ptr(),
-            blocks,
-            rows,
-            nodes,
-            flight,
-            cosine.size(0),
-            form,
-        )
-        refusal = run_stack(self._stack, each)
-        if refusal == Refusal.FEW_ANGLES and int(positions.min()) >= 0:
-            cosine, sine = self.angles(int(positions.max()) + 1)
-            each.cosine, each.sine, each.angles = cosine.data_ptr(), sine.data_ptr(), cosine.size(0)
-            refusal = run_stack(self._stack, each)
-        if refusal:
-            refuse(refusal, lengths, flight, store, tables, shift)
+        pointers = (ctypes.c_void_p * (self.layers + 1))() if captured else None
+        for index, tensor in captured.items():
+            pointers[index] = tensor.data_ptr()  # type: ignore[index]
+        ends = (states.data_ptr(), output.data_ptr(), None if pointers is None else ctypes.addressof(pointers))
+        where = (positions.data_ptr(), flying.data_ptr(), lengths_at, seen.data_ptr(), store.data_ptr(), blocks)
+        cosine, sine, angles = self.angles()
+        each = CPass(*ends, cosine, sine, *where, rows, nodes, flight, angles, form)
+        result = run_stack(self._stack, each)
+        if result == -Refusal.FEW_ANGLES:
+            each.cosine, each.sine, each.angles = self.angles(int(positions.max()))
+            result = run_stack(self._stack, each)
+        if result:
+            refuse(result, lengths, flight, store, tables, shift)
         return output, captured
 
     def placed(self, store: Tensor, tables: Tensor, rows: int, shift: int) -> tuple[CBlockTables, int]:
@@ -206,7 +175,7 @@ class NativeStack:
         fits = len(shape) == 4 and (shape[0], shape[1], shape[3]) == (self._lanes, self.kv_heads, self.head_dim)
         if not fits or form is None or not (store.is_cpu and store.is_contiguous()) or shape[2] % BLOCK:
             raise ValueError(
-                f"a store of {store.dtype} and shape {tuple(shape)} on {store.device} does not fit {len(self._layers)} "
+                f"a store of {store.dtype} and shape {tuple(shape)} on {store.device} does not fit {self.layers} "
                 f"layers of {self.kv_heads} key heads of {self.head_dim}: give ({self._lanes}, {self.kv_heads}, slots, "
                 f"{self.head_dim}), slots a multiple of {BLOCK}, fp32, fp16 or bf16, contiguous, on the CPU"
             )
@@ -223,21 +192,28 @@ class NativeStack:
             )
         return CBlockTables(tables.data_ptr(), tables.size(1), BLOCK, shift, shape[2]), form
 
+    def check_states(self, states: Tensor, rows: int, *nodes: int) -> None:
+        """Refuse states of another shape than (rows, *nodes, hidden), or that native code can't read."""
+        shape = (rows, *nodes, self.hidden)
+        if states.dtype is not torch.float32 or states.shape != shape or not (states.is_cpu and states.is_contiguous()):
+            raise ValueError(
+                f"states are {states.dtype} of shape {tuple(states.shape)} on {states.device}; expected contiguous "
+                f"fp32 {shape} on the CPU"
+            )
+
     @property
     def pointer(self) -> Any:
         """The stack as other native structures hold it."""
         return ctypes.pointer(self._stack)
 
-    def angles(self, positions: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions 0, 1, ..., at least so many: (any, head_dim) each."""
-        if self._angles is None or len(self._angles[0]) < positions:
-            count = 512
-            while count < positions:
-                count *= 2
-            every = torch.arange(count).unsqueeze(0)
+    def angles(self, last: int = 0) -> tuple[int, int, int]:
+        """Tables of cosines and sines, for positions up to `last` at least: where they lie, and how long they are."""
+        if self._tables is None or self._places[2] <= last:
+            every = torch.arange(max(512, 1 << last.bit_length())).unsqueeze(0)
             cosine, sine = self._rotary(torch.empty(0), position_ids=every)
-            self._angles = cosine[0].contiguous(), sine[0].contiguous()
-        return self._angles
+            self._tables = cosine[0].contiguous(), sine[0].contiguous()  # (positions, head_dim) each
+            self._places = (self._tables[0].data_ptr(), self._tables[1].data_ptr(), every.numel())
+        return self._places
 
 
 def int64s(name: str, numbers: Sequence[int] | Tensor, count: int) -> tuple[Any, int]:
@@ -260,20 +236,12 @@ def _integers(tensor: Tensor, *shape: int) -> bool:
     return tensor.dtype is torch.int64 and tensor.is_cpu and tensor.shape == shape
 
 
-def _unfit_tree(seen: Tensor, positions: Tensor, flying: Tensor) -> ValueError:
-    return ValueError(
-        f"seen {tuple(seen.shape)} {seen.dtype}, positions {tuple(positions.shape)} {positions.dtype} and those in "
-        f"flight {tuple(flying.shape)} {flying.dtype} do not belong together: give bool (rows, nodes, flight), flight "
-        "at least nodes, and int64 (rows, nodes) and (rows, flight), on the CPU"
-    )
-
-
 def refuse(refusal: int, past: Sequence[int], behind: int, store: Tensor, tables: Tensor, shift: int) -> NoReturn:
     """Say what native code found wrong with the numbers that it was handed: `behind` slots behind each row's past."""
     lengths = [int(length) for length in past]
-    if refusal == Refusal.FEW_ANGLES or min(lengths) < 0:
+    if refusal == -Refusal.FEW_ANGLES or min(lengths) < 0:
         raise ValueError(f"positions and past lengths ({lengths}) must not be negative")
-    if refusal == Refusal.SHORT_TABLE:
+    if refusal == -Refusal.SHORT_TABLE:
         raise ValueError(
             f"{max(lengths)} past slots, {behind} in flight and a shift of {shift} do not fit block tables of "
             f"{tables.size(1)} blocks of {BLOCK} slots"
@@ -284,15 +252,18 @@ def refuse(refusal: int, past: Sequence[int], behind: int, store: Tensor, tables
     )
 
 
-def _tensors(layers: Sequence[nn.Module], norm: nn.Module | None) -> list[Tensor]:
-    modules = [*layers, *([] if norm is None else [norm])]
+def _modules(layers: Sequence[nn.Module], norm: nn.Module | None) -> list[nn.Module]:
+    return [*layers, *([] if norm is None else [norm])]
+
+
+def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
     return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
-def _fingerprint(layers: Sequence[nn.Module], norm: nn.Module | None) -> tuple[Any, ...]:
+def _fingerprint(whole: Sequence[nn.Module]) -> tuple[Any, ...]:
     """What must stay the same for a stack to say what the modules say: identities, memory, settings, no hooks."""
-    modules = [inner for module in (*layers, *([] if norm is None else [norm])) for inner in module.modules()]
-    tensors = tuple((tensor.data_ptr(), tensor.dtype) for tensor in _tensors(layers, norm))
+    modules = [inner for module in whole for inner in module.modules()]
+    tensors = tuple((tensor.data_ptr(), tensor.dtype) for tensor in _tensors(whole))
     settings = tuple(
         (_window(m), float(m.scaling)) if isinstance(m, FusedAttention) else m.variance_epsilon
         for m in modules
@@ -301,43 +272,48 @@ def _fingerprint(layers: Sequence[nn.Module], norm: nn.Module | None) -> tuple[A
     return tuple(map(id, modules)), tensors, settings, foreign_hooks(modules)
 
 
-Parts = tuple[FusedAttention, FusedSwiGLU, nn.Module, FusedRMSNorm]
+class _Layer(NamedTuple):
+    """The parts of a layer."""
 
+    attention: FusedAttention
+    feed_forward: FusedSwiGLU
+    before: nn.Module  # a norm, or an identity
+    after: FusedRMSNorm  # the norm before the feed-forward
 
-def _known(layer: nn.Module) -> bool:
-    parts = dict(layer.named_children())
-    return (
-        set(parts) == _CHILDREN
-        and isinstance(parts["self_attn"], FusedAttention)
-        and isinstance(parts["mlp"], FusedSwiGLU)
-        and isinstance(parts["input_layernorm"], FusedRMSNorm | nn.Identity)
-        and isinstance(parts["post_attention_layernorm"], FusedRMSNorm)
-        and not any(linear.reference for linear in _linears(_parts(layer)))
-    )
+    @classmethod
+    def of(cls, layer: nn.Module) -> _Layer | None:
+        """None for a layer of another kind."""
+        parts = dict(layer.named_children())
+        known: list[Any] = [parts.get(name) for name in _CHILDREN]
+        found = cls(*known)
+        fits = set(parts) == set(_CHILDREN) and (
+            isinstance(found.attention, FusedAttention)
+            and isinstance(found.feed_forward, FusedSwiGLU)
+            and isinstance(found.before, FusedRMSNorm | nn.Identity)
+            and isinstance(found.after, FusedRMSNorm)
+        )
+        return found if fits and not any(linear.reference for linear in found.linears) else None
 
+    @property
+    def linears(self) -> tuple[PackedLinear, ...]:
+        """In the order in which they are read."""
+        attention, feed_forward = self.attention, self.feed_forward
+        return attention.qkv_proj, attention.o_proj, feed_forward.gate_up, feed_forward.down_proj
 
-def _parts(layer: nn.Module) -> Parts:
-    known: Any = layer
-    return known.self_attn, known.mlp, known.input_layernorm, known.post_attention_layernorm
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Equal for all layers of a stack."""
+        heads = (self.attention.heads, self.attention.kv_heads, self.attention.head_dim)
+        return (*heads, *(each.out_features for each in self.linears))
 
-
-def _linears(parts: Parts) -> tuple[PackedLinear, ...]:
-    attention, feed_forward = parts[:2]
-    return attention.qkv_proj, attention.o_proj, feed_forward.gate_up, feed_forward.down_proj
-
-
-def _sizes(parts: Parts) -> tuple[int, ...]:
-    attention, linears = parts[0], _linears(parts)
-    return (attention.heads, attention.kv_heads, attention.head_dim, *(each.out_features for each in linears))
-
-
-def _structure(parts: Parts, window: int) -> CLayer:
-    attention, _, first, post = parts
-    qkv, o, gate_up, down = (weight_of(linear) for linear in _linears(parts))
-    norms = (attention.q_norm, attention.k_norm)
-    q_norm, k_norm = (None if norm is None else norm.weight.data_ptr() for norm in norms)
-    before = first.weight.data_ptr() if isinstance(first, FusedRMSNorm) else None
-    return CLayer(before, qkv, q_norm, k_norm, o, post.weight.data_ptr(), gate_up, down, window or _window(attention))
+    def structure(self, window: int) -> CLayer:
+        """As native code reads it."""
+        qkv, o, gate_up, down = map(weight_of, self.linears)
+        norms = (self.before, self.attention.q_norm, self.attention.k_norm, self.after)
+        before, q_norm, k_norm, after = (
+            norm.weight.data_ptr() if isinstance(norm, FusedRMSNorm) else None for norm in norms
+        )
+        return CLayer(before, qkv, q_norm, k_norm, o, after, gate_up, down, window or _window(self.attention))
 
 
 def weight_of(linear: PackedLinear) -> CWeight:

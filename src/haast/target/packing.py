@@ -11,7 +11,8 @@ leaves the order of sums to PyTorch).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,10 @@ from transformers.pytorch_utils import Conv1D
 
 from haast import native
 from haast.compat import buffers_of
+from haast.native.library import check_tensor
 from haast.target.memory import give_back
 
-__all__ = ["PackedLinear", "PackingReport", "pack_linears"]
+__all__ = ["PackedLinear", "is_linear", "is_packed", "linear_sizes", "pack_linears"]
 
 # The operator that compiled graphs call. A 32 x 16 layer on the development CPU, microseconds per call on a
 # busy machine: bare ctypes 1.6, native.linear 9, PackedLinear 10, nn.Linear 10, this Library operator 15, a
@@ -62,7 +64,18 @@ class PackedLinear(nn.Module):
     def __init__(
         self, weight: Tensor, bias: Tensor | None = None, *, form: str = "f16", reference: bool = False
     ) -> None:
-        """Pack a weight; see `from_weight`."""
+        """Pack a weight matrix, for example the rows of an LM head that a draft vocabulary keeps.
+
+        Args:
+            weight: (out_features, in_features) fp32 on the CPU; it is copied.
+            bias: (out_features) fp32, or None.
+            form: "f16", or "int8" with one factor per output.
+            reference: the same rounded weights in plain PyTorch fp32: slow, for comparison. It is also what a
+                machine without the native library gets.
+
+        Raises:
+            ValueError: another dtype or device, shapes that do not fit, or values beyond fp16's range.
+        """
         super().__init__()
         _check_weight(weight, bias)
         if form not in FORMS:
@@ -78,24 +91,6 @@ class PackedLinear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("dense", _rounded(values, form) if self.reference else torch.empty(0))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-
-    @classmethod
-    def from_weight(
-        cls, weight: Tensor, bias: Tensor | None = None, *, form: str = "f16", reference: bool = False
-    ) -> PackedLinear:
-        """Pack a weight matrix, for example the rows of an LM head that a draft vocabulary keeps.
-
-        Args:
-            weight: (out_features, in_features) fp32 on the CPU; it is copied.
-            bias: (out_features) fp32, or None.
-            form: "f16", or "int8" with one factor per output.
-            reference: the same rounded weights in plain PyTorch fp32: slow, for comparison. It is also what a
-                machine without the native library gets.
-
-        Raises:
-            ValueError: another dtype or device, shapes that do not fit, or values beyond fp16's range.
-        """
-        return cls(weight, bias, form=form, reference=reference)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) fp32 on the CPU to (..., out_features) fp32.
@@ -141,17 +136,33 @@ class PackedLinear(nn.Module):
         return f"{sizes}, bias={self.bias is not None}, {self.form}, {path}"
 
 
+def is_packed(module: nn.Module | None) -> TypeGuard[PackedLinear]:
+    """Whether it is a packed linear layer: a target whose LM head is one is packed as a whole, and so are its heads."""
+    return isinstance(module, PackedLinear)
+
+
+def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear | PackedLinear]:
+    """Whether it is a linear layer, packed or not: it has `in_features` and `out_features`."""
+    return isinstance(module, nn.Linear | PackedLinear)
+
+
+def linear_sizes(modules: Iterable[nn.Module]) -> tuple[int, int]:
+    """Bytes and parameters of the weights of those modules that are linear layers, packed or not, biases left out."""
+    size = parameters = 0
+    for module in modules:
+        if is_linear(module):
+            held = (module.packed, module.dense) if isinstance(module, PackedLinear) else (module.weight,)
+            size += sum(tensor.nbytes for tensor in held)
+            parameters += module.in_features * module.out_features
+    return size, parameters
+
+
 def _check_weight(weight: Tensor, bias: Tensor | None) -> None:
-    if weight.dim() != 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (out_features, in_features)")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and (tensor.dtype is not torch.float32 or tensor.device.type != "cpu"):
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}; packing needs float32 on the CPU: "
-                "load the model with dtype=torch.float32"
-            )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; the weight has {weight.shape[0]} outputs")
+    check_tensor("weight", weight.detach(), 2)
+    if bias is not None:
+        check_tensor("bias", bias.detach(), 1)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; the weight has {weight.shape[0]} outputs")
 
 
 def _rounded(weight: Tensor, form: str) -> Tensor:
@@ -166,19 +177,7 @@ def _rounded(weight: Tensor, form: str) -> Tensor:
     return result
 
 
-@dataclass(frozen=True)
-class PackingReport:
-    """What `pack_linears` did."""
-
-    layers: int  # linears replaced
-    parameters: int  # their weights, biases not counted
-    bytes_before: int  # of those weights; one that an embedding shares is counted and yet stays in memory
-    bytes_after: int
-    native: bool  # False: the reference form, for want of the native library or on demand
-    note: str  # why it is not native; empty otherwise
-
-
-def pack_linears(model: nn.Module, *, form: str = "f16", reference: bool = False) -> PackingReport:
+def pack_linears(model: nn.Module, *, form: str = "f16", reference: bool = False) -> None:
     """Replace every `nn.Linear` and transformers `Conv1D` of a model by a `PackedLinear`, in place.
 
     The LM head is included; an embedding tied to it keeps its own fp32 weight. The whole model is frozen, since nothing
@@ -187,13 +186,12 @@ def pack_linears(model: nn.Module, *, form: str = "f16", reference: bool = False
     Args:
         model: fp32, on the CPU.
         form: "f16" or "int8".
-        reference: use the slow PyTorch form (see `PackedLinear.from_weight`).
+        reference: use the slow PyTorch form (see `PackedLinear`).
 
     Raises:
         ValueError: the model holds another dtype or device, or weights beyond fp16's range. The message names the
             layer; layers before it are already packed.
     """
-    layers = parameters = bytes_after = 0
     shared: dict[int, PackedLinear] = {}  # one module used at two places stays one module
     for parent_name, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
@@ -204,15 +202,9 @@ def pack_linears(model: nn.Module, *, form: str = "f16", reference: bool = False
                 continue
             packed = _pack_child(f"{parent_name}.{name}".lstrip("."), child, form, reference)
             setattr(parent, name, packed)
-            layers += 1
-            parameters += packed.in_features * packed.out_features
-            bytes_after += packed.packed.nbytes + packed.dense.nbytes
             shared[id(child)] = packed
         give_back()
     model.requires_grad_(False)
-    done_natively = native.available() and not reference
-    note = "" if done_natively else native.why_not() or "the reference form was asked for"
-    return PackingReport(layers, parameters, 4 * parameters, bytes_after, done_natively, note)
 
 
 def _pack_child(name: str, child: nn.Linear | Conv1D, form: str, reference: bool) -> PackedLinear:

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from haast.heads.config import HeadConfig
 from haast.target.fusing import FusedAttention, FusedSwiGLU
-from haast.target.packing import PackedLinear
 from haast.target.precision import weight_rows
 from haast.target.target import Target
 from haast.training.batches import Example, usable

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from haast.files import write_json
 from haast.tuning.policy import CostModel
@@ -21,50 +20,59 @@ _KINDS, _LARGEST = ("dynamic", "static", "chain"), 4096  # of shapes; none large
 
 @dataclass(frozen=True)
 class Batch:
-    """Costs of a step of several rows together in ms, and the choice made from them."""
+    """Costs of a step, of several rows together, and the choice made from them. Times are medians in ms."""
 
     forward_ms: dict[int, float]  # nodes of a row -> a target forward over all rows
-    first_ms: float
-    level_ms: dict[int, float]
-    overhead_ms: float
-    shape: dict[str, Any]  # empty: for so many rows vanilla decoding is faster
-    pace: dict[str, Any]  # what trees keep to, and what nodes cost where none are drafted
-    expected: dict[str, float]
-
-    @property
-    def chosen_pace(self) -> CostModel:
-        """The pace as drafters take it."""
-        return _pace(self.pace)
-
-    @classmethod
-    def read(cls, values: dict[str, Any]) -> Batch:
-        """From a file's values. Raises ValueError, TypeError or KeyError where they are none."""
-        found = cls(**_numbered(values))
-        _check(found, ("tau", "tokens_per_s", "vanilla_tokens_per_s", "speedup"))
-        return found
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Measured costs and the choice made from them. Times are medians in ms."""
-
-    identity: dict[str, Any]  # what it holds for: machine, threads, model, head, packing
-    forward_ms: dict[int, float]  # nodes -> a target forward behind `committed` slots
-    committed: int
     first_ms: float  # drafting one level, the head's pass over the accepted tokens included
     level_ms: dict[int, float]  # width -> every further level
     overhead_ms: float  # acceptance, commit, stop rules
+    shape: dict[str, Any]  # of the fastest tree, see DraftShape; empty: vanilla decoding is faster
+    pace: dict[str, Any] | None  # what trees keep to, see CostModel; None, for one row alone: trees of one size
+    expected: dict[str, float]  # replayed: tau, tokens_per_s, vanilla_tokens_per_s, speedup; of one row nodes, levels
+    _EXPECTED: ClassVar[tuple[str, ...]] = ("tau", "tokens_per_s", "vanilla_tokens_per_s", "speedup")
+
+    @property
+    def chosen_pace(self) -> CostModel | None:
+        """The pace of the chosen shape, as drafters take it."""
+        if self.pace is None:
+            return None
+        single = {name: float(value) for name, value in self.pace.items() if name != "forward_ms"}
+        return CostModel(tuple(float(ms) for ms in self.pace["forward_ms"]), **single)
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> Self:
+        """From a file's values. Raises ValueError, TypeError, KeyError or AttributeError where they are none."""
+        found = cls(**values | {name: milliseconds(values[name]) for name in ("forward_ms", "level_ms")})
+        found.validate()
+        return found
+
+    def validate(self) -> None:
+        """Refuse values that no measurement gives. Raises ValueError, TypeError or KeyError."""
+        times = [*self.forward_ms.values(), *self.level_ms.values(), self.first_ms]
+        if not self.level_ms or not self.forward_ms or not all(0 < float(ms) < math.inf for ms in times):
+            raise ValueError("a cost is missing, or not a number of ms above 0")
+        _check_amount("overhead_ms", self.overhead_ms)
+        _check_shape(self.shape)
+        _ = [float(self.expected[name]) for name in self._EXPECTED]
+        if self.chosen_pace is None and type(self) is Batch:
+            raise ValueError("a batch has no pace")
+
+
+@dataclass(frozen=True)
+class Calibration(Batch):
+    """Measured costs of one row's step, behind `committed` slots, and the choice made from them."""
+
+    identity: dict[str, Any]  # what it holds for: machine, threads, model, head, packing
+    committed: int
     weight_bytes: int  # that one forward reads
     parameters: int  # multiplied in one forward and node
     head_parameters: int  # of the head and its draft LM head
     bandwidth: float | None  # bytes a second of this machine; None where it was not measured
     peak: float | None  # fp32 operations a second
-    shape: dict[str, Any]  # of the fastest tree, see DraftShape; empty: vanilla decoding is faster
-    pace: dict[str, Any] | None  # see CostModel; None: trees of one size
-    expected: dict[str, float]  # tau, nodes, levels, tokens_per_s, vanilla_tokens_per_s, speedup: replayed
     grid: list[dict[str, float]] = field(default_factory=list)  # tau of every replayed depth, width and nodes
     measured: dict[str, Any] = field(default_factory=dict)  # date, versions, commit, steps
     batches: dict[int, Batch] = field(default_factory=dict)  # rows -> what holds for so many; empty before 0.2
+    _EXPECTED: ClassVar[tuple[str, ...]] = (*Batch._EXPECTED, "nodes", "levels")
 
     def __post_init__(self) -> None:
         if 1 not in self.forward_ms:
@@ -74,11 +82,6 @@ class Calibration:
     def pays(self) -> bool:
         """Whether drafting is faster than vanilla decoding here."""
         return bool(self.shape)
-
-    @property
-    def chosen_pace(self) -> CostModel | None:
-        """The pace of the chosen shape."""
-        return None if self.pace is None else _pace(self.pace)
 
     def v(self, nodes: int) -> float:
         """Cost of a forward over `nodes` in one-node forwards; only measured counts."""
@@ -90,7 +93,7 @@ class Calibration:
 
     def validate(self) -> None:
         """Refuse values that no measurement gives. Raises ValueError, TypeError or KeyError."""
-        _check(self, ("tau", "nodes", "levels", "tokens_per_s", "vanilla_tokens_per_s", "speedup"))
+        super().validate()
         _ = [float(entry[name]) for entry in self.grid for name in ("depth", "width", "nodes", "tau")]
         measured = [name for name in ("bandwidth", "peak") if getattr(self, name) is not None]
         for name in ("weight_bytes", "parameters", "head_parameters", "committed", *measured):
@@ -124,8 +127,7 @@ class Calibration:
             raise ValueError(f"{path} is no calibration of format {FORMAT}: run `haast calibrate` again")
         try:
             values["batches"] = {int(rows): Batch.read(each) for rows, each in values["batches"].items()}
-            found = cls(**_numbered({name: values[name] for name in known}))
-            found.validate()
+            found = cls.read({name: values[name] for name in known})
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise ValueError(f"{path} is damaged ({error}): run `haast calibrate` again") from error
         found.check(identity, str(path))
@@ -138,17 +140,6 @@ class Calibration:
         pairs = {key: (self.identity.get(key), identity.get(key)) for key in sorted({*identity, *self.identity})}
         other = "; ".join(f"{key} {held!r}, here {here!r}" for key, (held, here) in pairs.items() if held != here)
         raise ValueError(f"the calibration {name} is of another setting ({other}): run `haast calibrate`")
-
-
-def _check(found: Batch | Calibration, expected: Sequence[str]) -> None:
-    """Refuse costs, a choice or expectations that are none."""
-    times = [*found.forward_ms.values(), *found.level_ms.values(), found.first_ms]
-    if not found.level_ms or not found.forward_ms or not all(0 < float(ms) < math.inf for ms in times):
-        raise ValueError("a cost is missing, or not a number of ms above 0")
-    _check_amount("overhead_ms", found.overhead_ms)
-    _check_shape(found.shape)
-    _ = [float(found.expected[name]) for name in expected]
-    _ = found.chosen_pace  # its own check
 
 
 def _check_amount(name: str, value: Any) -> None:
@@ -169,12 +160,6 @@ def _check_shape(shape: Any) -> None:
         raise ValueError(f"nodes={shape['nodes']} is no tree: it has a root and a draft")
 
 
-def _numbered(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no numbers as keys."""
-    costs = {name: {int(key): float(ms) for key, ms in values[name].items()} for name in ("forward_ms", "level_ms")}
-    return values | costs
-
-
-def _pace(values: dict[str, Any]) -> CostModel:
-    single = {name: float(value) for name, value in values.items() if name != "forward_ms"}
-    return CostModel(tuple(float(ms) for ms in values["forward_ms"]), **single)
+def milliseconds(costs: dict[Any, Any]) -> dict[int, float]:
+    """Costs by count, of a file: JSON knows no numbers as keys."""
+    return {int(key): float(ms) for key, ms in costs.items()}

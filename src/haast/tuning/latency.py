@@ -9,12 +9,14 @@ a clock again, so runs repeat. Knows no drafter: who drafts says how long that t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,14 +24,17 @@ from typing import Any
 import torch
 from huggingface_hub import cached_assets_path
 
+from haast import native
 from haast.files import write_json
+from haast.native.library import thread_count
 from haast.target.target import Target
 from haast.tree import DraftTree
-from haast.tuning.calibration import Calibration
-from haast.tuning.machine import machine_identity
+from haast.tuning.calibration import Calibration, milliseconds
+from haast.tuning.machine import cpu_name
 from haast.tuning.policy import interpolate
 
 _LOG = logging.getLogger(__name__)
+_version = functools.cache(version)  # it reads a file
 FORMAT = 1
 # The first three stand for all where a model is so slow that there is no time for more.
 _POINTS: tuple[int, ...] = (1, 2, 8, 4, 16, 32, 64)
@@ -103,7 +108,12 @@ def target_identity(target: Target) -> dict[str, Any]:
     """What measurements of a target are good for: this machine, models of these sizes, these settings."""
     config = target.config
     return {
-        **machine_identity(),
+        "cpu": cpu_name(),
+        "cpu_features": native.features(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": thread_count(),  # the same inside and outside of a decode step
+        "torch": str(torch.__version__),
+        "haast": _version("haast"),
         "device": str(target.device),
         "class": type(target.model).__name__,
         "layers": target.layers,
@@ -220,9 +230,7 @@ def _read(path: Path) -> Latency | None:
     """What is kept; None where nothing is, or something else: then it is measured anew."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        forward, level = (
-            {int(key): float(ms) for key, ms in values[name].items()} for name in ("forward_ms", "level_ms")
-        )
+        forward, level = (milliseconds(values[name]) for name in ("forward_ms", "level_ms"))
         return Latency(forward, float(values["first_ms"]), level) if values["format"] == FORMAT else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

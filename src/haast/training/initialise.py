@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from haast.heads.config import HeadConfig
 from haast.target.fusing import FusedAttention, FusedSwiGLU
+from haast.target.packing import is_linear
 from haast.target.precision import weight_rows
 from haast.target.target import Target
 from haast.training.batches import Example, usable
@@ -38,7 +39,6 @@ from haast.tree import DraftTree
 _EXAMPLES = 400  # sequences that the regression sees: about fifty positions for each of its inputs
 _RIDGE = 0.01  # of the inputs' mean square
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_LINEAR = (nn.Linear, PackedLinear)
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _find(target: Target) -> _LastLayer | str:
             weights |= module.parts()
         else:
             linears = {key: dict(module.named_children()).get(key) for key in names}
-            weights |= {k: weight_rows(m, m.in_features) for k, m in linears.items() if isinstance(m, _LINEAR)}
+            weights |= {k: weight_rows(m, m.in_features) for k, m in linears.items() if is_linear(m)}
     known = {key: weight.detach().float().cpu() for key, weight in weights.items()}
     if len(known) < len(_LINEARS) or any("norm" in key for key, _ in attention.named_children()):
         return (

@@ -43,7 +43,7 @@ from haast.training.answers import record_key
 from haast.training.batches import Example
 from haast.training.config import TrainConfig
 from haast.training.initialise import last_layer_weights
-from haast.training.interrupt import matmul_precision
+from haast.training.optimizer import matmul_precision
 from haast.training.run import head_config
 from haast.training.shards import read_shards
 from haast.training.target_weights import Frozen

@@ -30,9 +30,8 @@ from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.progress import Progress
 from haast.training.batches import Example, pack
 from haast.training.config import TrainConfig
-from haast.training.interrupt import matmul_precision
 from haast.training.objective import Objective
-from haast.training.optimizer import HeadOptimizer, Muon
+from haast.training.optimizer import HeadOptimizer, Muon, matmul_precision
 from haast.training.scaled_head import make_head
 from haast.training.target_weights import Frozen
 

@@ -16,7 +16,20 @@ SOURCE = Path(haast.__file__).parent
 
 # A room is a module or a package directly under haast; it may import rooms of smaller rank, and itself.
 RANKS = [
-    {"compat", "device", "errors", "jsonl_log", "native", "progress", "prompts", "repetition", "stats", "text", "tree"},
+    {
+        "compat",
+        "device",
+        "errors",
+        "interrupt",
+        "jsonl_log",
+        "native",
+        "progress",
+        "prompts",
+        "repetition",
+        "stats",
+        "text",
+        "tree",
+    },
     {"core", "files"},
     {"generation", "sampling"},
     {"target"},
@@ -43,7 +56,8 @@ ONLY = {
     "target": {"haast.compat", "haast.device", "haast.errors", "haast.native", "haast.tree"},
     # The engine knows drafters and targets by their contract only.
     "engine": {
-        "haast.core", "haast.device", "haast.drafters.base", "haast.errors", "haast.native", "haast.sampling",
+        "haast.core", "haast.device", "haast.drafters.base", "haast.errors", "haast.interrupt", "haast.native",
+        "haast.sampling",
         "haast.stats",
         "haast.target.kv_pool", "haast.target.ranks", "haast.target.target", "haast.tree",
     },

@@ -165,6 +165,7 @@ def on_meta(target: Target, drafter: EagleDrafter) -> None:
     model.to("meta")
     drafter._module.to("meta")
     target.refresh()  # as every request does when it begins
+    drafter._built = (target.device, target.dtype)
 
 
 def meta_step(sampling: SamplingParams, shape: DraftShape, spoil: Callable[[DraftTree], Any] | None = None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Protocol
@@ -148,9 +148,15 @@ class SamplingParams:
             ("top_k", Integral),
             ("seed", Integral),
         ):
-            if not isinstance(getattr(self, name), kind):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
                 wanted = "a number" if kind is Real else "a whole number"
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: give {wanted}")
+                raise ValueError(f"{name}={value!r} is not allowed: give {wanted}")
+            if type(value) not in (float, int):  # numpy's, fractions, ...
+                plain: Callable[[Any], float] = float if kind is Real else int
+                object.__setattr__(self, name, plain(value))
+        if not isinstance(self.processors, Iterable):
+            raise ValueError(f"processors={self.processors!r} is not allowed: give a tuple of functions")
         for process in self.processors:
             if not callable(process):
                 raise ValueError(f"processors holds {process!r}: give functions (history, scores) -> scores")
@@ -187,6 +193,11 @@ class StopParams:
     def __post_init__(self) -> None:
         if not isinstance(self.max_new_tokens, Integral) or self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens!r} is not allowed: give 1 or more")
+        whole = isinstance(self.eos_ids, Iterable) and all(isinstance(end, Integral) for end in self.eos_ids)
+        if not whole or isinstance(self.eos_ids, str):
+            raise ValueError(f"eos_ids={self.eos_ids!r} is not allowed: give token ids, (2,) say, or () for none")
+        if self.stop is not None and not callable(self.stop):
+            raise ValueError(f"stop={self.stop!r} is not allowed: give a function (new tokens) -> bool, or None")
 
 
 class TokenChooser(Protocol):

@@ -112,7 +112,7 @@ class EagleDrafter(Drafter):
         check_fits(module.config, target.hidden_size, target.vocab_size, type(target.model).__name__)
         warn_of_precision(head.about, target.precision)
         self._pairs = DraftWindow(window, module.config.num_hidden_layers, head.trained_length)
-        self._target = target
+        self._target, self._built = target, (target.device, target.dtype)
         self._module = module.to(device=target.device, dtype=target.dtype)
         self.target_layers = module.target_layers
         vocab = None if head.draft_vocab is None else checked_vocab(head.draft_vocab, target)
@@ -206,6 +206,7 @@ class EagleDrafter(Drafter):
         return (self.cache,)
 
     def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> EagleState:
+        self._target.check_place(self._built)
         stack = self._forward.stack
         self._forward.refresh()
         if self._forward.stack is not stack:

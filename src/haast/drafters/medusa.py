@@ -81,7 +81,7 @@ class MedusaDrafter(Drafter):
         warn_of_precision(head.about, target.precision)
         self._vocab = None if head.draft_vocab is None else checked_vocab(head.draft_vocab, target)
         self.accuracies = _accuracies(head)
-        self._target = target
+        self._target, self._built = target, (target.device, target.dtype)
         self._module = module.to(device=target.device, dtype=target.dtype)
         packed = is_packed(target.lm_head)
         if packed:  # the blocks as the target; the LM heads, whose drafts need not be exact, in 8 bits
@@ -114,6 +114,7 @@ class MedusaDrafter(Drafter):
         return list(accumulate(gains))
 
     def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> MedusaState:
+        self._target.check_place(self._built)
         return MedusaState()
 
     def observe(self, states: Sequence[MedusaState], accepted: Accepted) -> None:

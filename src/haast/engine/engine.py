@@ -104,13 +104,20 @@ class Engine:
         check_prompts([prompt], self.target.context_length, self.target.vocab_size)
         if prefill_chunk is not None:
             check_chunk(prefill_chunk)
+        if not isinstance(choice, Integral) or not 0 <= choice < 2**63:
+            raise ValueError(f"choice={choice!r} is not allowed: give the number of the continuation, from 0 on")
+        for name, function in (("watch", watch), ("recorder", recorder)):
+            if function is not None and not callable(function):
+                raise ValueError(f"{name}={function!r} is not allowed: give a function, or None")
+        if self.target.model.training:  # dropout would get into keys and values that other requests use again
+            raise ValueError("the model is in training mode, where its text is not its own: call model.eval() first")
         if timeout is not None and not (isinstance(timeout, Real) and 0 < timeout < math.inf):
             raise ValueError(f"timeout={timeout!r} is not allowed: give seconds above 0, or None to wait for any time")
         request = Request(
             prompt,
             sampling,
             stop,
-            chooser or Sampler(sampling, choice),
+            chooser or Sampler(sampling, int(choice)),
             self.drafter,
             row=row,
             stats=stats,
@@ -263,6 +270,8 @@ def check_prompts(prompts: Sequence[Sequence[int]], context: int | None, vocab_s
     if not prompts:
         raise PromptError("no prompt was given")
     for row, prompt in enumerate(prompts):
+        if isinstance(prompt, str | bytes) or not all(isinstance(token, Integral) for token in prompt):
+            raise PromptError(f"prompt {row} is {prompt!r}: the engine takes whole numbers, the ids of tokens")
         if not len(prompt):
             raise PromptError(f"prompt {row} has no tokens; give at least one (a BOS token, say)")
         if context is not None and len(prompt) >= context:

@@ -33,6 +33,7 @@ from haast.engine.rules import AcceptanceRule
 from haast.engine.step import decode, fail, prefill
 from haast.engine.tensor_parallel import agreement
 from haast.errors import KVPoolError, QueueFullError
+from haast.interrupt import uninterrupted
 from haast.target.kv_pool import BLOCK, PoolFullError, common_length
 from haast.target.kv_pool import Sequence as KVSequence
 from haast.target.target import Target
@@ -146,14 +147,11 @@ class Scheduler:
 
     def _sweep(self) -> None:
         """Retire who was cancelled; while a step is on its way, this is done after it."""
-        while self._unswept and self.target.lock.acquire(blocking=False):
-            try:
-                if self._stepper is not None:
-                    return
-                self._unswept = False
-                self._retire()
-            finally:
-                self.target.lock.release()
+        while self._unswept and self._stepper is None:
+            with self.target.lock:  # others hold it too: steps of another Target of the model, sessions, measurements
+                if self._stepper is None:
+                    self._unswept = False
+                    self._retire()
 
     def pump(self, request: Request) -> bool:
         """Take steps until the request has something to read; False where nothing will come any more."""
@@ -195,8 +193,9 @@ class Scheduler:
 
     def step(self) -> bool:
         """Serve everybody once; whether anybody is left."""
-        left = self._step()
-        self._sweep()
+        with uninterrupted():
+            left = self._step()
+            self._sweep()
         return left
 
     def _step(self) -> bool:

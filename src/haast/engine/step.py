@@ -134,7 +134,7 @@ def prefill(target: Target, batch: Sequence[tuple[Request, int]], agreement: Alo
         if request.recorder is not None:
             logits = output.logits[row] if row in first else output.logits[row, :0]
             features = output.features[row, : counts[row]]
-            request.recorder(Computed((request,), (begins[row],), (counts[row],), features, logits))
+            _record(request.recorder, Computed((request,), (begins[row],), (counts[row],), features, logits))
     for stats in _stats_of(requests):
         stats.ms_prefill += 1e3 * (perf_counter() - begun)
     if verdict is not None:
@@ -188,7 +188,15 @@ def _tell_recorders(group: Sequence[Request], verdict: Verdict, output: TargetOu
         node = torch.tensor([each for path in paths for each in path])
         requests = tuple(group[place] for place in places)
         begins = tuple(len(request.tokens) - 1 for request in requests)
-        recorder(Computed(requests, begins, counts, output.features[row, node], output.logits[row, node]))
+        _record(recorder, Computed(requests, begins, counts, output.features[row, node], output.logits[row, node]))
+
+
+def _record(recorder: Callable[[Computed], None], computed: Computed) -> None:
+    try:
+        recorder(computed)
+    except Exception as error:  # ends the requests whose recorder it is
+        for request in computed.requests:
+            fail(request, error)
 
 
 def _emit(group: Sequence[Request], verdict: Verdict, tree: DraftTree | None, agreement: Alone) -> list[Emission]:
@@ -199,20 +207,21 @@ def _emit(group: Sequence[Request], verdict: Verdict, tree: DraftTree | None, ag
         if reason == "error" and request.error is None:
             fail(request, RuntimeError("this request failed in the first process, whose error says why"))
         if row is None or not kept:
+            emissions.append(Emission(request.row, (), 0, bool(request.finish_reason)))
             continue
         position = len(request.tokens) - 1  # the root's
-        request.tokens.extend(row.tokens[:kept])
         drafted = 0 if tree is None else min(len(row.tokens) - 1, kept)
         emission = Emission(request.row, row.tokens[:kept], drafted, bool(reason))
+        request.tokens.extend(emission.tokens)
+        request.emissions.append(emission)  # before it is done: another thread may be waiting for either
+        request.finish_reason = reason or request.finish_reason
+        emissions.append(emission)
         request.stats.tokens += kept
         if tree is not None:
             request.stats.nodes += tree.nodes
             request.stats.count(len(row.path), row.first_choice, position, kept)
             if request.drafter.policy is not None:
                 request.drafter.policy.observed(request, row, tree.nodes)
-        request.emissions.append(emission)  # before it is done: another thread may be waiting for either
-        emissions.append(emission)
-        request.finish_reason = reason or request.finish_reason
     return emissions
 
 

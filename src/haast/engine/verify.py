@@ -17,7 +17,7 @@ Requests with processors that look at the history walk along the path, one call 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -52,24 +52,37 @@ def verify(
     if logits.shape[:2] != tree.tokens.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and tree {tuple(tree.tokens.shape)} cover different nodes")
     together = {row: each for row, each in enumerate(choosers) if isinstance(each, Sampler) and each.stateless}
-    if len(together) == len(choosers):
-        return _match(tree, logits, list(together.values()), histories)
     rows: list[RowVerdict | None] = [None] * len(choosers)
-    if together:
-        index = torch.tensor(list(together), device=logits.device)
-        texts = [histories[row] for row in together]
-        matched = _match(tree.taken(index), logits[index], list(together.values()), texts)
-        for row, kept in zip(together, matched.rows, strict=True):
-            rows[row] = kept
-    for row in range(len(choosers)):
-        if row not in together:
-            try:
+    alone = [row for row in range(len(choosers)) if row not in together]
+    try:
+        if not alone:
+            return _match(tree, logits, list(together.values()), histories)
+        if together:
+            for row, kept in zip(together, _some(tree, logits, together, histories).rows, strict=True):
+                rows[row] = kept
+    except Exception:  # somebody's warper: each row by itself shows whose
+        if failures is None:
+            raise
+        alone = list(range(len(choosers)))
+    for row in alone:
+        try:
+            if row in together:
+                rows[row] = _some(tree, logits, {row: together[row]}, histories).rows[0]
+            else:
                 rows[row] = _walk(tree, row, logits[row], choosers[row], histories[row])
-            except Exception as error:
-                if failures is None:
-                    raise
-                failures[row] = error
+        except Exception as error:
+            if failures is None:
+                raise
+            failures[row] = error
     return Verdict.of_rows(rows, tree.tokens.device)
+
+
+def _some(
+    tree: DraftTree, logits: Tensor, samplers: Mapping[int, Sampler], histories: Sequence[Sequence[int]]
+) -> Verdict:
+    """`_match` of the rows that `samplers` names."""
+    index = torch.tensor(list(samplers), device=logits.device)
+    return _match(tree.taken(index), logits[index], list(samplers.values()), [histories[row] for row in samplers])
 
 
 def _match(tree: DraftTree, logits: Tensor, samplers: Sequence[Sampler], histories: Sequence[Sequence[int]]) -> Verdict:
@@ -123,6 +136,11 @@ def _walk(tree: DraftTree, row: int, logits: Tensor, chooser: TokenChooser, hist
     while True:
         node = path[-1]
         choice = chooser.choose(past, logits[node])
+        if not isinstance(choice, int) or not 0 <= choice < logits.shape[-1]:
+            raise ValueError(
+                f"{choice!r} was chosen as the next token, of {logits.shape[-1]} that there are: a processor has to "
+                f"return a score for each of these, and a chooser the number of one"
+            )
         emitted.append(choice)
         past.append(choice)
         if children[node]:

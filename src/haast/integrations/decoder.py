@@ -201,12 +201,7 @@ class Decoder:
                 f"this decoder was made for another model than the {type(model).__name__} that generate was called on: "
                 f"make a Decoder for this one"
             )
-        target.locate()
-        if self._built != (target.device, target.dtype):
-            raise HeadMismatchError(
-                f"the model is on {target.device} in {target.dtype} now; its drafter was made for it on "
-                f"{self._built[0]} in {self._built[1]}: move the model first, then make the Decoder"
-            )
+        target.check_place(self._built)
         return target, drafter
 
 

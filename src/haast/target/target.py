@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from haast import compat, native
 from haast.device import without_autograd
-from haast.errors import KVPoolError
+from haast.errors import HeadMismatchError, KVPoolError
 from haast.target.base import TargetOutput, TreeForward
 from haast.target.compiled import CompiledLayers, Progress
 from haast.target.device_map import dispatched, mesh_of, read_weight, sharded, whole
@@ -144,6 +144,15 @@ class Target:
     def dtype(self) -> torch.dtype:
         """The dtype of activations."""
         return self._forward_of.dtype
+
+    def check_place(self, built: tuple[torch.device, torch.dtype]) -> None:
+        """Raises HeadMismatchError where the model has left the device and dtype that a drafter was built for."""
+        self.locate()
+        if built != (self.device, self.dtype):
+            raise HeadMismatchError(
+                f"the model is on {self.device} in {self.dtype} now; its drafter was made for it on {built[0]} in "
+                f"{built[1]}: move the model first, then make the drafter"
+            )
 
     @property
     def context_length(self) -> int | None:

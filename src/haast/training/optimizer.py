@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -213,3 +214,18 @@ class HeadOptimizer:
                 group["lr"] = learning_rate
             part.step()
             part.zero_grad()
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Below "highest" fp32 products may be rounded to TF32 or bf16 where the hardware multiplies those.
+
+    On x86 it also moves them from MKL to oneDNN, in full fp32 where there is no AMX: measured on two Zen 5 cores, 480
+    against 205 GFLOP/s and 1.6 times the views a second.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

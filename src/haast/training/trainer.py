@@ -22,12 +22,12 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from haast.heads.checkpoint import AnyModule
 from haast.heads.config import HeadSizes
+from haast.interrupt import interrupt_flag
 from haast.training import checkpoints
 from haast.training.batches import BatchOrder, Example, PackedBatch, digest, pack, usable
 from haast.training.config import TrainConfig
-from haast.training.interrupt import interrupt_flag, matmul_precision
 from haast.training.objective import ALPHAS, Objective
-from haast.training.optimizer import HeadOptimizer
+from haast.training.optimizer import HeadOptimizer, matmul_precision
 from haast.training.processes import Processes
 from haast.training.report import Finding, Reporter, Watcher
 from haast.training.scaled_head import make_head

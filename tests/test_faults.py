@@ -1,0 +1,239 @@
+"""One request's fault is its own, Ctrl-C cuts no step in half, and what is cancelled leaves whoever holds the model."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fakes import random_head, tiny_llama, tiny_target
+from torch import Tensor
+
+from haast.core import Request, RequestState, SamplingParams, StopParams
+from haast.drafters.eagle import EagleDrafter
+from haast.drafters.tree_shape import DraftShape
+from haast.drafters.vanilla import VanillaDrafter
+from haast.engine.engine import Engine
+from haast.engine.scheduler import Scheduler
+from haast.engine.step import Step
+from haast.errors import HeadMismatchError, PromptError
+from haast.sampling import Sampler
+from haast.target.target import Target
+
+PROMPT, OTHER, LONG = [1, 2, 3], [4, 5, 6, 7], 24
+SHAPE = DraftShape(depth=3, top_k=3, width=3, nodes=10)
+
+
+def engine_of(name: str) -> Engine:
+    target = tiny_target()
+    drafter = VanillaDrafter() if name == "vanilla" else EagleDrafter(target, random_head(target), SHAPE)
+    return Engine(target, drafter)
+
+
+def finish(engine: Engine, request: Request) -> list[int]:
+    return [token for emission in engine.read(request) for token in emission.tokens]
+
+
+class Wide:
+    """A processor that returns scores of more tokens than there are, and prefers one of those."""
+
+    def __call__(self, _history: Tensor, scores: Tensor) -> Tensor:
+        return torch.nn.functional.pad(scores, (0, 3), value=1e9)
+
+
+class Mad:
+    """A chooser that chooses no token."""
+
+    stateless = False
+
+    def __init__(self, choice: object) -> None:
+        self.choice = choice
+
+    def choose(self, _history: Sequence[int], _logits: Tensor) -> Any:
+        return self.choice
+
+
+def failing(*_: object) -> Any:
+    raise RuntimeError("on purpose")
+
+
+CULPRITS: dict[str, dict[str, Any]] = {
+    "scores of too many tokens": {"sampling": SamplingParams(processors=(Wide(),))},
+    "no choice": {"chooser": Mad(None)},
+    "a choice beyond the vocabulary": {"chooser": Mad(999)},
+    "a recorder": {"recorder": failing},
+    "a watcher": {"watch": failing},
+    "a warper": {"chooser": Sampler(SamplingParams(temperature=1.0), warpers=(failing,))},
+}
+
+
+@pytest.mark.parametrize("name", ["vanilla", "eagle"])
+@pytest.mark.parametrize("culprit", CULPRITS)
+def test_a_fault_ends_its_own_request_alone(name: str, culprit: str) -> None:
+    engine = engine_of(name)
+    (expected,) = engine.complete([PROMPT], SamplingParams(), StopParams(LONG))
+    given = {"sampling": SamplingParams(), **CULPRITS[culprit]}
+    good = engine.submit(PROMPT, SamplingParams(), StopParams(LONG))
+    bad = engine.submit(OTHER, given.pop("sampling"), StopParams(LONG), **given)
+    also = engine.submit(PROMPT, SamplingParams(temperature=0.8, seed=3), StopParams(LONG))
+    assert finish(engine, good) == expected
+    with pytest.raises((RuntimeError, ValueError), match=r"on purpose|was chosen as the next token"):
+        finish(engine, bad)
+    assert len(finish(engine, also)) == LONG
+    assert engine.scheduler.running == engine.scheduler.waiting == 0
+
+
+def test_a_watcher_sees_one_emission_a_row() -> None:
+    engine, seen = engine_of("eagle"), list[Step]()
+    requests = [
+        engine.submit(PROMPT, SamplingParams(), StopParams(LONG), row=0, watch=seen.append),
+        engine.submit(OTHER, SamplingParams(), StopParams(LONG), row=1, chooser=Mad(999), watch=seen.append),
+    ]
+    finish(engine, requests[0])
+    assert all(tuple(each.row for each in step.emissions) == step.rows for step in seen)
+
+
+# ---------------------------------------------------------------------------------------------------------- interrupts
+
+
+@pytest.mark.parametrize("name", ["vanilla", "eagle"])
+def test_ctrl_c_in_a_step_takes_effect_after_it(name: str) -> None:
+    """Nothing that the step has settled is lost, and no block."""
+    engine = engine_of(name)
+    (expected,) = engine.complete([PROMPT], SamplingParams(), StopParams(LONG))
+    engine.target.pool.clear()
+    calls, said, interrupted = 0, list[int](), 0
+
+    def pressing(_tokens: Sequence[int]) -> bool:
+        nonlocal calls
+        calls += 1
+        if calls % 3 == 1:
+            signal.raise_signal(signal.SIGINT)  # in the middle of the step, as a handler sees it
+        return False
+
+    request = engine.submit(PROMPT, SamplingParams(), StopParams(LONG, stop=pressing))
+    while True:
+        try:
+            if not engine.scheduler.pump(request):
+                break
+        except KeyboardInterrupt:
+            interrupted += 1
+        while request.emissions:
+            said += request.emissions.popleft().tokens
+    assert said == expected and interrupted > 3 and request.state is RequestState.DONE
+    assert engine.target.pool.available == engine.target.pool.blocks
+
+
+def test_a_second_ctrl_c_interrupts_at_once() -> None:
+    engine = engine_of("vanilla")
+    reached = []
+
+    def pressing(_tokens: Sequence[int]) -> bool:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        reached.append(True)
+        return False
+
+    request = engine.submit(PROMPT, SamplingParams(), StopParams(4, stop=pressing))
+    with pytest.raises(KeyboardInterrupt):
+        engine.scheduler.pump(request)
+    assert not reached
+    engine.cancel(request)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_another_handler_of_ctrl_c_is_called() -> None:
+    engine, pressed = engine_of("vanilla"), []
+
+    def pressing(_tokens: Sequence[int]) -> bool:
+        signal.raise_signal(signal.SIGINT)
+        return False
+
+    before = signal.signal(signal.SIGINT, lambda number, _frame: pressed.append(number))
+    try:
+        assert len(engine.complete([PROMPT], SamplingParams(), StopParams(2, stop=pressing))[0]) == 2
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert pressed and set(pressed) == {signal.SIGINT}
+
+
+# --------------------------------------------------------------------------------------------------------- cancelling
+
+
+def test_what_is_cancelled_leaves_while_another_thread_holds_the_model() -> None:
+    engine = engine_of("eagle")
+    request = engine.submit(PROMPT, SamplingParams(), StopParams(LONG))
+    Scheduler.of(engine.target).step()
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with engine.target.lock:
+            held.set()
+            done.wait(0.2)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    engine.cancel(request)
+    assert request.finished and engine.scheduler.running == 0
+    done.set()
+    holder.join()
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_model_in_training_mode_is_refused() -> None:
+    engine = engine_of("vanilla")
+    engine.target.model.train()
+    with pytest.raises(ValueError, match=r"training mode.*model.eval\(\)"):
+        engine.submit(PROMPT, SamplingParams(), StopParams(4))
+
+
+def test_a_model_that_was_moved_under_its_head_is_named() -> None:
+    model: Any = tiny_llama()
+    target = Target(model)
+    engine = Engine(target, EagleDrafter(target, random_head(target), SHAPE))
+    model.float()
+    with pytest.raises(HeadMismatchError, match=r"torch.float32 now; .* torch.float64: move the model first"):
+        engine.complete([PROMPT], SamplingParams(), StopParams(4))
+
+
+def test_numbers_of_other_libraries_are_taken() -> None:
+    engine = engine_of("vanilla")
+    odd = SamplingParams(temperature=Fraction(1, 2), top_k=np.int32(3), seed=np.int64(5))  # type: ignore[arg-type]
+    plain = SamplingParams(temperature=0.5, top_k=3, seed=5)
+    stop = StopParams(np.int64(8), (np.int64(31),))  # type: ignore[arg-type]
+    assert engine.complete([PROMPT], odd, stop) == engine.complete([PROMPT], plain, StopParams(8, (31,)))
+
+
+@pytest.mark.parametrize(
+    ("made", "match"),
+    [
+        (lambda: StopParams(eos_ids=5), "eos_ids=5"),  # type: ignore[arg-type]
+        (lambda: StopParams(eos_ids=("a",)), "eos_ids="),  # type: ignore[arg-type]
+        (lambda: StopParams(stop="abc"), "stop='abc'"),  # type: ignore[arg-type]
+        (lambda: SamplingParams(top_k=True), "top_k=True"),
+        (lambda: SamplingParams(processors=failing), "processors="),  # type: ignore[arg-type]
+    ],
+)
+def test_parameters_that_are_none_are_refused(made: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        made()
+
+
+@pytest.mark.parametrize("prompt", ["abc", [1.5, 2], ["1"], [None], [float("nan")]])
+def test_prompts_that_are_none_are_refused(prompt: Any) -> None:
+    with pytest.raises(PromptError, match="the ids of tokens"):
+        engine_of("vanilla").submit(prompt, SamplingParams(), StopParams(4))
+
+
+@pytest.mark.parametrize("given", [{"choice": -1}, {"choice": "a"}, {"watch": 5}, {"recorder": 5}])
+def test_arguments_that_are_none_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(given))):
+        engine_of("vanilla").submit(PROMPT, SamplingParams(), StopParams(4), **given)

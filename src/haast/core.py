@@ -152,7 +152,7 @@ class SamplingParams:
             if not isinstance(value, kind) or isinstance(value, bool):
                 wanted = "a number" if kind is Real else "a whole number"
                 raise ValueError(f"{name}={value!r} is not allowed: give {wanted}")
-            if type(value) not in (float, int):  # numpy's, fractions, ...
+            if not isinstance(value, float | int):  # numpy's, fractions, ...
                 plain: Callable[[Any], float] = float if kind is Real else int
                 object.__setattr__(self, name, plain(value))
         if not isinstance(self.processors, Iterable):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from fakes import random_head, tiny_target
@@ -21,6 +23,13 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("haast")
+
+
+@pytest.fixture
+def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models switch autocast off in places, which torch can't do for the meta device before 2.7."""
+    monkeypatch.setattr(torch, "autocast", lambda *_args, **_more: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_args: False)
 
 
 @pytest.fixture(autouse=True)

@@ -573,10 +573,18 @@ def test_a_warning_of_our_own_is_one_line_too(
     assert (shown == ["haast: warning: planted\n"]) == own and ("models.py" in shown[0]) != own
 
 
+def heard(caplog: pytest.LogCaptureFixture, name: str) -> bool:
+    """Whether this pytest hears a logger: torch's do not reach the root, where older ones listen."""
+    logging.getLogger(name).error("a probe")
+    found = any(record.getMessage() == "a probe" for record in caplog.records)
+    caplog.clear()
+    return found
+
+
 def test_what_libraries_log_at_import_stays_out_of_commands(
     home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = models_module.load_target
+    real, pytree = models_module.load_target, heard(caplog, "torch.utils._pytree")
 
     def watched(*given: Any, **more: Any) -> Any:
         for name in ("torchao", "torchao.kernel", "torch.utils._pytree", "elsewhere"):
@@ -589,7 +597,7 @@ def test_what_libraries_log_at_import_stays_out_of_commands(
     assert haast_run("generate", "Hi", *parts(home)).exit_code == 0
     told = [record.getMessage() for record in caplog.records]
     assert [words for words in told if words.startswith("planted")] == ["planted by elsewhere"]
-    assert len([words for words in told if words.startswith("broken")]) == 4
+    assert len([words for words in told if words.startswith("broken")]) == 3 + pytree
     assert logging.getLogger("torchao").level == before
 
 
@@ -611,13 +619,14 @@ def test_the_library_says_nothing_while_the_real_model_loads() -> None:
 
 
 def test_what_libraries_log_later_reaches_users_of_the_library(caplog: pytest.LogCaptureFixture) -> None:
+    pytree = heard(caplog, "torch.utils._pytree")
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).warning("planted by %s", name)
         exec(
             "logger.warning('at import'); logger.error('broken')", {"logger": logging.getLogger(name)}
         )  # a module's code
     told = [record.getMessage() for record in caplog.records]
-    assert told == ["planted by torchao", "broken", "planted by torch.utils._pytree", "broken"]
+    assert told == ["planted by torchao", "broken", *["planted by torch.utils._pytree", "broken"] * pytree]
 
 
 def test_a_torn_model_is_named(home: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -308,11 +307,10 @@ def share(config: TrainConfig, hidden: int) -> float:
 
 
 @pytest.fixture
-def without_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_data(monkeypatch: pytest.MonkeyPatch, no_autocast: None) -> None:
     """What meta tensors lack: fused AdamW (elementwise: no counted operations) and autocast."""
     usual: Any = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **more: usual(*args, **more))
-    monkeypatch.setattr(torch, "autocast", lambda *args, **more: nullcontext())
 
 
 def test_adamw_multiplies_no_matrices(without_data: None) -> None:

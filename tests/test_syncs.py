@@ -207,11 +207,11 @@ def meta_step(sampling: SamplingParams, shape: DraftShape, spoil: Callable[[Draf
 
 @pytest.mark.parametrize("law", SAMPLING)
 @pytest.mark.parametrize("kind", SHAPES)
-def test_the_device_part_of_a_step_runs_where_nothing_can_be_read(law: str, kind: str) -> None:
+def test_the_device_part_of_a_step_runs_where_nothing_can_be_read(law: str, kind: str, no_autocast: None) -> None:
     meta_step(SAMPLING[law], SHAPES[kind])
 
 
-def test_a_read_or_a_tensor_elsewhere_fails_there() -> None:
+def test_a_read_or_a_tensor_elsewhere_fails_there(no_autocast: None) -> None:
     """The controls."""
     with pytest.raises((RuntimeError, NotImplementedError)):
         meta_step(SAMPLING["greedy"], SHAPES["dynamic"], lambda tree: tree.tokens[0, 0].item())

@@ -14,6 +14,7 @@ import torch
 from fakes import random_head, tiny_llama, tiny_target
 from torch import Tensor
 
+from haast.api import Haast
 from haast.core import Request, RequestState, SamplingParams, StopParams
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.tree_shape import DraftShape
@@ -237,3 +238,16 @@ def test_prompts_that_are_none_are_refused(prompt: Any) -> None:
 def test_arguments_that_are_none_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(given))):
         engine_of("vanilla").submit(PROMPT, SamplingParams(), StopParams(4), **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"max_tokens": 3}, "'max_tokens': did you mean max_new_tokens"),
+        ({"drafter": "suffix"}, "when the model is loaded, by from_pretrained"),
+        ({"beams": 4}, "'beams': it takes max_new_tokens, temperature, "),
+    ],
+)
+def test_an_unknown_setting_is_named_with_what_there_is(given: dict[str, Any], match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        Haast(tiny_target(), VanillaDrafter()).generate(PROMPT, **given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import threading
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
@@ -272,6 +273,11 @@ class Haast:
         """`n` requests for each prompt, checked and not queued yet. `chosen` are `SamplingParams` one by one."""
         if sampling is not None and chosen:
             raise ValueError(f"sampling was given beside {', '.join(sorted(chosen))}: put them into SamplingParams")
+        for name in chosen.keys() - Settings.__annotations__.keys():
+            alike = difflib.get_close_matches(name, Settings.__annotations__, n=1)
+            hint = f"did you mean {alike[0]}?" if alike else f"it takes {', '.join(Settings.__annotations__)}"
+            hint = "it is chosen when the model is loaded, by from_pretrained" if name == "drafter" else hint
+            raise TypeError(f"generate has no argument {name!r}: {hint}")
         if "processors" in chosen:
             chosen["processors"] = tuple(chosen["processors"])
         params = sampling or SamplingParams(**chosen)

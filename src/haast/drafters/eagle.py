@@ -5,7 +5,7 @@ Sources: EAGLE (arXiv 2401.15077, section 3) for the pairs and the head; EAGLE-2
 expansion by cumulative probability and reranking to a budget; EAGLE-3 (arXiv 2503.01840, section 3) for states fused
 from several layers. Which of both a head is, the head knows.
 
-    committed pairs   (f_0, e_1) .. (f_{p-1}, e_p)      recomputed from true features at every `observe`
+    committed pairs   (f_0, e_1) .. (f_{p-1}, e_p)      recomputed from the true features of what `observe` was told
     root              token p, and the last pair's output extrapolates f_p, whose logits are the root's children
     node at depth d   pair (extrapolated f_{p+d-1}, embedding of its token), rotary position p + d - 1
 """

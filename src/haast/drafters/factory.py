@@ -111,7 +111,7 @@ def find_head(head: str | Path | None, model: str | None) -> Path | None:
     if model is None or not Path(model).name.lower().startswith(DEFAULT_MODEL):
         raise ValueError(
             f"no head is shipped for {model or 'a model given as an object'!r}: give its folder, or None to draft "
-            f"without one (`haast train --model ...` makes a head)"
+            f"without one (--head none; only {DEFAULT_MODEL} comes with a head, `haast train --model ...` makes one)"
         )
     return Path(__file__).parents[1] / "data" / "heads" / DEFAULT_MODEL
 

@@ -14,6 +14,7 @@ import torch
 from fakes import random_head, tiny_llama, tiny_target
 from torch import Tensor
 
+from haast import native
 from haast.api import Haast
 from haast.core import Request, RequestState, SamplingParams, StopParams
 from haast.drafters.eagle import EagleDrafter
@@ -22,9 +23,11 @@ from haast.drafters.vanilla import VanillaDrafter
 from haast.engine.engine import Engine
 from haast.engine.scheduler import Scheduler
 from haast.engine.step import Step
+from haast.engine.verify import verify
 from haast.errors import HeadMismatchError, PromptError
 from haast.sampling import Sampler
 from haast.target.target import Target
+from haast.tree import DraftTree
 
 PROMPT, OTHER, LONG = [1, 2, 3], [4, 5, 6, 7], 24
 SHAPE = DraftShape(depth=3, top_k=3, width=3, nodes=10)
@@ -97,6 +100,56 @@ def test_a_watcher_sees_one_emission_a_row() -> None:
     ]
     finish(engine, requests[0])
     assert all(tuple(each.row for each in step.emissions) == step.rows for step in seen)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_who_waits_again_has_no_part_in_a_failing_step(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two prompts of one forward, of which the second has found no blocks when it fails."""
+    engine = engine_of("eagle")
+    expected = engine.complete([PROMPT, OTHER[1:]], SamplingParams(), StopParams(LONG))
+    engine.target.pool.clear()
+    first = engine.submit(PROMPT, SamplingParams(), StopParams(LONG))
+    second = engine.submit(OTHER[1:], SamplingParams(), StopParams(LONG))
+    scheduler, reserved = engine.scheduler, engine.scheduler._reserved
+
+    def crowded(request: Request, count: int) -> bool:
+        if request is second:
+            scheduler._preempt(request)
+        return request is not second and reserved(request, count)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise error("on purpose")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scheduler, "_reserved", crowded)
+        patched.setattr(engine.target, "forward", broken)
+        if error is KeyboardInterrupt:
+            with pytest.raises(KeyboardInterrupt):
+                scheduler.step()
+        else:
+            scheduler.step()
+    if error is KeyboardInterrupt:
+        assert finish(engine, first) == expected[0]
+    assert finish(engine, second) == expected[1]
+
+
+def test_a_row_is_judged_alike_beside_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that a native call judges is not judged by tensors because its neighbour is."""
+    judged, real = list[int](), native.judge
+
+    def counted(logits: Tensor, *fields: Any, **more: Any) -> Tensor:
+        judged.append(len(logits))
+        return real(logits, *fields, **more)
+
+    monkeypatch.setattr(native, "judge", counted)
+    tree, logits = DraftTree.roots(torch.tensor([3, 3, 3])), torch.randn(3, 1, 32)
+    plain, cut = SamplingParams(temperature=0.7, seed=1), SamplingParams(temperature=0.7, top_k=4, seed=1)
+    together = verify(tree, logits, [Sampler(plain), Sampler(cut), Sampler(plain)], [[3]] * 3)
+    assert judged == [2]
+    alone = verify(tree.taken(torch.tensor([0])), logits[:1], [Sampler(plain)], [[3]])
+    assert together.rows[0] == alone.rows[0] and judged == [2, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------- interrupts

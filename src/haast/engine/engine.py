@@ -270,7 +270,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], context: int | None, vocab_s
     if not prompts:
         raise PromptError("no prompt was given")
     for row, prompt in enumerate(prompts):
-        if isinstance(prompt, str | bytes) or not all(isinstance(token, Integral) for token in prompt):
+        if isinstance(prompt, str | bytes) or not all(issubclass(kind, Integral) for kind in set(map(type, prompt))):
             raise PromptError(f"prompt {row} is {prompt!r}: the engine takes whole numbers, the ids of tokens")
         if not len(prompt):
             raise PromptError(f"prompt {row} has no tokens; give at least one (a BOS token, say)")

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from haast.core import RowVerdict, TokenChooser, Verdict
 from haast.device import exact
-from haast.engine.verify import Failures
+from haast.engine.verify import Failures, check_nodes, check_root, each_alone
 from haast.sampling import ACCEPT, RESIDUAL, Sampler, inverse_cdf, keyed_uniform
 from haast.tree import DraftTree
 
@@ -126,17 +126,13 @@ class AcceptanceRule(ABC):
             ValueError: logits of other nodes than the tree's, a chooser that has no distribution, `draft_probs` that
                 are none, or the rule takes chains only and a node has several children.
         """
-        if logits.shape[:2] != tree.tokens.shape:
-            raise ValueError(f"logits {tuple(logits.shape)} and tree {tuple(tree.tokens.shape)} cover different nodes")
-        rows: list[RowVerdict | None] = []
-        for row, (chooser, history) in enumerate(zip(choosers, histories, strict=True)):
-            try:
-                rows.append(self._row(tree, row, logits[row], chooser, list(history)))
-            except Exception as error:
-                if failures is None:
-                    raise
-                failures[row] = error
-                rows.append(None)
+        check_nodes(tree, logits)
+        rows: list[RowVerdict | None] = [None] * len(choosers)
+
+        def judged(row: int) -> RowVerdict:
+            return self._row(tree, row, logits[row], choosers[row], list(histories[row]))
+
+        each_alone(range(len(choosers)), judged, rows, failures)
         return Verdict.of_rows(rows, tree.tokens.device)
 
     def _row(self, tree: DraftTree, row: int, logits: Tensor, chooser: TokenChooser, history: list[int]) -> RowVerdict:
@@ -146,10 +142,7 @@ class AcceptanceRule(ABC):
                 f"chooses: give sampling parameters, or judge by sample-and-match (rule=None)"
             )
         seen = Candidates(tree, row, logits, chooser, tree.tokens[row].tolist(), tree.children(row))
-        if seen.tokens[0] != history[-1]:
-            raise RuntimeError(
-                f"the root is token {seen.tokens[0]}, the last emitted one {history[-1]}: the drafter lost its text"
-            )
+        check_root(seen.tokens[0], history)
         widest = max(len(children) for children in seen.children)
         if self.chains_only and widest > 1:
             raise ValueError(

@@ -448,18 +448,22 @@ class Scheduler:
 
     @contextmanager
     def _guarded(self, group: Sequence[Request]) -> Iterator[None]:
-        """What goes wrong in a step ends its requests; an interrupt ends none: they begin their step again later."""
+        """What goes wrong in a step ends its requests; an interrupt ends none: they begin their step again later.
+
+        Those that had to wait meanwhile have no part in it. What has ended leaves.
+        """
         try:
             yield
         except Exception as error:
             for request in group:
-                if not request.finish_reason:
+                if request in self._running and not request.finish_reason:
                     fail(request, error)
         except BaseException:
             for request in reversed(group):
-                if not request.finished:
+                if request in self._running:
                     self._preempt(request, keep=False)
             raise
+        self._let_go(group)
 
 
 def check_limits(max_batch: int, max_waiting: int | None) -> None:

@@ -17,7 +17,9 @@ Requests with processors that look at the history walk along the path, one call 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +30,23 @@ from haast.sampling import Sampler, choose_nodes, draws, impossible
 from haast.tree import DraftTree
 
 Failures = dict[int, Exception]  # row -> what its own processor raised
+
+
+class _Rows(NamedTuple):
+    """Rows that are judged in one way."""
+
+    tree: DraftTree
+    logits: Tensor  # (rows, nodes, vocab)
+    choosers: Sequence[Any]
+    histories: Sequence[Sequence[int]]
+
+    def of(self, places: Sequence[int]) -> _Rows:
+        """Those at `places`."""
+        if len(places) == len(self.choosers):
+            return self
+        index = torch.tensor(places, device=self.logits.device)
+        choosers, histories = [self.choosers[row] for row in places], [self.histories[row] for row in places]
+        return _Rows(self.tree.taken(index), self.logits[index], choosers, histories)
 
 
 def verify(
@@ -49,52 +68,81 @@ def verify(
     Raises:
         ValueError: logits of other nodes than the tree's.
     """
+    check_nodes(tree, logits)
+    every, ways = _Rows(tree, logits, choosers, histories), dict[Callable[[_Rows], Verdict], list[int]]()
+    for row, chooser in enumerate(choosers):
+        ways.setdefault(_way_of(chooser, logits), []).append(row)
+    rows: list[RowVerdict | None] = [None] * len(choosers)
+    for way, places in ways.items():
+        if way is not _walk:  # a processor is called once for each token, so such a row is never judged again
+            try:
+                verdict = way(every.of(places))
+            except Exception:  # somebody's warper: each row by itself shows whose
+                if failures is None:
+                    raise
+            else:
+                if len(places) == len(choosers):
+                    return verdict
+                for row, kept in zip(places, verdict.rows, strict=True):
+                    rows[row] = kept
+                continue
+        each_alone(places, functools.partial(_by_itself, every, way), rows, failures)
+    return Verdict.of_rows(rows, tree.tokens.device)
+
+
+def check_nodes(tree: DraftTree, logits: Tensor) -> None:
+    """Raises ValueError for logits of other nodes than the tree's."""
     if logits.shape[:2] != tree.tokens.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and tree {tuple(tree.tokens.shape)} cover different nodes")
-    together = {row: each for row, each in enumerate(choosers) if isinstance(each, Sampler) and each.stateless}
-    rows: list[RowVerdict | None] = [None] * len(choosers)
-    alone = [row for row in range(len(choosers)) if row not in together]
-    try:
-        if not alone:
-            return _match(tree, logits, list(together.values()), histories)
-        if together:
-            for row, kept in zip(together, _some(tree, logits, together, histories).rows, strict=True):
-                rows[row] = kept
-    except Exception:  # somebody's warper: each row by itself shows whose
-        if failures is None:
-            raise
-        alone = list(range(len(choosers)))
-    for row in alone:
+
+
+def check_root(token: int, history: Sequence[int]) -> None:
+    """Raises RuntimeError for a tree of another text."""
+    if token != history[-1]:
+        raise RuntimeError(f"the root is token {token}, the last emitted one {history[-1]}: the drafter lost its text")
+
+
+def each_alone(
+    places: Iterable[int],
+    judge: Callable[[int], RowVerdict | None],
+    rows: list[RowVerdict | None],
+    failures: Failures | None,
+) -> None:
+    """Judge rows one by one into `rows`; what one raises is its own failure, or raised where `failures` is None."""
+    for row in places:
         try:
-            if row in together:
-                rows[row] = _some(tree, logits, {row: together[row]}, histories).rows[0]
-            else:
-                rows[row] = _walk(tree, row, logits[row], choosers[row], histories[row])
+            rows[row] = judge(row)
         except Exception as error:
             if failures is None:
                 raise
             failures[row] = error
-    return Verdict.of_rows(rows, tree.tokens.device)
 
 
-def _some(
-    tree: DraftTree, logits: Tensor, samplers: Mapping[int, Sampler], histories: Sequence[Sequence[int]]
-) -> Verdict:
-    """`_match` of the rows that `samplers` names."""
-    index = torch.tensor(list(samplers), device=logits.device)
-    return _match(tree.taken(index), logits[index], list(samplers.values()), [histories[row] for row in samplers])
+def _by_itself(every: _Rows, way: Callable[[_Rows], Verdict], row: int) -> RowVerdict | None:
+    return way(every.of([row])).rows[0]
 
 
-def _match(tree: DraftTree, logits: Tensor, samplers: Sequence[Sampler], histories: Sequence[Sequence[int]]) -> Verdict:
-    """All rows at once, without a look at any value."""
-    lengths = [len(history) for history in histories]
-    if logits.dtype is torch.float32 and logits.device.type == "cpu" and native.available():
-        plain = [each.plain for each in samplers if each.plain is not None]
-        if len(plain) == len(samplers):  # one call, which looks at the nodes of the path alone
-            points = draws(samplers, lengths, tree.height)
-            fields = (tree.tokens, tree.parents, tree.live, tree.placeholder)
-            return Verdict.packed(native.judge(logits, *fields, temperatures=plain, draws=points))
-    choices = choose_nodes(logits, samplers, lengths, tree.depths, tree.height)
+def _way_of(chooser: TokenChooser, logits: Tensor) -> Callable[[_Rows], Verdict]:
+    """How a row is judged: by its own parameters, never by its neighbours', so that it is judged alike beside any."""
+    if not (isinstance(chooser, Sampler) and chooser.stateless):
+        return _walk
+    native_too = logits.dtype is torch.float32 and logits.device.type == "cpu" and native.available()
+    return _natively if native_too and chooser.plain is not None else _match
+
+
+def _natively(rows: _Rows) -> Verdict:
+    """In one call, which looks at the nodes of the accepted path alone."""
+    tree = rows.tree
+    points = draws(rows.choosers, list(map(len, rows.histories)), tree.height)
+    temperatures = [sampler.plain for sampler in rows.choosers]
+    fields = (tree.tokens, tree.parents, tree.live, tree.placeholder)
+    return Verdict.packed(native.judge(rows.logits, *fields, temperatures=temperatures, draws=points))
+
+
+def _match(some: _Rows) -> Verdict:
+    """As tensors, without a look at any value."""
+    tree = some.tree
+    choices = choose_nodes(some.logits, some.choosers, list(map(len, some.histories)), tree.depths, tree.height)
     if tree.height == 0:
         zero = torch.zeros_like(choices)
         return Verdict(zero, choices, zero[:, 0] + 1, zero - 1)
@@ -126,12 +174,11 @@ def _match(tree: DraftTree, logits: Tensor, samplers: Sequence[Sampler], histori
     return Verdict(path, choices.gather(1, path), counts, preferred.gather(1, path))
 
 
-def _walk(tree: DraftTree, row: int, logits: Tensor, chooser: TokenChooser, history: Sequence[int]) -> RowVerdict:
-    children = tree.children(row)
-    tokens = tree.tokens[row].tolist()
-    past = list(history)
-    if tokens[0] != past[-1]:
-        raise RuntimeError(f"the root is token {tokens[0]}, the last emitted one {past[-1]}: the drafter lost its text")
+def _walk(alone: _Rows) -> Verdict:
+    """One row, node by node."""
+    tree, logits, chooser, past = alone.tree, alone.logits[0], alone.choosers[0], list(alone.histories[0])
+    children, tokens = tree.children(0), tree.tokens[0].tolist()
+    check_root(tokens[0], past)
     path, emitted, first_choice = [0], list[int](), list[bool]()
     while True:
         node = path[-1]
@@ -147,7 +194,8 @@ def _walk(tree: DraftTree, row: int, logits: Tensor, chooser: TokenChooser, hist
             first_choice.append(tokens[children[node][0]] == choice)
         match = next((child for child in children[node] if tokens[child] == choice), None)
         if match is None:
-            return RowVerdict(tuple(path), tuple(emitted), tuple(first_choice))
+            kept = RowVerdict(tuple(path), tuple(emitted), tuple(first_choice))
+            return Verdict.of_rows([kept], tree.tokens.device)
         path.append(match)
 
 

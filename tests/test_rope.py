@@ -153,5 +153,5 @@ def test_other_families() -> None:
     part = Phi3Config(rope_parameters={**factors, "partial_rotary_factor": 0.5}, original_max_position_embeddings=64)
     assert rope_of(part) == {"rope_type": "default", "rope_theta": 3e4}
     sizes = HeadConfig.for_target(half)
-    made: Any = sizes.llama().rope_parameters
+    made: Any = sizes.layers().rope_parameters
     assert sizes.rope_parameters == yarn and made["rope_type"] == "yarn"

@@ -251,7 +251,7 @@ class Quick:
         self.roots = torch.randint(0, 61, (3,))
 
     def ready(self, shape: DraftShape, pace: CostModel | None = None) -> tuple[QuickDraft, Plan]:
-        quick = QuickDraft.of(self.target, self.module, self.stack, self.lm_head, self.vocab)
+        quick = QuickDraft.of(self.target.embedding, self.module, self.stack, self.lm_head, self.vocab)
         fixed = plan(shape, len(self.vocab))
         assert quick is not None and quick.plan(fixed, pace)
         return quick, fixed

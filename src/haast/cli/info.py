@@ -120,6 +120,7 @@ def _drafting(target: Target, loading: Loading, drafting: Drafting) -> dict[str,
 def _head(drafting: Drafting, model: str) -> dict[str, Any]:
     """A head that is not there is a fact, not an error."""
     from haast.drafters.factory import open_head
+    from haast.formats.opened import OpenedHead
 
     try:
         folder = drafting.folder(model)
@@ -128,6 +129,8 @@ def _head(drafting: Drafting, model: str) -> dict[str, Any]:
         return {"name": drafting.head, "problem": str(error)}
     if head is None:
         return {"name": "none"}
+    if isinstance(head, OpenedHead):
+        return {"name": drafting.head, "location": str(folder), "found": head.summary}
     return {
         "name": drafting.head,
         "location": str(folder),

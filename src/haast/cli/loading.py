@@ -140,12 +140,17 @@ def as_eagle(drafter: EagleDrafter | MedusaDrafter | None) -> EagleDrafter | Non
 
 def load_medusa(folder: Path, target: Target, model: str, nodes: int) -> MedusaDrafter:
     """The drafter of Medusa heads. Raises HeadMismatchError where the folder holds none for this target."""
-    from haast.drafters.factory import open_head
+    from haast.drafters.factory import head_drafter, open_head
     from haast.drafters.medusa import MedusaDrafter
+    from haast.drafters.tree_shape import DraftShape
+    from haast.errors import HeadMismatchError
 
     head = open_head(folder, model)
     assert head is not None, "a folder was given"
-    return MedusaDrafter(target, head, nodes)
+    drafter = head_drafter(target, head, DraftShape(nodes=nodes))
+    if not isinstance(drafter, MedusaDrafter):
+        raise HeadMismatchError(f"{folder} holds an EAGLE head, not Medusa heads: give it as --head")
+    return drafter
 
 
 def drawn_by(drafter: Drafter | None) -> dict[str, Any]:

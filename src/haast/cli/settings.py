@@ -103,7 +103,9 @@ class Choice:
 class Drafting:
     """Which head, and how far and wide it drafts."""
 
-    head: Annotated[str, Option(help="A head's folder; 'default' is the shipped one, 'none' uses none.")] = "default"
+    head: Annotated[
+        str, Option(help="A head's folder, hub id or .gguf file; 'default' is the shipped one, 'none' uses none.")
+    ] = "default"
     shape: Annotated[str, Option(help="dynamic, static or chain.")] = DraftShape.kind
     nodes: Annotated[int | None, Option(metavar="N", help="Tree budget, root included; by what pays here.")] = None
     depth: Annotated[int | None, Option(metavar="N", help="Levels below the root; by the budget.")] = None
@@ -140,14 +142,11 @@ class Drafting:
             Calibration.load(expanded_path(self.calibration, "no calibration at"))
         folder = self.folder(model)
         if folder is not None:
-            from haast.heads.checkpoint import check_fits, read_head_config
-            from haast.heads.config import HeadConfig
+            from haast.formats.opened import check_files, draws_as
 
-            config, sizes = read_head_config(folder), _sizes_on_disk(model)
-            if self.draft_window is not None and not isinstance(config, HeadConfig):
+            if self.draft_window is not None and draws_as(folder) == "medusa":
                 raise ValueError("--draft-window is for EAGLE heads, and --head names Medusa heads: leave it out")
-            if sizes is not None:
-                check_fits(config, *sizes, model)
+            check_files(folder, _sizes_on_disk(model), model)
         return shape
 
     def check_shape(self, device: str) -> DraftShape:

@@ -118,7 +118,7 @@ class EagleDrafter(Drafter):
         vocab = None if head.draft_vocab is None else checked_vocab(head.draft_vocab, target)
         self._vocab = vocab
         packed = is_packed(target.lm_head)
-        self._embedding = target.borrowed(target.embedding)
+        self._embedding = self._module.embedding(target.borrowed(target.embedding))
         self._lm_head = draft_lm_head(target, self._module, vocab, packed)
         if packed:
             pack_linears(self._module)
@@ -183,7 +183,7 @@ class EagleDrafter(Drafter):
             pace = way.pace if device.type == "cpu" else None
             frontier = [torch.tensor(level, device=device).unsqueeze(0) for level in fixed.frontier or ()]
             keep = None if fixed.keep is None else torch.tensor(fixed.keep, device=device).unsqueeze(0)
-            quick = QuickDraft.of(self._target, self._module, self._forward.stack, self._lm_head, self._vocab)
+            quick = QuickDraft.of(self._embedding, self._module, self._forward.stack, self._lm_head, self._vocab)
             if quick is not None and not quick.plan(fixed, pace):
                 quick = None
             found = self._growing[shape, id(way.pace)] = _Growing(fixed, pace, frontier, keep, quick)
@@ -301,6 +301,7 @@ class EagleDrafter(Drafter):
         tokens, scores = self._children(features, before, grown.root_scores(), plan.top_k)
         index = grown.add(tokens, scores, parents=None)
         flight = Flight.chain(past, committed, 0)
+        ahead = self._ahead(cache, past, committed, len(plan.widths))
         for level, width in enumerate(plan.widths):
             chosen = growing.frontier[level] if plan.frontier is not None else best_places(scores, width)
             chosen = chosen.expand(len(scores), -1)  # (rows, width) within this level's candidates
@@ -308,17 +309,31 @@ class EagleDrafter(Drafter):
             if pace is not None and growing.keep is None and not pace.deeper(above):
                 break
             parent = chosen // plan.top_k
-            features = features.gather(1, parent.unsqueeze(2).expand(-1, -1, features.shape[2]))
             picked = tokens.gather(1, chosen)
-            paired = picked if self._module.follows_token else before.gather(1, parent)
-            positions = self._forward.bounded((committed + level).unsqueeze(1).expand_as(chosen))
-            flight = flight.below(parent, positions)
-            features = self._forward.run(cache, self._embedded(paired), features, flight)
-            cache.advance([width] * len(past))
+            if ahead is None:
+                features = features.gather(1, parent.unsqueeze(2).expand(-1, -1, features.shape[2]))
+                paired = picked if self._module.follows_token else before.gather(1, parent)
+                positions = self._forward.bounded((committed + level).unsqueeze(1).expand_as(chosen))
+                flight = flight.below(parent, positions)
+                features = self._forward.run(cache, self._embedded(paired), features, flight)
+                cache.advance([width] * len(past))
+            else:
+                features = ahead[:, level : level + 1].expand(-1, width, -1)
             frontier, before = index.gather(1, chosen), picked  # candidate numbers and tokens of the frontier
             tokens, scores = self._children(features, before, above, plan.top_k)
             index = grown.add(tokens, scores, frontier.repeat_interleave(plan.top_k, dim=1))
         return grown
+
+    def _ahead(self, cache: KVCache, past: list[int], committed: Tensor, levels: int) -> Tensor | None:
+        """The states of all levels (rows, levels, hidden), of a head that makes them in one pass (P-EAGLE)."""
+        masked = self._module.masked()
+        if masked is None or not levels:
+            return None
+        token, state = masked
+        tokens = torch.full((len(past), levels), token, device=committed.device)
+        flight = Flight.chain(past, committed, levels)
+        flight = replace(flight, positions=self._forward.bounded(flight.positions))
+        return self._forward.run(cache, self._embedded(tokens), state.expand(len(past), levels, -1), flight)
 
     def _children(self, states: Tensor, before: Tensor, scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """The `top_k` likeliest next tokens per state: target ids and cumulative log-probabilities, (rows, w * k)."""

@@ -26,8 +26,10 @@ from haast.drafters.small_model import SmallModelDrafter
 from haast.drafters.tree_shape import DraftShape, shape_for, usual_nodes
 from haast.drafters.vanilla import VanillaDrafter
 from haast.errors import HeadMismatchError
-from haast.heads.checkpoint import Head, head_folder, load_head, read_head_config
-from haast.heads.config import HeadConfig
+from haast.formats.files import locate
+from haast.formats.opened import OpenedHead, draws_as
+from haast.formats.opened import open_head as open_files
+from haast.heads.checkpoint import Head, head_folder
 from haast.heads.medusa import MedusaHeads
 from haast.target.load import DEFAULT_MODEL
 from haast.target.target import Target
@@ -45,7 +47,7 @@ HISTORY_NODES = 6  # of the drafters that read the text alone, where costs are u
 _WEIGHED_NODES = 17  # of theirs, at most, where costs say how many pay
 _SMALL_MODEL_CHANCE, _LOOKAHEAD_GAIN = 0.7, 0.3  # of a draft, and drafts kept a step: where nothing is known yet
 
-AnyHead = Head | EagleDrafter | MedusaDrafter
+AnyHead = Head | OpenedHead | EagleDrafter | MedusaDrafter
 
 
 def check_drafter(name: str, head: str | None = None, small: bool = False) -> str:
@@ -79,12 +81,14 @@ def kind_of(head: AnyHead | None) -> str | None:
     """What kind of head it is, for `check_drafter`."""
     if head is None:
         return None
+    if isinstance(head, OpenedHead):
+        return head.draws_as
     medusa = isinstance(head, MedusaDrafter) or (isinstance(head, Head) and isinstance(head.module, MedusaHeads))
     return "medusa" if medusa else "eagle"
 
 
 def plan_drafter(name: str, head: str | Path | None, model: str | None, small: bool = False) -> tuple[str, Path | None]:
-    """What `make_drafter` will be asked for, before a model is loaded: a drafter, and the folder of its head, if any.
+    """What `make_drafter` will be asked for, before a model is loaded: a drafter, and where its head lies, if any.
 
     `head` is the user's word, see `find_head`; it is not looked at where the drafter needs none. Raises as
     `check_drafter` and `find_head` do, and HeadMismatchError where the head's config is damaged.
@@ -92,8 +96,7 @@ def plan_drafter(name: str, head: str | Path | None, model: str | None, small: b
     folder = find_head(head, model) if needs_head(name) else None
     if folder is None:
         return check_drafter(name, None, small), None
-    kind = "eagle" if isinstance(read_head_config(folder), HeadConfig) else "medusa"
-    return check_drafter(name, kind, small), folder
+    return check_drafter(name, draws_as(folder), small), folder
 
 
 def needs_head(name: str) -> bool:
@@ -102,11 +105,14 @@ def needs_head(name: str) -> bool:
 
 
 def find_head(head: str | Path | None, model: str | None) -> Path | None:
-    """The folder of a head by the user's word. Raises ValueError where "default" names none for this model."""
+    """Where a head lies by the user's word: a folder or .gguf file; a hub id is fetched, or found in the cache.
+
+    Raises ValueError where "default" names none for this model, HeadMismatchError where nothing is there.
+    """
     if head is None:
         return None
     if head != "default":
-        return head_folder(head)
+        return head_folder(locate(head)[0])
     # By the name itself, or in a path or hub id; a converted GGUF file's folder adds to the model's name.
     if model is None or not Path(model).name.lower().startswith(DEFAULT_MODEL):
         raise ValueError(
@@ -116,17 +122,17 @@ def find_head(head: str | Path | None, model: str | None) -> Path | None:
     return Path(__file__).parents[1] / "data" / "heads" / DEFAULT_MODEL
 
 
-def open_head(head: str | Path | Head | None, model: str | None) -> Head | None:
+def open_head(head: str | Path | Head | OpenedHead | None, model: str | None) -> Head | OpenedHead | None:
     """A head by the user's word, see `find_head`, or as it was loaded already; None for none.
 
     Raises ValueError as `find_head` does, HeadMismatchError where it is no head, or its files are damaged.
     """
-    if isinstance(head, Head):
+    if isinstance(head, Head | OpenedHead):
         return head
     if not isinstance(head, str | Path | None):
         raise HeadMismatchError(f"head is a {type(head).__name__}: give its folder, or what load_head returns")
     folder = find_head(head, model)
-    return None if folder is None else load_head(folder)
+    return None if folder is None else open_files(folder)
 
 
 def make_drafter(
@@ -193,6 +199,8 @@ def head_drafter(
     if isinstance(head, EagleDrafter | MedusaDrafter):
         return head
     shape = shape or shape_for(usual_nodes(target.device.type))
+    if isinstance(head, OpenedHead):
+        head, _ = head.fitted(target)
     if not isinstance(head.module, MedusaHeads):
         return EagleDrafter(target, head, shape, window)
     if window is not None:

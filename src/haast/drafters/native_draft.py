@@ -20,7 +20,6 @@ from haast.heads.module import DraftModule
 from haast.native.stack import CDraft, CProposal, Refusal, run_draft
 from haast.target.native_cpu import NativeStack, int64s, refuse, weight_of
 from haast.target.packing import PackedLinear, is_packed
-from haast.target.target import Target
 from haast.tree import DraftTree
 from haast.tuning.policy import CostModel
 
@@ -52,14 +51,19 @@ class QuickDraft:
 
     @classmethod
     def of(
-        cls, target: Target, module: DraftModule, stack: NativeStack | None, lm_head: nn.Module, vocab: Tensor | None
+        cls,
+        embedding: nn.Module,
+        module: DraftModule,
+        stack: NativeStack | None,
+        lm_head: nn.Module,
+        vocab: Tensor | None,
     ) -> QuickDraft | None:
         """For a plain FeatExtrapolator on a packed target; None for any other head or embedding."""
         if stack is None or not isinstance(module, FeatExtrapolator) or not is_packed(lm_head):
             return None
-        if module.config.markov_rank or module.config.inputs != "feature+shifted-token" or lm_head.reference:
+        sizes = module.config
+        if sizes.markov_rank or sizes.norms or sizes.inputs != "feature+shifted-token" or lm_head.reference:
             return None
-        embedding = target.embedding
         if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
             return None
         weight = embedding.weight

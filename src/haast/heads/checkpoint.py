@@ -103,6 +103,15 @@ def head_folder(head: str | Path) -> Path:
     return best if not (folder / "config.json").exists() and (best / "config.json").exists() else folder
 
 
+def is_own(folder: Path) -> bool:
+    """Whether a folder's config.json is one that Haast writes, sound or not."""
+    try:
+        document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and str(document.get("format")).startswith("haast-")
+
+
 def load_head(folder: Path) -> Head:
     """Read a head in float32 and check every tensor.
 
@@ -161,6 +170,8 @@ def check_fits(head: HeadSizes, hidden_size: int, vocab_size: int, target: str) 
     """Refuse a head made for another target: HeadMismatchError, with both sides of what differs."""
     for name, theirs in (("hidden_size", hidden_size), ("vocab_size", vocab_size)):
         mine = getattr(head, name)
+        if name == "hidden_size" and isinstance(head, Eagle3Config):
+            mine = head.read_size
         if mine != theirs:
             raise HeadMismatchError(
                 f"the head was made for another model: its {name} is {mine}, {target} has {theirs}; "

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Self
 
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 from haast import compat
 from haast.errors import check_at_least
@@ -13,6 +13,11 @@ from haast.target import attention
 
 # Kinds of rotary parameters that Llama's layers have.
 _ROPES = {"default", "linear", "dynamic", "yarn", "llama3", "longrope"}
+
+_OF_LAYERS = (
+    *("hidden_size", "vocab_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("rms_norm_eps", "hidden_act", "max_position_embeddings", "num_hidden_layers"),
+)
 
 
 @dataclass(frozen=True)
@@ -25,9 +30,15 @@ class HeadSizes:
 
 @dataclass(frozen=True)
 class HeadConfig(HeadSizes):
-    """Sizes of an EAGLE head.
+    """Sizes and conventions of an EAGLE head; those after `markov_rank` are other trainers' (docs/heads.md).
 
-    `markov_rank` adds a low-rank bias of the previous token to the draft's logits (DSpark, arXiv 2607.05147).
+    Attributes:
+        markov_rank: adds a low-rank bias of the previous token to the draft's logits (DSpark, arXiv 2607.05147).
+        fc_bias, qkv_bias, o_bias: biases of `fc`, of q, k and v together, and of the attention's output.
+        qk_norm: RMS norms of each head's queries and keys (Qwen3's layers).
+        own_embedding: the head embeds tokens by a table of its own, `embed_tokens`, not the target's.
+        embedding_scale: of what the target's embedding gives, before the head reads it.
+        norm_output: the normed state, which logits are made of, is fed back instead of the state before its norm.
     """
 
     intermediate_size: int
@@ -40,6 +51,13 @@ class HeadConfig(HeadSizes):
     rope_parameters: dict[str, Any] | None = None
     num_hidden_layers: int = 1
     markov_rank: int = 0
+    fc_bias: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    own_embedding: bool = False
+    embedding_scale: float = 1.0
+    norm_output: bool = False
 
     def __post_init__(self) -> None:
         check_at_least("num_hidden_layers", self.num_hidden_layers)
@@ -62,11 +80,11 @@ class HeadConfig(HeadSizes):
             **more,
         )
 
-    def llama(self) -> LlamaConfig:
-        """The transformers configuration of the head's decoder layers."""
-        own = {field.name: getattr(self, field.name) for field in fields(HeadConfig) if field.name != "markov_rank"}
+    def layers(self) -> Any:
+        """The transformers configuration of the head's decoder layers: a LlamaConfig, or a Qwen3Config with norms."""
+        own = {name: getattr(self, name) for name in _OF_LAYERS}
         own["rope_parameters"] = self.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
-        config = LlamaConfig(**own, tie_word_embeddings=False)
+        config = (Qwen3Config if self.qk_norm else LlamaConfig)(**own, tie_word_embeddings=False)
         compat.set_attention_name(config, attention.NAME)
         return config
 

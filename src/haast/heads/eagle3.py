@@ -6,7 +6,11 @@
                                                                      lm_head(norm(state)) ◄──────┘ predicts x_{t+2}
 
 When drafting, the layer's own output is fed back without `fc`. Tensor names and shapes are the official ones
-(`midlayer.*`); layers after the first (`more.*`) and norms before `fc` (`fc_norm.*`) are options.
+(`midlayer.*`); layers after the first (`more.*`) and norms before `fc` (`fc_norm.*`) are options, as is what other
+trainers do otherwise.
+
+P-EAGLE (arXiv 2602.01469) is the same module, trained to draft all depths in one pass: pairs after the last known one
+hold a mask token's embedding and `mask_hidden` in the place of the target's features.
 """
 
 from __future__ import annotations
@@ -16,36 +20,60 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, PretrainedConfig
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
+from transformers import PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP
 
 from haast.heads.config import HeadConfig
-from haast.heads.module import DraftModule
+from haast.heads.module import DraftModule, decoder_layers, set_projections
 
 
 @dataclass(frozen=True)
 class Eagle3Config(HeadConfig):
-    """An Eagle3Head's sizes. `layer_ids` are HF `hidden_states` indices (0: the embedding's output), low to high."""
+    """An Eagle3Head's sizes and conventions.
+
+    Attributes:
+        layer_ids: HF `hidden_states` indices (0: the embedding's output), low to high.
+        draft_vocab_size: rows of the LM head; 0 is the target's vocabulary.
+        fc_norm: a norm on each captured feature before `fc` (EAGLE-3.1).
+        input_norm: one norm on all captured features side by side.
+        target_hidden_size: of the target's features, where it isn't the head's own; 0 is `hidden_size`.
+        norm_before_residual: the residual is the normed state.
+        last_norm: states are normed before the LM head.
+        embedding_everywhere: layers after the first read the embedding as the first does (DeepSpec).
+        mask_token_id: of a P-EAGLE head; -1 is none.
+    """
 
     layer_ids: tuple[int, ...] = ()
-    draft_vocab_size: int = 0  # rows of the LM head; 0 is the target's vocabulary
-    fc_norm: bool = False  # a norm on each captured feature before fc (EAGLE-3.1)
+    draft_vocab_size: int = 0
+    fc_norm: bool = False
+    input_norm: bool = False
+    target_hidden_size: int = 0
+    norm_before_residual: bool = False
+    last_norm: bool = True
+    embedding_everywhere: bool = False
+    mask_token_id: int = -1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "layer_ids", tuple(int(i) for i in self.layer_ids))  # JSON has lists
         if not self.layer_ids or sorted(set(self.layer_ids)) != list(self.layer_ids) or self.layer_ids[0] < 0:
             raise ValueError(f"layer_ids={list(self.layer_ids)} is not allowed: give hidden_states indices, ascending")
+        if self.target_hidden_size not in (0, self.hidden_size) and not self.own_embedding:
+            raise ValueError(
+                f"target_hidden_size={self.target_hidden_size} beside hidden_size={self.hidden_size}: the target's "
+                f"embedding doesn't fit this head, and it has none of its own (embed_tokens.weight)"
+            )
+        if not -1 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(f"mask_token_id={self.mask_token_id} is not allowed: give 0 to {self.vocab_size - 1}")
         if not 0 <= self.draft_vocab_size <= self.vocab_size:
             raise ValueError(
                 f"draft_vocab_size={self.draft_vocab_size} is not allowed: give 1 to {self.vocab_size}, or 0 for all"
             )
+
+    @property
+    def read_size(self) -> int:
+        return self.target_hidden_size or self.hidden_size
 
     @property
     def drafts(self) -> int:
@@ -61,49 +89,65 @@ def default_layers(config: PretrainedConfig) -> tuple[int, ...]:
 
 
 class _FirstLayer(nn.Module):
-    """A Llama layer whose attention reads the embedding beside the state, each normed; the residual is the state."""
+    """A Llama or Qwen3 layer whose attention reads the embedding beside the state, each normed.
 
-    def __init__(self, config: LlamaConfig) -> None:
+    The residual is the state, or the normed one.
+    """
+
+    def __init__(self, config: Eagle3Config, number: int = 0) -> None:
         super().__init__()
-        hidden, wide = config.hidden_size, 2 * config.hidden_size
+        hidden, sizes = config.hidden_size, config.layers()
+        self.norm_before_residual = config.norm_before_residual
         self.hidden_norm = LlamaRMSNorm(hidden, config.rms_norm_eps)
         self.input_layernorm = LlamaRMSNorm(hidden, config.rms_norm_eps)
-        self.self_attn = LlamaAttention(config, layer_idx=0)
-        for name in ("q_proj", "k_proj", "v_proj"):
-            rows = getattr(self.self_attn, name).out_features
-            self.self_attn.add_module(name, nn.Linear(wide, rows, bias=False))
+        self.self_attn: nn.Module = (Qwen3Attention if config.qk_norm else LlamaAttention)(sizes, layer_idx=number)
+        set_projections(self.self_attn, config, 2 * hidden)
         self.post_attention_layernorm = LlamaRMSNorm(hidden, config.rms_norm_eps)
-        self.mlp: nn.Module = LlamaMLP(config)  # type: ignore[no-untyped-call]
+        self.mlp: nn.Module = (Qwen3MLP if config.qk_norm else LlamaMLP)(sizes)  # type: ignore[no-untyped-call]
 
-    def read(self, embeddings: Tensor, states: Tensor) -> Tensor:
-        """What q, k and v read: (..., 2 * hidden)."""
-        return torch.cat([self.input_layernorm(embeddings), self.hidden_norm(states)], dim=-1)
+    def read(self, embeddings: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual, and what q, k and v read: (..., 2 * hidden)."""
+        normed = self.hidden_norm(states)
+        read = torch.cat([self.input_layernorm(embeddings), normed], dim=-1)
+        return (normed if self.norm_before_residual else states), read
 
     def forward(self, embeddings: Tensor, states: Tensor, **given: Any) -> Tensor:
-        attended, _ = self.self_attn(self.read(embeddings, states), **given)
+        states, read = self.read(embeddings, states)
+        attended, _ = self.self_attn(read, **given)
         states = states + attended
         output: Tensor = states + self.mlp(self.post_attention_layernorm(states))
         return output
 
 
 class Eagle3Head(DraftModule):
-    """See the module docstring. `lm_head.weight` is (draft vocabulary, H), `fc.weight` (H, layers * H)."""
+    """See the module docstring. `lm_head.weight` is (draft vocabulary, H), `fc.weight` (H, layers * target's H)."""
 
     own_lm_head = True
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
         self.config: Eagle3Config = config
-        hidden, llama = config.hidden_size, config.llama()
-        self.fc = nn.Linear(len(config.layer_ids) * hidden, hidden, bias=False)
+        hidden, read, eps = config.hidden_size, config.read_size, config.rms_norm_eps
+        width = len(config.layer_ids) * read
+        self.fc = nn.Linear(width, hidden, bias=config.fc_bias)
         if config.fc_norm:
-            self.fc_norm = nn.ModuleList([LlamaRMSNorm(hidden, config.rms_norm_eps) for _ in config.layer_ids])
-        self.midlayer = _FirstLayer(llama)
-        self.more = nn.ModuleList([LlamaDecoderLayer(llama, layer_idx=i) for i in range(1, config.num_hidden_layers)])
-        self.norm = LlamaRMSNorm(hidden, config.rms_norm_eps)
+            self.fc_norm = nn.ModuleList([LlamaRMSNorm(read, eps) for _ in config.layer_ids])
+        if config.input_norm:
+            self.input_norm = LlamaRMSNorm(width, eps)
+        self.midlayer = _FirstLayer(config)
+        after = range(1, config.num_hidden_layers)
+        if config.embedding_everywhere:
+            self.more = nn.ModuleList([_FirstLayer(config, number) for number in after])
+        else:
+            self.more = decoder_layers(config, after)
+        if config.last_norm:
+            self.norm = LlamaRMSNorm(hidden, eps)
         self.lm_head = nn.Linear(hidden, config.drafts, bias=False)
-        self.rotary = LlamaRotaryEmbedding(llama)
+        self.rotary = LlamaRotaryEmbedding(config.layers())
         self.add_markov(config.drafts)
+        self.add_embedding()
+        if config.mask_token_id >= 0:
+            self.mask_hidden = nn.Parameter(torch.zeros(1, 1, width))
         self.target_layers = config.layer_ids
 
     @property
@@ -111,21 +155,31 @@ class Eagle3Head(DraftModule):
         return [self.midlayer, *self.more]
 
     def fuse(self, features: Tensor) -> Tensor:
+        if self.config.input_norm:
+            features = self.input_norm(features)
         if self.config.fc_norm:
             parts = features.chunk(len(self.fc_norm), dim=-1)
             features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
         output: Tensor = self.fc(features)
         return output
 
-    def enter(self, embeddings: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-        return states, self.midlayer.read(embeddings, states)
+    def masked(self) -> tuple[int, Tensor] | None:
+        if self.config.mask_token_id < 0:
+            return None
+        return self.config.mask_token_id, self.fuse(self.mask_hidden)
 
-    def through_first(self, layer: nn.Module, embeddings: Tensor, states: Tensor, given: dict[str, Any]) -> Tensor:
-        output: Tensor = layer(embeddings, states, **given)
+    def enter(self, embeddings: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        return self.midlayer.read(embeddings, states)
+
+    def through(
+        self, number: int, layer: nn.Module, embeddings: Tensor, states: Tensor, given: dict[str, Any]
+    ) -> Tensor:
+        reads = (embeddings, states) if isinstance(layer, _FirstLayer) else (states,)
+        output: Tensor = layer(*reads, **given)
         return output
 
-    def normed(self, states: Tensor) -> Tensor:
-        output: Tensor = self.norm(states)
+    def final_norm(self, states: Tensor) -> Tensor:
+        output: Tensor = self.norm(states) if self.config.last_norm else states
         return output
 
     def lm_rows(self, target_rows: Tensor) -> Tensor:

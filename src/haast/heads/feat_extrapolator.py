@@ -5,8 +5,8 @@
     feature         f_t          f_{t+1}
     input pair     (f_t, embedding of x_{t+1}), rotary position t
 
-Llama layers serve every target; no norm before the first or after the last, no bias in `fc`: the layout that the
-official loaders, vLLM and SGLang expect (they know one layer).
+Llama layers serve every target; no norm before the first or after the last, no bias in `fc`: the layout that vLLM
+expects (it knows one layer). Biases and norms are options, for heads of other trainers.
 """
 
 from __future__ import annotations
@@ -16,19 +16,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from haast.heads import INPUTS
 from haast.heads.config import HeadConfig
-from haast.heads.module import DraftModule
+from haast.heads.module import DraftModule, decoder_layers
 from haast.target.native_cpu import NativeStack
 
 
 @dataclass(frozen=True)
 class FeatExtrapolatorConfig(HeadConfig):
-    """A FeatExtrapolator's sizes. `inputs` other than the default are ablations (EAGLE, figure 4)."""
+    """A FeatExtrapolator's sizes. `inputs` other than the default are ablations (EAGLE, figure 4).
+
+    `norms` adds a norm of the embedding, one before the first layer's attention and one before the LM head
+    (speculators' first EAGLE heads).
+    """
 
     inputs: str = "feature+shifted-token"
+    norms: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,16 +45,21 @@ class FeatExtrapolator(DraftModule):
     """fuse(embedding of the next token, feature) -> decoder layers (one by default) -> the next feature.
 
     Tensor names: `fc.weight` (H, 2H), `layers.0.*` of a Llama layer without `input_layernorm`; `layers.1.*` and so on,
-    with it, where there are more; `markov.*` where there is a bias of the previous token.
+    with it, where there are more; `markov.*`, `embedding_norm`, `norm` and `embed_tokens` where the sizes say so.
     """
 
     def __init__(self, config: FeatExtrapolatorConfig, draft_vocab_size: int | None = None) -> None:
         super().__init__()
         self.config: FeatExtrapolatorConfig = config
-        llama = config.llama()
-        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
-        self.layers = nn.ModuleList([LlamaDecoderLayer(llama, layer_idx=i) for i in range(config.num_hidden_layers)])
-        self.layers[0].add_module("input_layernorm", nn.Identity())  # the official layout has no norm before attention
+        llama, hidden = config.layers(), config.hidden_size
+        self.fc = nn.Linear(2 * hidden, hidden, bias=config.fc_bias)
+        self.layers = decoder_layers(config, range(config.num_hidden_layers))
+        if config.norms:
+            self.embedding_norm = LlamaRMSNorm(hidden, config.rms_norm_eps)
+            self.norm = LlamaRMSNorm(hidden, config.rms_norm_eps)
+        else:  # the official layout has no norm before attention
+            self.layers[0].add_module("input_layernorm", nn.Identity())
+        self.add_embedding()
         self.rotary = LlamaRotaryEmbedding(llama)
         self.add_markov(draft_vocab_size or config.vocab_size)
         self.follows_token = config.inputs != "feature+token"
@@ -67,6 +77,8 @@ class FeatExtrapolator(DraftModule):
             embeddings = torch.zeros_like(embeddings)
         elif self.config.inputs == "token":
             states = torch.zeros_like(states)
+        if self.config.norms:
+            embeddings = self.embedding_norm(embeddings)
         output: Tensor = self.fc(torch.cat([embeddings, states], dim=-1))
         return output
 
@@ -75,10 +87,16 @@ class FeatExtrapolator(DraftModule):
         return fused, fused
 
     def native_stack(self, window: int = 0) -> NativeStack | None:
-        return NativeStack.of(list(self.layers), None, self.rotary, window)
+        return None if self.config.norm_output else NativeStack.of(list(self.layers), None, self.rotary, window)
 
-    def through_first(self, layer: nn.Module, embeddings: Tensor, states: Tensor, given: dict[str, Any]) -> Tensor:
-        output: Tensor = layer(self.mix(embeddings, states), **given)
+    def through(
+        self, number: int, layer: nn.Module, embeddings: Tensor, states: Tensor, given: dict[str, Any]
+    ) -> Tensor:
+        output: Tensor = layer(states if number else self.mix(embeddings, states), **given)
+        return output
+
+    def final_norm(self, states: Tensor) -> Tensor:
+        output: Tensor = self.norm(states) if self.config.norms else states
         return output
 
     def lm_rows(self, target_rows: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Heads of other trainers and engines: read from their files, and written for them. One file a family."""

@@ -1,0 +1,400 @@
+"""What the layouts of EAGLE heads have in common, whoever wrote them: sizes read off the tensors, one list of names.
+
+Owns the reading of Llama- and Qwen3-type layers, of `fc`, of vocabularies and of rotary settings, and the questions
+that every EAGLE head leaves open. A family (`formats.official`, ...) says what is special about its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from haast.formats.base import HeadFiles, Option, Question, Reading, TargetFacts
+from haast.formats.detect import plain_names
+from haast.heads.config import HeadConfig
+from haast.heads.eagle3 import Eagle3Config
+from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
+
+# What trainers save beside a head, and no head has: buffers, and parts of the target.
+_IGNORED = ("rotary_emb.", "verifier_lm_head.", "verifier_norm.")
+_AUX_NORMS = {"aux_norm_low": "fc_norm.0", "aux_norm_mid": "fc_norm.1", "aux_norm_high": "fc_norm.2"}
+_MLP_BIAS = ("gate_proj.bias", "up_proj.bias", "down_proj.bias")
+
+
+@dataclass
+class Names:
+    """A head's tensors while they are given Haast's names; what is left at the end is refused."""
+
+    files: HeadFiles
+    left: dict[str, Tensor]
+    taken: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, files: HeadFiles) -> Names:
+        """All tensors of the files, by plain names."""
+        left = {}
+        for name, tensor in plain_names(files.tensors).items():
+            stem = name.split(".")[0]
+            if not any(part in name for part in _IGNORED):
+                left[name.replace(stem, _AUX_NORMS[stem], 1) if stem in _AUX_NORMS else name] = tensor
+        return cls(files, left, {})
+
+    def take(self, theirs: str, ours: str, shape: tuple[int, ...]) -> None:
+        """Move one tensor. Raises HeadMismatchError where it is missing or of another shape."""
+        tensor = self.left.pop(theirs, None)
+        if tensor is None:
+            raise self.files.wrong(f"the tensor {theirs} is missing", "fetch the head again")
+        if tuple(tensor.shape) != shape:
+            raise self.files.wrong(
+                f"{theirs} is {tuple(tensor.shape)}, {shape} is expected of the other tensors and config.json",
+                "fetch the head again, or correct config.json",
+            )
+        self.taken[ours] = tensor if tensor.dtype is torch.float64 else tensor.float()
+
+    def layer(self, theirs: str, ours: str, config: HeadConfig, read: int, norms: Sequence[str]) -> None:
+        """A decoder layer whose q, k and v read `read` numbers."""
+        hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+        rows = {"q": config.num_attention_heads * dim, "k": config.num_key_value_heads * dim}
+        rows["v"] = rows["k"]
+        for name, count in rows.items():
+            self.take(f"{theirs}self_attn.{name}_proj.weight", f"{ours}self_attn.{name}_proj.weight", (count, read))
+            if config.qkv_bias:
+                self.take(f"{theirs}self_attn.{name}_proj.bias", f"{ours}self_attn.{name}_proj.bias", (count,))
+        self.take(f"{theirs}self_attn.o_proj.weight", f"{ours}self_attn.o_proj.weight", (hidden, rows["q"]))
+        if config.o_bias:
+            self.take(f"{theirs}self_attn.o_proj.bias", f"{ours}self_attn.o_proj.bias", (hidden,))
+        for name in ("q_norm", "k_norm") if config.qk_norm else ():
+            self.take(f"{theirs}self_attn.{name}.weight", f"{ours}self_attn.{name}.weight", (dim,))
+        for name in ("gate", "up"):
+            self.take(f"{theirs}mlp.{name}_proj.weight", f"{ours}mlp.{name}_proj.weight", (inner, hidden))
+        self.take(f"{theirs}mlp.down_proj.weight", f"{ours}mlp.down_proj.weight", (hidden, inner))
+        for name in norms:
+            self.take(f"{theirs}{name}.weight", f"{ours}{name}.weight", (hidden,))
+
+    def embedding(self, config: HeadConfig) -> None:
+        """The head's own table, with as many rows as the target's."""
+        if config.own_embedding:
+            table = self.left["embed_tokens.weight"]
+            self.left["embed_tokens.weight"] = with_rows(table, config.vocab_size)
+            self.take("embed_tokens.weight", "embed_tokens.weight", (config.vocab_size, config.hidden_size))
+
+    def finish(self) -> dict[str, Tensor]:
+        """Haast's names and tensors. Raises HeadMismatchError where something was not used."""
+        if self.left:
+            raise self.files.wrong(
+                f"{len(self.left)} tensors have no place in a {self.files.document.get('architectures') or 'head'} as "
+                f"Haast reads it: {', '.join(sorted(self.left)[:6])}",
+                "say which trainer wrote the head, or use another one",
+            )
+        return self.taken
+
+
+def with_rows(table: Tensor, rows: int) -> Tensor:
+    """A table (n, ...) with so many rows: padding, which nobody reads, is cut or added."""
+    if len(table) >= rows:
+        return table[:rows]
+    return torch.cat([table, table.new_zeros(rows - len(table), *table.shape[1:])])
+
+
+def rope_of_document(document: dict[str, Any]) -> dict[str, Any] | None:
+    """Rotary parameters as a head's config.json has them, in either of two forms; None where it is silent."""
+    found = document.get("rope_parameters")
+    if isinstance(found, dict) and ("rope_theta" in found or isinstance(found.get("full_attention"), dict)):
+        return dict(found if "rope_theta" in found else found["full_attention"])
+    theta, scaling = document.get("rope_theta"), document.get("rope_scaling")
+    if theta is None and not scaling:
+        return None
+    more = dict(scaling) if isinstance(scaling, dict) else {}
+    kind = more.pop("type", None)
+    base = 10000.0 if theta is None else float(theta)
+    return {"rope_type": more.pop("rope_type", kind or "default"), "rope_theta": base, **more}
+
+
+def sizes(files: HeadFiles, document: dict[str, Any], facts: TargetFacts) -> dict[str, Any]:
+    """What `HeadConfig` wants, read off the tensors where they say it; the rest from config.json."""
+    tensors = plain_names(files.tensors)
+    output, gate = tensors["layers.0.self_attn.o_proj.weight"], tensors.get("layers.0.mlp.gate_proj.weight")
+    if gate is None or gate.dim() != 2:
+        raise files.wrong("layers.0.mlp.gate_proj.weight is missing", "use a head with Llama or Qwen3 layers")
+    heads: Any = document.get("num_attention_heads")
+    if not isinstance(heads, int) or heads < 1:
+        raise files.wrong(f"num_attention_heads={heads!r} in config.json is no number", "correct it")
+    hidden, width = output.shape
+    norm = tensors.get("layers.0.self_attn.q_norm.weight")
+    dim = len(norm) if norm is not None else int(document.get("head_dim") or 0) or int(width) // heads
+    keys = tensors.get("layers.0.self_attn.k_proj.weight", output).shape[0]
+    if dim < 1 or width % dim or keys % dim or width // dim != heads:
+        raise files.wrong(
+            f"layers.0.self_attn.q_proj.weight has {width} rows and k_proj {keys}, which is not {heads} heads "
+            f"(num_attention_heads) of {dim} (head_dim)",
+            "correct config.json",
+        )
+    positions = document.get("max_position_embeddings") or getattr(facts.config, "max_position_embeddings", None)
+    return {
+        "hidden_size": int(hidden),
+        "vocab_size": int(facts.config.vocab_size),
+        "intermediate_size": int(gate.shape[0]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys // dim,
+        "head_dim": dim,
+        "rms_norm_eps": float(document.get("rms_norm_eps", 1e-6)),
+        "hidden_act": str(document.get("hidden_act") or "silu"),
+        "max_position_embeddings": int(positions or 4096),
+        "rope_parameters": rope_of_document(document) or facts.rope,
+        "num_hidden_layers": 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers.")),
+        "fc_bias": "fc.bias" in tensors,
+        "qkv_bias": "layers.0.self_attn.q_proj.bias" in tensors,
+        "o_bias": "layers.0.self_attn.o_proj.bias" in tensors,
+        "qk_norm": norm is not None,
+        "own_embedding": "embed_tokens.weight" in tensors,
+    }
+
+
+def eagle3_config(
+    files: HeadFiles, document: dict[str, Any], facts: TargetFacts, layer_ids: Sequence[int] | None, **more: Any
+) -> Eagle3Config:
+    """An EAGLE-3 head's sizes; `layer_ids` are HF indices, None for those that everybody takes where none are named."""
+    tensors = plain_names(files.tensors)
+    fc, head = tensors.get("fc.weight"), tensors.get("lm_head.weight")
+    if fc is None:
+        raise files.wrong(
+            "fc.weight is missing: the head reads one state, without fusing (use_aux_hidden_state false)",
+            "use a head that fuses several layers",
+        )
+    read = int(document.get("target_hidden_size") or tensors["layers.0.self_attn.o_proj.weight"].shape[0])
+    ids = tuple(facts.default_layers if layer_ids is None else sorted({int(each) for each in layer_ids}))
+    if fc.shape[1] != read * len(ids):
+        raise files.wrong(
+            f"fc.weight reads {fc.shape[1]} numbers, {len(ids)} layers {list(ids)} of {read} are {read * len(ids)}",
+            "correct the layer ids or target_hidden_size in config.json",
+        )
+    if ids and not (ids[0] >= 0 and ids[-1] <= facts.layers):
+        raise files.wrong(
+            f"the head reads layers {list(ids)}, the target has {facts.layers}",
+            "use a head that was trained for this target",
+        )
+    mapping = tensors.get("d2t")
+    vocab = int(facts.config.vocab_size)
+    drafts = len(mapping) if mapping is not None else (len(head) if head is not None else vocab)
+    config: Eagle3Config = made(
+        files,
+        Eagle3Config,
+        **sizes(files, document, facts),
+        layer_ids=ids,
+        draft_vocab_size=0 if drafts >= vocab else drafts,
+        fc_norm="fc_norm.0.weight" in Names.of(files).left,
+        input_norm="input_norm.weight" in tensors,
+        target_hidden_size=read,
+        **more,
+    )
+    return config
+
+
+def made(files: HeadFiles, kind: type[Any], **given: Any) -> Any:
+    """A configuration; HeadMismatchError where its sizes make no head."""
+    try:
+        return kind(**given)
+    except (TypeError, ValueError) as error:
+        raise files.wrong(f"sizes do not make a head: {error}", "correct config.json") from error
+
+
+def eagle3_reading(
+    files: HeadFiles, config: Eagle3Config, facts: TargetFacts, logit_scale: float = 1.0
+) -> tuple[Reading, list[Question]]:
+    """An EAGLE-3 head's tensors under Haast's names, and what every such head leaves open."""
+    names, hidden = Names.of(files), config.hidden_size
+    width = len(config.layer_ids) * config.read_size
+    vocab = draft_ids(names, config)
+    questions = conventions(config, facts)
+    names.take("fc.weight", "fc.weight", (hidden, width))
+    if config.fc_bias:
+        names.take("fc.bias", "fc.bias", (hidden,))
+    for number in range(len(config.layer_ids)) if config.fc_norm else ():
+        names.take(f"fc_norm.{number}.weight", f"fc_norm.{number}.weight", (config.read_size,))
+    if config.input_norm:
+        names.take("input_norm.weight", "input_norm.weight", (width,))
+    norms = ["hidden_norm", "input_layernorm", "post_attention_layernorm"]
+    names.layer("layers.0.", "midlayer.", config, 2 * hidden, norms)
+    both = "layers.1.hidden_norm.weight" in names.left and not config.embedding_everywhere
+    for number in range(1, config.num_hidden_layers):
+        reads = 2 * hidden if config.embedding_everywhere else hidden
+        later = norms if config.embedding_everywhere else norms[both ^ 1 :]
+        names.layer(f"layers.{number}.", f"more.{number - 1}.", config, reads, later)
+    if config.last_norm:
+        names.take("norm.weight", "norm.weight", (hidden,))
+    else:
+        names.left.pop("norm.weight", None)
+    shares = "lm_head.weight" not in names.left
+    if not shares:
+        head = names.left["lm_head.weight"]
+        if vocab is None:
+            head = with_rows(head, config.drafts)
+        names.left["lm_head.weight"] = (head if logit_scale == 1.0 else head.float() * logit_scale)[vocab_order(vocab)]
+        names.take("lm_head.weight", "lm_head.weight", (config.drafts, hidden))
+    names.embedding(config)
+    if config.mask_token_id >= 0:
+        names.take("mask_hidden", "mask_hidden", (1, 1, width))
+    ids, asked = (None, None) if vocab is None else vocab
+    reading = Reading(config, names.finish(), ids if ids is None else ids.sort().values, shares)
+    if both:
+        reading, question = _later_norms(reading)
+        questions.append(question)
+    if asked is not None:
+        questions.append(asked)
+    return reading, questions
+
+
+def vocab_order(vocab: tuple[Tensor, Question | None] | None) -> Any:
+    """Rows of the LM head in the order of ascending ids."""
+    return slice(None) if vocab is None else vocab[0].argsort()
+
+
+def draft_ids(names: Names, config: Eagle3Config) -> tuple[Tensor, Question | None] | None:
+    """The target ids that the head drafts, in the order of its LM head's rows, and the question where two are possible.
+
+    `d2t` is an offset in every safetensors format and absolute in GGUF files; `t2d`, where it is there, decides.
+    """
+    d2t, t2d = names.left.pop("d2t", None), names.left.pop("t2d", None)
+    if d2t is None:
+        if t2d is not None and config.draft_vocab_size:
+            raise names.files.wrong("it has t2d alone of d2t and t2d", "fetch the head again")
+        return (torch.arange(config.draft_vocab_size), None) if config.draft_vocab_size else None
+    if d2t.dim() != 1 or d2t.is_floating_point():
+        raise names.files.wrong(f"d2t is {tuple(d2t.shape)} of {d2t.dtype}", "d2t has one whole number a draft token")
+    offset, absolute = d2t.long() + torch.arange(len(d2t)), d2t.long()
+    named = None if t2d is None else t2d.bool().nonzero().flatten()
+    fits = {}
+    for label, ids in (("an offset", offset), ("absolute ids", absolute)):
+        inside = int(ids.min()) >= 0 and int(ids.max()) < config.vocab_size and len(set(ids.tolist())) == len(ids)
+        if inside and (named is None or torch.equal(ids.sort().values, named)):
+            fits[label] = ids
+    if not fits:
+        beside = "" if named is None else f" and t2d ({len(named)} tokens)"
+        raise names.files.wrong(
+            f"d2t{beside} makes no draft vocabulary of {len(d2t)} different tokens below {config.vocab_size}, neither "
+            f"as an offset nor as ids",
+            "use a head for this target's tokenizer, or fetch it again",
+        )
+    (_, first), *others = fits.items()
+    if not config.draft_vocab_size:  # it names all tokens
+        return None if torch.equal(first, torch.arange(len(first))) else (first, None)
+    asked = None
+    if others and not torch.equal(first, absolute):
+        asked = Question(
+            "d2t",
+            (Option("an offset", lambda reading: reading), Option("absolute ids", _absolute(first, absolute))),
+        )
+    return first, asked
+
+
+def _absolute(first: Tensor, absolute: Tensor) -> Any:
+    """A change that names the drafted tokens anew, and puts the LM head's rows into their order."""
+    back = first.argsort().argsort()  # from ascending to the file's order
+    order = absolute.argsort()
+
+    def change(reading: Reading) -> Reading:
+        head = reading.weights["lm_head.weight"][back][order]
+        weights = {**reading.weights, "lm_head.weight": head}
+        return replace(reading, weights=weights, draft_vocab=absolute.sort().values)
+
+    return change
+
+
+def _later_norms(reading: Reading) -> tuple[Reading, Question]:
+    """Layers after the first with two norms before attention: vLLM uses one of them, SGLang the other."""
+    theirs = {name: tensor for name, tensor in reading.weights.items() if not _is_later_hidden(name)}
+    other = {
+        name.replace(".hidden_norm.", ".input_layernorm."): tensor
+        for name, tensor in reading.weights.items()
+        if _is_later_hidden(name)
+    }
+    options = (
+        Option("input_layernorm", lambda each: each),
+        Option("hidden_norm", lambda each: replace(each, weights={**each.weights, **other})),
+    )
+    return replace(reading, weights=theirs), Question("norm of later layers", options)
+
+
+def _is_later_hidden(name: str) -> bool:
+    return name.startswith("more.") and ".hidden_norm." in name
+
+
+def conventions(config: Eagle3Config, facts: TargetFacts) -> list[Question]:
+    """What an EAGLE-3 head's files say in words that producers use differently, or not at all."""
+    ids = config.layer_ids
+    shifted = [tuple(each + shift for each in ids) for shift in (0, 1, -1)]
+    possible = [each for each in shifted if each[0] >= 0 and each[-1] <= facts.layers]
+    residual = config.norm_before_residual
+    words = {False: "the state", True: "the normed state"}
+    return [
+        Question.of("layer ids", "layer_ids", [(", ".join(map(str, each)), each) for each in possible]),
+        Question.of("residual", "norm_before_residual", [(words[each], each) for each in (residual, not residual)]),
+        *common(config, facts),
+        Question.of("fed back", "norm_output", [(words[e], e) for e in (config.norm_output, not config.norm_output)]),
+    ]
+
+
+def common(config: HeadConfig, facts: TargetFacts) -> list[Question]:
+    """What every EAGLE head leaves open: rotation, and how embeddings are scaled."""
+    questions = []
+    own, plain = config.rope_parameters or {}, {"rope_type": "default"}
+    plain["rope_theta"] = own.get("rope_theta", 10000.0)
+    ropes = [(_rope_words(own), own), (f"the target's, {_rope_words(facts.rope)}", facts.rope)]
+    questions.append(Question.of("rope", "rope_parameters", [*ropes, ("without scaling", plain)]))
+    rotate = Option("interleaved pairs", lambda reading: interleaved(reading))
+    questions.append(Question("rope style", (Option("halves (neox)", lambda reading: reading), rotate)))
+    if facts.embedding_scale != 1.0 and not config.own_embedding:
+        scales = [("as the target's", 1.0), ("the table's rows", 1.0 / facts.embedding_scale)]
+        questions.append(Question.of("embedding", "embedding_scale", scales))
+    return [question for question in questions if len(question.options) > 1]
+
+
+def _rope_words(rope: dict[str, Any]) -> str:
+    kind = rope.get("rope_type", "default")
+    factor = f" by {rope['factor']:g}" if isinstance(rope.get("factor"), int | float) else ""
+    return f"base {float(rope.get('rope_theta', 10000.0)):g}" + ("" if kind == "default" else f", {kind}{factor}")
+
+
+def interleaved(reading: Reading) -> Reading:
+    """A head whose rotation turns neighbouring pairs, as one that turns halves: query and key rows in that order."""
+    config = reading.config
+    assert isinstance(config, HeadConfig), "Medusa heads rotate nothing"
+    order = torch.arange(config.head_dim).view(-1, 2).T.flatten()  # even places, then odd ones
+    weights = {}
+    for name, tensor in reading.weights.items():
+        part = name.split(".")[-2:]
+        if part[0] in ("q_proj", "k_proj"):
+            blocks = tensor.view(-1, config.head_dim, *tensor.shape[1:])
+            tensor = blocks[:, order].reshape(tensor.shape)
+        elif part[0] in ("q_norm", "k_norm"):
+            tensor = tensor[order]
+        weights[name] = tensor
+    return replace(reading, weights=weights)
+
+
+def eagle1_reading(
+    files: HeadFiles, config: FeatExtrapolatorConfig, facts: TargetFacts, names: Names | None = None
+) -> tuple[Reading, list[Question]]:
+    """An EAGLE-1 or EAGLE-2 head's tensors under Haast's names."""
+    names, hidden = names or Names.of(files), config.hidden_size
+    names.left.pop("lm_head.weight", None)  # the target's own, whose copy some files have
+    names.take("fc.weight", "fc.weight", (hidden, 2 * hidden))
+    if config.fc_bias:
+        names.take("fc.bias", "fc.bias", (hidden,))
+    for number in range(config.num_hidden_layers):
+        norms = ["post_attention_layernorm"]
+        if number or config.norms:
+            norms.append("input_layernorm")
+        names.layer(f"layers.{number}.", f"layers.{number}.", config, hidden, norms)
+    for name in ("embedding_norm", "norm") if config.norms else ():
+        names.take(f"{name}.weight", f"{name}.weight", (hidden,))
+    names.embedding(config)
+    questions = common(config, facts)
+    if config.norms:
+        words = {False: "the state", True: "the normed state"}
+        questions.append(Question.of("fed back", "norm_output", [(words[each], each) for each in (False, True)]))
+    return Reading(config, names.finish()), questions

@@ -1,0 +1,88 @@
+"""Medusa's own layout: `{i}.{j}.linear.*` for block j of head i, `{i}.{blocks}.weight` for its LM head.
+
+How many heads and blocks there are is read off the tensors: `medusa_num_heads` of the public heads is wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from haast.formats.base import Engine, Format, HeadFiles, Question, Reading, TargetFacts, Written
+from haast.formats.layout import made, with_rows
+from haast.heads.config import HeadSizes
+from haast.heads.medusa import MedusaConfig
+
+
+class Medusa(Format):
+    """See the module docstring."""
+
+    name = "Medusa"
+    kinds = ("medusa",)
+
+    def detect(self, kind: str, files: HeadFiles) -> bool:
+        return kind in self.kinds
+
+    def read_config(self, files: HeadFiles, facts: TargetFacts) -> HeadSizes:
+        names = [name.removeprefix("medusa_head.").split(".") for name in files.tensors]
+        blocks = max((int(part[1]) + 1 for part in names if "linear" in part), default=0)
+        heads = 1 + max(int(part[0]) for part in names)
+        hidden = _plain(files).get(f"0.{blocks}.weight")
+        if hidden is None or hidden.dim() != 2:
+            raise files.wrong(f"0.{blocks}.weight, the first head's LM head, is missing", "fetch the heads again")
+        given = {"hidden_size": int(hidden.shape[1]), "vocab_size": int(facts.config.vocab_size)}
+        config: HeadSizes = made(files, MedusaConfig, **given, heads=heads, blocks=blocks)
+        return config
+
+    def map_names(self, files: HeadFiles, config: HeadSizes, facts: TargetFacts) -> tuple[Reading, list[Question]]:
+        assert isinstance(config, MedusaConfig), "read_config gives one"
+        weights, left = {}, _plain(files)
+        hidden = config.hidden_size
+        for head in range(config.heads):
+            wanted: dict[str, tuple[int, ...]] = {}
+            for block in range(config.blocks):
+                wanted |= {f"{head}.{block}.linear.weight": (hidden, hidden), f"{head}.{block}.linear.bias": (hidden,)}
+            wanted[f"{head}.{config.blocks}.weight"] = (config.vocab_size, hidden)
+            for name, shape in wanted.items():
+                tensor = left.pop(name, None)
+                if tensor is None:
+                    raise files.wrong(f"the tensor {name} is missing", "fetch the heads again")
+                tensor = with_rows(tensor, config.vocab_size) if name.endswith(f".{config.blocks}.weight") else tensor
+                if tuple(tensor.shape) != shape:
+                    raise files.wrong(f"{name} is {tuple(tensor.shape)}, {shape} is expected", "fetch the heads again")
+                weights[name] = tensor if tensor.dtype is torch.float64 else tensor.float()
+        if left:
+            raise files.wrong(f"{sorted(left)[:6]} have no place in Medusa heads", "say which trainer wrote them")
+        return Reading(config, weights), []
+
+    def write(self, reading: Reading, engine: Engine) -> Written:
+        config = reading.config
+        if not isinstance(config, MedusaConfig):
+            raise ValueError("EAGLE heads are written in the official layout")
+        if engine.name != "official":
+            raise ValueError(
+                f"{engine.name} reads no Medusa heads (vLLM has dropped them with 0.33): export to official, or train "
+                f"an EAGLE-3 head"
+            )
+        notes: tuple[str, ...] = ()
+        tensors = dict(reading.weights)
+        if reading.draft_vocab is not None:
+            # An LM head over all tokens: rows of those that are never drafted are zero, below what is likely.
+            for head in range(config.heads):
+                name = f"{head}.{config.blocks}.weight"
+                whole = torch.zeros(config.vocab_size, config.hidden_size)
+                tensors[name] = whole.index_copy(0, reading.draft_vocab.long(), tensors[name].float())
+            notes = ("the draft vocabulary is lost: rows of tokens that were not drafted are zero",)
+        document: dict[str, Any] = {
+            "medusa_num_heads": config.heads,
+            "medusa_num_layers": config.blocks,
+            "base_model_name_or_path": engine.target,
+            "hidden_size": config.hidden_size,
+            "vocab_size": config.vocab_size,
+        }
+        return Written(document, tensors, notes)
+
+
+def _plain(files: HeadFiles) -> dict[str, Any]:
+    return {name.removeprefix("medusa_head."): tensor for name, tensor in files.tensors.items()}

@@ -1,0 +1,134 @@
+"""Red Hat's speculators format: EAGLE-3 and P-EAGLE heads of Llama or Qwen3 layers; EAGLE heads of its first version.
+
+`transformer_layer_config` holds only what differs from its class's defaults. Layer ids are HF indices. Which residual
+is meant where `norm_before_residual` is missing differs by reader: speculators' own class takes the plain state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import LlamaConfig, Qwen3Config
+
+from haast.formats.base import Engine, Format, HeadFiles, Question, Reading, TargetFacts, Written
+from haast.formats.layout import Names, eagle1_reading, eagle3_config, eagle3_reading, made, sizes
+from haast.formats.official import Official, layers_document, named_layers, refuse_own
+from haast.heads.config import HeadSizes
+from haast.heads.eagle3 import Eagle3Config
+from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
+
+_CLASSES: dict[str, Any] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+_FIRST = {  # the first version's names
+    "fusion_fc.": "fc.",
+    "transformer.": "layers.0.",
+    "embedding_layernorm.": "embedding_norm.",
+    "pre_lm_head_layernorm.": "norm.",
+}
+_MASKS = ("mask_token_id", "ptd_token_id", "pard_token")
+_ACCEPTANCE = {"verifier_accept_k": 1, "accept_tolerance": 0.0}  # of its greedy proposals
+VERSION = "0.9.0"
+
+
+class Speculators(Format):
+    """See the module docstring."""
+
+    name = "speculators"
+    kinds = ("eagle", "eagle3", "p-eagle")
+
+    def detect(self, kind: str, files: HeadFiles) -> bool:
+        return kind in self.kinds and (kind == "p-eagle" or "speculators_model_type" in files.document)
+
+    def read_config(self, files: HeadFiles, facts: TargetFacts) -> HeadSizes:
+        document = self._document(files)
+        if "fusion_fc.weight" in files.tensors:
+            files = _first(files)
+            norms = "embedding_norm.weight" in files.tensors
+            first: HeadSizes = made(files, FeatExtrapolatorConfig, **sizes(files, document, facts), norms=norms)
+            return first
+        conventions: dict[str, Any] = {
+            key: bool(document.get(key, False)) for key in ("norm_before_residual", "norm_output")
+        }
+        if "mask_hidden" in files.tensors:
+            found = [document[key] for key in _MASKS if isinstance(document.get(key), int)]
+            if not found:
+                raise files.wrong(f"a P-EAGLE head names no mask token: {', '.join(_MASKS)}", "add one to config.json")
+            conventions["mask_token_id"] = found[0]
+        return eagle3_config(files, document, facts, named_layers(document), **conventions)
+
+    def map_names(self, files: HeadFiles, config: HeadSizes, facts: TargetFacts) -> tuple[Reading, list[Question]]:
+        if isinstance(config, Eagle3Config):
+            return eagle3_reading(files, config, facts)
+        assert isinstance(config, FeatExtrapolatorConfig), "read_config gives one of two"
+        files = _first(files)
+        return eagle1_reading(files, config, facts, Names.of(files))
+
+    def write(self, reading: Reading, engine: Engine) -> Written:
+        config = reading.config
+        if not isinstance(config, Eagle3Config):
+            raise ValueError(
+                "speculators 0.9 reads no EAGLE-1 or Medusa heads: export to official, vllm or sglang, or train an "
+                "EAGLE-3 head (haast train --head eagle3)"
+            )
+        known = ("norm_before_residual", "norm_output", "fc_norm", "input_norm", "qk_norm", "qkv_bias")
+        refuse_own(config, "speculators", **dict.fromkeys(known, True))
+        layers = layers_document(config, engine)
+        layers["model_type"] = "qwen3" if config.qk_norm else "llama"
+        kept = set(layers) - {"tie_word_embeddings", "use_cache", "initializer_range"}
+        document = {
+            "architectures": ["Eagle3DraftModel"],
+            "speculators_model_type": "eagle3",
+            "speculators_version": VERSION,
+            "transformer_layer_config": {key: layers[key] for key in sorted(kept) if layers[key] is not None},
+            "draft_vocab_size": config.drafts,
+            "norm_before_residual": config.norm_before_residual,
+            "norm_before_fc": config.input_norm,
+            "fc_norm": config.fc_norm,
+            "norm_output": config.norm_output,
+            "target_hidden_size": None if config.read_size == config.hidden_size else config.read_size,
+            "eagle_aux_hidden_state_layer_ids": list(config.layer_ids),
+            "embed_requires_grad": config.own_embedding,
+            "tie_word_embeddings": False,
+            "speculators_config": {
+                "algorithm": "eagle3",
+                "default_proposal_method": "greedy",
+                "proposal_methods": [
+                    {
+                        "proposal_type": "greedy",
+                        "speculative_tokens": 3,
+                        "verifier_accept_k": 1,
+                        "accept_tolerance": 0.0,
+                    }
+                ],
+                "verifier": {"name_or_path": engine.target, "architectures": engine.config.get("architectures") or []},
+            },
+        }
+        plain = Official().write(reading, Engine("vllm", engine.target, engine.config))
+        return Written(document, plain.tensors)
+
+    def _document(self, files: HeadFiles) -> dict[str, Any]:
+        """config.json with the layers' own configuration filled up from its class and laid flat."""
+        document = files.document
+        layers = document.get("transformer_layer_config")
+        if not isinstance(layers, dict):
+            return document
+        kind = layers.get("model_type") or "qwen3"
+        if kind not in _CLASSES:
+            raise files.wrong(f"transformer_layer_config is of type {kind!r}", "use a head with llama or qwen3 layers")
+        try:
+            whole = _CLASSES[kind](**layers).to_dict()
+        except (TypeError, ValueError) as error:
+            raise files.wrong(f"transformer_layer_config makes no {kind} layer ({error})", "correct it") from error
+        if "sliding_attention" in (layers.get("layer_types") or ()):
+            raise files.wrong("layer_types names sliding_attention", "use a head whose layers see the whole text")
+        return {**whole, **{key: value for key, value in document.items() if value is not None}}
+
+
+def _first(files: HeadFiles) -> HeadFiles:
+    """The first version's files under the names that everybody else uses."""
+    tensors = {}
+    for name, tensor in files.tensors.items():
+        for theirs, ours in _FIRST.items():
+            if name.startswith(theirs):
+                name = ours + name.removeprefix(theirs)
+        tensors[name] = tensor
+    return HeadFiles(files.folder, files.document, tensors, files.source, files.notes)

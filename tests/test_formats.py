@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import heads_of_others as others
 import pytest
 import torch
-from fakes import decode, tiny_target, vanilla
+from fakes import VOCAB, decode, tiny_target, vanilla
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from haast.drafters.base import Drafter
 from haast.drafters.factory import head_drafter
 from haast.drafters.tree_shape import DraftShape
+from haast.formats import probe
 from haast.formats.opened import OpenedHead, open_head
 from haast.heads.checkpoint import Head, load_head, save_head
 from haast.target.target import Target
@@ -144,8 +147,116 @@ def test_medusa_heads(target: Target, tmp_path: Path, heads: int, blocks: int) -
 def test_they_lie_in_haasts_own_files_too(target: Target, tmp_path: Path, form: Any) -> None:
     write, more = form
     fitted, _ = open_head(write(tmp_path / "theirs", others.eagle3(target, **more), target)).fitted(target, probe=False)  # type: ignore[union-attr]
-    save_head(tmp_path / "ours", fitted.module.config, fitted.module.state_dict(), fitted.draft_vocab, {}, torch.float32)
+    save_head(
+        tmp_path / "ours", fitted.module.config, fitted.module.state_dict(), fitted.draft_vocab, {}, torch.float32
+    )
     again = load_head(tmp_path / "ours")
     assert again.module.config == fitted.module.config
     one, other = drafts(target, fitted), drafts(target, again)
     assert one[0] == other[0] and all(torch.equal(a[0], b[0]) for a, b in zip(one[1], other[1], strict=True))
+
+
+# What files leave open, of a head that has learnt the target's own text by heart.
+WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
+    # how the head was trained, what its config.json says, the question, and the answer
+    "layer ids + 1": ({"ids": (1, 4, 6)}, {"eagle_aux_hidden_state_layer_ids": [2, 5, 7]}, "layer ids", "1, 4, 6"),
+    "layer ids - 1": ({"ids": (2, 4, 5)}, {"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}, "layer ids", "2, 4, 5"),
+    "residual": ({"norm_before_residual": True}, {}, "residual", "the normed state"),
+    "not residual": ({}, {"norm_before_residual": True}, "residual", "the state"),
+    "fed back": ({"norm_output": True}, {}, "fed back", "the normed state"),
+    "rope": ({"attentive": True}, {"rope_theta": 3.0}, "rope", "the target's, base 10000"),
+    "rope style": ({"attentive": True}, {"interleaved": True}, "rope style", "interleaved pairs"),
+}
+EARLY = (1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 15, 16)  # absolute ids that make a vocabulary as offsets too
+
+
+@pytest.fixture(scope="module")
+def learnt(target: Target) -> Any:
+    """Heads that draft the target's own text, by their conventions; each is trained once."""
+    texts = probe.own_text(target, range(target.layers + 1))
+    known: dict[str, Head] = {}
+
+    def head(attentive: bool = False, **form: Any) -> Head:
+        if (key := f"{attentive} {form}") not in known:
+            begun: Any = others.eagle3(target, **form)
+            for name in ("q_proj", "k_proj", "o_proj") if attentive else ():  # so that positions matter
+                begun.module.midlayer.self_attn.get_submodule(name).weight.data *= 4
+            known[key] = _by_heart(target, begun, texts)
+        return known[key]
+
+    return head
+
+
+def _by_heart(target: Target, head: Head, texts: list[probe.Text], steps: int = 60, rate: float = 1e-2) -> Head:
+    """Train a head on the chains that `probe` counts."""
+    module: Any = head.module.double().requires_grad_(True)
+    vocab = torch.arange(VOCAB) if head.draft_vocab is None else head.draft_vocab
+    places = torch.full((VOCAB,), -100).index_put((vocab,), torch.arange(len(vocab)))
+    optimizer = torch.optim.Adam(module.parameters(), lr=rate)
+    for _ in range(steps):
+        loss = torch.zeros((), dtype=torch.float64)
+        for text in texts:
+            pairs = len(text.tokens) - 1 - probe.DEPTHS
+            captured = [text.hidden[i][:pairs].clone() for i in module.target_layers]
+            states, embedded = module.fuse(torch.cat(captured, -1)[None]), []
+            found = states[:, :0]
+            for depth in range(probe.DEPTHS):
+                embedded.append(target.embed(text.tokens[depth + 1 : depth + 1 + pairs])[None].clone())
+                states = torch.cat([states, found[:, -pairs:]], 1) if depth else states
+                found = probe._run(module, torch.cat(embedded, 1), states, depth + 1, pairs)
+                logits = module.lm_input(found[:, -pairs:], text.tokens)[0] @ module.lm_head.weight.T
+                wanted = places[text.tokens[depth + 2 : depth + 2 + pairs]]
+                loss = loss + torch.nn.functional.cross_entropy(logits, wanted)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return Head(module.float().requires_grad_(False), head.draft_vocab, {})
+
+
+def _paired(head: Head) -> Head:
+    """The head as one that rotates neighbouring pairs has it."""
+    module: Any = copy.deepcopy(head.module)
+    for name in ("q_proj", "k_proj"):
+        linear = module.midlayer.self_attn.get_submodule(name)
+        halves = linear.weight.data.view(-1, 2, module.config.head_dim // 2, linear.in_features)
+        linear.weight.data = halves.transpose(1, 2).reshape(linear.weight.shape).contiguous()
+    return Head(module, head.draft_vocab, {})
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_a_wrong_convention_is_caught(target: Target, tmp_path: Path, learnt: Any, wrong: Any) -> None:
+    form, document, question, answer = wrong[0], dict(wrong[1]), *wrong[2:]
+    native = learnt(drafted=None, **form)
+    written = _paired(native) if document.pop("interleaved", False) else native
+    place = others.official_eagle3(tmp_path, written, target, **document)
+    fitted, settled = open_head(place).fitted(target)  # type: ignore[union-attr]
+    assert settled is not None
+    assert [(each.question, each.answer) for each in settled.changed] == [(question, answer)]
+    assert settled.agreement.first > (0.4 if form.get("attentive") else 0.8)
+    said_as_written = next(each for each in settled.tried if each.question == question and not each.kept)
+    assert said_as_written.agreement.tau < settled.agreement.tau
+    assert drafts(target, fitted)[1][1][0].equal(drafts(target, native)[1][1][0])
+    assert fitted.about["probed"][question] == answer
+
+
+def test_absolute_ids_are_caught(target: Target, tmp_path: Path, learnt: Any) -> None:
+    native = learnt(drafted=EARLY)
+    place = others.modelopt(tmp_path, native, target)
+    (right, unasked) = open_head(place).fitted(target)  # type: ignore[union-attr]
+    assert unasked is not None and not unasked.changed
+    tensors = load_file(place / "model.safetensors")
+    assert native.draft_vocab is not None
+    save_file({**tensors, "d2t": native.draft_vocab.clone()}, place / "model.safetensors")
+    fitted, settled = open_head(place).fitted(target)  # type: ignore[union-attr]
+    assert settled is not None and [each.answer for each in settled.changed] == ["absolute ids"]
+    assert fitted.draft_vocab is not None and fitted.draft_vocab.tolist() == list(EARLY)
+    assert torch.equal(fitted.module.state_dict()["lm_head.weight"], right.module.state_dict()["lm_head.weight"])
+
+
+def test_a_right_reading_stays_and_what_drafts_alike_is_said(target: Target, tmp_path: Path, learnt: Any) -> None:
+    native = learnt(drafted=None)
+    _, settled = open_head(others.official_eagle3(tmp_path / "a", native, target)).fitted(target)  # type: ignore[union-attr]
+    assert settled is not None and settled.changed == []
+    random = others.eagle3(target)  # it agrees with nothing, so that every reading is as good
+    _, settled = open_head(others.official_eagle3(tmp_path / "b", random, target)).fitted(target)  # type: ignore[union-attr]
+    assert settled is not None and settled.changed == [] and any("draft alike" in each for each in settled.unsure)

@@ -111,8 +111,14 @@ class Question:
     @classmethod
     def of(cls, name: str, key: str, options: Sequence[tuple[str, Any]]) -> Question:
         """Of a field of the configuration: a label and a value each; equal values are one option."""
-        distinct = {repr(value): (label, value) for label, value in reversed(options)}
-        return cls(name, tuple(Option(label, _setting(key, value)) for label, value in reversed(distinct.values())))
+        distinct: dict[str, Option] = {}
+        for label, value in options:
+            distinct.setdefault(_key(value), Option(label, _setting(key, value)))
+        return cls(name, tuple(distinct.values()))
+
+
+def _key(value: Any) -> str:
+    return repr(sorted(value.items()) if isinstance(value, dict) else value)
 
 
 def _setting(key: str, value: Any) -> Callable[[Reading], Reading]:

@@ -43,6 +43,10 @@ class PrecisionWarning(HaastWarning):
     """The target is held in another precision than its head was trained on; only accepted drafts can become fewer."""
 
 
+class HeadWarning(HaastWarning):
+    """A head's drafts are accepted far below what its files say; only speed can suffer."""
+
+
 class UnsupportedArgumentError(ValueError):
     """An argument of `generate` that Haast does not honour; `argument` is its name."""
 

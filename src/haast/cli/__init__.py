@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from haast.cli import bench, calibrate, generate, info, regenerate, report, trace, train, verify
+from haast.cli import bench, calibrate, generate, heads, info, regenerate, report, trace, train, verify
 from haast.cli.boundary import Boundary
 from haast.cli.settings import expanded
 
@@ -24,6 +24,9 @@ for _command in (
     generate.chat,
     regenerate.regenerate,
     train.train,
+    heads.import_,
+    heads.export,
+    heads.check,
     verify.verify,
     bench.bench,
     report.report,
@@ -32,7 +35,7 @@ for _command in (
     calibrate.plan,
     info.info,
 ):
-    app.command()(expanded(_command))
+    app.command(_command.__name__.rstrip("_"))(expanded(_command))
 
 
 def _version(wanted: bool) -> None:

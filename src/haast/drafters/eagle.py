@@ -24,6 +24,7 @@ from haast.device import to_device, without_autograd
 from haast.drafters.base import Drafter, stacked
 from haast.drafters.batch_policy import Way, Ways, way_for
 from haast.drafters.draft_lm import checked_vocab, draft_lm_head
+from haast.drafters.head_check import HeadWatch, causes
 from haast.drafters.head_runner import Flight, HeadForward
 from haast.drafters.native_draft import QuickDraft
 from haast.drafters.tree_builder import Growth, best_places
@@ -125,6 +126,7 @@ class EagleDrafter(Drafter):
             fuse_small_modules(self._module)
             give_back()
         self._native = packed and native.available()
+        self._watch = HeadWatch(head.about, lambda: causes(target, module.config, head.about))
         self._forward = HeadForward(target, self._module, window, self._native)
         self._cache: KVCache | None = None
         self.prefix_key = object()
@@ -222,6 +224,8 @@ class EagleDrafter(Drafter):
 
     @without_autograd
     def observe(self, states: Sequence[EagleState], accepted: Accepted) -> None:
+        if accepted.verdict is not None:
+            self._watch.observed(accepted.tokens)
         for row, state in enumerate(states):
             state.pending.append((accepted, row))
             state.waiting += accepted.tokens.shape[1]
@@ -235,9 +239,12 @@ class EagleDrafter(Drafter):
         if growing is None:
             for state in states:
                 state.note_root()
+            self._watch.proposed(None)
             return DraftTree.roots(stacked(states, "root"))
         self._catch_up(states)
-        return self._draft(states, growing)
+        tree = self._draft(states, growing)
+        self._watch.proposed(tree)
+        return tree
 
     def affords(self, rows: int, nodes: int, extra: int, tokens: float) -> bool:
         """Whether `extra` nodes of every row pay beside `nodes`, if a row is expected to gain `tokens` by them."""

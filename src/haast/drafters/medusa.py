@@ -22,6 +22,7 @@ from haast.core import Accepted
 from haast.device import without_autograd
 from haast.drafters.base import Drafter, last_kept, last_tokens, stacked
 from haast.drafters.draft_lm import DRAFT_LM_FORM, checked_vocab
+from haast.drafters.head_check import HeadWatch, causes
 from haast.drafters.tree_shape import DraftShape, likeliest_paths
 from haast.drafters.vanilla import RootState
 from haast.errors import HeadMismatchError, check_at_least
@@ -91,6 +92,7 @@ class MedusaDrafter(Drafter):
             pack_linears(self._module)
             give_back()
         self._native = packed and native.available()
+        self._watch = HeadWatch(head.about, lambda: causes(target, module.config, head.about))
         check_at_least("nodes", nodes, 2, " (a drafted tree has a root and a draft)")
         self._combined: dict[int, _Combined] = {}
         self._nodes = self._tree_of(nodes).tree.nodes
@@ -118,6 +120,8 @@ class MedusaDrafter(Drafter):
         return MedusaState()
 
     def observe(self, states: Sequence[MedusaState], accepted: Accepted) -> None:
+        if accepted.verdict is not None:
+            self._watch.observed(accepted.tokens)
         features, roots = last_kept(accepted.features, accepted.counts), last_tokens(accepted)
         for state, feature, root in zip(states, features.unbind(), roots.unbind(), strict=True):
             state.feature, state.root = feature, root
@@ -126,6 +130,7 @@ class MedusaDrafter(Drafter):
     def propose(self, states: Sequence[MedusaState], budget: int | None = None) -> DraftTree:
         roots = stacked(states, "root")
         if budget is not None and budget < 2:
+            self._watch.proposed(None)
             return DraftTree.roots(roots)
         combined = self._tree_of(self._nodes if budget is None else min(budget, self._nodes))
         features, tree = stacked(states, "feature"), combined.tree
@@ -134,7 +139,9 @@ class MedusaDrafter(Drafter):
         parents, depths, ancestors, live = (
             each.expand(len(tokens), *each.shape[1:]) for each in (tree.parents, tree.depths, tree.ancestors, tree.live)
         )
-        return DraftTree(tokens, parents, depths, ancestors, live, tree.height)
+        proposed = DraftTree(tokens, parents, depths, ancestors, live, tree.height)
+        self._watch.proposed(proposed)
+        return proposed
 
     def _tree_of(self, nodes: int) -> _Combined:
         """The likeliest combinations that make a tree of so many nodes, 2 or more."""

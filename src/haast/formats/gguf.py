@@ -150,7 +150,7 @@ def read_gguf(path: Path, source: str) -> HeadFiles:
     return HeadFiles(path, document, tensors, source, tuple(dict.fromkeys(notes)))
 
 
-def write_gguf(path: Path, written: Written) -> None:
+def write_gguf(path: Path, written: Written, dtype: torch.dtype = torch.float16) -> None:
     """Write a head as one file, whole or not at all. There is no tokenizer in it: llama.cpp takes the target's."""
     with replacing(path) as temporary:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
@@ -169,7 +169,9 @@ def write_gguf(path: Path, written: Written) -> None:
             else:
                 writer.add_string(key, value)
         for name, tensor in written.tensors.items():
-            whole = tensor.long() if name == "d2t" else (tensor.half() if tensor.dim() == 2 else tensor.float())
+            # Norms stay in float32, as llama.cpp wants them; numpy has no bfloat16, and float32 holds it as it is.
+            half = dtype is torch.float16 and tensor.dim() == 2
+            whole = tensor.long() if name == "d2t" else (tensor.half() if half else tensor.float())
             writer.add_tensor(name, whole.contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

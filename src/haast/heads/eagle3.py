@@ -103,7 +103,7 @@ class _FirstLayer(nn.Module):
         self.self_attn: nn.Module = (Qwen3Attention if config.qk_norm else LlamaAttention)(sizes, layer_idx=number)
         set_projections(self.self_attn, config, 2 * hidden)
         self.post_attention_layernorm = LlamaRMSNorm(hidden, config.rms_norm_eps)
-        self.mlp: nn.Module = (Qwen3MLP if config.qk_norm else LlamaMLP)(sizes)  # type: ignore[no-untyped-call]
+        self.mlp: nn.Module = (Qwen3MLP if config.qk_norm else LlamaMLP)(sizes)
 
     def read(self, embeddings: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         """The residual, and what q, k and v read: (..., 2 * hidden)."""

@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -75,6 +76,11 @@ def resolve(name: str) -> ModelSource:
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name.strip("/"):
         raise ValueError(f"no model at {name!r}: give a folder, a .gguf file, a hub id or {DEFAULT_MODEL!r}")
     return ModelSource(name, name)
+
+
+def hub_name(name: str) -> str:
+    """What others call a model: the default one by its hub id, any other as it is."""
+    return _SMOLLM2_HUB if name == DEFAULT_MODEL else name
 
 
 def config_on_disk(name: str) -> Path | None:
@@ -226,6 +232,14 @@ def _load(
             if bars:
                 transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
         return model, AutoTokenizer.from_pretrained(location)
+
+
+def read_config(name: str) -> PretrainedConfig:
+    """A model's configuration, without its weights. Raises ValueError where there is none."""
+    source = resolve(name)
+    with _told(source):
+        config: PretrainedConfig = AutoConfig.from_pretrained(_location(source))
+        return config
 
 
 @contextlib.contextmanager

@@ -81,6 +81,7 @@ class Run:
         self._train = [example for i, example in enumerate(examples) if i not in held]
         self._prompts: list[list[int]] = []
         self._tau: float | None = None
+        self._first: list[float] = []  # how often the first draft was accepted
         self._measured = ""
 
     def self_test(self, folder: Path) -> float:
@@ -156,7 +157,7 @@ class Run:
         stats = Stats()
         stop = StopParams(self._tokens, Haast(self._target, drafter).eos_ids())
         Engine(self._target, drafter).complete(self._prompts, SamplingParams(), stop, stats)
-        self._tau = stats.tau
+        self._tau, self._first = stats.tau, stats.acceptance_by_depth[:1]
         return stats.tau
 
     def _accuracies(self, head: AnyModule, draft_vocab: Tensor) -> dict[str, Any]:
@@ -197,6 +198,7 @@ class Run:
             "trained_length": max(len(example.tokens) for example in self._train),
             "data": [{"source": s, "licence": w, "answers": n} for (s, w), n in sorted(sources.items())],
             "tau": self._tau,
+            "expected": {"first": round(self._first[0], 4)} if self._first else None,
             "tau_measured_on": self._measured if self._prompts else None,
             "tau_convention": TAU_CONVENTION,
         }

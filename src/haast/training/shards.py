@@ -213,7 +213,7 @@ def _refuse_foreign(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
         if value != wanted:
             raise HeadMismatchError(
                 f"feature shard {path} has {name} {value}, wanted is {wanted}: extract features with this target and "
-                f"setting"
+                f"setting, or give another folder"
             )
 
 

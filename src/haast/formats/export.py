@@ -1,0 +1,253 @@
+"""A head written for another engine, read again, and compared before anybody serves it.
+
+Owns the list of engines, the files, and the model card. The layouts are their families' (`formats.official`, ...).
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from haast.files import replacing, write_json, write_text
+from haast.formats.base import Engine, Format, Reading, TargetFacts, Written
+from haast.formats.files import CONFIG, read_files
+from haast.formats.gguf import Gguf, read_gguf, write_gguf
+from haast.formats.medusa import Medusa
+from haast.formats.official import Official
+from haast.formats.opened import OpenedHead, opened, reading_of
+from haast.formats.probe import Settled
+from haast.formats.speculators import Speculators
+from haast.heads.checkpoint import Head, build_module, save_head
+from haast.heads.eagle3 import Eagle3Config
+from haast.heads.medusa import MedusaConfig
+from haast.heads.module import DraftModule
+
+ENGINES = ("official", "vllm", "sglang", "speculators", "llama.cpp", "gguf")
+GGUF_FILE = "head.gguf"
+_TITLES = {"eagle": "EAGLE head", "eagle3": "EAGLE-3 head", "p-eagle": "P-EAGLE head", "medusa": "Medusa heads"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: where, the command that serves it, what is lost or must be known, and the tensors' dtype."""
+
+    place: Path
+    serve: str
+    notes: tuple[str, ...]
+    dtype: torch.dtype
+
+
+def export_head(head: Head, engine: str, target: str, config: PretrainedConfig, out: Path) -> Exported:
+    """Write a head for an engine, and check that what was written drafts as the head does, bit for bit.
+
+    Args:
+        head: Haast's own, or one that was imported.
+        engine: one of `ENGINES`.
+        target: its name or hub id, for the card and the command.
+        config: the target's configuration.
+        out: a folder, made if it is not there.
+
+    Raises:
+        ValueError: an unknown engine; a head that the engine can't draft with; what was written drafts otherwise.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"--to {engine} is no engine that Haast writes for: choose one of {', '.join(ENGINES)}")
+    text = config.get_text_config()
+    reading, facts = reading_of(head), TargetFacts(text)
+    described = Engine(engine, target, {**text.to_dict(), "architectures": config.architectures})
+    dtype = exact_dtype(reading.weights)
+    family = _family(reading, engine)
+    written = family.write(reading, described)
+    family.check(written, reading, facts)
+    out.mkdir(parents=True, exist_ok=True)
+    notes = list(written.notes)
+    if engine == "gguf":
+        place = out / GGUF_FILE
+        write_gguf(place, written, dtype)
+        again = opened(read_gguf(place, str(place)))
+    else:
+        place = out
+        document = {**written.document, "torch_dtype": str(dtype).removeprefix("torch.")}
+        _write_folder(out, document, written, dtype)
+        again = opened(read_files(out, str(out)))
+    _compare(reading, again, facts)
+    serve = serving_command(engine, reading, target, place)
+    write_text(out / "README.md", _card(head, reading, engine, target, serve, notes))
+    return Exported(place, serve, tuple(notes), dtype)
+
+
+def import_head(head: OpenedHead, fitted: Head, settled: Settled | None, target: str, out: Path) -> torch.dtype:
+    """Keep a foreign head as one of Haast's, with a card that says where it is from and what was measured."""
+    weights = dict(fitted.module.state_dict())
+    dtype = exact_dtype(weights)
+    about = {**fitted.about, "target": target}
+    save_head(out, fitted.module.config, weights, fitted.draft_vocab, about, dtype)
+    facts = [f"from {head.files.source}", f"{head.format.name} layout, kept by Haast in its own"]
+    facts += [f"{key}: {about[key]}" for key in ("licence", "license") if key in about]
+    facts += [f"of its files: {note}" for note in head.files.notes]
+    facts += [f"not told apart by measuring: {each}" for each in about.get("unsure", ())]
+    expected = about.get("expected", {})
+    card = _templates().get_template("card.md")
+    text = card.render(
+        library="haast",
+        target=target,
+        licence=about.get("licence") or about.get("license"),
+        kind=head.kind,
+        title=f"{_TITLES[head.kind]} for {target}",
+        facts=facts,
+        serve=None,
+        probed=() if settled is None else settled.tried,
+        positions=expected.get("positions"),
+        first=expected.get("first"),
+        tau=expected.get("chain_tau"),
+    )
+    write_text(out / "README.md", text)
+    return dtype
+
+
+def exact_dtype(weights: dict[str, Tensor]) -> torch.dtype:
+    """The smallest of float16, bfloat16 and float32 that holds every number as it is."""
+    for dtype in (torch.float16, torch.bfloat16):
+        if all(torch.equal(tensor.to(dtype).to(tensor.dtype), tensor) for tensor in weights.values()):
+            return dtype
+    return torch.float32
+
+
+def serving_command(engine: str, reading: Reading, target: str, place: Path) -> str:
+    """What serves the target with the head."""
+    where, kind = shlex.quote(str(place)), kind_of_reading(reading)
+    method = "eagle" if kind == "eagle" else "eagle3"
+    if engine == "vllm":
+        more = {"parallel_drafting": True} if kind == "p-eagle" else {}
+        spec = {"method": method, "model": str(place), "num_speculative_tokens": 3, **more}
+        return f"vllm serve {target} --speculative-config {shlex.quote(json.dumps(spec))}"
+    if engine == "speculators":
+        return f"vllm serve {where}"
+    if engine == "sglang":
+        trees = "--speculative-num-steps 3 --speculative-eagle-topk 4 --speculative-num-draft-tokens 16"
+        return (
+            f"python -m sglang.launch_server --model {target} --speculative-algorithm {method.upper()} "
+            f"--speculative-draft-model-path {where} {trees}"
+        )
+    if engine == "gguf":
+        return f"llama-server -m TARGET.gguf -md {where} --spec-type draft-eagle3 --spec-draft-n-max 3"
+    if engine == "llama.cpp":
+        return (
+            f"python convert_hf_to_gguf.py {where} --target-model-dir {target} --outfile head.gguf && llama-server "
+            f"-m TARGET.gguf -md head.gguf --spec-type draft-eagle3 --spec-draft-n-max 3"
+        )
+    return f"haast generate --model {target} --head {where} PROMPT"
+
+
+def kind_of_reading(reading: Reading) -> str:
+    """One of `formats.detect.KINDS`."""
+    config = reading.config
+    if isinstance(config, MedusaConfig):
+        return "medusa"
+    if isinstance(config, Eagle3Config):
+        return "p-eagle" if config.mask_token_id >= 0 else "eagle3"
+    return "eagle"
+
+
+def _family(reading: Reading, engine: str) -> Format:
+    if engine == "gguf":
+        return Gguf()
+    if engine == "speculators":
+        return Speculators()
+    return Medusa() if isinstance(reading.config, MedusaConfig) else Official()
+
+
+def _write_folder(out: Path, document: dict[str, Any], written: Written, dtype: torch.dtype) -> None:
+    name = "medusa_lm_head.safetensors" if "medusa_num_heads" in document else "model.safetensors"
+    tensors = {
+        key: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        for key, tensor in written.tensors.items()
+    }
+    with replacing(out / name) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_json(document, out / CONFIG)
+
+
+def _compare(reading: Reading, again: OpenedHead, facts: TargetFacts) -> None:
+    """Raise ValueError unless a head that was written and read drafts as it did."""
+    read, _ = again.read(facts)
+    (ours,), (theirs,) = _drafts(reading), _drafts(read)
+    # EAGLE-1's and Medusa's layouts have no draft vocabulary, which the notes say.
+    maps = isinstance(reading.config, Eagle3Config) and reading.draft_vocab is not None
+    lost = maps and (read.draft_vocab is None or not torch.equal(read.draft_vocab, reading.draft_vocab))  # type: ignore[arg-type]
+    if lost or not torch.equal(ours, theirs):
+        raise ValueError(
+            f"{again.files.source} was written and read again, and gives other {'tokens' if lost else 'states'}: what "
+            f"serves it would not draft as the head does; please report it"
+        )
+
+
+def _drafts(reading: Reading) -> tuple[Tensor, ...]:
+    """What a head makes of some random features: bit for bit the same where two are the same."""
+    vocab = None if reading.draft_vocab is None else len(reading.draft_vocab)
+    if isinstance(reading.config, MedusaConfig) and vocab is None:
+        vocab = reading.weights[f"0.{reading.config.blocks}.weight"].shape[0]
+    module = build_module(reading.config, vocab).float().eval()
+    module.load_state_dict({name: tensor.float() for name, tensor in reading.weights.items()})
+    generator, config = torch.Generator().manual_seed(0), reading.config
+    with torch.no_grad():
+        if not isinstance(module, DraftModule):
+            features = torch.randn(1, 16, config.hidden_size, generator=generator)
+            states = features
+            first: Any = module[0]
+            for block in first[:-1]:
+                states = block(states)
+            return (states,)
+        assert not isinstance(config, MedusaConfig), "a DraftModule"
+        width = len(module.target_layers) * config.read_size if isinstance(config, Eagle3Config) else config.hidden_size
+        features = torch.randn(1, 16, width, generator=generator)
+        embeddings = torch.randn(1, 16, config.hidden_size, generator=generator)
+        states = module(embeddings, module.fuse(features), torch.arange(16)[None])
+        if isinstance(config, Eagle3Config) and "lm_head.weight" in reading.weights:
+            states = module.normed(states) @ reading.weights["lm_head.weight"].float().T
+        return (states,)
+
+
+def _card(head: Head, reading: Reading, engine: str, target: str, serve: str, notes: Sequence[str]) -> str:
+    about, kind = head.about, kind_of_reading(reading)
+    facts = [f"trained by Haast: {about['command']}"] if "command" in about else []
+    facts += [f"from {about['source']}"] if "source" in about else []
+    if "tau" in about:
+        facts.append(f"tau {about['tau']:.2f} on validation prompts ({about.get('tau_measured_on', '')})")
+    facts += [f"written for {engine}", *notes]
+    library = {"gguf": "gguf", "llama.cpp": "transformers"}.get(engine, "transformers")
+    return (
+        _templates()
+        .get_template("card.md")
+        .render(
+            library=library,
+            target=target,
+            licence=about.get("licence") or about.get("license"),
+            kind=kind,
+            title=f"{_TITLES[kind]} for {target}",
+            facts=facts,
+            serve=serve,
+            probed=(),
+        )
+    )
+
+
+def _templates() -> Environment:
+    return Environment(
+        loader=PackageLoader("haast", "formats/templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )

@@ -115,7 +115,7 @@ def put(folder: Path, document: dict[str, Any], tensors: dict[str, Tensor], file
 def official_eagle1(folder: Path, head: Head, target: Target, **more: Any) -> Path:
     """yuhuili/EAGLE-*: pytorch_model.bin with the target's embedding."""
     tensors = dict(head.module.state_dict())
-    tensors.setdefault("embed_tokens.weight", target.embedding.weight.detach().float())  # type: ignore[union-attr, operator]
+    tensors.setdefault("embed_tokens.weight", target.embedding.weight.detach().float())  # type: ignore[operator]
     config: Any = head.module.config
     keys = llama_keys(config, architectures=["LlamaForCausalLM"], **more)
     return put(folder, keys, tensors, "pytorch_model.bin")
@@ -204,7 +204,7 @@ def speculators(folder: Path, head: Head, target: Target, **more: Any) -> Path:
         **more,
     }
     tensors = {**renamed(head, layer_names(config, "layers.0.")), **offsets(head, config.vocab_size)}
-    tensors.setdefault("embed_tokens.weight", target.embedding.weight.detach().float())  # type: ignore[union-attr, operator]
+    tensors.setdefault("embed_tokens.weight", target.embedding.weight.detach().float())  # type: ignore[operator]
     return put(folder, document, tensors)
 
 
@@ -242,7 +242,7 @@ def deepspec(folder: Path, head: Head, target: Target) -> Path:
     """DeepSpec: Qwen3 layers, five layers as outputs, the embedding in every layer, nothing reduced."""
     config: Any = head.module.config
     tensors = renamed(head, layer_names(config, "layers.0."))
-    tensors["embed_tokens.weight"] = target.embedding.weight.detach().float()  # type: ignore[union-attr, operator]
+    tensors["embed_tokens.weight"] = target.embedding.weight.detach().float()  # type: ignore[operator]
     keys = {
         "model_type": "qwen3",
         "architectures": ["Qwen3Eagle3Model"],

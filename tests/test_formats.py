@@ -40,7 +40,7 @@ def drafts(target: Target, head: Head | OpenedHead) -> tuple[list[list[int]], li
         trees.append((tree.tokens, tree.parents))
         return tree
 
-    drafter.propose = spied  # type: ignore[method-assign]
+    drafter.propose = spied  # type: ignore[method-assign, assignment]
     return decode(target, drafter, PROMPTS, 12), trees
 
 
@@ -126,9 +126,10 @@ def _narrow(target: Target, hidden: int, **more: Any) -> Head:
 
     from haast.heads.checkpoint import build_module
 
-    head = others.eagle3(target, own_embedding=True)
+    head: Any = others.eagle3(target, own_embedding=True)
     config = replace(head.module.config, hidden_size=hidden, num_attention_heads=2, num_key_value_heads=2, **more)
-    return Head(others.random_weights(build_module(config, None)), head.draft_vocab, {})  # type: ignore[arg-type]
+    module: Any = others.random_weights(build_module(config, None))
+    return Head(module, head.draft_vocab, {})
 
 
 @pytest.mark.parametrize("norms", [False, True])
@@ -225,7 +226,8 @@ def _paired(head: Head) -> Head:
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_a_wrong_convention_is_caught(target: Target, tmp_path: Path, learnt: Any, wrong: Any) -> None:
-    form, document, question, answer = wrong[0], dict(wrong[1]), *wrong[2:]
+    form, said, question, answer = wrong
+    document = dict(said)
     native = learnt(drafted=None, **form)
     written = _paired(native) if document.pop("interleaved", False) else native
     place = others.official_eagle3(tmp_path, written, target, **document)

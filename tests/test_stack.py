@@ -551,3 +551,43 @@ def test_a_head_that_changes_is_drafted_by_its_modules_in_every_later_shape() ->
         drafter.reshape(DraftShape(depth=2, top_k=4, width=2, nodes=nodes))
         assert Engine(target, drafter).complete([[1, 2, 3]], SamplingParams(), StopParams(20)) == expected
         assert drafter._forward.stack is None
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"fc_bias": True},
+        {"fc_bias": True, "qkv_bias": True},
+        {"o_bias": True},
+        {"qk_norm": True},
+        {"own_embedding": True},
+        {"norms": True},
+        {"norms": True, "norm_output": True},
+        {"embedding_scale": 4.0},
+    ],
+)
+def test_heads_of_others_draft_in_one_call_as_by_modules(form: dict[str, Any]) -> None:
+    target = made(KINDS["llama"])
+    target.use_one_call()
+    trees: list[list[torch.Tensor]] = []
+    for native_code in (True, False):
+        torch.manual_seed(7)
+        module = FeatExtrapolator(FeatExtrapolatorConfig.for_target(target.config, **form)).requires_grad_(False)
+        for name, parameter in module.named_parameters():
+            torch.nn.init.normal_(parameter, mean=float("norm" in name and parameter.dim() == 1), std=0.3)
+        drafter = EagleDrafter(target, Head(module.eval(), torch.arange(0, 61, 2), {}), DraftShape(nodes=8, depth=3))
+        if not native_code:
+            drafter._forward.stack = None
+        seen, propose = [], drafter.propose
+
+        def spied(*given: Any, propose: Any = propose, seen: list[torch.Tensor] = seen) -> DraftTree:
+            tree: DraftTree = propose(*given)
+            seen.append(torch.stack([tree.tokens, tree.parents]))
+            return tree
+
+        drafter.propose = spied  # type: ignore[method-assign]
+        for _ in Engine(target, drafter).run([[1, 2, 3, 4], [5, 6]], SamplingParams(), StopParams(12)):
+            continue
+        trees.append(seen)
+    assert len(trees[0]) == len(trees[1]) > 3
+    assert all(torch.equal(a, b) for a, b in zip(*trees, strict=True))

@@ -28,7 +28,7 @@ from haast.tree import DraftTree
 
 _USUAL = 0.55  # of first drafts that are accepted, where a head's files do not say
 _FINE, _BAD = 0.5, 0.25  # of what the files say: drafting on other texts may be so bad; only a wrong head is so bad
-_EVIDENCE = math.log(200)  # odds for "bad" over "fine" at which it is said
+_EVIDENCE = math.log(100)  # odds for "bad" over "fine" at which it is said
 STEPS = 100  # of a process that are watched: some 200 to 500 drafted tokens
 _HARDLY = 0.15  # of first drafts accepted: whatever the files say
 

@@ -134,7 +134,9 @@ def _weight_files(folder: Path) -> tuple[list[str], list[str]]:
         names = sorted(set(map(str, mapping.values())))
         for name in names:
             if Path(name).name != name or Path(name).suffix not in (".safetensors", ".bin"):
-                raise HeadMismatchError(f"{index} names {name!r}, which is no file of weights in the head's folder")
+                raise HeadMismatchError(
+                    f"{index} names {name!r}, which is no file of weights in the head's folder; fetch it again"
+                )
         return names, []
     for name in _WHOLE:
         if (folder / name).is_file():

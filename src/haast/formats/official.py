@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from haast.formats.base import Engine, Format, HeadFiles, Question, Reading, TargetFacts, Written
 from haast.formats.detect import plain_names
@@ -199,17 +200,23 @@ def _write_eagle3(reading: Reading, config: Eagle3Config, engine: Engine) -> Wri
         document["eagle_aux_hidden_state_layer_ids"] = ids
         document["num_aux_hidden_states"] = len(ids)
         notes.append(f"layers {ids} are not the default: this folder is not for SGLang (--to sglang writes one)")
-    tensors = {_their_name(name, engine.name): tensor for name, tensor in reading.weights.items()}
+    first = "midlayer." if engine.name in ("official", "sglang") else "layers.0."
+    return Written(document, eagle3_tensors(reading, first), tuple(notes))
+
+
+def eagle3_tensors(reading: Reading, first: str = "layers.0.") -> dict[str, Tensor]:
+    """An EAGLE-3 head's tensors by everybody's names, with both maps of its draft vocabulary.
+
+    `first` is what the first layer is called; layers after it are counted from 1, as Haast's `more.*` are from 0.
+    """
+    tensors = {}
+    for name, tensor in reading.weights.items():
+        if name.startswith("more."):
+            _, number, rest = name.split(".", 2)
+            name = f"layers.{int(number) + 1}.{rest}"
+        tensors[first + name.removeprefix("midlayer.") if name.startswith("midlayer.") else name] = tensor
     if reading.draft_vocab is not None:
-        ids_of = reading.draft_vocab.long()
-        tensors["d2t"] = ids_of - torch.arange(len(ids_of))
-        tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, ids_of, True)
-    return Written(document, tensors, tuple(notes))
-
-
-def _their_name(name: str, engine: str) -> str:
-    """Layers after the first are Haast's `more.*`; others count them all."""
-    if name.startswith("more."):
-        _, number, rest = name.split(".", 2)
-        return f"layers.{int(number) + 1}.{rest}"
-    return name if engine in ("official", "sglang") or not name.startswith("midlayer.") else f"layers.0.{name[9:]}"
+        ids = reading.draft_vocab.long()
+        tensors["d2t"] = ids - torch.arange(len(ids))
+        tensors["t2d"] = torch.zeros(reading.config.vocab_size, dtype=torch.bool).index_fill(0, ids, True)
+    return tensors

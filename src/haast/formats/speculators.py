@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, Qwen3Config
 
 from haast.formats.base import Engine, Format, HeadFiles, Question, Reading, TargetFacts, Written
 from haast.formats.layout import Names, eagle1_reading, eagle3_config, eagle3_reading, made, sizes
-from haast.formats.official import Official, layers_document, named_layers, refuse_own
+from haast.formats.official import eagle3_tensors, layers_document, named_layers, refuse_own
 from haast.heads.config import HeadSizes
 from haast.heads.eagle3 import Eagle3Config
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
@@ -102,8 +103,7 @@ class Speculators(Format):
                 "verifier": {"name_or_path": engine.target, "architectures": engine.config.get("architectures") or []},
             },
         }
-        plain = Official().write(reading, Engine("vllm", engine.target, engine.config))
-        return Written(document, plain.tensors)
+        return Written(document, eagle3_tensors(reading))
 
     def _document(self, files: HeadFiles) -> dict[str, Any]:
         """config.json with the layers' own configuration filled up from its class and laid flat."""
@@ -116,7 +116,7 @@ class Speculators(Format):
             raise files.wrong(f"transformer_layer_config is of type {kind!r}", "use a head with llama or qwen3 layers")
         try:
             whole = _CLASSES[kind](**layers).to_dict()
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, StrictDataclassError) as error:
             raise files.wrong(f"transformer_layer_config makes no {kind} layer ({error})", "correct it") from error
         if "sliding_attention" in (layers.get("layer_types") or ()):
             raise files.wrong("layer_types names sliding_attention", "use a head whose layers see the whole text")

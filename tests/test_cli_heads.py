@@ -1,0 +1,80 @@
+"""`haast import`, `haast export` and `haast check` end to end on a tiny saved model, with what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cli import EXACT, haast_run, refused, save_random_head, tiny_config, tiny_tokenizer
+from transformers import LlamaForCausalLM
+
+from haast.heads.checkpoint import load_head
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("heads")
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config()).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    save_random_head(folder / "head", tiny_config())
+    save_random_head(folder / "other-head", tiny_config(64))
+    return folder
+
+
+def model(home: Path) -> list[str]:
+    return ["--model", str(home / "model"), *EXACT]
+
+
+def document(path: str) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def test_a_head_goes_out_and_comes_back(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = haast_run("export", home / "head", "--to", "sglang", *model(home), "--out", "theirs", "--json", "out.json")
+    assert out.exit_code == 0, out.output
+    assert "its drafts are the same" in out.stdout and "sglang.launch_server" in out.stdout
+    assert "the draft vocabulary of 129 tokens is lost" in out.stdout
+    assert document("out.json")["engine"] == "sglang" and (tmp_path / "theirs" / "README.md").is_file()
+    back = haast_run("import", "theirs", *model(home), "--out", "ours", "--json", "in.json")
+    assert back.exit_code == 0, back.output
+    assert "eagle head, official layout, 10 tensors" in back.stdout and "rope style" in back.stdout
+    assert document("in.json")["about"]["source"] == "theirs"
+    ours, theirs = load_head(tmp_path / "ours").module.state_dict(), load_head(home / "head").module.state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert "What was measured" in (tmp_path / "ours" / "README.md").read_text(encoding="utf-8")
+    for head in ("theirs", "ours"):  # a foreign head is taken as it is, and says the target's text
+        text = [
+            haast_run("generate", "Hi", *model(home), "--head", given, "--drafter", drafter, "--max-new-tokens", "8")
+            for given, drafter in ((head, "eagle"), ("none", "none"))
+        ]
+        assert text[0].exit_code == 0, text[0].output
+        assert text[0].stdout == text[1].stdout
+
+
+def test_check_says_what_it_finds(home: Path, tmp_path: Path) -> None:
+    bad = haast_run("check", home / "head", *model(home), "--json", tmp_path / "check.json")
+    assert bad.exit_code == 1, bad.output
+    assert "hardly drafts" in bad.stdout and "likely:" in bad.stdout and "tau of a chain" in bad.stdout
+    found = document(str(tmp_path / "check.json"))
+    assert found["fine"] is False and found["positions"] > 150 and found["tried"][0]["question"] == "rope style"
+
+
+def test_what_is_refused(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(haast_run("import", home / "head", *model(home)), "is a head of Haast's already")
+    refused(haast_run("import", "nowhere", *model(home)), "no head at nowhere", "hub id")
+    refused(haast_run("check", "nowhere", *model(home)), "no head at nowhere")
+    refused(haast_run("export", home / "head", "--to", "tensorrt", *model(home)), "tensorrt", "official, vllm")
+    refused(haast_run("export", home / "head", "--to", "speculators", *model(home)), "EAGLE-1", "--head eagle3")
+    refused(haast_run("export", home / "other-head", "--to", "vllm", *model(home)), "hidden_size is 64")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("mine")
+    for words in (["export", home / "head", "--to", "vllm"], ["import", home / "other-head"]):
+        told = haast_run(*words, *model(home), "--out", "there")
+        assert told.exit_code == 2 and (tmp_path / "there" / "file").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]

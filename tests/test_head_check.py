@@ -13,7 +13,7 @@ import torch
 from fakes import decode, random_head, tiny_target
 from test_formats import _by_heart
 
-from haast.core import SamplingParams
+from haast.core import Accepted, RowVerdict, SamplingParams, Verdict
 from haast.drafters.factory import head_drafter
 from haast.drafters.head_check import STEPS, HeadWatch, causes, diagnose, expected_first
 from haast.drafters.tree_shape import DraftShape
@@ -22,7 +22,6 @@ from haast.formats import probe
 from haast.formats.opened import open_head
 from haast.heads.checkpoint import Head
 from haast.target.target import Target
-from haast.tree import DraftTree
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +35,25 @@ def by_heart(target: Target) -> Head:
     return _by_heart(target, others.eagle3(target, None), texts)
 
 
+def kept(*nodes: int | None) -> Accepted:
+    """A step whose rows accepted this node below their roots; None is none."""
+    rows = [RowVerdict((0,) if node is None else (0, node), (7,) if node is None else (5, 7), ()) for node in nodes]
+    tokens, counts = torch.zeros(len(rows), 2, dtype=torch.long), torch.tensor([len(row.path) for row in rows])
+    return Accepted(tokens, torch.zeros(len(rows), 2, 4), counts, verdict=Verdict.of_rows(rows, torch.device("cpu")))
+
+
 def told(rate: float, seed: int, about: dict[str, Any] | None = None) -> tuple[int, int]:
     """Warnings of a head whose first drafts are accepted at this rate, and after how many steps it was sure."""
     watch, chance = HeadWatch(about or {}, lambda: ["because"]), random.Random(seed)
-    tree = DraftTree.from_parents(torch.tensor([[1, 5, 6]]), torch.tensor([[-1, 0, 0]]))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         while not watch.over:
-            watch.proposed(tree)
-            watch.observed(torch.tensor([[6 if chance.random() < rate else 9]]))
+            watch.proposed(3)
+            watch.observed(kept(2 if chance.random() < rate else None))
         steps = watch.steps
         for _ in range(10):
-            watch.proposed(tree)
-            watch.observed(torch.tensor([[9]]))
+            watch.proposed(3)
+            watch.observed(kept(None))
     assert watch.steps == steps, "nothing is counted any more"
     return len(caught), steps
 
@@ -88,18 +93,16 @@ def test_a_head_of_another_target_is_told_while_it_drafts(target: Target, by_hea
             assert "haast check" in words and "target (trained for someone/one" in words and "layer ids" in words
 
 
-def test_nothing_is_counted_where_nothing_is_drafted(target: Target, head: Head) -> None:
+def test_only_the_heads_own_drafts_are_counted() -> None:
     watch = HeadWatch({}, list)
-    tree = DraftTree.roots(torch.tensor([1, 2]))
     for _ in range(STEPS):
-        watch.proposed(None)
-        watch.observed(torch.tensor([[3], [4]]))
-        watch.proposed(tree)
-        watch.observed(torch.tensor([[3], [4]]))
+        watch.observed(kept(1, 2))  # nothing was proposed
+        watch.proposed(1)
+        watch.observed(kept(1, 2))  # a match of the text, without the head
     assert watch.steps == 0
-    watch.proposed(DraftTree.from_parents(torch.tensor([[1, 5]]), torch.tensor([[-1, 0]])))
-    watch.observed(torch.tensor([[5], [5]]))  # other rows than were drafted for: a request has left
-    assert watch.steps == 0
+    watch.proposed(3)
+    watch.observed(kept(1, 3, None))  # node 3 came from a match: the head's own are 1 and 2
+    assert (watch.steps, watch.accepted) == (3, 1)
 
 
 def test_causes_are_sorted_by_what_looks_wrong(target: Target) -> None:

@@ -578,14 +578,15 @@ def test_heads_of_others_draft_in_one_call_as_by_modules(form: dict[str, Any]) -
         drafter = EagleDrafter(target, Head(module.eval(), torch.arange(0, 61, 2), {}), DraftShape(nodes=8, depth=3))
         if not native_code:
             drafter._forward.stack = None
-        seen, propose = [], drafter.propose
+        seen: list[torch.Tensor] = []
+        propose = drafter.propose
 
         def spied(*given: Any, propose: Any = propose, seen: list[torch.Tensor] = seen) -> DraftTree:
             tree: DraftTree = propose(*given)
             seen.append(torch.stack([tree.tokens, tree.parents]))
             return tree
 
-        drafter.propose = spied  # type: ignore[method-assign]
+        drafter.propose = spied  # type: ignore[method-assign, assignment]
         for _ in Engine(target, drafter).run([[1, 2, 3, 4], [5, 6]], SamplingParams(), StopParams(12)):
             continue
         trees.append(seen)

@@ -224,8 +224,7 @@ class EagleDrafter(Drafter):
 
     @without_autograd
     def observe(self, states: Sequence[EagleState], accepted: Accepted) -> None:
-        if accepted.verdict is not None:
-            self._watch.observed(accepted.tokens)
+        self._watch.observed(accepted)
         for row, state in enumerate(states):
             state.pending.append((accepted, row))
             state.waiting += accepted.tokens.shape[1]
@@ -239,11 +238,11 @@ class EagleDrafter(Drafter):
         if growing is None:
             for state in states:
                 state.note_root()
-            self._watch.proposed(None)
+            self._watch.proposed(1)
             return DraftTree.roots(stacked(states, "root"))
         self._catch_up(states)
         tree = self._draft(states, growing)
-        self._watch.proposed(tree)
+        self._watch.proposed(tree.nodes)
         return tree
 
     def affords(self, rows: int, nodes: int, extra: int, tokens: float) -> bool:

@@ -12,9 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from haast.core import Accepted
 from haast.errors import HeadWarning
 from haast.formats.base import Question, Reading
 from haast.formats.layout import common, conventions
@@ -24,7 +22,6 @@ from haast.heads.checkpoint import Head
 from haast.heads.config import HeadConfig, rope_of
 from haast.heads.eagle3 import Eagle3Config
 from haast.target.target import Target
-from haast.tree import DraftTree
 
 _USUAL = 0.55  # of first drafts that are accepted, where a head's files do not say
 _FINE, _BAD = 0.5, 0.25  # of what the files say: drafting on other texts may be so bad; only a wrong head is so bad
@@ -46,42 +43,23 @@ class HeadWatch:
         self._causes, self._told = causes, told
         self.steps = self.accepted = 0
         self._odds, self.over = 0.0, False
-        self._first: Tensor | None = None  # (rows, nodes) tokens of the first level, -1 elsewhere
-        self._copied: Tensor | None = None
+        self._nodes = 1
 
-    def proposed(self, tree: DraftTree | None) -> None:
-        """The head's next drafts; None where it drafts nothing."""
-        if self.over:
+    def proposed(self, nodes: int) -> None:
+        """The head's next trees have so many nodes, the roots included; 1 drafts nothing."""
+        self._nodes = nodes
+
+    def observed(self, accepted: Accepted) -> None:
+        """What a step kept: nodes that others added to the trees come after the head's own. Reads nothing anew."""
+        if self.over or self._nodes < 2 or accepted.verdict is None or accepted.tokens.device.type == "meta":
             return
-        self._first = None
-        if tree is not None and tree.nodes > 1 and tree.tokens.device.type != "meta":
-            self._first = tree.tokens.masked_fill((tree.parents != 0) | ~tree.live, -1)
-
-    def observed(self, tokens: Tensor) -> None:
-        """What the target said instead, (rows, 1 or more): the token at each root is the first draft's judge.
-
-        Nothing is waited for: counts made on another device are copied while it works, and looked at a step later.
-        """
-        if self.over:
-            return
-        if self._copied is not None:
-            hits, misses = self._copied.tolist()
-            self._copied = None
-            self._count(hits, misses)
-        first, self._first = self._first, None
-        if first is None or len(first) != len(tokens):
-            return
-        hits = (first == tokens[:, :1]).any(dim=1)
-        counts = torch.stack([hits.sum(), (~hits).sum()])
-        if counts.device.type == "cpu":
-            self._count(*counts.tolist())
-        else:
-            self._copied = counts.to("cpu", non_blocking=True)
-
-    def _count(self, hits: int, misses: int) -> None:
-        self.steps += hits + misses
-        self.accepted += hits
-        self._odds += hits * self._hit + misses * self._miss
+        for row in accepted.verdict.rows:
+            if row is not None:
+                hit = len(row.path) > 1 and row.path[1] < self._nodes
+                self.steps += 1
+                self.accepted += hit
+                self._odds += self._hit if hit else self._miss
+        self._nodes = 1
         self.over = self.steps >= STEPS or self._odds >= _EVIDENCE
         if self._odds >= _EVIDENCE:
             rate = self.accepted / self.steps

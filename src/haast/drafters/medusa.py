@@ -120,8 +120,7 @@ class MedusaDrafter(Drafter):
         return MedusaState()
 
     def observe(self, states: Sequence[MedusaState], accepted: Accepted) -> None:
-        if accepted.verdict is not None:
-            self._watch.observed(accepted.tokens)
+        self._watch.observed(accepted)
         features, roots = last_kept(accepted.features, accepted.counts), last_tokens(accepted)
         for state, feature, root in zip(states, features.unbind(), roots.unbind(), strict=True):
             state.feature, state.root = feature, root
@@ -130,7 +129,7 @@ class MedusaDrafter(Drafter):
     def propose(self, states: Sequence[MedusaState], budget: int | None = None) -> DraftTree:
         roots = stacked(states, "root")
         if budget is not None and budget < 2:
-            self._watch.proposed(None)
+            self._watch.proposed(1)
             return DraftTree.roots(roots)
         combined = self._tree_of(self._nodes if budget is None else min(budget, self._nodes))
         features, tree = stacked(states, "feature"), combined.tree
@@ -139,9 +138,8 @@ class MedusaDrafter(Drafter):
         parents, depths, ancestors, live = (
             each.expand(len(tokens), *each.shape[1:]) for each in (tree.parents, tree.depths, tree.ancestors, tree.live)
         )
-        proposed = DraftTree(tokens, parents, depths, ancestors, live, tree.height)
-        self._watch.proposed(proposed)
-        return proposed
+        self._watch.proposed(tree.nodes)
+        return DraftTree(tokens, parents, depths, ancestors, live, tree.height)
 
     def _tree_of(self, nodes: int) -> _Combined:
         """The likeliest combinations that make a tree of so many nodes, 2 or more."""

@@ -31,7 +31,8 @@ from haast import api
 from haast.cli import app
 from haast.drafters import factory
 from haast.errors import PrecisionWarning
-from haast.heads.checkpoint import save_head
+from haast.formats.export import export_head
+from haast.heads.checkpoint import load_head, save_head
 from haast.heads.medusa import MedusaConfig, MedusaHeads
 from haast.target import load as models
 from haast.target.load import DEFAULT_MODEL, ModelSource
@@ -62,6 +63,7 @@ ELSEWHERE = {
     "accelerate launch": "eight GPUs; two processes run in test_processes.py",
     "haast regenerate --model Qwen/Qwen3-8B": "that server",
     "torchrun": "two processes; run in the slow suite below",
+    "haast check": "the head is random, which it tells by its status; run in test_cli_heads.py",
     "make": "make test would run itself; the targets are looked up",
 }
 
@@ -164,6 +166,8 @@ def _furnish(place: Path, model: Path, head: Path) -> None:
     sizes = MedusaConfig.for_target(LlamaConfig.from_pretrained(model), 2, 1)
     weights = {name: torch.randn(shape) / 8 for name, shape in _shapes(sizes).items()}
     save_head(place / "heads" / "smollm2-135m-instruct-medusa", sizes, weights, torch.arange(0, 256, 2), {})
+    config = LlamaConfig.from_pretrained(model)
+    export_head(load_head(place / "my-head"), "sglang", "tiny", config, place / "their-head")
     lines = [{"id": f"p{i}", "category": "ab"[i % 2], "turns": [f"Say {i}.", "Again."]} for i in range(3)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     for name in ("prompts.jsonl", "valid.jsonl", "prompt-files/one.jsonl", "prompt-files/two.jsonl"):

@@ -611,13 +611,13 @@ def test_a_killed_regeneration_resumes_to_the_same_answers(
         regenerate.regenerate(target, AnswerRun(tokenizer, prompts(), cut, settings(), quiet=True))
 
 
-def test_features_captured_while_answering_equal_extracted_ones(
+def test_features_of_answers_equal_extracted_ones_and_come_once(
     target: Target, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     config = settings(shards=tmp_path / "shards", topk=8)
-    regenerate.regenerate(
-        target, AnswerRun(tokenizer, prompts(), tmp_path / "a.jsonl", config, name="tiny", quiet=True)
-    )
+    for some in (prompts()[:4], prompts(), prompts()):  # a run that goes on, and one with nothing left to do
+        run = AnswerRun(tokenizer, some, tmp_path / "a.jsonl", config, name="tiny", quiet=True)
+        regenerate.regenerate(target, run)
     stored, records = shards.read_shards(tmp_path / "shards", identity(target))
     assert len(stored) == 9
     wanted = dict(features.stream_examples(target, [encode_answer(tokenizer, r) for r in records], topk=8))

@@ -57,9 +57,9 @@ def report(
         typer.echo(f"haast: warning: {words}", err=True)
     write_json(document, json_out)
     if html is not None:
-        _write(html, page)
+        write_text(html, page)
     if markdown is not None or (html is None and json_out is None):
-        _write(markdown or "-", told)
+        write_text(markdown or "-", told)
 
 
 @contextmanager
@@ -73,10 +73,3 @@ def _undamaged(files: Sequence[Path]) -> Iterator[None]:
             f"cannot make sense of {names} ({type(error).__name__}: {error}): a damaged document; `haast bench "
             f"--suite` with --resume writes it again"
         ) from error
-
-
-def _write(path: str, text: str) -> None:
-    if path == "-":
-        typer.echo(text, nl=False)
-    else:
-        write_text(expanded(path, "cannot write"), text)

@@ -14,7 +14,6 @@ import typer
 from haast.cli.boundary import human_output
 from haast.cli.loading import load_chosen
 from haast.cli.settings import Choice, Drafting, JsonOption, Loading, Sampling, check_at_least
-from haast.errors import expanded
 from haast.files import check_writable, write_json, write_text
 
 if TYPE_CHECKING:
@@ -90,8 +89,7 @@ def trace(
     show_trace(document, Console(file=out, highlight=False, width=None if out.isatty() else 120))
     write_json(document, json_out)
     if html_out is not None:
-        page = trace_html(document)
-        sys.stdout.write(page) if html_out == "-" else write_text(expanded(html_out, "cannot write"), page)
+        write_text(html_out, trace_html(document))
 
 
 def _checked(prompt: str, html_out: str | None, json_out: str | None) -> str:

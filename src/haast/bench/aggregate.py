@@ -18,7 +18,6 @@ from haast.repetition import loop_share, loops
 Row = dict[str, Any]
 Group = dict[tuple[float, str], dict[str, list[Row]]]  # (temperature, suite or "all") -> decoder -> its answers
 ALL = "all"
-SUITE_FORMAT = "haast-suite-1"
 _BY_DEPTH = ("alpha_by_depth", "acceptance_by_depth")
 _PER_STEP = ("ms_draft", "ms_verify", "ms_overhead", "nodes_per_forward")
 

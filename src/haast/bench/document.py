@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from haast.bench.aggregate import SUITE_FORMAT, build_rows, complete, describe_answer
+from haast.bench.aggregate import build_rows, complete, describe_answer
 from haast.bench.bootstrap import Bootstrap
 from haast.bench.journal import short
 from haast.bench.runner import Cells, Suite, differences
@@ -25,7 +25,7 @@ from haast.target.target import Target
 
 Document = Mapping[str, Any]
 
-FORMAT = SUITE_FORMAT
+FORMAT = "haast-suite-1"
 _MADE_BY = {FORMAT: "a suite.json of `haast bench --suite`", TRACE_FORMAT: "what `haast trace --json` wrote"}
 _KEYS: dict[str, type] = {
     "environment": dict, "suites": dict, "decoders": dict, "temperatures": list, "rounds": int, "rows": list,
@@ -73,6 +73,12 @@ def build_document(
             ]
     complete(document)
     return document
+
+
+def check_format(document: Document, kind: str = FORMAT) -> None:
+    """Raises ValueError for a document of another kind."""
+    if document.get("format") != kind:
+        raise ValueError(f"format={document.get('format')!r} is not {kind!r}: give {_MADE_BY[kind]}")
 
 
 def _no_number(name: str) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 from jinja2 import UndefinedError
 from markupsafe import Markup
 
-from haast.bench.aggregate import SUITE_FORMAT
 from haast.bench.charts import charts
+from haast.bench.document import FORMAT, check_format
 from haast.bench.tables import Document, best, formatted, main_rows, templates
-from haast.bench.trace_view import StepView, check_trace, counted, percent, quoted, visible
+from haast.bench.trace import TRACE_FORMAT, StepView, counted, percent, quoted, visible
 
 _UNKNOWN = "\u2013"
 _MOST_NODES = 4000  # of the trees of a page, which stays under 2 MB
@@ -30,7 +30,7 @@ def trace_html(document: Document) -> str:
     Raises:
         ValueError: another kind of document.
     """
-    check_trace(document)
+    check_format(document, TRACE_FORMAT)
     return _render("trace.html", document["environment"], [document])
 
 
@@ -40,10 +40,7 @@ def report_html(document: Document) -> str:
     Raises:
         ValueError: another kind of document.
     """
-    if document.get("format") != SUITE_FORMAT:
-        raise ValueError(
-            f"format={document.get('format')!r} is not {SUITE_FORMAT!r}: give what `haast bench --suite --json` wrote"
-        )
+    check_format(document, FORMAT)
     main = [row for temperature in sorted(document["temperatures"]) for row in main_rows(document, temperature)]
     shown = {"document": document, "main": main, "best": best(document), "charts": charts(document, main)}
     return _render("report.html", document["environment"], document["traces"], **shown)
@@ -69,7 +66,7 @@ def _traced(traces: Sequence[Document]) -> list[dict[str, Any]]:
     """All traces, each with as many trees as its share of the page allows; the step shown first kept the most."""
     found = []
     for trace in traces:
-        check_trace(trace)
+        check_format(trace, TRACE_FORMAT)
         views, room = list[StepView](), _MOST_NODES // len(traces)
         for step in trace["steps"]:
             view = StepView(step)

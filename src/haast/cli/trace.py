@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.tree import Tree
 
-    from haast.bench.trace_view import StepView
+    from haast.bench.trace import StepView
 
 _LOOKS = {  # by fate: a sign, a style
     "root": ("", "bold"), "accepted": ("\u2713 ", "green"), "cut": ("\u2713 ", "green"), "rejected": ("\u2717 ", "dim"),
@@ -108,7 +108,7 @@ def show_trace(document: Mapping[str, Any], console: Console) -> None:
     """The text with its drafted tokens in colour, then every step's tree."""
     from rich.text import Text
 
-    from haast.bench.trace_view import StepView
+    from haast.bench.trace import StepView
 
     text = Text(document["prefill"]["text"], style="bold")  # the target's own tokens bold, accepted drafts green
     for token in (token for step in document["steps"] for token in step["emitted"]):
@@ -129,7 +129,7 @@ def _tree(view: StepView) -> Tree:
     from rich.text import Text
     from rich.tree import Tree
 
-    from haast.bench.trace_view import percent, visible
+    from haast.bench.trace import percent, visible
 
     bonus = view.bonus()
 

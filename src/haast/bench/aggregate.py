@@ -32,21 +32,22 @@ def build_rows(records: Records, prompts: Sequence[BenchPrompt]) -> list[Row]:
     rows = []
     for name, own in records.items():
         answers = [describe_answer({}, prompt, name, each) for prompt, each in zip(prompts, own, strict=True)]
-        rows.append(pooled([_row_of(name, each) for each in own], answers))
+        rows.append(pooled([_row_of(*each) for each in zip(answers, own, strict=True)], answers))
     _compare(rows, {row["decoder"]: row["tokens_per_s"] for row in rows})
     return rows
 
 
-def _row_of(name: str, record: Record) -> Row:
-    """What of one answer a row is made of, beside its answer."""
+def _row_of(answer: Row, record: Record) -> Row:
+    """What of one answer a row is made of, beside the answer."""
     stats = record.runs[0].stats
-    row: Row = {"decoder": name, "peak_rss_mb": record.peak_rss_mb, "tokens": len(record.tokens), "prompts": 1}
-    row["decoded_tokens"] = record.decoded
+    row: Row = {key: answer[key] for key in ("decoder", "tokens", "tau", "target_forwards")}
+    row |= {"peak_rss_mb": record.peak_rss_mb, "prompts": 1, "decoded_tokens": decoded(answer)}
     if stats is None:  # outside the engine
-        return row | {"tau": None, "target_forwards": None} | {key: [] for key in (*_BY_DEPTH, "reached_by_depth")}
+        return row | {key: [] for key in (*_BY_DEPTH, "reached_by_depth")}
     steps = max(stats.target_forwards, 1)
-    row |= {key: getattr(stats, key) for key in ("tau", *_BY_DEPTH, "reached_by_depth", "by_length", "target_forwards")}
-    row |= {key: record.ms_part(key) / steps for key in _PER_STEP if key.startswith("ms_")}
+    row |= {key: getattr(stats, key) for key in (*_BY_DEPTH, "reached_by_depth", "by_length")}
+    for key in ("ms_draft", "ms_verify", "ms_overhead"):
+        row[key] = median(getattr(run.stats, key) for run in record.runs) / steps
     return row | {"nodes_per_forward": stats.nodes / steps}
 
 
@@ -71,10 +72,9 @@ def per_prompt(records: Records, prompts: Sequence[BenchPrompt]) -> list[Row]:
     for place, prompt in enumerate(prompts):
         one: Row = {"id": prompt.id, "category": prompt.category, "prompt_tokens": len(prompt.tokens)}
         for name, own in records.items():
-            stats, tokens = own[place].runs[0].stats, own[place].tokens
-            speed = rate(own[place].decoded, own[place].ms_decode)
-            tau = None if stats is None else stats.tau
-            one[name] = {"tokens": len(tokens), "tokens_per_s": speed, "tau": tau, "loop_share": loop_share(tokens)}
+            answer = describe_answer({}, prompt, name, own[place])
+            told = {"tokens": answer["tokens"], "tokens_per_s": speed([answer]), "tau": answer["tau"]}
+            one[name] = told | {"loop_share": loop_share(own[place].tokens)}
         listed.append(one)
     return listed
 

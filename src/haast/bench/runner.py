@@ -14,7 +14,6 @@ import random
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 
 from haast.bench.decoders import Decoder, DecoderRun, own_text
 from haast.checking.divergence import diagnose
@@ -60,20 +59,6 @@ class Record:
     def tokens(self) -> tuple[int, ...]:
         """The output (of the first round)."""
         return self.runs[0].tokens
-
-    @property
-    def decoded(self) -> int:
-        """Tokens that decode time stands for: all but the prefill's one."""
-        return max(len(self.tokens) - 1, 0)
-
-    @property
-    def ms_decode(self) -> float:
-        """Median over rounds."""
-        return median(run.ms_decode for run in self.runs)
-
-    def ms_part(self, name: str) -> float:
-        """Median over rounds of a field of `Stats`; 0 outside the engine."""
-        return median(0.0 if run.stats is None else float(getattr(run.stats, name)) for run in self.runs)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Journal(JsonlLog):
 
     def keep(self, answer: Answer) -> None:
         """Write one answer. Raises ValueError where the disk is full."""
-        self.add(_to_json(answer))
+        self.add({**asdict(answer.turn), **asdict(answer.run), "peak_rss_mb": answer.peak_rss_mb})
         self.answers[answer.turn] = answer
 
 
@@ -92,18 +92,6 @@ def short(value: Any) -> str:
     """A JSON value in a message, cut where it is long."""
     words = json.dumps(value, ensure_ascii=False)
     return words if len(words) <= 60 else f"{words[:57]}..."
-
-
-def _to_json(answer: Answer) -> dict[str, Any]:
-    run = answer.run
-    return {
-        **asdict(answer.turn),
-        "tokens": list(run.tokens),
-        "ms_prefill": run.ms_prefill,
-        "ms_decode": run.ms_decode,
-        "stats": None if run.stats is None else asdict(run.stats),
-        "peak_rss_mb": answer.peak_rss_mb,
-    }
 
 
 def _from_json(line: dict[str, Any]) -> Answer:

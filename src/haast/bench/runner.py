@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -136,20 +136,27 @@ def run_suite(
     arms: Mapping[float, Sequence[Decoder]],
     suites: Mapping[str, Suite],
     config: BenchConfig,
-    done: Container[Turn],
-    keep: Callable[[Answer], None],
-) -> None:
-    """Give every answer that is not done yet.
+    answers: dict[Turn, Answer],
+    keep: Callable[[Answer], None] = lambda answer: None,
+) -> Cells:
+    """Give every answer that is not there yet.
 
     Args:
         arms: temperature -> decoders.
         suites: by name.
         config: rounds, tokens, warm-up, and the seed of the order; the temperature is the arms' own.
-        done: turns of an earlier run.
-        keep: is handed each answer at once.
+        answers: of an earlier run; the new ones join them.
+        keep: is handed each new answer at once.
+
+    Returns:
+        All answers: suites and prompts in the files' order, decoders in the order given; one that did not run at a
+        temperature is left out there.
     """
     by_name = {(temperature, arm.name): arm for temperature, own in arms.items() for arm in own}
-    left = [turn for turn in turns_of(arms, suites, config) if turn not in done]
+    sizes = {name: len(suite.prompts) for name, suite in suites.items()}
+    decoders = {temperature: [arm.name for arm in own] for temperature, own in arms.items()}
+    turns = order(config.sampling.seed, config.rounds, sizes, decoders)
+    left = [turn for turn in turns if turn not in answers]
     if left and config.warmup_tokens:
         first = next(iter(suites.values())).prompts[0]
         for arm in by_name.values():
@@ -157,33 +164,18 @@ def run_suite(
     for turn in left:
         reset_peak_rss()
         arm, prompt = by_name[turn.temperature, turn.decoder], suites[turn.suite].prompts[turn.place]
-        keep(Answer(turn, arm.run(prompt.tokens, config.max_new_tokens), peak_rss_mb()))
-
-
-def turns_of(arms: Mapping[float, Sequence[Decoder]], suites: Mapping[str, Suite], config: BenchConfig) -> list[Turn]:
-    """The order of a run."""
-    sizes = {name: len(suite.prompts) for name, suite in suites.items()}
-    decoders = {temperature: [arm.name for arm in own] for temperature, own in arms.items()}
-    return order(config.sampling.seed, config.rounds, sizes, decoders)
-
-
-def gather(answers: Mapping[Turn, Answer], turns: Sequence[Turn], decoders: Sequence[str]) -> Cells:
-    """Records of a finished run: suites and prompts in the files' order, decoders in the order given.
-
-    Args:
-        answers: one for every turn.
-        turns: all of them.
-        decoders: all of them; one that did not run at a temperature is left out there.
-    """
+        answer = Answer(turn, arm.run(prompt.tokens, config.max_new_tokens), peak_rss_mb())
+        keep(answer)
+        answers[turn] = answer
     cells: Cells = {}
-    rank = {name: number for number, name in enumerate(decoders)}
-    for turn in sorted(turns, key=lambda turn: (turn.round, turn.place, rank[turn.decoder])):
+    given = [name for _, name in by_name]
+    for turn in sorted(turns, key=lambda turn: (turn.round, turn.place, given.index(turn.decoder))):
         own = cells.setdefault((turn.temperature, turn.suite), {}).setdefault(turn.decoder, [])
         if turn.round == 0:
             own.append(Record())
-        answer, record = answers[turn], own[turn.place]
-        record.runs.append(answer.run)
-        record.peak_rss_mb = max(record.peak_rss_mb, answer.peak_rss_mb)
+        record = own[turn.place]
+        record.runs.append(answers[turn].run)
+        record.peak_rss_mb = max(record.peak_rss_mb, answers[turn].peak_rss_mb)
     return cells
 
 
@@ -194,14 +186,8 @@ def run_bench(
     progress: Callable[[Answer], None] = lambda answer: None,
 ) -> Records:
     """Answer every prompt of one file with every decoder, `rounds` times; `progress` is called after each answer."""
-    at, suites, answers = {config.sampling.temperature: arms}, {"": Suite("", "", tuple(prompts))}, {}
-
-    def keep(answer: Answer) -> None:
-        answers[answer.turn] = answer
-        progress(answer)
-
-    run_suite(at, suites, config, (), keep)
-    (records,) = gather(answers, turns_of(at, suites, config), [arm.name for arm in arms]).values()
+    at, suites = {config.sampling.temperature: arms}, {"": Suite("", "", tuple(prompts))}
+    (records,) = run_suite(at, suites, config, {}, progress).values()
     return records
 
 

@@ -56,16 +56,22 @@ class Run:
         drafter = drafter_for(name, self.target, self.parts, sampling)
         return EngineDecoder(self.target, drafter, sampling, ends, name, self.config.prefill_chunk)
 
+    def total(self, arms: Mapping[float, Sequence[Decoder]]) -> int:
+        """Answers of the whole run."""
+        return self.config.rounds * sum(len(own) for own in arms.values()) * len(self.plan.prompts)
+
     def answer(
-        self, arms: Mapping[float, Sequence[Decoder]], done: dict[Turn, Answer], keep: Callable[[Answer], None]
+        self,
+        arms: Mapping[float, Sequence[Decoder]],
+        answers: dict[Turn, Answer],
+        keep: Callable[[Answer], None] = lambda answer: None,
     ) -> Cells:
-        """Give every answer that is not `done`; `keep` puts it there."""
-        from haast.bench.runner import gather, run_suite, turns_of
+        """Give every answer that is not there yet, see `run_suite`."""
+        from haast.bench.runner import run_suite
         from haast.progress import Progress
 
-        turns = turns_of(arms, self.suites, self.config)
         decoded = forwards = 0
-        with Progress("bench", "answers", len(turns), len(done), rate="tokens") as progress:
+        with Progress("bench", "answers", self.total(arms), len(answers), rate="tokens") as progress:
 
             def kept(answer: Answer) -> None:
                 """The progress tells EAGLE's tau so far."""
@@ -77,24 +83,17 @@ class Run:
                 words = f"eagle's tau {decoded / forwards:.2f}" if forwards else ""
                 progress.step(counted=len(answer.run.tokens), words=words)
 
-            run_suite(arms, self.suites, self.config, done, kept)
-        return gather(done, turns, self.names)
-
-    def describe(self, prompts: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-        """Of a document."""
-        from haast.bench.report import environment
-
-        return environment(self.target, self.loading.model, prompts, len(self.plan.prompts), settings)
+            return run_suite(arms, self.suites, self.config, answers, kept)
 
 
 def bench_file(run: Run, options: BenchOptions, settings: dict[str, Any]) -> None:
     from haast.bench import aggregate
-    from haast.bench.report import bench_text
+    from haast.bench.report import bench_text, environment
     from haast.bench.runner import differences
 
-    document: dict[str, Any] = {"environment": run.describe(options.prompts, settings)}
-    answers: dict[Turn, Answer] = {}
-    (records,) = run.answer(run.arms(), answers, lambda answer: answers.update({answer.turn: answer})).values()
+    where = environment(run.target, run.loading.model, options.prompts, len(run.plan.prompts), settings)
+    document: dict[str, Any] = {"environment": where}
+    (records,) = run.answer(run.arms(), {}).values()
     (suite,) = run.suites.values()
     found = differences(records, suite.prompts, run.target, run.config.sampling)
     document["rows"] = aggregate.build_rows(records, suite.prompts)
@@ -124,8 +123,7 @@ def bench_suites(run: Run, out: Path, options: BenchOptions, drafting: Drafting,
         try:
             cells = run.answer(arms, journal.answers, journal.keep)
         except KeyboardInterrupt:
-            total = run.config.rounds * sum(len(own) for own in arms.values()) * len(run.plan.prompts)
-            done = f"{len(journal.answers)} of {total} answers are in {path}"
+            done = f"{len(journal.answers)} of {run.total(arms)} answers are in {path}"
             typer.echo(f"\nstopped; {done}, the same command with --resume goes on from there", err=True)
             raise
         document = build_document(journal.header, cells, run.suites, run.target, run.config.sampling)
@@ -153,10 +151,11 @@ def _header(
 ) -> dict[str, Any]:
     """What the journal fixes, and the document repeats."""
     from haast.bench.decoders import EngineDecoder, base_of, lossy, rule_of
-    from haast.bench.report import sources_sha256, weights_sha256
+    from haast.bench.report import environment, sources_sha256, weights_sha256
 
     sampling = {key: value for key, value in settings["sampling"].items() if key != "temperature"}  # a cell has its own
-    where = run.describe(None, {**settings, "sampling": sampling})
+    described = {**settings, "sampling": sampling}
+    where = environment(run.target, run.loading.model, None, len(run.plan.prompts), described)
     del where["prompts_file"], where["prompts_sha256"]
     where |= {"sources_sha256": sources_sha256(), "weights_sha256": weights_sha256(run.target)}
     if "hf" in run.names:

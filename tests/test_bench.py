@@ -22,10 +22,12 @@ from haast.bench.runner import (
     BenchConfig,
     BenchPrompt,
     Record,
+    Records,
+    Suite,
     differences,
     peak_rss_mb,
     reset_peak_rss,
-    run_bench,
+    run_suite,
 )
 from haast.cli import app
 from haast.core import SamplingParams
@@ -70,6 +72,16 @@ ENVIRONMENT_KEYS = {
     "date",
 }
 PROMPTS = [BenchPrompt(str(i), "ab"[i % 2], (1 + i, 2, 3)) for i in range(3)]
+
+
+def run_file(
+    arms: Sequence[Decoder], prompts: Sequence[BenchPrompt], settings: BenchConfig, seen: list[str] | None = None
+) -> Records:
+    """What every decoder did with the prompts of one file; `seen` gets who answered, in turn."""
+    told, suites = [] if seen is None else seen, {"": Suite("", "", tuple(prompts))}
+    at = {settings.sampling.temperature: arms}
+    (records,) = run_suite(at, suites, settings, {}, lambda answer: told.append(answer.turn.decoder)).values()
+    return records
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -128,7 +140,7 @@ def arms(model: LlamaForCausalLM, target: Target, drafter: EagleDrafter) -> list
 def test_all_decoders_say_the_same_and_count_the_same(arms: list[Decoder], target: Target) -> None:
     seen: list[str] = []
     settings = BenchConfig(max_new_tokens=12, rounds=3, warmup_tokens=2)
-    records = run_bench(arms, PROMPTS, settings, lambda answer: seen.append(answer.turn.decoder))
+    records = run_file(arms, PROMPTS, settings, seen)
     assert len(seen) == 3 * 3 * 3
     assert all(set(seen[i : i + 3]) == {"vanilla", "eagle", "hf"} for i in range(0, 27, 3)), "a prompt's, in a row"
     assert len({seen[i] for i in range(0, 27, 3)}) == 3  # each decoder goes first at times
@@ -172,7 +184,7 @@ class _Fixed(Decoder):
 
 def test_medians_loops_and_per_step_times_by_hand() -> None:
     loop = _Fixed("eagle", [1, 2] * 20, [30.0, 10.0, 500.0])
-    records = run_bench([loop], PROMPTS[:1], BenchConfig(rounds=3, warmup_tokens=0))
+    records = run_file([loop], PROMPTS[:1], BenchConfig(rounds=3, warmup_tokens=0))
     (row,) = aggregate.build_rows(records, PROMPTS[:1])
     assert row["tokens_per_s"] == pytest.approx(39 / 0.030)  # the median round, the first token not counted
     assert row["whole_call_tokens_per_s"] == pytest.approx(40 / 0.031)
@@ -193,7 +205,7 @@ def test_differences_are_judged_between_engine_decoders_only(target: Target, arm
     wrong = (*said[:3], (said[3] + 1) % 12, *said[4:])
     settings = BenchConfig(warmup_tokens=0)
     fakes = [_Fixed("vanilla", said, [1.0]), _Fixed("eagle", wrong, [1.0]), _Fixed("hf", wrong, [1.0])]
-    records = run_bench(fakes, PROMPTS[:1], settings)
+    records = run_file(fakes, PROMPTS[:1], settings)
     found = differences(records, PROMPTS[:1], target, settings.sampling)
     assert [(each.decoder, each.index, each.kind) for each in found] == [
         ("eagle", 3, "bug"),
@@ -207,7 +219,7 @@ def test_decoders_are_judged_by_one_of_the_engine_also_where_hf_is_named_first(
     said = arms[0].run(PROMPTS[0].tokens, 8).tokens
     wrong = (*said[:3], (said[3] + 1) % 12, *said[4:])
     fakes = [_Fixed("hf", said, [1.0]), _Fixed("eagle", said, [1.0]), _Fixed("lookup", wrong, [1.0])]
-    records = run_bench(fakes, PROMPTS[:1], BenchConfig(warmup_tokens=0))
+    records = run_file(fakes, PROMPTS[:1], BenchConfig(warmup_tokens=0))
     (found,) = differences(records, PROMPTS[:1], target, SamplingParams())
     assert (found.decoder, found.reference) == ("lookup", "eagle") and found.kind == "bug" and found.gap
     assert differences({}, PROMPTS[:1], target, SamplingParams()) == []
@@ -314,7 +326,7 @@ def test_the_command_refuses_before_loading(
 
 
 def test_the_table_survives_missing_numbers(arms: list[Decoder]) -> None:
-    records = run_bench(arms[:1], PROMPTS[:1], BenchConfig(max_new_tokens=2, warmup_tokens=0))
+    records = run_file(arms[:1], PROMPTS[:1], BenchConfig(max_new_tokens=2, warmup_tokens=0))
     document = {
         "rows": aggregate.build_rows(records, PROMPTS[:1]),
         "differences": [],

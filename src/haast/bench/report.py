@@ -8,7 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -117,12 +117,7 @@ def weights_sha256(target: Target) -> str:
 
 def bench_text(document: Mapping[str, Any]) -> str:
     """The rows of a bench document as a table for a terminal."""
-    return text("bench.txt", {"lengths": by_length_words}, d=document)
-
-
-def by_length_words(found: Sequence[dict[str, Any]]) -> str:
-    """`Stats.by_length` in a line."""
-    return "  ".join(f"{each['begin']:.0f}-{each['end']:.0f}: {each['tau']:.2f}" for each in found)
+    return text("bench.txt", d=document)
 
 
 def stats_document(stats: Stats) -> dict[str, Any]:

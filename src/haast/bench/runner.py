@@ -179,18 +179,6 @@ def run_suite(
     return cells
 
 
-def run_bench(
-    arms: Sequence[Decoder],
-    prompts: Sequence[BenchPrompt],
-    config: BenchConfig,
-    progress: Callable[[Answer], None] = lambda answer: None,
-) -> Records:
-    """Answer every prompt of one file with every decoder, `rounds` times; `progress` is called after each answer."""
-    at, suites = {config.sampling.temperature: arms}, {"": Suite("", "", tuple(prompts))}
-    (records,) = run_suite(at, suites, config, {}, progress).values()
-    return records
-
-
 def differences(
     records: Records, prompts: Sequence[BenchPrompt], target: Target, sampling: SamplingParams
 ) -> list[Difference]:

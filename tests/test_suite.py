@@ -23,8 +23,7 @@ from test_cli import tiny_tokenizer
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
-from haast.bench.aggregate import build_rows, describe_answer, pooled
-from haast.bench.bootstrap import Bootstrap, rates, ratio
+from haast.bench.aggregate import Bootstrap, build_rows, describe_answer, pooled, rates, ratio
 from haast.bench.decoders import DecoderRun, EngineDecoder
 from haast.bench.document import FORMAT, merged
 from haast.bench.journal import Journal, differing

@@ -15,8 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from haast.bench.aggregate import build_rows, complete, describe_answer
-from haast.bench.bootstrap import Bootstrap
+from haast.bench.aggregate import Bootstrap, build_rows, complete, describe_answer
 from haast.bench.journal import short
 from haast.bench.runner import Cells, Suite, differences
 from haast.bench.trace import TRACE_FORMAT

@@ -481,6 +481,19 @@ def test_shards_round_trip_and_resume(target: Target, examples: list[Example], t
         assert torch.allclose(example.features.float(), wanted.features.float(), atol=1e-3)
 
 
+def test_what_came_before_an_interruption_is_in_a_shard(
+    target: Target, examples: list[Example], tmp_path: Path
+) -> None:
+    def interrupted() -> Iterator[tuple[Example, dict[str, Any]]]:
+        yield from ((example, {"id": str(number)}) for number, example in enumerate(examples[:3]))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        shards.write_shards(tmp_path, identity(target), interrupted())
+    stored, records = shards.read_shards(tmp_path, identity(target))
+    assert len(stored) == 3 and [record["id"] for record in records] == ["0", "1", "2"]
+
+
 def test_shards_over_the_cap_are_refused_before_anything_is_written(target: Target, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the cap is 1e-06 GB"):
         features.extract(target, sequences(12), tmp_path, identity(target), max_gb=1e-6, quiet=True)

@@ -18,7 +18,7 @@ from haast.target.target import Target
 from haast.training.answers import record_key
 from haast.training.batches import Example
 from haast.training.data import TokenSequence
-from haast.training.shards import ShardIdentity, ShardWriter, check_room, read_shards, refuse_other_layers
+from haast.training.shards import ShardIdentity, check_room, read_shards, refuse_other_layers, write_shards
 from haast.tree import DraftTree
 
 _LOGIT_ROWS = 256  # positions whose logits exist at a time
@@ -81,10 +81,10 @@ def _example(target: Target, sequence: TokenSequence, features: Tensor, topk: in
     probs = torch.zeros(len(sequence.tokens), topk, dtype=torch.float16)
     for rows in torch.split(answers.nonzero()[:, 0], _LOGIT_ROWS):
         ids[rows], probs[rows] = teacher_topk(target.head_logits(features[rows.to(features.device)]), topk)
-    tokens = torch.tensor(sequence.tokens, dtype=torch.int32)
-    if not bool(torch.isfinite(hidden).all()):
-        raise ValueError("captured states exceed the range of fp16 (65504): this target's states cannot be stored")
-    return Example(tokens, features.half().cpu(), supervised.to(torch.uint8), ids, probs, hidden.clone())
+    tokens, features = torch.tensor(sequence.tokens, dtype=torch.int32), features.half().cpu()
+    if not all(bool(torch.isfinite(states).all()) for states in (features, hidden)):
+        raise ValueError("features or states exceed the range of fp16 (65504): this target's cannot be stored")
+    return Example(tokens, features, supervised.to(torch.uint8), ids, probs, hidden.clone())
 
 
 def teacher_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -118,9 +118,8 @@ def extract(
     sequences = [s for s in sequences if len(s.tokens) >= 3]
     check_room(folder, sum(len(s.tokens) for s in sequences), identity, max_gb)
     stream = stream_examples(target, sequences, identity.topk, layer_ids=identity.layer_ids)
-    with ShardWriter(folder, identity, max_gb) as writer:
-        for index, example in _followed(stream, sequences, quiet):
-            writer.add(example, sequences[index].record)
+    followed = _followed(stream, sequences, quiet)
+    write_shards(folder, identity, ((example, sequences[index].record) for index, example in followed))
     return len(sequences)
 
 

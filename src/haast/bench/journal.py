@@ -19,6 +19,7 @@ from haast.engine.engine import Stats
 from haast.jsonl_log import JsonlLog
 
 FORMAT = "haast-suite-journal-1"
+JOURNAL = "journal.jsonl"  # its name in a suite's folder
 _FREE = ("environment.command", "environment.date", "environment.load_average")  # may differ when a run goes on
 _NAMED = 4  # differences that a refusal spells out
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from haast.cli.bench_run import HF_SKIPPED, JOURNAL, Run, bench_file, bench_suites
 from haast.cli.loading import as_eagle, drawn_by, load_all, load_medusa, read_prompt_file
 from haast.cli.settings import (
     PREFILL_CHUNK,
@@ -93,7 +92,7 @@ class BenchOptions:
         return Plan({self.prompts: read_prompt_file(self.prompts, self.limit)}, (params.temperature,), None)
 
     def _suites(self, folder: Path, params: SamplingParams) -> Plan:
-        from haast.bench.journal import check_absent
+        from haast.bench.journal import JOURNAL, check_absent
         from haast.prompts import read_suites
         from haast.training.checkpoints import write_probe
 
@@ -131,6 +130,8 @@ class Plan:
 
     def decoders(self, names: Sequence[str]) -> dict[float, list[str]]:
         """Who runs at each temperature. Raises ValueError where nobody does."""
+        from haast.bench.decoders import HF_SKIPPED
+
         found = {t: [name for name in names if name != "hf" or t == 0] for t in self.temperatures}
         for temperature, own in found.items():
             if not own:
@@ -169,6 +170,7 @@ def bench(loading: Loading, drafting: Drafting, sampling: Sampling, options: Ben
 
     from haast.bench.decoders import HEADED, Parts, check_decoders
     from haast.bench.runner import BenchConfig
+    from haast.cli.bench_run import Run, bench_file, bench_suites
 
     rounds = options.rounds if options.rounds is not None else 1 if plan.out is None else 2
     config = BenchConfig(options.max_new_tokens, rounds, options.warmup, params, options.prefill_chunk)

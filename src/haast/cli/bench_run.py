@@ -1,6 +1,7 @@
 """What `haast bench` does once all is loaded: answers under a progress bar, documents, and its end.
 
-Owns the files of results and what stands in a journal's header; the work is `haast.bench`'s.
+Owns the files of results and what stands in a journal's header; the work is `haast.bench`'s. Imported when a bench
+begins, since it imports torch.
 """
 
 from __future__ import annotations
@@ -9,23 +10,38 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
+from haast.bench import aggregate
+from haast.bench.decoders import (
+    HEADED,
+    HF_SKIPPED,
+    Decoder,
+    EngineDecoder,
+    Parts,
+    StockDecoder,
+    base_of,
+    drafter_for,
+    lossy,
+    rule_of,
+)
+from haast.bench.document import build_document
+from haast.bench.forward_latency import measure_v_curve
+from haast.bench.journal import JOURNAL, Journal
+from haast.bench.report import bench_text, environment, folder_sha256, sources_sha256, weights_sha256
+from haast.bench.runner import Answer, BenchConfig, Cells, Suite, Turn, differences, run_suite
+from haast.bench.tables import suite_markdown
+from haast.cli.bench import BenchOptions, Plan
 from haast.cli.boundary import human_output
 from haast.cli.loading import drawn_by
 from haast.cli.settings import Drafting, Loading
+from haast.drafters.factory import find_head
 from haast.files import write_json, write_text
-
-if TYPE_CHECKING:
-    from haast.bench.decoders import Decoder, Parts
-    from haast.bench.runner import Answer, BenchConfig, Cells, Suite, Turn
-    from haast.cli.bench import BenchOptions, Plan
-    from haast.target.target import Target
-
-JOURNAL = "journal.jsonl"
-HF_SKIPPED = "hf draws its own random numbers, so its text cannot be compared there"
+from haast.progress import Progress
+from haast.target.load import load_stock
+from haast.target.target import Target
 
 
 @dataclass(frozen=True)
@@ -45,9 +61,6 @@ class Run:
         return {t: [self._arm(name, t) for name in own] for t, own in self.plan.decoders(self.names).items()}
 
     def _arm(self, name: str, temperature: float) -> Decoder:
-        from haast.bench.decoders import EngineDecoder, StockDecoder, drafter_for
-        from haast.target.load import load_stock
-
         ends, sampling = self.target.end_ids, replace(self.config.sampling, temperature=temperature)
         if name == "hf":
             stock = load_stock(self.loading.model)[0]
@@ -67,9 +80,6 @@ class Run:
         keep: Callable[[Answer], None] = lambda answer: None,
     ) -> Cells:
         """Give every answer that is not there yet, see `run_suite`."""
-        from haast.bench.runner import run_suite
-        from haast.progress import Progress
-
         decoded = forwards = 0
         with Progress("bench", "answers", self.total(arms), len(answers), rate="tokens") as progress:
 
@@ -87,10 +97,6 @@ class Run:
 
 
 def bench_file(run: Run, options: BenchOptions, settings: dict[str, Any]) -> None:
-    from haast.bench import aggregate
-    from haast.bench.report import bench_text, environment
-    from haast.bench.runner import differences
-
     where = environment(run.target, run.loading.model, options.prompts, len(run.plan.prompts), settings)
     document: dict[str, Any] = {"environment": where}
     (records,) = run.answer(run.arms(), {}).values()
@@ -100,9 +106,6 @@ def bench_file(run: Run, options: BenchOptions, settings: dict[str, Any]) -> Non
     document["differences"] = [asdict(each) for each in found]
     document["per_prompt"] = aggregate.per_prompt(records, suite.prompts)
     if options.v_curve:
-        from haast.bench.forward_latency import measure_v_curve
-        from haast.progress import Progress
-
         with Progress("v curve"):
             document["v_curve"] = measure_v_curve(run.target, run.parts.eagle)
     print(bench_text(document), file=human_output(options.json_out))
@@ -112,11 +115,6 @@ def bench_file(run: Run, options: BenchOptions, settings: dict[str, Any]) -> Non
 
 def bench_suites(run: Run, out: Path, options: BenchOptions, drafting: Drafting, settings: dict[str, Any]) -> None:
     """Run, or go on with, a suite; write its documents; exit with 1 where a text differs that must not."""
-    from haast.bench.document import build_document
-    from haast.bench.journal import Journal
-    from haast.bench.report import bench_text
-    from haast.bench.tables import suite_markdown
-
     arms, path = run.arms(), out / JOURNAL
     header = _header(run, arms, options, drafting, settings)
     with Journal(path, header, options.resume) as journal:
@@ -150,9 +148,6 @@ def _header(
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """What the journal fixes, and the document repeats."""
-    from haast.bench.decoders import EngineDecoder, base_of, lossy, rule_of
-    from haast.bench.report import environment, sources_sha256, weights_sha256
-
     sampling = {key: value for key, value in settings["sampling"].items() if key != "temperature"}  # a cell has its own
     described = {**settings, "sampling": sampling}
     where = environment(run.target, run.loading.model, None, len(run.plan.prompts), described)
@@ -183,10 +178,6 @@ def _header(
 
 def _part_settings(run: Run, options: BenchOptions, drafting: Drafting) -> dict[str, dict[str, Any]]:
     """What the decoders draft with that have a head or a model of their own: settings, and its digest."""
-    from haast.bench.decoders import HEADED
-    from haast.bench.report import folder_sha256, weights_sha256
-    from haast.drafters.factory import find_head
-
     found: dict[str, dict[str, Any]] = {}
     model = run.loading.model
     eagle = None if run.parts.eagle is None else drafting.folder(model)

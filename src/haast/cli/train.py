@@ -97,7 +97,8 @@ def train(
     from haast.heads.checkpoint import load_head
 
     records = _read_records(data, limit)
-    turns = [] if data.valid_prompts is None else _first_turns(data.valid_prompts, data.valid_limit)
+    asked = [] if data.valid_prompts is None else read_prompts(data.valid_prompts, data.valid_limit)
+    turns = [prompt.turns[0] for prompt in asked]
     main = _main_process(data, settings, loading)
     _check_out(out, json_out, main, anew=not (resume or show_data or self_test))
     begin = None if start_from is None else load_head(start_from)
@@ -125,10 +126,6 @@ def train(
         typer.echo(f"the best head is in {out / 'best'}", err=True)
         result["head"] = str(out / "best")
         _write_result(result, target, loading.model, data, len(turns), settings, json_out)
-
-
-def _first_turns(path: Path, count: int) -> list[str]:
-    return [prompt.turns[0] for prompt in read_prompts(path, count)]
 
 
 def _check_out(out: Path, json_out: str | None, main: bool, anew: bool) -> None:

@@ -18,7 +18,7 @@ from haast.target.target import Target
 from haast.training.answers import record_key
 from haast.training.batches import Example
 from haast.training.data import TokenSequence
-from haast.training.shards import ShardIdentity, check_room, read_shards, refuse_other_layers, write_shards
+from haast.training.shards import ShardIdentity, check_room, read_shards, write_shards
 from haast.tree import DraftTree
 
 _LOGIT_ROWS = 256  # positions whose logits exist at a time
@@ -112,8 +112,7 @@ def extract(
         ValueError: over the cap or the free disk (before anything is computed), or the disk filled up.
     """
     if folder.exists() and any(folder.glob("*.safetensors")):
-        refuse_other_layers(folder, identity)
-        done = {record_key(record) for record in read_shards(folder, identity)[1]}
+        done = {record_key(record) for record in read_shards(folder, identity, exactly=True)[1]}
         sequences = [s for s in sequences if s.key not in done]
     sequences = [s for s in sequences if len(s.tokens) >= 3]
     check_room(folder, sum(len(s.tokens) for s in sequences), identity, max_gb)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
@@ -75,9 +75,18 @@ class ReplyReader:
         text, finished = choice.message.content or "", choice.finish_reason == "stop"
         told: list[int] | None = (choice.model_extra or {}).get("token_ids")
         if told:
-            self._check_prompt((completion.model_extra or {}).get("prompt_token_ids"), question, prompt)
+            theirs = (completion.model_extra or {}).get("prompt_token_ids")
+            if theirs is not None and list(theirs) != prompt:
+                raise ValueError(
+                    f"the endpoint makes {len(theirs)} tokens of prompt {question.id!r}, {self._name} makes other "
+                    f"{len(prompt)} of it: serve the target itself, with its own chat template"
+                )
             tokens = [int(i) for i in told]
-            self._check_known(tokens)
+            if max(tokens) >= len(self._tokenizer):
+                raise ValueError(
+                    f"the endpoint answers with token {max(tokens)}, the tokenizer of {self._name} knows "
+                    f"{len(self._tokenizer)}: serve the target itself"
+                )
             text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
         else:
             said = choice.message.model_extra or {}
@@ -92,17 +101,3 @@ class ReplyReader:
         if not tokens:
             raise NoAnswerError("the answer is empty")
         return Reply(text, tokens, finished, retokenised=not told)
-
-    def _check_prompt(self, theirs: Any, question: Question, ours: list[int]) -> None:
-        if theirs is not None and list(theirs) != ours:
-            raise ValueError(
-                f"the endpoint makes {len(theirs)} tokens of prompt {question.id!r}, {self._name} makes other "
-                f"{len(ours)} of it: serve the target itself, with its own chat template"
-            )
-
-    def _check_known(self, tokens: list[int]) -> None:
-        if max(tokens) >= len(self._tokenizer):
-            raise ValueError(
-                f"the endpoint answers with token {max(tokens)}, the tokenizer of {self._name} knows "
-                f"{len(self._tokenizer)}: serve the target itself"
-            )

@@ -128,13 +128,17 @@ def _write_shard(folder: Path, identity: ShardIdentity, entries: Sequence[tuple[
         ) from error
 
 
-def read_shards(folder: Path, identity: ShardIdentity | None = None) -> tuple[list[Example], list[dict[str, Any]]]:
+def read_shards(
+    folder: Path, identity: ShardIdentity | None = None, exactly: bool = False
+) -> tuple[list[Example], list[dict[str, Any]]]:
     """Examples (views of memory-mapped files) and their records, in order of file name.
 
     Args:
         folder: of shards.
         identity: refuse shards of another target; None takes what is there. Shards without metadata are checked by
             their sizes only.
+        exactly: also those with captured layers that `identity` does not ask for: beside shards without, the folder
+            would fit no head.
 
     Raises:
         ValueError: no shards, or a corrupt one (the message names it).
@@ -143,7 +147,7 @@ def read_shards(folder: Path, identity: ShardIdentity | None = None) -> tuple[li
     examples: list[Example] = []
     records: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*.safetensors")):
-        tensors = _read_shard(path, identity)
+        tensors = _read_shard(path, identity, exactly)
         lengths = tensors["lengths"].tolist()
         parts = [torch.split(tensors[name], lengths) for name in (*_TENSORS, _CAPTURED) if name in tensors]
         examples.extend(Example(*part) for part in zip(*parts, strict=True))
@@ -156,7 +160,7 @@ def read_shards(folder: Path, identity: ShardIdentity | None = None) -> tuple[li
     return examples, records
 
 
-def _read_shard(path: Path, identity: ShardIdentity | None) -> dict[str, Tensor]:
+def _read_shard(path: Path, identity: ShardIdentity | None, exactly: bool) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -171,17 +175,20 @@ def _read_shard(path: Path, identity: ShardIdentity | None) -> dict[str, Tensor]
     if metadata and metadata.get("format") != FORMAT:
         raise ValueError(f"{path} has format {metadata.get('format')!r}, not {FORMAT!r}: extract features with Haast")
     if identity is not None:
-        _refuse_foreign(path, tensors, metadata, identity)
+        _refuse_foreign(path, tensors, metadata, identity, exactly)
     return tensors
 
 
-def _refuse_foreign(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], identity: ShardIdentity) -> None:
+def _refuse_foreign(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], identity: ShardIdentity, exactly: bool
+) -> None:
     found: dict[str, Any] = {"hidden_size": tensors["features"].shape[1]}
     if metadata:
         found |= {"vocab_size": int(metadata["vocab_size"]), "tokenizer": metadata["tokenizer"]}
     found["topk"] = tensors["topk_ids"].shape[1]
-    if identity.layer_ids:
-        found["layer_ids"] = _layer_ids(metadata)
+    if identity.layer_ids or exactly:
+        words = metadata.get("layer_ids", "none")
+        found["layer_ids"] = () if words == "none" else tuple(int(word) for word in words.split(","))
     highest = max(int(tensors["tokens"].max()), int(tensors["topk_ids"].max()))
     if highest >= identity.vocab_size:
         found.setdefault("vocab_size", f"above {highest}")
@@ -190,21 +197,5 @@ def _refuse_foreign(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
         if value != wanted:
             raise HeadMismatchError(
                 f"feature shard {path} has {name} {value}, wanted is {wanted}: extract features with this target and "
-                f"setting"
-            )
-
-
-def _layer_ids(metadata: dict[str, str]) -> tuple[int, ...]:
-    words = metadata.get("layer_ids", "none")
-    return () if words == "none" else tuple(int(word) for word in words.split(","))
-
-
-def refuse_other_layers(folder: Path, identity: ShardIdentity) -> None:
-    """Raises HeadMismatchError where shards of other captured layers lie: the folder would fit no head."""
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            found = _layer_ids(file.metadata() or {})
-        if found != identity.layer_ids:
-            raise HeadMismatchError(
-                f"feature shard {path} has layer_ids {found}, wanted is {identity.layer_ids}: give another folder"
+                f"setting, or give another folder"
             )

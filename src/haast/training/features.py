@@ -113,7 +113,7 @@ def extract(
     """
     if folder.exists() and any(folder.glob("*.safetensors")):
         done = {record_key(record) for record in read_shards(folder, identity, exactly=True)[1]}
-        sequences = [s for s in sequences if s.key not in done]
+        sequences = [s for s in sequences if record_key(s.record) not in done]
     sequences = [s for s in sequences if len(s.tokens) >= 3]
     check_room(folder, sum(len(s.tokens) for s in sequences), identity, max_gb)
     stream = stream_examples(target, sequences, identity.topk, layer_ids=identity.layer_ids)

@@ -76,7 +76,7 @@ def search(target: Target, prompts: list[BenchPrompt], medusa: Path | None, conf
     with Progress("settings", "answers", len(arms) * len(prompts) * config.rounds) as progress:
         suites = {"": Suite("", "", tuple(prompts))}
         (records,) = run_suite(
-            {config.sampling.temperature: arms}, suites, config, {}, lambda answer: progress.step()
+            {config.sampling.temperature: arms}, suites, config, {}, lambda *answer: progress.step()
         ).values()
     points = [
         {

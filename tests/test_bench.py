@@ -21,7 +21,6 @@ from haast.bench.forward_latency import measure_v_curve
 from haast.bench.runner import (
     BenchConfig,
     BenchPrompt,
-    Record,
     Records,
     Suite,
     differences,
@@ -80,7 +79,7 @@ def run_file(
     """What every decoder did with the prompts of one file; `seen` gets who answered, in turn."""
     told, suites = [] if seen is None else seen, {"": Suite("", "", tuple(prompts))}
     at = {settings.sampling.temperature: arms}
-    (records,) = run_suite(at, suites, settings, {}, lambda answer: told.append(answer.turn.decoder)).values()
+    (records,) = run_suite(at, suites, settings, {}, lambda turn, answer: told.append(turn.decoder)).values()
     return records
 
 
@@ -150,7 +149,7 @@ def test_all_decoders_say_the_same_and_count_the_same(arms: list[Decoder], targe
     for name, row in rows.items():
         assert set(row) >= ROW_KEYS
         assert row["tokens"] == 36 and row["decoded_tokens"] == 33 and row["prompts"] == 3
-        ms = sum(median(run.ms_decode for run in record.runs) for record in records[name])
+        ms = sum(median(run.ms_decode for run in record) for record in records[name])
         assert row["tokens_per_s"] == pytest.approx(33e3 / ms)
         assert row["speedup_vs_hf"] == pytest.approx(row["tokens_per_s"] / rows["hf"]["tokens_per_s"])
     assert rows["vanilla"]["tau"] == 1.0 and rows["vanilla"]["speedup_vs_vanilla"] == 1.0
@@ -336,7 +335,7 @@ def test_the_table_survives_missing_numbers(arms: list[Decoder]) -> None:
 
 
 def test_a_record_of_one_token_has_no_speed() -> None:
-    record = Record([DecoderRun((5,), 1.0, 0.0, None)])
+    record = [DecoderRun((5,), 1.0, 0.0, None)]
     (row,) = aggregate.build_rows({"hf": [record]}, PROMPTS[:1])
     assert row["decoded_tokens"] == row["tokens_per_s"] == 0 and row["ms_draft"] is None
 

@@ -76,15 +76,15 @@ def build_rows(records: Records, prompts: Sequence[BenchPrompt]) -> list[Row]:
 
 def _row_of(answer: Row, record: Record) -> Row:
     """What of one answer a row is made of, beside the answer."""
-    stats = record.runs[0].stats
+    stats = record[0].stats
     row: Row = {key: answer[key] for key in ("decoder", "tokens", "tau", "target_forwards")}
-    row |= {"peak_rss_mb": record.peak_rss_mb, "prompts": 1, "decoded_tokens": decoded(answer)}
+    row |= {"prompts": 1, "decoded_tokens": decoded(answer), "peak_rss_mb": max(run.peak_rss_mb for run in record)}
     if stats is None:  # outside the engine
         return row | {key: [] for key in (*_BY_DEPTH, "reached_by_depth")}
     steps = max(stats.target_forwards, 1)
     row |= {key: getattr(stats, key) for key in (*_BY_DEPTH, "reached_by_depth", "by_length")}
     for key in ("ms_draft", "ms_verify", "ms_overhead"):
-        row[key] = median(getattr(run.stats, key) for run in record.runs) / steps
+        row[key] = median(getattr(run.stats, key) for run in record) / steps
     return row | {"nodes_per_forward": stats.nodes / steps}
 
 
@@ -96,10 +96,10 @@ def describe_answer(cell: Mapping[str, Any], prompt: BenchPrompt, decoder: str, 
         "category": prompt.category,
         "temperature": cell.get("temperature"),
         "decoder": decoder,
-        "tokens": len(record.tokens),
-        **{key: [getattr(run, key) for run in record.runs] for key in ("ms_decode", "ms_prefill")},
-        **{key: getattr(record.runs[0].stats, key, None) for key in ("target_forwards", "tau", "nodes")},
-        "looping": loops(record.tokens),
+        "tokens": len(record[0].tokens),
+        **{key: [getattr(run, key) for run in record] for key in ("ms_decode", "ms_prefill")},
+        **{key: getattr(record[0].stats, key, None) for key in ("target_forwards", "tau", "nodes")},
+        "looping": loops(record[0].tokens),
     }
 
 
@@ -111,7 +111,7 @@ def per_prompt(records: Records, prompts: Sequence[BenchPrompt]) -> list[Row]:
         for name, own in records.items():
             answer = describe_answer({}, prompt, name, own[place])
             told = {"tokens": answer["tokens"], "tokens_per_s": speed([answer]), "tau": answer["tau"]}
-            one[name] = told | {"loop_share": loop_share(own[place].tokens)}
+            one[name] = told | {"loop_share": loop_share(own[place][0].tokens)}
         listed.append(one)
     return listed
 

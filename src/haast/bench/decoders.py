@@ -46,6 +46,7 @@ class DecoderRun:
     ms_prefill: float  # until the first token
     ms_decode: float  # from there to the end
     stats: Stats | None  # None for a decoder outside the engine
+    peak_rss_mb: float = 0.0  # of the process meanwhile, where somebody looked
 
 
 class Decoder(ABC):

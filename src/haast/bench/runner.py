@@ -12,7 +12,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from haast.bench.decoders import Decoder, DecoderRun, own_text
@@ -46,19 +46,6 @@ class BenchPrompt:
     id: str
     category: str
     tokens: tuple[int, ...]
-
-
-@dataclass
-class Record:
-    """What one decoder did with one prompt, over all rounds."""
-
-    runs: list[DecoderRun] = field(default_factory=list)
-    peak_rss_mb: float = 0.0
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """The output (of the first round)."""
-        return self.runs[0].tokens
 
 
 @dataclass(frozen=True)
@@ -99,15 +86,7 @@ class Turn:
     decoder: str
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One answer given."""
-
-    turn: Turn
-    run: DecoderRun
-    peak_rss_mb: float
-
-
+Record = list[DecoderRun]  # what one decoder did with one prompt, round by round
 Records = dict[str, list[Record]]  # decoder -> one record per prompt
 Cells = dict[tuple[float, str], Records]  # (temperature, suite) -> what each decoder did
 
@@ -136,8 +115,8 @@ def run_suite(
     arms: Mapping[float, Sequence[Decoder]],
     suites: Mapping[str, Suite],
     config: BenchConfig,
-    answers: dict[Turn, Answer],
-    keep: Callable[[Answer], None] = lambda answer: None,
+    answers: dict[Turn, DecoderRun],
+    keep: Callable[[Turn, DecoderRun], None] = lambda turn, run: None,
 ) -> Cells:
     """Give every answer that is not there yet.
 
@@ -164,18 +143,16 @@ def run_suite(
     for turn in left:
         reset_peak_rss()
         arm, prompt = by_name[turn.temperature, turn.decoder], suites[turn.suite].prompts[turn.place]
-        answer = Answer(turn, arm.run(prompt.tokens, config.max_new_tokens), peak_rss_mb())
-        keep(answer)
+        answer = replace(arm.run(prompt.tokens, config.max_new_tokens), peak_rss_mb=peak_rss_mb())
+        keep(turn, answer)
         answers[turn] = answer
     cells: Cells = {}
     given = [name for _, name in by_name]
     for turn in sorted(turns, key=lambda turn: (turn.round, turn.place, given.index(turn.decoder))):
         own = cells.setdefault((turn.temperature, turn.suite), {}).setdefault(turn.decoder, [])
         if turn.round == 0:
-            own.append(Record())
-        record = own[turn.place]
-        record.runs.append(answers[turn].run)
-        record.peak_rss_mb = max(record.peak_rss_mb, answers[turn].peak_rss_mb)
+            own.append([])
+        own[turn.place].append(answers[turn])
     return cells
 
 
@@ -193,9 +170,9 @@ def differences(
     reference = "vanilla" if "vanilla" in records else next((name for name in records if name != "hf"), "hf")
     found = []
     for place, prompt in enumerate(prompts):
-        wanted = records[reference][place].tokens
+        wanted = records[reference][place][0].tokens
         for name, own in records.items():
-            other = next((run.tokens for run in own[place].runs if run.tokens != wanted), None)
+            other = next((run.tokens for run in own[place] if run.tokens != wanted), None)
             if other is not None:
                 alike = "hf" not in (name, reference)
                 judged = diagnose(target, prompt.tokens, wanted, other, sampling) if alike else None

@@ -19,6 +19,7 @@ from haast.bench.decoders import (
     HEADED,
     HF_SKIPPED,
     Decoder,
+    DecoderRun,
     EngineDecoder,
     Parts,
     StockDecoder,
@@ -31,7 +32,7 @@ from haast.bench.document import build_document
 from haast.bench.forward_latency import measure_v_curve
 from haast.bench.journal import JOURNAL, Journal
 from haast.bench.report import bench_text, environment, folder_sha256, sources_sha256, weights_sha256
-from haast.bench.runner import Answer, BenchConfig, Cells, Suite, Turn, differences, run_suite
+from haast.bench.runner import BenchConfig, Cells, Suite, Turn, differences, run_suite
 from haast.bench.tables import suite_markdown
 from haast.cli.bench import BenchOptions, Plan
 from haast.cli.boundary import human_output
@@ -76,22 +77,22 @@ class Run:
     def answer(
         self,
         arms: Mapping[float, Sequence[Decoder]],
-        answers: dict[Turn, Answer],
-        keep: Callable[[Answer], None] = lambda answer: None,
+        answers: dict[Turn, DecoderRun],
+        keep: Callable[[Turn, DecoderRun], None] = lambda turn, answer: None,
     ) -> Cells:
         """Give every answer that is not there yet, see `run_suite`."""
         decoded = forwards = 0
         with Progress("bench", "answers", self.total(arms), len(answers), rate="tokens") as progress:
 
-            def kept(answer: Answer) -> None:
+            def kept(turn: Turn, answer: DecoderRun) -> None:
                 """The progress tells EAGLE's tau so far."""
                 nonlocal decoded, forwards
-                keep(answer)
-                stats = answer.run.stats
-                if answer.turn.decoder == "eagle" and stats is not None:
+                keep(turn, answer)
+                stats = answer.stats
+                if turn.decoder == "eagle" and stats is not None:
                     decoded, forwards = decoded + stats.decoded_tokens, forwards + stats.target_forwards
                 words = f"eagle's tau {decoded / forwards:.2f}" if forwards else ""
-                progress.step(counted=len(answer.run.tokens), words=words)
+                progress.step(counted=len(answer.tokens), words=words)
 
             return run_suite(arms, self.suites, self.config, answers, kept)
 

@@ -219,11 +219,8 @@ def _tau(answers: Sequence[Row]) -> float:
 
 
 def _by_depth(parts: Sequence[Row], key: str) -> list[float]:
-    found: list[list[tuple[float, float]]] = [[] for _ in range(max(len(part[key]) for part in parts))]
-    for part in parts:
-        for own, pair in zip(found, zip(part[key], part["reached_by_depth"], strict=True), strict=False):
-            own.append(pair)
-    return [_mean(own) for own in found]
+    pairs = [zip(part[key], part["reached_by_depth"], strict=True) for part in parts]
+    return [_mean(own) for own in zip_longest(*pairs, fillvalue=(0.0, 0))]
 
 
 def _by_length(parts: Sequence[Row]) -> list[Row]:

@@ -125,7 +125,8 @@ class _Recorder:
 
         def prob(node: int, token: int) -> float:
             if node not in known:
-                known[node] = self._probs(step.logits[0, node], _way(node, parents, tokens))
+                below_root = tree.tokens[0, 1:][tree.ancestors[0, node, 1:]].tolist()
+                known[node] = self._probs(step.logits[0, node], [*self._history, *below_root])
             return float(known[node][token])
 
         nodes = []
@@ -146,24 +147,14 @@ class _Recorder:
             )
         return nodes
 
-    def _probs(self, logits: Tensor, way: Sequence[int]) -> Tensor:
-        """Target probabilities (vocab,) after `way`, the tokens below the root."""
-        history = [*self._history, *way]
+    def _probs(self, logits: Tensor, history: Sequence[int]) -> Tensor:
+        """Target probabilities (vocab,)."""
         if self._greedy:
             return self._sampler.scores(history, logits).double().softmax(-1)
         return self._sampler.probs(history, logits)
 
     def _named(self, token: int) -> dict[str, Any]:
         return {"token": token, "text": token_text(self._tokenizer, token)}
-
-
-def _way(node: int, parents: Sequence[int], tokens: Sequence[int]) -> list[int]:
-    """The tokens from below the root to `node`."""
-    way: list[int] = []
-    while node > 0:
-        way.append(tokens[node])
-        node = parents[node]
-    return way[::-1]
 
 
 class StepView:

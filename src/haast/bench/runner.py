@@ -19,6 +19,7 @@ from haast.bench.decoders import Decoder, DecoderRun, own_text
 from haast.checking.divergence import diagnose
 from haast.core import SamplingParams
 from haast.engine.engine import PREFILL_CHUNK
+from haast.errors import check_at_least
 from haast.target.kv_pool import common_length
 from haast.target.target import Target
 
@@ -35,8 +36,7 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 2), ("rounds", 1), ("warmup_tokens", 0), ("prefill_chunk", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed in a bench: give {least} or more")
+            check_at_least(name, getattr(self, name), least)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from haast.errors import check_at_least
 from haast.training.chat import alternating, end_of_turn
 from haast.training.generation_queue import AnswerRun, Outcome, Question
 
@@ -64,9 +65,8 @@ class EndpointConfig:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise ValueError(f"endpoint={self.url!r} is no address: give one like http://localhost:8000/v1")
-        for name, least in (("concurrency", 1), ("retries", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed: give {least} or more")
+        check_at_least("concurrency", self.concurrency)
+        check_at_least("retries", self.retries, 0)
         for name in ("rate", "timeout"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):

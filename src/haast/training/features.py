@@ -80,18 +80,13 @@ def _example(target: Target, sequence: TokenSequence, features: Tensor, topk: in
     ids = torch.zeros(len(sequence.tokens), topk, dtype=torch.int32)
     probs = torch.zeros(len(sequence.tokens), topk, dtype=torch.float16)
     for rows in torch.split(answers.nonzero()[:, 0], _LOGIT_ROWS):
-        ids[rows], probs[rows] = teacher_topk(target.head_logits(features[rows.to(features.device)]), topk)
+        logits = target.head_logits(features[rows.to(features.device)]).float()
+        values, best = logits.topk(topk, dim=-1)
+        ids[rows], probs[rows] = best.int().cpu(), (values - logits.logsumexp(-1, keepdim=True)).exp().half().cpu()
     tokens, features = torch.tensor(sequence.tokens, dtype=torch.int32), features.half().cpu()
     if not all(bool(torch.isfinite(states).all()) for states in (features, hidden)):
         raise ValueError("features or states exceed the range of fp16 (65504): this target's cannot be stored")
     return Example(tokens, features, supervised.to(torch.uint8), ids, probs, hidden.clone())
-
-
-def teacher_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Of logits (n, vocab): ids (n, k) int32 and softmax probabilities (n, k) float16, best first, on the CPU."""
-    logits = logits.float()
-    values, ids = logits.topk(k, dim=-1)
-    return ids.int().cpu(), (values - logits.logsumexp(-1, keepdim=True)).exp().half().cpu()
 
 
 def extract(

@@ -186,8 +186,8 @@ class AnswerRun:
                 return question, tokens, limit
         return None
 
-    def keep(self, question: Question, text: str, tokens: list[int], finished: bool, **more: Any) -> dict[str, Any]:
-        """Store an answer; returns its record, as `answers` describes it, with `more` at its end."""
+    def keep(self, question: Question, text: str, tokens: list[int], finished: bool, **more: Any) -> None:
+        """Store an answer's record, as `answers` describes it, with `more` at its end."""
         extra, thinking = question.prompt.extra, self.config.thinking
         record = {
             "id": question.id,
@@ -210,7 +210,6 @@ class AnswerRun:
         self.questions.answered(question)
         self.added += 1
         self._progress.step(counted=len(tokens))
-        return record
 
     @property
     def records(self) -> list[dict[str, Any]]:

@@ -41,9 +41,7 @@ class BenchOptions:
     limit: SpreadLimitOption = None
     suite: Annotated[Path | None, Option(metavar="DIR", help="Bench all prompt files (*.jsonl) of a folder.")] = None
     only: Annotated[str | None, Option(metavar="A,B", help="With --suite: these files, without .jsonl.")] = None
-    temperatures: Annotated[
-        str | None, Option(metavar="T,T", help="With --suite, which takes 0,1 if this is absent.")
-    ] = None
+    temperatures: Annotated[str | None, Option(metavar="T,T", help="With --suite; 0,1 if this is absent.")] = None
     out: Annotated[
         Path | None, Option(metavar="FOLDER", help="With --suite: where journal.jsonl, suite.json, suite.md go.")
     ] = None
@@ -56,15 +54,11 @@ class BenchOptions:
             "small-model-block, lookahead, lookup, suffix, hf.",
         ),
     ] = "vanilla,eagle"
-    medusa_head: Annotated[Path | None, Option(metavar="DIR", help="Medusa heads (`haast train --head medusa`).")] = (
-        None
-    )
+    medusa_head: Annotated[Path | None, Option(metavar="DIR", help="Of `haast train --head medusa`.")] = None
     medusa_nodes: Annotated[int, Option(metavar="N", help="Nodes of their tree, the root included.")] = 6
     small_model: Annotated[str | None, Option(metavar="NAME", help="The smaller model that drafts.")] = None
     max_new_tokens: Annotated[int, Option(metavar="N", help="New tokens per prompt.")] = 128
-    rounds: Annotated[
-        int | None, Option(metavar="R", help="Timed rounds, by default 1, with --suite 2; medians count.")
-    ] = None
+    rounds: Annotated[int | None, Option(metavar="R", help="Timed rounds (1, with --suite 2); medians count.")] = None
     warmup: Annotated[int, Option(metavar="N", help="Untimed tokens per decoder before.")] = 16
     v_curve: Annotated[bool, Option("--v-curve", help="Also measure forwards over 1 to 60 nodes.")] = False
     prefill_chunk: ChunkOption = PREFILL_CHUNK

@@ -10,7 +10,7 @@ Neither prompts nor answers are in it: their licences are their authors', and co
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,12 @@ def merged(documents: Mapping[str, Document], anyway: bool = False) -> dict[str,
         raise ValueError(
             f"these are not one measurement: {'; '.join(complaints)}: merge what ran alike, or give --merge-anyway"
         )
-    result["environment"] = _environment(parts, complaints)
+    listed, warnings = list[dict[str, Any]](), list[str]()
+    for part in parts:
+        own = dict(part["environment"])
+        warnings += own.pop("warnings", [])
+        listed += own.pop("merged", [own])
+    result["environment"] = {**listed[0], "merged": listed, "warnings": [*warnings, *complaints]}
     complete(result)
     return result
 
@@ -196,13 +201,3 @@ def _uneven(document: Document) -> Iterator[str]:
         if len(set(own.values())) > 1:
             yield f"answers to {prompt} of {suite} at temperature {temperature:g} have other lengths: {own}"
             return
-
-
-def _environment(parts: Sequence[Document], complaints: Sequence[str]) -> dict[str, Any]:
-    """The first's, with all of them listed beside."""
-    listed, warnings = list[dict[str, Any]](), list[str]()
-    for part in parts:
-        own = dict(part["environment"])
-        warnings += own.pop("warnings", [])
-        listed += own.pop("merged", [own])
-    return {**listed[0], "merged": listed, "warnings": [*warnings, *complaints]}

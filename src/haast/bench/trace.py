@@ -189,12 +189,8 @@ class StepView:
             return "probe"
         return "rejected" if self.nodes[node["parent"]]["choice"] is not None else "unreached"
 
-    def why(self, number: int) -> str:
-        """A sentence on a node's fate, with the target's probabilities."""
-        return self.told(number, _WHY)
-
-    def told(self, number: int, sentences: Mapping[str, str]) -> str:
-        """The sentence of a node's fate, or of a "twin", filled in; empty where there is none.
+    def why(self, number: int, sentences: Mapping[str, str] = _WHY) -> str:
+        """The sentence on a node's fate, or on a "twin", with the target's probabilities; empty where there is none.
 
         A twin is rejected, but its token was chosen: in another branch.
         """

@@ -15,7 +15,7 @@ from test_cli import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from haast.bench import aggregate, report
+from haast.bench import aggregate
 from haast.bench.decoders import Decoder, DecoderRun, EngineDecoder, StockDecoder, check_decoders, drafter_for
 from haast.bench.forward_latency import measure_v_curve
 from haast.bench.runner import (
@@ -28,6 +28,7 @@ from haast.bench.runner import (
     reset_peak_rss,
     run_suite,
 )
+from haast.bench.tables import text
 from haast.cli import app
 from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter
@@ -331,7 +332,7 @@ def test_the_table_survives_missing_numbers(arms: list[Decoder]) -> None:
         "differences": [],
         "environment": {"model": "tiny", "prompts_count": 1},
     }
-    assert "vanilla" in report.bench_text(document)
+    assert "vanilla" in text("bench.txt", d=document)
 
 
 def test_a_record_of_one_token_has_no_speed() -> None:

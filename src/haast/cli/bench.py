@@ -26,7 +26,6 @@ from haast.cli.settings import (
 from haast.files import check_writable
 
 if TYPE_CHECKING:
-    from haast.bench.runner import BenchPrompt, Suite
     from haast.core import SamplingParams
     from haast.prompts import Prompt
 
@@ -134,17 +133,6 @@ class Plan:
                 )
         return found
 
-    def suites(self, encoded: Sequence[BenchPrompt]) -> dict[str, Suite]:
-        """By name; `encoded` are `prompts`, encoded."""
-        from haast.bench.report import file_sha256
-        from haast.bench.runner import Suite
-
-        left = iter(encoded)
-        return {
-            path.stem: Suite(path.name, file_sha256(path), tuple(next(left) for _ in own))
-            for path, own in self.files.items()
-        }
-
 
 def bench(loading: Loading, drafting: Drafting, sampling: Sampling, options: BenchOptions) -> None:
     """Compare decoders, interleaved per prompt in one run. First turns only; prefill is not counted.
@@ -164,7 +152,7 @@ def bench(loading: Loading, drafting: Drafting, sampling: Sampling, options: Ben
 
     from haast.bench.decoders import HEADED, Parts, check_decoders
     from haast.bench.runner import BenchConfig
-    from haast.cli.bench_run import Run, bench_file, bench_suites
+    from haast.cli.bench_run import Run, bench_file, bench_suites, suites_of
 
     rounds = options.rounds if options.rounds is not None else 1 if plan.out is None else 2
     config = BenchConfig(options.max_new_tokens, rounds, options.warmup, params, options.prefill_chunk)
@@ -185,7 +173,7 @@ def bench(loading: Loading, drafting: Drafting, sampling: Sampling, options: Ben
     parts = Parts(eagle, medusa, small, drafting.shaped, drafting.calibration)
     settings = {**drawn_by(eagle), **asdict(config), "raw": options.raw}
     settings["sampling"].pop("processors")
-    run = Run(plan, plan.suites(encoded), names, config, target, loading, parts)
+    run = Run(plan, suites_of(plan, encoded), names, config, target, loading, parts)
     if plan.out is None:
         bench_file(run, options, settings)
     else:

@@ -31,9 +31,9 @@ from haast.bench.decoders import (
 from haast.bench.document import build_document
 from haast.bench.forward_latency import measure_v_curve
 from haast.bench.journal import JOURNAL, Journal
-from haast.bench.report import bench_text, environment, folder_sha256, sources_sha256, weights_sha256
-from haast.bench.runner import BenchConfig, Cells, Suite, Turn, differences, run_suite
-from haast.bench.tables import suite_markdown
+from haast.bench.report import environment, file_sha256, folder_sha256, sources_sha256, weights_sha256
+from haast.bench.runner import BenchConfig, BenchPrompt, Cells, Suite, Turn, differences, run_suite
+from haast.bench.tables import suite_markdown, text
 from haast.cli.bench import BenchOptions, Plan
 from haast.cli.boundary import human_output
 from haast.cli.loading import drawn_by
@@ -97,6 +97,15 @@ class Run:
             return run_suite(arms, self.suites, self.config, answers, kept)
 
 
+def suites_of(plan: Plan, encoded: Sequence[BenchPrompt]) -> dict[str, Suite]:
+    """By name; `encoded` are the plan's prompts, encoded."""
+    left = iter(encoded)
+    return {
+        path.stem: Suite(path.name, file_sha256(path), tuple(next(left) for _ in own))
+        for path, own in plan.files.items()
+    }
+
+
 def bench_file(run: Run, options: BenchOptions, settings: dict[str, Any]) -> None:
     where = environment(run.target, run.loading.model, options.prompts, len(run.plan.prompts), settings)
     document: dict[str, Any] = {"environment": where}
@@ -109,7 +118,7 @@ def bench_file(run: Run, options: BenchOptions, settings: dict[str, Any]) -> Non
     if options.v_curve:
         with Progress("v curve"):
             document["v_curve"] = measure_v_curve(run.target, run.parts.eagle)
-    print(bench_text(document), file=human_output(options.json_out))
+    print(text("bench.txt", d=document), file=human_output(options.json_out))
     write_json(document, options.json_out)
     _fail_on_bugs(document)
 
@@ -136,7 +145,8 @@ def bench_suites(run: Run, out: Path, options: BenchOptions, drafting: Drafting,
             if each["temperature"] == temperature
         ]
         typer.echo(f"temperature {temperature:g}, {', '.join(document['suites'])}")
-        typer.echo(bench_text({"environment": document["environment"], "rows": rows, "differences": found}))
+        shown = {"environment": document["environment"], "rows": rows, "differences": found}
+        typer.echo(text("bench.txt", d=shown))
     typer.echo(f"written: {out / 'suite.json'}, {out / 'suite.md'}")
     _fail_on_bugs(document)
 

@@ -126,7 +126,11 @@ class _Recorder:
         def prob(node: int, token: int) -> float:
             if node not in known:
                 below_root = tree.tokens[0, 1:][tree.ancestors[0, node, 1:]].tolist()
-                known[node] = self._probs(step.logits[0, node], [*self._history, *below_root])
+                history, logits = [*self._history, *below_root], step.logits[0, node]
+                if self._greedy:
+                    known[node] = self._sampler.scores(history, logits).double().softmax(-1)
+                else:
+                    known[node] = self._sampler.probs(history, logits)
             return float(known[node][token])
 
         nodes = []
@@ -146,12 +150,6 @@ class _Recorder:
                 }
             )
         return nodes
-
-    def _probs(self, logits: Tensor, history: Sequence[int]) -> Tensor:
-        """Target probabilities (vocab,)."""
-        if self._greedy:
-            return self._sampler.scores(history, logits).double().softmax(-1)
-        return self._sampler.probs(history, logits)
 
     def _named(self, token: int) -> dict[str, Any]:
         return {"token": token, "text": token_text(self._tokenizer, token)}

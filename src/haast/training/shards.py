@@ -59,11 +59,6 @@ class ShardIdentity:
         values = {name: str(value) for name, value in asdict(self).items()}
         return {"format": FORMAT, **values, "layer_ids": ",".join(map(str, self.layer_ids)) or "none"}
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Stored size of one position."""
-        return 2 * self.hidden_size * (1 + len(self.layer_ids)) + 6 * self.topk + 5
-
 
 def check_room(folder: Path, tokens: int, identity: ShardIdentity, max_gb: float) -> None:
     """Estimate what `tokens` more positions take, and refuse what is too much, before anything is written.
@@ -73,7 +68,8 @@ def check_room(folder: Path, tokens: int, identity: ShardIdentity, max_gb: float
     """
     if max_gb <= 0:
         raise ValueError(f"max_gb={max_gb} is not allowed: give a cap above 0")
-    size = tokens * identity.bytes_per_token / _GB
+    per_token = 2 * identity.hidden_size * (1 + len(identity.layer_ids)) + 6 * identity.topk + 5  # bytes
+    size = tokens * per_token / _GB
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / _GB
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(parent).free / _GB

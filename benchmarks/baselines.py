@@ -18,7 +18,7 @@ from haast.api import Haast
 from haast.bench.aggregate import build_rows
 from haast.bench.decoders import Decoder, EngineDecoder
 from haast.bench.report import environment
-from haast.bench.runner import BenchConfig, BenchPrompt, run_bench
+from haast.bench.runner import BenchConfig, BenchPrompt, Suite, run_suite
 from haast.cli.loading import load_medusa, read_prompt_file
 from haast.core import SamplingParams
 from haast.drafters.base import Drafter
@@ -74,7 +74,10 @@ def search(target: Target, prompts: list[BenchPrompt], medusa: Path | None, conf
             known[name] = (family, each)
             arms.append(_Named(name, target, make()))
     with Progress("settings", "answers", len(arms) * len(prompts) * config.rounds) as progress:
-        records = run_bench(arms, prompts, config, lambda answer: progress.step())
+        suites = {"": Suite("", "", tuple(prompts))}
+        (records,) = run_suite(
+            {config.sampling.temperature: arms}, suites, config, {}, lambda *answer: progress.step()
+        ).values()
     points = [
         {
             "family": known[row["decoder"]][0],

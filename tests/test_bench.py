@@ -15,18 +15,20 @@ from test_cli import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from haast.bench import aggregate, report
+from haast.bench import aggregate
 from haast.bench.decoders import Decoder, DecoderRun, EngineDecoder, StockDecoder, check_decoders, drafter_for
 from haast.bench.forward_latency import measure_v_curve
 from haast.bench.runner import (
     BenchConfig,
     BenchPrompt,
-    Record,
+    Records,
+    Suite,
     differences,
     peak_rss_mb,
     reset_peak_rss,
-    run_bench,
+    run_suite,
 )
+from haast.bench.tables import text
 from haast.cli import app
 from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter
@@ -70,6 +72,16 @@ ENVIRONMENT_KEYS = {
     "date",
 }
 PROMPTS = [BenchPrompt(str(i), "ab"[i % 2], (1 + i, 2, 3)) for i in range(3)]
+
+
+def run_file(
+    arms: Sequence[Decoder], prompts: Sequence[BenchPrompt], settings: BenchConfig, seen: list[str] | None = None
+) -> Records:
+    """What every decoder did with the prompts of one file; `seen` gets who answered, in turn."""
+    told, suites = [] if seen is None else seen, {"": Suite("", "", tuple(prompts))}
+    at = {settings.sampling.temperature: arms}
+    (records,) = run_suite(at, suites, settings, {}, lambda turn, answer: told.append(turn.decoder)).values()
+    return records
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -128,7 +140,7 @@ def arms(model: LlamaForCausalLM, target: Target, drafter: EagleDrafter) -> list
 def test_all_decoders_say_the_same_and_count_the_same(arms: list[Decoder], target: Target) -> None:
     seen: list[str] = []
     settings = BenchConfig(max_new_tokens=12, rounds=3, warmup_tokens=2)
-    records = run_bench(arms, PROMPTS, settings, lambda answer: seen.append(answer.turn.decoder))
+    records = run_file(arms, PROMPTS, settings, seen)
     assert len(seen) == 3 * 3 * 3
     assert all(set(seen[i : i + 3]) == {"vanilla", "eagle", "hf"} for i in range(0, 27, 3)), "a prompt's, in a row"
     assert len({seen[i] for i in range(0, 27, 3)}) == 3  # each decoder goes first at times
@@ -138,7 +150,7 @@ def test_all_decoders_say_the_same_and_count_the_same(arms: list[Decoder], targe
     for name, row in rows.items():
         assert set(row) >= ROW_KEYS
         assert row["tokens"] == 36 and row["decoded_tokens"] == 33 and row["prompts"] == 3
-        ms = sum(median(run.ms_decode for run in record.runs) for record in records[name])
+        ms = sum(median(run.ms_decode for run in record) for record in records[name])
         assert row["tokens_per_s"] == pytest.approx(33e3 / ms)
         assert row["speedup_vs_hf"] == pytest.approx(row["tokens_per_s"] / rows["hf"]["tokens_per_s"])
     assert rows["vanilla"]["tau"] == 1.0 and rows["vanilla"]["speedup_vs_vanilla"] == 1.0
@@ -172,7 +184,7 @@ class _Fixed(Decoder):
 
 def test_medians_loops_and_per_step_times_by_hand() -> None:
     loop = _Fixed("eagle", [1, 2] * 20, [30.0, 10.0, 500.0])
-    records = run_bench([loop], PROMPTS[:1], BenchConfig(rounds=3, warmup_tokens=0))
+    records = run_file([loop], PROMPTS[:1], BenchConfig(rounds=3, warmup_tokens=0))
     (row,) = aggregate.build_rows(records, PROMPTS[:1])
     assert row["tokens_per_s"] == pytest.approx(39 / 0.030)  # the median round, the first token not counted
     assert row["whole_call_tokens_per_s"] == pytest.approx(40 / 0.031)
@@ -193,7 +205,7 @@ def test_differences_are_judged_between_engine_decoders_only(target: Target, arm
     wrong = (*said[:3], (said[3] + 1) % 12, *said[4:])
     settings = BenchConfig(warmup_tokens=0)
     fakes = [_Fixed("vanilla", said, [1.0]), _Fixed("eagle", wrong, [1.0]), _Fixed("hf", wrong, [1.0])]
-    records = run_bench(fakes, PROMPTS[:1], settings)
+    records = run_file(fakes, PROMPTS[:1], settings)
     found = differences(records, PROMPTS[:1], target, settings.sampling)
     assert [(each.decoder, each.index, each.kind) for each in found] == [
         ("eagle", 3, "bug"),
@@ -207,7 +219,7 @@ def test_decoders_are_judged_by_one_of_the_engine_also_where_hf_is_named_first(
     said = arms[0].run(PROMPTS[0].tokens, 8).tokens
     wrong = (*said[:3], (said[3] + 1) % 12, *said[4:])
     fakes = [_Fixed("hf", said, [1.0]), _Fixed("eagle", said, [1.0]), _Fixed("lookup", wrong, [1.0])]
-    records = run_bench(fakes, PROMPTS[:1], BenchConfig(warmup_tokens=0))
+    records = run_file(fakes, PROMPTS[:1], BenchConfig(warmup_tokens=0))
     (found,) = differences(records, PROMPTS[:1], target, SamplingParams())
     assert (found.decoder, found.reference) == ("lookup", "eagle") and found.kind == "bug" and found.gap
     assert differences({}, PROMPTS[:1], target, SamplingParams()) == []
@@ -314,18 +326,19 @@ def test_the_command_refuses_before_loading(
 
 
 def test_the_table_survives_missing_numbers(arms: list[Decoder]) -> None:
-    records = run_bench(arms[:1], PROMPTS[:1], BenchConfig(max_new_tokens=2, warmup_tokens=0))
+    records = run_file(arms[:1], PROMPTS[:1], BenchConfig(max_new_tokens=2, warmup_tokens=0))
     document = {
         "rows": aggregate.build_rows(records, PROMPTS[:1]),
         "differences": [],
         "environment": {"model": "tiny", "prompts_count": 1},
     }
-    assert "vanilla" in report.bench_text(document)
+    assert "vanilla" in text("bench.txt", d=document)
 
 
 def test_a_record_of_one_token_has_no_speed() -> None:
-    record = Record([DecoderRun((5,), 1.0, 0.0, None)])
-    assert record.decoded == 0 and record.ms_part("ms_draft") == 0.0
+    record = [DecoderRun((5,), 1.0, 0.0, None)]
+    (row,) = aggregate.build_rows({"hf": [record]}, PROMPTS[:1])
+    assert row["decoded_tokens"] == row["tokens_per_s"] == 0 and row["ms_draft"] is None
 
 
 def test_every_decoder_of_the_engine_says_the_same(target: Target, home: Path, tmp_path: Path) -> None:

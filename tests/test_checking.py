@@ -9,16 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from haast.checking import (
-    DistributionTest,
-    chi_square,
-    compare,
-    diagnose,
-    sampled_distribution,
-    tiny_distribution,
-    tolerance,
-)
-from haast.checking.divergence import logits_after
+from haast.checking.distribution import DistributionTest, chi_square, sampled_distribution, tiny_distribution
+from haast.checking.divergence import compare, diagnose, logits_after, tolerance
 from haast.core import RowVerdict, SamplingParams, Verdict
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.tree_shape import DraftShape

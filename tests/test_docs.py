@@ -49,6 +49,8 @@ SHORTER = {
     "trace": "--max-new-tokens 8",
     "chat": "",
     "info": "",
+    "import": "",
+    "export": "",
     "plan": "",
     "report": "",
     "calibrate": "--max-new-tokens 24 --rounds 1 --limit 2",

@@ -70,7 +70,6 @@ CULPRITS: dict[str, dict[str, Any]] = {
     "scores of too many tokens": {"sampling": SamplingParams(processors=(Wide(),))},
     "no choice": {"chooser": Mad(None)},
     "a choice beyond the vocabulary": {"chooser": Mad(999)},
-    "a recorder": {"recorder": failing},
     "a watcher": {"watch": failing},
     "a warper": {"chooser": Sampler(SamplingParams(temperature=1.0), warpers=(failing,))},
 }
@@ -287,7 +286,7 @@ def test_prompts_that_are_none_are_refused(prompt: Any) -> None:
         engine_of("vanilla").submit(prompt, SamplingParams(), StopParams(4))
 
 
-@pytest.mark.parametrize("given", [{"choice": -1}, {"choice": "a"}, {"watch": 5}, {"recorder": 5}])
+@pytest.mark.parametrize("given", [{"choice": -1}, {"choice": "a"}, {"watch": 5}])
 def test_arguments_that_are_none_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(given))):
         engine_of("vanilla").submit(PROMPT, SamplingParams(), StopParams(4), **given)

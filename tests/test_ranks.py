@@ -21,7 +21,7 @@ from torch.torch_version import TorchVersion
 from transformers import GenerationConfig
 
 import haast
-from haast.checking import diagnose
+from haast.checking.divergence import diagnose
 from haast.core import SamplingParams
 from haast.drafters.base import Accepted, Drafter
 from haast.drafters.small_model import SmallModelDrafter

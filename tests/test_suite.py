@@ -23,12 +23,11 @@ from test_cli import tiny_tokenizer
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
-from haast.bench.aggregate import build_rows, describe_answer, pooled
-from haast.bench.bootstrap import Bootstrap, rates, ratio
+from haast.bench.aggregate import Bootstrap, build_rows, describe_answer, pooled, rates, ratio
 from haast.bench.decoders import DecoderRun, EngineDecoder
 from haast.bench.document import FORMAT, merged
 from haast.bench.journal import Journal, differing
-from haast.bench.runner import Answer, BenchPrompt, Difference, Record, Turn, differences, order
+from haast.bench.runner import BenchPrompt, Difference, Record, Turn, differences, order
 from haast.bench.tables import suite_markdown
 from haast.cli import app
 from haast.engine.engine import Stats
@@ -253,8 +252,7 @@ def test_pooled_rows_are_those_of_all_prompts_at_once() -> None:
         stats.reached_by_depth, stats.accepted_by_depth = [steps, steps // 2], [steps // 2, 1]
         stats.first_choice_by_depth = [1, 1]
         stats.ms_draft = stats.ms_verify = stats.ms_overhead = scale
-        runs = [DecoderRun(tuple(range(tokens)), 1.0 + i, scale * (i + 1), stats) for i in range(2)]
-        return Record(runs, peak_rss_mb=scale)
+        return [DecoderRun(tuple(range(tokens)), 1.0 + i, scale * (i + 1), stats, scale) for i in range(2)]
 
     suites = {"a": [record(9, 4, 2.0), record(5, 3, 1.0)], "b": [record(12, 6, 5.0)]}
     prompts = {name: [BenchPrompt(str(i), "xy"[i % 2], (1,)) for i in range(len(own))] for name, own in suites.items()}
@@ -363,15 +361,15 @@ def test_a_journal_of_another_head_behind_the_same_name_is_refused(home: Path, d
     refused(bench(home, tmp_path, "--resume", "--head", tmp_path / "head"), "decoders.eagle.settings.head_sha256")
 
 
-def _answer(place: int) -> Answer:
-    return Answer(Turn(0, 0.0, "one", place, "hf"), DecoderRun((1, 2), 1.0, 2.0, None), 5.0)
+def _answer(place: int) -> tuple[Turn, DecoderRun]:
+    return Turn(0, 0.0, "one", place, "hf"), DecoderRun((1, 2), 1.0, 2.0, None, 5.0)
 
 
 def test_a_damaged_or_foreign_journal_is_left_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     with Journal(path, {"rounds": 1}, False) as journal:
         for place in range(3):
-            journal.keep(_answer(place))
+            journal.keep(*_answer(place))
     lines = path.read_text().splitlines(keepends=True)
     for damage, named in (
         ([lines[0], "x\n", lines[2]], "line 2"),
@@ -389,9 +387,9 @@ def test_a_journal_that_was_killed_within_its_header_begins_anew(tmp_path: Path)
     path = tmp_path / "journal.jsonl"
     path.write_text('{"format": "haast-suite-journal-1", "rou')
     with Journal(path, {"rounds": 1}, True) as journal:
-        journal.keep(_answer(0))
+        journal.keep(*_answer(0))
     with Journal(path, {"rounds": 1}, True) as journal:
-        assert list(journal.answers.values()) == [_answer(0)]
+        assert list(journal.answers.items()) == [_answer(0)]
 
 
 def test_one_run_at_a_time_writes_a_journal(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from test_cli import EXACT, SMALL, save_random_head, tiny_config, tiny_tokenizer
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
-from haast.bench.trace import record_trace
-from haast.bench.trace_view import StepView, check_trace, percent, visible
+from haast.bench.document import check_format
+from haast.bench.trace import TRACE_FORMAT, StepView, percent, record_trace, visible
 from haast.cli import app
 from haast.cli.trace import show_trace
 from haast.core import SamplingParams
@@ -79,7 +79,7 @@ def test_a_watcher_sees_every_step_and_changes_nothing(llama: Target) -> None:
 def test_a_trace_says_what_vanilla_says_and_which_of_it_was_drafted(spoken: Target, temperature: float) -> None:
     law = SamplingParams(temperature, top_k=20, seed=4) if temperature else SamplingParams()
     document = json.loads(json.dumps(traced(spoken, trees(spoken), law)))
-    check_trace(document)
+    check_format(document, TRACE_FORMAT)
     emitted = [token for step in document["steps"] for token in step["emitted"]]
     tokens = [document["prefill"]["token"], *(token["token"] for token in emitted)]
     assert tokens == vanilla(spoken, [PROMPT], 24, law)[0]

@@ -481,6 +481,19 @@ def test_shards_round_trip_and_resume(target: Target, examples: list[Example], t
         assert torch.allclose(example.features.float(), wanted.features.float(), atol=1e-3)
 
 
+def test_what_came_before_an_interruption_is_in_a_shard(
+    target: Target, examples: list[Example], tmp_path: Path
+) -> None:
+    def interrupted() -> Iterator[tuple[Example, dict[str, Any]]]:
+        yield from ((example, {"id": str(number)}) for number, example in enumerate(examples[:3]))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        shards.write_shards(tmp_path, identity(target), interrupted())
+    stored, records = shards.read_shards(tmp_path, identity(target))
+    assert len(stored) == 3 and [record["id"] for record in records] == ["0", "1", "2"]
+
+
 def test_shards_over_the_cap_are_refused_before_anything_is_written(target: Target, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the cap is 1e-06 GB"):
         features.extract(target, sequences(12), tmp_path, identity(target), max_gb=1e-6, quiet=True)
@@ -611,13 +624,13 @@ def test_a_killed_regeneration_resumes_to_the_same_answers(
         regenerate.regenerate(target, AnswerRun(tokenizer, prompts(), cut, settings(), quiet=True))
 
 
-def test_features_captured_while_answering_equal_extracted_ones(
+def test_features_of_answers_equal_extracted_ones_and_come_once(
     target: Target, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     config = settings(shards=tmp_path / "shards", topk=8)
-    regenerate.regenerate(
-        target, AnswerRun(tokenizer, prompts(), tmp_path / "a.jsonl", config, name="tiny", quiet=True)
-    )
+    for some in (prompts()[:4], prompts(), prompts()):  # a run that goes on, and one with nothing left to do
+        run = AnswerRun(tokenizer, some, tmp_path / "a.jsonl", config, name="tiny", quiet=True)
+        regenerate.regenerate(target, run)
     stored, records = shards.read_shards(tmp_path / "shards", identity(target))
     assert len(stored) == 9
     wanted = dict(features.stream_examples(target, [encode_answer(tokenizer, r) for r in records], topk=8))

@@ -247,7 +247,6 @@ class Request:
         kv: its KV cache in the target's pool while it runs.
         draft_state: what its drafter keeps of it while it runs.
         deadline: on `time.monotonic`'s clock; None for none.
-        recorder: gets what the target computed at every position of the text, see `engine.step.Computed`.
     """
 
     def __init__(
@@ -263,13 +262,12 @@ class Request:
         prefill_chunk: int = 512,
         deadline: float | None = None,
         watch: Callable[[Any], None] | None = None,
-        recorder: Callable[[Any], None] | None = None,
     ) -> None:
         self.tokens = [int(token) for token in prompt]
         self.prompt_length = len(self.tokens)
         self.sampling, self.stop, self.chooser, self.drafter = sampling, stop, chooser, drafter
         self.row, self.stats, self.prefill_chunk = row, stats or Stats(), prefill_chunk
-        self.deadline, self.watch, self.recorder = deadline, watch, recorder
+        self.deadline, self.watch = deadline, watch
         self.limit = stop.max_new_tokens
         self.state = RequestState.WAITING
         self.finish_reason = ""

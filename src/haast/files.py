@@ -27,8 +27,16 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file; a pipe or a device is written to as it is. Raises ValueError where it can't be."""
+def write_text(path: str | Path, text: str) -> None:
+    """Write a whole file, or to stdout for "-"; a pipe or a device is written to as it is.
+
+    Raises ValueError where it can't be.
+    """
+    if path == "-":
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    path = expanded(path, "cannot write")
     try:
         if _is_special(path):
             path.write_text(text, encoding="utf-8")
@@ -41,14 +49,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(document: Any, path: str | Path | None, indent: int = 2) -> None:
     """Write a result to `path`, or to stdout for "-"; None does nothing. Raises ValueError where it can't be."""
-    if path is None:
-        return
-    text = json.dumps(document, indent=indent, ensure_ascii=False) + "\n"
-    if path == "-":
-        sys.stdout.write(text)
-        sys.stdout.flush()
-        return
-    write_text(expanded(path, "cannot write"), text)
+    if path is not None:
+        write_text(path, json.dumps(document, indent=indent, ensure_ascii=False) + "\n")
 
 
 def check_writable(path: str | None) -> None:

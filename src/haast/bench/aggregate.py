@@ -2,25 +2,61 @@
 
 Owns the arithmetic and the rows' schema, so that a run, a suite and a merge of suites count alike: times are medians
 over rounds per prompt, counts are the first round's, and a decoded token is every one but the prefill's.
+
+How sure a ratio of speeds is says the percentile bootstrap over prompts. The prompts are the sample (another run of the
+same prompts says nothing of other prompts), so prompts are drawn with replacement, all decoders with the same draw
+since they answered the same prompts. Several suites are strata: each is drawn from within itself and keeps its size.
+Source: Efron and Tibshirani, "An Introduction to the Bootstrap", ch. 13.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import permutations, zip_longest
 from statistics import median
 from typing import Any
 
-from haast.bench.bootstrap import Bootstrap, rates, ratio
+import numpy as np
+from numpy.typing import NDArray
+
 from haast.bench.runner import BenchPrompt, Record, Records
 from haast.repetition import loop_share, loops
 
 Row = dict[str, Any]
 Group = dict[tuple[float, str], dict[str, list[Row]]]  # (temperature, suite or "all") -> decoder -> its answers
 ALL = "all"
-SUITE_FORMAT = "haast-suite-1"
 _BY_DEPTH = ("alpha_by_depth", "acceptance_by_depth")
 _PER_STEP = ("ms_draft", "ms_verify", "ms_overhead", "nodes_per_forward")
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """How often prompts are drawn, by which seed, and the share of the draws that an interval holds."""
+
+    samples: int = 2000
+    seed: int = 0
+    level: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.seed < 0 or not 0 < self.level < 1:
+            raise ValueError(f"{self} is not allowed: give 1 sample or more, a seed from 0 on, a level within 0 and 1")
+
+    def draws(self, strata: Sequence[int]) -> NDArray[np.int64]:
+        """Prompt numbers (samples, prompts); `strata` are the sizes of the suites, one after the other."""
+        generator, begin = np.random.default_rng(self.seed), 0
+        parts = []
+        for size in strata:
+            parts.append(begin + generator.integers(size, size=(self.samples, size)))
+            begin += size
+        return np.concatenate(parts, axis=1)
+
+    def interval(self, values: NDArray[np.float64]) -> tuple[float, float] | None:
+        """The middle `level` of the values (samples,); None where one of them is no number."""
+        if not np.isfinite(values).all():
+            return None
+        low, high = np.quantile(values, [(1 - self.level) / 2, (1 + self.level) / 2])
+        return float(low), float(high)
 
 
 def build_rows(records: Records, prompts: Sequence[BenchPrompt]) -> list[Row]:
@@ -33,21 +69,22 @@ def build_rows(records: Records, prompts: Sequence[BenchPrompt]) -> list[Row]:
     rows = []
     for name, own in records.items():
         answers = [describe_answer({}, prompt, name, each) for prompt, each in zip(prompts, own, strict=True)]
-        rows.append(pooled([_row_of(name, each) for each in own], answers))
+        rows.append(pooled([_row_of(*each) for each in zip(answers, own, strict=True)], answers))
     _compare(rows, {row["decoder"]: row["tokens_per_s"] for row in rows})
     return rows
 
 
-def _row_of(name: str, record: Record) -> Row:
-    """What of one answer a row is made of, beside its answer."""
-    stats = record.runs[0].stats
-    row: Row = {"decoder": name, "peak_rss_mb": record.peak_rss_mb, "tokens": len(record.tokens), "prompts": 1}
-    row["decoded_tokens"] = record.decoded
+def _row_of(answer: Row, record: Record) -> Row:
+    """What of one answer a row is made of, beside the answer."""
+    stats = record[0].stats
+    row: Row = {key: answer[key] for key in ("decoder", "tokens", "tau", "target_forwards")}
+    row |= {"prompts": 1, "decoded_tokens": decoded(answer), "peak_rss_mb": max(run.peak_rss_mb for run in record)}
     if stats is None:  # outside the engine
-        return row | {"tau": None, "target_forwards": None} | {key: [] for key in (*_BY_DEPTH, "reached_by_depth")}
+        return row | {key: [] for key in (*_BY_DEPTH, "reached_by_depth")}
     steps = max(stats.target_forwards, 1)
-    row |= {key: getattr(stats, key) for key in ("tau", *_BY_DEPTH, "reached_by_depth", "by_length", "target_forwards")}
-    row |= {key: record.ms_part(key) / steps for key in _PER_STEP if key.startswith("ms_")}
+    row |= {key: getattr(stats, key) for key in (*_BY_DEPTH, "reached_by_depth", "by_length")}
+    for key in ("ms_draft", "ms_verify", "ms_overhead"):
+        row[key] = median(getattr(run.stats, key) for run in record) / steps
     return row | {"nodes_per_forward": stats.nodes / steps}
 
 
@@ -59,10 +96,10 @@ def describe_answer(cell: Mapping[str, Any], prompt: BenchPrompt, decoder: str, 
         "category": prompt.category,
         "temperature": cell.get("temperature"),
         "decoder": decoder,
-        "tokens": len(record.tokens),
-        **{key: [getattr(run, key) for run in record.runs] for key in ("ms_decode", "ms_prefill")},
-        **{key: getattr(record.runs[0].stats, key, None) for key in ("target_forwards", "tau", "nodes")},
-        "looping": loops(record.tokens),
+        "tokens": len(record[0].tokens),
+        **{key: [getattr(run, key) for run in record] for key in ("ms_decode", "ms_prefill")},
+        **{key: getattr(record[0].stats, key, None) for key in ("target_forwards", "tau", "nodes")},
+        "looping": loops(record[0].tokens),
     }
 
 
@@ -72,10 +109,9 @@ def per_prompt(records: Records, prompts: Sequence[BenchPrompt]) -> list[Row]:
     for place, prompt in enumerate(prompts):
         one: Row = {"id": prompt.id, "category": prompt.category, "prompt_tokens": len(prompt.tokens)}
         for name, own in records.items():
-            stats, tokens = own[place].runs[0].stats, own[place].tokens
-            speed = rate(own[place].decoded, own[place].ms_decode)
-            tau = None if stats is None else stats.tau
-            one[name] = {"tokens": len(tokens), "tokens_per_s": speed, "tau": tau, "loop_share": loop_share(tokens)}
+            answer = describe_answer({}, prompt, name, own[place])
+            told = {"tokens": answer["tokens"], "tokens_per_s": speed([answer]), "tau": answer["tau"]}
+            one[name] = told | {"loop_share": loop_share(own[place][0].tokens)}
         listed.append(one)
     return listed
 
@@ -183,11 +219,8 @@ def _tau(answers: Sequence[Row]) -> float:
 
 
 def _by_depth(parts: Sequence[Row], key: str) -> list[float]:
-    found: list[list[tuple[float, float]]] = [[] for _ in range(max(len(part[key]) for part in parts))]
-    for part in parts:
-        for own, pair in zip(found, zip(part[key], part["reached_by_depth"], strict=True), strict=False):
-            own.append(pair)
-    return [_mean(own) for own in found]
+    pairs = [zip(part[key], part["reached_by_depth"], strict=True) for part in parts]
+    return [_mean(own) for own in zip_longest(*pairs, fillvalue=(0.0, 0))]
 
 
 def _by_length(parts: Sequence[Row]) -> list[Row]:
@@ -223,3 +256,22 @@ def _ratios(document: Row, groups: Group) -> Iterator[Row]:
                 value = speed(cell[one]) / base if base else None
                 names = {"suite": suite, "temperature": temperature, "decoder": one, "over": other}
                 yield {**names, "ratio": value, "low": low, "high": high}
+
+
+def rates(tokens: Sequence[int], ms: Sequence[float], draws: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Tokens a second (samples,) of every draw: all its tokens over all its time; nan where it took none.
+
+    Args:
+        tokens: per prompt.
+        ms: per prompt.
+        draws: prompt numbers (samples, prompts).
+    """
+    counts, times = (np.asarray(values, dtype=np.float64)[draws].sum(1) for values in (tokens, ms))
+    return ratio(1e3 * counts, times)
+
+
+def ratio(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> NDArray[np.float64]:
+    """One over the other (samples,); nan or inf where the denominator is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: NDArray[np.float64] = numerator / denominator
+    return found

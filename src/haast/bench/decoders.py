@@ -34,6 +34,7 @@ RULED = {
     "small-model-rejection": ("small-model", "rejection"),
     "small-model-block": ("small-model", "block"),
 }
+HF_SKIPPED = "hf draws its own random numbers, so its text cannot be compared there"
 KNOWN = ("vanilla", *HEADED, "medusa", "small-model", *RULED, "lookahead", "lookup", "suffix", "hf")
 
 
@@ -45,6 +46,7 @@ class DecoderRun:
     ms_prefill: float  # until the first token
     ms_decode: float  # from there to the end
     stats: Stats | None  # None for a decoder outside the engine
+    peak_rss_mb: float = 0.0  # of the process meanwhile, where somebody looked
 
 
 class Decoder(ABC):

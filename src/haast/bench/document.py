@@ -10,13 +10,12 @@ Neither prompts nor answers are in it: their licences are their authors', and co
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from haast.bench.aggregate import SUITE_FORMAT, build_rows, complete, describe_answer
-from haast.bench.bootstrap import Bootstrap
+from haast.bench.aggregate import Bootstrap, build_rows, complete, describe_answer
 from haast.bench.journal import short
 from haast.bench.runner import Cells, Suite, differences
 from haast.bench.trace import TRACE_FORMAT
@@ -25,7 +24,7 @@ from haast.target.target import Target
 
 Document = Mapping[str, Any]
 
-FORMAT = SUITE_FORMAT
+FORMAT = "haast-suite-1"
 _MADE_BY = {FORMAT: "a suite.json of `haast bench --suite`", TRACE_FORMAT: "what `haast trace --json` wrote"}
 _KEYS: dict[str, type] = {
     "environment": dict, "suites": dict, "decoders": dict, "temperatures": list, "rounds": int, "rows": list,
@@ -73,6 +72,12 @@ def build_document(
             ]
     complete(document)
     return document
+
+
+def check_format(document: Document, kind: str = FORMAT) -> None:
+    """Raises ValueError for a document of another kind."""
+    if document.get("format") != kind:
+        raise ValueError(f"format={document.get('format')!r} is not {kind!r}: give {_MADE_BY[kind]}")
 
 
 def _no_number(name: str) -> None:
@@ -140,7 +145,12 @@ def merged(documents: Mapping[str, Document], anyway: bool = False) -> dict[str,
         raise ValueError(
             f"these are not one measurement: {'; '.join(complaints)}: merge what ran alike, or give --merge-anyway"
         )
-    result["environment"] = _environment(parts, complaints)
+    listed, warnings = list[dict[str, Any]](), list[str]()
+    for part in parts:
+        own = dict(part["environment"])
+        warnings += own.pop("warnings", [])
+        listed += own.pop("merged", [own])
+    result["environment"] = {**listed[0], "merged": listed, "warnings": [*warnings, *complaints]}
     complete(result)
     return result
 
@@ -191,13 +201,3 @@ def _uneven(document: Document) -> Iterator[str]:
         if len(set(own.values())) > 1:
             yield f"answers to {prompt} of {suite} at temperature {temperature:g} have other lengths: {own}"
             return
-
-
-def _environment(parts: Sequence[Document], complaints: Sequence[str]) -> dict[str, Any]:
-    """The first's, with all of them listed beside."""
-    listed, warnings = list[dict[str, Any]](), list[str]()
-    for part in parts:
-        own = dict(part["environment"])
-        warnings += own.pop("warnings", [])
-        listed += own.pop("merged", [own])
-    return {**listed[0], "merged": listed, "warnings": [*warnings, *complaints]}

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from haast.bench.decoders import DecoderRun
-from haast.bench.runner import Answer, Turn
+from haast.bench.runner import Turn
 from haast.engine.engine import Stats
 from haast.jsonl_log import JsonlLog
 
 FORMAT = "haast-suite-journal-1"
+JOURNAL = "journal.jsonl"  # its name in a suite's folder
 _FREE = ("environment.command", "environment.date", "environment.load_average")  # may differ when a run goes on
 _NAMED = 4  # differences that a refusal spells out
 
@@ -40,7 +41,7 @@ class Journal(JsonlLog):
         super().__init__(path, f'{{"format": "{FORMAT}"'.encode(), b'{"round": ')
         check_absent(path, resume)
         self.header: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **header}))
-        self.answers: dict[Turn, Answer] = {}
+        self.answers: dict[Turn, DecoderRun] = {}
 
     def check(self) -> None:
         if not self.values:
@@ -56,15 +57,15 @@ class Journal(JsonlLog):
         self.header = header
         for number, line in enumerate(lines, start=2):
             try:
-                answer = _from_json(line)
-                self.answers[answer.turn] = answer
+                turn, answer = _from_json(line)
+                self.answers[turn] = answer
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{self.path}, line {number}: no answer ({error}): give another --out") from error
 
-    def keep(self, answer: Answer) -> None:
+    def keep(self, turn: Turn, answer: DecoderRun) -> None:
         """Write one answer. Raises ValueError where the disk is full."""
-        self.add(_to_json(answer))
-        self.answers[answer.turn] = answer
+        self.add(asdict(turn) | asdict(answer))
+        self.answers[turn] = answer
 
 
 def check_absent(path: Path, resume: bool) -> None:
@@ -94,19 +95,7 @@ def short(value: Any) -> str:
     return words if len(words) <= 60 else f"{words[:57]}..."
 
 
-def _to_json(answer: Answer) -> dict[str, Any]:
-    run = answer.run
-    return {
-        **asdict(answer.turn),
-        "tokens": list(run.tokens),
-        "ms_prefill": run.ms_prefill,
-        "ms_decode": run.ms_decode,
-        "stats": None if run.stats is None else asdict(run.stats),
-        "peak_rss_mb": answer.peak_rss_mb,
-    }
-
-
-def _from_json(line: dict[str, Any]) -> Answer:
+def _from_json(line: dict[str, Any]) -> tuple[Turn, DecoderRun]:
     """Raises KeyError, TypeError or ValueError where the line is no answer that `add` wrote."""
     turn = Turn(**{each.name: line[each.name] for each in fields(Turn)})
     stats = None if line["stats"] is None else Stats(**line["stats"])
@@ -120,7 +109,7 @@ def _from_json(line: dict[str, Any]) -> Answer:
         listed = name.endswith(("_by_depth", "_by_length"))
         if isinstance(value, list) != listed or not all(map(_is_amount, value if listed else [value])):
             raise ValueError(f"{name}={value!r} is no number from 0 on, or no list of them")
-    return Answer(turn, DecoderRun(tuple(tokens), times["ms_prefill"], times["ms_decode"], stats), times["peak_rss_mb"])
+    return turn, DecoderRun(tuple(tokens), stats=stats, **times)
 
 
 def _is_amount(value: Any) -> bool:

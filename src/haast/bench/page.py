@@ -1,7 +1,8 @@
 """One self-contained HTML page: no network, no fonts of others, light and dark, whole without scripts.
 
-Owns what the pages are filled with beside the figures (`charts`). The templates own the words and the drawing, and
-escape what documents say.
+Owns what the pages are filled with, and of the figures the choice and the order of what is shown, panel by panel; of a
+document's numbers it computes nothing but the axes. The templates own the words and the drawing, and escape what
+documents say.
 """
 
 from __future__ import annotations
@@ -9,19 +10,23 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import UndefinedError
 from markupsafe import Markup
 
-from haast.bench.aggregate import SUITE_FORMAT
-from haast.bench.charts import charts
-from haast.bench.tables import Document, best, formatted, main_rows, templates
-from haast.bench.trace_view import StepView, check_trace, counted, percent, quoted, visible
+from haast.bench.document import FORMAT, check_format
+from haast.bench.tables import Document, best, formatted, length_buckets, main_rows, named, panels, templates
+from haast.bench.trace import TRACE_FORMAT, StepView, counted, percent, quoted, visible
+from haast.tuning.policy import interpolate
 
 _UNKNOWN = "\u2013"
 _MOST_NODES = 4000  # of the trees of a page, which stays under 2 MB
+_COLOURS = 8  # that the page has for series
+_PARTS = {"ms_draft": 1, "ms_verify": 0, "ms_overhead": 7}  # of a step, with their colours
 
 
 def trace_html(document: Document) -> str:
@@ -30,7 +35,7 @@ def trace_html(document: Document) -> str:
     Raises:
         ValueError: another kind of document.
     """
-    check_trace(document)
+    check_format(document, TRACE_FORMAT)
     return _render("trace.html", document["environment"], [document])
 
 
@@ -40,10 +45,7 @@ def report_html(document: Document) -> str:
     Raises:
         ValueError: another kind of document.
     """
-    if document.get("format") != SUITE_FORMAT:
-        raise ValueError(
-            f"format={document.get('format')!r} is not {SUITE_FORMAT!r}: give what `haast bench --suite --json` wrote"
-        )
+    check_format(document, FORMAT)
     main = [row for temperature in sorted(document["temperatures"]) for row in main_rows(document, temperature)]
     shown = {"document": document, "main": main, "best": best(document), "charts": charts(document, main)}
     return _render("report.html", document["environment"], document["traces"], **shown)
@@ -69,7 +71,7 @@ def _traced(traces: Sequence[Document]) -> list[dict[str, Any]]:
     """All traces, each with as many trees as its share of the page allows; the step shown first kept the most."""
     found = []
     for trace in traces:
-        check_trace(trace)
+        check_format(trace, TRACE_FORMAT)
         views, room = list[StepView](), _MOST_NODES // len(traces)
         for step in trace["steps"]:
             view = StepView(step)
@@ -95,3 +97,140 @@ def _cell(value: Any) -> str:
     if isinstance(value, dict | list):
         return json.dumps(value, ensure_ascii=False)
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """From 0 to `most`, with round ticks."""
+
+    most: float
+
+    @property
+    def ticks(self) -> list[tuple[float, str]]:
+        """Places from 0 to 1, and their words; three to six of them."""
+        unit = 10.0 ** math.floor(math.log10(self.most / 4))
+        step = next(unit * times for times in (1, 2, 5, 10) if self.most / (unit * times) <= 5)
+        return [(n * step / self.most, f"{n * step:g}") for n in range(int(self.most / step) + 1)]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure: panels as the template draws them, and the values' axis."""
+
+    panels: list[dict[str, Any]]
+    axis: Axis
+
+
+def charts(document: Document, main: Sequence[Document]) -> dict[str, Chart]:
+    """All figures that the document has numbers for, in the page's order. `main` are its rows over all prompts."""
+    ratios = [
+        {**each, "value": each["ratio"], "also": None, "words": f"{each['ratio']:.2f}\u00d7"}
+        for each in document["ratios"]
+        if each["over"] == "vanilla" != each["decoder"] and each["low"] is not None
+    ]
+    drafted = [row for row in document["rows"] if row["tau"] is not None and row["decoder"] != "vanilla"]
+    taus = [
+        {**row, **dict.fromkeys(("value", "low", "high"), row["tau"]), "words": f"{row['tau']:.2f}"}
+        | {"also": row["tau_loop_filtered"] or None}
+        for row in drafted
+    ]
+    depths = range(1, 1 + max((len(row["acceptance_by_depth"]) for row in main), default=0))
+    lines = _lines(document, main, lambda row: dict(enumerate(row["acceptance_by_depth"])), [*map(str, depths)])
+    found = {"speedup": _dots(document, ratios), "tau": _dots(document, taus), "acceptance": Chart(lines, Axis(1.0))}
+    if len(length_buckets(main)) > 1:
+        found["lengths"] = _lengths(document, [row for row in main if row["decoder"] != "vanilla"])
+    found["milliseconds"] = _milliseconds(document, [row for row in main if row["ms_verify"] is not None])
+    if document["calibration"]:
+        found["nodes"] = _nodes(document)
+    return found
+
+
+def _decoder(document: Document, name: str) -> dict[str, Any]:
+    """How a decoder is told apart."""
+    colour = list(document["decoders"]).index(name) % _COLOURS
+    return {"label": named(document, name), "colour": colour, "lossy": document["decoders"][name]["lossy"]}
+
+
+def _dots(document: Document, marks: Sequence[Document]) -> Chart:
+    """A panel per suite; a mark (value, low, high, also) per decoder and temperature, named at a decoder's first."""
+    order, temps, suites = list(document["decoders"]), sorted(document["temperatures"]), panels(document)
+    shown = []
+    for suite in suites:
+        lines = list[dict[str, Any]]()
+        own = [mark for mark in marks if mark["suite"] == suite]
+        for mark in sorted(own, key=lambda mark: (order.index(mark["decoder"]), mark["temperature"])):
+            line = {**mark, **_decoder(document, mark["decoder"]), "colour": temps.index(mark["temperature"])}
+            if lines and lines[-1]["decoder"] == mark["decoder"]:
+                line["label"] = ""
+            lines.append(line)
+        name = "all prompts" if suite == "all" else suite.replace("_", " ")
+        shown.append({"name": name if len(suites) > 1 else "", "marks": lines})
+    return Chart(shown, Axis(max((max(mark["high"], mark["also"] or 0) for mark in marks), default=1.0)))
+
+
+def _by_temperature(document: Document, rows: Sequence[Document]) -> list[tuple[str, list[Document]]]:
+    """The name of a panel, which is empty where there is only one, and its rows."""
+    temps = sorted(document["temperatures"])
+    names = [f"temperature {temperature:g}" if len(temps) > 1 else "" for temperature in temps]
+    return [(name, [r for r in rows if r["temperature"] == t]) for name, t in zip(names, temps, strict=True)]
+
+
+def _lines(
+    document: Document, rows: Sequence[Document], points: Callable[[Document], dict[int, float]], places: Sequence[str]
+) -> list[dict[str, Any]]:
+    """A line per decoder through its points (number of the place -> value)."""
+    gap = 1 / max(len(places) - 1, 1)
+    ticks = [(number * gap, words) for number, words in enumerate(places)]
+    shown = []
+    for name, own in _by_temperature(document, rows):
+        lines = [
+            {**_decoder(document, row["decoder"]), "points": [(at * gap, value) for at, value in points(row).items()]}
+            for row in own
+        ]
+        shown.append({"name": name, "places": ticks, "lines": [line for line in lines if line["points"]]})
+    return shown
+
+
+def _lengths(document: Document, rows: Sequence[Document]) -> Chart:
+    """Tokens per target forward by the tokens that stood before the step."""
+    buckets = length_buckets(rows)
+    place = {begin: number for number, (begin, _) in enumerate(buckets)}
+
+    def points(row: Document) -> dict[int, float]:
+        return {place[each["begin"]]: each["tau"] for each in row.get("by_length", ())}
+
+    most = max((tau for row in rows for tau in points(row).values()), default=1.0)
+    return Chart(_lines(document, rows, points, [f"{end - 1:g}" for _, end in buckets]), Axis(most))
+
+
+def _milliseconds(document: Document, rows: Sequence[Document]) -> Chart:
+    """A step's time by part, stacked."""
+    shown, most = list[dict[str, Any]](), 0.0
+    for name, own in _by_temperature(document, rows):
+        bars = []
+        for row in own:
+            whole = sum(row[part] for part in _PARTS)
+            most, parts = max(most, whole), [(colour, row[part]) for part, colour in _PARTS.items()]
+            bars.append({"label": named(document, row["decoder"]), "words": f"{whole:.1f}", "parts": parts})
+        shown.append({"name": name, "bars": bars})
+    return Chart(shown, Axis(most or 1.0))
+
+
+def _nodes(document: Document) -> Chart:
+    """v(n), and the nodes that each decoder ran over."""
+    forward = {int(n): ms for n, ms in document["calibration"]["forward_ms"].items()}
+    costs = {n: ms / forward[min(forward)] for n, ms in sorted(forward.items())}
+    budgets: dict[float, list[str]] = {}
+    for row in main_rows(document, min(document["temperatures"])):
+        if row["nodes_per_forward"] is not None and row["decoder"] != "vanilla":
+            budgets.setdefault(round(row["nodes_per_forward"], 1), []).append(named(document, row["decoder"]))
+    if (expected := document["calibration"].get("expected")) is not None:
+        budgets.setdefault(round(expected["nodes"], 1), []).append("calibration\u2019s choice")
+    most = max(costs)
+    rings = [
+        (min(n / most, 1.0), interpolate(costs, min(n, most)), own, f"{n:g}") for n, own in sorted(budgets.items())
+    ]
+    curve = {"label": "v(n)", "colour": 0, "lossy": False, "points": [(n / most, cost) for n, cost in costs.items()]}
+    return Chart(
+        [{"name": "", "places": Axis(most).ticks, "lines": [curve], "rings": rings}], Axis(max(costs.values()))
+    )

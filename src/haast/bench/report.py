@@ -1,4 +1,4 @@
-"""What a reader needs to judge numbers: where they come from, and fingerprints. Owns the terminal table of a bench."""
+"""What a reader needs to judge numbers: where they come from, and fingerprints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 import transformers
 
 import haast
-from haast.bench.tables import text
 from haast.repetition import LOOP_SHARE, NGRAM
 from haast.stats import TAU_CONVENTION, Stats
 from haast.target.target import Target
@@ -113,16 +111,6 @@ def weights_sha256(target: Target) -> str:
             f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode() + some.view(torch.uint8).numpy().tobytes()
         )
     return digest.hexdigest()
-
-
-def bench_text(document: Mapping[str, Any]) -> str:
-    """The rows of a bench document as a table for a terminal."""
-    return text("bench.txt", {"lengths": by_length_words}, d=document)
-
-
-def by_length_words(found: Sequence[dict[str, Any]]) -> str:
-    """`Stats.by_length` in a line."""
-    return "  ".join(f"{each['begin']:.0f}-{each['end']:.0f}: {each['tau']:.2f}" for each in found)
 
 
 def stats_document(stats: Stats) -> dict[str, Any]:

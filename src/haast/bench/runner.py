@@ -11,15 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
 
 from haast.bench.decoders import Decoder, DecoderRun, own_text
 from haast.checking.divergence import diagnose
 from haast.core import SamplingParams
 from haast.engine.engine import PREFILL_CHUNK
+from haast.errors import check_at_least
 from haast.target.kv_pool import common_length
 from haast.target.target import Target
 
@@ -36,8 +36,7 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 2), ("rounds", 1), ("warmup_tokens", 0), ("prefill_chunk", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed in a bench: give {least} or more")
+            check_at_least(name, getattr(self, name), least)
 
 
 @dataclass(frozen=True)
@@ -47,33 +46,6 @@ class BenchPrompt:
     id: str
     category: str
     tokens: tuple[int, ...]
-
-
-@dataclass
-class Record:
-    """What one decoder did with one prompt, over all rounds."""
-
-    runs: list[DecoderRun] = field(default_factory=list)
-    peak_rss_mb: float = 0.0
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """The output (of the first round)."""
-        return self.runs[0].tokens
-
-    @property
-    def decoded(self) -> int:
-        """Tokens that decode time stands for: all but the prefill's one."""
-        return max(len(self.tokens) - 1, 0)
-
-    @property
-    def ms_decode(self) -> float:
-        """Median over rounds."""
-        return median(run.ms_decode for run in self.runs)
-
-    def ms_part(self, name: str) -> float:
-        """Median over rounds of a field of `Stats`; 0 outside the engine."""
-        return median(0.0 if run.stats is None else float(getattr(run.stats, name)) for run in self.runs)
 
 
 @dataclass(frozen=True)
@@ -114,15 +86,7 @@ class Turn:
     decoder: str
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One answer given."""
-
-    turn: Turn
-    run: DecoderRun
-    peak_rss_mb: float
-
-
+Record = list[DecoderRun]  # what one decoder did with one prompt, round by round
 Records = dict[str, list[Record]]  # decoder -> one record per prompt
 Cells = dict[tuple[float, str], Records]  # (temperature, suite) -> what each decoder did
 
@@ -151,20 +115,27 @@ def run_suite(
     arms: Mapping[float, Sequence[Decoder]],
     suites: Mapping[str, Suite],
     config: BenchConfig,
-    done: Container[Turn],
-    keep: Callable[[Answer], None],
-) -> None:
-    """Give every answer that is not done yet.
+    answers: dict[Turn, DecoderRun],
+    keep: Callable[[Turn, DecoderRun], None] = lambda turn, run: None,
+) -> Cells:
+    """Give every answer that is not there yet.
 
     Args:
         arms: temperature -> decoders.
         suites: by name.
         config: rounds, tokens, warm-up, and the seed of the order; the temperature is the arms' own.
-        done: turns of an earlier run.
-        keep: is handed each answer at once.
+        answers: of an earlier run; the new ones join them.
+        keep: is handed each new answer at once.
+
+    Returns:
+        All answers: suites and prompts in the files' order, decoders in the order given; one that did not run at a
+        temperature is left out there.
     """
     by_name = {(temperature, arm.name): arm for temperature, own in arms.items() for arm in own}
-    left = [turn for turn in turns_of(arms, suites, config) if turn not in done]
+    sizes = {name: len(suite.prompts) for name, suite in suites.items()}
+    decoders = {temperature: [arm.name for arm in own] for temperature, own in arms.items()}
+    turns = order(config.sampling.seed, config.rounds, sizes, decoders)
+    left = [turn for turn in turns if turn not in answers]
     if left and config.warmup_tokens:
         first = next(iter(suites.values())).prompts[0]
         for arm in by_name.values():
@@ -172,52 +143,17 @@ def run_suite(
     for turn in left:
         reset_peak_rss()
         arm, prompt = by_name[turn.temperature, turn.decoder], suites[turn.suite].prompts[turn.place]
-        keep(Answer(turn, arm.run(prompt.tokens, config.max_new_tokens), peak_rss_mb()))
-
-
-def turns_of(arms: Mapping[float, Sequence[Decoder]], suites: Mapping[str, Suite], config: BenchConfig) -> list[Turn]:
-    """The order of a run."""
-    sizes = {name: len(suite.prompts) for name, suite in suites.items()}
-    decoders = {temperature: [arm.name for arm in own] for temperature, own in arms.items()}
-    return order(config.sampling.seed, config.rounds, sizes, decoders)
-
-
-def gather(answers: Mapping[Turn, Answer], turns: Sequence[Turn], decoders: Sequence[str]) -> Cells:
-    """Records of a finished run: suites and prompts in the files' order, decoders in the order given.
-
-    Args:
-        answers: one for every turn.
-        turns: all of them.
-        decoders: all of them; one that did not run at a temperature is left out there.
-    """
+        answer = replace(arm.run(prompt.tokens, config.max_new_tokens), peak_rss_mb=peak_rss_mb())
+        keep(turn, answer)
+        answers[turn] = answer
     cells: Cells = {}
-    rank = {name: number for number, name in enumerate(decoders)}
-    for turn in sorted(turns, key=lambda turn: (turn.round, turn.place, rank[turn.decoder])):
+    given = [name for _, name in by_name]
+    for turn in sorted(turns, key=lambda turn: (turn.round, turn.place, given.index(turn.decoder))):
         own = cells.setdefault((turn.temperature, turn.suite), {}).setdefault(turn.decoder, [])
         if turn.round == 0:
-            own.append(Record())
-        answer, record = answers[turn], own[turn.place]
-        record.runs.append(answer.run)
-        record.peak_rss_mb = max(record.peak_rss_mb, answer.peak_rss_mb)
+            own.append([])
+        own[turn.place].append(answers[turn])
     return cells
-
-
-def run_bench(
-    arms: Sequence[Decoder],
-    prompts: Sequence[BenchPrompt],
-    config: BenchConfig,
-    progress: Callable[[Answer], None] = lambda answer: None,
-) -> Records:
-    """Answer every prompt of one file with every decoder, `rounds` times; `progress` is called after each answer."""
-    at, suites, answers = {config.sampling.temperature: arms}, {"": Suite("", "", tuple(prompts))}, {}
-
-    def keep(answer: Answer) -> None:
-        answers[answer.turn] = answer
-        progress(answer)
-
-    run_suite(at, suites, config, (), keep)
-    (records,) = gather(answers, turns_of(at, suites, config), [arm.name for arm in arms]).values()
-    return records
 
 
 def differences(
@@ -234,9 +170,9 @@ def differences(
     reference = "vanilla" if "vanilla" in records else next((name for name in records if name != "hf"), "hf")
     found = []
     for place, prompt in enumerate(prompts):
-        wanted = records[reference][place].tokens
+        wanted = records[reference][place][0].tokens
         for name, own in records.items():
-            other = next((run.tokens for run in own[place].runs if run.tokens != wanted), None)
+            other = next((run.tokens for run in own[place] if run.tokens != wanted), None)
             if other is not None:
                 alike = "hf" not in (name, reference)
                 judged = diagnose(target, prompt.tokens, wanted, other, sampling) if alike else None

@@ -1,6 +1,7 @@
-"""What one answer's drafts came to, step by step, as a document ("haast-trace-1").
+"""What one answer's drafts came to, step by step, as a document ("haast-trace-1"), and a step as a reader sees it.
 
-Owns the recording and the document's schema. Knows neither terminal nor HTML (see `trace_view` and `cli.trace`).
+Owns the recording, the document's schema, and the words that the terminal and the page share. Knows neither terminal
+nor HTML (see `cli.trace` and `page`).
 
 A node's `target_prob` is the target's probability of its token after its own parent, of the processed distribution that
 is sampled. Greedy decoding has a one-hot one, which tells nothing: there it is the softmax of the processed scores.
@@ -23,6 +24,19 @@ from haast.target.target import Target
 from haast.text import TextStream, token_text
 
 TRACE_FORMAT = "haast-trace-1"
+Node = Mapping[str, Any]
+FATES = ("root", "accepted", "cut", "rejected", "unreached", "probe")
+_WHY = {
+    "root": "root {token}: the last token of the text so far",
+    "accepted": "drafted {token} (target {chance}): accepted, the target chose it too",
+    "cut": "drafted {token} (target {chance}): accepted, but the text ended before it",
+    "rejected": "drafted {token} (target {chance}): rejected, the target said {choice} ({likely})",
+    "twin": "drafted {token} (target {chance}): the same token as an accepted branch",
+    "unreached": "drafted {token} (target {chance}): not reached, a token before it was not accepted",
+    "probe": "probe {token}: run to learn what may follow later, never accepted",
+}
+_MARKS = {" ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"}
+_LONGEST = 24  # characters of a token that are shown
 
 
 def record_trace(
@@ -111,7 +125,12 @@ class _Recorder:
 
         def prob(node: int, token: int) -> float:
             if node not in known:
-                known[node] = self._probs(step.logits[0, node], _way(node, parents, tokens))
+                below_root = tree.tokens[0, 1:][tree.ancestors[0, node, 1:]].tolist()
+                history, logits = [*self._history, *below_root], step.logits[0, node]
+                if self._greedy:
+                    known[node] = self._sampler.scores(history, logits).double().softmax(-1)
+                else:
+                    known[node] = self._sampler.probs(history, logits)
             return float(known[node][token])
 
         nodes = []
@@ -132,21 +151,101 @@ class _Recorder:
             )
         return nodes
 
-    def _probs(self, logits: Tensor, way: Sequence[int]) -> Tensor:
-        """Target probabilities (vocab,) after `way`, the tokens below the root."""
-        history = [*self._history, *way]
-        if self._greedy:
-            return self._sampler.scores(history, logits).double().softmax(-1)
-        return self._sampler.probs(history, logits)
-
     def _named(self, token: int) -> dict[str, Any]:
         return {"token": token, "text": token_text(self._tokenizer, token)}
 
 
-def _way(node: int, parents: Sequence[int], tokens: Sequence[int]) -> list[int]:
-    """The tokens from below the root to `node`."""
-    way: list[int] = []
-    while node > 0:
-        way.append(tokens[node])
-        node = parents[node]
-    return way[::-1]
+class StepView:
+    """One step of a trace document; dead nodes, which only pad, are left out."""
+
+    def __init__(self, step: Mapping[str, Any]) -> None:
+        self.step = step
+        self.nodes: dict[int, Node] = {node["id"]: node for node in step["nodes"] if node["live"]}
+        self.children: dict[int, list[int]] = {node: [] for node in self.nodes}
+        for number, node in self.nodes.items():
+            if number:
+                self.children[node["parent"]].append(number)
+
+    @property
+    def drafted(self) -> int:
+        """Nodes that could have been accepted."""
+        return sum(self.fate(number) not in ("root", "probe") for number in self.nodes)
+
+    @property
+    def kept(self) -> int:
+        """Drafted tokens that were emitted."""
+        return sum(token["drafted"] for token in self.step["emitted"])
+
+    def fate(self, number: int) -> str:
+        """What became of a node, one of `FATES`."""
+        node = self.nodes[number]
+        if number == 0:
+            return "root"
+        if node["accepted"]:
+            return "accepted" if node["depth"] <= len(self.step["emitted"]) else "cut"
+        if node["probe"]:
+            return "probe"
+        return "rejected" if self.nodes[node["parent"]]["choice"] is not None else "unreached"
+
+    def why(self, number: int, sentences: Mapping[str, str] = _WHY) -> str:
+        """The sentence on a node's fate, or on a "twin", with the target's probabilities; empty where there is none.
+
+        A twin is rejected, but its token was chosen: in another branch.
+        """
+        node, fate = self.nodes[number], self.fate(number)
+        choice = self.nodes[node["parent"]]["choice"] if number else None
+        words = {"token": quoted(node["text"]), "chance": percent(node["target_prob"] or 0.0)}
+        if choice is not None:
+            words |= {"choice": quoted(choice["text"]), "likely": percent(choice["prob"])}
+            if fate == "rejected" and choice["token"] == node["token"]:
+                fate = "twin"
+        return sentences.get(fate, "").format(**words)
+
+    def bonus(self) -> tuple[int, Mapping[str, Any]] | None:
+        """The target's own last token and the node it follows; None where the text ended before it."""
+        emitted = self.step["emitted"]
+        if not emitted or emitted[-1]["drafted"]:
+            return None
+        visited = [number for number, node in self.nodes.items() if node["choice"] is not None]
+        last = max(visited, key=lambda number: self.nodes[number]["depth"])
+        return last, self.nodes[last]["choice"]
+
+    def summary(self) -> str:
+        """The step in one line."""
+        ms = sum(self.step[part] for part in ("ms_draft", "ms_verify", "ms_overhead"))
+        words = f"{self.kept} of {self.drafted} drafted accepted" if self.drafted else "nothing drafted"
+        probes = sum(self.fate(number) == "probe" for number in self.nodes)
+        words += f", {counted(probes, 'probe')}" if probes else ""
+        words += f", {counted(len(self.step['emitted']), 'token')}"
+        return (
+            f"{words}; {ms:.1f} ms: draft {self.step['ms_draft']:.1f}, verify {self.step['ms_verify']:.1f}, "
+            f"rest {self.step['ms_overhead']:.1f}"
+        )
+
+
+def percent(chance: float) -> str:
+    """A probability for a reader: two digits, never a false 0 or 100."""
+    value = 100 * chance
+    if value < 0.1:
+        return "<0.1 %"
+    if value < 1:
+        return f"{value:.1f} %"
+    return f"{value:.0f} %" if value < 99.5 else ">99 %"
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def visible(text: str) -> str:
+    """A token with its blanks and controls made visible, cut where it is long."""
+    shown = "".join(_MARKS.get(letter) or (letter if letter.isprintable() else ascii(letter)[1:-1]) for letter in text)
+    if len(shown) > _LONGEST:
+        shown = shown[: _LONGEST - 1] + "\u2026"
+    return shown or "\u2205"
+
+
+def quoted(text: str) -> str:
+    """A token inside a sentence."""
+    return f"\u201c{visible(text)}\u201d"

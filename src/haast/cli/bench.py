@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from haast.cli.bench_run import HF_SKIPPED, JOURNAL, Run, bench_file, bench_suites
 from haast.cli.loading import as_eagle, drawn_by, load_all, load_medusa, read_prompt_file
 from haast.cli.settings import (
     PREFILL_CHUNK,
@@ -27,7 +26,6 @@ from haast.cli.settings import (
 from haast.files import check_writable
 
 if TYPE_CHECKING:
-    from haast.bench.runner import BenchPrompt, Suite
     from haast.core import SamplingParams
     from haast.prompts import Prompt
 
@@ -42,9 +40,7 @@ class BenchOptions:
     limit: SpreadLimitOption = None
     suite: Annotated[Path | None, Option(metavar="DIR", help="Bench all prompt files (*.jsonl) of a folder.")] = None
     only: Annotated[str | None, Option(metavar="A,B", help="With --suite: these files, without .jsonl.")] = None
-    temperatures: Annotated[
-        str | None, Option(metavar="T,T", help="With --suite, which takes 0,1 if this is absent.")
-    ] = None
+    temperatures: Annotated[str | None, Option(metavar="T,T", help="With --suite; 0,1 if this is absent.")] = None
     out: Annotated[
         Path | None, Option(metavar="FOLDER", help="With --suite: where journal.jsonl, suite.json, suite.md go.")
     ] = None
@@ -57,15 +53,11 @@ class BenchOptions:
             "small-model-block, lookahead, lookup, suffix, hf.",
         ),
     ] = "vanilla,eagle"
-    medusa_head: Annotated[Path | None, Option(metavar="DIR", help="Medusa heads (`haast train --head medusa`).")] = (
-        None
-    )
+    medusa_head: Annotated[Path | None, Option(metavar="DIR", help="Of `haast train --head medusa`.")] = None
     medusa_nodes: Annotated[int, Option(metavar="N", help="Nodes of their tree, the root included.")] = 6
     small_model: Annotated[str | None, Option(metavar="NAME", help="The smaller model that drafts.")] = None
     max_new_tokens: Annotated[int, Option(metavar="N", help="New tokens per prompt.")] = 128
-    rounds: Annotated[
-        int | None, Option(metavar="R", help="Timed rounds, by default 1, with --suite 2; medians count.")
-    ] = None
+    rounds: Annotated[int | None, Option(metavar="R", help="Timed rounds (1, with --suite 2); medians count.")] = None
     warmup: Annotated[int, Option(metavar="N", help="Untimed tokens per decoder before.")] = 16
     v_curve: Annotated[bool, Option("--v-curve", help="Also measure forwards over 1 to 60 nodes.")] = False
     prefill_chunk: ChunkOption = PREFILL_CHUNK
@@ -93,7 +85,7 @@ class BenchOptions:
         return Plan({self.prompts: read_prompt_file(self.prompts, self.limit)}, (params.temperature,), None)
 
     def _suites(self, folder: Path, params: SamplingParams) -> Plan:
-        from haast.bench.journal import check_absent
+        from haast.bench.journal import JOURNAL, check_absent
         from haast.prompts import read_suites
         from haast.training.checkpoints import write_probe
 
@@ -131,6 +123,8 @@ class Plan:
 
     def decoders(self, names: Sequence[str]) -> dict[float, list[str]]:
         """Who runs at each temperature. Raises ValueError where nobody does."""
+        from haast.bench.decoders import HF_SKIPPED
+
         found = {t: [name for name in names if name != "hf" or t == 0] for t in self.temperatures}
         for temperature, own in found.items():
             if not own:
@@ -138,17 +132,6 @@ class Plan:
                     f"no decoder is left at temperature {temperature:g} ({HF_SKIPPED}): give more decoders"
                 )
         return found
-
-    def suites(self, encoded: Sequence[BenchPrompt]) -> dict[str, Suite]:
-        """By name; `encoded` are `prompts`, encoded."""
-        from haast.bench.report import file_sha256
-        from haast.bench.runner import Suite
-
-        left = iter(encoded)
-        return {
-            path.stem: Suite(path.name, file_sha256(path), tuple(next(left) for _ in own))
-            for path, own in self.files.items()
-        }
 
 
 def bench(loading: Loading, drafting: Drafting, sampling: Sampling, options: BenchOptions) -> None:
@@ -169,6 +152,7 @@ def bench(loading: Loading, drafting: Drafting, sampling: Sampling, options: Ben
 
     from haast.bench.decoders import HEADED, Parts, check_decoders
     from haast.bench.runner import BenchConfig
+    from haast.cli.bench_run import Run, bench_file, bench_suites, suites_of
 
     rounds = options.rounds if options.rounds is not None else 1 if plan.out is None else 2
     config = BenchConfig(options.max_new_tokens, rounds, options.warmup, params, options.prefill_chunk)
@@ -189,7 +173,7 @@ def bench(loading: Loading, drafting: Drafting, sampling: Sampling, options: Ben
     parts = Parts(eagle, medusa, small, drafting.shaped, drafting.calibration)
     settings = {**drawn_by(eagle), **asdict(config), "raw": options.raw}
     settings["sampling"].pop("processors")
-    run = Run(plan, plan.suites(encoded), names, config, target, loading, parts)
+    run = Run(plan, suites_of(plan, encoded), names, config, target, loading, parts)
     if plan.out is None:
         bench_file(run, options, settings)
     else:

@@ -1,6 +1,7 @@
 """What `haast bench` does once all is loaded: answers under a progress bar, documents, and its end.
 
-Owns the files of results and what stands in a journal's header; the work is `haast.bench`'s.
+Owns the files of results and what stands in a journal's header; the work is `haast.bench`'s. Imported when a bench
+begins, since it imports torch.
 """
 
 from __future__ import annotations
@@ -9,23 +10,39 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
+from haast.bench import aggregate
+from haast.bench.decoders import (
+    HEADED,
+    HF_SKIPPED,
+    Decoder,
+    DecoderRun,
+    EngineDecoder,
+    Parts,
+    StockDecoder,
+    base_of,
+    drafter_for,
+    lossy,
+    rule_of,
+)
+from haast.bench.document import build_document
+from haast.bench.forward_latency import measure_v_curve
+from haast.bench.journal import JOURNAL, Journal
+from haast.bench.report import environment, file_sha256, folder_sha256, sources_sha256, weights_sha256
+from haast.bench.runner import BenchConfig, BenchPrompt, Cells, Suite, Turn, differences, run_suite
+from haast.bench.tables import suite_markdown, text
+from haast.cli.bench import BenchOptions, Plan
 from haast.cli.boundary import human_output
 from haast.cli.loading import drawn_by
 from haast.cli.settings import Drafting, Loading
+from haast.drafters.factory import find_head
 from haast.files import write_json, write_text
-
-if TYPE_CHECKING:
-    from haast.bench.decoders import Decoder, Parts
-    from haast.bench.runner import Answer, BenchConfig, Cells, Suite, Turn
-    from haast.cli.bench import BenchOptions, Plan
-    from haast.target.target import Target
-
-JOURNAL = "journal.jsonl"
-HF_SKIPPED = "hf draws its own random numbers, so its text cannot be compared there"
+from haast.progress import Progress
+from haast.target.load import load_stock
+from haast.target.target import Target
 
 
 @dataclass(frozen=True)
@@ -45,9 +62,6 @@ class Run:
         return {t: [self._arm(name, t) for name in own] for t, own in self.plan.decoders(self.names).items()}
 
     def _arm(self, name: str, temperature: float) -> Decoder:
-        from haast.bench.decoders import EngineDecoder, StockDecoder, drafter_for
-        from haast.target.load import load_stock
-
         ends, sampling = self.target.end_ids, replace(self.config.sampling, temperature=temperature)
         if name == "hf":
             stock = load_stock(self.loading.model)[0]
@@ -56,76 +70,68 @@ class Run:
         drafter = drafter_for(name, self.target, self.parts, sampling)
         return EngineDecoder(self.target, drafter, sampling, ends, name, self.config.prefill_chunk)
 
+    def total(self, arms: Mapping[float, Sequence[Decoder]]) -> int:
+        """Answers of the whole run."""
+        return self.config.rounds * sum(len(own) for own in arms.values()) * len(self.plan.prompts)
+
     def answer(
-        self, arms: Mapping[float, Sequence[Decoder]], done: dict[Turn, Answer], keep: Callable[[Answer], None]
+        self,
+        arms: Mapping[float, Sequence[Decoder]],
+        answers: dict[Turn, DecoderRun],
+        keep: Callable[[Turn, DecoderRun], None] = lambda turn, answer: None,
     ) -> Cells:
-        """Give every answer that is not `done`; `keep` puts it there."""
-        from haast.bench.runner import gather, run_suite, turns_of
-        from haast.progress import Progress
-
-        turns = turns_of(arms, self.suites, self.config)
+        """Give every answer that is not there yet, see `run_suite`."""
         decoded = forwards = 0
-        with Progress("bench", "answers", len(turns), len(done), rate="tokens") as progress:
+        with Progress("bench", "answers", self.total(arms), len(answers), rate="tokens") as progress:
 
-            def kept(answer: Answer) -> None:
+            def kept(turn: Turn, answer: DecoderRun) -> None:
                 """The progress tells EAGLE's tau so far."""
                 nonlocal decoded, forwards
-                keep(answer)
-                stats = answer.run.stats
-                if answer.turn.decoder == "eagle" and stats is not None:
+                keep(turn, answer)
+                stats = answer.stats
+                if turn.decoder == "eagle" and stats is not None:
                     decoded, forwards = decoded + stats.decoded_tokens, forwards + stats.target_forwards
                 words = f"eagle's tau {decoded / forwards:.2f}" if forwards else ""
-                progress.step(counted=len(answer.run.tokens), words=words)
+                progress.step(counted=len(answer.tokens), words=words)
 
-            run_suite(arms, self.suites, self.config, done, kept)
-        return gather(done, turns, self.names)
+            return run_suite(arms, self.suites, self.config, answers, kept)
 
-    def describe(self, prompts: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-        """Of a document."""
-        from haast.bench.report import environment
 
-        return environment(self.target, self.loading.model, prompts, len(self.plan.prompts), settings)
+def suites_of(plan: Plan, encoded: Sequence[BenchPrompt]) -> dict[str, Suite]:
+    """By name; `encoded` are the plan's prompts, encoded."""
+    left = iter(encoded)
+    return {
+        path.stem: Suite(path.name, file_sha256(path), tuple(next(left) for _ in own))
+        for path, own in plan.files.items()
+    }
 
 
 def bench_file(run: Run, options: BenchOptions, settings: dict[str, Any]) -> None:
-    from haast.bench import aggregate
-    from haast.bench.report import bench_text
-    from haast.bench.runner import differences
-
-    document: dict[str, Any] = {"environment": run.describe(options.prompts, settings)}
-    answers: dict[Turn, Answer] = {}
-    (records,) = run.answer(run.arms(), answers, lambda answer: answers.update({answer.turn: answer})).values()
+    where = environment(run.target, run.loading.model, options.prompts, len(run.plan.prompts), settings)
+    document: dict[str, Any] = {"environment": where}
+    (records,) = run.answer(run.arms(), {}).values()
     (suite,) = run.suites.values()
     found = differences(records, suite.prompts, run.target, run.config.sampling)
     document["rows"] = aggregate.build_rows(records, suite.prompts)
     document["differences"] = [asdict(each) for each in found]
     document["per_prompt"] = aggregate.per_prompt(records, suite.prompts)
     if options.v_curve:
-        from haast.bench.forward_latency import measure_v_curve
-        from haast.progress import Progress
-
         with Progress("v curve"):
             document["v_curve"] = measure_v_curve(run.target, run.parts.eagle)
-    print(bench_text(document), file=human_output(options.json_out))
+    print(text("bench.txt", d=document), file=human_output(options.json_out))
     write_json(document, options.json_out)
     _fail_on_bugs(document)
 
 
 def bench_suites(run: Run, out: Path, options: BenchOptions, drafting: Drafting, settings: dict[str, Any]) -> None:
     """Run, or go on with, a suite; write its documents; exit with 1 where a text differs that must not."""
-    from haast.bench.document import build_document
-    from haast.bench.journal import Journal
-    from haast.bench.report import bench_text
-    from haast.bench.tables import suite_markdown
-
     arms, path = run.arms(), out / JOURNAL
     header = _header(run, arms, options, drafting, settings)
     with Journal(path, header, options.resume) as journal:
         try:
             cells = run.answer(arms, journal.answers, journal.keep)
         except KeyboardInterrupt:
-            total = run.config.rounds * sum(len(own) for own in arms.values()) * len(run.plan.prompts)
-            done = f"{len(journal.answers)} of {total} answers are in {path}"
+            done = f"{len(journal.answers)} of {run.total(arms)} answers are in {path}"
             typer.echo(f"\nstopped; {done}, the same command with --resume goes on from there", err=True)
             raise
         document = build_document(journal.header, cells, run.suites, run.target, run.config.sampling)
@@ -139,7 +145,8 @@ def bench_suites(run: Run, out: Path, options: BenchOptions, drafting: Drafting,
             if each["temperature"] == temperature
         ]
         typer.echo(f"temperature {temperature:g}, {', '.join(document['suites'])}")
-        typer.echo(bench_text({"environment": document["environment"], "rows": rows, "differences": found}))
+        shown = {"environment": document["environment"], "rows": rows, "differences": found}
+        typer.echo(text("bench.txt", d=shown))
     typer.echo(f"written: {out / 'suite.json'}, {out / 'suite.md'}")
     _fail_on_bugs(document)
 
@@ -152,11 +159,9 @@ def _header(
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """What the journal fixes, and the document repeats."""
-    from haast.bench.decoders import EngineDecoder, base_of, lossy, rule_of
-    from haast.bench.report import sources_sha256, weights_sha256
-
     sampling = {key: value for key, value in settings["sampling"].items() if key != "temperature"}  # a cell has its own
-    where = run.describe(None, {**settings, "sampling": sampling})
+    described = {**settings, "sampling": sampling}
+    where = environment(run.target, run.loading.model, None, len(run.plan.prompts), described)
     del where["prompts_file"], where["prompts_sha256"]
     where |= {"sources_sha256": sources_sha256(), "weights_sha256": weights_sha256(run.target)}
     if "hf" in run.names:
@@ -184,10 +189,6 @@ def _header(
 
 def _part_settings(run: Run, options: BenchOptions, drafting: Drafting) -> dict[str, dict[str, Any]]:
     """What the decoders draft with that have a head or a model of their own: settings, and its digest."""
-    from haast.bench.decoders import HEADED
-    from haast.bench.report import folder_sha256, weights_sha256
-    from haast.drafters.factory import find_head
-
     found: dict[str, dict[str, Any]] = {}
     model = run.loading.model
     eagle = None if run.parts.eagle is None else drafting.folder(model)

@@ -202,7 +202,7 @@ def _compare(
 ) -> None:
     """Vanilla, then drafted, on one prompt; further rounds are silent and in alternating order."""
     from haast.api import Haast
-    from haast.checking import diagnose
+    from haast.checking.divergence import diagnose
     from haast.drafters.vanilla import VanillaDrafter
 
     out, own, vanilla = human_output(json_out), model.drafter.name, Haast(model.target, VanillaDrafter())

@@ -100,14 +100,14 @@ def _model(target: Target, loading: Loading) -> dict[str, Any]:
 
 def _drafting(target: Target, loading: Loading, drafting: Drafting) -> dict[str, Any]:
     """How drafts are made here: by a calibration, or by the settings."""
-    from haast.drafters.calibrated import default_path, find_calibration, identity
+    from haast.drafters.calibrated import default_path, identity
     from haast.drafters.eagle import EagleDrafter
 
     drafter = drafting.load(target, loading.model, drafting.check(loading.model, loading.device))
     assert drafter is not None, "a head was found"
     if not isinstance(drafter, EagleDrafter):
         return {"shape": asdict(drafter.shape), "pace": "one size"}
-    found = None if drafting.shaped else find_calibration(target, drafter, drafting.calibration)
+    found = drafting.calibrated(target, drafter)
     place = drafting.calibration if drafting.calibration != "auto" else str(default_path(identity(target, drafter)))
     return {
         "calibration": "none (`haast calibrate` makes one)" if found is None else place,

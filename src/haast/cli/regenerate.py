@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
 from haast.cli.settings import JsonOption, LimitOption, Loading, PromptsOption
 from haast.files import check_writable, write_json
@@ -26,17 +27,13 @@ if TYPE_CHECKING:
 class Serving:
     """A server that answers instead of this process."""
 
-    endpoint: Annotated[
-        str | None, typer.Option(metavar="URL", help="An OpenAI-compatible server that runs the target.")
-    ] = None
+    endpoint: Annotated[str | None, Option(metavar="URL", help="An OpenAI-compatible server of the target.")] = None
     endpoint_model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The target's name there; needed where it serves several.")
+        str | None, Option(metavar="NAME", help="The target's name there; needed where it serves several.")
     ] = None
-    api_key_env: Annotated[
-        str | None, typer.Option(metavar="VAR", help="The environment variable that holds its key.")
-    ] = None
-    concurrency: Annotated[int, typer.Option(metavar="N", help="Requests in flight at a time.")] = 32
-    rate: Annotated[float | None, typer.Option(metavar="R", help="Requests a second, at most.")] = None
+    api_key_env: Annotated[str | None, Option(metavar="VAR", help="The environment variable with its key.")] = None
+    concurrency: Annotated[int, Option(metavar="N", help="Requests in flight at a time.")] = 32
+    rate: Annotated[float | None, Option(metavar="R", help="Requests a second, at most.")] = None
 
     def check(self) -> EndpointConfig | None:
         """The library's own configuration; None without --endpoint. Raises ValueError."""
@@ -57,7 +54,7 @@ class Serving:
 
 def regenerate(
     loading: Loading,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Answers are appended; done ones are skipped.")],
+    out: Annotated[Path, Option("--out", metavar="FILE", help="Answers are appended; done ones are skipped.")],
     config: RegenerateConfig,
     serving: Serving,
     prompts: PromptsOption = None,

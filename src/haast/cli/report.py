@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -48,35 +46,22 @@ def report(
         raise ValueError("a file is named twice: name each once")
     named = {str(file): read_document(expanded(file, "cannot read")) for file in files}
     traces = [read_document(expanded(file, "cannot read"), TRACE_FORMAT) for file in trace or ()]
-    with _undamaged([*files, *(trace or ())]):  # everything is made before anything is written
+    try:  # everything is made before anything is written
         document = merged(named, merge_anyway)
         document["traces"] = [*document["traces"], *traces]
         told = suite_markdown(document)
         page = "" if html is None else report_html(document)
-    for words in document["environment"].get("warnings", ()):
-        typer.echo(f"haast: warning: {words}", err=True)
-    write_json(document, json_out)
-    if html is not None:
-        _write(html, page)
-    if markdown is not None or (html is None and json_out is None):
-        _write(markdown or "-", told)
-
-
-@contextmanager
-def _undamaged(files: Sequence[Path]) -> Iterator[None]:
-    """A file with the right keys may still hold the wrong things, at any depth: then say so in one line."""
-    try:
-        yield
     except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
-        names = ", ".join(map(str, files))
+        # A file with the right keys may still hold the wrong things, at any depth: then say so in one line.
+        names = ", ".join(map(str, [*files, *(trace or ())]))
         raise ValueError(
             f"cannot make sense of {names} ({type(error).__name__}: {error}): a damaged document; `haast bench "
             f"--suite` with --resume writes it again"
         ) from error
-
-
-def _write(path: str, text: str) -> None:
-    if path == "-":
-        typer.echo(text, nl=False)
-    else:
-        write_text(expanded(path, "cannot write"), text)
+    for words in document["environment"].get("warnings", ()):
+        typer.echo(f"haast: warning: {words}", err=True)
+    write_json(document, json_out)
+    if html is not None:
+        write_text(html, page)
+    if markdown is not None or (html is None and json_out is None):
+        write_text(markdown or "-", told)

@@ -14,14 +14,10 @@ import typer
 from haast.cli.boundary import human_output
 from haast.cli.loading import load_chosen
 from haast.cli.settings import Choice, Drafting, JsonOption, Loading, Sampling, check_at_least
-from haast.errors import expanded
 from haast.files import check_writable, write_json, write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.tree import Tree
-
-    from haast.bench.trace_view import StepView
 
 _LOOKS = {  # by fate: a sign, a style
     "root": ("", "bold"), "accepted": ("\u2713 ", "green"), "cut": ("\u2713 ", "green"), "rejected": ("\u2717 ", "dim"),
@@ -90,8 +86,7 @@ def trace(
     show_trace(document, Console(file=out, highlight=False, width=None if out.isatty() else 120))
     write_json(document, json_out)
     if html_out is not None:
-        page = trace_html(document)
-        sys.stdout.write(page) if html_out == "-" else write_text(expanded(html_out, "cannot write"), page)
+        write_text(html_out, trace_html(document))
 
 
 def _checked(prompt: str, html_out: str | None, json_out: str | None) -> str:
@@ -109,8 +104,24 @@ def _checked(prompt: str, html_out: str | None, json_out: str | None) -> str:
 def show_trace(document: Mapping[str, Any], console: Console) -> None:
     """The text with its drafted tokens in colour, then every step's tree."""
     from rich.text import Text
+    from rich.tree import Tree
 
-    from haast.bench.trace_view import StepView
+    from haast.bench.trace import StepView, percent, visible
+
+    def label(view: StepView, number: int) -> Text:
+        node, fate = view.nodes[number], view.fate(number)
+        sign, style = _LOOKS[fate]
+        chance = None if fate in ("root", "probe") else percent(node["target_prob"])
+        return Text("  ".join(filter(None, [sign + visible(node["text"]), chance, view.why(number, _REASONS)])), style)
+
+    def grow(branch: Tree, view: StepView, number: int) -> Tree:
+        for child in view.children[number]:
+            grow(branch.add(label(view, child)), view, child)
+        bonus = view.bonus()
+        if bonus is not None and bonus[0] == number:
+            own = f"+ {visible(bonus[1]['text'])}  {percent(bonus[1]['prob'])}  the target's own"
+            branch.add(Text(own, style="bold"))
+        return branch
 
     text = Text(document["prefill"]["text"], style="bold")  # the target's own tokens bold, accepted drafts green
     for token in (token for step in document["steps"] for token in step["emitted"]):
@@ -124,29 +135,4 @@ def show_trace(document: Mapping[str, Any], console: Console) -> None:
     for number, step in enumerate(document["steps"], start=1):
         view = StepView(step)
         console.print(Text(f"\nstep {number}: {view.summary()}", style="bold"))
-        console.print(_tree(view))
-
-
-def _tree(view: StepView) -> Tree:
-    from rich.text import Text
-    from rich.tree import Tree
-
-    from haast.bench.trace_view import percent, visible
-
-    bonus = view.bonus()
-
-    def label(number: int) -> Text:
-        node, fate = view.nodes[number], view.fate(number)
-        sign, style = _LOOKS[fate]
-        chance = None if fate in ("root", "probe") else percent(node["target_prob"])
-        return Text("  ".join(filter(None, [sign + visible(node["text"]), chance, view.told(number, _REASONS)])), style)
-
-    def grow(branch: Tree, number: int) -> Tree:
-        for child in view.children[number]:
-            grow(branch.add(label(child)), child)
-        if bonus is not None and bonus[0] == number:
-            own = f"+ {visible(bonus[1]['text'])}  {percent(bonus[1]['prob'])}  the target's own"
-            branch.add(Text(own, style="bold"))
-        return branch
-
-    return grow(Tree(label(0), guide_style="dim"), 0)
+        console.print(grow(Tree(label(view, 0), guide_style="dim"), view, 0))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer import Option
 
 from haast.cli.boundary import human_output
 from haast.cli.settings import JsonOption, LimitOption, Loading, check_at_least
@@ -32,24 +33,20 @@ T = TypeVar("T")
 class TrainingData:
     """What a head is trained on."""
 
-    answers: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Answers, as `haast regenerate` writes them.")
-    ] = None
+    answers: Annotated[Path | None, Option(metavar="FILE", help="Answers, as `haast regenerate` writes them.")] = None
     shards: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Feature shards; with --answers, those of these answers.")
+        Path | None, Option(metavar="DIR", help="Feature shards; with --answers, those of these answers.")
     ] = None
     valid_prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Prompts on which tau is measured; none: no tau.")
+        Path | None, Option(metavar="FILE", help="Prompts on which tau is measured; none: no tau.")
     ] = None
-    valid_limit: Annotated[int, typer.Option(metavar="N", help="How many of them.")] = 12
-    valid_tokens: Annotated[int, typer.Option(metavar="N", help="New tokens on each.")] = 64
-    valid_nodes: Annotated[int, typer.Option(metavar="N", help="Tree budget there.")] = 24
-    topk: Annotated[int, typer.Option(metavar="K", help="The teacher's best tokens kept per position.")] = 16
-    max_tokens: Annotated[int, typer.Option(metavar="N", help="Cut longer sequences.")] = 2048
-    max_gb: Annotated[float, typer.Option(metavar="GB", help="Most that shards may take.")] = 20.0
-    loops: Annotated[
-        str, typer.Option(metavar="keep|drop", help="Answers of which over 30 % of the 8-grams repeat.")
-    ] = "keep"
+    valid_limit: Annotated[int, Option(metavar="N", help="How many of them.")] = 12
+    valid_tokens: Annotated[int, Option(metavar="N", help="New tokens on each.")] = 64
+    valid_nodes: Annotated[int, Option(metavar="N", help="Tree budget there.")] = 24
+    topk: Annotated[int, Option(metavar="K", help="The teacher's best tokens kept per position.")] = 16
+    max_tokens: Annotated[int, Option(metavar="N", help="Cut longer sequences.")] = 2048
+    max_gb: Annotated[float, Option(metavar="GB", help="Most that shards may take.")] = 20.0
+    loops: Annotated[str, Option(metavar="keep|drop", help="Answers of which over 30 % of 8-grams repeat.")] = "keep"
 
     def check(self) -> None:
         """Raises ValueError."""
@@ -67,16 +64,14 @@ class TrainingData:
 
 def train(
     loading: Loading,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Checkpoints, metrics, and the head in best/.")],
+    out: Annotated[Path, Option("--out", metavar="DIR", help="Checkpoints, metrics, and the head in best/.")],
     data: TrainingData,
     settings: TrainConfig,
     limit: LimitOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    start_from: Annotated[Path | None, typer.Option(metavar="HEAD", help="Begin with this head's weights.")] = None,
-    show_data: Annotated[int, typer.Option(metavar="N", help="Print N sequences, what is supervised in green.")] = 0,
-    self_test: Annotated[
-        bool, typer.Option("--self-test", help="Overfit one batch and stop: is all in order?")
-    ] = False,
+    resume: Annotated[bool, Option("--resume", help="Go on with the run in --out.")] = False,
+    start_from: Annotated[Path | None, Option(metavar="HEAD", help="Begin with this head's weights.")] = None,
+    show_data: Annotated[int, Option(metavar="N", help="Print N sequences, what is supervised in green.")] = 0,
+    self_test: Annotated[bool, Option("--self-test", help="Overfit one batch and stop: is all in order?")] = False,
     json_out: JsonOption = None,
 ) -> None:
     """Train a head on the target's own answers; the best one by measured tau lies in OUT/best.
@@ -97,7 +92,8 @@ def train(
     from haast.heads.checkpoint import load_head
 
     records = _read_records(data, limit)
-    turns = [] if data.valid_prompts is None else _first_turns(data.valid_prompts, data.valid_limit)
+    asked = [] if data.valid_prompts is None else read_prompts(data.valid_prompts, data.valid_limit)
+    turns = [prompt.turns[0] for prompt in asked]
     main = _main_process(data, settings, loading)
     _check_out(out, json_out, main, anew=not (resume or show_data or self_test))
     begin = None if start_from is None else load_head(start_from)
@@ -125,10 +121,6 @@ def train(
         typer.echo(f"the best head is in {out / 'best'}", err=True)
         result["head"] = str(out / "best")
         _write_result(result, target, loading.model, data, len(turns), settings, json_out)
-
-
-def _first_turns(path: Path, count: int) -> list[str]:
-    return [prompt.turns[0] for prompt in read_prompts(path, count)]
 
 
 def _check_out(out: Path, json_out: str | None, main: bool, anew: bool) -> None:

@@ -14,7 +14,8 @@ from haast.cli.settings import Choice, Drafting, JsonOption, Loading, PromptsOpt
 from haast.files import check_writable, write_json
 
 if TYPE_CHECKING:
-    from haast.checking import Comparison, DistributionTest
+    from haast.checking.distribution import DistributionTest
+    from haast.checking.divergence import Comparison
     from haast.target.target import Target
 
 
@@ -51,7 +52,8 @@ def verify(
     drafting.check_shape(loading.device)
 
     from haast.bench.report import environment
-    from haast.checking import compare, distribution_tests
+    from haast.checking.distribution import distribution_tests
+    from haast.checking.divergence import compare
     from haast.core import SamplingParams
     from haast.engine.engine import StopParams
     from haast.progress import Progress
@@ -113,7 +115,7 @@ def _line(result: dict[str, Any]) -> str:
 
 
 def _document(target: Target, results: list[dict[str, Any]], tests: list[DistributionTest]) -> dict[str, Any]:
-    from haast.checking import tolerance
+    from haast.checking.divergence import tolerance
 
     kinds = [result["divergence"]["kind"] for result in results if not result["same"]]
     return {

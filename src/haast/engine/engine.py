@@ -18,7 +18,7 @@ from haast.core import Emission, Request, SamplingParams, StopParams, TokenChoos
 from haast.drafters.base import Drafter
 from haast.engine.rules import AcceptanceRule
 from haast.engine.scheduler import Scheduler
-from haast.engine.step import Computed, Step
+from haast.engine.step import Step
 from haast.errors import CancelledError, KVPoolError, PromptError
 from haast.sampling import Sampler
 from haast.stats import Stats
@@ -75,7 +75,6 @@ class Engine:
         stats: Stats | None = None,
         timeout: float | None = None,
         watch: Callable[[Step], None] | None = None,
-        recorder: Callable[[Computed], None] | None = None,
         prefill_chunk: int | None = None,
         queued: bool = True,
     ) -> Request:
@@ -91,8 +90,6 @@ class Engine:
             stats: filled as it runs.
             timeout: seconds from now after which it is ended.
             watch: called with every decoding step of the request before its tokens can be read.
-            recorder: called with what the target computes at every position that is kept, the prompt's first; such a
-                request computes its whole prompt.
             prefill_chunk: prompt positions a forward, instead of the engine's.
             queued: False only checks it and leaves it for `start`.
 
@@ -106,9 +103,8 @@ class Engine:
             check_chunk(prefill_chunk)
         if not isinstance(choice, Integral) or not 0 <= choice < 2**63:
             raise ValueError(f"choice={choice!r} is not allowed: give the number of the continuation, from 0 on")
-        for name, function in (("watch", watch), ("recorder", recorder)):
-            if function is not None and not callable(function):
-                raise ValueError(f"{name}={function!r} is not allowed: give a function, or None")
+        if watch is not None and not callable(watch):
+            raise ValueError(f"watch={watch!r} is not allowed: give a function, or None")
         if self.target.model.training:  # dropout would get into keys and values that other requests use again
             raise ValueError("the model is in training mode, where its text is not its own: call model.eval() first")
         if timeout is not None and not (isinstance(timeout, Real) and 0 < timeout < math.inf):
@@ -124,7 +120,6 @@ class Engine:
             prefill_chunk=prefill_chunk or self.prefill_chunk,
             deadline=None if timeout is None else time.monotonic() + timeout,
             watch=watch,
-            recorder=recorder,
         )
         if queued:
             return self.start(request)

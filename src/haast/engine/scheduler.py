@@ -320,9 +320,7 @@ class Scheduler:
     def _enter(self, request: Request, kv: KVSequence) -> None:
         drafter, cache = request.drafter, self.target.cache
         text = request.tokens[: request.prefill_end]
-        reused, source, copy = 0, 0, 0
-        if request.recorder is None:  # no cache holds features
-            reused, source, copy = kv.reuse(text, drafter.prefix_key, drafter.reach)
+        reused, source, copy = kv.reuse(text, drafter.prefix_key, drafter.reach)
         if source:
             for each in (cache, *drafter.caches):
                 each.stores.copy_block(source, copy)

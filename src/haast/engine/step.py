@@ -15,7 +15,7 @@ decoding (arXiv 2211.17192); EAGLE (arXiv 2401.15077, figure 5).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -47,21 +47,6 @@ class Step:
     ms_overhead: float
 
 
-@dataclass(frozen=True)
-class Computed:
-    """What the target computed at kept positions of some requests. The tensors are the step's own: copy what stays.
-
-    A request that had to wait again computes positions anew that it has told of. Stop rules may cut off the last
-    positions later: the text has no token for them.
-    """
-
-    requests: tuple[Request, ...]
-    begins: tuple[int, ...]  # each one's first position
-    counts: tuple[int, ...]  # and how many
-    features: Tensor  # (positions, hidden): the LM head's input, request after request
-    logits: Tensor  # (n, vocab), raw: at the last n of these positions, after which tokens were chosen
-
-
 def decode(target: Target, group: Sequence[Request], rule: AcceptanceRule | None, agreement: Alone) -> None:
     """One step of requests that share a drafter and hold room for its nodes. `rule` None is sample-and-match.
 
@@ -83,7 +68,6 @@ def decode(target: Target, group: Sequence[Request], rule: AcceptanceRule | None
     if agreement.leads:
         drafter.observe(states, _accepted(drafter, verdict, output))
     observed = perf_counter()
-    _tell_recorders(group, verdict, output)
     cache.advance([0 if row is None else len(row.path) for row in verdict.rows])
     emissions = _emit(group, verdict, tree, agreement)
     done = perf_counter()
@@ -130,11 +114,6 @@ def prefill(target: Target, batch: Sequence[tuple[Request, int]], agreement: Alo
     if agreement.leads:
         states = [request.draft_state for request in requests]
         drafter.observe(states, Accepted(following, _features(drafter, output), held, known=known))
-    for row, request in enumerate(requests):
-        if request.recorder is not None:
-            logits = output.logits[row] if row in first else output.logits[row, :0]
-            features = output.features[row, : counts[row]]
-            _record(request.recorder, Computed((request,), (begins[row],), (counts[row],), features, logits))
     for stats in _stats_of(requests):
         stats.ms_prefill += 1e3 * (perf_counter() - begun)
     if verdict is not None:
@@ -174,29 +153,6 @@ def _accepted(drafter: Drafter, verdict: Verdict, output: TargetOutput) -> Accep
 def _features(drafter: Drafter, output: TargetOutput) -> Tensor:
     layers = drafter.target_layers
     return torch.cat([output.hidden[i] for i in layers], dim=-1) if layers else output.features
-
-
-def _tell_recorders(group: Sequence[Request], verdict: Verdict, output: TargetOutput) -> None:
-    recorders: dict[Callable[[Computed], None], list[int]] = {}
-    for place, request in enumerate(group):
-        if request.recorder is not None and verdict.rows[place] is not None:
-            recorders.setdefault(request.recorder, []).append(place)
-    for recorder, places in recorders.items():
-        paths = [row.path for row in map(verdict.rows.__getitem__, places) if row is not None]
-        counts = tuple(map(len, paths))
-        row = torch.tensor([place for place, path in zip(places, paths, strict=True) for _ in path])
-        node = torch.tensor([each for path in paths for each in path])
-        requests = tuple(group[place] for place in places)
-        begins = tuple(len(request.tokens) - 1 for request in requests)
-        _record(recorder, Computed(requests, begins, counts, output.features[row, node], output.logits[row, node]))
-
-
-def _record(recorder: Callable[[Computed], None], computed: Computed) -> None:
-    try:
-        recorder(computed)
-    except Exception as error:  # ends the requests whose recorder it is
-        for request in computed.requests:
-            fail(request, error)
 
 
 def _emit(group: Sequence[Request], verdict: Verdict, tree: DraftTree | None, agreement: Alone) -> list[Emission]:

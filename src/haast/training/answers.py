@@ -66,14 +66,11 @@ def _problem(value: dict[str, Any]) -> str:
 
 
 def _problem_of_messages(messages: Any) -> str:
-    wanted = "`messages` should be a list of {role, content}, both texts, that begins with the system or the user"
-    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        return wanted
-    if not all(isinstance(message.get(name), str) for message in messages for name in ("role", "content")):
-        return wanted
-    roles = [message["role"] for message in messages]
-    if roles[0] == "assistant":
-        return wanted
+    listed = messages if isinstance(messages, list) and all(isinstance(message, dict) for message in messages) else []
+    roles = [message.get("role") for message in listed]
+    texts = [*roles, *(message.get("content") for message in listed)]
+    if not roles or not all(isinstance(text, str) for text in texts) or roles[0] == "assistant":
+        return "`messages` should be a list of {role, content}, both texts, that begins with the system or the user"
     return "" if "assistant" in roles else "`messages` have no assistant turn, so there is nothing to learn"
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -217,12 +218,9 @@ def _stop(tokenizer: PreTrainedTokenizerBase, text: str, start: int, content: st
 def _first_special(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> tuple[int, int] | None:
     """Characters of the first special token at or after `start`."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    found = [(text.find(word, start), word) for word in special | set(tokenizer.all_special_tokens)]
-    places = [(place, -len(word), word) for place, word in found if place >= 0]
-    if not places:
-        return None
-    place, _, word = min(places)
-    return place, place + len(word)
+    longest_first = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    found = re.compile("|".join(map(re.escape, longest_first))).search(text, start) if longest_first else None
+    return None if found is None else found.span()
 
 
 def _places(

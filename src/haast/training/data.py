@@ -16,7 +16,7 @@ from typing import Any
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from haast.training.answers import record_key, refuse_other_tokenizer
+from haast.training.answers import refuse_other_tokenizer
 from haast.training.chat import alternating, check_template, encode_chat, encode_prompt, tokenizer_hash
 
 
@@ -27,11 +27,6 @@ class TokenSequence:
     tokens: list[int]
     supervised: list[bool]  # same length
     record: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        """What tells this answer from others to the same prompt."""
-        return record_key(self.record)
 
     @property
     def answer(self) -> list[int]:
@@ -83,7 +78,10 @@ def encode_answer(
         supervised = [False] * len(prompt) + [True] * len(record["response_ids"])
     else:
         try:
-            tokens, supervised = encode_chat(tokenizer, _messages(record), record.get("thinking"))
+            chat = alternating([*record.get("history", []), record.get("prompt", ""), record.get("response", "")])
+            if "messages" in record:
+                chat = [{"role": each["role"], "content": each["content"]} for each in record["messages"]]
+            tokens, supervised = encode_chat(tokenizer, chat, record.get("thinking"))
         except ValueError as error:
             raise ValueError(f"answer {record.get('id')}: {error}") from error
     known = len(tokenizer) if vocab_size is None else vocab_size
@@ -93,13 +91,6 @@ def encode_answer(
             f"another target's, make them with this one"
         )
     return TokenSequence(tokens[:max_tokens], supervised[:max_tokens], record)
-
-
-def _messages(record: dict[str, Any]) -> list[dict[str, str]]:
-    """A given record as a chat."""
-    if "messages" in record:
-        return [{"role": message["role"], "content": message["content"]} for message in record["messages"]]
-    return alternating([*record.get("history", []), record["prompt"], record["response"]])
 
 
 def describe_supervised(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence) -> Text:

@@ -1,9 +1,10 @@
 """A server answers prompts in the target's place: any OpenAI-compatible endpoint (vLLM, SGLang, llama.cpp).
 
-Owns requests: their pace, what is tried again, and when to stop. The `openai` package does the
-protocol, and the waiting after 429, 5xx, timeouts and lost connections (`Retry-After` included). The server must run
-the target itself; only the target's tokenizer is needed here. Where the server tells token ids (vLLM) they are taken,
-else its text is tokenised again and the record says `retokenised`.
+Owns requests: their pace, what is tried again, and when to stop; and what of a reply becomes an answer. The `openai`
+package does the protocol, and the waiting after 429, 5xx, timeouts and lost connections (`Retry-After` included). The
+server must run the target itself; only the target's tokenizer is needed here. Replies are mistrusted: they are checked
+for shape, for the target's own prompt, and for tokens that the target knows. Where the server tells token ids (vLLM)
+they are taken, else its text is tokenised again and the record says `retokenised`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from haast.training.chat import alternating
+from haast.errors import check_at_least
+from haast.training.chat import alternating, end_of_turn
 from haast.training.generation_queue import AnswerRun, Outcome, Question
-from haast.training.replies import NoAnswerError, Reply, ReplyReader, why_unusable
 
 if TYPE_CHECKING:
     import openai
@@ -28,6 +29,14 @@ _CONNECT = 10.0  # seconds that a server may take to pick up
 _GIVE_UP = 8  # failures in a row, or refusals before any answer, that end a run
 # Servers have sampling defaults of their own; without these, answers would be of another distribution than asked for.
 _PLAIN_SAMPLING: dict[str, Any] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+class NoAnswerError(Exception):
+    """One prompt got no answer; others may. `refused`: the server said that this prompt never will."""
+
+    def __init__(self, words: str, refused: bool = False) -> None:
+        super().__init__(words)
+        self.refused = refused
 
 
 @dataclass(frozen=True)
@@ -56,9 +65,8 @@ class EndpointConfig:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise ValueError(f"endpoint={self.url!r} is no address: give one like http://localhost:8000/v1")
-        for name, least in (("concurrency", 1), ("retries", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed: give {least} or more")
+        check_at_least("concurrency", self.concurrency)
+        check_at_least("retries", self.retries, 0)
         for name in ("rate", "timeout"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -96,7 +104,7 @@ def regenerate_from_endpoint(run: AnswerRun, end_ids: Sequence[int], endpoint: E
     if run.tokenizer.chat_template is None:
         raise ValueError(f"{run.name} has no chat template, but an endpoint answers chats: set tokenizer.chat_template")
     with run:
-        asking = _Asking(run, ReplyReader(run.tokenizer, end_ids, run.name), endpoint)
+        asking = _Asking(run, end_ids, endpoint)
         try:
             asyncio.run(asking.everything())
         except ExceptionGroup as group:  # of the workers; the first one's is what went wrong
@@ -107,8 +115,11 @@ def regenerate_from_endpoint(run: AnswerRun, end_ids: Sequence[int], endpoint: E
 class _Asking:
     """Workers that ask until no question is left."""
 
-    def __init__(self, run: AnswerRun, reader: ReplyReader, endpoint: EndpointConfig) -> None:
-        self._run, self._reader, self._endpoint = run, reader, endpoint
+    def __init__(self, run: AnswerRun, end_ids: Sequence[int], endpoint: EndpointConfig) -> None:
+        self._run, self._endpoint = run, endpoint
+        end = end_of_turn(run.tokenizer)
+        self._end = end if end is not None else next(iter(end_ids), None)
+        self._ends = {*end_ids, self._end}
         self._extra = _PLAIN_SAMPLING | {"return_token_ids": True}
         if run.config.thinking is not None:
             self._extra["chat_template_kwargs"] = {"enable_thinking": run.config.thinking}
@@ -157,13 +168,49 @@ class _Asking:
         while (asked := self._run.take()) is not None:
             question, prompt, _ = asked
             try:
-                reply = await self._ask(client, question, prompt)
+                self._keep(await self._ask(client, question), question, prompt)
+                self._in_a_row = 0
             except NoAnswerError as failure:
                 self._count(failure)
-                continue
-            self._in_a_row = 0
-            more = {"endpoint_model": self._model, **({"retokenised": True} if reply.retokenised else {})}
-            self._run.keep(question, reply.text, reply.tokens, reply.finished, **more)
+
+    def _keep(self, completion: ChatCompletion, question: Question, prompt: list[int]) -> None:
+        """Store the answer in a usable completion; the end-of-turn token is put after what ended by itself.
+
+        Raises:
+            NoAnswerError: there is nothing in it.
+            ValueError: the server runs another model or template, or keeps the reasoning apart.
+        """
+        choice, tokenizer, name = completion.choices[0], self._run.tokenizer, self._run.name
+        text, finished = choice.message.content or "", choice.finish_reason == "stop"
+        told: list[int] | None = (choice.model_extra or {}).get("token_ids")
+        if told:
+            theirs = (completion.model_extra or {}).get("prompt_token_ids")
+            if theirs is not None and list(theirs) != prompt:
+                raise ValueError(
+                    f"the endpoint makes {len(theirs)} tokens of prompt {question.id!r}, {name} makes other "
+                    f"{len(prompt)} of it: serve the target itself, with its own chat template"
+                )
+            tokens = [int(i) for i in told]
+            if max(tokens) >= len(tokenizer):
+                raise ValueError(
+                    f"the endpoint answers with token {max(tokens)}, the tokenizer of {name} knows {len(tokenizer)}: "
+                    f"serve the target itself"
+                )
+            text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+        else:
+            said = choice.message.model_extra or {}
+            if said.get("reasoning_content") or said.get("reasoning"):
+                raise ValueError(
+                    "the endpoint parts the reasoning from the answer, so the target's own text is lost: serve it "
+                    "without a reasoning parser, or ask with --no-thinking"
+                )
+            tokens = [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]
+        if finished and self._end is not None and (not tokens or tokens[-1] not in self._ends):
+            tokens.append(self._end)
+        if not tokens:
+            raise NoAnswerError("the answer is empty")
+        more = {"endpoint_model": self._model, **({} if told else {"retokenised": True})}
+        self._run.keep(question, text, tokens, finished, **more)
 
     def _count(self, failure: NoAnswerError) -> None:
         """Account a prompt without an answer; raises ValueError where there is no end of them."""
@@ -177,14 +224,14 @@ class _Asking:
                 f"finished answers are kept: mend the server or the settings and run again"
             )
 
-    async def _ask(self, client: openai.AsyncOpenAI, question: Question, prompt: list[int]) -> Reply:
-        """One answer. Raises NoAnswerError for this prompt alone, ValueError where all would fail."""
+    async def _ask(self, client: openai.AsyncOpenAI, question: Question) -> ChatCompletion:
+        """A usable completion. Raises NoAnswerError for this prompt alone, ValueError where all would fail."""
         problem = ""
         for _ in range(_TRIES):
             completion = await self._request(client, question)
-            problem = why_unusable(completion)
+            problem = _why_unusable(completion)
             if completion is not None and not problem:
-                return self._reader.read(completion, question, prompt)
+                return completion
         raise NoAnswerError(problem)
 
     async def _request(self, client: openai.AsyncOpenAI, question: Question) -> ChatCompletion | None:
@@ -232,6 +279,18 @@ class _Asking:
             f"{self._endpoint.base} does not take the key ({_words(error)}): put the right one into an environment "
             f"variable and name it with --api-key-env"
         )
+
+
+def _why_unusable(completion: ChatCompletion | None) -> str:
+    """Why a reply is no answer; empty where it is one. The `openai` package does not check what servers send."""
+    choices = getattr(completion, "choices", None)
+    if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
+        return "the reply is no chat completion"
+    if not isinstance(choices[0].message.content, str | None):
+        return "the reply's content is no text"
+    if choices[0].finish_reason not in ("stop", "length"):
+        return f"the answer ended by {choices[0].finish_reason!r}"
+    return ""
 
 
 class _Pace:

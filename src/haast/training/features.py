@@ -18,7 +18,7 @@ from haast.target.target import Target
 from haast.training.answers import record_key
 from haast.training.batches import Example
 from haast.training.data import TokenSequence
-from haast.training.shards import ShardIdentity, ShardWriter, check_room, read_shards, refuse_other_layers
+from haast.training.shards import ShardIdentity, check_room, read_shards, write_shards
 from haast.tree import DraftTree
 
 _LOGIT_ROWS = 256  # positions whose logits exist at a time
@@ -80,18 +80,13 @@ def _example(target: Target, sequence: TokenSequence, features: Tensor, topk: in
     ids = torch.zeros(len(sequence.tokens), topk, dtype=torch.int32)
     probs = torch.zeros(len(sequence.tokens), topk, dtype=torch.float16)
     for rows in torch.split(answers.nonzero()[:, 0], _LOGIT_ROWS):
-        ids[rows], probs[rows] = teacher_topk(target.head_logits(features[rows.to(features.device)]), topk)
-    tokens = torch.tensor(sequence.tokens, dtype=torch.int32)
-    if not bool(torch.isfinite(hidden).all()):
-        raise ValueError("captured states exceed the range of fp16 (65504): this target's states cannot be stored")
-    return Example(tokens, features.half().cpu(), supervised.to(torch.uint8), ids, probs, hidden.clone())
-
-
-def teacher_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Of logits (n, vocab): ids (n, k) int32 and softmax probabilities (n, k) float16, best first, on the CPU."""
-    logits = logits.float()
-    values, ids = logits.topk(k, dim=-1)
-    return ids.int().cpu(), (values - logits.logsumexp(-1, keepdim=True)).exp().half().cpu()
+        logits = target.head_logits(features[rows.to(features.device)]).float()
+        values, best = logits.topk(topk, dim=-1)
+        ids[rows], probs[rows] = best.int().cpu(), (values - logits.logsumexp(-1, keepdim=True)).exp().half().cpu()
+    tokens, features = torch.tensor(sequence.tokens, dtype=torch.int32), features.half().cpu()
+    if not all(bool(torch.isfinite(states).all()) for states in (features, hidden)):
+        raise ValueError("features or states exceed the range of fp16 (65504): this target's cannot be stored")
+    return Example(tokens, features, supervised.to(torch.uint8), ids, probs, hidden.clone())
 
 
 def extract(
@@ -112,15 +107,13 @@ def extract(
         ValueError: over the cap or the free disk (before anything is computed), or the disk filled up.
     """
     if folder.exists() and any(folder.glob("*.safetensors")):
-        refuse_other_layers(folder, identity)
-        done = {record_key(record) for record in read_shards(folder, identity)[1]}
-        sequences = [s for s in sequences if s.key not in done]
+        done = {record_key(record) for record in read_shards(folder, identity, exactly=True)[1]}
+        sequences = [s for s in sequences if record_key(s.record) not in done]
     sequences = [s for s in sequences if len(s.tokens) >= 3]
     check_room(folder, sum(len(s.tokens) for s in sequences), identity, max_gb)
     stream = stream_examples(target, sequences, identity.topk, layer_ids=identity.layer_ids)
-    with ShardWriter(folder, identity, max_gb) as writer:
-        for index, example in _followed(stream, sequences, quiet):
-            writer.add(example, sequences[index].record)
+    followed = _followed(stream, sequences, quiet)
+    write_shards(folder, identity, ((example, sequences[index].record) for index, example in followed))
     return len(sequences)
 
 

@@ -156,7 +156,7 @@ class AnswerRun:
         quiet: bool = False,
     ) -> None:
         self.tokenizer, self.config, self.name = tokenizer, config, name
-        self._prompts, self._path, self._quiet = prompts, out_path, quiet
+        self._prompts, self._path, self.quiet = prompts, out_path, quiet
         self._digest = tokenizer_hash(tokenizer)
         self.added = 0
 
@@ -167,7 +167,7 @@ class AnswerRun:
             self._file = stack.enter_context(AnswersFile(self._path, self.name, self._digest))
             self.questions = Questions(self._prompts, self.config.turns, self._file.records)
             total, before = self.questions.total, self.questions.before
-            progress = Progress("answers", "answers", total, before, rate="tokens", quiet=self._quiet)
+            progress = Progress("answers", "answers", total, before, rate="tokens", quiet=self.quiet)
             self._progress = stack.enter_context(progress)
             self._open = stack.pop_all()
         return self
@@ -186,8 +186,8 @@ class AnswerRun:
                 return question, tokens, limit
         return None
 
-    def keep(self, question: Question, text: str, tokens: list[int], finished: bool, **more: Any) -> dict[str, Any]:
-        """Store an answer; returns its record, as `answers` describes it, with `more` at its end."""
+    def keep(self, question: Question, text: str, tokens: list[int], finished: bool, **more: Any) -> None:
+        """Store an answer's record, as `answers` describes it, with `more` at its end."""
         extra, thinking = question.prompt.extra, self.config.thinking
         record = {
             "id": question.id,
@@ -210,7 +210,11 @@ class AnswerRun:
         self.questions.answered(question)
         self.added += 1
         self._progress.step(counted=len(tokens))
-        return record
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """All answers in the file, those of earlier runs too."""
+        return list(self._file.records.values())
 
     def outcome(self, failed: int = 0, complaint: str = "") -> Outcome:
         """The counts so far."""

@@ -96,8 +96,6 @@ class Processes:
 
     def agree(self, value: Any) -> Any:
         """The main process's value, on every process."""
-        if self.count == 1:
-            return value
         box = [value]
         broadcast_object_list(box)
         return box[0]

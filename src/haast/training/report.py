@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -95,8 +95,11 @@ class Reporter:
 
     def lines(self) -> list[dict[str, Any]]:
         """What metrics.jsonl holds so far."""
-        written = self._path.read_text().splitlines() if self._path.exists() else []
-        return [values for values in map(_parsed, written) if values is not None]
+        values = list[Any]()
+        for line in self._path.read_text().splitlines() if self._path.exists() else []:
+            with suppress(ValueError):  # one that a kill has torn
+                values.append(json.loads(line))
+        return [each for each in values if isinstance(each, dict) and isinstance(each.get("step"), int)]
 
     def start(self, step: int, state: Mapping[str, float] | None = None) -> None:
         """Take over a checkpoint's state, and forget the lines written after it: a resumed run writes them again.
@@ -217,12 +220,3 @@ def _words(means: Mapping[str, float]) -> str:
 
 def _short(value: Any) -> str:
     return " ".join(f"{part:.2f}" for part in value) if isinstance(value, list) else f"{value:.3f}"
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    """A metrics line; None for a torn one."""
-    try:
-        values = json.loads(line)
-    except ValueError:
-        return None
-    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -59,11 +59,6 @@ class ShardIdentity:
         values = {name: str(value) for name, value in asdict(self).items()}
         return {"format": FORMAT, **values, "layer_ids": ",".join(map(str, self.layer_ids)) or "none"}
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Stored size of one position."""
-        return 2 * self.hidden_size * (1 + len(self.layer_ids)) + 6 * self.topk + 5
-
 
 def check_room(folder: Path, tokens: int, identity: ShardIdentity, max_gb: float) -> None:
     """Estimate what `tokens` more positions take, and refuse what is too much, before anything is written.
@@ -73,7 +68,9 @@ def check_room(folder: Path, tokens: int, identity: ShardIdentity, max_gb: float
     """
     if max_gb <= 0:
         raise ValueError(f"max_gb={max_gb} is not allowed: give a cap above 0")
-    size, stored = tokens * identity.bytes_per_token / _GB, _stored_bytes(folder) / _GB
+    per_token = 2 * identity.hidden_size * (1 + len(identity.layer_ids)) + 6 * identity.topk + 5  # bytes
+    size = tokens * per_token / _GB
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / _GB
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(parent).free / _GB
     beside = f" beside {stored:.3g} GB that are there" if stored else ""
@@ -85,79 +82,59 @@ def check_room(folder: Path, tokens: int, identity: ShardIdentity, max_gb: float
         raise ValueError(f"{needs}, {free:.3g} GB are free: make room, {remedy}")
 
 
-def _stored_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-class ShardWriter:
-    """Collects sequences and writes them in shards, each behind a rename. Use `with`: leaving writes what is left.
+def write_shards(folder: Path, identity: ShardIdentity, entries: Iterable[tuple[Example, dict[str, Any]]]) -> None:
+    """Write sequences, 256 a shard; where they end early, by Ctrl-C say, those that came are written too.
 
     Args:
         folder: created where missing.
         identity: written into each shard.
-        max_gb: hard cap on the folder's shards, those already there included.
+        entries: sequences and their records.
+
+    Raises:
+        ValueError: the disk is full.
     """
-
-    def __init__(self, folder: Path, identity: ShardIdentity, max_gb: float) -> None:
-        self._folder, self._identity, self._max_gb = folder, identity, max_gb
-        folder.mkdir(parents=True, exist_ok=True)
-        self._entries: list[tuple[Example, dict[str, Any]]] = []
-        self._used = _stored_bytes(folder)
-        self._numbers = count(len(list(folder.glob("shard-*.safetensors"))))
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.flush()
-
-    def add(self, example: Example, record: dict[str, Any]) -> None:
-        """Queue one sequence; every 256 make a shard."""
-        self._entries.append((example, record))
-        if len(self._entries) >= _PER_SHARD:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the queue as one shard. The records go first: a shard exists only with them.
-
-        Raises:
-            ValueError: over the cap, a feature that fp16 cannot hold, or the disk is full.
-        """
-        if not self._entries:
-            return
-        examples = [example for example, _ in self._entries]
-        names = (*_TENSORS, _CAPTURED) if self._identity.layer_ids else _TENSORS
-        tensors = {name: torch.cat([getattr(e, name) for e in examples]).contiguous() for name in names}
-        tensors["lengths"] = torch.tensor([len(e.tokens) for e in examples], dtype=torch.int32)
-        if not all(bool(torch.isfinite(tensors[name]).all()) for name in ("features", *names[len(_TENSORS) :])):
-            raise ValueError("features exceed the range of fp16 (65504): this target's features cannot be stored")
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
-        if self._used + size > self._max_gb * _GB:
-            raise ValueError(
-                f"the shards in {self._folder} would take {(self._used + size) / _GB:.3g} GB, the cap is "
-                f"{self._max_gb:g} GB: raise it or stop here, what is written can be trained on"
-            )
-        paths = (self._folder / f"shard-{number:05d}.safetensors" for number in self._numbers)
-        path = next(path for path in paths if not path.exists())
-        try:
-            path.with_suffix(".jsonl").write_text("".join(json.dumps(record) + "\n" for _, record in self._entries))
-            with replacing(path) as temporary:
-                save_file(tensors, temporary, self._identity.metadata())
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"cannot write shard {path} ({error}): free space; what was written before is whole"
-            ) from error
-        self._used += size
-        self._entries = []
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting: list[tuple[Example, dict[str, Any]]] = []
+    try:
+        for entry in entries:
+            waiting.append(entry)
+            if len(waiting) == _PER_SHARD:
+                full, waiting = waiting, []
+                _write_shard(folder, identity, full)
+    finally:
+        if waiting:
+            _write_shard(folder, identity, waiting)
 
 
-def read_shards(folder: Path, identity: ShardIdentity | None = None) -> tuple[list[Example], list[dict[str, Any]]]:
+def _write_shard(folder: Path, identity: ShardIdentity, entries: Sequence[tuple[Example, dict[str, Any]]]) -> None:
+    """One more, behind a rename. The records go first: a shard exists only with them."""
+    examples = [example for example, _ in entries]
+    names = (*_TENSORS, _CAPTURED) if identity.layer_ids else _TENSORS
+    tensors = {name: torch.cat([getattr(e, name) for e in examples]).contiguous() for name in names}
+    tensors["lengths"] = torch.tensor([len(e.tokens) for e in examples], dtype=torch.int32)
+    paths = (folder / f"shard-{number:05d}.safetensors" for number in count())
+    path = next(path for path in paths if not path.exists())
+    try:
+        path.with_suffix(".jsonl").write_text("".join(json.dumps(record) + "\n" for _, record in entries))
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, identity.metadata())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"cannot write shard {path} ({error}): free space; what was written before is whole"
+        ) from error
+
+
+def read_shards(
+    folder: Path, identity: ShardIdentity | None = None, exactly: bool = False
+) -> tuple[list[Example], list[dict[str, Any]]]:
     """Examples (views of memory-mapped files) and their records, in order of file name.
 
     Args:
         folder: of shards.
         identity: refuse shards of another target; None takes what is there. Shards without metadata are checked by
             their sizes only.
+        exactly: also those with captured layers that `identity` does not ask for: beside shards without, the folder
+            would fit no head.
 
     Raises:
         ValueError: no shards, or a corrupt one (the message names it).
@@ -166,7 +143,7 @@ def read_shards(folder: Path, identity: ShardIdentity | None = None) -> tuple[li
     examples: list[Example] = []
     records: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*.safetensors")):
-        tensors = _read_shard(path, identity)
+        tensors = _read_shard(path, identity, exactly)
         lengths = tensors["lengths"].tolist()
         parts = [torch.split(tensors[name], lengths) for name in (*_TENSORS, _CAPTURED) if name in tensors]
         examples.extend(Example(*part) for part in zip(*parts, strict=True))
@@ -179,7 +156,7 @@ def read_shards(folder: Path, identity: ShardIdentity | None = None) -> tuple[li
     return examples, records
 
 
-def _read_shard(path: Path, identity: ShardIdentity | None) -> dict[str, Tensor]:
+def _read_shard(path: Path, identity: ShardIdentity | None, exactly: bool) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -194,17 +171,20 @@ def _read_shard(path: Path, identity: ShardIdentity | None) -> dict[str, Tensor]
     if metadata and metadata.get("format") != FORMAT:
         raise ValueError(f"{path} has format {metadata.get('format')!r}, not {FORMAT!r}: extract features with Haast")
     if identity is not None:
-        _refuse_foreign(path, tensors, metadata, identity)
+        _refuse_foreign(path, tensors, metadata, identity, exactly)
     return tensors
 
 
-def _refuse_foreign(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], identity: ShardIdentity) -> None:
+def _refuse_foreign(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], identity: ShardIdentity, exactly: bool
+) -> None:
     found: dict[str, Any] = {"hidden_size": tensors["features"].shape[1]}
     if metadata:
         found |= {"vocab_size": int(metadata["vocab_size"]), "tokenizer": metadata["tokenizer"]}
     found["topk"] = tensors["topk_ids"].shape[1]
-    if identity.layer_ids:
-        found["layer_ids"] = _layer_ids(metadata)
+    if identity.layer_ids or exactly:
+        words = metadata.get("layer_ids", "none")
+        found["layer_ids"] = () if words == "none" else tuple(int(word) for word in words.split(","))
     highest = max(int(tensors["tokens"].max()), int(tensors["topk_ids"].max()))
     if highest >= identity.vocab_size:
         found.setdefault("vocab_size", f"above {highest}")
@@ -214,20 +194,4 @@ def _refuse_foreign(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
             raise HeadMismatchError(
                 f"feature shard {path} has {name} {value}, wanted is {wanted}: extract features with this target and "
                 f"setting, or give another folder"
-            )
-
-
-def _layer_ids(metadata: dict[str, str]) -> tuple[int, ...]:
-    words = metadata.get("layer_ids", "none")
-    return () if words == "none" else tuple(int(word) for word in words.split(","))
-
-
-def refuse_other_layers(folder: Path, identity: ShardIdentity) -> None:
-    """Raises HeadMismatchError where shards of other captured layers lie: the folder would fit no head."""
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            found = _layer_ids(file.metadata() or {})
-        if found != identity.layer_ids:
-            raise HeadMismatchError(
-                f"feature shard {path} has layer_ids {found}, wanted is {identity.layer_ids}: give another folder"
             )

@@ -32,19 +32,15 @@ class Frozen:
         """Read a target's embedding and LM head."""
         ids = torch.arange(target.vocab_size, device=target.device)
         bias = target.head_bias(ids)
+        decoder: nn.Module = target.model.get_decoder()  # type: ignore[no-untyped-call]
+        final = dict(decoder.named_children()).get("norm")
         return Frozen(
             target.embed(ids).float().cpu().clone(),
             target.head_rows(ids).detach().float().cpu().clone(),
             None if bias is None else bias.detach().float().cpu().clone(),
             target.end_ids,
-            _final_gain(target),
+            None if final is None else rms_gain(final),
         )
-
-
-def _final_gain(target: Target) -> Tensor | None:
-    decoder: nn.Module = target.model.get_decoder()  # type: ignore[no-untyped-call]
-    final = dict(decoder.named_children()).get("norm")
-    return None if final is None else rms_gain(final)
 
 
 @torch.no_grad()

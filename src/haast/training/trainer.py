@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,10 @@ class Trainer:
             with self._report.evaluating():
                 result = self.evaluate()
         evaluations = [line for line in self._report.lines() if "seconds" in line]
-        marks = _seconds_to_tau(evaluations)
+        marks = dict[str, float]()  # the seconds until an evaluation first measured each of some taus
+        for line, mark in product(evaluations, _MARKS):
+            if line.get("tau", 0.0) >= mark:
+                marks.setdefault(str(mark), line["seconds"])
         return result | {"seconds": self._at.seconds, "seconds_to_tau": marks, "metrics": evaluations}
 
     def _advance(self, batches: Iterator[tuple[int, int, list[int]]]) -> None:
@@ -346,9 +350,3 @@ class Trainer:
         self._averages = [average.to(self._processes.device) for average in state["averages"]]
         self._at = _Progress(**state["progress"])
         self._report.start(self._at.step, state["report"])
-
-
-def _seconds_to_tau(evaluations: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Seconds until an evaluation first measured each of some taus."""
-    first = {mark: [line["seconds"] for line in evaluations if line.get("tau", 0.0) >= mark][:1] for mark in _MARKS}
-    return {str(mark): seconds for mark, found in first.items() for seconds in found}

@@ -217,7 +217,7 @@ def test_v_curve_has_a_point_per_node_count(target: Target, drafter: EagleDrafte
     curve = measure_v_curve(target, drafter, rounds=2, node_counts=(1, 2, 8))
     assert [point["nodes"] for point in curve["points"]] == [1, 2, 8]
     assert curve["points"][0]["v"] == 1.0 and all(point["ms"] > 0 for point in curve["points"])
-    assert curve["draft"]["ms_propose"] > 0 and curve["committed_slots"] == 160
+    assert curve["draft"]["ms"] > 0 and curve["committed_slots"] == 160
     assert "draft" not in measure_v_curve(target, None, rounds=1, node_counts=(1,))
 
 

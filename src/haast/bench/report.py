@@ -19,10 +19,10 @@ import transformers
 
 import haast
 from haast.bench.tables import text
+from haast.device import cpu_name
 from haast.repetition import LOOP_SHARE, NGRAM
 from haast.stats import TAU_CONVENTION, Stats
 from haast.target.target import Target
-from haast.tuning.machine import cpu_name
 
 
 def environment(

@@ -63,7 +63,6 @@ ONLY = {
     },
     "engine.verify": {"haast.core", "haast.native", "haast.sampling", "haast.tree"},
     "engine.rules": {"haast.core", "haast.device", "haast.sampling", "haast.tree"},
-    "engine.background": {"haast.core"},
 }  # fmt: skip
 
 

@@ -21,14 +21,13 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 
 from haast.core import Request, RequestState
 from haast.drafters.base import Drafter
-from haast.engine.background import Background
 from haast.engine.rules import AcceptanceRule
 from haast.engine.step import decode, fail, prefill
 from haast.engine.tensor_parallel import agreement
@@ -67,7 +66,7 @@ class Scheduler:
         self._steps = 0
         self._stepper: int | None = None  # the thread inside a step
         self._unswept = False  # whether somebody may have been cancelled since the last look
-        self._background = Background()
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="haast")  # its thread starts at first use
 
     @classmethod
     def of(cls, target: Target) -> Scheduler:
@@ -176,9 +175,17 @@ class Scheduler:
             self._served.wait_for(lambda: self._steps != before or not self._turn.locked())
 
     def served(self, request: Request) -> Future[None]:
-        """Done when the request has something to read or has ended; a thread takes steps until then."""
+        """For who must not wait in a thread of its own: done as soon as there may be something to read.
+
+        The scheduler's own thread takes a step, unless one that it took for another reader has served the request too.
+        Cancelling it ends the wait, not the request.
+        """
         self._check_queued(request)
-        return self._background.served(request, self.advance)
+        return self._worker.submit(self._serve, request)
+
+    def _serve(self, request: Request) -> None:
+        if not request.emissions and not request.finished:
+            self.advance()
 
     def _check_queued(self, request: Request) -> None:
         if request not in self._rules and not request.finished:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from haast.core import RowVerdict, Verdict
+from haast.core import Verdict
 from haast.errors import PromptError
 from haast.target.ranks import Ranks
 from haast.tree import DraftTree
@@ -70,10 +70,11 @@ class Agreed(Alone):
 
     def judged(self, judge: Callable[[], Verdict], device: torch.device) -> Verdict:
         if not self.leads:
-            return Verdict.of_rows(_rows(self._ranks.share()), device)
+            rows, *said = self._ranks.share()
+            return Verdict(torch.tensor(said, device=device).view(rows, -1))
         with self._ranks.leading():
             verdict = judge()
-        self._ranks.share(_numbers(verdict.rows))
+        self._ranks.share([len(verdict.packed), *verdict.packed.flatten().tolist()])
         return verdict
 
     def settled(self, ends: Callable[[], Ends]) -> Ends:
@@ -99,26 +100,3 @@ class Agreed(Alone):
 def agreement(ranks: Ranks | None) -> Alone:
     """Of the processes that hold a target; None is a target in one process."""
     return Alone() if ranks is None else Agreed(ranks)
-
-
-def _numbers(rows: Sequence[RowVerdict | None]) -> list[int]:
-    """A verdict as a message: for every row how many nodes are kept, these, as many tokens, and the first choices."""
-    said: list[int] = []
-    for row in rows:
-        if row is None:
-            said.append(0)
-        else:
-            said += [len(row.path), *row.path, *row.tokens, len(row.first_choice), *map(int, row.first_choice)]
-    return said
-
-
-def _rows(said: Sequence[int]) -> list[RowVerdict | None]:
-    rows: list[RowVerdict | None] = []
-    left = iter(said)
-    for kept in left:
-        if not kept:
-            rows.append(None)
-            continue
-        path, tokens = (tuple(next(left) for _ in range(kept)) for _ in range(2))
-        rows.append(RowVerdict(path, tokens, tuple(bool(next(left)) for _ in range(next(left)))))
-    return rows

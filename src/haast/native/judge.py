@@ -35,7 +35,7 @@ def judge(
         threads: default torch's own count, also inside `sole_threads`.
 
     Returns:
-        (rows, 1 + 3 * depths) int64, as `haast.core.Verdict.packed` takes it: how many nodes are kept, then the path,
+        (rows, 1 + 3 * depths) int64, as `haast.core.Verdict` takes it: how many nodes are kept, then the path,
         the token after each (-1 where no token is possible), and whether the first child was right (-1: no child).
 
     Raises:

@@ -104,6 +104,23 @@ class Accepted:
 
 LEAST_DIVISOR = 1e-6  # a smaller divisor would make fp32 scores overflow
 Processor = Callable[[Tensor, Tensor], Tensor]  # (history (1, length) int64, scores (1, vocab)) -> scores (1, vocab)
+# What a setting of `SamplingParams` may be: its kind, its range, and that in words.
+_ALLOWED: dict[str, tuple[Any, Callable[[float], bool], str]] = {
+    "temperature": (
+        Real,
+        lambda t: t == 0 or LEAST_DIVISOR <= t < math.inf,
+        f"0 (greedy), or {LEAST_DIVISOR:g} or above",
+    ),
+    "top_p": (Real, lambda p: 0 < p <= 1, "above 0 and at most 1 (off)"),
+    "min_p": (Real, lambda p: 0 <= p < 1, "0 (off) or above, below 1"),
+    "repetition_penalty": (
+        Real,
+        lambda r: LEAST_DIVISOR <= r < math.inf,
+        f"{LEAST_DIVISOR:g} or above and finite (1 is off)",
+    ),
+    "top_k": (Integral, lambda k: k >= 0, "0 (off) or above"),
+    "seed": (Integral, lambda seed: 0 <= seed < 2**63, "between 0 and 2**63 - 1"),
+}
 
 
 @dataclass(frozen=True)
@@ -124,46 +141,19 @@ class SamplingParams:
     processors: tuple[Processor, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        for name, kind in (
-            ("temperature", Real),
-            ("top_p", Real),
-            ("min_p", Real),
-            ("repetition_penalty", Real),
-            ("top_k", Integral),
-            ("seed", Integral),
-        ):
+        for name, (kind, allows, wanted) in _ALLOWED.items():
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool):
-                wanted = "a number" if kind is Real else "a whole number"
-                raise ValueError(f"{name}={value!r} is not allowed: give {wanted}")
+                raise ValueError(f"{name}={value!r} is not allowed: give a {'' if kind is Real else 'whole '}number")
             if not isinstance(value, float | int):  # numpy's, fractions, ...
-                plain: Callable[[Any], float] = float if kind is Real else int
-                object.__setattr__(self, name, plain(value))
+                object.__setattr__(self, name, float(value) if kind is Real else int(value))
+            if not allows(value):
+                raise ValueError(f"{name}={value} is not allowed: give a value {wanted}")
         if not isinstance(self.processors, Iterable):
             raise ValueError(f"processors={self.processors!r} is not allowed: give a tuple of functions")
         for process in self.processors:
             if not callable(process):
                 raise ValueError(f"processors holds {process!r}: give functions (history, scores) -> scores")
-        least = LEAST_DIVISOR
-        checks = (
-            (
-                self.temperature == 0 or least <= self.temperature < math.inf,
-                "temperature",
-                f"0 (greedy), or {least:g} or above",
-            ),
-            (self.top_k >= 0, "top_k", "0 (off) or above"),
-            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1 (off)"),
-            (0 <= self.min_p < 1, "min_p", "0 (off) or above, below 1"),
-            (
-                least <= self.repetition_penalty < math.inf,
-                "repetition_penalty",
-                f"{least:g} or above and finite (1 is off)",
-            ),
-            (0 <= self.seed < 2**63, "seed", "between 0 and 2**63 - 1"),
-        )
-        for ok, name, wanted in checks:
-            if not ok:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed: give a value {wanted}")
 
 
 @dataclass(frozen=True)

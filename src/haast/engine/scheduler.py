@@ -34,7 +34,6 @@ from haast.engine.tensor_parallel import agreement
 from haast.errors import KVPoolError, QueueFullError
 from haast.interrupt import uninterrupted
 from haast.target.kv_pool import BLOCK, PoolFullError, common_length
-from haast.target.kv_pool import Sequence as KVSequence
 from haast.target.target import Target
 
 BESIDE_DECODING = 128  # prompt positions a step where other requests decode
@@ -260,7 +259,7 @@ class Scheduler:
         known = min(kv.length, len(request.tokens))
         filled, complete_from = self._cached(request) if keep else (0, 0)
         kv.release(request.tokens, min(filled, known), drafter.prefix_key, complete_from)
-        if self._agreement.leads:
+        if state is not None:
             drafter.end(state)
         request.kv = request.draft_state = None
 
@@ -296,36 +295,29 @@ class Scheduler:
             fresh = len(request.tokens) == request.prompt_length
             request.prefill_end = request.prompt_length if fresh else len(request.tokens) - 1
             needed = -(-(len(request.tokens) + self._ahead(request.drafter)) // BLOCK)
-            shared = pool.common(request.tokens[: request.prefill_end], request.drafter.prefix_key) // BLOCK
+            shared = self._computed(request) // BLOCK
             # Every running request may need a block in this step; one more each keeps preemptions rare.
             if self._running and pool.available < max(needed - shared, 1) + 2 * len(self._running):
                 return None
             if not fits(request):
                 return None
-            kv = pool.sequence()
+            request.kv = pool.sequence()
             try:
                 self._waiting.popleft()
-                self._enter(request, kv)
+                self._enter(request)
                 return request
             except Exception as error:  # its own drafter's
-                self._undo(request, kv)
+                self._release(request, keep=False)
                 fail(request, error)
                 self._let_go([request])
             except BaseException:
-                self._undo(request, kv)
+                self._release(request, keep=False)
                 self._waiting.appendleft(request)
                 raise
         return None
 
-    def _undo(self, request: Request, kv: KVSequence) -> None:
-        """Take back what a request was given that could not enter."""
-        if request.draft_state is not None:
-            request.drafter.end(request.draft_state)
-        kv.release()
-        request.kv = request.draft_state = None
-
-    def _enter(self, request: Request, kv: KVSequence) -> None:
-        drafter, cache = request.drafter, self.target.cache
+    def _enter(self, request: Request) -> None:
+        drafter, cache, kv = request.drafter, self.target.cache, request.kv
         text = request.tokens[: request.prefill_end]
         reused, source, copy = 0, 0, 0
         if request.recorder is None:  # no cache holds features
@@ -333,7 +325,7 @@ class Scheduler:
         if source:
             for each in (cache, *drafter.caches):
                 each.stores.copy_block(source, copy)
-        request.kv, request.state = kv, RequestState.PREFILLING
+        request.state = RequestState.PREFILLING
         if self._agreement.leads:
             request.draft_state = drafter.begin(request.tokens, kv, reused)
             drafter.drawn_by(request.draft_state, request.chooser)
@@ -380,10 +372,7 @@ class Scheduler:
         def count_of(request: Request) -> int:
             chunk = request.prefill_chunk
             most = (min(chunk, BESIDE_DECODING) if decoding else chunk) if left is None else min(left, chunk)
-            done = 0 if request.kv is None else request.kv.length
-            if request.kv is None:
-                text = request.tokens[: request.prefill_end]
-                done = max(self.target.pool.common(text, request.drafter.prefix_key) - 1, 0)
+            done = max(self._computed(request) - (request.kv is None), 0)  # the last shared position is run again
             return max(min(most, request.prefill_end - done), 1)
 
         def fits(request: Request) -> bool:
@@ -396,7 +385,8 @@ class Scheduler:
             padded, most = len(counts) * max(counts), min(room, BESIDE_DECODING) if decoding else room
             if not alike or padded > most or padded > _PADDED * sum(counts):
                 return False
-            shared = self._shared_from(request)
+            # Tokens in common from which on one of both could use a block of the other's.
+            shared = self._computed(request) // BLOCK * BLOCK + BLOCK
             return all(common_length(request.tokens, other.tokens) < shared for other, _ in batch)
 
         for request in begun:
@@ -406,13 +396,11 @@ class Scheduler:
             batch.append((entered, count_of(entered)))
         return batch
 
-    def _shared_from(self, request: Request) -> int:
-        """Tokens in common with another request from which on one of both could use a block of the other's."""
-        text = request.tokens[: request.prefill_end]
-        have = (
-            request.kv.length if request.kv is not None else self.target.pool.common(text, request.drafter.prefix_key)
-        )
-        return int(have) // BLOCK * BLOCK + BLOCK
+    def _computed(self, request: Request) -> int:
+        """Positions of a prompt that are there: the request's own, or before it has any those that others left."""
+        if request.kv is not None:
+            return int(request.kv.length)
+        return self.target.pool.common(request.tokens[: request.prefill_end], request.drafter.prefix_key)
 
     def _prefill_batch(self, batch: list[tuple[Request, int]]) -> None:
         padded = max(count for _, count in batch)  # the forward writes so many slots of every row

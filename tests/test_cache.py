@@ -196,16 +196,6 @@ def test_a_path_may_skip_and_the_next_append_overwrites_what_was_rejected() -> N
     assert keys[0, 0, :, 1].tolist() == values[0, 0, :, 1].tolist() == [0, 3, 5, 9]
 
 
-def test_truncate() -> None:
-    cache = empty(2, 2)
-    cache.begin(5)
-    for layer in range(2):
-        cache.update(numbered(2, 5, 10 * layer), numbered(2, 5, 10 * layer), layer)
-    cache.commit([range(5), range(3)])
-    cache.truncate(0, 2)
-    assert cache.lengths == [2, 3] == [sequence.length for sequence in cache.sequences]
-
-
 def test_layers_of_other_shapes_get_room_of_their_own() -> None:
     cache = empty(2, 1)
     cache.begin(2)
@@ -228,8 +218,6 @@ def test_what_does_not_fit_is_refused() -> None:
         cache.commit([[0], [0, 3]])
     with pytest.raises(ValueError, match=r"path \[-1\]"):
         cache.commit([None, [-1]])
-    with pytest.raises(ValueError, match="can't be cut to 9"):
-        cache.truncate(0, 9)
 
 
 def test_a_refused_commit_changes_nothing() -> None:

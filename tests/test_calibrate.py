@@ -14,8 +14,7 @@ from test_stack import KINDS, made
 
 from haast import native
 from haast.bench import replay
-from haast.bench.calibrate import calibrate, choose, search
-from haast.bench.calibration_report import draw, roofline_ms
+from haast.bench.calibrate import calibrate, choose, draw, search
 from haast.bench.plan import MACHINES, Machine, parse_machine, project
 from haast.core import SamplingParams
 from haast.drafters.batch_policy import Way, way_for
@@ -66,7 +65,7 @@ def test_what_is_measured(found: Calibration, target: Target) -> None:
         assert (
             found.bandwidth
             and found.peak
-            and roofline_ms(found, 1)
+            and found.roofline_ms(1)
             == pytest.approx(1e3 * max(found.weight_bytes / found.bandwidth, 2 * found.parameters / found.peak))
         )
 

@@ -1,13 +1,14 @@
 """Measures what a decode step costs here and picks the drafting that makes the most of it.
 
-Owns the measurements (target forwards, draft levels, the rest, the machine's roofline) and the search over recorded
-drafts.
+Owns the measurements (target forwards, draft levels, the rest, the machine's roofline), the search over recorded
+drafts, and a picture of both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from haast import native
@@ -133,3 +134,26 @@ def search(
     outcome, depth, width = max(finals, key=lambda each: each[0].rate)
     nodes = most if outcome.pace is not None else max(round(outcome.nodes), 2)
     return DraftShape("dynamic", depth, _RECORDED.top_k, width, nodes), outcome, grid
+
+
+def draw(found: Calibration, path: Path) -> None:
+    """Cost of a forward over nodes, the roofline below it, and what of a step goes where. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    nodes = sorted(found.forward_ms)
+    left.plot(nodes, [found.forward_ms[n] for n in nodes], "o-", label="measured")
+    if found.bandwidth is not None:
+        least = [found.roofline_ms(n) or 0.0 for n in nodes]
+        left.plot(nodes, least, "--", color="gray", label="roofline of the linear layers")
+    left.set(xlabel="nodes of one target forward", ylabel="ms", title="what verification costs", ylim=(0, None))
+    left.legend()
+    level = sorted(found.level_ms.items())
+    right.bar([f"level, width {w}" for w, _ in level], [ms for _, ms in level], color="tab:orange")
+    right.bar(["first level", "bookkeeping"], [found.first_ms, found.overhead_ms], color="tab:blue")
+    right.axhline(0.08 * found.forward_ms[1], linestyle=":", color="gray")
+    right.set(ylabel="ms", title=f"what drafting costs (a one-node forward: {found.forward_ms[1]:.1f} ms)")
+    right.tick_params(axis="x", rotation=30)
+    figure.suptitle(f"{found.identity['cpu']}, {found.identity['threads']} threads, {found.identity['packing']}")
+    figure.savefig(path, dpi=120)

@@ -290,9 +290,3 @@ class KVCache(Cache):
             self.keep(torch.tensor(padded, device=self.device), torch.tensor(counts, device=self.device))
         self.advance(counts)
         self._nodes = 0
-
-    def truncate(self, row: int, length: int) -> None:
-        """Forget everything of a row from slot `length` on. Raises ValueError where it holds less."""
-        if not 0 <= length <= self.lengths[row]:
-            raise ValueError(f"row {row} holds {self.lengths[row]} slots and can't be cut to {length}")
-        self.advance([length - self.lengths[each] if each == row else 0 for each in range(self.rows)])

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from haast.errors import UnsupportedModelError
-from haast.target.base import TargetOutput
 from haast.target.device_map import mesh_of
 from haast.target.fusing import FusedAttention
-from haast.target.hf import ModuleForward
+from haast.target.hf import ModuleForward, TargetOutput
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import KVPool
 from haast.target.precision import quantisation

@@ -22,11 +22,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from haast import compat, native
 from haast.device import without_autograd
 from haast.errors import HeadMismatchError, KVPoolError
-from haast.target.base import TargetOutput, TreeForward
 from haast.target.compiled import CompiledLayers, Progress
 from haast.target.device_map import dispatched, mesh_of, read_weight, sharded, whole
 from haast.target.faster import CompiledForward, NativeForward
-from haast.target.hf import ModuleForward
+from haast.target.hf import ModuleForward, TargetOutput, TreeForward
 from haast.target.kv_budget import KVBudget
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import BLOCK, KVPool

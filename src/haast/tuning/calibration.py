@@ -87,6 +87,12 @@ class Calibration(Batch):
         """Cost of a forward over `nodes` in one-node forwards; only measured counts."""
         return self.forward_ms[nodes] / self.forward_ms[1]
 
+    def roofline_ms(self, nodes: int) -> float | None:
+        """The least time of the linear layers over `nodes` nodes: bytes over bandwidth, or operations over peak."""
+        if self.bandwidth is None or self.peak is None:
+            return None
+        return 1e3 * max(self.weight_bytes / self.bandwidth, 2 * self.parameters * nodes / self.peak)
+
     def document(self) -> dict[str, Any]:
         """What a file holds; more keys beside it do no harm."""
         return {"format": FORMAT, **asdict(self)}

@@ -42,7 +42,7 @@ class Alone:
         """What stop rules leave of that: they may look at a clock."""
         return ends()
 
-    def numbers(self, own: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+    def numbers(self, own: Callable[[], Sequence[int]]) -> Sequence[int]:
         """Numbers that all processes go by."""
         return own()
 
@@ -69,24 +69,24 @@ class Agreed(Alone):
         return tree
 
     def judged(self, judge: Callable[[], Verdict], device: torch.device) -> Verdict:
-        if not self.leads:
-            rows, *said = self._ranks.share()
-            return Verdict(torch.tensor(said, device=device).view(rows, -1))
-        with self._ranks.leading():
-            verdict = judge()
-        self._ranks.share([len(verdict.packed), *verdict.packed.flatten().tolist()])
-        return verdict
+        def numbers() -> list[int]:
+            packed = judge().packed
+            return [len(packed), *packed.flatten().tolist()]
+
+        rows, *said = self.numbers(numbers)
+        packed = torch.tensor(said).view(rows, -1)
+        return Verdict(packed.to(device), Verdict(packed).rows)
 
     def settled(self, ends: Callable[[], Ends]) -> Ends:
-        own: Ends = ()
-        if self.leads:
-            with self._ranks.leading():
-                own = ends()
-        said = self._ranks.share([each for kept, why in own for each in (kept, _REASONS.index(why))])
+        said = self.numbers(lambda: [each for kept, why in ends() for each in (kept, _REASONS.index(why))])
         return [(kept, _REASONS[why]) for kept, why in zip(said[::2], said[1::2], strict=True)]
 
-    def numbers(self, own: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
-        return tuple(self._ranks.share(own() if self.leads else ()))
+    def numbers(self, own: Callable[[], Sequence[int]]) -> Sequence[int]:
+        if not self.leads:
+            return self._ranks.share()
+        with self._ranks.leading():
+            said = own()
+        return self._ranks.share(said)
 
     def check(self, *values: object) -> None:
         digest = hashlib.sha256(repr(values).encode()).digest()

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from haast.compat import foreign_hooks
-from haast.native.slots import FORMS
-from haast.native.stack import CBlockTables, CLayer, CPass, CStack, CWeight, Refusal, run_stack
+from haast.native.stack import FORMS, CBlockTables, CLayer, CPass, CStack, CWeight, Refusal, run_stack
 from haast.target.fusing import FusedAttention, FusedRMSNorm, FusedSwiGLU
 from haast.target.kv_pool import BLOCK
 from haast.target.packing import PackedLinear

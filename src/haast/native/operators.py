@@ -64,14 +64,7 @@ def pack_i8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return packed, scale
 
 
-def linear(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    threads: int | None = None,
-) -> Tensor:
+def linear(x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None, out_features: int) -> Tensor:
     """Multiply rows by a packed weight: y = x W^T + bias, 16-bit or int8 weights, fp32 everything else.
 
     Args:
@@ -80,7 +73,6 @@ def linear(
         scale: the factors that `pack_i8` returned; None with fp16.
         bias: (out_features) fp32, or None.
         out_features: rows of the weight before padding.
-        threads: default torch's own count, also inside `sole_threads`.
 
     Returns:
         (..., out_features) fp32, contiguous.
@@ -118,7 +110,7 @@ def linear(
         out_features,
         stride,
         out_features,
-        threads or thread_count(),
+        thread_count(),
     )
     return y
 
@@ -169,7 +161,6 @@ def tree_attention(
     mask: Tensor | None,
     scaling: float,
     softcap: float = 0.0,
-    threads: int | None = None,
 ) -> Tensor:
     """Attend with an arbitrary additive mask, grouped queries without repeating K and V.
 
@@ -182,7 +173,6 @@ def tree_attention(
         mask: (rows or 1, 1, n, slots) fp32, added to the scores; -1e30 or less hides the slot. None: all seen.
         scaling: factor on q k^T.
         softcap: scores become softcap * tanh(score / softcap); 0 is off.
-        threads: default torch's own count, also inside `sole_threads`.
 
     Returns:
         (rows, n, heads, d) fp32, contiguous; zeros where a node sees no slot.
@@ -204,12 +194,12 @@ def tree_attention(
     out = torch.empty(rows, n, heads, d)
     places = (q.data_ptr(), k.data_ptr(), v.data_ptr(), place, out.data_ptr())
     strides = q.stride()[:3] + k.stride()[:3] + v.stride()[:3]
-    how = (mask_row, mask_node, scaling, softcap, threads or thread_count())
+    how = (mask_row, mask_node, scaling, softcap, thread_count())
     library().haast_tree_attention_f32(*places, rows, heads, kv_heads, n, slots, d, *strides, *how)
     return out
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, threads: int | None = None) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return weight * x / sqrt(mean(x^2) + eps) over the last dimension; x (..., dim), weight (dim), both fp32."""
     check_tensor("x", x)
     check_tensor("weight", weight.detach(), 1)
@@ -219,11 +209,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, threads: int | None = None) 
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty(x.shape)
     places, sizes = (x.data_ptr(), weight.data_ptr(), y.data_ptr()), (x.numel() // dim, dim)
-    library().haast_rms_norm_f32(*places, *sizes, eps, threads or thread_count())
+    library().haast_rms_norm_f32(*places, *sizes, eps, thread_count())
     return y
 
 
-def rotate_(x: Tensor, cosine: Tensor, sine: Tensor, heads: int, threads: int | None = None) -> Tensor:
+def rotate_(x: Tensor, cosine: Tensor, sine: Tensor, heads: int) -> Tensor:
     """Apply rotary embeddings in place to the first heads of every row, halves paired as Llama pairs them.
 
     Args:
@@ -231,7 +221,6 @@ def rotate_(x: Tensor, cosine: Tensor, sine: Tensor, heads: int, threads: int | 
         cosine: (rows or 1, nodes, d) fp32, d even.
         sine: as cosine.
         heads: how many heads to rotate; what stands behind them stays.
-        threads: default torch's own count, also inside `sole_threads`.
 
     Returns:
         `x`.
@@ -248,11 +237,11 @@ def rotate_(x: Tensor, cosine: Tensor, sine: Tensor, heads: int, threads: int | 
         )
     cosine, sine = cosine.contiguous(), sine.contiguous()
     places, sizes = (x.data_ptr(), cosine.data_ptr(), sine.data_ptr()), (rows * nodes, heads, d, width)
-    library().haast_rotate_f32(*places, *sizes, angle_rows * nodes, threads or thread_count())
+    library().haast_rotate_f32(*places, *sizes, angle_rows * nodes, thread_count())
     return x
 
 
-def swiglu(gate_up: Tensor, threads: int | None = None) -> Tensor:
+def swiglu(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up; gate_up (..., 2 * width) fp32 with the gate first, result (..., width)."""
     check_tensor("gate_up", gate_up)
     if gate_up.shape[-1] % 2:
@@ -260,17 +249,16 @@ def swiglu(gate_up: Tensor, threads: int | None = None) -> Tensor:
     gate_up, width = gate_up.contiguous(), gate_up.shape[-1] // 2
     y = torch.empty((*gate_up.shape[:-1], width))
     rows = gate_up.numel() // max(2 * width, 1)
-    library().haast_swiglu_f32(gate_up.data_ptr(), y.data_ptr(), rows, width, threads or thread_count())
+    library().haast_swiglu_f32(gate_up.data_ptr(), y.data_ptr(), rows, width, thread_count())
     return y
 
 
-def top(logits: Tensor, count: int, threads: int | None = None) -> tuple[Tensor, Tensor]:
+def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The likeliest entries of every row of logits and their log-probabilities, likeliest first.
 
     Args:
         logits: (..., width) fp32.
         count: 1 to 64, at most the width; of equal logits the smaller place comes first.
-        threads: default torch's own count, also inside `sole_threads`.
 
     Returns:
         log-probabilities (..., count) fp32 and places (..., count) int64.
@@ -283,5 +271,5 @@ def top(logits: Tensor, count: int, threads: int | None = None) -> tuple[Tensor,
     shape = (*logits.shape[:-1], count)
     logprobs, places = torch.empty(shape), torch.empty(shape, dtype=torch.int64)
     sizes = (logits.numel() // width, width, count)
-    library().haast_top(logits.data_ptr(), logprobs.data_ptr(), places.data_ptr(), *sizes, threads or thread_count())
+    library().haast_top(logits.data_ptr(), logprobs.data_ptr(), places.data_ptr(), *sizes, thread_count())
     return logprobs, places

@@ -124,7 +124,6 @@ def keep(
     *,
     block: int,
     shift: int = 0,
-    threads: int | None = None,
 ) -> None:
     """Move the accepted nodes of every row up after its past, in place, in every layer and head.
 
@@ -138,7 +137,6 @@ def keep(
         counts: (rows,) int64: how many of each path are kept; any stride.
         block: slots of a block.
         shift: slots of a table before a row's first.
-        threads: default torch's own count, also inside `sole_threads`.
 
     Raises:
         ValueError: tensors of another kind, or a slot that a table or the store does not have; nothing was moved.
@@ -163,7 +161,7 @@ def keep(
     lanes, heads, slots, head_dim = store.shape
     places = (store.data_ptr(), tables.data_ptr(), lengths.data_ptr(), path.data_ptr(), counts.data_ptr())
     row, sizes = head_dim * store.element_size(), (tables.size(1), block, shift, rows, path.stride(0), counts.stride(0))
-    refused = library().haast_keep(*places, lanes * heads, slots, row, *sizes, threads or thread_count())
+    refused = library().haast_keep(*places, lanes * heads, slots, row, *sizes, thread_count())
     if refused:
         what = "a table is too short for its nodes" if refused == Refusal.SHORT_TABLE else "a block is not in the store"
         raise ValueError(

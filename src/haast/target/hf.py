@@ -145,16 +145,11 @@ class ModuleForward(TreeForward):
         window = self.window if slots > (self.window or 0) else None
         types = getattr(self.config, "layer_types", None)
         windows = {kind: window if kind == "sliding_attention" else None for kind in set(types or ())}
+        lengths = cache.lengths_tensor
+        at = lengths.unsqueeze(1) + tree.depths
+        given = (tree.ancestors, lengths, slots, self.dtype)
         masks = {
-            cut: attention.tree_mask(
-                tree.ancestors,
-                cache.lengths_tensor,
-                slots,
-                self.dtype,
-                positions=cache.lengths_tensor.unsqueeze(1) + tree.depths,
-                flight_positions=cache.lengths_tensor.unsqueeze(1) + tree.depths,
-                window=cut,
-            )
+            cut: attention.tree_mask(*given, positions=at, flight_positions=at, window=cut)
             for cut in {*windows.values()} or {window}
         }
         by_kind = {kind: masks[cut] for kind, cut in windows.items()}  # such models take one mask per kind of layer

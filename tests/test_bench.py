@@ -35,7 +35,7 @@ from haast.drafters.vanilla import VanillaDrafter
 from haast.engine.engine import Engine, Stats, StopParams
 from haast.heads.checkpoint import Head, save_head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
-from haast.repetition import loop_share
+from haast.stats import loop_share
 from haast.target.target import Target
 
 ROW_KEYS = {

@@ -13,7 +13,7 @@ from typing import Any
 
 from haast.bench.bootstrap import Bootstrap, rates, ratio
 from haast.bench.runner import BenchPrompt, Record, Records
-from haast.repetition import loop_share, loops
+from haast.stats import loop_share, loops
 
 Row = dict[str, Any]
 Group = dict[tuple[float, str], dict[str, list[Row]]]  # (temperature, suite or "all") -> decoder -> its answers

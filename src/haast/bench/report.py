@@ -20,8 +20,7 @@ import transformers
 import haast
 from haast.bench.tables import text
 from haast.device import cpu_name
-from haast.repetition import LOOP_SHARE, NGRAM
-from haast.stats import TAU_CONVENTION, Stats
+from haast.stats import LOOP_SHARE, NGRAM, TAU_CONVENTION, Stats
 from haast.target.target import Target
 
 

@@ -98,7 +98,10 @@ class Target:
         self._forward_of = ModuleForward(model)
         mesh = mesh_of(model)
         self.ranks = None if mesh is None else Ranks(mesh)  # the processes that hold the model together
-        self.probed = self._agree_on(probe(self._forward_of) if probed is None else probed)
+        self.probed = probe(self._forward_of) if probed is None else probed
+        if self.ranks is not None:  # it decides the shape of what processes exchange, so all have the first one's word
+            gives_features = self.ranks.share([self.probed.decoder_gives_features])[0]
+            self.probed = replace(self.probed, decoder_gives_features=bool(gives_features))
         self._forward_of.decoder_gives_features = self.probed.decoder_gives_features
         self.logit_scale = self._forward_of.logit_scale = self.probed.logit_scale
 
@@ -215,8 +218,11 @@ class Target:
     def new_cache(self, rows: int = 1, capacity: int = 256) -> KVCache:
         """Empty keys and values for `rows` sequences of at most `capacity` slots, in a pool of their own."""
         self.refresh()
-        pool = KVPool(rows * -(-capacity // BLOCK) * BLOCK, retain=0)
-        return self._forward_of.new_cache(pool, self.kv_dtype).bind([pool.sequence() for _ in range(rows)])
+        cache = self._cache_of(rows * -(-capacity // BLOCK) * BLOCK, 0)
+        return cache.bind([cache.pool.sequence() for _ in range(rows)])
+
+    def _cache_of(self, tokens: int, retain: int) -> KVCache:
+        return self._forward_of.new_cache(KVPool(tokens, retain), self._budget.dtype)
 
     @property
     def cache(self) -> KVCache:
@@ -225,8 +231,7 @@ class Target:
             with self.lock:
                 if self._cache is None:
                     slots = self._budget.slots(self.kv_bytes_per_token, self.device)
-                    pool = KVPool(slots, self._budget.kept)
-                    self._cache = self._forward_of.new_cache(pool, self.kv_dtype)
+                    self._cache = self._cache_of(slots, self._budget.kept)
         return self._cache
 
     @property
@@ -238,7 +243,7 @@ class Target:
     def scratch_pool(self, tokens: int) -> Iterator[None]:
         """Inside the block, `cache` and `pool` are small ones of their own: for measurements that leave no trace."""
         with self.lock:
-            kept, self._cache = self._cache, self._forward_of.new_cache(KVPool(tokens, retain=0), self.kv_dtype)
+            kept, self._cache = self._cache, self._cache_of(tokens, 0)
             try:
                 yield
             finally:
@@ -260,14 +265,9 @@ class Target:
             budget.slots(self.kv_bytes_per_token, self.device)
 
     @property
-    def kv_dtype(self) -> torch.dtype | None:
-        """What keys and values are stored in; None is as the model gives them."""
-        return self._budget.dtype
-
-    @property
     def kv_bytes_per_token(self) -> int:
         """Memory of one token's keys and values."""
-        return self.probed.kv_bytes_per_token // (2 if self.kv_dtype and self.dtype.itemsize == 4 else 1)
+        return self.probed.kv_bytes_per_token // (2 if self._budget.dtype and self.dtype.itemsize == 4 else 1)
 
     def locate(self) -> None:
         """Look where the model stands now: its LM head, device and dtype."""
@@ -346,12 +346,6 @@ class Target:
         assert self.ranks is not None, "a sharded model has ranks"
         copied = whole(module)
         return copied if self.ranks.leads else module
-
-    def _agree_on(self, probed: Probed) -> Probed:
-        """It decides the shape of what processes exchange, so all have the first one's word."""
-        if self.ranks is None:
-            return probed
-        return replace(probed, decoder_gives_features=bool(self.ranks.share([probed.decoder_gives_features])[0]))
 
     def _check(self, tree: DraftTree, cache: KVCache, hidden_layers: Sequence[int]) -> None:
         if tree.rows != cache.rows:

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from haast.bench import aggregate, report
+from haast.bench.calibrate import measure_v_curve
 from haast.bench.decoders import Decoder, DecoderRun, EngineDecoder, StockDecoder, check_decoders, drafter_for
-from haast.bench.forward_latency import measure_v_curve
 from haast.bench.runner import (
     BenchConfig,
     BenchPrompt,

@@ -9,22 +9,31 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from haast import native
 from haast.bench import replay
-from haast.bench.forward_latency import forward_costs, live_costs, measure_batches, measure_v_curve
 from haast.bench.report import git_commit, versions
-from haast.drafters.calibrated import identity, kept
+from haast.core import SamplingParams
+from haast.drafters.calibrated import draft_ms, identity, kept, level_costs
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.tree_shape import DraftShape
+from haast.engine.engine import Engine, Step, StopParams
 from haast.target.packing import linear_sizes
 from haast.target.target import Target
 from haast.tuning.calibration import Batch, Calibration
-from haast.tuning.latency import Latency
+from haast.tuning.latency import Latency, time_forwards
 
 NODES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 18, 24, 32)
+CURVE_NODES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 60)
+COMMITTED = 160  # slots in the cache, the length of a short chat
 WIDTHS = (1, 3, 8)
+# Of batches: rows -> nodes that are timed; elsewhere than on a CPU those of `_DEVICE_NODES` beside them.
+_NODES = {2: (1, 2, 3, 4, 6, 8, 12), 4: (1, 2, 3, 4, 6, 8), 8: (1, 2, 3, 4, 6)}
+_DEVICE_NODES = {16: (1, 2, 3, 4, 8), 32: (1, 2, 3, 4, 8)}
+_WIDTHS = (1, 3)
+_LIVE, _LIVE_TOGETHER = 48, 16  # tokens per text that time a draft, alone and in a batch
 BUDGETS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 18, 24, 32, 48, 60)
 DEPTHS = (1, 2, 3, 4, 5, 6, 7)
 _RECORDED = DraftShape("dynamic", depth=max(DEPTHS), top_k=8, width=8, nodes=32)
@@ -54,10 +63,9 @@ def calibrate(
     """
     with kept(drafter):
         say("target forwards over 1 to 32 nodes")
-        curve = measure_v_curve(target, None, rounds, NODES)
+        forwards = forward_ms(target, NODES, rounds)
         say("draft levels, while decoding")
-        live = live_costs(target, drafter, [[prompt] for prompt in prompts[:2]], WIDTHS)
-        alone = Latency(forward_costs(curve), *live)
+        alone = Latency(forwards, *live_costs(target, drafter, [[prompt] for prompt in prompts[:2]], WIDTHS))
         say("batches of 2 and more")
         together = measure_batches(target, drafter, prompts, rounds)
         say(f"drafts over {len(prompts)} prompts")
@@ -75,7 +83,7 @@ def calibrate(
     return Calibration(
         **chosen,
         identity=identity(target, drafter),
-        committed=int(curve["committed_slots"]),
+        committed=_committed(target, max(NODES)),
         weight_bytes=weight_bytes,
         parameters=parameters,
         head_parameters=drafter.parameters,
@@ -85,6 +93,79 @@ def calibrate(
         batches={n: choose(steps, n, each) for n, each in together.items() if chosen["shape"] and len(steps) >= n},
         measured={"steps": len(steps), "versions": versions(), "commit": git_commit(), "rounds": rounds},
     )
+
+
+def measure_v_curve(
+    target: Target, drafter: EagleDrafter | None, rounds: int = 15, node_counts: Sequence[int] = CURVE_NODES
+) -> dict[str, Any]:
+    """Median ms of `target.forward` over a chain of n nodes after 160 committed slots, and of the draft.
+
+    `v` is relative to one node, and so is `c_per_step`, what the drafter takes to observe and propose.
+    """
+    ms = forward_ms(target, node_counts, rounds)
+    one = ms[min(ms)]
+    points = [{"nodes": n, "ms": value, "v": value / one} for n, value in ms.items()]
+    committed = _committed(target, max(node_counts))
+    result: dict[str, Any] = {"committed_slots": committed, "rounds": rounds, "points": points}
+    if drafter is not None:
+        drafted = draft_ms(target, drafter)
+        result["draft"] = {"ms": drafted, "c_per_step": drafted / one}
+    return result
+
+
+def forward_ms(target: Target, nodes: Sequence[int], rounds: int, rows: int = 1) -> dict[int, float]:
+    """Nodes of every row -> median ms of a forward behind `COMMITTED` slots, after one round of warm-up."""
+    times = time_forwards(target, nodes, _committed(target, max(nodes)), rounds + 1, rows)
+    return {n: median(values[1:]) for n, values in times.items()}
+
+
+def _committed(target: Target, nodes: int) -> int:
+    return COMMITTED if target.context_length is None else min(COMMITTED, max(target.context_length - nodes, 5))
+
+
+def measure_batches(
+    target: Target, drafter: EagleDrafter, prompts: Sequence[Sequence[int]], rounds: int
+) -> dict[int, Latency]:
+    """Costs by rows, of all of them together."""
+    found = {}
+    for rows, nodes in {**_NODES, **({} if target.device.type == "cpu" else _DEVICE_NODES)}.items():
+        forwards = forward_ms(target, nodes, max(rounds // 2, 1), rows)
+        texts = [prompts[i % len(prompts)] for i in range(rows)]
+        found[rows] = Latency(forwards, *live_costs(target, drafter, [texts], _WIDTHS, _LIVE_TOGETHER))
+    return found
+
+
+def live_costs(
+    target: Target,
+    drafter: EagleDrafter,
+    batches: Sequence[Sequence[Sequence[int]]],
+    widths: Sequence[int],
+    tokens: int = _LIVE,
+) -> tuple[float, dict[int, float], float]:
+    """Ms of a step's first level (observing included), of every level more by width, and of bookkeeping.
+
+    Measured while decoding `tokens` per text, batch by batch: alone, a small head stays in the caches that a target
+    forward would sweep.
+    """
+    overheads = list[float]()
+
+    def once() -> float:
+        steps: list[tuple[float, float]] = []
+        for batch in batches:
+
+            def watch(step: Step, rows: int = len(batch)) -> None:
+                if len(step.rows) == rows:  # requests begin one after the other
+                    steps.append((step.ms_draft, step.ms_overhead))
+
+            for _ in Engine(target, drafter).run(batch, SamplingParams(), StopParams(tokens), watch=watch):
+                continue
+        count = max(len(steps), 1)
+        overheads.append(sum(overhead for _, overhead in steps) / count)
+        return sum(draft for draft, _ in steps) / count
+
+    once()  # to warm up
+    first, levels = level_costs(drafter, lambda: min(once(), once()), widths)
+    return first, levels, median(overheads[1:])
 
 
 def choose(steps: replay.Recorded, rows: int, costs: Latency) -> Batch:

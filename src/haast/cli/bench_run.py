@@ -101,7 +101,7 @@ def bench_file(run: Run, options: BenchOptions, settings: dict[str, Any]) -> Non
     document["differences"] = [asdict(each) for each in found]
     document["per_prompt"] = aggregate.per_prompt(records, suite.prompts)
     if options.v_curve:
-        from haast.bench.forward_latency import measure_v_curve
+        from haast.bench.calibrate import measure_v_curve
         from haast.progress import Progress
 
         with Progress("v curve"):

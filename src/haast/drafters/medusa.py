@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -136,10 +136,7 @@ class MedusaDrafter(Drafter):
         features, tree = stacked(states, "feature"), combined.tree
         guesses = torch.cat([self._best(i, features, width) for i, width in enumerate(combined.widths)], dim=1)
         tokens = torch.cat([roots.unsqueeze(1), guesses[:, combined.picked]], dim=1)  # (rows, nodes)
-        parents, depths, ancestors, live = (
-            each.expand(len(tokens), *each.shape[1:]) for each in (tree.parents, tree.depths, tree.ancestors, tree.live)
-        )
-        proposed = DraftTree(tokens, parents, depths, ancestors, live, tree.height)
+        proposed = replace(tree.taken(torch.zeros_like(roots)), tokens=tokens)
         self._watch.proposed(proposed)
         return proposed
 

@@ -199,33 +199,28 @@ class Scheduler:
 
     def step(self) -> bool:
         """Serve everybody once; whether anybody is left."""
+        self._refuse_own_step()
         with uninterrupted():
-            left = self._step()
+            with self.target.lock:
+                self._stepper = threading.get_ident()
+                try:
+                    left = self._serve_all()
+                finally:
+                    self._stepper = None
+                    self._steps += 1
             self._sweep()
         return left
 
-    def _step(self) -> bool:
-        with self._stepping():
-            self._retire()
-            if self._waiting or self._running:
-                with torch.inference_mode(), self.target.step_threads():
-                    groups = self._groups()  # a request's first token can be read before it decodes
-                    self._prefill()
-                    for group in groups:
-                        self._decode(group)
-            self._retire()
-            return bool(self._waiting or self._running)
-
-    @contextmanager
-    def _stepping(self) -> Iterator[None]:
-        self._refuse_own_step()
-        with self.target.lock:
-            self._stepper = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._stepper = None
-                self._steps += 1
+    def _serve_all(self) -> bool:
+        self._retire()
+        if self._waiting or self._running:
+            with torch.inference_mode(), self.target.step_threads():
+                groups = self._groups()  # a request's first token can be read before it decodes
+                self._prefill()
+                for group in groups:
+                    self._decode(group)
+        self._retire()
+        return bool(self._waiting or self._running)
 
     # ------------------------------------------------------------------------------------------ joining and leaving
 
@@ -262,11 +257,6 @@ class Scheduler:
         if state is not None:
             drafter.end(state)
         request.kv = request.draft_state = None
-
-    def _publish(self, request: Request) -> None:
-        """Let other requests share the prompt's blocks."""
-        filled, complete_from = self._cached(request)
-        request.kv.publish(request.tokens, min(filled, request.kv.length), request.drafter.prefix_key, complete_from)
 
     def _cached(self, request: Request) -> tuple[int, int]:
         """How many slots of a request others may use, and from which one on its drafter has all that it needs there."""
@@ -410,7 +400,9 @@ class Scheduler:
         prefill(self.target, batch, self._agreement)
         for request, _ in batch:
             if request.kv.length == request.prefill_end:
-                self._publish(request)
+                filled, complete_from = self._cached(request)
+                shared = min(filled, request.kv.length)  # others may share the prompt's blocks
+                request.kv.publish(request.tokens, shared, request.drafter.prefix_key, complete_from)
                 request.state = RequestState.RUNNING
 
     def _reserved(self, request: Request, count: int) -> bool:

@@ -105,13 +105,11 @@ def prefill(target: Target, batch: Sequence[tuple[Request, int]], agreement: Alo
     drafter, rows, longest = requests[0].drafter, len(batch), max(counts)
     begins = [request.kv.length for request in requests]
     ends = [begin + count for begin, count in zip(begins, counts, strict=True)]
-    tokens = torch.zeros(2, rows, longest, dtype=torch.long)  # at the positions, and those that follow
-    known = []
-    for row, (request, begin, end) in enumerate(zip(requests, begins, ends, strict=True)):
-        tokens[0, row, : end - begin] = torch.tensor(request.tokens[begin:end])
-        known.append(request.tokens[begin + 1 : end + 1])
-        tokens[1, row, : len(known[-1])] = torch.tensor(known[-1], dtype=torch.long)
-    text, following = to_device(tokens, target.device)
+    places = list(zip(requests, begins, ends, strict=True))
+    known = [request.tokens[begin + 1 : end + 1] for request, begin, end in places]  # those that follow
+    parts = [*(request.tokens[begin:end] for request, begin, end in places), *known]
+    padded = torch.tensor([[*part, *[0] * (longest - len(part))] for part in parts])
+    text, following = to_device(padded.view(2, rows, longest), target.device)
     held = to_device(torch.tensor(counts), target.device)
     live = torch.arange(longest, device=target.device) < held.unsqueeze(1) if min(counts) < longest else None
     cache = target.cache.bind([request.kv for request in requests])

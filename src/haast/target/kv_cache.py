@@ -161,7 +161,6 @@ class KVCache(Cache):
         self._host_tables = tables
         self.tables = torch.from_numpy(tables)  # (rows, blocks) int32, on the CPU
         self._lengths_tensor: Tensor | None = None
-        self._index: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._flat: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
         self._start: int | None = None  # see `_stretch`
         return self.reads
@@ -188,17 +187,11 @@ class KVCache(Cache):
         blocks = tables.gather(1, shifted.div(BLOCK, rounding_mode="floor")).long()
         return blocks * BLOCK + shifted.remainder(BLOCK)
 
-    def all_slots(self) -> tuple[Tensor, Tensor]:
+    def all_slots(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Where the new nodes go (rows, nodes), and what attention reads (rows, read), of the pool's slots."""
-        return self._slots(self.device)
-
-    def _slots(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device not in self._index:
-            lengths = to_device(self.lengths_tensor, device).unsqueeze(1)
-            write = self.physical(lengths + torch.arange(self._nodes, device=device))
-            read = self.physical(torch.arange(self.reads, device=device).expand(self.rows, -1))
-            self._index[device] = (write, read)
-        return self._index[device]
+        lengths = to_device(self.lengths_tensor, self.device if device is None else device).unsqueeze(1)
+        write = self.physical(lengths + torch.arange(self._nodes, device=lengths.device))
+        return write, self.physical(torch.arange(self.reads, device=lengths.device).expand(self.rows, -1))
 
     @without_autograd
     def update(
@@ -235,7 +228,7 @@ class KVCache(Cache):
         What is read then lies as models expect it: some put rows and heads together by a view.
         """
         if (device, heads) not in self._flat:
-            write, read = self._slots(device)
+            write, read = self.all_slots(device)
             begins = torch.arange(heads, device=device).view(1, -1, 1) * self.pool.slots
             self._flat[device, heads] = (
                 (begins + write.unsqueeze(1)).flatten(),

@@ -24,6 +24,7 @@ from haast.target.packing import linear_sizes
 from haast.target.target import Target
 from haast.tuning.calibration import Batch, Calibration
 from haast.tuning.latency import Latency, time_forwards
+from haast.tuning.online import LEAST_GAIN
 
 NODES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 18, 24, 32)
 CURVE_NODES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 60)
@@ -37,7 +38,6 @@ _LIVE, _LIVE_TOGETHER = 48, 16  # tokens per text that time a draft, alone and i
 BUDGETS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 18, 24, 32, 48, 60)
 DEPTHS = (1, 2, 3, 4, 5, 6, 7)
 _RECORDED = DraftShape("dynamic", depth=max(DEPTHS), top_k=8, width=8, nodes=32)
-_LEAST_GAIN = 1.02  # drafting has to beat vanilla by so much, or vanilla it is
 
 Say = Callable[[str], None]
 
@@ -182,7 +182,7 @@ def choose(steps: replay.Recorded, rows: int, costs: Latency) -> Batch:
 def _chosen(shape: DraftShape, outcome: replay.Outcome, costs: Latency, rows: int = 1) -> dict[str, Any]:
     """The costs of a batch, what pays by them, and what that is expected to bring, all rows together."""
     vanilla = 1 / costs.step(1, 1)  # tokens per ms of a row
-    pays = outcome.rate > _LEAST_GAIN * vanilla
+    pays = outcome.rate > LEAST_GAIN * vanilla
     expected = {
         "tau": outcome.tau,
         "tokens_per_s": 1e3 * rows * outcome.rate,

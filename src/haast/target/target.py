@@ -299,7 +299,11 @@ class Target:
             ValueError: the tree and the cache differ in rows, or a layer index does not exist.
             PoolFullError: the pool has no room for the nodes now.
         """
-        self._check(tree, cache, hidden_layers)
+        if tree.rows != cache.rows:
+            raise ValueError(f"the tree has {tree.rows} rows, the cache {cache.rows}: they must be equal")
+        for index in hidden_layers:
+            if not 0 <= index <= self.layers:
+                raise ValueError(f"hidden layer {index} does not exist: this target has 0 to {self.layers}")
         cache.begin(tree.nodes)
         for way in self._faster_ways():
             output = way.run(tree, cache, last_only, hidden_layers)
@@ -347,13 +351,6 @@ class Target:
         copied = whole(module)
         return copied if self.ranks.leads else module
 
-    def _check(self, tree: DraftTree, cache: KVCache, hidden_layers: Sequence[int]) -> None:
-        if tree.rows != cache.rows:
-            raise ValueError(f"the tree has {tree.rows} rows, the cache {cache.rows}: they must be equal")
-        for index in hidden_layers:
-            if not 0 <= index <= self.layers:
-                raise ValueError(f"hidden layer {index} does not exist: this target has 0 to {self.layers}")
-
     def use_one_call(self) -> bool:
         """Run all decoder layers in one native call from here on, if the packed and fused model allows it.
 
@@ -377,7 +374,7 @@ class Target:
             self._native = each
             cache = self.new_cache(2, 32)
             self.forward(first, cache)
-            cache.commit([range(3), range(2)])
+            cache.advance([3, 2])
             output = self.forward(tree, cache, hidden_layers=(middle, self.layers))
             found.append((output.logits, output.features, *output.hidden.values()))
         same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(*found, strict=True))

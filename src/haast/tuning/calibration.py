@@ -140,9 +140,7 @@ def _check_shape(shape: Any) -> None:
         raise TypeError("a shape has to be a table")
     if not shape:
         return
-    sizes = ("depth", "top_k", "width", "nodes")
-    sound = set(shape) == {"kind", *sizes} and shape["kind"] in _KINDS
-    if not (sound and all(type(shape[name]) is int and 1 <= shape[name] <= _LARGEST for name in sizes)):
+    least = {"depth": 1, "top_k": 1, "width": 1, "nodes": 2}  # a tree has a root and a draft
+    sound = set(shape) == {"kind", *least} and shape["kind"] in _KINDS
+    if not (sound and all(type(shape[name]) is int and low <= shape[name] <= _LARGEST for name, low in least.items())):
         raise ValueError(f"the shape {shape} is none")
-    if shape["nodes"] < 2:
-        raise ValueError(f"nodes={shape['nodes']} is no tree: it has a root and a draft")

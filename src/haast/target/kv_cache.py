@@ -265,21 +265,3 @@ class KVCache(Cache):
             self.lengths[row] += count
             if not self.shift:
                 self.sequences[row].length = self.lengths[row]
-
-    def commit(self, paths: Rows[Rows[int] | None]) -> None:
-        """`keep` and `advance` by paths on the host; None (or an empty path) keeps nothing of that row.
-
-        Raises:
-            ValueError: a path does not fit the nodes of the last forward.
-        """
-        if len(paths) != self.rows:
-            raise ValueError(f"commit needs one path per row: {self.rows} rows, {len(paths)} paths")
-        for row, path in enumerate(paths):
-            if path and (min(path) < 0 or max(path) >= self._nodes):
-                raise ValueError(f"row {row}: path {list(path)} does not fit the {self._nodes} nodes of the forward")
-        counts = [len(path) if path else 0 for path in paths]
-        if any(list(path) != list(range(len(path))) for path in paths if path):
-            padded = [[*(path or ()), *[0] * (max(counts) - count)] for path, count in zip(paths, counts, strict=True)]
-            self.keep(torch.tensor(padded, device=self.device), torch.tensor(counts, device=self.device))
-        self.advance(counts)
-        self._nodes = 0

@@ -60,7 +60,7 @@ def in_capitals(answers: Path, steps: int, say: Callable[[str], None]) -> Target
     model, tokenizer = target.model, target.tokenizer
     assert tokenizer is not None, "a named model brings its tokenizer"
     texts = []
-    for record in read_json_lines(answers):
+    for _, record in read_json_lines(answers):
         said = [
             {"role": "user", "content": record["prompt"]},
             {"role": "assistant", "content": record["response"].upper()},

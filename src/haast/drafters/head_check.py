@@ -101,7 +101,9 @@ def causes(target: Target, config: Any, about: dict[str, Any], model: str | None
     if isinstance(config, Eagle3Config):
         usual = facts_of(target).default_layers
         found.append((config.layer_ids == usual, f"layer ids {list(config.layer_ids)} (usual are {list(usual)})"))
-    found += [(True, "vocabulary"), (False, "prompts without the chat template that it was trained with")]
+    if isinstance(config, Eagle3Config) or getattr(config, "own_embedding", False):
+        found.append((True, "vocabulary"))  # its own tensors fit the target's
+    found.append((False, "prompts without the chat template that it was trained with"))
     wrong, right = ([words for fine, words in found if fine is wanted] for wanted in (False, True))
     return [f"likely: {', '.join(wrong)}", f"looks right: {', '.join(right)}"]
 

@@ -100,7 +100,9 @@ class OpenedHead:
             settled = settle(target, reading, questions, texts, say)
             reading = settled.reading
         reading = without_copies(target, reading)
-        module = module_of(target, reading).float() if target.dtype is not torch.float64 else module_of(target, reading)
+        module = module_of(target, reading)
+        if target.dtype is not torch.float64:
+            module = module.float()
         return Head(module.eval().requires_grad_(False), reading.draft_vocab, self._about(reading, settled)), settled
 
     def _about(self, reading: Reading, settled: Settled | None) -> dict[str, Any]:

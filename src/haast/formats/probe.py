@@ -56,20 +56,19 @@ class Agreement:
 
     @property
     def first(self) -> float:
-        """The share of positions whose next token is drafted."""
-        return float((self.accepted > 0).double().mean())
+        """The share of positions whose next token is drafted; 0 where there are none."""
+        return float((self.accepted > 0).double().mean()) if len(self.accepted) else 0.0
 
     @property
     def tau(self) -> float:
         """Tokens a step by chains of `DEPTHS` drafts, the target's own included."""
-        return 1.0 + float(self.accepted.double().mean())
+        return 1.0 + float(self.accepted.double().mean()) if len(self.accepted) else 1.0
 
     def above(self, other: Agreement) -> float:
         """By how many standard errors this is better, place by place."""
         difference = (self.accepted - other.accepted).double()
         spread = float(difference.std()) if len(difference) > 1 else 0.0
-        mean = float(difference.mean())
-        return mean / (spread / len(difference) ** 0.5) if spread else 0.0
+        return float(difference.mean()) / (spread / len(difference) ** 0.5) if spread else 0.0
 
 
 @dataclass(frozen=True)
@@ -206,26 +205,34 @@ def own_text(
     for prompt in _prompts(target):
         if made >= tokens:
             break
-        said, features = list(prompt), list[Tensor]()
-        hidden: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-        cache, waiting = target.new_cache(1, len(prompt) + share + 1), list(prompt)
-        for _ in range(share + 1):
-            tree = DraftTree.chain(torch.tensor([waiting], device=target.device))
-            output = target.forward(tree, cache, last_only=True, hidden_layers=layers)
-            cache.advance([len(waiting)])
-            features.append(output.features[0])
-            for layer in layers:
-                hidden[layer].append(output.hidden[layer][0])
-            token = int(output.logits[0, -1].argmax())
-            said.append(token)
-            if token in target.end_ids:
-                break
-            waiting = [token]
-        made += len(said) - len(prompt)
+        with target.lock:
+            text = _answer(target, prompt, share + 1, layers)
+        made += len(text.tokens) - len(prompt)
         say(f"{made} of {tokens} tokens of the target's own text")
-        found = {layer: torch.cat(parts) for layer, parts in hidden.items()}
-        texts.append(Text(torch.tensor(said, device=target.device), torch.cat(features), found, len(prompt) - 1))
+        if len(text.tokens) > len(prompt) + DEPTHS:  # else it has ended before a chain could be judged
+            texts.append(text)
     return texts
+
+
+def _answer(target: Target, prompt: list[int], most: int, layers: Sequence[int]) -> Text:
+    """A greedy answer of `most` tokens at most."""
+    said, features = list(prompt), list[Tensor]()
+    hidden: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    cache, waiting = target.new_cache(1, len(prompt) + most), list(prompt)
+    for _ in range(most):
+        tree = DraftTree.chain(torch.tensor([waiting], device=target.device))
+        output = target.forward(tree, cache, last_only=True, hidden_layers=layers)
+        cache.advance([len(waiting)])
+        features.append(output.features[0])
+        for layer in layers:
+            hidden[layer].append(output.hidden[layer][0])
+        token = int(output.logits[0, -1].argmax())
+        said.append(token)
+        if token in target.end_ids:
+            break
+        waiting = [token]
+    found = {layer: torch.cat(parts) for layer, parts in hidden.items()}
+    return Text(torch.tensor(said, device=target.device), torch.cat(features), found, len(prompt) - 1)
 
 
 def _prompts(target: Target) -> list[list[int]]:
@@ -247,7 +254,9 @@ def agreement(target: Target, reading: Reading, texts: Sequence[Text]) -> Agreem
     module = module_of(target, reading).to(target.device, target.dtype).eval()
     read = _chain_medusa if isinstance(module, MedusaHeads) else _chain_eagle
     vocab = None if reading.draft_vocab is None else reading.draft_vocab.to(target.device)
-    return Agreement(torch.cat([read(target, module, vocab, text) for text in texts]).cpu())  # type: ignore[arg-type]
+    with target.lock:
+        found = [read(target, module, vocab, text) for text in texts]  # type: ignore[arg-type]
+    return Agreement(torch.cat([torch.zeros(0, dtype=torch.int64), *(each.cpu() for each in found)]))
 
 
 def module_of(target: Target, reading: Reading) -> DraftModule | MedusaHeads:

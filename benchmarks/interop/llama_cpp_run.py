@@ -10,8 +10,9 @@ The roads: `haast export --to gguf`, a file that llama.cpp loads as it is; and `
 `convert_hf_to_gguf.py`. Both files are read again and compared, tensor by tensor. Then `llama-speculative-simple`
 answers a few prompts greedily with each, and `llama-simple` without a head. Texts are compared; where they part, the
 gap of the target's two best logits there, by stock transformers, is told: llama.cpp multiplies in 8 bits, and with
-other kernels where it verifies several tokens at once, so that close ones change places. Ends with 1 where a file does
-not load, nothing is accepted, or texts part at a gap above `--tie`.
+other kernels where it verifies several tokens at once, so that close ones change places. Haast's own counts, on the
+weights unpacked, stand beside. Ends with 1 where a file does not load, nothing is accepted, or texts part at a gap
+above `--tie`.
 """
 
 from __future__ import annotations
@@ -23,28 +24,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sides import OtherSideError, differences, environment, refused, run
+from sides import OtherSideError, answers, differences, environment, refused, run
 
 from haast.api import Haast, find_head
-from haast.drafters.vanilla import VanillaDrafter
+from haast.drafters.factory import head_drafter
+from haast.drafters.tree_shape import DraftShape
 from haast.errors import HeadMismatchError
 from haast.files import check_writable, write_json
 from haast.formats.export import GGUF_FILE, export_head
 from haast.formats.gguf import read_gguf
 from haast.formats.opened import OpenedHead, open_head
 from haast.formats.probe import PROMPTS
+from haast.heads.checkpoint import Head
 from haast.target.load import DEFAULT_MODEL, config_on_disk, hub_name, load_target, read_config
+from haast.target.target import Target
 
 _COUNTS = re.compile(r"n_(drafted|accept)\s*=\s*(\d+)")
 
 
-def heads(given: argparse.Namespace, folder: Path) -> dict[str, Path]:
-    """The head as a GGUF file, by each of the roads."""
+def opened(given: argparse.Namespace, target: Target) -> Head:
+    """The user's head."""
     place = find_head(given.head, given.model)
     assert place is not None, "a head was named"
     head = open_head(place)
-    if isinstance(head, OpenedHead):
-        head, _ = head.fitted(load_target(given.model))
+    return head.fitted(target)[0] if isinstance(head, OpenedHead) else head
+
+
+def files_of(given: argparse.Namespace, head: Head, folder: Path) -> dict[str, Path]:
+    """The head as a GGUF file, by each of the roads."""
     config, name = read_config(given.model), hub_name(given.model)
     export_head(head, "gguf", name, config, folder / "gguf")
     export_head(head, "llama.cpp", name, config, folder / "folder")
@@ -82,7 +89,9 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
     """All prompts, without the head and with it as it came by each road. Raises OtherSideError, ValueError."""
     if not given.target.is_file():
         raise ValueError(f"no GGUF file at {given.target}: give the target's, as --target")
-    model = Haast(load_target(given.model, packing="off"), VanillaDrafter())
+    target = load_target(given.model, packing="off")
+    head = opened(given, target)
+    model = Haast(target, head_drafter(target, head, DraftShape(kind="chain", depth=given.depth)))
     texts = [
         str(
             model.tokenizer.apply_chat_template(
@@ -93,11 +102,12 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
     ]
     prompts = [list(model.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     with tempfile.TemporaryDirectory() as temporary:
-        files = heads(given, Path(temporary))
+        files = files_of(given, head, Path(temporary))
         same = same_files(*files.values())
         plain = [answer(given, text, None)[0] for text in texts]
         found = {road: [answer(given, text, file) for text in texts] for road, file in files.items()}
-    rows = [row(given, road, plain, answers, model, prompts) for road, answers in found.items()]
+    _, stats = answers(model, prompts, given.max_new_tokens)
+    rows = [row(given, road, plain, said, model, prompts) for road, said in found.items()]
     settings = {name: getattr(given, name) for name in ("depth", "max_new_tokens", "limit", "threads")}
     return {
         "kind": "interop-llama-cpp",
@@ -105,6 +115,7 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
         "target": given.target.name,
         "same_tensors": same,
         "roads": rows,
+        "haast": {"drafted": given.depth * stats.reached_by_depth[0], "accepted": sum(stats.accepted_by_depth)},
         "environment": environment({"llama.cpp": "of llama-cpp-python 0.3.36"}, settings) | {"packing": "llama.cpp's"},
     }
 
@@ -159,6 +170,7 @@ def main() -> None:
     except (OtherSideError, HeadMismatchError, ValueError) as error:
         raise refused(error) from error
     print(f"the two files hold {'the same' if found['same_tensors'] else 'OTHER'} tensors")
+    print("Haast, without 4 bits:", "accepted {accepted} of {drafted} drafts".format(**found["haast"]))
     for each in found["roads"]:
         print(f"{each['road']:15s} accepted {each['accepted']} of {each['drafted']} drafts", end="; ")
         print(f"{each['texts_equal']} of {each['prompts']} texts equal, others part at {each['differences']}")

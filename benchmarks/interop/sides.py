@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
+from haast.api import Haast
 from haast.bench.report import machine
+from haast.stats import Stats
 from haast.target.load import load_stock
 
 HERE = Path(__file__).parent
@@ -66,6 +68,20 @@ def run(
         raise OtherSideError(
             f"{Path(command[0]).name} took more than {seconds:.0f} s: give it more (--timeout)"
         ) from error
+
+
+def answers(model: Haast, prompts: list[list[int]], new: int) -> tuple[list[list[int]], Stats]:
+    """Haast's answers, one after the other, and the counts of them all."""
+    total, said = Stats(), []
+    for ids in prompts:
+        answer = model.generate(ids, max_new_tokens=new)
+        said.append(list(answer.tokens))
+        print(f"Haast: {len(said)} of {len(prompts)} prompts", file=sys.stderr, flush=True)
+        for name in ("accepted_by_depth", "reached_by_depth"):
+            summed, more = getattr(total, name), getattr(answer.stats, name)
+            summed.extend([0] * (len(more) - len(summed)))
+            setattr(total, name, [a + b for a, b in zip(summed, [*more, *[0] * len(summed)], strict=False)])
+    return said, total
 
 
 def differences(model: str, prompts: list[list[int]], one: list[list[int]], other: list[list[int]]) -> list[Any]:

@@ -15,12 +15,11 @@ something does not agree.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from sides import OtherSideError, ask, differences, environment, refused
+from sides import OtherSideError, answers, ask, differences, environment, refused
 
 from haast.api import Haast, find_head
 from haast.bench.report import file_sha256, folder_sha256
@@ -32,7 +31,6 @@ from haast.formats.export import export_head
 from haast.formats.opened import OpenedHead, embedding_of, open_head
 from haast.heads.checkpoint import Head
 from haast.prompts import read_prompts
-from haast.stats import Stats
 from haast.target.load import DEFAULT_MODEL, config_on_disk, hub_name, load_target, read_config
 from haast.target.target import Target
 
@@ -52,20 +50,6 @@ def imported(folder: Path, target: Target) -> Head:
     found = open_head(folder)
     assert isinstance(found, OpenedHead), "it was written for vLLM"
     return found.fitted(target, probe=False)[0]
-
-
-def ours(model: Haast, prompts: list[list[int]], new: int) -> tuple[list[list[int]], Stats]:
-    """Haast's answers, one after the other, and the counts of them all."""
-    total, said = Stats(), []
-    for ids in prompts:
-        answer = model.generate(ids, max_new_tokens=new)
-        said.append(list(answer.tokens))
-        print(f"Haast: {len(said)} of {len(prompts)} prompts", file=sys.stderr, flush=True)
-        for name in ("accepted_by_depth", "reached_by_depth"):
-            summed, more = getattr(total, name), getattr(answer.stats, name)
-            summed.extend([0] * (len(more) - len(summed)))
-            setattr(total, name, [a + b for a, b in zip(summed, [*more, *[0] * len(summed)], strict=False)])
-    return said, total
 
 
 def shares(drafts: int, accepted: list[int]) -> list[float]:
@@ -89,7 +73,7 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
         drafter = head_drafter(target, imported(place, target), DraftShape(kind="chain", depth=given.depth))
         model = Haast(target, drafter)
         prompts = [model.encode(prompt.turns[0]) for prompt in read_prompts(given.prompts, given.limit, spread=True)]
-        said, stats = ours(model, prompts, given.max_new_tokens)
+        said, stats = answers(model, prompts, given.max_new_tokens)
         request = {
             "target": str(folder),
             "head": str(place),

@@ -25,7 +25,7 @@ from haast import custom_generate
 from haast.bench.report import machine
 from haast.files import write_json
 from haast.prompts import read_prompts
-from haast.repetition import loop_share
+from haast.stats import loop_share
 from haast.target.load import DEFAULT_MODEL, load_stock
 
 _CODE = """class Account:

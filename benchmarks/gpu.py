@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from haast.bench.forward_latency import measure_v_curve
+from haast.bench.calibrate import measure_v_curve
 from haast.bench.report import machine
 from haast.core import Accepted, SamplingParams, StopParams
 from haast.device import to_device

@@ -20,6 +20,7 @@ from haast.heads.checkpoint import Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.heads.module import DraftModule
 from haast.sampling import keyed_uniform
+from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import Sequence as KVSequence
 from haast.target.target import Target
 from haast.tree import DraftTree
@@ -282,3 +283,22 @@ def dies_after(append: Callable[..., None], count: int, tail: bytes = b"") -> Ca
         append(file, record, path)
 
     return dying
+
+
+def commit(cache: KVCache, paths: Sequence[Sequence[int] | None]) -> None:
+    """`keep` and `advance` by paths on the host; None (or an empty path) keeps nothing of that row.
+
+    Raises:
+        ValueError: a path does not fit the nodes of the last forward.
+    """
+    if len(paths) != cache.rows:
+        raise ValueError(f"commit needs one path per row: {cache.rows} rows, {len(paths)} paths")
+    for row, path in enumerate(paths):
+        if path and (min(path) < 0 or max(path) >= cache._nodes):
+            raise ValueError(f"row {row}: path {list(path)} does not fit the {cache._nodes} nodes of the forward")
+    counts = [len(path) if path else 0 for path in paths]
+    if any(list(path) != list(range(len(path))) for path in paths if path):
+        padded = [[*(path or ()), *[0] * (max(counts) - count)] for path, count in zip(paths, counts, strict=True)]
+        cache.keep(torch.tensor(padded, device=cache.device), torch.tensor(counts, device=cache.device))
+    cache.advance(counts)
+    cache._nodes = 0

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from fakes import collect, random_head, tiny_target
+from fakes import collect, commit, random_head, tiny_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cache import assert_holds
@@ -226,7 +226,7 @@ def test_a_cache_holds_its_rows_through_leaving_joining_and_going_on(seed: int) 
         live = torch.tensor([[i < len(row) for i in range(width)] for row in fed])
         cache.bind([sequence for sequence, _ in rows])
         target().forward(DraftTree.chain(tokens, live), cache)
-        cache.commit([range(len(row)) for row in fed])
+        commit(cache, [range(len(row)) for row in fed])
         for (_, text), own in zip(rows, fed, strict=True):
             text += own
         if len(rows) > 1 and rng.random() < 0.6:

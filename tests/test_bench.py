@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from haast.bench import aggregate
+from haast.bench.calibrate import measure_v_curve
 from haast.bench.decoders import Decoder, DecoderRun, EngineDecoder, StockDecoder, check_decoders, drafter_for
-from haast.bench.forward_latency import measure_v_curve
 from haast.bench.runner import (
     BenchConfig,
     BenchPrompt,
@@ -37,7 +37,7 @@ from haast.drafters.vanilla import VanillaDrafter
 from haast.engine.engine import Engine, Stats, StopParams
 from haast.heads.checkpoint import Head, save_head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
-from haast.repetition import loop_share
+from haast.stats import loop_share
 from haast.target.target import Target
 
 ROW_KEYS = {
@@ -229,7 +229,7 @@ def test_v_curve_has_a_point_per_node_count(target: Target, drafter: EagleDrafte
     curve = measure_v_curve(target, drafter, rounds=2, node_counts=(1, 2, 8))
     assert [point["nodes"] for point in curve["points"]] == [1, 2, 8]
     assert curve["points"][0]["v"] == 1.0 and all(point["ms"] > 0 for point in curve["points"])
-    assert curve["draft"]["ms_propose"] > 0 and curve["committed_slots"] == 160
+    assert curve["draft"]["ms"] > 0 and curve["committed_slots"] == 160
     assert "draft" not in measure_v_curve(target, None, rounds=1, node_counts=(1,))
 
 

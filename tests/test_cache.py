@@ -8,7 +8,7 @@ from functools import cache as cached
 
 import pytest
 import torch
-from fakes import VOCAB, tiny_target
+from fakes import VOCAB, commit, tiny_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -40,7 +40,7 @@ def held(cache: KVCache, row: int) -> list[tuple[Tensor, Tensor]]:
 def prefill(tokens: list[int]) -> KVCache:
     cache = target().new_cache()
     target().forward(DraftTree.chain(torch.tensor([tokens])), cache)
-    cache.commit([range(len(tokens))])
+    commit(cache, [range(len(tokens))])
     return cache
 
 
@@ -72,7 +72,7 @@ def test_random_commits_equal_a_fresh_prefill(seed: int, rows: int, steps: int) 
                 path.insert(0, parents[row][path[0]])
             paths.append(path)
             texts[row].extend(tokens[row][node] for node in path)
-        cache.commit(paths)
+        commit(cache, paths)
     for row, text in enumerate(texts):
         if text:
             assert_holds(cache, row, text)
@@ -116,7 +116,7 @@ def test_growth_keeps_content(rows: int, scattered: bool) -> None:
         stores = cache.stores.by_layer()
         assert stores is not None
         where.append(stores[0][0].data_ptr())
-        cache.commit([range(100)] * rows)
+        commit(cache, [range(100)] * rows)
     assert len(set(where[1:])) == 1, "addresses never change"
 
 
@@ -124,7 +124,7 @@ def test_a_head_lies_one_slot_further_in_the_same_blocks() -> None:
     cache = empty(1, 2)
     cache.begin(20)
     cache.update(numbered(2, 20, 0), numbered(2, 20, 0), 0)
-    cache.commit([range(20), range(18)])
+    commit(cache, [range(20), range(18)])
     head = cache.beside(1, torch.device("cpu"))
     head.bind(cache.sequences, [15, 0]).begin(5)
     keys, _ = head.update(numbered(2, 5, 50), numbered(2, 5, 50), 0)
@@ -151,7 +151,7 @@ def test_a_block_is_copied_in_all_layers() -> None:
     cache.begin(BLOCK)
     for layer in range(2):
         cache.update(numbered(2, BLOCK, 10 * layer), numbered(2, BLOCK, 10 * layer), layer)
-    cache.commit([range(BLOCK)] * 2)
+    commit(cache, [range(BLOCK)] * 2)
     first, second = (int(sequence.table[0]) for sequence in cache.sequences)
     cache.stores.copy_block(first, second)
     for mine, theirs in zip(held(cache, 0), held(cache, 1), strict=True):
@@ -177,7 +177,7 @@ def test_ragged_rows_append_behind_their_own_length() -> None:
     cache = empty(1, 2)
     cache.begin(4)
     cache.update(numbered(2, 4, 0), numbered(2, 4, 0), 0)
-    cache.commit([[0, 1, 2, 3], [0, 2]])
+    commit(cache, [[0, 1, 2, 3], [0, 2]])
     assert cache.lengths == [4, 2] and cache.longest == 4
     assert cache.begin(2) == 6
     keys, _ = cache.update(numbered(2, 2, 10), numbered(2, 2, 10), 0)
@@ -190,20 +190,10 @@ def test_a_path_may_skip_and_the_next_append_overwrites_what_was_rejected() -> N
     cache = empty(1, 1)
     cache.begin(6)
     cache.update(numbered(1, 6, 0), numbered(1, 6, 0), 0)
-    cache.commit([[0, 3, 5]])
+    commit(cache, [[0, 3, 5]])
     cache.begin(1)
     keys, values = cache.update(numbered(1, 1, 9), numbered(1, 1, 9), 0)
     assert keys[0, 0, :, 1].tolist() == values[0, 0, :, 1].tolist() == [0, 3, 5, 9]
-
-
-def test_truncate() -> None:
-    cache = empty(2, 2)
-    cache.begin(5)
-    for layer in range(2):
-        cache.update(numbered(2, 5, 10 * layer), numbered(2, 5, 10 * layer), layer)
-    cache.commit([range(5), range(3)])
-    cache.truncate(0, 2)
-    assert cache.lengths == [2, 3] == [sequence.length for sequence in cache.sequences]
 
 
 def test_layers_of_other_shapes_get_room_of_their_own() -> None:
@@ -212,7 +202,7 @@ def test_layers_of_other_shapes_get_room_of_their_own() -> None:
     cache.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 6), 0)
     keys, values = cache.update(2 * torch.ones(1, 3, 2, 4), 2 * torch.ones(1, 3, 2, 4), 1)
     assert keys.shape == (1, 3, 2, 4) and bool((keys == 2).all()) and bool((values == 2).all())
-    cache.commit([[1]])
+    commit(cache, [[1]])
     cache.begin(1)
     keys, values = cache.update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 6), 0)
     assert keys[0, 0, :, 0].tolist() == [1, 0] and values.shape == (1, 1, 2, 6)
@@ -223,13 +213,11 @@ def test_what_does_not_fit_is_refused() -> None:
     cache.begin(3)
     cache.update(numbered(2, 3, 0), numbered(2, 3, 0), 0)
     with pytest.raises(ValueError, match="2 rows, 1 paths"):
-        cache.commit([[0]])
+        commit(cache, [[0]])
     with pytest.raises(ValueError, match=r"row 1: path \[0, 3\] does not fit the 3 nodes"):
-        cache.commit([[0], [0, 3]])
+        commit(cache, [[0], [0, 3]])
     with pytest.raises(ValueError, match=r"path \[-1\]"):
-        cache.commit([None, [-1]])
-    with pytest.raises(ValueError, match="can't be cut to 9"):
-        cache.truncate(0, 9)
+        commit(cache, [None, [-1]])
 
 
 def test_a_refused_commit_changes_nothing() -> None:
@@ -237,9 +225,9 @@ def test_a_refused_commit_changes_nothing() -> None:
     cache.begin(3)
     cache.update(numbered(2, 3, 0), numbered(2, 3, 0), 0)
     with pytest.raises(ValueError, match="does not fit"):
-        cache.commit([[0, 2], [0, 3]])
+        commit(cache, [[0, 2], [0, 3]])
     assert cache.lengths == [0, 0]
-    cache.commit([[0, 2], [0, 1]])
+    commit(cache, [[0, 2], [0, 1]])
     assert cache.lengths == [2, 2]
 
 
@@ -247,9 +235,9 @@ def test_a_forward_is_committed_once() -> None:
     cache = empty(1, 1)
     cache.begin(2)
     cache.update(numbered(1, 2, 0), numbered(1, 2, 0), 0)
-    cache.commit([[0, 1]])
+    commit(cache, [[0, 1]])
     with pytest.raises(ValueError, match="does not fit the 0 nodes"):
-        cache.commit([[0]])
+        commit(cache, [[0]])
 
 
 def test_a_copy_is_refused() -> None:

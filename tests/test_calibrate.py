@@ -14,8 +14,7 @@ from test_stack import KINDS, made
 
 from haast import native
 from haast.bench import replay
-from haast.bench.calibrate import calibrate, choose, search
-from haast.bench.calibration_report import draw, roofline_ms
+from haast.bench.calibrate import calibrate, choose, draw, search
 from haast.bench.plan import MACHINES, Machine, parse_machine, project
 from haast.core import SamplingParams
 from haast.drafters.batch_policy import Way, way_for
@@ -26,6 +25,8 @@ from haast.engine.engine import Engine, Stats, StopParams
 from haast.target.packing import PackedLinear
 from haast.target.target import Target
 from haast.tuning.calibration import Batch, Calibration
+from haast.tuning.latency import Latency
+from haast.tuning.policy import CostModel
 
 PROMPTS = [[1, 2, 3, 4, 5], [9, 8, 7], [20, 21]]
 
@@ -64,7 +65,7 @@ def test_what_is_measured(found: Calibration, target: Target) -> None:
         assert (
             found.bandwidth
             and found.peak
-            and roofline_ms(found, 1)
+            and found.roofline_ms(1)
             == pytest.approx(1e3 * max(found.weight_bytes / found.bandwidth, 2 * found.parameters / found.peak))
         )
 
@@ -155,7 +156,7 @@ def test_a_damaged_calibration_is_refused(found: Calibration, tmp_path: Path, ch
 
 def a_batch() -> Batch:
     """What eight rows draft where every node costs the same: made from the steps by hand."""
-    return choose(hand_made(8), 8, replay.Costs({1: 10.0, 8: 10.5}, 0.5, {1: 0.2, 8: 0.4}, 0.1))
+    return choose(hand_made(8), 8, Latency({1: 10.0, 8: 10.5}, 0.5, {1: 0.2, 8: 0.4}, 0.1))
 
 
 @pytest.mark.parametrize(
@@ -189,8 +190,8 @@ def test_batches_go_round_and_may_be_missing(found: Calibration, tmp_path: Path)
     path = tmp_path / "c.json"
     replace(found, batches={8: a_batch()}).save(path)
     held = Calibration.load(path).batches
-    assert set(held) == {8} and held[8].chosen_pace == a_batch().chosen_pace
-    assert replace(held[8], pace=a_batch().pace) == a_batch()
+    assert set(held) == {8} and held[8].pace == a_batch().pace
+    assert held[8] == a_batch()
     values = {key: value for key, value in found.document().items() if key != "batches"}
     path.write_text(json.dumps(values))  # written before there were any
     assert Calibration.load(path).batches == {}
@@ -200,8 +201,8 @@ def test_what_a_batch_drafts_is_chosen_by_its_costs() -> None:
     cheap = a_batch()
     assert cheap.expected["speedup"] > 1 and DraftShape(**cheap.shape).nodes > 2
     assert cheap.expected["vanilla_tokens_per_s"] == pytest.approx(8 * 1e3 / 10.1)
-    dear = choose(hand_made(8), 8, replay.Costs({1: 10.0, 2: 40.0, 8: 160.0}, 0.5, {1: 0.2, 8: 0.4}, 0.1))
-    assert dear.shape == {} and dear.chosen_pace and dear.chosen_pace.rate == pytest.approx(1 / 10.1)
+    dear = choose(hand_made(8), 8, Latency({1: 10.0, 2: 40.0, 8: 160.0}, 0.5, {1: 0.2, 8: 0.4}, 0.1))
+    assert dear.shape == {} and dear.pace and dear.pace.rate == pytest.approx(1 / 10.1)
 
 
 def test_more_keys_do_no_harm(found: Calibration, tmp_path: Path) -> None:
@@ -224,17 +225,17 @@ def test_it_is_found_and_put_to_use(
     shape = {"kind": "dynamic", "depth": 2, "top_k": 3, "width": 2, "nodes": 5}
     pace = {"forward_ms": [1.0, 2.0], "level_ms": 1.0, "rate": 0.1, "trust": 1.0, "follow": 0.5}
     before = eagle.shape
-    assert apply_calibration(eagle, Calibration(**{**kept.__dict__, "shape": shape, "pace": pace}))
+    assert apply_calibration(eagle, replace(kept, shape=shape, pace=CostModel(**pace)))  # type: ignore[arg-type]
     assert eagle.shape == DraftShape(**shape) and eagle.pace is not None  # type: ignore[arg-type]
     assert way_for(eagle.ways, 8) != Way(eagle.shape, eagle.pace)  # without measured batches: what is usual
     batches = {2: a_batch(), 8: replace(a_batch(), shape={})}
-    assert apply_calibration(eagle, Calibration(**{**kept.__dict__, "shape": shape, "batches": batches}))
+    assert apply_calibration(eagle, replace(kept, shape=shape, batches=batches))
     two = eagle.ways[2]
-    assert (two.shape, two.pace) == (DraftShape(**a_batch().shape), a_batch().chosen_pace)
+    assert (two.shape, two.pace) == (DraftShape(**a_batch().shape), a_batch().pace)
     assert two.usual_gain == a_batch().expected["tau"] - 1
-    assert way_for(eagle.ways, 5) == Way(None, a_batch().chosen_pace)
+    assert way_for(eagle.ways, 5) == Way(None, a_batch().pace)
     eagle.reshape(before)
-    assert not apply_calibration(eagle, Calibration(**{**kept.__dict__, "shape": {}, "pace": None}))
+    assert not apply_calibration(eagle, replace(kept, shape={}, pace=None))
     assert eagle.shape == before
     default_path(known).write_text("{}")  # of an older Haast
     assert find_calibration(target, eagle) is None
@@ -251,7 +252,7 @@ def test_a_replayed_shape_has_the_tau_of_a_real_run(target: Target, eagle: Eagle
             continue
     steps = replay.record(target, eagle, PROMPTS, 40)
     eagle.reshape(before)
-    costs = replay.Costs(dict.fromkeys(range(1, 13), 1.0), 0.5, {4: 0.1}, 0.0)
+    costs = Latency(dict.fromkeys(range(1, 13), 1.0), 0.5, {4: 0.1}, 0.0)
     outcome = replay.replay(replay.draft(steps, 4, 4), costs, 4, 12)
     assert 0 < len(steps) <= stats.target_forwards
     assert outcome.tau == pytest.approx(stats.tau, abs=0.3)  # the last steps of a text are left out
@@ -273,7 +274,7 @@ def hand_made(times: int = 1) -> replay.Recorded:
 
 def test_replay_by_hand() -> None:
     steps = hand_made()
-    costs = replay.Costs({1: 10.0, 2: 10.5, 3: 11.0, 4: 12.0, 5: 13.0, 6: 14.0}, 0.6, {1: 0.5, 2: 1.0}, 0.4)
+    costs = Latency({1: 10.0, 2: 10.5, 3: 11.0, 4: 12.0, 5: 13.0, 6: 14.0}, 0.6, {1: 0.5, 2: 1.0}, 0.4)
     one = replay.replay(replay.draft(steps, 1, 1), costs, 1, 2)
     assert (one.tau, one.nodes, one.levels) == (1.5, 2, 0) and one.ms == 11.5
     wide = replay.replay(replay.draft(steps, 3, 2), costs, 2, 4)
@@ -285,7 +286,7 @@ def test_replay_by_hand() -> None:
 
 
 def test_the_search_finds_the_fastest_and_a_pace_only_helps() -> None:
-    costs = replay.Costs({n: 10 + 0.2 * n for n in range(1, 33)}, 0.7, {1: 0.5, 8: 2.0}, 0.3)
+    costs = Latency({n: 10 + 0.2 * n for n in range(1, 33)}, 0.7, {1: 0.5, 8: 2.0}, 0.3)
     shape, outcome, grid = search(hand_made(5), costs)
     best = max(entry["tau"] / (1 + costs.forward_ms[int(entry["nodes"])]) for entry in grid if entry["nodes"] <= 32)
     assert outcome.rate <= best and outcome.tau > 1 and shape.depth >= 1
@@ -319,7 +320,7 @@ def test_a_projection(found: Calibration) -> None:
 def test_a_head_that_is_never_right_gets_no_pace() -> None:
     levels = (replace(level, right=torch.zeros_like(level.right)) for level in hand_made().levels)
     wrong = replay.Recorded(tuple(levels))
-    costs = replay.Costs({n: 10 + 0.2 * n for n in range(1, 33)}, 0.7, {1: 0.5, 8: 2.0}, 0.3)
+    costs = Latency({n: 10 + 0.2 * n for n in range(1, 33)}, 0.7, {1: 0.5, 8: 2.0}, 0.3)
     shape, outcome, _ = search(wrong, costs)
     assert outcome.pace is None and outcome.tau == 1.0 and (shape.depth, shape.nodes) == (1, 2)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import RandomTrees, decode, full_texts, random_head, tiny_llama, tiny_target, vanilla
+from fakes import RandomTrees, commit, decode, full_texts, random_head, tiny_llama, tiny_target, vanilla
 from test_families import VOCAB, stock
 
 from haast import Haast
@@ -116,7 +116,7 @@ def test_200_steps_over_a_growing_context_compile_each_shape_once(counting: Coun
     target.use_compiled_layers(counting)
     cache, rng, at, seen = target.new_cache(1, 1024), random.Random(0), len(PROMPT), list[tuple[int, int]]()
     target.forward(DraftTree.chain(torch.tensor([PROMPT])), cache, last_only=True)
-    cache.commit([range(len(PROMPT))])
+    commit(cache, [range(len(PROMPT))])
     for step in range(200):
         nodes = rng.choice([1, 2, 5, 6, 7, 11])
         parents = [-1] + [max(0, n - 1 - (n > 3)) for n in range(1, nodes)]
@@ -130,7 +130,7 @@ def test_200_steps_over_a_growing_context_compile_each_shape_once(counting: Coun
         known, made = shape in seen, counting.graphs
         seen.append(shape)
         kept = min(2, sum(live[:2]))
-        cache.commit([range(kept)])
+        commit(cache, [range(kept)])
         at += kept
         assert counting.graphs == len(set(seen)), f"step {step}: {'an old' if known else 'a new'} shape, was {made}"
     assert at > 256 and len(set(seen)) == 6, "three node counts, two lengths"
@@ -217,7 +217,7 @@ def test_hidden_states_are_given(counting: Counting) -> None:
     for each in (plain, target):
         cache = each.new_cache()
         each.forward(DraftTree.chain(torch.tensor([PROMPT])), cache, last_only=True)
-        cache.commit([range(len(PROMPT))])
+        commit(cache, [range(len(PROMPT))])
         for _ in range(2):  # the second is compiled for sure
             output = each.forward(DraftTree.chain(torch.tensor([[7, 8, 9]])), cache, hidden_layers=(0, 1, 2))
         found.append(output)
@@ -309,7 +309,7 @@ def test_threads_do_not_meet_in_the_layers(counting: Counting) -> None:
     main, other = threading.current_thread(), threading.Thread(target=outside)
     cache = target.cache.bind([target.pool.sequence()])  # compiled code is of one pool
     target.forward(DraftTree.chain(ids), cache, last_only=True)
-    cache.commit([range(len(PROMPT))])
+    commit(cache, [range(len(PROMPT))])
     made = counting.graphs
     hook = model.get_submodule("model.layers.0").register_forward_hook(wait)
     other.start()

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 import torch
 from accelerate import cpu_offload
-from fakes import VOCAB, decode, random_head, tiny_llama, vanilla
+from fakes import VOCAB, commit, decode, random_head, tiny_llama, vanilla
 from test_text import byte_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
@@ -235,7 +235,7 @@ def test_every_layer_is_cached_where_it_computes() -> None:
     for layer, place in enumerate(places):
         keys = torch.ones(2, 2, 4, 8, device=place)
         assert cache.update(keys, keys, layer)[0].device == place
-    cache.commit([[0, 2, 3], [0, 1]])
+    commit(cache, [[0, 2, 3], [0, 1]])
     assert cache.lengths == [3, 2]
     assert cache.bytes_per_token == 3 * 2 * (2 * 8 * 4), "no slot for a layer elsewhere"
 

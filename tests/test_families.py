@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from fakes import decode, random_head
+from fakes import commit, decode, random_head
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
@@ -157,7 +157,7 @@ def test_a_random_tree_answers_path_by_path(name: str) -> None:
     cache = target.new_cache(2)
     live = torch.tensor([[True] * 9, [True] * 5 + [False] * 4])  # a ragged second row: its past is shorter
     target.forward(DraftTree.chain(torch.tensor([past, past]), live), cache)
-    cache.commit([range(9), range(5)])
+    commit(cache, [range(9), range(5)])
     output = target.forward(DraftTree.from_parents(torch.tensor([tokens] * 2), torch.tensor([parents] * 2)), cache)
     for row, length in enumerate((9, 5)):
         for node in range(nodes):

@@ -13,9 +13,11 @@ from fakes import VOCAB, decode, tiny_target, vanilla
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.factory import head_drafter
 from haast.drafters.tree_shape import DraftShape
+from haast.drafters.vanilla import VanillaDrafter
 from haast.formats import probe
 from haast.formats.opened import OpenedHead, open_head
 from haast.heads.checkpoint import Head, load_head, save_head
@@ -51,7 +53,7 @@ EAGLE1 = {
     "a table of its own": {"own_embedding": True},
     "two layers": {"num_hidden_layers": 2},
 }
-EAGLE3 = {
+EAGLE3: dict[str, tuple[others.Writer, dict[str, Any]]] = {
     "official": (others.official_eagle3, {}),
     "official, whole vocabulary": (others.official_eagle3, {"drafted": None}),
     "official, other sizes": (others.official_eagle3, {"own_embedding": True, "hidden_size": 16, "head_dim": 8}),
@@ -262,3 +264,14 @@ def test_a_right_reading_stays_and_what_drafts_alike_is_said(target: Target, tmp
     random = others.eagle3(target)  # it agrees with nothing, so that every reading is as good
     _, settled = open_head(others.official_eagle3(tmp_path / "b", random, target)).fitted(target)  # type: ignore[union-attr]
     assert settled is not None and settled.changed == [] and any("draft alike" in each for each in settled.unsure)
+
+
+@pytest.mark.parametrize("form", ["P-EAGLE", "DeepSpec, two layers", "speculators, EAGLE-3.1", "GGUF"])
+def test_sampled_text_is_vanillas_with_any_of_them(target: Target, tmp_path: Path, form: str) -> None:
+    write, more = EAGLE3[form]
+    found = open_head(write(tmp_path, others.eagle3(target, **more), target))
+    assert isinstance(found, OpenedHead)
+    fitted, _ = found.fitted(target, probe=False)
+    drafter = head_drafter(target, fitted, DraftShape(nodes=8, depth=3, top_k=3, width=3))
+    sampling = [SamplingParams(temperature=1.0, seed=3), SamplingParams(temperature=0.7, top_p=0.9, seed=4)]
+    assert decode(target, drafter, PROMPTS, 12, sampling) == decode(target, VanillaDrafter(), PROMPTS, 12, sampling)

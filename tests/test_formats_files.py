@@ -214,3 +214,14 @@ def test_a_gguf_file_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(HeadMismatchError, match="is a file"):
         open_head(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"), [("---\nlicense: mit\n---\n# Head\n", "mit"), ("# Head\n", None), (None, None)]
+)
+def test_the_licence_of_the_card_is_kept(target: Target, tmp_path: Path, card: str | None, licence: str | None) -> None:
+    folder = others.official_eagle1(tmp_path, others.eagle1(target), target)
+    if card is not None:
+        (folder / "README.md").write_text(card)
+    fitted, _ = open_head(folder).fitted(target, probe=False)  # type: ignore[union-attr]
+    assert fitted.about.get("licence") == licence

@@ -18,7 +18,7 @@ from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.hybrid import HybridDrafter, with_matches
 from haast.drafters.lookahead import LookaheadDrafter, LookaheadState, NgramPool
-from haast.drafters.ngram import PromptLookupDrafter, SuffixAutomaton, SuffixDrafter, SuffixIndex
+from haast.drafters.ngram import PromptLookupDrafter, SuffixDrafter, SuffixIndex
 from haast.drafters.paths import PathTree, pack_rows
 from haast.drafters.small_model import SmallModelDrafter
 from haast.drafters.tree_shape import DraftShape
@@ -136,19 +136,19 @@ def brute_longest(text: Sequence[int]) -> int:
 @settings(max_examples=200)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40))
 def test_the_automaton_knows_the_longest_earlier_suffix(text: list[int]) -> None:
-    automaton = SuffixAutomaton()
+    automaton = SuffixIndex(1, 99)
     for length, token in enumerate(text, start=1):
-        automaton.append(token)
+        automaton.extend([token])
         known = text[:length]
-        assert automaton.longest == brute_longest(known)
+        assert automaton.match()[0] == brute_longest(known)
         lengths = []
-        for end in automaton.earlier(1, 99):
+        for end in automaton.earlier():
             assert 0 < end < length
             shared = 0
             while shared < end and known[end - 1 - shared] == known[-1 - shared]:
                 shared += 1
             lengths.append(shared)
-        assert not lengths or lengths[0] >= automaton.longest
+        assert not lengths or lengths[0] >= automaton.match()[0]
         assert all(shared >= 1 for shared in lengths)
 
 

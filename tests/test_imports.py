@@ -25,7 +25,6 @@ RANKS = [
         "native",
         "progress",
         "prompts",
-        "repetition",
         "stats",
         "text",
         "tree",
@@ -50,7 +49,7 @@ RANK = {room: number for number, rooms in enumerate(RANKS) for room in rooms}
 # Rooms and modules that may know less than their rank would allow: all that they import of Haast outside their room.
 ONLY = {
     "core": {"haast.stats"}, "stats": set(), "tree": set(), "errors": set(), "compat": set(), "text": set(),
-    "prompts": set(), "progress": set(), "repetition": set(), "device": set(), "native": set(),
+    "prompts": set(), "progress": set(), "device": set(), "native": set(),
     "jsonl_log": set(),
     "sampling": {"haast.core", "haast.device", "haast.errors"},
     "target": {"haast.compat", "haast.device", "haast.errors", "haast.native", "haast.tree"},
@@ -63,7 +62,6 @@ ONLY = {
     },
     "engine.verify": {"haast.core", "haast.native", "haast.sampling", "haast.tree"},
     "engine.rules": {"haast.core", "haast.device", "haast.sampling", "haast.tree"},
-    "engine.background": {"haast.core"},
 }  # fmt: skip
 
 

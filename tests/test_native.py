@@ -6,7 +6,8 @@ Whole layers over block tables are held to the model's own modules, bit for bit,
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
 
@@ -48,6 +49,17 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Inside the block kernels that this thread calls run on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """fp16-rounded weights, sums in fp64."""
     return functional.linear(x.double(), weight.half().double(), None if bias is None else bias.double()).float()
@@ -75,11 +87,13 @@ def test_linear_is_right_for_odd_sizes(in_features: int, out_features: int) -> N
 def test_linear_rows_are_independent_bit_for_bit(in_features: int, out_features: int) -> None:
     packed, bias = native.pack_f16(randn(out_features, in_features)), randn(out_features, seed=1)
     x = randn(40, in_features, seed=2)
-    alone = torch.cat([native.linear(row, packed, None, bias, out_features, threads=1) for row in x.unsqueeze(1)])
+    with threads(1):
+        alone = torch.cat([native.linear(row, packed, None, bias, out_features) for row in x.unsqueeze(1)])
     for rows in range(1, 41):
-        for threads in (1, 2):
-            among = native.linear(x[40 - rows :], packed, None, bias, out_features, threads=threads)
-            assert torch.equal(among, alone[40 - rows :]), f"{rows} rows, {threads} threads"
+        for count in (1, 2):
+            with threads(count):
+                among = native.linear(x[40 - rows :], packed, None, bias, out_features)
+            assert torch.equal(among, alone[40 - rows :]), f"{rows} rows, {count} threads"
 
 
 @needs_native
@@ -143,12 +157,14 @@ def test_avx512_and_avx2_give_the_same_bits(in_features: int, out_features: int)
 @needs_native
 def test_calls_from_several_threads_do_not_disturb_each_other() -> None:
     packed, x = native.pack_f16(randn(640, 128)), randn(12, 128)
-    expected = native.linear(x, packed, None, None, 640, threads=1)
+    with threads(1):
+        expected = native.linear(x, packed, None, None, 640)
     wrong: list[int] = []
 
     def work(number: int) -> None:
+        _set_own_threads(2)
         for _ in range(200):
-            if not torch.equal(native.linear(x, packed, None, None, 640, threads=2), expected):
+            if not torch.equal(native.linear(x, packed, None, None, 640), expected):
                 wrong.append(number)
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(3)]
@@ -235,8 +251,10 @@ def test_attention_of_a_node_is_the_same_alone_and_among_others(d: int) -> None:
     n, past = 24, 93
     q, k, v = randn(1, 9, n, d), randn(1, 3, past + n, d, seed=1), randn(1, 3, past + n, d, seed=2)
     mask = tree_mask(1, n, past, 0, seed=4)
-    whole = native.tree_attention(q, k, v, mask, 0.125)
-    assert torch.equal(native.tree_attention(q, k, v, mask, 0.125, threads=1), whole)
+    with threads(2):
+        whole = native.tree_attention(q, k, v, mask, 0.125)
+    with threads(1):
+        assert torch.equal(native.tree_attention(q, k, v, mask, 0.125), whole)
     for node in range(n):
         seen = mask[0, 0, node] == 0.0  # as vanilla would run it: its own path, contiguous, nothing else in the cache
         alone = native.tree_attention(q[:, :, node : node + 1], k[:, :, seen], v[:, :, seen], None, 0.125)
@@ -600,9 +618,9 @@ def physical(row: int, slot: int, shift: int) -> int:
 
 @needs_native
 @pytest.mark.parametrize("dtype", FORMS)
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("shift", [0, 1])
-def test_kept_nodes_move_up_in_turn(dtype: torch.dtype, threads: int, shift: int) -> None:
+def test_kept_nodes_move_up_in_turn(dtype: torch.dtype, count: int, shift: int) -> None:
     store = randn(8, 3, 40, 20).to(dtype)
     lengths, counts = torch.tensor([3, 6]), torch.tensor([4, 1])
     path = torch.tensor([[0, 2, 3, 7], [0, 5, 5, 5]])  # nodes 2 and 3 are read before they are written to
@@ -611,7 +629,8 @@ def test_kept_nodes_move_up_in_turn(dtype: torch.dtype, threads: int, shift: int
         for place, node in enumerate(path[row, : counts[row]].tolist()):
             source, target = (physical(row, int(lengths[row]) + each, shift) for each in (node, place))
             expected[:, :, target] = expected[:, :, source]
-    native.keep(store, TABLES, lengths, path, counts, block=4, shift=shift, threads=threads)
+    with threads(count):
+        native.keep(store, TABLES, lengths, path, counts, block=4, shift=shift)
     assert torch.equal(store, expected)
     native.keep(store, TABLES, lengths, path[:, :0], counts * 0, block=4)
     assert torch.equal(store, expected)
@@ -623,7 +642,8 @@ def test_many_nodes_are_kept_by_several_threads() -> None:
     path = torch.arange(0, 400, 2).unsqueeze(0)
     expected = store.clone()
     expected[:, :, :200] = store[:, :, ::2]
-    native.keep(store, table, torch.tensor([0]), path, torch.tensor([200]), block=4, threads=2)
+    with threads(2):
+        native.keep(store, table, torch.tensor([0]), path, torch.tensor([200]), block=4)
     assert torch.equal(store, expected)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fakes import commit
 from transformers import (
     AutoModelForCausalLM,
     GraniteConfig,
@@ -130,7 +131,7 @@ def test_one_call_has_the_bits_of_the_modules(kind: str, form: str) -> None:
             trees.append(DraftTree.from_parents(torch.randint(0, 61, (2, nodes), generator=generator), parents))
         for tree in trees:
             found.append((target.forward(tree, cache, hidden_layers=(0, 1, 3)), tree.live))
-            cache.commit(kept)
+            commit(cache, kept)
             kept = [[0], None]
         return found
 

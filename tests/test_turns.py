@@ -22,8 +22,8 @@ from haast.drafters.eagle import EagleDrafter
 from haast.drafters.tree_shape import DraftShape
 from haast.engine.scheduler import Scheduler
 from haast.prompts import Prompt
-from haast.repetition import LOOP_SHARE, loop_share, loops
 from haast.sampling import Sampler, inverse_cdf
+from haast.stats import LOOP_SHARE, loop_share, loops
 from haast.target.target import Target
 from haast.training import features, shards
 from haast.training.answers import read_answers

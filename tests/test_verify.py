@@ -109,8 +109,8 @@ def test_a_verdict_is_the_same_by_tensors_and_by_rows() -> None:
     made = Verdict.of_rows(rows, torch.device("cpu"))
     assert made.rows == tuple(rows) and made.counts.tolist() == [3, 0, 1]
     assert (made.path[0].tolist(), made.tokens[0].tolist(), int(made.tokens[2, 0])) == ([0, 2, 3], [7, 8, 9], 4)
-    preferred = torch.tensor([[0, 1, -1], [-1] * 3, [-1] * 3])
-    assert Verdict(made.path, made.tokens, made.counts, preferred).rows == tuple(rows)
+    assert made.packed[0].tolist() == [3, 0, 2, 3, 7, 8, 9, 0, 1, -1]
+    assert Verdict(made.packed).rows == tuple(rows)
 
 
 @st.composite

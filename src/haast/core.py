@@ -30,56 +30,40 @@ class RowVerdict:
 
 
 class Verdict:
-    """What verification keeps of every row, as tensors; `rows` reads them to the host, once.
+    """What verification keeps of every row, in one tensor; `rows` reads it to the host, once.
 
     Attributes:
+        packed: (rows, 1 + 3 * (depth + 1)) int64: what follows, row by row, and for each kept node whether its first
+            child was right, -1 where it has none.
+        counts: (rows,) int64: kept nodes; 0 for a row that failed.
         path: (rows, depth + 1) int64: the kept nodes in order; after the last, any.
         tokens: (rows, depth + 1) int64: the token that follows each; the last is the bonus.
-        counts: (rows,) int64: kept nodes; 0 for a row that failed.
     """
 
-    def __init__(self, path: Tensor, tokens: Tensor, counts: Tensor, preferred: Tensor) -> None:
-        """`preferred` (rows, depth + 1) int64: -1 at a node without children, else whether its first one was right."""
-        self.path, self.tokens, self.counts, self._preferred = path, tokens, counts, preferred
-        self._packed: Tensor | None = None
-        self._rows: tuple[RowVerdict | None, ...] | None = None
-
-    @classmethod
-    def packed(cls, packed: Tensor) -> Verdict:
-        """From one tensor (rows, 1 + 3 * (depth + 1)) int64: every row's count, path, tokens, preferred."""
+    def __init__(self, packed: Tensor, rows: Sequence[RowVerdict | None] | None = None) -> None:
+        """`rows` says the same where it is known on the host already."""
         width = packed.shape[1] // 3
-        path, tokens, preferred = (packed[:, 1 + part * width : 1 + (part + 1) * width] for part in range(3))
-        made = cls(path, tokens, packed[:, 0], preferred)
-        made._packed = packed
-        return made
+        self.packed, self.counts = packed, packed[:, 0]
+        self.path, self.tokens = packed[:, 1 : 1 + width], packed[:, 1 + width : 1 + 2 * width]
+        self._rows = None if rows is None else tuple(rows)
 
     @classmethod
     def of_rows(cls, rows: Sequence[RowVerdict | None], device: torch.device) -> Verdict:
         """From rows that were judged on the host; None is a row that keeps nothing."""
         longest = max((len(row.path) for row in rows if row is not None), default=1)
-        packed = torch.zeros(3, len(rows), longest, dtype=torch.long)
-        packed[0] = torch.arange(longest)
-        packed[2] = -1
-        counts = []
-        for place, row in enumerate(rows):
-            kept = 0 if row is None else len(row.path)
-            counts.append(kept)
-            if row is not None:
-                packed[0, place, :kept] = torch.tensor(row.path)
-                packed[1, place, :kept] = torch.tensor(row.tokens)
-                packed[2, place, : len(row.first_choice)] = torch.tensor(row.first_choice).long()
-        path, tokens, preferred = packed.to(device)
-        made = cls(path, tokens, torch.tensor(counts).to(device), preferred)
-        made._rows = tuple(rows)
-        return made
+        said = []
+        for row in rows:
+            path, tokens, first = ((), (), ()) if row is None else (row.path, row.tokens, row.first_choice)
+            parts = ((path, 0), (tokens, 0), (first, -1))
+            padded = [[*part, *[rest] * (longest - len(part))] for part, rest in parts]
+            said.append([len(path), *(int(each) for part in padded for each in part)])
+        return cls(torch.tensor(said).to(device), rows)
 
     @property
     def rows(self) -> tuple[RowVerdict | None, ...]:
         """One `RowVerdict` per row; None for a row that failed. The step's one read from the device."""
         if self._rows is None:
-            parts = [self.counts.unsqueeze(1), self.path, self.tokens, self._preferred]
-            packed = torch.cat(parts, dim=1) if self._packed is None else self._packed
-            self._rows = tuple(map(_row_verdict, packed.tolist()))
+            self._rows = tuple(map(_row_verdict, self.packed.tolist()))
         return self._rows
 
 
@@ -120,6 +104,23 @@ class Accepted:
 
 LEAST_DIVISOR = 1e-6  # a smaller divisor would make fp32 scores overflow
 Processor = Callable[[Tensor, Tensor], Tensor]  # (history (1, length) int64, scores (1, vocab)) -> scores (1, vocab)
+# What a setting of `SamplingParams` may be: its kind, its range, and that in words.
+_ALLOWED: dict[str, tuple[Any, Callable[[float], bool], str]] = {
+    "temperature": (
+        Real,
+        lambda t: t == 0 or LEAST_DIVISOR <= t < math.inf,
+        f"0 (greedy), or {LEAST_DIVISOR:g} or above",
+    ),
+    "top_p": (Real, lambda p: 0 < p <= 1, "above 0 and at most 1 (off)"),
+    "min_p": (Real, lambda p: 0 <= p < 1, "0 (off) or above, below 1"),
+    "repetition_penalty": (
+        Real,
+        lambda r: LEAST_DIVISOR <= r < math.inf,
+        f"{LEAST_DIVISOR:g} or above and finite (1 is off)",
+    ),
+    "top_k": (Integral, lambda k: k >= 0, "0 (off) or above"),
+    "seed": (Integral, lambda seed: 0 <= seed < 2**63, "between 0 and 2**63 - 1"),
+}
 
 
 @dataclass(frozen=True)
@@ -140,46 +141,19 @@ class SamplingParams:
     processors: tuple[Processor, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        for name, kind in (
-            ("temperature", Real),
-            ("top_p", Real),
-            ("min_p", Real),
-            ("repetition_penalty", Real),
-            ("top_k", Integral),
-            ("seed", Integral),
-        ):
+        for name, (kind, allows, wanted) in _ALLOWED.items():
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool):
-                wanted = "a number" if kind is Real else "a whole number"
-                raise ValueError(f"{name}={value!r} is not allowed: give {wanted}")
+                raise ValueError(f"{name}={value!r} is not allowed: give a {'' if kind is Real else 'whole '}number")
             if not isinstance(value, float | int):  # numpy's, fractions, ...
-                plain: Callable[[Any], float] = float if kind is Real else int
-                object.__setattr__(self, name, plain(value))
+                object.__setattr__(self, name, float(value) if kind is Real else int(value))
+            if not allows(value):
+                raise ValueError(f"{name}={value} is not allowed: give a value {wanted}")
         if not isinstance(self.processors, Iterable):
             raise ValueError(f"processors={self.processors!r} is not allowed: give a tuple of functions")
         for process in self.processors:
             if not callable(process):
                 raise ValueError(f"processors holds {process!r}: give functions (history, scores) -> scores")
-        least = LEAST_DIVISOR
-        checks = (
-            (
-                self.temperature == 0 or least <= self.temperature < math.inf,
-                "temperature",
-                f"0 (greedy), or {least:g} or above",
-            ),
-            (self.top_k >= 0, "top_k", "0 (off) or above"),
-            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1 (off)"),
-            (0 <= self.min_p < 1, "min_p", "0 (off) or above, below 1"),
-            (
-                least <= self.repetition_penalty < math.inf,
-                "repetition_penalty",
-                f"{least:g} or above and finite (1 is off)",
-            ),
-            (0 <= self.seed < 2**63, "seed", "between 0 and 2**63 - 1"),
-        )
-        for ok, name, wanted in checks:
-            if not ok:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed: give a value {wanted}")
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""Small facts of devices: what they compute in, how much memory is free, and how data gets there without waiting."""
+"""Small facts of devices: names, number formats, free memory, and how data gets there without waiting."""
 
 from __future__ import annotations
 
 import functools
 import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -33,6 +34,17 @@ def without_autograd(function: Callable[_P, _R]) -> Callable[_P, _R]:
 def exact(device: torch.device) -> torch.dtype:
     """float64 for probabilities, where the device has it; MPS has not."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The CPU's own name for itself where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def free_memory(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Counts and times of a run. Owns tau's definition; knows neither models nor drafters."""
+"""Counts and times of a run, and when a text loops. Owns tau's definition; knows neither models nor drafters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 _FIRST_BUCKET = 256  # positions; every further bucket is as long as all before it
-
+NGRAM, LOOP_SHARE = 8, 0.3  # a text loops when more than 30 % of its 8-grams were there before
 
 TAU_CONVENTION = (
     "tau = tokens emitted per decoding target forward, the bonus token included; prefill and its one token excluded; "
@@ -117,3 +117,14 @@ def bucket_of(position: int) -> int:
 def bucket_bounds(bucket: int) -> tuple[int, int]:
     """First position of a bucket, and the first after it."""
     return (_FIRST_BUCKET << bucket >> 1 if bucket else 0), _FIRST_BUCKET << bucket
+
+
+def loop_share(tokens: Sequence[int]) -> float:
+    """Share of a text's 8-grams that occurred before in it; 0 for shorter texts."""
+    grams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def loops(tokens: Sequence[int]) -> bool:
+    """Whether a text loops."""
+    return loop_share(tokens) > LOOP_SHARE

@@ -14,6 +14,7 @@ serves them all. Source: token trees as in SpecInfer (arXiv 2305.09781) and EAGL
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,16 +137,8 @@ class DraftTree:
 
     def taken(self, index: Tensor) -> DraftTree:
         """The rows `index` (n,) of it."""
-        return replace(
-            self,
-            tokens=self.tokens[index],
-            parents=self.parents[index],
-            depths=self.depths[index],
-            ancestors=self.ancestors[index],
-            live=self.live[index],
-            placeholder=None if self.placeholder is None else self.placeholder[index],
-            draft_probs=None if self.draft_probs is None else self.draft_probs[index],
-        )
+        of_rows: dict[str, Any] = {name: part[index] for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **of_rows)
 
     def children(self, row: int) -> list[list[int]]:
         """For every node of `row`, its live children that may be accepted, in the drafter's order of preference."""

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from haast.bench.runner import BenchPrompt, Record, Records
-from haast.repetition import loop_share, loops
+from haast.stats import loop_share, loops
 
 Row = dict[str, Any]
 Group = dict[tuple[float, str], dict[str, list[Row]]]  # (temperature, suite or "all") -> decoder -> its answers

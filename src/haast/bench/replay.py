@@ -21,7 +21,8 @@ from haast.drafters.tree_shape import DraftShape, Plan, plan
 from haast.engine.engine import Engine, StopParams
 from haast.target.target import Target
 from haast.tree import DraftTree
-from haast.tuning.policy import CostModel, interpolate
+from haast.tuning.latency import Latency
+from haast.tuning.policy import CostModel
 
 _TRUSTED = 8  # nodes of a tree by which a head's probabilities are judged
 
@@ -51,36 +52,6 @@ class Recorded:
             order = torch.randperm(len(self), generator=torch.Generator().manual_seed(rows))
         for own in torch.split(order[: len(self) // rows * rows], rows):
             yield Recorded(tuple(Level(each.scores[own], each.right[own], each.parents[own]) for each in self.levels))
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Milliseconds of the parts of a step, measured, of all rows together; one row is a batch too."""
-
-    forward_ms: dict[int, float]  # nodes of a row -> a target forward
-    first_ms: float  # drafting one level, observing included
-    level_ms: dict[int, float]  # width -> every further level
-    overhead_ms: float  # acceptance, commit, stop rules
-
-    @property
-    def most(self) -> int:
-        """Nodes of the largest forward that was timed."""
-        return max(self.forward_ms)
-
-    @property
-    def vanilla_rate(self) -> float:
-        """Tokens per ms of a row without drafting."""
-        return 1 / (self.forward_ms[1] + self.overhead_ms)
-
-    def step(self, nodes: int, levels: int, width: int) -> float:
-        """A step that drafts so many levels below the first."""
-        drafted = self.first_ms + levels * interpolate(self.level_ms, width)
-        return drafted + interpolate(self.forward_ms, nodes) + self.overhead_ms
-
-    def pace(self, width: int, rate: float, trust: float = 1.0, follow: float = 0.7) -> CostModel:
-        """As drafters weigh them."""
-        dense = tuple(interpolate(self.forward_ms, n) for n in range(1, self.most + 1))
-        return CostModel(dense, interpolate(self.level_ms, width), rate, trust, follow)
 
 
 @dataclass(frozen=True)
@@ -201,26 +172,31 @@ def _draft(steps: Recorded, depth: int, width: int, pace: CostModel | None) -> D
     return Drafted(grown, levels, top_k * (1 + sum(widths[:levels])))
 
 
-def replay(drafted: Sequence[Drafted], costs: Costs, width: int, nodes: int, pace: CostModel | None = None) -> Outcome:
-    """Tokens of a row, and time, of trees of at most `nodes` nodes, or of as many as pay, over what was drafted."""
+def replay(
+    drafted: Sequence[Drafted], costs: Latency, width: int, nodes: int, pace: CostModel | None = None
+) -> Outcome:
+    """Tokens of a row, and time, of trees of at most `nodes` nodes, or of as many as pay, over what was drafted.
+
+    `costs` are those of all rows that are drafted together, by the nodes of one.
+    """
     found = []
     for each in drafted:
         keep = each.grown.best(min(nodes - 1, each.most), pace)
         count = keep.shape[1] + 1
         right = float(each.grown.listed()[0].gather(1, keep).sum(1).double().mean())
-        found.append((1 + right, costs.step(count, each.levels, width), count, each.levels))
+        found.append((1 + right, costs.step(1, count, each.levels + 1, width), count, each.levels))
     tokens, ms, verified, levels = (sum(each) / len(found) for each in zip(*found, strict=True))
     return Outcome(tokens, ms, verified, levels, pace)
 
 
-def paced(steps: Recorded, costs: Costs, depth: int, width: int, start: Outcome, rows: int = 1) -> Outcome:
+def paced(steps: Recorded, costs: Latency, depth: int, width: int, start: Outcome, rows: int = 1) -> Outcome:
     """The shape at the pace that it keeps itself: the rate is raised until it is its own result (Dinkelbach)."""
-    best, trusted, followed = start, trust(steps, _TRUSTED), follow(steps)
+    best, most, trusted, followed = start, max(costs.forward_ms), trust(steps, _TRUSTED), follow(steps)
     if not trusted or not followed:
         return start  # the head was never right, and there is nothing to pace by
     for _ in range(4):
-        pace = costs.pace(width, best.rate, trusted, followed)
-        found = replay(draft(steps, depth, width, pace, rows), costs, width, costs.most, pace)
+        pace = costs.cost_model(width, best.rate, most, trust=trusted, follow=followed)
+        found = replay(draft(steps, depth, width, pace, rows), costs, width, most, pace)
         if found.rate <= best.rate:
             break
         best = found

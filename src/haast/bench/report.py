@@ -17,10 +17,9 @@ import torch
 import transformers
 
 import haast
-from haast.repetition import LOOP_SHARE, NGRAM
-from haast.stats import TAU_CONVENTION, Stats
+from haast.device import cpu_name
+from haast.stats import LOOP_SHARE, NGRAM, TAU_CONVENTION, Stats
 from haast.target.target import Target
-from haast.tuning.machine import cpu_name
 
 
 def environment(

@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from haast.bench import aggregate
+from haast.bench.calibrate import measure_v_curve
 from haast.bench.decoders import (
     HEADED,
     HF_SKIPPED,
@@ -29,7 +30,6 @@ from haast.bench.decoders import (
     rule_of,
 )
 from haast.bench.document import build_document
-from haast.bench.forward_latency import measure_v_curve
 from haast.bench.journal import JOURNAL, Journal
 from haast.bench.report import environment, file_sha256, folder_sha256, sources_sha256, weights_sha256
 from haast.bench.runner import BenchConfig, BenchPrompt, Cells, Suite, Turn, differences, run_suite

@@ -55,8 +55,9 @@ def calibrate(
     assert drafter is not None, "a head was asked for"
 
     from haast.bench.calibrate import calibrate as measure
-    from haast.bench.calibration_report import calibration_text, draw
+    from haast.bench.calibrate import draw
     from haast.bench.report import environment
+    from haast.bench.tables import text
     from haast.drafters.calibrated import default_path
     from haast.progress import Progress
     from haast.tuning.latency import Latency, keep, smoothed
@@ -68,7 +69,7 @@ def calibrate(
     found.save(path)
     if out is None:
         keep(target, Latency(smoothed(found.forward_ms)))  # for drafters without a head
-    print(f"{calibration_text(found)}\nkept in {path}", file=human_output(json_out))
+    print(f"{text('calibration.txt', found=found)}\nkept in {path}", file=human_output(json_out))
     if png is not None:
         draw(found, png)
     settings = {"max_new_tokens": max_new_tokens, "rounds": rounds}
@@ -135,8 +136,8 @@ def plan(
     """
     from dataclasses import asdict
 
-    from haast.bench.calibration_report import plan_text
     from haast.bench.plan import MACHINES, kept_calibration, parse_machine, project
+    from haast.bench.tables import text
 
     if listing:
         row, out = "{:<14} {:<62} {:>5} {:>8}", human_output(json_out)
@@ -150,11 +151,11 @@ def plan(
     unknown = [name for name in machine or () if name not in MACHINES]
     if unknown:
         raise ValueError(f"unknown machines {unknown}: `haast plan --list` shows the table, --hardware takes your own")
-    chosen = [MACHINES[name] for name in machine or ()] + [parse_machine(text) for text in own or ()]
+    chosen = [MACHINES[name] for name in machine or ()] + [parse_machine(figures) for figures in own or ()]
     for name, value in (("parameters", parameters), ("bytes_per_weight", bytes_per_weight)):
         if value is not None and not value > 0:
             raise ValueError(f"{name}={value} is not allowed: give a number above 0")
     found = kept_calibration(calibration)
     rows = project(found, chosen or list(MACHINES.values()), parameters, bytes_per_weight)
-    print(plan_text(found, rows), file=human_output(json_out))
+    print(text("plan.txt", found=found, rows=rows), file=human_output(json_out))
     write_json([asdict(row) for row in rows], json_out)

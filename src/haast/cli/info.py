@@ -56,7 +56,7 @@ def _installation() -> dict[str, Any]:
     import haast
     from haast import native
     from haast.bench.report import git_commit, versions
-    from haast.tuning.machine import cpu_name
+    from haast.device import cpu_name
 
     return {
         **versions(),

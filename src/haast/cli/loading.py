@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from haast.cli.settings import Choice, Drafting, Loading, check_at_least
+from haast.cli.settings import Choice, Drafting, Loading, check_at_least, fitted
 
 if TYPE_CHECKING:
     from haast.bench.runner import BenchPrompt
@@ -91,7 +91,7 @@ def load_chosen(
     drafter = make_drafter(
         name,
         target,
-        open_head(folder, loading.model),
+        fitted(open_head(folder, loading.model), target),
         shape=shape if drafting.shaped else None,
         window=drafting.draft_window,
         small=None if small is None else small.load(),
@@ -145,7 +145,7 @@ def load_medusa(folder: Path, target: Target, model: str, nodes: int) -> MedusaD
     from haast.drafters.tree_shape import DraftShape
     from haast.errors import HeadMismatchError
 
-    head = open_head(folder, model)
+    head = fitted(open_head(folder, model), target)
     assert head is not None, "a folder was given"
     drafter = head_drafter(target, head, DraftShape(nodes=nodes))
     if not isinstance(drafter, MedusaDrafter):

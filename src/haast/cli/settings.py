@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from haast.core import SamplingParams
     from haast.drafters.eagle import EagleDrafter
     from haast.drafters.medusa import MedusaDrafter
+    from haast.formats.opened import OpenedHead
+    from haast.heads.checkpoint import Head
     from haast.target.device_map import Spread
     from haast.target.target import Target
     from haast.tuning.calibration import Calibration
@@ -165,7 +167,7 @@ class Drafting:
         from haast.drafters.eagle import EagleDrafter
         from haast.drafters.factory import head_drafter, open_head, tune_eagle
 
-        head = open_head(self.folder(model), model)
+        head = fitted(open_head(self.folder(model), model), target)
         if head is None:
             return None
         drafter = head_drafter(target, head, shape, self.draft_window)
@@ -209,6 +211,18 @@ def compiling(what: str) -> Iterator[None]:
     finally:
         if shown:
             print(f" {perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+
+
+def fitted(head: Head | OpenedHead | None, target: Target) -> Head | None:
+    """A head ready to draft; of a foreign one it is said what was found, and that it is measured."""
+    from haast.formats.opened import OpenedHead
+    from haast.progress import Progress
+
+    if not isinstance(head, OpenedHead):
+        return head
+    print(f"{head.summary}; `haast import` keeps what is measured now", file=sys.stderr)
+    with Progress("measuring the head") as progress:
+        return head.fitted(target, say=progress.say)[0]
 
 
 def _sizes_on_disk(model: str) -> tuple[int, int] | None:

@@ -216,7 +216,7 @@ def _sequences(target: Target, records: Sequence[dict[str, Any]], data: Training
 
 def _straight(items: list[T], answer: Callable[[T], Sequence[int]], data: TrainingData) -> list[T]:
     """Those whose answers do not loop, where these are to be dropped."""
-    from haast.repetition import loops
+    from haast.stats import loops
 
     if data.loops == "keep":
         return items

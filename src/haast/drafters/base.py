@@ -2,11 +2,7 @@
 
 A drafter serves many requests at once and keeps what it must remember of each in a state of its own making, which the
 engine holds for it: `begin` makes it, `observe` and `propose` get the states of the rows of one batch. Batches change
-from step to step, so nothing is kept by row.
-
-target ran on      root   a      b            tokens[i] is the token that FOLLOWS
-features           f_root f_a    f_b          the position that gave features[i]
-Accepted.tokens    a      b      bonus
+from step to step, so nothing is kept by row. `haast.core.Accepted` draws which token belongs to which features.
 """
 
 from __future__ import annotations

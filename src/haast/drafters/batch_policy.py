@@ -95,8 +95,6 @@ def _measured(latency: Latency, rows: int, paced: bool) -> Way:
     if not paced:
         return Way(DraftShape("dynamic", depth, children, width, nodes), gain=gain)
     most = max(nodes, min(2 * nodes, _MOST_PACED))
-    level_ms = max(latency.level(width, rows), 1e-6)
     # A row that drafts nothing has a rate too: nodes that do not even reach that are never worth it.
-    least = max(rate(best), 1 / latency.forward(rows))
-    pace = CostModel(tuple(latency.forward(rows * n) for n in range(1, most + 1)), level_ms, least, follow=_FOLLOW)
+    pace = latency.cost_model(width, max(rate(best), 1 / latency.step(rows, 1)), most, rows, follow=_FOLLOW)
     return Way(DraftShape("dynamic", depth, children, width, most), pace, float(nodes), gain)

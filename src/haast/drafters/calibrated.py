@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -18,7 +18,6 @@ from haast.drafters.batch_policy import Way, nodes_for, usual_ways
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.small_model import SmallModelDrafter
 from haast.drafters.tree_shape import DraftShape
-from haast.target.packing import linear_sizes
 from haast.target.target import Target
 from haast.tree import DraftTree
 from haast.tuning.calibration import Batch, Calibration
@@ -71,29 +70,41 @@ def apply_calibration(drafter: EagleDrafter, calibration: Calibration) -> bool:
 
 def _way(found: Batch | Calibration) -> Way:
     if not found.shape:
-        return Way(None, found.chosen_pace)
+        return Way(None, found.pace)
     gain = found.expected["tau"] - 1
-    return Way(DraftShape(**found.shape), found.chosen_pace, nodes_for(gain), gain)
+    return Way(DraftShape(**found.shape), found.pace, nodes_for(gain), gain)
 
 
-def weights_read(target: Target) -> tuple[int, int]:
-    """Bytes and parameters of the linear layers, LM head included: what one forward reads and multiplies."""
-    return linear_sizes(target.model.modules())
+@contextmanager
+def kept(drafter: EagleDrafter) -> Iterator[None]:
+    """The drafter may be reshaped within, and has no policy: all that it can draft is looked at."""
+    before, policy = (drafter.shape, drafter.pace, drafter.ways), drafter.policy
+    drafter.policy = None
+    try:
+        yield
+    finally:
+        drafter.reshape(*before)
+        drafter.policy = policy
+
+
+def level_costs(drafter: EagleDrafter, measure: Callable[[], float], widths: Sequence[int] = _WIDTHS) -> DraftCost:
+    """Ms of an EAGLE head's first level of drafts, and of each further one by its width, as `measure` finds them.
+
+    The drafter keeps its shape.
+    """
+    with kept(drafter):
+        drafter.reshape(DraftShape("dynamic", 1, _TOP_K, 1, 2))
+        first = measure()
+        levels = {}
+        for width in widths:
+            drafter.reshape(DraftShape("dynamic", _DEEP, _TOP_K, width, _DEEP + 1))
+            levels[width] = max((measure() - first) / (_DEEP - 1), 1e-3)
+    return first, levels
 
 
 def eagle_cost(target: Target, drafter: EagleDrafter) -> DraftCost:
-    """Of an EAGLE head; the drafter keeps its shape."""
-    before = drafter.shape, drafter.pace, drafter.ways
-    try:
-        drafter.reshape(DraftShape("dynamic", 1, _TOP_K, 1, 2))
-        first = draft_ms(target, drafter)
-        levels = {}
-        for width in _WIDTHS:
-            drafter.reshape(DraftShape("dynamic", _DEEP, _TOP_K, width, _DEEP + 1))
-            levels[width] = max((draft_ms(target, drafter) - first) / (_DEEP - 1), 1e-3)
-    finally:
-        drafter.reshape(*before)
-    return first, levels
+    """Of an EAGLE head, while it drafts for nobody."""
+    return level_costs(drafter, lambda: draft_ms(target, drafter))
 
 
 def small_model_cost(target: Target, drafter: SmallModelDrafter, small: Target) -> DraftCost:

@@ -220,7 +220,7 @@ def tune_eagle(target: Target, drafter: EagleDrafter, calibration: str | Path = 
         return None
     found, gain = find_calibration(target, drafter, calibration), None
     if found is not None:
-        latency: Latency | None = Latency.of_calibration(found)
+        latency: Latency | None = found.latency
         if apply_calibration(drafter, found):
             return latency
         gain = found.expected["tau"] - 1

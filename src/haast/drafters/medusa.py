@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -135,11 +135,8 @@ class MedusaDrafter(Drafter):
         features, tree = stacked(states, "feature"), combined.tree
         guesses = torch.cat([self._best(i, features, width) for i, width in enumerate(combined.widths)], dim=1)
         tokens = torch.cat([roots.unsqueeze(1), guesses[:, combined.picked]], dim=1)  # (rows, nodes)
-        parents, depths, ancestors, live = (
-            each.expand(len(tokens), *each.shape[1:]) for each in (tree.parents, tree.depths, tree.ancestors, tree.live)
-        )
         self._watch.proposed(tree.nodes)
-        return DraftTree(tokens, parents, depths, ancestors, live, tree.height)
+        return replace(tree.taken(torch.zeros_like(roots)), tokens=tokens)
 
     def _tree_of(self, nodes: int) -> _Combined:
         """The likeliest combinations that make a tree of so many nodes, 2 or more."""

@@ -171,57 +171,44 @@ class SuffixDrafter(HistoryDrafter):
 
 
 class SuffixIndex(TextIndex):
-    """A text with its suffix automaton; the arguments are `SuffixDrafter`'s."""
+    """A text with all of its substrings, a suffix automaton: O(1) amortised a token. State 0 is the empty string.
+
+    The arguments are `SuffixDrafter`'s.
+    """
 
     def __init__(self, least: int, branches: int) -> None:
         super().__init__()
         self._least, self._branches = least, branches
-        self._automaton = SuffixAutomaton()
-
-    def match(self) -> tuple[int, int]:
-        places = self._automaton.earlier(self._least, 1)
-        return (self._automaton.longest, places[0]) if places else (0, 0)
-
-    def paths(self, most: int) -> list[Path]:
-        return [self.text[end : end + most] for end in self._automaton.earlier(self._least, self._branches)]
-
-    def _learn(self) -> None:
-        self._automaton.append(self.text[-1])
-
-
-class SuffixAutomaton:
-    """All substrings of a growing text, in O(1) amortised a token. State 0 is the empty string."""
-
-    def __init__(self) -> None:
         self._next: list[dict[int, int]] = [{}]
         self._link, self._length, self._end = [-1], [0], [0]  # `_end`: place after the first occurrence
-        self._last, self._size = 0, 0
+        self._last = 0
 
-    def append(self, token: int) -> None:
-        """The text grows by one token."""
-        self._size += 1
-        new = self._state(self._size, self._size, {})
+    def match(self) -> tuple[int, int]:
+        longest = max(self._link[self._last], 0)
+        trusted = longest and self._length[longest] >= self._least
+        return (self._length[longest], self._end[longest]) if trusted else (0, 0)
+
+    def paths(self, most: int) -> list[Path]:
+        return [self.text[end : end + most] for end in self.earlier()]
+
+    def earlier(self) -> list[int]:
+        """Places after earlier occurrences of suffixes, the longest suffix first."""
+        places: list[int] = []
+        state = self._link[self._last]
+        while state > 0 and self._length[state] >= self._least and len(places) < self._branches:
+            if self._end[state] not in places:
+                places.append(self._end[state])
+            state = self._link[state]
+        return places
+
+    def _learn(self) -> None:
+        token, new = self.text[-1], self._state(len(self.text), len(self.text), {})
         state = self._last
         while state != -1 and token not in self._next[state]:
             self._next[state][token] = new
             state = self._link[state]
         self._link[new] = 0 if state == -1 else self._split(state, token)
         self._last = new
-
-    @property
-    def longest(self) -> int:
-        """Length of the longest suffix of the text that occurred before."""
-        return self._length[self._link[self._last]] if self._last else 0
-
-    def earlier(self, least: int, most: int) -> list[int]:
-        """Places after earlier occurrences of suffixes of at least `least` tokens, the longest suffix first."""
-        places: list[int] = []
-        state = self._link[self._last] if self._last else 0
-        while state > 0 and self._length[state] >= least and len(places) < most:
-            if self._end[state] not in places:
-                places.append(self._end[state])
-            state = self._link[state]
-        return places
 
     def _split(self, state: int, token: int) -> int:
         """The state of the longest earlier suffix, cut out of a longer string's state where that is needed."""

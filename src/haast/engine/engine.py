@@ -2,8 +2,7 @@
 
 Owns how requests are made and read: one by one (`submit`, `read`), a list of prompts at once (`run`, `complete`), and
 from asynchronous code (`aread`). Knows token ids only, no text. The steps themselves are `scheduler`'s, which serves
-all requests on a target together, whoever made them. Source: EAGLE (arXiv 2401.15077, figure 5), speculative decoding
-(arXiv 2211.17192).
+all requests on a target together, whoever made them.
 """
 
 from __future__ import annotations

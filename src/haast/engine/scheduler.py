@@ -21,21 +21,19 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 
 from haast.core import Request, RequestState
 from haast.drafters.base import Drafter
-from haast.engine.background import Background
 from haast.engine.rules import AcceptanceRule
 from haast.engine.step import decode, fail, prefill
 from haast.engine.tensor_parallel import agreement
 from haast.errors import KVPoolError, QueueFullError
 from haast.interrupt import uninterrupted
 from haast.target.kv_pool import BLOCK, PoolFullError, common_length
-from haast.target.kv_pool import Sequence as KVSequence
 from haast.target.target import Target
 
 BESIDE_DECODING = 128  # prompt positions a step where other requests decode
@@ -67,7 +65,7 @@ class Scheduler:
         self._steps = 0
         self._stepper: int | None = None  # the thread inside a step
         self._unswept = False  # whether somebody may have been cancelled since the last look
-        self._background = Background()
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="haast")  # its thread starts at first use
 
     @classmethod
     def of(cls, target: Target) -> Scheduler:
@@ -176,9 +174,17 @@ class Scheduler:
             self._served.wait_for(lambda: self._steps != before or not self._turn.locked())
 
     def served(self, request: Request) -> Future[None]:
-        """Done when the request has something to read or has ended; a thread takes steps until then."""
+        """For who must not wait in a thread of its own: done as soon as there may be something to read.
+
+        The scheduler's own thread takes a step, unless one that it took for another reader has served the request too.
+        Cancelling it ends the wait, not the request.
+        """
         self._check_queued(request)
-        return self._background.served(request, self.advance)
+        return self._worker.submit(self._serve, request)
+
+    def _serve(self, request: Request) -> None:
+        if not request.emissions and not request.finished:
+            self.advance()
 
     def _check_queued(self, request: Request) -> None:
         if request not in self._rules and not request.finished:
@@ -193,33 +199,28 @@ class Scheduler:
 
     def step(self) -> bool:
         """Serve everybody once; whether anybody is left."""
+        self._refuse_own_step()
         with uninterrupted():
-            left = self._step()
+            with self.target.lock:
+                self._stepper = threading.get_ident()
+                try:
+                    left = self._serve_all()
+                finally:
+                    self._stepper = None
+                    self._steps += 1
             self._sweep()
         return left
 
-    def _step(self) -> bool:
-        with self._stepping():
-            self._retire()
-            if self._waiting or self._running:
-                with torch.inference_mode(), self.target.step_threads():
-                    groups = self._groups()  # a request's first token can be read before it decodes
-                    self._prefill()
-                    for group in groups:
-                        self._decode(group)
-            self._retire()
-            return bool(self._waiting or self._running)
-
-    @contextmanager
-    def _stepping(self) -> Iterator[None]:
-        self._refuse_own_step()
-        with self.target.lock:
-            self._stepper = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._stepper = None
-                self._steps += 1
+    def _serve_all(self) -> bool:
+        self._retire()
+        if self._waiting or self._running:
+            with torch.inference_mode(), self.target.step_threads():
+                groups = self._groups()  # a request's first token can be read before it decodes
+                self._prefill()
+                for group in groups:
+                    self._decode(group)
+        self._retire()
+        return bool(self._waiting or self._running)
 
     # ------------------------------------------------------------------------------------------ joining and leaving
 
@@ -253,14 +254,9 @@ class Scheduler:
         known = min(kv.length, len(request.tokens))
         filled, complete_from = self._cached(request) if keep else (0, 0)
         kv.release(request.tokens, min(filled, known), drafter.prefix_key, complete_from)
-        if self._agreement.leads:
+        if state is not None:
             drafter.end(state)
         request.kv = request.draft_state = None
-
-    def _publish(self, request: Request) -> None:
-        """Let other requests share the prompt's blocks."""
-        filled, complete_from = self._cached(request)
-        request.kv.publish(request.tokens, min(filled, request.kv.length), request.drafter.prefix_key, complete_from)
 
     def _cached(self, request: Request) -> tuple[int, int]:
         """How many slots of a request others may use, and from which one on its drafter has all that it needs there."""
@@ -289,42 +285,35 @@ class Scheduler:
             fresh = len(request.tokens) == request.prompt_length
             request.prefill_end = request.prompt_length if fresh else len(request.tokens) - 1
             needed = -(-(len(request.tokens) + self._ahead(request.drafter)) // BLOCK)
-            shared = pool.common(request.tokens[: request.prefill_end], request.drafter.prefix_key) // BLOCK
+            shared = self._computed(request) // BLOCK
             # Every running request may need a block in this step; one more each keeps preemptions rare.
             if self._running and pool.available < max(needed - shared, 1) + 2 * len(self._running):
                 return None
             if not fits(request):
                 return None
-            kv = pool.sequence()
+            request.kv = pool.sequence()
             try:
                 self._waiting.popleft()
-                self._enter(request, kv)
+                self._enter(request)
                 return request
             except Exception as error:  # its own drafter's
-                self._undo(request, kv)
+                self._release(request, keep=False)
                 fail(request, error)
                 self._let_go([request])
             except BaseException:
-                self._undo(request, kv)
+                self._release(request, keep=False)
                 self._waiting.appendleft(request)
                 raise
         return None
 
-    def _undo(self, request: Request, kv: KVSequence) -> None:
-        """Take back what a request was given that could not enter."""
-        if request.draft_state is not None:
-            request.drafter.end(request.draft_state)
-        kv.release()
-        request.kv = request.draft_state = None
-
-    def _enter(self, request: Request, kv: KVSequence) -> None:
-        drafter, cache = request.drafter, self.target.cache
+    def _enter(self, request: Request) -> None:
+        drafter, cache, kv = request.drafter, self.target.cache, request.kv
         text = request.tokens[: request.prefill_end]
         reused, source, copy = kv.reuse(text, drafter.prefix_key, drafter.reach)
         if source:
             for each in (cache, *drafter.caches):
                 each.stores.copy_block(source, copy)
-        request.kv, request.state = kv, RequestState.PREFILLING
+        request.state = RequestState.PREFILLING
         if self._agreement.leads:
             request.draft_state = drafter.begin(request.tokens, kv, reused)
             drafter.drawn_by(request.draft_state, request.chooser)
@@ -371,10 +360,7 @@ class Scheduler:
         def count_of(request: Request) -> int:
             chunk = request.prefill_chunk
             most = (min(chunk, BESIDE_DECODING) if decoding else chunk) if left is None else min(left, chunk)
-            done = 0 if request.kv is None else request.kv.length
-            if request.kv is None:
-                text = request.tokens[: request.prefill_end]
-                done = max(self.target.pool.common(text, request.drafter.prefix_key) - 1, 0)
+            done = max(self._computed(request) - (request.kv is None), 0)  # the last shared position is run again
             return max(min(most, request.prefill_end - done), 1)
 
         def fits(request: Request) -> bool:
@@ -387,7 +373,8 @@ class Scheduler:
             padded, most = len(counts) * max(counts), min(room, BESIDE_DECODING) if decoding else room
             if not alike or padded > most or padded > _PADDED * sum(counts):
                 return False
-            shared = self._shared_from(request)
+            # Tokens in common from which on one of both could use a block of the other's.
+            shared = self._computed(request) // BLOCK * BLOCK + BLOCK
             return all(common_length(request.tokens, other.tokens) < shared for other, _ in batch)
 
         for request in begun:
@@ -397,13 +384,11 @@ class Scheduler:
             batch.append((entered, count_of(entered)))
         return batch
 
-    def _shared_from(self, request: Request) -> int:
-        """Tokens in common with another request from which on one of both could use a block of the other's."""
-        text = request.tokens[: request.prefill_end]
-        have = (
-            request.kv.length if request.kv is not None else self.target.pool.common(text, request.drafter.prefix_key)
-        )
-        return int(have) // BLOCK * BLOCK + BLOCK
+    def _computed(self, request: Request) -> int:
+        """Positions of a prompt that are there: the request's own, or before it has any those that others left."""
+        if request.kv is not None:
+            return int(request.kv.length)
+        return self.target.pool.common(request.tokens[: request.prefill_end], request.drafter.prefix_key)
 
     def _prefill_batch(self, batch: list[tuple[Request, int]]) -> None:
         padded = max(count for _, count in batch)  # the forward writes so many slots of every row
@@ -413,7 +398,9 @@ class Scheduler:
         prefill(self.target, batch, self._agreement)
         for request, _ in batch:
             if request.kv.length == request.prefill_end:
-                self._publish(request)
+                filled, complete_from = self._cached(request)
+                shared = min(filled, request.kv.length)  # others may share the prompt's blocks
+                request.kv.publish(request.tokens, shared, request.drafter.prefix_key, complete_from)
                 request.state = RequestState.RUNNING
 
     def _reserved(self, request: Request, count: int) -> bool:

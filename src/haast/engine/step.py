@@ -71,8 +71,9 @@ def decode(target: Target, group: Sequence[Request], rule: AcceptanceRule | None
     cache.advance([0 if row is None else len(row.path) for row in verdict.rows])
     emissions = _emit(group, verdict, tree, agreement)
     done = perf_counter()
-    ms = [drafted - start + observed - settled, forwarded - drafted, settled - forwarded + done - observed]
-    _account(group, tree, output.logits, verdict, emissions, [1e3 * seconds for seconds in ms])
+    seconds = (drafted - start + observed - settled, forwarded - drafted, settled - forwarded + done - observed)
+    rows, ms = tuple(request.row for request in group), (1e3 * each for each in seconds)
+    _account(group, Step(tree, output.logits, verdict, tuple(emissions), rows, *ms))
 
 
 def prefill(target: Target, batch: Sequence[tuple[Request, int]], agreement: Alone) -> None:
@@ -88,13 +89,11 @@ def prefill(target: Target, batch: Sequence[tuple[Request, int]], agreement: Alo
     drafter, rows, longest = requests[0].drafter, len(batch), max(counts)
     begins = [request.kv.length for request in requests]
     ends = [begin + count for begin, count in zip(begins, counts, strict=True)]
-    tokens = torch.zeros(2, rows, longest, dtype=torch.long)  # at the positions, and those that follow
-    known = []
-    for row, (request, begin, end) in enumerate(zip(requests, begins, ends, strict=True)):
-        tokens[0, row, : end - begin] = torch.tensor(request.tokens[begin:end])
-        known.append(request.tokens[begin + 1 : end + 1])
-        tokens[1, row, : len(known[-1])] = torch.tensor(known[-1], dtype=torch.long)
-    text, following = to_device(tokens, target.device)
+    places = list(zip(requests, begins, ends, strict=True))
+    known = [request.tokens[begin + 1 : end + 1] for request, begin, end in places]  # those that follow
+    parts = [*(request.tokens[begin:end] for request, begin, end in places), *known]
+    padded = torch.tensor([[*part, *[0] * (longest - len(part))] for part in parts])
+    text, following = to_device(padded.view(2, rows, longest), target.device)
     held = to_device(torch.tensor(counts), target.device)
     live = torch.arange(longest, device=target.device) < held.unsqueeze(1) if min(counts) < longest else None
     cache = target.cache.bind([request.kv for request in requests])
@@ -206,22 +205,14 @@ def _end(request: Request, row: RowVerdict | None) -> tuple[int, str]:
     return len(row.tokens), ""
 
 
-def _account(
-    group: Sequence[Request],
-    tree: DraftTree,
-    logits: Tensor,
-    verdict: Verdict,
-    emissions: Sequence[Emission],
-    ms: Sequence[float],
-) -> None:
+def _account(group: Sequence[Request], step: Step) -> None:
     """Book the step's times, and show it to those who watch."""
     for stats in _stats_of(group):
-        stats.ms_draft += ms[0]
-        stats.ms_verify += ms[1]
-        stats.ms_overhead += ms[2]
+        stats.ms_draft += step.ms_draft
+        stats.ms_verify += step.ms_verify
+        stats.ms_overhead += step.ms_overhead
     watchers = {id(request.watch): request.watch for request in group if request.watch is not None}
     for watch in watchers.values():
-        step = Step(tree, logits, verdict, tuple(emissions), tuple(r.row for r in group), ms[0], ms[1], ms[2])
         try:
             watch(step)
         except Exception as error:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from haast.core import RowVerdict, Verdict
+from haast.core import Verdict
 from haast.errors import PromptError
 from haast.target.ranks import Ranks
 from haast.tree import DraftTree
@@ -42,7 +42,7 @@ class Alone:
         """What stop rules leave of that: they may look at a clock."""
         return ends()
 
-    def numbers(self, own: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+    def numbers(self, own: Callable[[], Sequence[int]]) -> Sequence[int]:
         """Numbers that all processes go by."""
         return own()
 
@@ -69,23 +69,24 @@ class Agreed(Alone):
         return tree
 
     def judged(self, judge: Callable[[], Verdict], device: torch.device) -> Verdict:
-        if not self.leads:
-            return Verdict.of_rows(_rows(self._ranks.share()), device)
-        with self._ranks.leading():
-            verdict = judge()
-        self._ranks.share(_numbers(verdict.rows))
-        return verdict
+        def numbers() -> list[int]:
+            packed = judge().packed
+            return [len(packed), *packed.flatten().tolist()]
+
+        rows, *said = self.numbers(numbers)
+        packed = torch.tensor(said).view(rows, -1)
+        return Verdict(packed.to(device), Verdict(packed).rows)
 
     def settled(self, ends: Callable[[], Ends]) -> Ends:
-        own: Ends = ()
-        if self.leads:
-            with self._ranks.leading():
-                own = ends()
-        said = self._ranks.share([each for kept, why in own for each in (kept, _REASONS.index(why))])
+        said = self.numbers(lambda: [each for kept, why in ends() for each in (kept, _REASONS.index(why))])
         return [(kept, _REASONS[why]) for kept, why in zip(said[::2], said[1::2], strict=True)]
 
-    def numbers(self, own: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
-        return tuple(self._ranks.share(own() if self.leads else ()))
+    def numbers(self, own: Callable[[], Sequence[int]]) -> Sequence[int]:
+        if not self.leads:
+            return self._ranks.share()
+        with self._ranks.leading():
+            said = own()
+        return self._ranks.share(said)
 
     def check(self, *values: object) -> None:
         digest = hashlib.sha256(repr(values).encode()).digest()
@@ -99,26 +100,3 @@ class Agreed(Alone):
 def agreement(ranks: Ranks | None) -> Alone:
     """Of the processes that hold a target; None is a target in one process."""
     return Alone() if ranks is None else Agreed(ranks)
-
-
-def _numbers(rows: Sequence[RowVerdict | None]) -> list[int]:
-    """A verdict as a message: for every row how many nodes are kept, these, as many tokens, and the first choices."""
-    said: list[int] = []
-    for row in rows:
-        if row is None:
-            said.append(0)
-        else:
-            said += [len(row.path), *row.path, *row.tokens, len(row.first_choice), *map(int, row.first_choice)]
-    return said
-
-
-def _rows(said: Sequence[int]) -> list[RowVerdict | None]:
-    rows: list[RowVerdict | None] = []
-    left = iter(said)
-    for kept in left:
-        if not kept:
-            rows.append(None)
-            continue
-        path, tokens = (tuple(next(left) for _ in range(kept)) for _ in range(2))
-        rows.append(RowVerdict(path, tokens, tuple(bool(next(left)) for _ in range(next(left)))))
-    return rows

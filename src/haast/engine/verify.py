@@ -136,7 +136,7 @@ def _natively(rows: _Rows) -> Verdict:
     points = draws(rows.choosers, list(map(len, rows.histories)), tree.height)
     temperatures = [sampler.plain for sampler in rows.choosers]
     fields = (tree.tokens, tree.parents, tree.live, tree.placeholder)
-    return Verdict.packed(native.judge(rows.logits, *fields, temperatures=temperatures, draws=points))
+    return Verdict(native.judge(rows.logits, *fields, temperatures=temperatures, draws=points))
 
 
 def _match(some: _Rows) -> Verdict:
@@ -145,7 +145,7 @@ def _match(some: _Rows) -> Verdict:
     choices = choose_nodes(some.logits, some.choosers, list(map(len, some.histories)), tree.depths, tree.height)
     if tree.height == 0:
         zero = torch.zeros_like(choices)
-        return Verdict(zero, choices, zero[:, 0] + 1, zero - 1)
+        return Verdict(torch.cat([zero[:, :1] + 1, zero, choices, zero - 1], dim=1))
     rows, nodes = choices.shape
     index = torch.arange(nodes, device=choices.device)
     may = tree.live if tree.placeholder is None else tree.live & ~tree.placeholder
@@ -159,7 +159,7 @@ def _match(some: _Rows) -> Verdict:
     match[:, 0] = True
     kept = (match.unsqueeze(1) | ~tree.ancestors).all(2)  # (rows, nodes)
     deepest = torch.where(kept, tree.depths, -1).argmax(1, keepdim=True)  # (rows, 1)
-    counts = tree.depths.gather(1, deepest)[:, 0] + 1
+    counts = tree.depths.gather(1, deepest) + 1  # (rows, 1)
     on_path = tree.ancestors.gather(1, deepest.unsqueeze(2).expand(-1, -1, nodes)).squeeze(1)  # (rows, nodes)
     width = tree.height + 1
     place = torch.where(on_path, tree.depths, width)  # what is not on the path goes to a column that is cut off
@@ -171,7 +171,7 @@ def _match(some: _Rows) -> Verdict:
     first = first.scatter_reduce_(1, torch.where(tree.parents >= 0, above, nodes), child, "amin")[:, :nodes]
     right = tree.tokens.gather(1, first.clamp_max(nodes - 1)) == choices
     preferred = torch.where(first < nodes, right.long(), -1)
-    return Verdict(path, choices.gather(1, path), counts, preferred.gather(1, path))
+    return Verdict(torch.cat([counts, path, choices.gather(1, path), preferred.gather(1, path)], dim=1))
 
 
 def _walk(alone: _Rows) -> Verdict:

@@ -107,7 +107,7 @@ def import_head(head: OpenedHead, fitted: Head, settled: Settled | None, target:
     about = {**fitted.about, "target": target}
     save_head(out, fitted.module.config, weights, fitted.draft_vocab, about, dtype)
     facts = [f"from {head.files.source}", f"{head.format.name} layout, kept by Haast in its own"]
-    facts += [f"{key}: {about[key]}" for key in ("licence", "license") if key in about]
+    facts += [f"licence: {about['licence']}"] if "licence" in about else []
     facts += [f"of its files: {note}" for note in head.files.notes]
     facts += [f"not told apart by measuring: {each}" for each in about.get("unsure", ())]
     expected = about.get("expected", {})
@@ -115,7 +115,7 @@ def import_head(head: OpenedHead, fitted: Head, settled: Settled | None, target:
     text = card.render(
         library="haast",
         target=target,
-        licence=about.get("licence") or about.get("license"),
+        licence=about.get("licence"),
         kind=head.kind,
         title=f"{_TITLES[head.kind]} for {target}",
         facts=facts,
@@ -246,7 +246,7 @@ def _card(head: Head, reading: Reading, engine: str, target: str, serve: str, no
         .render(
             library=library,
             target=target,
-            licence=about.get("licence") or about.get("license"),
+            licence=about.get("licence"),
             kind=kind,
             title=f"{_TITLES[kind]} for {target}",
             facts=facts,

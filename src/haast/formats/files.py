@@ -24,7 +24,7 @@ from haast.formats.base import HeadFiles
 CONFIG = "config.json"
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _CACHED = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[^/]+)$")  # the hub's cache
-_WANTED = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+_WANTED = ("README.md", "*.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 # In this order: what is there twice is read once. Official EAGLE and Medusa heads are pickles.
 _WHOLE = ("model.safetensors", "medusa_lm_head.safetensors", "pytorch_model.bin", "medusa_lm_head.pt", "model.pt")
 _QUANTISED = ("weight_scale", "weight_packed", "qweight", "qzeros", "scales", "weight_scale_inv", "g_idx")

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
+from yaml import YAMLError  # type: ignore[import-untyped]  # huggingface_hub brings it
 
 from haast.errors import HeadMismatchError
 from haast.formats.base import Format, HeadFiles, Question, Reading, TargetFacts
@@ -110,9 +112,11 @@ class OpenedHead:
         rope = (config.rope_parameters or {}).get("rope_type") if isinstance(config, HeadConfig) else None
         if isinstance(told, int) and told > 0 and rope in (None, "default"):
             about["trained_length"] = told  # heads say how long their texts were; positions beyond work, but worse
-        for key in ("licence", "license", "base_model_name_or_path"):
-            if isinstance(document.get(key), str):
-                about[key] = document[key]
+        if isinstance(document.get("base_model_name_or_path"), str):
+            about["base_model_name_or_path"] = document["base_model_name_or_path"]
+        licence = document.get("license") or _card_licence(self.files.folder)
+        if isinstance(licence, str):
+            about["licence"] = licence
         if settled is not None:
             about["probed"] = {each.question: each.answer for each in settled.tried if each.kept}
             about["unsure"] = list(settled.unsure)
@@ -159,6 +163,15 @@ def opened(files: HeadFiles) -> OpenedHead:
     found = OpenedHead(files, kind, next(each for each in FORMATS if each.detect(kind, files)))
     _LOG.info("%s", found.summary)
     return found
+
+
+def _card_licence(folder: Path) -> str | None:
+    """The licence that a model card beside the files names."""
+    try:
+        licence = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.get("license")
+    except (OSError, ValueError, YAMLError):
+        return None
+    return licence if isinstance(licence, str) else None
 
 
 def facts_of(target: Target) -> TargetFacts:

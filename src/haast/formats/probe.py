@@ -212,7 +212,7 @@ def own_text(
         for _ in range(share + 1):
             tree = DraftTree.chain(torch.tensor([waiting], device=target.device))
             output = target.forward(tree, cache, last_only=True, hidden_layers=layers)
-            cache.commit([range(len(waiting))])
+            cache.advance([len(waiting)])
             features.append(output.features[0])
             for layer in layers:
                 hidden[layer].append(output.hidden[layer][0])

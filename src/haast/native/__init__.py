@@ -5,13 +5,21 @@ same bits whatever rows or nodes stand beside it, whatever the thread count. No 
 them under `torch.no_grad()`.
 """
 
-from haast.native.attention import tree_attention
 from haast.native.judge import judge
 from haast.native.library import LANES, accelerated, available, features, narrow_path, sole_threads, why_not
-from haast.native.linear import linear, pack_f16, pack_i8
+from haast.native.operators import (
+    MOST_TOP,
+    linear,
+    pack_f16,
+    pack_i8,
+    rms_norm,
+    rotate_,
+    swiglu,
+    top,
+    tree_attention,
+)
 from haast.native.roofline import multiply_peak, read_bandwidth
-from haast.native.rows import MOST_TOP, rms_norm, rotate_, swiglu, top
-from haast.native.slots import keep
+from haast.native.stack import keep
 
 __all__ = [
     "LANES",

@@ -20,7 +20,6 @@ def judge(
     *,
     temperatures: Sequence[float],
     draws: Sequence[Sequence[float]],
-    threads: int | None = None,
 ) -> Tensor:
     """Walk down every tree as long as a child carries the token that its parent's logits give.
 
@@ -32,10 +31,9 @@ def judge(
         placeholder: (rows, nodes) bool, or None.
         temperatures: one per row; 0 takes the likeliest token, the first of equals.
         draws: numbers in [0, 1) per row, for the token after a node at each depth; no node is deeper.
-        threads: default torch's own count, also inside `sole_threads`.
 
     Returns:
-        (rows, 1 + 3 * depths) int64, as `haast.core.Verdict.packed` takes it: how many nodes are kept, then the path,
+        (rows, 1 + 3 * depths) int64, as `haast.core.Verdict` takes it: how many nodes are kept, then the path,
         the token after each (-1 where no token is possible), and whether the first child was right (-1: no child).
 
     Raises:
@@ -64,5 +62,5 @@ def judge(
     out = torch.empty(rows, 1 + 3 * width, dtype=torch.int64)
     places = (*(each.data_ptr() for each in given), *[None] * (5 - len(given)))
     sizes = (rows, nodes, vocab, width)
-    library().haast_judge(*places, heat, points, out.data_ptr(), *sizes, threads or thread_count())
+    library().haast_judge(*places, heat, points, out.data_ptr(), *sizes, thread_count())
     return out

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from haast.target.base import TargetOutput, TreeForward
 from haast.target.compiled import CompiledLayers, nodes_for, slots_for, wrapped
-from haast.target.hf import ModuleForward
+from haast.target.hf import ModuleForward, TargetOutput, TreeForward
 from haast.target.kv_cache import KVCache
 from haast.target.native_cpu import NativeStack
 from haast.target.probe import tolerance

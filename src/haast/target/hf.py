@@ -2,15 +2,17 @@
 
 Owns the call of the transformers model: positions, masks, and the hooks that catch features (the LM head's input, i.e.
 the state after the final norm; EAGLE, arXiv 2401.15077, section 3) and hidden states. Hooks live for the length of a
-call. Knows nothing of faster ways to the same numbers, which are `target`'s.
+call. `TreeForward` is the contract that faster ways to the same numbers (`faster`) keep too.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +20,36 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from haast.target import attention
-from haast.target.base import TargetOutput, TreeForward
 from haast.target.compiled import layers_of
 from haast.target.device_map import execution_device, layer_devices
 from haast.target.kv_cache import KVCache, cache_name
 from haast.target.kv_pool import KVPool
 from haast.tree import DraftTree
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """One forward over a tree."""
+
+    features: Tensor  # (rows, nodes, hidden): the LM head's input at every node
+    logits: Tensor  # (rows, nodes or 1, vocab), raw; 1 when only the last live node was asked for
+    hidden: dict[int, Tensor]  # HF hidden_states index -> (rows, nodes, hidden)
+
+    def cut(self, rows: int, nodes: int, own: bool) -> TargetOutput:
+        """The first rows and nodes; `own` copies them out of memory that the next forward overwrites."""
+        parts = [part[:rows, :nodes] for part in (self.features, self.logits, *self.hidden.values())]
+        parts = [part.clone() if own else part for part in parts]
+        return TargetOutput(parts[0], parts[1], dict(zip(self.hidden, parts[2:], strict=True)))
+
+
+class TreeForward(ABC):
+    """One way to run a model over trees."""
+
+    @abstractmethod
+    def run(
+        self, tree: DraftTree, cache: KVCache, last_only: bool = False, hidden_layers: Sequence[int] = ()
+    ) -> TargetOutput | None:
+        """`Target.forward` after `cache.begin`; None where this way can't take it, and has changed nothing."""
 
 
 class ModuleForward(TreeForward):
@@ -119,16 +145,11 @@ class ModuleForward(TreeForward):
         window = self.window if slots > (self.window or 0) else None
         types = getattr(self.config, "layer_types", None)
         windows = {kind: window if kind == "sliding_attention" else None for kind in set(types or ())}
+        lengths = cache.lengths_tensor
+        at = lengths.unsqueeze(1) + tree.depths
+        given = (tree.ancestors, lengths, slots, self.dtype)
         masks = {
-            cut: attention.tree_mask(
-                tree.ancestors,
-                cache.lengths_tensor,
-                slots,
-                self.dtype,
-                positions=cache.lengths_tensor.unsqueeze(1) + tree.depths,
-                flight_positions=cache.lengths_tensor.unsqueeze(1) + tree.depths,
-                window=cut,
-            )
+            cut: attention.tree_mask(*given, positions=at, flight_positions=at, window=cut)
             for cut in {*windows.values()} or {window}
         }
         by_kind = {kind: masks[cut] for kind, cut in windows.items()}  # such models take one mask per kind of layer

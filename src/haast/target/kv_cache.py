@@ -161,7 +161,6 @@ class KVCache(Cache):
         self._host_tables = tables
         self.tables = torch.from_numpy(tables)  # (rows, blocks) int32, on the CPU
         self._lengths_tensor: Tensor | None = None
-        self._index: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._flat: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
         self._start: int | None = None  # see `_stretch`
         return self.reads
@@ -188,17 +187,11 @@ class KVCache(Cache):
         blocks = tables.gather(1, shifted.div(BLOCK, rounding_mode="floor")).long()
         return blocks * BLOCK + shifted.remainder(BLOCK)
 
-    def all_slots(self) -> tuple[Tensor, Tensor]:
+    def all_slots(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Where the new nodes go (rows, nodes), and what attention reads (rows, read), of the pool's slots."""
-        return self._slots(self.device)
-
-    def _slots(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device not in self._index:
-            lengths = to_device(self.lengths_tensor, device).unsqueeze(1)
-            write = self.physical(lengths + torch.arange(self._nodes, device=device))
-            read = self.physical(torch.arange(self.reads, device=device).expand(self.rows, -1))
-            self._index[device] = (write, read)
-        return self._index[device]
+        lengths = to_device(self.lengths_tensor, self.device if device is None else device).unsqueeze(1)
+        write = self.physical(lengths + torch.arange(self._nodes, device=lengths.device))
+        return write, self.physical(torch.arange(self.reads, device=lengths.device).expand(self.rows, -1))
 
     @without_autograd
     def update(
@@ -235,7 +228,7 @@ class KVCache(Cache):
         What is read then lies as models expect it: some put rows and heads together by a view.
         """
         if (device, heads) not in self._flat:
-            write, read = self._slots(device)
+            write, read = self.all_slots(device)
             begins = torch.arange(heads, device=device).view(1, -1, 1) * self.pool.slots
             self._flat[device, heads] = (
                 (begins + write.unsqueeze(1)).flatten(),
@@ -272,27 +265,3 @@ class KVCache(Cache):
             self.lengths[row] += count
             if not self.shift:
                 self.sequences[row].length = self.lengths[row]
-
-    def commit(self, paths: Rows[Rows[int] | None]) -> None:
-        """`keep` and `advance` by paths on the host; None (or an empty path) keeps nothing of that row.
-
-        Raises:
-            ValueError: a path does not fit the nodes of the last forward.
-        """
-        if len(paths) != self.rows:
-            raise ValueError(f"commit needs one path per row: {self.rows} rows, {len(paths)} paths")
-        for row, path in enumerate(paths):
-            if path and (min(path) < 0 or max(path) >= self._nodes):
-                raise ValueError(f"row {row}: path {list(path)} does not fit the {self._nodes} nodes of the forward")
-        counts = [len(path) if path else 0 for path in paths]
-        if any(list(path) != list(range(len(path))) for path in paths if path):
-            padded = [[*(path or ()), *[0] * (max(counts) - count)] for path, count in zip(paths, counts, strict=True)]
-            self.keep(torch.tensor(padded, device=self.device), torch.tensor(counts, device=self.device))
-        self.advance(counts)
-        self._nodes = 0
-
-    def truncate(self, row: int, length: int) -> None:
-        """Forget everything of a row from slot `length` on. Raises ValueError where it holds less."""
-        if not 0 <= length <= self.lengths[row]:
-            raise ValueError(f"row {row} holds {self.lengths[row]} slots and can't be cut to {length}")
-        self.advance([length - self.lengths[each] if each == row else 0 for each in range(self.rows)])

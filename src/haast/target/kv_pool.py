@@ -198,11 +198,6 @@ class Sequence:
         """Block numbers, a view."""
         return self._table[: self._blocks]
 
-    @property
-    def capacity(self) -> int:
-        """Slots that the blocks have."""
-        return self._blocks * BLOCK
-
     def reserve(self, slots: int) -> None:
         """Take blocks until there are `slots` slots.
 

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from haast.compat import foreign_hooks
-from haast.native.slots import FORMS
-from haast.native.stack import CBlockTables, CLayer, CPass, CStack, CWeight, Refusal, run_stack
+from haast.native.stack import FORMS, CBlockTables, CLayer, CPass, CStack, CWeight, Refusal, run_stack
 from haast.target.fusing import FusedAttention, FusedRMSNorm, FusedSwiGLU
 from haast.target.kv_pool import BLOCK
 from haast.target.packing import PackedLinear
@@ -54,8 +53,7 @@ class NativeStack:
         factors = (after.variance_epsilon, float(attention.scaling))
         last = None if norm is None else norm.weight.data_ptr()
         self._stack = CStack(self._structures, len(parts), *sizes, *factors, last)
-        self._tables: tuple[Tensor, Tensor] | None = None
-        self._places = (0, 0, 0)
+        self._angles = torch.empty(2, 0, self.head_dim)  # cosines and sines, by position
         self._held = _tensors(self._modules)  # what the structures point to stays alive
         self._known = _fingerprint(self._modules)
 
@@ -208,12 +206,11 @@ class NativeStack:
 
     def angles(self, last: int = 0) -> tuple[int, int, int]:
         """Tables of cosines and sines, for positions up to `last` at least: where they lie, and how long they are."""
-        if self._tables is None or self._places[2] <= last:
+        if self._angles.shape[1] <= last:
             every = torch.arange(max(512, 1 << last.bit_length())).unsqueeze(0)
-            cosine, sine = self._rotary(torch.empty(0), position_ids=every)
-            self._tables = cosine[0].contiguous(), sine[0].contiguous()  # (positions, head_dim) each
-            self._places = (self._tables[0].data_ptr(), self._tables[1].data_ptr(), every.numel())
-        return self._places
+            self._angles = torch.cat(self._rotary(torch.empty(0), position_ids=every))
+        cosine, sine = self._angles
+        return cosine.data_ptr(), sine.data_ptr(), self._angles.shape[1]
 
 
 def int64s(name: str, numbers: Sequence[int] | Tensor, count: int) -> tuple[Any, int]:

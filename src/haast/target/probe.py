@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from haast.errors import UnsupportedModelError
-from haast.target.base import TargetOutput
 from haast.target.device_map import mesh_of
 from haast.target.fusing import FusedAttention
-from haast.target.hf import ModuleForward
+from haast.target.hf import ModuleForward, TargetOutput
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import KVPool
 from haast.target.precision import quantisation
@@ -190,9 +189,8 @@ def _trial(forward: ModuleForward, number: int) -> tuple[dict[tuple[str, int], G
     live = torch.arange(past, device=rows.device) < torch.tensor([[past], [past], [twin]], device=rows.device)
     cache = _cache(forward, 3)
     prefilled = _run(forward, DraftTree.chain(rows, live), cache, last_only=True)
-    cache.commit([range(past), range(past), range(twin)])
+    cache.advance([past, past, twin])
     chain = _run(forward, DraftTree.chain(path.expand(3, -1)).padded(len(_PARENTS)), cache).cut(3, _PATH, own=False)
-    cache.commit([None] * 3)
     nodes = torch.empty(3, len(_PARENTS), dtype=torch.long, device=rows.device)
     nodes[:, list(_ON)] = path
     nodes[:, list(_OFF)] = torch.stack([off, others, off])

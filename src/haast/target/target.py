@@ -22,11 +22,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from haast import compat, native
 from haast.device import without_autograd
 from haast.errors import HeadMismatchError, KVPoolError
-from haast.target.base import TargetOutput, TreeForward
 from haast.target.compiled import CompiledLayers, Progress
 from haast.target.device_map import dispatched, mesh_of, read_weight, sharded, whole
 from haast.target.faster import CompiledForward, NativeForward
-from haast.target.hf import ModuleForward
+from haast.target.hf import ModuleForward, TargetOutput, TreeForward
 from haast.target.kv_budget import KVBudget
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import BLOCK, KVPool
@@ -99,7 +98,10 @@ class Target:
         self._forward_of = ModuleForward(model)
         mesh = mesh_of(model)
         self.ranks = None if mesh is None else Ranks(mesh)  # the processes that hold the model together
-        self.probed = self._agree_on(probe(self._forward_of) if probed is None else probed)
+        self.probed = probe(self._forward_of) if probed is None else probed
+        if self.ranks is not None:  # it decides the shape of what processes exchange, so all have the first one's word
+            gives_features = self.ranks.share([self.probed.decoder_gives_features])[0]
+            self.probed = replace(self.probed, decoder_gives_features=bool(gives_features))
         self._forward_of.decoder_gives_features = self.probed.decoder_gives_features
         self.logit_scale = self._forward_of.logit_scale = self.probed.logit_scale
 
@@ -216,8 +218,11 @@ class Target:
     def new_cache(self, rows: int = 1, capacity: int = 256) -> KVCache:
         """Empty keys and values for `rows` sequences of at most `capacity` slots, in a pool of their own."""
         self.refresh()
-        pool = KVPool(rows * -(-capacity // BLOCK) * BLOCK, retain=0)
-        return self._forward_of.new_cache(pool, self.kv_dtype).bind([pool.sequence() for _ in range(rows)])
+        cache = self._cache_of(rows * -(-capacity // BLOCK) * BLOCK, 0)
+        return cache.bind([cache.pool.sequence() for _ in range(rows)])
+
+    def _cache_of(self, tokens: int, retain: int) -> KVCache:
+        return self._forward_of.new_cache(KVPool(tokens, retain), self._budget.dtype)
 
     @property
     def cache(self) -> KVCache:
@@ -226,8 +231,7 @@ class Target:
             with self.lock:
                 if self._cache is None:
                     slots = self._budget.slots(self.kv_bytes_per_token, self.device)
-                    pool = KVPool(slots, self._budget.kept)
-                    self._cache = self._forward_of.new_cache(pool, self.kv_dtype)
+                    self._cache = self._cache_of(slots, self._budget.kept)
         return self._cache
 
     @property
@@ -239,7 +243,7 @@ class Target:
     def scratch_pool(self, tokens: int) -> Iterator[None]:
         """Inside the block, `cache` and `pool` are small ones of their own: for measurements that leave no trace."""
         with self.lock:
-            kept, self._cache = self._cache, self._forward_of.new_cache(KVPool(tokens, retain=0), self.kv_dtype)
+            kept, self._cache = self._cache, self._cache_of(tokens, 0)
             try:
                 yield
             finally:
@@ -261,14 +265,9 @@ class Target:
             budget.slots(self.kv_bytes_per_token, self.device)
 
     @property
-    def kv_dtype(self) -> torch.dtype | None:
-        """What keys and values are stored in; None is as the model gives them."""
-        return self._budget.dtype
-
-    @property
     def kv_bytes_per_token(self) -> int:
         """Memory of one token's keys and values."""
-        return self.probed.kv_bytes_per_token // (2 if self.kv_dtype and self.dtype.itemsize == 4 else 1)
+        return self.probed.kv_bytes_per_token // (2 if self._budget.dtype and self.dtype.itemsize == 4 else 1)
 
     def locate(self) -> None:
         """Look where the model stands now: its LM head, device and dtype."""
@@ -300,7 +299,11 @@ class Target:
             ValueError: the tree and the cache differ in rows, or a layer index does not exist.
             PoolFullError: the pool has no room for the nodes now.
         """
-        self._check(tree, cache, hidden_layers)
+        if tree.rows != cache.rows:
+            raise ValueError(f"the tree has {tree.rows} rows, the cache {cache.rows}: they must be equal")
+        for index in hidden_layers:
+            if not 0 <= index <= self.layers:
+                raise ValueError(f"hidden layer {index} does not exist: this target has 0 to {self.layers}")
         cache.begin(tree.nodes)
         for way in self._faster_ways():
             output = way.run(tree, cache, last_only, hidden_layers)
@@ -348,19 +351,6 @@ class Target:
         copied = whole(module)
         return copied if self.ranks.leads else module
 
-    def _agree_on(self, probed: Probed) -> Probed:
-        """It decides the shape of what processes exchange, so all have the first one's word."""
-        if self.ranks is None:
-            return probed
-        return replace(probed, decoder_gives_features=bool(self.ranks.share([probed.decoder_gives_features])[0]))
-
-    def _check(self, tree: DraftTree, cache: KVCache, hidden_layers: Sequence[int]) -> None:
-        if tree.rows != cache.rows:
-            raise ValueError(f"the tree has {tree.rows} rows, the cache {cache.rows}: they must be equal")
-        for index in hidden_layers:
-            if not 0 <= index <= self.layers:
-                raise ValueError(f"hidden layer {index} does not exist: this target has 0 to {self.layers}")
-
     def use_one_call(self) -> bool:
         """Run all decoder layers in one native call from here on, if the packed and fused model allows it.
 
@@ -384,7 +374,7 @@ class Target:
             self._native = each
             cache = self.new_cache(2, 32)
             self.forward(first, cache)
-            cache.commit([range(3), range(2)])
+            cache.advance([3, 2])
             output = self.forward(tree, cache, hidden_layers=(middle, self.layers))
             found.append((output.logits, output.features, *output.hidden.values()))
         same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(*found, strict=True))

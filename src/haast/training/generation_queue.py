@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from haast.progress import Progress
 from haast.prompts import Prompt
-from haast.repetition import loop_share
 from haast.sampling import keyed_uniform
+from haast.stats import loop_share
 from haast.training.answers import AnswersFile
 from haast.training.chat import check_template, encode_prompt, tokenizer_hash
 from haast.training.checkpoints import write_probe

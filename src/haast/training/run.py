@@ -35,6 +35,7 @@ from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.heads.medusa import MedusaConfig, MedusaHeads
 from haast.progress import Progress
 from haast.stats import TAU_CONVENTION
+from haast.target.load import hub_name
 from haast.target.target import Target
 from haast.training.batches import Example
 from haast.training.config import TrainConfig
@@ -209,7 +210,7 @@ class Run:
         own = sum("response_ids" in r and r.get("model", self._name) == self._name for r in self._records)
         kind = "Medusa heads" if self._settings.head == "medusa" else "EAGLE head"
         counts = {"draft_vocab": draft_vocab, "own": own, "answers": len(self._records)}
-        return templates.get_template("card.md").render(kind=kind, **counts, **about)
+        return templates.get_template("card.md").render(kind=kind, base_model=hub_name(self._name), **counts, **about)
 
 
 def layer_ids(settings: TrainConfig, target: Target) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
-"""A calibration: what a step costs on this machine with this model, and the drafting that makes the most of it.
+"""A calibration: costs measured with care, and the drafting that makes the most of them on recorded drafts.
 
-Owns the values, their file and the check that a file is of this machine and model. Measuring is `haast.bench`'s.
+Owns the values, their file (what `latency` keeps, and the choice beside it) and the check that a file is of this
+machine and model. Measuring is `haast.bench`'s.
 """
 
 from __future__ import annotations
@@ -9,56 +10,39 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any
 
-from haast.files import write_json
+from haast.tuning.latency import FORMAT, Latency, save, smoothed
 from haast.tuning.policy import CostModel
 
-FORMAT = 1
 _KINDS, _LARGEST = ("dynamic", "static", "chain"), 4096  # of shapes; none larger is ever tried
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Costs of a step, of several rows together, and the choice made from them. Times are medians in ms."""
+@dataclass(frozen=True, kw_only=True)
+class Batch(Latency):
+    """What steps of several rows cost, all of them together, and the choice made from that. Times are medians.
 
-    forward_ms: dict[int, float]  # nodes of a row -> a target forward over all rows
-    first_ms: float  # drafting one level, the head's pass over the accepted tokens included
-    level_ms: dict[int, float]  # width -> every further level
-    overhead_ms: float  # acceptance, commit, stop rules
+    `forward_ms` are by the nodes of a row, and everything else is of all rows too.
+    """
+
     shape: dict[str, Any]  # of the fastest tree, see DraftShape; empty: vanilla decoding is faster
-    pace: dict[str, Any] | None  # what trees keep to, see CostModel; None, for one row alone: trees of one size
-    expected: dict[str, float]  # replayed: tau, tokens_per_s, vanilla_tokens_per_s, speedup; of one row nodes, levels
-    _EXPECTED: ClassVar[tuple[str, ...]] = ("tau", "tokens_per_s", "vanilla_tokens_per_s", "speedup")
+    pace: CostModel | None  # what trees keep to, a table in a file; None, for one row alone: trees of one size
+    expected: dict[str, float]  # replayed: tau, tokens_per_s, vanilla_tokens_per_s, speedup, nodes, levels
 
-    @property
-    def chosen_pace(self) -> CostModel | None:
-        """The pace of the chosen shape, as drafters take it."""
-        if self.pace is None:
-            return None
-        single = {name: float(value) for name, value in self.pace.items() if name != "forward_ms"}
-        return CostModel(tuple(float(ms) for ms in self.pace["forward_ms"]), **single)
-
-    @classmethod
-    def read(cls, values: dict[str, Any]) -> Self:
-        """From a file's values. Raises ValueError, TypeError, KeyError or AttributeError where they are none."""
-        found = cls(**values | {name: milliseconds(values[name]) for name in ("forward_ms", "level_ms")})
-        found.validate()
-        return found
-
-    def validate(self) -> None:
-        """Refuse values that no measurement gives. Raises ValueError, TypeError or KeyError."""
-        times = [*self.forward_ms.values(), *self.level_ms.values(), self.first_ms]
-        if not self.level_ms or not self.forward_ms or not all(0 < float(ms) < math.inf for ms in times):
-            raise ValueError("a cost is missing, or not a number of ms above 0")
-        _check_amount("overhead_ms", self.overhead_ms)
+    def __post_init__(self) -> None:
+        """Refuse values that no measurement gives. Raises ValueError, TypeError, KeyError or OverflowError."""
+        super().__post_init__()
+        if isinstance(self.pace, dict):
+            object.__setattr__(self, "pace", CostModel(**self.pace))
+        if not self.level_ms or not self.first_ms:
+            raise ValueError("the cost of drafting is missing")
         _check_shape(self.shape)
-        _ = [float(self.expected[name]) for name in self._EXPECTED]
-        if self.chosen_pace is None and type(self) is Batch:
+        _ = [float(self.expected[name]) for name in ("tau", "tokens_per_s", "vanilla_tokens_per_s", "speedup")]
+        if self.pace is None and type(self) is Batch:
             raise ValueError("a batch has no pace")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Calibration(Batch):
     """Measured costs of one row's step, behind `committed` slots, and the choice made from them."""
 
@@ -69,44 +53,53 @@ class Calibration(Batch):
     head_parameters: int  # of the head and its draft LM head
     bandwidth: float | None  # bytes a second of this machine; None where it was not measured
     peak: float | None  # fp32 operations a second
-    grid: list[dict[str, float]] = field(default_factory=list)  # tau of every replayed depth, width and nodes
-    measured: dict[str, Any] = field(default_factory=dict)  # date, versions, commit, steps
+    grid: list[dict[str, float]]  # tau of every replayed depth, width and nodes
+    measured: dict[str, Any]  # date, versions, commit, steps
     batches: dict[int, Batch] = field(default_factory=dict)  # rows -> what holds for so many; empty before 0.2
-    _EXPECTED: ClassVar[tuple[str, ...]] = (*Batch._EXPECTED, "nodes", "levels")
 
     def __post_init__(self) -> None:
-        if 1 not in self.forward_ms:
-            raise ValueError("a calibration needs the cost of a forward over 1 node: run `haast calibrate` again")
+        super().__post_init__()
+        _ = [float(self.expected[name]) for name in ("nodes", "levels")]
+        _ = [float(entry[name]) for entry in self.grid for name in ("depth", "width", "nodes", "tau")]
+        for name in ("weight_bytes", "parameters", "head_parameters", "committed", "bandwidth", "peak"):
+            value = getattr(self, name)
+            if not ((value is None and name in ("bandwidth", "peak")) or 0 <= float(value) < math.inf):
+                raise ValueError(f"{name}={value} is no number from 0 on")
+        if not isinstance(self.identity, dict):
+            raise TypeError("identity has to be a table")
+        if any(rows < 2 for rows in self.batches):
+            raise ValueError(f"batches are of 2 rows and more, not of {min(self.batches)}")
 
     @property
     def pays(self) -> bool:
         """Whether drafting is faster than vanilla decoding here."""
         return bool(self.shape)
 
+    @property
+    def latency(self) -> Latency:
+        """Its costs by the nodes of all rows, those of larger forwards from its batches."""
+        points = dict(self.forward_ms)
+        for rows, batch in self.batches.items():
+            points.update({rows * n: ms for n, ms in batch.forward_ms.items() if rows * n > max(self.forward_ms)})
+        return Latency(smoothed(points), self.first_ms, self.level_ms)
+
     def v(self, nodes: int) -> float:
         """Cost of a forward over `nodes` in one-node forwards; only measured counts."""
         return self.forward_ms[nodes] / self.forward_ms[1]
+
+    def roofline_ms(self, nodes: int) -> float | None:
+        """The least time of the linear layers over `nodes` nodes: bytes over bandwidth, or operations over peak."""
+        if self.bandwidth is None or self.peak is None:
+            return None
+        return 1e3 * max(self.weight_bytes / self.bandwidth, 2 * self.parameters * nodes / self.peak)
 
     def document(self) -> dict[str, Any]:
         """What a file holds; more keys beside it do no harm."""
         return {"format": FORMAT, **asdict(self)}
 
-    def validate(self) -> None:
-        """Refuse values that no measurement gives. Raises ValueError, TypeError or KeyError."""
-        super().validate()
-        _ = [float(entry[name]) for entry in self.grid for name in ("depth", "width", "nodes", "tau")]
-        measured = [name for name in ("bandwidth", "peak") if getattr(self, name) is not None]
-        for name in ("weight_bytes", "parameters", "head_parameters", "committed", *measured):
-            _check_amount(name, getattr(self, name))
-        if not isinstance(self.identity, dict):
-            raise TypeError("identity has to be a table")
-        if any(rows < 2 for rows in self.batches):
-            raise ValueError(f"batches are of 2 rows and more, not of {min(self.batches)}")
-
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.document(), path, indent=1)
+        save(self, self.identity, path)
 
     @classmethod
     def load(cls, path: Path, identity: dict[str, Any] | None = None) -> Calibration:
@@ -126,8 +119,8 @@ class Calibration(Batch):
         if not isinstance(values, dict) or values.get("format") != FORMAT or not known <= set(values):
             raise ValueError(f"{path} is no calibration of format {FORMAT}: run `haast calibrate` again")
         try:
-            values["batches"] = {int(rows): Batch.read(each) for rows, each in values["batches"].items()}
-            found = cls.read({name: values[name] for name in known})
+            values["batches"] = {int(rows): Batch(**each) for rows, each in values["batches"].items()}
+            found = cls(**{name: values[name] for name in known})
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise ValueError(f"{path} is damaged ({error}): run `haast calibrate` again") from error
         found.check(identity, str(path))
@@ -142,24 +135,12 @@ class Calibration(Batch):
         raise ValueError(f"the calibration {name} is of another setting ({other}): run `haast calibrate`")
 
 
-def _check_amount(name: str, value: Any) -> None:
-    if not 0 <= float(value) < math.inf:
-        raise ValueError(f"{name}={value} is no number from 0 on")
-
-
 def _check_shape(shape: Any) -> None:
     if not isinstance(shape, dict):
         raise TypeError("a shape has to be a table")
     if not shape:
         return
-    sizes = ("depth", "top_k", "width", "nodes")
-    sound = set(shape) == {"kind", *sizes} and shape["kind"] in _KINDS
-    if not (sound and all(type(shape[name]) is int and 1 <= shape[name] <= _LARGEST for name in sizes)):
+    least = {"depth": 1, "top_k": 1, "width": 1, "nodes": 2}  # a tree has a root and a draft
+    sound = set(shape) == {"kind", *least} and shape["kind"] in _KINDS
+    if not (sound and all(type(shape[name]) is int and low <= shape[name] <= _LARGEST for name, low in least.items())):
         raise ValueError(f"the shape {shape} is none")
-    if shape["nodes"] < 2:
-        raise ValueError(f"nodes={shape['nodes']} is no tree: it has a root and a draft")
-
-
-def milliseconds(costs: dict[Any, Any]) -> dict[int, float]:
-    """Costs by count, of a file: JSON knows no numbers as keys."""
-    return {int(key): float(ms) for key, ms in costs.items()}

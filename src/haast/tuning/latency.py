@@ -1,10 +1,11 @@
-"""What a target forward costs by its nodes, and drafting by its levels: measured at first use, then kept on disk.
+"""What the parts of a step cost (`Latency`): measured at first use, then kept on disk.
 
     v(n)   a forward over n nodes, of all rows together, in forwards over one: what eight rows of two nodes cost is
            about what one row of sixteen does
 
-A busy machine seems slow all over; decisions rest on ratios, and the least time of several counts. No decision looks at
-a clock again, so runs repeat. Knows no drafter: who drafts says how long that takes.
+`haast calibrate` measures the same with more patience (`calibration`), and keeps it in the same form. A busy machine
+seems slow all over; decisions rest on ratios, and the least time of several counts. No decision looks at a clock again,
+so runs repeat. Knows no drafter: who drafts says how long that takes.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -25,13 +26,12 @@ import torch
 from huggingface_hub import cached_assets_path
 
 from haast import native
+from haast.device import cpu_name
 from haast.files import write_json
 from haast.native.library import thread_count
 from haast.target.target import Target
 from haast.tree import DraftTree
-from haast.tuning.calibration import Calibration, milliseconds
-from haast.tuning.machine import cpu_name
-from haast.tuning.policy import interpolate
+from haast.tuning.policy import CostModel, interpolate
 
 _LOG = logging.getLogger(__name__)
 _version = functools.cache(version)  # it reads a file
@@ -45,32 +45,35 @@ _LEAST, _ROUNDS, _SECONDS, _COMMITTED = 3, 5, 2.0, 32
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds, of the fastest runs.
+    """Milliseconds of the parts of a step. As a file holds them, with text for keys, they are understood too.
 
-    `forward_ms` by the nodes of all rows together (has 1), `first_ms` of one row's first level of drafts, observing
-    included, `level_ms` of every further level by its width.
+    Attributes:
+        forward_ms: a target forward by the nodes of all rows together (has 1).
+        first_ms: one row's first level of drafts, observing included.
+        level_ms: every further level, by its width.
+        overhead_ms: acceptance, commit and stop rules, where they were measured.
+
+    Raises ValueError, TypeError, AttributeError or OverflowError for values that no measurement gives.
     """
 
     forward_ms: dict[int, float]
     first_ms: float = 0.0
     level_ms: dict[int, float] = field(default_factory=dict)
-    _found: dict[float, float] = field(default_factory=dict, init=False, repr=False, compare=False)  # every step asks
+    overhead_ms: float = 0.0
 
     def __post_init__(self) -> None:
-        times = [*self.forward_ms.values(), *self.level_ms.values()]
-        if 1 not in self.forward_ms or not all(0 < ms < math.inf for ms in times):
-            raise ValueError(f"forward_ms={self.forward_ms}, level_ms={self.level_ms}: give ms above 0, of 1 node too")
-        if not 0 <= self.first_ms < math.inf:
-            raise ValueError(f"first_ms={self.first_ms} is no number from 0 on")
+        for name in ("forward_ms", "level_ms"):
+            costs = {int(count): float(ms) for count, ms in getattr(self, name).items()}
+            if not all(0 < ms < math.inf for ms in costs.values()) or (name == "forward_ms" and 1 not in costs):
+                raise ValueError(f"{name}={costs}: give ms above 0, of a forward over 1 node too")
+            object.__setattr__(self, name, costs)
+        for name in ("first_ms", "overhead_ms"):
+            if not 0 <= float(getattr(self, name)) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} is no number from 0 on")
 
     def forward(self, nodes: float) -> float:
         """A target forward over so many nodes of all rows."""
-        found = self._found.get(nodes)
-        if found is None:
-            found = interpolate(self.forward_ms, nodes)
-            if nodes == int(nodes):
-                self._found[nodes] = found
-        return found
+        return interpolate(self.forward_ms, nodes)
 
     def level(self, width: int, rows: int = 1) -> float:
         """A further level of drafts, of so many nodes a row. A head's forward grows with rows as the target's does."""
@@ -82,18 +85,17 @@ class Latency:
 
     def step(self, rows: int, nodes: float, levels: int = 0, width: int = 1) -> float:
         """Drafting and verifying `nodes` nodes of every row."""
-        return self.forward(rows * nodes) + self.draft(levels, width, rows)
+        return self.draft(levels, width, rows) + self.forward(rows * nodes) + self.overhead_ms
+
+    def cost_model(
+        self, width: int, rate: float, most: int, rows: int = 1, *, trust: float = 1.0, follow: float = 0.7
+    ) -> CostModel:
+        """These costs as a drafter weighs them that expands `width` nodes a level, for trees of up to `most` nodes."""
+        forwards = tuple(self.forward(rows * nodes) for nodes in range(1, most + 1))
+        return CostModel(forwards, max(self.level(width, rows), 1e-6), rate, trust, follow)
 
     def _growth(self, rows: int) -> float:
         return self.forward(rows) / self.forward(1)
-
-    @classmethod
-    def of_calibration(cls, found: Calibration) -> Latency:
-        """What a calibration has measured, of batches too."""
-        points = dict(found.forward_ms)
-        for rows, batch in found.batches.items():
-            points.update({rows * n: ms for n, ms in batch.forward_ms.items() if rows * n > max(found.forward_ms)})
-        return cls(smoothed(points), found.first_ms, dict(found.level_ms))
 
 
 def smoothed(points: dict[int, float]) -> dict[int, float]:
@@ -160,7 +162,7 @@ def latency_of(
             forward_ms = measure_forwards(target)
             found = Latency(forward_ms) if drafts is None else Latency(forward_ms, *drafts())
             try:
-                _write(found, identity, path)
+                save(found, identity, path)
             except (OSError, ValueError) as error:
                 _LOG.info("what forwards cost is not kept: %s", error)
         return _measured.setdefault(path.name, found)
@@ -170,7 +172,7 @@ def keep(target: Target, found: Latency) -> Path:
     """Let `latency_of` find this for the target from now on, as measured with more patience; returns the file."""
     identity = target_identity(target)
     path = file_for(identity, "latency")
-    _write(found, identity, path)
+    save(found, identity, path)
     _measured[path.name] = found
     return path
 
@@ -184,20 +186,37 @@ def measure_forwards(
     if target.context_length is not None:
         points = tuple(n for n in points if n <= max(target.context_length // 2, 2))
         committed = min(committed, max(target.context_length - max(points), 1))
-    least: dict[int, float] = {}
+    times = time_forwards(target, points, committed, rounds, seconds=seconds, clock=clock)
+    return smoothed({nodes: min(each) for nodes, each in times.items()})
+
+
+def time_forwards(
+    target: Target,
+    points: Sequence[int],
+    committed: int,
+    rounds: int,
+    rows: int = 1,
+    *,
+    seconds: float = math.inf,
+    clock: Callable[[], float] = perf_counter,
+) -> dict[int, list[float]]:
+    """Nodes of every row -> ms of forwards over them, after `committed` slots a row. Every round is over all points.
+
+    After `seconds` it ends, but for a few points that every measurement has.
+    """
+    times: dict[int, list[float]] = {}
     with target.lock, torch.inference_mode(), target.step_threads():
-        cache = target.new_cache(1, committed + max(points))
-        target.forward(_chain(target, committed), cache, last_only=True)
-        cache.advance([committed])
+        cache = target.new_cache(rows, committed + max(points))
+        target.forward(_chain(target, committed, rows), cache, last_only=True)
+        cache.advance([committed] * rows)
         begun = clock()
         for _ in range(rounds):
             for nodes in points:
-                if len(least) >= min(_LEAST, len(points)) and clock() - begun > seconds:
-                    return smoothed(least)
-                tree = _chain(target, nodes)
-                ms = timed(target, lambda tree=tree: target.forward(tree, cache), clock)  # type: ignore[misc]
-                least[nodes] = min(least.get(nodes, math.inf), ms)
-    return smoothed(least)
+                if len(times) >= min(_LEAST, len(points)) and clock() - begun > seconds:
+                    return times
+                run = functools.partial(target.forward, _chain(target, nodes, rows), cache)
+                times.setdefault(nodes, []).append(timed(target, run, clock))
+    return times
 
 
 def timed(target: Target, run: Callable[[], object], clock: Callable[[], float] = perf_counter) -> float:
@@ -215,22 +234,21 @@ def timed(target: Target, run: Callable[[], object], clock: Callable[[], float] 
     return max(float(before.elapsed_time(after)), 1e-6)
 
 
-def _chain(target: Target, nodes: int) -> DraftTree:
-    return DraftTree.chain((torch.arange(nodes, device=target.device) % target.vocab_size).unsqueeze(0))
+def _chain(target: Target, nodes: int, rows: int) -> DraftTree:
+    return DraftTree.chain(torch.arange(nodes, device=target.device).expand(rows, -1) % target.vocab_size)
 
 
-def _write(found: Latency, identity: dict[str, Any], path: Path) -> None:
-    """Whole or not at all."""
+def save(found: Latency, identity: dict[str, Any], path: Path) -> None:
+    """Write costs, and whatever else they come with, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    costs = {"forward_ms": found.forward_ms, "first_ms": found.first_ms, "level_ms": found.level_ms}
-    write_json({"format": FORMAT, "identity": identity, **costs}, path, indent=1)
+    write_json({"format": FORMAT, "identity": identity, **asdict(found)}, path, indent=1)
 
 
 def _read(path: Path) -> Latency | None:
     """What is kept; None where nothing is, or something else: then it is measured anew."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        forward, level = (milliseconds(values[name]) for name in ("forward_ms", "level_ms"))
-        return Latency(forward, float(values["first_ms"]), level) if values["format"] == FORMAT else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        found = Latency(values["forward_ms"], values["first_ms"], values["level_ms"])
+        return found if values["format"] == FORMAT else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         return None

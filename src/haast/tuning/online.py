@@ -101,7 +101,7 @@ class OnlinePolicy:
     def ratio(self, rows: int, size: DraftSize | None, nodes: float) -> float:
         """What a step over `nodes` nodes of every row costs, in steps over the roots alone."""
         levels, width = (0, 1) if size is None else (size.levels, size.width)
-        return self.latency.step(rows, nodes, levels, width) / self.latency.forward(rows)
+        return self.latency.step(rows, nodes, levels, width) / self.latency.step(rows, 1)
 
 
 class Record:
@@ -224,10 +224,10 @@ def best_chain(chances: Sequence[Sequence[float]], latency: Latency) -> tuple[in
     chances = [each for each in chances if each]
     if not chances:
         return 0, 1.0
-    best, found = 1 / latency.forward(rows), (0, 1.0)
+    best, found = 1 / latency.step(rows, 1), (0, 1.0)
     for drafts in range(1, max(map(len, chances)) + 1):
         gain += sum(each[drafts - 1] for each in chances if len(each) >= drafts) / rows
-        rate = (1 + gain / _MATCH_STAKE) / latency.forward(rows * (1 + drafts))
+        rate = (1 + gain / _MATCH_STAKE) / latency.step(rows, 1 + drafts)
         if rate > best:
             best, found = rate, (drafts, 1 + gain)
     return found

@@ -34,6 +34,7 @@ class CostModel:
     follow: float = 0.7
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "forward_ms", tuple(map(float, self.forward_ms)))
         if len(self.forward_ms) < 2:
             raise ValueError(f"forward_ms has {len(self.forward_ms)} entries: give the cost of 1, 2, ... nodes")
         if not all(0 < ms < math.inf for ms in self.forward_ms):

@@ -1,0 +1,167 @@
+"""Is a wrong head told, and a good one never? With the default model, its own head, noise, and another fine-tune.
+
+Every prompt is a process of its own for the watch on a head (`haast.drafters.head_check`): its counts begin anew.
+
+    the shipped head     must never be told
+    noise                weights of the same mean and spread: told, and after how many drafted tokens
+    another fine-tune    the target, taught for a few minutes to answer in capitals: the shipped head is another model's
+
+    python benchmarks/head_check.py --prompts mt_bench.jsonl --answers answers.jsonl --json results/head-check.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from haast.api import Haast, find_head
+from haast.bench.report import environment
+from haast.drafters.eagle import EagleDrafter
+from haast.drafters.factory import make_drafter
+from haast.drafters.head_check import HeadWatch, diagnose
+from haast.drafters.hybrid import HybridDrafter
+from haast.errors import HaastWarning, HeadWarning
+from haast.files import write_json
+from haast.heads.checkpoint import Head, load_head
+from haast.progress import Progress
+from haast.prompts import Prompt, read_json_lines, read_prompts
+from haast.target.load import DEFAULT_MODEL, load_target
+from haast.target.target import Target
+
+TEMPERATURES = (0.0, 1.0)
+
+
+def shipped() -> Head:
+    """The default model's head."""
+    folder = find_head("default", DEFAULT_MODEL)
+    assert folder is not None, "it is shipped"
+    return load_head(folder)
+
+
+def noise() -> Head:
+    """The shipped head with every weight drawn anew."""
+    head, generator = shipped(), torch.Generator().manual_seed(0)
+    for parameter in head.module.parameters():
+        drawn = torch.randn(parameter.shape, generator=generator)
+        parameter.data = drawn * parameter.data.std() + parameter.data.mean()
+    return head
+
+
+def in_capitals(answers: Path, steps: int, say: Callable[[str], None]) -> Target:
+    """The default model after some steps on answers in capitals; nothing else about it is changed."""
+    target = load_target(DEFAULT_MODEL, packing="off")
+    model, tokenizer = target.model, target.tokenizer
+    assert tokenizer is not None, "a named model brings its tokenizer"
+    texts = []
+    for _, record in read_json_lines(answers):
+        said = [
+            {"role": "user", "content": record["prompt"]},
+            {"role": "assistant", "content": record["response"].upper()},
+        ]
+        texts.append(tokenizer.apply_chat_template(said, tokenize=False))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
+    model.set_attn_implementation("sdpa")
+    for step in range(steps):
+        batch = tokenizer(
+            texts[4 * step : 4 * step + 4], return_tensors="pt", padding=True, truncation=True, max_length=160
+        )
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        loss = model(**batch, labels=labels, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        say(f"fine-tuning, step {step + 1} of {steps}, loss {float(loss):.2f}")
+    return Target(model, tokenizer)
+
+
+def watched(
+    target: Target, head: Head, prompts: list[Prompt], tokens: int, drafter: str, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """For every prompt and temperature, whether the head was told, and when."""
+    made = make_drafter(drafter, target, head)
+    eagle = made.eagle if isinstance(made, HybridDrafter) else made
+    assert isinstance(eagle, EagleDrafter), "an EAGLE head drafts"
+    haast, found = Haast(target, made), dict[str, Any]()
+    for temperature in TEMPERATURES:
+        told, drafted, rates = 0, list[int](), list[float]()
+        for number, prompt in enumerate(prompts):
+            eagle._watch = watch = Counting(head.about)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("always", HaastWarning)
+                haast.generate(prompt.turns[0], max_new_tokens=tokens, temperature=temperature, seed=number)
+            if any(each.category is HeadWarning for each in caught):
+                told += 1
+                drafted.append(watch.drafted)
+            rates.append(watch.accepted / watch.steps if watch.steps else 0.0)
+            say(f"{drafter}, T={temperature:g}: {number + 1} of {len(prompts)} prompts, {told} told")
+        found[f"T={temperature:g}"] = {
+            "prompts": len(prompts),
+            "told": told,
+            "drafted_tokens_when_told": {"median": statistics.median(drafted), "most": max(drafted)}
+            if drafted
+            else None,
+            "first_drafts_accepted": {"mean": statistics.fmean(rates), "least": min(rates)},
+        }
+    return found
+
+
+class Counting(HeadWatch):
+    """Counts drafted tokens too."""
+
+    def __init__(self, about: dict[str, Any]) -> None:
+        super().__init__(about, list)
+        self.drafted = 0
+
+    def proposed(self, nodes: int) -> None:
+        super().proposed(nodes)
+        self.drafted += 0 if self.over else nodes - 1
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--answers", type=Path, required=True, help="JSON lines with prompt and response")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--steps", type=int, default=60, help="of the fine-tune")
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--json", required=True)
+    given = parser.parse_args()
+    prompts = read_prompts(given.prompts, given.limit)
+    with Progress("watching heads") as progress:
+        target, say = load_target(DEFAULT_MODEL), progress.say
+        rows = {
+            "shipped": watched(target, shipped(), prompts, given.max_new_tokens, "eagle", say),
+            "shipped, eagle+suffix": watched(target, shipped(), prompts, given.max_new_tokens, "eagle+suffix", say),
+            "noise": watched(target, noise(), prompts[:20], given.max_new_tokens, "eagle", say),
+            "noise, eagle+suffix": watched(target, noise(), prompts[:20], given.max_new_tokens, "eagle+suffix", say),
+        }
+        other = in_capitals(given.answers, given.steps, say)
+        rows["another fine-tune"] = watched(other, shipped(), prompts[:20], given.max_new_tokens, "eagle", say)
+        checks = {
+            name: diagnose(of, copy.deepcopy(head), DEFAULT_MODEL, say).document()
+            for name, of, head in (
+                ("shipped", target, shipped()),
+                ("noise", target, noise()),
+                ("fine-tune", other, shipped()),
+            )
+        }
+    for name, row in rows.items():
+        print(name, {key: (value["told"], value["drafted_tokens_when_told"]) for key, value in row.items()})
+    for name, check in checks.items():
+        print(name, check["verdict"])
+    settings = {"steps": given.steps, "max_new_tokens": given.max_new_tokens}
+    where = environment(target, DEFAULT_MODEL, given.prompts, len(prompts), settings)
+    write_json({"watched": rows, "checks": checks, "environment": where}, given.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -76,8 +76,8 @@ def export(
     loading.check()
     check_writable(json_out)
     from haast.drafters.factory import find_head
-    from haast.formats.export import ENGINES, export_head
-    from haast.formats.opened import OpenedHead, check_files, open_head
+    from haast.formats.export import ENGINES, export_head, wants_embedding
+    from haast.formats.opened import OpenedHead, check_files, embedding_of, open_head
     from haast.target.load import hub_name, read_config
 
     if to not in ENGINES:
@@ -91,9 +91,12 @@ def export(
     config = read_config(loading.model)
     text = config.get_text_config()
     check_files(folder, (int(text.hidden_size), int(text.vocab_size)), loading.model)
+    target = loading.load() if isinstance(found, OpenedHead) or wants_embedding(to) else None
     if isinstance(found, OpenedHead):
-        found, _ = found.fitted(loading.load())
-    written = export_head(found, to, hub_name(loading.model), config, place)
+        assert target is not None, "it is loaded for heads that are not Haast's"
+        found, _ = found.fitted(target)
+    table = embedding_of(target) if target is not None and wants_embedding(to) else None
+    written = export_head(found, to, hub_name(loading.model), config, place, table)
     say = human_output(json_out)
     for note in written.notes:
         print(note, file=say)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,9 @@ class Exported:
     dtype: torch.dtype
 
 
-def export_head(head: Head, engine: str, target: str, config: PretrainedConfig, out: Path) -> Exported:
+def export_head(
+    head: Head, engine: str, target: str, config: PretrainedConfig, out: Path, embedding: Tensor | None = None
+) -> Exported:
     """Write a head for an engine, and check that what was written drafts as the head does, bit for bit.
 
     Args:
@@ -56,6 +58,7 @@ def export_head(head: Head, engine: str, target: str, config: PretrainedConfig, 
         target: its name or hub id, for the card and the command.
         config: the target's configuration.
         out: a folder, made if it is not there.
+        embedding: what the target's tokens are embedded as, (vocabulary, H), for `wants_embedding` engines.
 
     Raises:
         ValueError: an unknown engine; a head that the engine can't draft with; what was written drafts otherwise.
@@ -69,6 +72,9 @@ def export_head(head: Head, engine: str, target: str, config: PretrainedConfig, 
     family = _family(reading, engine)
     written = family.write(reading, described)
     family.check(written, reading, facts)
+    if embedding is not None and wants_embedding(engine):
+        written = replace(written, tensors={"embed_tokens.weight": embedding, **written.tensors})
+        dtype = exact_dtype(written.tensors)
     out.mkdir(parents=True, exist_ok=True)
     notes = list(written.notes)
     if engine == "gguf":
@@ -84,6 +90,14 @@ def export_head(head: Head, engine: str, target: str, config: PretrainedConfig, 
     serve = serving_command(engine, reading, target, place)
     write_text(out / "README.md", _card(head, reading, engine, target, serve, notes))
     return Exported(place, serve, tuple(notes), dtype)
+
+
+def wants_embedding(engine: str) -> bool:
+    """Whether the engine's folders hold the target's embedding where the head has none of its own.
+
+    speculators 0.9 means to take a missing one from the target, and leaves it at whatever the memory held.
+    """
+    return engine == "speculators"
 
 
 def import_head(head: OpenedHead, fitted: Head, settled: Settled | None, target: str, out: Path) -> torch.dtype:
@@ -118,7 +132,7 @@ def import_head(head: OpenedHead, fitted: Head, settled: Settled | None, target:
 def exact_dtype(weights: dict[str, Tensor]) -> torch.dtype:
     """The smallest of float16, bfloat16 and float32 that holds every number as it is."""
     for dtype in (torch.float16, torch.bfloat16):
-        if all(torch.equal(tensor.to(dtype).to(tensor.dtype), tensor) for tensor in weights.values()):
+        if all(torch.equal(t.to(dtype).to(t.dtype), t) for t in weights.values() if t.is_floating_point()):
             return dtype
     return torch.float32
 
@@ -222,7 +236,7 @@ def _card(head: Head, reading: Reading, engine: str, target: str, serve: str, no
     about, kind = head.about, kind_of_reading(reading)
     facts = [f"trained by Haast: {about['command']}"] if "command" in about else []
     facts += [f"from {about['source']}"] if "source" in about else []
-    if "tau" in about:
+    if about.get("tau") is not None:  # None without validation prompts
         facts.append(f"tau {about['tau']:.2f} on validation prompts ({about.get('tau_measured_on', '')})")
     facts += [f"written for {engine}", *notes]
     library = {"gguf": "gguf", "llama.cpp": "transformers"}.get(engine, "transformers")

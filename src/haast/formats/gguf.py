@@ -6,6 +6,7 @@ unpacked. Files are read and written by the `gguf` package.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,8 @@ class Gguf(Format):
 
     def map_names(self, files: HeadFiles, config: HeadSizes, facts: TargetFacts) -> tuple[Reading, list[Question]]:
         assert isinstance(config, Eagle3Config), "read_config gives one"
-        reading, questions = eagle3_reading(files, config, facts)
-        return interleaved(reading), questions
+        reading, questions = eagle3_reading(_with_offsets(files), config, facts)
+        return interleaved(reading), [question for question in questions if question.name != "d2t"]
 
     def write(self, reading: Reading, engine: Engine) -> Written:
         """In the names of `_NAMES`; the keys of the document are the file's."""
@@ -177,6 +178,14 @@ def write_gguf(path: Path, written: Written, dtype: torch.dtype = torch.float16)
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def _with_offsets(files: HeadFiles) -> HeadFiles:
+    """With `d2t` as everybody else has it: small ids would make a vocabulary as offsets too."""
+    ids = files.tensors.get("d2t")
+    if ids is None or ids.dim() != 1 or ids.is_floating_point():
+        return files
+    return replace(files, tensors={**files.tensors, "d2t": ids.long() - torch.arange(len(ids))})
 
 
 def _value(field: Any) -> Any:

@@ -95,6 +95,7 @@ def refuse_own(config: HeadConfig, engine: str, **supported: bool) -> None:
         ("norm_before_residual", False),
         ("norm_output", False),
         ("mask_token_id", -1),
+        ("own_embedding", False),
     ):
         value = getattr(config, key, default)
         if value != default and not supported.get(key, False):
@@ -135,7 +136,7 @@ def _write_eagle1(reading: Reading, config: FeatExtrapolatorConfig, engine: Engi
     """For the official code, vLLM and SGLang, which differ in the class's name and in whether `fc` has a bias."""
     sglang = engine.name == "sglang"
     biased = engine.name != "vllm"
-    refuse_own(config, engine.name, fc_bias=biased, qkv_bias=engine.name == "official")
+    refuse_own(config, engine.name, fc_bias=biased, qkv_bias=engine.name == "official", own_embedding=not sglang)
     if config.num_hidden_layers > 1 and engine.name == "official":
         raise ValueError(f"the official code knows one layer, the head has {config.num_hidden_layers}")
     tensors = dict(reading.weights)
@@ -150,7 +151,8 @@ def _write_eagle1(reading: Reading, config: FeatExtrapolatorConfig, engine: Engi
     document = {
         "architectures": ["LlamaForCausalLMEagle" if sglang else "LlamaForCausalLM"],
         **layers_document(config, engine),
-        "bias": "fc.bias" in tensors,
+        # SGLang takes it for biases of q, k, v and o, and leaves those as the memory was; its fc needs no key.
+        "bias": config.fc_bias and not sglang,
         "qkv_bias": config.qkv_bias,
     }
     return Written(document, tensors, tuple(notes))
@@ -164,7 +166,8 @@ def _write_eagle3(reading: Reading, config: Eagle3Config, engine: Engine) -> Wri
         "sglang": {"fc_norm": True, "input_norm": True, "norm_output": True, "fc_bias": True},
         "llama.cpp": {"input_norm": True, "norm_before_residual": True},
     }
-    refuse_own(config, engine.name, **names[engine.name])
+    narrow = config.read_size != config.hidden_size  # for others SGLang puts the target's table in its place
+    refuse_own(config, engine.name, **names[engine.name], own_embedding=engine.name != "sglang" or narrow)
     if config.num_hidden_layers > 1 and engine.name != "vllm":
         raise ValueError(f"{engine.name} reads one layer of such a head, this one has {config.num_hidden_layers}")
     if len(config.layer_ids) != 3 and engine.name in ("official", "llama.cpp"):
@@ -183,6 +186,8 @@ def _write_eagle3(reading: Reading, config: Eagle3Config, engine: Engine) -> Wri
         "norm_before_residual": config.norm_before_residual,
         "norm_output": config.norm_output,
     }
+    if config.fc_bias:
+        document["bias"] = True  # without it SGLang drops the tensor, and says nothing
     if config.fc_norm:
         document["fc_norm"] = True
     if config.input_norm:
@@ -201,7 +206,11 @@ def _write_eagle3(reading: Reading, config: Eagle3Config, engine: Engine) -> Wri
         document["num_aux_hidden_states"] = len(ids)
         notes.append(f"layers {ids} are not the default: this folder is not for SGLang (--to sglang writes one)")
     first = "midlayer." if engine.name in ("official", "sglang") else "layers.0."
-    return Written(document, eagle3_tensors(reading, first), tuple(notes))
+    tensors = eagle3_tensors(reading, first)
+    if config.fc_bias:
+        # SGLang, the one that knows it, then wants a bias of o too, which its config.json can't say apart.
+        tensors["midlayer.self_attn.o_proj.bias"] = torch.zeros(config.hidden_size)
+    return Written(document, tensors, tuple(notes))
 
 
 def eagle3_tensors(reading: Reading, first: str = "layers.0.") -> dict[str, Tensor]:

@@ -190,6 +190,11 @@ def facts_of(target: Target) -> TargetFacts:
     return TargetFacts(target.config, scale)
 
 
+def embedding_of(target: Target) -> Tensor:
+    """What each of the target's tokens is embedded as, (vocabulary, H) in float32: with its scale, where it has one."""
+    return target.embed(torch.arange(target.vocab_size, device=target.device)).detach().float().cpu()
+
+
 def without_copies(target: Target, reading: Reading) -> Reading:
     """Without an embedding table that is the target's own, as many files hold one."""
     config = reading.config

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 from transformers import LlamaConfig, Qwen3Config
 
 from haast.formats.base import Engine, Format, HeadFiles, Question, Reading, TargetFacts, Written
@@ -25,6 +27,10 @@ _FIRST = {  # the first version's names
     "embedding_layernorm.": "embedding_norm.",
     "pre_lm_head_layernorm.": "norm.",
 }
+_KNOWN = (  # that Haast has and this layout says
+    *("norm_before_residual", "norm_output", "fc_norm", "input_norm"),
+    *("qk_norm", "qkv_bias", "o_bias", "own_embedding"),
+)
 _MASKS = ("mask_token_id", "ptd_token_id", "pard_token")
 _ACCEPTANCE = {"verifier_accept_k": 1, "accept_tolerance": 0.0}  # of its greedy proposals
 VERSION = "0.9.0"
@@ -70,10 +76,10 @@ class Speculators(Format):
                 "speculators 0.9 reads no EAGLE-1 or Medusa heads: export to official, vllm or sglang, or train an "
                 "EAGLE-3 head (haast train --head eagle3)"
             )
-        known = ("norm_before_residual", "norm_output", "fc_norm", "input_norm", "qk_norm", "qkv_bias")
-        refuse_own(config, "speculators", **dict.fromkeys(known, True))
+        refuse_own(config, "speculators", **dict.fromkeys(_KNOWN, True))
         layers = layers_document(config, engine)
         layers["model_type"] = "qwen3" if config.qk_norm else "llama"
+        layers["attention_bias"] = config.qkv_bias or config.o_bias  # its one switch for q, k, v and o
         kept = set(layers) - {"tie_word_embeddings", "use_cache", "initializer_range"}
         document = {
             "architectures": ["Eagle3DraftModel"],
@@ -103,7 +109,10 @@ class Speculators(Format):
                 "verifier": {"name_or_path": engine.target, "architectures": engine.config.get("architectures") or []},
             },
         }
-        return Written(document, eagle3_tensors(reading))
+        notes = []
+        if config.read_size != config.hidden_size:
+            notes.append("speculators' own class reads features as wide as the head alone: this folder is for vLLM")
+        return Written(document, {**_zero_biases(config), **eagle3_tensors(reading)}, tuple(notes))
 
     def _document(self, files: HeadFiles) -> dict[str, Any]:
         """config.json with the layers' own configuration filled up from its class and laid flat."""
@@ -121,6 +130,19 @@ class Speculators(Format):
         if "sliding_attention" in (layers.get("layer_types") or ()):
             raise files.wrong("layer_types names sliding_attention", "use a head whose layers see the whole text")
         return {**whole, **{key: value for key, value in document.items() if value is not None}}
+
+
+def _zero_biases(config: Eagle3Config) -> dict[str, Tensor]:
+    """All biases that the layout's one switch asks for, where the head has some of them."""
+    if config.qkv_bias == config.o_bias:
+        return {}
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
+    rows = {**{name: count * config.head_dim for name, count in heads.items()}, "o": config.hidden_size}
+    return {
+        f"layers.{layer}.self_attn.{name}_proj.bias": torch.zeros(count)
+        for layer in range(config.num_hidden_layers)
+        for name, count in rows.items()
+    }
 
 
 def _first(files: HeadFiles) -> HeadFiles:

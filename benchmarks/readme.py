@@ -16,7 +16,7 @@ from haast.bench.tables import markdown, suite_markdown
 
 KINDS = (  # of documents in results/ but suites, each by the key that only this kind has
     "base", "seconds_to_tau", "explained_variance", "peers", "linears", "contexts", "oracle", "baselines", "lengths",
-    "forward_ms", "batches", "precisions", "conversation", "optimizers",
+    "forward_ms", "batches", "precisions", "conversation", "optimizers", "watched",
 )  # fmt: skip
 _BLOCK = re.compile(r"(<!-- results:(?P<name>[a-z0-9+-]+)(?P<short>#short)? -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
@@ -47,7 +47,9 @@ def _told(documents: dict[str, dict[str, Any]], short: bool) -> str:
     name, document = next(iter(documents.items()))
     if "ratios" in document:  # a suite
         return suite_markdown(document, "short" if short else "tables", name)
-    if "added" in document:
+    if document.get("kind") == "interop-vllm":
+        table = markdown("results.md", "interop", documents)
+    elif "added" in document:
         table = markdown("results.md", "added", documents)
     elif kind := next((key for key in KINDS if key in document), None):
         table = markdown("results.md", kind, document)

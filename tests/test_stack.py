@@ -196,36 +196,38 @@ def test_an_unpacked_model_has_no_stack() -> None:
     assert not target.use_one_call()
 
 
+def proposals(
+    target: Target, head: Head, shape: DraftShape, temperature: float, native_code: bool
+) -> list[torch.Tensor]:
+    """Tokens and parents of every tree that a head drafts for two prompts."""
+    drafter = EagleDrafter(target, copy.deepcopy(head), shape)
+    if not native_code:
+        drafter._forward.stack = None
+        drafter._growing.clear()
+    seen: list[torch.Tensor] = []
+    propose = drafter.propose
+
+    def watched(states: Any, budget: Any = None) -> DraftTree:
+        tree = propose(states, budget)
+        seen.append(torch.stack([tree.tokens, tree.parents]))
+        return tree
+
+    drafter.propose = watched  # type: ignore[method-assign]
+    for _ in Engine(target, drafter).run([[1, 2, 3, 4, 5], [9, 8]], SamplingParams(temperature), StopParams(20)):
+        continue
+    return seen
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_head_drafts_the_same_trees_by_one_call(layers: int) -> None:
     target = made(KINDS["llama"])
     assert target.use_one_call()
     torch.manual_seed(7)
     sizes = FeatExtrapolatorConfig.for_target(target.config, num_hidden_layers=layers)
-    module = FeatExtrapolator(sizes).requires_grad_(False)
-    head = Head(module, torch.arange(0, 61, 2), {})
-    trees: list[list[torch.Tensor]] = []
-    for one_call in (True, False):
-        drafter = EagleDrafter(target, copy.deepcopy(head), DraftShape(depth=4, top_k=5, width=5, nodes=20))
-        assert drafter._forward.stack is not None
-        if not one_call:
-            drafter._forward.stack = None
-            drafter._growing.clear()
-        seen: list[torch.Tensor] = []
-        propose = drafter.propose
-
-        def watched(
-            states: Any, budget: Any = None, propose: Any = propose, seen: list[torch.Tensor] = seen
-        ) -> DraftTree:
-            tree: DraftTree = propose(states, budget)
-            seen.append(torch.stack([tree.tokens, tree.parents]))
-            return tree
-
-        drafter.propose = watched  # type: ignore[method-assign]
-        prompts = [[1, 2, 3, 4, 5], [9, 8]]
-        for _ in Engine(target, drafter).run(prompts, SamplingParams(temperature=1.0), StopParams(20)):
-            continue
-        trees.append(seen)
+    head = Head(FeatExtrapolator(sizes).requires_grad_(False), torch.arange(0, 61, 2), {})
+    assert EagleDrafter(target, copy.deepcopy(head))._forward.stack is not None
+    shape = DraftShape(depth=4, top_k=5, width=5, nodes=20)
+    trees = [proposals(target, head, shape, 1.0, native_code) for native_code in (True, False)]
     assert len(trees[0]) == len(trees[1]) > 3
     assert all(torch.equal(a, b) for a, b in zip(*trees, strict=True))
 
@@ -570,26 +572,11 @@ def test_a_head_that_changes_is_drafted_by_its_modules_in_every_later_shape() ->
 def test_heads_of_others_draft_in_one_call_as_by_modules(form: dict[str, Any]) -> None:
     target = made(KINDS["llama"])
     target.use_one_call()
-    trees: list[list[torch.Tensor]] = []
-    for native_code in (True, False):
-        torch.manual_seed(7)
-        module = FeatExtrapolator(FeatExtrapolatorConfig.for_target(target.config, **form)).requires_grad_(False)
-        for name, parameter in module.named_parameters():
-            torch.nn.init.normal_(parameter, mean=float("norm" in name and parameter.dim() == 1), std=0.3)
-        drafter = EagleDrafter(target, Head(module.eval(), torch.arange(0, 61, 2), {}), DraftShape(nodes=8, depth=3))
-        if not native_code:
-            drafter._forward.stack = None
-        seen: list[torch.Tensor] = []
-        propose = drafter.propose
-
-        def spied(*given: Any, propose: Any = propose, seen: list[torch.Tensor] = seen) -> DraftTree:
-            tree: DraftTree = propose(*given)
-            seen.append(torch.stack([tree.tokens, tree.parents]))
-            return tree
-
-        drafter.propose = spied  # type: ignore[method-assign, assignment]
-        for _ in Engine(target, drafter).run([[1, 2, 3, 4], [5, 6]], SamplingParams(), StopParams(12)):
-            continue
-        trees.append(seen)
+    torch.manual_seed(7)
+    module = FeatExtrapolator(FeatExtrapolatorConfig.for_target(target.config, **form)).requires_grad_(False)
+    for name, parameter in module.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name and parameter.dim() == 1), std=0.3)
+    head = Head(module.eval(), torch.arange(0, 61, 2), {})
+    trees = [proposals(target, head, DraftShape(nodes=8, depth=3), 0.0, native_code) for native_code in (True, False)]
     assert len(trees[0]) == len(trees[1]) > 3
     assert all(torch.equal(a, b) for a, b in zip(*trees, strict=True))

@@ -15,7 +15,7 @@ from typing import Any
 from haast.core import Accepted
 from haast.errors import HeadWarning
 from haast.formats.base import Question, Reading
-from haast.formats.layout import common, conventions
+from haast.formats.conventions import common, conventions
 from haast.formats.opened import OpenedHead, facts_of, reading_of
 from haast.formats.probe import Settled, settle
 from haast.heads.checkpoint import Head

@@ -18,7 +18,8 @@ from torch import Tensor
 from haast.errors import HeadMismatchError
 from haast.files import replacing
 from haast.formats.base import Engine, Format, HeadFiles, Question, Reading, TargetFacts, Written
-from haast.formats.layout import eagle3_config, eagle3_reading, interleaved
+from haast.formats.conventions import interleaved
+from haast.formats.layout import eagle3_config, eagle3_reading
 from haast.formats.official import Official
 from haast.heads.config import HeadConfig, HeadSizes
 from haast.heads.eagle3 import Eagle3Config

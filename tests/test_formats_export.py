@@ -163,3 +163,27 @@ def test_the_card_is_read_by_hubs(target: Target, tmp_path: Path) -> None:
     assert found["library_name"] == "transformers" and found["base_model"] == "someone/tiny"
     assert found["license"] == "apache-2.0" and "speculative-decoding" in found["tags"]
     assert "vllm serve someone/tiny" in words and "tau 2.50" in words
+
+
+def test_what_fails_leaves_nothing_and_what_is_there_stays(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from haast.formats import export as exporting
+
+    head = others.eagle3(target)
+    with monkeypatch.context() as patched:
+        patched.setattr(exporting, "_card", lambda *words: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            export_head(head, "vllm", "someone/tiny", target.model.config, tmp_path / "out")
+        patched.setattr(exporting, "save_file", lambda *words, **more: (_ for _ in ()).throw(OSError(28, "no space")))
+        with pytest.raises(ValueError, match="no space"):
+            export_head(head, "vllm", "someone/tiny", target.model.config, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    with pytest.raises(ValueError, match="is there already"):
+        export_head(head, "vllm", "someone/tiny", target.model.config, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
+    (tmp_path / "empty").mkdir()
+    export_head(head, "vllm", "someone/tiny", target.model.config, tmp_path / "empty")
+    assert (tmp_path / "empty" / "config.json").is_file()

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from haast.files import replacing, write_json, write_text
+from haast.files import new_folder, replacing, write_json, write_text
 from haast.formats.base import Engine, Format, Reading, TargetFacts, Written
 from haast.formats.files import CONFIG, read_files
 from haast.formats.gguf import Gguf, read_gguf, write_gguf
@@ -75,20 +75,18 @@ def export_head(
     if embedding is not None and wants_embedding(engine):
         written = replace(written, tensors={"embed_tokens.weight": embedding, **written.tensors})
         dtype = exact_dtype(written.tensors)
-    out.mkdir(parents=True, exist_ok=True)
-    notes = list(written.notes)
-    if engine == "gguf":
-        place = out / GGUF_FILE
-        write_gguf(place, written, dtype)
-        again = opened(read_gguf(place, str(place)))
-    else:
-        place = out
-        document = {**written.document, "torch_dtype": str(dtype).removeprefix("torch.")}
-        _write_folder(out, document, written, dtype)
-        again = opened(read_files(out, str(out)))
-    _compare(reading, again, facts)
+    place, notes = out / GGUF_FILE if engine == "gguf" else out, list(written.notes)
     serve = serving_command(engine, reading, target, place)
-    write_text(out / "README.md", _card(head, reading, engine, target, serve, notes))
+    with new_folder(out) as folder:
+        if engine == "gguf":
+            write_gguf(folder / GGUF_FILE, written, dtype)
+            again = opened(read_gguf(folder / GGUF_FILE, str(place)))
+        else:
+            document = {**written.document, "torch_dtype": str(dtype).removeprefix("torch.")}
+            _write_folder(folder, document, written, dtype)
+            again = opened(read_files(folder, str(place)))
+        _compare(reading, again, facts)
+        write_text(folder / "README.md", _card(head, reading, engine, target, serve, notes))
     return Exported(place, serve, tuple(notes), dtype)
 
 
@@ -105,7 +103,6 @@ def import_head(head: OpenedHead, fitted: Head, settled: Settled | None, target:
     weights = dict(fitted.module.state_dict())
     dtype = exact_dtype(weights)
     about = {**fitted.about, "target": target}
-    save_head(out, fitted.module.config, weights, fitted.draft_vocab, about, dtype)
     facts = [f"from {head.files.source}", f"{head.format.name} layout, kept by Haast in its own"]
     facts += [f"licence: {about['licence']}"] if "licence" in about else []
     facts += [f"of its files: {note}" for note in head.files.notes]
@@ -125,7 +122,9 @@ def import_head(head: OpenedHead, fitted: Head, settled: Settled | None, target:
         first=expected.get("first"),
         tau=expected.get("chain_tau"),
     )
-    write_text(out / "README.md", text)
+    with new_folder(out) as folder:
+        save_head(folder, fitted.module.config, weights, fitted.draft_vocab, about, dtype)
+        write_text(folder / "README.md", text)
     return dtype
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import torch
 from fakes import tiny_target
 from safetensors.torch import load_file, save_file
 
-from haast.formats.export import ENGINES, exact_dtype, export_head
-from haast.formats.opened import OpenedHead, open_head
+from haast.formats.export import ENGINES, exact_dtype, export_head, serving_command
+from haast.formats.opened import OpenedHead, open_head, reading_of
 from haast.heads.checkpoint import Head
 from haast.target.target import Target
 
@@ -187,3 +188,9 @@ def test_what_fails_leaves_nothing_and_what_is_there_stays(
     (tmp_path / "empty").mkdir()
     export_head(head, "vllm", "someone/tiny", target.model.config, tmp_path / "empty")
     assert (tmp_path / "empty" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("engine", [each for each in ENGINES if each not in ("speculators", "gguf")])
+def test_printed_commands_quote_what_a_shell_would_split(target: Target, engine: str) -> None:
+    command = serving_command(engine, reading_of(others.eagle3(target)), "my model's", Path("x y"))
+    assert "my model's" in shlex.split(command)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,16 @@ def _index(folder: Path, name: str) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"fc.weight": name}}))
 
 
+def _compressed(folder: Path) -> None:
+    _pickle(folder, {"fc.weight": torch.zeros(100_000)})
+    path = folder / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as stored:
+        parts = {name: stored.read(name) for name in stored.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+
+
 # What is done to a sound EAGLE-3 head's files, and what is said of it.
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / CONFIG).unlink(), "there is no config.json"),
@@ -138,6 +150,45 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         "is quantised: fc.weight is torch.int8",
     ),
     "quantised with scales": (lambda f: _tensors(f, fc__weight_scale=torch.ones(1)), "fc.weight_scale"),
+    "a number that is a word": (lambda f: _document(f, rms_norm_eps="abc"), "rms_norm_eps='abc'"),
+    "a number beyond all": (lambda f: _document(f, max_position_embeddings=10**400), "max_position_embeddings=1000"),
+    "a list where none is": (lambda f: _document(f, eagle_config=[1]), r"eagle_config=\[1\]"),
+    "layers in words": (lambda f: _document(f, eagle_aux_hidden_state_layer_ids="2,4,5"), "layer_ids='2,4,5'"),
+    "layers that are switches": (lambda f: _document(f, eagle_aux_hidden_state_layer_ids=[True, False]), "layer_ids"),
+    "a switch in words": (lambda f: _document(f, norm_output="false"), "norm_output='false'"),
+    "no name of a class": (lambda f: _document(f, architectures=3), "architectures=3"),
+    "another activation": (lambda f: _layers(f, hidden_act="abc"), "transformer_layer_config.hidden_act='abc'"),
+    "a rotation without a factor": (lambda f: _layers(f, rope_parameters={"rope_type": "yarn"}), "factor"),
+    "a rotation of no kind": (
+        lambda f: _layers(f, rope_parameters={"rope_type": "nope", "rope_theta": 1e4}),
+        "rope_type': 'nope'",
+    ),
+    "no size": (lambda f: _layers(f, hidden_size=None), "hidden_size"),
+    "a number where a matrix is": (lambda f: _tensors(f, fc__weight=torch.tensor(1.0)), r"fc.weight is \(\)"),
+    "whole numbers for weights": (
+        lambda f: _tensors(f, norm__weight=torch.ones(32, dtype=torch.int64)),
+        "norm.weight is torch.int64",
+    ),
+    "rows for other tokens": (
+        lambda f: _tensors(f, lm_head__weight=torch.ones(28, 32)),
+        r"lm_head.weight is \(28, 32\)",
+    ),
+    "too few rows": (lambda f: _tensors(f, lm_head__weight=torch.ones(7, 32)), r"lm_head.weight is \(7, 32\)"),
+    "another tokenizer's table": (
+        lambda f: _tensors(f, embed_tokens__weight=torch.ones(64, 32)),
+        r"embed_tokens.weight is \(64, 32\), the target knows 32 tokens",
+    ),
+    "no maps": (lambda f: _tensors(f, d2t=None, t2d=None), "lm_head.weight has 14 rows for the target's 32 tokens"),
+    "an empty map": (lambda f: _tensors(f, d2t=torch.zeros(0, dtype=torch.int64)), "d2t"),
+    "a layer without a number": (lambda f: _tensors(f, layers__x__y=ONES), "layers.x.y"),
+    "a table that repeats one number": (
+        lambda f: _pickle(f, {"fc.weight": torch.zeros(1).as_strided((60000, 60000), (0, 0))}),
+        "fc.weight is no plain tensor",
+    ),
+    "a tensor without numbers": (lambda f: _pickle(f, {"fc.weight": torch.empty(2, device="meta")}), "no plain tensor"),
+    "a sparse tensor": (lambda f: _pickle(f, {"fc.weight": torch.eye(3).to_sparse()}), "no plain tensor"),
+    "a compressed pickle": (lambda f: _compressed(f), "compressed"),
+    "an index with an endless name": (lambda f: _index(f, "x" * 5000 + ".bin"), "no file of weights in the head"),
     "no heads": (lambda f: _layers(f, num_attention_heads=5), "5"),
     "layers of another kind": (lambda f: _layers(f, model_type="mamba"), "mamba"),
     "too many layers of the target": (lambda f: _document(f, eagle_aux_hidden_state_layer_ids=[2, 4, 50]), "50"),
@@ -211,13 +262,23 @@ def test_a_gguf_file_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "torn.gguf").write_bytes((tmp_path / "model.gguf").read_bytes()[:40])
     with pytest.raises(HeadMismatchError, match="GGUF"):
         open_head(tmp_path / "torn.gguf")
+    # An array of 2 ** 60 strings, in a file of 70 bytes.
+    (tmp_path / "long.gguf").write_bytes(b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 8, 2**60) + bytes(9))
+    with pytest.raises(HeadMismatchError, match="or torn"):
+        open_head(tmp_path / "long.gguf")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(HeadMismatchError, match="is a file"):
         open_head(tmp_path / "notes.txt")
 
 
 @pytest.mark.parametrize(
-    ("card", "licence"), [("---\nlicense: mit\n---\n# Head\n", "mit"), ("# Head\n", None), (None, None)]
+    ("card", "licence"),
+    [
+        ("---\nlicense: mit\n---\n# Head\n", "mit"),
+        ("# Head\n", None),
+        ("---\nmodel-index: 3\n---\n", None),
+        (None, None),
+    ],
 )
 def test_the_licence_of_the_card_is_kept(target: Target, tmp_path: Path, card: str | None, licence: str | None) -> None:
     folder = others.official_eagle1(tmp_path, others.eagle1(target), target)

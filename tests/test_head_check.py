@@ -120,3 +120,10 @@ def test_diagnosis(target: Target, by_heart: Head, tmp_path: Path) -> None:
     assert not found.fine and "read otherwise" in found.verdict
     bad = diagnose(target, random_head(target), "tiny")
     assert not bad.fine and "hardly drafts" in bad.verdict and any("likely" in line for line in bad.findings)
+
+
+def test_a_foreign_head_that_was_measured_to_draft_nothing_is_told(tmp_path: Path) -> None:
+    target = tiny_target(layers=8, std=0.3)
+    found = open_head(others.speculators(tmp_path, others.eagle3(target), target))
+    with pytest.warns(HeadWarning, match="the text stays the target's own"):
+        decode(target, head_drafter(target, found), [[1, 2, 3]], 120)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,7 +55,8 @@ def import_(
     if settled is not None:
         _show(settled, json_out)
     kept = f"kept in {place} ({str(dtype).removeprefix('torch.')})"
-    print(f"{kept}; haast generate --model {loading.model} --head {place} ...", file=human_output(json_out))
+    model, folder = shlex.quote(loading.model), shlex.quote(str(place))
+    print(f"{kept}; haast generate --model {model} --head {folder} ...", file=human_output(json_out))
     write_json({"head": head, "summary": found.summary, "out": str(place), "about": fitted.about}, json_out)
 
 

@@ -38,6 +38,8 @@ class HeadWatch:
 
     def __init__(self, about: dict[str, Any], causes: Callable[[], list[str]]) -> None:
         told = expected_first(about) or _USUAL
+        if told < _HARDLY:  # measured when the head was read: it hardly drafts, and that is to be said
+            told = _USUAL
         fine, bad = told * _FINE, told * _BAD
         self._hit, self._miss = math.log(bad / fine), math.log((1 - bad) / (1 - fine))
         self._causes, self._told = causes, told

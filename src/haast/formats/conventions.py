@@ -94,8 +94,9 @@ def as_absolute(first: Tensor, absolute: Tensor) -> Any:
     order = absolute.argsort()
 
     def change(reading: Reading) -> Reading:
-        head = reading.weights["lm_head.weight"][back][order]
-        weights = {**reading.weights, "lm_head.weight": head}
+        weights = dict(reading.weights)
+        if not reading.shares_lm_head:
+            weights["lm_head.weight"] = weights["lm_head.weight"][back][order]
         return replace(reading, weights=weights, draft_vocab=absolute.sort().values)
 
     return change

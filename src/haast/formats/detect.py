@@ -12,7 +12,8 @@ from torch import Tensor
 from haast.errors import HeadMismatchError
 
 KINDS = ("eagle", "eagle3", "p-eagle", "medusa")
-_MEDUSA = re.compile(r"(medusa_head\.)?\d+\.\d+\.(linear\.)?(weight|bias)")
+_MEDUSA = re.compile(r"(medusa_head\.)?\d{1,4}\.\d{1,4}\.(linear\.)?(weight|bias)")
+_MATRIX = re.compile(r"(medusa_head\.)?\d+\.\d+\.(linear\.)?weight|(fusion_)?fc\.weight")
 # Signs of heads that draft a block in one pass, those first that the others have too.
 _BLOCKS = (
     ("candidate_selector.", "a DFlash2 head"),
@@ -42,6 +43,11 @@ def kind_of(tensors: dict[str, Tensor], source: str) -> str:
 
     Raises HeadMismatchError, beginning with `source`, for kinds that have no drafter here, and for what is no head.
     """
+    flat = [name for name, tensor in tensors.items() if tensor.dim() != 2 and _MATRIX.fullmatch(name)]
+    if flat:
+        raise HeadMismatchError(
+            f"{source}: {flat[0]} is {tuple(tensors[flat[0]].shape)}, no matrix; fetch the head again"
+        )
     if all(_MEDUSA.fullmatch(name) for name in tensors):
         return "medusa"
     for sign, what in _BLOCKS:

@@ -139,6 +139,7 @@ def exact_dtype(weights: dict[str, Tensor]) -> torch.dtype:
 def serving_command(engine: str, reading: Reading, target: str, place: Path) -> str:
     """What serves the target with the head."""
     where, kind = shlex.quote(str(place)), kind_of_reading(reading)
+    target = shlex.quote(target)
     method = "eagle" if kind == "eagle" else "eagle3"
     if engine == "vllm":
         more = {"parallel_drafting": True} if kind == "p-eagle" else {}

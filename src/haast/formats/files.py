@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ _CACHED = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<
 _WANTED = ("README.md", "*.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 # In this order: what is there twice is read once. Official EAGLE and Medusa heads are pickles.
 _WHOLE = ("model.safetensors", "medusa_lm_head.safetensors", "pytorch_model.bin", "medusa_lm_head.pt", "model.pt")
+_LONGEST = 200  # of a file's name: what file systems take
 _QUANTISED = ("weight_scale", "weight_packed", "qweight", "qzeros", "scales", "weight_scale_inv", "g_idx")
 
 
@@ -72,8 +74,6 @@ def read_files(folder: Path, source: str) -> HeadFiles:
     if document.get("quantization_config"):
         notes.append("quantization_config is not the head's: its tensors are not quantised")
     files = HeadFiles(folder, document, tensors, source, tuple(notes))
-    if not tensors:
-        raise files.wrong("holds no tensors", "fetch the head again")
     _refuse_quantised(files)
     return files
 
@@ -85,8 +85,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        _refuse_packed(path)
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
+    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         raise HeadMismatchError(f"{path} is corrupt ({_short(error)}); fetch the head again") from error
     except Exception as error:  # unpickling raises what it likes
         raise HeadMismatchError(
@@ -100,7 +101,23 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         what = type(found).__name__ if strange is None else f"{strange[0]!r}"
         raise HeadMismatchError(f"{path} holds {what} where named tensors are expected; ask its maker for safetensors")
     tensors: dict[str, Tensor] = found
+    for name, tensor in tensors.items():
+        # Views that repeat their storage are small in a file and anything in memory.
+        plain = tensor.layout is torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
+        if not plain or tensor.is_quantized or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise HeadMismatchError(
+                f"{path}: {name} is no plain tensor with all its numbers in the file; ask its maker for safetensors"
+            )
     return tensors
+
+
+def _refuse_packed(path: Path) -> None:
+    """Torch never compresses what it saves: a small file that is large in memory is none of its own."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+        if sum(part.file_size for part in parts) > path.stat().st_size:
+            raise ValueError("compressed, or parts that overlap")
 
 
 def _named(key: object, value: object) -> bool:
@@ -133,7 +150,7 @@ def _weight_files(folder: Path) -> tuple[list[str], list[str]]:
             raise HeadMismatchError(f"{index} is no index of weights: weight_map is missing; fetch the head again")
         names = sorted(set(map(str, mapping.values())))
         for name in names:
-            if Path(name).name != name or Path(name).suffix not in (".safetensors", ".bin"):
+            if Path(name).name != name or len(name) > _LONGEST or Path(name).suffix not in (".safetensors", ".bin"):
                 raise HeadMismatchError(
                     f"{index} names {name!r}, which is no file of weights in the head's folder; fetch it again"
                 )
@@ -155,7 +172,8 @@ def _refuse_quantised(files: HeadFiles) -> None:
     remedy = "use the head as it was before it was quantised"
     for name, tensor in files.tensors.items():
         small = tensor.dtype.itemsize == 1 and tensor.dtype is not torch.bool
-        if name.rsplit(".", 1)[-1] in _QUANTISED or (small and not name.endswith("t2d")):
+        a_map = name.endswith("t2d") and not tensor.is_floating_point()
+        if name.rsplit(".", 1)[-1] in _QUANTISED or (small and not a_map):
             raise files.wrong(f"the head is quantised: {name} is {tensor.dtype}", remedy)
     for name, tensor in files.tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

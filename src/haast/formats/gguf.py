@@ -6,6 +6,7 @@ unpacked. Files are read and written by the `gguf` package.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from haast.errors import HeadMismatchError
 from haast.files import replacing
 from haast.formats.base import Engine, Format, HeadFiles, Question, Reading, TargetFacts, Written
 from haast.formats.conventions import interleaved
+from haast.formats.keys import check_keys
 from haast.formats.layout import eagle3_config, eagle3_reading
 from haast.formats.official import Official
 from haast.heads.config import HeadConfig, HeadSizes
@@ -43,6 +45,8 @@ _NAMES = {
     "token_embd.weight": "embed_tokens.weight",
     "d2t": "d2t",
 }
+_STRING, _ARRAY = 8, 9  # GGUF's types of values; the others have a fixed length in bytes
+_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _ROPE = "rope_freqs.weight"  # factors of a scaled rotation, which the target has too
 
 
@@ -65,9 +69,11 @@ class Gguf(Format):
             "target_hidden_size": said.get("target_hidden_size"),
         }
         if "rope.freq_base" in said and not said.get("rope.scaled"):
-            document["rope_theta"] = float(said["rope.freq_base"])
-        residual = bool(said.get("norm_before_residual", False))
-        return eagle3_config(files, document, facts, said.get("target_layers"), norm_before_residual=residual)
+            document["rope_theta"] = said["rope.freq_base"]
+        told = {key: said.get(key) for key in ("norm_before_residual", "target_layers")}
+        check_keys(files, {**document, **told}, f"{ARCHITECTURE}.")
+        residual = bool(told["norm_before_residual"])
+        return eagle3_config(files, document, facts, told["target_layers"], norm_before_residual=residual)
 
     def map_names(self, files: HeadFiles, config: HeadSizes, facts: TargetFacts) -> tuple[Reading, list[Question]]:
         assert isinstance(config, Eagle3Config), "read_config gives one"
@@ -124,10 +130,11 @@ class Gguf(Format):
 def read_gguf(path: Path, source: str) -> HeadFiles:
     """A GGUF file's keys and tensors under the names of EAGLE-3. Raises HeadMismatchError for any other GGUF file."""
     try:
+        _check_lengths(path)
         reader = gguf.GGUFReader(path)
         document = {name: _value(each) for name, each in reader.fields.items() if not name.startswith("tokenizer.")}
         document |= {name: reader.fields[name].contents() for name in reader.fields if name.endswith(".target_layers")}
-    except (OSError, ValueError, IndexError, KeyError) as error:
+    except (OSError, ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
         raise HeadMismatchError(f"{path} is no GGUF file, or torn ({error}); fetch it again") from error
     architecture = document.get("general.architecture")
     if architecture != ARCHITECTURE:
@@ -142,14 +149,61 @@ def read_gguf(path: Path, source: str) -> HeadFiles:
             notes.append("its rotation is scaled: taken from the target")
             continue
         name = _NAMES.get(each.name, each.name)
-        if each.tensor_type.name in ("I64", "I32", "I16", "I8"):
+        kind = each.tensor_type.name
+        if kind in ("I64", "I32", "I16", "I8"):
             tensors[name] = torch.from_numpy(np.array(each.data)).long().flatten()
             continue
-        if each.tensor_type.name not in ("F32", "F16", "BF16"):
-            notes.append(f"{each.name} is unpacked from {each.tensor_type.name}")
-        values = gguf.dequantize(each.data, each.tensor_type).astype(np.float32)
+        if kind not in ("F32", "F16", "BF16"):
+            notes.append(f"{each.name} is unpacked from {kind}")
+        try:
+            values = gguf.dequantize(each.data, each.tensor_type).astype(np.float32)
+        except NotImplementedError as error:
+            raise HeadMismatchError(
+                f"{path}: {each.name} is {kind}, which is not unpacked here; convert it to F16"
+            ) from error
         tensors[name] = torch.from_numpy(np.ascontiguousarray(values)).reshape(*map(int, reversed(each.shape.tolist())))
     return HeadFiles(path, document, tensors, source, tuple(dict.fromkeys(notes)))
+
+
+def _check_lengths(path: Path) -> None:
+    """Raise ValueError or struct.error where a length in the file's head leads beyond its end.
+
+    The reader of the `gguf` package takes such lengths at their word, and fills the memory.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+
+        def number(form: str) -> int:
+            found: int = struct.unpack(f"<{form}", file.read(struct.calcsize(form)))[0]
+            return found
+
+        def skip(count: int) -> None:
+            if count > size - file.tell():
+                raise ValueError("a length leads beyond its end")
+            file.seek(count, 1)
+
+        def value(kind: int, count: int, depth: int = 0) -> None:
+            if kind in _BYTES:
+                skip(_BYTES[kind] * count)
+                return
+            if kind not in (_STRING, _ARRAY) or depth > 2:
+                raise ValueError(f"a value of type {kind}")
+            for _ in range(count):  # each of them takes 8 bytes at least, so this ends with the file
+                if kind == _STRING:
+                    skip(number("Q"))
+                else:
+                    value(number("I"), number("Q"), depth + 1)
+
+        if file.read(4) != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        number("I")
+        tensors, keys = number("Q"), number("Q")
+        for _ in range(keys):
+            skip(number("Q"))
+            value(number("I"), 1)
+        for _ in range(tensors):
+            skip(number("Q"))
+            skip(8 * number("I") + 12)
 
 
 def write_gguf(path: Path, written: Written, dtype: torch.dtype = torch.float16) -> None:

@@ -6,16 +6,19 @@ that every EAGLE head leaves open. A family (`formats.official`, ...) says what 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from haast.formats.base import HeadFiles, Option, Question, Reading, TargetFacts
 from haast.formats.conventions import as_absolute, common, conventions, later_norms
 from haast.formats.detect import plain_names
+from haast.formats.keys import NO_SIZES
 from haast.heads.config import HeadConfig
 from haast.heads.eagle3 import Eagle3Config
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
@@ -23,6 +26,8 @@ from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 # What trainers save beside a head, and no head has: buffers, and parts of the target.
 _IGNORED = ("rotary_emb.", "verifier_lm_head.", "verifier_norm.")
 _AUX_NORMS = {"aux_norm_low": "fc_norm.0", "aux_norm_mid": "fc_norm.1", "aux_norm_high": "fc_norm.2"}
+_PADDING = 8  # a vocabulary's padding is less than this part of it
+_LAYER = re.compile(r"layers\.(\d{1,4})\.")
 _MLP_BIAS = ("gate_proj.bias", "up_proj.bias", "down_proj.bias")
 
 
@@ -54,6 +59,8 @@ class Names:
                 f"{theirs} is {tuple(tensor.shape)}, {shape} is expected of the other tensors and config.json",
                 "fetch the head again, or correct config.json",
             )
+        if not tensor.is_floating_point():
+            raise self.files.wrong(f"{theirs} is {tensor.dtype}, which no weights are", "fetch the head again")
         self.taken[ours] = tensor if tensor.dtype is torch.float64 else tensor.float()
 
     def layer(self, theirs: str, ours: str, config: HeadConfig, read: int, norms: Sequence[str]) -> None:
@@ -79,9 +86,12 @@ class Names:
     def embedding(self, config: HeadConfig) -> None:
         """The head's own table, with as many rows as the target's."""
         if config.own_embedding:
-            table = self.left["embed_tokens.weight"]
-            self.left["embed_tokens.weight"] = with_rows(table, config.vocab_size)
+            self.pad("embed_tokens.weight", config.vocab_size)
             self.take("embed_tokens.weight", "embed_tokens.weight", (config.vocab_size, config.hidden_size))
+
+    def pad(self, theirs: str, rows: int) -> None:
+        """Give a tensor by the target's tokens as many rows as the target has."""
+        self.left[theirs] = with_rows(self.files, theirs, self.left[theirs], rows)
 
     def finish(self) -> dict[str, Tensor]:
         """Haast's names and tensors. Raises HeadMismatchError where something was not used."""
@@ -94,8 +104,15 @@ class Names:
         return self.taken
 
 
-def with_rows(table: Tensor, rows: int) -> Tensor:
-    """A table (n, ...) with so many rows: padding, which nobody reads, is cut or added."""
+def with_rows(files: HeadFiles, name: str, table: Tensor, rows: int) -> Tensor:
+    """A table (n, ...) with so many rows: padding, which nobody reads, is cut or added.
+
+    Raises HeadMismatchError where so much differs that it is another tokenizer's.
+    """
+    if table.dim() != 2 or abs(len(table) - rows) > rows // _PADDING:
+        raise files.wrong(
+            f"{name} is {tuple(table.shape)}, the target knows {rows} tokens", "use a head for this target's tokenizer"
+        )
     if len(table) >= rows:
         return table[:rows]
     return torch.cat([table, table.new_zeros(rows - len(table), *table.shape[1:])])
@@ -115,19 +132,31 @@ def rope_of_document(document: dict[str, Any]) -> dict[str, Any] | None:
     return {"rope_type": more.pop("rope_type", kind or "default"), "rope_theta": base, **more}
 
 
+def matrix(files: HeadFiles, tensors: dict[str, Tensor], name: str) -> Tensor:
+    """One of some tensors, which sizes are read off. Raises HeadMismatchError where it is missing, or no matrix."""
+    tensor = tensors.get(name)
+    if tensor is None or tensor.dim() != 2:
+        what = "is missing" if tensor is None else f"is {tuple(tensor.shape)}, no matrix"
+        raise files.wrong(f"{name} {what}", "fetch the head again; Haast knows Llama and Qwen3 layers")
+    return tensor
+
+
 def sizes(files: HeadFiles, document: dict[str, Any], facts: TargetFacts) -> dict[str, Any]:
     """What `HeadConfig` wants, read off the tensors where they say it; the rest from config.json."""
     tensors = plain_names(files.tensors)
-    output, gate = tensors["layers.0.self_attn.o_proj.weight"], tensors.get("layers.0.mlp.gate_proj.weight")
-    if gate is None or gate.dim() != 2:
-        raise files.wrong("layers.0.mlp.gate_proj.weight is missing", "use a head with Llama or Qwen3 layers")
+    output, gate, key = (
+        matrix(files, tensors, f"layers.0.{name}.weight")
+        for name in ("self_attn.o_proj", "mlp.gate_proj", "self_attn.k_proj")
+    )
     heads: Any = document.get("num_attention_heads")
     if not isinstance(heads, int) or heads < 1:
         raise files.wrong(f"num_attention_heads={heads!r} in config.json is no number", "correct it")
     hidden, width = output.shape
     norm = tensors.get("layers.0.self_attn.q_norm.weight")
+    if norm is not None and norm.dim() != 1:
+        raise files.wrong(f"layers.0.self_attn.q_norm.weight is {tuple(norm.shape)}", "fetch the head again")
     dim = len(norm) if norm is not None else int(document.get("head_dim") or 0) or int(width) // heads
-    keys = tensors.get("layers.0.self_attn.k_proj.weight", output).shape[0]
+    keys, eps = key.shape[0], document.get("rms_norm_eps")
     if dim < 1 or width % dim or keys % dim or width // dim != heads:
         raise files.wrong(
             f"layers.0.self_attn.q_proj.weight has {width} rows and k_proj {keys}, which is not {heads} heads "
@@ -142,11 +171,11 @@ def sizes(files: HeadFiles, document: dict[str, Any], facts: TargetFacts) -> dic
         "num_attention_heads": heads,
         "num_key_value_heads": keys // dim,
         "head_dim": dim,
-        "rms_norm_eps": float(document.get("rms_norm_eps", 1e-6)),
+        "rms_norm_eps": 1e-6 if eps is None else float(eps),
         "hidden_act": str(document.get("hidden_act") or "silu"),
         "max_position_embeddings": int(positions or 4096),
         "rope_parameters": rope_of_document(document) or facts.rope,
-        "num_hidden_layers": 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers.")),
+        "num_hidden_layers": 1 + max(int(found[1]) for found in map(_LAYER.match, tensors) if found),
         "fc_bias": "fc.bias" in tensors,
         "qkv_bias": "layers.0.self_attn.q_proj.bias" in tensors,
         "o_bias": "layers.0.self_attn.o_proj.bias" in tensors,
@@ -160,13 +189,17 @@ def eagle3_config(
 ) -> Eagle3Config:
     """An EAGLE-3 head's sizes; `layer_ids` are HF indices, None for those that everybody takes where none are named."""
     tensors = plain_names(files.tensors)
-    fc, head = tensors.get("fc.weight"), tensors.get("lm_head.weight")
-    if fc is None:
+    head, mapping = tensors.get("lm_head.weight"), tensors.get("d2t")
+    if "fc.weight" not in tensors:
         raise files.wrong(
             "fc.weight is missing: the head reads one state, without fusing (use_aux_hidden_state false)",
             "use a head that fuses several layers",
         )
-    read = int(document.get("target_hidden_size") or tensors["layers.0.self_attn.o_proj.weight"].shape[0])
+    fc, output = (matrix(files, tensors, name) for name in ("fc.weight", "layers.0.self_attn.o_proj.weight"))
+    for name, tensor, dims in (("lm_head.weight", head, 2), ("d2t", mapping, 1)):
+        if tensor is not None and (tensor.dim() != dims or not len(tensor)):
+            raise files.wrong(f"{name} is {tuple(tensor.shape)}", "fetch the head again")
+    read = int(document.get("target_hidden_size") or output.shape[0])
     ids = tuple(facts.default_layers if layer_ids is None else sorted({int(each) for each in layer_ids}))
     if fc.shape[1] != read * len(ids):
         raise files.wrong(
@@ -178,7 +211,6 @@ def eagle3_config(
             f"the head reads layers {list(ids)}, the target has {facts.layers}",
             "use a head that was trained for this target",
         )
-    mapping = tensors.get("d2t")
     vocab = int(facts.config.vocab_size)
     drafts = len(mapping) if mapping is not None else (len(head) if head is not None else vocab)
     config: Eagle3Config = made(
@@ -198,9 +230,14 @@ def eagle3_config(
 def made(files: HeadFiles, kind: type[Any], **given: Any) -> Any:
     """A configuration; HeadMismatchError where its sizes make no head."""
     try:
-        return kind(**given)
-    except (TypeError, ValueError) as error:
-        raise files.wrong(f"sizes do not make a head: {error}", "correct config.json") from error
+        config = kind(**given)
+        if isinstance(config, HeadConfig):
+            LlamaRotaryEmbedding(config.layers())
+    except NO_SIZES as error:
+        why = f"{type(error).__name__}: {error}"
+        rope = f" (its rotary parameters are {given['rope_parameters']})" if "rope_parameters" in given else ""
+        raise files.wrong(f"sizes do not make a head: {why}{rope}", "correct config.json") from error
+    return config
 
 
 def eagle3_reading(
@@ -231,11 +268,11 @@ def eagle3_reading(
         names.left.pop("norm.weight", None)
     shares = "lm_head.weight" not in names.left
     if not shares:
-        head = names.left["lm_head.weight"]
         if vocab is None:
-            head = with_rows(head, config.drafts)
-        names.left["lm_head.weight"] = (head if logit_scale == 1.0 else head.float() * logit_scale)[vocab_order(vocab)]
+            names.pad("lm_head.weight", config.drafts)
         names.take("lm_head.weight", "lm_head.weight", (config.drafts, hidden))
+        head = names.taken["lm_head.weight"]
+        names.taken["lm_head.weight"] = (head if logit_scale == 1.0 else head * logit_scale)[vocab_order(vocab)]
     names.embedding(config)
     if config.mask_token_id >= 0:
         names.take("mask_hidden", "mask_hidden", (1, 1, width))
@@ -263,8 +300,14 @@ def draft_ids(names: Names, config: Eagle3Config) -> tuple[Tensor, Question | No
     if d2t is None:
         if t2d is not None and config.draft_vocab_size:
             raise names.files.wrong("it has t2d alone of d2t and t2d", "fetch the head again")
+        if config.draft_vocab_size and config.vocab_size - config.drafts > config.vocab_size // _PADDING:
+            raise names.files.wrong(
+                f"lm_head.weight has {config.drafts} rows for the target's {config.vocab_size} tokens, and d2t, which "
+                f"says whose they are, is missing",
+                "fetch the head again, or use one for this target's tokenizer",
+            )
         return (torch.arange(config.draft_vocab_size), None) if config.draft_vocab_size else None
-    if d2t.dim() != 1 or d2t.is_floating_point():
+    if d2t.dim() != 1 or d2t.is_floating_point() or d2t.is_complex():
         raise names.files.wrong(f"d2t is {tuple(d2t.shape)} of {d2t.dtype}", "d2t has one whole number a draft token")
     offset, absolute = d2t.long() + torch.arange(len(d2t)), d2t.long()
     named = None if t2d is None else t2d.bool().nonzero().flatten()

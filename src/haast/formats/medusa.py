@@ -48,9 +48,15 @@ class Medusa(Format):
                 tensor = left.pop(name, None)
                 if tensor is None:
                     raise files.wrong(f"the tensor {name} is missing", "fetch the heads again")
-                tensor = with_rows(tensor, config.vocab_size) if name.endswith(f".{config.blocks}.weight") else tensor
+                tensor = (
+                    with_rows(files, name, tensor, config.vocab_size)
+                    if name.endswith(f".{config.blocks}.weight")
+                    else tensor
+                )
                 if tuple(tensor.shape) != shape:
                     raise files.wrong(f"{name} is {tuple(tensor.shape)}, {shape} is expected", "fetch the heads again")
+                if not tensor.is_floating_point():
+                    raise files.wrong(f"{name} is {tensor.dtype}, which no weights are", "fetch the heads again")
                 weights[name] = tensor if tensor.dtype is torch.float64 else tensor.float()
         if left:
             raise files.wrong(f"{sorted(left)[:6]} have no place in Medusa heads", "say which trainer wrote them")

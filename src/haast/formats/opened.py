@@ -23,6 +23,7 @@ from haast.formats.deepspec import DeepSpec
 from haast.formats.detect import kind_of, plain_names
 from haast.formats.files import CONFIG, locate, read_files
 from haast.formats.gguf import Gguf, read_gguf
+from haast.formats.keys import check_keys
 from haast.formats.medusa import Medusa
 from haast.formats.modelopt import ModelOpt
 from haast.formats.official import Official
@@ -161,6 +162,9 @@ def draws_as(place: Path) -> str:
 
 def opened(files: HeadFiles) -> OpenedHead:
     """Files that were read, with their kind and family. Raises HeadMismatchError for what is no head of ours to run."""
+    if not files.tensors:
+        raise files.wrong("holds no tensors", "fetch the head again")
+    check_keys(files, files.document)
     kind = kind_of(plain_names(files.tensors), files.source)
     found = OpenedHead(files, kind, next(each for each in FORMATS if each.detect(kind, files)))
     _LOG.info("%s", found.summary)
@@ -171,7 +175,7 @@ def _card_licence(folder: Path) -> str | None:
     """The licence that a model card beside the files names."""
     try:
         licence = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.get("license")
-    except (OSError, ValueError, YAMLError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, YAMLError):  # a card may hold anything
         return None
     return licence if isinstance(licence, str) else None
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import LlamaConfig, Qwen3Config
 
 from haast.formats.base import Engine, Format, HeadFiles, Question, Reading, TargetFacts, Written
+from haast.formats.keys import NO_SIZES
 from haast.formats.layout import Names, eagle1_reading, eagle3_config, eagle3_reading, made, sizes
 from haast.formats.official import eagle3_tensors, layers_document, named_layers, refuse_own
 from haast.heads.config import HeadSizes
@@ -43,7 +43,8 @@ class Speculators(Format):
     kinds = ("eagle", "eagle3", "p-eagle")
 
     def detect(self, kind: str, files: HeadFiles) -> bool:
-        return kind in self.kinds and (kind == "p-eagle" or "speculators_model_type" in files.document)
+        named = "speculators_model_type" in files.document or "fusion_fc.weight" in files.tensors
+        return kind in self.kinds and (kind == "p-eagle" or named)
 
     def read_config(self, files: HeadFiles, facts: TargetFacts) -> HeadSizes:
         document = self._document(files)
@@ -120,12 +121,13 @@ class Speculators(Format):
         layers = document.get("transformer_layer_config")
         if not isinstance(layers, dict):
             return document
-        kind = layers.get("model_type") or "qwen3"
+        kind = str(layers.get("model_type") or "qwen3")
         if kind not in _CLASSES:
             raise files.wrong(f"transformer_layer_config is of type {kind!r}", "use a head with llama or qwen3 layers")
         try:
-            whole = _CLASSES[kind](**layers).to_dict()
-        except (TypeError, ValueError, StrictDataclassError) as error:
+            kept = {key: value for key, value in layers.items() if key not in ("torch_dtype", "dtype")}
+            whole = _CLASSES[kind](**kept).to_dict()
+        except NO_SIZES as error:
             raise files.wrong(f"transformer_layer_config makes no {kind} layer ({error})", "correct it") from error
         if "sliding_attention" in (layers.get("layer_types") or ()):
             raise files.wrong("layer_types names sliding_attention", "use a head whose layers see the whole text")

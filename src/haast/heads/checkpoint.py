@@ -105,8 +105,9 @@ def head_folder(head: str | Path) -> Path:
 
 def is_own(folder: Path) -> bool:
     """Whether a folder's config.json is one that Haast writes, sound or not."""
+    path = folder / "config.json"
     try:
-        document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(document, dict) and str(document.get("format")).startswith("haast-")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from haast.cli.boundary import human_output
-from haast.cli.settings import JsonOption, Loading
+from haast.cli.settings import JsonOption, Loading, text_config
 from haast.files import check_writable, write_json
 
 if TYPE_CHECKING:
@@ -36,11 +36,14 @@ def import_(
     """
     loading.check()
     check_writable(json_out)
+    from haast.formats.base import TargetFacts
     from haast.formats.export import import_head
     from haast.formats.opened import OpenedHead, open_head
     from haast.progress import Progress
     from haast.target.load import hub_name
 
+    if head == "default":
+        raise ValueError("default is Haast's own head: use it as it is (haast export writes it for others)")
     found = open_head(head)
     if not isinstance(found, OpenedHead):
         raise ValueError(f"{head} is a head of Haast's already: use it as it is (haast export writes it for others)")
@@ -48,6 +51,8 @@ def import_(
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ValueError(f"{place} is there already: give another folder as --out")
     print(found.summary, file=human_output(json_out))
+    if (config := text_config(loading.model)) is not None:
+        found.read(TargetFacts(config))  # what is wrong is told before the target loads
     target = loading.load()
     with Progress("measuring") as progress:
         fitted, settled = found.fitted(target, say=progress.say)
@@ -91,8 +96,7 @@ def export(
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ValueError(f"{place} is there already: give another folder as --out")
     config = read_config(loading.model)
-    text = config.get_text_config()
-    check_files(folder, (int(text.hidden_size), int(text.vocab_size)), loading.model)
+    check_files(folder, config.get_text_config(), loading.model)
     target = loading.load() if isinstance(found, OpenedHead) or wants_embedding(to) else None
     if isinstance(found, OpenedHead):
         assert target is not None, "it is loaded for heads that are not Haast's"
@@ -123,11 +127,12 @@ def check(head: HeadArgument, loading: Loading, json_out: JsonOption = None) -> 
     check_writable(json_out)
     from haast.drafters.factory import find_head
     from haast.drafters.head_check import diagnose
-    from haast.formats.opened import open_head
+    from haast.formats.opened import check_files, open_head
     from haast.progress import Progress
 
     folder = find_head(head, loading.model)
     assert folder is not None, "a head was named"
+    check_files(folder, text_config(loading.model), loading.model)
     found = open_head(folder)
     target = loading.load()
     with Progress("measuring") as progress:

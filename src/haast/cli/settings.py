@@ -22,6 +22,8 @@ from haast.errors import check_at_least as check_at_least  # commands take it fr
 from haast.errors import expanded as expanded_path
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from haast.core import SamplingParams
     from haast.drafters.eagle import EagleDrafter
     from haast.drafters.medusa import MedusaDrafter
@@ -148,7 +150,7 @@ class Drafting:
 
             if self.draft_window is not None and draws_as(folder) == "medusa":
                 raise ValueError("--draft-window is for EAGLE heads, and --head names Medusa heads: leave it out")
-            check_files(folder, _sizes_on_disk(model), model)
+            check_files(folder, text_config(model), model)
         return shape
 
     def check_shape(self, device: str) -> DraftShape:
@@ -225,18 +227,17 @@ def fitted(head: Head | OpenedHead | None, target: Target) -> Head | None:
         return head.fitted(target, say=progress.say)[0]
 
 
-def _sizes_on_disk(model: str) -> tuple[int, int] | None:
-    """(hidden size, vocabulary) of a model whose configuration is on this machine; None where only loading tells."""
+def text_config(model: str) -> PretrainedConfig | None:
+    """The text configuration of a model, where it is on this machine; None where only loading tells."""
     from transformers import AutoConfig
 
     from haast.target.load import config_on_disk
 
     folder = config_on_disk(model)
     try:
-        config = None if folder is None else AutoConfig.from_pretrained(folder).get_text_config()
+        return None if folder is None else AutoConfig.from_pretrained(folder).get_text_config()
     except (OSError, KeyError, ValueError):
         return None  # loading the model tells what is wrong with it
-    return None if config is None else (int(config.hidden_size), int(config.vocab_size))
 
 
 def expanded(function: Callable[..., None]) -> Callable[..., None]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -126,7 +127,7 @@ class EagleDrafter(Drafter):
             fuse_small_modules(self._module)
             give_back()
         self._native = packed and native.available()
-        self._watch = HeadWatch(head.about, lambda: causes(target, module.config, head.about))
+        self._watch = HeadWatch(head.about, partial(causes, target, module.config, head.about))
         self._forward = HeadForward(target, self._module, window, self._native)
         self._cache: KVCache | None = None
         self.prefix_key = object()

@@ -111,6 +111,8 @@ def find_head(head: str | Path | None, model: str | None) -> Path | None:
     """
     if head is None:
         return None
+    if not isinstance(head, str | Path):
+        raise HeadMismatchError(f"head is a {type(head).__name__}: give a folder, a .gguf file or a hub id")
     if head != "default":
         return head_folder(locate(head)[0])
     # By the name itself, or in a path or hub id; a converted GGUF file's folder adds to the model's name.

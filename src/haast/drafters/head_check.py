@@ -27,6 +27,7 @@ _USUAL = 0.55  # of first drafts that are accepted, where a head's files do not 
 _FINE, _BAD = 0.5, 0.25  # of what the files say: drafting on other texts may be so bad; only a wrong head is so bad
 _EVIDENCE = math.log(100)  # odds for "bad" over "fine" at which it is said
 STEPS = 100  # of a process that are watched: some 200 to 500 drafted tokens
+_NOTHING = 0.03  # of next tokens: what chance would draft
 _HARDLY = 0.15  # of first drafts accepted: whatever the files say
 
 
@@ -85,7 +86,7 @@ def causes(target: Target, config: Any, about: dict[str, Any], model: str | None
     """What may be wrong with a head for this target, the suspicious first, then what was checked and is right."""
     name = model or str(getattr(target.model, "name_or_path", "") or type(target.model).__name__)
     found: list[tuple[bool, str]] = []  # whether it looks right, and the words
-    trained, precision = about.get("target") or about.get("base_model_name_or_path"), about.get("precision")
+    trained, precision = about.get("target"), about.get("precision")
     if isinstance(trained, str):
         mine, theirs = (each.rstrip("/").split("/")[-1].lower() for each in (name, trained))
         found.append(
@@ -175,7 +176,10 @@ def diagnose(
         reading = reading_of(head)
         settled = settle(target, reading, _questions(reading, target), say=say)
         about, config = head.about, reading.config
-    return Diagnosis(settled, causes(target, config, about, model), expected_first(about))
+    found = causes(target, config, about, model)
+    if settled.agreement.first < _NOTHING:
+        found.insert(0, "hardly anything is drafted: the weights may be damaged, untrained or another model's")
+    return Diagnosis(settled, found, expected_first(about))
 
 
 def _questions(reading: Reading, target: Target) -> list[Question]:

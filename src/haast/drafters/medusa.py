@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -92,7 +93,7 @@ class MedusaDrafter(Drafter):
             pack_linears(self._module)
             give_back()
         self._native = packed and native.available()
-        self._watch = HeadWatch(head.about, lambda: causes(target, module.config, head.about))
+        self._watch = HeadWatch(head.about, partial(causes, target, module.config, head.about))
         check_at_least("nodes", nodes, 2, " (a drafted tree has a root and a draft)")
         self._combined: dict[int, _Combined] = {}
         self._nodes = self._tree_of(nodes).tree.nodes

@@ -70,10 +70,12 @@ def kind_of(tensors: dict[str, Tensor], source: str) -> str:
         raise _undrafted(source, "a DFlash head")
     if fc is not None and tuple(fc.shape) == (hidden, 2 * hidden) and query.shape[1] == hidden:
         return "eagle"
-    shape = None if fc is None else tuple(fc.shape)
+    if fc is None:
+        raise HeadMismatchError(f"{source}: the tensor fc.weight is missing; fetch the head again")
     raise HeadMismatchError(
-        f"{source}: layers.0.self_attn.q_proj.weight is {tuple(query.shape)} beside fc.weight {shape}: an EAGLE head's "
-        f"q_proj reads {hidden} numbers and its fc {2 * hidden}, an EAGLE-3 head's q_proj reads {2 * hidden}"
+        f"{source}: layers.0.self_attn.q_proj.weight is {tuple(query.shape)} beside fc.weight {tuple(fc.shape)}: an "
+        f"EAGLE head's q_proj reads {hidden} numbers and its fc {2 * hidden}, an EAGLE-3 head's q_proj reads "
+        f"{2 * hidden}; fetch the head again, or say which trainer wrote it"
     )
 
 

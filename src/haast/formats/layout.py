@@ -25,10 +25,10 @@ from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 
 # What trainers save beside a head, and no head has: buffers, and parts of the target.
 _IGNORED = ("rotary_emb.", "verifier_lm_head.", "verifier_norm.")
+MASKS = ("mask_token_id", "ptd_token_id", "pard_token")  # by producer, the key of a P-EAGLE head's mask token
 _AUX_NORMS = {"aux_norm_low": "fc_norm.0", "aux_norm_mid": "fc_norm.1", "aux_norm_high": "fc_norm.2"}
 _PADDING = 8  # a vocabulary's padding is less than this part of it
 _LAYER = re.compile(r"layers\.(\d{1,4})\.")
-_MLP_BIAS = ("gate_proj.bias", "up_proj.bias", "down_proj.bias")
 
 
 @dataclass
@@ -96,9 +96,9 @@ class Names:
     def finish(self) -> dict[str, Tensor]:
         """Haast's names and tensors. Raises HeadMismatchError where something was not used."""
         if self.left:
+            more = f" and {len(self.left) - 6} more" if len(self.left) > 6 else ""
             raise self.files.wrong(
-                f"{len(self.left)} tensors have no place in a {self.files.document.get('architectures') or 'head'} as "
-                f"Haast reads it: {', '.join(sorted(self.left)[:6])}",
+                f"the head as Haast reads it has no place for {', '.join(sorted(self.left)[:6])}{more}",
                 "say which trainer wrote the head, or use another one",
             )
         return self.taken
@@ -163,6 +163,10 @@ def sizes(files: HeadFiles, document: dict[str, Any], facts: TargetFacts) -> dic
             f"(num_attention_heads) of {dim} (head_dim)",
             "correct config.json",
         )
+    shapes = {"hidden_size": hidden, "intermediate_size": gate.shape[0], "num_key_value_heads": keys // dim}
+    for said, size in shapes.items():
+        if document.get(said) not in (None, size):
+            raise files.wrong(f"{said} in config.json is {document[said]}, the tensors make it {size}", "correct it")
     positions = document.get("max_position_embeddings") or getattr(facts.config, "max_position_embeddings", None)
     return {
         "hidden_size": int(hidden),
@@ -195,6 +199,9 @@ def eagle3_config(
             "fc.weight is missing: the head reads one state, without fusing (use_aux_hidden_state false)",
             "use a head that fuses several layers",
         )
+    masks = [key for key in MASKS if isinstance(document.get(key), int)]
+    if "mask_hidden" not in tensors and (masks or document.get("speculators_model_type") == "peagle"):
+        raise files.wrong("it is a P-EAGLE head, and its tensor mask_hidden is missing", "fetch the head again")
     fc, output = (matrix(files, tensors, name) for name in ("fc.weight", "layers.0.self_attn.o_proj.weight"))
     for name, tensor, dims in (("lm_head.weight", head, 2), ("d2t", mapping, 1)):
         if tensor is not None and (tensor.dim() != dims or not len(tensor)):

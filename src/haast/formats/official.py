@@ -134,6 +134,8 @@ def layers_document(config: HeadConfig, engine: Engine) -> dict[str, Any]:
 
 def _write_eagle1(reading: Reading, config: FeatExtrapolatorConfig, engine: Engine) -> Written:
     """For the official code, vLLM and SGLang, which differ in the class's name and in whether `fc` has a bias."""
+    if engine.name == "llama.cpp":
+        raise ValueError("llama.cpp reads EAGLE-3 heads alone: train one (haast train --head eagle3)")
     sglang = engine.name == "sglang"
     biased = engine.name != "vllm"
     refuse_own(config, engine.name, fc_bias=biased, qkv_bias=engine.name == "official", own_embedding=not sglang)

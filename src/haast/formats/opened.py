@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from yaml import YAMLError  # type: ignore[import-untyped]  # huggingface_hub brings it
 
 from haast.errors import HeadMismatchError
@@ -115,11 +116,14 @@ class OpenedHead:
         rope = (config.rope_parameters or {}).get("rope_type") if isinstance(config, HeadConfig) else None
         if isinstance(told, int) and told > 0 and rope in (None, "default"):
             about["trained_length"] = told  # heads say how long their texts were; positions beyond work, but worse
-        if isinstance(document.get("base_model_name_or_path"), str):
-            about["base_model_name_or_path"] = document["base_model_name_or_path"]
-        licence = document.get("license") or _card_licence(self.files.folder)
-        if isinstance(licence, str):
-            about["licence"] = licence
+        card = _card(self.files.folder)
+        for key, found in (
+            ("target", document.get("base_model_name_or_path") or card.get("base_model")),
+            ("licence", document.get("license") or card.get("license")),
+        ):
+            found = found[0] if isinstance(found, list) and found else found
+            if isinstance(found, str):
+                about[key] = found
         if settled is not None:
             about["probed"] = {each.question: each.answer for each in settled.tried if each.kept}
             about["unsure"] = list(settled.unsure)
@@ -171,13 +175,13 @@ def opened(files: HeadFiles) -> OpenedHead:
     return found
 
 
-def _card_licence(folder: Path) -> str | None:
-    """The licence that a model card beside the files names."""
+def _card(folder: Path) -> dict[str, Any]:
+    """What a model card beside the files says at its head."""
     try:
-        licence = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.get("license")
+        said: dict[str, Any] = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, TypeError, LookupError, AttributeError, YAMLError):  # a card may hold anything
-        return None
-    return licence if isinstance(licence, str) else None
+        return {}
+    return said
 
 
 def facts_of(target: Target) -> TargetFacts:
@@ -219,17 +223,18 @@ def reading_of(head: Head) -> Reading:
     return Reading(head.module.config, dict(head.module.state_dict()), head.draft_vocab)
 
 
-def check_files(place: Path, sizes: tuple[int, int] | None, target: str) -> None:
-    """Refuse a damaged head, or one for another target, before it loads.
+def check_files(place: Path, config: PretrainedConfig | None, target: str) -> None:
+    """Refuse a damaged head, or one for another target, before that loads.
 
-    `sizes` are the target's hidden size and vocabulary, where they are known. Raises HeadMismatchError.
+    `config` is the target's text configuration, where it is known. Raises HeadMismatchError.
     """
     if place.is_dir() and is_own(place):
-        config = read_head_config(place)
-        if sizes is not None:
-            check_fits(config, *sizes, target)
+        sizes = read_head_config(place)
+        if config is not None:
+            check_fits(sizes, int(config.hidden_size), int(config.vocab_size), target)
         return
     head = open_head(place)
     assert isinstance(head, OpenedHead), "it is not Haast's own"
-    if sizes is not None:
-        head.check_hidden(sizes[0], target)
+    if config is not None:
+        head.check_hidden(int(config.hidden_size), target)
+        head.read(TargetFacts(config))

@@ -28,7 +28,8 @@ from haast.tree import DraftTree
 
 DEPTHS = 3
 TOKENS = 208  # of greedy text, over all prompts
-_SURE, _SAME = 3.0, 2.0  # standard errors: beyond the first another reading is better, within the second as good
+_SURE, _SAME = 3.5, 2.0  # standard errors: beyond the first another reading is better, within the second as good
+_LEAST_GAIN = 0.05  # of tau, by which a better reading is better
 # Short and of several kinds: what is drafted for an answer is drafted after these.
 PROMPTS = (
     "Explain in a few sentences why the sky looks blue during the day and red in the evening.",
@@ -46,6 +47,11 @@ class Text:
     features: Tensor
     hidden: dict[int, Tensor]
     begin: int
+
+    @property
+    def pairs(self) -> int:
+        """Positions after which a chain of `DEPTHS` drafts can be judged."""
+        return len(self.tokens) - 1 - DEPTHS
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,8 @@ class _Search:
         for place, question in enumerate(self.questions):
             for answer in range(len(question.options)):
                 other = self.with_answer(place, answer)
-                if self.measured(other).above(self.measured(self.chosen)) > _SURE:
+                found, best = self.measured(other), self.measured(self.chosen)
+                if found.above(best) > _SURE and found.tau > best.tau + _LEAST_GAIN:
                     self.chosen = other
         return self.chosen != before
 
@@ -256,7 +263,25 @@ def agreement(target: Target, reading: Reading, texts: Sequence[Text]) -> Agreem
     vocab = None if reading.draft_vocab is None else reading.draft_vocab.to(target.device)
     with target.lock:
         found = [read(target, module, vocab, text) for text in texts]  # type: ignore[arg-type]
-    return Agreement(torch.cat([torch.zeros(0, dtype=torch.int64), *(each.cpu() for each in found)]))
+    fresh = _fresh(texts)
+    return Agreement(torch.cat([torch.zeros(0, dtype=torch.int64), *(each.cpu() for each in found)])[fresh])
+
+
+def _fresh(texts: Sequence[Text]) -> list[int]:
+    """The positions that count: of the target's own part, each run of tokens the first time alone.
+
+    Greedy text may go in circles; what is right in one round is right in all of them, and is no more evidence.
+    """
+    known, kept, place = set[tuple[int, ...]](), list[int](), 0
+    for text in texts:
+        tokens = text.tokens.tolist()
+        for position in range(text.pairs):
+            run = tuple(tokens[max(position - 1, 0) : position + 3])
+            if position >= text.begin - 1 and run not in known:
+                known.add(run)
+                kept.append(place + position)
+        place += text.pairs
+    return kept
 
 
 def module_of(target: Target, reading: Reading) -> DraftModule | MedusaHeads:
@@ -272,8 +297,8 @@ def module_of(target: Target, reading: Reading) -> DraftModule | MedusaHeads:
 
 
 def _chain_eagle(target: Target, module: DraftModule, vocab: Tensor | None, text: Text) -> Tensor:
-    """(positions,) accepted drafts after every position of the target's own part."""
-    tokens, pairs = text.tokens, len(text.tokens) - 1 - DEPTHS
+    """(pairs,) accepted drafts after every position."""
+    tokens, pairs = text.tokens, text.pairs
     parts = [text.hidden[layer] for layer in module.target_layers] or [text.features]
     states = module.fuse(torch.cat([part[:pairs] for part in parts], dim=-1).unsqueeze(0))
     embed = module.embedding(target.borrowed(target.embedding))
@@ -295,7 +320,7 @@ def _chain_eagle(target: Target, module: DraftModule, vocab: Tensor | None, text
         best = best if vocab is None else vocab[best]
         alive = alive & (best == tokens[depth + 2 : depth + 2 + pairs])
         accepted += alive
-    return accepted[max(text.begin - 1, 0) :]
+    return accepted
 
 
 def _run(module: DraftModule, embeddings: Tensor, states: Tensor, depths: int, pairs: int) -> Tensor:
@@ -323,7 +348,7 @@ def _logits(target: Target, module: DraftModule, vocab: Tensor | None, states: T
 def _chain_medusa(target: Target, module: MedusaHeads, vocab: Tensor | None, text: Text) -> Tensor:
     """The same for Medusa heads: head i after position t guesses the token at t + 2 + i."""
     tokens, depths = text.tokens, min(DEPTHS, len(module))
-    pairs = len(tokens) - 1 - DEPTHS
+    pairs = text.pairs
     logits = module(text.features[:pairs])
     alive = torch.ones(pairs, dtype=torch.bool, device=tokens.device)
     accepted = torch.zeros(pairs, dtype=torch.int64, device=tokens.device)
@@ -332,4 +357,4 @@ def _chain_medusa(target: Target, module: MedusaHeads, vocab: Tensor | None, tex
         best = best if vocab is None else vocab[best]
         alive = alive & (best == tokens[depth + 2 : depth + 2 + pairs])
         accepted += alive
-    return accepted[max(text.begin - 1, 0) :]
+    return accepted

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, Qwen3Config
 
 from haast.formats.base import Engine, Format, HeadFiles, Question, Reading, TargetFacts, Written
 from haast.formats.keys import NO_SIZES
-from haast.formats.layout import Names, eagle1_reading, eagle3_config, eagle3_reading, made, sizes
+from haast.formats.layout import MASKS, Names, eagle1_reading, eagle3_config, eagle3_reading, made, sizes
 from haast.formats.official import eagle3_tensors, layers_document, named_layers, refuse_own
 from haast.heads.config import HeadSizes
 from haast.heads.eagle3 import Eagle3Config
@@ -31,7 +31,6 @@ _KNOWN = (  # that Haast has and this layout says
     *("norm_before_residual", "norm_output", "fc_norm", "input_norm"),
     *("qk_norm", "qkv_bias", "o_bias", "own_embedding"),
 )
-_MASKS = ("mask_token_id", "ptd_token_id", "pard_token")
 _ACCEPTANCE = {"verifier_accept_k": 1, "accept_tolerance": 0.0}  # of its greedy proposals
 VERSION = "0.9.0"
 
@@ -57,9 +56,9 @@ class Speculators(Format):
             key: bool(document.get(key, False)) for key in ("norm_before_residual", "norm_output")
         }
         if "mask_hidden" in files.tensors:
-            found = [document[key] for key in _MASKS if isinstance(document.get(key), int)]
+            found = [document[key] for key in MASKS if isinstance(document.get(key), int)]
             if not found:
-                raise files.wrong(f"a P-EAGLE head names no mask token: {', '.join(_MASKS)}", "add one to config.json")
+                raise files.wrong(f"a P-EAGLE head names no mask token: {', '.join(MASKS)}", "add one to config.json")
             conventions["mask_token_id"] = found[0]
         return eagle3_config(files, document, facts, named_layers(document), **conventions)
 

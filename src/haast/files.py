@@ -22,7 +22,10 @@ def replacing(path: Path) -> Iterator[Path]:
     path = path.resolve()  # the file behind a link, not the link, is replaced
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
+        temporary.touch()
+        mode = (path if path.exists() else temporary).stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # some writers make files for their owner alone
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

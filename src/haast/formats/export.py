@@ -142,8 +142,7 @@ def serving_command(engine: str, reading: Reading, target: str, place: Path) -> 
     target = shlex.quote(target)
     method = "eagle" if kind == "eagle" else "eagle3"
     if engine == "vllm":
-        more = {"parallel_drafting": True} if kind == "p-eagle" else {}
-        spec = {"method": method, "model": str(place), "num_speculative_tokens": 3, **more}
+        spec = {"method": method, "model": str(place), "num_speculative_tokens": 3}
         return f"vllm serve {target} --speculative-config {shlex.quote(json.dumps(spec))}"
     if engine == "speculators":
         return f"vllm serve {where}"

@@ -1,6 +1,8 @@
 """Is a wrong head told, and a good one never? With the default model, its own head, noise, and another fine-tune.
 
-Every prompt is a process of its own for the watch on a head (`haast.drafters.head_check`): its counts begin anew.
+For the shipped head every prompt is a process of its own for the watch (`haast.drafters.head_check`): its counts begin
+anew. With --wrong, a process answers prompts one after another until the head is told: one that drafts badly drafts
+little, so that a short answer may end before.
 
     the shipped head     must never be told
     noise                weights of the same mean and spread: told, and after how many drafted tokens
@@ -25,7 +27,7 @@ from haast.api import Haast, find_head
 from haast.bench.report import environment
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.factory import make_drafter
-from haast.drafters.head_check import HeadWatch, diagnose
+from haast.drafters.head_check import STEPS, HeadWatch, diagnose
 from haast.drafters.hybrid import HybridDrafter
 from haast.errors import HaastWarning, HeadWarning
 from haast.files import write_json
@@ -81,6 +83,40 @@ def in_capitals(answers: Path, steps: int, say: Callable[[str], None]) -> Target
     return Target(model, tokenizer)
 
 
+def until_told(
+    target: Target, head: Head, prompts: list[Prompt], tokens: int, processes: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """For processes that begin at different prompts, after how many drafted tokens, and texts, the head was told."""
+    made = make_drafter("eagle+suffix", target, head)
+    assert isinstance(made, HybridDrafter), "an EAGLE head drafts, and the text"
+    haast, found = Haast(target, made), dict[str, Any]()
+    for temperature in TEMPERATURES:
+        drafted, texts = list[int](), list[int]()
+        for process in range(processes):
+            made.eagle._watch = watch = Counting(head.about)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                for number in range(len(prompts)):
+                    prompt = prompts[(process * 7 + number) % len(prompts)]
+                    haast.generate(prompt.turns[0], max_new_tokens=tokens, temperature=temperature, seed=number)
+                    if watch.over:
+                        break
+            told = watch.over and watch.steps < STEPS
+            drafted += [watch.drafted] if told else []
+            texts += [number + 1] if told else []
+            say(f"T={temperature:g}: {process + 1} of {processes} processes, {len(drafted)} told")
+        found[f"T={temperature:g}"] = {
+            "prompts": processes,
+            "told": len(drafted),
+            "drafted_tokens_when_told": {"median": statistics.median(drafted), "most": max(drafted)}
+            if drafted
+            else None,
+            "texts_when_told": max(texts, default=None),
+            "first_drafts_accepted": {"mean": watch.accepted / watch.steps, "least": watch.accepted / watch.steps},
+        }
+    return found
+
+
 def watched(
     target: Target, head: Head, prompts: list[Prompt], tokens: int, drafter: str, say: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -113,6 +149,10 @@ def watched(
     return found
 
 
+def _spread(numbers: list[int]) -> dict[str, float] | None:
+    return {"median": statistics.median(numbers), "most": max(numbers)} if numbers else None
+
+
 class Counting(HeadWatch):
     """Counts drafted tokens too."""
 
@@ -133,27 +173,22 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--steps", type=int, default=60, help="of the fine-tune")
     parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--wrong", type=int, metavar="N", help="N processes of each wrong head, and nothing else")
     parser.add_argument("--json", required=True)
     given = parser.parse_args()
     prompts = read_prompts(given.prompts, given.limit)
     with Progress("watching heads") as progress:
-        target, say = load_target(DEFAULT_MODEL), progress.say
-        rows = {
-            "shipped": watched(target, shipped(), prompts, given.max_new_tokens, "eagle", say),
-            "shipped, eagle+suffix": watched(target, shipped(), prompts, given.max_new_tokens, "eagle+suffix", say),
-            "noise": watched(target, noise(), prompts[:20], given.max_new_tokens, "eagle", say),
-            "noise, eagle+suffix": watched(target, noise(), prompts[:20], given.max_new_tokens, "eagle+suffix", say),
-        }
-        other = in_capitals(given.answers, given.steps, say)
-        rows["another fine-tune"] = watched(other, shipped(), prompts[:20], given.max_new_tokens, "eagle", say)
-        checks = {
-            name: diagnose(of, copy.deepcopy(head), DEFAULT_MODEL, say).document()
-            for name, of, head in (
-                ("shipped", target, shipped()),
-                ("noise", target, noise()),
-                ("fine-tune", other, shipped()),
-            )
-        }
+        target, say, tokens = load_target(DEFAULT_MODEL), progress.say, given.max_new_tokens
+        rows, checks = dict[str, Any](), dict[str, Any]()
+        if given.wrong is None:
+            for drafter in ("eagle", "eagle+suffix"):
+                rows[f"shipped, {drafter}"] = watched(target, shipped(), prompts, tokens, drafter, say)
+            checks["shipped"] = diagnose(target, shipped(), DEFAULT_MODEL, say).document()
+        else:
+            other = in_capitals(given.answers, given.steps, say)
+            for name, of, head in (("noise", target, noise()), ("another fine-tune", other, shipped())):
+                checks[name] = diagnose(of, copy.deepcopy(head), DEFAULT_MODEL, say).document()
+                rows[name] = until_told(of, head, prompts, tokens, given.wrong, say)
     for name, row in rows.items():
         print(name, {key: (value["told"], value["drafted_tokens_when_told"]) for key, value in row.items()})
     for name, check in checks.items():

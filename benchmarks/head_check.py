@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--answers", type=Path, required=True, help="JSON lines with prompt and response")
     parser.add_argument("--limit", type=int)
-    parser.add_argument("--steps", type=int, default=60, help="of the fine-tune")
+    parser.add_argument("--steps", type=int, default=60, help="of the fine-tune; 0 leaves it out")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--wrong", type=int, metavar="N", help="N processes of each wrong head, and nothing else")
     parser.add_argument("--json", required=True)
@@ -185,8 +185,10 @@ def main() -> None:
                 rows[f"shipped, {drafter}"] = watched(target, shipped(), prompts, tokens, drafter, say)
             checks["shipped"] = diagnose(target, shipped(), DEFAULT_MODEL, say).document()
         else:
-            other = in_capitals(given.answers, given.steps, say)
-            for name, of, head in (("noise", target, noise()), ("another fine-tune", other, shipped())):
+            wrong = [("noise", target, noise())]
+            if given.steps:
+                wrong.append(("another fine-tune", in_capitals(given.answers, given.steps, say), shipped()))
+            for name, of, head in wrong:
                 checks[name] = diagnose(of, copy.deepcopy(head), DEFAULT_MODEL, say).document()
                 rows[name] = until_told(of, head, prompts, tokens, given.wrong, say)
     for name, row in rows.items():

@@ -31,6 +31,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_new_folder(path: Path) -> None:
+    """Refuse a place for a new folder where something is already; an empty folder is none. Raises ValueError."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is there already: give another folder")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path` to fill; it becomes `path` when the block ends, and goes away where it fails.
@@ -40,8 +46,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     path = path.resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            raise ValueError(f"{path} is there already: give another folder")
+        check_new_folder(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary

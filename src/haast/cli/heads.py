@@ -10,7 +10,7 @@ import typer
 
 from haast.cli.boundary import human_output
 from haast.cli.settings import JsonOption, Loading, text_config
-from haast.files import check_writable, write_json
+from haast.files import check_new_folder, check_writable, write_json
 
 if TYPE_CHECKING:
     from haast.formats.probe import Settled
@@ -36,9 +36,8 @@ def import_(
     """
     loading.check()
     check_writable(json_out)
-    from haast.formats.base import TargetFacts
     from haast.formats.export import import_head
-    from haast.formats.opened import OpenedHead, open_head
+    from haast.formats.opened import OpenedHead, check_head, open_head
     from haast.progress import Progress
     from haast.target.load import hub_name
 
@@ -48,11 +47,9 @@ def import_(
     if not isinstance(found, OpenedHead):
         raise ValueError(f"{head} is a head of Haast's already: use it as it is (haast export writes it for others)")
     place = Path(Path(head).name.split("@")[0].removesuffix(".gguf")) if out is None else out
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise ValueError(f"{place} is there already: give another folder as --out")
+    check_new_folder(place)
     print(found.summary, file=human_output(json_out))
-    if (config := text_config(loading.model)) is not None:
-        found.read(TargetFacts(config))  # what is wrong is told before the target loads
+    check_head(found, text_config(loading.model), loading.model)  # before the target loads
     target = loading.load()
     with Progress("measuring") as progress:
         fitted, settled = found.fitted(target, say=progress.say)
@@ -84,7 +81,7 @@ def export(
     check_writable(json_out)
     from haast.drafters.factory import find_head
     from haast.formats.export import ENGINES, export_head, wants_embedding
-    from haast.formats.opened import OpenedHead, check_files, embedding_of, open_head
+    from haast.formats.opened import OpenedHead, check_head, embedding_of, open_head
     from haast.target.load import hub_name, read_config
 
     if to not in ENGINES:
@@ -93,10 +90,9 @@ def export(
     assert folder is not None, "a head was named"
     found = open_head(folder)
     place = Path(f"{Path(head).name}-{to}") if out is None else out
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise ValueError(f"{place} is there already: give another folder as --out")
+    check_new_folder(place)
     config = read_config(loading.model)
-    check_files(folder, config.get_text_config(), loading.model)
+    check_head(found, config.get_text_config(), loading.model)
     target = loading.load() if isinstance(found, OpenedHead) or wants_embedding(to) else None
     if isinstance(found, OpenedHead):
         assert target is not None, "it is loaded for heads that are not Haast's"
@@ -127,13 +123,13 @@ def check(head: HeadArgument, loading: Loading, json_out: JsonOption = None) -> 
     check_writable(json_out)
     from haast.drafters.factory import find_head
     from haast.drafters.head_check import diagnose
-    from haast.formats.opened import check_files, open_head
+    from haast.formats.opened import check_head, open_head
     from haast.progress import Progress
 
     folder = find_head(head, loading.model)
     assert folder is not None, "a head was named"
-    check_files(folder, text_config(loading.model), loading.model)
     found = open_head(folder)
+    check_head(found, text_config(loading.model), loading.model)
     target = loading.load()
     with Progress("measuring") as progress:
         diagnosis = diagnose(target, found, loading.model, progress.say)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from haast.errors import HeadMismatchError
-from haast.heads.config import HeadConfig, HeadSizes, rope_of
+from haast.heads.config import HeadSizes, rope_of
 from haast.heads.eagle3 import default_layers
 
 
@@ -186,10 +186,3 @@ class Format(ABC):
         for name, tensor in reading.weights.items():
             if not torch.equal(again.weights[name].float(), tensor.float()):
                 raise ValueError(f"{files.source} has other numbers than the head in {name}")
-
-
-def same_conventions(one: HeadSizes, other: HeadSizes) -> bool:
-    """Whether two configurations draft alike: all but the length that positions were planned for."""
-    if isinstance(one, HeadConfig) and isinstance(other, HeadConfig):
-        other = replace(other, max_position_embeddings=one.max_position_embeddings)
-    return one == other

@@ -38,7 +38,7 @@ def common(config: HeadConfig, facts: TargetFacts) -> list[Question]:
     plain["rope_theta"] = own.get("rope_theta", 10000.0)
     ropes = [(_rope_words(own), own), (f"the target's, {_rope_words(facts.rope)}", facts.rope)]
     questions.append(Question.of("rope", "rope_parameters", [*ropes, ("without scaling", plain)]))
-    rotate = Option("interleaved pairs", lambda reading: interleaved(reading))
+    rotate = Option("interleaved pairs", interleaved)
     questions.append(Question("rope style", (Option("halves (neox)", lambda reading: reading), rotate)))
     if facts.embedding_scale != 1.0 and not config.own_embedding:
         scales = [("as the target's", 1.0), ("the table's rows", 1.0 / facts.embedding_scale)]

@@ -194,7 +194,7 @@ def _write_folder(out: Path, document: dict[str, Any], written: Written, dtype: 
 def _compare(reading: Reading, again: OpenedHead, facts: TargetFacts) -> None:
     """Raise ValueError unless a head that was written and read drafts as it did."""
     read, _ = again.read(facts)
-    (ours,), (theirs,) = _drafts(reading), _drafts(read)
+    ours, theirs = _drafts(reading), _drafts(read)
     # EAGLE-1's and Medusa's layouts have no draft vocabulary, which the notes say.
     maps = isinstance(reading.config, Eagle3Config) and reading.draft_vocab is not None
     lost = maps and (read.draft_vocab is None or not torch.equal(read.draft_vocab, reading.draft_vocab))  # type: ignore[arg-type]
@@ -205,7 +205,7 @@ def _compare(reading: Reading, again: OpenedHead, facts: TargetFacts) -> None:
         )
 
 
-def _drafts(reading: Reading) -> tuple[Tensor, ...]:
+def _drafts(reading: Reading) -> Tensor:
     """What a head makes of some random features: bit for bit the same where two are the same."""
     vocab = None if reading.draft_vocab is None else len(reading.draft_vocab)
     if isinstance(reading.config, MedusaConfig) and vocab is None:
@@ -215,12 +215,11 @@ def _drafts(reading: Reading) -> tuple[Tensor, ...]:
     generator, config = torch.Generator().manual_seed(0), reading.config
     with torch.no_grad():
         if not isinstance(module, DraftModule):
-            features = torch.randn(1, 16, config.hidden_size, generator=generator)
-            states = features
+            states = torch.randn(1, 16, config.hidden_size, generator=generator)
             first: Any = module[0]
             for block in first[:-1]:
                 states = block(states)
-            return (states,)
+            return states
         assert not isinstance(config, MedusaConfig), "a DraftModule"
         width = len(module.target_layers) * config.read_size if isinstance(config, Eagle3Config) else config.hidden_size
         features = torch.randn(1, 16, width, generator=generator)
@@ -228,7 +227,7 @@ def _drafts(reading: Reading) -> tuple[Tensor, ...]:
         states = module(embeddings, module.fuse(features), torch.arange(16)[None])
         if isinstance(config, Eagle3Config) and "lm_head.weight" in reading.weights:
             states = module.normed(states) @ reading.weights["lm_head.weight"].float().T
-        return (states,)
+        return states
 
 
 def _card(head: Head, reading: Reading, engine: str, target: str, serve: str, notes: Sequence[str]) -> str:
@@ -238,7 +237,7 @@ def _card(head: Head, reading: Reading, engine: str, target: str, serve: str, no
     if about.get("tau") is not None:  # None without validation prompts
         facts.append(f"tau {about['tau']:.2f} on validation prompts ({about.get('tau_measured_on', '')})")
     facts += [f"written for {engine}", *notes]
-    library = {"gguf": "gguf", "llama.cpp": "transformers"}.get(engine, "transformers")
+    library = "gguf" if engine == "gguf" else "transformers"
     return (
         _templates()
         .get_template("card.md")

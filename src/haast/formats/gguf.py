@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from haast.errors import HeadMismatchError
 from haast.files import replacing
@@ -132,8 +133,7 @@ def read_gguf(path: Path, source: str) -> HeadFiles:
     try:
         _check_lengths(path)
         reader = gguf.GGUFReader(path)
-        document = {name: _value(each) for name, each in reader.fields.items() if not name.startswith("tokenizer.")}
-        document |= {name: reader.fields[name].contents() for name in reader.fields if name.endswith(".target_layers")}
+        document = {name: each.contents() for name, each in reader.fields.items() if not name.startswith("tokenizer.")}
     except (OSError, ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
         raise HeadMismatchError(f"{path} is no GGUF file, or torn ({error}); fetch it again") from error
     architecture = document.get("general.architecture")
@@ -243,10 +243,6 @@ def _with_offsets(files: HeadFiles) -> HeadFiles:
     return replace(files, tensors={**files.tensors, "d2t": ids.long() - torch.arange(len(ids))})
 
 
-def _value(field: Any) -> Any:
-    return field.contents()
-
-
 def _paired(tensors: dict[str, Tensor], config: HeadConfig) -> dict[str, Tensor]:
     """Query and key rows in llama.cpp's order: halves of a head become neighbouring pairs."""
     found = {}
@@ -260,8 +256,6 @@ def _paired(tensors: dict[str, Tensor], config: HeadConfig) -> dict[str, Tensor]
 
 def _llama3_factors(config: HeadConfig) -> Tensor:
     """By what llama.cpp divides the frequencies of a Llama 3 rotation: the plain ones over the scaled ones."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
     plain = 1.0 / float((config.rope_parameters or {})["rope_theta"]) ** (
         torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from haast.formats.base import Engine, Format, HeadFiles, Question, Reading, TargetFacts, Written
-from haast.formats.layout import made, with_rows
+from haast.formats.layout import Names, made
 from haast.heads.config import HeadSizes
 from haast.heads.medusa import MedusaConfig
 
@@ -37,30 +37,17 @@ class Medusa(Format):
 
     def map_names(self, files: HeadFiles, config: HeadSizes, facts: TargetFacts) -> tuple[Reading, list[Question]]:
         assert isinstance(config, MedusaConfig), "read_config gives one"
-        weights, left = {}, _plain(files)
-        hidden = config.hidden_size
+        names, hidden = Names(files, _plain(files), {}), config.hidden_size
         for head in range(config.heads):
-            wanted: dict[str, tuple[int, ...]] = {}
             for block in range(config.blocks):
-                wanted |= {f"{head}.{block}.linear.weight": (hidden, hidden), f"{head}.{block}.linear.bias": (hidden,)}
-            wanted[f"{head}.{config.blocks}.weight"] = (config.vocab_size, hidden)
-            for name, shape in wanted.items():
-                tensor = left.pop(name, None)
-                if tensor is None:
-                    raise files.wrong(f"the tensor {name} is missing", "fetch the heads again")
-                tensor = (
-                    with_rows(files, name, tensor, config.vocab_size)
-                    if name.endswith(f".{config.blocks}.weight")
-                    else tensor
-                )
-                if tuple(tensor.shape) != shape:
-                    raise files.wrong(f"{name} is {tuple(tensor.shape)}, {shape} is expected", "fetch the heads again")
-                if not tensor.is_floating_point():
-                    raise files.wrong(f"{name} is {tensor.dtype}, which no weights are", "fetch the heads again")
-                weights[name] = tensor if tensor.dtype is torch.float64 else tensor.float()
-        if left:
-            raise files.wrong(f"{sorted(left)[:6]} have no place in Medusa heads", "say which trainer wrote them")
-        return Reading(config, weights), []
+                linear = f"{head}.{block}.linear"
+                names.take(f"{linear}.weight", f"{linear}.weight", (hidden, hidden))
+                names.take(f"{linear}.bias", f"{linear}.bias", (hidden,))
+            rows = f"{head}.{config.blocks}.weight"
+            if rows in names.left:
+                names.pad(rows, config.vocab_size)
+            names.take(rows, rows, (config.vocab_size, hidden))
+        return Reading(config, names.finish()), []
 
     def write(self, reading: Reading, engine: Engine) -> Written:
         config = reading.config

@@ -207,10 +207,8 @@ def without_copies(target: Target, reading: Reading) -> Reading:
     """Without an embedding table that is the target's own, as many files hold one."""
     config = reading.config
     table = reading.weights.get("embed_tokens.weight")
-    theirs = read_weight(target.embedding, "weight") if isinstance(target.embedding, nn.Embedding) else None
+    theirs = read_weight(target.embedding, "weight") if type(target.embedding) is nn.Embedding else None
     if table is None or theirs is None or not isinstance(config, HeadConfig) or theirs.shape != table.shape:
-        return reading
-    if type(target.embedding) is not nn.Embedding:
         return reading
     if not torch.allclose(table.float(), theirs.float().cpu(), rtol=1e-2, atol=1e-5):
         return reading
@@ -233,8 +231,15 @@ def check_files(place: Path, config: PretrainedConfig | None, target: str) -> No
         if config is not None:
             check_fits(sizes, int(config.hidden_size), int(config.vocab_size), target)
         return
-    head = open_head(place)
-    assert isinstance(head, OpenedHead), "it is not Haast's own"
-    if config is not None:
-        head.check_hidden(int(config.hidden_size), target)
-        head.read(TargetFacts(config))
+    check_head(open_head(place), config, target)
+
+
+def check_head(head: Head | OpenedHead, config: PretrainedConfig | None, target: str) -> None:
+    """The same of a head whose files were read already."""
+    if config is None:
+        return
+    if isinstance(head, Head):
+        check_fits(head.module.config, int(config.hidden_size), int(config.vocab_size), target)
+        return
+    head.check_hidden(int(config.hidden_size), target)
+    head.read(TargetFacts(config))

@@ -24,13 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sides import OtherSideError, answers, differences, environment, refused, run
+from sides import OtherSideError, answers, checked, differences, environment, run
 
 from haast.api import Haast, find_head
 from haast.drafters.factory import head_drafter
 from haast.drafters.tree_shape import DraftShape
-from haast.errors import HeadMismatchError
-from haast.files import check_writable, write_json
 from haast.formats.export import GGUF_FILE, export_head
 from haast.formats.gguf import read_gguf
 from haast.formats.opened import OpenedHead, open_head
@@ -163,12 +161,7 @@ def main() -> None:
     words.add_argument("--timeout", type=float, default=300.0, help="seconds for one run")
     words.add_argument("--json", required=True)
     given = words.parse_args()
-    try:
-        check_writable(given.json)
-        found = check(given)
-        write_json(found, given.json)
-    except (OtherSideError, HeadMismatchError, ValueError) as error:
-        raise refused(error) from error
+    found = checked(check, given)
     print(f"the two files hold {'the same' if found['same_tensors'] else 'OTHER'} tensors")
     print("Haast, without 4 bits:", "accepted {accepted} of {drafted} drafts".format(**found["haast"]))
     for each in found["roads"]:

@@ -6,11 +6,13 @@ own, and a script `*_side.py` that knows nothing of Haast: it reads a request as
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ import torch
 
 from haast.api import Haast
 from haast.bench.report import machine
+from haast.errors import HeadMismatchError
+from haast.files import check_writable, write_json
 from haast.stats import Stats
 from haast.target.load import load_stock
 
@@ -120,6 +124,12 @@ def environment(versions: dict[str, str], settings: dict[str, Any]) -> dict[str,
     }
 
 
-def refused(error: Exception) -> SystemExit:
-    """How a script ends that can't go on: with a sentence."""
-    return SystemExit(f"{Path(sys.argv[0]).name}: {error}")
+def checked(check: Callable[[argparse.Namespace], dict[str, Any]], given: argparse.Namespace) -> dict[str, Any]:
+    """What a script's check finds, written to `given.json`; one that can't go on ends with a sentence."""
+    try:
+        check_writable(given.json)
+        found = check(given)
+        write_json(found, given.json)
+    except (OtherSideError, HeadMismatchError, ValueError) as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from error
+    return found

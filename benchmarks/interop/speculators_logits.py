@@ -22,13 +22,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from sides import OtherSideError, ask, environment, refused
+from sides import ask, checked, environment
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from haast.api import find_head
-from haast.errors import HeadMismatchError
-from haast.files import check_writable, write_json
 from haast.formats.export import export_head
 from haast.formats.opened import OpenedHead, embedding_of, open_head
 from haast.heads.checkpoint import Head, build_module
@@ -193,6 +191,21 @@ def compared(case: Case) -> dict[str, Any]:
     return {"head": case.name, "max_difference": max(by_depth), "by_depth": by_depth, "std": float(theirs.std())}
 
 
+def check(given: argparse.Namespace) -> dict[str, Any]:
+    """Every head on both sides. Raises OtherSideError, ValueError."""
+    with tempfile.TemporaryDirectory() as temporary:
+        every, tiny = cases(given, Path(temporary))
+        heads = {case.name: case.request() for case in every}
+        request = {"target": str(tiny), "depths": DEPTHS, "heads": heads}
+        told = ask(given.python, "speculators_side.py", request, given.timeout)
+        rows = [
+            {"head": case.name, "error": told["failed"][case.name]} if case.name in told["failed"] else compared(case)
+            for case in every
+        ]
+    where = environment(told["versions"], {"places": PLACES, "depths": DEPTHS, "tolerance": given.tolerance})
+    return {"kind": "interop-speculators", "heads": rows, "environment": where}
+
+
 def main() -> None:
     """Run both sides, compare, write."""
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,23 +216,7 @@ def main() -> None:
     words.add_argument("--timeout", type=float, default=600.0, help="seconds for speculators")
     words.add_argument("--json", required=True)
     given = words.parse_args()
-    try:
-        check_writable(given.json)
-        with tempfile.TemporaryDirectory() as temporary:
-            every, tiny = cases(given, Path(temporary))
-            heads = {case.name: case.request() for case in every}
-            request = {"target": str(tiny), "depths": DEPTHS, "heads": heads}
-            told = ask(given.python, "speculators_side.py", request, given.timeout)
-            rows = [
-                {"head": case.name, "error": told["failed"][case.name]}
-                if case.name in told["failed"]
-                else compared(case)
-                for case in every
-            ]
-        where = environment(told["versions"], {"places": PLACES, "depths": DEPTHS, "tolerance": given.tolerance})
-        write_json({"kind": "interop-speculators", "heads": rows, "environment": where}, given.json)
-    except (OtherSideError, HeadMismatchError, ValueError) as error:
-        raise refused(error) from error
+    rows = checked(check, given)["heads"]
     for row in rows:
         print(f"{row['head']:44s} {row.get('error') or format(row['max_difference'], '.1e')}")
     if any(row.get("max_difference", float("inf")) > given.tolerance for row in rows):

@@ -19,14 +19,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sides import OtherSideError, answers, ask, differences, environment, refused
+from sides import answers, ask, checked, differences, environment
 
 from haast.api import Haast, find_head
 from haast.bench.report import file_sha256, folder_sha256
 from haast.drafters.factory import head_drafter
 from haast.drafters.tree_shape import DraftShape
-from haast.errors import HeadMismatchError
-from haast.files import check_writable, write_json
 from haast.formats.export import export_head
 from haast.formats.opened import OpenedHead, embedding_of, open_head
 from haast.heads.checkpoint import Head
@@ -124,12 +122,7 @@ def main() -> None:
     words.add_argument("--timeout", type=float, default=1800.0, help="seconds for vLLM")
     words.add_argument("--json", required=True)
     given = words.parse_args()
-    try:
-        check_writable(given.json)
-        found = check(given)
-        write_json(found, given.json)
-    except (OtherSideError, HeadMismatchError, ValueError) as error:
-        raise refused(error) from error
+    found = checked(check, given)
     for name in ("haast", "vllm"):
         print(
             f"{name:6s} {found[name]['drafts']} drafts, accepted by place: ",

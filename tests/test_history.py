@@ -19,12 +19,12 @@ from haast.drafters.eagle import EagleDrafter
 from haast.drafters.hybrid import HybridDrafter, with_matches
 from haast.drafters.lookahead import LookaheadDrafter, LookaheadState, NgramPool
 from haast.drafters.ngram import PromptLookupDrafter, SuffixDrafter, SuffixIndex
-from haast.drafters.paths import PathTree, pack_rows
 from haast.drafters.small_model import SmallModelDrafter
 from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine.engine import Engine
 from haast.errors import HeadMismatchError
+from haast.path_tree import PathTree, pack_rows
 from haast.stats import Stats
 from haast.target.kv_pool import KVPool
 from haast.target.target import Target

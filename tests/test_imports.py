@@ -29,7 +29,7 @@ RANKS = [
         "text",
         "tree",
     },
-    {"core", "files"},
+    {"core", "files", "path_tree"},
     {"generation", "sampling"},
     {"target"},
     {"heads", "tuning"},
@@ -40,7 +40,8 @@ RANKS = [
     {"api"},
     {"session"},
     {"training", "checking"},
-    {"bench", "serving"},
+    {"bench"},
+    {"serving"},
     {"cli"},
     {"__main__"},
 ]
@@ -56,7 +57,7 @@ ONLY = {
     # The engine knows drafters and targets by their contract only.
     "engine": {
         "haast.core", "haast.device", "haast.drafters.base", "haast.errors", "haast.interrupt", "haast.native",
-        "haast.sampling",
+        "haast.path_tree", "haast.sampling",
         "haast.stats",
         "haast.target.kv_pool", "haast.target.ranks", "haast.target.target", "haast.tree",
     },

@@ -195,6 +195,42 @@ class Emission:
     finished: bool
 
 
+class Guide(Protocol):
+    """What a request's own rules say of its next tokens: drafts get better by it, and no token is decided by it."""
+
+    def paths(self, history: Sequence[int], drafted: Sequence[Sequence[int]], most: int) -> Sequence[Sequence[int]]:
+        """Where a text can go on.
+
+        Args:
+            history: all tokens so far, prompt included.
+            drafted: paths that the drafter proposes, the likeliest first.
+            most: tokens that may be added to a path, or to the text where nothing is drafted.
+
+        Returns:
+            each path, cut before its first token that can't come, and lengthened by tokens that must.
+        """
+
+
+@dataclass(frozen=True)
+class DraftHints:
+    """What a request says about its drafts. Its text does not depend on it.
+
+    Attributes:
+        guide: cuts drafts that can't come and adds what must.
+        foreseen: text that may come again, for drafters that draft from what was said before: as if it stood before
+            the prompt.
+        max_nodes: nodes of its trees at most, root included; None is up to the drafter.
+    """
+
+    guide: Guide | None = None
+    foreseen: tuple[int, ...] = ()
+    max_nodes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_nodes is not None and (not isinstance(self.max_nodes, Integral) or self.max_nodes < 1):
+            raise ValueError(f"max_nodes={self.max_nodes!r} is not allowed: give 1 (no drafts) or more, or None")
+
+
 class RequestState(enum.Enum):
     """Where a request stands. A preempted one waits again, and goes on where it was."""
 
@@ -221,6 +257,7 @@ class Request:
         kv: its KV cache in the target's pool while it runs.
         draft_state: what its drafter keeps of it while it runs.
         deadline: on `time.monotonic`'s clock; None for none.
+        hints: what it says about its drafts.
     """
 
     def __init__(
@@ -236,12 +273,13 @@ class Request:
         prefill_chunk: int = 512,
         deadline: float | None = None,
         watch: Callable[[Any], None] | None = None,
+        hints: DraftHints | None = None,
     ) -> None:
         self.tokens = [int(token) for token in prompt]
         self.prompt_length = len(self.tokens)
         self.sampling, self.stop, self.chooser, self.drafter = sampling, stop, chooser, drafter
         self.row, self.stats, self.prefill_chunk = row, stats or Stats(), prefill_chunk
-        self.deadline, self.watch = deadline, watch
+        self.deadline, self.watch, self.hints = deadline, watch, hints or DraftHints()
         self.limit = stop.max_new_tokens
         self.state = RequestState.WAITING
         self.finish_reason = ""
@@ -256,6 +294,10 @@ class Request:
     def new_tokens(self) -> list[int]:
         """Tokens after the prompt, a copy."""
         return self.tokens[self.prompt_length :]
+
+    def fail(self, error: BaseException) -> None:
+        """End it with the running step, which goes on for the others."""
+        self.finish_reason, self.error = "error", error
 
     @property
     def finished(self) -> bool:

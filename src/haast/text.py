@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -48,16 +49,36 @@ class TextStream:
     """Turns a growing list of tokens into text that never has to be taken back.
 
     Text that may be the beginning of a stop string, or half a character, is held until it is settled.
+
+    Args:
+        stops: strings before which the text ends.
+        after: tokens before which no stop string is looked for.
+        keep_stop: the stop string that ends the text is the last of it.
+        special: special tokens are text too.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: Sequence[str] = (),
+        *,
+        after: int = 0,
+        keep_stop: bool = False,
+        special: bool = False,
+    ) -> None:
         self._tokenizer, self._stops = tokenizer, stop_strings(stops)
+        self._after, self._keep_stop, self._special = after, keep_stop, special
         self._tokens: list[int] = []
         self._window = 0  # tokens before it are settled: their text no longer changes
         self._prefix = 0  # where the window's context begins; some tokenizers join words by looking back
         self._pending = ""  # decoded, but possibly the beginning of a stop string
         self.text = ""  # given out so far
         self.stopped = False
+
+    @property
+    def decoded(self) -> int:
+        """Characters so far, those included that are held."""
+        return len(self.text) + len(self._pending)
 
     def push(self, token: int) -> str:
         """Add one token; returns the text that became certain, cut before a stop string."""
@@ -74,25 +95,28 @@ class TextStream:
         self._prefix, self._window = self._window, len(self._tokens)
         return self._release(final=False)
 
-    def finish(self) -> str:
-        """No token follows: returns what was held back."""
+    def finish(self, whole: bool = False) -> str:
+        """No token follows: returns what was held back, with `whole` without a character that was not completed."""
         if self.stopped:
             return ""
         before = self._decode(self._prefix, self._window)
-        self._pending += self._decode(self._prefix, len(self._tokens))[len(before) :]
+        rest = self._decode(self._prefix, len(self._tokens))[len(before) :]
+        self._pending += rest.rstrip("\ufffd") if whole else rest
         self._prefix = self._window = len(self._tokens)
         return self._release(final=True)
 
     def _decode(self, begin: int, end: int) -> str:
-        return str(self._tokenizer.decode(self._tokens[begin:end], skip_special_tokens=True))
+        return str(self._tokenizer.decode(self._tokens[begin:end], skip_special_tokens=not self._special))
 
     def _release(self, final: bool) -> str:
-        found = [at for at in (self._pending.find(stop) for stop in self._stops) if at >= 0]
+        watching = len(self._tokens) > self._after
+        found = [(at, stop) for stop in self._stops if watching and (at := self._pending.find(stop)) >= 0]
         if found:
             self.stopped = True
-            return self._give(min(found))
+            at, stop = min(found)
+            return self._give(at + len(stop) if self._keep_stop else at)
         keep = 0
-        if not final:
+        if not final and watching:
             for stop in self._stops:
                 longest = min(len(stop) - 1, len(self._pending))
                 keep = max(keep, next((n for n in range(longest, 0, -1) if self._pending.endswith(stop[:n])), 0))
@@ -107,13 +131,13 @@ class TextStream:
 class StopWatch:
     """A stop rule for one request: does its text, given the new tokens so far, hold a stop string?"""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> None:
-        self._tokenizer, self._stops = tokenizer, tuple(stops)
-        self._stream, self._seen = TextStream(tokenizer, stops), 0
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], *, after: int = 0) -> None:
+        self._fresh = partial(TextStream, tokenizer, tuple(stops), after=after)
+        self._stream, self._seen = self._fresh(), 0
 
     def __call__(self, new: Sequence[int]) -> bool:
         if len(new) < self._seen:  # a step was interrupted, and its tokens are chosen again
-            self._stream, self._seen = TextStream(self._tokenizer, self._stops), 0
+            self._stream, self._seen = self._fresh(), 0
         for token in new[self._seen :]:
             self._stream.push(token)
         self._seen = len(new)
@@ -127,13 +151,26 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """
     text = str(tokenizer.decode([token], skip_special_tokens=False))
     piece = str(tokenizer.convert_ids_to_tokens(token))
-    if "\ufffd" in text:
-        written = _BYTE.fullmatch(piece)
-        if written is not None:
-            return f"\\x{written[1].lower()}"
-        letters = {letter: value for value, letter in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
-        if all(letter in letters for letter in piece):
-            return bytes(letters[letter] for letter in piece).decode("utf-8", errors="backslashreplace")
+    if "\ufffd" in text and (written := _piece_bytes(piece)) is not None:
+        return written.decode("utf-8", errors="backslashreplace")
     if piece.startswith("\u2581") and not text.startswith(" "):  # SentencePiece drops the space of a text's first word
         return " " + text
     return text
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
+    """The bytes that a token adds to a text; those of a character may be spread over several tokens."""
+    text = token_text(tokenizer, token)
+    piece = str(tokenizer.convert_ids_to_tokens(token))
+    split = "\ufffd" in str(tokenizer.decode([token], skip_special_tokens=False))
+    written = _piece_bytes(piece) if split else None
+    return text.encode() if written is None else written
+
+
+def _piece_bytes(piece: str) -> bytes | None:
+    """The bytes that a piece of a vocabulary stands for, where it is written byte by byte."""
+    written = _BYTE.fullmatch(piece)
+    if written is not None:
+        return bytes([int(written[1], 16)])
+    letters = {letter: value for value, letter in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
+    return bytes(letters[letter] for letter in piece) if all(letter in letters for letter in piece) else None

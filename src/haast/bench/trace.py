@@ -62,7 +62,7 @@ def record_trace(
     """
     if target.tokenizer is None:
         raise ValueError("a trace shows text, and this target was given without a tokenizer: give one")
-    recorder, stats = _Recorder(target.tokenizer, prompt_ids, sampling), Stats()
+    recorder, stats = TraceRecorder(target.tokenizer, prompt_ids, Sampler(sampling)), Stats()
     for emission in Engine(target, drafter).run([list(prompt_ids)], sampling, stop, stats, watch=recorder.watch):
         if not recorder.prefill:
             recorder.begin(emission.tokens[0])
@@ -81,15 +81,33 @@ def record_trace(
     }
 
 
-class _Recorder:
-    """Follows one row's text, and turns each step into its document."""
+class TraceRecorder:
+    """Follows one request's text, and turns each step into its document.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], sampling: SamplingParams) -> None:
-        self._tokenizer, self._sampler, self._history = tokenizer, Sampler(sampling), list(prompt)
-        self._greedy = sampling.temperature == 0
+    Args:
+        tokenizer: makes tokens readable.
+        prompt: token ids.
+        sampler: whose distribution is shown; None shows the model's own, as it is for a request whose processors
+            remember something.
+        row: the request's own number, see `Step.rows`.
+
+    Attributes:
+        steps: the documents so far.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], sampler: Sampler | None, row: int = 0
+    ) -> None:
+        self._tokenizer, self._sampler, self._history = tokenizer, sampler, list(prompt)
+        self._row = row
         self.stream = TextStream(tokenizer)
         self.prefill: dict[str, Any] = {}
         self.steps: list[dict[str, Any]] = []
+        self._step_of: dict[int, int] = {}
+
+    def step_of(self, position: int) -> int | None:
+        """The number of the step that emitted the token at a position; None for the prompt's own token."""
+        return self._step_of.get(position)
 
     def begin(self, token: int) -> None:
         """Take in the prompt's own token, which no step drafted."""
@@ -102,11 +120,17 @@ class _Recorder:
 
     def watch(self, step: Step) -> None:
         """Write down a step. Its logits are read here and not kept."""
-        verdict, emission = step.verdict.rows[0], step.emissions[0]
-        assert verdict is not None, "the one row of a trace runs until its end"
-        told: dict[str, Any] = {"position": len(self._history)}
+        place = step.rows.index(self._row)
+        verdict, emission = step.verdict.rows[place], step.emissions[place]
+        if verdict is None:  # the request has failed
+            return
+        if not self.prefill:
+            self.begin(int(step.tree.tokens[place, 0]))
+        number = len(self.steps)
+        told: dict[str, Any] = {"number": number, "position": len(self._history)}
         told |= {part: getattr(step, part) for part in ("ms_draft", "ms_verify", "ms_overhead")}
-        nodes = self._nodes(step, dict(zip(verdict.path, verdict.tokens, strict=True)))
+        nodes = self._nodes(step, place, dict(zip(verdict.path, verdict.tokens, strict=True)))
+        self._step_of |= dict.fromkeys(range(told["position"], told["position"] + len(emission.tokens)), number)
         told["emitted"] = [
             self._emitted(token) | {"drafted": place < emission.drafted} for place, token in enumerate(emission.tokens)
         ]
@@ -117,20 +141,17 @@ class _Recorder:
         self._history.append(token)
         return {"token": token, "text": self.stream.push(token)}
 
-    def _nodes(self, step: Step, chosen: Mapping[int, int]) -> list[dict[str, Any]]:
+    def _nodes(self, step: Step, place: int, chosen: Mapping[int, int]) -> list[dict[str, Any]]:
         """The tree, and what the target chose after the nodes that verification visited."""
         tree, known = step.tree, dict[int, Tensor]()  # known: node -> target probabilities after it (vocab,)
-        tokens, parents, live, depths = (x[0].tolist() for x in (tree.tokens, tree.parents, tree.live, tree.depths))
-        probes = [False] * tree.nodes if tree.placeholder is None else tree.placeholder[0].tolist()
+        fields = (tree.tokens, tree.parents, tree.live, tree.depths)
+        tokens, parents, live, depths = (each[place].tolist() for each in fields)
+        probes = [False] * tree.nodes if tree.placeholder is None else tree.placeholder[place].tolist()
 
         def prob(node: int, token: int) -> float:
             if node not in known:
-                below_root = tree.tokens[0, 1:][tree.ancestors[0, node, 1:]].tolist()
-                history, logits = [*self._history, *below_root], step.logits[0, node]
-                if self._greedy:
-                    known[node] = self._sampler.scores(history, logits).double().softmax(-1)
-                else:
-                    known[node] = self._sampler.probs(history, logits)
+                below_root = tree.tokens[place, 1:][tree.ancestors[place, node, 1:]].tolist()
+                known[node] = self._probs([*self._history, *below_root], step.logits[place, node])
             return float(known[node][token])
 
         nodes = []
@@ -150,6 +171,13 @@ class _Recorder:
                 }
             )
         return nodes
+
+    def _probs(self, history: Sequence[int], logits: Tensor) -> Tensor:
+        if self._sampler is None:
+            return logits.double().softmax(-1)
+        if self._sampler.greedy:
+            return self._sampler.scores(history, logits).double().softmax(-1)
+        return self._sampler.probs(history, logits)
 
     def _named(self, token: int) -> dict[str, Any]:
         return {"token": token, "text": token_text(self._tokenizer, token)}

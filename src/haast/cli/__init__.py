@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from haast.cli import bench, calibrate, generate, heads, info, regenerate, report, trace, train, verify
+from haast.cli import bench, calibrate, generate, heads, info, regenerate, report, serve, trace, train, verify
 from haast.cli.boundary import Boundary
 from haast.cli.settings import expanded
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 for _command in (
     generate.generate,
     generate.chat,
+    serve.serve,
     regenerate.regenerate,
     train.train,
     heads.import_,

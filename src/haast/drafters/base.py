@@ -68,6 +68,9 @@ class Drafter(ABC):
         drafts show in the text, they would not be independent.
         """
 
+    def foresee(self, state: Any, text: Sequence[int]) -> None:  # noqa: B027  # most read no text
+        """Text that may come again, told after `begin`, with the positions that were reused after it."""
+
     def end(self, state: Any) -> None:  # noqa: B027  # most have nothing to give back
         """A request leaves; its state is not used again."""
 

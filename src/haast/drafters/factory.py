@@ -191,6 +191,26 @@ def make_drafter(
     return whole
 
 
+def alternatives(target: Target, drafter: Drafter) -> dict[str, Drafter]:
+    """What can draft for a target beside a drafter that does already, and that one, by their names.
+
+    Heads are shared, not loaded again; "none" is always there.
+    """
+    source = functools.cache(lambda: latency_of(target)) if drafter.policy is not None else None
+    found: dict[str, Drafter] = {"none": VanillaDrafter()}
+    nodes = HISTORY_NODES if source is None else _WEIGHED_NODES
+    for kind in (SuffixDrafter, PromptLookupDrafter):
+        found[kind.name] = kind(nodes, latency=source)
+    if isinstance(drafter, HybridDrafter):
+        eagle = drafter.eagle
+        if isinstance(drafter.policy, OnlinePolicy):
+            eagle.policy = OnlinePolicy(drafter.policy.latency, functools.partial(_eagle_sizes, eagle, 0))
+        found[eagle.name] = eagle
+    if not isinstance(drafter, VanillaDrafter):
+        found[drafter.name] = drafter
+    return found
+
+
 def head_drafter(
     target: Target, head: AnyHead, shape: DraftShape | None = None, window: int | None = None
 ) -> EagleDrafter | MedusaDrafter:

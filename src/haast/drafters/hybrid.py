@@ -21,8 +21,8 @@ from haast.device import to_device, without_autograd
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.ngram import SuffixDrafter, TextIndex
-from haast.drafters.paths import Path
 from haast.errors import check_at_least
+from haast.path_tree import Path
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import Sequence as KVSequence
 from haast.tree import DraftTree
@@ -82,6 +82,9 @@ class HybridDrafter(Drafter):
 
     def drawn_by(self, state: HybridState, chooser: TokenChooser) -> None:
         self.eagle.drawn_by(state.eagle, chooser)
+
+    def foresee(self, state: HybridState, text: Sequence[int]) -> None:
+        self._suffix.foresee(state.text, text)
 
     def end(self, state: HybridState) -> None:
         self.eagle.end(state.eagle)

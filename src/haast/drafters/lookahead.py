@@ -24,8 +24,8 @@ import torch
 
 from haast.core import Accepted
 from haast.drafters.base import Drafter
-from haast.drafters.paths import PathTree, pack_rows
 from haast.errors import check_at_least
+from haast.path_tree import PathTree, pack_rows
 from haast.target.kv_pool import Sequence as KVSequence
 from haast.tree import DraftTree
 

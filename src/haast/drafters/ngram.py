@@ -16,8 +16,8 @@ import torch
 
 from haast.core import Accepted
 from haast.drafters.base import Drafter
-from haast.drafters.paths import Path, PathTree, pack_rows
 from haast.errors import check_at_least
+from haast.path_tree import Path, PathTree, pack_rows
 from haast.target.kv_pool import Sequence as KVSequence
 from haast.tree import DraftTree
 from haast.tuning.latency import Latency
@@ -87,6 +87,9 @@ class HistoryDrafter(Drafter):
         index = self._index()
         index.extend(prompt[: reused + 1])  # `observe` brings what follows, the rest of the prompt included
         return index
+
+    def foresee(self, state: TextIndex, text: Sequence[int]) -> None:
+        state.extend(text)
 
     def observe(self, states: Sequence[TextIndex], accepted: Accepted) -> None:
         for index, said in zip(states, accepted.said(), strict=True):

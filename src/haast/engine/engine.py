@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from numbers import Integral, Real
 
-from haast.core import Emission, Request, SamplingParams, StopParams, TokenChooser
+from haast.core import DraftHints, Emission, Request, SamplingParams, StopParams, TokenChooser
 from haast.drafters.base import Drafter
 from haast.engine.rules import AcceptanceRule
 from haast.engine.scheduler import Scheduler
@@ -75,6 +75,7 @@ class Engine:
         timeout: float | None = None,
         watch: Callable[[Step], None] | None = None,
         prefill_chunk: int | None = None,
+        hints: DraftHints | None = None,
         queued: bool = True,
     ) -> Request:
         """Queue a request; `read` gives what it says.
@@ -90,6 +91,7 @@ class Engine:
             timeout: seconds from now after which it is ended.
             watch: called with every decoding step of the request before its tokens can be read.
             prefill_chunk: prompt positions a forward, instead of the engine's.
+            hints: about its drafts; sample-and-match alone keeps to the text with them.
             queued: False only checks it and leaves it for `start`.
 
         Raises:
@@ -119,6 +121,7 @@ class Engine:
             prefill_chunk=prefill_chunk or self.prefill_chunk,
             deadline=None if timeout is None else time.monotonic() + timeout,
             watch=watch,
+            hints=hints,
         )
         if queued:
             return self.start(request)

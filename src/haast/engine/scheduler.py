@@ -27,9 +27,9 @@ from contextlib import contextmanager
 import torch
 
 from haast.core import Request, RequestState
-from haast.drafters.base import Drafter
+from haast.engine.guiding import guided_nodes
 from haast.engine.rules import AcceptanceRule
-from haast.engine.step import decode, fail, prefill
+from haast.engine.step import decode, prefill
 from haast.engine.tensor_parallel import agreement
 from haast.errors import KVPoolError, QueueFullError
 from haast.interrupt import uninterrupted
@@ -95,19 +95,24 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def requests(self) -> list[Request]:
+        """All that are here, a copy: they may have ended when it is looked at."""
+        return list(self._rules)
+
+    @property
     def most(self) -> int | None:
         """Requests that may be there at once, waiting ones included; None is any number."""
         return None if self.max_waiting is None else self.max_batch + self.max_waiting
 
     def fit(self, request: Request) -> None:
         """Set how many new tokens a request may have. Raises KVPoolError where it could never fit the pool."""
-        target, drafter = self.target, request.drafter
+        target = self.target
         context = target.context_length
         # A text whose context is full ends; verified nodes may stand beyond it but are never emitted.
         request.limit = request.stop.max_new_tokens
         if context is not None:
             request.limit = min(request.limit, context - request.prompt_length)
-        most = request.prompt_length + request.limit + self._ahead(drafter)
+        most = request.prompt_length + request.limit + self._ahead(request)
         if most > target.pool.tokens:
             raise KVPoolError(
                 f"a prompt of {request.prompt_length} tokens, {request.limit} new ones and the drafts' room are {most} "
@@ -271,9 +276,11 @@ class Scheduler:
         request.state = RequestState.WAITING
         self._waiting.appendleft(request)
 
-    def _ahead(self, drafter: Drafter) -> int:
-        """Slots after a text's committed ones that a step may write."""
-        return max(drafter.nodes, drafter.room) + _MARGIN
+    def _ahead(self, *requests: Request) -> int:
+        """Slots after a text's committed ones that a step of these requests, of one drafter, may write."""
+        drafter = requests[0].drafter
+        ahead: int = max(drafter.nodes + guided_nodes(requests), drafter.room) + _MARGIN
+        return ahead
 
     def _admit(self, fits: Callable[[Request], bool]) -> Request | None:
         """The next request that there is room for and that `fits`, which runs from here on."""
@@ -284,7 +291,7 @@ class Scheduler:
                 self.target.refresh()
             fresh = len(request.tokens) == request.prompt_length
             request.prefill_end = request.prompt_length if fresh else len(request.tokens) - 1
-            needed = -(-(len(request.tokens) + self._ahead(request.drafter)) // BLOCK)
+            needed = -(-(len(request.tokens) + self._ahead(request)) // BLOCK)
             shared = self._computed(request) // BLOCK
             # Every running request may need a block in this step; one more each keeps preemptions rare.
             if self._running and pool.available < max(needed - shared, 1) + 2 * len(self._running):
@@ -298,7 +305,7 @@ class Scheduler:
                 return request
             except Exception as error:  # its own drafter's
                 self._release(request, keep=False)
-                fail(request, error)
+                request.fail(error)
                 self._let_go([request])
             except BaseException:
                 self._release(request, keep=False)
@@ -317,6 +324,8 @@ class Scheduler:
         if self._agreement.leads:
             request.draft_state = drafter.begin(request.tokens, kv, reused)
             drafter.drawn_by(request.draft_state, request.chooser)
+            if request.hints.foreseen:
+                drafter.foresee(request.draft_state, (*request.hints.foreseen, *request.tokens[: reused + 1]))
         if len(request.tokens) == request.prompt_length:
             request.stats.prompt_tokens += len(text)
             request.stats.recalled_tokens += reused
@@ -327,7 +336,8 @@ class Scheduler:
         for request in list(group):
             while request.state is RequestState.RUNNING or request.state is RequestState.PREFILLING:
                 try:
-                    request.kv.reserve(request.kv.length + self._ahead(request.drafter))
+                    left = [each for each in group if each.state is not RequestState.WAITING]
+                    request.kv.reserve(request.kv.length + self._ahead(*left))
                     break
                 except PoolFullError:
                     newest = next(each for each in reversed(self._running))
@@ -406,7 +416,7 @@ class Scheduler:
     def _reserved(self, request: Request, count: int) -> bool:
         """Take the blocks for the next positions of a prompt; where there are none, it waits again."""
         try:
-            request.kv.reserve(request.kv.length + count + self._ahead(request.drafter))
+            request.kv.reserve(request.kv.length + count + self._ahead(request))
         except PoolFullError:
             if len(self._running) == 1:
                 raise
@@ -442,7 +452,7 @@ class Scheduler:
         except Exception as error:
             for request in group:
                 if request in self._running and not request.finish_reason:
-                    fail(request, error)
+                    request.fail(error)
         except BaseException:
             for request in reversed(group):
                 if request in self._running:

@@ -25,6 +25,7 @@ from torch import Tensor
 from haast.core import Accepted, Emission, Request, RowVerdict, Verdict
 from haast.device import to_device
 from haast.drafters.base import Drafter
+from haast.engine.guiding import guided
 from haast.engine.rules import AcceptanceRule
 from haast.engine.tensor_parallel import Alone
 from haast.engine.verify import Failures, check_possible, verify
@@ -56,7 +57,7 @@ def decode(target: Target, group: Sequence[Request], rule: AcceptanceRule | None
     drafter = group[0].drafter
     states = [request.draft_state for request in group]
     budget = None if drafter.policy is None else drafter.policy.budget(group)
-    tree = agreement.proposed(lambda: drafter.propose(states, budget), target.device)
+    tree = agreement.proposed(lambda: guided(drafter.propose(states, budget), group), target.device)
     drafted = perf_counter()
     cache = target.cache.bind([request.kv for request in group])
     output = target.forward(tree, cache, hidden_layers=drafter.target_layers)
@@ -119,11 +120,6 @@ def prefill(target: Target, batch: Sequence[tuple[Request, int]], agreement: Alo
         _emit([requests[row] for row in first], verdict, None, agreement)
 
 
-def fail(request: Request, error: BaseException) -> None:
-    """End a request with this step, which goes on for the others."""
-    request.finish_reason, request.error = "error", error
-
-
 def _judge(
     group: Sequence[Request], tree: DraftTree, logits: Tensor, rule: AcceptanceRule | None, agreement: Alone
 ) -> Verdict:
@@ -133,7 +129,7 @@ def _judge(
     judge = verify if rule is None else rule.verify
     verdict = agreement.judged(lambda: judge(tree, logits, choosers, histories, failures), logits.device)
     for row, error in failures.items():
-        fail(group[row], error)
+        group[row].fail(error)
     return verdict
 
 
@@ -160,7 +156,7 @@ def _emit(group: Sequence[Request], verdict: Verdict, tree: DraftTree | None, ag
     emissions = []
     for request, row, (kept, reason) in zip(group, verdict.rows, ends, strict=True):
         if reason == "error" and request.error is None:
-            fail(request, RuntimeError("this request failed in the first process, whose error says why"))
+            request.fail(RuntimeError("this request failed in the first process, whose error says why"))
         if row is None or not kept:
             emissions.append(Emission(request.row, (), 0, bool(request.finish_reason)))
             continue
@@ -200,7 +196,7 @@ def _end(request: Request, row: RowVerdict | None) -> tuple[int, str]:
             if reason:
                 return kept, reason
     except Exception as error:
-        fail(request, error)
+        request.fail(error)
         return 0, "error"
     return len(row.tokens), ""
 
@@ -218,7 +214,7 @@ def _account(group: Sequence[Request], step: Step) -> None:
         except Exception as error:
             for request in group:
                 if request.watch is watch:
-                    fail(request, error)
+                    request.fail(error)
 
 
 def _stats_of(group: Sequence[Request]) -> list[Stats]:

@@ -1,20 +1,30 @@
 "use strict";
+// The script of reports and traces, which the chat page loads too: light and dark, a trace's steps, a tree's nodes.
 (() => {
   const root = document.documentElement;
   root.classList.add("js");
 
-  // Light and dark: the system's choice, until the reader makes another. #dark and #light in the address do so too.
-  const wished = location.hash.slice(1).split(",").find((word) => word === "dark" || word === "light");
+  // Light and dark: the system's choice, until the reader makes another, which is kept where the browser keeps things.
+  // #dark and #light in the address make it too.
+  const themes = ["dark", "light"];
+  const kept = (...told) => {
+    try {
+      return told.length ? localStorage.setItem("haast-theme", told[0]) : localStorage.getItem("haast-theme");
+    } catch {
+      return null; // storage is forbidden to some pages, such as those of a sandbox
+    }
+  };
+  const wished = location.hash.slice(1).split(",").find((word) => themes.includes(word)) || kept();
   const dark = () => (root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
-  if (wished) root.dataset.theme = wished;
+  if (themes.includes(wished)) root.dataset.theme = wished;
   const toggle = document.createElement("button");
   const named = () => { toggle.textContent = dark() ? "Light" : "Dark"; toggle.setAttribute("aria-label", `Switch to ${dark() ? "light" : "dark"} colours`); };
   toggle.id = "theme";
   toggle.type = "button";
-  toggle.addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; named(); });
+  toggle.addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; kept(root.dataset.theme); named(); });
   named();
   document.body.classList.add("with-theme");
-  document.body.prepend(toggle);
+  (document.querySelector("[data-theme-place]") || document.body).prepend(toggle);
 
   for (const trace of document.querySelectorAll(".trace")) {
     const steps = [...trace.querySelectorAll(".step")];
@@ -41,17 +51,29 @@
       link.addEventListener("click", (event) => { event.preventDefault(); show(at); });
     }
     show(Math.max(0, steps.findIndex((step) => step.dataset.first !== undefined)));
-
-    for (const step of steps) {
-      const words = step.querySelector(".why");
-      const pick = (event) => {
-        const node = event.target.closest(".node");
-        if (!node) return;
-        step.querySelectorAll(".picked").forEach((one) => one.classList.remove("picked"));
-        node.classList.add("picked");
-        words.textContent = node.title;
-      };
-      for (const kind of ["mouseover", "focusin", "click"]) step.addEventListener(kind, pick);
-    }
   }
+
+  // A node says why. Steps that come later do so too, so the whole document listens.
+  const pick = (event) => {
+    const node = event.target instanceof Element && event.target.closest(".step .node");
+    if (!node || node.classList.contains("picked")) return;
+    const step = node.closest(".step");
+    step.querySelectorAll(".picked").forEach((one) => one.classList.remove("picked"));
+    node.classList.add("picked");
+    step.querySelector(".why").textContent = node.title;
+  };
+  for (const kind of ["mouseover", "focusin", "click"]) document.addEventListener(kind, pick);
+
+  // Arrows walk through a tree as it is drawn: to the parent, the first child, the sibling before and after.
+  const ways = {
+    ArrowLeft: (item) => item.parentElement.closest(".tree li"),
+    ArrowRight: (item) => item.querySelector("li"),
+    ArrowUp: (item) => item.previousElementSibling,
+    ArrowDown: (item) => item.nextElementSibling,
+  };
+  document.addEventListener("keydown", (event) => {
+    if (!(event.target instanceof Element) || !event.target.matches(".tree .node") || !ways[event.key]) return;
+    event.preventDefault();
+    ways[event.key](event.target.parentElement)?.querySelector(".node").focus();
+  });
 })();

@@ -50,6 +50,11 @@ class PathTree:
             raise ValueError(f"a tree of {self._most} nodes has no room for another placeholder: give it more nodes")
         return self._add(parent, token, placeholder=True)
 
+    def cut(self, nodes: int) -> None:
+        """Drop all nodes but the first so many, 1 or more; no path is added afterwards."""
+        for kept in (self.tokens, self.parents, self.placeholder, self._depths):
+            del kept[nodes:]
+
     def _add(self, parent: int, token: int, placeholder: bool = False) -> int:
         self.tokens.append(token)
         self.parents.append(parent)

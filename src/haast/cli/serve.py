@@ -1,0 +1,47 @@
+"""`haast serve`: an OpenAI-compatible server. Owns the checks before anything loads; the rest is `haast.serving`'s."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from haast.cli.loading import load_chosen
+from haast.cli.settings import Choice, Drafting, Loading
+from haast.serving.config import ServeConfig
+
+if TYPE_CHECKING:
+    from haast.api import Haast
+
+
+def serve(loading: Loading, choice: Choice, drafting: Drafting, server: ServeConfig) -> None:
+    """Serve an OpenAI-compatible API whose answers are vanilla decoding's, and a page to look at them.
+
+    \b
+    haast serve
+    haast serve --model ./my-model --head ./my-head --port 9000
+    haast serve --host 0.0.0.0 --api-key-file keys.txt
+    """
+    try:
+        from haast.serving.run import serve as run
+    except ImportError as error:
+        needed = "pip install 'haast[serve]'"
+        raise ValueError(f"haast serve needs more packages, {error.name} is missing: {needed}") from error
+
+    from haast.drafters.factory import needs_head
+
+    choice.check()
+    loading.check()
+    if needs_head(choice.drafter):
+        drafting.check(loading.model, loading.device)
+
+    def load() -> Haast:
+        from haast.api import Haast
+        from haast.engine.scheduler import Scheduler
+
+        target, drafter = load_chosen(choice, loading, drafting)
+        if server.kv_tokens is not None:
+            target.use_pool(server.kv_tokens)
+        target.scheduler = Scheduler(target, server.max_running, server.max_waiting)
+        return Haast(target, drafter)
+
+    run(load, server.served_name or Path(loading.model).name, server)

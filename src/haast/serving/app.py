@@ -1,0 +1,172 @@
+"""The HTTP application: which address answers what.
+
+Owns routes and their errors; who may ask is `security`'s, what is answered `plan`'s and `shapes`'. The model loads in
+the background: until it is there, /health and all that needs it say 503.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.types import ASGIApp
+
+from haast.serving.config import ServeConfig
+from haast.serving.problems import ApiError
+from haast.serving.routes import ROUTES
+from haast.serving.security import Guarded, Rates
+from haast.serving.service import Service
+from haast.serving.streaming import told
+
+_LOG = logging.getLogger("haast.serving")
+_STATIC = Path(__file__).parent / "static"
+_SHARED = Path(__file__).parents[1] / "bench" / "templates" / "common.css"
+
+
+class Host:
+    """The running application's own state: the service once it is there, and whether it is closing."""
+
+    def __init__(self, config: ServeConfig, name: str) -> None:
+        self.config, self.name = config, name
+        self.loaded: Service | None = None
+        self.failure: BaseException | None = None
+        self.closing = False
+        self.rates = Rates(config)
+
+    @property
+    def service(self) -> Service:
+        """The model. Raises ApiError 503 while it loads, or when the server ends."""
+        if self.closing:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
+        if self.loaded is None:
+            words = "the model is loading: try again" if self.failure is None else "the model could not be loaded"
+            raise ApiError(503, words, code="loading", headers={"Retry-After": "2"})
+        return self.loaded
+
+    def refused(self, status: int) -> None:
+        """An error was answered before a request began."""
+        if self.loaded is not None:
+            self.loaded.metrics.refuse(status)
+
+    def close(self) -> None:
+        """Take no more requests."""
+        self.closing = True
+
+    def end_all(self) -> None:
+        """End those that are still being answered; they are told."""
+        if self.loaded is not None:
+            self.loaded.end_all()
+
+
+def make_app(
+    load: Callable[[], Service], config: ServeConfig, name: str, failed: Callable[[], None] | None = None
+) -> tuple[ASGIApp, Host]:
+    """The application and its state.
+
+    Args:
+        load: makes the service, in a thread of its own.
+        config: of the server.
+        name: of the model for clients.
+        failed: called where it can't be loaded.
+    """
+    host = Host(config, name)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(_load(host, load, failed))
+        yield
+        await asyncio.gather(loading, return_exceptions=True)
+
+    app = FastAPI(title="Haast", lifespan=lifespan, docs_url=None, redoc_url=None, description=__doc__)
+    app.state.host = host
+    app.add_exception_handler(ApiError, _problem)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _problem)
+    app.include_router(ROUTES)
+    _page(app)
+    guarded: ASGIApp = Guarded(_Told(app), config, host.rates, host.refused)
+    if config.origins:
+        guarded = CORSMiddleware(
+            guarded, allow_origins=list(config.origins), allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"], expose_headers=["x-request-id"],
+        )  # fmt: skip
+    return guarded, host
+
+
+class _Told:
+    """An application whose unforeseen errors are answered and logged, and go no further."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except ApiError:
+            raise
+        except Exception as error:  # answered by the handler already, and raised again for servers that log it
+            if scope["type"] != "http":
+                raise
+            _LOG.debug("answered with an error", exc_info=error)
+
+
+async def _load(host: Host, load: Callable[[], Service], failed: Callable[[], None] | None) -> None:
+    try:
+        host.loaded = await run_in_threadpool(load)
+    except Exception as error:
+        host.failure = error
+        if failed is not None:
+            failed()
+
+
+def _page(app: FastAPI) -> None:
+    @app.get("/", include_in_schema=False)
+    async def index() -> Any:
+        return FileResponse(_STATIC / "index.html")
+
+    @app.get("/static/common.css", include_in_schema=False)
+    async def common() -> Any:
+        return FileResponse(_SHARED)
+
+    app.mount("/static", StaticFiles(directory=_STATIC))
+
+
+async def _problem(request: Request, error: Exception) -> JSONResponse:
+    problem = told(error)
+    request.app.state.host.refused(problem.status)
+    return JSONResponse(problem.body(), status_code=problem.status, headers=problem.headers)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError), "its handler"
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part != "body"]
+    where = ".".join(place)[:200]
+    broken = first["type"] == "json_invalid"
+    words = f"{where or 'the body'}: {first['msg']}"
+    problem = ApiError(
+        400 if broken else 422, "the body is no JSON" if broken else words, param=where or None,
+        code="invalid_json" if broken else "invalid_type",
+    )  # fmt: skip
+    return await _problem(request, problem)
+
+
+async def _http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException), "its handler"
+    words = {404: "there is nothing at this address", 405: "this address takes another method"}
+    told_words = words.get(error.status_code, str(error.detail))
+    problem = ApiError(error.status_code, told_words, headers=dict(error.headers or {}))
+    return await _problem(request, problem)

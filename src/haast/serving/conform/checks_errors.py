@@ -1,0 +1,163 @@
+"""Wrong requests: each is refused in a form that a client can read, and none hurts the server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from haast.serving.conform.base import Check, Theme, demand, fail, not_visible, short, silent
+from haast.serving.conform.client import Reply
+from haast.serving.conform.subject import CHAT, RECORD, STORY, Subject, complaint, named, same_text
+
+_PARTS = ("message", "type", "param", "code")
+_UNKNOWN_MODEL = "haast-conform-no-such-model"
+_UNKNOWN_FIELD = "haast_conform_no_such_field"
+_MANY = 10_000  # words of a prompt that is to overflow a context nobody has told
+_WORDS = ("river", "stone", "cloud", "seven", "green", "house", "paper", "night")
+
+
+def error_shape(subject: Subject) -> str:
+    """The error object."""
+    reply = subject.client.post(CHAT, subject.body(STORY, temperature="hot"))
+    _is_refusal(reply, "temperature 'hot'")
+    error = reply.body.get("error") if isinstance(reply.body, dict) else None
+    demand(isinstance(error, dict), f"HTTP {reply.status} without an error object: {short(reply.text)}")
+    assert isinstance(error, dict)
+    missing = [name for name in _PARTS if name not in error]
+    demand(not missing, f"the error object lacks {', '.join(missing)}")
+    demand(isinstance(error["message"], str) and error["message"], f"error.message is {short(error['message'])}")
+    return f"HTTP {reply.status} with {', '.join(_PARTS)}"
+
+
+def malformed_json(subject: Subject) -> str:
+    """Bodies that are no JSON object."""
+    for content in (b'{"model": ', b"[1, 2]", b""):
+        reply = subject.client.send(subject.client.request("POST", CHAT, content, content_type="application/json"))
+        _is_refusal(reply, f"the body {content.decode()!r}")
+    return "three bodies that are no JSON object are refused"
+
+
+def unknown_model(subject: Subject) -> str:
+    """A model that is not there."""
+    reply = subject.client.post(CHAT, subject.body(STORY, model=_UNKNOWN_MODEL, max_tokens=1))
+    if reply.status == 200 and isinstance(reply.body, dict):
+        says = reply.body.get("model")
+        if says == _UNKNOWN_MODEL:
+            silent(f"accepted, and the answer claims to be of {_UNKNOWN_MODEL!r}")
+        return f"accepted; the answer says that it is of {short(says)}"
+    _is_refusal(reply, "an unknown model")
+    return f"HTTP {reply.status}: {short(complaint(reply), 100)}"
+
+
+def unknown_field(subject: Subject) -> str:
+    """A field that nobody knows."""
+    reply = subject.client.post(CHAT, subject.body(STORY, max_tokens=1, **{_UNKNOWN_FIELD: 1}))
+    if reply.status == 200:
+        return "accepted"
+    _is_refusal(reply, "an unknown field")
+    demand(named(_UNKNOWN_FIELD, reply.text), f"HTTP {reply.status} without naming the field: {short(reply.text, 100)}")
+    return f"HTTP {reply.status} that names it"
+
+
+def bad_values(subject: Subject) -> str:
+    """Values that mean nothing."""
+    wrong: list[dict[str, Any]] = [
+        {"temperature": -1}, {"top_p": 2}, {"n": 0}, {"max_tokens": "many"}, {"messages": []}, {"messages": None},
+        {"presence_penalty": 100}, {"stop": 7},
+    ]  # fmt: skip
+    complaints = []
+    for fields in wrong:
+        reply = subject.client.post(CHAT, subject.body(STORY, **{"max_tokens": 4, **fields}))
+        if not 400 <= reply.status < 500:
+            complaints.append(f"HTTP {reply.status} for {_words(fields)}")
+    if complaints:
+        fail("; ".join(complaints))
+    return f"{len(wrong)} of {len(wrong)} refused with 4xx"
+
+
+def stream_error(subject: Subject) -> str:
+    """A wrong request for a stream."""
+    streamed = subject.client.stream(CHAT, subject.body(STORY, temperature="hot", stream=True), most=2)
+    demand(400 <= streamed.status < 500, f"HTTP {streamed.status}: the error comes inside the stream, if at all")
+    return f"HTTP {streamed.status} before any event"
+
+
+def context_overflow(subject: Subject) -> str:
+    """A prompt that is too long."""
+    words = _MANY if subject.context is None else int(subject.context * 1.25) + 50
+    text = " ".join(_WORDS[i % len(_WORDS)] for i in range(words))
+    reply = subject.client.post(CHAT, subject.body(text, max_tokens=1))
+    if reply.status == 200:
+        usage = reply.body.get("usage") or {} if isinstance(reply.body, dict) else {}
+        counted = usage.get("prompt_tokens")
+        if not isinstance(counted, int) or counted < words:
+            silent(f"{words} words were accepted as {short(counted)} prompt tokens: the rest was dropped")
+        if subject.context is None:
+            not_visible(f"{counted} prompt tokens fit, and nothing tells the context: give --context")
+        fail(f"{counted} prompt tokens were accepted for a context of {subject.context}")
+    _is_refusal(reply, f"a prompt of {words} words")
+    _tells_both_numbers(complaint(reply), subject.context)
+    return f"HTTP {reply.status}: {short(complaint(reply), 120)}"
+
+
+def _tells_both_numbers(told: str, context: int | None) -> None:
+    numbers = {int(each) for each in "".join(c if c.isdigit() else " " for c in told.replace(",", "")).split()}
+    large = {each for each in numbers if each >= 100}
+    demand(len(large) >= 2, f"the message does not say both sizes: {short(told, 120)}")
+    known = context is None or (any(each <= context for each in large) and any(each > context for each in large))
+    demand(known, f"the message does not say the context of {context} and the prompt's size: {short(told, 120)}")
+
+
+def survives(subject: Subject) -> str:
+    """Requests that took other servers down, and a good one after them."""
+    before = subject.story()
+    for words, fields in _hostile():
+        prompt = fields.pop("prompt", RECORD)
+        reply = subject.client.post(CHAT, subject.body(prompt, **{"max_tokens": 4, **fields}))
+        demand(reply.status < 500 or reply.status == 501, f"HTTP {reply.status} for {words}: {short(reply.text, 100)}")
+    after = subject.ask(STORY, max_tokens=40)
+    same_text(before.text, after.text, "a good request after the bad ones")
+    return f"{len(list(_hostile()))} bad requests, then the same answer as before"
+
+
+def _hostile() -> Iterator[tuple[str, dict[str, Any]]]:
+    deep: dict[str, Any] = {"type": "string"}
+    for _ in range(60):
+        deep = {"type": "object", "properties": {"a": deep}, "required": ["a"]}
+    for words, schema in (
+        ("a schema of no type", {"type": "no-such-type"}),
+        ("a schema whose pattern is broken", {"type": "string", "pattern": "(["}),
+        ("a schema that refers to nothing", {"$ref": "#/$defs/nowhere"}),
+        ("a schema sixty levels deep", deep),
+    ):
+        named_schema = {"name": "bad", "schema": schema, "strict": True}
+        yield words, {"response_format": {"type": "json_schema", "json_schema": named_schema}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "no-such-type"}}}
+    yield "a tool with broken parameters", {"tools": [tool], "tool_choice": "required"}
+    yield "a logit_bias far outside the vocabulary", {"logit_bias": {"1000000000": 5}}
+    yield "a million top_logprobs", {"logprobs": True, "top_logprobs": 1_000_000}
+    yield "a lone surrogate in the prompt", {"prompt": "\ud800 hello"}
+    yield "a thousand stops", {"stop": [f"stop {number}" for number in range(1000)]}
+
+
+def _is_refusal(reply: Reply, words: str) -> None:
+    demand(400 <= reply.status < 500, f"HTTP {reply.status} for {words}, not 4xx: {short(reply.text, 100)}")
+
+
+def _words(fields: dict[str, Any]) -> str:
+    return ", ".join(f"no {name}" if value is None else f"{name}={value!r}" for name, value in fields.items())
+
+
+THEME = Theme(
+    "errors",
+    (
+        Check("error-shape", (), "an error is 4xx with message, type, param and code", error_shape),
+        Check("malformed-json", (), "a body that is no JSON object gets 4xx", malformed_json),
+        Check("unknown-model", (), "an unknown model gets 4xx, or the answer says whose it is", unknown_model),
+        Check("unknown-field", (), "an unknown field is ignored or named, never 5xx", unknown_field),
+        Check("bad-values", (), "impossible values get 4xx", bad_values),
+        Check("stream-error", (), "a wrong request for a stream gets 4xx, not a stream", stream_error),
+        Check("context-overflow", (), "a prompt too long gets 4xx that says both sizes", context_overflow),
+        Check("survives", ("A2",), "bad requests never take the server, nor change the next answer", survives),
+    ),
+)

@@ -1,0 +1,196 @@
+"""JSON and server-sent events over a wire. Owns how replies are read; what they mean is `answers`' affair.
+
+Events are kept as they came, comments and broken ones too: the checks judge the framing itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from haast.serving.conform.wire import Opened, Request, Wire, WireError
+
+DONE = "[DONE]"
+_KEPT = 1500  # characters of a reply that are kept as evidence
+_PATIENCE = 4  # time limits that a whole stream may take, while each wait alone stays within one
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole reply; `body` is None where it is no JSON."""
+
+    status: int
+    headers: Mapping[str, str]
+    text: str
+    body: Any
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """One server-sent event, or one comment; `at` is when its last byte came, in seconds after the request."""
+
+    data: str
+    at: float
+    name: str = ""
+    comment: bool = False
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A reply read event by event; `whole` has it where the server answered without events, as errors do."""
+
+    status: int
+    headers: Mapping[str, str]
+    events: tuple[Event, ...] = ()
+    whole: Reply | None = None
+    torn: bool = False  # an event whose bytes are no UTF-8: a character was cut in two
+    rest: str = ""  # what came after the last complete event
+    seconds: float = 0.0
+
+    @property
+    def data(self) -> list[Event]:
+        """The events that carry data; comments are none."""
+        return [event for event in self.events if not event.comment]
+
+    @property
+    def chunks(self) -> list[dict[str, Any]]:
+        """The data of events that are JSON objects."""
+        read = (parsed(event.data) for event in self.data)
+        return [each for each in read if isinstance(each, dict)]
+
+
+@dataclass
+class Exchange:
+    """The last request and reply, as evidence."""
+
+    sent: str = ""
+    got: str = ""
+
+
+@dataclass
+class Client:
+    """Requests to one server.
+
+    Args:
+        wire: the way there.
+        key: sent as bearer token; None sends none.
+        timeout: seconds that a server may stay silent.
+    """
+
+    wire: Wire
+    key: str | None = None
+    timeout: float = 60.0
+    requests: int = 0
+    last: Exchange = field(default_factory=Exchange)
+
+    def request(
+        self, method: str, path: str, body: Any = None, timeout: float | None = None, **headers: str
+    ) -> Request:
+        """What is sent; `body` is JSON, or bytes as they are. Header names are written with underscores."""
+        content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        head = {"content-type": "application/json"} if content else {}
+        if self.key is not None:
+            head["authorization"] = f"Bearer {self.key}"
+        head.update({name.replace("_", "-"): value for name, value in headers.items()})
+        self.requests += 1
+        self.last = Exchange(f"{method} {path} {content[:_KEPT].decode('utf-8', 'replace')}".strip())
+        return Request(method, path, content, head, self.timeout if timeout is None else timeout)
+
+    def send(self, request: Request) -> Reply:
+        """The whole reply. Raises WireError."""
+        began, exchange = self.wire.clock(), self.last
+        try:
+            with self.wire.open(request) as opened:
+                content = b"".join(self._within(opened.pieces, began, request.timeout))
+                reply = _reply(opened, content, self.wire.clock() - began)
+        except WireError as error:
+            exchange.got = str(error)
+            raise
+        exchange.got = f"HTTP {reply.status} {reply.text[:_KEPT]}"
+        return reply
+
+    def get(self, path: str, timeout: float | None = None, **headers: str) -> Reply:
+        """Read an address. Raises WireError."""
+        return self.send(self.request("GET", path, None, timeout, **headers))
+
+    def post(self, path: str, body: Any, timeout: float | None = None, **headers: str) -> Reply:
+        """Send JSON, or bytes as they are. Raises WireError."""
+        return self.send(self.request("POST", path, body, timeout, **headers))
+
+    def stream(self, path: str, body: Any, most: int | None = None) -> Streamed:
+        """Send JSON and read events, no more than `most`. Raises WireError."""
+        request, began = self.request("POST", path, body), self.wire.clock()
+        exchange = self.last
+        with self.wire.open(request) as opened:
+            if "text/event-stream" not in opened.headers.get("content-type", ""):
+                content = b"".join(self._within(opened.pieces, began, request.timeout))
+                whole = _reply(opened, content, self.wire.clock() - began)
+                exchange.got = f"HTTP {whole.status} {whole.text[:_KEPT]}"
+                return Streamed(whole.status, whole.headers, whole=whole, seconds=whole.seconds)
+            reader = EventReader()
+            for piece in self._within(opened.pieces, began, request.timeout):
+                reader.feed(piece, self.wire.clock() - began)
+                if most is not None and len(reader.events) >= most:
+                    break
+        exchange.got = f"HTTP {opened.status} ...{' | '.join(event.data for event in reader.events)[-_KEPT:]}"
+        seconds = self.wire.clock() - began
+        events = tuple(reader.events)
+        return Streamed(opened.status, opened.headers, events, None, reader.torn, reader.rest, seconds)
+
+    def _within(self, pieces: Iterator[bytes], began: float, timeout: float) -> Iterator[bytes]:
+        """The pieces, as long as the whole stays within bounds: a server that trickles for ever must not hold us."""
+        for piece in pieces:
+            yield piece
+            if self.wire.clock() - began > _PATIENCE * timeout:
+                raise WireError(f"the answer was not complete within {_PATIENCE * timeout:g} s", late=True)
+
+
+class EventReader:
+    """Bytes become events, however they are cut."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.torn = False
+        self._bytes = b""
+
+    @property
+    def rest(self) -> str:
+        """What came after the last complete event."""
+        return self._bytes.decode("utf-8", "replace").strip()
+
+    def feed(self, piece: bytes, at: float) -> None:
+        """Take what has come."""
+        # A CR at the end may be half of a CR LF, whose other half is still to come.
+        self._bytes = (self._bytes + piece).replace(b"\r\n", b"\n")
+        *whole, self._bytes = self._bytes.split(b"\n\n")
+        for block in whole:
+            self._take(block, at)
+
+    def _take(self, block: bytes, at: float) -> None:
+        try:
+            text = block.decode("utf-8")
+        except UnicodeDecodeError:
+            text, self.torn = block.decode("utf-8", "replace"), True
+        fields: dict[str, list[str]] = {"data": [], "event": [], "": []}
+        for line in text.split("\n"):
+            name, _, value = line.partition(":")
+            fields.setdefault(name, []).append(value.removeprefix(" "))
+        self.events += [Event(comment, at, comment=True) for comment in fields[""] if comment]
+        if fields["data"]:
+            self.events.append(Event("\n".join(fields["data"]), at, "".join(fields["event"])))
+
+
+def parsed(text: str) -> Any:
+    """JSON, or None where it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _reply(opened: Opened, content: bytes, seconds: float) -> Reply:
+    text = content.decode("utf-8", "replace")
+    return Reply(opened.status, opened.headers, text, parsed(text), seconds)

@@ -1,0 +1,311 @@
+"""From a request's body to what the engine is asked for: every field checked, nothing begun.
+
+Owns what fields mean, their defaults, and which go together. Knows the model's tokenizer, template and limits by
+`ModelFacts`; runs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from haast.core import SamplingParams
+from haast.serving.conversation import ChatTemplate, joined
+from haast.serving.problems import ApiError, refused
+from haast.serving.reasoning import ReasoningMarks
+from haast.serving.schema import (
+    IDLE,
+    REFUSED,
+    Body,
+    ChatRequest,
+    CompletionRequest,
+    NamedTool,
+    Sampled,
+    StructuredOutputs,
+    Tool,
+)
+from haast.serving.structured import SPACING, Grammar, Grammars
+from haast.serving.tools import Style, call_grammar
+from haast.text import stop_strings
+
+_LOG = logging.getLogger("haast.serving")
+_NEUTRAL: dict[str, tuple[Any, ...]] = {  # values of refused fields that ask for nothing
+    "beam_width": (1,), "length_penalty": (1, 0), "modalities": (["text"],), "use_beam_search": (False,),
+    "repeat_penalty": (1,), "mirostat": (0,), "typical_p": (1,), "top_a": (0,), "best_of": (1,),
+    "skip_special_tokens": (True,), "spaces_between_special_tokens": (True, False), "background": (False,),
+    "truncation": ("disabled",), "include": ([],), "suffix": ("",),
+}  # fmt: skip
+_MOST_STOPS = 16
+_ANCHOR = 8  # tokens of the prompt's end that lead into a prediction
+_told: set[str] = set()  # unknown fields that the log has named already
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What planning knows of the model that is served."""
+
+    template: ChatTemplate
+    grammars: Grammars
+    vocab_size: int
+    context: int | None
+    pool_tokens: int
+    ends: tuple[int, ...]
+    drafters: tuple[str, ...]
+    max_choices: int
+
+
+@dataclass
+class Plan:
+    """What is asked for, checked."""
+
+    prompts: list[list[int]]
+    n: int
+    sampling: SamplingParams
+    max_tokens: int | None
+    ends: tuple[int, ...]
+    stops: tuple[str, ...]
+    keep_stop: bool
+    min_tokens: int
+    presence: float
+    frequency: float
+    bias: dict[int, float]
+    drafter: str | None
+    max_nodes: int | None
+    trace: bool
+    stream: bool
+    usage_in_stream: bool
+    processed: bool
+    logprobs: int | None = None  # likeliest tokens beside the chosen one; None: no logprobs
+    grammar: Grammar | None = None
+    prediction: list[int] = field(default_factory=list)
+    echo: list[str] = field(default_factory=list)  # per prompt, what comes before the answer
+    style: Style | None = None
+    marks: ReasoningMarks | None = None
+    reasoning: bool = False  # the prompt has opened it
+
+    def foreseen(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        """The prediction, with the prompt's end before it, so that the answer's beginning finds it."""
+        return (*prompt[-_ANCHOR:], *self.prediction) if self.prediction else ()
+
+
+def chat_plan(body: ChatRequest, facts: ModelFacts) -> Plan:
+    """The plan of a chat completion. Raises ApiError, PromptError or ValueError."""
+    settings = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        if not facts.template.knows("reasoning_effort"):
+            raise refused("reasoning_effort", "this model's chat template does not look at it; leave it out")
+        settings["reasoning_effort"] = body.reasoning_effort
+    tools = usable_tools(body)
+    talk = facts.template.render(body.messages, tools, settings)
+    limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    plan = _plan(body, facts, [talk.ids], limit)
+    plan.marks, plan.reasoning = facts.template.marks, talk.reasoning
+    plan.style = facts.template.style if tools else None
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
+    plan.logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    if tools:
+        calls = _call_grammar(body, tools, facts)
+        if plan.grammar is not None:
+            raise ApiError(
+                400,
+                f"{plan.grammar.field} and tools together are not supported: an answer is a call or has a form",
+                param=plan.grammar.field,
+                code="unsupported_parameter",
+            )
+        plan.grammar = calls
+    _check_grammar(body, plan)
+    return plan
+
+
+def completion_plan(body: CompletionRequest, facts: ModelFacts) -> Plan:
+    """The plan of a text completion. Raises ApiError, PromptError or ValueError."""
+    given: Any = body.prompt
+    several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
+    prompts = given if several else [given]
+    ids = [facts.template.text_ids(each) if isinstance(each, str) else list(each) for each in prompts]
+    plan = _plan(body, facts, ids, body.max_tokens if body.max_tokens is not None else 16)
+    plan.logprobs = body.logprobs
+    if body.echo:
+        if body.logprobs is not None:
+            raise refused("echo", "with logprobs, which are of new tokens alone; leave out one of both")
+        plan.echo = [each if isinstance(each, str) else facts.template.text_of(each) for each in prompts]
+    _check_grammar(body, plan)
+    return plan
+
+
+def usable_tools(body: ChatRequest) -> list[Tool]:
+    """The tools that may be called. Raises ApiError for a choice among none."""
+    tools = list(body.tools or ())
+    names = [tool.function.name for tool in tools]
+    choice = body.tool_choice
+    if len(set(names)) < len(names):
+        raise ApiError(400, f"tools has two functions of one name: {names}", param="tools", code="invalid_value")
+    if choice == "none":
+        return []
+    if choice is not None and choice != "auto" and not tools:
+        raise ApiError(400, "tool_choice needs tools", param="tool_choice", code="invalid_value")
+    if isinstance(choice, NamedTool) and choice.function.name not in names:
+        words = f"tool_choice names {choice.function.name!r}: the tools are {', '.join(names)}"
+        raise ApiError(400, words, param="tool_choice", code="invalid_value")
+    return tools
+
+
+def check_unknown(body: Body, neutral: Mapping[str, Any] | None = None) -> None:
+    """Refuse by name fields that would change the answer; name unknown ones in the log, once. Raises ApiError."""
+    for name, value in body.unknown.items():
+        if value is None or value in _NEUTRAL.get(name, ()) or (neutral or {}).get(name) == value:
+            continue
+        if name in REFUSED:
+            raise refused(name, REFUSED[name])
+        if name in IDLE and name not in _NEUTRAL:
+            continue
+        if name in IDLE:
+            raise refused(name, f"other values than {_NEUTRAL[name][0]!r} are not offered")
+        if name not in _told and len(_told) < 1000:
+            _told.add(name)
+            _LOG.warning("a client sends a field that is not known here, and left out: %s", ascii(name)[:80])
+
+
+def _plan(body: Sampled, facts: ModelFacts, prompts: list[list[int]], limit: int | None) -> Plan:
+    n = body.n or 1
+    check_unknown(body, {"best_of": n})
+    if len(prompts) * n > facts.max_choices:
+        raise ApiError(
+            400, f"{len(prompts)} prompts times n={n} are more than {facts.max_choices} answers at once", param="n",
+            code="invalid_value",
+        )  # fmt: skip
+    for prompt in prompts:
+        _check_length(len(prompt), limit, facts)
+    stops = stop_strings(body.stop or ())
+    if len(stops) > _MOST_STOPS:
+        raise ApiError(400, f"stop holds {len(stops)} strings: give {_MOST_STOPS} at most", param="stop")
+    own_ends = tuple(_token(each, "stop_token_ids", facts) for each in body.stop_token_ids or ())
+    ends = own_ends if body.ignore_eos else tuple(dict.fromkeys((*facts.ends, *own_ends)))
+    hints = body.haast
+    if hints.drafter is not None and hints.drafter not in facts.drafters:
+        words = f"haast.drafter={hints.drafter!r} is unknown: choose one of {', '.join(facts.drafters)}"
+        raise ApiError(400, words, param="haast.drafter", code="invalid_value")
+    options = body.stream_options
+    if options is not None and not body.stream:
+        raise ApiError(400, "stream_options needs stream: true", param="stream_options", code="invalid_value")
+    if options is not None and options.continuous_usage_stats:
+        raise refused("stream_options.continuous_usage_stats", "usage comes with the last chunk")
+    if body.min_tokens and limit is not None and body.min_tokens > limit:
+        words = f"min_tokens={body.min_tokens} is more than the {limit} new tokens that may come"
+        raise ApiError(400, words, param="min_tokens", code="invalid_value")
+    predicted = [] if body.prediction is None else facts.template.text_ids(_predicted(body), False)
+    return Plan(
+        prompts, n, _sampling(body), limit, ends, stops, body.include_stop_str_in_output, body.min_tokens,
+        body.presence_penalty or 0.0, body.frequency_penalty or 0.0, _bias(body, facts), hints.drafter,
+        hints.max_nodes, hints.trace, bool(body.stream), options is not None and options.include_usage,
+        body.logprobs_mode == "processed", grammar=_grammar(body, facts), prediction=predicted,
+    )  # fmt: skip
+
+
+def _sampling(body: Sampled) -> SamplingParams:
+    return SamplingParams(
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_k=max(body.top_k or 0, 0) if body.top_k == -1 else body.top_k or 0,  # other servers' word for off
+        top_p=1.0 if body.top_p is None else body.top_p,
+        min_p=body.min_p or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        seed=secrets.randbits(62) if body.seed is None else body.seed % 2**63,
+    )
+
+
+def _check_length(length: int, limit: int | None, facts: ModelFacts) -> None:
+    """A prompt that does not fit, with the new tokens asked for, is told with both numbers. Raises ApiError."""
+    most = min(facts.pool_tokens, facts.context or facts.pool_tokens)
+    if length >= most or length + (limit or 0) > most:
+        asked = "" if limit is None else f" and {limit} new ones are asked for, {length + limit} in all"
+        raise ApiError(
+            400,
+            f"this model's maximum context length is {most} tokens; the prompt has {length} tokens{asked}: shorten the "
+            f"prompt, or ask for fewer",
+            param="max_tokens" if length < most else "messages",
+            code="context_length_exceeded",
+        )
+
+
+def _token(token: int, where: str, facts: ModelFacts) -> int:
+    if not 0 <= token < facts.vocab_size:
+        words = f"{where} holds {token}: give token ids of 0..{facts.vocab_size - 1}"
+        raise ApiError(400, words, param=where, code="invalid_value")
+    return token
+
+
+def _bias(body: Sampled, facts: ModelFacts) -> dict[int, float]:
+    bias = {}
+    for key, value in (body.logit_bias or {}).items():
+        if not key.isascii() or not key.isdigit() or len(key) > 12:
+            raise ApiError(400, f"logit_bias holds {key[:40]!r}: give token ids", param="logit_bias")
+        bias[_token(int(key), "logit_bias", facts)] = value
+    return bias
+
+
+def _predicted(body: Sampled) -> str:
+    assert body.prediction is not None, "asked for"
+    return joined(body.prediction.content, "predicted")
+
+
+def _grammar(body: Sampled, facts: ModelFacts) -> Grammar | None:
+    """The one form that an answer has to have. Raises ApiError where several are asked for."""
+    form, named, grammars = body.response_format, body.structured_outputs or StructuredOutputs(), facts.grammars
+    wanted: list[tuple[str, Any, Any]] = []
+    if form is not None and form.type == "json_object":
+        wanted.append(("response_format", {"type": "object"}, grammars.json_schema))
+    if form is not None and form.type == "json_schema":
+        if form.json_schema is None:
+            raise ApiError(400, "response_format of type json_schema needs json_schema", param="response_format")
+        wanted.append(("response_format", form.json_schema.schema_, grammars.json_schema))
+    for where, source in (("", body), ("structured_outputs.", named)):
+        for name, make in (("regex", grammars.regex), ("choice", grammars.choice), ("grammar", grammars.lark)):
+            wanted.append((f"{where}{name}", getattr(source, name), make))
+    wanted.append(("structured_outputs.json", named.json_, grammars.json_schema))
+    anything = {"type": "object"} if named.json_object else None
+    wanted.append(("structured_outputs.json_object", anything, grammars.json_schema))
+    wanted = [each for each in wanted if each[1] is not None]
+    if len(wanted) > 1:
+        names = ", ".join(name for name, *_ in wanted)
+        raise ApiError(400, f"an answer has one form, and {names} ask for several", param=wanted[1][0])
+    if not wanted:
+        return None
+    name, value, make = wanted[0]
+    if name.endswith("choice") and not value:
+        raise ApiError(400, f"{name} holds no text to choose", param=name)
+    found: Grammar = make(value, name)
+    return found
+
+
+def _call_grammar(body: ChatRequest, tools: Sequence[Tool], facts: ModelFacts) -> Grammar | None:
+    """The grammar of calls: where one is required, or arguments have to be strict."""
+    choice, style = body.tool_choice or "auto", facts.template.style
+    if choice == "auto" and not any(tool.function.strict for tool in tools):
+        return None
+    named = choice.function.name if isinstance(choice, NamedTool) else None
+    usable = [tool for tool in tools if named in (None, tool.function.name)]
+    several = body.parallel_tool_calls and named is None
+    text = call_grammar([_described(tool, choice) for tool in usable], style, several, SPACING, choice == "auto")
+    return facts.grammars.lark(text, "tools")
+
+
+def _described(tool: Tool, choice: Any) -> dict[str, Any]:
+    function = tool.function.model_dump(exclude_none=True)
+    if choice == "auto" and not tool.function.strict:
+        function["parameters"] = {"type": "object"}
+    return {"type": "function", "function": function}
+
+
+def _check_grammar(body: Sampled, plan: Plan) -> None:
+    if plan.grammar is None:
+        return
+    for name, given in (("min_tokens", body.min_tokens), ("ignore_eos", body.ignore_eos)):
+        if given:
+            raise ApiError(
+                400, f"{name} and {plan.grammar.field} together are not supported: the grammar says where a text ends",
+                param=name, code="unsupported_parameter",
+            )  # fmt: skip

@@ -1,0 +1,69 @@
+"""What goes wrong between client and server, as OpenAI's clients read it: `{"error": {message, type, param, code}}`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from haast.errors import CancelledError, KVPoolError, PromptError, QueueFullError, UnsupportedArgumentError
+
+_TYPES = {
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error", 415: "invalid_request_error",
+    422: "invalid_request_error", 429: "rate_limit_error", 431: "invalid_request_error", 500: "server_error",
+    503: "service_unavailable_error",
+}  # fmt: skip
+_NAMED = re.compile(r"^(?:field )?'?([a-z_]+)'?(?:=| holds | can't| is | needs)")
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Attributes:
+        status: of HTTP.
+        message: for people: the value and the remedy.
+        param: the field that it is about.
+        code: for programs.
+        headers: that go with it.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = headers or {}
+
+    def body(self) -> dict[str, Any]:
+        """As it is sent."""
+        kind = _TYPES.get(self.status, "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def refused(field: str, why: str) -> ApiError:
+    """A field that is not offered."""
+    return ApiError(400, f"{field} is not supported: {why}", param=field, code="unsupported_parameter")
+
+
+def problem_of(error: BaseException) -> ApiError:
+    """What a client is told of an exception; of one that nobody foresaw nothing but that it happened."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFullError):
+        return ApiError(
+            429, "too many requests wait already: try again", code="queue_full", headers={"Retry-After": "1"}
+        )
+    if isinstance(error, CancelledError):
+        return ApiError(503, str(error), code="cancelled")
+    if isinstance(error, KVPoolError):
+        return ApiError(400, str(error), param="max_tokens", code="kv_pool_exceeded")
+    if isinstance(error, PromptError | UnsupportedArgumentError | ValueError):
+        named = _NAMED.match(str(error))
+        return ApiError(400, str(error), param=named[1] if named else None, code="invalid_value")
+    return ApiError(500, "the server has failed at this request; its log says why", code="internal_error")

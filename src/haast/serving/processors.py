@@ -1,0 +1,52 @@
+"""Logits processors of a server's requests: penalties, biases, least lengths. They look at one text's own history.
+
+Each is a function (history (1, length) int64, scores (1, vocab)) -> scores, as transformers' are, and is called once
+for every token that is chosen, drafted or not: what it counts it counts along the accepted path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+class NewTokenPenalties:
+    """Presence and frequency penalties on what was said since the prompt, as OpenAI defines them.
+
+    Args:
+        prompt_length: tokens that are not counted.
+        presence: subtracted from the score of every token that was said.
+        frequency: subtracted as often as it was said.
+    """
+
+    def __init__(self, prompt_length: int, presence: float, frequency: float) -> None:
+        self._prompt_length, self._presence, self._frequency = prompt_length, presence, frequency
+
+    def __call__(self, history: Tensor, scores: Tensor) -> Tensor:
+        said, counts = torch.unique(history[0, self._prompt_length :], return_counts=True)
+        penalty = self._presence + self._frequency * counts.to(scores.dtype)
+        return scores.index_add(1, said, -penalty.unsqueeze(0))
+
+
+class TokenBias:
+    """Adds to the scores of some tokens."""
+
+    def __init__(self, bias: Mapping[int, float]) -> None:
+        self._tokens, self._values = torch.tensor(list(bias)), torch.tensor(list(bias.values()))
+
+    def __call__(self, history: Tensor, scores: Tensor) -> Tensor:
+        return scores.index_add(1, self._tokens.to(scores.device), self._values.to(scores).unsqueeze(0))
+
+
+class LeastLength:
+    """No text ends before it has `least` new tokens."""
+
+    def __init__(self, prompt_length: int, least: int, ends: Sequence[int]) -> None:
+        self._until, self._ends = prompt_length + least, torch.tensor(list(ends), dtype=torch.long)
+
+    def __call__(self, history: Tensor, scores: Tensor) -> Tensor:
+        if history.shape[1] >= self._until:
+            return scores
+        return scores.index_fill(1, self._ends.to(scores.device), -torch.inf)

@@ -1,0 +1,241 @@
+"""Which address answers what: OpenAI's, the ones beside them, and 404 with a reason for what is not offered.
+
+Owns the routes and how an answer's requests are started, watched and ended with their client. The state behind them is
+`app.Host`'s; what is answered is `plan`'s and `shapes`'.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from fastapi import APIRouter
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import Response as HttpResponse
+from sse_starlette.sse import EventSourceResponse, SendTimeoutError
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+from haast.serving.plan import Plan, chat_plan, check_unknown, completion_plan
+from haast.serving.problems import ApiError
+from haast.serving.responses import Response, as_chat, response_events, whole_response
+from haast.serving.schema import ChatRequest, CompletionRequest, DetokenizeRequest, ResponsesRequest, TokenizeRequest
+from haast.serving.service import Service
+from haast.serving.shapes import ChatShape, CompletionShape, Shape
+from haast.serving.step_view import step_html
+from haast.serving.streaming import events, until_gone, whole
+from haast.serving.writing import Writing
+from haast.text import token_text
+
+if TYPE_CHECKING:
+    from haast.serving.app import Host
+
+_LOG = logging.getLogger("haast.serving")
+ROUTES = APIRouter()
+# What other servers offer and this one does not, and why.
+_ABSENT = {
+    "/v1/embeddings": "Haast generates text; it makes no embeddings",
+    "/v1/rerank": "Haast generates text; it ranks none",
+    "/v1/audio/speech": "Haast reads and writes text alone",
+    "/v1/audio/transcriptions": "Haast reads and writes text alone",
+    "/v1/audio/translations": "Haast reads and writes text alone",
+    "/v1/images/generations": "Haast reads and writes text alone",
+    "/v1/images/edits": "Haast reads and writes text alone",
+    "/v1/moderations": "Haast judges no text",
+    "/v1/fine_tuning/jobs": "heads are trained by `haast train`, targets by other tools",
+    "/v1/files": "the server keeps nothing",
+    "/v1/batches": "send the requests one by one: they run together",
+    "/v1/assistants": "the server keeps no conversations",
+}
+
+
+@ROUTES.post("/v1/chat/completions")
+async def chat(body: ChatRequest, request: Request) -> Any:
+    """OpenAI's chat completions."""
+    service = _host(request).service
+    _check_model(body.model, service)
+    plan = await run_in_threadpool(chat_plan, body, service.facts)
+    return await _answered(request, plan, lambda: ChatShape(service, plan, _id("chatcmpl"), _now()))
+
+
+@ROUTES.post("/v1/completions")
+async def completions(body: CompletionRequest, request: Request) -> Any:
+    """OpenAI's text completions."""
+    service = _host(request).service
+    _check_model(body.model, service)
+    plan = await run_in_threadpool(completion_plan, body, service.facts)
+    return await _answered(request, plan, lambda: CompletionShape(service, plan, _id("cmpl"), _now()))
+
+
+@ROUTES.post("/v1/responses")
+async def responses(body: ResponsesRequest, request: Request) -> Any:
+    """OpenAI's responses, stateless."""
+    service = _host(request).service
+    _check_model(body.model, service)
+    plan = await run_in_threadpool(chat_plan, as_chat(body), service.facts)
+    response = Response(service, plan, _id("resp"), _now())
+    writings = await _begun(request, plan)
+    if plan.stream:
+        return _Stream(response_events(response, writings), request, writings)
+    return JSONResponse(await _whole(request, whole_response(response, writings), writings))
+
+
+@ROUTES.get("/v1/models")
+async def models(request: Request) -> Any:
+    """The one model, and what drafts for it."""
+    return {"object": "list", "data": [_model(_host(request).service)]}
+
+
+@ROUTES.get("/v1/models/{name:path}")
+async def model(name: str, request: Request) -> Any:
+    """The one model."""
+    _check_model(name, _host(request).service)
+    return _model(_host(request).service)
+
+
+@ROUTES.post("/tokenize")
+async def tokenize(body: TokenizeRequest, request: Request) -> Any:
+    """Tokens of a text, or of a conversation as the model reads it."""
+    service = _host(request).service
+    check_unknown(body, {"add_generation_prompt": True})
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "give prompt or messages, one of them", param="prompt", code="invalid_value")
+    template = service.facts.template
+    if body.messages is None:
+        ids = await run_in_threadpool(template.text_ids, body.prompt or "", body.add_special_tokens)
+    else:
+        made = await run_in_threadpool(template.render, body.messages, body.tools or (), body.chat_template_kwargs)
+        ids = made.ids
+    answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.facts.context, "tokens": ids}
+    if body.return_token_strs:
+        answer["token_strs"] = [token_text(service.tokenizer, each) for each in ids]
+    return answer
+
+
+@ROUTES.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, request: Request) -> Any:
+    """The text of tokens, special ones included."""
+    service = _host(request).service
+    wrong = [each for each in body.tokens if each >= service.facts.vocab_size]
+    if wrong:
+        words = f"tokens holds {wrong[0]}: give token ids of 0..{service.facts.vocab_size - 1}"
+        raise ApiError(400, words, param="tokens", code="invalid_value")
+    return {"prompt": str(service.tokenizer.decode(body.tokens, skip_special_tokens=False))}
+
+
+@ROUTES.get("/health")
+async def health(request: Request) -> Any:
+    """200 when it answers; 503 while it loads or ends."""
+    return {"status": "ok", "model": _host(request).service.name}
+
+
+@ROUTES.get("/metrics")
+async def metrics(request: Request) -> Any:
+    """Prometheus' text form."""
+    return HttpResponse(_host(request).service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@ROUTES.post("/haast/step")
+async def step(body: dict[str, Any], request: Request) -> Any:
+    """A step of a trace as the report draws it."""
+    return HTMLResponse(await run_in_threadpool(step_html, body))
+
+
+def _host(request: Request) -> Host:
+    host: Host = request.app.state.host
+    return host
+
+
+async def _answered(request: Request, plan: Plan, shape: Callable[[], Shape]) -> HttpResponse:
+    """Start a plan's requests and answer with what they say."""
+    writings, made = await _begun(request, plan), shape()
+    if plan.stream:
+        return _Stream(events(made, writings), request, writings)
+    return JSONResponse(await _whole(request, whole(made, writings), writings))
+
+
+async def _begun(request: Request, plan: Plan) -> list[Writing]:
+    return await run_in_threadpool(_host(request).service.begin, plan)
+
+
+async def _whole(request: Request, work: Awaitable[dict[str, Any]], writings: Sequence[Writing]) -> dict[str, Any]:
+    try:
+        return await until_gone(request, work)
+    finally:
+        _close(request, writings)
+
+
+def _close(request: Request, writings: Sequence[Writing]) -> None:
+    """Nobody reads on: what still runs ends, and what was written is counted."""
+    for writing in writings:
+        writing.close()
+    _host(request).rates.spent(request.state.key, sum(len(writing.new_tokens) for writing in writings))
+
+
+class _Stream(EventSourceResponse):
+    """A stream of events that ends its requests however it ends, even before its first event."""
+
+    def __init__(self, parts: AsyncIterator[bytes], request: Request, writings: Sequence[Writing]) -> None:
+        config = _host(request).config
+        # At a shutdown running answers end by themselves, or are ended and told: the library only waits for that.
+        super().__init__(
+            parts, ping=config.keep_alive, sep="\n", send_timeout=config.send_timeout, shutdown_event=anyio.Event(),
+            shutdown_grace_period=config.grace + 5,
+        )  # fmt: skip
+        self._end = functools.partial(_close, request, writings)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except SendTimeoutError:
+            _LOG.info("a client reads too slowly: its stream is ended")
+        finally:
+            self._end()
+
+
+def _check_model(name: str | None, service: Service) -> None:
+    if name not in (None, "", service.name, "default"):
+        words = f"the model {ascii(name)[:100]} is not served here: this server has {service.name!r}"
+        raise ApiError(404, words, param="model", code="model_not_found")
+
+
+def _model(service: Service) -> dict[str, Any]:
+    speed = service.vanilla_tokens_per_s
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "haast",
+        "max_model_len": service.facts.context,
+        "haast": {
+            "drafter": service.drafter,
+            "drafters": list(service.facts.drafters),
+            "context_length": service.facts.context,
+            "vanilla_tokens_per_s": None if speed is None else round(speed, 1),
+        },
+    }
+
+
+def _absent(path: str, why: str) -> Callable[[], Any]:
+    async def absent() -> Any:
+        raise ApiError(404, f"{path} is not offered: {why}", code="not_offered")
+
+    return absent
+
+
+def _id(kind: str) -> str:
+    return f"{kind}-{secrets.token_hex(12)}"
+
+
+def _now() -> int:
+    return int(time.time())
+
+
+for path, why in _ABSENT.items():
+    ROUTES.add_api_route(path, _absent(path, why), methods=["GET", "POST"], include_in_schema=False)

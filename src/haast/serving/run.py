@@ -1,0 +1,80 @@
+"""Running the application: uvicorn, signals, and an end at which every accepted request is answered or told."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+
+from haast.api import Haast
+from haast.serving.app import Host, make_app
+from haast.serving.config import ServeConfig
+from haast.serving.service import loader
+
+_LOG = logging.getLogger("haast.serving")
+_MOST_HEADERS = 32_768  # bytes of a request's line and headers
+_BESIDE = 64  # connections beside those whose answers run or wait: health checks, metrics, the page
+
+
+class Server(uvicorn.Server):
+    """uvicorn, whose shutdown lets running answers end, and after a while ends and tells them."""
+
+    def __init__(self, config: uvicorn.Config, host: Host) -> None:
+        super().__init__(config)
+        self._host = host
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        self._host.close()
+        timer = asyncio.get_running_loop().call_later(self._host.config.grace, self._host.end_all)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+            self._host.end_all()
+
+
+def make_server(load: Callable[[], Haast], name: str, config: ServeConfig) -> Server:
+    """A server that is ready to `run`; `load` is called when it does."""
+    stop = list[Callable[[], None]]()
+    app, host = make_app(loader(load, name, config), config, name, lambda: stop[0]())
+    setup = uvicorn.Config(
+        app,
+        host=config.host,
+        port=config.port,
+        http="h11",
+        ws="none",
+        lifespan="on",
+        server_header=False,
+        date_header=True,
+        proxy_headers=False,
+        access_log=False,
+        log_config=None,
+        h11_max_incomplete_event_size=_MOST_HEADERS,
+        limit_concurrency=config.max_running + config.max_waiting + _BESIDE,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=int(config.grace) + 10,
+        backlog=512,
+    )
+    server = Server(setup, host)
+    stop.append(lambda: setattr(server, "should_exit", True))
+    return server
+
+
+def serve(load: Callable[[], Haast], name: str, config: ServeConfig) -> None:
+    """Serve until a signal says stop. Raises what went wrong in loading, or OSError where the port is taken."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr, force=True
+    )
+    logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
+    server = make_server(load, name, config)
+    sockets = [server.config.bind_socket()]
+    address = sockets[0].getsockname()
+    _LOG.info("listening on http://%s:%d (model %s)", config.host, address[1], name)
+    server.run(sockets=sockets)
+    host = server._host
+    if host.failure is not None:
+        raise host.failure

@@ -1,0 +1,229 @@
+"""Answers as OpenAI's clients read them: chat completions and text completions, whole and in chunks.
+
+Owns JSON alone. A whole answer is made of the same deltas as a stream of chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from haast.serving.logprobs import Logprob
+from haast.serving.plan import Plan
+from haast.serving.service import Service, prediction_counts
+from haast.serving.tools import ToolCall
+from haast.serving.writing import Delta, Writing
+from haast.text import token_bytes, token_text
+
+Json = dict[str, Any]
+
+
+class Shape:
+    """One answer's JSON.
+
+    Args:
+        service: whose answer it is.
+        plan: what was asked for.
+        answer_id: its id; `created` is when it was begun, in seconds.
+    """
+
+    kind = chunk_kind = ""
+
+    def __init__(self, service: Service, plan: Plan, answer_id: str, created: int) -> None:
+        self.service, self.plan = service, plan
+        self.id, self.created = answer_id, created
+        self.tokenizer: PreTrainedTokenizerBase = service.tokenizer
+        self._calls: dict[int, int] = {}  # calls of a choice that were sent
+
+    def begun(self, index: int) -> Iterator[Json]:
+        """Chunks before anything is said."""
+        yield from ()
+
+    def said(self, index: int, delta: Delta) -> Iterator[Json]:
+        """The chunk of a delta; none where it says nothing."""
+        raise NotImplementedError
+
+    def ended(self, index: int, writing: Writing) -> Json:
+        """The chunk that says why a choice ended."""
+        raise NotImplementedError
+
+    def whole(self, deltas: Sequence[Delta], writings: Sequence[Writing]) -> Json:
+        """All choices at once; `deltas` are each one's, joined."""
+        choices = [self.choice(index, *pair) for index, pair in enumerate(zip(deltas, writings, strict=True))]
+        answer = self._frame(self.kind, choices) | {"usage": self.usage(writings)}
+        if self.plan.trace:
+            told = [{"tokens": delta.tokens, "steps": delta.steps} for delta in deltas]
+            answer["haast"] = {"choices": told, "stats": self.stats(writings)}
+        return answer
+
+    def choice(self, index: int, delta: Delta, writing: Writing) -> Json:
+        """One choice of a whole answer."""
+        raise NotImplementedError
+
+    def totals(self, writings: Sequence[Writing]) -> Json:
+        """The last chunk: usage, and no choice."""
+        chunk = self._frame(self.chunk_kind, []) | {"usage": self.usage(writings)}
+        return chunk | ({"haast": {"stats": self.stats(writings)}} if self.plan.trace else {})
+
+    def usage(self, writings: Sequence[Writing]) -> Json:
+        """Tokens, by what was emitted."""
+        prompts = writings[:: self.plan.n]  # choices of one prompt share it
+        prompt = sum(writing.request.prompt_length for writing in prompts)
+        new = [writing.new_tokens for writing in writings]
+        completion, stats = sum(map(len, new)), [writing.request.stats for writing in writings]
+        details: Json = {"reasoning_tokens": sum(writing.reasoning_tokens for writing in writings)}
+        if self.plan.prediction:
+            counts = [prediction_counts(self.plan.prediction, said) for said in new]
+            details["accepted_prediction_tokens"] = sum(accepted for accepted, _ in counts)
+            details["rejected_prediction_tokens"] = sum(rejected for _, rejected in counts)
+        forwards = sum(each.target_forwards for each in stats)
+        decoded = sum(each.decoded_tokens for each in stats)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(w.request.stats.recalled_tokens for w in prompts)},
+            "completion_tokens_details": details,
+            "haast": {
+                "drafter": writings[0].engine.drafter.name,
+                "target_forwards": forwards,
+                "tau": round(decoded / forwards, 3) if forwards else None,
+                "drafted_tokens": sum(max(each.nodes - each.target_forwards, 0) for each in stats),
+                "accepted_tokens": sum(sum(each.accepted_by_depth) for each in stats),
+            },
+        }
+
+    def stats(self, writings: Sequence[Writing]) -> Json:
+        """How a traced answer was made; of several choices the first."""
+        stats = writings[0].request.stats
+        names = ("tau", "tokens_per_s", "ms_prefill", "ms_draft", "ms_verify", "ms_overhead", "target_forwards")
+        return {
+            **{name: round(getattr(stats, name), 3) for name in names},
+            "vanilla_tokens_per_s": self.service.vanilla_tokens_per_s,
+            "decoder": writings[0].engine.drafter.name,
+        }
+
+    def _frame(self, kind: str, choices: list[Json]) -> Json:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.service.name,
+            "system_fingerprint": self.service.fingerprint,
+            "choices": choices,
+        }
+
+    def _chunk(self, choice: Json, delta: Delta | None = None) -> Json:
+        chunk = self._frame(self.chunk_kind, [choice])
+        if self.plan.usage_in_stream:
+            chunk["usage"] = None
+        if delta is not None and self.plan.trace:
+            chunk["haast"] = {"tokens": delta.tokens, "steps": delta.steps}
+        return chunk
+
+
+class ChatShape(Shape):
+    """Chat completions."""
+
+    kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+
+    def begun(self, index: int) -> Iterator[Json]:
+        yield self._part(index, {"role": "assistant", "content": ""}, None)
+
+    def said(self, index: int, delta: Delta) -> Iterator[Json]:
+        fields: Json = {}
+        if delta.reasoning:
+            fields["reasoning_content"] = delta.reasoning
+        if delta.content:
+            fields["content"] = delta.content
+        if delta.calls:
+            first = self._calls.get(index, 0)
+            self._calls[index] = first + len(delta.calls)
+            calls = enumerate(delta.calls, start=first)
+            fields["tool_calls"] = [{"index": n, **self._call(index, n, call)} for n, call in calls]
+        shown = self.plan.trace and (delta.tokens or delta.steps)
+        if fields or delta.logprobs or shown:
+            yield self._part(index, fields, self._logprobs(delta), delta)
+
+    def ended(self, index: int, writing: Writing) -> Json:
+        return self._part(index, {}, None, reason=writing.finish_reason)
+
+    def choice(self, index: int, delta: Delta, writing: Writing) -> Json:
+        message: Json = {"role": "assistant", "content": delta.content or (None if delta.calls else "")}
+        if delta.reasoning:
+            message["reasoning_content"] = delta.reasoning
+        if delta.calls:
+            message["tool_calls"] = [self._call(index, number, call) for number, call in enumerate(delta.calls)]
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs(delta, always=True),
+            "finish_reason": writing.finish_reason,
+        }
+
+    def _part(
+        self, index: int, fields: Json, logprobs: Json | None, delta: Delta | None = None, reason: str | None = None
+    ) -> Json:
+        choice = {"index": index, "delta": fields, "logprobs": logprobs, "finish_reason": reason}
+        return self._chunk(choice, delta)
+
+    def _call(self, index: int, number: int, call: ToolCall) -> Json:
+        told = {"name": call.name, "arguments": call.arguments}
+        return {"id": call.id_of(f"{self.id} {index}", number), "type": "function", "function": told}
+
+    def _logprobs(self, delta: Delta, always: bool = False) -> Json | None:
+        if self.plan.logprobs is None or not (delta.logprobs or always):
+            return None
+        return {"content": [self._logprob(found) for found, _ in delta.logprobs]}
+
+    def _logprob(self, found: Logprob) -> Json:
+        top = [self._named(token, value) for token, value in found.top]
+        return {**self._named(found.token, found.logprob), "top_logprobs": top}
+
+    def _named(self, token: int, logprob: float) -> Json:
+        text, raw = token_text(self.tokenizer, token), token_bytes(self.tokenizer, token)
+        return {"token": text, "logprob": logprob, "bytes": list(raw)}
+
+
+class CompletionShape(Shape):
+    """Text completions."""
+
+    kind = chunk_kind = "text_completion"
+
+    def begun(self, index: int) -> Iterator[Json]:
+        if self.plan.echo:
+            yield self._part(index, self.plan.echo[index // self.plan.n], None)
+
+    def said(self, index: int, delta: Delta) -> Iterator[Json]:
+        if delta.content or delta.logprobs or (self.plan.trace and (delta.tokens or delta.steps)):
+            yield self._part(index, delta.content, self._logprobs(delta), delta)
+
+    def ended(self, index: int, writing: Writing) -> Json:
+        return self._part(index, "", None, reason=writing.finish_reason)
+
+    def choice(self, index: int, delta: Delta, writing: Writing) -> Json:
+        echo = self.plan.echo[index // self.plan.n] if self.plan.echo else ""
+        return {
+            "index": index,
+            "text": echo + delta.content,
+            "logprobs": self._logprobs(delta, always=True),
+            "finish_reason": writing.finish_reason,
+        }
+
+    def _part(
+        self, index: int, text: str, logprobs: Json | None, delta: Delta | None = None, reason: str | None = None
+    ) -> Json:
+        return self._chunk({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}, delta)
+
+    def _logprobs(self, delta: Delta, always: bool = False) -> Json | None:
+        if self.plan.logprobs is None or not (delta.logprobs or always):
+            return None
+        found = [each for each, _ in delta.logprobs]
+        return {
+            "tokens": [token_text(self.tokenizer, each.token) for each in found],
+            "token_logprobs": [each.logprob for each in found],
+            "top_logprobs": [{token_text(self.tokenizer, token): value for token, value in each.top} for each in found],
+            "text_offset": [start for _, start in delta.logprobs],
+        }

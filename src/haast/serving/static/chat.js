@@ -1,0 +1,214 @@
+// The conversation: what is asked, what is running, and what the keys do.
+
+import { Answer } from "./answer.js";
+import { Check } from "./check.js";
+import { button, byId, make, setBusy, speech } from "./dom.js";
+import { inspector } from "./inspector.js";
+import { chat, Problem, request } from "./net.js";
+import { closeSettings, sampling, settingsOpen, settingsValid, systemPrompt } from "./settings.js";
+
+const talk = byId("talk"), list = byId("turns"), prompt = byId("prompt"), welcome = byId("welcome");
+const turns = []; // { question, answer, elements }, the oldest first
+const known = new Map(); // id -> what the server says of a model
+let running = null; // the AbortController of what runs
+
+/** The chosen model; the server is asked which there are, until that is known. Throws Problem, or AbortError. */
+async function theModel({ signal, onWait }) {
+  if (!known.size) await learnModels({ signal, onWait });
+  return known.get(byId("models").value);
+}
+
+async function learnModels(more) {
+  const name = byId("model-name"), choice = byId("models");
+  const reply = await request("v1/models", more);
+  const { data = [] } = await reply.json();
+  known.clear();
+  for (const { id, haast } of data) {
+    known.set(id, { id, drafter: haast?.drafter ?? "", vanilla: haast?.vanilla_tokens_per_s ?? null });
+  }
+  if (!known.size) throw new Problem("The server has no model.");
+  choice.replaceChildren(...[...known.keys()].map((id) => make("option", { value: id }, id)));
+  choice.hidden = known.size < 2;
+  name.hidden = !choice.hidden;
+  showModel();
+}
+
+function showModel() {
+  const model = known.get(byId("models").value);
+  byId("model-name").textContent = model.id;
+  byId("drafter").textContent = model.drafter && model.drafter !== "none" ? model.drafter : "no drafter";
+}
+
+async function start() {
+  const name = byId("model-name");
+  try {
+    await theModel({ onWait: (words) => { name.textContent = words; } });
+  } catch (error) {
+    if (!(error instanceof Problem)) throw error;
+    if (!known.size) name.replaceChildren(error.message, " ", button("Try again", start));
+  }
+}
+
+/** What was said before, as the model reads it. Answers that never came are left out with their questions. */
+function messages(before) {
+  const said = systemPrompt() ? [{ role: "system", content: systemPrompt() }] : [];
+  for (const { question, answer } of before) {
+    if (answer.text) said.push({ role: "user", content: question }, { role: "assistant", content: answer.text });
+  }
+  return said;
+}
+
+function requestBody(model, question, before) {
+  return {
+    model: model.id,
+    messages: [...messages(before), { role: "user", content: question }],
+    stream: true,
+    stream_options: { include_usage: true },
+    ...sampling(),
+    haast: { trace: true },
+  };
+}
+
+function setRunning(controller) {
+  const inside = byId("composer").contains(document.activeElement) && document.activeElement !== prompt;
+  running = controller;
+  byId("send").hidden = controller !== null;
+  byId("stop").hidden = controller === null;
+  if (inside) prompt.focus(); // the button that had the focus is gone
+  setBusy(controller !== null);
+}
+
+/** Run something that can be stopped; nothing else begins meanwhile. `work` gets the signal. */
+async function run(work) {
+  const controller = new AbortController();
+  setRunning(controller);
+  try {
+    await work(controller.signal);
+  } finally {
+    if (running === controller) setRunning(null);
+  }
+}
+
+async function ask(question) {
+  const asked = make("article", { class: "turn you" }, make("h2", { class: "unseen" }, "You"), make("p", {}, question));
+  const turn = { question, answer: null };
+  turns.push(turn);
+  welcome.hidden = true;
+  list.append(asked);
+  await run((signal) => answer(turn, signal));
+}
+
+/** Let the model answer a turn, which is the last one. */
+async function answer(turn, signal) {
+  const made = new Answer(acts), onWait = (words) => { made.status.textContent = words; };
+  turn.answer = made;
+  list.append(made.element);
+  toEnd();
+  speech.rest = "";
+  let trouble = null;
+  try {
+    const model = await theModel({ signal, onWait });
+    made.begin(requestBody(model, turn.question, turns.slice(0, turns.indexOf(turn))), model);
+    for await (const chunk of chat(made.body, { signal, onWait })) made.receive(chunk);
+    made.whole = true;
+  } catch (error) {
+    if (error.name === "AbortError") made.finish = "stopped";
+    else if (error instanceof Problem) trouble = error.message;
+    else throw error;
+  }
+  if (turns.includes(turn) && turn.answer === made) made.end(trouble); // otherwise it was cleared away
+}
+
+/** Keep the newest text in sight, unless the reader has scrolled away from it. */
+let atEnd = true;
+function toEnd() {
+  atEnd = true;
+  talk.scrollTop = talk.scrollHeight;
+}
+talk.addEventListener("scroll", () => { atEnd = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 40; }, { passive: true });
+new ResizeObserver(() => { if (atEnd) toEnd(); }).observe(list);
+
+const acts = {
+  onToken: (made, mark, really) => inspector.show(made, mark, really),
+
+  /** The last answer goes, and another comes, with the settings as they are now. */
+  onRegenerate(made) {
+    const turn = turns.find((each) => each.answer === made);
+    if (running || turn !== turns.at(-1) || !settingsValid()) return;
+    inspector.forget(made);
+    made.element.remove();
+    prompt.focus();
+    run((signal) => answer(turn, signal));
+  },
+
+  /** The very same request, with drafting off. */
+  onCheck(made) {
+    if (running || !made.body) return;
+    run(async (signal) => {
+      const check = new Check(made), enough = new AbortController();
+      const onWait = (words) => { check.words.textContent = words; };
+      try {
+        const body = { ...made.body, haast: { drafter: "none" } };
+        for await (const chunk of chat(body, { signal: AbortSignal.any([signal, enough.signal]), onWait })) {
+          check.receive(chunk);
+          if (check.enough) break;
+        }
+        check.end();
+      } catch (error) {
+        if (error.name !== "AbortError" && !(error instanceof Problem)) throw error;
+        check.fail(error instanceof Problem ? error.message : "Stopped before the texts were compared.");
+      } finally {
+        enough.abort(); // so that the server stops too
+      }
+      made.check.scrollIntoView({ block: "nearest" });
+    });
+  },
+};
+
+function send(question) {
+  if (running || !question.trim() || !settingsValid()) return;
+  prompt.value = "";
+  grow();
+  ask(question);
+}
+
+function clear() {
+  running?.abort();
+  setRunning(null);
+  for (const { answer: made } of turns.splice(0)) if (made) inspector.forget(made);
+  list.replaceChildren();
+  speech.rest = "";
+  welcome.hidden = false;
+  prompt.focus();
+}
+
+/** The message's field is as tall as its text, within reason. */
+function grow() {
+  prompt.style.height = "auto";
+  prompt.style.height = `${Math.min(prompt.scrollHeight, 0.3 * innerHeight)}px`;
+}
+
+byId("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  send(prompt.value);
+});
+prompt.addEventListener("input", grow);
+prompt.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  send(prompt.value);
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape" || event.isComposing || byId("key-dialog").open) return;
+  if (running) running.abort();
+  else if (inspector.open) inspector.close();
+  else if (settingsOpen()) closeSettings();
+});
+byId("stop").addEventListener("click", () => running?.abort());
+byId("clear").addEventListener("click", clear);
+byId("models").addEventListener("change", showModel);
+byId("marks").addEventListener("change", (event) => { document.body.classList.toggle("unmarked", !event.target.checked); });
+for (const each of welcome.querySelectorAll(".examples button")) each.addEventListener("click", () => send(each.textContent));
+
+start();
+prompt.focus();

@@ -1,0 +1,107 @@
+// The same conversation and seed once more without drafting: is the text the same, and how fast was it?
+
+import { counted, make, shown, speech } from "./dom.js";
+
+const AROUND = 32; // characters that are shown on both sides of a difference
+
+/** Where two texts part: the first place, in UTF-16 units and never inside a character; -1 where they do not. */
+export function parting(one, other) {
+  const shorter = Math.min(one.length, other.length);
+  let at = 0;
+  while (at < shorter && one[at] === other[at]) at += 1;
+  if (at === one.length && at === other.length) return -1;
+  const half = /[\uDC00-\uDFFF]/.test(one[at] ?? other[at] ?? "");
+  return half && at > 0 ? at - 1 : at;
+}
+
+export const characters = (text) => [...text].length;
+
+export class Check {
+  constructor(answer) {
+    this.answer = answer;
+    this.text = this.reasoning = "";
+    this.count = 0;
+    this.stats = this.usage = null;
+    this.words = make("p", { class: "verdict" }, "Without drafting: reading the prompt…");
+    answer.check.replaceChildren(this.words);
+    answer.check.hidden = false;
+    this.began = null;
+  }
+
+  /** A stopped answer is compared as far as it goes; then there is no need to go on. */
+  get enough() {
+    const { text, reasoning, whole } = this.answer;
+    return !whole && this.text.length >= text.length && this.reasoning.length >= reasoning.length;
+  }
+
+  receive(chunk) {
+    const delta = chunk.choices?.[0]?.delta ?? {};
+    this.text += delta.content ?? "";
+    this.reasoning += delta.reasoning_content ?? "";
+    if (delta.content || delta.reasoning_content) {
+      this.began ??= performance.now();
+      this.count += chunk.haast?.tokens?.length ?? 1;
+      const same = this.first()[1] < 0 ? "the same so far" : "not the same";
+      this.words.textContent = `Without drafting: ${counted(characters(this.text), "character")}, ${same}…`;
+    }
+    if (chunk.usage) this.usage = chunk.usage;
+    if (chunk.haast?.stats) this.stats = chunk.haast.stats;
+  }
+
+  /** [what, place] of the first difference; a text that is not yet whole is compared as far as it goes. */
+  first(whole = false) {
+    for (const what of ["reasoning", "text"]) {
+      const [one, other] = [this.answer[what], this[what]];
+      const room = Math.min(one.length, other.length);
+      const at = whole ? parting(one, other) : parting(one.slice(0, room), other.slice(0, room));
+      if (at >= 0) return [what, at];
+    }
+    return ["text", -1];
+  }
+
+  fail(words) {
+    this.words.textContent = words;
+    speech.say(words);
+  }
+
+  /** The verdict. */
+  end() {
+    const [what, at] = this.first(this.answer.whole);
+    const block = this.answer.check;
+    if (at < 0) {
+      const tokens = this.usage?.completion_tokens ?? this.answer.usage?.completion_tokens;
+      const size = counted(characters(this.answer.reasoning + this.answer.text), "character") + (tokens ? `, ${counted(tokens, "token")}` : "");
+      const far = this.answer.whole ? "" : ", as far as the answer goes";
+      this.words.replaceChildren(make("strong", { class: "same" }, "✓ Same text"), ` with and without drafting${far}: ${size}.`);
+    } else {
+      const place = characters(this.answer[what].slice(0, at)) + 1;
+      this.words.replaceChildren(make("strong", { class: "other" }, "✗ Not the same text"), ` without drafting: it parts at character ${place}${what === "text" ? "" : " of the reasoning"}.`);
+      block.append(make("dl", { class: "parting" }, ...this.excerpt("with drafts", this.answer[what], at), ...this.excerpt("without", this[what], at)));
+    }
+    speech.say(this.words.textContent);
+    this.speeds(block);
+  }
+
+  excerpt(words, text, at) {
+    const before = (at > AROUND ? "…" : "") + text.slice(Math.max(0, at - AROUND), at);
+    const after = text.slice(at, at + AROUND), more = text.length > at + AROUND ? "…" : "";
+    return [make("dt", {}, words), make("dd", {}, before, make("mark", {}, after || "(ends here)"), more)];
+  }
+
+  speeds(block) {
+    const fast = this.answer.numbers().tokens_per_s, seconds = (performance.now() - this.began) / 1000;
+    const slow = this.stats?.tokens_per_s ?? (this.began && seconds > 0 ? this.count / seconds : undefined);
+    if (!Number.isFinite(fast) || !Number.isFinite(slow)) return;
+    const most = Math.max(fast, slow) || 1;
+    const rows = Object.entries({ "with drafts": fast, without: slow }).map(([words, speed]) => {
+      const bar = make("span", { class: "length" });
+      bar.style.width = `${(100 * speed) / most}%`;
+      return make("div", {}, make("dt", {}, words), make("dd", {}, make("span", { class: "track", "aria-hidden": "true" }, bar), make("span", { class: "rate" }, `${shown(speed)} tokens/s`)));
+    });
+    block.append(make("dl", { class: "speeds" }, ...rows));
+    const times = fast / slow;
+    block.append(make("p", { class: "gain" }, times >= 1 ? `${shown(times, 2)} times as fast with drafts.` : `Drafts did not pay here: ${shown(times, 2)} times the speed.`));
+    this.answer.model.vanilla ??= slow;
+    this.answer.draw();
+  }
+}

@@ -1,0 +1,133 @@
+"""Answers on their way out: several choices merged, chunk by chunk as server-sent events, or all at once.
+
+Owns the order of a stream (role, text, reason, usage, [DONE]) and what ends it: an error is an event of its own.
+Leaving a stream, or a client that leaves, ends its requests at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HttpRequest
+
+from haast.serving.problems import ApiError, problem_of
+from haast.serving.shapes import Shape
+from haast.serving.writing import Delta, Writing
+
+_LOG = logging.getLogger("haast.serving")
+_DONE = b"data: [DONE]\n\n"
+Result = TypeVar("Result")
+
+
+def event(data: dict[str, Any], name: str | None = None) -> bytes:
+    """One server-sent event."""
+    head = b"" if name is None else f"event: {name}\n".encode()
+    return head + b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def events(shape: Shape, writings: Sequence[Writing]) -> AsyncGenerator[bytes, None]:
+    """The answer as a stream."""
+    try:
+        for index in range(len(writings)):
+            for chunk in shape.begun(index):
+                yield event(chunk)
+        async with aclosing(merged(writings)) as parts:
+            async for index, delta in parts:
+                if delta is None:
+                    yield event(shape.ended(index, writings[index]))
+                else:
+                    for chunk in shape.said(index, delta):
+                        yield event(chunk)
+        if shape.plan.usage_in_stream:
+            yield event(shape.totals(writings))
+    except Exception as error:
+        yield event(told(error).body())
+    yield _DONE
+
+
+async def whole(shape: Shape, writings: Sequence[Writing]) -> dict[str, Any]:
+    """The answer at once. Raises what ended one of its requests."""
+    deltas = [Delta() for _ in writings]
+    async with aclosing(merged(writings)) as parts:
+        async for index, delta in parts:
+            if delta is not None:
+                join(deltas[index], delta)
+    return shape.whole(deltas, writings)
+
+
+def join(all_of: Delta, delta: Delta) -> None:
+    """Add a delta to those before it."""
+    for name, value in vars(delta).items():
+        setattr(all_of, name, getattr(all_of, name) + value)
+
+
+async def merged(writings: Sequence[Writing]) -> AsyncGenerator[tuple[int, Delta | None], None]:
+    """The deltas of several answers as they come, with the number of each, and None where one has ended."""
+    if len(writings) == 1:
+        async with aclosing(writings[0].deltas()) as deltas:
+            async for delta in deltas:
+                yield 0, delta
+        yield 0, None
+        return
+    ready: asyncio.Queue[tuple[int, Delta | BaseException | None]] = asyncio.Queue()
+
+    async def follow(index: int, writing: Writing) -> None:
+        try:
+            async with aclosing(writing.deltas()) as deltas:
+                async for delta in deltas:
+                    ready.put_nowait((index, delta))
+            ready.put_nowait((index, None))
+        except BaseException as error:
+            ready.put_nowait((index, error))
+            raise
+
+    tasks = [asyncio.create_task(follow(*each)) for each in enumerate(writings)]
+    try:
+        left = len(tasks)
+        while left:
+            index, part = await ready.get()
+            if isinstance(part, BaseException):
+                raise part
+            left -= part is None
+            yield index, part
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def until_gone(request: HttpRequest, work: Awaitable[Result]) -> Result:
+    """The result of some work, which is cancelled where the client leaves before it is done.
+
+    Raises:
+        ApiError: the client has left; nobody reads it.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(408, "the client has left before the answer was ready", code="client_closed_request")
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def told(error: BaseException) -> ApiError:
+    """What the client is told; the log has what nobody foresaw, without a word of the prompt."""
+    problem = problem_of(error)
+    if problem.status == 500:
+        _LOG.error("a request failed", exc_info=error)
+    return problem

@@ -1,0 +1,130 @@
+"""A server in this process: a tiny fp64 model with the default target's own tokenizer, and drafts that are often right.
+
+`Knowing` drafts what vanilla decoding said of the same prompt and seed, with mistakes strewn in, so that blocks of many
+lengths are accepted at every field's own boundaries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+from functools import cache
+from typing import Any
+
+import httpx2
+import torch
+from fakes import FakeDrafter, FakeState, Node, tiny_llama
+from transformers import PreTrainedTokenizerBase
+
+from haast.api import Haast
+from haast.core import Request, TokenChooser
+from haast.engine.scheduler import Scheduler
+from haast.serving.app import make_app
+from haast.serving.config import ServeConfig
+from haast.serving.plan import chat_plan, completion_plan
+from haast.serving.schema import ChatRequest, CompletionRequest
+from haast.serving.service import Service
+from haast.target.load import load_tokenizer
+from haast.target.target import Target
+
+NAME = "tiny"
+Json = dict[str, Any]
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerBase:
+    """The default target's."""
+    return load_tokenizer()[0]
+
+
+class Knowing(FakeDrafter):
+    """Drafts what it was told that the text will be, right or wrong by a keyed coin, in chains and short branches."""
+
+    name = "knowing"
+
+    def __init__(self, depth: int = 6) -> None:
+        super().__init__(depth + 2)
+        self._depth, self._rows = depth, list[Any]()
+        self.known: dict[tuple[tuple[int, ...], int, int], list[int]] = {}  # (prompt, seed, choice) -> all tokens
+
+    def learn(self, request: Request) -> None:
+        """Know a text that vanilla has said."""
+        self.known[_key(request.tokens[: request.prompt_length], request.chooser)] = list(request.tokens)
+
+    def drawn_by(self, state: FakeState, chooser: TokenChooser) -> None:
+        self._rows.append(chooser)
+        state.row = len(self._rows) - 1
+
+    def draft(self, row: int, history: list[int]) -> list[Node]:
+        chooser = self._rows[row]
+        begins = (history[:length] for length in {len(key[0]) for key in self.known} if length <= len(history))
+        keys = (_key(begin, chooser) for begin in begins)
+        text = next((self.known[key] for key in keys if key in self.known), [])
+        coins = random.Random(f"{row} {len(history)}")
+        wrong = coins.randrange(self._depth + 2)
+        begin = len(history)
+        tokens = [text[p] if p < len(text) else 7 for p in range(begin, begin + self._depth)]
+        if wrong < self._depth:
+            tokens[wrong] = (tokens[wrong] + 1) % 1000
+        return [*(Node(token, parent) for parent, token in enumerate(tokens)), Node(11, 0)]
+
+
+def _key(prompt: Sequence[int], chooser: Any) -> tuple[tuple[int, ...], int, int]:
+    return tuple(prompt), chooser.params.seed, chooser.choice
+
+
+def tiny_service(seed: int = 0, std: float = 0.2, context: int = 512, config: ServeConfig | None = None) -> Service:
+    """A service on a tiny model; requests draft by `Knowing`, or by what they choose."""
+    words = tokenizer()
+    model = tiny_llama(vocab=len(words), hidden=32, context=context, std=std, seed=seed)
+    model.generation_config.eos_token_id = words.eos_token_id
+    model.config.eos_token_id = words.eos_token_id
+    target = Target(model, words)
+    target.use_pool(20_000)
+    target.scheduler = Scheduler(target, 64, 256)
+    return Service(Haast(target, Knowing()), NAME, config or ServeConfig())
+
+
+@asynccontextmanager
+async def client_of(service: Service, config: ServeConfig | None = None) -> AsyncIterator[httpx2.AsyncClient]:
+    """Asks the application without a network."""
+    app, host = make_app(lambda: service, config or service.config, service.name)
+    host.loaded = service  # a transport without a lifespan loads nothing
+    transport = httpx2.ASGITransport(app=app)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+        yield client
+
+
+async def learn(service: Service, path: str, body: Json) -> None:
+    """Run a request by vanilla, so that the service's drafter knows what it will say."""
+    knowing = service.engine("auto").drafter
+    assert isinstance(knowing, Knowing)
+    if path.endswith("chat/completions"):
+        plan = chat_plan(ChatRequest.model_validate(body), service.facts)
+    else:
+        plan = completion_plan(CompletionRequest.model_validate(body), service.facts)
+    plan.drafter = "none"
+    writings = service.begin(plan)
+    for writing in writings:
+        async with aclosing(writing.deltas()) as deltas:
+            with suppress(ValueError):  # an error is an answer too
+                async for _ in deltas:
+                    pass
+        knowing.learn(writing.request)
+
+
+def parsed(stream: str) -> list[Json]:
+    """The chunks of a stream; checks its frame."""
+    lines = [line for line in stream.split("\n") if line and not line.startswith(":")]
+    assert all(line.startswith("data: ") for line in lines), lines
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line[6:]) for line in lines[:-1]]
+
+
+def run(coroutine: Any) -> Any:
+    """Run asynchronous code."""
+    torch.set_num_threads(1)
+    return asyncio.run(coroutine)

@@ -1,4 +1,4 @@
-"""With drafting on, every field of an answer is what it is with drafting off, alone and beside others, streamed or whole.
+"""With drafting on, every field of an answer is what it is with drafting off: alone, beside others, streamed, whole.
 
 Random requests over all fields, on a tiny fp64 model whose drafts are often right; a control shows that the comparison
 sees a difference.
@@ -121,7 +121,7 @@ def plain(answer: Json) -> Json:
     for choice in told.get("choices", ()):
         for call in choice.get("message", {}).get("tool_calls", ()):
             del call["id"]
-    told = json.loads(json.dumps(told), parse_float=_rounded)
+    told = dict(json.loads(json.dumps(told), parse_float=_rounded))
     if told.get("usage"):
         del told["usage"]["haast"], told["usage"]["prompt_tokens_details"]
     return told

@@ -135,7 +135,7 @@ export class Answer {
     mark.element.tabIndex = 0;
     mark.element.setAttribute("role", "button");
     const origin = token.drafted ? "accepted draft" : "the target’s own";
-    mark.element.setAttribute("aria-label", `${token.text}, ${origin}${step === null ? "" : `, step ${step}`}`);
+    mark.element.setAttribute("aria-label", `${token.text.trim() || "blank"}, ${origin}${step === null ? "" : `, step ${step}`}`);
     mark.element.setAttribute("aria-expanded", mark.element.closest("[aria-current]") !== null);
     mark.element.setAttribute("aria-controls", "inspector");
   }
@@ -206,7 +206,7 @@ export class Answer {
     if (!blank) {
       this.actions.replaceChildren(
         ...(trouble ? [] : [button("Regenerate", () => this.acts.onRegenerate(this), { class: "again" })]),
-        button("Same seed without drafting", () => this.acts.onCheck(this), { class: "without" }),
+        ...(this.model.drafts ? [button("Same seed without drafting", () => this.acts.onCheck(this), { class: "without" })] : []),
         ...(this.steps.size ? [button("Steps", () => this.acts.onToken(this, this.liveliest(), true), { class: "steps" })] : []),
       );
       this.actions.hidden = false;

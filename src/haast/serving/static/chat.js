@@ -24,7 +24,8 @@ async function learnModels(more) {
   const { data = [] } = await reply.json();
   known.clear();
   for (const { id, haast } of data) {
-    known.set(id, { id, drafter: haast?.drafter ?? "", vanilla: haast?.vanilla_tokens_per_s ?? null });
+    const drafter = haast?.drafter ?? "none";
+    known.set(id, { id, drafter, drafts: drafter !== "none", vanilla: haast?.vanilla_tokens_per_s ?? null });
   }
   if (!known.size) throw new Problem("The server has no model.");
   choice.replaceChildren(...[...known.keys()].map((id) => make("option", { value: id }, id)));
@@ -36,7 +37,7 @@ async function learnModels(more) {
 function showModel() {
   const model = known.get(byId("models").value);
   byId("model-name").textContent = model.id;
-  byId("drafter").textContent = model.drafter && model.drafter !== "none" ? model.drafter : "no drafter";
+  byId("drafter").textContent = model.drafts ? model.drafter : "no drafter";
 }
 
 async function start() {
@@ -145,20 +146,18 @@ const acts = {
   onCheck(made) {
     if (running || !made.body) return;
     run(async (signal) => {
-      const check = new Check(made), enough = new AbortController();
+      const check = new Check(made);
       const onWait = (words) => { check.words.textContent = words; };
       try {
         const body = { ...made.body, haast: { drafter: "none" } };
-        for await (const chunk of chat(body, { signal: AbortSignal.any([signal, enough.signal]), onWait })) {
+        for await (const chunk of chat(body, { signal, onWait })) {
           check.receive(chunk);
-          if (check.enough) break;
+          if (check.enough) break; // which closes the connection too
         }
         check.end();
       } catch (error) {
         if (error.name !== "AbortError" && !(error instanceof Problem)) throw error;
         check.fail(error instanceof Problem ? error.message : "Stopped before the texts were compared.");
-      } finally {
-        enough.abort(); // so that the server stops too
       }
       made.check.scrollIntoView({ block: "nearest" });
     });

@@ -7,24 +7,31 @@ lengths are accepted at every field's own boundaries.
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import random
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from functools import cache
 from typing import Any
 
 import httpx2
 import torch
+import uvicorn
 from fakes import FakeDrafter, FakeState, Node, tiny_llama
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from haast.api import Haast
-from haast.core import Request, TokenChooser
+from haast.core import Processor, Request, TokenChooser
 from haast.engine.scheduler import Scheduler
 from haast.serving.app import make_app
 from haast.serving.config import ServeConfig
-from haast.serving.plan import chat_plan, completion_plan
+from haast.serving.plan import Plan, chat_plan, completion_plan
+from haast.serving.run import Server
 from haast.serving.schema import ChatRequest, CompletionRequest
 from haast.serving.service import Service
 from haast.target.load import load_tokenizer
@@ -47,7 +54,7 @@ class Knowing(FakeDrafter):
 
     def __init__(self, depth: int = 6) -> None:
         super().__init__(depth + 2)
-        self._depth, self._rows = depth, list[Any]()
+        self._depth, self._rows, self.turn = depth, list[Any](), 0
         self.known: dict[tuple[tuple[int, ...], int, int], list[int]] = {}  # (prompt, seed, choice) -> all tokens
 
     def learn(self, request: Request) -> None:
@@ -63,7 +70,7 @@ class Knowing(FakeDrafter):
         begins = (history[:length] for length in {len(key[0]) for key in self.known} if length <= len(history))
         keys = (_key(begin, chooser) for begin in begins)
         text = next((self.known[key] for key in keys if key in self.known), [])
-        coins = random.Random(f"{row} {len(history)}")
+        coins = random.Random(f"{self.turn} {row} {len(history)}")
         wrong = coins.randrange(self._depth + 2)
         begin = len(history)
         tokens = [text[p] if p < len(text) else 7 for p in range(begin, begin + self._depth)]
@@ -76,9 +83,37 @@ def _key(prompt: Sequence[int], chooser: Any) -> tuple[tuple[int, ...], int, int
     return tuple(prompt), chooser.params.seed, chooser.choice
 
 
-def tiny_service(seed: int = 0, std: float = 0.2, context: int = 512, config: ServeConfig | None = None) -> Service:
+class Scripted(Service):
+    """A service whose model says a given text, then its end, unless a request's own rules forbid it."""
+
+    script: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, service: Service, script: str) -> Scripted:
+        """Another service's model, with a script."""
+        made = cls(service._haast, service.name, service.config)
+        ids = service.tokenizer.encode(script, add_special_tokens=False)
+        made.script = (*ids, *service.facts.ends[:1])
+        return made
+
+    def _processors(self, plan: Plan, length: int) -> list[Processor]:
+        def follow(history: Tensor, scores: Tensor) -> Tensor:
+            said = history.shape[1] - length
+            if said < len(self.script):
+                scores[:, self.script[said]] += 1000.0
+            return scores
+
+        return [follow, *super()._processors(plan, length)]
+
+
+def tiny_service(
+    seed: int = 0, std: float = 0.2, context: int = 2048, config: ServeConfig | None = None, template: str | None = None
+) -> Service:
     """A service on a tiny model; requests draft by `Knowing`, or by what they choose."""
     words = tokenizer()
+    if template is not None:
+        words = copy.deepcopy(words)
+        words.chat_template = template
     model = tiny_llama(vocab=len(words), hidden=32, context=context, std=std, seed=seed)
     model.generation_config.eos_token_id = words.eos_token_id
     model.config.eos_token_id = words.eos_token_id
@@ -128,3 +163,22 @@ def run(coroutine: Any) -> Any:
     """Run asynchronous code."""
     torch.set_num_threads(1)
     return asyncio.run(coroutine)
+
+
+@contextmanager
+def served(service: Service, config: ServeConfig | None = None) -> Iterator[str]:
+    """A server with real sockets in a thread of its own; gives its address."""
+    config = config or service.config
+    app, host = make_app(lambda: service, config, service.name)
+    server = Server(uvicorn.Config(app, http="h11", ws="none", lifespan="on", log_config=None, access_log=False), host)
+    listening = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        while host.loaded is None:
+            time.sleep(0.005)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=60)
+        listening.close()

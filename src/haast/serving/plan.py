@@ -56,6 +56,11 @@ class ModelFacts:
     drafters: tuple[str, ...]
     max_choices: int
 
+    @property
+    def most(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return min(self.pool_tokens, self.context or self.pool_tokens)
+
 
 @dataclass
 class Plan:
@@ -219,7 +224,7 @@ def _sampling(body: Sampled) -> SamplingParams:
 
 def _check_length(length: int, limit: int | None, facts: ModelFacts) -> None:
     """A prompt that does not fit, with the new tokens asked for, is told with both numbers. Raises ApiError."""
-    most = min(facts.pool_tokens, facts.context or facts.pool_tokens)
+    most = facts.most
     if length >= most or length + (limit or 0) > most:
         asked = "" if limit is None else f" and {limit} new ones are asked for, {length + limit} in all"
         raise ApiError(

@@ -108,33 +108,25 @@ class Service:
             self._scheduler.cancel(request)
 
     def _writing(self, plan: Plan, prompt: list[int], choice: int) -> Writing:
-        tokenizer, length = self.tokenizer, len(prompt)
-        engine = self.engine(plan.drafter)
-        processors: list[Processor] = []
-        if plan.presence or plan.frequency:
-            processors.append(NewTokenPenalties(length, plan.presence, plan.frequency))
-        if plan.bias:
-            processors.append(TokenBias(plan.bias))
-        if plan.min_tokens and plan.ends:
-            processors.append(LeastLength(length, plan.min_tokens, plan.ends))
+        """One request, checked and not queued."""
+        engine, row, tokenizer = self.engine(plan.drafter), next(self._rows), self.tokenizer
         guide = None
         if plan.grammar is not None:
-            guide = self.facts.grammars.guide(plan.grammar, length, self._gate(plan))
-            processors.append(guide)
-        given = {**vars(plan.sampling), "processors": tuple(processors)}
-        params, sampler = SamplingParams(**given), None
+            guide = self.facts.grammars.guide(plan.grammar, len(prompt), self._gate(plan))
+        processors = self._processors(plan, len(prompt))
+        processors += [] if guide is None else [guide]
+        params = SamplingParams(**{**vars(plan.sampling), "processors": tuple(processors)})
+        sampler = None
         if plan.logprobs is not None:
             sampler = RecordingSampler(params, choice, plan.logprobs, plan.processed)
-        row, trace = next(self._rows), None
-        if plan.trace:
-            shown = Sampler(params, choice) if not processors else None
-            trace = TraceRecorder(tokenizer, prompt, shown, row)
+        trace = None
+        if plan.trace:  # processors remember their text: what is shown then is the model's own distribution
+            trace = TraceRecorder(tokenizer, prompt, None if processors else Sampler(params, choice), row)
         watch = StopWatch(tokenizer, plan.stops, after=plan.min_tokens) if plan.stops else None
-        most = min(self.facts.pool_tokens, self.facts.context or self.facts.pool_tokens) - length
         request = engine.submit(
             prompt,
             params,
-            StopParams(plan.max_tokens or most, plan.ends, watch),
+            StopParams(plan.max_tokens or self.facts.most - len(prompt), plan.ends, watch),
             choice=choice,
             chooser=sampler,
             row=row,
@@ -145,6 +137,17 @@ class Service:
             queued=False,
         )
         return Writing(engine, request, plan, tokenizer, sampler, trace, self.metrics)
+
+    def _processors(self, plan: Plan, length: int) -> list[Processor]:
+        """What changes the scores of one text beside its grammar; `length` is its prompt's."""
+        made: list[Processor] = []
+        if plan.presence or plan.frequency:
+            made.append(NewTokenPenalties(length, plan.presence, plan.frequency))
+        if plan.bias:
+            made.append(TokenBias(plan.bias))
+        if plan.min_tokens and plan.ends:
+            made.append(LeastLength(length, plan.min_tokens, plan.ends))
+        return made
 
     def _gate(self, plan: Plan) -> Gate | None:
         """Where the grammar of an answer begins, for models that reason first."""

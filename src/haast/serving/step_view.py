@@ -27,14 +27,15 @@ def step_html(step: Mapping[str, Any]) -> str:
     """Draw one step, as an HTML fragment without scripts and style attributes, all texts escaped.
 
     Args:
-        step: of a "haast-trace-1" document; `number` names it, where there is one. Other keys are not looked at.
+        step: of a "haast-trace-1" document; `number`, which counts from 0, names it where there is one. Other keys
+            are not looked at.
 
     Raises:
         ValueError: it is no such step, or larger than any drafter makes them.
     """
     view = StepView(_checked(step))
     number = view.step["number"]
-    title = "Step" if number is None else f"Step {number}"
+    title = "Step" if number is None else f"Step {number + 1}"  # as the report counts them
     return str(getattr(_template().module, "step")(view, "step", title, level=2))  # noqa: B009 - made by Jinja
 
 

@@ -98,7 +98,7 @@ def abort_whole(subject: Subject) -> str:
 def _freed(subject: Subject, stream: bool) -> str:
     """The server must be free soon after: by its own gauge, or else as a short request feels it."""
     idle = min(_short_request(subject, subject.client.timeout) for _ in range(3))
-    patience = max(3.0, 6 * idle)
+    patience = max(subject.patience, 6 * idle)
     with _left_alone(subject, stream, patience):
         busy = _short_request(subject, patience)
         gauge = _running(subject)
@@ -106,9 +106,9 @@ def _freed(subject: Subject, stream: bool) -> str:
         return _gauge_falls(subject, gauge)
     if busy < 1.5 * idle:
         not_visible(f"a short request takes {idle:.2f} s idle and {busy:.2f} s busy, and no gauge tells of requests")
-    subject.client.wire.sleep(0.5)
+    subject.client.wire.sleep(subject.patience / 6)
     limit = idle + max(0.4 * (busy - idle), 0.3 * idle)
-    after = _short_request(subject, max(10.0, 3 * patience))
+    after = _short_request(subject, 4 * patience)
     words = f"a short request took {idle:.2f} s idle, {busy:.2f} s beside the long ones, {after:.2f} s after they left"
     demand(after <= limit, f"{words}: the server goes on for nobody")
     return words
@@ -119,8 +119,8 @@ def _gauge_falls(subject: Subject, busy: float) -> str:
         left = _running(subject)
         if not left:
             return f"the server's gauge fell from {busy:.0f} running to none"
-        subject.client.wire.sleep(0.25)
-    return fail(f"three seconds after the clients left, the server's gauge still says {left:.0f} running")
+        subject.client.wire.sleep(subject.patience / 12)
+    return fail(f"{subject.patience:g} s after the clients left, the server's gauge still says {left:.0f} running")
 
 
 def _running(subject: Subject) -> float:
@@ -154,13 +154,13 @@ def _left_alone(subject: Subject, stream: bool, patience: float) -> Iterator[Non
         arguments = (subject, stream, patience, under_way, leave)
         threads.append(threading.Thread(target=_long_request, args=arguments, daemon=True))
         threads[-1].start()
-        under_way.wait(2.0 if stream else 0.3)
+        under_way.wait(patience if stream else subject.patience / 10)
     try:
         yield
     finally:
         leave.set()
         for thread in threads:
-            thread.join(2 * patience + 5)
+            thread.join(2 * patience + 1)
 
 
 def _long_request(

@@ -9,7 +9,7 @@ from haast.serving.conform.base import Check, Theme, demand, fail, not_visible, 
 from haast.serving.conform.client import DONE, Streamed, parsed
 from haast.serving.conform.subject import CHAT, PATTERN, STORY, TEXT, Subject, same_text
 
-_LONG_ENOUGH = 0.15  # seconds of a stream below which nothing can be said of when its pieces came
+_LONG_ENOUGH = 0.05  # seconds of a stream below which nothing can be said of when its pieces came
 
 
 def recorded(subject: Subject) -> Streamed:

@@ -42,10 +42,13 @@ class Subject:
         model: its name there.
         context: tokens that fit, where somebody knows.
         owner: who owns the model, as its list says; "haast" can be asked without drafting.
+        patience: seconds, at least, that long requests run before their clients leave.
     """
 
-    def __init__(self, client: Client, model: str, context: int | None = None, owner: str = "") -> None:
-        self.client, self.model, self.context, self.owner = client, model, context, owner
+    def __init__(
+        self, client: Client, model: str, context: int | None = None, owner: str = "", patience: float = 3.0
+    ) -> None:
+        self.client, self.model, self.context, self.owner, self.patience = client, model, context, owner, patience
         self._known: dict[str, Any] = {}
         self._guard = threading.RLock()
 

@@ -4,20 +4,6 @@ import { button, counted, make, shown, speech } from "./dom.js";
 
 const PARTS = { prefill: "prefill", draft: "draft", verify: "verify", overhead: "rest" };
 
-/** Cut a piece of text into [part, token]; parts that no token is known for have null. */
-function* aligned(text, tokens) {
-  let at = 0;
-  for (const token of tokens) {
-    if (!token.text) continue;
-    const found = text.indexOf(token.text, at);
-    if (found < 0) continue; // text that is not shown, such as a delimiter's
-    if (found > at) yield [text.slice(at, found), null];
-    yield [token.text, token];
-    at = found + token.text.length;
-  }
-  if (at < text.length) yield [text.slice(at), null];
-}
-
 export class Answer {
   /** `acts`: onToken(answer, mark, really), and the buttons' onRegenerate(answer), onCheck(answer). */
   constructor(acts) {
@@ -30,10 +16,12 @@ export class Answer {
     this.steps = new Map(); // number -> its document
     this.stats = null; // the server's numbers, which come last
     this.usage = null;
+    this.measured = null; // tokens/s of this very answer without drafting, once that was tried
     this.tools = [];
     this.marks = []; // every token that is shown: { element, step, place, token }
     this.ofElement = new WeakMap();
     this.placed = new Map(); // step -> how many of its tokens have come
+    this.waiting = []; // tokens whose text is not yet shown: { token, place, rest, mark }
     this.drawing = false;
     this.build();
   }
@@ -41,8 +29,10 @@ export class Answer {
   build() {
     this.status = make("p", { class: "status waiting" }, "Waiting for the server…");
     this.thoughts = make("div", { class: "answer thoughts" });
-    this.reasoned = make("details", { class: "reasoning", hidden: true }, make("summary", {}, "Reasoning"), this.thoughts);
-    this.words = make("div", { class: "answer", role: "group", "aria-label": "Answer. Arrow keys walk through its tokens, Enter shows a token’s tree." });
+    const summary = make("summary", {}, "Reasoning");
+    this.reasoned = make("details", { class: "reasoning", hidden: true }, summary, this.thoughts);
+    const how = "Answer. Arrow keys walk through its tokens, Enter shows a token’s tree.";
+    this.words = make("div", { class: "answer", role: "group", "aria-label": how });
     this.calls = make("div", { class: "calls", hidden: true });
     this.trouble = make("div", { class: "trouble", hidden: true });
     this.meter = make("dl", { class: "meter", hidden: true });
@@ -72,19 +62,23 @@ export class Answer {
   receive(chunk) {
     for (const step of chunk.haast?.steps ?? []) this.steps.set(step.number, step);
     const tokens = chunk.haast?.tokens ?? [], choice = chunk.choices?.[0], delta = choice?.delta ?? {};
-    let used = 0; // tokens
+    for (const token of tokens) {
+      const place = this.placed.get(token.step) ?? 0; // tokens without text have a place in their step too
+      this.placed.set(token.step, place + 1);
+      this.waiting.push({ token, place, rest: token.text, mark: null });
+    }
     if (delta.reasoning_content) {
       this.reasoning += delta.reasoning_content;
       this.reasoned.hidden = false;
       this.status.textContent = "Reasoning…";
-      used = this.write(this.thoughts, delta.reasoning_content, tokens, !delta.content);
+      this.write(this.thoughts, delta.reasoning_content);
     }
     if (delta.content) {
       this.text += delta.content;
       this.status.hidden = true;
+      this.write(this.words, delta.content);
       speech.hear(delta.content);
     }
-    this.write(this.words, delta.content ?? "", tokens.slice(used));
     this.count += tokens.length;
     for (const call of delta.tool_calls ?? []) this.call(call);
     if (choice?.finish_reason) this.finish = choice.finish_reason;
@@ -93,35 +87,50 @@ export class Answer {
     this.draw();
   }
 
-  /** Show text; how many of the tokens it took: `all` of them, or those up to the last that is seen in it. */
-  write(place, text, tokens, all = true) {
-    const parts = [...aligned(text, tokens)];
-    const taken = all ? tokens.length : 1 + Math.max(-1, ...parts.map(([, token]) => tokens.indexOf(token)));
-    const places = new Map(); // tokens without text have a place in their step too
-    for (const token of tokens.slice(0, taken)) {
-      const at = this.placed.get(token.step) ?? 0;
-      places.set(token, at);
-      this.placed.set(token.step, at + 1);
+  /**
+   * Show text, marked by the tokens that wait for theirs: the server may hold text back that could be a delimiter's.
+   * What stands before it was one, and is not shown; text that no token has is shown unmarked.
+   */
+  write(answer, text) {
+    const at = this.waiting.map((each) => each.rest).join("").indexOf(text);
+    if (at < 0) {
+      answer.append(text);
+      return;
     }
-    for (const [part, token] of parts) {
-      if (token) this.mark(place, part, token, places.get(token));
-      else place.append(part);
-    }
-    return taken;
+    this.cut(at);
+    for (const [part, origin] of this.cut(text.length)) this.mark(answer, part, origin);
   }
 
-  /** Append a token to the run of its step: the one that stands last, or a new one. */
-  mark(answer, text, token, place) {
-    const blank = text.trim() ? text.length - text.trimStart().length : 0; // which is not underlined
+  /** Take that many characters from the waiting tokens, as [part, origin]. */
+  cut(length) {
+    const parts = [];
+    while (length > 0) {
+      const first = this.waiting[0], part = first.rest.slice(0, length);
+      length -= part.length;
+      first.rest = first.rest.slice(part.length);
+      if (part) parts.push([part, first]);
+      if (!first.rest) this.waiting.shift();
+    }
+    return parts;
+  }
+
+  /** Append a token, or more of one, to the run of its step: the one that stands last, or a new one. */
+  mark(answer, text, origin) {
+    const { token, place } = origin, step = String(token.step);
+    if (origin.mark) {
+      origin.mark.element.lastChild.append(text);
+      return;
+    }
+    const blank = text.length - text.trimStart().length; // which is not underlined: it would look like "_"
     const words = make("span", { class: token.drafted ? "yes" : "own" }, text.slice(blank));
     const element = make("span", { class: "token", tabindex: "-1" }, text.slice(0, blank), words);
-    const mark = { element, token, step: token.step, place };
-    this.marks.push(mark);
-    this.ofElement.set(element, mark);
-    const last = answer.lastChild, step = String(token.step);
+    origin.mark = { element, token, step: token.step, place };
+    this.marks.push(origin.mark);
+    this.ofElement.set(element, origin.mark);
+    const last = answer.lastChild;
     if (last?.dataset?.step === step) last.append(element);
     else answer.append(make("span", { class: "run", "data-step": step }, element));
-    if (!answer.querySelector('[tabindex="0"]')) this.take(mark, answer);
+    if (!answer.querySelector('[tabindex="0"]')) this.take(origin.mark, answer);
   }
 
   /** Let this token be the one that the Tab key finds; it is a button as long as it is. */
@@ -135,7 +144,7 @@ export class Answer {
     mark.element.tabIndex = 0;
     mark.element.setAttribute("role", "button");
     const origin = token.drafted ? "accepted draft" : "the target’s own";
-    mark.element.setAttribute("aria-label", `${token.text.trim() || "blank"}, ${origin}${step === null ? "" : `, step ${step}`}`);
+    mark.element.setAttribute("aria-label", `${token.text.trim() || "blank"}, ${origin}${step === null ? "" : `, step ${step + 1}`}`);
     mark.element.setAttribute("aria-expanded", mark.element.closest("[aria-current]") !== null);
     mark.element.setAttribute("aria-controls", "inspector");
   }
@@ -168,11 +177,12 @@ export class Answer {
     this.acts.onToken(this, next, false);
   }
 
-  /** Mark the tokens of the step whose tree is shown; null takes the mark away. */
+  /** Mark the tokens of the step whose tree is shown; undefined takes the mark away. */
   point(step) {
     for (const run of this.element.querySelectorAll(".run[aria-current]")) run.removeAttribute("aria-current");
-    const runs = step === undefined ? [] : this.element.querySelectorAll(`.run[data-step="${CSS.escape(String(step))}"]`);
-    for (const run of runs) run.setAttribute("aria-current", "step");
+    for (const run of this.element.querySelectorAll(".run")) {
+      if (run.dataset.step === String(step)) run.setAttribute("aria-current", "step");
+    }
     for (const each of this.element.querySelectorAll('.token[tabindex="0"]')) {
       each.setAttribute("aria-expanded", each.closest("[aria-current]") !== null);
     }
@@ -185,7 +195,8 @@ export class Answer {
     const tool = this.tools[at];
     tool.name += piece.function?.name ?? "";
     tool.arguments += piece.function?.arguments ?? "";
-    tool.element.replaceChildren("Calls the tool ", make("code", {}, tool.name), " with ", make("code", {}, tool.arguments || "nothing"));
+    const [name, told] = [tool.name, tool.arguments || "nothing"].map((words) => make("code", {}, words));
+    tool.element.replaceChildren("Calls the tool ", name, " with ", told);
     this.calls.append(tool.element);
     this.calls.hidden = false;
     this.status.hidden = true;
@@ -200,15 +211,16 @@ export class Answer {
     this.status.classList.remove("waiting");
     this.words.after(this.status);
     if (trouble) {
-      this.trouble.replaceChildren(make("p", { role: "alert" }, trouble), make("p", { class: "actions" }, button("Try again", () => this.acts.onRegenerate(this))));
+      const again = make("p", { class: "actions" }, button("Try again", () => this.acts.onRegenerate(this)));
+      this.trouble.replaceChildren(make("p", { role: "alert" }, trouble), again);
       this.trouble.hidden = false;
     }
     if (!blank) {
-      this.actions.replaceChildren(
-        ...(trouble ? [] : [button("Regenerate", () => this.acts.onRegenerate(this), { class: "again" })]),
-        ...(this.model.drafts ? [button("Same seed without drafting", () => this.acts.onCheck(this), { class: "without" })] : []),
-        ...(this.steps.size ? [button("Steps", () => this.acts.onToken(this, this.liveliest(), true), { class: "steps" })] : []),
-      );
+      const { onRegenerate, onCheck, onToken } = this.acts, made = [];
+      if (!trouble) made.push(button("Regenerate", () => onRegenerate(this), { class: "again" }));
+      if (this.model.drafts) made.push(button("Same seed without drafting", () => onCheck(this), { class: "without" }));
+      if (this.steps.size) made.push(button("Steps", () => onToken(this, this.liveliest(), true), { class: "steps" }));
+      this.actions.replaceChildren(...made);
       this.actions.hidden = false;
     }
     this.draw();
@@ -224,15 +236,17 @@ export class Answer {
     return best;
   }
 
-  /** Numbers: the server's once they are there; until then those of the steps so far. */
+  /** Numbers: the server's once they are there; until then those of the steps so far. Milliseconds are of all steps. */
   numbers() {
     const own = [...this.steps.values()], sum = (key) => own.reduce((all, step) => all + step[key], 0);
     const decoded = own.reduce((all, step) => all + step.emitted.length, 0);
     const found = { ms_draft: sum("ms_draft"), ms_verify: sum("ms_verify"), ms_overhead: sum("ms_overhead") };
     const ms = found.ms_draft + found.ms_verify + found.ms_overhead;
-    if (own.length) Object.assign(found, { tau: decoded / own.length, tokens_per_s: ms ? (1000 * decoded) / ms : undefined });
-    const told = Object.fromEntries(Object.entries(this.stats ?? {}).filter(([, value]) => value !== null));
-    return { vanilla_tokens_per_s: this.model.vanilla, ...found, ...told };
+    if (own.length) found.tau = decoded / own.length;
+    if (ms) found.tokens_per_s = (1000 * decoded) / ms;
+    Object.assign(found, this.stats);
+    found.vanilla_tokens_per_s = this.measured ?? this.stats?.vanilla_tokens_per_s ?? this.model.vanilla;
+    return found;
   }
 
   fillMeter() {

@@ -91,11 +91,10 @@ async function run(work) {
 }
 
 async function ask(question) {
-  const asked = make("article", { class: "turn you" }, make("h2", { class: "unseen" }, "You"), make("p", {}, question));
-  const turn = { question, answer: null };
+  const turn = { question, answer: null }, title = make("h2", { class: "unseen" }, "You");
   turns.push(turn);
   welcome.hidden = true;
-  list.append(asked);
+  list.append(make("article", { class: "turn you" }, title, make("p", {}, question)));
   await run((signal) => answer(turn, signal));
 }
 
@@ -126,7 +125,7 @@ function toEnd() {
   atEnd = true;
   talk.scrollTop = talk.scrollHeight;
 }
-talk.addEventListener("scroll", () => { atEnd = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 40; }, { passive: true });
+talk.addEventListener("scroll", () => { atEnd = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 40; });
 new ResizeObserver(() => { if (atEnd) toEnd(); }).observe(list);
 
 const acts = {
@@ -149,7 +148,7 @@ const acts = {
       const check = new Check(made);
       const onWait = (words) => { check.words.textContent = words; };
       try {
-        const body = { ...made.body, haast: { drafter: "none" } };
+        const body = { ...made.body, haast: { trace: true, drafter: "none" } };
         for await (const chunk of chat(body, { signal, onWait })) {
           check.receive(chunk);
           if (check.enough) break; // which closes the connection too
@@ -206,8 +205,8 @@ document.addEventListener("keydown", (event) => {
 byId("stop").addEventListener("click", () => running?.abort());
 byId("clear").addEventListener("click", clear);
 byId("models").addEventListener("change", showModel);
-byId("marks").addEventListener("change", (event) => { document.body.classList.toggle("unmarked", !event.target.checked); });
-for (const each of welcome.querySelectorAll(".examples button")) each.addEventListener("click", () => send(each.textContent));
+byId("marks").addEventListener("change", ({ target }) => document.body.classList.toggle("unmarked", !target.checked));
+for (const each of welcome.querySelectorAll("button")) each.addEventListener("click", () => send(each.textContent));
 
 start();
 prompt.focus();

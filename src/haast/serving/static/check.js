@@ -20,12 +20,11 @@ export class Check {
   constructor(answer) {
     this.answer = answer;
     this.text = this.reasoning = "";
-    this.count = 0;
     this.stats = this.usage = null;
     this.words = make("p", { class: "verdict" }, "Without drafting: reading the prompt…");
     answer.check.replaceChildren(this.words);
     answer.check.hidden = false;
-    this.began = null;
+    this.decoded = this.ms = 0; // tokens of all steps so far, and their time
   }
 
   /** A stopped answer is compared as far as it goes; then there is no need to go on. */
@@ -39,21 +38,24 @@ export class Check {
     this.text += delta.content ?? "";
     this.reasoning += delta.reasoning_content ?? "";
     if (delta.content || delta.reasoning_content) {
-      this.began ??= performance.now();
-      this.count += chunk.haast?.tokens?.length ?? 1;
       const same = this.first()[1] < 0 ? "the same so far" : "not the same";
       this.words.textContent = `Without drafting: ${counted(characters(this.text), "character")}, ${same}…`;
+    }
+    for (const step of chunk.haast?.steps ?? []) {
+      this.decoded += step.emitted.length;
+      this.ms += step.ms_draft + step.ms_verify + step.ms_overhead;
     }
     if (chunk.usage) this.usage = chunk.usage;
     if (chunk.haast?.stats) this.stats = chunk.haast.stats;
   }
 
-  /** [what, place] of the first difference; a text that is not yet whole is compared as far as it goes. */
-  first(whole = false) {
+  /** [what, place] of the first difference, or of none yet where one text has only begun: the other one is cut there. */
+  first(done = false) {
     for (const what of ["reasoning", "text"]) {
-      const [one, other] = [this.answer[what], this[what]];
-      const room = Math.min(one.length, other.length);
-      const at = whole ? parting(one, other) : parting(one.slice(0, room), other.slice(0, room));
+      let [one, other] = [this.answer[what], this[what]];
+      if (!done) one = one.slice(0, other.length);
+      if (!done || !this.answer.whole) other = other.slice(0, one.length);
+      const at = parting(one, other);
       if (at >= 0) return [what, at];
     }
     return ["text", -1];
@@ -66,17 +68,21 @@ export class Check {
 
   /** The verdict. */
   end() {
-    const [what, at] = this.first(this.answer.whole);
+    const [what, at] = this.first(true);
     const block = this.answer.check;
     if (at < 0) {
-      const tokens = this.usage?.completion_tokens ?? this.answer.usage?.completion_tokens;
-      const size = counted(characters(this.answer.reasoning + this.answer.text), "character") + (tokens ? `, ${counted(tokens, "token")}` : "");
+      const tokens = this.usage?.completion_tokens, size = characters(this.answer.reasoning + this.answer.text);
+      const words = counted(size, "character") + (tokens ? `, ${counted(tokens, "token")}` : "");
       const far = this.answer.whole ? "" : ", as far as the answer goes";
-      this.words.replaceChildren(make("strong", { class: "same" }, "✓ Same text"), ` with and without drafting${far}: ${size}.`);
+      const verdict = make("strong", { class: "same" }, "✓ Same text");
+      this.words.replaceChildren(verdict, ` with and without drafting${far}: ${words}.`);
     } else {
       const place = characters(this.answer[what].slice(0, at)) + 1;
-      this.words.replaceChildren(make("strong", { class: "other" }, "✗ Not the same text"), ` without drafting: it parts at character ${place}${what === "text" ? "" : " of the reasoning"}.`);
-      block.append(make("dl", { class: "parting" }, ...this.excerpt("with drafts", this.answer[what], at), ...this.excerpt("without", this[what], at)));
+      const where = `character ${place}${what === "text" ? "" : " of the reasoning"}`;
+      const verdict = make("strong", { class: "other" }, "✗ Not the same text");
+      this.words.replaceChildren(verdict, ` without drafting: it parts at ${where}.`);
+      const both = [...this.excerpt("with drafts", this.answer[what], at), ...this.excerpt("without", this[what], at)];
+      block.append(make("dl", { class: "parting" }, ...both));
     }
     speech.say(this.words.textContent);
     this.speeds(block);
@@ -89,19 +95,22 @@ export class Check {
   }
 
   speeds(block) {
-    const fast = this.answer.numbers().tokens_per_s, seconds = (performance.now() - this.began) / 1000;
-    const slow = this.stats?.tokens_per_s ?? (this.began && seconds > 0 ? this.count / seconds : undefined);
+    const fast = this.answer.numbers().tokens_per_s;
+    const slow = this.stats?.tokens_per_s ?? (this.ms ? (1000 * this.decoded) / this.ms : undefined);
     if (!Number.isFinite(fast) || !Number.isFinite(slow)) return;
     const most = Math.max(fast, slow) || 1;
     const rows = Object.entries({ "with drafts": fast, without: slow }).map(([words, speed]) => {
       const bar = make("span", { class: "length" });
       bar.style.width = `${(100 * speed) / most}%`;
-      return make("div", {}, make("dt", {}, words), make("dd", {}, make("span", { class: "track", "aria-hidden": "true" }, bar), make("span", { class: "rate" }, `${shown(speed)} tokens/s`)));
+      const track = make("span", { class: "track", "aria-hidden": "true" }, bar);
+      const rate = make("span", { class: "rate" }, `${shown(speed)} tokens/s`);
+      return make("div", {}, make("dt", {}, words), make("dd", {}, track, rate));
     });
     block.append(make("dl", { class: "speeds" }, ...rows));
-    const times = fast / slow;
-    block.append(make("p", { class: "gain" }, times >= 1 ? `${shown(times, 2)} times as fast with drafts.` : `Drafts did not pay here: ${shown(times, 2)} times the speed.`));
-    this.answer.model.vanilla ??= slow;
+    const times = shown(fast / slow, 2);
+    const words = fast >= slow ? `${times} times as fast with drafts.` : `Drafts did not pay here: ${times} times the speed.`;
+    block.append(make("p", { class: "gain" }, words));
+    this.answer.measured = slow;
     this.answer.draw();
   }
 }

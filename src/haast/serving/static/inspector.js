@@ -55,9 +55,8 @@ class Inspector {
     }
     const turn = ++this.turn, step = answer.steps.get(mark.step);
     if (mark.step === null || !step) {
-      this.note(mark.step === null ? "The first token" : `Step ${mark.step}`, mark.step === null
-        ? "It comes from reading the prompt itself: nothing was drafted for it."
-        : "The server sent no tree of this step.");
+      const first = ["The first token", "It comes from reading the prompt itself: nothing was drafted for it."];
+      this.note(...(mark.step === null ? first : [`Step ${mark.step + 1}`, "The server sent no tree of this step."]));
     } else {
       try {
         const html = await drawing(step);
@@ -67,14 +66,15 @@ class Inspector {
         speech.say(this.here.querySelector(".title")?.textContent ?? "");
       } catch (error) {
         if (!(error instanceof Problem)) throw error;
-        if (turn === this.turn) this.note(`Step ${mark.step}`, error.message);
+        if (turn === this.turn) this.note(`Step ${mark.step + 1}`, error.message);
       }
     }
     mark.element.scrollIntoView({ block: "nearest" }); // the panel may have covered it
   }
 
   note(title, words) {
-    this.here.replaceChildren(make("section", { class: "step" }, make("h2", { class: "title" }, title), make("p", { class: "why", role: "status" }, words)));
+    const [heading, why] = [make("h2", { class: "title" }, title), make("p", { class: "why", role: "status" }, words)];
+    this.here.replaceChildren(make("section", { class: "step" }, heading, why));
   }
 
   /** Pick the node of the token: the accepted ones stand in the order of the text, the target's own comes last. */

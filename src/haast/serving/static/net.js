@@ -93,7 +93,8 @@ function askKey(refused) {
 export async function request(path, { body, signal, onWait = () => {} } = {}) {
   for (;;) {
     const key = sessionStorage.getItem(KEY);
-    const headers = { ...(body && { "Content-Type": "application/json" }), ...(key && { Authorization: `Bearer ${key}` }) };
+    const headers = body ? { "Content-Type": "application/json" } : {};
+    if (key) headers.Authorization = `Bearer ${key}`;
     let reply;
     try {
       reply = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });

@@ -78,7 +78,7 @@ class Plan:
     frequency: float
     bias: dict[int, float]
     drafter: str | None
-    max_nodes: int | None
+    max_nodes: int | None  # 1 where nothing is to be drafted, what a grammar leaves no choice about neither
     trace: bool
     stream: bool
     usage_in_stream: bool
@@ -204,11 +204,26 @@ def _plan(body: Sampled, facts: ModelFacts, prompts: list[list[int]], limit: int
         raise ApiError(400, words, param="min_tokens", code="invalid_value")
     predicted = [] if body.prediction is None else facts.template.text_ids(_predicted(body), False)
     return Plan(
-        prompts, n, _sampling(body), limit, ends, stops, body.include_stop_str_in_output, body.min_tokens,
-        body.presence_penalty or 0.0, body.frequency_penalty or 0.0, _bias(body, facts), hints.drafter,
-        hints.max_nodes, hints.trace, bool(body.stream), options is not None and options.include_usage,
-        body.logprobs_mode == "processed", grammar=_grammar(body, facts), prediction=predicted,
-    )  # fmt: skip
+        prompts=prompts,
+        n=n,
+        sampling=_sampling(body),
+        max_tokens=limit,
+        ends=ends,
+        stops=stops,
+        keep_stop=body.include_stop_str_in_output,
+        min_tokens=body.min_tokens,
+        presence=body.presence_penalty or 0.0,
+        frequency=body.frequency_penalty or 0.0,
+        bias=_bias(body, facts),
+        drafter=hints.drafter,
+        max_nodes=1 if hints.drafter == "none" else hints.max_nodes,
+        trace=hints.trace,
+        stream=bool(body.stream),
+        usage_in_stream=options is not None and options.include_usage,
+        processed=body.logprobs_mode == "processed",
+        grammar=_grammar(body, facts),
+        prediction=predicted,
+    )
 
 
 def _sampling(body: Sampled) -> SamplingParams:

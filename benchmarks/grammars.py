@@ -1,0 +1,114 @@
+"""Fifty JSON schemas at three temperatures: is the JSON valid, is it vanilla's, and what do drafts bring?
+
+    python benchmarks/grammars.py --json results/grammars.json
+
+Every question is answered three times by the server's own code: by the schema with drafting, by the schema without, and
+without the schema with drafting. Valid is judged by the jsonschema package, of texts that were not cut off by length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+from schemas import SCHEMAS, Schema
+
+from haast.api import Haast
+from haast.bench.report import environment
+from haast.files import check_writable, write_json
+from haast.progress import Progress
+from haast.serving.config import ServeConfig
+from haast.serving.plan import chat_plan
+from haast.serving.schema import ChatRequest
+from haast.serving.service import Service
+from haast.serving.shapes import ChatShape
+from haast.serving.streaming import whole
+
+
+def answer(service: Service, question: str, temperature: float, tokens: int, **more: Any) -> dict[str, Any]:
+    """One whole answer."""
+    body = {
+        "messages": [{"role": "user", "content": f"{question} Answer in JSON."}],
+        "temperature": temperature,
+        "seed": 1,
+        "max_tokens": tokens,
+        **more,
+    }
+    plan = chat_plan(ChatRequest.model_validate(body), service.facts)
+    return asyncio.run(whole(ChatShape(service, plan, "bench", 0), service.begin(plan)))
+
+
+def row(service: Service, question: str, schema: Schema, temperature: float, tokens: int) -> dict[str, Any]:
+    """One schema at one temperature."""
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    off = {"drafter": "none"}
+    drafted = answer(service, question, temperature, tokens, response_format=form)
+    vanilla = answer(service, question, temperature, tokens, response_format=form, haast=off)
+    free = answer(service, question, temperature, tokens)
+    choice = drafted["choices"][0]
+    whole_text, valid = choice["finish_reason"] == "stop", False
+    if whole_text:
+        try:
+            jsonschema.validate(json.loads(choice["message"]["content"]), schema)
+            valid = True
+        except (ValueError, jsonschema.ValidationError) as error:
+            sys.stderr.write(f"not valid: {question} {choice['message']['content']!r} {str(error)[:200]}\n")
+    told = {"question": question, "temperature": temperature, "cut": not whole_text, "valid": valid}
+    told["same"] = drafted["choices"] == vanilla["choices"]
+    for name, made in (("grammar", drafted), ("free", free)):
+        usage = made["usage"]["haast"]
+        told[f"{name}_forwards"] = usage["target_forwards"]
+        told[f"{name}_tokens"] = made["usage"]["completion_tokens"]
+    return told
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--temperatures", default="0,0.7,1")
+    words.add_argument("--tokens", type=int, default=256)
+    words.add_argument("--limit", type=int, default=len(SCHEMAS))
+    words.add_argument("--json", type=Path, required=True)
+    given = words.parse_args()
+    check_writable(given.json)
+    haast = Haast.from_pretrained()
+    service = Service(haast, "smollm2-135m-instruct", ServeConfig())
+    rows, temperatures = list[dict[str, Any]](), [float(each) for each in given.temperatures.split(",")]
+    with Progress("schemas", len(temperatures) * given.limit) as progress:
+        for temperature in temperatures:
+            for question, schema in SCHEMAS[: given.limit]:
+                rows.append(row(service, question, schema, temperature, given.tokens))
+                progress.step()
+    document = {
+        "grammars": [summary(rows, temperature) for temperature in temperatures],
+        "rows": rows,
+        "environment": environment(haast.target, service.name, None, given.limit, {"tokens": given.tokens}),
+    }
+    write_json(document, given.json)
+
+
+def summary(rows: list[dict[str, Any]], temperature: float) -> dict[str, Any]:
+    """All schemas at one temperature."""
+    own = [each for each in rows if each["temperature"] == temperature]
+    tau = {
+        f"tau_{name}": (sum(each[f"{name}_tokens"] for each in own) - len(own))
+        / max(sum(each[f"{name}_forwards"] for each in own), 1)
+        for name in ("grammar", "free")
+    }
+    uncut = [each for each in own if not each["cut"]]
+    return {
+        "temperature": temperature,
+        "schemas": len(own),
+        "cut": len(own) - len(uncut),
+        "valid": sum(each["valid"] for each in uncut),
+        "same": sum(each["same"] for each in own),
+        **tau,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Load on a server: tokens a second and waiting times by the number of clients, drafted beside vanilla and peers.
+
+    haast serve --port 8000 &
+    llama-server --model f16.gguf --threads 2 --parallel 32 --ctx-size 65536 --port 8001 &
+    python benchmarks/serving_load.py --prompts mt_bench.jsonl --haast http://127.0.0.1:8000 \\
+        --peer "llama.cpp F16=http://127.0.0.1:8001" --clients 1,2,4,8,16,32 --json results/serving-load.json
+
+Each client sends its next prompt as soon as the last answer is whole, streamed and greedy, with answers of mixed length
+bounds. At every number of clients the systems take turns of `--seconds`; requests that are running at its end are
+dropped, and their tokens count. Per turn: tokens a second, time to the first token, and time between tokens of an
+answer (p50 and p99 over answers). With Haast, drafting off is the same server, asked for `haast: {"drafter": "none"}`:
+its texts are compared with the drafted ones. The client is plain asyncio, since it runs on the same cores; run nothing
+else beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from haast.bench.report import machine
+from haast.files import write_json
+from haast.prompts import read_prompts
+
+LENGTHS = (16, 48, 96, 192)  # new tokens at most, mixed
+
+
+@dataclass(frozen=True)
+class System:
+    """Somebody to ask."""
+
+    name: str
+    url: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Answer:
+    """What one request came to."""
+
+    question: int
+    begun: float
+    text: str = ""
+    first: float = 0.0
+    last: float = 0.0
+    pieces: int = 0
+    tokens: int = 0  # by the server's own count; while there is none, pieces
+    whole: bool = False
+    gaps: list[float] = field(default_factory=list)
+
+    def take(self, text: str) -> None:
+        now = time.perf_counter()
+        if not self.pieces:
+            self.first = now
+        else:
+            self.gaps.append(now - self.last)
+        self.last, self.text, self.pieces = now, self.text + text, self.pieces + 1
+
+
+async def ask(system: System, prompt: str, length: int, answer: Answer) -> None:
+    """One streamed chat completion over a connection of its own."""
+    where = urlsplit(system.url)
+    reader, writer = await asyncio.open_connection(where.hostname, where.port)
+    body = json.dumps(
+        {
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": length,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **system.fields,
+        }
+    ).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+    try:
+        await writer.drain()
+        status = await reader.readline()
+        if b" 200 " not in status:
+            raise RuntimeError(f"{system.name} answered {status!r}: {(await reader.read(2000))!r}")
+        while line := await reader.readline():
+            if not line.startswith(b"data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            if "error" in chunk:
+                raise RuntimeError(f"{system.name}: {chunk['error']}")
+            for choice in chunk.get("choices", ()):
+                text = choice["delta"].get("content")
+                if text:
+                    answer.take(text)
+            if chunk.get("usage"):
+                answer.tokens, answer.whole = chunk["usage"]["completion_tokens"], True
+    finally:
+        writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
+
+
+async def turn(system: System, questions: Sequence[tuple[str, int]], clients: int, seconds: float) -> list[Answer]:
+    """So many clients for so long; every answer that was begun."""
+    answers, numbers = list[Answer](), itertools.count()
+
+    async def client() -> None:
+        while True:
+            number = next(numbers) % len(questions)
+            answer = Answer(number, time.perf_counter())
+            answers.append(answer)
+            await ask(system, *questions[number], answer)
+
+    tasks = [asyncio.create_task(client()) for _ in range(clients)]
+    done, pending = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)
+    for task in done:
+        task.result()
+    return answers
+
+
+def summary(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
+    """The figures of one turn. Of a dropped answer the tokens are its share of characters, by those that are whole."""
+    whole = [answer for answer in answers if answer.whole]
+    rate = sum(each.tokens for each in whole) / max(sum(len(each.text) for each in whole), 1)
+    tokens = sum(each.tokens if each.whole else rate * len(each.text) for each in answers)
+    first = sorted(1e3 * (each.first - each.begun) for each in answers if each.pieces)
+    between = sorted(
+        1e3 * (each.last - each.first) / (each.tokens - 1) for each in whole if each.tokens > 8 and each.pieces > 1
+    )
+    stalls = sorted(1e3 * gap for each in answers for gap in each.gaps)
+    return {
+        "answers": len(whole),
+        "tokens_per_s": tokens / seconds,
+        **{f"ms_first_p{p}": _at(first, p) for p in (50, 99)},
+        **{f"ms_between_p{p}": _at(between, p) for p in (50, 99)},
+        "ms_gap_p99": _at(stalls, 99),
+    }
+
+
+def _at(values: Sequence[float], percent: int) -> float | None:
+    return values[min(len(values) - 1, len(values) * percent // 100)] if values else None
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--prompts", type=Path, required=True)
+    words.add_argument("--haast", required=True, metavar="URL")
+    words.add_argument("--peer", action="append", default=[], metavar="NAME=URL")
+    words.add_argument("--clients", default="1,2,4,8,16,32")
+    words.add_argument("--seconds", type=float, default=60)
+    words.add_argument("--warm", type=float, default=5, help="seconds of each system before anything counts")
+    words.add_argument("--note", action="append", default=[], help="how the servers were started")
+    words.add_argument("--json", type=Path, required=True)
+    given = words.parse_args()
+    draw = random.Random(0)
+    prompts = [prompt.turns[0] for prompt in read_prompts(given.prompts)]
+    questions = [(prompt, draw.choice(LENGTHS)) for prompt in prompts]
+    draw.shuffle(questions)
+    systems = [
+        System("haast", given.haast),
+        System("haast, drafting off", given.haast, {"haast": {"drafter": "none"}}),
+        *(System(*peer.split("=", 1)) for peer in given.peer),
+    ]
+    rows, texts, differ = list[dict[str, Any]](), dict[tuple[int, int], str](), 0
+    for system in systems:
+        asyncio.run(turn(system, questions, 2, given.warm))
+    for clients in map(int, given.clients.split(",")):
+        for system in systems:
+            answers = asyncio.run(turn(system, questions, clients, given.seconds))
+            row = {"clients": clients, "system": system.name, **summary(answers, given.seconds)}
+            rows.append(row)
+            sys.stderr.write(json.dumps(row) + "\n")
+            for answer in answers:
+                if answer.whole and system.url == given.haast:
+                    known = texts.setdefault((0, answer.question), answer.text)
+                    differ += known != answer.text
+            time.sleep(2)  # dropped requests end
+    document = {
+        "load": rows,
+        "lengths": list(LENGTHS),
+        "seconds": given.seconds,
+        "differing_texts": differ,
+        "compared_texts": len(texts),
+        "notes": given.note,
+        "environment": machine() | {"command": "python benchmarks/serving_load.py, see its docstring"},
+    }
+    write_json(document, given.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -204,7 +204,7 @@ class Stub:
         before, position = groups[0][-1], 40
         first = {"text": before, "drafted": False, "step": None}
         yield [first], before, []
-        for number, group in enumerate(groups[1:], start=1):
+        for number, group in enumerate(groups[1:]):
             step = step_document(number, position, before, group)
             if plain:
                 step["nodes"] = step["nodes"][:1]
@@ -221,13 +221,20 @@ def _opening(mode: str) -> Iterator[bytes]:
     if mode == "reason":
         for word in ("The user asks", " about <the> sky", "."):
             yield event({"reasoning_content": word})
-    if mode == "odd":  # texts that tokens don't cover, a delimiter that is not shown, half a character
-        odd = [("", True), ("<think>", True), ("b", True), ("\u00e9", False)]
-        told = [{"text": text, "drafted": drafted, "step": 99} for text, drafted in odd]
-        yield event({"content": "a<b> \u00e9!"}, haast={"tokens": told, "steps": []})
+    if mode == "odd":  # delimiters, half a character, text that is held back, and text that no token has
+        yield _told({}, ("", True), ("<think>", True))
+        yield _told({"reasoning_content": "hm <"}, ("hm", True), (" <x>", True))
+        yield _told({"reasoning_content": "x>", "content": "no token. "}, ("</think>", False))
+        yield _told({"content": "\u00e9<"}, ("", False), ("\u00e9", False), ("<b", False))
+        yield _told({"content": "b"})
     if mode == "tool":
         call = {"index": 0, "id": "a", "type": "function", "function": {"name": HOSTILE, "arguments": '{"a": 1}'}}
         yield event({"tool_calls": [call]})
+
+
+def _told(delta: Json, *tokens: tuple[str, bool]) -> bytes:
+    told = [{"text": text, "drafted": drafted, "step": 99} for text, drafted in tokens]
+    return event(delta, haast={"tokens": told, "steps": []})
 
 
 def event(delta: Json, finish: str | None = None, **more: Any) -> bytes:

@@ -467,6 +467,9 @@ def test_a_loading_model_is_waited_for(chats: Opens) -> None:
         expect(chat.page.locator("#model-name")).to_contain_text("The model is loading. Asking again in")
         chat.say("sky")
         expect(chat.page.locator(".status")).to_contain_text("The model is loading")
+        chat.page.keyboard.press("Escape")
+        expect(chat.page.locator(".status")).to_have_text("Stopped.")
+        chat.say("sky")
         chat.stub.loading = 1
         expect(chat.page.locator(".steps")).to_be_visible()
         assert chat.text("#model-name") == MODEL

@@ -32,7 +32,7 @@ from haast.serving.streaming import told
 
 _LOG = logging.getLogger("haast.serving")
 _STATIC = Path(__file__).parent / "static"
-_SHARED = Path(__file__).parents[1] / "bench" / "templates" / "common.css"
+_SHARED = Path(__file__).parents[1] / "bench" / "templates"  # what the page has in common with the report
 
 
 class Host:
@@ -139,7 +139,11 @@ def _page(app: FastAPI) -> None:
 
     @app.get("/static/common.css", include_in_schema=False)
     async def common() -> Any:
-        return FileResponse(_SHARED)
+        return FileResponse(_SHARED / "common.css")
+
+    @app.get("/static/page.js", include_in_schema=False)
+    async def script() -> Any:
+        return FileResponse(_SHARED / "page.js")
 
     app.mount("/static", StaticFiles(directory=_STATIC))
 

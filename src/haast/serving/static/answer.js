@@ -230,7 +230,7 @@ export class Answer {
   /** A token of the step that kept the most drafts: where somebody begins who wants to see trees. */
   liveliest() {
     const kept = new Map();
-    for (const { step, token } of this.marks) if (token.drafted) kept.set(step, (kept.get(step) ?? 0) + 1);
+    for (const { step, token } of this.marks) kept.set(step, (kept.get(step) ?? 0) + token.drafted);
     let best = this.marks.find((mark) => mark.step !== null) ?? this.marks[0];
     for (const mark of this.marks) if ((kept.get(mark.step) ?? 0) > (kept.get(best.step) ?? 0)) best = mark;
     return best;
@@ -245,7 +245,7 @@ export class Answer {
     if (own.length) found.tau = decoded / own.length;
     if (ms) found.tokens_per_s = (1000 * decoded) / ms;
     Object.assign(found, this.stats);
-    found.vanilla_tokens_per_s = this.measured ?? this.stats?.vanilla_tokens_per_s ?? this.model.vanilla;
+    found.vanilla_tokens_per_s = this.measured ?? this.stats?.vanilla_tokens_per_s ?? this.model?.vanilla;
     return found;
   }
 

@@ -3,7 +3,8 @@
 import { byId } from "./dom.js";
 
 const NUMBERS = [
-  "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty",
+  "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens",
+  "repetition_penalty", "presence_penalty", "frequency_penalty",
 ];
 const fields = NUMBERS.map(byId);
 const panel = byId("settings"), opener = byId("settings-button"), system = byId("system");

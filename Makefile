@@ -4,10 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow test-matrix lint docs bench gpu readme clean
+.PHONY: demo serve test slow test-matrix lint docs bench gpu readme clean
 
 demo: $(STAMP)
 	$(BIN)/haast generate --compare --rounds 2 --max-new-tokens 128 "Explain to a child why the sky is blue, and list three things that are also blue."
+
+# An OpenAI-compatible server of the demo model, and a page to look at: http://127.0.0.1:8000
+serve: $(STAMP)
+	$(BIN)/haast serve
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal

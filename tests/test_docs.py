@@ -18,11 +18,13 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from serving import served, tiny_service
 from test_cli import save_random_head, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -41,6 +43,7 @@ ROOT = Path(__file__).parent.parent
 # A tiny head has seen tiny texts.
 pytestmark = pytest.mark.filterwarnings("ignore::haast.errors.LongContextWarning")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SERVER = "http://127.0.0.1:8000"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BLOCK = re.compile(r"^```([a-z]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -66,6 +69,9 @@ ELSEWHERE = {
     "haast regenerate --model Qwen/Qwen3-8B": "that server",
     "torchrun": "two processes; run in the slow suite below",
     "haast check": "the head is random, which it tells by its status; run in test_cli_heads.py",
+    "haast serve": "runs until it is stopped; run in test_serving_run.py",
+    "haast conform": "asks a server; run in test_conform.py and test_serving_run.py",
+    "curl": "asks a server; the same request is sent in test_serving_same.py",
     "make": "make test would run itself; the targets are looked up",
 }
 
@@ -188,7 +194,7 @@ def _shapes(sizes: MedusaConfig) -> dict[str, torch.Size]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_says_what_it_is(page: Path) -> None:
     for kind, text in blocks(page):
-        assert kind in ("python", "bash", "json", "text"), (
+        assert kind in ("python", "bash", "json", "nginx", "text"), (
             f"{page.name}: a block of {kind or 'no language'}: {text[:60]}"
         )
         if kind == "json":
@@ -201,9 +207,10 @@ def test_every_block_says_what_it_is(page: Path) -> None:
 def test_its_python_runs(page: Path) -> None:
     _need(page)
     names: dict[str, Any] = {"__name__": "page"}
-    for number, (kind, text) in enumerate(blocks(page)):
-        if kind == "python" and not text.startswith("# torchrun"):
-            exec(compile(text, f"{page.name}, block {number}", "exec"), names)
+    with _server(page) as url:
+        for number, (kind, text) in enumerate(blocks(page)):
+            if kind == "python" and not text.startswith("# torchrun"):
+                exec(compile(text.replace(SERVER, url), f"{page.name}, block {number}", "exec"), names)
 
 
 @pytest.mark.usefixtures("folder")
@@ -214,6 +221,18 @@ def test_its_commands_run(page: Path) -> None:
         if kind == "bash":
             for words in commands(text):
                 _follow(words)
+
+
+@contextmanager
+def _server(page: Path) -> Iterator[str]:
+    """The address of a server that clients on the page can ask."""
+    if page.name != "server.md":
+        yield SERVER
+        return
+    service = tiny_service()
+    service.name = DEFAULT_MODEL
+    with served(service) as url:
+        yield url
 
 
 def _need(page: Path) -> None:

@@ -27,12 +27,14 @@ def serve(loading: Loading, choice: Choice, drafting: Drafting, server: ServeCon
         needed = "pip install 'haast[serve]'"
         raise ValueError(f"haast serve needs more packages, {error.name} is missing: {needed}") from error
 
-    from haast.drafters.factory import needs_head
+    from haast.drafters.factory import needs_head, plan_drafter
 
     choice.check()
     loading.check()
     if needs_head(choice.drafter):
         drafting.check(loading.model, loading.device)
+    head = None if drafting.head == "none" else drafting.head
+    plan_drafter(choice.drafter, head, loading.model, choice.small_model is not None)
 
     def load() -> Haast:
         from haast.api import Haast

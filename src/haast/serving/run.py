@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -65,16 +66,26 @@ def make_server(load: Callable[[], Haast], name: str, config: ServeConfig) -> Se
 
 
 def serve(load: Callable[[], Haast], name: str, config: ServeConfig) -> None:
-    """Serve until a signal says stop. Raises what went wrong in loading, or OSError where the port is taken."""
+    """Serve until a signal says stop. Raises what went wrong in loading, ValueError where the port is taken."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr, force=True
     )
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
     server = make_server(load, name, config)
-    sockets = [server.config.bind_socket()]
-    address = sockets[0].getsockname()
-    _LOG.info("listening on http://%s:%d (model %s)", config.host, address[1], name)
-    server.run(sockets=sockets)
+    with _listening(config) as listening:
+        _LOG.info("listening on http://%s:%d (model %s)", config.host, listening.getsockname()[1], name)
+        server.run(sockets=[listening])
     host = server._host
     if host.failure is not None:
         raise host.failure
+
+
+def _listening(config: ServeConfig) -> socket.socket:
+    """The socket of a server. Raises ValueError where the address can't be had."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host.strip("[]"), config.port), family=family, backlog=512)
+    except OSError as error:
+        raise ValueError(
+            f"host={config.host!r}, port={config.port} can't be listened on ({error.strerror}): choose another"
+        ) from error

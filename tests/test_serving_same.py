@@ -18,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import Json, client_of, learn, parsed, run, tiny_service
 
+from haast.api import Haast
+from haast.serving.config import ServeConfig
 from haast.serving.service import Service
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -39,6 +41,12 @@ WAY = {"type": "function", "function": {"name": "go", "parameters": {"type": "ob
 @pytest.fixture(scope="module")
 def service() -> Service:
     return tiny_service()
+
+
+@pytest.fixture(scope="module")
+def demo() -> Service:
+    """The default model and its own head."""
+    return Service(Haast.from_pretrained(), "demo", ServeConfig())
 
 
 def forms() -> st.SearchStrategy[Json]:
@@ -121,7 +129,7 @@ def plain(answer: Json) -> Json:
     for choice in told.get("choices", ()):
         for call in choice.get("message", {}).get("tool_calls", ()):
             del call["id"]
-    told = dict(json.loads(json.dumps(told), parse_float=_rounded))
+    told = dict(json.loads(json.dumps(told), parse_float=lambda number: _rounded(number)))
     if told.get("usage"):
         del told["usage"]["haast"], told["usage"]["prompt_tokens_details"]
     return told
@@ -204,12 +212,8 @@ async def alike(service: Service, path: str, body: Json) -> Json:
         status, whole = await answer(client, path, off)
         assert status == 200, whole
         await learn(service, path, body)
-        for drafted in (
-            body,
-            {**body, "haast": {"max_nodes": 3}},
-            {**body, "haast": {"drafter": "suffix", "trace": True}},
-        ):
-            status, found = await answer(client, path, drafted)
+        for how in ({}, {"max_nodes": 3}, {"drafter": "suffix", "trace": True}):
+            status, found = await answer(client, path, {**body, "haast": how})
             found.pop("haast", None)
             assert (status, found) == (200, whole)
         assert await streamed(client, path, body) == whole
@@ -221,6 +225,16 @@ async def alike(service: Service, path: str, body: Json) -> Json:
 @given(request=asked())
 def test_drafting_changes_no_field(service: Service, request: tuple[str, Json]) -> None:
     run(alike(service, *request))
+
+
+@pytest.mark.slow
+@settings(max_examples=150)
+@given(request=asked())
+def test_drafting_changes_no_field_of_the_default_model(demo: Service, request: tuple[str, Json]) -> None:
+    """To the last bit of every logprob: on the native path a row's logits do not depend on its neighbours."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("test_serving_same._rounded", float)
+        run(alike(demo, *request))
 
 
 @settings(max_examples=4)

@@ -18,10 +18,15 @@ import httpx2
 import pytest
 import torch
 from fakes import tiny_llama
-from serving import client_of, run, tiny_service, tokenizer
+from serving import client_of, run, served, tiny_service, tokenizer
+from torch import Tensor
 from typer.testing import CliRunner
 
 from haast.cli import app
+from haast.core import Processor
+from haast.serving.config import ServeConfig
+from haast.serving.plan import Plan
+from haast.serving.service import Service
 
 ROOT = Path(__file__).parent.parent
 
@@ -146,6 +151,59 @@ def test_the_dashboard_reads_what_there_is() -> None:
     counted = dict(re.findall(r"^(haast:\w+)\{[^}]*\} ([0-9.e+]+)$", text, re.MULTILINE))
     assert float(counted["haast:generation_tokens_total"]) == 8
     assert float(counted["haast:num_requests_running"]) == 0
+
+
+class Slow(Service):
+    """Every token takes a while."""
+
+    def _processors(self, plan: Plan, length: int) -> list[Processor]:
+        def wait(history: Tensor, scores: Tensor) -> Tensor:
+            time.sleep(0.15)
+            return scores
+
+        return [wait, *super()._processors(plan, length)]
+
+
+def slow(config: ServeConfig) -> Slow:
+    return Slow(tiny_service()._haast, "tiny", config)
+
+
+def test_a_silent_stream_says_that_it_lives() -> None:
+    with served(slow(ServeConfig(keep_alive=0.04))) as url:
+        reply = httpx2.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 4, "stream": True})
+    assert reply.text.count("\n: ping") > 4 and reply.text.endswith("data: [DONE]\n\n")
+
+
+def test_answers_that_take_too_long_are_told() -> None:
+    body = {"prompt": "a", "max_tokens": 40, "seed": 1}
+    with served(slow(ServeConfig(timeout=0.5))) as url:
+        whole = httpx2.post(f"{url}/v1/completions", json=body)
+        stream = httpx2.post(f"{url}/v1/completions", json={**body, "stream": True})
+    assert whole.status_code == 503 and whole.json()["error"]["code"] == "timeout"
+    chunks = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: {")]
+    assert stream.status_code == 200 and chunks[0]["object"] == "text_completion"
+    assert chunks[-1]["error"]["code"] == "timeout" and stream.text.endswith("data: [DONE]\n\n")
+
+
+def test_a_full_queue_says_come_again() -> None:
+    config = ServeConfig(max_running=1, max_waiting=0)
+    service = slow(config)
+    scheduler = service.engine("auto").scheduler
+    scheduler.max_batch, scheduler.max_waiting = 1, 0
+    first_body = {"prompt": "a", "max_tokens": 20, "stream": True, "ignore_eos": True}
+    with served(service) as url, httpx2.Client(base_url=url) as http:
+        with http.stream("POST", "/v1/completions", json=first_body) as first:
+            lines = first.iter_lines()  # dropped, it would close the stream
+            next(lines)
+            second = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
+        assert second.status_code == 429 and int(second.headers["retry-after"]) >= 1
+        assert second.json()["error"]["code"] == "queue_full"
+        for _ in range(100):  # the first has left: its place is free
+            third = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
+            if third.status_code == 200:
+                break
+            time.sleep(0.05)
+        assert third.status_code == 200
 
 
 def test_absent_addresses_say_why() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from haast.errors import CancelledError, KVPoolError, PromptError, QueueFullError, UnsupportedArgumentError
+from haast.errors import KVPoolError, PromptError, QueueFullError, UnsupportedArgumentError
 
 _TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -59,8 +59,6 @@ def problem_of(error: BaseException) -> ApiError:
         return ApiError(
             429, "too many requests wait already: try again", code="queue_full", headers={"Retry-After": "1"}
         )
-    if isinstance(error, CancelledError):
-        return ApiError(503, str(error), code="cancelled")
     if isinstance(error, KVPoolError):
         return ApiError(400, str(error), param="max_tokens", code="kv_pool_exceeded")
     if isinstance(error, PromptError | UnsupportedArgumentError | ValueError):

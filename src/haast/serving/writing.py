@@ -17,9 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from haast.bench.trace import TraceRecorder
 from haast.core import Emission, Request
 from haast.engine.engine import Engine
+from haast.errors import CancelledError
 from haast.serving.logprobs import Logprob, RecordingSampler
 from haast.serving.metrics import Metrics
 from haast.serving.plan import Plan
+from haast.serving.problems import ApiError
 from haast.serving.reasoning import ReasoningReader
 from haast.serving.tools import CallReader, ToolCall
 from haast.text import TextStream
@@ -89,7 +91,7 @@ class Writing:
         """All that is said, as it becomes certain; closing it ends the request.
 
         Raises:
-            CancelledError: the request ran out of time or was ended. Exception: its own.
+            ApiError: the request ran out of time or was ended. Exception: its own.
         """
         try:
             async with aclosing(self.engine.aread(self.request)) as emissions:
@@ -97,8 +99,17 @@ class Writing:
                     self._timed(emission)
                     yield self._taken(emission)
             yield self._rest()
+        except CancelledError:
+            raise self._ended_early() from None
         finally:
             self.close()
+
+    def _ended_early(self) -> ApiError:
+        """Why there is no whole answer."""
+        count = f"after {len(self.new_tokens)} tokens"
+        if self.request.finish_reason == "deadline":
+            return ApiError(503, f"the answer took too long and was ended {count}: ask for less", code="timeout")
+        return ApiError(503, f"the server has ended this answer {count}: ask again", code="cancelled")
 
     def close(self) -> None:
         """End the request, if it has not ended; nobody reads on."""

@@ -25,14 +25,26 @@ _ACCEPTED = re.compile(r"^\S*(?:accepted_tokens|draft_accepted|accepted)(?:_tota
 
 def rows(subject: Subject) -> str:
     """Eight different requests at once."""
-    asks = [_asking(subject, prompt, most) for prompt, most in _ROWS]
-    alone = [ask() for ask in asks]
-    together = subject.at_once(asks)
+    alone = _alone(subject)
+    together = subject.at_once([_asking(subject, prompt, most) for prompt, most in _ROWS])
     for number, (one, two) in enumerate(zip(alone, together, strict=True)):
         if one != two and two in alone:
             fail(f"request {number} got the text of request {alone.index(two)}")
         demand(one == two, f"request {number} among seven others: {difference(one, two)}", alone=one, together=two)
     return f"{len(_ROWS)} requests of different lengths at once, each as alone"
+
+
+def row_streams(subject: Subject) -> str:
+    """The same as streams: none ends because another begins."""
+    alone = _alone(subject)
+    asks = [lambda prompt=prompt, most=most: subject.streamed(prompt, max_tokens=most).text for prompt, most in _ROWS]
+    for number, (one, two) in enumerate(zip(alone, subject.at_once(asks), strict=True)):
+        demand(one == two, f"stream {number} among seven others: {difference(one, two)}", alone=one, together=two)
+    return f"{len(_ROWS)} streams at once, each whole"
+
+
+def _alone(subject: Subject) -> list[str]:
+    return subject.once("rows", lambda: [_asking(subject, prompt, most)() for prompt, most in _ROWS])
 
 
 def _asking(subject: Subject, prompt: str, most: int) -> Callable[[], str]:
@@ -187,6 +199,7 @@ THEME = Theme(
     "load",
     (
         Check("batch-rows", ("A19", "A10"), "eight requests at once say what each says alone", rows),
+        Check("batch-streams", ("A19",), "eight streams at once are whole", row_streams),
         Check("warm-prefix", ("A13",), "a prompt seen before gets the same answer", warm_prefix),
         Check(
             "long-prompt", ("A11", "A17"), "a prompt of a thousand tokens is answered, whole and streamed", long_prompt

@@ -186,14 +186,16 @@ def prediction(subject: Subject) -> str:
 
 def honest_fields(subject: Subject) -> str:
     """Fields that ask for something else entirely."""
-    swallowed = []
+    swallowed, broken = list[str](), list[str]()
     for fields, ignored in _strange():
         reply = subject.client.post(CHAT, subject.body(STORY, **{"max_tokens": 4, **fields}))
-        demand(reply.status < 500 or reply.status == 501, f"HTTP {reply.status} for {json.dumps(fields)[:80]}")
         if reply.status == 200 and ignored(reply.body):
             swallowed.append(next(iter(fields)))
+        elif reply.status >= 500 and reply.status != 501:
+            broken.append(f"HTTP {reply.status} for {json.dumps(fields)[:60]}")
     if swallowed:
         silent(f"accepted without effect: {', '.join(swallowed)}")
+    demand(not broken, "; ".join(broken))
     return "audio and a modality that is not there are refused"
 
 

@@ -85,10 +85,13 @@ def _tokens_until(entries: list[dict[str, object]], end: int) -> int:
 
 def _no_more_entries(answer: Answer, stop: str) -> None:
     entries = answer.first.entries or []
-    length = len(answer.text.encode())
-    before = sum(len(entry_bytes(entry)) for entry in entries[:-1])
-    beyond = bool(entries) and (before >= length if length else True)
-    demand(not beyond, f"stop={stop!r}: {len(entries)} logprob entries go beyond the text {short(answer.text[-20:])}")
+    length, start, beyond = len(answer.text.encode()), 0, list[str]()
+    for entry in entries:
+        if start >= length:
+            beyond.append(str(entry.get("token")))
+        start += len(entry_bytes(entry))
+    words = f"{len(beyond)} of {len(entries)} logprob entries begin after the text {short(answer.text[-16:])}"
+    demand(not beyond, f"stop={stop!r}: {words}, from {short(''.join(beyond), 30)}")
 
 
 THEME = Theme(
@@ -97,6 +100,11 @@ THEME = Theme(
         Check("stop-whole", ("A4",), "a stop string ends the text before it, with finish_reason 'stop'", stop_whole),
         Check("stop-stream", ("A4",), "so it does in a stream, of which no piece leaks", stop_stream),
         Check("stop-forms", ("A4",), "a string, a list and several stops mean what they say", stop_forms),
-        Check("stop-counts", ("A4", "A5", "A6"), "tokens after a stop are neither counted nor listed", stop_counts),
+        Check(
+            "stop-counts",
+            ("A4", "A5", "A6"),
+            "no token after a stop is counted, no logprob begins after the text",
+            stop_counts,
+        ),
     ),
 )

@@ -142,7 +142,6 @@ def regex(subject: Subject) -> str:
     for spelling in spellings:
         body = subject.body("Give me a code.", temperature=1, **spelling)
         reply = subject.client.post(CHAT, body)
-        demand(reply.status < 500 or reply.status == 501, f"HTTP {reply.status} for {short(spelling)}")
         text = (reply.body["choices"][0]["message"].get("content") or "") if reply.status == 200 else ""
         if re.fullmatch(_PATTERN, text.strip()):
             again = subject.ask("Tell me a story.", max_tokens=16, **spelling).text

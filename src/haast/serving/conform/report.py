@@ -33,7 +33,7 @@ _LEGEND = (
 )
 # Places on a disk, which are nobody's business; addresses below a server's root are none.
 _PATH = re.compile(
-    r"(?:[A-Za-z]:\\|~/|(?:\.\./)+|/(?:tmp|work|root|home|usr|opt|var|mnt|srv|etc|data|private|Users)/)[^\s\"'<>,;:)\]}]*"
+    r"(?:\b[A-Z]:\\(?=\w)|~/|(?:\.\./)+|/(?:tmp|work|root|home|usr|opt|var|mnt|srv|etc|data|private|Users)/)[^\s\"'<>,;:)\]}]*"
 )
 
 

@@ -67,7 +67,9 @@ class HttpWire:
         except ImportError as error:
             raise ValueError("conform needs the httpx2 package, which is not installed: pip install httpx2") from error
         self._httpx = httpx2
-        self._client = httpx2.Client(base_url=root, trust_env=False, follow_redirects=False)
+        # A connection of its own for every request: one that a server has closed after an error must not fail the next.
+        limits = httpx2.Limits(max_keepalive_connections=0)
+        self._client = httpx2.Client(base_url=root, trust_env=False, follow_redirects=False, limits=limits)
 
     @contextmanager
     def open(self, request: Request) -> Iterator[Opened]:

@@ -185,7 +185,7 @@ def _plan(body: Sampled, facts: ModelFacts, prompts: list[list[int]], limit: int
         )  # fmt: skip
     for prompt in prompts:
         _check_length(len(prompt), limit, facts)
-    stops = stop_strings(body.stop or ())
+    stops = stop_strings(() if body.stop is None else body.stop)
     if len(stops) > _MOST_STOPS:
         raise ApiError(400, f"stop holds {len(stops)} strings: give {_MOST_STOPS} at most", param="stop")
     own_ends = tuple(_token(each, "stop_token_ids", facts) for each in body.stop_token_ids or ())

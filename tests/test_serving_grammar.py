@@ -54,7 +54,7 @@ async def both(service: Service, body: Json) -> Json:
         assert vanilla.status_code == 200, vanilla.text
         expected = plain(vanilla.json())
         await learn(service, CHAT, body)
-        for turn in range(3):
+        for turn in range(2):
             service.engine("auto").drafter.turn = turn  # type: ignore[attr-defined]  # other mistakes
             whole = await client.post(CHAT, json=body)
             assert plain(whole.json()) == expected
@@ -115,7 +115,7 @@ def test_reasoning_is_divided(name: str) -> None:
     assert 0 <= details["reasoning_tokens"] <= found["usage"]["completion_tokens"]
 
 
-@pytest.mark.parametrize("words", ["", "so", "so it is", "one two three four five", "\u6728 \U0001f600 \u00e9"])
+@pytest.mark.parametrize("words", ["", "so it is", "\u6728 \U0001f600 \u00e9"])
 def test_a_grammar_begins_after_the_reasoning(words: str) -> None:
     """The script says no JSON at all after the mark: the grammar makes it."""
     service = thinking(f"{words}</think>\nno JSON here, on and on and on, for ever and ever and ever")
@@ -180,7 +180,7 @@ def test_strict_tools_bind_only_what_is_called(service: Service) -> None:
 
 
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("stop", ["e", " sky", "sky is", "blue.", "is b", "\n", "The"])
+@pytest.mark.parametrize("stop", [" sky", "sky is", "is b", "\n", "The"])
 def test_stop_strings_at_every_offset(service: Service, stop: str, keep: bool) -> None:
     script = "The sky is blue.\nThe sea is blue."
     body: Json = {
@@ -206,7 +206,7 @@ def test_least_lengths_hold_ends_back(service: Service) -> None:
 
 
 def test_exact_lengths(service: Service) -> None:
-    for length in range(1, 12):
+    for length in (1, 2, 3, 5, 8):
         body: Json = {
             "messages": [{"role": "user", "content": "?"}], "temperature": 0, "seed": 1, "max_tokens": length,
             "ignore_eos": True,

@@ -302,9 +302,9 @@ def _grammar(body: Sampled, facts: ModelFacts) -> Grammar | None:
 
 
 def _call_grammar(body: ChatRequest, tools: Sequence[Tool], facts: ModelFacts) -> Grammar | None:
-    """The grammar of calls: where one is required, or arguments have to be strict."""
+    """The grammar of calls: where one is required, arguments have to be strict, or there may be one call at most."""
     choice, style = body.tool_choice or "auto", facts.template.style
-    if choice == "auto" and not any(tool.function.strict for tool in tools):
+    if choice == "auto" and body.parallel_tool_calls and not any(tool.function.strict for tool in tools):
         return None
     named = choice.function.name if isinstance(choice, NamedTool) else None
     usable = [tool for tool in tools if named in (None, tool.function.name)]

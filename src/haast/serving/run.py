@@ -14,11 +14,12 @@ import uvicorn
 from haast.api import Haast
 from haast.serving.app import Host, make_app
 from haast.serving.config import ServeConfig
+from haast.serving.connection import IDLE, Connection
+from haast.serving.security import MOST_HEADERS
 from haast.serving.service import loader
 
 _LOG = logging.getLogger("haast.serving")
-_MOST_HEADERS = 32_768  # bytes of a request's line and headers
-_BESIDE = 64  # connections beside those whose answers run or wait: health checks, metrics, the page
+_BESIDE = 512  # connections beside those whose answers run or wait; most of them are idle
 
 
 class Server(uvicorn.Server):
@@ -27,6 +28,13 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, host: Host) -> None:
         super().__init__(config)
         self._host = host
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # a second
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, Connection):
+                    connection.look()
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: Any = None) -> None:
         self._host.close()
@@ -42,11 +50,12 @@ def make_server(load: Callable[[], Haast], name: str, config: ServeConfig) -> Se
     """A server that is ready to `run`; `load` is called when it does."""
     stop = list[Callable[[], None]]()
     app, host = make_app(loader(load, name, config), config, name, lambda: stop[0]())
+    bounds = {"most": config.max_running + config.max_waiting + _BESIDE, "send_timeout": config.send_timeout}
     setup = uvicorn.Config(
         app,
         host=config.host,
         port=config.port,
-        http="h11",
+        http=type("BoundConnection", (Connection,), bounds),
         ws="none",
         lifespan="on",
         server_header=False,
@@ -54,9 +63,8 @@ def make_server(load: Callable[[], Haast], name: str, config: ServeConfig) -> Se
         proxy_headers=False,
         access_log=False,
         log_config=None,
-        h11_max_incomplete_event_size=_MOST_HEADERS,
-        limit_concurrency=config.max_running + config.max_waiting + _BESIDE,
-        timeout_keep_alive=30,
+        h11_max_incomplete_event_size=MOST_HEADERS,
+        timeout_keep_alive=IDLE,
         timeout_graceful_shutdown=int(config.grace) + 10,
         backlog=512,
     )

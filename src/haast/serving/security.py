@@ -27,12 +27,14 @@ from haast.serving.problems import ApiError
 _LOG = logging.getLogger("haast.serving")
 _OPEN = ("/", "/health", "/favicon.ico")  # without a key; so is /static, the page that asks for one
 _ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
+_BESIDE = 64  # requests beside those whose answers run or wait: health checks, metrics, the page
 _MOST_KEYS = 10_000  # whose rates are remembered
+MOST_HEADERS = 32_768  # bytes of a request's headers
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_HEADERS = {
+HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
     "referrer-policy": "no-referrer",
@@ -109,6 +111,7 @@ class Guarded:
 
     def __init__(self, app: ASGIApp, config: ServeConfig, rates: Rates, refused: Callable[[int], None]) -> None:
         self._app, self._config, self._rates, self._refused = app, config, rates, refused
+        self._open, self._most = 0, config.max_running + config.max_waiting + _BESIDE
         self._keys = [key.encode() for key in config.keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -123,7 +126,10 @@ class Guarded:
         request_id = given if _ID.match(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         answer = _Answer(send, request_id)
+        self._open += 1
         try:
+            if self._open > self._most:  # each may hold a body
+                raise ApiError(503, "too many requests at once: try again", code="busy", headers={"Retry-After": "1"})
             scope["state"]["key"] = self._check(scope, headers)
             await self._app(scope, await self._whole(receive, headers), answer.send)
         except ApiError as problem:
@@ -131,9 +137,18 @@ class Guarded:
                 raise
             self._refused(problem.status)
             await _reply(problem, answer.send)
+        finally:
+            self._open -= 1
 
     def _check(self, scope: Scope, headers: Headers) -> str:
         """Who asks. Raises ApiError."""
+        size = sum(len(name) + len(value) for name, value in scope["headers"])
+        if size + len(scope.get("raw_path", b"")) + len(scope["query_string"]) > MOST_HEADERS:  # h11 bounds part of one
+            raise ApiError(431, f"the headers are longer than {MOST_HEADERS} bytes", code="headers_too_large")
+        if "content-length" in headers and "transfer-encoding" in headers:
+            # h11 takes the second, as HTTP says; whoever stands before this server may take the first, and see another
+            # request begin.
+            raise ApiError(400, "send Content-Length or Transfer-Encoding, not both", code="invalid_http")
         host, origin, path = headers.get("host", ""), headers.get("origin"), scope["path"]
         self._check_host(host)
         if origin is not None and not self._same(origin, scope, host) and origin not in self._config.origins:
@@ -151,7 +166,10 @@ class Guarded:
         """On loopback a name that is not this machine's is a page of somebody else's that was pointed here."""
         if not self._config.local:
             return
-        name = urlsplit(f"//{host}").hostname or ""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:  # brackets that hold no address
+            name = ""
         if name not in ("localhost", "127.0.0.1", "::1", self._config.host, *self._config.hosts):
             raise ApiError(403, "this host name is not served here: see --allow-host", code="host_not_allowed")
 
@@ -178,9 +196,9 @@ class Guarded:
 
     async def _whole(self, receive: Receive, headers: Headers) -> Receive:
         """`receive` with the whole body read: at most so many bytes, within so many seconds. Raises ApiError."""
-        most, seconds, body, more = self._config.max_body, self._config.body_timeout, b"", True
+        most, seconds, body, more = self._config.max_body, self._config.body_timeout, bytearray(), True
         told = headers.get("content-length", "0")
-        if not (told.isdigit() and len(told) < 16 and int(told) <= most):
+        if not (told.isascii() and told.isdigit() and len(told) < 16 and int(told) <= most):
             raise self._too_long()
         until = time.monotonic() + seconds
         while more:
@@ -190,10 +208,11 @@ class Guarded:
                 raise ApiError(408, f"the body did not come within {seconds:g} s", code="body_timeout") from None
             if message["type"] != "http.request":
                 raise ApiError(408, "the client has left before its body was whole", code="client_closed_request")
-            body, more = body + message.get("body", b""), message.get("more_body", False)
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
             if len(body) > most:
                 raise self._too_long()
-        read: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        read: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replayed() -> Message:
             return read.pop() if read else await receive()
@@ -215,7 +234,7 @@ class _Answer:
             self.begun = True
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self._id
-            for name, value in _HEADERS.items():
+            for name, value in HEADERS.items():
                 headers.setdefault(name, value)
             headers.setdefault("cache-control", "no-store")
         await self._send(message)
@@ -225,7 +244,7 @@ async def _reply(problem: ApiError, send: Send) -> None:
     body = json.dumps(problem.body()).encode()
     head: list[Any] = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     head += [(name.lower().encode(), value.encode()) for name, value in problem.headers.items()]
-    if problem.status in (408, 413):  # the rest of the body is not read
+    if problem.status in (408, 413, 431) or problem.code == "invalid_http":  # the rest of the body is not read
         head.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": problem.status, "headers": head})
     await send({"type": "http.response.body", "body": body})

@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -24,11 +24,11 @@ from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from haast.serving.config import ServeConfig
-from haast.serving.problems import ApiError
+from haast.serving.problems import ApiError, invalid
 from haast.serving.routes import ROUTES
 from haast.serving.security import Guarded, Rates
 from haast.serving.service import Service
-from haast.serving.streaming import told
+from haast.serving.streaming import Json, told
 
 _LOG = logging.getLogger("haast.serving")
 _STATIC = Path(__file__).parent / "static"
@@ -148,27 +148,18 @@ def _page(app: FastAPI) -> None:
     app.mount("/static", StaticFiles(directory=_STATIC))
 
 
-async def _problem(request: Request, error: Exception) -> JSONResponse:
+async def _problem(request: Request, error: Exception) -> Json:
     problem = told(error)
     request.app.state.host.refused(problem.status)
-    return JSONResponse(problem.body(), status_code=problem.status, headers=problem.headers)
+    return Json(problem.body(), status_code=problem.status, headers=problem.headers)
 
 
-async def _invalid(request: Request, error: Exception) -> JSONResponse:
+async def _invalid(request: Request, error: Exception) -> Json:
     assert isinstance(error, RequestValidationError), "its handler"
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    where = ".".join(place)[:200]
-    broken = first["type"] == "json_invalid"
-    words = f"{where or 'the body'}: {first['msg']}"
-    problem = ApiError(
-        400 if broken else 422, "the body is no JSON" if broken else words, param=where or None,
-        code="invalid_json" if broken else "invalid_type",
-    )  # fmt: skip
-    return await _problem(request, problem)
+    return await _problem(request, invalid(error.errors()[0]))
 
 
-async def _http(request: Request, error: Exception) -> JSONResponse:
+async def _http(request: Request, error: Exception) -> Json:
     assert isinstance(error, HTTPException), "its handler"
     words = {404: "there is nothing at this address", 405: "this address takes another method"}
     told_words = words.get(error.status_code, str(error.detail))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
+
+from pydantic import ValidationError
 
 from haast.errors import KVPoolError, PromptError, QueueFullError, UnsupportedArgumentError
 
@@ -13,6 +16,7 @@ _TYPES = {
     422: "invalid_request_error", 429: "rate_limit_error", 431: "invalid_request_error", 500: "server_error",
     503: "service_unavailable_error",
 }  # fmt: skip
+_LONGEST = 2000  # characters of a message; some quote what was sent
 _NAMED = re.compile(r"^(?:field )?'?([a-z_]+)'?(?:=| holds | can't| is | needs)")
 
 
@@ -37,7 +41,8 @@ class ApiError(Exception):
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.param, self.code = status, param, code
+        self.message = message if len(message) <= _LONGEST else message[:_LONGEST] + "..."
         self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:
@@ -51,6 +56,14 @@ def refused(field: str, why: str) -> ApiError:
     return ApiError(400, f"{field} is not supported: {why}", param=field, code="unsupported_parameter")
 
 
+def invalid(first: Mapping[str, Any]) -> ApiError:
+    """What pydantic says of a body, without what was sent."""
+    where = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
+    if first["type"] == "json_invalid":
+        return ApiError(400, "the body is no JSON", code="invalid_json")
+    return ApiError(422, f"{where or 'the body'}: {first['msg']}", param=where or None, code="invalid_type")
+
+
 def problem_of(error: BaseException) -> ApiError:
     """What a client is told of an exception; of one that nobody foresaw nothing but that it happened."""
     if isinstance(error, ApiError):
@@ -61,6 +74,10 @@ def problem_of(error: BaseException) -> ApiError:
         )
     if isinstance(error, KVPoolError):
         return ApiError(400, str(error), param="max_tokens", code="kv_pool_exceeded")
+    if isinstance(error, RecursionError):
+        return ApiError(400, "the body is nested too deeply", code="invalid_value")
+    if isinstance(error, ValidationError):
+        return invalid(error.errors(include_url=False, include_input=False)[0])
     if isinstance(error, PromptError | UnsupportedArgumentError | ValueError):
         named = _NAMED.match(str(error))
         return ApiError(400, str(error), param=named[1] if named else None, code="invalid_value")

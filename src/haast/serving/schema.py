@@ -32,7 +32,7 @@ class _FirstWrong:
     """
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return {**handler(source), "fail_fast": True}  # type: ignore[typeddict-unknown-key,return-value]
+        return {**handler(source), "fail_fast": True}
 
 
 Number = Annotated[float, Field(allow_inf_nan=False)]

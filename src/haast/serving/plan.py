@@ -131,7 +131,7 @@ def completion_plan(body: CompletionRequest, facts: ModelFacts) -> Plan:
     given: Any = body.prompt
     several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
     prompts = given if several else [given]
-    ids = [facts.template.text_ids(each) if isinstance(each, str) else list(each) for each in prompts]
+    ids = [facts.template.text_ids(each) if isinstance(each, str) else _ids(each, facts) for each in prompts]
     plan = _plan(body, facts, ids, body.max_tokens if body.max_tokens is not None else 16)
     plan.logprobs = body.logprobs
     if body.echo:
@@ -189,7 +189,7 @@ def _plan(body: Sampled, facts: ModelFacts, prompts: list[list[int]], limit: int
     if len(stops) > _MOST_STOPS:
         raise ApiError(400, f"stop holds {len(stops)} strings: give {_MOST_STOPS} at most", param="stop")
     own_ends = tuple(_token(each, "stop_token_ids", facts) for each in body.stop_token_ids or ())
-    ends = own_ends if body.ignore_eos else tuple(dict.fromkeys((*facts.ends, *own_ends)))
+    ends = tuple(dict.fromkeys((*(() if body.ignore_eos else facts.ends), *own_ends)))
     hints = body.haast
     if hints.drafter is not None and hints.drafter not in facts.drafters:
         words = f"haast.drafter={hints.drafter!r} is unknown: choose one of {', '.join(facts.drafters)}"
@@ -249,6 +249,14 @@ def _check_length(length: int, limit: int | None, facts: ModelFacts) -> None:
             param="max_tokens" if length < most else "messages",
             code="context_length_exceeded",
         )
+
+
+def _ids(prompt: Sequence[int], facts: ModelFacts) -> list[int]:
+    """A prompt that was given as tokens; a long one is told by its length alone."""
+    if len(prompt) <= facts.pool_tokens:
+        for token in (min(prompt, default=0), max(prompt, default=0)):
+            _token(token, "prompt", facts)
+    return list(prompt)
 
 
 def _token(token: int, where: str, facts: ModelFacts) -> int:

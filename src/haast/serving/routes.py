@@ -7,6 +7,7 @@ Owns the routes and how an answer's requests are started, watched and ended with
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import secrets
 import time
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 from fastapi import APIRouter
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse
 from fastapi.responses import Response as HttpResponse
 from sse_starlette.sse import EventSourceResponse, SendTimeoutError
 from starlette.concurrency import run_in_threadpool
@@ -29,7 +30,7 @@ from haast.serving.schema import ChatRequest, CompletionRequest, DetokenizeReque
 from haast.serving.service import Service
 from haast.serving.shapes import ChatShape, CompletionShape, Shape
 from haast.serving.step_view import step_html
-from haast.serving.streaming import events, until_gone, whole
+from haast.serving.streaming import Json, events, until_gone, whole
 from haast.serving.writing import Writing
 from haast.text import token_text
 
@@ -83,7 +84,7 @@ async def responses(body: ResponsesRequest, request: Request) -> Any:
     writings = await _begun(request, plan)
     if plan.stream:
         return _Stream(response_events(response, writings), request, writings)
-    return JSONResponse(await _whole(request, whole_response(response, writings), writings))
+    return Json(await _whole(request, whole_response(response, writings), writings))
 
 
 @ROUTES.get("/v1/models")
@@ -114,8 +115,8 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Any:
         ids = made.ids
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.facts.context, "tokens": ids}
     if body.return_token_strs:
-        answer["token_strs"] = [token_text(service.tokenizer, each) for each in ids]
-    return answer
+        answer["token_strs"] = await run_in_threadpool(_token_texts, service, ids)
+    return Json(answer)
 
 
 @ROUTES.post("/detokenize")
@@ -126,7 +127,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Any:
     if wrong:
         words = f"tokens holds {wrong[0]}: give token ids of 0..{service.facts.vocab_size - 1}"
         raise ApiError(400, words, param="tokens", code="invalid_value")
-    return {"prompt": str(service.tokenizer.decode(body.tokens, skip_special_tokens=False))}
+    return Json({"prompt": await run_in_threadpool(_text, service, body.tokens)})
 
 
 @ROUTES.get("/health")
@@ -154,10 +155,11 @@ def _host(request: Request) -> Host:
 
 async def _answered(request: Request, plan: Plan, shape: Callable[[], Shape]) -> HttpResponse:
     """Start a plan's requests and answer with what they say."""
-    writings, made = await _begun(request, plan), shape()
+    made = shape()
+    writings = await _begun(request, plan)
     if plan.stream:
         return _Stream(events(made, writings), request, writings)
-    return JSONResponse(await _whole(request, whole(made, writings), writings))
+    return Json(await _whole(request, whole(made, writings), writings))
 
 
 async def _begun(request: Request, plan: Plan) -> list[Writing]:
@@ -175,7 +177,23 @@ def _close(request: Request, writings: Sequence[Writing]) -> None:
     """Nobody reads on: what still runs ends, and what was written is counted."""
     for writing in writings:
         writing.close()
-    _host(request).rates.spent(request.state.key, sum(len(writing.new_tokens) for writing in writings))
+    host = _host(request)
+    host.rates.spent(request.state.key, sum(len(writing.new_tokens) for writing in writings))
+    if host.config.log_prompts and host.loaded is not None:
+        for writing in writings:
+            end, tokens = writing.request.prompt_length, writing.request.tokens
+            said = (json.dumps(_text(host.loaded, part)) for part in (tokens[:end], tokens[end:]))  # one line each
+            _LOG.info("request %s: prompt %s, answer %s", request.state.request_id, *said)
+
+
+def _text(service: Service, tokens: Sequence[int]) -> str:
+    """What tokens say, special ones included."""
+    return str(service.tokenizer.decode(list(tokens), skip_special_tokens=False))
+
+
+def _token_texts(service: Service, tokens: Sequence[int]) -> list[str]:
+    known = {each: token_text(service.tokenizer, each) for each in set(tokens)}
+    return [known[each] for each in tokens]
 
 
 class _Stream(EventSourceResponse):

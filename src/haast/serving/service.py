@@ -16,6 +16,7 @@ from haast.bench.trace import TraceRecorder
 from haast.core import DraftHints, Processor, SamplingParams, StopParams
 from haast.drafters.factory import alternatives
 from haast.engine.engine import Engine
+from haast.errors import CancelledError
 from haast.sampling import Sampler
 from haast.serving.config import ServeConfig
 from haast.serving.conversation import ChatTemplate
@@ -54,7 +55,7 @@ class Service:
         for drafter_name, drafter in alternatives(target, haast.drafter).items():
             self._engines[drafter_name] = haast.engine if drafter is haast.drafter else Engine(target, drafter)
         tokenizer = self.tokenizer = haast.tokenizer
-        self._rows = itertools.count()
+        self._rows, self._ending = itertools.count(), False
         self.facts = ModelFacts(
             ChatTemplate(tokenizer),
             Grammars(tokenizer, target.vocab_size, target.end_ids),
@@ -88,7 +89,8 @@ class Service:
         """Start all answers of a plan; none where one can't be.
 
         Raises:
-            QueueFullError: too many wait. KVPoolError, PromptError, ValueError: it can't be answered.
+            QueueFullError: too many wait. CancelledError: the server ends. KVPoolError, PromptError, ValueError: it
+                can't be answered.
         """
         made = [self._writing(plan, prompt, choice) for prompt in plan.prompts for choice in range(plan.n)]
         started = list[Writing]()
@@ -96,6 +98,8 @@ class Service:
             for writing in made:
                 writing.engine.start(writing.request)
                 started.append(writing)
+            if self._ending:  # looked at last: who begins after `end_all` would be ended by nobody
+                raise CancelledError("the server is shutting down")
         except BaseException:
             for writing in started:
                 writing.engine.cancel(writing.request)
@@ -103,7 +107,8 @@ class Service:
         return made
 
     def end_all(self) -> None:
-        """End every answer that is still being written, as at a shutdown."""
+        """End every answer that is still being written, as at a shutdown, and begin none."""
+        self._ending = True
         for request in self._scheduler.requests:
             self._scheduler.cancel(request)
 

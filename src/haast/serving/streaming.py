@@ -9,17 +9,21 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse
 
 from haast.serving.problems import ApiError, problem_of
 from haast.serving.shapes import Shape
 from haast.serving.writing import Delta, Writing
 
 _LOG = logging.getLogger("haast.serving")
+_FRAMES = 12  # of an error's trace that the log names
 _DONE = b"data: [DONE]\n\n"
 Result = TypeVar("Result")
 
@@ -27,7 +31,19 @@ Result = TypeVar("Result")
 def event(data: dict[str, Any], name: str | None = None) -> bytes:
     """One server-sent event."""
     head = b"" if name is None else f"event: {name}\n".encode()
-    return head + b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return head + b"data: " + encoded(data) + b"\n\n"
+
+
+def encoded(data: Any) -> bytes:
+    """JSON in UTF-8. Halves of characters, which UTF-8 has not, are escaped as JSON escapes them."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
+
+
+class Json(JSONResponse):
+    """An answer as JSON, whatever the texts in it."""
+
+    def render(self, content: Any) -> bytes:
+        return encoded(content)
 
 
 async def events(shape: Shape, writings: Sequence[Writing]) -> AsyncGenerator[bytes, None]:
@@ -126,8 +142,10 @@ async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
 
 
 def told(error: BaseException) -> ApiError:
-    """What the client is told; the log has what nobody foresaw, without a word of the prompt."""
+    """What the client is told; the log has where nobody foresaw it, but no words: they may hold some of the prompt."""
     problem = problem_of(error)
     if problem.status == 500:
-        _LOG.error("a request failed", exc_info=error)
+        frames = traceback.extract_tb(error.__traceback__)[-_FRAMES:]
+        places = " > ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
+        _LOG.error("a request failed by %s at %s", type(error).__name__, places)
     return problem

@@ -111,6 +111,8 @@ def prefill(target: Target, batch: Sequence[tuple[Request, int]], agreement: Alo
         following[first, last] = verdict.tokens[:, 0]
         for row, kept in zip(first, verdict.rows, strict=True):
             known[row] += [] if kept is None else kept.tokens
+        if any(kept is None for kept in verdict.rows):  # a first token that failed follows nothing
+            held = to_device(torch.tensor([len(each) for each in known]), target.device)
     if agreement.leads:
         states = [request.draft_state for request in requests]
         drafter.observe(states, Accepted(following, _features(drafter, output), held, known=known))

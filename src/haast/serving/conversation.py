@@ -15,9 +15,13 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from haast.errors import PromptError
+from haast.serving.problems import TooLongError
 from haast.serving.reasoning import ReasoningMarks, marks_of
 from haast.serving.schema import ChatMessage, TextPart, Tool
 from haast.serving.tools import CLOSE, OPEN, Style, instruction, style_of
+
+LETTERS = 16  # a token; of a text with more for every token that fits, the beginning is looked at first
+_SEAM = 16  # tokens by which a text's beginning may have more than it has within the text
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,17 @@ class Conversation:
 class ChatTemplate:
     """The chat template of one tokenizer.
 
+    Args:
+        tokenizer: the model's.
+        most: tokens that a prompt may have; None where it may have any number.
+
     Attributes:
         marks: of reasoning; None where it knows none.
         style: how the model writes tool calls.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, most: int | None = None) -> None:
+        self._most = most
         self._tokenizer, self._tokenizing = tokenizer, threading.Lock()  # fast tokenizers keep a call's settings
         found = tokenizer.chat_template
         templates = list(found.values()) if isinstance(found, dict) else [found or ""]
@@ -51,8 +60,17 @@ class ChatTemplate:
         self._native = native is not None
         self.style: Style = native or "marks"
 
-    def text_ids(self, text: str, special: bool = True) -> list[int]:
-        """Tokens of a text. Raises PromptError for one that is no text."""
+    def text_ids(self, text: str, special: bool = True, whole: bool = False) -> list[int]:
+        """Tokens of a text.
+
+        Raises:
+            PromptError: it is no text. TooLongError: it is far longer than a prompt may be, which is told without the
+                seconds that all of it would take; `whole` takes them.
+        """
+        if not whole and self._most is not None and len(text) > LETTERS * self._most:
+            least = len(self.text_ids(text[: LETTERS * self._most], special, whole=True)) - _SEAM
+            if least > self._most:
+                raise TooLongError(self._most, f"more than {least} tokens", "messages")
         try:
             with self._tokenizing:
                 return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from haast.core import SamplingParams
-from haast.serving.conversation import ChatTemplate, joined
-from haast.serving.problems import ApiError, refused
+from haast.serving.conversation import LETTERS, ChatTemplate, joined
+from haast.serving.problems import ApiError, TooLongError, refused
 from haast.serving.reasoning import ReasoningMarks
 from haast.serving.schema import (
     IDLE,
@@ -202,7 +202,6 @@ def _plan(body: Sampled, facts: ModelFacts, prompts: list[list[int]], limit: int
     if body.min_tokens and limit is not None and body.min_tokens > limit:
         words = f"min_tokens={body.min_tokens} is more than the {limit} new tokens that may come"
         raise ApiError(400, words, param="min_tokens", code="invalid_value")
-    predicted = [] if body.prediction is None else facts.template.text_ids(_predicted(body), False)
     return Plan(
         prompts=prompts,
         n=n,
@@ -222,7 +221,7 @@ def _plan(body: Sampled, facts: ModelFacts, prompts: list[list[int]], limit: int
         usage_in_stream=options is not None and options.include_usage,
         processed=body.logprobs_mode == "processed",
         grammar=_grammar(body, facts),
-        prediction=predicted,
+        prediction=_predicted(body, facts),
     )
 
 
@@ -242,13 +241,7 @@ def _check_length(length: int, limit: int | None, facts: ModelFacts) -> None:
     most = facts.most
     if length >= most or length + (limit or 0) > most:
         asked = "" if limit is None else f" and {limit} new ones are asked for, {length + limit} in all"
-        raise ApiError(
-            400,
-            f"this model's maximum context length is {most} tokens; the prompt has {length} tokens{asked}: shorten the "
-            f"prompt, or ask for fewer",
-            param="max_tokens" if length < most else "messages",
-            code="context_length_exceeded",
-        )
+        raise TooLongError(most, f"{length} tokens{asked}", "max_tokens" if length < most else "messages")
 
 
 def _ids(prompt: Sequence[int], facts: ModelFacts) -> list[int]:
@@ -275,9 +268,11 @@ def _bias(body: Sampled, facts: ModelFacts) -> dict[int, float]:
     return bias
 
 
-def _predicted(body: Sampled) -> str:
-    assert body.prediction is not None, "asked for"
-    return joined(body.prediction.content, "predicted")
+def _predicted(body: Sampled, facts: ModelFacts) -> list[int]:
+    if body.prediction is None:
+        return []
+    text = joined(body.prediction.content, "predicted")
+    return facts.template.text_ids(text[: LETTERS * facts.most], False)  # no answer is longer
 
 
 def _grammar(body: Sampled, facts: ModelFacts) -> Grammar | None:

@@ -51,6 +51,19 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+class TooLongError(ApiError):
+    """A prompt that the model can't take."""
+
+    def __init__(self, most: int, length: str, param: str) -> None:
+        super().__init__(
+            400,
+            f"this model's maximum context length is {most} tokens; the prompt has {length}: shorten the prompt, or "
+            f"ask for fewer",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
 def refused(field: str, why: str) -> ApiError:
     """A field that is not offered."""
     return ApiError(400, f"{field} is not supported: {why}", param=field, code="unsupported_parameter")

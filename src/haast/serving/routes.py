@@ -109,7 +109,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Any:
         raise ApiError(400, "give prompt or messages, one of them", param="prompt", code="invalid_value")
     template = service.facts.template
     if body.messages is None:
-        ids = await run_in_threadpool(template.text_ids, body.prompt or "", body.add_special_tokens)
+        ids = await run_in_threadpool(template.text_ids, body.prompt or "", body.add_special_tokens, True)
     else:
         made = await run_in_threadpool(template.render, body.messages, body.tools or (), body.chat_template_kwargs)
         ids = made.ids

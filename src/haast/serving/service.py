@@ -56,12 +56,13 @@ class Service:
             self._engines[drafter_name] = haast.engine if drafter is haast.drafter else Engine(target, drafter)
         tokenizer = self.tokenizer = haast.tokenizer
         self._rows, self._ending = itertools.count(), False
+        room = target.pool.tokens - _SPARE - max(engine.drafter.nodes for engine in self._engines.values())
         self.facts = ModelFacts(
-            ChatTemplate(tokenizer),
+            ChatTemplate(tokenizer, min(room, target.context_length or room)),
             Grammars(tokenizer, target.vocab_size, target.end_ids),
             target.vocab_size,
             target.context_length,
-            target.pool.tokens - _SPARE - max(engine.drafter.nodes for engine in self._engines.values()),
+            room,
             target.end_ids,
             tuple(self._engines),
             config.max_choices,

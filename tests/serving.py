@@ -13,7 +13,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from functools import cache
 from typing import Any
@@ -54,21 +54,21 @@ class Knowing(FakeDrafter):
 
     def __init__(self, depth: int = 6) -> None:
         super().__init__(depth + 2)
-        self._depth, self._rows, self.turn = depth, list[Any](), 0
+        self._depth, self._rows, self.turn = depth, list[tuple[int, int]](), 0
         self.known: dict[tuple[tuple[int, ...], int, int], list[int]] = {}  # (prompt, seed, choice) -> all tokens
 
     def learn(self, request: Request) -> None:
         """Know a text that vanilla has said."""
-        self.known[_key(request.tokens[: request.prompt_length], request.chooser)] = list(request.tokens)
+        prompt = tuple(request.tokens[: request.prompt_length])
+        self.known[prompt, *_draws(request.chooser)] = list(request.tokens)
 
     def drawn_by(self, state: FakeState, chooser: TokenChooser) -> None:
-        self._rows.append(chooser)
+        self._rows.append(_draws(chooser))  # not the chooser, whose grammar takes memory
         state.row = len(self._rows) - 1
 
     def draft(self, row: int, history: list[int]) -> list[Node]:
-        chooser = self._rows[row]
         begins = (history[:length] for length in {len(key[0]) for key in self.known} if length <= len(history))
-        keys = (_key(begin, chooser) for begin in begins)
+        keys = ((tuple(begin), *self._rows[row]) for begin in begins)
         text = next((self.known[key] for key in keys if key in self.known), [])
         coins = random.Random(f"{self.turn} {row} {len(history)}")
         wrong = coins.randrange(self._depth + 2)
@@ -79,8 +79,8 @@ class Knowing(FakeDrafter):
         return [*(Node(token, parent) for parent, token in enumerate(tokens)), Node(11, 0)]
 
 
-def _key(prompt: Sequence[int], chooser: Any) -> tuple[tuple[int, ...], int, int]:
-    return tuple(prompt), chooser.params.seed, chooser.choice
+def _draws(chooser: Any) -> tuple[int, int]:
+    return chooser.params.seed, chooser.choice
 
 
 class Scripted(Service):
@@ -106,10 +106,10 @@ class Scripted(Service):
         return [follow, *super()._processors(plan, length)]
 
 
-def tiny_service(
-    seed: int = 0, std: float = 0.2, context: int = 2048, config: ServeConfig | None = None, template: str | None = None
-) -> Service:
-    """A service on a tiny model; requests draft by `Knowing`, or by what they choose."""
+def tiny_haast(
+    config: ServeConfig, seed: int = 0, std: float = 0.2, context: int = 2048, template: str | None = None
+) -> Haast:
+    """A tiny model; requests draft by `Knowing`, or by what they choose."""
     words = tokenizer()
     if template is not None:
         words = copy.deepcopy(words)
@@ -119,8 +119,16 @@ def tiny_service(
     model.config.eos_token_id = words.eos_token_id
     target = Target(model, words)
     target.use_pool(20_000)
-    target.scheduler = Scheduler(target, 64, 256)
-    return Service(Haast(target, Knowing()), NAME, config or ServeConfig())
+    target.scheduler = Scheduler(target, config.max_running, config.max_waiting)
+    return Haast(target, Knowing())
+
+
+def tiny_service(
+    seed: int = 0, std: float = 0.2, context: int = 2048, config: ServeConfig | None = None, template: str | None = None
+) -> Service:
+    """A service on a tiny model."""
+    chosen = config or ServeConfig()
+    return Service(tiny_haast(chosen, seed, std, context, template), NAME, chosen)
 
 
 @asynccontextmanager

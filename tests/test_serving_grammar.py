@@ -75,7 +75,7 @@ def test_json_is_valid_and_vanillas(service: Service, schema: Json, temperature:
 
 
 def test_forced_tokens_are_drafted_for_free(service: Service) -> None:
-    """What has been said before is drafted too, but the names were not: nearly all that is accepted is the grammar's."""
+    """What was said before is drafted too, but the names were not: nearly all that is accepted is the grammar's."""
     names = [f"a_rather_long_name_{n}" for n in range(4)]
     schema = {"type": "object", "properties": {name: {"type": "boolean"} for name in names}, "required": names,
               "additionalProperties": False}  # fmt: skip

@@ -10,6 +10,9 @@ from typing import Any, Literal
 import httpx2
 import openai
 import pytest
+
+pytest.importorskip("langchain_openai", reason="the clients come with haast[dev]")
+
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI

@@ -13,6 +13,9 @@ from importlib.resources import files
 from typing import Any
 
 import pytest
+
+pytest.importorskip("playwright", reason="the browser's driver comes with haast[dev]")
+
 from page_server import HOSTILE, MODEL, POLICY, SHARED, SKY, Json, Stub, answer, serving, step_document
 from pages import NASTY, trace_document
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright

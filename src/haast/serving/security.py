@@ -1,7 +1,8 @@
 """Who may ask, and how much: keys, origins, hosts, sizes and rates, before a request reaches the application.
 
 Owns plain ASGI middleware, outermost first: a request's id and the headers of every answer, hosts and origins, keys,
-rates, sizes. HTTP itself, request smuggling and the size of headers included, is uvicorn's (h11).
+rates, sizes. HTTP itself, request smuggling included, is uvicorn's and h11's: they refuse messages of two lengths and
+of unknown codings. What they take and this server refuses is a length beside chunks, and heads that are whole but long.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ LONG: Json = {"prompt": "the sky", "max_tokens": 480, "ignore_eos": True, "seed"
 @pytest.fixture(scope="module")
 def busy() -> Iterator[Live]:
     """Few run at once, so that most wait."""
-    with live(max_running=4, max_waiting=64, timeout=20, grace=1) as found:
+    with live(max_running=4, max_waiting=64, timeout=120, grace=1) as found:
         yield found
 
 
@@ -172,8 +172,8 @@ def test_a_slow_reader_gets_all_and_one_that_never_reads_is_ended() -> None:
             finally:
                 await faults.shut(writer)
 
-        assert run(asyncio.wait_for(read(0.0002), 30)) == "whole"
-        assert run(asyncio.wait_for(read(None), 15)) == "ended", "its requests and its connection"
+        assert run(asyncio.wait_for(read(0.0002), 90)) == "whole"
+        assert run(asyncio.wait_for(read(None), 60)) == "ended", "its requests and its connection"
 
 
 def test_floods_are_refused_in_json(busy: Live) -> None:
@@ -195,7 +195,7 @@ def test_bodies_that_no_friend_sends(busy: Live) -> None:
     found = run(faults.fuzz(busy.port, 250))
     assert found.wrong == [] and sum(found.statuses.values()) == 250
     assert {"200", "400", "415", "422"} <= set(found.statuses)
-    assert found.stalled_s < 2, "others are answered meanwhile"
+    assert found.stalled_s < 2 + 20 * found.machine_stalled_s, "others are answered meanwhile"
 
 
 def test_a_wrong_reply_would_be_seen() -> None:
@@ -276,13 +276,14 @@ def _forms() -> Iterator[Json]:
 
 
 def test_hostile_forms_take_no_time_and_hold_up_nobody(service: Service) -> None:
+    """Seconds of a processor, not of a clock: other programs run beside this one."""
     slow: list[Any] = []
 
     async def beat(worst: list[float]) -> None:
         while True:
-            begun = time.monotonic()
+            begun = time.thread_time()  # of the event loop's thread
             await asyncio.sleep(0.01)
-            worst[0] = max(worst[0], time.monotonic() - begun)
+            worst[0] = max(worst[0], time.thread_time() - begun)
 
     async def every() -> None:
         async with client_of(service) as client:
@@ -294,7 +295,7 @@ def test_hostile_forms_take_no_time_and_hold_up_nobody(service: Service) -> None
                 reply = await client.post(faults.TEXT, content=body, headers=JSON)
                 assert reply.status_code in (200, 400, 422), reply.text
                 took = time.process_time() - begun
-                if took > 2 or worst[0] > 1:
+                if took > 2 or worst[0] > 0.5:
                     slow.append((body[:100], took, worst[0]))
             beating.cancel()
 
@@ -349,7 +350,7 @@ def test_nothing_begins_after_the_end() -> None:
 
 
 def test_at_a_shutdown_who_can_end_ends_and_who_cannot_is_told() -> None:
-    with live(max_running=4, max_waiting=64, grace=0.7) as server:
+    with live(max_running=4, max_waiting=64, grace=3) as server:
 
         async def many() -> Counter[str]:
             bodies = [
@@ -366,7 +367,7 @@ def test_at_a_shutdown_who_can_end_ends_and_who_cannot_is_told() -> None:
             assert errors[:2] == [False, False], "short ones are whole"
             return Counter(map(str, errors))
 
-        found = run(asyncio.wait_for(many(), 20))
+        found = run(asyncio.wait_for(many(), 60))
     assert found["True"] >= 4, "long ones were told"
 
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from haast.bench.tables import markdown, suite_markdown
+from haast.serving.conform.report import KIND as CONFORM
+from haast.serving.conform.report import markdown as conformance
 
 KINDS = (  # of documents in results/ but suites, each by the key that only this kind has
     "base", "seconds_to_tau", "explained_variance", "peers", "linears", "contexts", "oracle", "baselines", "lengths",
-    "forward_ms", "batches", "precisions", "conversation", "optimizers", "watched",
+    "forward_ms", "batches", "precisions", "conversation", "optimizers", "watched", "load", "grammars", "faults",
 )  # fmt: skip
 _BLOCK = re.compile(r"(<!-- results:(?P<name>[a-z0-9+-]+)(?P<short>#short)? -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
@@ -47,6 +49,8 @@ def _told(documents: dict[str, dict[str, Any]], short: bool) -> str:
     name, document = next(iter(documents.items()))
     if "ratios" in document:  # a suite
         return suite_markdown(document, "short" if short else "tables", name)
+    if document.get("kind") == CONFORM:
+        return conformance([Path(each) for each in documents])
     if document.get("kind") == "interop-vllm":
         table = markdown("results.md", "interop", documents)
     elif "added" in document:

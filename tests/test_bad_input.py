@@ -393,7 +393,7 @@ def loaded() -> Iterator[Haast]:
         ({"top_k": 1.5}, "top_k=1.5 is not allowed: give a whole number"),
         ({"top_p": 2.0}, "top_p=2.0"),
         ({"top_p": None}, "top_p=None is not allowed"),
-        ({"min_p": 1.0}, "min_p=1.0"),
+        ({"min_p": 1.5}, "min_p=1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
         ({"seed": 1.5}, "seed=1.5 is not allowed: give a whole number"),
         ({"seed": -1}, "seed=-1"),

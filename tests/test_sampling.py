@@ -34,7 +34,7 @@ class Lift(LogitsProcessor):
     temperature=st.sampled_from([0.4, 1.0, 1.7]),
     top_k=st.sampled_from([0, 1, 6, 50]),
     top_p=st.sampled_from([1.0, 0.8, 0.3]),
-    min_p=st.sampled_from([0.0, 0.1, 0.6]),
+    min_p=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
     penalty=st.sampled_from([1.0, 1.4, 0.7]),
     custom=st.booleans(),
 )

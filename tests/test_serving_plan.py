@@ -59,7 +59,7 @@ def test_what_is_not_offered_is_refused_by_name(service: Service, name: str) -> 
         ({"temperature": -1}, "temperature", "temperature=-1"),
         ({"top_p": 0}, "top_p", "top_p=0"),
         ({"top_k": -2}, "top_k", "top_k=-2"),
-        ({"min_p": 1}, "min_p", "min_p=1"),
+        ({"min_p": 1.5}, "min_p", "min_p=1.5"),
         ({"repetition_penalty": 0}, "repetition_penalty", "repetition_penalty=0"),
         ({"stop": ""}, None, "empty"),
         ({"stop": ["a"] * 17}, "stop", "17 strings"),

@@ -112,7 +112,7 @@ _ALLOWED: dict[str, tuple[Any, Callable[[float], bool], str]] = {
         f"0 (greedy), or {LEAST_DIVISOR:g} or above",
     ),
     "top_p": (Real, lambda p: 0 < p <= 1, "above 0 and at most 1 (off)"),
-    "min_p": (Real, lambda p: 0 <= p < 1, "0 (off) or above, below 1"),
+    "min_p": (Real, lambda p: 0 <= p <= 1, "between 0 (off) and 1"),
     "repetition_penalty": (
         Real,
         lambda r: LEAST_DIVISOR <= r < math.inf,

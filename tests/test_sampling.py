@@ -134,7 +134,7 @@ def test_keyed_draws_are_a_pure_function_of_all_three_keys() -> None:
     ("name", "value"),
     [
         ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_k", -1),
-        ("top_p", 0.0), ("top_p", 1.01), ("top_p", float("nan")), ("min_p", -0.1), ("min_p", 1.0),
+        ("top_p", 0.0), ("top_p", 1.01), ("top_p", float("nan")), ("min_p", -0.1), ("min_p", 1.1),
         ("repetition_penalty", 0.0), ("repetition_penalty", -1.0), ("repetition_penalty", float("nan")),
         ("repetition_penalty", float("inf")), ("seed", -1), ("seed", 2**63),
     ],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from haast.cli import bench, calibrate, generate, heads, info, regenerate, report, serve, trace, train, verify
+from haast.cli import bench, calibrate, conform, generate, heads, info, regenerate, report, serve, trace, train, verify
 from haast.cli.boundary import Boundary
 from haast.cli.settings import expanded
 
@@ -23,6 +23,7 @@ for _command in (
     generate.generate,
     generate.chat,
     serve.serve,
+    conform.conform,
     regenerate.regenerate,
     train.train,
     heads.import_,

@@ -29,6 +29,15 @@ def greedy_steady(subject: Subject) -> str:
     return "three times the same text"
 
 
+def temperature(subject: Subject) -> str:
+    """A high temperature: the text is drawn, and no longer the likeliest."""
+    greedy = subject.ask(STORY, max_tokens=12).text
+    texts = [subject.ask(STORY, max_tokens=12, temperature=_HOT).text for _ in range(4)]
+    if set(texts) == {greedy}:
+        silent(f"temperature={_HOT} gives the greedy text four times: {short(greedy, 40)}")
+    return f"{len(set(texts))} different texts of 4 at temperature {_HOT}"
+
+
 def tiny_temperature(subject: Subject) -> str:
     """Numbers at the edge of what floats hold."""
     greedy = subject.ask(COUNT, max_tokens=12).text
@@ -52,6 +61,8 @@ def seed(subject: Subject) -> str:
     texts = [subject.ask(STORY, temperature=1, seed=each, max_tokens=16).text for each in _SEEDS]
     again = [subject.ask(STORY, temperature=1, seed=each, max_tokens=16).text for each in _SEEDS]
     if len(set(texts)) == 1:
+        if texts[0] == subject.ask(STORY, max_tokens=16).text:
+            not_visible("every text is the greedy one: see the check of temperature")
         silent(f"seeds {_SEEDS} all give {short(texts[0])} at temperature 1")
     if all(one != two for one, two in zip(texts, again, strict=True)):
         silent(f"seed={_SEEDS[0]} gives {short(texts[0], 40)} and then {short(again[0], 40)}")
@@ -212,6 +223,7 @@ THEME = Theme(
     "sampling",
     (
         Check("greedy-steady", ("A10",), "temperature 0 gives the same text again", greedy_steady),
+        Check("temperature", ("A9",), "a high temperature draws", temperature),
         Check("tiny-temperature", ("A9",), "tiny temperatures and huge top_k do no harm", tiny_temperature),
         Check("seed", ("A9",), "a seed gives the same text again, other seeds others", seed),
         Check("seed-busy", ("A9", "A19"), "a seed gives the same text among seven other requests", seed_busy),

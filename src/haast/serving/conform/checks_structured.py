@@ -12,9 +12,15 @@ from haast.serving.conform.base import Check, Theme, demand, fail, not_offered, 
 from haast.serving.conform.client import parsed
 from haast.serving.conform.subject import CHAT, RECORD, Subject, same_text
 
-_MOST = 48
+_MOST, _MORE = 48, 64
+_WATER = "Is water wet? Reply in JSON."
 _PATTERN = "[0-9]{3}-[0-9]{2}"
 _SAMPLED: dict[str, Any] = {"temperature": 1}
+_OBJECTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    (_WATER, {}),
+    (_WATER, _SAMPLED),
+    ("Give me a JSON object with one key.", _SAMPLED),
+)
 
 
 @dataclass(frozen=True)
@@ -70,17 +76,17 @@ def _is(value: Any, kind: type) -> bool:
 def json_object(subject: Subject) -> str:
     """Any object."""
     finished = 0
-    for fields in ({}, _SAMPLED):
-        answer = subject.ask(RECORD, max_tokens=_MOST, response_format={"type": "json_object"}, **fields)
+    for prompt, fields in _OBJECTS:
+        answer = subject.ask(prompt, max_tokens=_MORE, response_format={"type": "json_object"}, **fields)
         text = answer.text.strip()
         if not text.startswith("{"):
-            _not_held(subject, answer, f"json_object gives {short(text)}")
+            _not_held(subject, answer, f"json_object gives {short(text)}", prompt)
         if answer.finish != "length":
             demand(isinstance(parsed(text), dict), f"finished, and no JSON object: {short(text)}")
             finished += 1
     if not finished:
-        not_visible(f"both objects were longer than {_MOST} tokens; they begin as such")
-    return f"{finished} objects, greedy and sampled"
+        not_visible(f"all objects were longer than {_MORE} tokens; they begin as such")
+    return f"{finished} of {len(_OBJECTS)} are whole objects, the rest were cut by the limit"
 
 
 def json_schema(subject: Subject) -> str:
@@ -115,10 +121,10 @@ def _fits(form: _Form, text: str) -> bool:
     return isinstance(value, dict) and form.fits(value)
 
 
-def _not_held(subject: Subject, answer: Answer, words: str) -> None:
+def _not_held(subject: Subject, answer: Answer, words: str, prompt: str = RECORD) -> None:
     """A form that left the text as it was is swallowed; another wrong text is a mistake."""
-    free = subject.once("record", lambda: subject.ask(RECORD, max_tokens=_MOST)).text
-    (silent if answer.text == free else fail)(words)
+    free = subject.once(f"free {prompt}", lambda: subject.ask(prompt, max_tokens=_MORE)).text
+    (silent if free.startswith(answer.text) else fail)(words)
 
 
 def json_stream(subject: Subject) -> str:

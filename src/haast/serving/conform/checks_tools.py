@@ -10,12 +10,14 @@ from haast.serving.conform.client import parsed
 from haast.serving.conform.subject import Messages, Subject
 
 _ASKED = "What is the weather in Paris?"
-_MOST = 48
+_MOST = 96  # a call of a model that writes its JSON on several lines
 
 
 def _tool(name: str, about: str, **properties: Any) -> dict[str, Any]:
-    parameters = {"type": "object", "properties": properties, "required": list(properties)}
-    function = {"name": name, "description": about, "parameters": {**parameters, "additionalProperties": False}}
+    parameters: dict[str, Any] = {"type": "object", "properties": properties, "required": list(properties)}
+    parameters["additionalProperties"] = False
+    # Without `strict`, arguments need be no more than JSON.
+    function = {"name": name, "description": about, "parameters": parameters, "strict": True}
     return {"type": "function", "function": function}
 
 

@@ -124,21 +124,31 @@ class Client:
         """Send JSON and read events, no more than `most`. Raises WireError."""
         request, began = self.request("POST", path, body), self.wire.clock()
         exchange = self.last
-        with self.wire.open(request) as opened:
-            if "text/event-stream" not in opened.headers.get("content-type", ""):
-                content = b"".join(self._within(opened.pieces, began, request.timeout))
-                whole = _reply(opened, content, self.wire.clock() - began)
-                exchange.got = f"HTTP {whole.status} {whole.text[:_KEPT]}"
-                return Streamed(whole.status, whole.headers, whole=whole, seconds=whole.seconds)
-            reader = EventReader()
-            for piece in self._within(opened.pieces, began, request.timeout):
-                reader.feed(piece, self.wire.clock() - began)
-                if most is not None and len(reader.events) >= most:
-                    break
-        exchange.got = f"HTTP {opened.status} ...{' | '.join(event.data for event in reader.events)[-_KEPT:]}"
+        try:
+            with self.wire.open(request) as opened:
+                streamed = self._read(opened, began, request.timeout, most)
+        except WireError as error:
+            exchange.got = str(error)
+            raise
+        if streamed.whole is not None:
+            exchange.got = f"HTTP {streamed.status} {streamed.whole.text[:_KEPT]}"
+        else:
+            exchange.got = f"HTTP {streamed.status} {' | '.join(event.data for event in streamed.events)[-_KEPT:]}"
+        return streamed
+
+    def _read(self, opened: Opened, began: float, timeout: float, most: int | None) -> Streamed:
+        """A stream's events, or the whole reply that came instead."""
+        pieces = self._within(opened.pieces, began, timeout)
+        if "text/event-stream" not in opened.headers.get("content-type", ""):
+            whole = _reply(opened, b"".join(pieces), self.wire.clock() - began)
+            return Streamed(opened.status, opened.headers, whole=whole, seconds=whole.seconds)
+        reader = EventReader()
+        for piece in pieces:
+            reader.feed(piece, self.wire.clock() - began)
+            if most is not None and len(reader.events) >= most:
+                break
         seconds = self.wire.clock() - began
-        events = tuple(reader.events)
-        return Streamed(opened.status, opened.headers, events, None, reader.torn, reader.rest, seconds)
+        return Streamed(opened.status, opened.headers, tuple(reader.events), None, reader.torn, reader.rest, seconds)
 
     def _within(self, pieces: Iterator[bytes], began: float, timeout: float) -> Iterator[bytes]:
         """The pieces, as long as the whole stays within bounds: a server that trickles for ever must not hold us."""

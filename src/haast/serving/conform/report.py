@@ -18,7 +18,7 @@ from haast.serving.conform.base import Check, Outcome, Theme, Verdict
 from haast.serving.conform.suite import chosen
 
 KIND = "haast-conform-1"
-_WIDTH = 108
+_MOST = 240  # characters of a check's line in the terminal
 _SIGNS = {
     "pass": "yes",
     "fail": "**no**",
@@ -39,9 +39,9 @@ _PATH = re.compile(
 
 def line(theme: Theme, check: Check, outcome: Outcome) -> str:
     """One check, for the terminal."""
-    rows = ",".join(check.rows)
-    words = f"{theme.name:<11}{check.id:<23}{rows:<9} {outcome.verdict.value:<12}{outcome.detail}"
-    return words if len(words) <= _WIDTH * 2 else f"{words[: _WIDTH * 2 - 3]}..."
+    rows = ",".join(check.rows) if len(check.rows) < 4 else f"{check.rows[0]}..{check.rows[-1]}"
+    words = f"{theme.name:<11}{check.id:<23}{rows:<9} {outcome.verdict.value:<12}{' '.join(outcome.detail.split())}"
+    return words if len(words) <= _MOST else f"{words[: _MOST - 3]}..."
 
 
 def totals(outcomes: Mapping[str, Outcome]) -> dict[str, int]:

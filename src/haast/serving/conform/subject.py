@@ -174,7 +174,7 @@ def named(field: str, words: str) -> bool:
 
 def same_text(expected: str, got: str, of: str) -> None:
     """Fail unless two texts are one."""
-    demand(expected == got, f"{of}: {difference(expected, got)}", expected=expected, got=got)
+    demand(expected == got, f"{of}: {difference(expected, got)}", expected=expected, said=got)
 
 
 def _asked(fields: Sequence[str]) -> str:

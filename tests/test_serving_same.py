@@ -74,7 +74,7 @@ def fields(draw: st.DrawFn) -> Json:
     options: Json = {
         "top_p": st.sampled_from([0.5, 0.9]),
         "top_k": st.sampled_from([-1, 3, 40]),
-        "min_p": st.sampled_from([0.02, 0.2]),
+        "min_p": st.sampled_from([0.02, 0.2, 1.0]),
         "repetition_penalty": st.sampled_from([1.2, 0.8]),
         "presence_penalty": st.sampled_from([-1.0, 1.5]),
         "frequency_penalty": st.sampled_from([-0.5, 0.7]),

@@ -355,10 +355,13 @@ def test_at_a_shutdown_who_can_end_ends_and_who_cannot_is_told() -> None:
 
         async def many() -> Counter[str]:
             bodies = [
-                {**LONG, "seed": number, "stream": number % 2 == 0, "max_tokens": 5 if number < 2 else 480}
+                {**LONG, "seed": number, "stream": number % 2 == 0, "max_tokens": 60 if number < 2 else 480}
                 for number in range(12)
             ]
-            tasks = [asyncio.create_task(faults.ask(server.port, faults.TEXT, body)) for body in bodies]
+            tasks = [asyncio.create_task(faults.ask(server.port, faults.TEXT, body)) for body in bodies[:2]]
+            while server.here[0] < 2 and not all(task.done() for task in tasks):
+                await asyncio.sleep(0.005)
+            tasks += [asyncio.create_task(faults.ask(server.port, faults.TEXT, body)) for body in bodies[2:]]
             while server.here[0] < 4:
                 await asyncio.sleep(0.005)
             server.server.should_exit = True

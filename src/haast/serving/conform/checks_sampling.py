@@ -230,7 +230,7 @@ THEME = Theme(
         Check("n", (), "n choices are different, and the same again by their seed", choices),
         Check("top-p", (), "a tiny top_p is greedy", _narrowing("top_p", 0.001)),
         Check("top-k", (), "top_k=1 is greedy", _narrowing("top_k", 1)),
-        Check("min-p", ("A7",), "min_p=1 is greedy", _narrowing("min_p", 1.0)),
+        Check("min-p", ("A7",), "min_p near 1 is greedy", _narrowing("min_p", 0.999)),
         Check("presence-penalty", ("A7",), "presence_penalty has its effect", _penalty("presence_penalty", 2.0)),
         Check("frequency-penalty", ("A7",), "frequency_penalty has its effect", _penalty("frequency_penalty", 2.0)),
         Check("repetition-penalty", ("A7",), "repetition_penalty has its effect", _penalty("repetition_penalty", 1.8)),

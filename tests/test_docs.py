@@ -24,7 +24,6 @@ from typing import Any
 
 import pytest
 import torch
-from serving import served, tiny_service
 from test_cli import save_random_head, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -229,6 +228,9 @@ def _server(page: Path) -> Iterator[str]:
     if page.name != "server.md":
         yield SERVER
         return
+    pytest.importorskip("llguidance", reason="the server comes with haast[serve]")
+    from serving import served, tiny_service
+
     service = tiny_service()
     service.name = DEFAULT_MODEL
     with served(service) as url:

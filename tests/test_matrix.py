@@ -30,7 +30,7 @@ def bounds() -> dict[str, str]:
     """Package -> lower bound, of all that a user of Haast and its tests need."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *extras["curves"], *extras["endpoint"], *extras["serve"], *extras["test"]]
+    lines = [*project["dependencies"], *extras["curves"], *extras["endpoint"], *extras["test"]]
     pairs = [line.split(">=") for line in lines if not line.startswith("haast[")]
     return {name.replace("-", "_"): bound for name, bound in pairs}
 

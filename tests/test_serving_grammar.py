@@ -10,7 +10,6 @@ import json
 import random
 from typing import Any
 
-import jsonschema
 import pytest
 import torch
 from serving import Json, Scripted, client_of, learn, run, tiny_service
@@ -26,6 +25,7 @@ THINKING = (
 )
 PART: Json = {"type": "object", "additionalProperties": False}
 LEAF: Json = {"$ref": "#/$defs/leaf"}
+jsonschema = pytest.importorskip("jsonschema", reason="it comes with haast[dev]")
 SCHEMAS: list[Json] = [
     SCHEMA,
     {"enum": ["a", 1, None, {"x": [True]}]},

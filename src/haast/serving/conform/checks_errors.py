@@ -164,9 +164,7 @@ THEME = Theme(
         Check("unknown-model", (), "an unknown model gets 4xx, or the answer says whose it is", unknown_model),
         Check("unknown-field", (), "an unknown field is ignored or named, never 5xx", unknown_field),
         Check("stream-error", (), "a wrong request for a stream gets 4xx, not a stream", stream_error),
-        Check(
-            "survives", ("A2",), "bad requests get no 5xx, never take the server, and change no later answer", survives
-        ),
+        Check("survives", ("A2",), "bad requests get no 5xx, never end the server, change no later answer", survives),
         Check("bad-values", (), "impossible values get 4xx", bad_values),
         # The last of all: a server that does not refuse it may compute for minutes.
         Check("context-overflow", (), "a prompt too long gets 4xx that says both sizes", context_overflow),

@@ -209,7 +209,8 @@ def test_a_batch_learnt_by_heart_is_drafted_by_heart(kind: str, examples: list[E
     sequence = TokenSequence(text, [False] * 4 + [True] * 40, {})
     some = [e for _, e in stream_examples(target, [sequence], topk=4, layer_ids=LAYERS)]
     config = TrainConfig(
-        views=38 * 250, batch_tokens=60, draft_vocab=VOCAB, learning_rate=5e-3, alignment_steps=3,
+        views=38 * (350 if kind == "feat" else 250), batch_tokens=60, draft_vocab=VOCAB, learning_rate=5e-3,
+        alignment_steps=3,
         initialisation="random",
         log_every=10**6, evaluate_every=10**6, checkpoint_every=10**6,
         head="eagle3" if kind.startswith("eagle3") else "feat-extrapolator",

@@ -221,7 +221,7 @@ async def alike(service: Service, path: str, body: Json) -> Json:
     return whole
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(request=asked())
 def test_drafting_changes_no_field(service: Service, request: tuple[str, Json]) -> None:
     run(alike(service, *request))

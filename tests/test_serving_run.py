@@ -24,12 +24,9 @@ from typer.testing import CliRunner
 
 from haast.cli import app
 from haast.core import Processor
-from haast.drafters.batch_policy import crowd
 from haast.serving.config import ServeConfig
-from haast.serving.plan import Plan, completion_plan
-from haast.serving.schema import CompletionRequest
+from haast.serving.plan import Plan
 from haast.serving.service import Service
-from haast.tuning.latency import Latency
 
 ROOT = Path(__file__).parent.parent
 
@@ -207,35 +204,6 @@ def test_a_full_queue_says_come_again() -> None:
                 break
             time.sleep(0.05)
         assert third.status_code == 200
-
-
-def test_a_crowd_is_served_without_a_head() -> None:
-    service = tiny_service()
-    plan = completion_plan(CompletionRequest(prompt="a", max_tokens=4), service.facts)
-    chosen = completion_plan(
-        CompletionRequest.model_validate({"prompt": "a", "max_tokens": 4, "haast": {"drafter": "suffix"}}),
-        service.facts,
-    )
-
-    def drafters(*plans: Plan) -> list[str]:
-        begun = [writing for each in plans for writing in service.begin(each)]
-        names = [writing.engine.drafter.name for writing in begun]
-        for writing in begun:
-            writing.close()
-        return names
-
-    assert drafters(plan, plan, plan, plan) == ["knowing"] * 4, "where costs are unknown, there is no crowd"
-    service._crowd = 3
-    assert drafters(plan, plan, plan, chosen, plan) == ["knowing", "knowing", "vanilla", "suffix", "vanilla"]
-    assert drafters(plan) == ["knowing"], "the crowd has gone"
-
-
-def test_a_crowd_is_where_no_tree_pays() -> None:
-    free = Latency({1: 10.0, 64: 10.1}, 0.1, {1: 0.1, 8: 0.1})
-    dear = Latency({1: 10.0, 2: 11.0, 4: 14.0, 8: 30.0, 64: 240.0}, 1.0, {1: 0.3, 8: 0.6})
-    assert crowd(free) is None
-    found = crowd(dear)
-    assert found is not None and 4 <= found <= 16
 
 
 def test_absent_addresses_say_why() -> None:

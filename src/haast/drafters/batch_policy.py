@@ -24,7 +24,6 @@ _KNOWN = (
     (12, 5, 3, 1.75), (16, 5, 4, 1.89), (24, 5, 8, 2.11), (32, 5, 8, 2.23), (48, 6, 8, 2.43), (60, 6, 10, 2.52),
 )  # fmt: skip
 _FOLLOW = 0.8  # chance that a right node that is expanded has a right child
-_RESTING = 0.9  # of vanilla's rate: a tree that is expected to reach less is not worth having a head for
 _MOST_PACED = 16  # nodes that a step may have where it draws in its horns by itself
 
 
@@ -83,19 +82,6 @@ def measured_ways(latency: Latency, paced: bool, most_gain: float | None = None)
     if most_gain is None:
         return ways
     return {rows: replace(way, gain=min(way.usual_gain, most_gain)) for rows, way in ways.items()}
-
-
-def crowd(latency: Latency) -> int | None:
-    """The least number of rows that do better when no head is there at all; None where any number may gain by one.
-
-    A head costs something even where it rests: its keys and values of every prompt, and its counts.
-    """
-
-    def gains(rows: int) -> bool:
-        rates = ((1 + gain) / latency.step(rows, nodes, depth, width) for nodes, depth, width, gain in _KNOWN)
-        return max(rates) * latency.step(rows, 1) >= _RESTING
-
-    return next((rows for rows in _ROWS if not gains(rows)), None)
 
 
 def _measured(latency: Latency, rows: int, paced: bool) -> Way:

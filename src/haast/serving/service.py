@@ -9,11 +9,11 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 from time import time
+from typing import Any
 
 from haast.api import Haast
 from haast.bench.trace import TraceRecorder
 from haast.core import DraftHints, Processor, SamplingParams, StopParams
-from haast.drafters.batch_policy import crowd
 from haast.drafters.factory import alternatives
 from haast.engine.engine import Engine
 from haast.errors import CancelledError
@@ -28,8 +28,6 @@ from haast.serving.structured import Gate, Grammars
 from haast.serving.writing import Writing
 from haast.stats import Stats
 from haast.text import StopWatch
-from haast.tuning.latency import Latency
-from haast.tuning.online import OnlinePolicy
 
 _LOG = logging.getLogger("haast.serving")
 _SPARE = 64  # slots of the KV pool beside prompt and new tokens, for a step's drafts
@@ -56,8 +54,6 @@ class Service:
         self._engines = {"auto": haast.engine}
         for drafter_name, drafter in alternatives(target, haast.drafter).items():
             self._engines[drafter_name] = haast.engine if drafter is haast.drafter else Engine(target, drafter)
-        latency = _latency(haast)
-        self._crowd, self._crowded = None if latency is None else crowd(latency), False
         tokenizer = self.tokenizer = haast.tokenizer
         self._rows, self._ending = itertools.count(), False
         room = target.pool.tokens - _SPARE - max(engine.drafter.nodes for engine in self._engines.values())
@@ -78,21 +74,6 @@ class Service:
         """Where requests go that chose this drafter, or none."""
         return self._engines[drafter or "auto"]
 
-    def _chosen(self, plan: Plan) -> Engine:
-        """Where a request goes: what it chose, or what does best with so many beside it.
-
-        Requests that draft step apart from those that don't, so the choice changes late: at a crowd to no drafts, and
-        back at half of one.
-        """
-        if plan.drafter is not None or self._crowd is None:
-            return self.engine(plan.drafter)
-        here = self._scheduler.running + self._scheduler.waiting + 1
-        if here >= self._crowd:
-            self._crowded = True
-        elif 2 * here <= self._crowd:
-            self._crowded = False
-        return self.engine("none" if self._crowded else "auto")
-
     @property
     def drafter(self) -> str:
         """Who drafts where a request does not say."""
@@ -101,7 +82,8 @@ class Service:
     @property
     def vanilla_tokens_per_s(self) -> float | None:
         """What decoding without drafts makes for one request, by measured costs; None where nothing was measured."""
-        latency = _latency(self._haast)
+        policy: Any = self._haast.drafter.policy
+        latency = getattr(policy, "latency", None)
         return None if latency is None else 1e3 / float(latency.step(1, 1))
 
     def begin(self, plan: Plan) -> list[Writing]:
@@ -133,7 +115,7 @@ class Service:
 
     def _writing(self, plan: Plan, prompt: list[int], choice: int) -> Writing:
         """One request, checked and not queued."""
-        engine, row, tokenizer = self._chosen(plan), next(self._rows), self.tokenizer
+        engine, row, tokenizer = self.engine(plan.drafter), next(self._rows), self.tokenizer
         guide = None
         if plan.grammar is not None:
             guide = self.facts.grammars.guide(plan.grammar, len(prompt), self._gate(plan))
@@ -183,12 +165,6 @@ class Service:
     def _cache_use(self) -> float:
         pool = self._target.pool
         return 1 - pool.available / pool.blocks
-
-
-def _latency(haast: Haast) -> Latency | None:
-    """What steps cost, where a policy has measured it."""
-    policy = haast.drafter.policy
-    return policy.latency if isinstance(policy, OnlinePolicy) else None
 
 
 def _fingerprint(haast: Haast) -> str:

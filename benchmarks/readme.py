@@ -18,7 +18,7 @@ from haast.serving.conform.report import markdown as conformance
 
 KINDS = (  # of documents in results/ but suites, each by the key that only this kind has
     "base", "seconds_to_tau", "explained_variance", "peers", "linears", "contexts", "oracle", "baselines", "lengths",
-    "forward_ms", "batches", "precisions", "conversation", "optimizers", "watched", "load", "grammars", "faults",
+    "forward_ms", "batches", "precisions", "conversation", "optimizers", "watched", "load", "grammars",
 )  # fmt: skip
 _BLOCK = re.compile(r"(<!-- results:(?P<name>[a-z0-9+-]+)(?P<short>#short)? -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 

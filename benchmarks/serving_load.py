@@ -187,7 +187,7 @@ def main() -> None:
             time.sleep(2)  # dropped requests end
     document = {
         "load": rows,
-        "lengths": list(LENGTHS),
+        "most_new_tokens": list(LENGTHS),
         "seconds": given.seconds,
         "differing_texts": differ,
         "compared_texts": len(texts),

@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, Protocol
 
@@ -95,6 +96,10 @@ class Accepted:
 
     def said(self) -> list[list[int]]:
         """The tokens that follow each row's kept positions, on the host; costs no read beside the step's own."""
+        return self._said
+
+    @cached_property
+    def _said(self) -> list[list[int]]:
         if self.known is not None:
             return self.known
         if self.verdict is not None:

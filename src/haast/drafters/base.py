@@ -35,6 +35,7 @@ class Drafter(ABC):
         caches: keys and values of its own, in the target's blocks.
         room: slots after a text's committed ones that `observe` and `propose` write there.
         policy: how much is drafted, by what pays; None drafts all that the drafter can.
+        resting: whether so many requests run that nothing is going to be drafted for a new one, see `loaded`.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Drafter(ABC):
     caches: tuple[KVCache, ...] = ()
     room: int = 0
     policy: DraftPolicy | None = None
+    resting: bool = False
 
     @property
     @abstractmethod
@@ -60,6 +62,10 @@ class Drafter(ABC):
             kv: its blocks, for drafters with keys and values of their own beside the target's.
             reused: positions, from the first, that are there already and will not be observed.
         """
+
+    def loaded(self, requests: int) -> None:
+        """So many requests run; told before every step. Where drafts do not pay, nobody need get ready to draft."""
+        self.resting = self.policy is not None and self.policy.rests(requests)
 
     def drawn_by(self, state: Any, chooser: TokenChooser) -> None:  # noqa: B027  # most draw nothing
         """Who draws the request's tokens, told after `begin`: a drafter that draws too does so by its seed and choice.
@@ -101,6 +107,9 @@ class DraftPolicy(Protocol):
 
     def budget(self, requests: Sequence[Request]) -> int | None:
         """Most nodes per row of the next step, root included; None is up to the drafter."""
+
+    def rests(self, rows: int) -> bool:
+        """Whether nothing is drafted for requests that nothing is known of, where so many rows are decoded together."""
 
     def observed(self, request: Request, kept: RowVerdict, nodes: int) -> None:
         """A step over `nodes` nodes a row kept this of the request."""

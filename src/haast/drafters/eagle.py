@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from haast import native
-from haast.core import Accepted
+from haast.core import Accepted, Request
 from haast.device import to_device, without_autograd
 from haast.drafters.base import Drafter, stacked
 from haast.drafters.batch_policy import Way, Ways, way_for
@@ -37,6 +37,7 @@ from haast.heads.module import DraftModule
 from haast.heads.precision import warn_of_precision
 from haast.target.fusing import fuse_small_modules
 from haast.target.kv_cache import KVCache
+from haast.target.kv_pool import BLOCK
 from haast.target.kv_pool import Sequence as KVSequence
 from haast.target.memory import give_back
 from haast.target.packing import is_packed, linear_sizes, pack_linears
@@ -44,7 +45,8 @@ from haast.target.target import Target
 from haast.tree import DraftTree
 from haast.tuning.policy import CostModel
 
-_MOST_PENDING = 128  # positions that a head leaves unobserved while nothing is drafted: bounds their memory
+_MOST_PENDING = 128  # positions that wait for a head while nothing is drafted: bounds their memory
+_LEAST_KEPT = 4 * BLOCK  # of them, that a head that begins in the middle of a text has to begin with
 
 
 @dataclass
@@ -54,7 +56,8 @@ class EagleState:
     Attributes:
         kv: the request's blocks.
         observed: pairs that the head has; pair i holds token i + 1 and lies in its slot.
-        skipped: pairs, from the first, that the head's window leaves out.
+        skipped: pairs, from the first, that the head leaves out: those before its window, or before `begin`.
+        begin: block of `kv` in which the head's text begins: 0, or later where it has not followed the text so far.
         root: () int64, the last emitted token.
         before: () int64, the token after the last observed position.
         extrapolated: (hidden,), the head's state after the last pair: it stands at the root.
@@ -68,7 +71,31 @@ class EagleState:
     root: Tensor | None = None
     extrapolated: Tensor | None = None
     pending: list[tuple[Accepted, int]] = field(default_factory=list)
-    waiting: int = 0  # the most positions that can be pending
+    waiting: int = 0  # positions that are pending
+    begin: int = 0
+
+    @property
+    def past(self) -> int:
+        """Pairs that the head has of its text."""
+        return self.observed - BLOCK * self.begin
+
+    def begin_after(self, pairs: int) -> None:
+        """The head's text begins with the first block after so many pairs."""
+        self.begin = -(-pairs // BLOCK)
+        self.skipped = max(self.skipped, BLOCK * self.begin)
+
+    def forget_oldest(self) -> None:
+        """Leave out the oldest of what waits, where more wait than may and enough are left to draft by."""
+        while self.waiting > _MOST_PENDING:
+            accepted, row = self.pending[0]
+            count = len(accepted.said()[row])
+            if self.waiting - count < _LEAST_KEPT:
+                return
+            del self.pending[0]
+            self.waiting -= count
+            self.observed += count
+            self.before = accepted.tokens[row, count - 1].clone() if count else self.before
+            self.begin_after(self.observed)
 
     def note_root(self) -> None:
         """Take the last emitted token from what is pending."""
@@ -215,22 +242,35 @@ class EagleDrafter(Drafter):
         if self._forward.stack is not stack:
             self._growing.clear()
         before = torch.tensor(prompt[reused], device=self.device)
-        return EagleState(kv, reused, self._pairs.skipped(len(prompt)), before)
+        state = EagleState(kv, reused, self._pairs.skipped(len(prompt)), before)
+        if kv.headless:
+            state.begin_after(reused)
+        return state
 
     def filled(self, state: EagleState, length: int) -> int:
-        return min(length, state.observed + 1)
+        return length if self._lacks(state) else min(length, state.observed + 1)
 
     def complete_from(self, state: EagleState) -> int:
+        if self._lacks(state):
+            return state.kv.length
         return state.skipped + 1 if state.skipped else 0
+
+    def _lacks(self, state: EagleState) -> bool:
+        """Whether the text is there for the target alone: the head has not followed it."""
+        return bool(state.begin or (self.resting and state.pending))
 
     @without_autograd
     def observe(self, states: Sequence[EagleState], accepted: Accepted) -> None:
         self._watch.observed(accepted)
-        for row, state in enumerate(states):
+        for row, (state, said) in enumerate(zip(states, accepted.said(), strict=True)):
             state.pending.append((accepted, row))
-            state.waiting += accepted.tokens.shape[1]
-        # What waits is run with the next proposal, but prompts at once: others may begin with the same.
-        if accepted.verdict is None or max(state.waiting for state in states) > _MOST_PENDING:
+            state.waiting += len(said)
+        # What waits is run with the next proposal, but prompts at once: others may begin with the same. Where nothing
+        # is going to be drafted, that would be work for nobody.
+        if self.resting:
+            for state in states:
+                state.forget_oldest()
+        elif accepted.verdict is None or max(state.waiting for state in states) > _MOST_PENDING:
             self._catch_up(states)
 
     @without_autograd
@@ -245,6 +285,10 @@ class EagleDrafter(Drafter):
         tree = self._draft(states, growing)
         self._watch.proposed(tree.nodes)
         return tree
+
+    def behind(self, requests: Sequence[Request]) -> int:
+        """Positions of these requests that wait for the head."""
+        return sum(request.draft_state.waiting for request in requests)
 
     def affords(self, rows: int, nodes: int, extra: int, tokens: float) -> bool:
         """Whether `extra` nodes of every row pay beside `nodes`, if a row is expected to gain `tokens` by them."""
@@ -269,8 +313,7 @@ class EagleDrafter(Drafter):
         if pairs:
             if pairs < paired.shape[1]:
                 paired, features = paired[:, :pairs], features[:, :pairs]
-            past = [state.observed for state in states]
-            cache = self.cache.bind([state.kv for state in states], past)
+            cache, past = self._bound(states)
             flight = Flight.chain(past, to_device(torch.tensor(past), paired.device), pairs)  # a tail is overwritten
             output = self._forward.run(cache, self._embedded(paired), self._module.fuse(features), flight)
             for row, (state, count) in enumerate(zip(states, kept, strict=True)):
@@ -281,11 +324,15 @@ class EagleDrafter(Drafter):
             state.note_root()
             state.before = state.before if state.root is None else state.root
             state.pending, state.waiting = [], 0
-        self._pairs.warn(max(state.observed for state in states))
+        self._pairs.warn(max(state.past for state in states))
+
+    def _bound(self, states: Sequence[EagleState]) -> tuple[KVCache, list[int]]:
+        """The head's keys and values of these requests, and how many pairs of each there are."""
+        past = [state.past for state in states]
+        return self.cache.bind([state.kv for state in states], past, [state.begin for state in states]), past
 
     def _draft(self, states: Sequence[EagleState], growing: _Growing) -> DraftTree:
-        past = [state.observed for state in states]
-        cache = self.cache.bind([state.kv for state in states], past)
+        cache, past = self._bound(states)
         roots, extrapolated = stacked(states, "root"), stacked(states, "extrapolated")
         if growing.quick is not None:
             stack = self._forward.stack

@@ -187,7 +187,7 @@ def make_drafter(
     whole = HybridDrafter(drafted, latency=latency) if chosen == "eagle+suffix" else drafted
     beside = whole.undrafted if isinstance(whole, HybridDrafter) else None
     sizes = functools.partial(_eagle_sizes, drafted, whole.nodes - drafted.nodes)
-    whole.policy = None if latency is None else OnlinePolicy(latency, sizes, beside)
+    whole.policy = None if latency is None else OnlinePolicy(latency, sizes, beside, whole.behind)
     return whole
 
 
@@ -204,7 +204,9 @@ def alternatives(target: Target, drafter: Drafter) -> dict[str, Drafter]:
     if isinstance(drafter, HybridDrafter):
         eagle = drafter.eagle
         if isinstance(drafter.policy, OnlinePolicy):
-            eagle.policy = OnlinePolicy(drafter.policy.latency, functools.partial(_eagle_sizes, eagle, 0))
+            eagle.policy = OnlinePolicy(
+                drafter.policy.latency, functools.partial(_eagle_sizes, eagle, 0), behind=eagle.behind
+            )
         found[eagle.name] = eagle
     if not isinstance(drafter, VanillaDrafter):
         found[drafter.name] = drafter

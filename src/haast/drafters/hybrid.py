@@ -80,6 +80,10 @@ class HybridDrafter(Drafter):
     def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> HybridState:
         return HybridState(self.eagle.begin(prompt, kv, reused), self._suffix.begin(prompt, kv, reused))
 
+    def loaded(self, requests: int) -> None:
+        super().loaded(requests)
+        self.eagle.resting = self.resting
+
     def drawn_by(self, state: HybridState, chooser: TokenChooser) -> None:
         self.eagle.drawn_by(state.eagle, chooser)
 
@@ -134,6 +138,10 @@ class HybridDrafter(Drafter):
         texts = [request.draft_state.text for request in requests]
         drafts, tokens = self._suffix.paying(texts, self._chain - 1)
         return tokens, 1 + drafts
+
+    def behind(self, requests: Sequence[Request]) -> int:
+        """Positions of these requests that wait for the head."""
+        return sum(request.draft_state.eagle.waiting for request in requests)
 
     def _match(self, text: TextIndex) -> Path:
         """How the text goes on after its longest match; empty where that is short, or there is none."""

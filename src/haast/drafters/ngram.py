@@ -21,7 +21,7 @@ from haast.path_tree import Path, PathTree, pack_rows
 from haast.target.kv_pool import Sequence as KVSequence
 from haast.tree import DraftTree
 from haast.tuning.latency import Latency
-from haast.tuning.online import MatchOdds, best_chain
+from haast.tuning.online import MatchOdds, best_chain, least_first_chance
 
 LatencySource = Callable[[], Latency | None]  # None where nothing is known
 
@@ -53,6 +53,11 @@ class TextIndex(ABC):
         length, place = self.match()
         return self.odds.chances(length, min(most, len(self.text) - place)) if length else []
 
+    def first_chance(self) -> float:
+        """Chance that the token after the match comes next; 0 where there is no match."""
+        length, _ = self.match()
+        return self.odds.chance(length) if length else 0.0
+
     @abstractmethod
     def match(self) -> tuple[int, int]:
         """Tokens at the end of the text that stood before, and the place after them there; 0, 0 where none did."""
@@ -78,6 +83,7 @@ class HistoryDrafter(Drafter):
     def __init__(self, index: Callable[[], TextIndex], nodes: int, latency: LatencySource | None = None) -> None:
         check_at_least("nodes", nodes, 2, " (root and a draft)")
         self._index, self._nodes, self._latency = index, nodes, latency
+        self._least_chances: dict[tuple[int, int], float] = {}  # by rows and most drafts
 
     @property
     def nodes(self) -> int:
@@ -110,11 +116,18 @@ class HistoryDrafter(Drafter):
 
     def paying(self, states: Sequence[TextIndex], most: int) -> tuple[int, float]:
         """How many drafts a row, at most `most`, are expected to pay, and a row's tokens with them."""
-        chances = [index.chances(most) for index in states]
-        if not any(chances):
+        first = [index.first_chance() for index in states] if most else []
+        if not any(first):
             return 0, 1.0
         latency = None if self._latency is None else self._latency()
-        return (most, 1.0) if latency is None else best_chain(chances, latency)
+        if latency is None:
+            return most, 1.0
+        asked = len(states), most
+        if asked not in self._least_chances:
+            self._least_chances[asked] = least_first_chance(*asked, latency)
+        if sum(first) < len(states) * self._least_chances[asked]:  # a look at the first drafts says that none pay
+            return 0, 1.0
+        return best_chain([index.chances(most) for index in states], latency)
 
 
 class PromptLookupDrafter(HistoryDrafter):

@@ -219,6 +219,7 @@ class Scheduler:
     def _serve_all(self) -> bool:
         self._retire()
         if self._waiting or self._running:
+            self._tell_load()
             with torch.inference_mode(), self.target.step_threads():
                 groups = self._groups()  # a request's first token can be read before it decodes
                 self._prefill()
@@ -226,6 +227,13 @@ class Scheduler:
                     self._decode(group)
         self._retire()
         return bool(self._waiting or self._running)
+
+    def _tell_load(self) -> None:
+        """Tell drafters how many requests are going to run. Processes of one model would have to agree on that."""
+        if self.target.ranks is None:
+            requests = [*self._running, *self._waiting]
+            for drafter in {id(request.drafter): request.drafter for request in requests}.values():
+                drafter.loaded(min(len(requests), self.max_batch))
 
     # ------------------------------------------------------------------------------------------ joining and leaving
 
@@ -316,7 +324,7 @@ class Scheduler:
     def _enter(self, request: Request) -> None:
         drafter, cache, kv = request.drafter, self.target.cache, request.kv
         text = request.tokens[: request.prefill_end]
-        reused, source, copy = kv.reuse(text, drafter.prefix_key, drafter.reach)
+        reused, source, copy = kv.reuse(text, drafter.prefix_key, drafter.reach, drafter.resting)
         if source:
             for each in (cache, *drafter.caches):
                 each.stores.copy_block(source, copy)
@@ -398,7 +406,8 @@ class Scheduler:
         """Positions of a prompt that are there: the request's own, or before it has any those that others left."""
         if request.kv is not None:
             return int(request.kv.length)
-        return self.target.pool.common(request.tokens[: request.prefill_end], request.drafter.prefix_key)
+        drafter, text = request.drafter, request.tokens[: request.prefill_end]
+        return self.target.pool.usable(text, drafter.prefix_key, drafter.reach, drafter.resting)
 
     def _prefill_batch(self, batch: list[tuple[Request, int]]) -> None:
         padded = max(count for _, count in batch)  # the forward writes so many slots of every row

@@ -98,7 +98,8 @@ class KVCache(Cache):
         self.pool, self.device, self.shift, self.dtype = pool, device, shift, dtype
         self.stores = KVStores(pool.slots, layers, dtype, devices)
         self.sequences: list[Sequence] = []
-        self.lengths: list[int] = []  # committed slots per row
+        self.lengths: list[int] = []  # committed slots per row, from its first block here on
+        self._begins: list[int] = []  # that block's number, per row
         self.updated_layers: set[int] = set()
         self._nodes, self.reads = 0, 0  # nodes of the forward, and slots that its attention reads
 
@@ -124,23 +125,30 @@ class KVCache(Cache):
         """Memory of one token slot; 0 before the first forward."""
         return sum(store.nbytes for store in self.stores.tensors) // self.pool.slots
 
-    def bind(self, sequences: Rows[Sequence], lengths: Rows[int] | None = None) -> KVCache:
-        """Let the next forwards be over these rows; their committed lengths are the sequences' own if None."""
+    def bind(
+        self, sequences: Rows[Sequence], lengths: Rows[int] | None = None, begins: Rows[int] | None = None
+    ) -> KVCache:
+        """Let the next forwards be over these rows; their committed lengths are the sequences' own if None.
+
+        With `begins`, a row begins with so many-th of its sequence's blocks, 0 being the first, as if none were before
+        it; its length is counted from there on.
+        """
         self.sequences = list(sequences)
         self.lengths = [each.length for each in sequences] if lengths is None else list(lengths)
+        self._begins = [0] * len(self.sequences) if begins is None else list(begins)
         self._nodes = 0
         return self
 
     @contextmanager
     def repeated(self, rows: int) -> Iterator[None]:
         """Within it `rows` rows are bound: these, then the first one again, which writes the same to the same slots."""
-        own = self.sequences, self.lengths
+        own = self.sequences, self.lengths, self._begins
         more = rows - self.rows
-        self.bind([*self.sequences, *self.sequences[:1] * more], [*self.lengths, *self.lengths[:1] * more])
+        self.bind(*([*each, *each[:1] * more] for each in own))
         try:
             yield
         finally:
-            self.sequences, self.lengths = own
+            self.sequences, self.lengths, self._begins = own
 
     def begin(self, nodes: int, read: int | None = None) -> int:
         """Make room for `nodes` new slots per row; returns how many slots attention reads, `read` if given.
@@ -150,12 +158,13 @@ class KVCache(Cache):
         """
         longest = self.longest
         self._nodes, self.reads = nodes, read or longest + nodes
-        for sequence, length in zip(self.sequences, self.lengths, strict=True):
-            sequence.reserve(length + nodes + self.shift)
+        each_row = zip(self.sequences, self.lengths, self._begins, strict=True)
+        for sequence, length, first in each_row:
+            sequence.reserve(first * BLOCK + length + nodes + self.shift)
         blocks = -(-(self.reads + self.shift) // BLOCK)
         tables = np.empty((self.rows, blocks), dtype=np.int32)
-        for row, sequence in enumerate(self.sequences):
-            own = sequence.table[:blocks]
+        for row, (sequence, first) in enumerate(zip(self.sequences, self._begins, strict=True)):
+            own = sequence.table[first : first + blocks]
             tables[row, : len(own)] = own
             tables[row, len(own) :] = own[0]  # what a row masks is its own, so that it is finite
         self._host_tables = tables

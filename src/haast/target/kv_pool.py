@@ -150,8 +150,21 @@ class KVPool:
         self._roots.clear()
 
     def common(self, text: Tokens[int], key: object = None) -> int:
-        """Tokens of `text` whose keys and values are there as a prefix."""
+        """Tokens of `text` whose keys and values are there as a prefix, a head's or not."""
         return sum(count for _, count in self._walk(text, key))
+
+    def usable(self, text: Tokens[int], key: object, reach: int | None, headless: bool) -> int:
+        """Tokens of `text` that a sequence would begin with, see `Sequence.reuse`."""
+        found, complete = self._usable(text, key, reach)
+        return sum(count for _, count in (found if headless else found[:complete]))
+
+    def _usable(self, text: Tokens[int], key: object, reach: int | None) -> tuple[list[tuple[_Prefix, int]], int]:
+        """The prefixes along `text`, and after how many of the first all is there that a head needs to go on."""
+        found = list(self._walk(text, key))
+        complete = len(found)
+        while complete and not _complete(found[:complete], reach):
+            complete -= 1
+        return found, complete
 
     def blocks_of(self, text: Tokens[int], key: object = None) -> list[int]:
         """Blocks that hold nothing but prefixes of `text`, first to last."""
@@ -189,6 +202,7 @@ class Sequence:
     def __init__(self, pool: KVPool) -> None:
         self.pool = pool
         self.length = 0  # filled slots
+        self.headless = False  # whether a head's keys and values are missing in the slots that it began with
         self._blocks = 0
         self._table: npt.NDArray[np.int32] = np.zeros(8, dtype=np.int32)
         self._shared: list[_Prefix] = []  # prefixes that the text runs through, from its first block on
@@ -219,23 +233,30 @@ class Sequence:
         self._table[self._blocks : needed] = blocks
         self._blocks = needed
 
-    def reuse(self, text: Tokens[int], key: object = None, reach: int | None = None) -> tuple[int, int, int]:
+    def reuse(
+        self, text: Tokens[int], key: object = None, reach: int | None = None, headless: bool = False
+    ) -> tuple[int, int, int]:
         """Begin with what is there of `text`, which has 1 token or more; the sequence is empty.
 
         Args:
             text: the tokens to come.
             key: what is cached beside the target.
             reach: slots back from its end that a head needs to be complete; None is all.
+            headless: whether more of the text is worth more than a head that has seen it: then `self.headless` says
+                whether that is so, and whole blocks alone are used, after which the head begins.
 
         Returns:
             how many slots are filled now; and a block to copy from and its copy, where the last of them is shared in
             part (0, 0 where not). The caller copies before anything else takes blocks.
         """
-        found = list(self.pool._walk(text, key))
-        while found and not self._complete(found, reach):
-            found.pop()
+        found, complete = self.pool._usable(text, key, reach)
+        self.headless = headless and len(found) > complete
+        if not self.headless:
+            del found[complete:]
         reused = max(sum(count for _, count in found) - 1, 0)
         whole, rest = divmod(reused, BLOCK)
+        if self.headless:
+            rest = 0
         for prefix, _ in found[:whole]:
             prefix.users += 1
             self.pool._idle.pop(prefix, None)
@@ -257,16 +278,6 @@ class Sequence:
             if idle:
                 self.pool._idle[source] = None
         return (self.length, *copied)
-
-    @staticmethod
-    def _complete(found: Tokens[tuple[_Prefix, int]], reach: int | None) -> bool:
-        """Whether what a head needs to go on after these prefixes is there."""
-        needed = 0 if reach is None else max(0, sum(count for _, count in found) - reach - 1)
-        for number, (prefix, count) in enumerate(found):
-            begin = number * BLOCK
-            if begin + count > needed and max(begin, needed) < prefix.complete_from:
-                return False
-        return True
 
     def publish(self, text: Tokens[int], filled: int, key: object = None, complete_from: int = 0) -> None:
         """Let others share the whole blocks among the first `filled` slots, which hold `text`.
@@ -316,6 +327,16 @@ class Sequence:
         self._shared, self._blocks, self.length = [], 0, 0
         while len(pool._idle) > pool.retain:
             pool._evict()
+
+
+def _complete(found: Tokens[tuple[_Prefix, int]], reach: int | None) -> bool:
+    """Whether what a head needs to go on after these prefixes is there."""
+    needed = 0 if reach is None else max(0, sum(count for _, count in found) - reach - 1)
+    for number, (prefix, count) in enumerate(found):
+        begin = number * BLOCK
+        if begin + count > needed and max(begin, needed) < prefix.complete_from:
+            return False
+    return True
 
 
 def common_length(one: Tokens[int], other: Tokens[int]) -> int:

@@ -40,6 +40,7 @@ FORMAT = 1
 _POINTS: tuple[int, ...] = (1, 2, 8, 4, 16, 32, 64)
 _DEVICE_POINTS: tuple[int, ...] = (1, 2, 64, 8, 256, 16, 32, 128)
 DraftCost = tuple[float, dict[int, float]]  # ms of the first level, and of each further one by width
+_MOST_STEPS = 4096  # that are remembered
 _LEAST, _ROUNDS, _SECONDS, _COMMITTED = 3, 5, 2.0, 32
 
 
@@ -60,6 +61,10 @@ class Latency:
     first_ms: float = 0.0
     level_ms: dict[int, float] = field(default_factory=dict)
     overhead_ms: float = 0.0
+    # Every step asks for the same few again, for all of its requests.
+    _steps: dict[tuple[int, float, int, int], float] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         for name in ("forward_ms", "level_ms"):
@@ -83,8 +88,21 @@ class Latency:
         """Drafting so many levels for every row."""
         return self.first_ms * self._growth(rows) + (levels - 1) * self.level(width, rows) if levels > 0 else 0.0
 
+    def catching_up(self, pairs: int) -> float:
+        """Running a head over so many positions that it has left unobserved."""
+        return self.first_ms * self.forward(pairs) / self.forward(1) if pairs else 0.0
+
     def step(self, rows: int, nodes: float, levels: int = 0, width: int = 1) -> float:
         """Drafting and verifying `nodes` nodes of every row."""
+        asked = (rows, nodes, levels, width)
+        found = self._steps.get(asked)
+        if found is None:
+            if len(self._steps) >= _MOST_STEPS:
+                self._steps.clear()
+            found = self._steps[asked] = self._step(*asked)
+        return found
+
+    def _step(self, rows: int, nodes: float, levels: int, width: int) -> float:
         return self.draft(levels, width, rows) + self.forward(rows * nodes) + self.overhead_ms
 
     def cost_model(

@@ -16,6 +16,7 @@ not, so its chances are known before anything is staked.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class OnlinePolicy:
         latency: what steps cost.
         sizes: by rows, what there is to choose from, from small to full; none where drafts never pay.
         undrafted: tokens per row, and nodes, that a step brings with a budget of 1; None where that is a root alone.
+        behind: positions of all rows that the drafter has to catch up with before it drafts; None where there are none.
     """
 
     def __init__(
@@ -66,8 +68,10 @@ class OnlinePolicy:
         latency: Latency,
         sizes: Callable[[int], Sequence[DraftSize]],
         undrafted: Callable[[Sequence[Request]], tuple[float, float]] | None = None,
+        behind: Callable[[Sequence[Request]], int] | None = None,
     ) -> None:
-        self.latency, self._sizes, self._undrafted = latency, sizes, undrafted
+        self.latency, self._sizes, self._undrafted, self._behind = latency, sizes, undrafted, behind
+        self._rests: dict[tuple[int, Sequence[DraftSize]], bool] = {}
 
     def budget(self, requests: Sequence[Request]) -> int | None:
         """Most nodes per row of the next step, root included; None is up to the drafter."""
@@ -88,9 +92,23 @@ class OnlinePolicy:
             rate = expected / self.ratio(rows, size, nodes)
             if rate > best:
                 best, chosen = rate, size
+        if chosen is None and self._behind is not None:
+            trial += self.latency.catching_up(self._behind(requests)) / self.latency.step(rows, 1)
         for record in records:
             record.decided(rows, chosen, full, trial)
         return 1 if chosen is None else chosen.budget
+
+    def rests(self, rows: int) -> bool:
+        """Whether nothing is drafted for requests that nothing is known of, where so many rows are decoded together."""
+        sizes = self._sizes(rows)
+        if not sizes:
+            return True
+        asked = rows, tuple(sizes)
+        if asked not in self._rests:
+            fresh, full = Record(sizes[-1]), sizes[-1]
+            gains = [fresh.expected(size, full, 0.0) / self.ratio(rows, size, size.nodes) for size in sizes]
+            self._rests[asked] = max(gains) <= LEAST_GAIN
+        return self._rests[asked]
 
     def observed(self, request: Request, kept: RowVerdict, nodes: int) -> None:
         """A step over `nodes` nodes a row kept this of the request."""
@@ -119,16 +137,23 @@ class Record:
         self._whole = False  # whether the running step drafts fully
         self._account, self._idle, self._failed = 0.0, 0, 0
         self._resting = self._trying = False
+        self._totals: dict[DraftSize, float] = {}  # tokens of a step by its size, since the last one that drafted
 
     def expected(self, size: DraftSize, full: DraftSize, trial: float) -> float:
         """Tokens of a step that drafts so much; at least `trial` where the request is due to try again."""
         if self._resting:
             return 1.0
-        chance, total, share = 1.0, 1.0, 1.0 if size is full else _NARROW
+        total = self._totals.get(size)
+        if total is None:
+            total = self._totals[size] = self._tokens(size, 1.0 if size is full else _NARROW)
+        return max(total, trial) if self._trying else total
+
+    def _tokens(self, size: DraftSize, share: float) -> float:
+        chance, total = 1.0, 1.0
         for tried, kept in zip(self._tried[: size.depth], self._kept, strict=False):
             chance = min(chance, kept / tried)
             total += share * chance
-        return max(total, trial) if self._trying else total
+        return total
 
     def decided(self, rows: int, size: DraftSize | None, full: DraftSize, trial: float) -> None:
         """The next step is of so many rows and drafts so much. `trial` is what a small one costs."""
@@ -143,6 +168,7 @@ class Record:
     def observed(self, drafts: int, nodes: int, cost: float) -> None:
         """The step kept so many drafts and has cost as much as so many steps without."""
         assert self.size is not None, "a step that drafted"
+        self._totals.clear()
         share = 1.0 if self._whole else _NARROW
         for depth in range(min(self.size.depth, len(self._tried))):
             self._tried[depth] = _KEEP * self._tried[depth] + 1
@@ -159,6 +185,12 @@ class Record:
 
 def chances_of(gain: float, depth: int) -> list[float]:
     """[d]: chance of d + 1 kept drafts, falling by the same factor at every depth, that sum up to `gain`."""
+    factor = _factor_of(gain, depth)
+    return [factor ** (d + 1) for d in range(depth)]
+
+
+@functools.lru_cache(maxsize=256)  # every request begins with the same few
+def _factor_of(gain: float, depth: int) -> float:
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
@@ -166,7 +198,7 @@ def chances_of(gain: float, depth: int) -> list[float]:
             low = middle
         else:
             high = middle
-    return [low ** (d + 1) for d in range(depth)]
+    return low
 
 
 # ------------------------------------------------------------------------------------------------- matches in the text
@@ -195,6 +227,11 @@ class MatchOdds:
         self._seen[at] = _MATCH_KEEP * self._seen[at] + 1 + forget * _MATCH_PRIOR
         self._right[at] = _MATCH_KEEP * self._right[at] + right + forget * _MATCH_PRIOR * _NEXT[at]
 
+    def chance(self, length: int) -> float:
+        """Chance that the token after a match of so many tokens comes again."""
+        at = _class_of(length)
+        return self._right[at] / self._seen[at]
+
     def chances(self, length: int, most: int) -> list[float]:
         """[d]: chance that the first d + 1 tokens, up to `most`, after a match of so many tokens come again.
 
@@ -212,6 +249,15 @@ class MatchOdds:
 
 def _class_of(length: int) -> int:
     return length if length <= 8 else min(5 + length.bit_length(), len(_NEXT) - 1)
+
+
+def least_first_chance(rows: int, most: int, latency: Latency) -> float:
+    """The mean chance of the rows' first drafts below which no chain of up to `most` drafts pays.
+
+    Later drafts are less likely than the first, so it bounds what a chain can gain.
+    """
+    step = latency.step
+    return min((_MATCH_STAKE * (step(rows, 1 + n) / step(rows, 1) - 1) / n for n in range(1, most + 1)), default=0.0)
 
 
 def best_chain(chances: Sequence[Sequence[float]], latency: Latency) -> tuple[int, float]:

@@ -404,19 +404,10 @@ def test_at_a_shutdown_who_can_end_ends_and_who_cannot_is_told() -> None:
 def test_sigterm_under_load(tmp_path: Path) -> None:
     command = faults.tiny_command(max_running=4, max_waiting=64, grace=1)
     with faults.served(command, tmp_path / "log") as server:
-        heaps = _heaps(server.process.pid)
         found = run(faults.signalled(server, signal.SIGTERM, 16, 1))
-    assert heaps <= 2, "one beside the main one, which may have begun a second piece"
     assert found.cut == 0 and found.whole + found.told == 16 and found.told > 0
     assert set(found.late) <= {"503", "refused", "200"} and found.code in (0, -signal.SIGTERM), found
     assert found.seconds < 10 and "Traceback" not in (tmp_path / "log").read_text()
-
-
-def _heaps(pid: int) -> int:
-    """The C library's heaps beside the main one: each begins at a multiple of 64 MB."""
-    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    begun = [int(line.split("-")[0], 16) for line in lines if " rw-p 00000000 00:00 0" in line]
-    return sum(start % 2**26 == 0 for start in begun)
 
 
 @pytest.mark.slow
@@ -475,7 +466,11 @@ def test_who_leaves_waits_for_nobody_that_holds_the_model(service: Service) -> N
     assert scheduler.requests == [], "what it holds is free soon"
 
 
-def test_what_is_loaded_is_no_work_for_the_collector(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_loaded_is_no_work_for_the_collector_and_heaps_are_few(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = list[Any]()
+
     def stop(*given: Any) -> Any:
         assert given[-1] is running._settle
         raise InterruptedError
@@ -485,9 +480,12 @@ def test_what_is_loaded_is_no_work_for_the_collector(service: Service, monkeypat
         before = gc.get_freeze_count()
         gc.unfreeze()
         monkeypatch.setattr(running, "make_server", stop)
+        monkeypatch.setattr(running, "_call_c", lambda *given: called.append(given))
+        monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
         with pytest.raises(InterruptedError):
             running.serve(lambda: service._haast, "tiny", service.config)
         assert before > 100_000 and gc.get_freeze_count() > 100_000
+        assert called == [("mallopt", -8, 2)]
     finally:
         gc.unfreeze()
 
@@ -513,7 +511,7 @@ def test_signs_are_counted_outside_of_texts(value: Any, piece: int, ascii_alone:
 
     def names(value: Any) -> int:
         inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        return len(value) * isinstance(value, dict) + sum(map(names, inside))
+        return (len(value) if isinstance(value, dict) else 0) + sum(map(names, inside))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(security, "_PIECE", piece)

@@ -165,10 +165,13 @@ async def response_events(response: Response, writings: Sequence[Writing]) -> As
     """The response as named events, numbered."""
     number = 0
 
-    def made(name: str, long: bool = False, **fields: Any) -> bytes:
+    def numbered(name: str, fields: Json, long: bool) -> bytes:
         nonlocal number
         number += 1
         return event({"type": name, "sequence_number": number - 1, **fields}, name, long)
+
+    def made(name: str, **fields: Any) -> bytes:
+        return numbered(name, fields, long=False)
 
     yield made("response.created", response=response.body("in_progress"))
     yield made("response.in_progress", response=response.body("in_progress"))
@@ -195,11 +198,12 @@ async def response_events(response: Response, writings: Sequence[Writing]) -> As
             items = response.items(delta, status)
             order = sorted(items, key=lambda item: (*opened, item["type"]).index(item["type"]))
             events = [
-                made(name, True, **fields)
+                numbered(name, fields, long=True)
                 for index, item in enumerate(order)
                 for name, fields in _closing(response, item, index, item["type"] in opened)
             ]
-            return [*events, made(f"response.{status}", True, response=response.body(status, order, writings))]
+            ended = {"response": response.body(status, order, writings)}
+            return [*events, numbered(f"response.{status}", ended, long=True)]
 
         for each in await asyncio.to_thread(ending):  # the whole text again, and all of its logprobs
             yield each

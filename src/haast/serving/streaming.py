@@ -80,8 +80,8 @@ async def events(shape: Shape, writings: Sequence[Writing]) -> AsyncGenerator[by
                 if delta is None:
                     yield event(shape.ended(index, writings[index]))
                 else:
-                    for chunk in await _chunks(shape, index, delta):
-                        yield chunk
+                    for each in await _chunks(shape, index, delta):
+                        yield each
         if shape.plan.usage_in_stream:
             yield event(await asyncio.to_thread(shape.totals, writings))
     except Exception as error:

@@ -257,7 +257,7 @@ class Fuzzed:
     wrong: list[str] = field(default_factory=list)  # of replies that should not be
     slowest_s: float = 0.0
     slowest: str = ""
-    stalled_s: float = 0.0  # the longest that /health took meanwhile, without what this process was late by itself
+    stalled_s: float = 0.0  # the longest that /health took meanwhile by the server's own doing, see `fuzz`
     machine_stalled_s: float = 0.0  # the longest that it was
 
     def add(self, other: Fuzzed) -> None:
@@ -285,9 +285,16 @@ def judged(reply: Reply) -> str | None:
         return f"no error object: {error}"
 
 
-async def fuzz(port: int, count: int, seed: int = 0, at_once: int = 8) -> Fuzzed:
-    """Send broken requests; every reply is judged, and a friend's answer has to stay what it was."""
+async def fuzz(
+    port: int, count: int, seed: int = 0, at_once: int = 8, work: Callable[[], tuple[float, float]] | None = None
+) -> Fuzzed:
+    """Send broken requests; every reply is judged, and a friend's answer has to stay what it was.
+
+    `work` tells what the server has done, see `Served.work`: other programs run beside it, and neither what they hold
+    it up nor what they hold up this process is the server's doing.
+    """
     found, friend = Fuzzed(), numbered(1)
+    work = work or (lambda: (time.monotonic(), 0.0))
     before, done, late = plain(await ask(port, TEXT, friend)), asyncio.Event(), 0.0
 
     async def tick() -> None:
@@ -300,10 +307,12 @@ async def fuzz(port: int, count: int, seed: int = 0, at_once: int = 8) -> Fuzzed
 
     async def watch() -> None:
         while not done.is_set():
-            begun, own = time.monotonic(), late
+            begun, own, (worked, waited) = time.monotonic(), late, work()
             reply = await ask(port, "/health")
-            await asyncio.sleep(0.02)  # so that a tick that is late meanwhile has counted it
-            found.stalled_s = max(found.stalled_s, time.monotonic() - begun - 0.02 - (late - own))
+            took, (worked_then, waited_then) = time.monotonic() - begun, work()
+            await asyncio.sleep(0.02)  # a tick that was late meanwhile has counted it then
+            stalled = min(took - (late - own) - (waited_then - waited), worked_then - worked)
+            found.stalled_s = max(found.stalled_s, stalled)
             if reply.status != 200:
                 found.wrong.append(f"/health says {reply.status}")
 
@@ -426,6 +435,12 @@ class Served:
         """Bytes of memory."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return 1024 * int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0])
+
+    def work(self) -> tuple[float, float]:
+        """Seconds of a processor that all of its threads had, and those for which its event loop waited for one."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        waited = int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[1])
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), waited / 1e9
 
     def files(self) -> int:
         """Open files and sockets."""
@@ -550,7 +565,7 @@ def fuzzed(server: Served, count: int, pool: int) -> Json:
     asyncio.run(fill(server.port, pool))
     found, rests = Fuzzed(), list[Json]()
     for part in range(5):
-        found.add(asyncio.run(fuzz(server.port, count // 5, seed=part)))
+        found.add(asyncio.run(fuzz(server.port, count // 5, seed=part, work=server.work)))
         rests.append(memory(server))
         print(part, rests[-1], found.stalled_s, file=sys.stderr, flush=True)
     result = vars(found) | {"statuses": dict(found.statuses), "count": count, "before": rests[0], "after": rests[-1]}

@@ -112,7 +112,7 @@ class Oracle(Drafter):
         return _Known(list(prompt[: reused + 1]), answer)
 
     def observe(self, states: Sequence[_Known], accepted: Accepted) -> None:
-        for state, said in zip(states, accepted.said(), strict=True):
+        for state, said in zip(states, accepted.host_tokens(), strict=True):
             state.text += said
 
     def propose(self, states: Sequence[_Known], budget: int | None = None) -> DraftTree:

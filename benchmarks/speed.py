@@ -28,7 +28,8 @@ from haast.bench.report import environment
 from haast.cli.loading import OWN_PROMPTS
 from haast.core import Accepted, SamplingParams
 from haast.drafters.base import Drafter
-from haast.drafters.eagle import EagleDrafter, EagleState
+from haast.drafters.eagle import EagleDrafter
+from haast.drafters.pending_features import EagleState
 from haast.drafters.tree_shape import DraftShape, shape_for
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine.engine import Engine, Stats, StopParams
@@ -135,7 +136,7 @@ class Oracle(EagleDrafter):
 
     def observe(self, states: Sequence[EagleState], accepted: Accepted) -> None:
         super().observe(states, accepted)
-        self._settled += len(accepted.said()[0])
+        self._settled += len(accepted.host_tokens()[0])
 
     def propose(self, states: Sequence[EagleState], budget: int | None = None) -> DraftTree:
         tree = super().propose(states, budget)

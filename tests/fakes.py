@@ -150,8 +150,10 @@ class FakeDrafter(Drafter):
     def observe(self, states: Sequence[FakeState], accepted: Accepted) -> None:
         assert accepted.tokens.shape == accepted.features.shape[:2], "one feature per kept position"
         told = zip(accepted.tokens.tolist(), accepted.counts.tolist(), strict=True)
-        assert [row[:count] for row, count in told] == accepted.said(), "what is on the host is what the tensors hold"
-        for state, said in zip(states, accepted.said(), strict=True):
+        assert [row[:count] for row, count in told] == accepted.host_tokens(), (
+            "what is on the host is what the tensors hold"
+        )
+        for state, said in zip(states, accepted.host_tokens(), strict=True):
             state.history.extend(said)
 
     def propose(self, states: Sequence[FakeState], budget: int | None = None) -> DraftTree:

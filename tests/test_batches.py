@@ -18,9 +18,10 @@ from test_stack import KINDS, made
 from haast import native
 from haast.core import Accepted, SamplingParams
 from haast.drafters.base import Drafter
-from haast.drafters.batch_policy import Way, Ways, usual_ways, way_for
-from haast.drafters.eagle import EagleDrafter, EagleState, _joined
+from haast.drafters.batch_policy import DraftConfig, DraftConfigs, config_for, default_configs
+from haast.drafters.eagle import EagleDrafter
 from haast.drafters.hybrid import HybridDrafter
+from haast.drafters.pending_features import EagleState, joined
 from haast.drafters.small_model import SmallModelDrafter
 from haast.drafters.tree_shape import DraftShape, shape_for
 from haast.drafters.vanilla import VanillaDrafter
@@ -103,10 +104,16 @@ def test_a_sampled_tree_is_judged_by_its_rows_own_draws() -> None:
 # ------------------------------------------------------------------ by rows
 
 
-def alternating(nodes: int = 6, pace: CostModel | None = None) -> Ways:
+def alternating(nodes: int = 6, pace: CostModel | None = None) -> DraftConfigs:
     """Drafts and does not, in turn, as rows leave."""
     small = DraftShape("dynamic", depth=2, top_k=3, width=2, nodes=3)
-    return {2: Way(None, pace), 4: Way(small, pace), 6: Way(None, pace), 7: Way(shape_for(nodes), pace), 8: Way(None)}
+    return {
+        2: DraftConfig(None, pace),
+        4: DraftConfig(small, pace),
+        6: DraftConfig(None, pace),
+        7: DraftConfig(shape_for(nodes), pace),
+        8: DraftConfig(None),
+    }
 
 
 @pytest.mark.parametrize("pace", [None, PACE])
@@ -131,9 +138,9 @@ def test_falling_back_and_resuming_changes_no_text(
 def test_what_is_drafted_after_a_pause_is_what_a_head_without_one_drafts() -> None:
     shape = DraftShape("dynamic", depth=3, top_k=4, width=3, nodes=9)
     seen: list[list[DraftTree]] = []
-    for ways in (None, {4: Way(shape), 8: Way(None)}):
+    for configs in (None, {4: DraftConfig(shape), 8: DraftConfig(None)}):
         eagle, trees = EagleDrafter(target(), random_head(target())), list[Step]()
-        eagle.reshape(shape, ways=ways)
+        eagle.reshape(shape, configs=configs)
         together(target(), eagle, SamplingParams(), trees)
         seen.append([step.tree for step in trees if len(step.rows) == 1])
     last = seen[1]
@@ -144,7 +151,7 @@ def test_what_is_drafted_after_a_pause_is_what_a_head_without_one_drafts() -> No
 
 def test_a_long_pause_is_observed_in_parts() -> None:
     eagle, states = EagleDrafter(target(), random_head(target())), list[EagleState]()
-    eagle.reshape(shape_for(6), ways={2: Way(None)})
+    eagle.reshape(shape_for(6), configs={2: DraftConfig(None)})
     begin, most = eagle.begin, [0]
 
     def begins(prompt: Sequence[int], kv: KVSequence, reused: int) -> EagleState:
@@ -172,19 +179,25 @@ def test_packed_rows_have_the_bits_of_single_ones(law: SamplingParams) -> None:
     eagle.reshape(shape_for(8), PACE, alternating(pace=PACE))
     assert together(packed, eagle, law) == together(packed, VanillaDrafter(), law)
     assert together(packed, eagle, SamplingParams()) == alone(packed, VanillaDrafter())
-    assert eagle._growing and all(each.quick is not None for each in eagle._growing.values())
+    assert eagle._shapes and all(each.one_call is not None for each in eagle._shapes.values())
 
 
-def test_a_way_is_of_the_next_row_count_that_is_known() -> None:
-    ways = {1: Way(shape_for(8)), 2: Way(shape_for(4)), 8: Way(None)}
-    assert [way_for(ways, rows) for rows in (1, 2, 3, 8, 9)] == [ways[1], ways[2], ways[8], ways[8], ways[8]]
+def test_a_config_is_of_the_next_row_count_that_is_known() -> None:
+    configs = {1: DraftConfig(shape_for(8)), 2: DraftConfig(shape_for(4)), 8: DraftConfig(None)}
+    assert [config_for(configs, rows) for rows in (1, 2, 3, 8, 9)] == [
+        configs[1],
+        configs[2],
+        configs[8],
+        configs[8],
+        configs[8],
+    ]
 
 
 def test_usual_ways_draft_less_the_more_rows_there_are() -> None:
-    cpu, device = (usual_ways(shape_for(n), kind) for n, kind in ((6, "cpu"), (60, "cuda")))
-    sizes = {rows: None if way.shape is None else way.shape.nodes for rows, way in cpu.items()}
+    cpu, device = (default_configs(shape_for(n), kind) for n, kind in ((6, "cpu"), (60, "cuda")))
+    sizes = {rows: None if config.shape is None else config.shape.nodes for rows, config in cpu.items()}
     assert sizes == {1: 6, 2: 6, 4: 3, 8: None, 16: None, 32: None, 64: None}
-    sizes = {rows: None if way.shape is None else way.shape.nodes for rows, way in device.items()}
+    sizes = {rows: None if config.shape is None else config.shape.nodes for rows, config in device.items()}
     assert sizes == {1: 60, 2: 60, 4: 60, 8: 32, 16: 16, 32: 8, 64: 4}
 
 
@@ -204,7 +217,7 @@ def test_what_waited_is_observed_in_order(counts: list[list[int]], data: st.Data
             states[row].pending.append((accepted, number))
             expected[row] += tokens[number, : own[number]].tolist()
     waits = [row for row in range(3) if states[row].pending]
-    tokens, features, taken = _joined([states[row] for row in waits])
+    tokens, features, taken = joined([states[row] for row in waits])
     for number, row in enumerate(waits):
         assert tokens[number, : taken[number]].tolist() == expected[row]
         assert features[number, : taken[number], 0].tolist() == expected[row]

@@ -17,7 +17,7 @@ from haast.bench import replay
 from haast.bench.calibrate import calibrate, choose, draw, search
 from haast.bench.plan import MACHINES, Machine, parse_machine, project
 from haast.core import SamplingParams
-from haast.drafters.batch_policy import Way, way_for
+from haast.drafters.batch_policy import DraftConfig, config_for
 from haast.drafters.calibrated import apply_calibration, default_path, find_calibration, identity
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.tree_shape import DraftShape
@@ -47,10 +47,10 @@ def eagle(target: Target) -> EagleDrafter:
 def found(target: Target, eagle: EagleDrafter) -> Calibration:
     said: list[str] = []
     before = eagle.shape
-    ways = {1: Way(before), 4: Way(None)}
-    eagle.reshape(before, None, ways)
+    configs = {1: DraftConfig(before), 4: DraftConfig(None)}
+    eagle.reshape(before, None, configs)
     result = calibrate(target, eagle, PROMPTS, tokens=24, rounds=2, say=said.append)
-    assert (eagle.shape, eagle.pace, eagle.ways) == (before, None, ways) and len(said) > 3
+    assert (eagle.shape, eagle.pace, eagle.configs) == (before, None, configs) and len(said) > 3
     eagle.reshape(before)
     return result
 
@@ -227,13 +227,15 @@ def test_it_is_found_and_put_to_use(
     before = eagle.shape
     assert apply_calibration(eagle, replace(kept, shape=shape, pace=CostModel(**pace)))  # type: ignore[arg-type]
     assert eagle.shape == DraftShape(**shape) and eagle.pace is not None  # type: ignore[arg-type]
-    assert way_for(eagle.ways, 8) != Way(eagle.shape, eagle.pace)  # without measured batches: what is usual
+    assert config_for(eagle.configs, 8) != DraftConfig(
+        eagle.shape, eagle.pace
+    )  # without measured batches: what is usual
     batches = {2: a_batch(), 8: replace(a_batch(), shape={})}
     assert apply_calibration(eagle, replace(kept, shape=shape, batches=batches))
-    two = eagle.ways[2]
+    two = eagle.configs[2]
     assert (two.shape, two.pace) == (DraftShape(**a_batch().shape), a_batch().pace)
     assert two.usual_gain == a_batch().expected["tau"] - 1
-    assert way_for(eagle.ways, 5) == Way(None, a_batch().pace)
+    assert config_for(eagle.configs, 5) == DraftConfig(None, a_batch().pace)
     eagle.reshape(before)
     assert not apply_calibration(eagle, replace(kept, shape={}, pace=None))
     assert eagle.shape == before

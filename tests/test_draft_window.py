@@ -14,9 +14,10 @@ from torch import Tensor
 from haast import native
 from haast.core import SamplingParams
 from haast.drafters.base import Drafter
-from haast.drafters.eagle import EagleDrafter, EagleState
+from haast.drafters.eagle import EagleDrafter
 from haast.drafters.head_runner import Flight
-from haast.drafters.native_draft import QuickDraft
+from haast.drafters.native_draft import NativeDraft
+from haast.drafters.pending_features import EagleState
 from haast.drafters.tree_shape import DraftShape
 from haast.drafters.window import DraftWindow
 from haast.engine.engine import Engine, StopParams
@@ -193,11 +194,11 @@ def test_native_code_drafts_through_the_window_as_modules_do(layers: int, monkey
         found: list[Watched] = []
         for path in ("proposals", "layers", "modules"):
             drafter = Watched(target, copy.deepcopy(head), SHAPE, window)
-            growing = drafter._growing_of(drafter.ways[1], None)
-            assert growing is not None and growing.quick is not None and drafter._forward.stack is not None
+            growing = drafter._prepared(drafter.configs[1], None)
+            assert growing is not None and growing.one_call is not None and drafter._forward.stack is not None
             if path != "proposals":
-                monkeypatch.setattr(QuickDraft, "of", lambda *_: None)
-                drafter._growing.clear()
+                monkeypatch.setattr(NativeDraft, "of", lambda *_: None)
+                drafter._shapes.clear()
             if path == "modules":
                 drafter._forward.stack = None
             found.append(drafter)

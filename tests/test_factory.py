@@ -22,7 +22,7 @@ from haast.cli import app
 from haast.core import SamplingParams
 from haast.drafters import factory
 from haast.drafters.base import Drafter
-from haast.drafters.batch_policy import gain_of, measured_ways, nodes_for, way_for
+from haast.drafters.batch_policy import config_for, gain_of, measured_configs, nodes_for
 from haast.drafters.calibrated import draft_ms, eagle_cost, small_model_cost
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.factory import (
@@ -165,7 +165,7 @@ def test_a_shape_that_is_asked_for_is_drafted_as_it_is(costs: Latency) -> None:
         made_one = make_drafter(name, target(), random_head(target()), shape=shape)
         assert made_one.policy is None
         eagle = made_one.eagle if isinstance(made_one, HybridDrafter) else made_one
-        assert isinstance(eagle, EagleDrafter) and eagle.shape == shape and set(eagle.ways) == {1}
+        assert isinstance(eagle, EagleDrafter) and eagle.shape == shape and set(eagle.configs) == {1}
 
 
 @pytest.mark.parametrize("costs", ["packed"], indirect=True)
@@ -182,17 +182,19 @@ def test_decoders_of_one_head_share_it(costs: Latency) -> None:
 
 
 def test_trees_follow_costs() -> None:
-    flat, packed, dear = (measured_ways(each, paced=False) for each in (FLAT, COSTS["packed"], DEAR))
-    sizes = {rows: way.shape.nodes for rows, way in packed.items() if way.shape is not None}
+    flat, packed, dear = (measured_configs(each, paced=False) for each in (FLAT, COSTS["packed"], DEAR))
+    sizes = {rows: config.shape.nodes for rows, config in packed.items() if config.shape is not None}
     assert list(sizes) == sorted(sizes) and list(sizes.values()) == sorted(sizes.values(), reverse=True)
-    assert way_for(flat, 1).usual_nodes > way_for(packed, 1).usual_nodes > 2
-    assert way_for(dear, 1).usual_nodes > way_for(packed, 1).usual_nodes  # after the second, nodes cost little there
-    for ways in (flat, packed, dear):
-        assert all(way.shape is not None and way.gain is not None for way in ways.values())
-    paced = measured_ways(COSTS["packed"], paced=True)[1]
+    assert config_for(flat, 1).usual_nodes > config_for(packed, 1).usual_nodes > 2
+    assert (
+        config_for(dear, 1).usual_nodes > config_for(packed, 1).usual_nodes
+    )  # after the second, nodes cost little there
+    for configs in (flat, packed, dear):
+        assert all(config.shape is not None and config.gain is not None for config in configs.values())
+    paced = measured_configs(COSTS["packed"], paced=True)[1]
     assert paced.pace is not None and paced.shape is not None and paced.shape.nodes == len(paced.pace.forward_ms)
     assert paced.usual_nodes == packed[1].usual_nodes < paced.shape.nodes
-    assert measured_ways(FLAT, False, most_gain=0.1)[1].usual_gain == 0.1
+    assert measured_configs(FLAT, False, most_gain=0.1)[1].usual_gain == 0.1
     assert gain_of(1) == 0 and gain_of(5) == gain_of(5.9) == 1.27 and nodes_for(1.27) == 5 and nodes_for(9) == 60
 
 

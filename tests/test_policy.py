@@ -83,15 +83,15 @@ def drafter(target: Target, pace: CostModel | None, shape: DraftShape | None = N
 
 def watched(target: Target, by_tensors: bool, pace: CostModel | None) -> list[DraftTree]:
     own = drafter(target, pace)
-    growing = own._growing_of(own.ways[1], None)
-    assert growing is not None and growing.quick is not None
+    growing = own._prepared(own.configs[1], None)
+    assert growing is not None and growing.one_call is not None
     if by_tensors:
-        own._growing = {key: replace(each, quick=None) for key, each in own._growing.items()}
+        own._shapes = {key: replace(each, one_call=None) for key, each in own._shapes.items()}
     trees: list[DraftTree] = []
     law, stop = SamplingParams(temperature=1.0, seed=2), StopParams(24)
     for _ in Engine(target, own).run([[1, 2, 3, 4], [7, 8]], law, stop, watch=lambda step: trees.append(step.tree)):
         continue
-    used = {each.quick is None for each in own._growing.values()}
+    used = {each.one_call is None for each in own._shapes.values()}
     assert used == {by_tensors}
     return trees
 
@@ -101,9 +101,9 @@ def watched(target: Target, by_tensors: bool, pace: CostModel | None) -> list[Dr
 def test_the_native_proposal_is_the_tensor_one(pace: CostModel | None) -> None:
     target = made(KINDS["llama"])
     assert target.use_one_call()
-    quick, slow = watched(target, False, pace), watched(target, True, pace)
-    assert len(quick) == len(slow) > 4
-    for one, other in zip(quick, slow, strict=True):
+    one_call, slow = watched(target, False, pace), watched(target, True, pace)
+    assert len(one_call) == len(slow) > 4
+    for one, other in zip(one_call, slow, strict=True):
         for name in ("tokens", "parents", "depths", "ancestors", "live"):
             assert torch.equal(getattr(one, name), getattr(other, name)), name
 

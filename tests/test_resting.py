@@ -15,8 +15,9 @@ from test_stack import KINDS, made
 from haast import native
 from haast.core import Accepted, Request, SamplingParams, StopParams
 from haast.drafters.base import Drafter
-from haast.drafters.eagle import EagleDrafter, EagleState
+from haast.drafters.eagle import EagleDrafter
 from haast.drafters.hybrid import HybridDrafter
+from haast.drafters.pending_features import EagleState
 from haast.drafters.tree_shape import shape_for
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine.engine import Engine

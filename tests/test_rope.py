@@ -125,7 +125,7 @@ def test_native_code_has_the_angles_or_leaves_them_to_modules(kind: str) -> None
         assert (drafter._forward.stack is None) == (kind in CHANGING)
         if by_modules:
             drafter._forward.stack = None
-            drafter._growing.clear()
+            drafter._shapes.clear()
         assert decode(target, drafter, [prompt], 12) == vanilla(target, [prompt], 12)
         trees.append(last_tree(target, drafter, prompt))
     assert torch.equal(trees[0].tokens, trees[1].tokens) and torch.equal(trees[0].parents, trees[1].parents)

@@ -25,7 +25,7 @@ from haast import native
 from haast.core import Accepted, SamplingParams
 from haast.drafters.draft_lm import draft_lm_head
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.native_draft import QuickDraft
+from haast.drafters.native_draft import NativeDraft
 from haast.drafters.tree_builder import Growth, best_places
 from haast.drafters.tree_shape import DraftShape, Plan, plan
 from haast.drafters.vanilla import VanillaDrafter
@@ -203,7 +203,7 @@ def proposals(
     drafter = EagleDrafter(target, copy.deepcopy(head), shape)
     if not native_code:
         drafter._forward.stack = None
-        drafter._growing.clear()
+        drafter._shapes.clear()
     seen: list[torch.Tensor] = []
     propose = drafter.propose
 
@@ -253,15 +253,15 @@ class Quick:
         self.tokens, self.features = torch.randint(0, 61, (3, 40)), torch.randn(3, 40, 40)
         self.roots = torch.randint(0, 61, (3,))
 
-    def ready(self, shape: DraftShape, pace: CostModel | None = None) -> tuple[QuickDraft, Plan]:
-        quick = QuickDraft.of(self.target.embedding, self.module, self.stack, self.lm_head, self.vocab)
+    def ready(self, shape: DraftShape, pace: CostModel | None = None) -> tuple[NativeDraft, Plan]:
+        one_call = NativeDraft.of(self.target.embedding, self.module, self.stack, self.lm_head, self.vocab)
         fixed = plan(shape, len(self.vocab))
-        assert quick is not None and quick.plan(fixed, pace)
-        return quick, fixed
+        assert one_call is not None and one_call.plan(fixed, pace)
+        return one_call, fixed
 
     def propose(
         self,
-        quick: QuickDraft,
+        one_call: NativeDraft,
         rows: Sequence[int],
         tables: torch.Tensor,
         shift: int = 1,
@@ -276,7 +276,7 @@ class Quick:
         positions = torch.arange(most).expand(len(at), -1)
         states, _ = self.stack.run(mixed, positions, seen, [0] * len(at), store, tables, shift=shift)
         newest = states[torch.arange(len(at)), torch.tensor(past) - 1]
-        return quick.propose(newest, self.roots[at], torch.tensor(past), tables, store, shift)
+        return one_call.propose(newest, self.roots[at], torch.tensor(past), tables, store, shift)
 
     def by_modules(self, row: int, fixed: Plan, pace: CostModel | None) -> DraftTree:
         """As `EagleDrafter` grows a tree, every level with the whole text."""
@@ -339,11 +339,11 @@ SHAPES = {
 @pytest.mark.parametrize(("layers", "window"), [(1, 0), (2, 0), (1, 9)])
 def test_one_call_drafts_the_trees_of_the_heads_modules(kind: str, layers: int, window: int) -> None:
     head, (shape, pace) = Quick(layers, window), SHAPES[kind]
-    quick, fixed = head.ready(shape, pace)
+    one_call, fixed = head.ready(shape, pace)
     sizes = set()
     for row in range(3):
         expected = head.by_modules(row, fixed, pace)
-        found = head.propose(quick, [row], blocks(1, 5, row))
+        found = head.propose(one_call, [row], blocks(1, 5, row))
         assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.parents, expected.parents)
         assert torch.equal(found.depths, expected.depths) and torch.equal(found.ancestors, expected.ancestors)
         assert int(found.depths.max()) <= found.height
@@ -355,38 +355,38 @@ def test_one_call_drafts_the_trees_of_the_heads_modules(kind: str, layers: int, 
 @pytest.mark.parametrize("window", [0, 9])
 def test_a_proposal_is_the_same_wherever_its_blocks_lie_and_who_else_drafts(dtype: torch.dtype, window: int) -> None:
     head, every = Quick(window=window), range(3)
-    quick, _ = head.ready(DraftShape(depth=4, top_k=5, width=5, nodes=20))
-    whole = head.propose(quick, every, torch.arange(15, dtype=torch.int32).view(3, 5), 1, dtype)
+    one_call, _ = head.ready(DraftShape(depth=4, top_k=5, width=5, nodes=20))
+    whole = head.propose(one_call, every, torch.arange(15, dtype=torch.int32).view(3, 5), 1, dtype)
     for seed, shift in ((0, 0), (1, 1)):
-        other = head.propose(quick, every, blocks(3, 5, seed), shift, dtype)
+        other = head.propose(one_call, every, blocks(3, 5, seed), shift, dtype)
         assert torch.equal(other.tokens, whole.tokens) and torch.equal(other.parents, whole.parents)
     for row in every:
-        alone = head.propose(quick, [row], blocks(1, 5, row), 1, dtype)
+        alone = head.propose(one_call, [row], blocks(1, 5, row), 1, dtype)
         assert torch.equal(alone.tokens[0], whole.tokens[row]) and torch.equal(alone.parents[0], whole.parents[row])
 
 
 def test_what_does_not_fit_a_proposal_is_refused() -> None:
     head = Quick()
-    quick, _ = head.ready(DraftShape(depth=4, top_k=5, width=5, nodes=20))
-    assert quick.room == 15
+    one_call, _ = head.ready(DraftShape(depth=4, top_k=5, width=5, nodes=20))
+    assert one_call.room == 15
     store, states, roots = torch.zeros(2, 2, 8 * BLOCK, 16), torch.zeros(1, 40), torch.zeros(1, dtype=torch.int64)
     tables = torch.arange(2, dtype=torch.int32).unsqueeze(0)
-    assert quick.propose(states, roots, [16], tables, store).nodes == 20
+    assert one_call.propose(states, roots, [16], tables, store).nodes == 20
     with pytest.raises(ValueError, match=r"17 past slots, 15 in flight and a shift of 1 do not fit .* 2 blocks"):
-        quick.propose(states, roots, [17], tables, store)
+        one_call.propose(states, roots, [17], tables, store)
     with pytest.raises(ValueError, match="from 7 to 8; the store has 8"):
-        quick.propose(states, roots, [16], tables + 7, store)
+        one_call.propose(states, roots, [16], tables + 7, store)
     with pytest.raises(ValueError, match="must not be negative"):
-        quick.propose(states, roots, [-1], tables, store)
+        one_call.propose(states, roots, [-1], tables, store)
     with pytest.raises(ValueError, match="past has 2 numbers for 1 rows"):
-        quick.propose(states, roots, [1, 1], tables, store)
+        one_call.propose(states, roots, [1, 1], tables, store)
     with pytest.raises(ValueError, match=r"expected contiguous fp32 \(1, 40\)"):
-        quick.propose(states[:, :8], roots, [1], tables, store)
+        one_call.propose(states[:, :8], roots, [1], tables, store)
     with pytest.raises(ValueError, match=r"block tables are torch\.int64"):
-        quick.propose(states, roots, [1], tables.long(), store)
+        one_call.propose(states, roots, [1], tables.long(), store)
     far = 600  # more positions than there are angles at first
     tables = torch.zeros(1, 40, dtype=torch.int32)
-    assert quick.propose(states, roots, [far], tables, store).nodes == 20
+    assert one_call.propose(states, roots, [far], tables, store).nodes == 20
 
 
 def test_the_likeliest_entries() -> None:

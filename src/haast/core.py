@@ -94,12 +94,12 @@ class Accepted:
     verdict: Verdict | None = None  # of a decoding step; None for positions of a prompt
     known: list[list[int]] | None = None  # per row what `said` gives, where it was on the host already: of a prompt
 
-    def said(self) -> list[list[int]]:
+    def host_tokens(self) -> list[list[int]]:
         """The tokens that follow each row's kept positions, on the host; costs no read beside the step's own."""
-        return self._said
+        return self._host_tokens
 
     @cached_property
-    def _said(self) -> list[list[int]]:
+    def _host_tokens(self) -> list[list[int]]:
         if self.known is not None:
             return self.known
         if self.verdict is not None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from haast.core import SamplingParams
-from haast.drafters.eagle import EagleDrafter, EagleState
+from haast.drafters.eagle import EagleDrafter
+from haast.drafters.pending_features import EagleState
 from haast.drafters.tree_builder import Growth, best_places
 from haast.drafters.tree_shape import DraftShape, Plan, plan
 from haast.engine.engine import Engine, StopParams
@@ -75,9 +76,9 @@ class _Recorder(EagleDrafter):
 
     grown: list[Growth]
 
-    def _draft(self, states: Sequence[EagleState], growing: Any) -> DraftTree:
+    def _draft(self, states: Sequence[EagleState], prepared: Any) -> DraftTree:
         """By tensor operations: the native proposal keeps no candidates."""
-        return super()._draft(states, replace(growing, quick=None))
+        return super()._draft(states, replace(prepared, one_call=None))
 
     def _grow(self, *args: Any) -> Growth:
         self.grown.append(super()._grow(*args))

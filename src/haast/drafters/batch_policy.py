@@ -28,7 +28,7 @@ _MOST_PACED = 16  # nodes that a step may have where it draws in its horns by it
 
 
 @dataclass(frozen=True)
-class Way:
+class DraftConfig:
     """What is drafted for a number of rows; without a shape nothing is."""
 
     shape: DraftShape | None
@@ -47,19 +47,22 @@ class Way:
         return self.gain if self.gain is not None else gain_of(self.usual_nodes)
 
 
-Ways = Mapping[int, Way]  # most rows -> what is drafted for so many
+DraftConfigs = Mapping[int, DraftConfig]  # most rows -> what is drafted for so many
 
 
-def way_for(ways: Ways, rows: int) -> Way:
-    """The way of the least row count that holds `rows`; of the largest where none does."""
-    return ways[min((most for most in ways if most >= rows), default=max(ways))]
+def config_for(configs: DraftConfigs, rows: int) -> DraftConfig:
+    """The config of the least row count that holds `rows`; of the largest where none does."""
+    return configs[min((most for most in configs if most >= rows), default=max(configs))]
 
 
-def usual_ways(shape: DraftShape, device: str) -> Ways:
+def default_configs(shape: DraftShape, device: str) -> DraftConfigs:
     """Where nothing was measured: trees share a number of nodes, and end where they have no drafts left."""
     total = _CPU_TOTAL if device == "cpu" else _DEVICE_TOTAL
     nodes = {rows: min(shape.nodes, total // rows) for rows in _ROWS[1:]}
-    return {1: Way(shape), **{rows: Way(shape_for(n, shape.kind) if n > 2 else None) for rows, n in nodes.items()}}
+    return {
+        1: DraftConfig(shape),
+        **{rows: DraftConfig(shape_for(n, shape.kind) if n > 2 else None) for rows, n in nodes.items()},
+    }
 
 
 def gain_of(nodes: float) -> float:
@@ -72,19 +75,19 @@ def nodes_for(gain: float) -> float:
     return float(next((nodes for nodes, _, _, most in _KNOWN if most >= gain), _KNOWN[-1][0]))
 
 
-def measured_ways(latency: Latency, paced: bool, most_gain: float | None = None) -> Ways:
+def measured_configs(latency: Latency, paced: bool, most_gain: float | None = None) -> DraftConfigs:
     """By what forwards and drafts cost here: for every number of rows the tree with the most tokens per ms.
 
     With `paced`, on the CPU, each step is as deep and large as pays, up to more nodes than the best number. `most_gain`
     is how many drafts a step keeps at most, where that is known of the head.
     """
-    ways = {rows: _measured(latency, rows, paced) for rows in _ROWS}
+    configs = {rows: _measured(latency, rows, paced) for rows in _ROWS}
     if most_gain is None:
-        return ways
-    return {rows: replace(way, gain=min(way.usual_gain, most_gain)) for rows, way in ways.items()}
+        return configs
+    return {rows: replace(config, gain=min(config.usual_gain, most_gain)) for rows, config in configs.items()}
 
 
-def _measured(latency: Latency, rows: int, paced: bool) -> Way:
+def _measured(latency: Latency, rows: int, paced: bool) -> DraftConfig:
     def rate(known: tuple[int, int, int, float]) -> float:
         nodes, depth, width, gain = known
         return (1 + gain) / latency.step(rows, nodes, depth, width)
@@ -93,8 +96,8 @@ def _measured(latency: Latency, rows: int, paced: bool) -> Way:
     nodes, depth, width, gain = best
     children = max(width, shape_for(nodes).top_k)
     if not paced:
-        return Way(DraftShape("dynamic", depth, children, width, nodes), gain=gain)
+        return DraftConfig(DraftShape("dynamic", depth, children, width, nodes), gain=gain)
     most = max(nodes, min(2 * nodes, _MOST_PACED))
     # A row that drafts nothing has a rate too: nodes that do not even reach that are never worth it.
     pace = latency.cost_model(width, max(rate(best), 1 / latency.step(rows, 1)), most, rows, follow=_FOLLOW)
-    return Way(DraftShape("dynamic", depth, children, width, most), pace, float(nodes), gain)
+    return DraftConfig(DraftShape("dynamic", depth, children, width, most), pace, float(nodes), gain)

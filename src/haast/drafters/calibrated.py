@@ -14,7 +14,7 @@ import torch
 
 from haast.core import Accepted, RowVerdict, Verdict
 from haast.drafters.base import Drafter
-from haast.drafters.batch_policy import Way, nodes_for, usual_ways
+from haast.drafters.batch_policy import DraftConfig, default_configs, nodes_for
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.small_model import SmallModelDrafter
 from haast.drafters.tree_shape import DraftShape
@@ -61,24 +61,26 @@ def apply_calibration(drafter: EagleDrafter, calibration: Calibration) -> bool:
     """Draft as the calibration found best; False, and nothing changed, where it found that drafting does not pay."""
     if not calibration.pays:
         return False
-    batches = {rows: _way(batch) for rows, batch in calibration.batches.items()}
-    first = replace(_way(calibration), nodes=calibration.expected["nodes"])
+    batches = {rows: _config(batch) for rows, batch in calibration.batches.items()}
+    first = replace(_config(calibration), nodes=calibration.expected["nodes"])
     assert first.shape is not None, "it pays"
-    drafter.reshape(first.shape, first.pace, {**(batches or usual_ways(first.shape, drafter.device.type)), 1: first})
+    drafter.reshape(
+        first.shape, first.pace, {**(batches or default_configs(first.shape, drafter.device.type)), 1: first}
+    )
     return True
 
 
-def _way(found: Batch | Calibration) -> Way:
+def _config(found: Batch | Calibration) -> DraftConfig:
     if not found.shape:
-        return Way(None, found.pace)
+        return DraftConfig(None, found.pace)
     gain = found.expected["tau"] - 1
-    return Way(DraftShape(**found.shape), found.pace, nodes_for(gain), gain)
+    return DraftConfig(DraftShape(**found.shape), found.pace, nodes_for(gain), gain)
 
 
 @contextmanager
 def kept(drafter: EagleDrafter) -> Iterator[None]:
     """The drafter may be reshaped within, and has no policy: all that it can draft is looked at."""
-    before, policy = (drafter.shape, drafter.pace, drafter.ways), drafter.policy
+    before, policy = (drafter.shape, drafter.pace, drafter.configs), drafter.policy
     drafter.policy = None
     try:
         yield

@@ -13,7 +13,7 @@ from several layers. Which of both a head is, the head knows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -23,11 +23,12 @@ from haast import native
 from haast.core import Accepted, Request
 from haast.device import to_device, without_autograd
 from haast.drafters.base import Drafter, stacked
-from haast.drafters.batch_policy import Way, Ways, way_for
+from haast.drafters.batch_policy import DraftConfig, DraftConfigs, config_for
 from haast.drafters.draft_lm import checked_vocab, draft_lm_head
 from haast.drafters.head_check import HeadWatch, causes
 from haast.drafters.head_runner import Flight, HeadForward
-from haast.drafters.native_draft import QuickDraft
+from haast.drafters.native_draft import NativeDraft
+from haast.drafters.pending_features import MOST_PENDING, EagleState, joined, without
 from haast.drafters.tree_builder import Growth, best_places
 from haast.drafters.tree_shape import DraftShape, Plan, plan
 from haast.drafters.window import DraftWindow
@@ -37,7 +38,6 @@ from haast.heads.module import DraftModule
 from haast.heads.precision import warn_of_precision
 from haast.target.fusing import fuse_small_modules
 from haast.target.kv_cache import KVCache
-from haast.target.kv_pool import BLOCK
 from haast.target.kv_pool import Sequence as KVSequence
 from haast.target.memory import give_back
 from haast.target.packing import is_packed, linear_sizes, pack_linears
@@ -45,75 +45,16 @@ from haast.target.target import Target
 from haast.tree import DraftTree
 from haast.tuning.policy import CostModel
 
-_MOST_PENDING = 128  # positions that wait for a head while nothing is drafted: bounds their memory
-_LEAST_KEPT = 4 * BLOCK  # of them, that a head that begins in the middle of a text has to begin with
-
-
-@dataclass
-class EagleState:
-    """What the drafter keeps of one request.
-
-    Attributes:
-        kv: the request's blocks.
-        observed: pairs that the head has; pair i holds token i + 1 and lies in its slot.
-        skipped: pairs, from the first, that the head leaves out: those before its window, or before `begin`.
-        begin: block of `kv` in which the head's text begins: 0, or later where it has not followed the text so far.
-        root: () int64, the last emitted token.
-        before: () int64, the token after the last observed position.
-        extrapolated: (hidden,), the head's state after the last pair: it stands at the root.
-        pending: what was accepted since, and the request's row in it.
-    """
-
-    kv: KVSequence
-    observed: int
-    skipped: int
-    before: Tensor
-    root: Tensor | None = None
-    extrapolated: Tensor | None = None
-    pending: list[tuple[Accepted, int]] = field(default_factory=list)
-    waiting: int = 0  # positions that are pending
-    begin: int = 0
-
-    @property
-    def past(self) -> int:
-        """Pairs that the head has of its text."""
-        return self.observed - BLOCK * self.begin
-
-    def begin_after(self, pairs: int) -> None:
-        """The head's text begins with the first block after so many pairs."""
-        self.begin = -(-pairs // BLOCK)
-        self.skipped = max(self.skipped, BLOCK * self.begin)
-
-    def forget_oldest(self) -> None:
-        """Leave out the oldest of what waits, where more wait than may and enough are left to draft by."""
-        while self.waiting > _MOST_PENDING:
-            accepted, row = self.pending[0]
-            count = len(accepted.said()[row])
-            if self.waiting - count < _LEAST_KEPT:
-                return
-            del self.pending[0]
-            self.waiting -= count
-            self.observed += count
-            self.before = accepted.tokens[row, count - 1].clone() if count else self.before
-            self.begin_after(self.observed)
-
-    def note_root(self) -> None:
-        """Take the last emitted token from what is pending."""
-        for accepted, row in reversed(self.pending):
-            if count := len(accepted.said()[row]):
-                self.root = accepted.tokens[row, count - 1]
-                return
-
 
 @dataclass(frozen=True)
-class _Growing:
+class _Prepared:
     """A shape made ready to draft."""
 
     plan: Plan
     pace: CostModel | None
     frontier: list[Tensor]  # per level, candidate numbers (1, width), of a fixed tree
     keep: Tensor | None  # (1, nodes - 1), of a fixed tree
-    quick: QuickDraft | None
+    one_call: NativeDraft | None
 
 
 class EagleDrafter(Drafter):
@@ -180,19 +121,18 @@ class EagleDrafter(Drafter):
         """The head's tensors as they draft, packed where the target is."""
         return dict(self._module.state_dict())
 
-    def reshape(self, shape: DraftShape, pace: CostModel | None = None, ways: Ways | None = None) -> None:
+    def reshape(self, shape: DraftShape, pace: CostModel | None = None, configs: DraftConfigs | None = None) -> None:
         """Draft another shape from the next step on; with a pace, a dynamic tree is as deep and large as pays.
 
         Args:
             shape: of one row.
             pace: of one row; on the CPU only, since it looks at probabilities on the host.
-            ways: what to draft for several rows, and for one where they say more of it; without them any number drafts
-                as one.
+            configs: what to draft by the number of rows; without them any number drafts as one does.
         """
         self.shape, self.pace = shape, pace
-        self.ways: Ways = {1: Way(shape, pace), **(ways or {})}
-        self._growing: dict[tuple[DraftShape, int], _Growing] = {}
-        plans = [self.planned(way.shape) for way in self.ways.values() if way.shape is not None]
+        self.configs: DraftConfigs = {1: DraftConfig(shape, pace), **(configs or {})}
+        self._shapes: dict[tuple[DraftShape, int], _Prepared] = {}
+        plans = [self.planned(config.shape) for config in self.configs.values() if config.shape is not None]
         self._most = max(each.nodes for each in plans)
         self.room = max(self._most, *(sum(each.widths) for each in plans)) + self._most
 
@@ -200,28 +140,28 @@ class EagleDrafter(Drafter):
         """The index plan of a shape over the draft's vocabulary."""
         return plan(shape, self._target.vocab_size if self._vocab is None else len(self._vocab))
 
-    def _growing_of(self, way: Way, budget: int | None) -> _Growing | None:
-        """The way's shape within a budget of nodes, made ready; None where nothing is drafted."""
-        shape = way.shape
+    def _prepared(self, config: DraftConfig, budget: int | None) -> _Prepared | None:
+        """The config's shape within a budget of nodes, made ready; None where nothing is drafted."""
+        shape = config.shape
         if shape is None or (budget is not None and budget < 2):
             return None
         if budget is not None and budget < shape.nodes:
             shape = replace(shape, nodes=budget, depth=min(shape.depth, budget - 1))
-        found = self._growing.get((shape, id(way.pace)))
+        found = self._shapes.get((shape, id(config.pace)))
         if found is None:
             fixed, device = self.planned(shape), self._target.device
-            pace = way.pace if device.type == "cpu" else None
+            pace = config.pace if device.type == "cpu" else None
             frontier = [torch.tensor(level, device=device).unsqueeze(0) for level in fixed.frontier or ()]
             keep = None if fixed.keep is None else torch.tensor(fixed.keep, device=device).unsqueeze(0)
-            quick = QuickDraft.of(self._embedding, self._module, self._forward.stack, self._lm_head, self._vocab)
-            if quick is not None and not quick.plan(fixed, pace):
-                quick = None
-            found = self._growing[shape, id(way.pace)] = _Growing(fixed, pace, frontier, keep, quick)
+            one_call = NativeDraft.of(self._embedding, self._module, self._forward.stack, self._lm_head, self._vocab)
+            if one_call is not None and not one_call.plan(fixed, pace):
+                one_call = None
+            found = self._shapes[shape, id(config.pace)] = _Prepared(fixed, pace, frontier, keep, one_call)
         return found
 
     @property
     def nodes(self) -> int:
-        """Nodes of every tree; at most so many where a `pace` or `ways` are set."""
+        """Nodes of every tree; at most so many where a `pace` or `configs` are set."""
         return self._most
 
     @property
@@ -240,7 +180,7 @@ class EagleDrafter(Drafter):
         stack = self._forward.stack
         self._forward.refresh()
         if self._forward.stack is not stack:
-            self._growing.clear()
+            self._shapes.clear()
         before = torch.tensor(prompt[reused], device=self.device)
         state = EagleState(kv, reused, self._pairs.skipped(len(prompt)), before)
         if kv.headless:
@@ -262,7 +202,7 @@ class EagleDrafter(Drafter):
     @without_autograd
     def observe(self, states: Sequence[EagleState], accepted: Accepted) -> None:
         self._watch.observed(accepted)
-        for row, (state, said) in enumerate(zip(states, accepted.said(), strict=True)):
+        for row, (state, said) in enumerate(zip(states, accepted.host_tokens(), strict=True)):
             state.pending.append((accepted, row))
             state.waiting += len(said)
         # What waits is run with the next proposal, but prompts at once: others may begin with the same. Where nothing
@@ -270,19 +210,19 @@ class EagleDrafter(Drafter):
         if self.resting:
             for state in states:
                 state.forget_oldest()
-        elif accepted.verdict is None or max(state.waiting for state in states) > _MOST_PENDING:
+        elif accepted.verdict is None or max(state.waiting for state in states) > MOST_PENDING:
             self._catch_up(states)
 
     @without_autograd
     def propose(self, states: Sequence[EagleState], budget: int | None = None) -> DraftTree:
-        growing = self._growing_of(way_for(self.ways, len(states)), budget)
-        if growing is None:
+        prepared = self._prepared(config_for(self.configs, len(states)), budget)
+        if prepared is None:
             for state in states:
                 state.note_root()
             self._watch.proposed(1)
             return DraftTree.roots(stacked(states, "root"))
         self._catch_up(states)
-        tree = self._draft(states, growing)
+        tree = self._draft(states, prepared)
         self._watch.proposed(tree.nodes)
         return tree
 
@@ -292,20 +232,20 @@ class EagleDrafter(Drafter):
 
     def affords(self, rows: int, nodes: int, extra: int, tokens: float) -> bool:
         """Whether `extra` nodes of every row pay beside `nodes`, if a row is expected to gain `tokens` by them."""
-        way = way_for(self.ways, rows)
-        return way.shape is not None if way.pace is None else way.pace.affords(nodes, extra, tokens)
+        config = config_for(self.configs, rows)
+        return config.shape is not None if config.pace is None else config.pace.affords(nodes, extra, tokens)
 
     def _catch_up(self, states: Sequence[EagleState]) -> None:
         """Run the head over the positions that wait."""
         if not any(state.pending for state in states):
             return
-        tokens, features, counts = _joined(states)
+        tokens, features, counts = joined(states)
         paired = tokens
         if not self._module.follows_token:
             paired = torch.cat([stacked(states, "before").unsqueeze(1), tokens[:, :-1]], dim=1)
         left = [self._pairs.left_out(s.skipped, s.observed, n) for s, n in zip(states, counts, strict=True)]
         if any(left):
-            paired, features = _without(paired, left), _without(features, left)
+            paired, features = without(paired, left), without(features, left)
         kept = [count - out for count, out in zip(counts, left, strict=True)]
         for state, out in zip(states, left, strict=True):
             state.observed += out
@@ -331,23 +271,25 @@ class EagleDrafter(Drafter):
         past = [state.past for state in states]
         return self.cache.bind([state.kv for state in states], past, [state.begin for state in states]), past
 
-    def _draft(self, states: Sequence[EagleState], growing: _Growing) -> DraftTree:
+    def _draft(self, states: Sequence[EagleState], prepared: _Prepared) -> DraftTree:
         cache, past = self._bound(states)
         roots, extrapolated = stacked(states, "root"), stacked(states, "extrapolated")
-        if growing.quick is not None:
+        if prepared.one_call is not None:
             stack = self._forward.stack
             if stack is not None:
-                cache.begin(growing.quick.room)
+                cache.begin(prepared.one_call.room)
                 store = cache.stores.together(stack.kv_heads, stack.head_dim, extrapolated.dtype)
                 if store is not None:
-                    return growing.quick.propose(extrapolated, roots, past, cache.tables, store, cache.shift)
-        grown = self._grow(growing, cache, past, roots, extrapolated)
-        keep = growing.keep
-        return grown.tree(grown.best(growing.plan.nodes - 1, growing.pace) if keep is None else keep)
+                    return prepared.one_call.propose(extrapolated, roots, past, cache.tables, store, cache.shift)
+        grown = self._grow(prepared, cache, past, roots, extrapolated)
+        keep = prepared.keep
+        return grown.tree(grown.best(prepared.plan.nodes - 1, prepared.pace) if keep is None else keep)
 
-    def _grow(self, growing: _Growing, cache: KVCache, past: list[int], roots: Tensor, extrapolated: Tensor) -> Growth:
+    def _grow(
+        self, prepared: _Prepared, cache: KVCache, past: list[int], roots: Tensor, extrapolated: Tensor
+    ) -> Growth:
         """All candidates of this step, level by level."""
-        plan, pace = growing.plan, growing.pace
+        plan, pace = prepared.plan, prepared.pace
         committed = to_device(torch.tensor(past), roots.device)
         features = extrapolated.unsqueeze(1)  # (rows, 1, hidden)
         grown = Growth(roots)
@@ -357,10 +299,10 @@ class EagleDrafter(Drafter):
         flight = Flight.chain(past, committed, 0)
         ahead = self._ahead(cache, past, committed, len(plan.widths))
         for level, width in enumerate(plan.widths):
-            chosen = growing.frontier[level] if plan.frontier is not None else best_places(scores, width)
+            chosen = prepared.frontier[level] if plan.frontier is not None else best_places(scores, width)
             chosen = chosen.expand(len(scores), -1)  # (rows, width) within this level's candidates
             above = scores.gather(1, chosen)
-            if pace is not None and growing.keep is None and not pace.deeper(above):
+            if pace is not None and prepared.keep is None and not pace.deeper(above):
                 break
             parent = chosen // plan.top_k
             picked = tokens.gather(1, chosen)
@@ -404,30 +346,3 @@ class EagleDrafter(Drafter):
     def _embedded(self, tokens: Tensor) -> Tensor:
         embeddings: Tensor = self._embedding(tokens)
         return embeddings.to(tokens.device)
-
-
-def _joined(states: Sequence[EagleState]) -> tuple[Tensor, Tensor, list[int]]:
-    """All that waits: tokens (rows, n), features (rows, n, width), shorter rows padded at the end, and counts."""
-    first = states[0].pending[0][0] if states[0].pending else None
-    alike = first is not None and len(states) == first.tokens.shape[0]
-    if first is not None and alike and all(s.pending == [(first, row)] for row, s in enumerate(states)):
-        return first.tokens, first.features, [len(said) for said in first.said()]  # a step, as it was
-    parts = [[(each, row, len(each.said()[row])) for each, row in state.pending] for state in states]
-    counts = [sum(count for *_, count in part) for part in parts]
-    some = next(each for part in parts for each, *_ in part)
-    tokens = some.tokens.new_zeros(len(states), max(counts))
-    features = some.features.new_zeros(len(states), max(counts), some.features.shape[2])
-    for place, part in enumerate(parts):
-        at = 0
-        for each, row, count in part:
-            tokens[place, at : at + count] = each.tokens[row, :count]
-            features[place, at : at + count] = each.features[row, :count]
-            at += count
-    return tokens, features, counts
-
-
-def _without(values: Tensor, left_out: Sequence[int]) -> Tensor:
-    """Each row's values (rows, n, ...) without its first ones; what is missing at the end repeats the last."""
-    first = to_device(torch.tensor(left_out), values.device).unsqueeze(1)
-    index = (first + torch.arange(values.shape[1], device=values.device)).clamp_max(values.shape[1] - 1)
-    return values.gather(1, index.view(*index.shape, *[1] * (values.ndim - 2)).expand(-1, -1, *values.shape[2:]))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from haast.core import SamplingParams
 from haast.drafters.base import Drafter
-from haast.drafters.batch_policy import measured_ways, usual_ways, way_for
+from haast.drafters.batch_policy import config_for, default_configs, measured_configs
 from haast.drafters.calibrated import apply_calibration, draft_ms, eagle_cost, find_calibration, small_model_cost
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.hybrid import HybridDrafter
@@ -239,7 +239,7 @@ def tune_eagle(target: Target, drafter: EagleDrafter, calibration: str | Path = 
     """
     kind = target.device.type
     usual = shape_for(usual_nodes(kind))
-    drafter.reshape(usual, ways=usual_ways(usual, kind))
+    drafter.reshape(usual, configs=default_configs(usual, kind))
     if calibration == "off":
         return None
     found, gain = find_calibration(target, drafter, calibration), None
@@ -253,10 +253,10 @@ def tune_eagle(target: Target, drafter: EagleDrafter, calibration: str | Path = 
         known = {"drafter": "eagle", "parameters": drafter.parameters}
         latency = latency_of(target, lambda: eagle_cost(target, drafter), known) if measurable(target) else None
     if latency is not None:
-        ways = measured_ways(latency, paced=kind == "cpu", most_gain=gain)
-        first = ways[1]
+        configs = measured_configs(latency, paced=kind == "cpu", most_gain=gain)
+        first = configs[1]
         assert first.shape is not None, "where costs are known, the closed loop says when nothing is drafted"
-        drafter.reshape(first.shape, first.pace, ways)
+        drafter.reshape(first.shape, first.pace, configs)
     return latency
 
 
@@ -274,11 +274,11 @@ def _sizes(full: DraftSize, deeper: int = 0) -> tuple[DraftSize, ...]:
 
 def _eagle_sizes(eagle: EagleDrafter, deeper: int, rows: int) -> tuple[DraftSize, ...]:
     """What a head may draft for so many rows; `deeper` are levels that a match may add to its tree."""
-    way = way_for(eagle.ways, rows)
-    if way.shape is None:
+    config = config_for(eagle.configs, rows)
+    if config.shape is None:
         return ()
-    depth, width = way.shape.depth, way.shape.width
-    return _sizes(DraftSize(None, way.usual_nodes, depth, width, depth + deeper, way.usual_gain), deeper)
+    depth, width = config.shape.depth, config.shape.width
+    return _sizes(DraftSize(None, config.usual_nodes, depth, width, depth + deeper, config.usual_gain), deeper)
 
 
 def _weighed_medusa(target: Target, medusa: MedusaDrafter) -> Drafter:

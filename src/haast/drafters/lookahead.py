@@ -87,7 +87,7 @@ class LookaheadDrafter(Drafter):
 
     def observe(self, states: Sequence[LookaheadState], accepted: Accepted) -> None:
         choices = [None] * len(states) if accepted.choices is None else accepted.choices.tolist()
-        for state, said, chosen in zip(states, accepted.said(), choices, strict=True):
+        for state, said, chosen in zip(states, accepted.host_tokens(), choices, strict=True):
             state.observe(said, chosen)
             state.device = accepted.tokens.device
 

@@ -1,4 +1,4 @@
-"""A FeatExtrapolator's proposal in one native call: `QuickDraft`.
+"""A FeatExtrapolator's proposal in one native call: `NativeDraft`.
 
 Owns what the native code reads: pointers to the head, the embedding and the plan. It proposes the very trees that
 `EagleDrafter` grows by tensor operations (a test holds them together), without the operators between them.
@@ -24,7 +24,7 @@ from haast.tree import DraftTree
 from haast.tuning.policy import CostModel
 
 
-class QuickDraft:
+class NativeDraft:
     """Build with `of`; `plan` says what to draft, `propose` drafts it."""
 
     def __init__(
@@ -57,7 +57,7 @@ class QuickDraft:
         stack: NativeStack | None,
         lm_head: nn.Module,
         vocab: Tensor | None,
-    ) -> QuickDraft | None:
+    ) -> NativeDraft | None:
         """For a plain FeatExtrapolator on a packed target; None for any other head or embedding."""
         if stack is None or not isinstance(module, FeatExtrapolator) or not is_packed(lm_head):
             return None

@@ -98,7 +98,7 @@ class HistoryDrafter(Drafter):
         state.extend(text)
 
     def observe(self, states: Sequence[TextIndex], accepted: Accepted) -> None:
-        for index, said in zip(states, accepted.said(), strict=True):
+        for index, said in zip(states, accepted.host_tokens(), strict=True):
             index.extend(said, answer=accepted.verdict is not None)
             index.device = accepted.tokens.device
 

@@ -101,7 +101,7 @@ class SmallModelDrafter(Drafter):
 
     def observe(self, states: Sequence[SmallModelState], accepted: Accepted) -> None:
         limit = self._small.context_length
-        for state, said in zip(states, accepted.said(), strict=True):
+        for state, said in zip(states, accepted.host_tokens(), strict=True):
             if state.kv is not None and said:
                 # Of the chain that was proposed, all accepted nodes are in the text now: their slots are right.
                 state.kv.length = min(state.kv.length, len(state.text) + min(len(said) - 1, state.ran))

@@ -33,7 +33,7 @@ from haast.engine.tensor_parallel import agreement
 from haast.errors import HeadMismatchError, PromptError, UnsupportedArgumentError
 from haast.heads.checkpoint import Head
 from haast.integrations import arguments
-from haast.integrations.model_lock import Loan, borrowed
+from haast.integrations.model_lock import LockedModel, borrowed
 from haast.integrations.processors import for_rows, refuse_linked
 from haast.integrations.rows import Ends, RowChooser, Rows
 from haast.target.kv_cache import CACHE_NAMES
@@ -181,8 +181,8 @@ class Decoder:
         if len(begins) > 1:
             refuse_linked(logits_processor, stopping_criteria, processors[0])
         pad = _pad(generation_config, stopping_criteria, len(begins))
-        with borrowed(model) as loan:
-            target, drafter = self._parts(model, loan)
+        with borrowed(model) as locked:
+            target, drafter = self._parts(model, locked)
             most = arguments.new_tokens_allowed(stopping_criteria, input_ids.shape[1], begins, target)
             ends = Ends(stopping_criteria, len(begins), most, together=pad is None and len(begins) > 1)
             choosers = _choosers(input_ids, begins, processors, ends, generation_config, target)
@@ -191,11 +191,11 @@ class Decoder:
         self.stats = stats
         return rows.output(input_ids, generation_config)
 
-    def _parts(self, model: PreTrainedModel, loan: Loan) -> tuple[Target, Drafter]:
+    def _parts(self, model: PreTrainedModel, locked: LockedModel) -> tuple[Target, Drafter]:
         """The model as a target, and who drafts for it."""
         target, drafter = self._target, self._drafter
         if target is None or drafter is None:
-            return loan.parts(model, self._name, make_drafter)
+            return locked.parts(model, self._name, make_drafter)
         if target.model is not model:
             raise HeadMismatchError(
                 f"this decoder was made for another model than the {type(model).__name__} that generate was called on: "

@@ -19,7 +19,7 @@ from haast.target.support import refuse_unsupported
 from haast.target.target import Probed, Target, choose_attention, lock_of
 
 
-class Loan:
+class LockedModel:
     """One model's calls in flight. Holds the model only while there are any, so that it does not keep one alive."""
 
     def __init__(self) -> None:
@@ -76,24 +76,24 @@ class Loan:
         self._drafters.clear()
 
 
-_LOANS: WeakKeyDictionary[PreTrainedModel, Loan] = WeakKeyDictionary()
-_LOANS_LOCK = threading.RLock()
+_LOCKED: WeakKeyDictionary[PreTrainedModel, LockedModel] = WeakKeyDictionary()
+_LOCKED_LOCK = threading.RLock()
 
 
 @contextmanager
-def borrowed(model: PreTrainedModel) -> Iterator[Loan]:
+def borrowed(model: PreTrainedModel) -> Iterator[LockedModel]:
     """The model with an attention that takes trees; its own is back after the last call that borrows it.
 
     Raises UnsupportedModelError, see `refuse_unsupported`.
     """
-    with _LOANS_LOCK:
-        loan = _LOANS.setdefault(model, Loan())
-        loan._enter(model)
+    with _LOCKED_LOCK:
+        locked = _LOCKED.setdefault(model, LockedModel())
+        locked._enter(model)
     try:
-        yield loan
+        yield locked
     finally:
-        with _LOANS_LOCK:
-            loan._leave()
+        with _LOCKED_LOCK:
+            locked._leave()
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

@@ -99,7 +99,7 @@ NOT_BUILT = {
 }
 
 _REASONS = {
-    "is not causal": "not causal: what it says at a token changes with the tokens behind it",
+    "is not causal": "not causal: its logits at a token change with the tokens after it",
     "can't take a tree": "its forward fails when it is given a 4-D mask, positions and Haast's cache",
     "can't be drafted for": "with Haast's masks, positions and cache its logits are not those of its own forward",
     "can't verify a tree": "a node of a tree does not answer as its path alone",

@@ -168,7 +168,7 @@ class EagleDrafter(Drafter):
     def cache(self) -> KVCache:
         """The head's keys and values in the target's blocks. Made at first use."""
         if self._cache is None or self._cache.pool is not self._target.pool:
-            self._cache = self._target.cache.beside(self._module.config.num_hidden_layers, self._target.device)
+            self._cache = self._target.cache.for_head(self._module.config.num_hidden_layers, self._target.device)
         return self._cache
 
     @property
@@ -176,7 +176,7 @@ class EagleDrafter(Drafter):
         return (self.cache,)
 
     def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> EagleState:
-        self._target.check_place(self._built)
+        self._target.check_device(self._built)
         stack = self._forward.stack
         self._forward.refresh()
         if self._forward.stack is not stack:

@@ -117,7 +117,7 @@ class MedusaDrafter(Drafter):
         return list(accumulate(gains))
 
     def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> MedusaState:
-        self._target.check_place(self._built)
+        self._target.check_device(self._built)
         return MedusaState()
 
     def observe(self, states: Sequence[MedusaState], accepted: Accepted) -> None:

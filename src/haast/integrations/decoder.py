@@ -201,7 +201,7 @@ class Decoder:
                 f"this decoder was made for another model than the {type(model).__name__} that generate was called on: "
                 f"make a Decoder for this one"
             )
-        target.check_place(self._built)
+        target.check_device(self._built)
         return target, drafter
 
 

@@ -39,7 +39,7 @@ from haast.heads.precision import warn_of_precision
 from haast.target.fusing import fuse_small_modules
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import Sequence as KVSequence
-from haast.target.memory import give_back
+from haast.target.memory import release_freed_memory
 from haast.target.packing import is_packed, linear_sizes, pack_linears
 from haast.target.target import Target
 from haast.tree import DraftTree
@@ -93,7 +93,7 @@ class EagleDrafter(Drafter):
         if packed:
             pack_linears(self._module)
             fuse_small_modules(self._module)
-            give_back()
+            release_freed_memory()
         self._native = packed and native.available()
         self._watch = HeadWatch(head.about, partial(causes, target, module.config, head.about))
         self._forward = HeadForward(target, self._module, window, self._native)

@@ -62,7 +62,7 @@ class KVBudget:
         blocks = size // (BLOCK * max(bytes_per_token, 1)) - 1  # one block is for padding
         if blocks < 1:
             raise KVPoolError(
-                f"a KV pool of {size} bytes is too small for this model: the minimum of {2 * BLOCK} token slots takes "
+                f"a KV pool of {size} bytes is too small: the minimum of {2 * BLOCK} token slots takes "
                 f"{2 * BLOCK * bytes_per_token} bytes"
             )
         return min(blocks * BLOCK, _MOST_TOKENS)

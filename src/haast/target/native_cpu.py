@@ -206,7 +206,7 @@ class NativeStack:
         return ctypes.pointer(self._stack)
 
     def angles(self, last: int = 0) -> tuple[int, int, int]:
-        """Tables of cosines and sines for positions 0 to at least `last`: both addresses, and the number of positions."""
+        """Addresses of the cosines and sines of positions 0 to at least `last`, and the number of positions."""
         if self._angles.shape[1] <= last:
             positions = torch.arange(max(512, 1 << last.bit_length())).unsqueeze(0)
             self._angles = torch.cat(self._rotary(torch.empty(0), position_ids=positions))

@@ -60,7 +60,7 @@ class Terminal(io.StringIO):
 def told(time: FakeTime, job: Progress) -> None:
     """Run a job until its time is over; a job that tells nothing waits for nothing."""
     with job:
-        assert time.finished.wait(20 if job._told else 0) == job._told
+        assert time.finished.wait(20 if job._prints_lines else 0) == job._prints_lines
 
 
 def test_a_log_gets_a_line_every_30_s_and_none_between(capsys: pytest.CaptureFixture[str]) -> None:

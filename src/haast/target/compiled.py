@@ -141,7 +141,7 @@ class CompiledLayers:
                 rows, nodes, slots = shape
                 batch = f"{rows} rows of " if rows > 1 else ""
                 what = f"{self._what} for {batch}{nodes} node{'s' * (nodes > 1)} and {slots} slots"
-                with self._progress(what), _cache_on_disk(), compat.variants_allowed(_VARIANTS):
+                with self._progress(what), _cache_on_disk(), compat.recompile_limits(_VARIANTS):
                     for _ in range(2 if self.graphs else 0):  # one run to warm up, one to record the graphs
                         self._step(forward)
                     output = self._step(forward)

@@ -39,7 +39,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     name, config = type(model).__name__, model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; Haast drafts for decoder-only causal LMs")
-    if compat.carries_state(model):
+    if compat.is_stateful(model):
         raise UnsupportedModelError(
             f"{name} carries a recurrent state (SSM or linear attention): the state of rejected tokens can't be "
             f"removed, so a tree can't be verified; use an attention-only model"

@@ -208,14 +208,14 @@ def mark_static(tensor: Tensor) -> None:
     torch._dynamo.mark_static_address(tensor, guard=False)
 
 
-def recompile_limits(most: int) -> AbstractContextManager[None]:
-    """Inside the block, torch compiles up to `most` versions of one function before it stops compiling it.
+def recompile_limits(limit: int) -> AbstractContextManager[None]:
+    """Inside the block, torch compiles up to `limit` versions of one function before it stops compiling it.
 
     Touches: `torch._dynamo.config`, its `recompile_limit`, `accumulated_recompile_limit` (`cache_size_limit` in 2.6).
     Public: nothing with a scope. There: torch 2.6 and newer. Fails without it: compiled layers.
     """
     name = "recompile_limit" if torch.__version__ >= "2.7" else "cache_size_limit"
-    limits = {name: most, f"accumulated_{name}": most}
+    limits = {name: limit, f"accumulated_{name}": limit}
     patched: AbstractContextManager[None] = torch._dynamo.config.patch(limits)
     return patched
 

@@ -23,7 +23,7 @@ LANES = 16  # outputs in a weight panel
 _ABI = 9
 _AVX2_FMA_F16C = 7  # bits of `features`
 _NEON = 16
-_REMEDY = "reinstall Haast where a C++ compiler is installed (pip install -v shows its messages)"
+_REMEDY = "install a C++ compiler and reinstall Haast (pip install -v shows the compiler's messages)"
 
 
 # Argument types by letter, and the argument types of each function.

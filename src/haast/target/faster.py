@@ -90,7 +90,7 @@ class CompiledForward(TreeForward):
         cache.begin(tree.nodes)  # back to the real rows, for the `keep` that follows
         if output is None:
             return expected
-        output = output.cut(used, tree.nodes, own=compiled.graphs)
+        output = output.cut(used, tree.nodes, copy=compiled.graphs)
         if expected is not None and not _agree(output.logits[tree.live], expected.logits[tree.live]):
             compiled.refuse("the compiled layers give other logits than its modules")
             return expected

@@ -35,10 +35,10 @@ class TargetOutput:
     logits: Tensor  # (rows, nodes or 1, vocab), raw; 1 when only the last live node was asked for
     hidden: dict[int, Tensor]  # HF hidden_states index -> (rows, nodes, hidden)
 
-    def cut(self, rows: int, nodes: int, own: bool) -> TargetOutput:
-        """The first `rows` rows and `nodes` nodes. `own` copies them, for memory that the next forward overwrites."""
+    def cut(self, rows: int, nodes: int, copy: bool) -> TargetOutput:
+        """The first `rows` rows and `nodes` nodes. `copy` copies them, for memory that the next forward overwrites."""
         parts = [part[:rows, :nodes] for part in (self.features, self.logits, *self.hidden.values())]
-        parts = [part.clone() if own else part for part in parts]
+        parts = [part.clone() if copy else part for part in parts]
         return TargetOutput(parts[0], parts[1], dict(zip(self.hidden, parts[2:], strict=True)))
 
 
@@ -170,10 +170,10 @@ class ModuleForward(TreeForward):
 
         transformers can collect hidden states too, but by permanent hooks inside the layers, which break compilation.
         """
-        own = threading.get_ident()
+        this_thread = threading.get_ident()
 
         def note(key: str | int, states: Tensor) -> None:
-            if threading.get_ident() == own:  # the user may run the same modules in another thread
+            if threading.get_ident() == this_thread:  # the user may run the same modules in another thread
                 captured[key] = states
 
         def before_layer(index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -206,6 +206,6 @@ def _context_length(config: PreTrainedConfig) -> int | None:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         # transformers chooses the angles of a forward by its largest position: nodes would influence each other.
-        own = getattr(config, "original_max_position_embeddings", limit)
-        limit = rope.get("original_max_position_embeddings") or own
+        original = getattr(config, "original_max_position_embeddings", limit)
+        limit = rope.get("original_max_position_embeddings") or original
     return None if limit is None else int(limit)

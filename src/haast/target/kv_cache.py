@@ -216,7 +216,7 @@ class KVCache(Cache):
         """
         if key_states.shape[2] != self._nodes:
             raise UnsupportedModelError(
-                f"layer {layer_idx} stores {key_states.shape[2]} positions where the forward has {self._nodes}: this "
+                f"layer {layer_idx} stores {key_states.shape[2]} positions where the forward has {self._nodes}: the "
                 f"model adds positions of its own, so its cache can't be gathered by tree path"
             )
         self.updated_layers.add(layer_idx)

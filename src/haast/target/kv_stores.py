@@ -38,7 +38,7 @@ class KVStores:
     ) -> None:
         self.tensors: list[Tensor] = []  # (entries, kv_heads, slots, head_dim); an entry is one layer's keys or values
         self._slots, self._layers, self._dtype, self._devices = slots, layers, dtype, devices
-        self._place: dict[tuple[int, int], tuple[int, int]] = {}  # (layer, 0 key or 1 value) -> (tensor, index)
+        self._index: dict[tuple[int, int], tuple[int, int]] = {}  # (layer, 0 key or 1 value) -> (tensor, index)
         self._ordered: bool | None = None  # whether a single tensor holds key, value, key, value, ... by layer
 
     def of(self, layer: int, which: int, like: Tensor) -> Tensor:
@@ -47,17 +47,17 @@ class KVStores:
         `like` is (rows, kv_heads, n, head_dim), the result (kv_heads, slots, head_dim).
         """
         key = (layer, which)
-        if key not in self._place:
-            self._place[key] = self._allocate(like)
-        number, index = self._place[key]
+        if key not in self._index:
+            self._index[key] = self._allocate(like)
+        number, index = self._index[key]
         return self.tensors[number][index]
 
     def by_layer(self) -> list[tuple[Tensor, Tensor]] | None:
         """Every layer's keys and values, (kv_heads, slots, head_dim) each; None before all have been used."""
-        if len(self._place) != 2 * self._layers:
+        if len(self._index) != 2 * self._layers:
             return None
-        places = [[self._place[layer, which] for which in (0, 1)] for layer in range(self._layers)]
-        return [(self.tensors[k][i], self.tensors[v][j]) for (k, i), (v, j) in places]
+        indices = [[self._index[layer, which] for which in (0, 1)] for layer in range(self._layers)]
+        return [(self.tensors[k][i], self.tensors[v][j]) for (k, i), (v, j) in indices]
 
     def together(self, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor | None:
         """One tensor of all layers, (2 * layers, kv_heads, slots, head_dim): key, value, key, value, ...
@@ -65,7 +65,7 @@ class KVStores:
         For a native forward, which writes the new nodes itself. None if the layers differ in shape, are stored in
         another order or dtype, or are not on the CPU.
         """
-        if not self._place:
+        if not self._index:
             like = torch.empty(1, kv_heads, 0, head_dim, dtype=dtype)
             for layer in range(self._layers):
                 for which in (0, 1):
@@ -75,7 +75,7 @@ class KVStores:
             return None
         if self._ordered is None:
             order = [(layer, which) for layer in range(self._layers) for which in (0, 1)]
-            self._ordered = [self._place.get(key) for key in order] == [(0, i) for i in range(len(order))]
+            self._ordered = [self._index.get(key) for key in order] == [(0, i) for i in range(len(order))]
         return store if self._ordered and store.dtype in FLOATS else None
 
     @without_autograd
@@ -88,7 +88,7 @@ class KVStores:
     def _allocate(self, like: Tensor) -> tuple[int, int]:
         dtype = self._dtype or like.dtype
         shape = (like.shape[1], self._slots, like.shape[3])
-        used = set(self._place.values())
+        used = set(self._index.values())
         for number, store in enumerate(self.tensors):
             if store.shape[1:] == shape and store.dtype == dtype and store.device == like.device:
                 free = next((i for i in range(store.shape[0]) if (number, i) not in used), None)

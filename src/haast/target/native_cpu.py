@@ -258,10 +258,10 @@ def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
     return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
-def _fingerprint(whole: Sequence[nn.Module]) -> tuple[Any, ...]:
+def _fingerprint(roots: Sequence[nn.Module]) -> tuple[Any, ...]:
     """What must stay unchanged for the stack to give the modules' results: objects, memory, settings, hooks."""
-    modules = [inner for module in whole for inner in module.modules()]
-    tensors = tuple((tensor.data_ptr(), tensor.dtype) for tensor in _tensors(whole))
+    modules = [inner for module in roots for inner in module.modules()]
+    tensors = tuple((tensor.data_ptr(), tensor.dtype) for tensor in _tensors(roots))
     settings = tuple(
         (_window(m), float(m.scaling)) if isinstance(m, FusedAttention) else m.variance_epsilon
         for m in modules
@@ -346,10 +346,10 @@ def _gather(linears: Sequence[PackedLinear]) -> Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     with torch.inference_mode(False):  # inference tensors could not be loaded into later
-        whole = torch.frombuffer(memory, dtype=torch.int8)
-        arena = whole[-whole.data_ptr() % _HUGE :]
+        allocation = torch.frombuffer(memory, dtype=torch.int8)
+        arena = allocation[-allocation.data_ptr() % _HUGE :]
         for linear, offset in zip(linears, offsets, strict=True):
             packed = linear.packed
-            place = arena[offset : offset + packed.nbytes].view(packed.dtype).view(packed.shape)
-            linear.packed = place.copy_(packed)
+            slot = arena[offset : offset + packed.nbytes].view(packed.dtype).view(packed.shape)
+            linear.packed = slot.copy_(packed)
     return arena

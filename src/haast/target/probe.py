@@ -76,8 +76,9 @@ class Gap:
 
     def within(self, dtype: torch.dtype, share: float = 1.0) -> bool:
         """Whether it is within `share` of the rounding that `dtype` allows. False for NaN."""
-        most = _ALLOWED.get(dtype, _ALLOWED[torch.bfloat16])
-        return all(value <= share * bound for value, bound in zip((self.spread, self.kl, self.top), most, strict=True))
+        bounds = _ALLOWED.get(dtype, _ALLOWED[torch.bfloat16])
+        values = (self.spread, self.kl, self.top)
+        return all(value <= share * bound for value, bound in zip(values, bounds, strict=True))
 
     def __str__(self) -> str:
         return f"{self.spread:.2g} of their spread, KL {self.kl:.2g} nats"
@@ -110,7 +111,7 @@ def probe(forward: ModuleForward) -> ProbeResult:
         for number in range(1, 1 if forward.dtype in _EXACT else _TRIALS):
             if faults:
                 again, _ = _run_trial(forward, number)
-                faults = {place: gap for place, gap in faults.items() if place in again}
+                faults = {key: gap for key, gap in faults.items() if key in again}
     if faults:
         (kind, _), gap = next(iter(faults.items()))
         raise UnsupportedModelError(_refusal(forward, kind, gap))
@@ -191,7 +192,9 @@ def _run_trial(forward: ModuleForward, number: int) -> tuple[dict[tuple[str, int
     cache = _new_cache(forward, 3)
     prefilled = _forward(forward, DraftTree.chain(rows, live), cache, last_only=True)
     cache.advance([past, past, short_past])
-    chain = _forward(forward, DraftTree.chain(path.expand(3, -1)).padded(len(_PARENTS)), cache).cut(3, _PATH, own=False)
+    chain = _forward(forward, DraftTree.chain(path.expand(3, -1)).padded(len(_PARENTS)), cache).cut(
+        3, _PATH, copy=False
+    )
     nodes = torch.empty(3, len(_PARENTS), dtype=torch.long, device=rows.device)
     nodes[:, list(_ON)] = path
     nodes[:, list(_OFF)] = torch.stack([off, others, off])
@@ -252,8 +255,8 @@ def _refusal(forward: ModuleForward, kind: str, gap: Gap) -> str:
         why = f"{name} is not causal: its logits at a token change with the tokens after it (by {gap})"
         if getattr(forward.config, "is_decoder", None) is not False:
             return f"{why}, so a draft can't be checked in one forward; use a causal LM, or stock generate"
-        how = "load it with is_decoder=True, if it was trained so, or use stock generate"
-        return f"{why}, as is_decoder is False in its configuration; {how}"
+        remedy = "load it with is_decoder=True, if it was trained so, or use stock generate"
+        return f"{why}, as is_decoder is False in its configuration; {remedy}"
     what = f"verify a tree: a node's logits are {gap} off those of its path alone"
     why = "it does not use positions or masks as they are passed"
     if kind == "own":

@@ -63,8 +63,8 @@ class Ranks:
         """Whether all processes have the same value (below 2**62)."""
         both = torch.tensor([value, -value], device=self._device)
         dist.all_reduce(both, dist.ReduceOp.MAX, self._group)
-        most, least = both.tolist()
-        return bool(most == -least)
+        largest, smallest = both.tolist()
+        return bool(largest == -smallest)
 
     def _broadcast(self, message: torch.Tensor) -> list[int]:
         message = message.to(self._device)

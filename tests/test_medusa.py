@@ -291,7 +291,7 @@ def test_files(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     head = medusa(target, drafted=drafted)
     config: Any = head.module.config
     save_head(tmp_path, config, dict(head.module.state_dict()), drafted, head.about, torch.float32)
-    monkeypatch.setattr(checkpoint, "_PART", part)
+    monkeypatch.setattr(checkpoint, "_SHARD_SIZE", part)
     save_head(tmp_path, config, dict(head.module.state_dict()), drafted, head.about, torch.float32)
     split = part == "1KB"
     assert (tmp_path / "model.safetensors").exists() != split

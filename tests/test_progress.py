@@ -156,21 +156,21 @@ def test_a_reader_who_has_gone_ends_no_job(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "stderr", Gone())
     with job:
         job.step()
-        job._teller.join(20)
+        job._printer.join(20)
     assert time.asked == [30.0], "one try, then silence"
 
 
 def test_it_ends_at_once_and_with_what_went_wrong() -> None:
     with pytest.raises(KeyboardInterrupt), Progress("answers", "answers", 4) as job:
         raise KeyboardInterrupt
-    assert not job._teller.is_alive()
+    assert not job._printer.is_alive()
 
 
 @pytest.mark.parametrize(
     ("seconds", "words"), [(0.4, "0 s"), (89, "89 s"), (95, "2 min"), (5000, "83 min"), (7200, "2.0 h")]
 )
 def test_time_in_words(seconds: float, words: str) -> None:
-    assert module._spoken(seconds) == words
+    assert module._duration(seconds) == words
 
 
 # ------------------------------------------------------------------ the jobs

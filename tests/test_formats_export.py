@@ -182,7 +182,7 @@ def test_what_fails_leaves_nothing_and_what_is_there_stays(
     assert not any(tmp_path.iterdir())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="exists already"):
         export_head(head, "vllm", "someone/tiny", target.model.config, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
     (tmp_path / "empty").mkdir()

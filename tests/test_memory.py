@@ -157,7 +157,7 @@ def test_n_texts_share_their_prompt_and_may_be_more_than_the_pool_holds() -> Non
         ({"kv_bytes": 0}, "size=0"),
         ({"kv_bytes": -1}, "size=-1"),
         ({"kv_bytes": "1 GB"}, "size='1 GB'"),
-        ({"kv_tokens": 100, "kv_bytes": 100}, "tokens=100 and size=100 are two budgets of one KV pool: give one"),
+        ({"kv_tokens": 100, "kv_bytes": 100}, "tokens=100 and size=100 both set the size of a KV pool: give one"),
         ({"kv_dtype": "float8"}, "kv_dtype='float8' is unknown: choose auto, "),
         ({"max_batch": 0}, "max_batch=0 is not allowed: give 1"),
         ({"max_batch": 2.0}, "max_batch=2.0"),
@@ -191,7 +191,7 @@ def test_budgets_reach_the_pool_and_the_scheduler() -> None:
     half.generate([1, 2, 3], max_new_tokens=2)
     assert 3.9 < half.target.pool.tokens / haast.target.pool.tokens < 4.1
     assert half.target.cache.bytes_per_token * half.target.pool.tokens <= 1_000_000
-    with pytest.raises(KVPoolError, match="a KV pool of 999 bytes is too small: 32 token slots, the least, take 16384"):
+    with pytest.raises(KVPoolError, match=r"999 bytes is too small: the minimum of 32 token slots takes 16384 bytes"):
         Haast.from_pretrained(tiny_llama(), head=None, kv_bytes=999)
     with pytest.raises(KVPoolError, match="in use already"):
         haast.target.use_pool(50)

@@ -210,10 +210,10 @@ def test_colour_marks_drafted_text(home: Path) -> None:
     from io import StringIO
 
     from haast.api import Piece
-    from haast.cli.generate import Said
+    from haast.cli.generate import StreamedText
 
-    out, said = StringIO(), Said()
-    said.listen([Piece("a", True, (1,)), Piece("b", False, (2,))], out, colour=True)
+    out, said = StringIO(), StreamedText()
+    said.consume([Piece("a", True, (1,)), Piece("b", False, (2,))], out, colour=True)
     assert out.getvalue() == "\x1b[32ma\x1b[0mb" and said.text == "ab" and said.tokens == [1, 2]
 
 

@@ -530,10 +530,10 @@ def test_folders_that_are_no_suites_are_refused(home: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="holds no prompts"):
         read_suites(tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n')
-    with pytest.raises(ValueError, match="two prompts of the id '1'"):
+    with pytest.raises(ValueError, match="two prompts with the id '1'"):
         read_suites(tmp_path)
     (tmp_path / "bad.jsonl").rename(tmp_path / "all.jsonl")
-    with pytest.raises(ValueError, match="another name"):
+    with pytest.raises(ValueError, match="rename the file"):
         read_suites(tmp_path)
     assert [path.stem for path in read_suites(home / "suites", ["two", "one"])] == ["two", "one"]
     assert [len(own) for own in read_suites(home / "suites", limit=2).values()] == [2, 2]

@@ -46,7 +46,7 @@ def kind_of(tensors: dict[str, Tensor], source: str) -> str:
     flat = [name for name, tensor in tensors.items() if tensor.dim() != 2 and _MATRIX.fullmatch(name)]
     if flat:
         raise HeadMismatchError(
-            f"{source}: {flat[0]} has shape {tuple(tensors[flat[0]].shape)}, expected a matrix; fetch the head again"
+            f"{source}: {flat[0]} is {tuple(tensors[flat[0]].shape)}, expected a matrix; fetch the head again"
         )
     if all(_MEDUSA.fullmatch(name) for name in tensors):
         return "medusa"

@@ -54,7 +54,7 @@ def calibrate(
     shape = drafting.check(loading.model, loading.device)
     target, loaded, encoded = load_all(loading, replace(drafting, calibration="off"), shape, chosen)
     drafter = as_eagle(loaded)
-    assert drafter is not None, "a head was asked for"
+    assert drafter is not None, "the head is not none"
 
     from haast.bench.calibrate import calibrate as measure
     from haast.bench.calibrate import draw

@@ -32,7 +32,8 @@ class Spreading:
     """How the target is spread over devices or processes."""
 
     device_map: Annotated[
-        str | None, Option(metavar="PLAN", help="auto: spread over all devices, CPU memory and disk, by transformers.")
+        str | None,
+        Option(metavar="PLAN", help="auto: let transformers spread the target over devices, memory and disk."),
     ] = None
     tensor_parallel: Annotated[
         bool, Option("--tensor-parallel", help="Under torchrun: split each layer over the processes.")

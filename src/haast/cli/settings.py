@@ -55,7 +55,7 @@ class Loading:
 
     model: Annotated[str, Option(help="Target: name, hub id, folder or .gguf file.")] = DEFAULT_MODEL
     dtype: Annotated[str, Option(help="float32, float16, bfloat16 or float64.")] = "float32"
-    device: Annotated[str, Option(help="A torch device.")] = "cpu"
+    device: Annotated[str, Option(help="A torch device, such as cpu or cuda:0.")] = "cpu"
     packing: Annotated[str, Option(help="Weight format: auto, f16 (CPU), int8, torchao-int8, torchao-int4 or off.")] = (
         "auto"
     )
@@ -193,7 +193,7 @@ class Drafting:
 class Sampling:
     """Sampling parameters."""
 
-    temperature: Annotated[float, Option(metavar="T", help="0 is greedy.")] = 0.0
+    temperature: Annotated[float, Option(metavar="T", help="Sampling temperature; 0 is greedy.")] = 0.0
     top_k: Annotated[int, Option(metavar="K", help="Keep the K most likely tokens; 0 is off.")] = 0
     top_p: Annotated[float, Option(metavar="P", help="Keep the most likely tokens of total mass P; 1 is off.")] = 1.0
     min_p: Annotated[float, Option(metavar="P", help="Drop tokens less likely than P times the best; 0 is off.")] = 0.0

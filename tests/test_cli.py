@@ -349,7 +349,7 @@ def test_medusa_heads_train_and_draft(home: Path, tmp_path: Path) -> None:
     assert checked.exit_code == 0, checked.output
     told = document(haast_run("info", *model, "--head", head, "--json", "-"))
     assert told["drafting"]["shape"]["kind"] == "static"
-    refused(haast_run("calibrate", *model, "--head", head), "this takes an EAGLE head")
+    refused(haast_run("calibrate", *model, "--head", head), "must be an EAGLE head")
     bench = ["bench", *model, "--prompts", home / "prompts.jsonl", "--limit", 1, "--max-new-tokens", 8]
     both = ["--head", "none", "--decoders", "vanilla,medusa"]
     refused(haast_run(*bench, *both), "--medusa-head DIR go together")

@@ -222,7 +222,7 @@ def test_a_full_queue_refuses() -> None:
     waiting = haast.engine.submit([1, 2], SamplingParams(), StopParams(9))
     with pytest.raises(QueueFullError, match=r"2 requests run and 1 wait: .*max_batch=2, max_waiting=1"):
         next(streams[2])
-    with pytest.raises(QueueFullError, match="4 texts at once are more than may run and wait here, 3"):
+    with pytest.raises(QueueFullError, match="4 texts in one call, but only 3 may run and wait"):
         haast.generate([1, 2], n=4)
     with pytest.raises(QueueFullError, match="requests run"):
         haast.generate([1, 2], n=2)
@@ -255,7 +255,7 @@ def haast() -> Iterator[Haast]:
         ({"timeout": float("inf")}, "timeout=inf"),
         ({"timeout": float("nan")}, "timeout=nan"),
         ({"timeout": "1s"}, "timeout='1s'"),
-        ({"sampling": SamplingParams(), "temperature": 0.5}, "sampling was given beside temperature"),
+        ({"sampling": SamplingParams(), "temperature": 0.5}, "sampling was given with temperature"),
     ],
 )
 def test_wrong_requests_are_refused(haast: Haast, given: dict[str, Any], why: str) -> None:
@@ -318,7 +318,7 @@ def test_token_ids_come_in_many_forms(haast: Haast, given: Any, several: bool) -
         assert haast.encode(given) == [1, 2, 3]
         assert [token for piece in haast.stream(given, max_new_tokens=4) for token in piece.tokens] == list(wanted)
     else:
-        with pytest.raises(PromptError, match="2 prompts where one is wanted"):
+        with pytest.raises(PromptError, match="2 prompts where one is expected"):
             haast.stream(given)
 
 
@@ -334,7 +334,7 @@ def test_token_ids_come_in_many_forms(haast: Haast, given: Any, several: bool) -
         ([1, 2.5], "holds a int"),
         ([True, False], "holds a bool"),
         ({"input_ids": [1]}, "a dict: give its input_ids, or a list of messages"),
-        (torch.tensor([1.0]), r"a Tensor of torch.float32, shape \(1,\): give token ids as whole numbers"),
+        (torch.tensor([1.0]), r"a Tensor of torch.float32, shape \(1,\): give token ids as integers"),
         (torch.tensor([True]), "torch.bool"),
         (torch.tensor(3), r"shape \(\)"),
         (torch.tensor([[[1]]]), r"shape \(1, 1, 1\)"),

@@ -493,7 +493,7 @@ def test_decoders_with_parts_of_their_own_are_told_apart(home: Path, tmp_path: P
         (["--decoders", "vanilla,warp"], ["warp"]),
         (["--head", "none"], ["needs a head"]),
         (["--temperatures", "0,hot"], ["temperatures='0,hot'"]),
-        (["--temperatures", "0,0"], ["twice"]),
+        (["--temperatures", "0,0"], ["list each temperature once"]),
         (["--temperatures", "-1"], ["temperature=-1"]),
         (["--temperatures", "nan"], ["temperature=nan"]),
         (["--temperature", "1"], ["--temperatures 1"]),
@@ -513,9 +513,9 @@ def test_the_command_refuses_before_loading(
 def test_suite_options_need_a_suite(home: Path) -> None:
     begin = ["bench", "--model", str(home / "model"), "--prompts", str(home / "suites" / "one.jsonl")]
     for words in (["--resume"], ["--out", "x"], ["--only", "one"], ["--temperatures", "0"]):
-        refused(CliRunner().invoke(app, [*begin, *words]), words[0], "belongs to --suite")
+        refused(CliRunner().invoke(app, [*begin, *words]), words[0], "needs --suite")
     refused(CliRunner().invoke(app, ["bench", "--suite", str(home / "suites")]), "--out")
-    refused(bench(home, home / "suites"), "own folder")
+    refused(bench(home, home / "suites"), "is the folder of --suite")
 
 
 def test_folders_that_are_no_suites_are_refused(home: Path, tmp_path: Path) -> None:
@@ -530,10 +530,10 @@ def test_folders_that_are_no_suites_are_refused(home: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="holds no prompts"):
         read_suites(tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n')
-    with pytest.raises(ValueError, match="two prompts of the id '1'"):
+    with pytest.raises(ValueError, match="two prompts with the id '1'"):
         read_suites(tmp_path)
     (tmp_path / "bad.jsonl").rename(tmp_path / "all.jsonl")
-    with pytest.raises(ValueError, match="another name"):
+    with pytest.raises(ValueError, match="rename the file"):
         read_suites(tmp_path)
     assert [path.stem for path in read_suites(home / "suites", ["two", "one"])] == ["two", "one"]
     assert [len(own) for own in read_suites(home / "suites", limit=2).values()] == [2, 2]

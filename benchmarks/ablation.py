@@ -213,7 +213,9 @@ def main() -> None:
         target, [p.turns[0] for p in read_prompts(given.valid_prompts, given.valid_limit)], given.valid_tokens
     )
     data = _data(given)
-    done = json.loads(given.json.read_text()) if given.json.exists() else {"rows": []}
+    done: dict[str, Any] = {"kind": "ablation", "rows": []}
+    if given.json.exists():
+        done |= json.loads(given.json.read_text())
     wanted = None if given.rows is None else given.rows.split(";")
     for row in ROWS:
         known = {r["row"] for r in done["rows"]}

@@ -91,7 +91,7 @@ def search(target: Target, prompts: list[BenchPrompt], medusa: Path | None, conf
         family: max((p for p in points if p["family"] == family), key=lambda p: p["tokens_per_s"])["settings"]
         for family in dict.fromkeys(point["family"] for point in points)
     }
-    return {"baselines": points, "best": best}
+    return {"kind": "baselines", "baselines": points, "best": best}
 
 
 def main() -> None:

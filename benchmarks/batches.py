@@ -119,7 +119,7 @@ def main() -> None:
                 for arm in measured:
                     arm.measure(target, prompts, size, given.max_new_tokens)
                     progress.step()
-    result: dict[str, Any] = {"batches": [arm.point(size) for arm in measured for size in _SIZES]}
+    result: dict[str, Any] = {"kind": "batches", "batches": [arm.point(size) for arm in measured for size in _SIZES]}
     result["chosen"] = {
         rows: {"shape": batch.shape, "expected": batch.expected} for rows, batch in found.batches.items()
     }

@@ -135,6 +135,7 @@ def main() -> None:
             progress.step()
     settings = {"rounds": given.rounds, "max_new_tokens": given.max_new_tokens, "drafter": haast.drafter.name}
     result: dict[str, Any] = {
+        "kind": "conversation",
         "conversation": [turn(number, rounds) for number in range(given.turns)],
         "environment": environment(haast.target, given.model, None, given.turns, settings),
     }

@@ -172,7 +172,7 @@ def main() -> None:
         "prompts_count": len(chosen),
         "settings": {"rounds": given.rounds, "max_new_tokens": given.max_new_tokens},
     }
-    write_json({"dropin": results, "environment": where}, given.json)
+    write_json({"kind": "dropin", "dropin": results, "environment": where}, given.json)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ def main() -> None:
                 rows.append(row(service, question, schema, temperature, given.tokens))
                 progress.step()
     document = {
+        "kind": "grammars",
         "grammars": [summary(rows, temperature) for temperature in temperatures],
         "rows": rows,
         "environment": environment(haast.target, service.name, None, given.limit, {"tokens": given.tokens}),

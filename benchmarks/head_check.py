@@ -197,7 +197,7 @@ def main() -> None:
         print(name, check["verdict"])
     settings = {"steps": given.steps, "max_new_tokens": given.max_new_tokens}
     where = environment(target, DEFAULT_MODEL, given.prompts, len(prompts), settings)
-    write_json({"watched": rows, "checks": checks, "environment": where}, given.json)
+    write_json({"kind": "head-check", "watched": rows, "checks": checks, "environment": where}, given.json)
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def main() -> None:
     where = environment(target, DEFAULT_MODEL, given.prompts, given.texts, settings)
     names = ("vanilla", "eagle", *(f"eagle-{w}" for w in given.windows.split(",") if w), "lookup")
     points = measure(names, prompts, given.max_new_tokens, given.memory_length)
-    found: dict[str, Any] = {"lengths": points, "environment": where}
+    found: dict[str, Any] = {"kind": "long-context", "lengths": points, "environment": where}
     if given.memory_length in lengths:
         found["memory"] = memory(points, given.memory_length)
         print(json.dumps(found["memory"], indent=1))

@@ -150,7 +150,8 @@ def main() -> None:
     limits = {name: os.environ[name] for name in _LIMITS if name in os.environ}
     settings = {"rounds": given.rounds, "matmul_precision": precision, "instructions": _capability(), "limits": limits}
     where = machine() | {"device": "cpu", "dtype": "float32", "packing": "off", "settings": settings}
-    write_json({"optimizers": [arm.row() for arm in arms], "matrix": one, "environment": where}, given.json)
+    rows = [arm.row() for arm in arms]
+    write_json({"kind": "optimizer", "optimizers": rows, "matrix": one, "environment": where}, given.json)
 
 
 def _capability() -> str:

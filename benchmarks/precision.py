@@ -86,7 +86,7 @@ def main() -> None:
         rows.append({**row, "agrees": agreement(first, said)})
     settings = {"max_new_tokens": given.max_new_tokens, "nodes": 8, "trained_on": rows[0]["precision"]}
     where = environment(load_target(), DEFAULT_MODEL, given.prompts, len(texts), settings)
-    write_json({"precisions": rows, "environment": where}, str(given.json))
+    write_json({"kind": "precision", "precisions": rows, "environment": where}, str(given.json))
 
 
 if __name__ == "__main__":

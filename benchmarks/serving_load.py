@@ -186,6 +186,7 @@ def main() -> None:
                     differ += known != answer.text
             time.sleep(2)  # dropped requests end
     document = {
+        "kind": "serving-load",
         "load": rows,
         "most_new_tokens": list(LENGTHS),
         "seconds": given.seconds,

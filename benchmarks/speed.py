@@ -205,6 +205,7 @@ def main() -> None:
         else:
             shapes = [DraftShape("chain", depth) for depth in (3, 5, 7)]
             found = oracle(target, [encoder.encode(prompt) for prompt in OWN_PROMPTS[:4]], shapes, given.rounds)
+    found = {"kind": given.what, **found}
     found["environment"] = environment(target, DEFAULT_MODEL, None, 0, {"rounds": given.rounds})
     write_json(found, str(given.json))
     print(json.dumps({key: value for key, value in found.items() if key != "environment"}, indent=1))

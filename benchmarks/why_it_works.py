@@ -153,6 +153,7 @@ def main() -> None:
     with Progress("regressions"):
         explained = compressibility(examples[-_FITTED:], frozen.embeddings, 150)
     document = {
+        "kind": "why-it-works",
         "inputs": rows,
         "explained_variance": explained,
         "shape": f"chain of {_DEPTH}",

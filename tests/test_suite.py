@@ -39,7 +39,7 @@ from haast.prompts import read_suites
 SIZES = {"one": 3, "two": 2}
 WORDS = ["vanilla", "eagle", "lookup", "hf"]
 DOCUMENT = {"format", "environment", "suites", "decoders", "temperatures", "rounds", "rows", "ratios", "differences"}
-DOCUMENT |= {"answers", "bootstrap", "calibration", "traces"}
+DOCUMENT |= {"kind", "answers", "bootstrap", "calibration", "traces"}
 ANSWER = {"suite", "id", "category", "temperature", "decoder", "tokens", "ms_decode", "ms_prefill", "target_forwards"}
 ANSWER |= {"tau", "nodes", "looping"}
 

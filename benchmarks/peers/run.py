@@ -120,7 +120,7 @@ def main() -> None:
     rows = [_row(peer, peers, ends) for peer in peers]
     for peer in peers:
         peer.stop()
-    document = {"peers": [peer.name for peer in peers], "rows": rows, "environment": where}
+    document = {"kind": "peers", "peers": [peer.name for peer in peers], "rows": rows, "environment": where}
     write_json(document, str(given.json))
     _show(rows)
 

@@ -24,6 +24,7 @@ from haast.target.target import Target
 
 Document = Mapping[str, Any]
 
+KIND = "suite"  # of the results in results/
 FORMAT = "haast-suite-1"
 _MADE_BY = {FORMAT: "a suite.json of `haast bench --suite`", TRACE_FORMAT: "what `haast trace --json` wrote"}
 _KEYS: dict[str, type] = {
@@ -52,7 +53,7 @@ def build_document(
         sampling: the distribution; each cell's temperature replaces its own.
         bootstrap: of the intervals.
     """
-    document: dict[str, Any] = {"format": FORMAT, **{key: header[key] for key in _KEYS if key in header}}
+    document: dict[str, Any] = {"kind": KIND, "format": FORMAT, **{key: header[key] for key in _KEYS if key in header}}
     document["suites"] = {
         name: {"file": suite.file, "sha256": suite.sha256, "prompts": len(suite.prompts)}
         for name, suite in suites.items()
@@ -129,7 +130,7 @@ def merged(documents: Mapping[str, Document], anyway: bool = False) -> dict[str,
         return dict(parts[0])
     _refuse_clashes(documents)
     first = parts[0]
-    result: dict[str, Any] = {"format": first["format"], "environment": {}}
+    result: dict[str, Any] = {"kind": KIND, "format": first["format"], "environment": {}}
     result["suites"] = {name: suite for part in parts for name, suite in part["suites"].items()}
     known = {name: own for part in reversed(parts) for name, own in part["decoders"].items()}
     result["decoders"] = {name: known[name] for part in parts for name in part["decoders"]}

@@ -68,6 +68,7 @@ def record_trace(
             recorder.begin(emission.tokens[0])
     recorder.end()
     return {
+        "kind": "trace",
         "format": TRACE_FORMAT,
         "decoder": drafter.name,
         "prompt": prompt_text,

@@ -108,7 +108,7 @@ def suites_of(plan: Plan, encoded: Sequence[BenchPrompt]) -> dict[str, Suite]:
 
 def bench_file(run: Run, options: BenchOptions, settings: dict[str, Any]) -> None:
     where = environment(run.target, run.loading.model, options.prompts, len(run.plan.prompts), settings)
-    document: dict[str, Any] = {"environment": where}
+    document: dict[str, Any] = {"kind": "bench", "environment": where}
     (records,) = run.answer(run.arms(), {}).values()
     (suite,) = run.suites.values()
     found = differences(records, suite.prompts, run.target, run.config.sampling)

@@ -74,7 +74,7 @@ def calibrate(
         draw(found, png)
     settings = {"max_new_tokens": max_new_tokens, "rounds": rounds}
     where = environment(target, loading.model, prompts, len(encoded), settings)
-    write_json({**found.document(), "environment": where}, json_out)
+    write_json({"kind": "calibration", **found.document(), "environment": where}, json_out)
 
 
 def _check_options(drafting: Drafting, of_heads: tuple[object, ...]) -> None:

@@ -86,7 +86,7 @@ def _end(document: dict[str, Any], json_out: str | None) -> None:
     words = f"{sum(each['same'] for each in results)} of {len(results)} texts the same, "
     words += f"{document['ties']} floating-point ties, {document['bugs']} bugs"
     print(words, file=human_output(json_out))
-    write_json(document, json_out)
+    write_json({"kind": "verify", **document}, json_out)
     if document["bugs"]:
         raise typer.Exit(1)
 

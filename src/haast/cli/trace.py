@@ -61,7 +61,7 @@ def trace(
     params = sampling.check()
 
     from haast.api import Haast
-    from haast.bench.decoders import KNOWN
+    from haast.bench.decoders import DECODERS
     from haast.bench.page import trace_html
     from haast.bench.report import machine
     from haast.bench.trace import record_trace
@@ -69,7 +69,7 @@ def trace(
     from haast.drafters.vanilla import VanillaDrafter
     from haast.engine.engine import StopParams
 
-    if drafter not in (*NAMES, "vanilla") and (drafter in KNOWN or "," in drafter):
+    if drafter not in (*NAMES, "vanilla") and (drafter in DECODERS or "," in drafter):
         raise ValueError(
             f"drafter={drafter!r} can't be traced: give one that runs in Haast's engine, by sample-and-match"
         )

@@ -97,7 +97,7 @@ async def ask(
 
 
 async def read_reply(reader: asyncio.StreamReader, pace: float = 0.0) -> Reply:
-    """Read an answer, slowly where a pace is given. Raises CutError."""
+    """Read an answer, slowly where a pace is arguments. Raises CutError."""
     parser = h11.Connection(h11.CLIENT)
     parser.send(h11.Request(method="GET", target="/", headers=[("host", HOST)]))
     parser.send(h11.EndOfMessage())
@@ -555,12 +555,12 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=1000, help="that vanish, of each model")
     parser.add_argument("--bodies", type=int, default=10_000)
     parser.add_argument("--json", type=Path, default=Path("results/serving-faults.json"))
-    given = parser.parse_args()
-    log, grace, pool = given.json.with_suffix(".log"), 3.0, 8192
-    result: Json = {"kind": "serving-faults", "clients": given.clients, "bodies": given.bodies}
+    arguments = parser.parse_args()
+    log, grace, pool = arguments.json.with_suffix(".log"), 3.0, 8192
+    result: Json = {"kind": "serving-faults", "clients": arguments.clients, "bodies": arguments.bodies}
     with served(tiny_command(max_running=8, max_waiting=64, grace=grace, timeout=20), log) as server:
-        result["fuzz"] = fuzzed(server, given.bodies)
-        result["vanish"] = leaks(server, given.clients, 48, 20_000)
+        result["fuzz"] = fuzzed(server, arguments.bodies)
+        result["vanish"] = leaks(server, arguments.clients, 48, 20_000)
         result["floods"] = dict(asyncio.run(floods(server.port)))
         result["edges"] = asyncio.run(edges(server.port))
         result["slow_readers"] = dict(asyncio.run(slow_readers(server.port, 8)))
@@ -572,13 +572,13 @@ def main() -> None:
             result["same_after_restart"] = plain(asyncio.run(ask(again.port, TEXT, numbered(5)))) == said
     default = ["-m", "haast", "serve", "--port", "0", "--max-running", "16", "--kv-tokens", str(pool)]
     with served(default, log, 600) as server:
-        result["vanish_default_model"] = leaks(server, given.clients, 16, pool)
+        result["vanish_default_model"] = leaks(server, arguments.clients, 16, pool)
     log.unlink()
     wrong = [word for name in ("fuzz", "vanish", "vanish_default_model") for word in problems(result[name])]
     wrong += ["SIGTERM has cut an answer"] * (result["sigterm"]["cut"] > 0)
     wrong += ["after SIGKILL an answer is another"] * (not result["same_after_restart"])
     result["problems"] = wrong
-    write_json({**result, **machine()}, str(given.json))
+    write_json({**result, **machine()}, str(arguments.json))
     print(json.dumps(result, indent=1))
     sys.exit(bool(wrong))
 

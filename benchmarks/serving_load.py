@@ -152,36 +152,36 @@ def _at(values: Sequence[float], percent: int) -> float | None:
 
 
 def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--prompts", type=Path, required=True)
-    words.add_argument("--haast", required=True, metavar="URL")
-    words.add_argument("--peer", action="append", default=[], metavar="NAME=URL")
-    words.add_argument("--clients", default="1,2,4,8,16,32")
-    words.add_argument("--seconds", type=float, default=60)
-    words.add_argument("--warm", type=float, default=5, help="seconds of each system before anything counts")
-    words.add_argument("--note", action="append", default=[], help="how the servers were started")
-    words.add_argument("--json", type=Path, required=True)
-    given = words.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--haast", required=True, metavar="URL")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=URL")
+    parser.add_argument("--clients", default="1,2,4,8,16,32")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--warm", type=float, default=5, help="seconds of each system before anything counts")
+    parser.add_argument("--note", action="append", default=[], help="how the servers were started")
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
     draw = random.Random(0)
-    prompts = [prompt.turns[0] for prompt in read_prompts(given.prompts)]
+    prompts = [prompt.turns[0] for prompt in read_prompts(arguments.prompts)]
     questions = [(prompt, draw.choice(LENGTHS)) for prompt in prompts]
     draw.shuffle(questions)
     systems = [
-        System("haast", given.haast),
-        System("haast, drafting off", given.haast, {"haast": {"drafter": "none"}}),
-        *(System(*peer.split("=", 1)) for peer in given.peer),
+        System("haast", arguments.haast),
+        System("haast, drafting off", arguments.haast, {"haast": {"drafter": "none"}}),
+        *(System(*peer.split("=", 1)) for peer in arguments.peer),
     ]
     rows, texts, differ = list[dict[str, Any]](), dict[tuple[int, int], str](), 0
     for system in systems:
-        asyncio.run(turn(system, questions, 2, given.warm))
-    for clients in map(int, given.clients.split(",")):
+        asyncio.run(turn(system, questions, 2, arguments.warm))
+    for clients in map(int, arguments.clients.split(",")):
         for system in systems:
-            answers = asyncio.run(turn(system, questions, clients, given.seconds))
-            row = {"clients": clients, "system": system.name, **summary(answers, given.seconds)}
+            answers = asyncio.run(turn(system, questions, clients, arguments.seconds))
+            row = {"clients": clients, "system": system.name, **summary(answers, arguments.seconds)}
             rows.append(row)
             sys.stderr.write(json.dumps(row) + "\n")
             for answer in answers:
-                if answer.whole and system.url == given.haast:
+                if answer.whole and system.url == arguments.haast:
                     known = texts.setdefault((0, answer.question), answer.text)
                     differ += known != answer.text
             time.sleep(2)  # dropped requests end
@@ -189,13 +189,13 @@ def main() -> None:
         "kind": "serving-load",
         "load": rows,
         "most_new_tokens": list(LENGTHS),
-        "seconds": given.seconds,
+        "seconds": arguments.seconds,
         "differing_texts": differ,
         "compared_texts": len(texts),
-        "notes": given.note,
+        "notes": arguments.note,
         "environment": machine() | {"command": "python benchmarks/serving_load.py, see its docstring"},
     }
-    write_json(document, given.json)
+    write_json(document, arguments.json)
 
 
 if __name__ == "__main__":

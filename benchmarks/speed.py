@@ -187,27 +187,27 @@ def oracle(target: Target, prompts: Sequence[list[int]], shapes: Sequence[DraftS
 
 def main() -> None:
     """Measure one of the three."""
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("what", choices=("roofline", "context", "oracle"))
-    words.add_argument("--rounds", type=int, default=5)
-    words.add_argument("--json", type=Path, required=True)
-    given = words.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("roofline", "context", "oracle"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
     target = load_target()
     encoder = Haast(target, VanillaDrafter())
     folder = find_head("default", DEFAULT_MODEL)
     assert folder is not None, "the default model has a head"
-    with Progress(given.what):
-        if given.what == "roofline":
-            found = roofline(target, given.rounds)
-        elif given.what == "context":
+    with Progress(arguments.what):
+        if arguments.what == "roofline":
+            found = roofline(target, arguments.rounds)
+        elif arguments.what == "context":
             drafter = EagleDrafter(target, load_head(folder), shape_for(6))
-            found = context(target, drafter, encoder.encode, given.rounds)
+            found = context(target, drafter, encoder.encode, arguments.rounds)
         else:
             shapes = [DraftShape("chain", depth) for depth in (3, 5, 7)]
-            found = oracle(target, [encoder.encode(prompt) for prompt in OWN_PROMPTS[:4]], shapes, given.rounds)
-    found = {"kind": given.what, **found}
-    found["environment"] = environment(target, DEFAULT_MODEL, None, 0, {"rounds": given.rounds})
-    write_json(found, str(given.json))
+            found = oracle(target, [encoder.encode(prompt) for prompt in OWN_PROMPTS[:4]], shapes, arguments.rounds)
+    found = {"kind": arguments.what, **found}
+    found["environment"] = environment(target, DEFAULT_MODEL, None, 0, {"rounds": arguments.rounds})
+    write_json(found, str(arguments.json))
     print(json.dumps({key: value for key, value in found.items() if key != "environment"}, indent=1))
 
 

@@ -116,31 +116,31 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Train the four heads, fit the regressions, write the JSON and the picture."""
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--model", default="smollm2-135m-instruct")
-    words.add_argument("--shards", type=Path, required=True)
-    words.add_argument("--valid-prompts", type=Path, required=True)
-    words.add_argument("--valid-limit", type=int, default=20)
-    words.add_argument("--sequences", type=int, default=3000)
-    words.add_argument("--views", type=int, default=400_000)
-    words.add_argument("--json", type=Path, required=True)
-    words.add_argument("--png", type=Path)
-    given = words.parse_args()
-    target = load_target(given.model)
-    prompts = [p.turns[0] for p in read_prompts(given.valid_prompts, given.valid_limit)]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--shards", type=Path, required=True)
+    parser.add_argument("--valid-prompts", type=Path, required=True)
+    parser.add_argument("--valid-limit", type=int, default=20)
+    parser.add_argument("--sequences", type=int, default=3000)
+    parser.add_argument("--views", type=int, default=400_000)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--png", type=Path)
+    arguments = parser.parse_args()
+    target = load_target(arguments.model)
+    prompts = [p.turns[0] for p in read_prompts(arguments.valid_prompts, arguments.valid_limit)]
     bench, frozen = Bench(target, prompts, 64), Frozen.of(target)
-    examples = read_shards(given.shards)[0]
+    examples = read_shards(arguments.shards)[0]
     random.Random(0).shuffle(examples)  # shards lie in order of length
-    examples = examples[: given.sequences + 150]
-    settings = {"views": given.views, "sequences": given.sequences}
+    examples = examples[: arguments.sequences + 150]
+    settings = {"views": arguments.views, "sequences": arguments.sequences}
     base = TrainConfig(
-        views=given.views, initialisation="random", optimizer="muon", learning_rate=1e-3, weight_decay=0.1,
+        views=arguments.views, initialisation="random", optimizer="muon", learning_rate=1e-3, weight_decay=0.1,
         batch_tokens=3072, evaluate_every=10**9, log_every=10**9, checkpoint_every=10**9,
     )  # fmt: skip
     rows = []
     for inputs in INPUTS:
         config = replace(base, inputs=inputs)
-        parts = (head_config(config, target), frozen, examples[: given.sequences], examples[given.sequences :])
+        parts = (head_config(config, target), frozen, examples[: arguments.sequences], examples[arguments.sequences :])
         with TemporaryDirectory() as folder:
             run = Trainer(config, *parts, Path(folder), quiet=True)
             with Progress(inputs):
@@ -157,10 +157,10 @@ def main() -> None:
         "inputs": rows,
         "explained_variance": explained,
         "shape": f"chain of {_DEPTH}",
-        "environment": environment(target, given.model, given.valid_prompts, len(prompts), settings),
+        "environment": environment(target, arguments.model, arguments.valid_prompts, len(prompts), settings),
     }
-    given.json.write_text(json.dumps(document, indent=1) + "\n")
-    draw(document, given.png or given.json.with_suffix(".png"))
+    arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    draw(document, arguments.png or arguments.json.with_suffix(".png"))
     print(json.dumps(document["explained_variance"], indent=1))
 
 

@@ -6,7 +6,8 @@ A prompt is the text of README.md and docs/, each time from another position on,
 texts of a file, followed by a question. Every decoder and length runs in a separate process, because memory is the
 process's peak (VmHWM, after loading). All decoders run one length before the next, so that a machine that slows down
 slows all of them equally. `plain` decoders run the stock modules instead of packed native code, and `hf` is
-`model.generate`; both are measured for memory only, on one prompt. Run nothing else meanwhile: six minutes on two cores.
+`model.generate`; both are measured for memory only, on one prompt. Takes six minutes on two cores; run nothing else
+meanwhile.
 """
 
 from __future__ import annotations

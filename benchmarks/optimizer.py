@@ -2,10 +2,10 @@
 
     python benchmarks/optimizer.py --json results/optimizer.json
 
-The heads are FeatExtrapolators of the sizes of SmolLM2-135M and Qwen2.5-0.5B with random weights, on random sequences of
-190 tokens of which two thirds are supervised, as in the data of the shipped head. Each optimiser uses its default batch
-size. Rounds are interleaved over heads and optimisers; results are medians. Times are CPU times of the process, which
-other jobs disturb less than wall-clock time; if there are other jobs, set OMP_NUM_THREADS=1. `counted` is the
+The heads are FeatExtrapolators of the sizes of SmolLM2-135M and Qwen2.5-0.5B with random weights, on random sequences
+of 190 tokens of which two thirds are supervised, as in the data of the shipped head. Each optimiser uses its default
+batch size. Rounds are interleaved over heads and optimisers; results are medians. Times are CPU times of the process,
+which other jobs disturb less than wall-clock time; if there are other jobs, set OMP_NUM_THREADS=1. `counted` is the
 optimiser's share of the operations of matrix products, which a test bounds. --torch adds `torch.optim.Muon`, which
 orthogonalises in bf16: minutes per step on a CPU without bf16 instructions. To measure a newer CPU as such a CPU:
 

@@ -2,10 +2,10 @@
 
     python benchmarks/precision.py --prompts valid.jsonl --json results/precision.json
 
-The shipped head drafts trees of 8 nodes for its target in every precision that this machine can run, on the same prompts,
-greedily. tau is tokens per decoding target forward, the bonus token included, prefill excluded; it does not depend on
-the machine's load. `agrees` is the share of the text up to the first difference from the first precision: a quantised
-model generates other texts.
+The shipped head drafts trees of 8 nodes for its target in every precision that this machine can run, on the same
+prompts, greedily. tau is tokens per decoding target forward, the bonus token included, prefill excluded; it does not
+depend on the machine's load. `agrees` is the share of the text up to the first difference from the first precision: a
+quantised model generates other texts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Draw one answer as an SVG: accepted drafts in green, the model's own tokens in white.
+"""Draws one answer as an SVG: accepted drafts in green, the target's own tokens in white.
 
 python examples/coloured_answer.py "Why is the sky blue?" docs/accepted.svg
 """
@@ -24,7 +24,7 @@ def main(prompt: str, path: str) -> None:
     console.print(
         Text(f"\n{stats.tokens} tokens in {stats.target_forwards} target forwards: tau {stats.tau:.2f}", style="dim")
     )
-    console.save_svg(path, title="green: drafted and accepted; white: the model's own bonus token")
+    console.save_svg(path, title="green: drafted and accepted; white: the target's own token")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from fakes import chi_square_p, collect, random_head, tiny_llama, tiny_target, vanilla
 from torch import Tensor
 
-from haast.bench.decoders import EngineDecoder, lossy, independent_text
+from haast.bench.decoders import EngineDecoder, independent_text, lossy
 from haast.core import RowVerdict, SamplingParams, StopParams, TokenChooser, Verdict
 from haast.drafters import small_model as small_model_module
 from haast.drafters.eagle import EagleDrafter

@@ -3,9 +3,9 @@
     python benchmarks/peers/weights.py --out peers-weights/
     python benchmarks/peers/run.py --weights peers-weights/ --prompts mt_bench.jsonl --json results/peers.json
 
-Every peer runs in a separate process, and one works at a time. `--python NAME=PATH` sets the interpreter of a peer (by the
-first word of its name), since not all of them can share an environment. A peer that does not load is listed as absent,
-with the reason. Speeds are measured from the first new token on, without the prompt.
+Every peer runs in a separate process, and one works at a time. `--python NAME=PATH` sets the interpreter of a peer (by
+the first word of its name), since not all of them can share an environment. A peer that does not load is listed as
+absent, with the reason. Speeds are measured from the first new token on, without the prompt.
 """
 
 from __future__ import annotations

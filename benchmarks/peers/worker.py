@@ -1,7 +1,7 @@
 """Worker process of one peer: reads {"ids": [...], "new": 128} as lines of JSON, writes tokens and times.
 
-Owns how each peer is loaded and called. Everything is greedy, batch 1, two threads by default. The timer starts with the
-call, and `ms_first` is the time to the first new token. Started by run.py.
+Owns how each peer is loaded and called. Everything is greedy, batch 1, two threads by default. The timer starts with
+the call, and `ms_first` is the time to the first new token. Started by run.py.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ async def ask(
 
 
 async def read_reply(reader: asyncio.StreamReader, pace: float = 0.0) -> Reply:
-    """Read an answer, slowly where a pace is arguments. Raises CutError."""
+    """Read a response; with a `pace`, wait that many seconds after each read of 512 bytes. Raises CutError."""
     parser = h11.Connection(h11.CLIENT)
     parser.send(h11.Request(method="GET", target="/", headers=[("host", HOST)]))
     parser.send(h11.EndOfMessage())
@@ -212,7 +212,7 @@ async def crowd(port: int, count: int, seed: int = 0, stay: int = 5, at_once: in
         reply = await ask(port, TEXT, numbered(number, stream=number % 2 == 0))
         if reply.status == 429:
             found.busy += 1
-        elif reply.status != 200 or not reply.told or plain(reply) != alone[number]:
+        elif reply.status != 200 or not reply.well_formed or plain(reply) != alone[number]:
             found.wrong.append(number)
         else:
             found.stayed += 1

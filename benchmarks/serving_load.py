@@ -50,7 +50,7 @@ class Answer:
     """The outcome of one request."""
 
     question: int
-    begun: float
+    begin: float
     text: str = ""
     first: float = 0.0
     last: float = 0.0
@@ -133,7 +133,7 @@ def summary(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
     whole = [answer for answer in answers if answer.whole]
     rate = sum(each.tokens for each in whole) / max(sum(len(each.text) for each in whole), 1)
     tokens = sum(each.tokens if each.whole else rate * len(each.text) for each in answers)
-    first = sorted(1e3 * (each.first - each.begun) for each in answers if each.pieces)
+    first = sorted(1e3 * (each.first - each.begin) for each in answers if each.pieces)
     between = sorted(
         1e3 * (each.last - each.first) / (each.tokens - 1) for each in whole if each.tokens > 8 and each.pieces > 1
     )

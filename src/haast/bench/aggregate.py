@@ -190,7 +190,7 @@ def pooled(parts: Sequence[Row], answers: Sequence[Row]) -> Row:
 
     Args:
         parts: the rows to pool.
-        answers: all answers behind those rows.
+        answers: the answers that those rows were made from.
     """
     engine = parts[0]["tau"] is not None
     names = sorted({answer["category"] for answer in answers if answer["category"]})

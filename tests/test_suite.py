@@ -39,7 +39,7 @@ from haast.prompts import read_suites
 SIZES = {"one": 3, "two": 2}
 WORDS = ["vanilla", "eagle", "lookup", "hf"]
 DOCUMENT = {"format", "environment", "suites", "decoders", "temperatures", "rounds", "rows", "ratios", "differences"}
-DOCUMENT |= {"answers", "bootstrap", "calibration", "traces"}
+DOCUMENT |= {"kind", "answers", "bootstrap", "calibration", "traces"}
 ANSWER = {"suite", "id", "category", "temperature", "decoder", "tokens", "ms_decode", "ms_prefill", "target_forwards"}
 ANSWER |= {"tau", "nodes", "looping"}
 
@@ -589,7 +589,7 @@ def test_other_machines_and_commits_merge_only_when_asked(done: Path, key: str) 
 def test_settings_and_lengths_have_to_agree_too(done: Path) -> None:
     whole = read(done)
     one = part(whole, [*SIZES], WORDS[:1])
-    for damage, named in (("settings", "max_new_tokens"), ("rounds", "rounds is"), ("answers", "other lengths")):
+    for damage, named in (("settings", "max_new_tokens"), ("rounds", "rounds is"), ("answers", "differ in length")):
         two = part(whole, [*SIZES], WORDS[1:])
         if damage == "settings":
             two["environment"]["settings"]["max_new_tokens"] = 9
@@ -607,7 +607,7 @@ def test_what_no_document_can_hold_is_always_refused(done: Path) -> None:
         merged({"a": part(whole, ["one"], ["eagle"]), "b": part(whole, ["one"], WORDS[1:])}, anyway=True)
     other = part(whole, ["one"], ["lookup"])
     other["suites"]["one"]["sha256"] = "0"
-    with pytest.raises(ValueError, match="'one' has other prompts"):
+    with pytest.raises(ValueError, match="'one' has different prompts"):
         merged({"a": part(whole, ["one"], ["eagle"]), "b": other}, anyway=True)
 
 
@@ -655,7 +655,7 @@ def test_an_edited_journal_line_is_told_by_its_number(
     lines[3] = json.dumps(json.loads(lines[3]) | change)
     (tmp_path / "journal.jsonl").write_text("\n".join(lines) + "\n")
     result = bench(home, tmp_path, "--resume")
-    assert result.exit_code == 2 and "line 4: no answer" in result.stderr, result.output
+    assert result.exit_code == 2 and "line 4 is not an answer" in result.stderr, result.output
 
 
 @pytest.mark.parametrize(
@@ -677,7 +677,7 @@ def test_a_document_with_nan_is_refused(done: Path, tmp_path: Path) -> None:
     path = tmp_path / "suite.json"
     path.write_text((done / "suite.json").read_text().replace('"rounds": ', '"rounds": NaN, "x": ', 1))
     result = CliRunner().invoke(app, ["report", str(path)])
-    assert result.exit_code == 2 and "NaN is no JSON number" in result.stderr
+    assert result.exit_code == 2 and "NaN is not a JSON number" in result.stderr
 
 
 def test_a_run_does_not_go_on_with_other_weights(home: Path, done: Path, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_fates_and_words() -> None:
     view = StepView(trace_document()["steps"][0])
     assert [view.fate(number) for number in view.nodes] == ["root", "accepted", "rejected", "unreached", "probe"]
     drafted, choice = "drafted \u201c\u00b7<b>cat</b>\u201d (target 3 %)", "\u201c\u00b7sky\u201d (71 %)"
-    assert view.why(2) == f"{drafted}: rejected, the target said {choice}"
+    assert view.why(2) == f"{drafted}: rejected, the target chose {choice}"
     assert (view.drafted, view.kept) == (3, 1)
     assert view.bonus() == (1, view.nodes[1]["choice"])
     cut = StepView(trace_document()["steps"][1])

@@ -109,7 +109,7 @@ def suites_of(plan: Plan, encoded: Sequence[BenchPrompt]) -> dict[str, Suite]:
 def bench_file(run: Run, options: BenchOptions, settings: dict[str, Any]) -> None:
     """Run the decoders on one prompt file and write the document; exit with 1 if an output differs by a bug."""
     machine = environment(run.target, run.loading.model, options.prompts, len(run.plan.prompts), settings)
-    document: dict[str, Any] = {"environment": machine}
+    document: dict[str, Any] = {"kind": "bench", "environment": machine}
     (records,) = run.answer(run.arms(), {}).values()
     (suite,) = run.suites.values()
     different = differences(records, suite.prompts, run.target, run.config.sampling)

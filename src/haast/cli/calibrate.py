@@ -76,7 +76,7 @@ def calibrate(
         draw(result, png)
     settings = {"max_new_tokens": max_new_tokens, "rounds": rounds}
     machine = environment(target, loading.model, prompts, len(encoded), settings)
-    write_json({**result.document(), "environment": machine}, json_out)
+    write_json({"kind": "calibration", **result.document(), "environment": machine}, json_out)
 
 
 def _check_options(drafting: Drafting, head_options: tuple[object, ...]) -> None:

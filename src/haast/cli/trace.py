@@ -63,7 +63,7 @@ def trace(
     params = sampling.check()
 
     from haast.api import Haast
-    from haast.bench.decoders import KNOWN
+    from haast.bench.decoders import DECODERS
     from haast.bench.page import trace_html
     from haast.bench.report import machine
     from haast.bench.trace import record_trace
@@ -71,7 +71,7 @@ def trace(
     from haast.drafters.vanilla import VanillaDrafter
     from haast.engine.engine import StopParams
 
-    if drafter not in (*NAMES, "vanilla") and (drafter in KNOWN or "," in drafter):
+    if drafter not in (*NAMES, "vanilla") and (drafter in DECODERS or "," in drafter):
         raise ValueError(
             f"drafter={drafter!r} can't be traced: give a drafter of Haast's engine with sample-and-match verification"
         )

@@ -88,7 +88,7 @@ def _end(document: dict[str, Any], json_out: str | None) -> None:
     summary = f"{sum(each['same'] for each in results)} of {len(results)} texts are the same, "
     summary += f"{document['ties']} floating-point ties, {document['bugs']} bugs"
     print(summary, file=human_output(json_out))
-    write_json(document, json_out)
+    write_json({"kind": "verify", **document}, json_out)
     if document["bugs"]:
         raise typer.Exit(1)
 

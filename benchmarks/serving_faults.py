@@ -288,14 +288,14 @@ def judged(reply: Reply) -> str | None:
 async def fuzz(
     port: int, count: int, seed: int = 0, at_once: int = 8, work: Callable[[], tuple[float, float]] | None = None
 ) -> Fuzzed:
-    """Send broken requests; every reply is judged, and a friend's answer has to stay what it was.
+    """Send hostile requests and judge every reply; the answer to a valid request must not change.
 
-    `work` tells what the server has done, see `Served.work`: other programs run beside it, and neither what they hold
-    it up nor what they hold up this process is the server's doing.
+    `work` returns the server's CPU seconds, see `Served.work`: delays that other programs cause, in the server or in
+    this process, are not stalls of the server.
     """
-    found, friend = Fuzzed(), numbered(1)
+    found, valid = Fuzzed(), numbered(1)
     work = work or (lambda: (time.monotonic(), 0.0))
-    before, done, late = plain(await ask(port, TEXT, friend)), asyncio.Event(), 0.0
+    before, done, late = plain(await ask(port, TEXT, valid)), asyncio.Event(), 0.0
 
     async def tick() -> None:
         nonlocal late
@@ -314,7 +314,7 @@ async def fuzz(
             stalled = min(took - (late - own) - (waited_then - waited), worked_then - worked)
             found.stalled_s = max(found.stalled_s, stalled)
             if reply.status != 200:
-                found.wrong.append(f"/health says {reply.status}")
+                found.wrong.append(f"/health returned {reply.status}")
 
     async def one(path: str, headers: dict[str, str], body: bytes) -> None:
         begin, what = time.monotonic(), f"{path} {body[:300]!r} ({len(body)} bytes)"

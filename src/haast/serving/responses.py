@@ -1,6 +1,7 @@
-"""OpenAI's Responses, stateless: an answer as items, and as named events.
+"""OpenAI's Responses API, stateless: an answer as items and as named events.
 
-Owns the translation of a request into a chat's, and of an answer into items. Nothing is kept between requests.
+Owns the translation of a Responses request into a chat completion request, and of an answer into items. Keeps nothing
+between requests.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from haast.serving.plan import check_unknown
 from haast.serving.problems import ApiError, refused
 from haast.serving.schema import ChatRequest, InputItem, NamedResponseTool, ResponsesRequest
 from haast.serving.shapes import ChatShape, Json
-from haast.serving.streaming import event, join, merged, told
+from haast.serving.streaming import api_error, event, join, merged
 from haast.serving.writing import Delta, Writing
 
-_STATE = "this server keeps no answers: send all items, and store: false"
+_STATE = "this server stores no answers: send all items, and store: false"
 
 
 def as_chat(body: ResponsesRequest) -> ChatRequest:
-    """The chat completion that a response is. Raises ApiError for what needs a memory, or is not offered."""
+    """Translate into a chat completion request. Raises ApiError for unsupported fields, and those that need state."""
     check_unknown(body)
     if body.store:
         raise refused("store", _STATE)
@@ -43,11 +44,11 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
     tools = [
         {"type": "function", "function": {name: getattr(tool, name) for name in names}} for tool in body.tools or ()
     ]
-    given = {name: getattr(body, name) for name in ("model", "temperature", "top_p", "top_k", "min_p", "seed")}
+    shared = {name: getattr(body, name) for name in ("model", "temperature", "top_p", "top_k", "min_p", "seed")}
     effort = None if body.reasoning is None else body.reasoning.effort
     return ChatRequest.model_validate(
         {
-            **given,
+            **shared,
             "messages": messages,
             "max_completion_tokens": body.max_output_tokens,
             "stream": body.stream,
@@ -76,7 +77,7 @@ def _message(item: InputItem) -> Json:
 
 
 class Response(ChatShape):
-    """One response's JSON."""
+    """JSON of one response."""
 
     def items(self, delta: Delta, status: str) -> list[Json]:
         """The items of an answer: reasoning, a message, calls."""
@@ -86,12 +87,12 @@ class Response(ChatShape):
         if delta.content or not delta.calls:
             found.append(self._message(delta, status))
         for number, call in enumerate(delta.calls):
-            made = self._call(0, number, call)
+            fields = self._call(0, number, call)
             found.append(
                 {
                     "type": "function_call",
-                    "id": f"fc_{made['id'][5:]}",
-                    "call_id": made["id"],
+                    "id": f"fc_{fields['id'][5:]}",
+                    "call_id": fields["id"],
                     "name": call.name,
                     "arguments": call.arguments,
                     "status": status,
@@ -100,7 +101,7 @@ class Response(ChatShape):
         return found
 
     def body(self, status: str, output: Sequence[Json] = (), writings: Sequence[Writing] = ()) -> Json:
-        """The response as it stands."""
+        """The response object with a status and the items so far."""
         cut = status == "incomplete"
         answer: Json = {
             "id": self.id,
@@ -157,7 +158,7 @@ def _status(writing: Writing) -> str:
 
 
 async def whole_response(response: Response, writings: Sequence[Writing]) -> Json:
-    """The response at once."""
+    """The whole response in one object."""
     delta = Delta()
     async with aclosing(merged(writings)) as parts:
         async for _, part in parts:
@@ -168,7 +169,7 @@ async def whole_response(response: Response, writings: Sequence[Writing]) -> Jso
 
 
 async def response_events(response: Response, writings: Sequence[Writing]) -> AsyncGenerator[bytes, None]:
-    """The response as named events, numbered."""
+    """The response as a stream of named, numbered events."""
     number = 0
 
     def made(name: str, **fields: Any) -> bytes:
@@ -179,7 +180,7 @@ async def response_events(response: Response, writings: Sequence[Writing]) -> As
     yield made("response.created", response=response.body("in_progress"))
     yield made("response.in_progress", response=response.body("in_progress"))
     try:
-        delta, opened = Delta(), list[str]()  # kinds of items that were begun, in order
+        delta, opened = Delta(), list[str]()  # kinds of items that were opened, in order
         async with aclosing(merged(writings)) as parts:
             async for _, part in parts:
                 if part is None:
@@ -203,7 +204,7 @@ async def response_events(response: Response, writings: Sequence[Writing]) -> As
                 yield made(name, **fields)
         yield made(f"response.{status}", response=response.body(status, order, writings))
     except Exception as error:
-        problem = told(error)
+        problem = api_error(error)
         failed = response.body("failed") | {"error": {"code": problem.code or "error", "message": problem.message}}
         yield made("response.failed", response=failed)
 
@@ -213,7 +214,7 @@ def _id(response: Response, kind: str) -> str:
 
 
 def _opening(response: Response, kind: str, index: int) -> list[tuple[str, Json]]:
-    """An item that begins."""
+    """Events that open an item."""
     empty = Delta()
     item = response.items(empty, "in_progress")[0] if kind == "message" else None
     if item is None:
@@ -229,7 +230,7 @@ def _opening(response: Response, kind: str, index: int) -> list[tuple[str, Json]
 
 
 def _closing(response: Response, item: Json, index: int, begun: bool) -> list[tuple[str, Json]]:
-    """An item that is complete; one that was not begun is begun first."""
+    """Events that close an item, after those that open it if no delta opened it before."""
     found: list[tuple[str, Json]] = []
     where = {"item_id": item.get("id"), "output_index": index}
     if item["type"] == "function_call":

@@ -1,4 +1,4 @@
-"""Running the application: uvicorn, signals, and an end at which every accepted request is answered or told."""
+"""Runs the application with uvicorn: signals, periodic checks, and a shutdown that answers every accepted request."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from haast.serving.security import MOST_HEADERS
 from haast.serving.service import loader
 
 _LOG = logging.getLogger("haast.serving")
-_BESIDE = 512  # connections beside those whose answers run or wait; most of them are idle
+_EXTRA_CONNECTIONS = 512  # connections in addition to those whose answers run or wait; most of them are idle
 
 
 class Server(uvicorn.Server):
-    """uvicorn, whose shutdown lets running answers end, and after a while ends and tells them."""
+    """uvicorn with a grace period: at a shutdown running answers may finish, and get an error after it."""
 
     def __init__(self, config: uvicorn.Config, host: Host) -> None:
         super().__init__(config)
-        self._host, self._tidied = host, 0
+        self._host, self._trimmed_at = host, 0
 
     async def on_tick(self, counter: int) -> bool:
-        if counter % 10 == 0:  # a second
+        if counter % 10 == 0:  # once per second
             for connection in list(self.server_state.connections):
                 if isinstance(connection, Connection):
                     connection.look()
             served = self.server_state.total_requests
-            if served != self._tidied and not self.server_state.tasks:
-                self._tidied = served
+            if served != self._trimmed_at and not self.server_state.tasks:
+                self._trimmed_at = served
                 await asyncio.to_thread(_tidy)
         return await super().on_tick(counter)
 
@@ -52,7 +52,7 @@ class Server(uvicorn.Server):
 
 
 def _tidy() -> None:
-    """Give the system what the C library keeps of freed memory: a flood of large bodies leaves hundreds of MB there."""
+    """Return freed memory to the system: after many large bodies the C library keeps hundreds of MB."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -62,7 +62,7 @@ def make_server(load: Callable[[], Haast], name: str, config: ServeConfig) -> Se
     """A server that is ready to `run`; `load` is called when it does."""
     stop = list[Callable[[], None]]()
     app, host = make_app(loader(load, name, config), config, name, lambda: stop[0]())
-    bounds = {"most": config.max_running + config.max_waiting + _BESIDE, "send_timeout": config.send_timeout}
+    bounds = {"most": config.max_running + config.max_waiting + _EXTRA_CONNECTIONS, "send_timeout": config.send_timeout}
     setup = uvicorn.Config(
         app,
         host=config.host,
@@ -86,13 +86,13 @@ def make_server(load: Callable[[], Haast], name: str, config: ServeConfig) -> Se
 
 
 def serve(load: Callable[[], Haast], name: str, config: ServeConfig) -> None:
-    """Serve until a signal says stop. Raises what went wrong in loading, ValueError where the port is taken."""
+    """Serve until a signal stops it. Raises the error of loading, and ValueError if the port is taken."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr, force=True
     )
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
     server = make_server(load, name, config)
-    with _listening(config) as listening:
+    with _listening_socket(config) as listening:
         _LOG.info("listening on http://%s:%d (model %s)", config.host, listening.getsockname()[1], name)
         server.run(sockets=[listening])
     host = server._host
@@ -100,8 +100,8 @@ def serve(load: Callable[[], Haast], name: str, config: ServeConfig) -> None:
         raise host.failure
 
 
-def _listening(config: ServeConfig) -> socket.socket:
-    """The socket of a server. Raises ValueError where the address can't be had."""
+def _listening_socket(config: ServeConfig) -> socket.socket:
+    """A listening socket. Raises ValueError if the address can't be used."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
         return socket.create_server((config.host.strip("[]"), config.port), family=family, backlog=512)

@@ -1,6 +1,6 @@
-"""Answers as OpenAI's clients read them: chat completions and text completions, whole and in chunks.
+"""Formats answers as OpenAI's JSON: chat completions and text completions, whole and in chunks.
 
-Owns JSON alone. A whole answer is made of the same deltas as a stream of chunks.
+Owns JSON only. A whole answer is built from the same deltas as a stream of chunks.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ Json = dict[str, Any]
 
 
 class Shape:
-    """One answer's JSON.
+    """Formats one answer, with all of its choices.
 
     Args:
-        service: whose answer it is.
-        plan: what was asked for.
-        answer_id: its id; `created` is when it was begun, in seconds.
+        service: the model that answers.
+        plan: the checked request.
+        answer_id: the answer's id.
+        created: Unix time in seconds at which the request came.
     """
 
     kind = chunk_kind = ""
@@ -35,27 +36,27 @@ class Shape:
         self.service, self.plan = service, plan
         self.id, self.created = answer_id, created
         self.tokenizer: PreTrainedTokenizerBase = service.tokenizer
-        self._calls: dict[int, int] = {}  # calls of a choice that were sent
+        self._calls: dict[int, int] = {}  # choice -> number of tool calls that were sent
 
     def begun(self, index: int) -> Iterator[Json]:
-        """Chunks before anything is said."""
+        """Chunks at the start of a choice, before any delta."""
         yield from ()
 
     def said(self, index: int, delta: Delta) -> Iterator[Json]:
-        """The chunk of a delta; none where it says nothing."""
+        """The chunk of a delta; none if the delta has nothing to send."""
         raise NotImplementedError
 
     def ended(self, index: int, writing: Writing) -> Json:
-        """The chunk that says why a choice ended."""
+        """The last chunk of a choice, with its finish_reason."""
         raise NotImplementedError
 
     def whole(self, deltas: Sequence[Delta], writings: Sequence[Writing]) -> Json:
-        """All choices at once; `deltas` are each one's, joined."""
+        """The whole answer; `deltas` holds one joined delta per choice."""
         choices = [self.choice(index, *pair) for index, pair in enumerate(zip(deltas, writings, strict=True))]
         answer = self._frame(self.kind, choices) | {"usage": self.usage(writings)}
         if self.plan.trace:
-            told = [{"tokens": delta.tokens, "steps": delta.steps} for delta in deltas]
-            answer["haast"] = {"choices": told, "stats": self.stats(writings)}
+            traces = [{"tokens": delta.tokens, "steps": delta.steps} for delta in deltas]
+            answer["haast"] = {"choices": traces, "stats": self.stats(writings)}
         return answer
 
     def choice(self, index: int, delta: Delta, writing: Writing) -> Json:
@@ -63,19 +64,19 @@ class Shape:
         raise NotImplementedError
 
     def totals(self, writings: Sequence[Writing]) -> Json:
-        """The last chunk: usage, and no choice."""
+        """The last chunk of a stream: usage, without choices."""
         chunk = self._frame(self.chunk_kind, []) | {"usage": self.usage(writings)}
         return chunk | ({"haast": {"stats": self.stats(writings)}} if self.plan.trace else {})
 
     def usage(self, writings: Sequence[Writing]) -> Json:
-        """Tokens, by what was emitted."""
+        """OpenAI's usage: counts of emitted tokens, and what drafting did."""
         prompts = writings[:: self.plan.n]  # choices of one prompt share it
         prompt = sum(writing.request.prompt_length for writing in prompts)
         new = [writing.new_tokens for writing in writings]
         completion, stats = sum(map(len, new)), [writing.request.stats for writing in writings]
         details: Json = {"reasoning_tokens": sum(writing.reasoning_tokens for writing in writings)}
         if self.plan.prediction:
-            counts = [prediction_counts(self.plan.prediction, said) for said in new]
+            counts = [prediction_counts(self.plan.prediction, tokens) for tokens in new]
             details["accepted_prediction_tokens"] = sum(accepted for accepted, _ in counts)
             details["rejected_prediction_tokens"] = sum(rejected for _, rejected in counts)
         forwards = sum(each.target_forwards for each in stats)
@@ -96,7 +97,7 @@ class Shape:
         }
 
     def stats(self, writings: Sequence[Writing]) -> Json:
-        """How a traced answer was made; of several choices the first."""
+        """Speed and times of a traced answer; of several choices the first."""
         stats = writings[0].request.stats
         names = ("tau", "tokens_per_s", "ms_prefill", "ms_draft", "ms_verify", "ms_overhead", "target_forwards")
         return {
@@ -170,19 +171,19 @@ class ChatShape(Shape):
         return self._chunk(choice, delta)
 
     def _call(self, index: int, number: int, call: ToolCall) -> Json:
-        told = {"name": call.name, "arguments": call.arguments}
-        return {"id": call.id_of(f"{self.id} {index}", number), "type": "function", "function": told}
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"id": call.id_of(f"{self.id} {index}", number), "type": "function", "function": function}
 
     def _logprobs(self, delta: Delta, always: bool = False) -> Json | None:
         if self.plan.logprobs is None or not (delta.logprobs or always):
             return None
-        return {"content": [self._logprob(found) for found, _ in delta.logprobs]}
+        return {"content": [self._logprob(entry) for entry, _ in delta.logprobs]}
 
-    def _logprob(self, found: Logprob) -> Json:
-        top = [self._named(token, value) for token, value in found.top]
-        return {**self._named(found.token, found.logprob), "top_logprobs": top}
+    def _logprob(self, entry: Logprob) -> Json:
+        top = [self._token_entry(token, value) for token, value in entry.top]
+        return {**self._token_entry(entry.token, entry.logprob), "top_logprobs": top}
 
-    def _named(self, token: int, logprob: float) -> Json:
+    def _token_entry(self, token: int, logprob: float) -> Json:
         text, raw = token_text(self.tokenizer, token), token_bytes(self.tokenizer, token)
         return {"token": text, "logprob": logprob, "bytes": list(raw)}
 
@@ -220,10 +221,12 @@ class CompletionShape(Shape):
     def _logprobs(self, delta: Delta, always: bool = False) -> Json | None:
         if self.plan.logprobs is None or not (delta.logprobs or always):
             return None
-        found = [each for each, _ in delta.logprobs]
+        entries = [each for each, _ in delta.logprobs]
         return {
-            "tokens": [token_text(self.tokenizer, each.token) for each in found],
-            "token_logprobs": [each.logprob for each in found],
-            "top_logprobs": [{token_text(self.tokenizer, token): value for token, value in each.top} for each in found],
+            "tokens": [token_text(self.tokenizer, each.token) for each in entries],
+            "token_logprobs": [each.logprob for each in entries],
+            "top_logprobs": [
+                {token_text(self.tokenizer, token): value for token, value in each.top} for each in entries
+            ],
             "text_offset": [start for _, start in delta.logprobs],
         }

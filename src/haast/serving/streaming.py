@@ -1,7 +1,7 @@
-"""Answers on their way out: several choices merged, chunk by chunk as server-sent events, or all at once.
+"""Sends answers: merges the choices of a request into server-sent events, or into one whole answer.
 
-Owns the order of a stream (role, text, reason, usage, [DONE]) and what ends it: an error is an event of its own.
-Leaving a stream, or a client that leaves, ends its requests at once.
+Owns the order of a stream (role, text, finish_reason, usage, [DONE]) and its end; an error is an event of its own.
+Closing a stream, or a client that disconnects, cancels its requests at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from haast.serving.shapes import Shape
 from haast.serving.writing import Delta, Writing
 
 _LOG = logging.getLogger("haast.serving")
-_FRAMES = 12  # of an error's trace that the log names
+_FRAMES = 12  # of an error's traceback that are logged
 _DONE = b"data: [DONE]\n\n"
 Result = TypeVar("Result")
 
@@ -35,19 +35,19 @@ def event(data: dict[str, Any], name: str | None = None) -> bytes:
 
 
 def encoded(data: Any) -> bytes:
-    """JSON in UTF-8. Halves of characters, which UTF-8 has not, are escaped as JSON escapes them."""
+    """JSON in UTF-8. Lone surrogates, which UTF-8 can't encode, become JSON escapes."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
 
 
 class Json(JSONResponse):
-    """An answer as JSON, whatever the texts in it."""
+    """A JSON response that can hold lone surrogates; see `encoded`."""
 
     def render(self, content: Any) -> bytes:
         return encoded(content)
 
 
 async def events(shape: Shape, writings: Sequence[Writing]) -> AsyncGenerator[bytes, None]:
-    """The answer as a stream."""
+    """The answer as server-sent events. An error becomes an event."""
     try:
         for index in range(len(writings)):
             for chunk in shape.begun(index):
@@ -62,12 +62,12 @@ async def events(shape: Shape, writings: Sequence[Writing]) -> AsyncGenerator[by
         if shape.plan.usage_in_stream:
             yield event(shape.totals(writings))
     except Exception as error:
-        yield event(told(error).body())
+        yield event(api_error(error).body())
     yield _DONE
 
 
 async def whole(shape: Shape, writings: Sequence[Writing]) -> dict[str, Any]:
-    """The answer at once. Raises what ended one of its requests."""
+    """The answer in one object. Raises the error that ended one of its requests."""
     deltas = [Delta() for _ in writings]
     async with aclosing(merged(writings)) as parts:
         async for index, delta in parts:
@@ -77,13 +77,13 @@ async def whole(shape: Shape, writings: Sequence[Writing]) -> dict[str, Any]:
 
 
 def join(all_of: Delta, delta: Delta) -> None:
-    """Add a delta to those before it."""
+    """Append `delta` to `all_of`."""
     for name, value in vars(delta).items():
         setattr(all_of, name, getattr(all_of, name) + value)
 
 
 async def merged(writings: Sequence[Writing]) -> AsyncGenerator[tuple[int, Delta | None], None]:
-    """The deltas of several answers as they come, with the number of each, and None where one has ended."""
+    """Deltas of several answers as they come, as (answer's index, delta); (index, None) at the end of each."""
     if len(writings) == 1:
         async with aclosing(writings[0].deltas()) as deltas:
             async for delta in deltas:
@@ -118,17 +118,17 @@ async def merged(writings: Sequence[Writing]) -> AsyncGenerator[tuple[int, Delta
 
 
 async def until_gone(request: HttpRequest, work: Awaitable[Result]) -> Result:
-    """The result of some work, which is cancelled where the client leaves before it is done.
+    """The result of `work`, which is cancelled if the client disconnects first.
 
     Raises:
-        ApiError: the client has left; nobody reads it.
+        ApiError: the client has disconnected.
     """
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request.receive))
+    gone = asyncio.ensure_future(_disconnected(request.receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(408, "the client has left before the answer was ready", code="client_closed_request")
+            raise ApiError(408, "the client disconnected before the answer was ready", code="client_closed_request")
         return task.result()
     finally:
         for each in (task, gone):
@@ -136,16 +136,16 @@ async def until_gone(request: HttpRequest, work: Awaitable[Result]) -> Result:
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
-async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
+async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-def told(error: BaseException) -> ApiError:
-    """What the client is told; the log has where nobody foresaw it, but no words: they may hold some of the prompt."""
+def api_error(error: BaseException) -> ApiError:
+    """The error that the client gets. An unexpected one is logged without its message, which may quote a prompt."""
     problem = problem_of(error)
     if problem.status == 500:
         frames = traceback.extract_tb(error.__traceback__)[-_FRAMES:]
         places = " > ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
-        _LOG.error("a request failed by %s at %s", type(error).__name__, places)
+        _LOG.error("a request failed with %s at %s", type(error).__name__, places)
     return problem

@@ -55,8 +55,8 @@ class ChatTemplate:
             tokenizer,
             threading.Lock(),
         )  # fast tokenizers keep settings of a call as state
-        found = tokenizer.chat_template
-        templates = list(found.values()) if isinstance(found, dict) else [found or ""]
+        template = tokenizer.chat_template
+        templates = list(template.values()) if isinstance(template, dict) else [template or ""]
         self._text = "\n".join(templates)
         self.marks: ReasoningMarks | None = marks_of(self._text)
         native = style_of(self._text)
@@ -146,8 +146,8 @@ class ChatTemplate:
                 converted["tool_call_id"] = message.tool_call_id
         elif calls:
             functions = [{key: call["function"][key] for key in ("name", "arguments")} for call in calls]
-            written = [f"{OPEN}\n{json.dumps(call, ensure_ascii=False)}\n{CLOSE}" for call in functions]
-            converted["content"] = "\n".join(filter(None, [converted["content"], *written]))
+            blocks = [f"{OPEN}\n{json.dumps(call, ensure_ascii=False)}\n{CLOSE}" for call in functions]
+            converted["content"] = "\n".join(filter(None, [converted["content"], *blocks]))
         elif role == "tool":
             response = f"<tool_response>\n{converted['content']}\n</tool_response>"
             converted |= {"role": "user", "content": response}

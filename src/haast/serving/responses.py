@@ -81,14 +81,14 @@ class Response(ChatShape):
 
     def items(self, delta: Delta, status: str) -> list[Json]:
         """The items of an answer: reasoning, a message, calls."""
-        found: list[Json] = []
+        items: list[Json] = []
         if delta.reasoning:
-            found.append(self._reasoning(delta.reasoning))
+            items.append(self._reasoning(delta.reasoning))
         if delta.content or not delta.calls:
-            found.append(self._message(delta, status))
+            items.append(self._message(delta, status))
         for number, call in enumerate(delta.calls):
             fields = self._call(0, number, call)
-            found.append(
+            items.append(
                 {
                     "type": "function_call",
                     "id": f"fc_{fields['id'][5:]}",
@@ -98,7 +98,7 @@ class Response(ChatShape):
                     "status": status,
                 }
             )
-        return found
+        return items
 
     def body(self, status: str, output: Sequence[Json] = (), writings: Sequence[Writing] = ()) -> Json:
         """The response object with a status and the items so far."""
@@ -148,8 +148,8 @@ class Response(ChatShape):
         }
 
     def _part_of(self, delta: Delta) -> Json:
-        found = self._logprobs(delta, always=True)
-        logprobs = [] if found is None else found["content"]
+        entries = self._logprobs(delta, always=True)
+        logprobs = [] if entries is None else entries["content"]
         return {"type": "output_text", "text": delta.content, "annotations": [], "logprobs": logprobs}
 
 
@@ -229,25 +229,25 @@ def _opening(response: Response, kind: str, index: int) -> list[tuple[str, Json]
     ]
 
 
-def _closing(response: Response, item: Json, index: int, begun: bool) -> list[tuple[str, Json]]:
+def _closing(response: Response, item: Json, index: int, opened: bool) -> list[tuple[str, Json]]:
     """Events that close an item, after those that open it if no delta opened it before."""
-    found: list[tuple[str, Json]] = []
+    events: list[tuple[str, Json]] = []
     where = {"item_id": item.get("id"), "output_index": index}
     if item["type"] == "function_call":
         started = item | {"arguments": "", "status": "in_progress"}
-        found = [
+        events = [
             ("response.output_item.added", {"output_index": index, "item": started}),
             ("response.function_call_arguments.delta", {**where, "delta": item["arguments"]}),
             ("response.function_call_arguments.done", {**where, "arguments": item["arguments"], "name": item["name"]}),
         ]
-    elif not begun:
-        found = _opening(response, item["type"], index)
+    elif not opened:
+        events = _opening(response, item["type"], index)
     if item["type"] == "message":
         part = item["content"][0]
         here = {**where, "content_index": 0}
         done = {**here, "text": part["text"], "logprobs": part["logprobs"]}
-        found += [("response.output_text.done", done), ("response.content_part.done", {**here, "part": part})]
+        events += [("response.output_text.done", done), ("response.content_part.done", {**here, "part": part})]
     elif item["type"] == "reasoning":
         done = {**where, "content_index": 0, "text": item["content"][0]["text"]}
-        found.append(("response.reasoning_text.done", done))
-    return [*found, ("response.output_item.done", {"output_index": index, "item": item})]
+        events.append(("response.reasoning_text.done", done))
+    return [*events, ("response.output_item.done", {"output_index": index, "item": item})]

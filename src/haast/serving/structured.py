@@ -89,10 +89,10 @@ class Grammars:
     def lark(self, text: str, field: str) -> Grammar:
         """A grammar in llguidance's Lark or llama.cpp's GBNF. Raises GrammarError."""
         try:
-            found = llguidance.grammar_from("grammar", text)
+            grammar = llguidance.grammar_from("grammar", text)
         except ValueError as error:
             raise GrammarError(f"{field} can't be used: {_first_line(str(error))}") from error
-        return self.checked(found, field)
+        return self.checked(grammar, field)
 
     def _tokens(self, field: str) -> Any:
         """The tokenizer as llguidance knows it; made once, in a third of a second."""
@@ -165,12 +165,12 @@ class GrammarGuide:
         """See `haast.core.Guide`."""
         if not self._sync(list(history[self._prompt_length :])):
             return [list(path) for path in drafted]
-        found = []
+        paths = []
         for path in drafted:
             valid = list(path[: self._matcher.validate_tokens(list(path))])
             if valid:
-                found.append(valid + self._forced(valid)[:most])
-        return found or [self._forced([])[:most]]
+                paths.append(valid + self._forced(valid)[:most])
+        return paths or [self._forced([])[:most]]
 
     def _forced(self, path: list[int]) -> list[int]:
         """Tokens that the grammar forces after a valid path."""
@@ -212,5 +212,5 @@ class GrammarGuide:
         return result
 
 
-def _first_line(words: str) -> str:
-    return words.strip().splitlines()[0] if words.strip() else "it can't be parsed"
+def _first_line(message: str) -> str:
+    return message.strip().splitlines()[0] if message.strip() else "it can't be parsed"

@@ -189,6 +189,6 @@ class CallReader:
 def _undecided(text: str, mark: str) -> int:
     """Number of characters at a text's end that may be whitespace before a mark, or the start of a mark."""
     longest = min(len(mark) - 1, len(text))
-    begun = next((n for n in range(longest, 0, -1) if text.endswith(mark[:n])), 0)
-    whole = text[: len(text) - begun]
-    return begun + len(whole) - len(whole.rstrip())
+    mark_start = next((n for n in range(longest, 0, -1) if text.endswith(mark[:n])), 0)
+    whole = text[: len(text) - mark_start]
+    return mark_start + len(whole) - len(whole.rstrip())

@@ -51,10 +51,8 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, most: int | None = None) -> None:
         self._most = most
-        self._tokenizer, self._tokenizer_lock = (
-            tokenizer,
-            threading.Lock(),
-        )  # fast tokenizers keep settings of a call as state
+        self._tokenizer = tokenizer
+        self._tokenizer_lock = threading.Lock()  # fast tokenizers keep settings of a call as state
         template = tokenizer.chat_template
         templates = list(template.values()) if isinstance(template, dict) else [template or ""]
         self._text = "\n".join(templates)

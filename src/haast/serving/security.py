@@ -144,9 +144,8 @@ class Guarded:
     def _check(self, scope: Scope, headers: Headers) -> str:
         """Run all checks on a request's head; returns the name of its key. Raises ApiError."""
         size = sum(len(name) + len(value) for name, value in scope["headers"])
-        if (
-            size + len(scope.get("raw_path", b"")) + len(scope["query_string"]) > MOST_HEADERS
-        ):  # h11 limits incomplete heads only
+        size += len(scope.get("raw_path", b"")) + len(scope["query_string"])
+        if size > MOST_HEADERS:  # h11 limits incomplete heads only
             raise ApiError(431, f"the headers are longer than {MOST_HEADERS} bytes", code="headers_too_large")
         if "content-length" in headers and "transfer-encoding" in headers:
             # h11 uses the second, as HTTP demands. A proxy may use the first, and would then see another request start

@@ -175,7 +175,7 @@ class Writing:
         return delta
 
     def _release_logprobs(self, delta: Delta, final: bool = False) -> None:
-        """Add the logprobs of tokens whose text is sent; at the end of all tokens, unless a stop string cut them."""
+        """Add the logprobs of tokens whose text is sent; with `final` of all others too, unless a stop cut the text."""
         shown, whole = len(self._text.text), final and not self._text.stopped
         while self._unsent and (whole or self._unsent[0][0] < shown):
             start, position = self._unsent.pop(0)

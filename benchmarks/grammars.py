@@ -40,7 +40,8 @@ def answer(service: Service, question: str, temperature: float, tokens: int, **m
         **more,
     }
     plan = chat_plan(ChatRequest.model_validate(body), service.facts)
-    return asyncio.run(whole(ChatShape(service, plan, "bench", 0), service.begin(plan)))
+    writings = service.begin(plan)
+    return ChatShape(service, plan, "bench", 0).whole(asyncio.run(whole(writings)), writings)
 
 
 def row(service: Service, question: str, schema: Schema, temperature: float, tokens: int) -> dict[str, Any]:

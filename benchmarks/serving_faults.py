@@ -257,8 +257,16 @@ class Fuzzed:
     wrong: list[str] = field(default_factory=list)  # of replies that should not be
     slowest_s: float = 0.0
     slowest: str = ""
-    stalled_s: float = 0.0  # the longest that /health took meanwhile
-    machine_stalled_s: float = 0.0  # the longest that this process itself was not let run
+    stalled_s: float = 0.0  # the longest that /health took meanwhile by the server's own doing, see `fuzz`
+    machine_stalled_s: float = 0.0  # the longest that it was
+
+    def add(self, other: Fuzzed) -> None:
+        """Take in what was said to further ones."""
+        self.statuses += other.statuses
+        self.wrong += other.wrong
+        self.slowest_s, self.slowest = max((self.slowest_s, self.slowest), (other.slowest_s, other.slowest))
+        self.stalled_s = max(self.stalled_s, other.stalled_s)
+        self.machine_stalled_s = max(self.machine_stalled_s, other.machine_stalled_s)
 
 
 def judged(reply: Reply) -> str | None:
@@ -277,21 +285,36 @@ def judged(reply: Reply) -> str | None:
         return f"no error object: {error}"
 
 
-async def fuzz(port: int, count: int, seed: int = 0, at_once: int = 8) -> Fuzzed:
-    """Send broken requests; every reply is judged, and a friend's answer has to stay what it was."""
+async def fuzz(
+    port: int, count: int, seed: int = 0, at_once: int = 8, work: Callable[[], tuple[float, float]] | None = None
+) -> Fuzzed:
+    """Send broken requests; every reply is judged, and a friend's answer has to stay what it was.
+
+    `work` tells what the server has done, see `Served.work`: other programs run beside it, and neither what they hold
+    it up nor what they hold up this process is the server's doing.
+    """
     found, friend = Fuzzed(), numbered(1)
-    before, done = plain(await ask(port, TEXT, friend)), asyncio.Event()
+    work = work or (lambda: (time.monotonic(), 0.0))
+    before, done, late = plain(await ask(port, TEXT, friend)), asyncio.Event(), 0.0
+
+    async def tick() -> None:
+        nonlocal late
+        while not done.is_set():
+            begun = time.monotonic()
+            await asyncio.sleep(0.01)
+            late += time.monotonic() - begun - 0.01
+            found.machine_stalled_s = max(found.machine_stalled_s, time.monotonic() - begun - 0.01)
 
     async def watch() -> None:
         while not done.is_set():
-            begun = time.monotonic()
+            begun, own, (worked, waited) = time.monotonic(), late, work()
             reply = await ask(port, "/health")
-            found.stalled_s = max(found.stalled_s, time.monotonic() - begun)
+            took, (worked_then, waited_then) = time.monotonic() - begun, work()
+            await asyncio.sleep(0.02)  # a tick that was late meanwhile has counted it then
+            stalled = min(took - (late - own) - (waited_then - waited), worked_then - worked)
+            found.stalled_s = max(found.stalled_s, stalled)
             if reply.status != 200:
                 found.wrong.append(f"/health says {reply.status}")
-            begun = time.monotonic()
-            await asyncio.sleep(0.05)
-            found.machine_stalled_s = max(found.machine_stalled_s, time.monotonic() - begun - 0.05)
 
     async def one(path: str, headers: dict[str, str], body: bytes) -> None:
         begun, what = time.monotonic(), f"{path} {body[:300]!r} ({len(body)} bytes)"
@@ -308,7 +331,7 @@ async def fuzz(port: int, count: int, seed: int = 0, at_once: int = 8) -> Fuzzed
         if wrong is not None:
             found.wrong.append(f"{wrong}: {reply.body[:300]!r}: {what}")
 
-    watching, requests = asyncio.create_task(watch()), hostile(random.Random(seed))
+    watching, requests = asyncio.gather(tick(), watch()), hostile(random.Random(seed))
     for start in range(0, count, 200):
         part = list(islice(requests, min(200, count - start)))
         await limited([lambda each=each: one(*each) for each in part], at_once)  # type: ignore[misc]
@@ -413,6 +436,12 @@ class Served:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return 1024 * int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0])
 
+    def work(self) -> tuple[float, float]:
+        """Seconds of a processor that all of its threads had, and those for which its event loop waited for one."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        waited = int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[1])
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), waited / 1e9
+
     def files(self) -> int:
         """Open files and sockets."""
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
@@ -500,10 +529,15 @@ async def signalled(server: Served, sign: signal.Signals, count: int, grace: flo
 
 
 def memory(server: Served) -> Json:
-    """At rest, when the server has tidied up."""
-    time.sleep(3)
+    """At rest, when the server has tidied up: the least of some seconds, since a busy machine lets it do so late."""
+    asyncio.run(quiet(server.port, 60))
+    looks = []
+    for _ in range(8):
+        time.sleep(1)
+        looks.append((server.rss(), server.files()))
     pool = asyncio.run(gauges(server.port))["kv_cache_usage_perc"]
-    return {"rss_mb": round(server.rss() / 2**20, 1), "pool_in_use": pool, "open_files": server.files()}
+    rss, files = (min(each) for each in zip(*looks, strict=True))
+    return {"rss_mb": round(rss / 2**20, 1), "pool_in_use": pool, "open_files": files}
 
 
 async def fill(port: int, tokens: int) -> None:
@@ -528,14 +562,20 @@ def leaks(server: Served, count: int, at_once: int, pool: int) -> Json:
     return result
 
 
-def fuzzed(server: Served, count: int) -> Json:
-    """Memory before and after broken bodies, likewise."""
-    asyncio.run(fuzz(server.port, count // 2, seed=1))
-    before = memory(server)
-    found = asyncio.run(fuzz(server.port, count))
-    after = memory(server)
-    result = vars(found) | {"statuses": dict(found.statuses), "count": count, "before": before, "after": after}
-    result["rss_growth"] = after["rss_mb"] / before["rss_mb"] - 1
+def fuzzed(server: Served, count: int, pool: int) -> Json:
+    """Memory after a fifth of the broken bodies, which has filled the caches, and after all of them.
+
+    Each fifth is made of the same kinds by another seed, so what a kind of body leaves behind would show four times.
+    """
+    asyncio.run(fill(server.port, pool))
+    found, rests = Fuzzed(), list[Json]()
+    for part in range(5):
+        found.add(asyncio.run(fuzz(server.port, count // 5, seed=part, work=server.work)))
+        rests.append(memory(server))
+        print(part, rests[-1], found.stalled_s, file=sys.stderr, flush=True)
+    result = vars(found) | {"statuses": dict(found.statuses), "count": count, "before": rests[0], "after": rests[-1]}
+    result["rss_mb"] = {str(count // 5 * (part + 1)): rest["rss_mb"] for part, rest in enumerate(rests)}
+    result["rss_growth"] = rests[-1]["rss_mb"] / rests[0]["rss_mb"] - 1
     print(json.dumps(result), file=sys.stderr, flush=True)
     return result
 
@@ -545,6 +585,8 @@ def problems(result: Json) -> list[str]:
     found = [str(each) for each in result["wrong"][:5]]
     if result["rss_growth"] >= 0.02:
         found.append(f"memory has grown by {result['rss_growth']:.1%}")
+    if result.get("stalled_s", 0) >= 0.3:
+        found.append(f"nobody was answered for {result['stalled_s']:.2f} s")
     if result["after"]["pool_in_use"] != 0 or result["after"]["open_files"] > result["before"]["open_files"] + 2:
         found.append(f"something is held: {result['after']}")
     return found
@@ -559,7 +601,7 @@ def main() -> None:
     log, grace, pool = given.json.with_suffix(".log"), 3.0, 8192
     result: Json = {"kind": "serving-faults", "clients": given.clients, "bodies": given.bodies}
     with served(tiny_command(max_running=8, max_waiting=64, grace=grace, timeout=20), log) as server:
-        result["fuzz"] = fuzzed(server, given.bodies)
+        result["fuzz"] = fuzzed(server, given.bodies, 20_000)
         result["vanish"] = leaks(server, given.clients, 48, 20_000)
         result["floods"] = dict(asyncio.run(floods(server.port)))
         result["edges"] = asyncio.run(edges(server.port))

@@ -271,9 +271,7 @@ def test_another_text_without_drafting_is_told(chat: Chat) -> None:
     chat.ask("different")
     chat.page.get_by_role("button", name="Same seed without drafting").click()
     place = TEXT.index("dusk") + 2
-    expect(chat.page.locator(".verdict")).to_have_text(
-        f"✗ Different text without drafting, from character {place} on."
-    )
+    expect(chat.page.locator(".verdict")).to_have_text(f"✗ Different text without drafting, from character {place} on.")
     assert [text[:3] for text in chat.page.locator(".parting mark").all_text_contents()] == ["usk", "awn"]
 
 
@@ -302,7 +300,8 @@ def test_marks_can_be_put_away(chat: Chat) -> None:
 def test_where_texts_part(chat: Chat) -> None:
     pairs = [("", ""), ("ab", "ab"), ("ab", "abc"), ("abc", "ab"), ("\U0001f305", "\U0001f306"), ("a", "b")]
     script = (
-        "async (pairs) => pairs.map(((module) => (pair) => module.firstDifference(...pair))(await import('./static/check.js')))"
+        "async (pairs) => pairs.map("
+        "((module) => (pair) => module.firstDifference(...pair))(await import('./static/check.js')))"
     )
     assert chat.page.evaluate(script, pairs) == [-1, -1, 2, 2, 0, 0]
 

@@ -6,6 +6,7 @@ between requests.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -134,6 +135,10 @@ class Response(ChatShape):
             }
         return answer
 
+    def whole(self, deltas: Sequence[Delta], writings: Sequence[Writing]) -> Json:
+        status = _status(writings[0])
+        return self.body(status, self.items(deltas[0], status), writings)
+
     def _reasoning(self, text: str) -> Json:
         part = {"type": "reasoning_text", "text": text}
         return {"type": "reasoning", "id": f"rs_{self.id[5:]}", "summary": [], "content": [part]}
@@ -157,28 +162,20 @@ def _status(writing: Writing) -> str:
     return "incomplete" if writing.finish_reason == "length" else "completed"
 
 
-async def whole_response(response: Response, writings: Sequence[Writing]) -> Json:
-    """The whole response in one object."""
-    delta = Delta()
-    async with aclosing(merged(writings)) as parts:
-        async for _, part in parts:
-            if part is not None:
-                join(delta, part)
-    status = _status(writings[0])
-    return response.body(status, response.items(delta, status), writings)
-
-
 async def response_events(response: Response, writings: Sequence[Writing]) -> AsyncGenerator[bytes, None]:
     """The response as a stream of named, numbered events."""
     number = 0
 
-    def made(name: str, **fields: Any) -> bytes:
+    def numbered(name: str, fields: Json, long: bool) -> bytes:
         nonlocal number
         number += 1
-        return event({"type": name, "sequence_number": number - 1, **fields}, name)
+        return event({"type": name, "sequence_number": number - 1, **fields}, name, long)
 
-    yield made("response.created", response=response.body("in_progress"))
-    yield made("response.in_progress", response=response.body("in_progress"))
+    def short(name: str, **fields: Any) -> bytes:
+        return numbered(name, fields, long=False)
+
+    yield short("response.created", response=response.body("in_progress"))
+    yield short("response.in_progress", response=response.body("in_progress"))
     try:
         delta, opened = Delta(), list[str]()  # kinds of items that were opened, in order
         async with aclosing(merged(writings)) as parts:
@@ -192,21 +189,31 @@ async def response_events(response: Response, writings: Sequence[Writing]) -> As
                     if kind not in opened:
                         opened.append(kind)
                         for name, fields in _opening(response, kind, len(opened) - 1):
-                            yield made(name, **fields)
+                            yield short(name, **fields)
                     name = "response.output_text.delta" if kind == "message" else "response.reasoning_text.delta"
                     place = {"output_index": opened.index(kind), "content_index": 0, "item_id": _id(response, kind)}
-                    yield made(name, delta=text, **place, **({"logprobs": []} if kind == "message" else {}))
+                    yield short(name, delta=text, **place, **({"logprobs": []} if kind == "message" else {}))
         status = _status(writings[0])
-        items = response.items(delta, status)
-        order = sorted(items, key=lambda item: opened.index(item["type"]) if item["type"] in opened else len(opened))
-        for index, item in enumerate(order):
-            for name, fields in _closing(response, item, index, item["type"] in opened):
-                yield made(name, **fields)
-        yield made(f"response.{status}", response=response.body(status, order, writings))
+
+        def final_events() -> list[bytes]:
+            items = response.items(delta, status)
+            order = sorted(items, key=lambda item: (*opened, item["type"]).index(item["type"]))
+            events = [
+                numbered(name, fields, long=True)
+                for index, item in enumerate(order)
+                for name, fields in _closing(response, item, index, item["type"] in opened)
+            ]
+            ended = {"response": response.body(status, order, writings)}
+            return [*events, numbered(f"response.{status}", ended, long=True)]
+
+        for each in await asyncio.to_thread(
+            final_events
+        ):  # in a thread: these events repeat the whole text and all logprobs
+            yield each
     except Exception as error:
         problem = api_error(error)
         failed = response.body("failed") | {"error": {"code": problem.code or "error", "message": problem.message}}
-        yield made("response.failed", response=failed)
+        yield short("response.failed", response=failed)
 
 
 def _id(response: Response, kind: str) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import logging
+import os
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import uvicorn
@@ -17,9 +20,11 @@ from haast.serving.app import Host, make_app
 from haast.serving.config import ServeConfig
 from haast.serving.connection import IDLE, Connection
 from haast.serving.security import MOST_HEADERS
-from haast.serving.service import loader
+from haast.serving.service import Service, loader
+from haast.serving.structured import GrammarError
 
 _LOG = logging.getLogger("haast.serving")
+_M_ARENA_MAX, _ARENAS = -8, 2  # mallopt's option, and its value
 _EXTRA_CONNECTIONS = 512  # connections in addition to those whose answers run or wait; most of them are idle
 
 
@@ -38,7 +43,7 @@ class Server(uvicorn.Server):
             served = self.server_state.total_requests
             if served != self._trimmed_at and not self.server_state.tasks:
                 self._trimmed_at = served
-                await asyncio.to_thread(_tidy)
+                await asyncio.to_thread(_trim_memory)
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: Any = None) -> None:
@@ -51,17 +56,46 @@ class Server(uvicorn.Server):
             self._host.end_all()
 
 
-def _tidy() -> None:
+def _trim_memory() -> None:
     """Return freed memory to the system: after many large bodies the C library keeps hundreds of MB."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    _call_c("malloc_trim", 0)
 
 
-def make_server(load: Callable[[], Haast], name: str, config: ServeConfig) -> Server:
-    """A server that is ready to `run`; `load` is called when it does."""
+def _limit_arenas() -> None:
+    """Limit glibc's malloc to a few arenas; by default it makes one for each thread.
+
+    Threads come and go with requests, and memory freed in one arena is not reused in others: after thousands of bodies
+    170 MB stayed allocated that malloc_trim did not return. Must run before many arenas exist.
+    """
+    if "MALLOC_ARENA_MAX" not in os.environ:
+        _call_c("mallopt", _M_ARENA_MAX, _ARENAS)
+
+
+def _call_c(name: str, *numbers: int) -> None:
+    """Call a function of the C library, if it exists."""
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        function(*numbers)
+
+
+def _prepare_service(service: Service) -> None:
+    """After loading, do slow work that would block all requests later.
+
+    Python's garbage collector visits all objects each time, including half a million of the libraries and the model: a
+    quarter of a second in which no thread runs, several times per large body. Freezing excludes the present objects.
+    """
+    with suppress(GrammarError):  # the model does not support grammars
+        service.facts.grammars.prepare()
+    gc.collect()
+    gc.freeze()
+
+
+def make_server(
+    load: Callable[[], Haast], name: str, config: ServeConfig, loaded: Callable[[Service], None] | None = None
+) -> Server:
+    """Build a server that is ready to `run`; then it calls `load` in the background, and `loaded` with the service."""
     stop = list[Callable[[], None]]()
-    app, host = make_app(loader(load, name, config), config, name, lambda: stop[0]())
+    app, host = make_app(loader(load, name, config, loaded), config, name, lambda: stop[0]())
     bounds = {"most": config.max_running + config.max_waiting + _EXTRA_CONNECTIONS, "send_timeout": config.send_timeout}
     setup = uvicorn.Config(
         app,
@@ -91,7 +125,9 @@ def serve(load: Callable[[], Haast], name: str, config: ServeConfig) -> None:
         level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr, force=True
     )
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
-    server = make_server(load, name, config)
+    _limit_arenas()
+    gc.freeze()  # excludes the imported modules: loading makes many objects
+    server = make_server(load, name, config, _prepare_service)
     with _listening_socket(config) as listening:
         _LOG.info("listening on http://%s:%d (model %s)", config.host, listening.getsockname()[1], name)
         server.run(sockets=[listening])

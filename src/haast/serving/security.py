@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -30,6 +31,10 @@ _OPEN = ("/", "/health", "/favicon.ico")  # need no key; nor does /static: the p
 _ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
 _EXTRA_REQUESTS = 64  # requests in addition to those whose answers run or wait: health checks, metrics, the page
 _MAX_KEYS = 10_000  # whose rates are kept
+# Limits of a body's content: Python's JSON parser blocks all threads while it runs.
+_MAX_PARTS = 30_000  # objects, lists and names: a body of 4 MB of empty lists takes a second
+_MAX_VALUES = 250_000  # for example token ids
+_PIECE = 65_536  # bytes to scan at once
 MOST_HEADERS = 32_768  # bytes of a request's headers
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -216,6 +221,12 @@ class Guarded:
             more = message.get("more_body", False)
             if len(body) > most:
                 raise self._too_long()
+        # The first count includes characters inside strings; only if it is too high, the exact count is made.
+        if _is_too_complex(*_count_delimiters(body)) and _is_too_complex(
+            *await run_in_threadpool(_count_outside_strings, body)
+        ):
+            words = f"the body holds more than {_MAX_PARTS} objects, lists and names, or {_MAX_VALUES} values"
+            raise ApiError(400, words, code="too_many_values")
         read: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replayed() -> Message:
@@ -225,6 +236,28 @@ class Guarded:
 
     def _too_long(self) -> ApiError:
         return ApiError(413, f"the body is longer than {self._config.max_body} bytes", code="body_too_large")
+
+
+def _count_delimiters(text: bytes | bytearray) -> tuple[int, int]:
+    """(parts, values): number of characters that start objects, lists and named values, and of commas."""
+    return text.count(b"{") + text.count(b"[") + text.count(b":"), text.count(b",")
+
+
+def _is_too_complex(parts: int, values: int) -> bool:
+    return parts > _MAX_PARTS or values > _MAX_VALUES
+
+
+def _count_outside_strings(body: bytearray) -> tuple[int, int]:
+    """The counts of `_count_delimiters` outside strings. Counts piece by piece, so that other threads can run."""
+    parts = values = 0
+    inside = False  # inside a string
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    for start in range(0, len(plain), _PIECE):
+        runs = plain[start : start + _PIECE].split(b'"')
+        more_parts, more_values = _count_delimiters(b"".join(runs[inside::2]))
+        parts, values = parts + more_parts, values + more_values
+        inside ^= len(runs) % 2 == 0
+    return parts, values
 
 
 class _Response:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from time import time
 from typing import Any
@@ -112,7 +113,7 @@ class Service:
         """Cancel every running answer and start no more, for a shutdown."""
         self._ending = True
         for request in self._scheduler.requests:
-            self._scheduler.cancel(request)
+            self._scheduler.cancel(request, wait=False)
 
     def _writing(self, plan: Plan, prompt: list[int], choice: int) -> Writing:
         """Build one request; it is checked but not queued."""
@@ -175,18 +176,22 @@ def _fingerprint(haast: Haast) -> str:
     return f"haast-{version('haast')}-{target.precision}".replace(" ", "-")
 
 
-def loader(load: Callable[[], Haast], name: str, config: ServeConfig) -> Callable[[], Service]:
-    """What a server runs in the background while it says that it is loading."""
+def loader(
+    load: Callable[[], Haast], name: str, config: ServeConfig, loaded: Callable[[Service], None] | None = None
+) -> Callable[[], Service]:
+    """A function that loads the service, for the server's background thread; calls `loaded` with it at the end."""
 
-    def made() -> Service:
+    def load_service() -> Service:
         service = Service(load(), name, config)
+        if loaded is not None:
+            loaded(service)
         _LOG.info("%s is ready: drafts by %s", name, service.drafter)
         return service
 
-    return made
+    return load_service
 
 
-def prediction_counts(prediction: Sequence[int], said: Sequence[int]) -> tuple[int, int]:
+def prediction_counts(prediction: Sequence[int], answer: Sequence[int]) -> tuple[int, int]:
     """(accepted, rejected): tokens of a prediction that an answer contains in order, and those that it does not.
 
     The answer is matched against the prediction token by token. After a mismatch, matching resumes after the next
@@ -196,11 +201,12 @@ def prediction_counts(prediction: Sequence[int], said: Sequence[int]) -> tuple[i
     for end in range(3, len(prediction) + 1):
         places.setdefault(tuple(prediction[end - 3 : end]), []).append(end)
     at, accepted = 0, 0
-    for count, token in enumerate(said, start=1):
+    for count, token in enumerate(answer, start=1):
         if at < len(prediction) and prediction[at] == token:
             at += 1
             accepted += 1
         elif count >= 3:
-            later = [place for place in places.get(tuple(said[count - 3 : count]), ()) if place > at]
-            at = later[0] if later else at
+            ends = places.get(tuple(answer[count - 3 : count]), [])
+            later = bisect(ends, at)  # repetitive texts have many
+            at = ends[later] if later < len(ends) else at
     return accepted, len(prediction) - accepted

@@ -38,15 +38,15 @@ class Shape:
         self.tokenizer: PreTrainedTokenizerBase = service.tokenizer
         self._calls: dict[int, int] = {}  # choice -> number of tool calls that were sent
 
-    def begun(self, index: int) -> Iterator[Json]:
+    def opening(self, index: int) -> Iterator[Json]:
         """Chunks at the start of a choice, before any delta."""
         yield from ()
 
-    def said(self, index: int, delta: Delta) -> Iterator[Json]:
+    def delta_chunks(self, index: int, delta: Delta) -> Iterator[Json]:
         """The chunk of a delta; none if the delta has nothing to send."""
         raise NotImplementedError
 
-    def ended(self, index: int, writing: Writing) -> Json:
+    def closing(self, index: int, writing: Writing) -> Json:
         """The last chunk of a choice, with its finish_reason."""
         raise NotImplementedError
 
@@ -130,10 +130,10 @@ class ChatShape(Shape):
 
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
-    def begun(self, index: int) -> Iterator[Json]:
+    def opening(self, index: int) -> Iterator[Json]:
         yield self._part(index, {"role": "assistant", "content": ""}, None)
 
-    def said(self, index: int, delta: Delta) -> Iterator[Json]:
+    def delta_chunks(self, index: int, delta: Delta) -> Iterator[Json]:
         fields: Json = {}
         if delta.reasoning:
             fields["reasoning_content"] = delta.reasoning
@@ -148,7 +148,7 @@ class ChatShape(Shape):
         if fields or delta.logprobs or shown:
             yield self._part(index, fields, self._logprobs(delta), delta)
 
-    def ended(self, index: int, writing: Writing) -> Json:
+    def closing(self, index: int, writing: Writing) -> Json:
         return self._part(index, {}, None, reason=writing.finish_reason)
 
     def choice(self, index: int, delta: Delta, writing: Writing) -> Json:
@@ -193,15 +193,15 @@ class CompletionShape(Shape):
 
     kind = chunk_kind = "text_completion"
 
-    def begun(self, index: int) -> Iterator[Json]:
+    def opening(self, index: int) -> Iterator[Json]:
         if self.plan.echo:
             yield self._part(index, self.plan.echo[index // self.plan.n], None)
 
-    def said(self, index: int, delta: Delta) -> Iterator[Json]:
+    def delta_chunks(self, index: int, delta: Delta) -> Iterator[Json]:
         if delta.content or delta.logprobs or (self.plan.trace and (delta.tokens or delta.steps)):
             yield self._part(index, delta.content, self._logprobs(delta), delta)
 
-    def ended(self, index: int, writing: Writing) -> Json:
+    def closing(self, index: int, writing: Writing) -> Json:
         return self._part(index, "", None, reason=writing.finish_reason)
 
     def choice(self, index: int, delta: Delta, writing: Writing) -> Json:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
+from starlette.responses import Response as HttpResponse
 
 from haast.serving.problems import ApiError, problem_of
 from haast.serving.shapes import Shape
@@ -25,18 +26,40 @@ from haast.serving.writing import Delta, Writing
 _LOG = logging.getLogger("haast.serving")
 _FRAMES = 12  # of an error's traceback that are logged
 _DONE = b"data: [DONE]\n\n"
+_MANY = 32  # logprobs and steps in a delta above which it is encoded in a thread
+_SLICE = 16  # list items to encode at once
 Result = TypeVar("Result")
 
 
-def event(data: dict[str, Any], name: str | None = None) -> bytes:
-    """One server-sent event."""
+def event(data: dict[str, Any], name: str | None = None, long: bool = False) -> bytes:
+    """One server-sent event; a long one is encoded in pieces, see `in_pieces`."""
     head = b"" if name is None else f"event: {name}\n".encode()
-    return head + b"data: " + encoded(data) + b"\n\n"
+    return head + b"data: " + (in_pieces(data) if long else encoded(data)) + b"\n\n"
 
 
 def encoded(data: Any) -> bytes:
     """JSON in UTF-8. Lone surrogates, which UTF-8 can't encode, become JSON escapes."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
+
+
+def in_pieces(data: Any) -> bytes:
+    """As `encoded`, for long data: one call of json.dumps would block all other threads until it ends."""
+    if isinstance(data, dict):
+        return b"{" + b",".join(encoded(name) + b":" + in_pieces(each) for name, each in data.items()) + b"}"
+    if not isinstance(data, list):
+        return encoded(data)
+    if len(data) <= _SLICE:
+        return b"[" + b",".join(map(in_pieces, data)) + b"]"
+    slices = (data[start : start + _SLICE] for start in range(0, len(data), _SLICE))
+    return b"[" + b",".join(encoded(part)[1:-1] for part in slices) + b"]"
+
+
+async def json_of(make: Callable[[], dict[str, Any]]) -> HttpResponse:
+    """A JSON response that is built and encoded in a thread, not on the event loop.
+
+    Uses asyncio's own threads: those of `run_in_threadpool` may all be busy parsing requests.
+    """
+    return HttpResponse(await asyncio.to_thread(lambda: in_pieces(make())), media_type="application/json")
 
 
 class Json(JSONResponse):
@@ -50,30 +73,40 @@ async def events(shape: Shape, writings: Sequence[Writing]) -> AsyncGenerator[by
     """The answer as server-sent events. An error becomes an event."""
     try:
         for index in range(len(writings)):
-            for chunk in shape.begun(index):
+            for chunk in shape.opening(index):
                 yield event(chunk)
         async with aclosing(merged(writings)) as parts:
             async for index, delta in parts:
                 if delta is None:
-                    yield event(shape.ended(index, writings[index]))
+                    yield event(shape.closing(index, writings[index]))
                 else:
-                    for chunk in shape.said(index, delta):
-                        yield event(chunk)
+                    for each in await _chunks(shape, index, delta):
+                        yield each
         if shape.plan.usage_in_stream:
-            yield event(shape.totals(writings))
+            yield event(await asyncio.to_thread(shape.totals, writings))
     except Exception as error:
         yield event(api_error(error).body())
     yield _DONE
 
 
-async def whole(shape: Shape, writings: Sequence[Writing]) -> dict[str, Any]:
-    """The answer in one object. Raises the error that ended one of its requests."""
+async def _chunks(shape: Shape, index: int, delta: Delta) -> list[bytes]:
+    """The events of a delta; long ones, after text was held back, are encoded in a thread."""
+    long = len(delta.logprobs) + len(delta.steps) > _MANY
+
+    def encode() -> list[bytes]:
+        return [event(chunk, long=long) for chunk in shape.delta_chunks(index, delta)]
+
+    return await asyncio.to_thread(encode) if long else encode()
+
+
+async def whole(writings: Sequence[Writing]) -> list[Delta]:
+    """One joined delta per answer. Raises the error that ended one of the requests."""
     deltas = [Delta() for _ in writings]
     async with aclosing(merged(writings)) as parts:
         async for index, delta in parts:
             if delta is not None:
                 join(deltas[index], delta)
-    return shape.whole(deltas, writings)
+    return deltas
 
 
 def join(all_of: Delta, delta: Delta) -> None:

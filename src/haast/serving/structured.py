@@ -67,8 +67,7 @@ class Grammars:
 
     def checked(self, text: str, field: str) -> Grammar:
         """Check a grammar in llguidance's format. Raises GrammarError."""
-        if len(text) > _LONGEST:
-            raise GrammarError(f"{field} is {len(text)} characters long: give a grammar of at most {_LONGEST}")
+        _check_length(text, field)
         wrong, messages = LLMatcher.validate_grammar_with_warnings(text, self._tokens(field), limits=_LIMITS)
         if wrong:
             raise GrammarError(f"{field} can't be used: {_first_line(messages[0])}")
@@ -76,10 +75,13 @@ class Grammars:
 
     def json_schema(self, schema: Mapping[str, Any], field: str) -> Grammar:
         """A grammar for JSON that follows a schema. Raises GrammarError for invalid or unsupported schemas."""
-        return self.checked(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=SPACING), field)
+        text = json.dumps(schema)
+        _check_length(text, field)
+        return self.checked(LLMatcher.grammar_from_json_schema(text, overrides=SPACING), field)
 
     def regex(self, pattern: str, field: str) -> Grammar:
         """A grammar for texts that match a regular expression completely. Raises GrammarError."""
+        _check_length(pattern, field)
         return self.checked(LLMatcher.grammar_from_regex(pattern), field)
 
     def choice(self, options: Sequence[str], field: str) -> Grammar:
@@ -88,14 +90,19 @@ class Grammars:
 
     def lark(self, text: str, field: str) -> Grammar:
         """A grammar in llguidance's Lark or llama.cpp's GBNF. Raises GrammarError."""
+        _check_length(text, field)
         try:
             grammar = llguidance.grammar_from("grammar", text)
         except ValueError as error:
             raise GrammarError(f"{field} can't be used: {_first_line(str(error))}") from error
         return self.checked(grammar, field)
 
+    def prepare(self) -> None:
+        """Build the tokenizer that all grammars need, so that no request waits for it. Raises GrammarError."""
+        self._tokens("grammar")
+
     def _tokens(self, field: str) -> Any:
-        """The tokenizer as llguidance knows it; made once, in a third of a second."""
+        """llguidance's tokenizer; built once, in a third of a second in which no other thread runs."""
         if not self._ends:
             raise GrammarError(f"{field}: this model has no end token, so a grammar could not end a text")
         with self._lock:
@@ -210,6 +217,12 @@ class GrammarGuide:
         if self._matcher.is_error():
             raise GrammarError(f"{self._field}: {_first_line(self._matcher.get_error())}")
         return result
+
+
+def _check_length(text: str, field: str) -> None:
+    """Raises GrammarError for a text that is too long for a grammar."""
+    if len(text) > _LONGEST:
+        raise GrammarError(f"{field} is {len(text)} characters long: give a grammar of at most {_LONGEST}")
 
 
 def _first_line(message: str) -> str:

@@ -434,7 +434,7 @@ def test_an_error_in_a_stream_lets_out_no_words(
     def fail(*_: Any) -> Any:
         raise RuntimeError("/secret/path: the prompt was xylophone")
 
-    monkeypatch.setattr("haast.serving.writing.Writing._delta_of", fail)
+    monkeypatch.setattr("haast.serving.generation.Generation._delta_of", fail)
     caplog.set_level(logging.INFO)
     reply = asked(service, json={**ASKED, "stream": True})
     assert '"code":"internal_error"' in reply.text and reply.text.endswith("data: [DONE]\n\n")

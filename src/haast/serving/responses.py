@@ -12,12 +12,12 @@ from contextlib import aclosing
 from typing import Any
 
 from haast.serving.conversation import joined
+from haast.serving.generation import Delta, Generation
 from haast.serving.plan import check_unknown
 from haast.serving.problems import ApiError, refused
 from haast.serving.schema import ChatRequest, InputItem, NamedResponseTool, ResponsesRequest
 from haast.serving.shapes import ChatShape, Json
 from haast.serving.streaming import api_error, event, join, merged
-from haast.serving.writing import Delta, Writing
 
 _STATE = "this server stores no answers: send all items, and store: false"
 
@@ -101,7 +101,7 @@ class Response(ChatShape):
             )
         return items
 
-    def body(self, status: str, output: Sequence[Json] = (), writings: Sequence[Writing] = ()) -> Json:
+    def body(self, status: str, output: Sequence[Json] = (), generations: Sequence[Generation] = ()) -> Json:
         """The response object with a status and the items so far."""
         cut = status == "incomplete"
         answer: Json = {
@@ -123,8 +123,8 @@ class Response(ChatShape):
             "tools": [],
             "store": False,
         }
-        if writings:
-            usage = self.usage(writings)
+        if generations:
+            usage = self.usage(generations)
             answer["usage"] = {
                 "input_tokens": usage["prompt_tokens"],
                 "output_tokens": usage["completion_tokens"],
@@ -135,9 +135,9 @@ class Response(ChatShape):
             }
         return answer
 
-    def whole(self, deltas: Sequence[Delta], writings: Sequence[Writing]) -> Json:
-        status = _status(writings[0])
-        return self.body(status, self.items(deltas[0], status), writings)
+    def whole(self, deltas: Sequence[Delta], generations: Sequence[Generation]) -> Json:
+        status = _status(generations[0])
+        return self.body(status, self.items(deltas[0], status), generations)
 
     def _reasoning(self, text: str) -> Json:
         part = {"type": "reasoning_text", "text": text}
@@ -158,11 +158,11 @@ class Response(ChatShape):
         return {"type": "output_text", "text": delta.content, "annotations": [], "logprobs": logprobs}
 
 
-def _status(writing: Writing) -> str:
-    return "incomplete" if writing.finish_reason == "length" else "completed"
+def _status(generation: Generation) -> str:
+    return "incomplete" if generation.finish_reason == "length" else "completed"
 
 
-async def response_events(response: Response, writings: Sequence[Writing]) -> AsyncGenerator[bytes, None]:
+async def response_events(response: Response, generations: Sequence[Generation]) -> AsyncGenerator[bytes, None]:
     """The response as a stream of named, numbered events."""
     number = 0
 
@@ -178,7 +178,7 @@ async def response_events(response: Response, writings: Sequence[Writing]) -> As
     yield short("response.in_progress", response=response.body("in_progress"))
     try:
         delta, opened = Delta(), list[str]()  # kinds of items that were opened, in order
-        async with aclosing(merged(writings)) as parts:
+        async with aclosing(merged(generations)) as parts:
             async for _, part in parts:
                 if part is None:
                     continue
@@ -193,7 +193,7 @@ async def response_events(response: Response, writings: Sequence[Writing]) -> As
                     name = "response.output_text.delta" if kind == "message" else "response.reasoning_text.delta"
                     place = {"output_index": opened.index(kind), "content_index": 0, "item_id": _id(response, kind)}
                     yield short(name, delta=text, **place, **({"logprobs": []} if kind == "message" else {}))
-        status = _status(writings[0])
+        status = _status(generations[0])
 
         def final_events() -> list[bytes]:
             items = response.items(delta, status)
@@ -203,7 +203,7 @@ async def response_events(response: Response, writings: Sequence[Writing]) -> As
                 for index, item in enumerate(order)
                 for name, fields in _closing(response, item, index, item["type"] in opened)
             ]
-            ended = {"response": response.body(status, order, writings)}
+            ended = {"response": response.body(status, order, generations)}
             return [*events, numbered(f"response.{status}", ended, long=True)]
 
         for each in await asyncio.to_thread(

@@ -23,6 +23,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
+from haast.serving.generation import Delta, Generation
 from haast.serving.plan import Plan, chat_plan, check_unknown, completion_plan
 from haast.serving.problems import ApiError
 from haast.serving.responses import Response, as_chat, response_events
@@ -31,7 +32,6 @@ from haast.serving.service import Service
 from haast.serving.shapes import ChatShape, CompletionShape, Shape
 from haast.serving.step_view import step_html
 from haast.serving.streaming import events, json_of, until_gone, whole
-from haast.serving.writing import Delta, Writing
 from haast.text import token_text
 
 if TYPE_CHECKING:
@@ -81,11 +81,11 @@ async def responses(body: ResponsesRequest, request: Request) -> Any:
     _check_model(body.model, service)
     plan = await run_in_threadpool(lambda: chat_plan(as_chat(body), service.facts))
     response = Response(service, plan, _id("resp"), _now())
-    writings = await _start(request, plan)
+    generations = await _start(request, plan)
     if plan.stream:
-        return _Stream(response_events(response, writings), request, writings)
-    deltas = await _wait_for(request, whole(writings), writings)
-    return await json_of(lambda: response.whole(deltas, writings))
+        return _Stream(response_events(response, generations), request, generations)
+    deltas = await _wait_for(request, whole(generations), generations)
+    return await json_of(lambda: response.whole(deltas, generations))
 
 
 @ROUTES.get("/v1/models")
@@ -143,33 +143,33 @@ def _host(request: Request) -> Host:
 async def _respond(request: Request, plan: Plan, shape: Callable[[], Shape]) -> HttpResponse:
     """Start the requests of a plan and send their answers."""
     formatter = shape()
-    writings = await _start(request, plan)
+    generations = await _start(request, plan)
     if plan.stream:
-        return _Stream(events(formatter, writings), request, writings)
-    deltas = await _wait_for(request, whole(writings), writings)
-    return await json_of(lambda: formatter.whole(deltas, writings))
+        return _Stream(events(formatter, generations), request, generations)
+    deltas = await _wait_for(request, whole(generations), generations)
+    return await json_of(lambda: formatter.whole(deltas, generations))
 
 
-async def _start(request: Request, plan: Plan) -> list[Writing]:
+async def _start(request: Request, plan: Plan) -> list[Generation]:
     return await run_in_threadpool(_host(request).service.begin, plan)
 
 
-async def _wait_for(request: Request, work: Awaitable[list[Delta]], writings: Sequence[Writing]) -> list[Delta]:
+async def _wait_for(request: Request, work: Awaitable[list[Delta]], generations: Sequence[Generation]) -> list[Delta]:
     try:
         return await until_gone(request, work)
     finally:
-        _close(request, writings)
+        _close(request, generations)
 
 
-def _close(request: Request, writings: Sequence[Writing]) -> None:
+def _close(request: Request, generations: Sequence[Generation]) -> None:
     """Cancel requests that still run, count the generated tokens against the key, and log the texts if configured."""
-    for writing in writings:
-        writing.close()
+    for generation in generations:
+        generation.close()
     host = _host(request)
-    host.rates.spent(request.state.key, sum(len(writing.new_tokens) for writing in writings))
+    host.rates.spent(request.state.key, sum(len(generation.new_tokens) for generation in generations))
     if host.config.log_prompts and host.loaded is not None:
-        for writing in writings:
-            end, tokens = writing.request.prompt_length, writing.request.tokens
+        for generation in generations:
+            end, tokens = generation.request.prompt_length, generation.request.tokens
             texts = (json.dumps(_text(host.loaded, part)) for part in (tokens[:end], tokens[end:]))  # JSON: one line
             _LOG.info("request %s: prompt %s, answer %s", request.state.request_id, *texts)
 
@@ -208,14 +208,14 @@ def _token_texts(service: Service, tokens: Sequence[int]) -> list[str]:
 class _Stream(EventSourceResponse):
     """A stream of events that cancels its requests however it ends, even before its first event."""
 
-    def __init__(self, parts: AsyncIterator[bytes], request: Request, writings: Sequence[Writing]) -> None:
+    def __init__(self, parts: AsyncIterator[bytes], request: Request, generations: Sequence[Generation]) -> None:
         config = _host(request).config
         # At a shutdown `Server` cancels the running answers after the grace period: the library only waits for that.
         super().__init__(
             parts, ping=config.keep_alive, sep="\n", send_timeout=config.send_timeout, shutdown_event=anyio.Event(),
             shutdown_grace_period=config.grace + 5,
         )  # fmt: skip
-        self._end = functools.partial(_close, request, writings)
+        self._end = functools.partial(_close, request, generations)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

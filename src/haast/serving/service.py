@@ -21,12 +21,12 @@ from haast.errors import CancelledError
 from haast.sampling import Sampler
 from haast.serving.config import ServeConfig
 from haast.serving.conversation import ChatTemplate
+from haast.serving.generation import Generation
 from haast.serving.logprobs import RecordingSampler
 from haast.serving.metrics import Metrics
 from haast.serving.plan import ModelFacts, Plan
 from haast.serving.processors import LeastLength, NewTokenPenalties, TokenBias
 from haast.serving.structured import Gate, Grammars
-from haast.serving.writing import Writing
 from haast.stats import Stats
 from haast.text import StopWatch
 
@@ -87,7 +87,7 @@ class Service:
         latency = getattr(policy, "latency", None)
         return None if latency is None else 1e3 / float(latency.step(1, 1))
 
-    def begin(self, plan: Plan) -> list[Writing]:
+    def begin(self, plan: Plan) -> list[Generation]:
         """Start all answers of a plan, or none if one of them fails to start.
 
         Raises:
@@ -95,19 +95,19 @@ class Service:
             CancelledError: the server is shutting down.
             KVPoolError, PromptError, ValueError: the request does not fit or is not valid.
         """
-        writings = [self._writing(plan, prompt, choice) for prompt in plan.prompts for choice in range(plan.n)]
-        started = list[Writing]()
+        generations = [self._build(plan, prompt, choice) for prompt in plan.prompts for choice in range(plan.n)]
+        started = list[Generation]()
         try:
-            for writing in writings:
-                writing.engine.start(writing.request)
-                started.append(writing)
+            for generation in generations:
+                generation.engine.start(generation.request)
+                started.append(generation)
             if self._ending:  # checked last: a request started after `end_all` would never be cancelled
                 raise CancelledError("the server is shutting down")
         except BaseException:
-            for writing in started:
-                writing.engine.cancel(writing.request)
+            for generation in started:
+                generation.engine.cancel(generation.request)
             raise
-        return writings
+        return generations
 
     def end_all(self) -> None:
         """Cancel every running answer and start no more, for a shutdown."""
@@ -115,7 +115,7 @@ class Service:
         for request in self._scheduler.requests:
             self._scheduler.cancel(request, wait=False)
 
-    def _writing(self, plan: Plan, prompt: list[int], choice: int) -> Writing:
+    def _build(self, plan: Plan, prompt: list[int], choice: int) -> Generation:
         """Build one request; it is checked but not queued."""
         engine, row, tokenizer = self.engine(plan.drafter), next(self._rows), self.tokenizer
         guide = None
@@ -144,7 +144,7 @@ class Service:
             hints=DraftHints(guide, plan.foreseen(prompt), plan.max_nodes),
             queued=False,
         )
-        return Writing(engine, request, plan, tokenizer, sampler, trace, self.metrics)
+        return Generation(engine, request, plan, tokenizer, sampler, trace, self.metrics)
 
     def _processors(self, plan: Plan, length: int) -> list[Processor]:
         """Logits processors of one request, without its grammar; `length` is the prompt's, in tokens."""

@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from haast.serving.generation import Delta, Generation
 from haast.serving.logprobs import Logprob
 from haast.serving.plan import Plan
 from haast.serving.service import Service, prediction_counts
 from haast.serving.tools import ToolCall
-from haast.serving.writing import Delta, Writing
 from haast.text import token_bytes, token_text
 
 Json = dict[str, Any]
@@ -46,35 +46,35 @@ class Shape:
         """The chunk of a delta; none if the delta has nothing to send."""
         raise NotImplementedError
 
-    def closing(self, index: int, writing: Writing) -> Json:
+    def closing(self, index: int, generation: Generation) -> Json:
         """The last chunk of a choice, with its finish_reason."""
         raise NotImplementedError
 
-    def whole(self, deltas: Sequence[Delta], writings: Sequence[Writing]) -> Json:
+    def whole(self, deltas: Sequence[Delta], generations: Sequence[Generation]) -> Json:
         """The whole answer; `deltas` holds one joined delta per choice."""
-        choices = [self.choice(index, *pair) for index, pair in enumerate(zip(deltas, writings, strict=True))]
-        answer = self._frame(self.kind, choices) | {"usage": self.usage(writings)}
+        choices = [self.choice(index, *pair) for index, pair in enumerate(zip(deltas, generations, strict=True))]
+        answer = self._frame(self.kind, choices) | {"usage": self.usage(generations)}
         if self.plan.trace:
             traces = [{"tokens": delta.tokens, "steps": delta.steps} for delta in deltas]
-            answer["haast"] = {"choices": traces, "stats": self.stats(writings)}
+            answer["haast"] = {"choices": traces, "stats": self.stats(generations)}
         return answer
 
-    def choice(self, index: int, delta: Delta, writing: Writing) -> Json:
+    def choice(self, index: int, delta: Delta, generation: Generation) -> Json:
         """One choice of a whole answer."""
         raise NotImplementedError
 
-    def totals(self, writings: Sequence[Writing]) -> Json:
+    def totals(self, generations: Sequence[Generation]) -> Json:
         """The last chunk of a stream: usage, without choices."""
-        chunk = self._frame(self.chunk_kind, []) | {"usage": self.usage(writings)}
-        return chunk | ({"haast": {"stats": self.stats(writings)}} if self.plan.trace else {})
+        chunk = self._frame(self.chunk_kind, []) | {"usage": self.usage(generations)}
+        return chunk | ({"haast": {"stats": self.stats(generations)}} if self.plan.trace else {})
 
-    def usage(self, writings: Sequence[Writing]) -> Json:
+    def usage(self, generations: Sequence[Generation]) -> Json:
         """OpenAI's usage: counts of emitted tokens, and what drafting did."""
-        prompts = writings[:: self.plan.n]  # choices of one prompt share it
-        prompt = sum(writing.request.prompt_length for writing in prompts)
-        new = [writing.new_tokens for writing in writings]
-        completion, stats = sum(map(len, new)), [writing.request.stats for writing in writings]
-        details: Json = {"reasoning_tokens": sum(writing.reasoning_tokens for writing in writings)}
+        prompts = generations[:: self.plan.n]  # choices of one prompt share it
+        prompt = sum(generation.request.prompt_length for generation in prompts)
+        new = [generation.new_tokens for generation in generations]
+        completion, stats = sum(map(len, new)), [generation.request.stats for generation in generations]
+        details: Json = {"reasoning_tokens": sum(generation.reasoning_tokens for generation in generations)}
         if self.plan.prediction:
             counts = [prediction_counts(self.plan.prediction, tokens) for tokens in new]
             details["accepted_prediction_tokens"] = sum(accepted for accepted, _ in counts)
@@ -88,7 +88,7 @@ class Shape:
             "prompt_tokens_details": {"cached_tokens": sum(w.request.stats.recalled_tokens for w in prompts)},
             "completion_tokens_details": details,
             "haast": {
-                "drafter": writings[0].engine.drafter.name,
+                "drafter": generations[0].engine.drafter.name,
                 "target_forwards": forwards,
                 "tau": round(decoded / forwards, 3) if forwards else None,
                 "drafted_tokens": sum(max(each.nodes - each.target_forwards, 0) for each in stats),
@@ -96,14 +96,14 @@ class Shape:
             },
         }
 
-    def stats(self, writings: Sequence[Writing]) -> Json:
+    def stats(self, generations: Sequence[Generation]) -> Json:
         """Speed and times of a traced answer; of several choices the first."""
-        stats = writings[0].request.stats
+        stats = generations[0].request.stats
         names = ("tau", "tokens_per_s", "ms_prefill", "ms_draft", "ms_verify", "ms_overhead", "target_forwards")
         return {
             **{name: round(getattr(stats, name), 3) for name in names},
             "vanilla_tokens_per_s": self.service.vanilla_tokens_per_s,
-            "decoder": writings[0].engine.drafter.name,
+            "decoder": generations[0].engine.drafter.name,
         }
 
     def _frame(self, kind: str, choices: list[Json]) -> Json:
@@ -148,10 +148,10 @@ class ChatShape(Shape):
         if fields or delta.logprobs or shown:
             yield self._part(index, fields, self._logprobs(delta), delta)
 
-    def closing(self, index: int, writing: Writing) -> Json:
-        return self._part(index, {}, None, reason=writing.finish_reason)
+    def closing(self, index: int, generation: Generation) -> Json:
+        return self._part(index, {}, None, reason=generation.finish_reason)
 
-    def choice(self, index: int, delta: Delta, writing: Writing) -> Json:
+    def choice(self, index: int, delta: Delta, generation: Generation) -> Json:
         message: Json = {"role": "assistant", "content": delta.content or (None if delta.calls else "")}
         if delta.reasoning:
             message["reasoning_content"] = delta.reasoning
@@ -161,7 +161,7 @@ class ChatShape(Shape):
             "index": index,
             "message": message,
             "logprobs": self._logprobs(delta, always=True),
-            "finish_reason": writing.finish_reason,
+            "finish_reason": generation.finish_reason,
         }
 
     def _part(
@@ -201,16 +201,16 @@ class CompletionShape(Shape):
         if delta.content or delta.logprobs or (self.plan.trace and (delta.tokens or delta.steps)):
             yield self._part(index, delta.content, self._logprobs(delta), delta)
 
-    def closing(self, index: int, writing: Writing) -> Json:
-        return self._part(index, "", None, reason=writing.finish_reason)
+    def closing(self, index: int, generation: Generation) -> Json:
+        return self._part(index, "", None, reason=generation.finish_reason)
 
-    def choice(self, index: int, delta: Delta, writing: Writing) -> Json:
+    def choice(self, index: int, delta: Delta, generation: Generation) -> Json:
         echo = self.plan.echo[index // self.plan.n] if self.plan.echo else ""
         return {
             "index": index,
             "text": echo + delta.content,
             "logprobs": self._logprobs(delta, always=True),
-            "finish_reason": writing.finish_reason,
+            "finish_reason": generation.finish_reason,
         }
 
     def _part(

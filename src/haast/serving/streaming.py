@@ -19,9 +19,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 from starlette.responses import Response as HttpResponse
 
+from haast.serving.generation import Delta, Generation
 from haast.serving.problems import ApiError, problem_of
 from haast.serving.shapes import Shape
-from haast.serving.writing import Delta, Writing
 
 _LOG = logging.getLogger("haast.serving")
 _FRAMES = 12  # of an error's traceback that are logged
@@ -69,21 +69,21 @@ class Json(JSONResponse):
         return encoded(content)
 
 
-async def events(shape: Shape, writings: Sequence[Writing]) -> AsyncGenerator[bytes, None]:
+async def events(shape: Shape, generations: Sequence[Generation]) -> AsyncGenerator[bytes, None]:
     """The answer as server-sent events. An error becomes an event."""
     try:
-        for index in range(len(writings)):
+        for index in range(len(generations)):
             for chunk in shape.opening(index):
                 yield event(chunk)
-        async with aclosing(merged(writings)) as parts:
+        async with aclosing(merged(generations)) as parts:
             async for index, delta in parts:
                 if delta is None:
-                    yield event(shape.closing(index, writings[index]))
+                    yield event(shape.closing(index, generations[index]))
                 else:
                     for each in await _chunks(shape, index, delta):
                         yield each
         if shape.plan.usage_in_stream:
-            yield event(await asyncio.to_thread(shape.totals, writings))
+            yield event(await asyncio.to_thread(shape.totals, generations))
     except Exception as error:
         yield event(api_error(error).body())
     yield _DONE
@@ -99,10 +99,10 @@ async def _chunks(shape: Shape, index: int, delta: Delta) -> list[bytes]:
     return await asyncio.to_thread(encode) if long else encode()
 
 
-async def whole(writings: Sequence[Writing]) -> list[Delta]:
+async def whole(generations: Sequence[Generation]) -> list[Delta]:
     """One joined delta per answer. Raises the error that ended one of the requests."""
-    deltas = [Delta() for _ in writings]
-    async with aclosing(merged(writings)) as parts:
+    deltas = [Delta() for _ in generations]
+    async with aclosing(merged(generations)) as parts:
         async for index, delta in parts:
             if delta is not None:
                 join(deltas[index], delta)
@@ -115,19 +115,19 @@ def join(all_of: Delta, delta: Delta) -> None:
         setattr(all_of, name, getattr(all_of, name) + value)
 
 
-async def merged(writings: Sequence[Writing]) -> AsyncGenerator[tuple[int, Delta | None], None]:
+async def merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Delta | None], None]:
     """Deltas of several answers as they come, as (answer's index, delta); (index, None) at the end of each."""
-    if len(writings) == 1:
-        async with aclosing(writings[0].deltas()) as deltas:
+    if len(generations) == 1:
+        async with aclosing(generations[0].deltas()) as deltas:
             async for delta in deltas:
                 yield 0, delta
         yield 0, None
         return
     ready: asyncio.Queue[tuple[int, Delta | BaseException | None]] = asyncio.Queue()
 
-    async def follow(index: int, writing: Writing) -> None:
+    async def follow(index: int, generation: Generation) -> None:
         try:
-            async with aclosing(writing.deltas()) as deltas:
+            async with aclosing(generation.deltas()) as deltas:
                 async for delta in deltas:
                     ready.put_nowait((index, delta))
             ready.put_nowait((index, None))
@@ -135,7 +135,7 @@ async def merged(writings: Sequence[Writing]) -> AsyncGenerator[tuple[int, Delta
             ready.put_nowait((index, error))
             raise
 
-    tasks = [asyncio.create_task(follow(*each)) for each in enumerate(writings)]
+    tasks = [asyncio.create_task(follow(*each)) for each in enumerate(generations)]
     try:
         left = len(tasks)
         while left:

@@ -1,4 +1,4 @@
-"""One running answer: turns the engine's emissions into text, reasoning, tool calls and logprobs for a client.
+"""One generation: turns the engine's emissions into text, reasoning, tool calls and logprobs for a client.
 
 Owns, for one request, its text, reasoning, tool calls, logprobs and trace. The result does not depend on how tokens are
 grouped into emissions, so an answer is the same with and without drafting, streamed or whole.
@@ -42,7 +42,7 @@ class Delta:
         return any(vars(self).values())
 
 
-class Writing:
+class Generation:
     """One request and the text it generates.
 
     Args:

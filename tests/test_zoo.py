@@ -94,7 +94,7 @@ def test_the_pages_say_what_is_recorded() -> None:
     for page in ("README.md", "docs/limits.md"):
         text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
         assert f"{number.total()} types" in text, page
-        assert f"{number['same text']} say the same text, {number['refused']} are refused" in text, page
+        assert f"{number['same text']} give the same text, {number['refused']} are refused" in text, page
         assert f"{number['not built']} could not be built" in text, page
 
 

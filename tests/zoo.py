@@ -301,9 +301,9 @@ def page(held: Mapping[str, Any]) -> str:
         f"transformers {held['versions']['transformers']} has {number.total()} types of causal LM. A tiny model of "
         f"each was built with random weights in float32. Haast's greedy text and logits were compared with stock "
         f"`generate`'s, token by token, with suffix drafts, lookahead, and random trees in which some nodes are right: "
-        f"**{number['same text']} say the same text, {number['refused']} are refused by name, {number['not built']} "
+        f"**{number['same text']} give the same text, {number['refused']} are refused by name, {number['not built']} "
         f"could not be built**, and none says another text. Of {len(decoders)} that are also built with "
-        f"`is_decoder=True`, {Counter(row['outcome'] for row in decoders)['same text']} say the same text.",
+        f"`is_decoder=True`, {Counter(row['outcome'] for row in decoders)['same text']} give the same text.",
         "",
         "```bash",
         "python tests/zoo.py --json results/zoo.json --page docs/models.md",

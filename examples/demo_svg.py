@@ -71,9 +71,7 @@ def draw(panel: Panel, top: float, whole: float) -> tuple[list[str], list[str]]:
                 elements.append(f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{escape(word)}</text>')
             column += len(word)
     last = steps[moments[-1]]
-    elements.append(
-        f'<text class="t {last}" x="{MARGIN}" y="{top + LINES * LINE:.1f}">{escape(panel.total)}</text>'
-    )
+    elements.append(f'<text class="t {last}" x="{MARGIN}" y="{top + LINES * LINE:.1f}">{escape(panel.total)}</text>')
     return elements, frames
 
 

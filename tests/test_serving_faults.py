@@ -169,7 +169,7 @@ def test_a_slow_reader_gets_all_and_one_that_never_reads_is_ended() -> None:
                     while server.here[0] or len(server.server.server_state.connections):
                         await asyncio.sleep(0.05)
                     return "ended"
-                return "whole" if (await faults.read_reply(reader, pace)).told else "cut"
+                return "whole" if (await faults.read_reply(reader, pace)).well_formed else "cut"
             finally:
                 await faults.shut(writer)
 
@@ -392,7 +392,7 @@ def test_at_a_shutdown_who_can_end_ends_and_who_cannot_is_told() -> None:
                 await asyncio.sleep(0.005)
             server.server.should_exit = True
             replies = await asyncio.gather(*tasks)
-            assert all(reply.told for reply in replies)
+            assert all(reply.well_formed for reply in replies)
             errors = [b'"error"' in reply.body for reply in replies]
             assert errors[:2] == [False, False], "short ones are whole"
             return Counter(map(str, errors))

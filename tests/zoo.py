@@ -354,6 +354,7 @@ def main(words: Sequence[str]) -> int:
     torch.set_num_threads(1)
     rows = survey()
     held = {
+        "kind": "zoo",
         "command": shlex.join(["python", "tests/zoo.py", *words]),
         "commit": commit(),
         "versions": {

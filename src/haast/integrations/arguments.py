@@ -104,7 +104,7 @@ def refuse_settings(config: GenerationConfig) -> None:
 def unknown_settings() -> dict[str, Any]:
     """Settings of the installed transformers that no table of Haast holds, with their defaults."""
     known = {*REFUSED_SETTINGS, *HONOURED_SETTINGS, *IDLE_SETTINGS, "transformers_version"}
-    every = compat.usual_settings().items()
+    every = compat.default_generation_settings().items()
     return {name: usual for name, usual in every if not name.startswith("_") and name not in known}
 
 

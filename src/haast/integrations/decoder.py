@@ -44,14 +44,14 @@ from haast.target.target import Target
 class SignatureHook:
     """A descriptor for `__signature__`: the signature of `__call__`, and what `generate` keeps put back.
 
-    `compat.hand_over` does that when the signature is read. transformers has touched nothing yet at that moment, so the
-    model and the inputs are checked too.
+    `compat.recover_arguments` does that when the signature is read. transformers has changed nothing by then, so
+    the model and the inputs are checked too.
     """
 
     def __get__(self, instance: object, owner: type) -> inspect.Signature:
         if instance is None:
             raise AttributeError("__signature__")  # the class has its constructor's signature, as every class
-        given = compat.hand_over(arguments.PARAMETERS, CACHE_NAMES)
+        given = compat.recover_arguments(arguments.PARAMETERS, CACHE_NAMES)
         if given is not None:
             model: Any = given["self"]
             refuse_unsupported(model)
@@ -167,7 +167,7 @@ class Decoder:
             input_ids: (rows, width), left-padded, one row per sequence that is returned.
             logits_processor, stopping_criteria, generation_config, streamer: as prepared.
             synced_gpus, tokenizer: refused where True; only `generate` itself needs it, for stop strings.
-            handover: what transformers keeps from callables (`compat.hand_over`): streamer, assistant_model, ...
+            handover: what transformers keeps from callables (`compat.recover_arguments`): streamer, ...
             model_kwargs: for the model's forward.
 
         Returns (rows, width + new tokens), or a GenerateDecoderOnlyOutput, as stock `generate` returns. Raises
@@ -201,7 +201,7 @@ class Decoder:
                 f"this decoder was made for another model than the {type(model).__name__} that generate was called on: "
                 f"make a Decoder for this one"
             )
-        target.check_place(self._built)
+        target.check_device(self._built)
         return target, drafter
 
 

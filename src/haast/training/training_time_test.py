@@ -55,7 +55,7 @@ def chain_passes(
     cosine, sine = head.rotary(embeddings, position_ids=batch.positions.unsqueeze(0))
     rotary = (cosine[0].unsqueeze(1), sine[0].unsqueeze(1))
     layers: list[Any] = head.decoder_layers
-    state, read = head.enter(embeddings, head.fuse(features))
+    state, read = head.layer_input(embeddings, head.fuse(features))
     padded: list[_KeysValues] = []
     for number, layer in enumerate(layers):
         read = layer.input_layernorm(state) if number else read
@@ -77,7 +77,7 @@ def chain_passes(
         at = batch.queries[rows]
         place = torch.full((batch.views,), -1, device=rows.device)
         place = place.index_put((rows,), torch.arange(len(rows), device=rows.device))
-        state, read = head.enter(embeddings[at], state[alive])
+        state, read = head.layer_input(embeddings[at], state[alive])
         for level, layer in enumerate(layers):
             read = layer.input_layernorm(state) if level else read
             drafted[level].append((_keys_values(layer, read, _at(rotary, at)), place))

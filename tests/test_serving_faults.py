@@ -126,7 +126,7 @@ def test_who_leaves_the_queue_is_not_there_any_more(busy: Live, stream: bool) ->
 
 def test_a_body_that_stops_coming(busy: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     config = busy.service.config
-    monkeypatch.setattr(running, "_BESIDE", 4)
+    monkeypatch.setattr(running, "_EXTRA_CONNECTIONS", 4)
     monkeypatch.setattr(connection, "IDLE", 0.5)
     monkeypatch.setattr(connection, "_HEAD", 0.5)
     with live(max_running=1, max_waiting=0, body_timeout=0.3, grace=1) as server:
@@ -472,11 +472,11 @@ def test_what_is_loaded_is_no_work_for_the_collector_and_heaps_are_few(
     called = list[Any]()
 
     def stop(*given: Any) -> Any:
-        assert given[-1] is running._settle
+        assert given[-1] is running._prepare_service
         raise InterruptedError
 
     try:
-        running._settle(service)
+        running._prepare_service(service)
         before = gc.get_freeze_count()
         gc.unfreeze()
         monkeypatch.setattr(running, "make_server", stop)
@@ -516,8 +516,8 @@ def test_signs_are_counted_outside_of_texts(value: Any, piece: int, ascii_alone:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(security, "_PIECE", piece)
         body = bytearray(json.dumps(value, ensure_ascii=ascii_alone).encode("utf-8", "surrogatepass"))
-        parts, values = security._signs(json.dumps(bare(value)).encode())
-        assert security._signs_of_json(body) == (parts + names(value), values)
+        parts, values = security._count_delimiters(json.dumps(bare(value)).encode())
+        assert security._count_outside_strings(body) == (parts + names(value), values)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ from haast.training.initialise import last_layer_weights
 from haast.training.optimizer import matmul_precision
 from haast.training.run import head_config
 from haast.training.shards import read_shards
-from haast.training.target_weights import Frozen
+from haast.training.target_weights import TargetWeights
 from haast.training.trainer import Trainer
 
 _PROBE = 8.0  # seconds of training that measure a row's speed
@@ -143,7 +143,7 @@ def train_row(
     config = replace(base, **row.settings)
     size = len(data["own"]) * row.times
     examples = (data["own"] + data["more"])[:size] if row.data == "own" else data[row.data]
-    sizes, frozen = head_config(config, bench.target), Frozen.of(bench.target)
+    sizes, frozen = head_config(config, bench.target), TargetWeights.of(bench.target)
     assert isinstance(sizes, HeadConfig), "every row trains an EAGLE head"
     plain = config.head != "eagle3" and config.layers == 1 and not config.markov_rank
     start = bench.start(sizes, examples) if plain and config.initialisation != "random" else None
@@ -183,10 +183,10 @@ def _speed(trainer: Trainer) -> float:
     with matmul_precision(trainer.config.matmul_precision):
         for _ in range(2):
             trainer._advance(order)
-        begun, before = time.monotonic(), trainer._at.views
+        begun, before = time.monotonic(), trainer._state.views
         while time.monotonic() - begun < _PROBE:
             trainer._advance(order)
-    return (trainer._at.views - before) / (time.monotonic() - begun)
+    return (trainer._state.views - before) / (time.monotonic() - begun)
 
 
 def main() -> None:

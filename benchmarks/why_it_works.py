@@ -33,7 +33,7 @@ from haast.training.batches import Example
 from haast.training.config import TrainConfig
 from haast.training.run import head_config
 from haast.training.shards import read_shards
-from haast.training.target_weights import Frozen
+from haast.training.target_weights import TargetWeights
 from haast.training.trainer import Trainer
 
 _PASTS = (1, 2, 4)
@@ -128,7 +128,7 @@ def main() -> None:
     given = words.parse_args()
     target = load_target(given.model)
     prompts = [p.turns[0] for p in read_prompts(given.valid_prompts, given.valid_limit)]
-    bench, frozen = Bench(target, prompts, 64), Frozen.of(target)
+    bench, frozen = Bench(target, prompts, 64), TargetWeights.of(target)
     examples = read_shards(given.shards)[0]
     random.Random(0).shuffle(examples)  # shards lie in order of length
     examples = examples[: given.sequences + 150]

@@ -235,7 +235,7 @@ def test_refused_prompts_are_counted_and_the_rest_answered(server: Server, tmp_p
     server.plan = plan
     outcome = ask(server, tmp_path / "a.jsonl")
     assert (outcome.added, outcome.failed, outcome.left_out) == (5, 1, 0)
-    assert "maximum context length" in outcome.complaint
+    assert "maximum context length" in outcome.last_error
     long = [*prompts(1), Prompt("long", ("x" * 300,))]
     assert ask(server, tmp_path / "b.jsonl", long).left_out == 1  # never sent
 

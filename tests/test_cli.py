@@ -275,7 +275,7 @@ def test_regenerate_then_train_then_generate(home: Path, tmp_path: Path) -> None
     (tmp_path / "others.jsonl").write_text(others)
     foreign = ["train", *model, "--answers", tmp_path / "others.jsonl", "--out", tmp_path / "b", *length[:6]]
     warned = haast_run(*foreign, "--views", 20)
-    assert "3 of 3 answers were made by another-model" in warned.stderr
+    assert "3 of 3 answers are from another-model" in warned.stderr
     untrained = ["--initialisation", "random", "--learning-rate", 1e-9, *length[6:]]
     alarmed = haast_run(
         "train", *model, "--answers", tmp_path / "others.jsonl", "--out", tmp_path / "c", *length[:6], *untrained

@@ -177,7 +177,7 @@ def test_token_ids_are_taken_where_the_server_tells_them(server: Server, tmp_pat
     (record,) = read_answers(tmp_path / "a.jsonl")
     assert record["response_ids"] == [*ids, END] and record["response"] == "two" and "retokenised" not in record
     server.plan = lambda _n, body: (200, {}, {**completion(body, token_ids=ids), "prompt_token_ids": [1, 2]})
-    with pytest.raises(ValueError, match=r"2 tokens of prompt 'p0'.*chat template"):
+    with pytest.raises(ValueError, match=r"prompt 'p0' as 2 tokens.*chat template"):
         ask(server, tmp_path / "b.jsonl", prompts(1))
     server.plan = lambda _n, body: (200, {}, completion(body, token_ids=[10**6]))
     with pytest.raises(ValueError, match="token 1000000"):
@@ -307,7 +307,7 @@ def test_addresses_and_names_are_checked(server: Server, tmp_path: Path) -> None
         ask(server, tmp_path / "a.jsonl")
     assert ask(server, tmp_path / "a.jsonl", model="b").added == 6 and server.bodies[0]["model"] == "b"
     server.server_close()
-    with pytest.raises(ValueError, match="nothing answers at"):
+    with pytest.raises(ValueError, match="no server answers at"):
         ask(server, tmp_path / "c.jsonl")
 
 
@@ -383,7 +383,7 @@ def test_the_command_needs_only_the_tokenizer(
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["added"] == 3 and server.keys[-1] == "Bearer secret"
     for words, named in (
-        (["--endpoint-model", "x"], "--endpoint-model is for a server"),
+        (["--endpoint-model", "x"], "--endpoint-model needs a server"),
         ([*serving, "--shards", str(tmp_path)], "--shards"),
         ([*serving, "--turns", "0"], "turns=0"),
     ):

@@ -142,9 +142,9 @@ def _self_test(run: Run, out: Path, json_out: str | None) -> None:
     from haast.progress import Progress
 
     with Progress("self-test"):
-        reached = run.self_test(out)
-    typer.echo(f"self-test passed: top-1 agreement {reached:.3f} on one batch", err=True)
-    write_json({"self_test": reached}, json_out)
+        agreement = run.self_test(out)
+    typer.echo(f"self-test passed: top-1 agreement {agreement:.3f} on one batch", err=True)
+    write_json({"self_test": agreement}, json_out)
 
 
 def _write_result(

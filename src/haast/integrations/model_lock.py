@@ -98,11 +98,11 @@ def tree_attention(model: PreTrainedModel) -> Iterator[LockedModel]:
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     """The configs of a model and of its submodels, outer ones first: setting an outer one also sets the inner ones."""
-    found: dict[int, PreTrainedConfig] = {}
+    configs: dict[int, PreTrainedConfig] = {}
     waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     while waiting:
         config = waiting.pop(0)
-        found.setdefault(id(config), config)
+        configs.setdefault(id(config), config)
         sub_configs = (getattr(config, name, None) for name in config.sub_configs)
         waiting[:0] = [each for each in sub_configs if each is not None]
-    return list(found.values())
+    return list(configs.values())

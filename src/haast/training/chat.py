@@ -37,8 +37,8 @@ class _Span:
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """A short hash of the vocabulary, the same on every machine."""
-    words = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
-    return hashlib.sha256(words.encode()).hexdigest()[:16]
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], thinking: bool | None = None) -> list[int]:

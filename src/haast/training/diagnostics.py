@@ -99,7 +99,7 @@ def overfit_self_test(
         steps: optimiser steps.
 
     Returns:
-        Top-1 agreement reached on that batch.
+        Top-1 agreement top1 on that batch.
 
     Raises:
         ValueError: one of the two agreements is too low: features, tokens and teacher do not belong together.
@@ -126,13 +126,13 @@ def overfit_self_test(
     )
     with TemporaryDirectory(dir=out_dir) as folder:
         run = Trainer(config, head_config, target_weights, batch, batch, Path(folder), quiet=True)
-        reached = float(run.run()["valid_top1"])
-    if reached < _MIN_OVERFIT_TOP1:
+        top1 = float(run.run()["valid_top1"])
+    if top1 < _MIN_OVERFIT_TOP1:
         raise ValueError(
-            f"self-test: top-1 {reached:.2f} on one batch after {steps} steps, at least {_MIN_OVERFIT_TOP1} expected. "
-            f"The teacher agrees with the features, so the data is correct but may be too short: give longer answers"
+            f"self-test: top-1 {top1:.2f} on one batch after {steps} steps, expected at least {_MIN_OVERFIT_TOP1}. The "
+            f"teacher agrees with the features, so the data is correct but may be too short: give longer answers"
         )
-    return reached
+    return top1
 
 
 def _teacher_agreement(target_weights: TargetWeights, examples: Sequence[Example]) -> float:

@@ -54,47 +54,49 @@ class _TeacherLoss(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad
         gradient = torch.empty_like(features) if needs_grad[0] else features.new_empty(0)
         trained = weight[:, frozen_columns:]
-        of_weight = torch.zeros_like(trained) if needs_grad[1] else features.new_empty(0)
+        weight_gradient = torch.zeros_like(trained) if needs_grad[1] else features.new_empty(0)
         for start in range(0, features.shape[0], _CHUNK):
             part = slice(start, start + _CHUNK)
             logits = features[part] @ weight.T  # (chunk, vocab)
             if bias is not None:
                 logits += bias
-            raw = logits.gather(1, ids[part])  # (chunk, k)
-            best = logits.amax(-1, keepdim=True)
+            teacher_logits = logits.gather(1, ids[part])  # (chunk, k): the head's logits of the teacher's tokens
+            max_logit = logits.amax(-1, keepdim=True)
             # The teacher's top token comes first; its probability is 0 if the draft vocabulary lacks it.
-            hit = (raw[:, :1] >= best) & (probs[part, :1] > 0)
+            hit = (teacher_logits[:, :1] >= max_logit) & (probs[part, :1] > 0)
             hits += hit.sum()
-            counts = torch.where(hit, 1.0, rejected)  # (chunk, 1): the weight of each position
+            position_weight = torch.where(hit, 1.0, rejected)  # (chunk, 1)
             draft_probs = torch.softmax(logits, -1, out=logits)
-            log_total = best - draft_probs.amax(-1, keepdim=True).log()
-            own_ce = ((log_total - raw) * probs[part]).sum(-1, keepdim=True)
-            own = draft_probs.gather(1, ids[part])  # q on the teacher's tokens
-            overlap = torch.minimum(own, probs[part]).sum(-1, keepdim=True)
-            ce += own_ce.sum()
+            log_total = max_logit - draft_probs.amax(-1, keepdim=True).log()
+            position_ce = ((log_total - teacher_logits) * probs[part]).sum(-1, keepdim=True)
+            head_probs = draft_probs.gather(1, ids[part])  # q on the teacher's tokens
+            overlap = torch.minimum(head_probs, probs[part]).sum(-1, keepdim=True)
+            ce += position_ce.sum()
             accepted += overlap.sum()
-            share = torch.ones_like(overlap) if sharpness is None else torch.exp(-sharpness * overlap)
-            loss += (counts * (share * own_ce - (1 - share) * overlap)).sum()
+            ce_weight = torch.ones_like(overlap) if sharpness is None else torch.exp(-sharpness * overlap)
+            loss += (position_weight * (ce_weight * position_ce - (1 - ce_weight) * overlap)).sum()
             if needs_grad[0] or needs_grad[1]:
-                below = (own < probs[part]) * own * (1 - share)  # (1 - w) I q
+                below = (head_probs < probs[part]) * head_probs * (1 - ce_weight)  # (1 - w) I q
                 # w (mass q - p) - (1 - w) q (I - sum I q)
-                draft_probs *= counts * (share * probs[part].sum(-1, keepdim=True) + below.sum(-1, keepdim=True))
-                draft_probs.scatter_add_(1, ids[part], -counts * (share * probs[part] + below))
+                draft_probs *= position_weight * (
+                    ce_weight * probs[part].sum(-1, keepdim=True) + below.sum(-1, keepdim=True)
+                )
+                draft_probs.scatter_add_(1, ids[part], -position_weight * (ce_weight * probs[part] + below))
                 if needs_grad[0]:
                     torch.mm(draft_probs, weight, out=gradient[part])
                 if needs_grad[1]:
-                    of_weight.addmm_(draft_probs.T, features[part, frozen_columns:])
-        ctx.save_for_backward(gradient, of_weight)
+                    weight_gradient.addmm_(draft_probs.T, features[part, frozen_columns:])
+        ctx.save_for_backward(gradient, weight_gradient)
         ctx.frozen_columns, ctx.needs_grad = frozen_columns, (needs_grad[0], needs_grad[1])
         ctx.mark_non_differentiable(ce, hits, accepted)
         return loss, ce, hits, accepted
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, of_weight = ctx.saved_tensors
-        of_features = gradient * outer[0] if ctx.needs_grad[0] else None
-        whole = functional.pad(of_weight * outer[0], (ctx.frozen_columns, 0)) if ctx.needs_grad[1] else None
-        return of_features, whole, None, None, None, None, None, None
+        gradient, weight_gradient = ctx.saved_tensors
+        feature_gradient = gradient * outer[0] if ctx.needs_grad[0] else None
+        whole = functional.pad(weight_gradient * outer[0], (ctx.frozen_columns, 0)) if ctx.needs_grad[1] else None
+        return feature_gradient, whole, None, None, None, None, None, None
 
 
 def teacher_loss(

@@ -89,13 +89,13 @@ class Processes:
     def sums(self, values: dict[str, Tensor]) -> dict[str, float]:
         """Each value summed over processes; all processes must pass the same names."""
         names = sorted(values)
-        every = torch.stack([values[name].detach().cpu().double() for name in names])
+        stacked = torch.stack([values[name].detach().cpu().double() for name in names])
         if self.count > 1:
-            every = self._accelerator.reduce(every.to(self.device), reduction="sum").cpu()
-        return dict(zip(names, every.tolist(), strict=True))
+            stacked = self._accelerator.reduce(stacked.to(self.device), reduction="sum").cpu()
+        return dict(zip(names, stacked.tolist(), strict=True))
 
     def broadcast(self, value: Any) -> Any:
-        """The main process's value, on every process."""
+        """The main process's value, on stacked process."""
         box = [value]
         broadcast_object_list(box)
         return box[0]

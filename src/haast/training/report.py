@@ -41,8 +41,8 @@ def findings_table(findings: Sequence[Finding]) -> Table:
         table.add_column(heading, justify="left", overflow="fold")
     for finding in sorted(findings, key=lambda f: f.state != "suspect"):
         suspect = finding.state == "suspect"
-        words = Text(finding.text + (f"; {finding.remedy}" if suspect else ""))
-        table.add_row(Text(finding.state, style="bold red" if suspect else "green"), Text(finding.check), words)
+        result = Text(finding.text + (f"; {finding.remedy}" if suspect else ""))
+        table.add_row(Text(finding.state, style="bold red" if suspect else "green"), Text(finding.check), result)
     return table
 
 
@@ -155,8 +155,8 @@ class Reporter:
             return
         means = self._means()
         self._write({"step": step, "views": self._views, **means})
-        words = f"{self._views} views  {_format_means(means)}  {means['views_per_s']:.0f} views/s"
-        self._console.print(words, highlight=False)
+        speed = f"{means['views_per_s']:.0f} supervised tokens/s"
+        self._console.print(f"{self._views} supervised tokens  {_format_means(means)}  {speed}", highlight=False)
         self._sums, self._since = dict.fromkeys(_SUMS, 0.0), time.monotonic()
 
     def evaluation(self, step: int, views: int, values: Mapping[str, Any], findings: Sequence[Finding] | None) -> None:

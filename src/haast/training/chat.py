@@ -20,9 +20,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-_PLACEHOLDER = (
-    "haast3f9b{}x"  # replaces a text in a test render: no spaces to trim, nothing that a template searches for
-)
+_PLACEHOLDER = "haast3f9b{}x"  # for a text in a test render: no spaces to trim, nothing that a template searches for
 Message = dict[str, str]  # role, content
 
 

@@ -31,10 +31,7 @@ from haast.training.report import Finding
 from haast.training.target_weights import TargetWeights
 from haast.training.trainer import Trainer
 
-_COMPARED_SEQUENCES, _COMPARED_TOKENS = (
-    8,
-    32,
-)  # number of sequences, and first tokens of each, whose features are recomputed
+_COMPARED_SEQUENCES, _COMPARED_TOKENS = 8, 32  # number of sequences, and of their first tokens, to recompute
 _MIN_COSINE = 0.95  # another precision or a quantised copy of the same weights stays above this
 _OVERFIT_SEQUENCES, _MIN_OVERFIT_TOP1 = 4, 0.9  # number of sequences, and the top-1 agreement to reach on them
 _MIN_TEACHER_AGREEMENT = 0.9  # less than 1: stored features are rounded to fp16
@@ -42,12 +39,8 @@ _SAMPLE_SEQUENCES = 64  # sequences checked, spread evenly over all: enough to e
 _MIN_SUPERVISED_SHARE = 0.02  # of supervised tokens; even short answers about long texts are more
 _MAX_FOREIGN_SHARE = 0.1  # of answers
 _MIN_COVERAGE = 0.8  # of the teacher's probability; 8192 tokens cover 0.99 of SmolLM2's answers
-_MAX_CE_SHARE = (
-    0.6  # of a uniform head's cross-entropy; a head that knows only token frequencies has 0.73 (SmolLM2, 8192)
-)
-_MIN_TOP1 = (
-    0.2  # held-out top-1 above which tau should be well above 1: it is the chance that a first draft is accepted
-)
+_MAX_CE_SHARE = 0.6  # of a uniform head's cross-entropy; knowing only token frequencies gives 0.73 (SmolLM2, 8192)
+_MIN_TOP1 = 0.2  # from this held-out top-1 on tau should be well above 1: a first draft is accepted this often
 _TEMPLATE_TOKENS = 8  # first tokens compared; more would reach into the user's text
 
 
@@ -140,9 +133,8 @@ def _teacher_agreement(target_weights: TargetWeights, examples: Sequence[Example
     hits = total = 0
     for example in usable(examples):
         batch = pack([example])
-        logits = functional.linear(
-            batch.target_features.to(target_weights.lm_head.dtype), target_weights.lm_head, target_weights.lm_head_bias
-        )  # (M, vocab)
+        lm_head, bias = target_weights.lm_head, target_weights.lm_head_bias
+        logits = functional.linear(batch.target_features.to(lm_head.dtype), lm_head, bias)  # (M, vocab)
         hits += int((logits.argmax(-1) == batch.teacher_ids[:, 0]).sum())
         total += batch.supervised_count
     return hits / max(total, 1)

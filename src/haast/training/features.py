@@ -21,7 +21,7 @@ from haast.training.data import TokenSequence
 from haast.training.shards import ShardIdentity, check_room, read_shards, write_shards
 from haast.tree import DraftTree
 
-_LOGIT_ROWS = 256  # positions whose logits exist at a time
+_LOGIT_ROWS = 256  # positions per chunk of logits
 
 
 @torch.inference_mode()
@@ -76,9 +76,8 @@ def _states(target: Target, tokens: Tensor, mask: Tensor, layer_ids: Sequence[in
 
 def _example(target: Target, sequence: TokenSequence, features: Tensor, topk: int, hidden: Tensor) -> Example:
     supervised = torch.tensor(sequence.supervised)
-    answers = supervised | torch.cat(
-        [supervised[1:], supervised.new_zeros(1)]
-    )  # also the position that predicts the first token
+    # Positions with a teacher: supervised ones, and those that predict the first token of an answer.
+    answers = supervised | torch.cat([supervised[1:], supervised.new_zeros(1)])
     ids = torch.zeros(len(sequence.tokens), topk, dtype=torch.int32)
     probs = torch.zeros(len(sequence.tokens), topk, dtype=torch.float16)
     for rows in torch.split(answers.nonzero()[:, 0], _LOGIT_ROWS):

@@ -174,11 +174,7 @@ def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
     return result
 
 
-_EMBEDDINGS = (
-    "lm_head",
-    "embed",
-    "rows",
-)  # module names of embeddings and LM heads; Medusa's LM heads have numbers as names
+_EMBEDDINGS = ("lm_head", "embed", "rows")  # modules of embeddings and LM heads; Medusa's LM heads have numbers
 _STACKED = (("k_proj", "v_proj"), ("gate_proj", "up_proj"))  # pairs with the same input: one matrix for Muon
 
 

@@ -95,7 +95,7 @@ class Processes:
         return dict(zip(names, stacked.tolist(), strict=True))
 
     def broadcast(self, value: Any) -> Any:
-        """The main process's value, on stacked process."""
+        """The main process's value, in every process."""
         box = [value]
         broadcast_object_list(box)
         return box[0]

@@ -265,7 +265,7 @@ def test_a_server_that_cannot_be_told_how_to_think_is_not_asked_otherwise(server
 
 @pytest.mark.parametrize(
     ("status", "message"),
-    [(401, "does not take the key.*--api-key-env"), (403, "--api-key-env"), (404, "'tiny'.*--endpoint-model")],
+    [(401, "does not accept the key.*--api-key-env"), (403, "--api-key-env"), (404, "'tiny'.*--endpoint-model")],
 )
 def test_a_wrong_key_or_name_stops_at_once(server: Server, tmp_path: Path, status: int, message: str) -> None:
     server.plan = lambda _n, _body: (status, {}, {"error": {"message": "no"}})

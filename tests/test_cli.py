@@ -280,7 +280,7 @@ def test_regenerate_then_train_then_generate(home: Path, tmp_path: Path) -> None
     alarmed = haast_run(
         "train", *model, "--answers", tmp_path / "others.jsonl", "--out", tmp_path / "c", *length[:6], *untrained
     )
-    assert "suspect  answers" in alarmed.stdout and "3 of 3 were made by another model" in alarmed.stdout
+    assert "suspect  answers" in alarmed.stdout and "3 of 3 are from another model" in alarmed.stdout
 
 
 def test_train_from_shards_and_self_test(home: Path, tmp_path: Path) -> None:

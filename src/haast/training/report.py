@@ -155,8 +155,9 @@ class Reporter:
             return
         means = self._means()
         self._write({"step": step, "views": self._views, **means})
-        speed = f"{means['views_per_s']:.0f} supervised tokens/s"
-        self._console.print(f"{self._views} supervised tokens  {_format_means(means)}  {speed}", highlight=False)
+        # One line of at most 80 columns; all tokens are supervised ones.
+        text = f"{self._views} tokens  {_format_means(means)}  {means['views_per_s']:.0f} tokens/s"
+        self._console.print(text, highlight=False)
         self._sums, self._since = dict.fromkeys(_SUMS, 0.0), time.monotonic()
 
     def evaluation(self, step: int, views: int, values: Mapping[str, Any], findings: Sequence[Finding] | None) -> None:
@@ -164,7 +165,7 @@ class Reporter:
         alarm = {} if findings is None else {"alarm": [asdict(finding) for finding in findings]}
         self._write({"step": step, "views": views, **values, **alarm})
         text = "  ".join(f"{name} {_format_value(value)}" for name, value in values.items())
-        self._console.print(f"{views} supervised tokens  evaluation  {text}", style="bold", highlight=False)
+        self._console.print(f"{views} tokens  evaluation  {text}", style="bold", highlight=False)
         if findings is not None:
             self._console.print(findings_table(findings))
 

@@ -210,10 +210,10 @@ def test_colour_marks_drafted_text(home: Path) -> None:
     from io import StringIO
 
     from haast.api import Piece
-    from haast.cli.generate import Said
+    from haast.cli.generate import StreamedText
 
-    out, said = StringIO(), Said()
-    said.listen([Piece("a", True, (1,)), Piece("b", False, (2,))], out, colour=True)
+    out, said = StringIO(), StreamedText()
+    said.consume([Piece("a", True, (1,)), Piece("b", False, (2,))], out, colour=True)
     assert out.getvalue() == "\x1b[32ma\x1b[0mb" and said.text == "ab" and said.tokens == [1, 2]
 
 
@@ -349,7 +349,7 @@ def test_medusa_heads_train_and_draft(home: Path, tmp_path: Path) -> None:
     assert checked.exit_code == 0, checked.output
     told = document(haast_run("info", *model, "--head", head, "--json", "-"))
     assert told["drafting"]["shape"]["kind"] == "static"
-    refused(haast_run("calibrate", *model, "--head", head), "this takes an EAGLE head")
+    refused(haast_run("calibrate", *model, "--head", head), "must be an EAGLE head")
     bench = ["bench", *model, "--prompts", home / "prompts.jsonl", "--limit", 1, "--max-new-tokens", 8]
     both = ["--head", "none", "--decoders", "vanilla,medusa"]
     refused(haast_run(*bench, *both), "--medusa-head DIR go together")

@@ -294,7 +294,7 @@ def test_an_official_eagle3_layout(target: Target, examples: list[Example], tmp_
         load_head(tmp_path)
     del stored["t2d"]
     save_file(stored, tmp_path / "model.safetensors")
-    with pytest.raises(HeadMismatchError, match="d2t alone"):
+    with pytest.raises(HeadMismatchError, match="has d2t but not the other one"):
         load_head(tmp_path)
 
 

@@ -293,7 +293,7 @@ def test_files(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     head = medusa(target, drafted=drafted)
     config: Any = head.module.config
     save_head(tmp_path, config, dict(head.module.state_dict()), drafted, head.about, torch.float32)
-    monkeypatch.setattr(checkpoint, "_PART", part)
+    monkeypatch.setattr(checkpoint, "_SHARD_SIZE", part)
     save_head(tmp_path, config, dict(head.module.state_dict()), drafted, head.about, torch.float32)
     split = part == "1KB"
     assert (tmp_path / "model.safetensors").exists() != split
@@ -313,7 +313,7 @@ def test_files(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         with pytest.raises(HeadMismatchError, match="outside the head's folder"):
             load_head(tmp_path)
         index.write_text("{}")
-        with pytest.raises(HeadMismatchError, match="no index of weights"):
+        with pytest.raises(HeadMismatchError, match="not an index of weights"):
             load_head(tmp_path)
         index.write_text(json.dumps(told))
         (tmp_path / next(iter(told["weight_map"].values()))).unlink()
@@ -324,8 +324,8 @@ def test_files(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"head": 3}, "'head' is no JSON object"), ({"head": None}, "'head' is no JSON object"),
-        ({"about": [1]}, "'about' is no JSON object"), ({"format": []}, "not written by Haast"),
+        ({"head": 3}, "'head' is not a JSON object"), ({"head": None}, "'head' is not a JSON object"),
+        ({"about": [1]}, "'about' is not a JSON object"), ({"format": []}, "not written by Haast"),
     ],
 )  # fmt: skip
 def test_a_damaged_config_is_told_by_name(target: Target, tmp_path: Path, change: dict[str, Any], words: str) -> None:

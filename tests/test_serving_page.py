@@ -177,7 +177,7 @@ def test_a_tokens_tree_shows_what_the_target_thought(chat: Chat) -> None:
     expect(page.locator(".picked")).to_have_text(re.compile("rainbow"))
     expect(page.locator(".why")).to_have_text(re.compile("drafted “·rainbow” .*accepted, the target chose it too"))
     page.locator(".node.rejected").first.hover()
-    expect(page.locator(".why")).to_have_text(re.compile("rejected, the target said “.*” \\(\\d+ %\\)"))
+    expect(page.locator(".why")).to_have_text(re.compile("rejected, the target chose “.*” \\(\\d+ %\\)"))
     assert page.locator(".run[aria-current]").text_content() == "".join(groups[number + 1])
 
     page.get_by_role("button", name="Next step").click()

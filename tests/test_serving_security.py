@@ -300,7 +300,7 @@ def test_no_file_beside_the_pages_is_read(service: Service, path: str) -> None:
         )
 
     reply = run(ask())
-    assert reply.status in (401, 404) and reply.told, "neither a file, nor an answer for which a key is needed"
+    assert reply.status in (401, 404) and reply.well_formed, "neither a file, nor an answer for which a key is needed"
 
 
 # ----------------------------------------------------------------------------------------------------------- limits

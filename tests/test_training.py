@@ -691,7 +691,7 @@ def test_a_file_of_something_else_is_left_alone(content: str, tmp_path: Path) ->
     path = tmp_path / "notes.txt"
     path.write_text(content)
     with pytest.raises(ValueError, match=r"line \d: "):
-        jsonl_log.mended(path, b'{"id": ')
+        jsonl_log.read_repaired(path, b'{"id": ')
     assert path.read_text() == content
 
 

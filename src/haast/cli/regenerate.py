@@ -108,7 +108,7 @@ def regenerate(
         speed = {"tokens": outcome.tokens, "seconds": seconds, "tokens_per_s": outcome.tokens / seconds}
         counts: dict[str, Any] = {name: getattr(outcome, name) for name in ("added", "before", "left_out", "failed")}
         counts |= {"prompts": len(chosen), "answers": str(out), **speed, "peak_rss_mb": peak_rss_mb()}
-        write_json({**counts, "environment": machine()}, json_out)
+        write_json({"kind": "regenerate", **counts, "environment": machine()}, json_out)
 
 
 def _run(

@@ -162,7 +162,7 @@ def _write_result(
     from haast.bench.runner import peak_rss_mb
 
     where = environment(target, name, data.valid_prompts, prompts, asdict(settings))
-    write_json({**result, "peak_rss_mb": peak_rss_mb(), "environment": where}, json_out)
+    write_json({"kind": "training", **result, "peak_rss_mb": peak_rss_mb(), "environment": where}, json_out)
 
 
 def _main_process(data: TrainingData, settings: TrainConfig, loading: Loading) -> bool:

@@ -132,9 +132,9 @@ class Engine:
         """Queue a request that is not queued yet. Raises QueueFullError where too many wait already."""
         return self.scheduler.submit(request, self.rule)
 
-    def cancel(self, request: Request) -> None:
-        """End a request; what it holds is free within a step."""
-        self.scheduler.cancel(request)
+    def cancel(self, request: Request, wait: bool = True) -> None:
+        """End a request; what it holds is free within a step. See `Scheduler.cancel`."""
+        self.scheduler.cancel(request, wait=wait)
 
     def read(self, request: Request) -> Generator[Emission, None, None]:
         """What a request says, as it comes. Leaving the iterator ends the request.
@@ -162,7 +162,7 @@ class Engine:
             raise_error(request)
         finally:
             if not request.finished:
-                self.scheduler.cancel(request)
+                self.scheduler.cancel(request, wait=False)
 
     def run(
         self,

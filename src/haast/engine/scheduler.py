@@ -142,11 +142,23 @@ class Scheduler:
             self._arrived.append(request)
         return request
 
-    def cancel(self, request: Request, reason: str = "cancelled") -> None:
-        """End a request. What it holds is free when this returns, or with the end of a step that is on its way."""
+    def cancel(self, request: Request, reason: str = "cancelled", wait: bool = True) -> None:
+        """End a request. What it holds is free when this returns, or with the end of a step that is on its way.
+
+        Without `wait`, as an event loop needs it, this never waits for who holds the model: what the request holds is
+        free soon after they let it go.
+        """
         request.finish_reason = request.finish_reason or reason
         self._unswept = True
-        self._sweep()
+        if wait:
+            self._sweep()
+        elif self.target.lock.acquire(blocking=False):
+            try:
+                self._sweep()
+            finally:
+                self.target.lock.release()
+        else:  # a step sweeps when it ends, but a session, a measurement or another target's step does not
+            self._worker.submit(self._sweep)
 
     def _sweep(self) -> None:
         """Retire who was cancelled; while a step is on its way, this is done after it."""

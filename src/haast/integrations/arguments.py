@@ -106,7 +106,7 @@ def refuse_settings(config: GenerationConfig) -> None:
 def unknown_settings() -> dict[str, Any]:
     """Settings of the installed transformers that are in none of the tables, with their defaults."""
     listed = {*REFUSED_SETTINGS, *HONOURED_SETTINGS, *IDLE_SETTINGS, "transformers_version"}
-    defaults = compat.usual_settings().items()
+    defaults = compat.default_generation_settings().items()
     return {name: default for name, default in defaults if not name.startswith("_") and name not in listed}
 
 

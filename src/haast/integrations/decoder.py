@@ -44,14 +44,15 @@ from haast.target.target import Target
 class SignatureHook:
     """A descriptor for `__signature__`, which transformers reads at the start of `generate`.
 
-    Returns the signature of `__call__`. On that occasion `compat.hand_over` collects the arguments that `generate` does
-    not pass on to callables, and the model and the inputs are checked, before transformers has changed anything.
+    Returns the signature of `__call__`. On that occasion `compat.recover_arguments` collects the arguments that
+    `generate` does not pass on to callables, and the model and the inputs are checked, before transformers has changed
+    anything.
     """
 
     def __get__(self, instance: object, owner: type) -> inspect.Signature:
         if instance is None:
             raise AttributeError("__signature__")  # the class itself has its constructor's signature
-        passed = compat.hand_over(arguments.PARAMETERS, CACHE_NAMES)
+        passed = compat.recover_arguments(arguments.PARAMETERS, CACHE_NAMES)
         if passed is not None:
             model: Any = passed["self"]
             refuse_unsupported(model)
@@ -168,7 +169,7 @@ class Decoder:
             logits_processor, stopping_criteria, generation_config, streamer: as prepared by `generate`.
             synced_gpus: refused if True.
             tokenizer: not used; `generate` needs it for stop strings.
-            handover: arguments that transformers does not pass to callables (`compat.hand_over`): streamer,
+            handover: arguments that transformers does not pass to callables (`compat.recover_arguments`): streamer,
                 assistant_model, ...
             model_kwargs: for the model's forward.
 
@@ -203,7 +204,7 @@ class Decoder:
                 f"this decoder was made for another model than the {type(model).__name__} that generate was called on: "
                 f"make a Decoder for this one"
             )
-        target.check_place(self._device_and_dtype)
+        target.check_device(self._device_and_dtype)
         return target, drafter
 
 

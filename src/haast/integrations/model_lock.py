@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from haast import compat
 from haast.drafters.base import Drafter
 from haast.target.support import refuse_unsupported
-from haast.target.target import Probed, Target, choose_attention, lock_of
+from haast.target.target import ProbeResult, Target, choose_attention, lock_of
 
 
 class LockedModel:
@@ -25,7 +25,7 @@ class LockedModel:
     def __init__(self) -> None:
         self._callers: list[int] = []  # thread id of each running call
         self._original_attention: list[tuple[PreTrainedConfig, str | None]] = []
-        self._probed: Probed | None = None
+        self._probed: ProbeResult | None = None
         self._target: Target | None = None
         self._drafters: dict[str, Drafter] = {}
 

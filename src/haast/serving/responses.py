@@ -5,6 +5,7 @@ Owns the translation of a request into a chat's, and of an answer into items. No
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -133,6 +134,10 @@ class Response(ChatShape):
             }
         return answer
 
+    def whole(self, deltas: Sequence[Delta], writings: Sequence[Writing]) -> Json:
+        status = _status(writings[0])
+        return self.body(status, self.items(deltas[0], status), writings)
+
     def _reasoning(self, text: str) -> Json:
         part = {"type": "reasoning_text", "text": text}
         return {"type": "reasoning", "id": f"rs_{self.id[5:]}", "summary": [], "content": [part]}
@@ -156,25 +161,17 @@ def _status(writing: Writing) -> str:
     return "incomplete" if writing.finish_reason == "length" else "completed"
 
 
-async def whole_response(response: Response, writings: Sequence[Writing]) -> Json:
-    """The response at once."""
-    delta = Delta()
-    async with aclosing(merged(writings)) as parts:
-        async for _, part in parts:
-            if part is not None:
-                join(delta, part)
-    status = _status(writings[0])
-    return response.body(status, response.items(delta, status), writings)
-
-
 async def response_events(response: Response, writings: Sequence[Writing]) -> AsyncGenerator[bytes, None]:
     """The response as named events, numbered."""
     number = 0
 
-    def made(name: str, **fields: Any) -> bytes:
+    def numbered(name: str, fields: Json, long: bool) -> bytes:
         nonlocal number
         number += 1
-        return event({"type": name, "sequence_number": number - 1, **fields}, name)
+        return event({"type": name, "sequence_number": number - 1, **fields}, name, long)
+
+    def made(name: str, **fields: Any) -> bytes:
+        return numbered(name, fields, long=False)
 
     yield made("response.created", response=response.body("in_progress"))
     yield made("response.in_progress", response=response.body("in_progress"))
@@ -196,12 +193,20 @@ async def response_events(response: Response, writings: Sequence[Writing]) -> As
                     place = {"output_index": opened.index(kind), "content_index": 0, "item_id": _id(response, kind)}
                     yield made(name, delta=text, **place, **({"logprobs": []} if kind == "message" else {}))
         status = _status(writings[0])
-        items = response.items(delta, status)
-        order = sorted(items, key=lambda item: opened.index(item["type"]) if item["type"] in opened else len(opened))
-        for index, item in enumerate(order):
-            for name, fields in _closing(response, item, index, item["type"] in opened):
-                yield made(name, **fields)
-        yield made(f"response.{status}", response=response.body(status, order, writings))
+
+        def ending() -> list[bytes]:
+            items = response.items(delta, status)
+            order = sorted(items, key=lambda item: (*opened, item["type"]).index(item["type"]))
+            events = [
+                numbered(name, fields, long=True)
+                for index, item in enumerate(order)
+                for name, fields in _closing(response, item, index, item["type"] in opened)
+            ]
+            ended = {"response": response.body(status, order, writings)}
+            return [*events, numbered(f"response.{status}", ended, long=True)]
+
+        for each in await asyncio.to_thread(ending):  # the whole text again, and all of its logprobs
+            yield each
     except Exception as error:
         problem = told(error)
         failed = response.body("failed") | {"error": {"code": problem.code or "error", "message": problem.message}}

@@ -25,13 +25,13 @@ from starlette.types import Receive, Scope, Send
 
 from haast.serving.plan import Plan, chat_plan, check_unknown, completion_plan
 from haast.serving.problems import ApiError
-from haast.serving.responses import Response, as_chat, response_events, whole_response
+from haast.serving.responses import Response, as_chat, response_events
 from haast.serving.schema import ChatRequest, CompletionRequest, DetokenizeRequest, ResponsesRequest, TokenizeRequest
 from haast.serving.service import Service
 from haast.serving.shapes import ChatShape, CompletionShape, Shape
 from haast.serving.step_view import step_html
-from haast.serving.streaming import Json, events, until_gone, whole
-from haast.serving.writing import Writing
+from haast.serving.streaming import events, json_of, until_gone, whole
+from haast.serving.writing import Delta, Writing
 from haast.text import token_text
 
 if TYPE_CHECKING:
@@ -79,12 +79,13 @@ async def responses(body: ResponsesRequest, request: Request) -> Any:
     """OpenAI's responses, stateless."""
     service = _host(request).service
     _check_model(body.model, service)
-    plan = await run_in_threadpool(chat_plan, as_chat(body), service.facts)
+    plan = await run_in_threadpool(lambda: chat_plan(as_chat(body), service.facts))
     response = Response(service, plan, _id("resp"), _now())
     writings = await _begun(request, plan)
     if plan.stream:
         return _Stream(response_events(response, writings), request, writings)
-    return Json(await _whole(request, whole_response(response, writings), writings))
+    deltas = await _whole(request, whole(writings), writings)
+    return await json_of(lambda: response.whole(deltas, writings))
 
 
 @ROUTES.get("/v1/models")
@@ -104,30 +105,16 @@ async def model(name: str, request: Request) -> Any:
 async def tokenize(body: TokenizeRequest, request: Request) -> Any:
     """Tokens of a text, or of a conversation as the model reads it."""
     service = _host(request).service
-    check_unknown(body, {"add_generation_prompt": True})
-    if (body.prompt is None) == (body.messages is None):
-        raise ApiError(400, "give prompt or messages, one of them", param="prompt", code="invalid_value")
-    template = service.facts.template
-    if body.messages is None:
-        ids = await run_in_threadpool(template.text_ids, body.prompt or "", body.add_special_tokens, True)
-    else:
-        made = await run_in_threadpool(template.render, body.messages, body.tools or (), body.chat_template_kwargs)
-        ids = made.ids
-    answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.facts.context, "tokens": ids}
-    if body.return_token_strs:
-        answer["token_strs"] = await run_in_threadpool(_token_texts, service, ids)
-    return Json(answer)
+    answer = await run_in_threadpool(_tokenized, body, service)
+    return await json_of(lambda: answer)
 
 
 @ROUTES.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, request: Request) -> Any:
     """The text of tokens, special ones included."""
     service = _host(request).service
-    wrong = [each for each in body.tokens if each >= service.facts.vocab_size]
-    if wrong:
-        words = f"tokens holds {wrong[0]}: give token ids of 0..{service.facts.vocab_size - 1}"
-        raise ApiError(400, words, param="tokens", code="invalid_value")
-    return Json({"prompt": await run_in_threadpool(_text, service, body.tokens)})
+    answer = {"prompt": await run_in_threadpool(_detokenized, body, service)}
+    return await json_of(lambda: answer)
 
 
 @ROUTES.get("/health")
@@ -159,14 +146,15 @@ async def _answered(request: Request, plan: Plan, shape: Callable[[], Shape]) ->
     writings = await _begun(request, plan)
     if plan.stream:
         return _Stream(events(made, writings), request, writings)
-    return Json(await _whole(request, whole(made, writings), writings))
+    deltas = await _whole(request, whole(writings), writings)
+    return await json_of(lambda: made.whole(deltas, writings))
 
 
 async def _begun(request: Request, plan: Plan) -> list[Writing]:
     return await run_in_threadpool(_host(request).service.begin, plan)
 
 
-async def _whole(request: Request, work: Awaitable[dict[str, Any]], writings: Sequence[Writing]) -> dict[str, Any]:
+async def _whole(request: Request, work: Awaitable[list[Delta]], writings: Sequence[Writing]) -> list[Delta]:
     try:
         return await until_gone(request, work)
     finally:
@@ -189,6 +177,27 @@ def _close(request: Request, writings: Sequence[Writing]) -> None:
 def _text(service: Service, tokens: Sequence[int]) -> str:
     """What tokens say, special ones included."""
     return str(service.tokenizer.decode(list(tokens), skip_special_tokens=False))
+
+
+def _tokenized(body: TokenizeRequest, service: Service) -> dict[str, Any]:
+    check_unknown(body, {"add_generation_prompt": True})
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "give prompt or messages, one of them", param="prompt", code="invalid_value")
+    template = service.facts.template
+    if body.messages is None:
+        ids = template.text_ids(body.prompt or "", body.add_special_tokens, True)
+    else:
+        ids = template.render(body.messages, body.tools or (), body.chat_template_kwargs).ids
+    answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.facts.context, "tokens": ids}
+    return answer | ({"token_strs": _token_texts(service, ids)} if body.return_token_strs else {})
+
+
+def _detokenized(body: DetokenizeRequest, service: Service) -> str:
+    wrong = next((each for each in body.tokens if each >= service.facts.vocab_size), None)
+    if wrong is not None:
+        words = f"tokens holds {wrong}: give token ids of 0..{service.facts.vocab_size - 1}"
+        raise ApiError(400, words, param="tokens", code="invalid_value")
+    return _text(service, body.tokens)
 
 
 def _token_texts(service: Service, tokens: Sequence[int]) -> list[str]:

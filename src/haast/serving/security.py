@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -30,6 +31,10 @@ _OPEN = ("/", "/health", "/favicon.ico")  # without a key; so is /static, the pa
 _ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
 _BESIDE = 64  # requests beside those whose answers run or wait: health checks, metrics, the page
 _MOST_KEYS = 10_000  # whose rates are remembered
+# What a body may hold beside its size, since nobody else is answered while Python reads one, in whatever thread.
+_MOST_PARTS = 30_000  # objects, lists and names: a body of 4 MB of empty lists takes a second
+_MOST_VALUES = 250_000  # tokens, say
+_PIECE = 65_536  # bytes that are looked at in one go
 MOST_HEADERS = 32_768  # bytes of a request's headers
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -213,6 +218,10 @@ class Guarded:
             more = message.get("more_body", False)
             if len(body) > most:
                 raise self._too_long()
+        # Signs in texts count too at first: few texts have so many that they have to be told apart.
+        if _holds_too_much(*_signs(body)) and _holds_too_much(*await run_in_threadpool(_signs_of_json, body)):
+            words = f"the body holds more than {_MOST_PARTS} objects, lists and names, or {_MOST_VALUES} values"
+            raise ApiError(400, words, code="too_many_values")
         read: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replayed() -> Message:
@@ -222,6 +231,27 @@ class Guarded:
 
     def _too_long(self) -> ApiError:
         return ApiError(413, f"the body is longer than {self._config.max_body} bytes", code="body_too_large")
+
+
+def _signs(text: bytes | bytearray) -> tuple[int, int]:
+    """Signs that begin objects, lists and the values of names; and those between values."""
+    return text.count(b"{") + text.count(b"[") + text.count(b":"), text.count(b",")
+
+
+def _holds_too_much(parts: int, values: int) -> bool:
+    return parts > _MOST_PARTS or values > _MOST_VALUES
+
+
+def _signs_of_json(body: bytearray) -> tuple[int, int]:
+    """The signs of a JSON text that stand outside its strings, counted piece by piece: others want to run too."""
+    parts = values = 0
+    inside = False  # of a string
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    for start in range(0, len(plain), _PIECE):
+        runs = plain[start : start + _PIECE].split(b'"')
+        found = _signs(b"".join(runs[inside::2]))
+        parts, values, inside = parts + found[0], values + found[1], inside ^ (len(runs) % 2 == 0)
+    return parts, values
 
 
 class _Answer:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from time import time
 from typing import Any
@@ -111,7 +112,7 @@ class Service:
         """End every answer that is still being written, as at a shutdown, and begin none."""
         self._ending = True
         for request in self._scheduler.requests:
-            self._scheduler.cancel(request)
+            self._scheduler.cancel(request, wait=False)
 
     def _writing(self, plan: Plan, prompt: list[int], choice: int) -> Writing:
         """One request, checked and not queued."""
@@ -174,11 +175,15 @@ def _fingerprint(haast: Haast) -> str:
     return f"haast-{version('haast')}-{target.precision}".replace(" ", "-")
 
 
-def loader(load: Callable[[], Haast], name: str, config: ServeConfig) -> Callable[[], Service]:
-    """What a server runs in the background while it says that it is loading."""
+def loader(
+    load: Callable[[], Haast], name: str, config: ServeConfig, loaded: Callable[[Service], None] | None = None
+) -> Callable[[], Service]:
+    """What a server runs in the background while it says that it is loading; `loaded` is called at its end."""
 
     def made() -> Service:
         service = Service(load(), name, config)
+        if loaded is not None:
+            loaded(service)
         _LOG.info("%s is ready: drafts by %s", name, service.drafter)
         return service
 
@@ -200,6 +205,7 @@ def prediction_counts(prediction: Sequence[int], said: Sequence[int]) -> tuple[i
             at += 1
             accepted += 1
         elif count >= 3:
-            later = [place for place in places.get(tuple(said[count - 3 : count]), ()) if place > at]
-            at = later[0] if later else at
+            found = places.get(tuple(said[count - 3 : count]), [])
+            later = bisect(found, at)  # in a text that repeats itself there are many
+            at = found[later] if later < len(found) else at
     return accepted, len(prediction) - accepted

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
+from starlette.responses import Response as HttpResponse
 
 from haast.serving.problems import ApiError, problem_of
 from haast.serving.shapes import Shape
@@ -25,18 +26,40 @@ from haast.serving.writing import Delta, Writing
 _LOG = logging.getLogger("haast.serving")
 _FRAMES = 12  # of an error's trace that the log names
 _DONE = b"data: [DONE]\n\n"
+_MANY = 32  # tokens or steps at once that are not written on the event loop
+_SLICE = 16  # items of a list that are written at once
 Result = TypeVar("Result")
 
 
-def event(data: dict[str, Any], name: str | None = None) -> bytes:
-    """One server-sent event."""
+def event(data: dict[str, Any], name: str | None = None, long: bool = False) -> bytes:
+    """One server-sent event; a long one is written in pieces."""
     head = b"" if name is None else f"event: {name}\n".encode()
-    return head + b"data: " + encoded(data) + b"\n\n"
+    return head + b"data: " + (in_pieces(data) if long else encoded(data)) + b"\n\n"
 
 
 def encoded(data: Any) -> bytes:
     """JSON in UTF-8. Halves of characters, which UTF-8 has not, are escaped as JSON escapes them."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
+
+
+def in_pieces(data: Any) -> bytes:
+    """As `encoded`, of what may be long: json.dumps by itself lets no other thread run until all of it is written."""
+    if isinstance(data, dict):
+        return b"{" + b",".join(encoded(name) + b":" + in_pieces(each) for name, each in data.items()) + b"}"
+    if not isinstance(data, list):
+        return encoded(data)
+    if len(data) <= _SLICE:
+        return b"[" + b",".join(map(in_pieces, data)) + b"]"
+    slices = (data[start : start + _SLICE] for start in range(0, len(data), _SLICE))
+    return b"[" + b",".join(encoded(part)[1:-1] for part in slices) + b"]"
+
+
+async def json_of(make: Callable[[], dict[str, Any]]) -> HttpResponse:
+    """An answer as JSON, made and written beside the event loop.
+
+    In asyncio's own threads: those of `run_in_threadpool` may all be busy with requests that are still being read.
+    """
+    return HttpResponse(await asyncio.to_thread(lambda: in_pieces(make())), media_type="application/json")
 
 
 class Json(JSONResponse):
@@ -57,23 +80,33 @@ async def events(shape: Shape, writings: Sequence[Writing]) -> AsyncGenerator[by
                 if delta is None:
                     yield event(shape.ended(index, writings[index]))
                 else:
-                    for chunk in shape.said(index, delta):
-                        yield event(chunk)
+                    for each in await _chunks(shape, index, delta):
+                        yield each
         if shape.plan.usage_in_stream:
-            yield event(shape.totals(writings))
+            yield event(await asyncio.to_thread(shape.totals, writings))
     except Exception as error:
         yield event(told(error).body())
     yield _DONE
 
 
-async def whole(shape: Shape, writings: Sequence[Writing]) -> dict[str, Any]:
-    """The answer at once. Raises what ended one of its requests."""
+async def _chunks(shape: Shape, index: int, delta: Delta) -> list[bytes]:
+    """The events of a delta; what was held back for a while may be much."""
+    long = len(delta.logprobs) + len(delta.steps) > _MANY
+
+    def made() -> list[bytes]:
+        return [event(chunk, long=long) for chunk in shape.said(index, delta)]
+
+    return await asyncio.to_thread(made) if long else made()
+
+
+async def whole(writings: Sequence[Writing]) -> list[Delta]:
+    """All that each of the requests says. Raises what ended one of them."""
     deltas = [Delta() for _ in writings]
     async with aclosing(merged(writings)) as parts:
         async for index, delta in parts:
             if delta is not None:
                 join(deltas[index], delta)
-    return shape.whole(deltas, writings)
+    return deltas
 
 
 def join(all_of: Delta, delta: Delta) -> None:

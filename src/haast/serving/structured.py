@@ -67,8 +67,7 @@ class Grammars:
 
     def checked(self, text: str, field: str) -> Grammar:
         """A grammar that can be used. Raises GrammarError."""
-        if len(text) > _LONGEST:
-            raise GrammarError(f"{field} is {len(text)} characters long: give a grammar of at most {_LONGEST}")
+        _check_length(text, field)
         wrong, said = LLMatcher.validate_grammar_with_warnings(text, self._tokens(field), limits=_LIMITS)
         if wrong:
             raise GrammarError(f"{field} can't be used: {_first_line(said[0])}")
@@ -76,10 +75,13 @@ class Grammars:
 
     def json_schema(self, schema: Mapping[str, Any], field: str) -> Grammar:
         """JSON of a schema. Raises GrammarError for one that is wrong, or uses what is not supported."""
-        return self.checked(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=SPACING), field)
+        text = json.dumps(schema)
+        _check_length(text, field)
+        return self.checked(LLMatcher.grammar_from_json_schema(text, overrides=SPACING), field)
 
     def regex(self, pattern: str, field: str) -> Grammar:
         """What matches a regular expression as a whole. Raises GrammarError."""
+        _check_length(pattern, field)
         return self.checked(LLMatcher.grammar_from_regex(pattern), field)
 
     def choice(self, options: Sequence[str], field: str) -> Grammar:
@@ -88,14 +90,19 @@ class Grammars:
 
     def lark(self, text: str, field: str) -> Grammar:
         """What a grammar derives, in llguidance's Lark or llama.cpp's GBNF. Raises GrammarError."""
+        _check_length(text, field)
         try:
             found = llguidance.grammar_from("grammar", text)
         except ValueError as error:
             raise GrammarError(f"{field} can't be used: {_first_line(str(error))}") from error
         return self.checked(found, field)
 
+    def prepare(self) -> None:
+        """Make what all grammars need, so that none of them has to wait for it. Raises GrammarError."""
+        self._tokens("grammar")
+
     def _tokens(self, field: str) -> Any:
-        """The tokenizer as llguidance knows it; made once, in a third of a second."""
+        """The tokenizer as llguidance knows it; made once, in a third of a second in which no other thread runs."""
         if not self._ends:
             raise GrammarError(f"{field}: this model names no token that ends a text, so a grammar could not end it")
         with self._making:
@@ -205,6 +212,12 @@ class GrammarGuide:
         if self._matcher.is_error():
             raise GrammarError(f"{self._field}: {_first_line(self._matcher.get_error())}")
         return answer
+
+
+def _check_length(text: str, field: str) -> None:
+    """Raises GrammarError for a text that is too long for a grammar, before it is translated into one."""
+    if len(text) > _LONGEST:
+        raise GrammarError(f"{field} is {len(text)} characters long: give a grammar of at most {_LONGEST}")
 
 
 def _first_line(words: str) -> str:

@@ -116,7 +116,7 @@ class Writing:
         if not self._closed:
             self._closed = True
             if not self.request.finished:
-                self.engine.cancel(self.request)
+                self.engine.cancel(self.request, wait=False)
             self._metrics.ended(self.request, monotonic() - self._begun)
 
     def _timed(self, emission: Emission) -> None:

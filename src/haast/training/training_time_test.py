@@ -57,7 +57,7 @@ def chain_passes(
     cosine, sine = head.rotary(embeddings, position_ids=batch.positions.unsqueeze(0))
     rotary = (cosine[0].unsqueeze(1), sine[0].unsqueeze(1))
     layers: list[Any] = head.decoder_layers
-    state, layer_input = head.enter(embeddings, head.fuse(features))
+    state, layer_input = head.layer_input(embeddings, head.fuse(features))
     padded: list[_KeysValues] = []
     for number, layer in enumerate(layers):
         layer_input = layer.input_layernorm(state) if number else layer_input
@@ -79,7 +79,7 @@ def chain_passes(
         pairs = batch.queries[rows]
         index_of = torch.full((batch.supervised_count,), -1, device=rows.device)
         index_of = index_of.index_put((rows,), torch.arange(len(rows), device=rows.device))
-        state, layer_input = head.enter(embeddings[pairs], state[keep])
+        state, layer_input = head.layer_input(embeddings[pairs], state[keep])
         for level, layer in enumerate(layers):
             layer_input = layer.input_layernorm(state) if level else layer_input
             drafted[level].append((_keys_values(layer, layer_input, _select(rotary, pairs)), index_of))

@@ -47,7 +47,7 @@ from haast.training.initialise import last_layer_weights
 from haast.training.optimizer import matmul_precision
 from haast.training.run import head_config
 from haast.training.shards import read_shards
-from haast.training.target_weights import Frozen
+from haast.training.target_weights import TargetWeights
 from haast.training.trainer import Trainer
 
 _PROBE_SECONDS = 8.0  # of training, to measure the speed of a row
@@ -144,7 +144,7 @@ def train_row(
     config = replace(base, **row.settings)
     size = len(data["own"]) * row.times
     examples = (data["own"] + data["more"])[:size] if row.data == "own" else data[row.data]
-    sizes, frozen = head_config(config, bench.target), Frozen.of(bench.target)
+    sizes, frozen = head_config(config, bench.target), TargetWeights.of(bench.target)
     assert isinstance(sizes, HeadConfig), "every row trains an EAGLE head"
     has_start = config.head != "eagle3" and config.layers == 1 and not config.markov_rank
     start = bench.start(sizes, examples) if has_start and config.initialisation != "random" else None
@@ -184,10 +184,10 @@ def _speed(trainer: Trainer) -> float:
     with matmul_precision(trainer.config.matmul_precision):
         for _ in range(2):
             trainer._advance(order)
-        begin, before = time.monotonic(), trainer._at.views
+        begin, before = time.monotonic(), trainer._state.views
         while time.monotonic() - begin < _PROBE_SECONDS:
             trainer._advance(order)
-    return (trainer._at.views - before) / (time.monotonic() - begin)
+    return (trainer._state.views - before) / (time.monotonic() - begin)
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from haast.training.config import TrainConfig
 from haast.training.objective import Objective
 from haast.training.optimizer import HeadOptimizer, Muon, matmul_precision
 from haast.training.scaled_head import make_head
-from haast.training.target_weights import Frozen
+from haast.training.target_weights import TargetWeights
 
 _SIZES: dict[int, dict[str, Any]] = {
     576: {"intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},
@@ -53,7 +53,9 @@ class Arm:
     def __init__(self, hidden: int, optimizer: str) -> None:
         uses_torch = optimizer == "torch's muon"
         self.hidden, self.optimizer = hidden, optimizer
-        config = TrainConfig(optimizer="muon" if uses_torch else optimizer, initialisation="random").settled(hidden)
+        config = TrainConfig(optimizer="muon" if uses_torch else optimizer, initialisation="random").with_batch_tokens(
+            hidden
+        )
         self.config = config
         vocab = config.draft_vocab
         sizes = FeatExtrapolatorConfig.for_target(LlamaConfig(hidden_size=hidden, vocab_size=vocab, **_SIZES[hidden]))
@@ -61,7 +63,7 @@ class Arm:
         count = config.positions // (_TOKENS - 1)
         examples = [_example(hidden, vocab, generator) for _ in range(count)]
         rows = torch.randn(vocab, hidden, generator=generator) / 10
-        frozen, drafted = Frozen(rows, rows, None, (1,)), torch.arange(vocab)
+        frozen, drafted = TargetWeights(rows, rows, None, (1,)), torch.arange(vocab)
         self._objective = Objective(make_head(config, sizes, frozen, examples, drafted), frozen, drafted, config)
         self._batch = pack(examples)
         self._head_optimizer = HeadOptimizer(self._objective.named_parameters(), config)
@@ -94,7 +96,7 @@ class Arm:
             "hidden": self.hidden,
             "optimizer": self.optimizer,
             "batch_tokens": self.config.positions,
-            "views": self._batch.views,
+            "views": self._batch.supervised_count,
             "model_ms": 1e3 * model,
             "optimizer_ms": 1e3 * optimizer,
             "share": median(own / (own + other) for other, own in self.times),

@@ -34,7 +34,7 @@ from haast.training.batches import Example
 from haast.training.config import TrainConfig
 from haast.training.run import head_config
 from haast.training.shards import read_shards
-from haast.training.target_weights import Frozen
+from haast.training.target_weights import TargetWeights
 from haast.training.trainer import Trainer
 
 _PASTS = (1, 2, 4)
@@ -130,7 +130,7 @@ def main() -> None:
     arguments = parser.parse_args()
     target = load_target(arguments.model)
     prompts = [p.turns[0] for p in read_prompts(arguments.valid_prompts, arguments.valid_limit)]
-    bench, frozen = Bench(target, prompts, 64), Frozen.of(target)
+    bench, frozen = Bench(target, prompts, 64), TargetWeights.of(target)
     examples = read_shards(arguments.shards)[0]
     random.Random(0).shuffle(examples)  # shards are sorted by length
     examples = examples[: arguments.sequences + 150]

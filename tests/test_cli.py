@@ -275,12 +275,12 @@ def test_regenerate_then_train_then_generate(home: Path, tmp_path: Path) -> None
     (tmp_path / "others.jsonl").write_text(others)
     foreign = ["train", *model, "--answers", tmp_path / "others.jsonl", "--out", tmp_path / "b", *length[:6]]
     warned = haast_run(*foreign, "--views", 20)
-    assert "3 of 3 answers were made by another-model" in warned.stderr
+    assert "3 of 3 answers are from another-model" in warned.stderr
     untrained = ["--initialisation", "random", "--learning-rate", 1e-9, *length[6:]]
     alarmed = haast_run(
         "train", *model, "--answers", tmp_path / "others.jsonl", "--out", tmp_path / "c", *length[:6], *untrained
     )
-    assert "suspect  answers" in alarmed.stdout and "3 of 3 were made by another model" in alarmed.stdout
+    assert "suspect  answers" in alarmed.stdout and "3 of 3 are from another model" in alarmed.stdout
 
 
 def test_train_from_shards_and_self_test(home: Path, tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_an_eagle3_head_trains_and_drafts(home: Path, tmp_path: Path) -> None:
     said = haast_run("generate", "Hi", *model, "--head", run / "best", "--max-new-tokens", 8, "--compare")
     assert said.exit_code == 0 and "the same text" in said.output, said.output
     begin = ["--start-from", run / "best", "--out", tmp_path / "next", *sizes[:6]]
-    refused(haast_run("train", *model, "--answers", answers, *begin), "does not fit the settings' --head")
+    refused(haast_run("train", *model, "--answers", answers, *begin), "is another kind than --head")
     refused(haast_run("train", *model, "--answers", answers, *begin, "--head", "eagle3"), "'markov_rank': (2, 0)")
     begun = haast_run("train", *model, "--answers", answers, *begin[:4], *sizes, "--head", "eagle3")
     assert begun.exit_code == 0, begun.output

@@ -204,7 +204,10 @@ _HEAD = "--head {home}/head --nodes 5 --depth 2"
     ("command", "lines"),
     [
         (f"regenerate {_PROMPTS} --out {{out}}/a.jsonl", ["answers: 0 of 2 answers, "]),
-        (f"{_TRAIN} --out {{out}}/run", [r"features: \d+ of \d+ tokens, ", r"training: \d+ of 200 views, .*loss"]),
+        (
+            f"{_TRAIN} --out {{out}}/run",
+            [r"features: \d+ of \d+ tokens, ", r"training: \d+ of 200 supervised tokens, .*loss"],
+        ),
         (f"{_TRAIN} --out {{out}}/run --shards {{out}}/shards --self-test", [r"features: \d+ of ", "self-test: "]),
         (f"bench {_PROMPTS} {_HEAD} --v-curve", [r"bench: \d of 4 answers, .* tokens/s", "v curve: "]),
         (f"bench --suite {{home}}/suites --out {{out}} --max-new-tokens 16 {_HEAD}", [r"bench: \d+ of 16.*tau"]),

@@ -17,6 +17,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -61,10 +62,6 @@ class Latency:
     first_ms: float = 0.0
     level_ms: dict[int, float] = field(default_factory=dict)
     overhead_ms: float = 0.0
-    # Every step asks for the same few again, for all of its requests.
-    _steps: dict[tuple[int, float, int, int], float] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
     def __post_init__(self) -> None:
         for name in ("forward_ms", "level_ms"):
@@ -101,6 +98,11 @@ class Latency:
                 self._steps.clear()
             found = self._steps[asked] = self._step(*asked)
         return found
+
+    @cached_property
+    def _steps(self) -> dict[tuple[int, float, int, int], float]:
+        """Every step looks up the same few costs again, for all of its requests. No field: files do not hold it."""
+        return {}
 
     def _step(self, rows: int, nodes: float, levels: int, width: int) -> float:
         return self.draft(levels, width, rows) + self.forward(rows * nodes) + self.overhead_ms

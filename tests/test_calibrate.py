@@ -234,7 +234,7 @@ def test_it_is_found_and_put_to_use(
     assert apply_calibration(eagle, replace(kept, shape=shape, batches=batches))
     two = eagle.configs[2]
     assert (two.shape, two.pace) == (DraftShape(**a_batch().shape), a_batch().pace)
-    assert two.usual_gain == a_batch().expected["tau"] - 1
+    assert two.expected_gain == a_batch().expected["tau"] - 1
     assert config_for(eagle.configs, 5) == DraftConfig(None, a_batch().pace)
     eagle.reshape(before)
     assert not apply_calibration(eagle, replace(kept, shape={}, pace=None))

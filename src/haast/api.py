@@ -178,7 +178,7 @@ class Haast:
             raise ValueError(f"n={n!r} is not allowed: give 1 text or more for each prompt")
         prompts, single = split(prompt)
         answers = self._prepare(prompts, n or 1, None, **settings)
-        most = self.engine.scheduler.most
+        most = self.engine.scheduler.max_requests
         if most is not None and len(answers) > most:
             raise QueueFullError(
                 f"{len(answers)} texts at once are more than may run and wait here, {most}: ask for fewer, or allow "

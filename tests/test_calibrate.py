@@ -115,7 +115,7 @@ TREE = {"kind": "dynamic", "depth": 3, "top_k": 8, "width": 3, "nodes": 6}
 def test_a_file_that_is_nested_too_deeply_is_no_calibration(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     path.write_text("[" * 200_000)
-    with pytest.raises(ValueError, match=r"c\.json is no calibration"):
+    with pytest.raises(ValueError, match=r"c\.json is not a calibration"):
         Calibration.load(path)
 
 

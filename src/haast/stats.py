@@ -29,7 +29,9 @@ class Stats:
     target_forwards: int = 0  # decoding steps, counted per running row
     nodes: int = 0  # tree nodes of those forwards, roots included
     accepted_by_depth: list[int] = field(default_factory=list)  # [d]: steps that accepted a node at depth d + 1
-    reached_by_depth: list[int] = field(default_factory=list)  # [d]: steps whose accepted path had drafts at depth d + 1
+    reached_by_depth: list[int] = field(
+        default_factory=list
+    )  # [d]: steps whose accepted path had drafts at depth d + 1
     first_choice_by_depth: list[int] = field(default_factory=list)  # [d]: ... and whose first draft was right
     # [b]: over the steps whose root's position is in bucket b of the context, see `bucket_of`.
     forwards_by_length: list[int] = field(default_factory=list)

@@ -333,7 +333,7 @@ class EagleDrafter(Drafter):
         return self._forward.run(cache, self._embedded(tokens), state.expand(len(past), levels, -1), flight)
 
     def _children(self, states: Tensor, before: Tensor, scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """The `top_k` most likely next tokens per state: target ids, cumulative log-probabilities; (rows, w * k) each."""
+        """The `top_k` most likely tokens per state: target ids and cumulative log-probabilities, (rows, w * k) each."""
         logits = self._lm_head(self._module.lm_input(states, before)).float()  # (rows, w, draft vocabulary)
         if self._native and top_k <= native.MOST_TOP:
             best, ids = native.top(logits, top_k)

@@ -34,7 +34,7 @@ _MIN_RATE = 0.15  # share of first drafts accepted below which a head is bad, wh
 class HeadWatch:
     """Counts accepted first drafts until the test decides. One per drafter.
 
-    Wald's sequential probability ratio test of two acceptance rates: the lowest of a good head, and that of a wrong one.
+    Wald's sequential probability ratio test of two acceptance rates: the lowest of a good head, and a wrong head's.
     """
 
     def __init__(self, about: dict[str, Any], causes: Callable[[], list[str]]) -> None:

@@ -275,7 +275,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], context: int | None, vocab_s
             raise PromptError(f"prompt {row} has no tokens; give at least one (a BOS token, for example)")
         if context is not None and len(prompt) >= context:
             raise PromptError(
-                f"prompt {row} has {len(prompt)} tokens; the target's context holds {context} and needs room for one "
+                f"prompt {row} has {len(prompt)} tokens, the target's context holds {context} and needs room for one "
                 f"new token: shorten the prompt"
             )
         if min(prompt) < 0 or max(prompt) >= vocab_size:

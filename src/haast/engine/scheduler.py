@@ -5,7 +5,7 @@ all submit requests here. `step` owns what a step computes.
 
     retire    free the blocks of cancelled requests and of those past their deadline
     admit     waiting requests in order of arrival, as far as the KV pool has room
-    prefill   a chunk of prompt positions; smaller while other requests decode, so that a long prompt does not stall them
+    prefill   a chunk of prompt positions; smaller while other requests decode, so that a long prompt can't stall them
     decode    one step per drafter and acceptance rule, of all their requests together
 
 There is no scheduler thread: a caller that waits for a token runs steps itself (`pump`), or waits for the thread that
@@ -274,7 +274,7 @@ class Scheduler:
         request.kv = request.draft_state = None
 
     def _reusable(self, request: Request) -> tuple[int, int]:
-        """Slots that other requests may reuse: their number, and the first one from which the drafter's are complete."""
+        """Slots that other requests may reuse: their number, and the first one that is complete for the drafter."""
         drafter, state, length = request.drafter, request.draft_state, request.kv.length
         slots = self._agreement.numbers(lambda: (drafter.filled(state, length), drafter.complete_from(state)))
         return slots[0], slots[1]

@@ -124,7 +124,7 @@ def test_what_auto_is() -> None:
         ("medusa", None, ValueError, "drafter='medusa' needs Medusa heads"),
         ("medusa", "eagle", HeadMismatchError, "holds eagle heads, which do not draft for 'medusa': give medusa ones"),
         ("eagle", "medusa", HeadMismatchError, "holds medusa heads, which do not draft for 'eagle'"),
-        ("small-model", "eagle", ValueError, "needs a smaller model of the same tokenizer"),
+        ("small-model", "eagle", ValueError, "needs a smaller model with the same tokenizer"),
     ],
 )
 def test_what_can_not_be_made_is_refused(name: str, head: str | None, error: type[Exception], words: str) -> None:

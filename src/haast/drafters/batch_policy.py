@@ -67,12 +67,12 @@ def default_configs(shape: DraftShape, device: str) -> DraftConfigs:
 
 def gain_of(nodes: float) -> float:
     """Accepted drafts per step of a tree with `nodes` nodes, measured with the shipped head."""
-    return max((gain for most, _, _, gain in _TREES if most <= nodes), default=0.0)
+    return max((gain for size, _, _, gain in _TREES if size <= nodes), default=0.0)
 
 
 def nodes_for(gain: float) -> float:
     """Nodes of a tree with `gain` accepted drafts per step, measured with the shipped head."""
-    return float(next((nodes for nodes, _, _, most in _TREES if most >= gain), _TREES[-1][0]))
+    return float(next((nodes for nodes, _, _, drafts in _TREES if drafts >= gain), _TREES[-1][0]))
 
 
 def measured_configs(latency: Latency, paced: bool, most_gain: float | None = None) -> DraftConfigs:

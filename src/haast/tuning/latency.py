@@ -61,10 +61,6 @@ class Latency:
     first_ms: float = 0.0
     level_ms: dict[int, float] = field(default_factory=dict)
     overhead_ms: float = 0.0
-    # Cache: every step needs the same few values for all of its requests.
-    _steps: dict[tuple[int, float, int, int], float] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
     def __post_init__(self) -> None:
         for name in ("forward_ms", "level_ms"):
@@ -101,6 +97,11 @@ class Latency:
                 self._steps.clear()
             ms = self._steps[key] = self._step(*key)
         return ms
+
+    @functools.cached_property
+    def _steps(self) -> dict[tuple[int, float, int, int], float]:
+        """Cache of `step`, which needs the same few values for all requests. Not a dataclass field: `asdict` and files leave it out."""
+        return {}
 
     def _step(self, rows: int, nodes: float, levels: int, width: int) -> float:
         return self.draft(levels, width, rows) + self.forward(rows * nodes) + self.overhead_ms

@@ -1,13 +1,14 @@
-"""Which settings make a head better per second of training, and faster per token: one table, same data, same seconds.
+"""Ablation of training settings: the quality and speed of a head per setting, with equal data and equal training time.
 
     python benchmarks/ablation.py --shards features/ --valid-prompts valid.jsonl --json results/ablation.json
 
-Every row changes something of the base. A row's run is as long as its own speed allows in --seconds of training
-(measured first), so a setting that costs twice per view sees half the views. Rows that are in the JSON already are
-kept, so the same command resumes. tau and times are those of the real engine on validation prompts.
+Each row changes one part of the base. Its training speed is measured first, and it trains on as many tokens as fit into
+--seconds, so a setting that costs twice as much per supervised token sees half the tokens. Rows that are in the JSON
+are kept, so the same command resumes. tau and times are measured with the engine on validation prompts.
 
 Data: --shards hold the target's own answers with the states of several layers (`haast train --head eagle3 --shards`
-writes them); --more-shards more answers for the rows with 2x and 4x data; --given-shards somebody else's text.
+writes them); --more-shards more answers, for the rows with 2x and 4x data; --given-shards text that the target did not
+generate.
 """
 
 from __future__ import annotations
@@ -46,22 +47,22 @@ from haast.training.initialise import last_layer_weights
 from haast.training.optimizer import matmul_precision
 from haast.training.run import head_config
 from haast.training.shards import read_shards
-from haast.training.target_weights import Frozen
+from haast.training.target_weights import TargetWeights
 from haast.training.trainer import Trainer
 
-_PROBE = 8.0  # seconds of training that measure a row's speed
-_VANILLA = 4  # prompts that time a one-token forward beside each head
-_TREES = {"small": (6, None), "large": (60, 10)}  # nodes, and on how many of the prompts (None: all)
+_PROBE_SECONDS = 8.0  # of training, to measure the speed of a row
+_VANILLA_PROMPTS = 4  # prompts that time a one-token forward, together with each head
+_TREES = {"small": (6, None), "large": (60, 10)}  # (nodes, number of prompts; None: all)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: what differs from the base."""
+    """One row: the settings that differ from the base."""
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     data: str = "own"
-    times: int = 1  # how much of the data, in units of the base's
+    times: int = 1  # amount of data, as a multiple of the base
 
 
 ROWS = (
@@ -92,38 +93,38 @@ ROWS = (
 
 
 class Bench:
-    """The target, the prompts, and how a head is measured on both."""
+    """The target and the prompts, to measure heads on."""
 
     def __init__(self, target: Target, prompts: list[str], tokens: int) -> None:
         self.target, encoder = target, Haast(target, VanillaDrafter())
-        self._prompts, self._tokens, self._ends = [encoder.encode(p) for p in prompts], tokens, encoder.eos_ids()
-        self._starts: dict[int, dict[str, Tensor]] = {}
+        self._prompts, self._tokens, self._eos = [encoder.encode(p) for p in prompts], tokens, encoder.eos_ids()
+        self._initial: dict[int, dict[str, Tensor]] = {}
 
     def start(self, sizes: HeadConfig, examples: list[Example]) -> dict[str, Tensor]:
-        """The target's last layer, computed once for each choice of data."""
-        if id(examples[0]) not in self._starts:
-            self._starts[id(examples[0])] = last_layer_weights(self.target, sizes, examples)
-        return self._starts[id(examples[0])]
+        """Initial weights from the target's last layer, computed once per choice of data."""
+        if id(examples[0]) not in self._initial:
+            self._initial[id(examples[0])] = last_layer_weights(self.target, sizes, examples)
+        return self._initial[id(examples[0])]
 
     def run(self, drafter: Drafter, limit: int | None = None) -> Stats:
         """Decode the prompts greedily."""
         stats = Stats()
         for prompt in self._prompts[:limit]:
             Engine(self.target, drafter).complete(
-                [prompt], SamplingParams(), StopParams(self._tokens, self._ends), stats
+                [prompt], SamplingParams(), StopParams(self._tokens, self._eos), stats
             )
         return stats
 
     def measure(self, head: Head) -> dict[str, Any]:
-        """tau by tree size, cost of a draft level in target forwards (c), and the speed-up on this machine."""
-        found: dict[str, Any] = {}
+        """Per tree size: tau, the costs c (of a draft level), v and o in target forwards, and the speed-up."""
+        measured: dict[str, Any] = {}
         for name, (nodes, limit) in _TREES.items():
             shape = shape_for(nodes)
             drafter = EagleDrafter(self.target, copy.deepcopy(head), shape)
-            vanilla, own = self.run(VanillaDrafter(), _VANILLA), self.run(drafter, limit)
+            vanilla, own = self.run(VanillaDrafter(), _VANILLA_PROMPTS), self.run(drafter, limit)
             one = vanilla.ms_decode / vanilla.target_forwards
             steps = own.target_forwards
-            found[name] = {
+            measured[name] = {
                 "nodes": nodes,
                 "depth": shape.depth,
                 "tau": own.tau,
@@ -133,7 +134,7 @@ class Bench:
                 "speedup": own.tau * one * steps / own.ms_decode,
                 "alpha_by_depth": own.alpha_by_depth,
             }
-        return found
+        return measured
 
 
 def train_row(
@@ -143,10 +144,10 @@ def train_row(
     config = replace(base, **row.settings)
     size = len(data["own"]) * row.times
     examples = (data["own"] + data["more"])[:size] if row.data == "own" else data[row.data]
-    sizes, frozen = head_config(config, bench.target), Frozen.of(bench.target)
+    sizes, frozen = head_config(config, bench.target), TargetWeights.of(bench.target)
     assert isinstance(sizes, HeadConfig), "every row trains an EAGLE head"
-    plain = config.head != "eagle3" and config.layers == 1 and not config.markov_rank
-    start = bench.start(sizes, examples) if plain and config.initialisation != "random" else None
+    has_start = config.head != "eagle3" and config.layers == 1 and not config.markov_rank
+    start = bench.start(sizes, examples) if has_start and config.initialisation != "random" else None
     parts = (sizes, frozen, examples, data["valid"])
     with TemporaryDirectory() as folder:
         late = replace(config, views=10**9, align_after=0.0)
@@ -178,82 +179,88 @@ def train_row(
 
 
 def _speed(trainer: Trainer) -> float:
-    """Views a second, after a short start."""
+    """Supervised tokens per second, after two warm-up batches."""
     order = trainer._order.batches()
     with matmul_precision(trainer.config.matmul_precision):
         for _ in range(2):
             trainer._advance(order)
-        begun, before = time.monotonic(), trainer._at.views
-        while time.monotonic() - begun < _PROBE:
+        begin, before = time.monotonic(), trainer._state.views
+        while time.monotonic() - begin < _PROBE_SECONDS:
             trainer._advance(order)
-    return (trainer._at.views - before) / (time.monotonic() - begun)
+    return (trainer._state.views - before) / (time.monotonic() - begin)
 
 
 def main() -> None:
     """Run the rows that are not in the JSON yet."""
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--model", default="smollm2-135m-instruct")
-    words.add_argument("--shards", type=Path, required=True)
-    words.add_argument("--more-shards", type=Path)
-    words.add_argument("--given-shards", type=Path)
-    words.add_argument("--valid-prompts", type=Path, required=True)
-    words.add_argument("--valid-limit", type=int, default=20)
-    words.add_argument("--valid-tokens", type=int, default=64)
-    words.add_argument("--sequences", type=int, default=3000)
-    words.add_argument("--seconds", type=float, default=60.0)
-    words.add_argument("--rows", help="names, separated by semicolons; all if absent")
-    words.add_argument("--json", type=Path, required=True)
-    given = words.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--shards", type=Path, required=True)
+    parser.add_argument("--more-shards", type=Path)
+    parser.add_argument("--given-shards", type=Path)
+    parser.add_argument("--valid-prompts", type=Path, required=True)
+    parser.add_argument("--valid-limit", type=int, default=20)
+    parser.add_argument("--valid-tokens", type=int, default=64)
+    parser.add_argument("--sequences", type=int, default=3000)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--rows", help="row names, separated by semicolons; default: all")
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
     base = TrainConfig(
         optimizer="muon", learning_rate=8e-4, weight_decay=0.1, batch_tokens=3072, evaluate_every=10**9,
         log_every=10**9, checkpoint_every=10**9,
     )  # fmt: skip
-    target = load_target(given.model)
+    target = load_target(arguments.model)
     bench = Bench(
-        target, [p.turns[0] for p in read_prompts(given.valid_prompts, given.valid_limit)], given.valid_tokens
+        target,
+        [p.turns[0] for p in read_prompts(arguments.valid_prompts, arguments.valid_limit)],
+        arguments.valid_tokens,
     )
-    data = _data(given)
-    done = json.loads(given.json.read_text()) if given.json.exists() else {"rows": []}
-    wanted = None if given.rows is None else given.rows.split(";")
+    data = _data(arguments)
+    done: dict[str, Any] = {"kind": "ablation", "rows": []}
+    if arguments.json.exists():
+        done |= json.loads(arguments.json.read_text())
+    wanted = None if arguments.rows is None else arguments.rows.split(";")
     for row in ROWS:
-        known = {r["row"] for r in done["rows"]}
-        if row.name in known or (wanted is not None and row.name not in wanted) or not data[row.data]:
+        measured = {r["row"] for r in done["rows"]}
+        if row.name in measured or (wanted is not None and row.name not in wanted) or not data[row.data]:
             continue
         if row.data == "own" and len(data["own"]) + len(data["more"]) < len(data["own"]) * row.times:
-            print(f"{row.name}: left out, it needs {row.times} times the sequences of --shards; give --more-shards")
+            print(
+                f"{row.name}: skipped, because it needs {row.times} times the sequences of --shards: give --more-shards"
+            )
             continue
-        begun = time.monotonic()
+        begin = time.monotonic()
         with Progress(row.name):
-            done["rows"].append(train_row(row, base, bench, data, given.seconds))
+            done["rows"].append(train_row(row, base, bench, data, arguments.seconds))
         done |= {
             "environment": environment(
-                target, given.model, given.valid_prompts, given.valid_limit, {"seconds": given.seconds}
+                target, arguments.model, arguments.valid_prompts, arguments.valid_limit, {"seconds": arguments.seconds}
             ),
             "base": {name: getattr(base, name) for name in base.__dataclass_fields__},
-            "seconds_per_row": given.seconds,
-            "measured_on": f"{given.valid_limit} validation prompts, greedy, {given.valid_tokens} new tokens",
+            "seconds_per_row": arguments.seconds,
+            "measured_on": f"{arguments.valid_limit} validation prompts, greedy, {arguments.valid_tokens} new tokens",
         }
-        write_json(done, str(given.json))
-        print(_line(done["rows"][-1]), f"({time.monotonic() - begun:.0f} s)", flush=True)
+        write_json(done, str(arguments.json))
+        print(_line(done["rows"][-1]), f"({time.monotonic() - begin:.0f} s)", flush=True)
 
 
-def _data(given: argparse.Namespace) -> dict[str, list[Example]]:
-    own, records = read_shards(given.shards)
-    known, more = {record_key(record) for record in records}, list[Example]()
-    if given.more_shards is not None:
-        pairs = zip(*read_shards(given.more_shards), strict=True)
-        more = [example for example, record in pairs if record_key(record) not in known]
-    other = [] if given.given_shards is None else read_shards(given.given_shards)[0]
-    for examples in (own, more, other):  # shards lie in order of length
+def _data(arguments: argparse.Namespace) -> dict[str, list[Example]]:
+    own, records = read_shards(arguments.shards)
+    keys, more = {record_key(record) for record in records}, list[Example]()
+    if arguments.more_shards is not None:
+        pairs = zip(*read_shards(arguments.more_shards), strict=True)
+        more = [example for example, record in pairs if record_key(record) not in keys]
+    other = [] if arguments.given_shards is None else read_shards(arguments.given_shards)[0]
+    for examples in (own, more, other):  # shards are sorted by length
         random.Random(0).shuffle(examples)
-    valid = own[given.sequences : given.sequences + 150]
-    return {"own": own[: given.sequences], "more": more, "given": other[: given.sequences], "valid": valid}
+    valid = own[arguments.sequences : arguments.sequences + 150]
+    return {"own": own[: arguments.sequences], "more": more, "given": other[: arguments.sequences], "valid": valid}
 
 
 def _line(row: dict[str, Any]) -> str:
     small, large = row["small"], row["large"]
     return (
-        f"{row['row']:40s} views {row['views'] / 1e3:5.0f}k  ce {row['valid_ce']:.3f}  tau {small['tau']:.3f} / "
+        f"{row['row']:40s} tokens {row['views'] / 1e3:5.0f}k  ce {row['valid_ce']:.3f}  tau {small['tau']:.3f} / "
         f"{large['tau']:.3f}  c {small['c']:.3f}  speed-up {small['speedup']:.2f}"
     )
 

@@ -1,12 +1,12 @@
-"""This checkout beside another one of Haast, on one machine, in one run, prompt by prompt in turns.
+"""Compares this checkout with another checkout of Haast in one run on one machine, prompt by prompt in turn.
 
     git worktree add ../before 9df6831 && (cd ../before && python setup.py build_ext --inplace)
     python benchmarks/against.py --other ../before --prompts mt_bench.jsonl --regenerate valid.jsonl \
         --json results/against.json
 
-Two processes load the default model, one from each checkout; only one of them works at a time. Decoding: batch 1,
-greedy, vanilla, eagle and eagle+suffix with the same tree, decoded tokens over decode time. `--regenerate` also lets
-both answer prompts 96 at a time. Texts are compared. Run nothing beside it.
+Two processes load the default model, one per checkout, and only one of them works at a time. Decoding: batch 1, greedy,
+vanilla, eagle and eagle+suffix with the same tree; speeds are decoded tokens over decode time. With `--regenerate`,
+both also answer prompts 96 at a time. Texts are compared. Run nothing else on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BATCH = 96
 
 
 class Worker:
-    """A process of one checkout."""
+    """A process that runs one checkout."""
 
     def __init__(self, source: Path) -> None:
         environment = os.environ | {"PYTHONPATH": str(source / "src")}
@@ -39,7 +39,7 @@ class Worker:
         self.commit = str(self.ask({"hello": True})["source"])
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """One request, answered before anything else happens."""
+        """Send a request and wait for its answer."""
         assert self._process.stdin is not None and self._process.stdout is not None, "they are pipes"
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -47,14 +47,14 @@ class Worker:
             if line.startswith("{"):
                 answer: dict[str, Any] = json.loads(line)
                 return answer
-        raise RuntimeError(f"the worker of {self.commit} ended")
+        raise RuntimeError(f"the process of {self.commit} ended")
 
     def end(self) -> None:
         self._process.terminate()
 
 
 def work() -> None:
-    """Answer requests from standard input; knows both the names of today and those of before."""
+    """Answer requests from standard input; handles the module names of older checkouts too."""
     import haast
     from haast.api import find_head
     from haast.drafters.eagle import EagleDrafter
@@ -70,8 +70,8 @@ def work() -> None:
     shape = module("drafters.tree_shape", "drafters.shape").shape_for(6)
     eagle = EagleDrafter(target, load_head(folder), shape)
     drafters: dict[str, Any] = {"vanilla": VanillaDrafter(), "eagle": eagle, "eagle+suffix": HybridDrafter(eagle)}
-    said = target.model.generation_config.eos_token_id
-    ends = tuple(said) if isinstance(said, list) else (said,)
+    eos = target.model.generation_config.eos_token_id
+    ends = tuple(eos) if isinstance(eos, list) else (eos,)
     for line in sys.stdin:
         request = json.loads(line)
         if "hello" in request:
@@ -84,10 +84,10 @@ def work() -> None:
             )
             stats = engine.Stats()
             rules = stop(request["tokens"], ends)
-            (said,) = engine.Engine(target, drafters[request["arm"]]).complete(
+            (tokens,) = engine.Engine(target, drafters[request["arm"]]).complete(
                 [encoded["input_ids"]], sampling(), rules, stats
             )
-            answer = {"said": said, "decoded": stats.decoded_tokens, "ms": stats.ms_decode, "tau": stats.tau}
+            answer = {"tokens": tokens, "decoded": stats.decoded_tokens, "ms": stats.ms_decode, "tau": stats.tau}
         print(json.dumps(answer), flush=True)
 
 
@@ -100,7 +100,7 @@ def module(*names: str) -> Any:
 
 
 def answers(target: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Let the target answer prompts, 96 at a time."""
+    """Let the target answer prompts, `BATCH` at a time."""
     from time import perf_counter
 
     from haast.prompts import Prompt
@@ -108,17 +108,21 @@ def answers(target: Any, request: dict[str, Any]) -> dict[str, Any]:
     regenerate: Any = module("training.regenerate").regenerate
 
     prompts = [Prompt(id=str(i), turns=(text,)) for i, text in enumerate(request["regenerate"])]
-    queue = module("training.generation_queue", "training.asking")  # both of which import the settings
+    queue = module("training.generation_queue", "training.asking")  # both of these import the settings
     config = queue.RegenerateConfig(batch=BATCH, max_new_tokens=request["tokens"])
     with tempfile.TemporaryDirectory() as folder:
-        begun, out = perf_counter(), Path(folder, "answers.jsonl")
+        begin, out = perf_counter(), Path(folder, "answers.jsonl")
         if "run" in signature(regenerate).parameters:
             outcome = regenerate(target, queue.AnswerRun(target.tokenizer, prompts, out, config, quiet=True))
         else:  # an older checkout
             outcome = regenerate(target, target.tokenizer, prompts, out, config, quiet=True)
-        seconds = perf_counter() - begun
+        seconds = perf_counter() - begin
         records = [json.loads(line) for line in out.read_text().splitlines() if "response_ids" in line]
-    return {"seconds": seconds, "tokens": outcome.tokens, "said": sorted((r["id"], r["response_ids"]) for r in records)}
+    return {
+        "seconds": seconds,
+        "tokens": outcome.tokens,
+        "answers": sorted((r["id"], r["response_ids"]) for r in records),
+    }
 
 
 def read(path: Path, limit: int) -> list[str]:
@@ -129,7 +133,7 @@ def read(path: Path, limit: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--other", type=Path, help="another checkout, its native library built in place")
+    parser.add_argument("--other", type=Path, help="another checkout, with its native library built in place")
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--limit", type=int, default=20)
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -137,34 +141,34 @@ def main() -> None:
     parser.add_argument("--regenerate", type=Path, help="prompts to answer 96 at a time")
     parser.add_argument("--regenerate-limit", type=int, default=96)
     parser.add_argument("--json", type=Path, default=Path("results/against.json"))
-    given = parser.parse_args()
-    if given.work:
+    arguments = parser.parse_args()
+    if arguments.work:
         return work()
-    if given.other is None or given.prompts is None:
+    if arguments.other is None or arguments.prompts is None:
         parser.error("give --other, a checkout, and --prompts, a file of JSON lines")
     from haast.bench.report import machine
     from haast.files import write_json
 
     here = Path(__file__).resolve().parents[1]
-    workers = {"before": Worker(given.other.resolve()), "now": Worker(here)}
+    workers = {"before": Worker(arguments.other.resolve()), "now": Worker(here)}
     speeds: dict[str, dict[str, list[float]]] = {arm: {name: [] for name in workers} for arm in ARMS}
     taus: dict[str, dict[str, list[float]]] = {arm: {name: [] for name in workers} for arm in ARMS}
     different = 0
-    prompts = read(given.prompts, given.limit)
+    prompts = read(arguments.prompts, arguments.limit)
     for name in workers:  # warm up
         for arm in ARMS:
             workers[name].ask({"arm": arm, "prompt": "Name three birds.", "tokens": 16})
-    for turn in range(given.rounds):
+    for turn in range(arguments.rounds):
         for number, prompt in enumerate(prompts):
             for arm in ARMS:
-                said = {}
+                tokens = {}
                 order = list(workers) if (turn + number) % 2 else list(workers)[::-1]
                 for name in order:
-                    found = workers[name].ask({"arm": arm, "prompt": prompt, "tokens": given.max_new_tokens})
-                    said[name] = found["said"]
-                    speeds[arm][name].append(1e3 * found["decoded"] / max(found["ms"], 1e-9))
-                    taus[arm][name].append(found["tau"])
-                different += said["before"] != said["now"]
+                    answer = workers[name].ask({"arm": arm, "prompt": prompt, "tokens": arguments.max_new_tokens})
+                    tokens[name] = answer["tokens"]
+                    speeds[arm][name].append(1e3 * answer["decoded"] / max(answer["ms"], 1e-9))
+                    taus[arm][name].append(answer["tau"])
+                different += tokens["before"] != tokens["now"]
             print(f"{number + 1} of {len(prompts)} prompts", file=sys.stderr, flush=True)
     rows = {
         arm: {
@@ -175,12 +179,15 @@ def main() -> None:
         for arm in ARMS
     }
     document = {"kind": "against", "rows": rows, "texts_that_differ": different, "prompts": len(prompts), **machine()}
-    document["max_new_tokens"], document["rounds"] = given.max_new_tokens, given.rounds
-    if given.regenerate is not None:
-        asked = {"regenerate": read(given.regenerate, given.regenerate_limit), "tokens": given.max_new_tokens}
-        runs = [{name: worker.ask(asked) for name, worker in workers.items()} for _ in range(2)]
+    document["max_new_tokens"], document["rounds"] = arguments.max_new_tokens, arguments.rounds
+    if arguments.regenerate is not None:
+        request = {
+            "regenerate": read(arguments.regenerate, arguments.regenerate_limit),
+            "tokens": arguments.max_new_tokens,
+        }
+        runs = [{name: worker.ask(request) for name, worker in workers.items()} for _ in range(2)]
         speed = {name: median(run[name]["tokens"] / run[name]["seconds"] for run in runs) for name in workers}
-        same = all(run["now"]["said"] == run["before"]["said"] for run in runs)
+        same = all(run["now"]["answers"] == run["before"]["answers"] for run in runs)
         document["regenerate"] = {
             **{f"tokens_per_s_{name}": value for name, value in speed.items()},
             "now_over_before": speed["now"] / speed["before"],
@@ -189,7 +196,7 @@ def main() -> None:
         }
     for worker in workers.values():
         worker.end()
-    write_json(document, str(given.json))
+    write_json(document, str(arguments.json))
     print(json.dumps(document | {"command": ""}, indent=1))
     return None
 

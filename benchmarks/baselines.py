@@ -1,7 +1,7 @@
-"""The settings at which decoders without an EAGLE head are fastest, searched on validation prompts.
+"""Searches the fastest settings of the decoders without an EAGLE head, on validation prompts.
 
-Every setting is a decoder of its own in one interleaved run, vanilla among them. What a bench then compares EAGLE with
-is each family at its best, not at its defaults. Run nothing beside it.
+Every setting is a separate decoder in one interleaved run with vanilla. A bench then compares EAGLE with the best of
+each family, not with its defaults. Run nothing else on the machine meanwhile.
 
     python benchmarks/baselines.py --prompts valid.jsonl --medusa-head my-medusa --json results/baselines.json
 """
@@ -30,7 +30,7 @@ from haast.progress import Progress
 from haast.target.load import DEFAULT_MODEL, load_target
 from haast.target.target import Target
 
-# Window, n-gram, guesses: from the smallest that is lookahead at all to the authors' own for a 7B model (15, 5, 15).
+# Window, n-gram, guesses: from the smallest possible to the authors' choice for a 7B model (15, 5, 15).
 _LOOKAHEAD = (
     (1, 2, 1), (1, 2, 3), (2, 2, 3), (2, 3, 2), (3, 3, 3), (2, 4, 2), (4, 4, 4), (5, 3, 5), (7, 5, 7), (15, 5, 15),
 )  # fmt: skip
@@ -41,7 +41,7 @@ Settings = dict[str, int]
 
 
 def families(target: Target, medusa: Path | None) -> dict[str, list[tuple[Settings, Callable[[], Drafter]]]]:
-    """Every family's settings and how to make a drafter of them."""
+    """Per family: its settings, each with a function that makes the drafter."""
     lookahead = [{"window": w, "ngram": n, "guesses": g} for w, n, g in _LOOKAHEAD]
     lookup = [{"nodes": nodes, "ngram": ngram} for nodes in _NODES for ngram in (2, 3)]
     suffix = [{"nodes": nodes, "least": least} for nodes in _NODES for least in (1, 2)]
@@ -57,7 +57,7 @@ def families(target: Target, medusa: Path | None) -> dict[str, list[tuple[Settin
 
 
 class _Named(EngineDecoder):
-    """An arm under the name of its setting."""
+    """A decoder that is named after its settings."""
 
     def __init__(self, name: str, target: Target, drafter: Drafter) -> None:
         super().__init__(target, drafter, SamplingParams(), target.end_ids)
@@ -65,13 +65,13 @@ class _Named(EngineDecoder):
 
 
 def search(target: Target, prompts: list[BenchPrompt], medusa: Path | None, config: BenchConfig) -> dict[str, Any]:
-    """Tokens a second and tau of every setting, and each family's fastest."""
+    """Tokens per second and tau of every setting, and the fastest of each family."""
     arms: list[Decoder] = [_Named("vanilla", target, VanillaDrafter())]
-    known: dict[str, tuple[str, Settings]] = {}
+    settings_of: dict[str, tuple[str, Settings]] = {}
     for family, settings in families(target, medusa).items():
         for each, make in settings:
             name = f"{family} {' '.join(f'{key}={value}' for key, value in each.items())}"
-            known[name] = (family, each)
+            settings_of[name] = (family, each)
             arms.append(_Named(name, target, make()))
     with Progress("settings", "answers", len(arms) * len(prompts) * config.rounds) as progress:
         suites = {"": Suite("", "", tuple(prompts))}
@@ -80,39 +80,39 @@ def search(target: Target, prompts: list[BenchPrompt], medusa: Path | None, conf
         ).values()
     points = [
         {
-            "family": known[row["decoder"]][0],
-            "settings": known[row["decoder"]][1],
+            "family": settings_of[row["decoder"]][0],
+            "settings": settings_of[row["decoder"]][1],
             **{key: row[key] for key in ("tokens_per_s", "tau", "speedup_vs_vanilla", "ms_draft", "ms_verify")},
         }
         for row in build_rows(records, prompts)
-        if row["decoder"] in known
+        if row["decoder"] in settings_of
     ]
     best = {
         family: max((p for p in points if p["family"] == family), key=lambda p: p["tokens_per_s"])["settings"]
         for family in dict.fromkeys(point["family"] for point in points)
     }
-    return {"baselines": points, "best": best}
+    return {"kind": "baselines", "baselines": points, "best": best}
 
 
 def main() -> None:
-    """Search and write."""
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--prompts", type=Path, required=True)
-    words.add_argument("--limit", type=int, default=12)
-    words.add_argument("--rounds", type=int, default=2)
-    words.add_argument("--max-new-tokens", type=int, default=64)
-    words.add_argument("--medusa-head", type=Path)
-    words.add_argument("--json", type=Path, required=True)
-    given = words.parse_args()
-    chosen = read_prompt_file(given.prompts, given.limit)
+    """Search and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--medusa-head", type=Path)
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
+    chosen = read_prompt_file(arguments.prompts, arguments.limit)
     target = load_target()
     encoder = Haast(target, VanillaDrafter())
     prompts = [BenchPrompt(p.id, p.category, tuple(encoder.encode(p.turns[0]))) for p in chosen]
-    config = BenchConfig(given.max_new_tokens, given.rounds)
-    found = search(target, prompts, given.medusa_head, config)
-    settings = {"rounds": given.rounds, "max_new_tokens": given.max_new_tokens}
-    found["environment"] = environment(target, DEFAULT_MODEL, given.prompts, len(prompts), settings)
-    write_json(found, str(given.json))
+    config = BenchConfig(arguments.max_new_tokens, arguments.rounds)
+    result = search(target, prompts, arguments.medusa_head, config)
+    settings = {"rounds": arguments.rounds, "max_new_tokens": arguments.max_new_tokens}
+    result["environment"] = environment(target, DEFAULT_MODEL, arguments.prompts, len(prompts), settings)
+    write_json(result, str(arguments.json))
 
 
 if __name__ == "__main__":

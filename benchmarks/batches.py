@@ -1,10 +1,10 @@
-"""Tokens a second by batch size: rows of unequal prompts decoded together, vanilla and EAGLE interleaved.
+"""Tokens per second by batch size, vanilla and EAGLE interleaved, for batches of different prompts.
 
     python benchmarks/batches.py --prompts prompts.jsonl --calibration calibration.json --json results/batches.json
 
-The prompts of a file are cut into batches of each size, so every size answers the same prompts. A row leaves when it is
-done. EAGLE drafts as the calibration says for the rows that run ("as pays"), or trees of one size whatever the batch.
-Run nothing beside it; `haast calibrate --out calibration.json` comes before it, on the same machine.
+The prompts of a file are split into batches of each size, so every size answers the same prompts. A finished row leaves
+its batch. EAGLE drafts as the calibration recommends for the number of rows ("as pays"), or trees of one fixed size.
+Run `haast calibrate --out calibration.json` on the same machine before, and nothing else on it meanwhile.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from haast.target.target import Target
 from haast.tuning.calibration import Calibration
 
 _SIZES = (1, 2, 4, 8)
-_TREES = (3, 4, 6)  # nodes: the more rows, the dearer a node
+_TREES = (3, 4, 6)  # nodes; a node costs more in larger batches
 
 
 class Arm:
-    """One decoder and what it measured."""
+    """One decoder and its measurements, by batch size."""
 
     def __init__(self, name: str, drafter: Drafter) -> None:
         self.name, self.drafter = name, drafter
         self.speeds: dict[int, list[float]] = {}
         self.taus: dict[int, float] = {}
-        self.undrafted: dict[int, float] = {}  # share of steps whose tree was the root alone
+        self.undrafted: dict[int, float] = {}  # share of steps without a draft
 
     def measure(self, target: Target, prompts: list[list[int]], size: int, tokens: int) -> None:
-        """All prompts, `size` at a time; times and counts added up."""
+        """Answer all prompts, `size` at a time, and add up times and counts."""
         total, steps = Stats(), list[bool]()
 
         def watch(step: Step) -> None:
@@ -63,7 +63,7 @@ class Arm:
         self.taus[size], self.undrafted[size] = total.tau, sum(steps) / max(len(steps), 1)
 
     def point(self, size: int) -> dict[str, Any]:
-        """Medians over rounds."""
+        """The result of one batch size, with the median speed over rounds."""
         return {
             "decoder": self.name,
             "batch": size,
@@ -74,14 +74,14 @@ class Arm:
 
 
 def arms(target: Target, calibration: Calibration) -> list[Arm]:
-    """Vanilla, EAGLE as pays, and trees of one size. Each has a head of its own, as a drafter takes a head over."""
+    """Vanilla, EAGLE as pays, and fixed trees. Each loads a head, because a drafter owns its head."""
     folder = find_head("default", DEFAULT_MODEL)
     assert folder is not None, "the default model has a head"
 
     def eagle(nodes: int = 0) -> EagleDrafter:
         drafter = EagleDrafter(target, load_head(folder), shape_for(nodes or 6))
         if not nodes and not apply_calibration(drafter, calibration):
-            raise ValueError("the calibration found that drafting does not pay here even for one row")
+            raise ValueError("the calibration found that drafting is not faster here even for one row")
         return drafter
 
     return [
@@ -93,39 +93,39 @@ def arms(target: Target, calibration: Calibration) -> list[Arm]:
 
 
 def main() -> None:
-    """Measure and write."""
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--prompts", type=Path, required=True)
-    words.add_argument("--calibration", type=Path, required=True)
-    words.add_argument("--limit", type=int, default=16)
-    words.add_argument("--max-new-tokens", type=int, default=64)
-    words.add_argument("--rounds", type=int, default=3)
-    words.add_argument("--json", type=Path, required=True)
-    given = words.parse_args()
-    chosen = read_prompt_file(given.prompts, given.limit)
+    """Measure and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=16)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
+    chosen = read_prompt_file(arguments.prompts, arguments.limit)
     target = load_target()
     encoder = Haast(target, VanillaDrafter())
     prompts = [encoder.encode(prompt.turns[0]) for prompt in chosen]
     folder = find_head("default", DEFAULT_MODEL)
     assert folder is not None, "the default model has a head"
-    found = find_calibration(target, EagleDrafter(target, load_head(folder)), given.calibration)
-    assert found is not None, "a file was named"
-    measured = arms(target, found)
-    measured[0].measure(target, prompts[:2], 2, 16)  # warm-up
-    measured[0].speeds.clear()
-    with Progress("batches", "measurements", given.rounds * len(_SIZES) * len(measured)) as progress:
-        for _ in range(given.rounds):
+    calibration = find_calibration(target, EagleDrafter(target, load_head(folder)), arguments.calibration)
+    assert calibration is not None, "--calibration names a file"
+    decoders = arms(target, calibration)
+    decoders[0].measure(target, prompts[:2], 2, 16)  # warm-up
+    decoders[0].speeds.clear()
+    with Progress("batches", "measurements", arguments.rounds * len(_SIZES) * len(decoders)) as progress:
+        for _ in range(arguments.rounds):
             for size in _SIZES:
-                for arm in measured:
-                    arm.measure(target, prompts, size, given.max_new_tokens)
+                for arm in decoders:
+                    arm.measure(target, prompts, size, arguments.max_new_tokens)
                     progress.step()
-    result: dict[str, Any] = {"batches": [arm.point(size) for arm in measured for size in _SIZES]}
+    result: dict[str, Any] = {"kind": "batches", "batches": [arm.point(size) for arm in decoders for size in _SIZES]}
     result["chosen"] = {
-        rows: {"shape": batch.shape, "expected": batch.expected} for rows, batch in found.batches.items()
+        rows: {"shape": batch.shape, "expected": batch.expected} for rows, batch in calibration.batches.items()
     }
-    settings = {"rounds": given.rounds, "max_new_tokens": given.max_new_tokens}
-    result["environment"] = environment(target, DEFAULT_MODEL, given.prompts, len(prompts), settings)
-    write_json(result, str(given.json))
+    settings = {"rounds": arguments.rounds, "max_new_tokens": arguments.max_new_tokens}
+    result["environment"] = environment(target, DEFAULT_MODEL, arguments.prompts, len(prompts), settings)
+    write_json(result, str(arguments.json))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What a turn of a conversation costs: ten turns with a `Session`, and each of them again from scratch.
+"""Cost of the turns of a conversation: ten turns with a `Session`, and each turn again from scratch.
 
     python benchmarks/conversation.py --json results/conversation.json
 
-Both arms answer the same dialogue with the same kind of drafter, one turn each in changing order, and say the same
-text, which is checked. The second has a model of its own, whose prefixes are forgotten before each turn. Positions that
-a turn computes before its first token are counted by the engine; the time to the first text is wall clock, from the
-call to the first piece. Run nothing beside it; three rounds take about two minutes.
+Both arms answer the same dialogue with the same kind of drafter, turn by turn in alternating order, and must generate
+the same text. The second arm has a separate model, whose prefix cache is cleared before each turn. The engine counts
+the prompt positions that a turn computes before its first token; the time to the first text is wall-clock time from the
+call to the first piece. Run nothing else on the machine meanwhile; three rounds take about two minutes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _TURNS = (
 
 @dataclass
 class Answer:
-    """One turn as one arm gave it."""
+    """The answer of one arm to one turn."""
 
     text: str
     stats: Stats
@@ -50,12 +50,12 @@ class Answer:
 
     @property
     def prefilled(self) -> int:
-        """Prompt positions that were computed."""
+        """Prompt positions that were computed, not found in the prefix cache."""
         return self.stats.prompt_tokens - self.stats.recalled_tokens
 
 
-def listen(pieces: Any, stats: Stats, begin: float) -> Answer:
-    """Take in a stream of pieces; `begin` is when it was asked for."""
+def collect(pieces: Any, stats: Stats, begin: float) -> Answer:
+    """Read a stream of pieces; `begin` is the time of its call."""
     text, first = "", 0.0
     for piece in pieces:
         assert isinstance(piece, Piece), "streams give pieces"
@@ -64,81 +64,82 @@ def listen(pieces: Any, stats: Stats, begin: float) -> Answer:
     return Answer(text, stats, first)
 
 
-def kept(session: Session, asked: str, tokens: int) -> Answer:
-    """The turn with what the session holds."""
+def with_session(session: Session, question: str, tokens: int) -> Answer:
+    """Answer a turn with the session's cached prefix."""
     stats, begin = Stats(), perf_counter()
-    return listen(session.stream(asked, max_new_tokens=tokens, stats=stats), stats, begin)
+    return collect(session.stream(question, max_new_tokens=tokens, stats=stats), stats, begin)
 
 
-def anew(haast: Haast, dialogue: list[Message], tokens: int) -> Answer:
-    """The turn from its dialogue alone."""
+def from_scratch(haast: Haast, dialogue: list[Message], tokens: int) -> Answer:
+    """Answer a turn from its dialogue, without a cached prefix."""
     haast.target.pool.clear()
     stats, begin = Stats(), perf_counter()
-    return listen(haast.stream(dialogue, max_new_tokens=tokens, stats=stats), stats, begin)
+    return collect(haast.stream(dialogue, max_new_tokens=tokens, stats=stats), stats, begin)
 
 
-def converse(haast: Haast, forgetful: Haast, tokens: int, turns: int, first: int) -> list[tuple[Answer, Answer]]:
-    """(with the session, from scratch) for each turn; the two take turns at beginning.
+def converse(haast: Haast, uncached: Haast, tokens: int, turns: int, first: int) -> list[tuple[Answer, Answer]]:
+    """The answers (with the session, from scratch) of each turn; the arms alternate in going first.
 
     Raises:
-        RuntimeError: the two said different texts.
+        RuntimeError: the two texts of a turn differ.
     """
-    haast.target.pool.clear()  # an earlier round began the same
+    haast.target.pool.clear()  # earlier rounds had the same dialogue
     session, answers = Session(haast, [{"role": "system", "content": _SYSTEM}]), []
-    for number, asked in enumerate(_TURNS[:turns]):
-        dialogue = [*session.messages, {"role": "user", "content": asked}]
+    for number, question in enumerate(_TURNS[:turns]):
+        dialogue = [*session.messages, {"role": "user", "content": question}]
         if (number + first) % 2:
-            scratch = anew(forgetful, dialogue, tokens)
-            held = kept(session, asked, tokens)
+            scratch = from_scratch(uncached, dialogue, tokens)
+            cached = with_session(session, question, tokens)
         else:
-            held = kept(session, asked, tokens)
-            scratch = anew(forgetful, dialogue, tokens)
-        if held.text != scratch.text:
-            raise RuntimeError(f"turn {number + 1} differs: {held.text!r} in the session, else {scratch.text!r}")
-        answers.append((held, scratch))
+            cached = with_session(session, question, tokens)
+            scratch = from_scratch(uncached, dialogue, tokens)
+        if cached.text != scratch.text:
+            raise RuntimeError(f"turn {number + 1} differs: {cached.text!r} in the session, {scratch.text!r} without")
+        answers.append((cached, scratch))
     return answers
 
 
 def turn(number: int, rounds: list[list[tuple[Answer, Answer]]]) -> dict[str, Any]:
-    """Counts of one turn, which are the same in every round, and medians of its times."""
-    held, scratch = rounds[0][number]
+    """Counts of one turn, which are equal in all rounds, and medians of its times."""
+    cached, scratch = rounds[0][number]
     return {
         "turn": number + 1,
-        "prompt_tokens": held.stats.prompt_tokens,
-        "prefilled": {"session": held.prefilled, "scratch": scratch.prefilled},
+        "prompt_tokens": cached.stats.prompt_tokens,
+        "prefilled": {"session": cached.prefilled, "scratch": scratch.prefilled},
         "ms_first": {
             "session": median(answers[number][0].ms_first for answers in rounds),
             "scratch": median(answers[number][1].ms_first for answers in rounds),
         },
-        "answer_tokens": held.stats.tokens,
-        "text": held.text,
+        "answer_tokens": cached.stats.tokens,
+        "text": cached.text,
     }
 
 
 def main() -> None:
-    """Measure and write."""
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--model", default=DEFAULT_MODEL)
-    words.add_argument("--max-new-tokens", type=int, default=64)
-    words.add_argument("--turns", type=int, default=len(_TURNS))
-    words.add_argument("--rounds", type=int, default=3)
-    words.add_argument("--json", required=True)
-    given = words.parse_args()
-    head = "default" if given.model == DEFAULT_MODEL else None
-    haast, forgetful = (Haast.from_pretrained(given.model, head=head) for _ in range(2))
-    for model in (haast, forgetful):
-        anew(model, [{"role": "user", "content": "Hello"}], 8)  # warm-up
+    """Measure and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--turns", type=int, default=len(_TURNS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", required=True)
+    arguments = parser.parse_args()
+    head = "default" if arguments.model == DEFAULT_MODEL else None
+    haast, uncached = (Haast.from_pretrained(arguments.model, head=head) for _ in range(2))
+    for model in (haast, uncached):
+        from_scratch(model, [{"role": "user", "content": "Hello"}], 8)  # warm-up
     rounds = []
-    with Progress("conversations", "rounds", given.rounds) as progress:
-        for each in range(given.rounds):
-            rounds.append(converse(haast, forgetful, given.max_new_tokens, given.turns, each))
+    with Progress("conversations", "rounds", arguments.rounds) as progress:
+        for each in range(arguments.rounds):
+            rounds.append(converse(haast, uncached, arguments.max_new_tokens, arguments.turns, each))
             progress.step()
-    settings = {"rounds": given.rounds, "max_new_tokens": given.max_new_tokens, "drafter": haast.drafter.name}
+    settings = {"rounds": arguments.rounds, "max_new_tokens": arguments.max_new_tokens, "drafter": haast.drafter.name}
     result: dict[str, Any] = {
-        "conversation": [turn(number, rounds) for number in range(given.turns)],
-        "environment": environment(haast.target, given.model, None, given.turns, settings),
+        "kind": "conversation",
+        "conversation": [turn(number, rounds) for number in range(arguments.turns)],
+        "environment": environment(haast.target, arguments.model, None, arguments.turns, settings),
     }
-    write_json(result, given.json)
+    write_json(result, arguments.json)
 
 
 if __name__ == "__main__":

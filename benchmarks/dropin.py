@@ -1,7 +1,7 @@
-"""Stock `generate` beside `generate(custom_generate=haast.custom_generate)`: a plain fp32 model on the CPU, no head.
+"""Compares stock `generate` with `generate(custom_generate=haast.custom_generate)`: an fp32 model on the CPU, no head.
 
-Never slower is the promise: on ordinary prompts as fast as stock, on text that repeats itself faster. Both calls answer
-every prompt, in alternating order, greedy; whole calls are timed, prefill included. Run nothing beside it.
+The requirement: never slower than stock, and faster on text that repeats itself. Both calls answer every prompt in
+alternating order, greedy. Whole calls are timed, including prefill. Run nothing else on the machine meanwhile.
 
     python benchmarks/dropin.py --prompts mt_bench.jsonl --json results/dropin.json
 """
@@ -57,7 +57,7 @@ _MINUTES = (
     "their apologies. The chair opened the meeting at seven and read the minutes of the last one, which were accepted "
     "without change."
 )
-# What asks for text that is there already, or for the same words over and over.
+# Prompts whose answers repeat the prompt or themselves.
 REPEATING = (
     f"Repeat the following paragraph word for word:\n\n{_MINUTES}",
     f"Write this poem three times:\n\n{_POEM}",
@@ -73,46 +73,46 @@ _WARMUP = 8  # tokens
 
 @dataclass
 class Answers:
-    """What one way of generating did with one prompt, round after round."""
+    """The answers of one method to one prompt: tokens, and seconds per round."""
 
     tokens: list[int] = field(default_factory=list)  # of the first round
     seconds: list[float] = field(default_factory=list)
 
 
 def answer(model: Any, ids: torch.Tensor, tokens: int, **settings: Any) -> tuple[list[int], float]:
-    """New tokens of a greedy call, and its seconds."""
-    begun = perf_counter()
+    """New tokens of a greedy call, and its time in seconds."""
+    begin = perf_counter()
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, **settings
     )
-    return output[0, ids.shape[1] :].tolist(), perf_counter() - begun
+    return output[0, ids.shape[1] :].tolist(), perf_counter() - begin
 
 
 def measure(
     model: Any, prompts: Sequence[torch.Tensor], rounds: int, tokens: int, console: Console
 ) -> list[dict[str, Answers]]:
-    """Both ways, on every prompt and in every round one right after the other."""
-    ways: dict[str, dict[str, Any]] = {"stock": {}, "haast": {"custom_generate": custom_generate}}
-    found = [{name: Answers() for name in ways} for _ in prompts]
-    for settings in ways.values():  # the first call measures what forwards cost
+    """Run both methods on every prompt and in every round, one directly after the other."""
+    methods: dict[str, dict[str, Any]] = {"stock": {}, "haast": {"custom_generate": custom_generate}}
+    results = [{name: Answers() for name in methods} for _ in prompts]
+    for settings in methods.values():  # warm-up; the first call of haast also measures the cost of forwards
         answer(model, prompts[0], _WARMUP, **settings)
     with Progress(console=console) as bar:
         task = bar.add_task("prompts", total=rounds * len(prompts))
         for turn in range(rounds):
             for place, ids in enumerate(prompts):
-                for name in ways if (turn + place) % 2 == 0 else reversed(ways):
-                    said, seconds = answer(model, ids, tokens, **ways[name])
-                    found[place][name].seconds.append(seconds)
-                    found[place][name].tokens = found[place][name].tokens or said
+                for name in methods if (turn + place) % 2 == 0 else reversed(methods):
+                    new_tokens, seconds = answer(model, ids, tokens, **methods[name])
+                    results[place][name].seconds.append(seconds)
+                    results[place][name].tokens = results[place][name].tokens or new_tokens
                 bar.advance(task)
-    return found
+    return results
 
 
-def summary(name: str, found: Sequence[dict[str, Answers]], prompts: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """Medians per prompt over rounds, tokens a second of all prompts together, and every prompt."""
+def summary(name: str, results: Sequence[dict[str, Answers]], prompts: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """Tokens per second and speed-up of all prompts together and per prompt; times are medians over rounds."""
 
-    def speed(way: str, some: Sequence[dict[str, Answers]]) -> float:
-        return sum(len(each[way].tokens) for each in some) / sum(median(each[way].seconds) for each in some)
+    def speed(method: str, some: Sequence[dict[str, Answers]]) -> float:
+        return sum(len(each[method].tokens) for each in some) / sum(median(each[method].seconds) for each in some)
 
     rows = [
         {
@@ -124,55 +124,59 @@ def summary(name: str, found: Sequence[dict[str, Answers]], prompts: Sequence[to
             "same_text": each["stock"].tokens == each["haast"].tokens,
             "loop_share": loop_share(each["stock"].tokens),
         }
-        for each, ids in zip(found, prompts, strict=True)
+        for each, ids in zip(results, prompts, strict=True)
     ]
-    speeds = {f"{way}_tokens_per_s": speed(way, found) for way in ("stock", "haast")}
+    speeds = {f"{method}_tokens_per_s": speed(method, results) for method in ("stock", "haast")}
     speedup = speeds["haast_tokens_per_s"] / speeds["stock_tokens_per_s"]
     slowest = min(float(row["speedup"]) for row in rows)
     return {"texts": name, **speeds, "speedup": speedup, "least_speedup": slowest, "prompts": rows}
 
 
 def main() -> None:
-    """Measure and write."""
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--prompts", type=Path, required=True, help="ordinary ones, JSON lines with `turns` or `prompt`")
-    words.add_argument("--limit", type=int, default=20)
-    words.add_argument("--rounds", type=int, default=2)
-    words.add_argument("--max-new-tokens", type=int, default=128)
-    words.add_argument("--model", default=DEFAULT_MODEL)
-    words.add_argument("--dtype", default="float32")
-    words.add_argument("--json", required=True)
-    given = words.parse_args()
-    chosen = read_prompts(given.prompts, given.limit, spread=True)
+    """Measure and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--prompts", type=Path, required=True, help="ordinary prompts, JSON lines with `turns` or `prompt`"
+    )
+    parser.add_argument("--limit", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--json", required=True)
+    arguments = parser.parse_args()
+    chosen = read_prompts(arguments.prompts, arguments.limit, spread=True)
     console = Console(stderr=True)
-    model, tokenizer = load_stock(given.model, given.dtype)
+    model, tokenizer = load_stock(arguments.model, arguments.dtype)
     model.eval()  # type: ignore[no-untyped-call]
 
     def encoded(text: str) -> torch.Tensor:
-        asked = [{"role": "user", "content": text}]
-        ids: Any = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)
+        messages = [{"role": "user", "content": text}]
+        ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         return torch.tensor([ids["input_ids"]])
 
     texts = {"ordinary": [prompt.turns[0] for prompt in chosen], "repeating": list(REPEATING)}
     results = []
-    for name, asked in texts.items():
-        prompts = [encoded(text) for text in asked]
-        results.append(summary(name, measure(model, prompts, given.rounds, given.max_new_tokens, console), prompts))
+    for name, questions in texts.items():
+        prompts = [encoded(text) for text in questions]
+        results.append(
+            summary(name, measure(model, prompts, arguments.rounds, arguments.max_new_tokens, console), prompts)
+        )
         row = results[-1]
         console.print(
             f"{name}: stock {row['stock_tokens_per_s']:.1f} tokens/s, haast {row['haast_tokens_per_s']:.1f}: "
             f"{row['speedup']:.3f}x, least {row['least_speedup']:.3f}x"
         )
     where = machine() | {
-        "model": given.model,
-        "dtype": given.dtype,
+        "model": arguments.model,
+        "dtype": arguments.dtype,
         "packing": "off",
-        "prompts_file": str(given.prompts),
-        "prompts_sha256": hashlib.sha256(given.prompts.read_bytes()).hexdigest(),
+        "prompts_file": str(arguments.prompts),
+        "prompts_sha256": hashlib.sha256(arguments.prompts.read_bytes()).hexdigest(),
         "prompts_count": len(chosen),
-        "settings": {"rounds": given.rounds, "max_new_tokens": given.max_new_tokens},
+        "settings": {"rounds": arguments.rounds, "max_new_tokens": arguments.max_new_tokens},
     }
-    write_json({"dropin": results, "environment": where}, given.json)
+    write_json({"kind": "dropin", "dropin": results, "environment": where}, arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""What a GPU makes of a step: losslessness, v(n), c, o, launches and reads per step, tokens a second at a given tau.
+"""GPU benchmark: losslessness, v(n), c, o, launches and host reads per step, and tokens per second at a given tau.
 
     make gpu                                    # on a machine with a GPU; at most eight minutes
     python benchmarks/gpu.py --tiny             # the same on the CPU, with models of a few thousand weights
 
-Self-contained: Llamas of 1B and 8B shape whose random weights are made on the device, drafted for by an oracle that is
-right with a given chance, so that tau is what is asked for; and the shipped head where its target is at hand. Every
-drafted text is compared with vanilla's. Beside them stock `generate` of transformers decodes the same prompt. Each
-model is measured eager, and with its decoder layers compiled (CUDA graphs on a GPU).
+Self-contained: Llamas of 1B and 8B shape with random weights that are created on the device. An oracle drafts for them
+and is right with a probability that gives the wanted tau. The shipped head is measured too if its target is available.
+Every drafted text is compared with vanilla's, and stock `generate` of transformers decodes the same prompt. Each model
+is measured in eager mode and with compiled decoder layers (CUDA graphs on a GPU).
 
-Writes results/gpu-<device>.json. Rounds are interleaved; times are medians. What a section can't do is said in the
-file, and the other sections go on.
+Writes results/gpu-<device>.json. Rounds are interleaved; times are medians. The file records the error of a failed
+section, and the other sections still run.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ from haast.target.target import Target
 from haast.tree import DraftTree
 
 TAUS = (2.0, 3.0, 4.0)
-DEPTH = 6  # drafts of the oracle's chain
+DEPTH = 6  # length of the oracle's draft chain
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model's shape and what is measured on it."""
+    """The shape of a model, and the settings of its measurement."""
 
     name: str
     hidden: int
@@ -67,7 +67,7 @@ class Size:
     heads: int
     kv_heads: int
     vocab: int
-    tokens: int  # new ones per text
+    tokens: int  # new tokens per text
     nodes: tuple[int, ...]
 
 
@@ -79,7 +79,7 @@ TINY = (Size("llama-tiny", 64, 128, 2, 4, 2, 256, 24, (1, 2, 4, 8)),)
 
 
 def chance_for(tau: float, depth: int = DEPTH) -> float:
-    """How often each draft of a chain has to be right for so many tokens a step: tau = 1 + a + a^2 + ... + a^depth."""
+    """The acceptance rate a of each draft in a chain that gives this tau: tau = 1 + a + a^2 + ... + a^depth."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -88,15 +88,15 @@ def chance_for(tau: float, depth: int = DEPTH) -> float:
 
 
 @dataclass
-class _Known:
-    """What the oracle keeps of a request: its text so far, and the text that will be."""
+class _OracleState:
+    """The oracle's state of a request: its text so far, and its final text."""
 
     text: list[int]
     answer: list[int]
 
 
 class Oracle(Drafter):
-    """Drafts a chain of the right tokens, each replaced by a wrong one with chance 1 - `chance`."""
+    """Drafts a chain of the right tokens, each replaced by a wrong one with probability 1 - `chance`."""
 
     name = "oracle"
 
@@ -107,15 +107,15 @@ class Oracle(Drafter):
     def nodes(self) -> int:
         return DEPTH + 1
 
-    def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> _Known:
+    def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> _OracleState:
         answer = next(text for text in self._texts if text[: len(prompt)] == list(prompt))
-        return _Known(list(prompt[: reused + 1]), answer)
+        return _OracleState(list(prompt[: reused + 1]), answer)
 
-    def observe(self, states: Sequence[_Known], accepted: Accepted) -> None:
-        for state, said in zip(states, accepted.host_tokens(), strict=True):
-            state.text += said
+    def observe(self, states: Sequence[_OracleState], accepted: Accepted) -> None:
+        for state, tokens in zip(states, accepted.host_tokens(), strict=True):
+            state.text += tokens
 
-    def propose(self, states: Sequence[_Known], budget: int | None = None) -> DraftTree:
+    def propose(self, states: Sequence[_OracleState], budget: int | None = None) -> DraftTree:
         rows = []
         for state in states:
             at = len(state.text)
@@ -126,7 +126,7 @@ class Oracle(Drafter):
 
 
 def build(size: Size, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
-    """A Llama with random weights, made where it runs."""
+    """A Llama with random weights, created on its device."""
     config = LlamaConfig(
         vocab_size=size.vocab,
         hidden_size=size.hidden,
@@ -148,12 +148,12 @@ def build(size: Size, device: torch.device, dtype: torch.dtype) -> LlamaForCausa
             model: Any = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
-    made: LlamaForCausalLM = model.eval()
-    return made
+    llama: LlamaForCausalLM = model.eval()
+    return llama
 
 
 def random_head(target: Target) -> Head:
-    """A head of the target's sizes; what it drafts is noise, what it costs is not."""
+    """An untrained head of the target's sizes: its drafts are noise, its cost is real."""
     module = FeatExtrapolator(FeatExtrapolatorConfig.for_target(target.config)).to(target.dtype)
     return Head(module.eval().requires_grad_(False), None, {})
 
@@ -164,24 +164,24 @@ def synchronize(device: torch.device) -> None:
 
 
 def timed(device: torch.device, call: Callable[[], Any]) -> float:
-    """Seconds of a call, with what it queued."""
+    """Seconds of a call, including the work that it queued on the device."""
     synchronize(device)
-    begun = perf_counter()
+    begin = perf_counter()
     call()
     synchronize(device)
-    return perf_counter() - begun
+    return perf_counter() - begin
 
 
 def complete(target: Target, drafter: Drafter, prompt: list[int], tokens: int, stats: Stats | None = None) -> list[int]:
     return Engine(target, drafter).complete([prompt], SamplingParams(), StopParams(tokens), stats)[0]
 
 
-def decode_into(said: list[int], *given: Any) -> None:
-    said.extend(complete(*given))
+def decode_into(tokens: list[int], *arguments: Any) -> None:
+    tokens.extend(complete(*arguments))
 
 
-class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """Counts operators; on the CPU they stand for launches."""
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
+    """Counts operators, which stand for kernel launches on the CPU."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -193,12 +193,12 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
 
 
 def per_step(target: Target, drafter: Drafter, prompt: list[int], tokens: int) -> dict[str, float]:
-    """Kernel launches, copies to the host and waits per decoding step (operators on the CPU)."""
+    """Kernel launches, copies to the host and synchronisations per decoding step; on the CPU, operators."""
     complete(target, drafter, prompt, tokens)
     stats = Stats()
     if target.device.type != "cuda":
         if target.compiled is not None:
-            return {}  # operators inside compiled code are not seen
+            return {}  # operators inside compiled code are not dispatched
         mode = _Operators()
         with mode:
             complete(target, drafter, prompt, tokens, stats)
@@ -218,7 +218,7 @@ def per_step(target: Target, drafter: Drafter, prompt: list[int], tokens: int) -
 
 
 def stock(model: LlamaForCausalLM, prompt: list[int], tokens: int) -> Callable[[], Any]:
-    """transformers' own greedy `generate`."""
+    """A call of transformers' greedy `generate`."""
     ids = torch.tensor([prompt], device=model.device)
     owner: Any = model
     generate: Any = owner.generate
@@ -227,12 +227,14 @@ def stock(model: LlamaForCausalLM, prompt: list[int], tokens: int) -> Callable[[
 
 
 def measure(size: Size, device: torch.device, dtype: torch.dtype, compiled: bool, rounds: int) -> dict[str, Any]:
-    """All figures of one model, eager or compiled."""
+    """All measurements of one model, eager or compiled."""
     model = build(size, device, dtype)
     reference = stock(model, list(range(5, 69)), size.tokens)
     target = Target(model)
     if compiled:
-        target.use_compiled_layers("inductor" if device.type == "cuda" else "eager")  # compiling C++ takes minutes
+        target.use_compiled_layers(
+            "inductor" if device.type == "cuda" else "eager"
+        )  # on the CPU, inductor compiles C++ for minutes
     prompt, tokens = list(range(5, 69)), size.tokens
     vanilla, eagle = VanillaDrafter(), EagleDrafter(target, random_head(target), DraftShape(nodes=max(size.nodes)))
     expected = complete(target, vanilla, prompt, tokens)
@@ -245,9 +247,9 @@ def measure(size: Size, device: torch.device, dtype: torch.dtype, compiled: bool
     for turn in range(rounds + 1):
         for name, drafter in arms.items():
             stats = Stats()
-            said: list[int] = []
-            took = timed(device, partial(decode_into, said, target, drafter, prompt, tokens, stats))
-            same[name] = same.get(name, True) and said == expected
+            decoded: list[int] = []
+            took = timed(device, partial(decode_into, decoded, target, drafter, prompt, tokens, stats))
+            same[name] = same.get(name, True) and decoded == expected
             taus[name] = stats.tau
             if turn:
                 seconds[name].append(took)
@@ -257,7 +259,7 @@ def measure(size: Size, device: torch.device, dtype: torch.dtype, compiled: bool
     curve = measure_v_curve(target, eagle, max(rounds, 3), size.nodes)
     one = curve["points"][0]["ms"]
     speeds = {name: tokens / median(values) for name, values in seconds.items()}
-    counted = {"vanilla": vanilla, "eagle": eagle}
+    profiled = {"vanilla": vanilla, "eagle": eagle}
     step = 1e3 * median(seconds["vanilla"]) / tokens
     return {
         "model": size.name,
@@ -269,7 +271,7 @@ def measure(size: Size, device: torch.device, dtype: torch.dtype, compiled: bool
         "ms_one_node": one,
         "c_per_step": curve["draft"]["c_per_step"],
         "o": max(step - one, 0.0) / one,
-        "per_step": {name: per_step(target, each, prompt, 16) for name, each in counted.items()},
+        "per_step": {name: per_step(target, each, prompt, 16) for name, each in profiled.items()},
         "tokens_per_s": speeds,
         "tau": taus,
         "speedup_over_vanilla": {name: speeds[name] / speeds["vanilla"] for name in speeds},
@@ -278,7 +280,7 @@ def measure(size: Size, device: torch.device, dtype: torch.dtype, compiled: bool
 
 
 def shipped(device: torch.device, dtype: str, tokens: int) -> dict[str, Any]:
-    """The shipped head on its target: lossless, tau and tokens a second beside vanilla."""
+    """The shipped head on its target: losslessness, and tau and tokens per second of vanilla and eagle."""
     from haast.api import find_head
     from haast.heads.checkpoint import load_head
 
@@ -289,28 +291,28 @@ def shipped(device: torch.device, dtype: str, tokens: int) -> dict[str, Any]:
     messages = [{"role": "user", "content": "Explain to a child why the sky is blue."}]
     tokenizer: Any = target.tokenizer
     encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    prompt, found = list(encoded["input_ids"]), dict[str, Any]()
+    prompt, measured = list(encoded["input_ids"]), dict[str, Any]()
     texts = {name: complete(target, drafter, prompt, tokens) for name, drafter in drafters.items()}
     for name, drafter in drafters.items():
         stats = Stats()
         took = timed(device, partial(complete, target, drafter, prompt, tokens, stats))
-        found[name] = {"tokens_per_s": len(texts[name]) / took, "tau": stats.tau}
-    return {"model": DEFAULT_MODEL, "lossless": texts["vanilla"] == texts["eagle"], **found}
+        measured[name] = {"tokens_per_s": len(texts[name]) / took, "tau": stats.tau}
+    return {"model": DEFAULT_MODEL, "lossless": texts["vanilla"] == texts["eagle"], **measured}
 
 
 def guarded(name: str, section: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A section's figures, or why there are none."""
-    begun = perf_counter()
+    """The measurements of a section, or its error."""
+    begin = perf_counter()
     try:
-        found = section()
+        result = section()
     except Exception as error:
         traceback.print_exc()
-        found = {"section": name, "failed": f"{type(error).__name__}: {error}"}
+        result = {"section": name, "failed": f"{type(error).__name__}: {error}"}
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    print(f"{name}: {perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
-    return found | {"seconds": round(perf_counter() - begun, 1)}
+    print(f"{name}: {perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+    return result | {"seconds": round(perf_counter() - begin, 1)}
 
 
 def main() -> None:
@@ -318,26 +320,26 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a model of a few thousand weights, for any machine")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=480.0, help="sections that would begin later are left out")
+    parser.add_argument("--seconds", type=float, default=480.0, help="skip sections that would start after this time")
     parser.add_argument("--json", type=Path, help="default: results/gpu-<device>.json")
-    given = parser.parse_args()
-    device = torch.device(given.device)
-    if device.type == "cpu" and not given.tiny:
-        parser.error("no GPU is here: give --tiny, or --device")
-    sizes, dtype = (TINY, torch.float32) if given.tiny else (SIZES, torch.bfloat16)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if device.type == "cpu" and not arguments.tiny:
+        parser.error("this machine has no GPU: give --tiny, or --device")
+    sizes, dtype = (TINY, torch.float32) if arguments.tiny else (SIZES, torch.bfloat16)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    path = given.json or Path("results") / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
-    begun, sections = perf_counter(), list[dict[str, Any]]()
+    path = arguments.json or Path("results") / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    begin, sections = perf_counter(), list[dict[str, Any]]()
     plans: list[tuple[str, Callable[[], dict[str, Any]]]] = [
         (f"{size.name}, {'compiled' if compiled else 'eager'}",
-         partial(measure, size, device, dtype, compiled, given.rounds))
+         partial(measure, size, device, dtype, compiled, arguments.rounds))
         for compiled in (False, True) for size in sizes
     ]  # fmt: skip
-    if not given.tiny:
+    if not arguments.tiny:
         plans.insert(0, ("shipped head", partial(shipped, device, "bfloat16", 128)))
     for title, plan in plans:
-        if perf_counter() - begun > given.seconds:
-            sections.append({"section": title, "failed": f"left out after {given.seconds:g} s"})
+        if perf_counter() - begin > arguments.seconds:
+            sections.append({"section": title, "failed": f"skipped after {arguments.seconds:g} s"})
             continue
         sections.append(guarded(title, plan))
         write_json({"kind": "gpu", "device": name, "sections": sections, **machine()}, str(path))

@@ -1,9 +1,9 @@
-"""Fifty JSON schemas at three temperatures: is the JSON valid, is it vanilla's, and what do drafts bring?
+"""Structured output of fifty JSON schemas at three temperatures: validity, equality with vanilla, and tau.
 
     python benchmarks/grammars.py --json results/grammars.json
 
-Every question is answered three times by the server's own code: by the schema with drafting, by the schema without, and
-without the schema with drafting. Valid is judged by the jsonschema package, of texts that were not cut off by length.
+The server's code answers every question three times: with schema and drafting, with schema but no drafting, and with
+drafting but no schema. The jsonschema package checks the texts that were not cut off by length.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from haast.serving.streaming import whole
 
 
 def answer(service: Service, question: str, temperature: float, tokens: int, **more: Any) -> dict[str, Any]:
-    """One whole answer."""
+    """One complete answer, as the response body."""
     body = {
         "messages": [{"role": "user", "content": f"{question} Answer in JSON."}],
         "temperature": temperature,
@@ -40,59 +40,61 @@ def answer(service: Service, question: str, temperature: float, tokens: int, **m
         **more,
     }
     plan = chat_plan(ChatRequest.model_validate(body), service.facts)
-    return asyncio.run(whole(ChatShape(service, plan, "bench", 0), service.begin(plan)))
+    writings = service.begin(plan)
+    return ChatShape(service, plan, "bench", 0).whole(asyncio.run(whole(writings)), writings)
 
 
 def row(service: Service, question: str, schema: Schema, temperature: float, tokens: int) -> dict[str, Any]:
-    """One schema at one temperature."""
+    """The result of one schema at one temperature."""
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
     off = {"drafter": "none"}
     drafted = answer(service, question, temperature, tokens, response_format=form)
     vanilla = answer(service, question, temperature, tokens, response_format=form, haast=off)
     free = answer(service, question, temperature, tokens)
     choice = drafted["choices"][0]
-    whole_text, valid = choice["finish_reason"] == "stop", False
-    if whole_text:
+    complete, valid = choice["finish_reason"] == "stop", False
+    if complete:
         try:
             jsonschema.validate(json.loads(choice["message"]["content"]), schema)
             valid = True
         except (ValueError, jsonschema.ValidationError) as error:
             sys.stderr.write(f"not valid: {question} {choice['message']['content']!r} {str(error)[:200]}\n")
-    told = {"question": question, "temperature": temperature, "cut": not whole_text, "valid": valid}
-    told["same"] = drafted["choices"] == vanilla["choices"]
-    for name, made in (("grammar", drafted), ("free", free)):
-        usage = made["usage"]["haast"]
-        told[f"{name}_forwards"] = usage["target_forwards"]
-        told[f"{name}_tokens"] = made["usage"]["completion_tokens"]
-    return told
+    result = {"question": question, "temperature": temperature, "cut": not complete, "valid": valid}
+    result["same"] = drafted["choices"] == vanilla["choices"]
+    for name, response in (("grammar", drafted), ("free", free)):
+        usage = response["usage"]["haast"]
+        result[f"{name}_forwards"] = usage["target_forwards"]
+        result[f"{name}_tokens"] = response["usage"]["completion_tokens"]
+    return result
 
 
 def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--temperatures", default="0,0.7,1")
-    words.add_argument("--tokens", type=int, default=256)
-    words.add_argument("--limit", type=int, default=len(SCHEMAS))
-    words.add_argument("--json", type=Path, required=True)
-    given = words.parse_args()
-    check_writable(given.json)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--temperatures", default="0,0.7,1")
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--limit", type=int, default=len(SCHEMAS))
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
+    check_writable(arguments.json)
     haast = Haast.from_pretrained()
     service = Service(haast, "smollm2-135m-instruct", ServeConfig())
-    rows, temperatures = list[dict[str, Any]](), [float(each) for each in given.temperatures.split(",")]
-    with Progress("schemas", len(temperatures) * given.limit) as progress:
+    rows, temperatures = list[dict[str, Any]](), [float(each) for each in arguments.temperatures.split(",")]
+    with Progress("schemas", len(temperatures) * arguments.limit) as progress:
         for temperature in temperatures:
-            for question, schema in SCHEMAS[: given.limit]:
-                rows.append(row(service, question, schema, temperature, given.tokens))
+            for question, schema in SCHEMAS[: arguments.limit]:
+                rows.append(row(service, question, schema, temperature, arguments.tokens))
                 progress.step()
     document = {
+        "kind": "grammars",
         "grammars": [summary(rows, temperature) for temperature in temperatures],
         "rows": rows,
-        "environment": environment(haast.target, service.name, None, given.limit, {"tokens": given.tokens}),
+        "environment": environment(haast.target, service.name, None, arguments.limit, {"tokens": arguments.tokens}),
     }
-    write_json(document, given.json)
+    write_json(document, arguments.json)
 
 
 def summary(rows: list[dict[str, Any]], temperature: float) -> dict[str, Any]:
-    """All schemas at one temperature."""
+    """The summary of all schemas at one temperature."""
     own = [each for each in rows if each["temperature"] == temperature]
     tau = {
         f"tau_{name}": (sum(each[f"{name}_tokens"] for each in own) - len(own))

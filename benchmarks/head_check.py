@@ -1,12 +1,12 @@
-"""Is a wrong head told, and a good one never? With the default model, its own head, noise, and another fine-tune.
+"""Tests the warning about heads that do not fit (`haast.drafters.head_check`) on the default model.
 
-For the shipped head every prompt is a process of its own for the watch (`haast.drafters.head_check`): its counts begin
-anew. With --wrong, a process answers prompts one after another until the head is told: one that drafts badly drafts
-little, so that a short answer may end before.
+The warning must appear for a wrong head and never for the right one. For the shipped head, the counts of the watch are
+reset for every prompt, as in a new process. With --wrong, each simulated process answers prompts until the warning
+appears, because a bad head drafts little and a short answer may end before.
 
-    the shipped head     must never be told
-    noise                weights of the same mean and spread: told, and after how many drafted tokens
-    another fine-tune    the target, taught for a few minutes to answer in capitals: the shipped head is another model's
+    the shipped head     must never cause the warning
+    noise                random weights of the same mean and spread: after how many drafted tokens the warning appears
+    another fine-tune    the target, trained for a few minutes to answer in capitals, with the shipped head
 
     python benchmarks/head_check.py --prompts mt_bench.jsonl --answers answers.jsonl --json results/head-check.json
 """
@@ -48,7 +48,7 @@ def shipped() -> Head:
 
 
 def noise() -> Head:
-    """The shipped head with every weight drawn anew."""
+    """The shipped head with random weights of the same mean and standard deviation."""
     head, generator = shipped(), torch.Generator().manual_seed(0)
     for parameter in head.module.parameters():
         drawn = torch.randn(parameter.shape, generator=generator)
@@ -57,17 +57,17 @@ def noise() -> Head:
 
 
 def in_capitals(answers: Path, steps: int, say: Callable[[str], None]) -> Target:
-    """The default model after some steps on answers in capitals; nothing else about it is changed."""
+    """The default model after some training steps on answers in capitals."""
     target = load_target(DEFAULT_MODEL, packing="off")
     model, tokenizer = target.model, target.tokenizer
     assert tokenizer is not None, "a named model brings its tokenizer"
     texts = []
     for _, record in read_json_lines(answers):
-        said = [
+        messages = [
             {"role": "user", "content": record["prompt"]},
             {"role": "assistant", "content": record["response"].upper()},
         ]
-        texts.append(tokenizer.apply_chat_template(said, tokenize=False))
+        texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
     model.set_attn_implementation("sdpa")
     for step in range(steps):
@@ -83,17 +83,17 @@ def in_capitals(answers: Path, steps: int, say: Callable[[str], None]) -> Target
     return Target(model, tokenizer)
 
 
-def until_told(
+def until_warned(
     target: Target, head: Head, prompts: list[Prompt], tokens: int, processes: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """For processes that begin at different prompts, after how many drafted tokens, and texts, the head was told."""
-    made = make_drafter("eagle+suffix", target, head)
-    assert isinstance(made, HybridDrafter), "an EAGLE head drafts, and the text"
-    haast, found = Haast(target, made), dict[str, Any]()
+    """The number of drafted tokens and texts before the warning, for processes that start at different prompts."""
+    drafter = make_drafter("eagle+suffix", target, head)
+    assert isinstance(drafter, HybridDrafter), "eagle+suffix is a hybrid"
+    haast, results = Haast(target, drafter), dict[str, Any]()
     for temperature in TEMPERATURES:
         drafted, texts = list[int](), list[int]()
         for process in range(processes):
-            made.eagle._watch = watch = Counting(head.about)
+            drafter.eagle._watch = watch = Counting(head.about)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 for number in range(len(prompts)):
@@ -101,11 +101,11 @@ def until_told(
                     haast.generate(prompt.turns[0], max_new_tokens=tokens, temperature=temperature, seed=number)
                     if watch.over:
                         break
-            told = watch.over and watch.steps < STEPS
-            drafted += [watch.drafted] if told else []
-            texts += [number + 1] if told else []
-            say(f"T={temperature:g}: {process + 1} of {processes} processes, {len(drafted)} told")
-        found[f"T={temperature:g}"] = {
+            warned = watch.over and watch.steps < STEPS
+            drafted += [watch.drafted] if warned else []
+            texts += [number + 1] if warned else []
+            say(f"T={temperature:g}: {process + 1} of {processes} processes, {len(drafted)} warnings")
+        results[f"T={temperature:g}"] = {
             "prompts": processes,
             "told": len(drafted),
             "drafted_tokens_when_told": {"median": statistics.median(drafted), "most": max(drafted)}
@@ -114,19 +114,19 @@ def until_told(
             "texts_when_told": max(texts, default=None),
             "first_drafts_accepted": {"mean": watch.accepted / watch.steps, "least": watch.accepted / watch.steps},
         }
-    return found
+    return results
 
 
 def watched(
-    target: Target, head: Head, prompts: list[Prompt], tokens: int, drafter: str, say: Callable[[str], None]
+    target: Target, head: Head, prompts: list[Prompt], tokens: int, name: str, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """For every prompt and temperature, whether the head was told, and when."""
-    made = make_drafter(drafter, target, head)
-    eagle = made.eagle if isinstance(made, HybridDrafter) else made
-    assert isinstance(eagle, EagleDrafter), "an EAGLE head drafts"
-    haast, found = Haast(target, made), dict[str, Any]()
+    """Per temperature: for how many prompts the warning appeared, after how many drafted tokens, and acceptance."""
+    drafter = make_drafter(name, target, head)
+    eagle = drafter.eagle if isinstance(drafter, HybridDrafter) else drafter
+    assert isinstance(eagle, EagleDrafter), "name is eagle or eagle+suffix"
+    haast, results = Haast(target, drafter), dict[str, Any]()
     for temperature in TEMPERATURES:
-        told, drafted, rates = 0, list[int](), list[float]()
+        warned, drafted, rates = 0, list[int](), list[float]()
         for number, prompt in enumerate(prompts):
             eagle._watch = watch = Counting(head.about)
             with warnings.catch_warnings(record=True) as caught:
@@ -134,27 +134,23 @@ def watched(
                 warnings.simplefilter("always", HaastWarning)
                 haast.generate(prompt.turns[0], max_new_tokens=tokens, temperature=temperature, seed=number)
             if any(each.category is HeadWarning for each in caught):
-                told += 1
+                warned += 1
                 drafted.append(watch.drafted)
             rates.append(watch.accepted / watch.steps if watch.steps else 0.0)
-            say(f"{drafter}, T={temperature:g}: {number + 1} of {len(prompts)} prompts, {told} told")
-        found[f"T={temperature:g}"] = {
+            say(f"{name}, T={temperature:g}: {number + 1} of {len(prompts)} prompts, {warned} warnings")
+        results[f"T={temperature:g}"] = {
             "prompts": len(prompts),
-            "told": told,
+            "told": warned,
             "drafted_tokens_when_told": {"median": statistics.median(drafted), "most": max(drafted)}
             if drafted
             else None,
             "first_drafts_accepted": {"mean": statistics.fmean(rates), "least": min(rates)},
         }
-    return found
-
-
-def _spread(numbers: list[int]) -> dict[str, float] | None:
-    return {"median": statistics.median(numbers), "most": max(numbers)} if numbers else None
+    return results
 
 
 class Counting(HeadWatch):
-    """Counts drafted tokens too."""
+    """A watch that also counts drafted tokens."""
 
     def __init__(self, about: dict[str, Any]) -> None:
         super().__init__(about, list)
@@ -171,33 +167,33 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--answers", type=Path, required=True, help="JSON lines with prompt and response")
     parser.add_argument("--limit", type=int)
-    parser.add_argument("--steps", type=int, default=60, help="of the fine-tune; 0 leaves it out")
+    parser.add_argument("--steps", type=int, default=60, help="training steps of the fine-tune; 0: no fine-tune")
     parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--wrong", type=int, metavar="N", help="N processes of each wrong head, and nothing else")
+    parser.add_argument("--wrong", type=int, metavar="N", help="test only the wrong heads, with N processes each")
     parser.add_argument("--json", required=True)
-    given = parser.parse_args()
-    prompts = read_prompts(given.prompts, given.limit)
+    arguments = parser.parse_args()
+    prompts = read_prompts(arguments.prompts, arguments.limit)
     with Progress("watching heads") as progress:
-        target, say, tokens = load_target(DEFAULT_MODEL), progress.say, given.max_new_tokens
+        target, say, tokens = load_target(DEFAULT_MODEL), progress.say, arguments.max_new_tokens
         rows, checks = dict[str, Any](), dict[str, Any]()
-        if given.wrong is None:
+        if arguments.wrong is None:
             for drafter in ("eagle", "eagle+suffix"):
                 rows[f"shipped, {drafter}"] = watched(target, shipped(), prompts, tokens, drafter, say)
             checks["shipped"] = diagnose(target, shipped(), DEFAULT_MODEL, say).document()
         else:
             wrong = [("noise", target, noise())]
-            if given.steps:
-                wrong.append(("another fine-tune", in_capitals(given.answers, given.steps, say), shipped()))
+            if arguments.steps:
+                wrong.append(("another fine-tune", in_capitals(arguments.answers, arguments.steps, say), shipped()))
             for name, of, head in wrong:
                 checks[name] = diagnose(of, copy.deepcopy(head), DEFAULT_MODEL, say).document()
-                rows[name] = until_told(of, head, prompts, tokens, given.wrong, say)
+                rows[name] = until_warned(of, head, prompts, tokens, arguments.wrong, say)
     for name, row in rows.items():
         print(name, {key: (value["told"], value["drafted_tokens_when_told"]) for key, value in row.items()})
     for name, check in checks.items():
         print(name, check["verdict"])
-    settings = {"steps": given.steps, "max_new_tokens": given.max_new_tokens}
-    where = environment(target, DEFAULT_MODEL, given.prompts, len(prompts), settings)
-    write_json({"watched": rows, "checks": checks, "environment": where}, given.json)
+    settings = {"steps": arguments.steps, "max_new_tokens": arguments.max_new_tokens}
+    where = environment(target, DEFAULT_MODEL, arguments.prompts, len(prompts), settings)
+    write_json({"kind": "head-check", "watched": rows, "checks": checks, "environment": where}, arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Bodies that no friend sends: wrong types at every field, broken JSON, depths, sizes, and grammars made to be slow.
+"""Hostile requests for fuzzing: wrong types in every field, broken JSON, deep or huge values, and slow grammars.
 
     for path, headers, body in hostile(random.Random(0)): ...
 
-Endless, and the same for a seed. What is well-formed by accident asks for few tokens.
+Infinite, and deterministic for a seed. Requests that are valid by accident ask for few tokens.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ MARKUP = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 
 
 class _Raw(str):
-    """A piece of JSON as it is."""
+    """A piece of JSON that is sent verbatim."""
 
 
 def _deep(depth: int) -> _Raw:
-    """A schema of objects in objects."""
+    """A schema of objects nested `depth` times."""
     return _Raw('{"type":"object","properties":{"a":' * depth + '{"type":"string"}' + "}}" * depth)
 
 
@@ -109,8 +109,8 @@ _SETTINGS: tuple[Json, ...] = (
 
 
 def _values(draw: random.Random) -> Any:
-    """Something that seldom fits."""
-    made: list[Callable[[], Any]] = [
+    """A random value, usually of a wrong type."""
+    makers: list[Callable[[], Any]] = [
         lambda: draw.choice([None, True, False, 0, -1, 1, 2, 1.5, -0.0, 1e-320, 1e308]),
         lambda: draw.choice([2**31, 2**63, 2**64, -(2**63), 10**400]),
         lambda: _Raw(draw.choice(["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "-", "01", "1.", "'a'", "//"])),
@@ -127,36 +127,38 @@ def _values(draw: random.Random) -> Any:
         lambda: draw.choice(GRAMMARS),
         lambda: copy.deepcopy(draw.choice(SCHEMAS)),
     ]
-    return draw.choice(made)()
+    return draw.choice(makers)()
 
 
-def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The paths of all values inside a JSON value."""
     if path:
         yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, each in items:
-        yield from _places(each, (*path, key))
+        yield from _paths(each, (*path, key))
 
 
 def _mutated(draw: random.Random, base: Json) -> Json:
-    made = copy.deepcopy(base)
+    """A copy of a body with one to three random changes."""
+    body = copy.deepcopy(base)
     for _ in range(draw.choice([1, 1, 1, 2, 3])):
-        *way, last = draw.choice(list(_places(made)) or [("a",)])
-        inside: Any = made
-        for key in way:
-            inside = inside[key]
+        *parents, last = draw.choice(list(_paths(body)) or [("a",)])
+        parent: Any = body
+        for key in parents:
+            parent = parent[key]
         act = draw.randrange(5)
         if act == 0:
-            made[draw.choice(_FIELDS)] = _values(draw)
-        elif act == 1 and last in inside if isinstance(inside, dict) else False:
-            del inside[last]
-        elif isinstance(inside, dict | list):
-            inside[last] = _values(draw)
-    return made
+            body[draw.choice(_FIELDS)] = _values(draw)
+        elif act == 1 and last in parent if isinstance(parent, dict) else False:
+            del parent[last]
+        elif isinstance(parent, dict | list):
+            parent[last] = _values(draw)
+    return body
 
 
 def text_of(value: Any) -> str:
-    """JSON, with raw pieces as they are, and what is no JSON as Python writes it."""
+    """A body as JSON text, with raw pieces verbatim; NaN and infinities as Python writes them."""
     if isinstance(value, _Raw):
         return str(value)
     if isinstance(value, dict):
@@ -166,8 +168,8 @@ def text_of(value: Any) -> str:
     return json.dumps(value)
 
 
-def _formed(draw: random.Random) -> tuple[str, Json]:
-    """A form of an answer that is hostile, or settings of a template."""
+def _constrained(draw: random.Random) -> tuple[str, Json]:
+    """A path and a body with a hostile output constraint, limit or template setting."""
     schema, path = draw.choice(SCHEMAS), draw.choice(["/v1/completions", "/v1/chat/completions"])
     tool = {"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}
     named = {"name": "x", "schema": schema}
@@ -190,27 +192,27 @@ def _formed(draw: random.Random) -> tuple[str, Json]:
     if "tools" in form or "chat_template_kwargs" in form:
         path = "/v1/chat/completions"
     talk = [{"role": "user", "content": SPECIAL}]
-    asked: Json = {"prompt": SPECIAL} if path == "/v1/completions" else {"messages": talk}
-    return path, {**asked, "max_tokens": 4, "stream": draw.random() < 0.3, **form}
+    question: Json = {"prompt": SPECIAL} if path == "/v1/completions" else {"messages": talk}
+    return path, {**question, "max_tokens": 4, "stream": draw.random() < 0.3, **form}
 
 
 def hostile(draw: random.Random) -> Iterator[Sent]:
-    """Requests without end."""
+    """Infinitely many requests: (path, headers, body)."""
     while True:
         path, base = draw.choice(BASES)
         kind, headers = draw.randrange(20), dict(JSON)
         if kind < 12:
             body = text_of(_mutated(draw, base)).encode("utf-8", "surrogatepass")
         elif kind < 16:
-            path, made = _formed(draw)
-            body = text_of(made).encode("utf-8", "surrogatepass")
+            path, request = _constrained(draw)
+            body = text_of(request).encode("utf-8", "surrogatepass")
         else:
             body, headers = _broken(draw, text_of(base).encode(), headers)
         yield path, headers, body
 
 
 def _broken(draw: random.Random, body: bytes, headers: dict[str, str]) -> tuple[bytes, dict[str, str]]:
-    """What is no JSON, or says that it is something else."""
+    """A body that is not valid JSON, or whose headers claim something else."""
     at = draw.randrange(len(body))
     kind = draw.randrange(7)
     if kind == 0:

@@ -1,13 +1,13 @@
-"""What of a training step goes to the optimiser, timed and counted, for heads of hidden size 576 and 896.
+"""The optimiser's share of a training step, in time and in operations, for heads of hidden size 576 and 896.
 
     python benchmarks/optimizer.py --json results/optimizer.json
 
-The heads are a FeatExtrapolator's for SmolLM2-135M and for Qwen2.5-0.5B, with random weights, on made-up sequences of
-190 tokens of which two thirds are supervised, as in the data of the shipped head; each optimiser takes its own default
-batch. Rounds are interleaved over heads and optimisers, and medians count. Times are the process's CPU time, which
-other jobs on a machine disturb less than the clock on the wall. Where there are any, OMP_NUM_THREADS=1.
-`counted` is the share of the operations of matrix products, which a test bounds. --torch adds `torch.optim.Muon`, which
-orthogonalises in bf16: minutes a step on a CPU that does not multiply bf16. A newer CPU becomes one by
+The heads are FeatExtrapolators of the sizes of SmolLM2-135M and Qwen2.5-0.5B with random weights, on random sequences
+of 190 tokens of which two thirds are supervised, as in the data of the shipped head. Each optimiser uses its default
+batch size. Rounds are interleaved over heads and optimisers; results are medians. Times are CPU times of the process,
+which other jobs disturb less than wall-clock time; if there are other jobs, set OMP_NUM_THREADS=1. `counted` is the
+optimiser's share of the operations of matrix products, which a test bounds. --torch adds `torch.optim.Muon`, which
+orthogonalises in bf16: minutes per step on a CPU without bf16 instructions. To measure a newer CPU as such a CPU:
 
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 python benchmarks/optimizer.py ...
 """
@@ -33,23 +33,29 @@ from haast.training.config import TrainConfig
 from haast.training.objective import Objective
 from haast.training.optimizer import HeadOptimizer, Muon, matmul_precision
 from haast.training.scaled_head import make_head
-from haast.training.target_weights import Frozen
+from haast.training.target_weights import TargetWeights
 
 _SIZES: dict[int, dict[str, Any]] = {
     576: {"intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},
     896: {"intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2},
 }
 _TOKENS, _PROMPT, _TOP = 190, 64, 16
-_LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")  # what makes a CPU an older one
+_LIMITS = (
+    "ONEDNN_MAX_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
+    "MKL_ENABLE_INSTRUCTIONS",
+)  # variables that hide newer instructions
 
 
 class Arm:
-    """A head, a batch and an optimiser."""
+    """A head with a batch and an optimiser."""
 
     def __init__(self, hidden: int, optimizer: str) -> None:
-        torchs = optimizer == "torch's muon"
+        uses_torch = optimizer == "torch's muon"
         self.hidden, self.optimizer = hidden, optimizer
-        config = TrainConfig(optimizer="muon" if torchs else optimizer, initialisation="random").settled(hidden)
+        config = TrainConfig(optimizer="muon" if uses_torch else optimizer, initialisation="random").with_batch_tokens(
+            hidden
+        )
         self.config = config
         vocab = config.draft_vocab
         sizes = FeatExtrapolatorConfig.for_target(LlamaConfig(hidden_size=hidden, vocab_size=vocab, **_SIZES[hidden]))
@@ -57,31 +63,31 @@ class Arm:
         count = config.positions // (_TOKENS - 1)
         examples = [_example(hidden, vocab, generator) for _ in range(count)]
         rows = torch.randn(vocab, hidden, generator=generator) / 10
-        frozen, drafted = Frozen(rows, rows, None, (1,)), torch.arange(vocab)
+        frozen, drafted = TargetWeights(rows, rows, None, (1,)), torch.arange(vocab)
         self._objective = Objective(make_head(config, sizes, frozen, examples, drafted), frozen, drafted, config)
         self._batch = pack(examples)
-        self._stepper = HeadOptimizer(self._objective.named_parameters(), config)
-        if torchs:
-            (ours,) = self._stepper.parts[1:]
-            kind: Any = getattr(torch.optim, "Muon")  # noqa: B009 - older torch has none
+        self._head_optimizer = HeadOptimizer(self._objective.named_parameters(), config)
+        if uses_torch:
+            (ours,) = self._head_optimizer.parts[1:]
+            kind: Any = getattr(torch.optim, "Muon")  # noqa: B009 - missing in older torch
             matrices, rate = ours.param_groups[0]["params"], config.learning_rate
-            self._stepper.parts[1] = kind(
+            self._head_optimizer.parts[1] = kind(
                 matrices, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
             )
         self.times: list[tuple[float, float]] = []
         with FlopCounterMode(display=False) as counter:  # also the warm-up
-            self._differentiate()
+            self._forward_backward()
             before = counter.get_total_flops()
-            self._stepper.step(config.learning_rate)
+            self._head_optimizer.step(config.learning_rate)
             self.counted = 1 - before / counter.get_total_flops()
 
     def step(self) -> None:
-        """One step of training, timed."""
-        begun = process_time()
-        self._differentiate()
+        """Run and time one training step."""
+        begin = process_time()
+        self._forward_backward()
         between = process_time()
-        self._stepper.step(self.config.learning_rate)
-        self.times.append((between - begun, process_time() - between))
+        self._head_optimizer.step(self.config.learning_rate)
+        self.times.append((between - begin, process_time() - between))
 
     def row(self) -> dict[str, Any]:
         """Medians over rounds, in ms of CPU time."""
@@ -90,14 +96,14 @@ class Arm:
             "hidden": self.hidden,
             "optimizer": self.optimizer,
             "batch_tokens": self.config.positions,
-            "views": self._batch.views,
+            "views": self._batch.supervised_count,
             "model_ms": 1e3 * model,
             "optimizer_ms": 1e3 * optimizer,
             "share": median(own / (own + other) for other, own in self.times),
             "counted": self.counted,
         }
 
-    def _differentiate(self) -> None:
+    def _forward_backward(self) -> None:
         loss, _ = self._objective(self._batch, passes=1)
         loss.backward()
 
@@ -112,7 +118,7 @@ def _example(hidden: int, vocab: int, generator: torch.Generator) -> Example:
 
 
 def matrix(rounds: int) -> dict[str, Any] | None:
-    """One matrix orthogonalised, in ms of CPU time: by Haast and by torch; None where torch has no Muon."""
+    """CPU time in ms of a Muon step for one matrix, with Haast and with torch; None if torch has no Muon."""
     if not hasattr(torch.optim, "Muon"):
         return None
     rows, columns = 576, 1536
@@ -122,35 +128,41 @@ def matrix(rounds: int) -> dict[str, Any] | None:
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(rounds + 1):  # the first warms up
         for name, optimizer in kinds.items():
-            begun = process_time()
+            begin = process_time()
             optimizer.step()
-            times[name].append(1e3 * (process_time() - begun))
-    return {"shape": [rows, columns], **{f"{name}_ms": median(taken[1:]) for name, taken in times.items()}}
+            times[name].append(1e3 * (process_time() - begin))
+    return {"shape": [rows, columns], **{f"{name}_ms": median(values[1:]) for name, values in times.items()}}
 
 
 def main() -> None:
-    """Measure and write."""
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--rounds", type=int, default=7)
-    words.add_argument("--torch", action="store_true", help="also torch.optim.Muon")
-    words.add_argument("--json", required=True)
-    given = words.parse_args()
-    names = ("adamw", "muon", *(("torch's muon",) if given.torch else ()))
+    """Measure and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--torch", action="store_true", help="also measure torch.optim.Muon")
+    parser.add_argument("--json", required=True)
+    arguments = parser.parse_args()
+    names = ("adamw", "muon", *(("torch's muon",) if arguments.torch else ()))
     precision = TrainConfig().matmul_precision
     with matmul_precision(precision):
         with Progress("one matrix"):
-            one = matrix(given.rounds)
+            one = matrix(arguments.rounds)
         with Progress("warm-up"):
             arms = [Arm(hidden, name) for hidden in _SIZES for name in names]
-        with Progress("training steps", "steps", given.rounds * len(arms)) as progress:
-            for _ in range(given.rounds):
+        with Progress("training steps", "steps", arguments.rounds * len(arms)) as progress:
+            for _ in range(arguments.rounds):
                 for arm in arms:
                     arm.step()
                     progress.step()
     limits = {name: os.environ[name] for name in _LIMITS if name in os.environ}
-    settings = {"rounds": given.rounds, "matmul_precision": precision, "instructions": _capability(), "limits": limits}
+    settings = {
+        "rounds": arguments.rounds,
+        "matmul_precision": precision,
+        "instructions": _capability(),
+        "limits": limits,
+    }
     where = machine() | {"device": "cpu", "dtype": "float32", "packing": "off", "settings": settings}
-    write_json({"optimizers": [arm.row() for arm in arms], "matrix": one, "environment": where}, given.json)
+    rows = [arm.row() for arm in arms]
+    write_json({"kind": "optimizer", "optimizers": rows, "matrix": one, "environment": where}, arguments.json)
 
 
 def _capability() -> str:

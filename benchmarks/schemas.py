@@ -18,17 +18,17 @@ def obj(**properties: Schema) -> Schema:
 
 
 def arr(items: Schema, most: int = 4, least: int = 0) -> Schema:
-    """An array of so many items."""
+    """An array of `least` to `most` items."""
     return {"type": "array", "items": items, "minItems": least, "maxItems": most}
 
 
 def text(most: int = 40, **more: Any) -> Schema:
-    """A string of at most so many characters."""
+    """A string of at most `most` characters."""
     return {"type": "string", "maxLength": most, **more}
 
 
 def enum(*values: Any) -> Schema:
-    """One of some values."""
+    """One of these values."""
     return {"enum": list(values)}
 
 
@@ -43,7 +43,7 @@ NULL: Schema = {"type": "null"}
 
 
 def match(pattern: str) -> Schema:
-    """A string by a pattern."""
+    """A string that matches a pattern."""
     return {"type": "string", "pattern": pattern}
 
 

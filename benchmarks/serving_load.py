@@ -1,16 +1,16 @@
-"""Load on a server: tokens a second and waiting times by the number of clients, drafted beside vanilla and peers.
+"""Load test of a server: throughput and latency by number of clients, with and without drafting, and of peers.
 
     haast serve --port 8000 &
     llama-server --model f16.gguf --threads 2 --parallel 32 --ctx-size 65536 --port 8001 &
     python benchmarks/serving_load.py --prompts mt_bench.jsonl --haast http://127.0.0.1:8000 \\
         --peer "llama.cpp F16=http://127.0.0.1:8001" --clients 1,2,4,8,16,32 --json results/serving-load.json
 
-Each client sends its next prompt as soon as the last answer is whole, streamed and greedy, with answers of mixed length
-bounds. At every number of clients the systems take turns of `--seconds`; requests that are running at its end are
-dropped, and their tokens count. Per turn: tokens a second, time to the first token, and time between tokens of an
-answer (p50 and p99 over answers). With Haast, drafting off is the same server, asked for `haast: {"drafter": "none"}`:
-its texts are compared with the drafted ones. The client is plain asyncio, since it runs on the same cores; run nothing
-else beside it.
+Each client sends its next prompt when the last answer is complete: streamed, greedy, with mixed limits of new tokens.
+For every number of clients each system runs for `--seconds`; requests that still run at the end are dropped, but their
+tokens count. Measured per turn: tokens per second, time to the first token, and time between the tokens of an answer
+(p50 and p99 over answers). "haast, drafting off" is the same server with `haast: {"drafter": "none"}` in the request;
+its texts are compared with the drafted ones. The client is plain asyncio, because it shares the cores with the server;
+run nothing else on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from haast.bench.report import machine
 from haast.files import write_json
 from haast.prompts import read_prompts
 
-LENGTHS = (16, 48, 96, 192)  # new tokens at most, mixed
+LENGTHS = (16, 48, 96, 192)  # limits of new tokens, chosen at random
 
 
 @dataclass(frozen=True)
 class System:
-    """Somebody to ask."""
+    """A server, with extra fields for its requests."""
 
     name: str
     url: str
@@ -47,15 +47,15 @@ class System:
 
 @dataclass
 class Answer:
-    """What one request came to."""
+    """The outcome of one request."""
 
     question: int
-    begun: float
+    begin: float
     text: str = ""
     first: float = 0.0
     last: float = 0.0
     pieces: int = 0
-    tokens: int = 0  # by the server's own count; while there is none, pieces
+    tokens: int = 0  # from the usage of the server
     whole: bool = False
     gaps: list[float] = field(default_factory=list)
 
@@ -69,7 +69,7 @@ class Answer:
 
 
 async def ask(system: System, prompt: str, length: int, answer: Answer) -> None:
-    """One streamed chat completion over a connection of its own."""
+    """Request a streamed chat completion on a new connection."""
     where = urlsplit(system.url)
     reader, writer = await asyncio.open_connection(where.hostname, where.port)
     body = json.dumps(
@@ -108,7 +108,7 @@ async def ask(system: System, prompt: str, length: int, answer: Answer) -> None:
 
 
 async def turn(system: System, questions: Sequence[tuple[str, int]], clients: int, seconds: float) -> list[Answer]:
-    """So many clients for so long; every answer that was begun."""
+    """Run `clients` clients for `seconds`; returns every answer that was started."""
     answers, numbers = list[Answer](), itertools.count()
 
     async def client() -> None:
@@ -129,11 +129,11 @@ async def turn(system: System, questions: Sequence[tuple[str, int]], clients: in
 
 
 def summary(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
-    """The figures of one turn. Of a dropped answer the tokens are its share of characters, by those that are whole."""
+    """The results of one turn. Tokens of a dropped answer are estimated from its characters."""
     whole = [answer for answer in answers if answer.whole]
     rate = sum(each.tokens for each in whole) / max(sum(len(each.text) for each in whole), 1)
     tokens = sum(each.tokens if each.whole else rate * len(each.text) for each in answers)
-    first = sorted(1e3 * (each.first - each.begun) for each in answers if each.pieces)
+    first = sorted(1e3 * (each.first - each.begin) for each in answers if each.pieces)
     between = sorted(
         1e3 * (each.last - each.first) / (each.tokens - 1) for each in whole if each.tokens > 8 and each.pieces > 1
     )
@@ -152,49 +152,52 @@ def _at(values: Sequence[float], percent: int) -> float | None:
 
 
 def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--prompts", type=Path, required=True)
-    words.add_argument("--haast", required=True, metavar="URL")
-    words.add_argument("--peer", action="append", default=[], metavar="NAME=URL")
-    words.add_argument("--clients", default="1,2,4,8,16,32")
-    words.add_argument("--seconds", type=float, default=60)
-    words.add_argument("--warm", type=float, default=5, help="seconds of each system before anything counts")
-    words.add_argument("--note", action="append", default=[], help="how the servers were started")
-    words.add_argument("--json", type=Path, required=True)
-    given = words.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--haast", required=True, metavar="URL")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=URL")
+    parser.add_argument("--clients", default="1,2,4,8,16,32")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--warm", type=float, default=5, help="seconds of warm-up per system")
+    parser.add_argument(
+        "--note", action="append", default=[], help="note for the JSON, such as how a server was started"
+    )
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
     draw = random.Random(0)
-    prompts = [prompt.turns[0] for prompt in read_prompts(given.prompts)]
+    prompts = [prompt.turns[0] for prompt in read_prompts(arguments.prompts)]
     questions = [(prompt, draw.choice(LENGTHS)) for prompt in prompts]
     draw.shuffle(questions)
     systems = [
-        System("haast", given.haast),
-        System("haast, drafting off", given.haast, {"haast": {"drafter": "none"}}),
-        *(System(*peer.split("=", 1)) for peer in given.peer),
+        System("haast", arguments.haast),
+        System("haast, drafting off", arguments.haast, {"haast": {"drafter": "none"}}),
+        *(System(*peer.split("=", 1)) for peer in arguments.peer),
     ]
     rows, texts, differ = list[dict[str, Any]](), dict[tuple[int, int], str](), 0
     for system in systems:
-        asyncio.run(turn(system, questions, 2, given.warm))
-    for clients in map(int, given.clients.split(",")):
+        asyncio.run(turn(system, questions, 2, arguments.warm))
+    for clients in map(int, arguments.clients.split(",")):
         for system in systems:
-            answers = asyncio.run(turn(system, questions, clients, given.seconds))
-            row = {"clients": clients, "system": system.name, **summary(answers, given.seconds)}
+            answers = asyncio.run(turn(system, questions, clients, arguments.seconds))
+            row = {"clients": clients, "system": system.name, **summary(answers, arguments.seconds)}
             rows.append(row)
             sys.stderr.write(json.dumps(row) + "\n")
             for answer in answers:
-                if answer.whole and system.url == given.haast:
-                    known = texts.setdefault((0, answer.question), answer.text)
-                    differ += known != answer.text
-            time.sleep(2)  # dropped requests end
+                if answer.whole and system.url == arguments.haast:
+                    expected = texts.setdefault((0, answer.question), answer.text)
+                    differ += expected != answer.text
+            time.sleep(2)  # let dropped requests end
     document = {
+        "kind": "serving-load",
         "load": rows,
         "most_new_tokens": list(LENGTHS),
-        "seconds": given.seconds,
+        "seconds": arguments.seconds,
         "differing_texts": differ,
         "compared_texts": len(texts),
-        "notes": given.note,
+        "notes": arguments.note,
         "environment": machine() | {"command": "python benchmarks/serving_load.py, see its docstring"},
     }
-    write_json(document, given.json)
+    write_json(document, arguments.json)
 
 
 if __name__ == "__main__":

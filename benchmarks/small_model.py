@@ -1,7 +1,7 @@
-"""A smaller model with the tokenizer of another: its first and last decoder layers, untrained.
+"""Makes a smaller model from the first and last decoder layers of a model, without training.
 
-Where no smaller model of a family exists (SmolLM2-135M-Instruct is the smallest of its own), this is what is left to
-draft with as `haast bench --small-model DIR` does. It says how far one gets without a head and without training.
+If a family has no smaller model (SmolLM2-135M-Instruct is the smallest of its family), this one can draft for `haast
+bench --small-model DIR`. It shows what is possible without a head and without training.
 
     python benchmarks/small_model.py --first 8 --last 2 --out small/
 """
@@ -18,14 +18,14 @@ from haast.target.load import DEFAULT_MODEL, load_stock
 
 
 def cut(model: Any, first: int, last: int) -> Any:
-    """The model without the layers between its `first` and its `last` ones, in place.
+    """Keep only the first `first` and the last `last` layers of a model, in place.
 
     Raises:
-        ValueError: more layers are asked for than there are, or none.
+        ValueError: no layer would be left, or the model has fewer layers.
     """
     layers = list(model.model.layers)
     if first < 0 or last < 0 or not 0 < first + last <= len(layers):
-        raise ValueError(f"first={first} and last={last} do not fit a model of {len(layers)} layers")
+        raise ValueError(f"first={first} and last={last} are not possible: give 1 to {len(layers)} layers in total")
     kept = layers[:first] + (layers[-last:] if last else [])
     for number, layer in enumerate(kept):
         layer.self_attn.layer_idx = number

@@ -1,11 +1,11 @@
-"""Three measurements behind the speed: linear layers against the roofline, contexts, and speed-up over tau.
+"""Three speed measurements: linear layers against the roofline, speed by context length, and speed-up by tau.
 
     python benchmarks/speed.py roofline --json results/roofline.json
     python benchmarks/speed.py context --json results/context.json
     python benchmarks/speed.py oracle --json results/oracle.json
 
-`oracle` replaces drafts by tokens that are right with a given chance (the text is known beforehand), while the head
-still does its work: so it shows what a better head would bring on this machine. Run nothing beside these.
+`oracle` replaces the drafts by tokens that are right with a given probability (the text is known), while the head still
+runs: this is the speed of a better head of the same cost on this machine. Run nothing else meanwhile.
 """
 
 from __future__ import annotations
@@ -48,17 +48,18 @@ _CHANCES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 def _seconds(work: Callable[[], object], rounds: int) -> float:
+    """Median seconds of `work`, after one warm-up."""
     work()
-    taken = []
+    times = []
     for _ in range(rounds):
-        begun = perf_counter()
+        begin = perf_counter()
         work()
-        taken.append(perf_counter() - begun)
-    return median(taken)
+        times.append(perf_counter() - begin)
+    return median(times)
 
 
 def roofline(target: Target, rounds: int) -> dict[str, Any]:
-    """All linear layers one after the other, by rows; the cost of as many empty calls is taken off."""
+    """Time of all linear layers by rows, minus the time of the same number of tiny layers."""
     linears = [module for module in target.model.modules() if isinstance(module, PackedLinear)]
     size = sum(linear.packed.nbytes for linear in linears)
     parameters = sum(linear.in_features * linear.out_features for linear in linears)
@@ -95,54 +96,51 @@ def _decode(target: Target, drafter: Drafter, prompts: Sequence[Sequence[int]], 
 
 
 def context(target: Target, drafter: EagleDrafter, encode: Callable[[str], list[int]], rounds: int) -> dict[str, Any]:
-    """Tokens a second behind longer and longer prompts; what reading keys and values takes is beside it."""
-    words = [token for _ in range(40) for prompt in OWN_PROMPTS for token in encode(prompt)]
+    """Tokens per second by context length, with the time to read keys and values."""
+    text = [token for _ in range(40) for prompt in OWN_PROMPTS for token in encode(prompt)]
     config = target.config
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_bytes = 2 * 4 * target.layers * config.num_key_value_heads * dim  # a slot's, fp32
-    found: dict[int, dict[str, list[float]]] = {length: {} for length in _CONTEXTS}
+    kv_bytes = 2 * 4 * target.layers * config.num_key_value_heads * dim  # per cached token, fp32
+    measured: dict[int, dict[str, list[float]]] = {length: {} for length in _CONTEXTS}
     for _ in range(rounds):
         for length in _CONTEXTS:
             for name, own in (("vanilla", VanillaDrafter()), ("eagle", drafter)):
-                stats = _decode(target, own, [words[:length]], 64)
-                found[length].setdefault(f"{name}_ms_verify", []).append(stats.ms_verify / stats.target_forwards)
-                found[length].setdefault(f"{name}_tokens_per_s", []).append(stats.tokens_per_s)
-                found[length].setdefault(f"{name}_tau", []).append(stats.tau)
+                stats = _decode(target, own, [text[:length]], 64)
+                measured[length].setdefault(f"{name}_ms_verify", []).append(stats.ms_verify / stats.target_forwards)
+                measured[length].setdefault(f"{name}_tokens_per_s", []).append(stats.tokens_per_s)
+                measured[length].setdefault(f"{name}_tau", []).append(stats.tau)
     bandwidth = native.read_bandwidth()
     return {
         "bandwidth": bandwidth,
         "contexts": [
             {"context": length, **{name: median(values) for name, values in each.items()},
              "kv_read_ms": 1e3 * kv_bytes * (length + 32) / bandwidth}
-            for length, each in found.items()
+            for length, each in measured.items()
         ],
     }  # fmt: skip
 
 
 class Oracle(EagleDrafter):
-    """An EAGLE drafter whose first chain says the right token with a given chance, by a text known beforehand.
-
-    For one request at a time.
-    """
+    """An EAGLE drafter that knows the text: first drafts are right with probability `chance`. One request at a time."""
 
     chance: float
     text: list[int]  # prompt and answer
-    _settled: int  # tokens that the run has observed, the root left out
+    _observed: int  # number of observed tokens, without the root
 
     def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> EagleState:
-        self._settled = reused
+        self._observed = reused
         self._draws = random.Random(0)
         return super().begin(prompt, kv, reused)
 
     def observe(self, states: Sequence[EagleState], accepted: Accepted) -> None:
         super().observe(states, accepted)
-        self._settled += len(accepted.host_tokens()[0])
+        self._observed += len(accepted.host_tokens()[0])
 
     def propose(self, states: Sequence[EagleState], budget: int | None = None) -> DraftTree:
         tree = super().propose(states, budget)
         tokens, parents = tree.tokens.clone(), tree.parents[0].tolist()
-        node, place, missing = 0, self._settled + 1, (int(tokens[0, 0]) + 1) % 1000
-        tokens[0, 1:] = missing  # nothing is right but what the oracle says
+        node, place, wrong = 0, self._observed + 1, (int(tokens[0, 0]) + 1) % 1000
+        tokens[0, 1:] = wrong  # only the oracle's tokens can be right
         while place < len(self.text):
             child = next((i for i, parent in enumerate(parents) if parent == node), None)
             if child is None or self._draws.random() >= self.chance:
@@ -153,15 +151,15 @@ class Oracle(EagleDrafter):
 
 
 def oracle(target: Target, prompts: Sequence[list[int]], shapes: Sequence[DraftShape], rounds: int) -> dict[str, Any]:
-    """Speed-up of chains whose drafts are right with the chances listed."""
+    """Speed-up of chains whose drafts are right with each of `_CHANCES`."""
     tokens, points = 96, list[dict[str, Any]]()
     folder = find_head("default", DEFAULT_MODEL)
     assert folder is not None, "the default model has a head"
     vanilla: list[float] = []
     texts: list[list[int]] = []
     for prompt in prompts:
-        (said,) = Engine(target, VanillaDrafter()).complete([prompt], SamplingParams(), StopParams(tokens))
-        texts.append([*prompt, *said])
+        (answer,) = Engine(target, VanillaDrafter()).complete([prompt], SamplingParams(), StopParams(tokens))
+        texts.append([*prompt, *answer])
     drafter = Oracle(target, load_head(folder))
     for shape in shapes:
         drafter.reshape(shape)
@@ -186,28 +184,29 @@ def oracle(target: Target, prompts: Sequence[list[int]], shapes: Sequence[DraftS
 
 
 def main() -> None:
-    """Measure one of the three."""
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("what", choices=("roofline", "context", "oracle"))
-    words.add_argument("--rounds", type=int, default=5)
-    words.add_argument("--json", type=Path, required=True)
-    given = words.parse_args()
+    """Run one of the three measurements and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("roofline", "context", "oracle"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
     target = load_target()
     encoder = Haast(target, VanillaDrafter())
     folder = find_head("default", DEFAULT_MODEL)
     assert folder is not None, "the default model has a head"
-    with Progress(given.what):
-        if given.what == "roofline":
-            found = roofline(target, given.rounds)
-        elif given.what == "context":
+    with Progress(arguments.what):
+        if arguments.what == "roofline":
+            result = roofline(target, arguments.rounds)
+        elif arguments.what == "context":
             drafter = EagleDrafter(target, load_head(folder), shape_for(6))
-            found = context(target, drafter, encoder.encode, given.rounds)
+            result = context(target, drafter, encoder.encode, arguments.rounds)
         else:
             shapes = [DraftShape("chain", depth) for depth in (3, 5, 7)]
-            found = oracle(target, [encoder.encode(prompt) for prompt in OWN_PROMPTS[:4]], shapes, given.rounds)
-    found["environment"] = environment(target, DEFAULT_MODEL, None, 0, {"rounds": given.rounds})
-    write_json(found, str(given.json))
-    print(json.dumps({key: value for key, value in found.items() if key != "environment"}, indent=1))
+            result = oracle(target, [encoder.encode(prompt) for prompt in OWN_PROMPTS[:4]], shapes, arguments.rounds)
+    result = {"kind": arguments.what, **result}
+    result["environment"] = environment(target, DEFAULT_MODEL, None, 0, {"rounds": arguments.rounds})
+    write_json(result, str(arguments.json))
+    print(json.dumps({key: value for key, value in result.items() if key != "environment"}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the site gets from the code when it is built: the command line's own help texts."""
+"""MkDocs hook: inserts the help texts of all commands into the command line page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MARK = "<!-- help of every command -->"
 
 
 def help_texts() -> str:
-    """`haast --help`, and that of every command, as blocks of text."""
+    """Help texts of `haast` and of every command, as Markdown sections."""
     names = sorted(getattr(get_command(app), "commands", {}))
     parts = []
     for words in ([], *([name] for name in names)):
@@ -25,5 +25,5 @@ def help_texts() -> str:
 
 
 def on_page_markdown(markdown: str, **_more: Any) -> str:
-    """Called by MkDocs for every page."""
+    """Replace `MARK` by the help texts; MkDocs calls this for every page."""
     return markdown.replace(MARK, help_texts()) if MARK in markdown else markdown

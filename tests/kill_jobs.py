@@ -20,7 +20,7 @@ from haast.training.data import TokenSequence
 from haast.training.features import stream_examples
 from haast.training.generation_queue import AnswerRun
 from haast.training.regenerate import regenerate
-from haast.training.target_weights import Frozen
+from haast.training.target_weights import TargetWeights
 from haast.training.trainer import Trainer
 
 VOCAB = 64
@@ -45,7 +45,8 @@ def train(folder: Path, resume: bool, views: int) -> None:
         evaluate_every=views // 4,
         checkpoint_every=1,
     )
-    parts = (config, FeatExtrapolatorConfig.for_target(target.config), Frozen.of(target), examples[:9], examples[9:])
+    sizes, weights = FeatExtrapolatorConfig.for_target(target.config), TargetWeights.of(target)
+    parts = (config, sizes, weights, examples[:9], examples[9:])
     Trainer(*parts, folder, measure_tau=lambda head, vocab: 1.5, quiet=True).run(resume)
 
 

@@ -62,7 +62,8 @@ def commit() -> str:
 def record(results: dict[str, dict[str, Any]], command: str) -> None:
     """Add to results/matrix.json; environments that did not run keep their lines."""
     path = ROOT / OUTCOMES
-    held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"environments": {}}
+    new: dict[str, Any] = {"kind": "matrix", "environments": {}}
+    held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else new
     stamp = {"commit": commit(), "command": command, "platform": platform.platform()}
     for name, result in results.items():
         held["environments"][name] = {**{k: v for k, v in result.items() if k != "key"}, **stamp}

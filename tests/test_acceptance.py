@@ -16,7 +16,7 @@ import torch
 from fakes import chi_square_p, collect, random_head, tiny_llama, tiny_target, vanilla
 from torch import Tensor
 
-from haast.bench.decoders import EngineDecoder, lossy, own_text
+from haast.bench.decoders import EngineDecoder, independent_text, lossy
 from haast.core import RowVerdict, SamplingParams, StopParams, TokenChooser, Verdict
 from haast.drafters import small_model as small_model_module
 from haast.drafters.eagle import EagleDrafter
@@ -682,12 +682,12 @@ def test_a_bench_arm_says_what_its_rule_keeps() -> None:
     at, params = wandering(0), SamplingParams(temperature=1.0)
     drafter: Any = SmallModelDrafter(at, at, 2, params)
     arm = EngineDecoder(at, drafter, params, (), "medusa-typical")
-    assert arm.name == "medusa-typical" and own_text(arm.name, 1.0) and lossy(arm.name)
+    assert arm.name == "medusa-typical" and independent_text(arm.name, 1.0) and lossy(arm.name)
     block = EngineDecoder(at, drafter, params, (), "small-model-block")
-    assert own_text(block.name, 1.0) and not lossy(block.name)
-    assert not own_text(block.name, 0.0)  # greedy: vanilla's text
+    assert independent_text(block.name, 1.0) and not lossy(block.name)
+    assert not independent_text(block.name, 0.0)  # greedy: vanilla's text
     plain = EngineDecoder(at, drafter, params, ())
-    assert plain.name == "small-model" and not own_text(plain.name, 1.0)
+    assert plain.name == "small-model" and not independent_text(plain.name, 1.0)
     assert len(arm.run([1, 2], 9).tokens) == 9
 
 

@@ -281,7 +281,7 @@ def test_the_command_writes_one_json_whose_numbers_the_table_shows(home: Path, t
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 0, result.output
     written: dict[str, Any] = json.loads(out.read_text())
-    assert set(written) == {"rows", "differences", "per_prompt", "environment", "v_curve"}
+    assert set(written) == {"kind", "rows", "differences", "per_prompt", "environment", "v_curve"}
     assert [row["decoder"] for row in written["rows"]] == ["vanilla", "eagle", "hf"]
     for row in written["rows"]:
         assert set(row) >= ROW_KEYS

@@ -98,7 +98,7 @@ def empty(layers: int, rows: int, tokens: int = 1024, scattered: bool = False) -
     if scattered:
         taken = pool.take(pool.blocks)
         for block in taken[::2]:
-            pool.give_back(block)
+            pool.free(block)
     return KVCache(pool, layers, torch.device("cpu")).bind([pool.sequence() for _ in range(rows)])
 
 
@@ -125,7 +125,7 @@ def test_a_head_lies_one_slot_further_in_the_same_blocks() -> None:
     cache.begin(20)
     cache.update(numbered(2, 20, 0), numbered(2, 20, 0), 0)
     commit(cache, [range(20), range(18)])
-    head = cache.beside(1, torch.device("cpu"))
+    head = cache.for_head(1, torch.device("cpu"))
     head.bind(cache.sequences, [15, 0]).begin(5)
     keys, _ = head.update(numbered(2, 5, 50), numbered(2, 5, 50), 0)
     assert keys[0, 0, 15:, 1].tolist() == keys[1, 0, :5, 1].tolist() == [50, 51, 52, 53, 54]

@@ -210,10 +210,10 @@ def test_colour_marks_drafted_text(home: Path) -> None:
     from io import StringIO
 
     from haast.api import Piece
-    from haast.cli.generate import Said
+    from haast.cli.generate import StreamedText
 
-    out, said = StringIO(), Said()
-    said.listen([Piece("a", True, (1,)), Piece("b", False, (2,))], out, colour=True)
+    out, said = StringIO(), StreamedText()
+    said.consume([Piece("a", True, (1,)), Piece("b", False, (2,))], out, colour=True)
     assert out.getvalue() == "\x1b[32ma\x1b[0mb" and said.text == "ab" and said.tokens == [1, 2]
 
 
@@ -275,12 +275,12 @@ def test_regenerate_then_train_then_generate(home: Path, tmp_path: Path) -> None
     (tmp_path / "others.jsonl").write_text(others)
     foreign = ["train", *model, "--answers", tmp_path / "others.jsonl", "--out", tmp_path / "b", *length[:6]]
     warned = haast_run(*foreign, "--views", 20)
-    assert "3 of 3 answers were made by another-model" in warned.stderr
+    assert "3 of 3 answers are from another-model" in warned.stderr
     untrained = ["--initialisation", "random", "--learning-rate", 1e-9, *length[6:]]
     alarmed = haast_run(
         "train", *model, "--answers", tmp_path / "others.jsonl", "--out", tmp_path / "c", *length[:6], *untrained
     )
-    assert "suspect  answers" in alarmed.stdout and "3 of 3 were made by another model" in alarmed.stdout
+    assert "suspect  answers" in alarmed.stdout and "3 of 3 are from another model" in alarmed.stdout
 
 
 def test_train_from_shards_and_self_test(home: Path, tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_an_eagle3_head_trains_and_drafts(home: Path, tmp_path: Path) -> None:
     said = haast_run("generate", "Hi", *model, "--head", run / "best", "--max-new-tokens", 8, "--compare")
     assert said.exit_code == 0 and "the same text" in said.output, said.output
     begin = ["--start-from", run / "best", "--out", tmp_path / "next", *sizes[:6]]
-    refused(haast_run("train", *model, "--answers", answers, *begin), "does not fit the settings' --head")
+    refused(haast_run("train", *model, "--answers", answers, *begin), "is another kind than --head")
     refused(haast_run("train", *model, "--answers", answers, *begin, "--head", "eagle3"), "'markov_rank': (2, 0)")
     begun = haast_run("train", *model, "--answers", answers, *begin[:4], *sizes, "--head", "eagle3")
     assert begun.exit_code == 0, begun.output
@@ -349,7 +349,7 @@ def test_medusa_heads_train_and_draft(home: Path, tmp_path: Path) -> None:
     assert checked.exit_code == 0, checked.output
     told = document(haast_run("info", *model, "--head", head, "--json", "-"))
     assert told["drafting"]["shape"]["kind"] == "static"
-    refused(haast_run("calibrate", *model, "--head", head), "this takes an EAGLE head")
+    refused(haast_run("calibrate", *model, "--head", head), "must be an EAGLE head")
     bench = ["bench", *model, "--prompts", home / "prompts.jsonl", "--limit", 1, "--max-new-tokens", 8]
     both = ["--head", "none", "--decoders", "vanilla,medusa"]
     refused(haast_run(*bench, *both), "--medusa-head DIR go together")

@@ -66,7 +66,7 @@ def test_check_says_what_it_finds(home: Path, tmp_path: Path) -> None:
 
 def test_what_is_refused(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    refused(haast_run("import", home / "head", *model(home)), "is a head of Haast's already")
+    refused(haast_run("import", home / "head", *model(home)), "is a Haast head already")
     refused(haast_run("import", "nowhere", *model(home)), "no head at nowhere", "hub id")
     refused(haast_run("check", "nowhere", *model(home)), "no head at nowhere")
     refused(haast_run("export", home / "head", "--to", "tensorrt", *model(home)), "tensorrt", "official, vllm")

@@ -78,8 +78,8 @@ def test_models_say_whether_a_registered_attention_fits(model: Any) -> None:
 def test_models_say_whether_they_carry_state(model: Any) -> None:
     from transformers import MambaForCausalLM
 
-    assert not compat.carries_state(model)
-    assert compat.carries_state(MambaForCausalLM.__new__(MambaForCausalLM))
+    assert not compat.is_stateful(model)
+    assert compat.is_stateful(MambaForCausalLM.__new__(MambaForCausalLM))
     assert "_is_stateful" in vars(PreTrainedModel), "else nothing is ever stateful"
 
 
@@ -93,7 +93,7 @@ def test_generate_notes_the_pad_token_that_it_takes(model: Any) -> None:
 
 
 def test_generate_fills_in_the_settings_that_stand_for_nothing(model: Any) -> None:
-    usual, prepared = compat.usual_settings(), vars(generated(model)["generation_config"])
+    usual, prepared = compat.default_generation_settings(), vars(generated(model)["generation_config"])
     asked = {"max_new_tokens", "max_length"}
     assert set(vars(GenerationConfig())) <= set(usual)  # type: ignore[no-untyped-call]
     filled = {name: value for name, value in prepared.items() if name in usual and name not in asked}
@@ -120,7 +120,7 @@ class Reads:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        compat.hand_over(self.known, CACHE_NAMES)
+        compat.recover_arguments(self.known, CACHE_NAMES)
         call = inspect.signature(type(self).__call__)
         return call.replace(parameters=list(call.parameters.values())[1:])
 
@@ -266,7 +266,7 @@ def test_as_many_variants_are_compiled_as_allowed(allowed: int, compiled: int) -
 
     torch._dynamo.reset()
     double = torch.compile(lambda tensor: tensor * 2, backend=backend, dynamic=False)
-    with compat.variants_allowed(allowed):
+    with compat.recompile_limits(allowed):
         assert [float(double(torch.ones(size)).sum()) for size in (2, 3, 4, 5)] == [4.0, 6.0, 8.0, 10.0]
     assert len(graphs) == compiled
     torch._dynamo.reset()

@@ -122,7 +122,7 @@ def test_a_run_goes_on_without_the_optional_packages(
     drive(report, range(1, 5))
     report.close()
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("pip install 'haast[curves]'; training goes on") == 2
+    assert said.count("pip install 'haast[curves]'; training continues") == 2
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -143,7 +143,7 @@ def test_a_watcher_that_fails_is_named_once(tmp_path: Path, capsys: pytest.Captu
     report.start(0)
     drive(report, range(1, 5))
     report.close()
-    assert capsys.readouterr().out.count("no picture ([Errno 28] No space left on device); training goes on") == 1
+    assert capsys.readouterr().out.count("no picture ([Errno 28] No space left on device); training continues") == 1
 
 
 def test_an_alarm_is_in_the_metrics_and_on_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

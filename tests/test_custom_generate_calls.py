@@ -150,7 +150,7 @@ def test_all_nodes_are_chosen_for_in_float32_as_generate_does(dtype: torch.dtype
     logits = (torch.randint(0, 4, (1, 8, 32)) / 2 + 1e-12 * torch.rand(1, 8, 32, dtype=torch.float64)).to(dtype)
     made = []
     for kept in (False, True):
-        ends = Ends(StoppingCriteriaList([]), 1, 9, together=False)
+        ends = Ends(StoppingCriteriaList([]), 1, 9, to_longest=False)
         warpers = LogitsProcessorList([TopKLogitsWarper(30)] if seed else [])
         made.append(RowChooser(0, IDS[0], 0, warpers, ends, seed=seed, keep_scores=kept))
     at_once, along = made
@@ -442,7 +442,7 @@ def test_a_step_that_is_taken_again_asks_nobody_twice() -> None:
         return scores
 
     processors = LogitsProcessorList([noting])
-    ends = Ends(StoppingCriteriaList([]), 1, 9, together=False)
+    ends = Ends(StoppingCriteriaList([]), 1, 9, to_longest=False)
     chooser = RowChooser(0, IDS[0], 1, processors, ends, seed=3)
     torch.manual_seed(0)
     logits = torch.randn(4, 32)

@@ -224,8 +224,8 @@ def test_a_tokenizer_without_offsets_is_asked_for_prefixes(monkeypatch: pytest.M
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "no marker of the assistant's turn"),
         ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
          "ignores add_generation_prompt.*assistant"),
-        ("{% for m in messages if m.role == 'user' %}[{{ m.content }}]{% endfor %}", "leaves out what answers say"),
-        ("[{{ messages[-1].role }}]", "leaves out what users say"),
+        ("{% for m in messages if m.role == 'user' %}[{{ m.content }}]{% endfor %}", "leaves out the assistant's text"),
+        ("[{{ messages[-1].role }}]", "leaves out the user's text"),
     ],
 )  # fmt: skip
 def test_templates_without_a_place_for_answers_are_refused(template: str, message: str) -> None:

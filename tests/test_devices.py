@@ -185,7 +185,7 @@ def test_what_does_not_go_together_is_refused(asked: dict[str, Any], message: st
         haast.Haast.from_pretrained(head=None, **asked)
     if "tensor_parallel" not in asked:
         return
-    with pytest.raises(ValueError, match="models that are named"):
+    with pytest.raises(ValueError, match="models given by name"):
         haast.Haast.from_pretrained(tiny_llama(), head=None, **asked)
 
 

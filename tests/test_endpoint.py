@@ -177,7 +177,7 @@ def test_token_ids_are_taken_where_the_server_tells_them(server: Server, tmp_pat
     (record,) = read_answers(tmp_path / "a.jsonl")
     assert record["response_ids"] == [*ids, END] and record["response"] == "two" and "retokenised" not in record
     server.plan = lambda _n, body: (200, {}, {**completion(body, token_ids=ids), "prompt_token_ids": [1, 2]})
-    with pytest.raises(ValueError, match=r"2 tokens of prompt 'p0'.*chat template"):
+    with pytest.raises(ValueError, match=r"prompt 'p0' as 2 tokens.*chat template"):
         ask(server, tmp_path / "b.jsonl", prompts(1))
     server.plan = lambda _n, body: (200, {}, completion(body, token_ids=[10**6]))
     with pytest.raises(ValueError, match="token 1000000"):
@@ -235,7 +235,7 @@ def test_refused_prompts_are_counted_and_the_rest_answered(server: Server, tmp_p
     server.plan = plan
     outcome = ask(server, tmp_path / "a.jsonl")
     assert (outcome.added, outcome.failed, outcome.left_out) == (5, 1, 0)
-    assert "maximum context length" in outcome.complaint
+    assert "maximum context length" in outcome.last_error
     long = [*prompts(1), Prompt("long", ("x" * 300,))]
     assert ask(server, tmp_path / "b.jsonl", long).left_out == 1  # never sent
 
@@ -265,7 +265,7 @@ def test_a_server_that_cannot_be_told_how_to_think_is_not_asked_otherwise(server
 
 @pytest.mark.parametrize(
     ("status", "message"),
-    [(401, "does not take the key.*--api-key-env"), (403, "--api-key-env"), (404, "'tiny'.*--endpoint-model")],
+    [(401, "does not accept the key.*--api-key-env"), (403, "--api-key-env"), (404, "'tiny'.*--endpoint-model")],
 )
 def test_a_wrong_key_or_name_stops_at_once(server: Server, tmp_path: Path, status: int, message: str) -> None:
     server.plan = lambda _n, _body: (status, {}, {"error": {"message": "no"}})
@@ -307,7 +307,7 @@ def test_addresses_and_names_are_checked(server: Server, tmp_path: Path) -> None
         ask(server, tmp_path / "a.jsonl")
     assert ask(server, tmp_path / "a.jsonl", model="b").added == 6 and server.bodies[0]["model"] == "b"
     server.server_close()
-    with pytest.raises(ValueError, match="nothing answers at"):
+    with pytest.raises(ValueError, match="no server answers at"):
         ask(server, tmp_path / "c.jsonl")
 
 
@@ -383,7 +383,7 @@ def test_the_command_needs_only_the_tokenizer(
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["added"] == 3 and server.keys[-1] == "Bearer secret"
     for words, named in (
-        (["--endpoint-model", "x"], "--endpoint-model is for a server"),
+        (["--endpoint-model", "x"], "--endpoint-model needs a server"),
         ([*serving, "--shards", str(tmp_path)], "--shards"),
         ([*serving, "--turns", "0"], "turns=0"),
     ):

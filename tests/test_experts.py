@@ -29,7 +29,7 @@ from haast.target.target import Target
 from haast.training.config import TrainConfig
 from haast.training.features import stream_examples
 from haast.training.initialise import why_not_last_layer
-from haast.training.target_weights import Frozen
+from haast.training.target_weights import TargetWeights
 from haast.training.trainer import Trainer
 
 EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe"]
@@ -72,7 +72,13 @@ def test_a_head_is_trained_for_a_target_with_experts(tmp_path: Path) -> None:
         views=120, batch_tokens=60, draft_vocab=48, initialisation="random", evaluate_every=60, log_every=20
     )
     run = Trainer(
-        settings, tiny.sizes(target, "feat"), Frozen.of(target), examples[:10], examples[10:], tmp_path, quiet=True
+        settings,
+        tiny.sizes(target, "feat"),
+        TargetWeights.of(target),
+        examples[:10],
+        examples[10:],
+        tmp_path,
+        quiet=True,
     )
     run.run()
     assert "not a Llama layer" in why_not_last_layer(target, tiny.sizes(target, "feat"))

@@ -206,7 +206,7 @@ def _by_heart(target: Target, head: Head, texts: list[probe.Text], steps: int = 
             for depth in range(probe.DEPTHS):
                 embedded.append(target.embed(text.tokens[depth + 1 : depth + 1 + pairs])[None].clone())
                 states = torch.cat([states, found[:, -pairs:]], 1) if depth else states
-                found = probe._run(module, torch.cat(embedded, 1), states, depth + 1, pairs)
+                found = probe._draft_states(module, torch.cat(embedded, 1), states, depth + 1, pairs)
                 logits = module.lm_input(found[:, -pairs:], text.tokens)[0] @ module.lm_head.weight.T
                 wanted = places[text.tokens[depth + 2 : depth + 2 + pairs]]
                 loss = loss + torch.nn.functional.cross_entropy(logits, wanted)

@@ -37,7 +37,7 @@ from haast.training.losses import teacher_loss
 from haast.training.objective import Objective
 from haast.training.scaled_head import TrainedHead, make_head
 from haast.training.shards import ShardIdentity, read_shards
-from haast.training.target_weights import Frozen, bigram_directions
+from haast.training.target_weights import TargetWeights, bigram_directions
 from haast.training.trainer import Trainer
 from haast.training.training_time_test import chain_passes
 
@@ -110,8 +110,8 @@ def shaken(head: TrainedHead) -> TrainedHead:
 
 
 def trained(target: Target, kind: str, examples: list[Example], dtype: torch.dtype = torch.float64) -> TrainedHead:
-    frozen = Frozen.of(target)
-    frozen = replace(frozen, embeddings=frozen.embeddings.to(dtype), head=frozen.head.to(dtype))
+    frozen = TargetWeights.of(target)
+    frozen = replace(frozen, embeddings=frozen.embeddings.to(dtype), lm_head=frozen.lm_head.to(dtype))
     config = TrainConfig(head="eagle3" if kind.startswith("eagle3") else "feat-extrapolator", output_init=1.0)
     return shaken(make_head(config, sizes(target, kind), frozen, examples, DRAFTED))
 
@@ -150,8 +150,8 @@ def test_training_and_drafting_see_the_same_logits(kind: str, target: Target, ex
     """The cross-entropy of a batch is that of the users' module, states and logits computed sequence by sequence."""
     head = trained(target, kind, examples)
     module = plain(head)
-    frozen = Frozen.of(target)
-    frozen = replace(frozen, embeddings=frozen.embeddings.double(), head=frozen.head.double())
+    frozen = TargetWeights.of(target)
+    frozen = replace(frozen, embeddings=frozen.embeddings.double(), lm_head=frozen.lm_head.double())
     config = TrainConfig(head="eagle3" if not head.regresses else "feat-extrapolator")
     batch, wanted = pack(examples[:3], captured=not head.regresses), torch.zeros((), dtype=torch.float64)
     _, sums = Objective(head, frozen, DRAFTED, config)(batch)
@@ -179,7 +179,7 @@ def test_plain_weights_come_back(kind: str, target: Target, examples: list[Examp
         assert torch.allclose(one, two), name
     with pytest.raises(ValueError, match=r"fc\.weight"):
         other.load_plain({})
-    assert Frozen.of(target).final_gain is not None
+    assert TargetWeights.of(target).final_gain is not None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -215,7 +215,7 @@ def test_a_batch_learnt_by_heart_is_drafted_by_heart(kind: str, examples: list[E
         log_every=10**6, evaluate_every=10**6, checkpoint_every=10**6,
         head="eagle3" if kind.startswith("eagle3") else "feat-extrapolator",
     )  # fmt: skip
-    run = Trainer(config, sizes(target, kind), Frozen.of(target), some, some, tmp_path, quiet=True)
+    run = Trainer(config, sizes(target, kind), TargetWeights.of(target), some, some, tmp_path, quiet=True)
     found = run.run()
     assert found["valid_top1"] > 0.95, found
     drafter = EagleDrafter(target, Head(run.plain_head(), run.draft_vocab, {}), DraftShape(kind="chain", depth=3))
@@ -248,7 +248,7 @@ def test_the_lk_mix_is_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(11, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     ids = torch.stack([torch.randperm(11, generator=generator)[:3] for _ in range(8)])
     probs = torch.rand(8, 3, generator=generator, dtype=torch.float64) / 3
-    sums = teacher_loss(states, weight, ids, probs, frozen=2, sharpness=3.0, rejected=2.0)
+    sums = teacher_loss(states, weight, ids, probs, frozen_columns=2, sharpness=3.0, rejected=2.0)
     own = torch.autograd.grad(sums.loss, (states, weight))
     law = (states @ weight.T).softmax(-1).gather(1, ids)
     acceptance = torch.minimum(law, probs).sum(-1)
@@ -294,7 +294,7 @@ def test_an_official_eagle3_layout(target: Target, examples: list[Example], tmp_
         load_head(tmp_path)
     del stored["t2d"]
     save_file(stored, tmp_path / "model.safetensors")
-    with pytest.raises(HeadMismatchError, match="d2t alone"):
+    with pytest.raises(HeadMismatchError, match="has d2t but not the other one"):
         load_head(tmp_path)
 
 
@@ -304,13 +304,13 @@ def test_shards_of_another_layer_set_are_refused(target: Target, examples: list[
     found, _ = read_shards(tmp_path, identity)
     assert found[0].hidden.shape == (len(found[0].tokens), 3 * HIDDEN)
     assert torch.allclose(found[0].hidden.float(), examples[0].hidden.float(), atol=1e-2)
-    with pytest.raises(HeadMismatchError, match=r"layer_ids \(1, 2, 3\), wanted is \(0, 2, 3\)"):
+    with pytest.raises(HeadMismatchError, match=r"layer_ids \(1, 2, 3\), expected \(0, 2, 3\)"):
         read_shards(tmp_path, replace(identity, layer_ids=(0, 2, 3)))
     without, _ = read_shards(tmp_path, replace(identity, layer_ids=()))
     assert without[0].hidden.shape[1] == 0
     other = tmp_path / "other"
     extract(target, sequences(3), other, ShardIdentity.of(target, "tiny", 8), quiet=True)
-    with pytest.raises(HeadMismatchError, match=r"layer_ids \(\), wanted is \(1, 2, 3\)"):
+    with pytest.raises(HeadMismatchError, match=r"layer_ids \(\), expected \(1, 2, 3\)"):
         read_shards(other, identity)
 
 
@@ -351,7 +351,9 @@ def test_mixed_precision_learns_nearly_the_same(kind: str, examples: list[Exampl
             initialisation="random", log_every=500, evaluate_every=10**6, checkpoint_every=10**6,
             head="eagle3" if kind == "eagle3" else "feat-extrapolator",
         )  # fmt: skip
-        run = Trainer(config, sizes(target, kind), Frozen.of(target), some, some, tmp_path / precision, quiet=True)
+        run = Trainer(
+            config, sizes(target, kind), TargetWeights.of(target), some, some, tmp_path / precision, quiet=True
+        )
         losses.append(run.run()["valid_ce"])
     assert losses[0] == pytest.approx(losses[1], rel=0.03) and losses[0] != losses[1]
 
@@ -361,7 +363,7 @@ def run_of(target: Target, some: list[Example], out: Path, kind: str = "eagle3",
         views=600, batch_tokens=60, draft_vocab=20, log_every=10**6, evaluate_every=10**6, checkpoint_every=200,
         head="eagle3" if kind == "eagle3" else "feat-extrapolator",
     )  # fmt: skip
-    return Trainer(config, sizes(target, kind), Frozen.of(target), some, [], out, quiet=True, **more)
+    return Trainer(config, sizes(target, kind), TargetWeights.of(target), some, [], out, quiet=True, **more)
 
 
 def test_a_resumed_head_keeps_the_vocabulary_that_its_rows_belong_to(examples: list[Example], tmp_path: Path) -> None:
@@ -379,7 +381,13 @@ def test_a_resumed_head_keeps_the_vocabulary_that_its_rows_belong_to(examples: l
         run_of(target, some[::-1], tmp_path).run(resume=True)
     with pytest.raises(ValueError, match="teacher_top=9 is more than the 8"):
         Trainer(
-            TrainConfig(teacher_top=9), sizes(target, "feat"), Frozen.of(target), some, [], tmp_path / "x", quiet=True
+            TrainConfig(teacher_top=9),
+            sizes(target, "feat"),
+            TargetWeights.of(target),
+            some,
+            [],
+            tmp_path / "x",
+            quiet=True,
         )
 
 
@@ -387,7 +395,7 @@ def test_the_average_of_weights_is_the_head_that_is_given(examples: list[Example
     target = llama(torch.float32)
     some = [e for _, e in stream_examples(target, sequences(), topk=8, layer_ids=LAYERS)]
     config = TrainConfig(views=600, batch_tokens=60, draft_vocab=20, ema=0.99, log_every=10**6, evaluate_every=10**6)
-    run = Trainer(config, sizes(target, "feat"), Frozen.of(target), some, [], tmp_path, quiet=True)
+    run = Trainer(config, sizes(target, "feat"), TargetWeights.of(target), some, [], tmp_path, quiet=True)
     run.run()
     best = torch.load(tmp_path / "best" / "head.pt", weights_only=True)["weights"]
     assert torch.equal(run.plain_head().state_dict()["fc.weight"], best["fc.weight"])
@@ -427,13 +435,13 @@ def test_targets_with_other_norms_and_logits_train_and_draft(name: str, kind: st
     some = [e for _, e in stream_examples(target, [sequence], topk=8, layer_ids=LAYERS)]
     logits = target.model(input_ids=torch.tensor([sequence.tokens])).logits[0, 10].softmax(-1).detach()
     assert torch.allclose(some[0].topk_probs[10].float(), logits[some[0].topk_ids[10].long()], atol=2e-3), "the law"
-    assert Frozen.of(target).final_gain is None, "a LayerNorm is no RMS norm"
+    assert TargetWeights.of(target).final_gain is None, "a LayerNorm is no RMS norm"
     assert initialise.why_not_last_layer(target, sizes(target, "feat"))
     config = TrainConfig(
         views=38 * 200, batch_tokens=60, draft_vocab=VOCAB, learning_rate=5e-3, alignment_steps=2, log_every=10**6,
         evaluate_every=10**6, checkpoint_every=10**6, head="eagle3" if kind == "eagle3" else "feat-extrapolator",
     )  # fmt: skip
-    run = Trainer(config, sizes(target, kind), Frozen.of(target), some, some, tmp_path, quiet=True)
+    run = Trainer(config, sizes(target, kind), TargetWeights.of(target), some, some, tmp_path, quiet=True)
     assert run.run()["valid_top1"] > 0.9
     head = Head(run.plain_head(), run.draft_vocab, {})
     engine = Engine(target, EagleDrafter(target, head, DraftShape(kind="chain", depth=3)))
@@ -458,7 +466,7 @@ def test_a_run_ends_at_its_tau_or_when_tau_no_longer_grows(examples: list[Exampl
             views=6000, batch_tokens=60, draft_vocab=20, log_every=10**6, evaluate_every=500, checkpoint_every=10**6,
             **{name: value},
         )  # fmt: skip
-        out, frozen = tmp_path / name, Frozen.of(target)
+        out, frozen = tmp_path / name, TargetWeights.of(target)
         run = Trainer(config, sizes(target, "feat"), frozen, some, [], out, measure_tau=measured, quiet=True)
         found = run.run()
         seen = [line["tau"] for line in found["metrics"]]
@@ -476,6 +484,6 @@ def test_the_self_test_overfits_an_eagle3_head(examples: list[Example], tmp_path
     target = llama(torch.float32)
     some = [e for _, e in stream_examples(target, sequences(4), topk=8, layer_ids=LAYERS)]
     reached = overfit_self_test(
-        sizes(target, "eagle3"), Frozen.of(target), some, tmp_path, draft_vocab=VOCAB, steps=150
+        sizes(target, "eagle3"), TargetWeights.of(target), some, tmp_path, draft_vocab=VOCAB, steps=150
     )
     assert reached > 0.9

@@ -126,7 +126,7 @@ def test_sglang_has_a_place_for_every_eagle3_tensor_and_no_other(
 
 @pytest.mark.parametrize("make", [others.eagle1, others.eagle3])
 def test_sglang_would_put_the_targets_table_in_place_of_a_heads_own(target: Target, tmp_path: Path, make: Any) -> None:
-    with pytest.raises(ValueError, match=r"sglang does not know own_embedding=True"):
+    with pytest.raises(ValueError, match=r"sglang does not support own_embedding=True"):
         written(make(target, own_embedding=True), "sglang", target, tmp_path)
 
 
@@ -158,7 +158,7 @@ def test_small_ids_in_a_gguf_file_are_ids(target: Target, tmp_path: Path) -> Non
     drafted = tuple(range(0, 20, 2))  # as offsets they name tokens below the vocabulary's end too
     assert drafted[-1] + len(drafted) < target.vocab_size
     head = others.eagle3(target, drafted=drafted)
-    place = export_head(head, "gguf", "someone/tiny", target.model.config, tmp_path).place
+    place = export_head(head, "gguf", "someone/tiny", target.model.config, tmp_path).path
     assert read_gguf(place, "head.gguf").tensors["d2t"].tolist() == list(drafted)
     found = open_head(place)
     assert isinstance(found, OpenedHead)

@@ -34,7 +34,7 @@ from haast.training.diagnostics import overfit_self_test
 from haast.training.features import stream_examples
 from haast.training.objective import Objective, rank_accuracies
 from haast.training.scaled_head import TrainedHead, make_head
-from haast.training.target_weights import Frozen
+from haast.training.target_weights import TargetWeights
 from haast.tree import DraftTree
 
 ACCURACIES = [[0.6, 0.2, 0.1], [0.4, 0.3, 0.1], [0.3, 0.1, 0.1]]
@@ -71,9 +71,11 @@ def examples(target: Target) -> list[Example]:
     return [made[i] for i in range(len(made))]
 
 
-def scaled(target: Target, examples: list[Example], drafted: Tensor, heads: int = 3) -> tuple[TrainedHead, Frozen]:
-    frozen = Frozen.of(target)
-    frozen = replace(frozen, embeddings=frozen.embeddings.double(), head=frozen.head.double())
+def scaled(
+    target: Target, examples: list[Example], drafted: Tensor, heads: int = 3
+) -> tuple[TrainedHead, TargetWeights]:
+    frozen = TargetWeights.of(target)
+    frozen = replace(frozen, embeddings=frozen.embeddings.double(), lm_head=frozen.lm_head.double())
     sizes = MedusaConfig(target.hidden_size, target.vocab_size, heads, 2)
     return make_head(TrainConfig(head="medusa", medusa_heads=heads), sizes, frozen, examples, drafted), frozen
 
@@ -116,7 +118,7 @@ def test_the_trained_head_is_the_one_that_users_get(target: Target, examples: li
     assert [int(sums[f"right_{i}"]) for i in range(3)] == right
     assert [int(sums[f"tried_{i}"]) for i in range(3)] == tried
     mean = sum(0.8**i * float(ce[i]) / tried[i] for i in range(3)) / (1 + 0.8 + 0.64)
-    assert float(sums["loss"]) == pytest.approx(mean * batch.views)
+    assert float(sums["loss"]) == pytest.approx(mean * batch.supervised_count)
     measured = rank_accuracies(head.plain(), examples, drafted)  # type: ignore[arg-type]
     assert [row[0] for row in measured] == [round(r / t, 5) for r, t in zip(right, tried, strict=True)]
     assert all(sum(row) <= 1.0001 for row in measured)
@@ -163,7 +165,7 @@ def test_training_moves_the_lm_heads_below_what_blocks_alone_reach(target: Targe
 
 
 def brute_force(
-    plain: Any, examples: list[Example], drafted: Tensor, frozen: Frozen
+    plain: Any, examples: list[Example], drafted: Tensor, frozen: TargetWeights
 ) -> tuple[list[Tensor], list[int], list[int]]:
     """Position by position: head i at t is held against what the target says after x_{t+1+i}."""
     ce, right, tried = [torch.zeros(()).double() for _ in range(3)], [0, 0, 0], [0, 0, 0]
@@ -291,7 +293,7 @@ def test_files(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     head = medusa(target, drafted=drafted)
     config: Any = head.module.config
     save_head(tmp_path, config, dict(head.module.state_dict()), drafted, head.about, torch.float32)
-    monkeypatch.setattr(checkpoint, "_PART", part)
+    monkeypatch.setattr(checkpoint, "_SHARD_SIZE", part)
     save_head(tmp_path, config, dict(head.module.state_dict()), drafted, head.about, torch.float32)
     split = part == "1KB"
     assert (tmp_path / "model.safetensors").exists() != split
@@ -311,7 +313,7 @@ def test_files(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         with pytest.raises(HeadMismatchError, match="outside the head's folder"):
             load_head(tmp_path)
         index.write_text("{}")
-        with pytest.raises(HeadMismatchError, match="no index of weights"):
+        with pytest.raises(HeadMismatchError, match="not an index of weights"):
             load_head(tmp_path)
         index.write_text(json.dumps(told))
         (tmp_path / next(iter(told["weight_map"].values()))).unlink()
@@ -322,8 +324,8 @@ def test_files(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"head": 3}, "'head' is no JSON object"), ({"head": None}, "'head' is no JSON object"),
-        ({"about": [1]}, "'about' is no JSON object"), ({"format": []}, "not written by Haast"),
+        ({"head": 3}, "'head' is not a JSON object"), ({"head": None}, "'head' is not a JSON object"),
+        ({"about": [1]}, "'about' is not a JSON object"), ({"format": []}, "not written by Haast"),
     ],
 )  # fmt: skip
 def test_a_damaged_config_is_told_by_name(target: Target, tmp_path: Path, change: dict[str, Any], words: str) -> None:
@@ -366,7 +368,7 @@ def test_sizes_that_make_no_head_are_refused(target: Target, tmp_path: Path, siz
 
 def test_a_batch_is_learned_by_heart(target: Target, examples: list[Example], tmp_path: Path) -> None:
     sizes = MedusaConfig(target.hidden_size, target.vocab_size, 2, 1)
-    assert overfit_self_test(sizes, Frozen.of(target), examples, tmp_path, steps=200) >= 0.9
+    assert overfit_self_test(sizes, TargetWeights.of(target), examples, tmp_path, steps=200) >= 0.9
 
 
 def test_options_of_eagle_are_refused() -> None:

@@ -157,7 +157,7 @@ def test_n_texts_share_their_prompt_and_may_be_more_than_the_pool_holds() -> Non
         ({"kv_bytes": 0}, "size=0"),
         ({"kv_bytes": -1}, "size=-1"),
         ({"kv_bytes": "1 GB"}, "size='1 GB'"),
-        ({"kv_tokens": 100, "kv_bytes": 100}, "tokens=100 and size=100 are two budgets of one KV pool: give one"),
+        ({"kv_tokens": 100, "kv_bytes": 100}, "tokens=100 and size=100 both set the size of a KV pool: give one"),
         ({"kv_dtype": "float8"}, "kv_dtype='float8' is unknown: choose auto, "),
         ({"max_batch": 0}, "max_batch=0 is not allowed: give 1"),
         ({"max_batch": 2.0}, "max_batch=2.0"),
@@ -191,7 +191,7 @@ def test_budgets_reach_the_pool_and_the_scheduler() -> None:
     half.generate([1, 2, 3], max_new_tokens=2)
     assert 3.9 < half.target.pool.tokens / haast.target.pool.tokens < 4.1
     assert half.target.cache.bytes_per_token * half.target.pool.tokens <= 1_000_000
-    with pytest.raises(KVPoolError, match="a KV pool of 999 bytes is too small: 32 token slots, the least, take 16384"):
+    with pytest.raises(KVPoolError, match=r"999 bytes is too small: the minimum of 32 token slots takes 16384 bytes"):
         Haast.from_pretrained(tiny_llama(), head=None, kv_bytes=999)
     with pytest.raises(KVPoolError, match="in use already"):
         haast.target.use_pool(50)
@@ -222,7 +222,7 @@ def test_a_full_queue_refuses() -> None:
     waiting = haast.engine.submit([1, 2], SamplingParams(), StopParams(9))
     with pytest.raises(QueueFullError, match=r"2 requests run and 1 wait: .*max_batch=2, max_waiting=1"):
         next(streams[2])
-    with pytest.raises(QueueFullError, match="4 texts at once are more than may run and wait here, 3"):
+    with pytest.raises(QueueFullError, match="4 texts in one call, but only 3 may run and wait"):
         haast.generate([1, 2], n=4)
     with pytest.raises(QueueFullError, match="requests run"):
         haast.generate([1, 2], n=2)
@@ -255,7 +255,7 @@ def haast() -> Iterator[Haast]:
         ({"timeout": float("inf")}, "timeout=inf"),
         ({"timeout": float("nan")}, "timeout=nan"),
         ({"timeout": "1s"}, "timeout='1s'"),
-        ({"sampling": SamplingParams(), "temperature": 0.5}, "sampling was given beside temperature"),
+        ({"sampling": SamplingParams(), "temperature": 0.5}, "sampling was given with temperature"),
     ],
 )
 def test_wrong_requests_are_refused(haast: Haast, given: dict[str, Any], why: str) -> None:
@@ -318,7 +318,7 @@ def test_token_ids_come_in_many_forms(haast: Haast, given: Any, several: bool) -
         assert haast.encode(given) == [1, 2, 3]
         assert [token for piece in haast.stream(given, max_new_tokens=4) for token in piece.tokens] == list(wanted)
     else:
-        with pytest.raises(PromptError, match="2 prompts where one is wanted"):
+        with pytest.raises(PromptError, match="2 prompts where one is expected"):
             haast.stream(given)
 
 
@@ -334,7 +334,7 @@ def test_token_ids_come_in_many_forms(haast: Haast, given: Any, several: bool) -
         ([1, 2.5], "holds a int"),
         ([True, False], "holds a bool"),
         ({"input_ids": [1]}, "a dict: give its input_ids, or a list of messages"),
-        (torch.tensor([1.0]), r"a Tensor of torch.float32, shape \(1,\): give token ids as whole numbers"),
+        (torch.tensor([1.0]), r"a Tensor of torch.float32, shape \(1,\): give token ids as integers"),
         (torch.tensor([True]), "torch.bool"),
         (torch.tensor(3), r"shape \(\)"),
         (torch.tensor([[[1]]]), r"shape \(1, 1, 1\)"),

@@ -26,9 +26,9 @@ from haast.training.batches import Example, pack
 from haast.training.config import TrainConfig
 from haast.training.features import stream_examples
 from haast.training.objective import Objective
-from haast.training.optimizer import COEFFICIENTS, HeadOptimizer, Muon, orthogonalised, symmetric_product
+from haast.training.optimizer import COEFFICIENTS, HeadOptimizer, Muon, orthogonalise, symmetric_product
 from haast.training.scaled_head import make_head
-from haast.training.target_weights import Frozen
+from haast.training.target_weights import TargetWeights
 from haast.training.trainer import Trainer
 
 SHAPES = [(96, 96), (64, 80), (70, 200), (300, 65), (130, 97), (5, 9)]
@@ -39,7 +39,7 @@ needs_torchs = pytest.mark.skipif(torch.__version__ < "2.9", reason="torch has n
 @pytest.fixture(autouse=True)
 def full_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a device that multiplies fp32 as it is; and on one thread."""
-    monkeypatch.setattr(muon, "rounds_factors", lambda device, precision: False)
+    monkeypatch.setattr(muon, "matmul_rounds_inputs", lambda device, precision: False)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -115,12 +115,12 @@ def test_both_ways_are_the_plain_iteration(shape: tuple[int, int], decay: float)
     matrix = drawn(shape, decay, torch.float64)
     wide = matrix if shape[0] <= shape[1] else matrix.T
     start = wide / wide.norm()
-    plain = muon._iterated(start, 5, torch.matmul)
-    assert off(muon._by_factor(start, 5), plain) < 1e-9
-    assert off(muon._iterated(start, 5, symmetric_product), plain) < 1e-9
-    in_bf16 = off(muon._iterated(start.bfloat16(), 5, torch.matmul), plain)
-    assert off(muon._by_factor(start.float(), 5), plain) < in_bf16 / 10
-    made = orthogonalised(matrix)
+    plain = muon._iterate_matrix(start, 5, torch.matmul)
+    assert off(muon._iterate_gram(start, 5), plain) < 1e-9
+    assert off(muon._iterate_matrix(start, 5, symmetric_product), plain) < 1e-9
+    in_bf16 = off(muon._iterate_matrix(start.bfloat16(), 5, torch.matmul), plain)
+    assert off(muon._iterate_gram(start.float(), 5), plain) < in_bf16 / 10
+    made = orthogonalise(matrix)
     assert made.shape == shape and off(made, plain if wide is matrix else plain.T) < 1e-9
 
 
@@ -130,19 +130,19 @@ def test_it_is_nearer_to_the_exact_iteration_than_torchs(shape: tuple[int, int])
     from torch.optim._muon import _zeropower_via_newtonschulz as in_bf16
 
     matrix = drawn(shape, 0.5)
-    exact = orthogonalised(matrix.double())
-    assert off(orthogonalised(matrix), exact) < 1e-5 < 1e-3 < off(in_bf16(matrix, COEFFICIENTS, 5, 1e-7), exact)
+    exact = orthogonalise(matrix.double())
+    assert off(orthogonalise(matrix), exact) < 1e-5 < 1e-3 < off(in_bf16(matrix, COEFFICIENTS, 5, 1e-7), exact)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:5])
 def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
-    values = torch.linalg.svdvals(orthogonalised(drawn(shape, 0.3)))
+    values = torch.linalg.svdvals(orthogonalise(drawn(shape, 0.3)))
     assert float(values.min()) > 0.6 and float(values.max()) < 1.25
-    assert float(torch.linalg.svdvals(orthogonalised(drawn(shape, 0.3), steps=1)).min()) < 0.6, "five steps are needed"
+    assert float(torch.linalg.svdvals(orthogonalise(drawn(shape, 0.3), steps=1)).min()) < 0.6, "five steps are needed"
 
 
 def test_nothing_stays_nothing() -> None:
-    assert torch.equal(orthogonalised(torch.zeros(70, 200)), torch.zeros(70, 200))
+    assert torch.equal(orthogonalise(torch.zeros(70, 200)), torch.zeros(70, 200))
 
 
 @pytest.mark.parametrize("n", [3, 64, 97])
@@ -164,18 +164,18 @@ def test_matrices_alone() -> None:
 
 
 def test_devices_that_round_get_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = orthogonalised(drawn((70, 200), 0.5).double())
-    monkeypatch.setattr(muon, "rounds_factors", lambda device, precision: True)
-    made = orthogonalised(drawn((70, 200), 0.5))
+    exact = orthogonalise(drawn((70, 200), 0.5).double())
+    monkeypatch.setattr(muon, "matmul_rounds_inputs", lambda device, precision: True)
+    made = orthogonalise(drawn((70, 200), 0.5))
     assert made.dtype is torch.bfloat16 and 1e-3 < off(made, exact) < 0.05
-    assert orthogonalised(exact).dtype is torch.float64
+    assert orthogonalise(exact).dtype is torch.float64
 
 
 def test_rounding_is_seen_by_trying(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    muon.rounds_factors.cache_clear()
+    muon.matmul_rounds_inputs.cache_clear()
     cpu, precision = torch.device("cpu"), torch.get_float32_matmul_precision()
-    assert precision == "highest" and not muon.rounds_factors(cpu, precision)
+    assert precision == "highest" and not muon.matmul_rounds_inputs(cpu, precision)
     product = torch.Tensor.__matmul__
     for kind, rounds in ((torch.bfloat16, True), (torch.float32, False)):
 
@@ -185,9 +185,9 @@ def test_rounding_is_seen_by_trying(monkeypatch: pytest.MonkeyPatch) -> None:
 
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "__matmul__", rounding)
-            muon.rounds_factors.cache_clear()
-            assert muon.rounds_factors(cpu, precision) == rounds
-    muon.rounds_factors.cache_clear()
+            muon.matmul_rounds_inputs.cache_clear()
+            assert muon.matmul_rounds_inputs(cpu, precision) == rounds
+    muon.matmul_rounds_inputs.cache_clear()
 
 
 class Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -216,7 +216,7 @@ def test_no_step_of_training_computes_in_bf16(settings: dict[str, Any], tmp_path
             views=100, batch_tokens=200, draft_vocab=16, initialisation="random", mixed_precision=mixed,
             alignment_steps=2, **settings,
         )  # fmt: skip
-        run = Trainer(config, sizes, Frozen.of(target), some, some, tmp_path / mixed, quiet=True)
+        run = Trainer(config, sizes, TargetWeights.of(target), some, some, tmp_path / mixed, quiet=True)
         with Seen() as seen:
             run._advance(run._order.batches())
             run.evaluate()
@@ -290,11 +290,11 @@ def example(hidden: int, captured: int) -> Example:
 
 def share(config: TrainConfig, hidden: int) -> float:
     """The optimiser's part of a step's operations, counted on tensors without data, with one pass over the batch."""
-    config = config.settled(hidden)
+    config = config.with_batch_tokens(hidden)
     sizes, meta = sizes_of(config.head, hidden), torch.device("meta")
     some = [example(hidden, 3 * hidden if config.head == "eagle3" else 0)]
     some *= config.positions // some[0].pairs
-    frozen = Frozen(torch.ones(VOCAB, hidden), torch.ones(VOCAB, hidden), None, (1,))
+    frozen = TargetWeights(torch.ones(VOCAB, hidden), torch.ones(VOCAB, hidden), None, (1,))
     head = make_head(config, sizes, frozen, some, torch.arange(VOCAB)).to(meta)
     objective = Objective(head, frozen, torch.arange(VOCAB), config, meta)
     optimizer = HeadOptimizer([(n, p) for n, p in objective.named_parameters() if p.requires_grad], config)
@@ -323,8 +323,8 @@ def test_the_optimiser_takes_a_quarter_of_a_step_at_most(
     kind: str, hidden: int, without_data: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig(head=kind, optimizer="muon", initialisation="random")
-    assert config.settled(hidden).batch_tokens == 6 * hidden and 0.1 < share(config, hidden) <= 0.25
+    assert config.with_batch_tokens(hidden).batch_tokens == 6 * hidden and 0.1 < share(config, hidden) <= 0.25
     assert share(replace(config, batch_tokens=1536), hidden) > 0.25, "AdamW's batch would be too small"
-    monkeypatch.setattr(muon, "_LONG", float("inf"))
-    monkeypatch.setattr(muon, "_HALVED", float("inf"))
+    monkeypatch.setattr(muon, "_MIN_ASPECT", float("inf"))
+    monkeypatch.setattr(muon, "_MIN_MIRRORED_ROWS", float("inf"))
     assert share(config, hidden) > 0.25, "and so would be torch's way: X iterated, every product whole"

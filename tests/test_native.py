@@ -582,7 +582,7 @@ def test_what_does_not_fit_the_layers_is_refused_before_anything_is_written() ->
         run(states, at, seen, [30], store, tables, shift=1)
     with pytest.raises(ValueError, match="shift -1"):
         run(states, at, seen, [3], store, tables, shift=-1)
-    with pytest.raises(ValueError, match=r"flight \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"flight_positions \(1, 3\)"):
         run(states, at, seen, [3], store, tables, flight_positions=torch.arange(3).unsqueeze(0))
     assert store.isnan().all()
     windowed = Layers(STACKS["mistral, window"])

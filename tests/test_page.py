@@ -178,7 +178,8 @@ def test_trees_of_a_trace_page() -> None:
     named = [str(own["class"]).split() for _, own in outline.elements if "class" in own]
     kinds = [words[1] for words in named if words[0] == "node"]
     assert sorted(set(kinds)) == ["accepted", "cut", "own", "probe", "rejected", "root", "unreached"]
-    reason = "drafted \u201c\u00b7<b>cat</b>\u201d (target 3 %): rejected, the target said \u201c\u00b7sky\u201d (71 %)"
+    drafted = "drafted \u201c\u00b7<b>cat</b>\u201d (target 3 %)"
+    reason = f"{drafted}: rejected, the target chose \u201c\u00b7sky\u201d (71 %)"
     assert f'title="{html.escape(reason)}"' in page
     assert ">dead<" not in page, "padding is not shown"
     assert '<a href="#t0s0"><span class="yes"> sky</span><span class="own"> is</span></a>' in page

@@ -109,11 +109,11 @@ def test_in_16_bits_a_fault_has_to_show_in_three_texts(monkeypatch: pytest.Monke
     """A router near a tie sends a token to another expert then; in float32 one text is enough."""
     wrong, nothing = {("path", 2): Gap(1.0, 1.0, 1.0), ("own", 0): Gap(1.0, 1.0, 1.0)}, dict[tuple[str, int], Gap]()
     exact, half = zoo.build("llama"), zoo.build("llama", dtype=torch.bfloat16)
-    monkeypatch.setattr(probe, "_trial", _found(wrong, {("path", 1): Gap(1.0, 1.0, 1.0)}, nothing))
+    monkeypatch.setattr(probe, "_run_trial", _found(wrong, {("path", 1): Gap(1.0, 1.0, 1.0)}, nothing))
     Target(half)
     with pytest.raises(UnsupportedModelError):
         Target(exact)
-    monkeypatch.setattr(probe, "_trial", _found(wrong, {("path", 2): Gap(1.0, 1.0, 1.0)}, wrong))
+    monkeypatch.setattr(probe, "_run_trial", _found(wrong, {("path", 2): Gap(1.0, 1.0, 1.0)}, wrong))
     with pytest.raises(UnsupportedModelError, match="can't verify a tree"):
         Target(half)
 

@@ -24,7 +24,7 @@ import torch
 torch.set_num_threads(1)
 import test_heads as tiny
 from haast.training.config import TrainConfig
-from haast.training.target_weights import Frozen
+from haast.training.target_weights import TargetWeights
 from haast.training.trainer import Trainer
 
 out, accumulate, shard, views, resume = Path(sys.argv[1]), int(sys.argv[2]), *map(int, sys.argv[3:])
@@ -35,11 +35,12 @@ config = TrainConfig(
     views=1500, batch_tokens=60, draft_vocab=48, accumulate=accumulate, shard=bool(shard), feature_noise=0.1,
     alignment_steps=2, log_every=100, evaluate_every=500, checkpoint_every=300, initialisation="random",
 )
-run = Trainer(config, tiny.sizes(target, "feat"), Frozen.of(target), examples[:20], examples[20:], out, quiet=True)
+weights = TargetWeights.of(target)
+run = Trainer(config, tiny.sizes(target, "feat"), weights, examples[:20], examples[20:], out, quiet=True)
 if views:
     step = run._step
     def dying(batches):
-        if run._at.views >= views:
+        if run._state.views >= views:
             raise SystemExit(3)
         return step(batches)
     run._step = dying

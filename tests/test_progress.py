@@ -60,7 +60,7 @@ class Terminal(io.StringIO):
 def told(time: FakeTime, job: Progress) -> None:
     """Run a job until its time is over; a job that tells nothing waits for nothing."""
     with job:
-        assert time.finished.wait(20 if job._told else 0) == job._told
+        assert time.finished.wait(20 if job._prints_lines else 0) == job._prints_lines
 
 
 def test_a_log_gets_a_line_every_30_s_and_none_between(capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,21 +156,21 @@ def test_a_reader_who_has_gone_ends_no_job(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "stderr", Gone())
     with job:
         job.step()
-        job._teller.join(20)
+        job._printer.join(20)
     assert time.asked == [30.0], "one try, then silence"
 
 
 def test_it_ends_at_once_and_with_what_went_wrong() -> None:
     with pytest.raises(KeyboardInterrupt), Progress("answers", "answers", 4) as job:
         raise KeyboardInterrupt
-    assert not job._teller.is_alive()
+    assert not job._printer.is_alive()
 
 
 @pytest.mark.parametrize(
     ("seconds", "words"), [(0.4, "0 s"), (89, "89 s"), (95, "2 min"), (5000, "83 min"), (7200, "2.0 h")]
 )
 def test_time_in_words(seconds: float, words: str) -> None:
-    assert module._spoken(seconds) == words
+    assert module._duration(seconds) == words
 
 
 # ------------------------------------------------------------------ the jobs
@@ -204,7 +204,10 @@ _HEAD = "--head {home}/head --nodes 5 --depth 2"
     ("command", "lines"),
     [
         (f"regenerate {_PROMPTS} --out {{out}}/a.jsonl", ["answers: 0 of 2 answers, "]),
-        (f"{_TRAIN} --out {{out}}/run", [r"features: \d+ of \d+ tokens, ", r"training: \d+ of 200 views, .*loss"]),
+        (
+            f"{_TRAIN} --out {{out}}/run",
+            [r"features: \d+ of \d+ tokens, ", r"training: \d+ of 200 supervised tokens, .*loss"],
+        ),
         (f"{_TRAIN} --out {{out}}/run --shards {{out}}/shards --self-test", [r"features: \d+ of ", "self-test: "]),
         (f"bench {_PROMPTS} {_HEAD} --v-curve", [r"bench: \d of 4 answers, .* tokens/s", "v curve: "]),
         (f"bench --suite {{home}}/suites --out {{out}} --max-new-tokens 16 {_HEAD}", [r"bench: \d+ of 16.*tau"]),

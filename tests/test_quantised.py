@@ -199,7 +199,10 @@ def test_others_are_known_by_what_their_config_says(settings: dict[str, Any], na
 def test_another_precision_is_told_with_the_measured_effect(folder: Path) -> None:
     pytest.importorskip("torchao")
     target = load_target(str(folder), packing="torchao-int4")
-    with pytest.warns(PrecisionWarning, match=r"trained on a target held in float16.*torchao-int4.*tau \d\.\d\d.*here"):
+    with pytest.warns(
+        PrecisionWarning,
+        match=r"target in float16.*in torchao-int4.*tau \d\.\d\d with float16, \d\.\d\d with torchao-int4",
+    ):
         EagleDrafter(target, head_for(target, "float16"), SHAPE)
     with pytest.warns(PrecisionWarning, match="not measured for these two"):
         EagleDrafter(target, head_for(target, "gptq-4bit"), SHAPE)

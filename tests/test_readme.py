@@ -44,7 +44,7 @@ def test_a_changed_number_would_be_noticed() -> None:
 def test_what_would_end_a_cell_is_escaped_and_nothing_else() -> None:
     row = {"rows": "1 | <2>\n& 3", "ms": 1.0, "roofline_ms": 0.5, "times": None}
     document = {"linears": [row], "bandwidth": 1e9, "peak": 2e9, "weight_bytes": 3e6}
-    assert "| 1 \\| <2> & 3 | 1.00 | 0.50 |  |" in markdown("results.md", "linears", document)
+    assert "| 1 \\| <2> & 3 | 1.00 | 0.50 |  |" in markdown("results.md", "roofline", document)
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("haast ")])

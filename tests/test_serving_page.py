@@ -177,14 +177,14 @@ def test_a_tokens_tree_shows_what_the_target_thought(chat: Chat) -> None:
     expect(page.locator(".picked")).to_have_text(re.compile("rainbow"))
     expect(page.locator(".why")).to_have_text(re.compile("drafted “·rainbow” .*accepted, the target chose it too"))
     page.locator(".node.rejected").first.hover()
-    expect(page.locator(".why")).to_have_text(re.compile("rejected, the target said “.*” \\(\\d+ %\\)"))
+    expect(page.locator(".why")).to_have_text(re.compile("rejected, the target chose “.*” \\(\\d+ %\\)"))
     assert page.locator(".run[aria-current]").text_content() == "".join(groups[number + 1])
 
     page.get_by_role("button", name="Next step").click()
     expect(page.locator("#inspector .title")).to_have_text(re.compile(f"^Step {number + 2} "))
     assert page.locator(".run[aria-current]").text_content() == "".join(groups[number + 2])
     page.locator(".token").first.click()
-    expect(page.locator(".why")).to_have_text(re.compile("reading the prompt itself"))
+    expect(page.locator(".why")).to_have_text(re.compile("prefill of the prompt"))
     page.get_by_role("button", name="Close the tree").click()
     assert page.locator("#inspector").is_hidden() and page.locator(".run[aria-current]").count() == 0
 
@@ -271,9 +271,7 @@ def test_another_text_without_drafting_is_told(chat: Chat) -> None:
     chat.ask("different")
     chat.page.get_by_role("button", name="Same seed without drafting").click()
     place = TEXT.index("dusk") + 2
-    expect(chat.page.locator(".verdict")).to_have_text(
-        f"✗ Not the same text without drafting: it parts at character {place}."
-    )
+    expect(chat.page.locator(".verdict")).to_have_text(f"✗ Different text without drafting, from character {place} on.")
     assert [text[:3] for text in chat.page.locator(".parting mark").all_text_contents()] == ["usk", "awn"]
 
 
@@ -302,7 +300,8 @@ def test_marks_can_be_put_away(chat: Chat) -> None:
 def test_where_texts_part(chat: Chat) -> None:
     pairs = [("", ""), ("ab", "ab"), ("ab", "abc"), ("abc", "ab"), ("\U0001f305", "\U0001f306"), ("a", "b")]
     script = (
-        "async (pairs) => pairs.map(((module) => (pair) => module.parting(...pair))(await import('./static/check.js')))"
+        "async (pairs) => pairs.map("
+        "((module) => (pair) => module.firstDifference(...pair))(await import('./static/check.js')))"
     )
     assert chat.page.evaluate(script, pairs) == [-1, -1, 2, 2, 0, 0]
 
@@ -433,7 +432,7 @@ def test_text_that_comes_later_than_its_token_is_marked_all_the_same(chat: Chat)
     assert chat.page.locator(".token").all_text_contents()[:4] == ["hm", " <x>", "é", "<b"]
     assert chat.page.locator(".token .yes").all_text_contents()[:2] == ["hm", "<x>"]
     chat.page.locator(".token", has_text="<b").click()
-    expect(chat.page.locator(".why")).to_have_text("The server sent no tree of this step.")
+    expect(chat.page.locator(".why")).to_have_text("The server sent no tree for this step.")
 
 
 @browsing
@@ -447,11 +446,11 @@ def test_the_key_is_asked_for_and_kept_for_the_tab(chats: Opens) -> None:
         assert field.get_attribute("type") == "password"
         page.keyboard.press("Escape")
         expect(dialog).to_be_hidden()
-        expect(page.locator("#model-name")).to_contain_text("asks for a key, and none was given")
+        expect(page.locator("#model-name")).to_contain_text("needs a key, and none was entered")
         chat.say("sky")
         field.fill("wrong")
         page.keyboard.press("Enter")
-        expect(page.locator("#key-words")).to_contain_text("does not take this key")
+        expect(page.locator("#key-words")).to_contain_text("rejects this key")
         field.fill("sesame")
         page.keyboard.press("Enter")
         expect(page.locator(".steps")).to_be_visible()
@@ -467,7 +466,7 @@ def test_a_loading_model_is_waited_for(chats: Opens) -> None:
     with chats(ready=False) as chat:
         chat.refusals, chat.stub.loading = [503], 10**6
         chat.open(ready=False)
-        expect(chat.page.locator("#model-name")).to_contain_text("The model is loading. Asking again in")
+        expect(chat.page.locator("#model-name")).to_contain_text("The model is loading. Retrying in")
         chat.say("sky")
         expect(chat.page.locator(".status")).to_contain_text("The model is loading")
         chat.page.keyboard.press("Escape")
@@ -541,7 +540,7 @@ def test_settings_are_sent_as_they_are_filled_in(chat: Chat) -> None:
     page.get_by_role("button", name="Settings", exact=True).click()
     told = {
         "Temperature": ("temperature", "0"), "Top p": ("top_p", "0.9"), "Top k": ("top_k", "40"),
-        "Min p": ("min_p", "0.05"), "Seed": ("seed", "7"), "Most tokens": ("max_tokens", "64"),
+        "Min p": ("min_p", "0.05"), "Seed": ("seed", "7"), "Max tokens": ("max_tokens", "64"),
         "Repetition": ("repetition_penalty", "1.1"), "Presence": ("presence_penalty", "-0.5"),
         "Frequency": ("frequency_penalty", "0.25"),
     }  # fmt: skip

@@ -71,7 +71,7 @@ def test_what_is_not_offered_is_refused_by_name(service: Service, name: str) -> 
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
         ({"haast": {"drafter": "magic"}}, "haast.drafter", "'magic'"),
-        ({"reasoning_effort": "high"}, "reasoning_effort", "does not look at it"),
+        ({"reasoning_effort": "high"}, "reasoning_effort", "does not use it"),
         ({"chat_template_kwargs": {"messages": []}}, None, "'messages'"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
         ({"max_tokens": 5000}, "max_tokens", "5000"),
@@ -95,12 +95,12 @@ def test_a_prompt_at_the_contexts_edge(service: Service) -> None:
 
 
 def test_unknown_fields_are_named_once(service: Service, caplog: pytest.LogCaptureFixture) -> None:
-    planning._told.clear()
+    planning._logged_fields.clear()
     with caplog.at_level(logging.WARNING, logger="haast.serving"):
         chat(service, wibble=1)
         chat(service, wibble=2, user="me", metadata={"a": 1})
     assert [record.getMessage() for record in caplog.records] == [
-        "a client sends a field that is not known here, and left out: 'wibble'"
+        "a client sends an unknown field, which is ignored: 'wibble'"
     ]
 
 

@@ -300,7 +300,7 @@ def test_no_file_beside_the_pages_is_read(service: Service, path: str) -> None:
         )
 
     reply = run(ask())
-    assert reply.status in (401, 404) and reply.told, "neither a file, nor an answer for which a key is needed"
+    assert reply.status in (401, 404) and reply.well_formed, "neither a file, nor an answer for which a key is needed"
 
 
 # ----------------------------------------------------------------------------------------------------------- limits
@@ -391,7 +391,7 @@ def test_keys_that_are_remembered_are_bounded() -> None:
     rates = Rates(ServeConfig(requests_per_minute=1))
     for number in range(10_100):
         rates.admit(f"key {number}")
-    assert len(rates._known) == 10_000
+    assert len(rates._buckets) == 10_000
 
 
 # ------------------------------------------------------------------------------------------------------------- logs
@@ -434,7 +434,7 @@ def test_an_error_in_a_stream_lets_out_no_words(
     def fail(*_: Any) -> Any:
         raise RuntimeError("/secret/path: the prompt was xylophone")
 
-    monkeypatch.setattr("haast.serving.writing.Writing._taken", fail)
+    monkeypatch.setattr("haast.serving.generation.Generation._delta_of", fail)
     caplog.set_level(logging.INFO)
     reply = asked(service, json={**ASKED, "stream": True})
     assert '"code":"internal_error"' in reply.text and reply.text.endswith("data: [DONE]\n\n")

@@ -39,7 +39,7 @@ from haast.prompts import read_suites
 SIZES = {"one": 3, "two": 2}
 WORDS = ["vanilla", "eagle", "lookup", "hf"]
 DOCUMENT = {"format", "environment", "suites", "decoders", "temperatures", "rounds", "rows", "ratios", "differences"}
-DOCUMENT |= {"answers", "bootstrap", "calibration", "traces"}
+DOCUMENT |= {"kind", "answers", "bootstrap", "calibration", "traces"}
 ANSWER = {"suite", "id", "category", "temperature", "decoder", "tokens", "ms_decode", "ms_prefill", "target_forwards"}
 ANSWER |= {"tau", "nodes", "looping"}
 
@@ -493,7 +493,7 @@ def test_decoders_with_parts_of_their_own_are_told_apart(home: Path, tmp_path: P
         (["--decoders", "vanilla,warp"], ["warp"]),
         (["--head", "none"], ["needs a head"]),
         (["--temperatures", "0,hot"], ["temperatures='0,hot'"]),
-        (["--temperatures", "0,0"], ["twice"]),
+        (["--temperatures", "0,0"], ["list each temperature once"]),
         (["--temperatures", "-1"], ["temperature=-1"]),
         (["--temperatures", "nan"], ["temperature=nan"]),
         (["--temperature", "1"], ["--temperatures 1"]),
@@ -513,9 +513,9 @@ def test_the_command_refuses_before_loading(
 def test_suite_options_need_a_suite(home: Path) -> None:
     begin = ["bench", "--model", str(home / "model"), "--prompts", str(home / "suites" / "one.jsonl")]
     for words in (["--resume"], ["--out", "x"], ["--only", "one"], ["--temperatures", "0"]):
-        refused(CliRunner().invoke(app, [*begin, *words]), words[0], "belongs to --suite")
+        refused(CliRunner().invoke(app, [*begin, *words]), words[0], "needs --suite")
     refused(CliRunner().invoke(app, ["bench", "--suite", str(home / "suites")]), "--out")
-    refused(bench(home, home / "suites"), "own folder")
+    refused(bench(home, home / "suites"), "is the folder of --suite")
 
 
 def test_folders_that_are_no_suites_are_refused(home: Path, tmp_path: Path) -> None:
@@ -530,10 +530,10 @@ def test_folders_that_are_no_suites_are_refused(home: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="holds no prompts"):
         read_suites(tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n')
-    with pytest.raises(ValueError, match="two prompts of the id '1'"):
+    with pytest.raises(ValueError, match="two prompts with the id '1'"):
         read_suites(tmp_path)
     (tmp_path / "bad.jsonl").rename(tmp_path / "all.jsonl")
-    with pytest.raises(ValueError, match="another name"):
+    with pytest.raises(ValueError, match="rename the file"):
         read_suites(tmp_path)
     assert [path.stem for path in read_suites(home / "suites", ["two", "one"])] == ["two", "one"]
     assert [len(own) for own in read_suites(home / "suites", limit=2).values()] == [2, 2]
@@ -589,7 +589,7 @@ def test_other_machines_and_commits_merge_only_when_asked(done: Path, key: str) 
 def test_settings_and_lengths_have_to_agree_too(done: Path) -> None:
     whole = read(done)
     one = part(whole, [*SIZES], WORDS[:1])
-    for damage, named in (("settings", "max_new_tokens"), ("rounds", "rounds is"), ("answers", "other lengths")):
+    for damage, named in (("settings", "max_new_tokens"), ("rounds", "rounds is"), ("answers", "differ in length")):
         two = part(whole, [*SIZES], WORDS[1:])
         if damage == "settings":
             two["environment"]["settings"]["max_new_tokens"] = 9
@@ -607,7 +607,7 @@ def test_what_no_document_can_hold_is_always_refused(done: Path) -> None:
         merged({"a": part(whole, ["one"], ["eagle"]), "b": part(whole, ["one"], WORDS[1:])}, anyway=True)
     other = part(whole, ["one"], ["lookup"])
     other["suites"]["one"]["sha256"] = "0"
-    with pytest.raises(ValueError, match="'one' has other prompts"):
+    with pytest.raises(ValueError, match="'one' has different prompts"):
         merged({"a": part(whole, ["one"], ["eagle"]), "b": other}, anyway=True)
 
 
@@ -655,7 +655,7 @@ def test_an_edited_journal_line_is_told_by_its_number(
     lines[3] = json.dumps(json.loads(lines[3]) | change)
     (tmp_path / "journal.jsonl").write_text("\n".join(lines) + "\n")
     result = bench(home, tmp_path, "--resume")
-    assert result.exit_code == 2 and "line 4: no answer" in result.stderr, result.output
+    assert result.exit_code == 2 and "line 4 is not an answer" in result.stderr, result.output
 
 
 @pytest.mark.parametrize(
@@ -677,7 +677,7 @@ def test_a_document_with_nan_is_refused(done: Path, tmp_path: Path) -> None:
     path = tmp_path / "suite.json"
     path.write_text((done / "suite.json").read_text().replace('"rounds": ', '"rounds": NaN, "x": ', 1))
     result = CliRunner().invoke(app, ["report", str(path)])
-    assert result.exit_code == 2 and "NaN is no JSON number" in result.stderr
+    assert result.exit_code == 2 and "NaN is not a JSON number" in result.stderr
 
 
 def test_a_run_does_not_go_on_with_other_weights(home: Path, done: Path, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_fates_and_words() -> None:
     view = StepView(trace_document()["steps"][0])
     assert [view.fate(number) for number in view.nodes] == ["root", "accepted", "rejected", "unreached", "probe"]
     drafted, choice = "drafted \u201c\u00b7<b>cat</b>\u201d (target 3 %)", "\u201c\u00b7sky\u201d (71 %)"
-    assert view.why(2) == f"{drafted}: rejected, the target said {choice}"
+    assert view.why(2) == f"{drafted}: rejected, the target chose {choice}"
     assert (view.drafted, view.kept) == (3, 1)
     assert view.bonus() == (1, view.nodes[1]["choice"])
     cut = StepView(trace_document()["steps"][1])
@@ -182,10 +182,10 @@ def test_the_terminal_shows_trees_with_and_without_colour() -> None:
     assert "\x1b" not in text and "\x1b[32m" in colour.getvalue()
     for line in (
         "\u2713 \u00b7sky  71 %",
-        "\u2717 \u00b7<b>cat</b>  3 %  the target said \u201c\u00b7sky\u201d (71 %)",
+        "\u2717 \u00b7<b>cat</b>  3 %  the target chose \u201c\u00b7sky\u201d (71 %)",
         "\u00b7sat  40 %  not reached",
         "? \u00b7probe  probe",
-        "+ \u00b7is  90 %  the target's own",
+        "+ \u00b7is  90 %  bonus token",
         "the text ended before it",
     ):
         assert line in text
@@ -215,7 +215,7 @@ def test_the_command_writes_what_it_shows(saved: Path, tmp_path: Path) -> None:
         (["--decoder", "albatross"], "drafter='albatross' is unknown"),
         (["--max-new-tokens", "0"], "max_new_tokens=0"),
         (["--html", "/nowhere/at/all.html"], "cannot write"),
-        (["--html", "-", "--json", "-"], "both ask for stdout"),
+        (["--html", "-", "--json", "-"], "both write to stdout"),
     ],
 )
 def test_wrong_input_is_refused_at_once(words: list[str], told: str) -> None:

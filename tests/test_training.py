@@ -37,7 +37,7 @@ from haast.training.diagnostics import overfit_self_test
 from haast.training.generation_queue import AnswerRun, Question
 from haast.training.losses import teacher_loss
 from haast.training.scaled_head import TrainedHead, make_head
-from haast.training.target_weights import Frozen
+from haast.training.target_weights import TargetWeights
 from haast.training.training_time_test import chain_passes
 from haast.tree import DraftTree
 
@@ -101,8 +101,8 @@ def examples(target: Target) -> list[Example]:
 
 
 @pytest.fixture(scope="module")
-def frozen(target: Target) -> Frozen:
-    return Frozen.of(target)
+def frozen(target: Target) -> TargetWeights:
+    return TargetWeights.of(target)
 
 
 def head_config(target: Target) -> FeatExtrapolatorConfig:
@@ -116,8 +116,8 @@ def small(**changes: Any) -> TrainConfig:
     return replace(base, **changes)
 
 
-def scaled(target: Target, frozen: Frozen, examples: list[Example], seed: int = 3) -> TrainedHead:
-    frozen = replace(frozen, embeddings=frozen.embeddings.double(), head=frozen.head.double())
+def scaled(target: Target, frozen: TargetWeights, examples: list[Example], seed: int = 3) -> TrainedHead:
+    frozen = replace(frozen, embeddings=frozen.embeddings.double(), lm_head=frozen.lm_head.double())
     config = TrainConfig(seed=seed, output_init=1.0)
     return make_head(config, head_config(target), frozen, examples, torch.arange(VOCAB))
 
@@ -144,11 +144,11 @@ def test_pack_follows_the_drawing_by_brute_force(examples: list[Example]) -> Non
             assert int(batch.positions[row]) == t
             if example.supervised[t + 1] and example.supervised[t + 2]:
                 assert int(batch.queries[query]) == row
-                assert torch.equal(batch.wanted[query], example.features[t + 1].float())
+                assert torch.equal(batch.target_features[query], example.features[t + 1].float())
                 assert torch.equal(batch.teacher_ids[query], example.topk_ids[t + 1].long())
                 query += 1
             row += 1
-    assert (row, query) == (len(batch.features), batch.views)
+    assert (row, query) == (len(batch.features), batch.supervised_count)
 
 
 def test_the_teacher_predicts_the_token_after_next(target: Target) -> None:
@@ -173,7 +173,9 @@ def test_every_example_comes_once_an_epoch() -> None:
 # The head
 
 
-def test_the_trained_head_is_the_feat_extrapolator(target: Target, frozen: Frozen, examples: list[Example]) -> None:
+def test_the_trained_head_is_the_feat_extrapolator(
+    target: Target, frozen: TargetWeights, examples: list[Example]
+) -> None:
     head = scaled(target, frozen, examples)
     norm = head.trained("layers.0.post_attention_layernorm.weight")
     with torch.no_grad():
@@ -198,7 +200,7 @@ def test_the_trained_head_is_the_feat_extrapolator(target: Target, frozen: Froze
         other.load_plain({})
 
 
-def test_what_is_trained_has_unit_size(target: Target, frozen: Frozen, examples: list[Example]) -> None:
+def test_what_is_trained_has_unit_size(target: Target, frozen: TargetWeights, examples: list[Example]) -> None:
     """Whatever a dimension's rms, its trained weights start alike; the plain ones differ as the dimensions do."""
     odd = [replace(e, features=e.features * torch.linspace(0.1, 3, HIDDEN).half()) for e in examples]
     head = scaled(target, frozen, odd)
@@ -207,7 +209,9 @@ def test_what_is_trained_has_unit_size(target: Target, frozen: Frozen, examples:
     assert float(rms[0].max() / rms[0].min()) < 2 and float(rms[1].max() / rms[1].min()) > 10
 
 
-def test_alignment_pass_reads_what_a_draft_reads(target: Target, frozen: Frozen, examples: list[Example]) -> None:
+def test_alignment_pass_reads_what_a_draft_reads(
+    target: Target, frozen: TargetWeights, examples: list[Example]
+) -> None:
     """Pass s at the end of one chain equals a plain head run over true pairs, then its own features."""
     head = scaled(target, frozen, examples)
     batch = pack(examples[:2])
@@ -333,7 +337,7 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     ],
 )
 def test_a_resumed_run_repeats_the_curve_bit_for_bit(
-    target: Target, frozen: Frozen, examples: list[Example], tmp_path: Path, changes: dict[str, Any]
+    target: Target, frozen: TargetWeights, examples: list[Example], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     def make(name: str) -> trainer.Trainer:
         parts = (small(**changes), head_config(target), frozen, examples[:9], examples[9:], tmp_path / name)
@@ -364,7 +368,7 @@ def test_a_resumed_run_repeats_the_curve_bit_for_bit(
 
 
 def test_ctrl_c_finishes_the_step_and_saves(
-    target: Target, frozen: Frozen, examples: list[Example], tmp_path: Path
+    target: Target, frozen: TargetWeights, examples: list[Example], tmp_path: Path
 ) -> None:
     run = trainer.Trainer(small(), head_config(target), frozen, examples, [], tmp_path, quiet=True)
     step, count = run._step, 0
@@ -383,7 +387,7 @@ def test_ctrl_c_finishes_the_step_and_saves(
 
 
 def test_resume_refuses_other_settings_and_unreadable_states(
-    target: Target, frozen: Frozen, examples: list[Example], tmp_path: Path
+    target: Target, frozen: TargetWeights, examples: list[Example], tmp_path: Path
 ) -> None:
     def make(config: TrainConfig) -> trainer.Trainer:
         return trainer.Trainer(config, head_config(target), frozen, examples, [], tmp_path, quiet=True)
@@ -398,7 +402,7 @@ def test_resume_refuses_other_settings_and_unreadable_states(
 
 
 def test_a_tau_of_one_raises_the_alarm_and_the_best_is_kept(
-    target: Target, frozen: Frozen, examples: list[Example], tmp_path: Path
+    target: Target, frozen: TargetWeights, examples: list[Example], tmp_path: Path
 ) -> None:
     taus = iter([1.6, 1.01, 1.2])
     kept: list[float] = []
@@ -418,7 +422,7 @@ def test_a_tau_of_one_raises_the_alarm_and_the_best_is_kept(
 
 
 def test_overfit_self_test_passes_and_fails_on_shuffled_labels(
-    target: Target, frozen: Frozen, examples: list[Example], tmp_path: Path
+    target: Target, frozen: TargetWeights, examples: list[Example], tmp_path: Path
 ) -> None:
     run = overfit_self_test
     assert run(head_config(target), frozen, examples[:4], tmp_path, draft_vocab=VOCAB, steps=120) > 0.9
@@ -455,7 +459,9 @@ def test_settings_are_checked() -> None:
     assert rates[0] < rates[5] == pytest.approx(2e-3) and rates[-1] == pytest.approx(4e-5)
 
 
-def test_sizes_that_differ_are_refused(target: Target, frozen: Frozen, examples: list[Example], tmp_path: Path) -> None:
+def test_sizes_that_differ_are_refused(
+    target: Target, frozen: TargetWeights, examples: list[Example], tmp_path: Path
+) -> None:
     with pytest.raises(HeadMismatchError, match="vocabulary 65"):
         trainer.Trainer(small(), replace(head_config(target), vocab_size=65), frozen, examples, [], tmp_path)
     unsupervised = [replace(e, supervised=torch.zeros_like(e.supervised)) for e in examples]
@@ -495,7 +501,7 @@ def test_what_came_before_an_interruption_is_in_a_shard(
 
 
 def test_shards_over_the_cap_are_refused_before_anything_is_written(target: Target, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the cap is 1e-06 GB"):
+    with pytest.raises(ValueError, match="the limit is 1e-06 GB"):
         features.extract(target, sequences(12), tmp_path, identity(target), max_gb=1e-6, quiet=True)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="are free"):
@@ -507,7 +513,7 @@ def test_shards_take_another_answer_of_the_same_id_and_count_what_is_there(targe
     assert features.extract(target, first[:1], tmp_path, identity(target), quiet=True) == 1
     assert features.extract(target, first, tmp_path, identity(target), quiet=True) == 1
     used = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) / 10**9
-    with pytest.raises(ValueError, match=r"beside .* that are there, the cap is"):
+    with pytest.raises(ValueError, match=r"in addition to .* of existing shards, the limit is"):
         features.extract(target, sequences(12), tmp_path, identity(target), max_gb=used * 1.01, quiet=True)
 
 
@@ -685,7 +691,7 @@ def test_a_file_of_something_else_is_left_alone(content: str, tmp_path: Path) ->
     path = tmp_path / "notes.txt"
     path.write_text(content)
     with pytest.raises(ValueError, match=r"line \d: "):
-        jsonl_log.mended(path, b'{"id": ')
+        jsonl_log.read_repaired(path, b'{"id": ')
     assert path.read_text() == content
 
 
@@ -700,9 +706,9 @@ def test_answers_end_at_the_context(target: Target, tokenizer: PreTrainedTokeniz
 
 
 def test_the_batch_follows_the_optimiser_and_the_head() -> None:
-    assert TrainConfig().settled(576).positions == TrainConfig().settled(4096).positions == 1536
-    assert TrainConfig(optimizer="muon").settled(576).positions == 3456
-    assert TrainConfig(optimizer="muon", batch_tokens=3072).settled(576).positions == 3072
+    assert TrainConfig().with_batch_tokens(576).positions == TrainConfig().with_batch_tokens(4096).positions == 1536
+    assert TrainConfig(optimizer="muon").with_batch_tokens(576).positions == 3456
+    assert TrainConfig(optimizer="muon", batch_tokens=3072).with_batch_tokens(576).positions == 3072
     with pytest.raises(ValueError, match="batch_tokens=None"):
         TrainConfig().positions  # noqa: B018
     with pytest.raises(ValueError, match="batch_tokens=0"):

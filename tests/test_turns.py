@@ -174,7 +174,7 @@ def test_questions_follow_one_another() -> None:
     taken = [question.id for question in iter(questions.take, None)]
     assert taken == ["p0", "p1", "p2#2", "p3", "p4"] and questions.take() is None
     records["p1"] = {"response": "one"}
-    questions.answered(Question(1, 0, prompts()[1]))
+    questions.mark_answered(Question(1, 0, prompts()[1]))
     following = questions.take()
     assert following is not None and following.turns == ["say 1 0", "one", "say 1 1"]
     with pytest.raises(ValueError, match="same id"):
@@ -256,7 +256,7 @@ def test_the_viewer_shows_what_is_left(home: Path) -> None:
     assert wrong.exit_code == 2 and "loops='maybe'" in wrong.stderr
     (home / "answers.jsonl").write_text((home / "answers.jsonl").read_text().splitlines()[2] + "\n")
     none = haast_run(*begin, "--out", home / "run", "--loops", "drop")
-    assert none.exit_code == 2 and "nothing is left" in none.stderr
+    assert none.exit_code == 2 and "there is nothing to train on" in none.stderr
 
 
 def test_given_text_is_trained_on_with_a_warning(home: Path) -> None:

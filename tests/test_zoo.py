@@ -15,7 +15,7 @@ from torch import Tensor
 
 import haast
 from haast.errors import UnsupportedArgumentError, UnsupportedModelError
-from haast.target.probe import Probed
+from haast.target.probe import ProbeResult
 from haast.target.target import Target
 from haast.tree import DraftTree
 
@@ -59,7 +59,7 @@ def test_good_ones_say_the_same_text(kind: str, decodes: bool) -> None:
 )
 def test_the_survey_sees_another_text(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing is probed, these do say something else."""
-    monkeypatch.setattr("haast.target.target.probe", lambda _forward: Probed(False, 1.0))
+    monkeypatch.setattr("haast.target.target.probe", lambda _forward: ProbeResult(False, 1.0))
     row = zoo.outcome(kind)
     assert row["outcome"] == "other text", row
 
@@ -94,7 +94,7 @@ def test_the_pages_say_what_is_recorded() -> None:
     for page in ("README.md", "docs/limits.md"):
         text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
         assert f"{number.total()} types" in text, page
-        assert f"{number['same text']} say the same text, {number['refused']} are refused" in text, page
+        assert f"{number['same text']} give the same text, {number['refused']} are refused" in text, page
         assert f"{number['not built']} could not be built" in text, page
 
 

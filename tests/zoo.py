@@ -99,10 +99,10 @@ NOT_BUILT = {
 }
 
 _REASONS = {
-    "is not causal": "not causal: what it says at a token changes with the tokens behind it",
+    "is not causal": "not causal: its logits at a token depend on later tokens",
     "can't take a tree": "its forward fails when it is given a 4-D mask, positions and Haast's cache",
     "can't be drafted for": "with Haast's masks, positions and cache its logits are not those of its own forward",
-    "can't verify a tree": "a node of a tree does not answer as its path alone",
+    "can't verify a tree": "the logits of a tree node are not those of its path alone",
 }
 
 _LATENT = {"num_key_value_heads": 4}
@@ -298,21 +298,21 @@ def page(held: Mapping[str, Any]) -> str:
     lines = [
         "# Models",
         "",
-        f"transformers {held['versions']['transformers']} has {number.total()} types of causal LM. Each was built tiny "
-        f"with random weights in float32, and stock greedy `generate` was compared with Haast's, token by token and by "
-        f"the logits, with suffix drafts, lookahead, and random trees in which some nodes are right: "
-        f"**{number['same text']} say the same text, {number['refused']} are refused by name, {number['not built']} "
+        f"transformers {held['versions']['transformers']} has {number.total()} types of causal LM. A tiny model of "
+        f"each was built with random weights in float32. Haast's greedy text and logits were compared with stock "
+        f"`generate`'s, token by token, with suffix drafts, lookahead, and random trees in which some nodes are right: "
+        f"**{number['same text']} give the same text, {number['refused']} are refused by name, {number['not built']} "
         f"could not be built**, and none says another text. Of {len(decoders)} that are also built with "
-        f"`is_decoder=True`, {Counter(row['outcome'] for row in decoders)['same text']} say the same text.",
+        f"`is_decoder=True`, {Counter(row['outcome'] for row in decoders)['same text']} give the same text.",
         "",
         "```bash",
         "python tests/zoo.py --json results/zoo.json --page docs/models.md",
         "```",
         "",
         f"`results/zoo.json`: `{held['command']}`; torch {held['versions']['torch']}, transformers "
-        f"{held['versions']['transformers']}; commit {held['commit']}. A refusal says why and what to do instead. It "
-        f"comes when a model is taken up, from its class and configuration or from a few tokens through it "
-        f"([How it works](design.md)).",
+        f"{held['versions']['transformers']}; commit {held['commit']}. The error of a "
+        f"refused model names the reason and the remedy. It is raised when the model is loaded, from its class and "
+        f"configuration or from a probe with a few tokens ([How it works](design.md#checks-when-a-model-is-loaded)).",
         "",
         "## The same text",
         "",
@@ -320,13 +320,13 @@ def page(held: Mapping[str, Any]) -> str:
         "",
         "## Refused",
         "",
-        "| why | classes |",
+        "| reason | classes |",
         "|---|---|",
         *(f"| {reason} | {', '.join(classes)} |" for reason, classes in refused.items()),
         "",
         "## Not built",
         "",
-        "| class | type | why |",
+        "| class | type | reason |",
         "|---|---|---|",
         *(f"| {row['class']} | {_type(row)} | {row['why']} |" for row in rows if row["outcome"] == "not built"),
     ]
@@ -354,6 +354,7 @@ def main(words: Sequence[str]) -> int:
     torch.set_num_threads(1)
     rows = survey()
     held = {
+        "kind": "zoo",
         "command": shlex.join(["python", "tests/zoo.py", *words]),
         "commit": commit(),
         "versions": {

@@ -1,15 +1,15 @@
-"""Heads written for speculators, and heads that speculators wrote: its own classes and Haast's give the same logits.
+"""Compares logits of Haast and of speculators for heads that either of them wrote.
 
     python -m venv .venv-speculators
     .venv-speculators/bin/pip install -r benchmarks/interop/requirements-speculators.txt
     python benchmarks/interop/speculators_logits.py --python .venv-speculators/bin/python \
         --json results/interop-speculators.json
 
-There: random heads of every form that the layout holds (and `--head`, a trained one for `--model`) are written as
-`haast export --to speculators` does and loaded by `SpeculatorModel.from_pretrained`. Back: speculators makes random
-EAGLE-3 heads of Llama and of Qwen3 layers and P-EAGLE heads, saves them itself, and Haast reads them. All run over the
-same random features and tokens, three depths each, as they do in training. Ends with 1 where logits differ by more
-than `--tolerance`, or a head does not load.
+Export: Haast writes random heads of every variant of the layout (and `--head`, a trained head for `--model`) as `haast
+export --to speculators` does, and `SpeculatorModel.from_pretrained` loads them. Import: speculators creates and saves
+random EAGLE-3 heads with Llama and Qwen3 layers and P-EAGLE heads, and Haast reads them. All heads run on the same
+random features and tokens, to a depth of three, as in training. The exit status is 1 if logits differ by more than
+`--tolerance`, or a head does not load.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SIZES: dict[str, Any] = {
     "head_dim": 8,
     "max_position_embeddings": 256,
 }
-THERE: dict[str, dict[str, Any]] = {
+EXPORTED: dict[str, dict[str, Any]] = {
     "plain": {},
     "draft vocabulary": {"draft_vocab_size": len(DRAFTED)},
     "other layers": {"layer_ids": (1, 4, 7)},
@@ -58,7 +58,7 @@ THERE: dict[str, dict[str, Any]] = {
     "all biases": {"qkv_bias": True, "o_bias": True},
     "biases of q, k and v": {"qkv_bias": True},
 }
-BACK: dict[str, tuple[str, dict[str, Any]]] = {
+IMPORTED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"draft_vocab_size": 12}),
     "llama, whole vocabulary": ("llama", {"draft_vocab_size": 64, "norm_before_residual": True}),
     "llama, EAGLE-3.1": ("llama", {"draft_vocab_size": 12, "fc_norm": True, "norm_output": True}),
@@ -72,23 +72,23 @@ BACK: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass
 class Case:
-    """A head that both sides run: where it lies, what it reads, and who wrote it."""
+    """A head that both programs run: the paths of its files, its inputs and its logits."""
 
     name: str
     target: Target
     folder: Path
     inputs: Path
     logits: Path
-    form: dict[str, Any] | None = None  # of a head that speculators makes
+    form: dict[str, Any] | None = None  # the settings of a head that speculators creates
 
     def request(self) -> dict[str, Any]:
-        """What the other side has to know."""
-        places = {"folder": str(self.folder), "inputs": str(self.inputs), "logits": str(self.logits)}
-        return places | ({} if self.form is None else {"form": self.form})
+        """The part of the request that describes this head."""
+        paths = {"folder": str(self.folder), "inputs": str(self.inputs), "logits": str(self.logits)}
+        return paths | ({} if self.form is None else {"form": self.form})
 
 
 def logits_of(head: Head, target: Target, inputs: dict[str, Tensor]) -> Tensor:
-    """(depths, places, draft vocabulary): chains after every place, each depth on what the one before gave."""
+    """Logits (depths, places, draft vocabulary) of a chain from every place; a depth reads the output of the last."""
     module = head.module
     assert isinstance(module, Eagle3Head), "an EAGLE-3 head"
     features, ids = inputs["features"][:, :PLACES], inputs["ids"]
@@ -97,14 +97,14 @@ def logits_of(head: Head, target: Target, inputs: dict[str, Tensor]) -> Tensor:
     for depth in range(DEPTHS):
         token = ids[:, depth : depth + PLACES]
         embedded.append(embed(torch.full_like(token, masked[0]) if masked and depth else token))
-        output = module(torch.cat(embedded, 1), states, *places_and_mask(depth + 1))[:, -PLACES:]
+        output = module(torch.cat(embedded, 1), states, *positions_and_mask(depth + 1))[:, -PLACES:]
         found.append((module.normed(output) @ module.lm_head.weight.T)[0])
         states = torch.cat([states, masked[1].expand(1, PLACES, -1) if masked else output], 1)
     return torch.stack(found)
 
 
-def places_and_mask(depths: int) -> tuple[Tensor, Tensor]:
-    """Positions of the pairs of so many depths; each sees the text up to its place, and its own chain."""
+def positions_and_mask(depths: int) -> tuple[Tensor, Tensor]:
+    """Positions and attention mask of `depths` depths; a pair attends to the text up to its place and to its chain."""
     place, depth = torch.arange(PLACES).repeat(depths), torch.arange(depths).repeat_interleave(PLACES)
     text = (depth[None] == 0) & (place[None] <= place[:, None])
     chain = (place[None] == place[:, None]) & (depth[None] <= depth[:, None])
@@ -113,7 +113,7 @@ def places_and_mask(depths: int) -> tuple[Tensor, Tensor]:
 
 
 def random_inputs(target: Target, layers: int, path: Path) -> Path:
-    """Features and tokens for both sides."""
+    """Write features and tokens for both programs."""
     generator = torch.Generator().manual_seed(5)
     length = PLACES + DEPTHS - 1
     features = torch.randn(1, length, layers * target.hidden_size, generator=generator)
@@ -123,34 +123,34 @@ def random_inputs(target: Target, layers: int, path: Path) -> Path:
 
 
 def random_head(target: Target, form: dict[str, Any]) -> Head:
-    """A head of Haast's, of such a form."""
+    """A random head of Haast with these settings."""
     config = Eagle3Config.for_target(target.config, **{"layer_ids": default_layers(target.config), **form})
     module: Any = build_module(config, None)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in module.named_parameters():
-        drawn = torch.randn(parameter.shape, generator=generator) * 0.3
-        parameter.data = drawn + 1 if "norm" in name else drawn
+        values = torch.randn(parameter.shape, generator=generator) * 0.3
+        parameter.data = values + 1 if "norm" in name else values
     vocab = torch.tensor(DRAFTED) if config.draft_vocab_size else None
     return Head(module.eval().requires_grad_(False), vocab, {})
 
 
-def cases(given: argparse.Namespace, folder: Path) -> tuple[list[Case], Path]:
-    """All heads, those of Haast's written; and the folder of the tiny target."""
+def cases(arguments: argparse.Namespace, folder: Path) -> tuple[list[Case], Path]:
+    """All heads, with Haast's own already exported, and the folder of the tiny target."""
     tiny = folder / "target"
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tiny)
     target = Target(LlamaForCausalLM.from_pretrained(tiny))
     inputs = random_inputs(target, 3, folder / "inputs.safetensors")
     found: list[Case] = []
-    for name, form in THERE.items():
+    for name, form in EXPORTED.items():
         place = folder / f"there-{len(found)}"
         export_head(
             random_head(target, form), "speculators", str(tiny), target.model.config, place, embedding_of(target)
         )
         found.append(Case(f"to speculators: {name}", target, place, inputs, place.with_suffix(".logits")))
-    if given.head is not None:
-        found.append(trained(given, folder))
-    for number, (name, (layers, options)) in enumerate(BACK.items()):
+    if arguments.head is not None:
+        found.append(trained(arguments, folder))
+    for number, (name, (layers, options)) in enumerate(IMPORTED.items()):
         sizes = {**SIZES, "num_hidden_layers": options.get("num_hidden_layers", 1)}
         options = {key: value for key, value in options.items() if key != "num_hidden_layers"}
         options["eagle_aux_hidden_state_layer_ids"] = [2, 4, 5]
@@ -160,67 +160,77 @@ def cases(given: argparse.Namespace, folder: Path) -> tuple[list[Case], Path]:
     return found, tiny
 
 
-def trained(given: argparse.Namespace, folder: Path) -> Case:
-    """The user's head, written for its target's folder, whose embedding speculators reads."""
-    target, place = load_target(given.model, packing="off"), find_head(given.head, given.model)
-    assert place is not None, "a head was named"
+def trained(arguments: argparse.Namespace, folder: Path) -> Case:
+    """Export the head of --head; speculators reads the embedding from its target's folder."""
+    target, place = load_target(arguments.model, packing="off"), find_head(arguments.head, arguments.model)
+    assert place is not None, "--head names one"
     head = open_head(place)
     if isinstance(head, OpenedHead):
         head, _ = head.fitted(target)
     if not isinstance(head.module, Eagle3Head):
-        raise ValueError(f"{given.head} is no EAGLE-3 head: speculators 0.9 holds no other")
+        raise ValueError(f"{arguments.head} is not an EAGLE-3 head: speculators 0.9 supports no other")
     out = folder / "trained"
     export_head(
-        head, "speculators", str(config_on_disk(given.model)), read_config(given.model), out, embedding_of(target)
+        head,
+        "speculators",
+        str(config_on_disk(arguments.model)),
+        read_config(arguments.model),
+        out,
+        embedding_of(target),
     )
     inputs = random_inputs(target, len(head.module.config.layer_ids), folder / "trained-inputs.safetensors")
     return Case("to speculators: the trained head", target, out, inputs, folder / "trained.logits")
 
 
 def compared(case: Case) -> dict[str, Any]:
-    """Largest difference of two logits, and their size."""
+    """The largest difference of the logits, in total and by depth, and their standard deviation."""
     opened = open_head(case.folder)
-    assert isinstance(opened, OpenedHead), "it lies there in speculators' layout"
+    assert isinstance(opened, OpenedHead), "it has speculators' layout"
     head, _ = opened.fitted(case.target, probe=False)
     with torch.no_grad():
         ours = logits_of(head, case.target, load_file(case.inputs))
     theirs = load_file(case.logits)["logits"]
     if ours.shape != theirs.shape:
-        return {"head": case.name, "error": f"logits are {tuple(ours.shape)} here and {tuple(theirs.shape)} there"}
+        return {
+            "head": case.name,
+            "error": f"logits have shape {tuple(ours.shape)} in Haast and {tuple(theirs.shape)} in speculators",
+        }
     by_depth = (ours - theirs).abs().amax(dim=(1, 2)).tolist()
     return {"head": case.name, "max_difference": max(by_depth), "by_depth": by_depth, "std": float(theirs.std())}
 
 
-def check(given: argparse.Namespace) -> dict[str, Any]:
-    """Every head on both sides. Raises OtherSideError, ValueError."""
+def check(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run every head in both programs. Raises OtherSideError, ValueError."""
     with tempfile.TemporaryDirectory() as temporary:
-        every, tiny = cases(given, Path(temporary))
+        every, tiny = cases(arguments, Path(temporary))
         heads = {case.name: case.request() for case in every}
         request = {"target": str(tiny), "depths": DEPTHS, "heads": heads}
-        told = ask(given.python, "speculators_side.py", request, given.timeout)
+        answer = ask(arguments.python, "speculators_side.py", request, arguments.timeout)
         rows = [
-            {"head": case.name, "error": told["failed"][case.name]} if case.name in told["failed"] else compared(case)
+            {"head": case.name, "error": answer["failed"][case.name]}
+            if case.name in answer["failed"]
+            else compared(case)
             for case in every
         ]
-    where = environment(told["versions"], {"places": PLACES, "depths": DEPTHS, "tolerance": given.tolerance})
+    where = environment(answer["versions"], {"places": PLACES, "depths": DEPTHS, "tolerance": arguments.tolerance})
     return {"kind": "interop-speculators", "heads": rows, "environment": where}
 
 
 def main() -> None:
-    """Run both sides, compare, write."""
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--python", type=Path, required=True, help="the interpreter of speculators' environment")
-    words.add_argument("--head", help="a trained EAGLE-3 head as well")
-    words.add_argument("--model", default=DEFAULT_MODEL, help="whom it is for")
-    words.add_argument("--tolerance", type=float, default=1e-4)
-    words.add_argument("--timeout", type=float, default=600.0, help="seconds for speculators")
-    words.add_argument("--json", required=True)
-    given = words.parse_args()
-    rows = checked(check, given)["heads"]
+    """Run both programs, compare and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", type=Path, required=True, help="the interpreter of speculators' environment")
+    parser.add_argument("--head", help="also compare a trained EAGLE-3 head")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="target of --head")
+    parser.add_argument("--tolerance", type=float, default=1e-4)
+    parser.add_argument("--timeout", type=float, default=600.0, help="time limit of speculators, in seconds")
+    parser.add_argument("--json", required=True)
+    arguments = parser.parse_args()
+    rows = checked(check, arguments)["heads"]
     for row in rows:
         print(f"{row['head']:44s} {row.get('error') or format(row['max_difference'], '.1e')}")
-    if any(row.get("max_difference", float("inf")) > given.tolerance for row in rows):
-        raise SystemExit("NOT the same: see above")
+    if any(row.get("max_difference", float("inf")) > arguments.tolerance for row in rows):
+        raise SystemExit("FAILED, logits differ: see above")
 
 
 if __name__ == "__main__":

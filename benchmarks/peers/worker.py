@@ -1,7 +1,7 @@
-"""One peer in one process, driven by lines of JSON: {"ids": [...], "new": 128} in, what it said and when out.
+"""Worker process of one peer: reads {"ids": [...], "new": 128} as lines of JSON, writes tokens and times.
 
-Owns how each peer is loaded and asked. Everything is greedy, batch 1, two threads by default; the clock starts with the
-call, and `first` is when the first new token was there. Started by run.py.
+Owns how each peer is loaded and called. Everything is greedy, batch 1, two threads by default. The timer starts with
+the call, and `ms_first` is the time to the first new token. Started by run.py.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Answers a prompt: yields new tokens as they come. A peer that cannot stream first answers with one token, yields the
-# seconds that this took, and then answers again as a whole: its first token counts with the former time, once.
+# Answers a prompt and yields new tokens as they come. A peer without streaming first generates one token, yields the
+# seconds that it took, and then generates the whole answer again; that time is its time to the first token.
 Answer = Callable[[list[int], int], Iterator[list[int] | float]]
 
 
@@ -33,7 +33,7 @@ def haast(kind: str, weights: Path, threads: int) -> Answer:
     ends = model.eos_ids()
 
     def answer(ids: list[int], new: int) -> Iterator[list[int] | float]:
-        model.target.pool.clear()  # the whole prompt is computed, as the peers do
+        model.target.pool.clear()  # compute the whole prompt, as the peers do
         for emission in Engine(model.target, model.drafter).run([ids], SamplingParams(), StopParams(new, ends)):
             yield list(emission.tokens)
 
@@ -165,9 +165,9 @@ def economize(kind: str, weights: Path, threads: int) -> Answer:
 
     def answer(ids: list[int], new: int) -> Iterator[list[int] | float]:
         inputs = torch.tensor([ids])
-        begun = time.perf_counter()
+        begin = time.perf_counter()
         model.generate(inputs, max_new_tokens=1, do_sample=False)
-        yield time.perf_counter() - begun
+        yield time.perf_counter() - begin
         output: Any = model.generate(inputs, max_new_tokens=new, do_sample=False)
         yield list(output[0, len(ids) :].tolist())
 
@@ -180,15 +180,15 @@ def vllm(kind: str, weights: Path, threads: int) -> Answer:
     model = LLM(str(weights / "hf"), dtype="float32", max_model_len=2048)
 
     def ask(ids: list[int], new: int) -> list[int]:
-        found = model.generate(
+        outputs = model.generate(
             {"prompt_token_ids": ids}, SamplingParams(temperature=0.0, max_tokens=new), use_tqdm=False
         )
-        return list(found[0].outputs[0].token_ids)
+        return list(outputs[0].outputs[0].token_ids)
 
     def answer(ids: list[int], new: int) -> Iterator[list[int] | float]:
-        begun = time.perf_counter()
+        begin = time.perf_counter()
         ask(ids, 1)
-        yield time.perf_counter() - begun
+        yield time.perf_counter() - begin
         yield ask(ids, new)
 
     return answer
@@ -217,24 +217,24 @@ PEERS: dict[str, Callable[[str, Path, int], Answer]] = {
 
 
 def main() -> None:
-    """Load the peer, then answer line by line."""
-    words = argparse.ArgumentParser(description=__doc__)
-    words.add_argument("peer", choices=sorted(PEERS))
-    words.add_argument("--weights", type=Path, required=True)
-    words.add_argument("--threads", type=int, default=2)
-    given = words.parse_args()
-    said = sys.stdout
-    sys.stdout = sys.stderr  # a peer's own chatter must not mix with the protocol
-    begun = time.perf_counter()
+    """Load the peer, then answer requests line by line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("peer", choices=sorted(PEERS))
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    protocol = sys.stdout
+    sys.stdout = sys.stderr  # the output of a peer must not mix with the protocol
+    begin = time.perf_counter()
     try:
-        answer = PEERS[given.peer](given.peer, given.weights, given.threads)
-    except Exception as error:  # whatever a peer raises, it is absent and the others go on
-        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=said, flush=True)
+        answer = PEERS[arguments.peer](arguments.peer, arguments.weights, arguments.threads)
+    except Exception as error:  # any error makes the peer absent; the others go on
+        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=protocol, flush=True)
         return
-    print(json.dumps({"loaded_s": time.perf_counter() - begun}), file=said, flush=True)
+    print(json.dumps({"loaded_s": time.perf_counter() - begin}), file=protocol, flush=True)
     for line in sys.stdin:
-        asked = json.loads(line)
-        print(json.dumps(_timed(answer, asked["ids"], asked["new"])), file=said, flush=True)
+        request = json.loads(line)
+        print(json.dumps(_timed(answer, request["ids"], request["new"])), file=protocol, flush=True)
 
 
 def _timed(answer: Answer, ids: list[int], new: int) -> dict[str, Any]:

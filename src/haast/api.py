@@ -1,4 +1,4 @@
-"""The front door, `Haast`: prompts as text, chat messages or token ids in, text and statistics out."""
+"""The main class, `Haast`: generates text from strings, chat messages or token ids, with statistics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,18 @@ from haast.drafters.tree_shape import DraftShape
 from haast.engine.engine import PREFILL_CHUNK, Engine, check_prompts
 from haast.engine.scheduler import Scheduler, check_limits
 from haast.errors import CancelledError, PromptError, QueueFullError
-from haast.generation import Answer, Generation, Ids, Message, Piece, Prompt, Prompts, Settings, collected, split
+from haast.generation import (
+    Generation,
+    Ids,
+    Message,
+    Piece,
+    Prompt,
+    Prompts,
+    Settings,
+    TextRequest,
+    collect,
+    split_prompts,
+)
 from haast.integrations.arguments import check_model
 from haast.integrations.decoder import Decoder
 from haast.stats import Stats
@@ -31,22 +42,22 @@ from haast.target.target import Target
 from haast.text import StopWatch, TextStream, checked_stops
 
 __all__ = ["Generation", "Haast", "Piece", "Prompt", "find_head"]
-MAX_BATCH = 256  # requests that run at once
+MAX_BATCH = 256  # requests that are decoded at once
 
 
 class Haast:
-    """A target and a drafter, ready to answer: any number of threads and tasks, all requests together.
+    """A loaded target with its drafter. Any number of threads and tasks may call it; it batches their requests.
 
-    Build with `from_pretrained`; the constructor takes parts that are already loaded.
+    Create it with `from_pretrained`; the constructor takes parts that are already loaded.
 
     Attributes:
-        target, drafter: the model that answers, and what drafts for it.
-        engine: where its requests go.
+        target, drafter: the model that generates, and the drafter for it.
+        engine: decodes the requests.
     """
 
     def __init__(self, target: Target, drafter: Drafter) -> None:
         self.target, self.drafter, self.engine = target, drafter, Engine(target, drafter)
-        self._tokenizing = threading.Lock()  # fast tokenizers keep settings of a call in themselves
+        self._tokenizing = threading.Lock()  # a call of a fast tokenizer changes its state
 
     @classmethod
     def from_pretrained(
@@ -79,63 +90,65 @@ class Haast:
         Args:
             model: a name as in `haast.target.load.load_target`, or a loaded transformers causal LM (left as it is: not
                 packed, not moved, only its attention implementation is set).
-            head: a head's folder; "default" is the one shipped for the default model; None drafts without one.
-            drafter: "auto" is the best there is: with an EAGLE head "eagle+suffix", else "suffix", which drafts what
-                the text has said before. Also "eagle", "medusa", "lookup", "lookahead", "small-model" and "none", which
-                decodes without drafting; see `haast.drafters.factory`. Whatever does not pay here is not drafted.
+            head: a head's folder; "default" is the one shipped for the default model; None for no head.
+            drafter: "auto" is "eagle+suffix" with an EAGLE head, else "suffix", which drafts repetitions of earlier
+                text. Also "eagle", "medusa", "lookup", "lookahead", "small-model" and "none", which decodes without
+                drafts; see `haast.drafters.factory`. Drafts that would cost more time than they save are skipped.
             small: for "small-model", a smaller model of the same tokenizer, by name (loaded as `model` is) or loaded.
-            tokenizer: for a loaded model; a named model brings its own.
-            shape: of a head's trees, which are then drafted as they are: chain, static or dynamic, and its size. None
-                is what pays here.
-            calibration: without a shape: "auto" goes by what `haast calibrate` found, else by costs that are measured
-                at first use (a few seconds) and kept; "off" measures nothing and drafts a small tree on a CPU, 60 nodes
-                elsewhere; else the file of a calibration.
-            draft_window: positions that an EAGLE head looks back; its memory and time then do not grow with the text.
-                None is all of the text.
-            dtype, device, packing: see `load_target`; they apply to named models.
-            device_map, max_memory, offload_folder, tensor_parallel: see `haast.target.device_map.Spread`; of named
-                models. A loaded model may have been spread by transformers itself (docs/devices.md).
-            compile: "on" compiles the decoder layers of target and head, "auto" does on CUDA, "off" does not; nothing
-                stays on a loaded model.
-            kv_tokens, kv_bytes: memory for the keys and values of all requests together, as one or the other; a
-                quarter of what is free if neither is given. Requests wait for room.
+            tokenizer: for a loaded model; a model given by name has its own.
+            shape: fixed shape of a head's draft trees: chain, static or dynamic, and its size. None chooses the
+                fastest.
+            calibration: how to choose the shape if none is given. "auto" uses the result of `haast calibrate`, else
+                costs that are measured at first use (a few seconds) and cached; "off" measures nothing and drafts a
+                small tree on a CPU, 60 nodes elsewhere; otherwise the path of a calibration file.
+            draft_window: number of positions that an EAGLE head attends to, which bounds its memory and time. None is
+                the whole text.
+            dtype, device, packing: see `load_target`; only for models given by name.
+            device_map, max_memory, offload_folder, tensor_parallel: see `haast.target.device_map.Spread`; only for
+                models given by name. Transformers may have spread a loaded model already (docs/devices.md).
+            compile: "on" compiles the decoder layers of target and head, "auto" does so on CUDA, "off" does not. A
+                loaded model itself stays uncompiled.
+            kv_tokens, kv_bytes: size of the KV pool for all requests together, in tokens or bytes; by default a
+                quarter of the free memory. Requests wait for free blocks.
             kv_dtype: "auto", "float16" or "bfloat16", see `haast.target.kv_budget.KVBudget`.
-            max_batch: requests that run at once; others wait.
-            max_waiting: requests that may wait beside `max_batch`, further ones are refused; None is any number.
+            max_batch: requests that are decoded at once; others wait.
+            max_waiting: requests that may wait in addition to `max_batch`; more are refused. None is no limit.
 
         Raises:
-            ValueError: a setting, model or head is not usable; the message says what to do.
+            ValueError: a setting, model or head is not usable; the message has the remedy.
         """
         KVBudget(kv_tokens, kv_bytes, kv_dtype=kv_dtype)
         check_limits(max_batch, max_waiting)
-        wanted = drafter if isinstance(drafter, str) else "none"
-        # A wrong name and a broken head are told before the model loads.
-        name, folder = plan_drafter(wanted, head, model if isinstance(model, str) else None, small is not None)
+        # Check the drafter's name and the head's files before the model loads.
+        requested = drafter if isinstance(drafter, str) else "none"
+        name, folder = plan_drafter(requested, head, model if isinstance(model, str) else None, small is not None)
         spread = Spread(device_map, max_memory, offload_folder, tensor_parallel)
         if isinstance(model, str):
             target = load_target(model, dtype=dtype, device=device, packing=packing, compile=compile, spread=spread)
         elif spread:
-            raise ValueError("device_map and tensor_parallel are for models that are named: load yours spread")
+            raise ValueError(
+                "device_map and tensor_parallel are for models given by name: spread a loaded model with transformers"
+            )
         else:
-            target = _target_of(own_model(model), tokenizer, compile)
+            target = _wrap_model(own_model(model), tokenizer, compile)
         target.use_pool(kv_tokens, size=kv_bytes, kv_dtype=kv_dtype)
         target.scheduler = Scheduler(target, max_batch, max_waiting)
         if isinstance(drafter, Drafter):
             return cls(target, drafter)
         if isinstance(small, str):
-            drafts: Target | None = load_target(small, dtype=dtype, device=device, packing=packing)
+            draft_model: Target | None = load_target(small, dtype=dtype, device=device, packing=packing)
         else:
-            drafts = None if small is None else Target(own_model(small), tokenizer)
-        made = make_drafter(
+            draft_model = None if small is None else Target(own_model(small), tokenizer)
+        loaded_drafter = make_drafter(
             name,
             target,
             open_head(folder, None),
             shape=shape,
             window=draft_window,
-            small=drafts,
+            small=draft_model,
             calibration=calibration,
         )
-        return cls(target, made)
+        return cls(target, loaded_drafter)
 
     @overload
     def generate(
@@ -157,72 +170,71 @@ class Haast:
     def generate(self, prompt: Ids, *, n: int | None = None, **settings: Unpack[Settings]) -> Any: ...
 
     def generate(self, prompt: Prompt | Prompts, *, n: int | None = None, **settings: Unpack[Settings]) -> Any:
-        """Answer one prompt, or several together; each text is what vanilla decoding with the same settings gives.
+        """Generate text for one or several prompts; the output is that of vanilla decoding with the same settings.
 
         Args:
-            prompt: text, chat messages (`{"role": ..., "content": ...}`), or token ids as a list, tensor or array;
-                or a list of these. Tensors and arrays with two dimensions are a prompt a row, without padding.
-            n: how many texts for each prompt: those of one seed, numbered. They share the prompt's computation; the
-                first one is what the prompt gives without `n`.
+            prompt: a string, chat messages (`{"role": ..., "content": ...}`), or token ids as a list, tensor or array;
+                or a list of these. A tensor or array of two dimensions has one prompt per row, without padding.
+            n: number of texts per prompt, with random streams derived from the seed. They share the prefill; the
+                first is the text that the prompt gives without `n`.
             **settings: see `Settings`.
 
         Returns:
-            a `Generation`, with `n` a list of n; for a list of prompts a list of what each one gives.
+            A `Generation`, or a list of n with `n`. For a list of prompts, a list with the result of each.
 
         Raises:
             ValueError: wrong settings. PromptError: a prompt that can't be answered. KVPoolError: prompt and new
                 tokens could never fit the KV pool. QueueFullError: more texts than may run and wait.
-            Exception: whatever a processor raised; the call's other texts end then, those of other calls do not.
+            Exception: raised by a processor; this cancels the other texts of the call, but not other calls.
         """
         if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
             raise ValueError(f"n={n!r} is not allowed: give 1 text or more for each prompt")
-        prompts, single = split(prompt)
-        answers = self._prepare(prompts, n or 1, None, **settings)
+        prompts, single = split_prompts(prompt)
+        texts = self._prepare(prompts, n or 1, None, **settings)
         most = self.engine.scheduler.max_requests
-        if most is not None and len(answers) > most:
+        if most is not None and len(texts) > most:
             raise QueueFullError(
-                f"{len(answers)} texts at once are more than may run and wait here, {most}: ask for fewer, or allow "
-                f"more (max_batch, max_waiting)"
+                f"{len(texts)} texts in one call, but only {most} may run and wait: ask for fewer, or raise max_batch "
+                f"or max_waiting"
             )
         try:
-            for answer in answers:
-                self.engine.start(answer.request)
-            said = [collected(self._listen(answer), answer.request.stats) for answer in answers]
+            for text in texts:
+                self.engine.start(text.request)
+            results = [collect(self._pieces(text), text.request.stats) for text in texts]
         finally:
-            for answer in answers:
-                if not answer.request.finished:
-                    self.engine.cancel(answer.request)
+            for text in texts:
+                if not text.request.finished:
+                    self.engine.cancel(text.request)
         if n is None:
-            return said[0] if single else said
-        grouped = [said[begin : begin + n] for begin in range(0, len(said), n)]
+            return results[0] if single else results
+        grouped = [results[start : start + n] for start in range(0, len(results), n)]
         return grouped[0] if single else grouped
 
     def stream(
         self, prompt: Prompt, *, stats: Stats | None = None, **settings: Unpack[Settings]
     ) -> Generator[Piece, None, None]:
-        """As `generate` for one prompt, piece by piece as text is accepted.
+        """Like `generate` for one prompt, but yields the text in pieces as tokens are accepted.
 
-        The request begins with the first piece that is asked for, and ends where the iterator is closed or dropped:
-        what came is what was said.
+        The request starts when the first piece is requested, and is cancelled when the iterator is closed or dropped.
 
         Args:
             prompt: see `generate`.
-            stats: filled as the text grows.
+            stats: updated while the text is generated.
             **settings: see `Settings`.
 
         Raises:
-            CancelledError: the text ran into its `timeout`; all pieces have come. Else see `generate`.
+            CancelledError: the `timeout` has passed; all pieces up to then were yielded. Otherwise see `generate`.
         """
-        return self._listen(self._prepare([_single(prompt)], 1, stats, **settings)[0], start=True)
+        return self._pieces(self._prepare([_single(prompt)], 1, stats, **settings)[0], start=True)
 
     def astream(
         self, prompt: Prompt, *, stats: Stats | None = None, **settings: Unpack[Settings]
     ) -> AsyncGenerator[Piece, None]:
-        """As `stream`, for asynchronous code: the event loop goes on while the model works."""
-        return self._astream(self._prepare([_single(prompt)], 1, stats, **settings)[0])
+        """Like `stream`, for asyncio: does not block the event loop while the model runs."""
+        return self._apieces(self._prepare([_single(prompt)], 1, stats, **settings)[0])
 
     def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
-        """Token ids of one prompt. Raises PromptError: text without a tokenizer, an empty prompt, or several."""
+        """Token ids of one prompt. Raises PromptError for text without a tokenizer, an empty prompt, or several."""
         return self._encode(_single(prompt), chat)
 
     def _encode(self, prompt: str | list[int] | list[Message], chat: bool) -> list[int]:
@@ -241,18 +253,18 @@ class Haast:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The target's tokenizer. Raises PromptError where there is none."""
+        """The target's tokenizer. Raises PromptError if it has none."""
         if self.target.tokenizer is None:
-            raise PromptError("this target was given without a tokenizer: pass token ids, or give the tokenizer")
+            raise PromptError("this target was loaded without a tokenizer: pass token ids, or give a tokenizer")
         return self.target.tokenizer
 
     @property
     def custom_generate(self) -> Decoder:
-        """For transformers' own `generate` on `target.model`; see `haast.integrations`."""
+        """A `custom_generate` for transformers' `generate` on `target.model`; see `haast.integrations`."""
         return Decoder.of(self.target, self.drafter)
 
     def eos_ids(self) -> tuple[int, ...]:
-        """The token ids with which the model ends a text."""
+        """The model's end-of-text token ids."""
         return self.target.end_ids
 
     def _prepare(
@@ -268,29 +280,29 @@ class Haast:
         chat: bool = True,
         timeout: float | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
-        **chosen: Any,
-    ) -> list[Answer]:
-        """`n` requests for each prompt, checked and not queued yet. `chosen` are `SamplingParams` one by one."""
-        if sampling is not None and chosen:
-            raise ValueError(f"sampling was given beside {', '.join(sorted(chosen))}: put them into SamplingParams")
-        for name in chosen.keys() - Settings.__annotations__.keys():
-            alike = difflib.get_close_matches(name, Settings.__annotations__, n=1)
-            hint = f"did you mean {alike[0]}?" if alike else f"it takes {', '.join(Settings.__annotations__)}"
-            hint = "it is chosen when the model is loaded, by from_pretrained" if name == "drafter" else hint
+        **fields: Any,
+    ) -> list[TextRequest]:
+        """Check the arguments and create `n` requests per prompt, not queued yet. `fields` are of `SamplingParams`."""
+        if sampling is not None and fields:
+            raise ValueError(f"sampling was given with {', '.join(sorted(fields))}: put them into SamplingParams")
+        for name in fields.keys() - Settings.__annotations__.keys():
+            similar = difflib.get_close_matches(name, Settings.__annotations__, n=1)
+            hint = f"did you mean {similar[0]}?" if similar else f"it takes {', '.join(Settings.__annotations__)}"
+            hint = "give it to from_pretrained" if name == "drafter" else hint
             raise TypeError(f"generate has no argument {name!r}: {hint}")
-        if "processors" in chosen:
-            chosen["processors"] = tuple(chosen["processors"])
-        params = sampling or SamplingParams(**chosen)
+        if "processors" in fields:
+            fields["processors"] = tuple(fields["processors"])
+        params = sampling or SamplingParams(**fields)
         check_model(self.target.model)
-        texts = [self._encode(prompt, chat) for prompt in prompts]
-        check_prompts(texts, self.target.context_length, self.target.vocab_size)
+        encoded = [self._encode(prompt, chat) for prompt in prompts]
+        check_prompts(encoded, self.target.context_length, self.target.vocab_size)
         ends = self.eos_ids() if eos is None else _checked_eos(eos, self.target.vocab_size)
-        tokenizer, made, stops = self.target.tokenizer, [], tuple[str, ...]()
+        tokenizer, texts, stops = self.target.tokenizer, [], tuple[str, ...]()
         if stop or isinstance(stop, str):
             if tokenizer is None:
                 raise PromptError("stop strings need a tokenizer: give one, or stop by eos ids")
             stops = checked_stops(tokenizer, stop)
-        for ids, choice in product(texts, range(n)):
+        for ids, choice in product(encoded, range(n)):
             watch = StopWatch(self.tokenizer, stops) if stops else None
             request = self.engine.submit(
                 ids,
@@ -302,51 +314,51 @@ class Haast:
                 prefill_chunk=prefill_chunk,
                 queued=False,
             )
-            made.append(Answer(request, None if tokenizer is None else TextStream(tokenizer, stops)))
-        return made
+            texts.append(TextRequest(request, None if tokenizer is None else TextStream(tokenizer, stops)))
+        return texts
 
-    def _listen(self, answer: Answer, start: bool = False) -> Generator[Piece, None, None]:
+    def _pieces(self, text: TextRequest, start: bool = False) -> Generator[Piece, None, None]:
         if start:
-            self.engine.start(answer.request)
-        with closing(self.engine.read(answer.request)) as emissions:
+            self.engine.start(text.request)
+        with closing(self.engine.read(text.request)) as emissions:
             try:
                 for emission in emissions:
-                    yield from answer.pieces(emission)
+                    yield from text.pieces(emission)
             except CancelledError:
-                yield answer.rest()
+                yield text.rest()
                 raise
 
-    async def _astream(self, answer: Answer) -> AsyncGenerator[Piece, None]:
-        self.engine.start(answer.request)
-        async with aclosing(self.engine.aread(answer.request)) as emissions:
+    async def _apieces(self, text: TextRequest) -> AsyncGenerator[Piece, None]:
+        self.engine.start(text.request)
+        async with aclosing(self.engine.aread(text.request)) as emissions:
             try:
                 async for emission in emissions:
-                    for piece in answer.pieces(emission):
+                    for piece in text.pieces(emission):
                         yield piece
             except CancelledError:
-                yield answer.rest()
+                yield text.rest()
                 raise
 
 
 def _single(prompt: Prompt) -> str | list[int] | list[Message]:
-    prompts, _ = split(prompt)
+    prompts, _ = split_prompts(prompt)
     if len(prompts) != 1:
-        raise PromptError(f"{len(prompts)} prompts where one is wanted: give them one by one, or all to `generate`")
+        raise PromptError(f"{len(prompts)} prompts where one is expected: give one at a time, or use `generate`")
     return prompts[0]
 
 
 def _checked_eos(eos: Sequence[int], vocab_size: int) -> tuple[int, ...]:
-    """End tokens that can come up. Raises ValueError."""
+    """The end tokens, checked. Raises ValueError."""
     if not isinstance(eos, Sequence) or isinstance(eos, str):
         raise ValueError(f"eos={eos!r} is not allowed: give a list of token ids")
     for each in eos:
         if not isinstance(each, int) or not 0 <= each < vocab_size:
-            raise ValueError(f"eos holds {each!r}: give token ids of 0..{vocab_size - 1}")
+            raise ValueError(f"eos holds {each!r}: give token ids in 0..{vocab_size - 1}")
     return tuple(eos)
 
 
-def _target_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, compile: str) -> Target:
-    """The target of a model that is loaded already."""
+def _wrap_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, compile: str) -> Target:
+    """A target for a loaded model."""
     compiled = check_compile(compile, "float32", str(execution_device(model) or "cpu"), "off")
     target = Target(model, tokenizer)
     if compiled and not (target.spread and compile == "auto"):

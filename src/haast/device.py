@@ -1,4 +1,4 @@
-"""Small facts of devices: names, number formats, free memory, and how data gets there without waiting."""
+"""Device helpers: CPU name, dtype of probabilities, free memory, copies that do not block, and inference mode."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 _MEMORY = Path("/proc/meminfo")
-_UNKNOWN = 4 << 30  # bytes that are taken to be free where the system does not say
+_ASSUMED_FREE = 4 << 30  # free bytes to assume if the system does not report them
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
 def without_autograd(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """`torch.inference_mode` around a function, unless it is on: switching costs as much as several small operators."""
+    """Decorator: `torch.inference_mode`, unless it is on: entering it takes as long as several small operators."""
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -32,37 +32,37 @@ def without_autograd(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def exact(device: torch.device) -> torch.dtype:
-    """float64 for probabilities, where the device has it; MPS has not."""
+    """The dtype for probabilities: float64, or float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 @functools.cache
 def cpu_name() -> str:
-    """The CPU's own name for itself where Linux tells it."""
+    """The CPU's model name from /proc/cpuinfo, else from `platform`."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device now."""
+    """Free memory of a device in bytes; an estimate where the system does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if _MEMORY.is_file():
         lines = dict(line.split(":", 1) for line in _MEMORY.read_text(encoding="ascii").splitlines())
         return 1024 * int(lines["MemAvailable"].split()[0])
-    if hasattr(os, "sysconf"):  # macOS tells how much there is, not how much is free
+    if hasattr(os, "sysconf"):  # macOS reports the total memory but not the free one: assume half of it
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return _UNKNOWN
+    return _ASSUMED_FREE
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`.
+    """The tensor on `device`; a copy from the CPU to CUDA does not wait for queued work.
 
-    A copy from pageable memory to CUDA waits until everything queued there is done; from pinned memory it does not.
+    It goes through pinned memory: a copy from pageable memory waits until all queued work is done.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""What can go wrong at Haast's boundary: errors that name the value and the remedy, all `ValueError`s, and warnings."""
+"""Haast's public errors, all `ValueError`s whose messages name the value and the remedy, and its warnings."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from pathlib import Path
 
 
 def expanded(path: str | Path, complaint: str) -> Path:
-    """The path with `~` resolved. Raises ValueError, beginning with `complaint`, where there is no such user."""
+    """The path with `~` expanded. Raises ValueError, whose message starts with `complaint`, for an unknown user."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ValueError(f"{complaint} {path} ({error}): give the folder in full") from error
+        raise ValueError(f"{complaint} {path} ({error}): give the full path of the folder") from error
 
 
 def check_at_least(name: str, value: int, least: int = 1, meaning: str = "") -> None:
-    """Refuse a setting below `least`, and say what the least value means. Raises ValueError."""
+    """Raise ValueError for a setting below `least`; `meaning` explains the least value, e.g. " (0 is none)"."""
     if value < least:
         raise ValueError(f"{name}={value} is not allowed: give {least} or more{meaning}")
 
 
 class UnsupportedModelError(ValueError):
-    """The target model cannot be drafted for; the message names its class and why."""
+    """The target model cannot be drafted for; the message has its class and the reason."""
 
 
 class HeadMismatchError(ValueError):
@@ -28,7 +28,7 @@ class HeadMismatchError(ValueError):
 
 
 class PromptError(ValueError):
-    """A prompt cannot be answered: it is empty, or longer than the context."""
+    """A prompt is empty, or longer than the target's context."""
 
 
 class HaastWarning(UserWarning):
@@ -36,19 +36,19 @@ class HaastWarning(UserWarning):
 
 
 class LongContextWarning(HaastWarning):
-    """A text is longer than anything that its head was trained on; only the number of accepted drafts can suffer."""
+    """A text is longer than the sequences that its head was trained on. Only the accepted length can suffer."""
 
 
 class PrecisionWarning(HaastWarning):
-    """The target is held in another precision than its head was trained on; only accepted drafts can become fewer."""
+    """The target has another precision than the one its head was trained on. Only the accepted length can suffer."""
 
 
 class HeadWarning(HaastWarning):
-    """A head's drafts are accepted far below what its files say; only speed can suffer."""
+    """A head's accepted length is far below the one recorded in its files. Only speed can suffer."""
 
 
 class UnsupportedArgumentError(ValueError):
-    """An argument of `generate` that Haast does not honour; `argument` is its name."""
+    """An argument of `generate` that Haast does not support; `argument` is its name."""
 
     def __init__(self, argument: str, why: str) -> None:
         super().__init__(f"{argument} is not supported by Haast: {why}")
@@ -56,12 +56,12 @@ class UnsupportedArgumentError(ValueError):
 
 
 class KVPoolError(ValueError):
-    """A KV pool's budget is impossible, or a request can never fit it; the message says both sizes."""
+    """A KV pool's size is not possible, or a request can never fit into it; the message has both sizes."""
 
 
 class QueueFullError(ValueError):
-    """The engine's queue holds as many waiting requests as it may: try again later, or allow more."""
+    """The engine's queue of waiting requests is full: try again later, or raise its limit."""
 
 
 class CancelledError(ValueError):
-    """A request that was cancelled, or whose deadline has passed, is read again: what it emitted before was all."""
+    """Raised when reading a request further that was cancelled or whose deadline has passed."""

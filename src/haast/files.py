@@ -1,4 +1,4 @@
-"""Files that are whole or not there: every result, checkpoint and cache of Haast is written behind a rename."""
+"""Atomic file writes: results, checkpoints and caches are written to a temporary file that then replaces the target."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from haast.errors import expanded
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write to; it becomes `path` when the block ends, and goes away where it fails."""
-    path = path.resolve()  # the file behind a link, not the link, is replaced
+    """A temporary file next to `path` to write to. It replaces `path` when the block ends, and is deleted on errors."""
+    path = path.resolve()  # replace the file that a link points to, not the link
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         temporary.touch()
         mode = (path if path.exists() else temporary).stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # some writers make files for their owner alone
+        temporary.chmod(mode)  # some writers create files that only their owner can read
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def check_new_folder(path: Path) -> None:
-    """Refuse a place for a new folder where something is already; an empty folder is none. Raises ValueError."""
+    """Raise ValueError if `path` exists and is not an empty folder."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} is there already: give another folder")
+        raise ValueError(f"{path} exists already: give another folder")
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to fill; it becomes `path` when the block ends, and goes away where it fails.
+    """A temporary folder next to `path` to fill. It becomes `path` when the block ends, and is deleted on errors.
 
-    Raises ValueError where `path` holds something already, or can't be made.
+    Raises ValueError if `path` exists and is not an empty folder, or can't be created.
     """
     path = path.resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
@@ -60,10 +60,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a whole file, or to stdout for "-"; a pipe or a device is written to as it is.
-
-    Raises ValueError where it can't be.
-    """
+    """Write a file atomically; "-" is stdout, a pipe or device is written directly. Raises ValueError on failure."""
     if path == "-":
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -80,13 +77,13 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(document: Any, path: str | Path | None, indent: int = 2) -> None:
-    """Write a result to `path`, or to stdout for "-"; None does nothing. Raises ValueError where it can't be."""
+    """Write a result as JSON to `path`; "-" is stdout, None does nothing. Raises ValueError on failure."""
     if path is not None:
         write_text(path, json.dumps(document, indent=indent, ensure_ascii=False) + "\n")
 
 
 def check_writable(path: str | None) -> None:
-    """Refuse a result file that cannot be written, before any work. None and "-" (stdout) always can.
+    """Check before any work that a result file can be written. None and "-" (stdout) always can.
 
     Raises:
         ValueError: the folder is missing or read-only, or the path is a folder.
@@ -97,15 +94,15 @@ def check_writable(path: str | None) -> None:
     if _is_special(file):
         return
     if file.is_dir():
-        raise ValueError(f"cannot write {file}: it is a folder; give a file name in it")
+        raise ValueError(f"cannot write {file}: it is a folder; give the path of a file")
     try:
         descriptor, probe = tempfile.mkstemp(dir=file.parent, prefix=".haast-")
         os.close(descriptor)
         Path(probe).unlink()
     except OSError as error:
-        raise ValueError(f"cannot write {file} ({error.strerror}): choose another place or make the folder") from error
+        raise ValueError(f"cannot write {file} ({error.strerror}): choose another path or create the folder") from error
 
 
 def _is_special(path: Path) -> bool:
-    """A pipe or a device, which is written to and never replaced."""
+    """Whether it is a pipe or a device, which is written directly and never replaced."""
     return path.exists() and not path.is_file() and not path.is_dir()

@@ -1,9 +1,9 @@
-"""What leads to a text and what comes of it: prompts, settings, pieces as they come, all of it. Knows no model.
+"""Input and output types of generation: prompts, settings, streamed pieces and results. Knows no model.
 
-one prompt                                    several
+one prompt                                    several prompts
 "Why?"                                        ["Why?", "How?"]
 [{"role": "user", "content": "Why?"}]         [[{...}], [{...}]]
-[1, 2, 3], a tensor or array (n,)             [[1, 2], [3]], (rows, n): no padding, every id counts
+[1, 2, 3], a tensor or array (n,)             [[1, 2], [3]], (rows, n): without padding, every id is a token
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ Message = dict[str, str]  # a chat message: "role" and "content"
 Ids = Tensor | npt.NDArray[Any]
 Prompt = str | Sequence[int] | Sequence[Message] | Ids
 Prompts = list[str] | tuple[str, ...] | Sequence[Sequence[int]] | Sequence[Sequence[Message]] | Sequence[Ids]
-_WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 _FORMS = "give text, a list, tensor or array of token ids, a list of chat messages, or a list of several of these"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of new text. `drafted`: its last token was drafted and accepted; else the target's own bonus token."""
+    """A streamed piece of new text. `drafted`: its last token is an accepted draft, not a bonus token of the target."""
 
     text: str
     drafted: bool
     tokens: tuple[int, ...]
-    finish_reason: str = ""  # of the last piece, see `Generation`
+    finish_reason: str = ""  # set on the last piece; see `Generation`
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What was said after one prompt.
+    """The text generated for one prompt.
 
-    `finish_reason`: "stop" (an end token or stop string), "length" (`max_new_tokens`, or a full context) or "deadline"
-    (`timeout`: this is what was said by then).
+    `finish_reason`: "stop" (an end token or stop string), "length" (`max_new_tokens`, or the context is full) or
+    "deadline" (`timeout` passed; the text is incomplete).
     """
 
     text: str
@@ -56,18 +56,18 @@ class Generation:
 
 
 class Settings(TypedDict, total=False):
-    """How a prompt is answered: keywords of `Haast.generate`, `stream`, `astream`, and of a `Session`'s turns.
+    """Generation settings: keyword arguments of `Haast.generate`, `stream`, `astream` and of `Session` turns.
 
     Attributes:
-        max_new_tokens: exact upper bound of new tokens; 256 if not given.
+        max_new_tokens: exact upper bound of new tokens; default 256.
         temperature, top_k, top_p, min_p, repetition_penalty, seed, processors: see `SamplingParams`. Processors are
-            called for every text of a call: give one that remembers something to one text alone.
-        sampling: all of these together.
-        eos: token ids that end the text; None takes the model's own.
-        stop: strings (or one) that end the text; they are cut from it (the tokens keep what completed them).
-        chat: put a text prompt through the model's chat template, where it has one; True if not given.
-        timeout: seconds from the call after which a text ends where it is.
-        prefill_chunk: prompt tokens a forward: fewer take less memory. The text does not depend on it.
+            called for every text of a call: use a stateful one for a single text only.
+        sampling: all of these in one object.
+        eos: token ids that end the text; None for the model's own.
+        stop: stop strings (or one) that end the text and are cut from it; the tokens still include them.
+        chat: apply the model's chat template to a text prompt, if it has one; default True.
+        timeout: seconds after the call at which the text ends, complete or not.
+        prefill_chunk: prompt tokens per forward; fewer need less memory. The text does not depend on it.
     """
 
     max_new_tokens: int
@@ -86,36 +86,36 @@ class Settings(TypedDict, total=False):
     prefill_chunk: int
 
 
-class Answer:
-    """A request, and its text as it grows."""
+class TextRequest:
+    """A request with the text stream that decodes its tokens."""
 
-    def __init__(self, request: Request, texts: TextStream | None) -> None:
-        self.request, self._texts = request, texts
-        self._held: list[int] = []  # tokens whose text is not settled yet
+    def __init__(self, request: Request, stream: TextStream | None) -> None:
+        self.request, self._stream = request, stream
+        self._pending: list[int] = []  # tokens whose text is not final yet
 
     def pieces(self, emission: Emission) -> Iterator[Piece]:
-        """The new text, as far as it is settled; where there is no tokenizer, a piece without text for each token."""
-        texts = self._texts
-        for place, token in enumerate(emission.tokens):
-            self._held.append(token)
-            text = "" if texts is None else texts.push(token)
-            last = emission.finished and place + 1 == len(emission.tokens)
-            if last and texts is not None:
-                text += texts.finish()
-            if text or last or texts is None:
-                yield self._piece(text, place < emission.drafted, last)
+        """The pieces of text that became final; without a tokenizer, one piece without text per token."""
+        stream = self._stream
+        for index, token in enumerate(emission.tokens):
+            self._pending.append(token)
+            text = "" if stream is None else stream.push(token)
+            last = emission.finished and index + 1 == len(emission.tokens)
+            if last and stream is not None:
+                text += stream.finish()
+            if text or last or stream is None:
+                yield self._piece(text, index < emission.drafted, last)
 
     def rest(self) -> Piece:
-        """What was held back of a text that ends without a last emission."""
-        return self._piece("" if self._texts is None else self._texts.finish(), False, True)
+        """The last piece of a text that ends without a final emission: the text held back."""
+        return self._piece("" if self._stream is None else self._stream.finish(), False, True)
 
     def _piece(self, text: str, drafted: bool, last: bool) -> Piece:
-        tokens, self._held = tuple(self._held), []
+        tokens, self._pending = tuple(self._pending), []
         return Piece(text, drafted, tokens, self.request.finish_reason if last else "")
 
 
-def collected(pieces: Iterable[Piece], stats: Stats) -> Generation:
-    """All of a text; one that ran into its deadline is what was said by then."""
+def collect(pieces: Iterable[Piece], stats: Stats) -> Generation:
+    """Join the pieces of a text; if its deadline passes, the pieces up to then."""
     text, tokens, reason = "", list[int](), ""
     try:
         for piece in pieces:
@@ -127,48 +127,48 @@ def collected(pieces: Iterable[Piece], stats: Stats) -> Generation:
     return Generation(text, tuple(tokens), stats, reason)
 
 
-def split(given: Any) -> tuple[list[str | list[int] | list[Message]], bool]:
-    """The prompts that are given, and whether it is one by itself and no list.
+def split_prompts(value: Any) -> tuple[list[str | list[int] | list[Message]], bool]:
+    """The prompts in the `prompt` argument of a call, and whether it is a single one.
 
-    Raises PromptError: what is no prompt, or a mixture of what belongs to one and what belongs to several.
+    Raises PromptError if the value is no prompt and no list of prompts.
     """
-    plain = _plain(given)
-    one = _one(plain)
-    if one is not None:
-        return [one], True
-    several = []
+    plain = _as_list(value)
+    single = _as_single(plain)
+    if single is not None:
+        return [single], True
+    prompts = []
     for number, item in enumerate(plain):
-        found = _one(_plain(item)) if isinstance(item, str | Sequence | Tensor | np.ndarray) else None
-        if found is None:
-            held = f"holds a {type(item).__name__} (number {number})"
-            raise PromptError(f"the prompt is a list that {held}: {_FORMS}, not a mixture")
-        several.append(found)
-    return several, False
+        prompt = _as_single(_as_list(item)) if isinstance(item, str | Sequence | Tensor | np.ndarray) else None
+        if prompt is None:
+            found = f"holds a {type(item).__name__} (number {number})"
+            raise PromptError(f"the prompt is a list that {found}: {_FORMS}, not a mixture")
+        prompts.append(prompt)
+    return prompts, False
 
 
-def _plain(given: Any) -> str | list[Any]:
-    """Text, or a list whose items may be anything."""
-    if isinstance(given, Tensor | np.ndarray):
-        kind = given.dtype
-        whole = kind.kind in "iu" if isinstance(kind, np.dtype) else kind in _WHOLE
-        if not whole or given.ndim not in (1, 2):
+def _as_list(value: Any) -> str | list[Any]:
+    """A string as it is, anything else as a list with unchecked items. Raises PromptError for other types."""
+    if isinstance(value, Tensor | np.ndarray):
+        dtype = value.dtype
+        integer = dtype.kind in "iu" if isinstance(dtype, np.dtype) else dtype in _INTEGERS
+        if not integer or value.ndim not in (1, 2):
             raise PromptError(
-                f"the prompt is a {type(given).__name__} of {kind}, shape {tuple(given.shape)}: give token ids as "
-                f"whole numbers, (tokens,) or (prompts, tokens)"
+                f"the prompt is a {type(value).__name__} of {dtype}, shape {tuple(value.shape)}: give token ids as "
+                f"integers, (tokens,) or (prompts, tokens)"
             )
-        return list(given.tolist())
-    if isinstance(given, Mapping):
-        form = "give its input_ids, or a list of messages, [message]"
-        raise PromptError(f"the prompt is a {type(given).__name__}: {form}")
-    if isinstance(given, str):
-        return given
-    if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
-        raise PromptError(f"the prompt is a {type(given).__name__}: {_FORMS}")
-    return list(given)
+        return list(value.tolist())
+    if isinstance(value, Mapping):
+        remedy = "give its input_ids, or a list of messages, [message]"
+        raise PromptError(f"the prompt is a {type(value).__name__}: {remedy}")
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Sequence) or isinstance(value, bytes | bytearray):
+        raise PromptError(f"the prompt is a {type(value).__name__}: {_FORMS}")
+    return list(value)
 
 
-def _one(plain: str | list[Any]) -> str | list[int] | list[Message] | None:
-    """The prompt, where it is one; an empty list is one without tokens."""
+def _as_single(plain: str | list[Any]) -> str | list[int] | list[Message] | None:
+    """The value as one prompt; None if it is not one. An empty list is a prompt without tokens."""
     if isinstance(plain, str):
         return plain
     if all(_is_id(item) for item in plain):
@@ -178,5 +178,5 @@ def _one(plain: str | list[Any]) -> str | list[int] | list[Message] | None:
 
 def _is_id(item: Any) -> bool:
     if isinstance(item, Tensor):
-        return item.ndim == 0 and item.dtype in _WHOLE
+        return item.ndim == 0 and item.dtype in _INTEGERS
     return isinstance(item, Integral) and not isinstance(item, bool)

@@ -1,4 +1,4 @@
-"""Ctrl-C that never cuts a step in half: as a flag for a long run, and put off to the end of one step."""
+"""Ctrl-C between steps: as a flag for a long run, or delayed to the end of one step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import FrameType
 
 @contextmanager
 def interrupt_flag() -> Iterator[threading.Event]:
-    """Within, Ctrl-C sets a flag, so that a step is never cut in half; a second Ctrl-C interrupts at once."""
+    """Inside the block, Ctrl-C only sets this flag, so that a step can finish; a second Ctrl-C interrupts at once."""
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag
@@ -31,7 +31,7 @@ def interrupt_flag() -> Iterator[threading.Event]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C within takes effect when the block ends, whatever its handler does; a second one takes effect at once."""
+    """Delay Ctrl-C to the end of the block, where the current handler is called; a second one takes effect at once."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield

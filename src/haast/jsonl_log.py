@@ -1,6 +1,6 @@
-"""A log of JSON lines that survives kills: one writer at a time, one synced line per value, a torn last line cut off.
+"""JSON-lines log that survives kills: one writer at a time, one synced line per value, repaired on opening.
 
-Owns the file, its lock and the mending. Knows nothing of the values.
+Owns the file, its lock and the repair: an incomplete last line is removed. Knows nothing of the values.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import IO, Any, Self
 
 
 class JsonlLog:
-    """A log that one run appends to. Use `with`; entering reads what is there into `values`.
+    """A log that one run appends to. Use as a context manager; entering reads the existing lines into `values`.
 
     Args:
-        path: created where missing.
-        begins: what lines begin with. Only a last line that begins so, or that is zeros, may be cut off as torn.
+        path: created if missing.
+        begins: bytes that lines start with. Only an incomplete last line that starts so, or zeros, may be removed.
 
     Raises:
-        ValueError: on entering, another run writes to the file, or a line is no JSON object.
+        ValueError: on entering, another run writes to the file, or a line is not a JSON object.
     """
 
     def __init__(self, path: Path, *begins: bytes) -> None:
@@ -33,7 +33,7 @@ class JsonlLog:
         self._file = self.path.open("ab", buffering=0)
         try:
             _lock(self._file, self.path)
-            self.values = mended(self.path, *self._begins)
+            self.values = read_repaired(self.path, *self._begins)
             self.check()
         except ValueError:
             self._file.close()
@@ -45,16 +45,16 @@ class JsonlLog:
         self._file.close()
 
     def check(self) -> None:
-        """Whether `values` may be added to; a kind of log raises ValueError where they may not."""
+        """Overridden by subclasses: raises ValueError if `values` must not be continued."""
 
     def add(self, value: dict[str, Any]) -> None:
-        """Append one value. Raises ValueError where the disk is full."""
+        """Append one value. Raises ValueError if the disk is full."""
         assert self._file is not None, "the file is open only within `with`"
         append(self._file, value, self.path)
 
 
 def append(file: IO[bytes], value: dict[str, Any], path: Path) -> None:
-    """One line, written in one call and synced. Raises ValueError where the disk is full."""
+    """Append one line in a single write and sync it. Raises ValueError if the disk is full."""
     try:
         line = json.dumps(value, ensure_ascii=False).encode() + b"\n"
         if file.write(line) < len(line):
@@ -62,17 +62,17 @@ def append(file: IO[bytes], value: dict[str, Any], path: Path) -> None:
         os.fsync(file.fileno())
     except OSError as error:
         raise ValueError(
-            f"cannot write {path} ({error.strerror}): free space and run again, finished answers are kept"
+            f"cannot write {path} ({error.strerror}): free disk space and run again; finished answers are kept"
         ) from error
 
 
-def mended(path: Path, *begins: bytes) -> list[dict[str, Any]]:
-    """The values of an interrupted run's log, whose torn last line is cut off the file.
+def read_repaired(path: Path, *begins: bytes) -> list[dict[str, Any]]:
+    """The values of an interrupted run's log; removes an incomplete last line from the file.
 
-    Only what a kill or a power cut leaves is cut: a tail without its newline that begins as a line does, or zeros.
+    Removes only what a kill or a power failure leaves: a tail without newline that starts like a line, or zeros.
 
     Raises:
-        ValueError: a line is no JSON object (the message has its number); the file is left as it is.
+        ValueError: a line is not a JSON object (the message has its number); the file is not changed.
     """
     content, kept, values = path.read_bytes(), 0, []
     for number, line in enumerate(content.splitlines(keepends=True), start=1):
@@ -82,9 +82,9 @@ def mended(path: Path, *begins: bytes) -> list[dict[str, Any]]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}): mend or remove the line") from error
+            raise ValueError(f"{path}, line {number}: not JSON ({error}): correct or remove the line") from error
         if not isinstance(value, dict) or not line.endswith(b"\n"):
-            raise ValueError(f"{path}, line {number}: not one of this file's: is it another's? Give another --out")
+            raise ValueError(f"{path}, line {number}: not a line of such a log: give another --out")
         values.append(value)
         kept += len(line)
     if kept < len(content):
@@ -93,7 +93,7 @@ def mended(path: Path, *begins: bytes) -> list[dict[str, Any]]:
 
 
 def _lock(file: IO[bytes], path: Path) -> None:
-    """Held until the file is closed, also by a kill. Two runs on one file would answer the same prompts twice."""
+    """Lock the file until it is closed, also by a kill. Two runs with one file would answer the same prompts twice."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

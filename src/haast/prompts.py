@@ -1,4 +1,4 @@
-"""Prompt files: JSON lines with `turns` or `prompt`. Owns reading and checking them; knows no tokenizer."""
+"""Reads and checks prompt files: JSON lines with `turns` or `prompt`. Knows no tokenizer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: the user's turns, first to last, and whatever else its line said."""
+    """One prompt: the user's turns in order, and the other fields of its line in `extra`."""
 
     id: str
     turns: tuple[str, ...]
@@ -28,7 +28,7 @@ class Prompt:
 def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers (from 1) and objects of a .jsonl or .jsonl.gz file; blank lines are skipped.
 
-    Raises ValueError where the file cannot be read, or a line is no JSON object (the message has its number).
+    Raises ValueError if the file can't be read, or a line is no JSON object (the message has its number).
     """
     path = Path(path)
     number = 0
@@ -39,10 +39,10 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     continue
                 try:
                     value = json.loads(line)
-                    if "\\ud" in line.lower():  # escaped halves of a character decode to what cannot be encoded again
+                    if "\\ud" in line.lower():  # an escaped lone surrogate decodes, but can't be encoded again
                         json.dumps(value, ensure_ascii=False).encode()
-                except (ValueError, RecursionError) as error:  # torn, of absurd depth or size, or no text
-                    raise ValueError(f"{path}, line {number}: not JSON ({error}): mend or remove the line") from error
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{path}, line {number}: not JSON ({error}): fix or remove the line") from error
                 if not isinstance(value, dict):
                     raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(value).__name__}")
                 yield number, value
@@ -52,11 +52,11 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_prompts(path: str | Path, limit: int | None = None, spread: bool = False) -> list[Prompt]:
-    """The first `limit` prompts of a file, all of them for None; with `spread` taken evenly from the whole file.
+    """The first `limit` prompts of a file, or all for None; `spread` takes them evenly from the whole file.
 
-    Lines have `turns` (a list of texts) or `prompt` (one text); `id` and `category` are optional. Without an `id` (or
-    `question_id`) a prompt is known by a hash of its turns. Raises ValueError: a limit below 1, an unreadable or empty
-    file, or a malformed line (the message has its number).
+    Lines have `turns` (a list of strings) or `prompt` (one string); `id` and `category` are optional. A prompt without
+    `id` (or `question_id`) gets a hash of its turns as its id. Raises ValueError for a limit below 1, an unreadable or
+    empty file, or a malformed line (the message has its number).
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} is not allowed: give 1 or more prompts")
@@ -73,26 +73,26 @@ def read_prompts(path: str | Path, limit: int | None = None, spread: bool = Fals
 def read_suites(
     folder: str | Path, only: Sequence[str] | None = None, limit: int | None = None
 ) -> dict[Path, list[Prompt]]:
-    """The prompt files (*.jsonl) of a folder, each a suite that is named by its stem.
+    """Read the prompt files (*.jsonl) of a folder; each is a suite named after the file.
 
-    `only` are names in the order wanted, None takes all, sorted; `limit` prompts are taken of each, evenly from the
-    whole file. Raises ValueError: no such folder, no file in it, an unknown or doubled name, a file that holds no
-    prompts, or one with an id twice.
+    `only` selects suites by name, in this order; None takes all, sorted. `limit` prompts of each are used, evenly from
+    the whole file. Raises ValueError for a missing or empty folder, an unknown or duplicate name, a file without
+    prompts, or one with duplicate ids.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"no folder of suites at {folder}: give one with prompt files (*.jsonl)")
+        raise ValueError(f"no folder {folder}: give a folder with prompt files (*.jsonl)")
     files = {path.stem: path for path in sorted(folder.glob("*.jsonl")) if path.is_file()}
     if not files:
-        raise ValueError(f"{folder} holds no suites: put prompt files (*.jsonl with `turns` or `prompt`) there")
+        raise ValueError(f"{folder} holds no suites: add prompt files (*.jsonl with `turns` or `prompt`)")
     names = list(files if only is None else only)
     unknown = [name for name in names if name not in files]
     if unknown or not names:
         raise ValueError(f"no suites {unknown} in {folder}: choose some of {', '.join(files)}")
     if len(set(names)) < len(names):
-        raise ValueError(f"only={','.join(names)!r} names a suite twice: name each once")
+        raise ValueError(f"only={','.join(names)!r} lists a suite twice: list each once")
     if "all" in names:
-        raise ValueError(f"{files['all']}: 'all' means all suites together; give the file another name")
+        raise ValueError(f"{files['all']}: the name 'all' is reserved for all suites together; rename the file")
     return {files[name]: _suite(files[name], limit) for name in names}
 
 
@@ -100,15 +100,15 @@ def _suite(path: Path, limit: int | None) -> list[Prompt]:
     try:
         prompts = read_prompts(path, limit, spread=True)
     except ValueError as error:
-        raise ValueError(f"{error}; or choose other files of the folder with --only") from error
-    twice = next((name for name, count in Counter(prompt.id for prompt in prompts).items() if count > 1), None)
-    if twice is not None:
-        raise ValueError(f"{path} has two prompts of the id {twice!r}: results are told apart by it")
+        raise ValueError(f"{error}; or select other files of the folder with --only") from error
+    duplicate = next((name for name, count in Counter(prompt.id for prompt in prompts).items() if count > 1), None)
+    if duplicate is not None:
+        raise ValueError(f"{path} has two prompts with the id {duplicate!r}: give each its own id")
     return prompts
 
 
 def evenly(items: Sequence[T], count: int) -> list[T]:
-    """`count` of the items, spread over all of them; all where there are no more."""
+    """`count` items, evenly spaced over all of them; all if there are no more."""
     if count >= len(items):
         return list(items)
     return [items[i * len(items) // count] for i in range(count)]
@@ -119,7 +119,7 @@ def _prompt(value: dict[str, Any], where: str) -> Prompt:
     turns, single = rest.pop("turns", None), rest.pop("prompt", None)
     turns = [single] if turns is None else turns
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
-        raise ValueError(f"{where}: expected `turns` (a list of non-empty texts) or `prompt` (a non-empty text)")
+        raise ValueError(f"{where}: expected `turns` (a list of non-empty strings) or `prompt` (a non-empty string)")
     name = rest.pop("question_id", None)
     name = rest.pop("id", name)
     name = hashlib.sha256("\0".join(turns).encode()).hexdigest()[:12] if name is None else name

@@ -1,1 +1,1 @@
-"""Measurement: decoders side by side in one run, on one clock, by one counting rule."""
+"""Measurement: runs decoders interleaved with one timer and one rule for counting tokens, and reports them."""

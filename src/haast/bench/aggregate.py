@@ -1,11 +1,12 @@
-"""From answers to rows: of one prompt, of many, of all suites; spread over rounds, ratios of decoders.
+"""Aggregates answers into rows: one row per decoder, suite and temperature, with spread and ratios of decoders.
 
 Owns the arithmetic and the rows' schema, so that a run, a suite and a merge of suites count alike: times are medians
-over rounds per prompt, counts are the first round's, and a decoded token is every one but the prefill's.
+over rounds per prompt, counts are those of the first round, and every token is a decoded token except the one that
+prefill emits.
 
-How sure a ratio of speeds is says the percentile bootstrap over prompts. The prompts are the sample (another run of the
-same prompts says nothing of other prompts), so prompts are drawn with replacement, all decoders with the same draw
-since they answered the same prompts. Several suites are strata: each is drawn from within itself and keeps its size.
+Intervals of speed ratios come from the percentile bootstrap over prompts. The prompts are the sample, because another
+run of the same prompts is no evidence about other prompts. Prompts are drawn with replacement, and all decoders share
+each draw, because they answered the same prompts. Suites are strata: each is resampled within itself, at its size.
 Source: Efron and Tibshirani, "An Introduction to the Bootstrap", ch. 13.
 """
 
@@ -24,7 +25,7 @@ from haast.bench.runner import BenchPrompt, Record, Records
 from haast.stats import loop_share, loops
 
 Row = dict[str, Any]
-Group = dict[tuple[float, str], dict[str, list[Row]]]  # (temperature, suite or "all") -> decoder -> its answers
+Group = dict[tuple[float, str], dict[str, list[Row]]]  # (temperature, suite or "all") -> decoder -> answers
 ALL = "all"
 _BY_DEPTH = ("alpha_by_depth", "acceptance_by_depth")
 _PER_STEP = ("ms_draft", "ms_verify", "ms_overhead", "nodes_per_forward")
@@ -32,7 +33,7 @@ _PER_STEP = ("ms_draft", "ms_verify", "ms_overhead", "nodes_per_forward")
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How often prompts are drawn, by which seed, and the share of the draws that an interval holds."""
+    """Settings of the bootstrap: number of draws, seed, and the share of the draws that an interval covers."""
 
     samples: int = 2000
     seed: int = 0
@@ -40,19 +41,21 @@ class Bootstrap:
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.seed < 0 or not 0 < self.level < 1:
-            raise ValueError(f"{self} is not allowed: give 1 sample or more, a seed from 0 on, a level within 0 and 1")
+            raise ValueError(
+                f"{self} is not allowed: give 1 sample or more, a seed from 0 on, and a level between 0 and 1"
+            )
 
     def draws(self, strata: Sequence[int]) -> NDArray[np.int64]:
-        """Prompt numbers (samples, prompts); `strata` are the sizes of the suites, one after the other."""
-        generator, begin = np.random.default_rng(self.seed), 0
+        """Prompt indices (samples, prompts); `strata` are the sizes of the suites, in the order of the prompts."""
+        generator, offset = np.random.default_rng(self.seed), 0
         parts = []
         for size in strata:
-            parts.append(begin + generator.integers(size, size=(self.samples, size)))
-            begin += size
+            parts.append(offset + generator.integers(size, size=(self.samples, size)))
+            offset += size
         return np.concatenate(parts, axis=1)
 
     def interval(self, values: NDArray[np.float64]) -> tuple[float, float] | None:
-        """The middle `level` of the values (samples,); None where one of them is no number."""
+        """Bounds of the middle `level` of the values (samples,); None if one of them is not finite."""
         if not np.isfinite(values).all():
             return None
         low, high = np.quantile(values, [(1 - self.level) / 2, (1 + self.level) / 2])
@@ -62,24 +65,24 @@ class Bootstrap:
 def build_rows(records: Records, prompts: Sequence[BenchPrompt]) -> list[Row]:
     """One row per decoder.
 
-    `tokens_per_s` is decoded tokens over decode time by one rule for all decoders; `whole_call_tokens_per_s` counts
-    every token and the prefill. ms_draft, ms_verify, ms_overhead are per decoding step. `peak_rss_mb` is the process's
-    peak while that decoder ran, with all decoders' models in memory.
+    `tokens_per_s` is decoded tokens over decode time, by the same rule for all decoders; `whole_call_tokens_per_s`
+    includes the prefill and its token. ms_draft, ms_verify and ms_overhead are per decoding step. `peak_rss_mb` is the
+    peak of the process while that decoder ran, with all decoders' models in memory.
     """
     rows = []
     for name, own in records.items():
         answers = [describe_answer({}, prompt, name, each) for prompt, each in zip(prompts, own, strict=True)]
         rows.append(pooled([_row_of(*each) for each in zip(answers, own, strict=True)], answers))
-    _compare(rows, {row["decoder"]: row["tokens_per_s"] for row in rows})
+    _add_speedups(rows, {row["decoder"]: row["tokens_per_s"] for row in rows})
     return rows
 
 
 def _row_of(answer: Row, record: Record) -> Row:
-    """What of one answer a row is made of, beside the answer."""
+    """The row of one answer: what `pooled` needs in addition to the answer itself."""
     stats = record[0].stats
     row: Row = {key: answer[key] for key in ("decoder", "tokens", "tau", "target_forwards")}
     row |= {"prompts": 1, "decoded_tokens": decoded(answer), "peak_rss_mb": max(run.peak_rss_mb for run in record)}
-    if stats is None:  # outside the engine
+    if stats is None:  # a decoder outside the engine
         return row | {key: [] for key in (*_BY_DEPTH, "reached_by_depth")}
     steps = max(stats.target_forwards, 1)
     row |= {key: getattr(stats, key) for key in (*_BY_DEPTH, "reached_by_depth", "by_length")}
@@ -89,7 +92,7 @@ def _row_of(answer: Row, record: Record) -> Row:
 
 
 def describe_answer(cell: Mapping[str, Any], prompt: BenchPrompt, decoder: str, record: Record) -> Row:
-    """What one decoder did with one prompt; `cell` has its suite and temperature."""
+    """The measurements of one decoder on one prompt; `cell` holds its suite and temperature."""
     return {
         "suite": cell.get("suite"),
         "id": prompt.id,
@@ -104,32 +107,32 @@ def describe_answer(cell: Mapping[str, Any], prompt: BenchPrompt, decoder: str, 
 
 
 def per_prompt(records: Records, prompts: Sequence[BenchPrompt]) -> list[Row]:
-    """What each decoder did with each prompt, prompt by prompt."""
-    listed = []
-    for place, prompt in enumerate(prompts):
-        one: Row = {"id": prompt.id, "category": prompt.category, "prompt_tokens": len(prompt.tokens)}
+    """The measurements of each decoder, one entry per prompt."""
+    entries = []
+    for index, prompt in enumerate(prompts):
+        entry: Row = {"id": prompt.id, "category": prompt.category, "prompt_tokens": len(prompt.tokens)}
         for name, own in records.items():
-            answer = describe_answer({}, prompt, name, own[place])
-            told = {"tokens": answer["tokens"], "tokens_per_s": speed([answer]), "tau": answer["tau"]}
-            one[name] = told | {"loop_share": loop_share(own[place][0].tokens)}
-        listed.append(one)
-    return listed
+            answer = describe_answer({}, prompt, name, own[index])
+            counts = {"tokens": answer["tokens"], "tokens_per_s": speed([answer]), "tau": answer["tau"]}
+            entry[name] = counts | {"loop_share": loop_share(own[index][0].tokens)}
+        entries.append(entry)
+    return entries
 
 
 def rate(tokens: int, ms: float) -> float:
-    """Tokens a second; 0 where no time was taken."""
+    """Tokens per second; 0 if `ms` is 0."""
     return 1e3 * tokens / ms if ms else 0.0
 
 
-def _compare(rows: Sequence[Row], speeds: Mapping[str, float]) -> None:
-    """Add the speed-ups over those decoders whose speeds there are."""
+def _add_speedups(rows: Sequence[Row], speeds: Mapping[str, float]) -> None:
+    """Add the speed-ups over vanilla and hf; None for one that did not run."""
     for row in rows:
         for base in ("vanilla", "hf"):
             row[f"speedup_vs_{base}"] = row["tokens_per_s"] / speeds[base] if speeds.get(base) else None
 
 
 def grouped(document: Row) -> Group:
-    """The answers by temperature, suite and decoder; under "all" those decoders that answered every suite."""
+    """The answers by temperature, suite and decoder; "all" holds the decoders that answered every suite."""
     groups: Group = {}
     for answer in document["answers"]:
         cell = groups.setdefault((answer["temperature"], answer["suite"]), {})
@@ -142,7 +145,7 @@ def grouped(document: Row) -> Group:
 
 
 def complete(document: Row) -> None:
-    """Add, from rows of single suites and answers, what goes over them: rows of "all", speed-ups, spread, ratios."""
+    """Add what is computed over suites, from their rows and answers: rows of "all", speed-ups, spread, ratios."""
     groups = grouped(document)
     rows = [row for row in document["rows"] if row["suite"] != ALL]
     for temperature in document["temperatures"]:
@@ -152,7 +155,7 @@ def complete(document: Row) -> None:
     for row in rows:
         cell = groups[row["temperature"], row["suite"]]
         row["spread"] = spread(cell[row["decoder"]])
-        _compare([row], {name: speed(own) for name, own in cell.items()})
+        _add_speedups([row], {name: speed(own) for name, own in cell.items()})
     rank = {name: number for number, name in enumerate([*document["suites"], ALL])}
     decoders = list(document["decoders"])
     rows.sort(key=lambda row: (row["temperature"], rank[row["suite"]], decoders.index(row["decoder"])))
@@ -161,41 +164,46 @@ def complete(document: Row) -> None:
 
 
 def speed(answers: Sequence[Row]) -> float:
-    """Decoded tokens a second."""
+    """Decoded tokens per second."""
     return rate(sum(map(decoded, answers)), sum(map(decode_ms, answers)))
 
 
 def decoded(answer: Row) -> int:
-    """Tokens that decode time stands for."""
+    """Tokens that were generated during the decode time: all but the first."""
     return max(int(answer["tokens"]) - 1, 0)
 
 
 def decode_ms(answer: Row) -> float:
-    """Median over rounds."""
+    """The decode time, as the median over rounds."""
     return float(median(answer["ms_decode"]))
 
 
 def spread(answers: Sequence[Row]) -> dict[str, float]:
-    """Slowest and fastest round, in tokens a second."""
+    """Tokens per second of the slowest and of the fastest round."""
     tokens, rounds = sum(map(decoded, answers)), min(len(answer["ms_decode"]) for answer in answers)
     speeds = [rate(tokens, sum(answer["ms_decode"][i] for answer in answers)) for i in range(rounds)]
     return {"low": min(speeds), "high": max(speeds)}
 
 
 def pooled(parts: Sequence[Row], answers: Sequence[Row]) -> Row:
-    """One decoder's row over several suites, from its rows of each and its answers: as `build_rows` has it."""
+    """One decoder's row over several suites or answers, in the schema of `build_rows`.
+
+    Args:
+        parts: the rows to pool.
+        answers: the answers that those rows were made from.
+    """
     engine = parts[0]["tau"] is not None
     names = sorted({answer["category"] for answer in answers if answer["category"]})
     categories = {name: [a for a in answers if a["category"] == name] for name in names}
-    straight = [answer for answer in answers if not answer["looping"]]
+    no_loops = [answer for answer in answers if not answer["looping"]]
     whole = sum(median(map(sum, zip(a["ms_prefill"], a["ms_decode"], strict=True))) for a in answers)
     return {
         "decoder": parts[0]["decoder"],
         "tokens_per_s": speed(answers),
         "whole_call_tokens_per_s": rate(sum(answer["tokens"] for answer in answers), whole),
         "tau": _tau(answers) if engine else None,
-        "tau_loop_filtered": _tau(straight) if engine else None,
-        "looping_outputs": len(answers) - len(straight),
+        "tau_loop_filtered": _tau(no_loops) if engine else None,
+        "looping_outputs": len(answers) - len(no_loops),
         "tau_by_category": {name: _tau(own) for name, own in categories.items()} if engine else {},
         **{key: _by_depth(parts, key) for key in _BY_DEPTH},
         "reached_by_depth": [sum(own) for own in zip_longest(*(p["reached_by_depth"] for p in parts), fillvalue=0)],
@@ -208,10 +216,10 @@ def pooled(parts: Sequence[Row], answers: Sequence[Row]) -> Row:
 
 
 def _mean(values: Iterable[tuple[float, float]]) -> float:
-    """Of (value, weight); 0 without any weight."""
+    """The weighted mean of (value, weight) pairs; 0 if all weights are 0."""
     pairs = list(values)
-    whole = sum(weight for _, weight in pairs)
-    return float(sum(value * weight for value, weight in pairs) / whole) if whole else 0.0
+    total = sum(weight for _, weight in pairs)
+    return float(sum(value * weight for value, weight in pairs) / total) if total else 0.0
 
 
 def _tau(answers: Sequence[Row]) -> float:
@@ -224,7 +232,7 @@ def _by_depth(parts: Sequence[Row], key: str) -> list[float]:
 
 
 def _by_length(parts: Sequence[Row]) -> list[Row]:
-    """Buckets of several rows together; documents of an older Haast have none."""
+    """The length buckets of several rows, merged; documents of older versions have none."""
     buckets: dict[int, list[Row]] = {}
     for part in parts:
         for each in part.get("by_length", ()):
@@ -251,27 +259,27 @@ def _ratios(document: Row, groups: Group) -> Iterator[Row]:
             drawn = {n: rates([*map(decoded, own)], [*map(decode_ms, own)], draws) for n, own in cell.items()}
             for one, other in permutations(cell, 2):
                 base = speed(cell[other])
-                found = bootstrap.interval(ratio(drawn[one], drawn[other]))
-                low, high = (None, None) if found is None else found
+                interval = bootstrap.interval(ratio(drawn[one], drawn[other]))
+                low, high = (None, None) if interval is None else interval
                 value = speed(cell[one]) / base if base else None
                 names = {"suite": suite, "temperature": temperature, "decoder": one, "over": other}
                 yield {**names, "ratio": value, "low": low, "high": high}
 
 
 def rates(tokens: Sequence[int], ms: Sequence[float], draws: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Tokens a second (samples,) of every draw: all its tokens over all its time; nan where it took none.
+    """Tokens per second (samples,) of every draw: its total tokens over its total time; nan if the time is 0.
 
     Args:
         tokens: per prompt.
         ms: per prompt.
-        draws: prompt numbers (samples, prompts).
+        draws: prompt indices (samples, prompts).
     """
     counts, times = (np.asarray(values, dtype=np.float64)[draws].sum(1) for values in (tokens, ms))
     return ratio(1e3 * counts, times)
 
 
 def ratio(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> NDArray[np.float64]:
-    """One over the other (samples,); nan or inf where the denominator is 0."""
+    """The quotient (samples,); nan or inf where the denominator is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        found: NDArray[np.float64] = numerator / denominator
-    return found
+        quotient: NDArray[np.float64] = numerator / denominator
+    return quotient

@@ -1,7 +1,7 @@
-"""Measures what a decode step costs here and picks the drafting that makes the most of it.
+"""Calibration: measures the cost of a decoding step on this machine and picks the fastest draft shape for it.
 
-Owns the measurements (target forwards, draft levels, the rest, the machine's roofline), the search over recorded
-drafts, and a picture of both.
+Owns the measurements (target forwards, draft levels, overhead, the machine's roofline), the search over recorded
+drafts, and a plot of the measurements.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from haast.tuning.online import LEAST_GAIN
 
 NODES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 18, 24, 32)
 CURVE_NODES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 60)
-COMMITTED = 160  # slots in the cache, the length of a short chat
+COMMITTED = 160  # tokens in the KV cache during timing, about a short chat
 WIDTHS = (1, 3, 8)
-# Of batches: rows -> nodes that are timed; elsewhere than on a CPU those of `_DEVICE_NODES` beside them.
-_NODES = {2: (1, 2, 3, 4, 6, 8, 12), 4: (1, 2, 3, 4, 6, 8), 8: (1, 2, 3, 4, 6)}
+# For batches: rows -> numbers of nodes to time. Devices other than the CPU also time `_DEVICE_NODES`.
+_BATCH_NODES = {2: (1, 2, 3, 4, 6, 8, 12), 4: (1, 2, 3, 4, 6, 8), 8: (1, 2, 3, 4, 6)}
 _DEVICE_NODES = {16: (1, 2, 3, 4, 8), 32: (1, 2, 3, 4, 8)}
-_WIDTHS = (1, 3)
-_LIVE, _LIVE_TOGETHER = 48, 16  # tokens per text that time a draft, alone and in a batch
+_BATCH_WIDTHS = (1, 3)
+_LIVE_TOKENS, _LIVE_BATCH_TOKENS = 48, 16  # tokens to decode per text while timing drafts, alone and in a batch
 BUDGETS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 18, 24, 32, 48, 60)
 DEPTHS = (1, 2, 3, 4, 5, 6, 7)
 _RECORDED = DraftShape("dynamic", depth=max(DEPTHS), top_k=8, width=8, nodes=32)
@@ -51,33 +51,38 @@ def calibrate(
     rounds: int = 11,
     say: Say = lambda line: None,
 ) -> Calibration:
-    """Measure and choose; the drafter keeps its shape, pace and ways.
+    """Measure costs, then search for the best shape. The drafter's own settings are restored afterwards.
 
     Args:
         target: the model.
-        drafter: with its head.
-        prompts: token ids of texts like those that will be asked for; never evaluation prompts.
-        tokens: new tokens per prompt that are recorded.
-        rounds: of timing; medians count.
-        say: is told what is being done.
+        drafter: the drafter to calibrate, with its head.
+        prompts: token ids of prompts like those of the workload; never evaluation prompts.
+        tokens: new tokens to record per prompt.
+        rounds: timing rounds; the result is their median.
+        say: called with one line per stage, for progress.
+
+    Raises:
+        ValueError: the texts are too short to record a step.
     """
     with restoring(drafter):
-        say("target forwards over 1 to 32 nodes")
+        say("timing target forwards of 1 to 32 nodes")
         forwards = forward_ms(target, NODES, rounds)
-        say("draft levels, while decoding")
+        say("timing draft levels while decoding")
         alone = Latency(forwards, *live_costs(target, drafter, [[prompt] for prompt in prompts[:2]], WIDTHS))
-        say("batches of 2 and more")
-        together = measure_batches(target, drafter, prompts, rounds)
-        say(f"drafts over {len(prompts)} prompts")
+        say("timing batches of 2 and more")
+        batch_costs = measure_batches(target, drafter, prompts, rounds)
+        say(f"recording drafts of {len(prompts)} prompts")
         drafter.reshape(_RECORDED)
         steps = replay.record(target, drafter, prompts, tokens)
     if not len(steps):
-        raise ValueError(f"the texts are too short to learn from: give longer prompts, or more than {tokens} tokens")
-    say(f"replaying {len(steps)} steps under other shapes")
+        raise ValueError(
+            f"no step was recorded, the texts are too short: give longer prompts, or tokens above {tokens}"
+        )
+    say(f"replaying {len(steps)} steps with other shapes")
     shape, outcome, grid = search(steps, alone)
-    weight_bytes, parameters = linear_sizes(target.model.modules())  # what one forward reads and multiplies
+    weight_bytes, parameters = linear_sizes(target.model.modules())
     roofline = target.device.type == "cpu" and native.available()
-    # What a forward has reached is possible: a probe that ran while something else did must not say otherwise.
+    # A forward proves a lower bound of the roofline, even if the probe ran while the machine was busy.
     reached = max(2e3 * parameters * n / ms for n, ms in alone.forward_ms.items())
     chosen = _chosen(shape, outcome, alone)
     return Calibration(
@@ -90,7 +95,7 @@ def calibrate(
         bandwidth=max(native.read_bandwidth(), 1e3 * weight_bytes / alone.forward_ms[1]) if roofline else None,
         peak=max(native.multiply_peak(), reached) if roofline else None,
         grid=grid,
-        batches={n: choose(steps, n, each) for n, each in together.items() if chosen["shape"] and len(steps) >= n},
+        batches={n: choose(steps, n, each) for n, each in batch_costs.items() if chosen["shape"] and len(steps) >= n},
         measured={"steps": len(steps), "versions": versions(), "commit": git_commit(), "rounds": rounds},
     )
 
@@ -100,7 +105,7 @@ def measure_v_curve(
 ) -> dict[str, Any]:
     """Median ms of `target.forward` over a chain of n nodes after 160 committed slots, and of the draft.
 
-    `v` is relative to one node, and so is `c_per_step`, what the drafter takes to observe and propose.
+    `v` is relative to the forward of one node, and so is `c_per_step`, the drafter's time per step.
     """
     ms = forward_ms(target, node_counts, rounds)
     one = ms[min(ms)]
@@ -114,25 +119,26 @@ def measure_v_curve(
 
 
 def forward_ms(target: Target, nodes: Sequence[int], rounds: int, rows: int = 1) -> dict[int, float]:
-    """Nodes of every row -> median ms of a forward behind `COMMITTED` slots, after one round of warm-up."""
+    """Nodes per row -> median ms of a forward after `COMMITTED` cached tokens; one extra round warms up."""
     times = time_forwards(target, nodes, _committed(target, max(nodes)), rounds + 1, rows)
     return {n: median(values[1:]) for n, values in times.items()}
 
 
 def _committed(target: Target, nodes: int) -> int:
+    """`COMMITTED`, or less if the target's context is short."""
     return COMMITTED if target.context_length is None else min(COMMITTED, max(target.context_length - nodes, 5))
 
 
 def measure_batches(
     target: Target, drafter: EagleDrafter, prompts: Sequence[Sequence[int]], rounds: int
 ) -> dict[int, Latency]:
-    """Costs by rows, of all of them together."""
-    found = {}
-    for rows, nodes in {**_NODES, **({} if target.device.type == "cpu" else _DEVICE_NODES)}.items():
+    """Costs per batch size; each time is that of the whole batch."""
+    costs = {}
+    for rows, nodes in {**_BATCH_NODES, **({} if target.device.type == "cpu" else _DEVICE_NODES)}.items():
         forwards = forward_ms(target, nodes, max(rounds // 2, 1), rows)
         texts = [prompts[i % len(prompts)] for i in range(rows)]
-        found[rows] = Latency(forwards, *live_costs(target, drafter, [texts], _WIDTHS, _LIVE_TOGETHER))
-    return found
+        costs[rows] = Latency(forwards, *live_costs(target, drafter, [texts], _BATCH_WIDTHS, _LIVE_BATCH_TOKENS))
+    return costs
 
 
 def live_costs(
@@ -140,12 +146,12 @@ def live_costs(
     drafter: EagleDrafter,
     batches: Sequence[Sequence[Sequence[int]]],
     widths: Sequence[int],
-    tokens: int = _LIVE,
+    tokens: int = _LIVE_TOKENS,
 ) -> tuple[float, dict[int, float], float]:
-    """Ms of a step's first level (observing included), of every level more by width, and of bookkeeping.
+    """Ms of a step's first draft level (observe included), of each further level by width, and of the overhead.
 
-    Measured while decoding `tokens` per text, batch by batch: alone, a small head stays in the caches that a target
-    forward would sweep.
+    Measured while decoding `tokens` per text, batch by batch. Timed without target forwards in between, a small head
+    would stay in the CPU caches and look too cheap.
     """
     overheads = list[float]()
 
@@ -154,7 +160,7 @@ def live_costs(
         for batch in batches:
 
             def watch(step: Step, rows: int = len(batch)) -> None:
-                if len(step.rows) == rows:  # requests begin one after the other
+                if len(step.rows) == rows:  # skip steps before all requests have joined
                     steps.append((step.ms_draft, step.ms_overhead))
 
             for _ in Engine(target, drafter).run(batch, SamplingParams(), StopParams(tokens), watch=watch):
@@ -163,13 +169,13 @@ def live_costs(
         overheads.append(sum(overhead for _, overhead in steps) / count)
         return sum(draft for draft, _ in steps) / count
 
-    once()  # to warm up
+    once()  # warm-up
     first, levels = level_costs(drafter, lambda: min(once(), once()), widths)
     return first, levels, median(overheads[1:])
 
 
 def choose(steps: replay.Recorded, rows: int, costs: Latency) -> Batch:
-    """What to draft where so many rows, whose costs these are, are decoded together."""
+    """The draft settings for a batch of `rows` rows with these costs."""
     shape, outcome, _ = search(steps, costs, rows, range(1, 5))
     chosen = _chosen(shape, outcome, costs, rows)
     if chosen["pace"] is None:
@@ -180,8 +186,8 @@ def choose(steps: replay.Recorded, rows: int, costs: Latency) -> Batch:
 
 
 def _chosen(shape: DraftShape, outcome: replay.Outcome, costs: Latency, rows: int = 1) -> dict[str, Any]:
-    """The costs of a batch, what pays by them, and what that is expected to bring, all rows together."""
-    vanilla = 1 / costs.step(1, 1)  # tokens per ms of a row
+    """Costs, shape, pace and expected speed of a batch; speeds are those of all rows together."""
+    vanilla = 1 / costs.step(1, 1)  # tokens per ms of one row
     pays = outcome.rate > LEAST_GAIN * vanilla
     expected = {
         "tau": outcome.tau,
@@ -198,43 +204,45 @@ def _chosen(shape: DraftShape, outcome: replay.Outcome, costs: Latency, rows: in
 def search(
     steps: replay.Recorded, costs: Latency, rows: int = 1, depths: Sequence[int] = DEPTHS
 ) -> tuple[DraftShape, replay.Outcome, list[dict[str, float]]]:
-    """The shape with the most tokens per ms on the recorded steps, what it brings, and tau of all shapes tried.
+    """The shape with the most tokens per ms on the recorded steps, its outcome, and tau of all shapes tried.
 
-    Larger trees than were timed are tried for their tau alone, which projections need.
+    Trees larger than the largest timed forward enter the grid only, for projections to other hardware.
     """
-    found, grid, most = [], list[dict[str, float]](), max(costs.forward_ms)
+    candidates, grid, most = [], list[dict[str, float]](), max(costs.forward_ms)
     for depth in depths:
         for width in (1, 2, 3, 4, 6, 8) if depth > 1 else (1,):
             drafted = replay.draft(steps, depth, width)
             outcomes = {n: replay.replay(drafted, costs, width, n) for n in BUDGETS}
             grid += [{"depth": depth, "width": width, "nodes": n, "tau": o.tau} for n, o in outcomes.items()]
             best = max((o for n, o in outcomes.items() if n <= most), key=lambda o: o.rate)
-            found.append((best, depth, width))
-    found.sort(key=lambda each: -each[0].rate)
-    finals = [(replay.paced(steps, costs, d, w, start, rows), d, w) for start, d, w in found[:4]]
+            candidates.append((best, depth, width))
+    candidates.sort(key=lambda each: -each[0].rate)
+    finals = [(replay.paced(steps, costs, d, w, start, rows), d, w) for start, d, w in candidates[:4]]
     outcome, depth, width = max(finals, key=lambda each: each[0].rate)
     nodes = most if outcome.pace is not None else max(round(outcome.nodes), 2)
     return DraftShape("dynamic", depth, _RECORDED.top_k, width, nodes), outcome, grid
 
 
-def draw(found: Calibration, path: Path) -> None:
-    """Cost of a forward over nodes, the roofline below it, and what of a step goes where. Needs matplotlib."""
+def draw(calibration: Calibration, path: Path) -> None:
+    """Plot the cost of a forward by nodes with the roofline, and the costs of drafting. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-    nodes = sorted(found.forward_ms)
-    left.plot(nodes, [found.forward_ms[n] for n in nodes], "o-", label="measured")
-    if found.bandwidth is not None:
-        least = [found.roofline_ms(n) or 0.0 for n in nodes]
+    nodes = sorted(calibration.forward_ms)
+    left.plot(nodes, [calibration.forward_ms[n] for n in nodes], "o-", label="measured")
+    if calibration.bandwidth is not None:
+        least = [calibration.roofline_ms(n) or 0.0 for n in nodes]
         left.plot(nodes, least, "--", color="gray", label="roofline of the linear layers")
-    left.set(xlabel="nodes of one target forward", ylabel="ms", title="what verification costs", ylim=(0, None))
+    left.set(xlabel="nodes of one target forward", ylabel="ms", title="cost of verification", ylim=(0, None))
     left.legend()
-    level = sorted(found.level_ms.items())
+    level = sorted(calibration.level_ms.items())
     right.bar([f"level, width {w}" for w, _ in level], [ms for _, ms in level], color="tab:orange")
-    right.bar(["first level", "bookkeeping"], [found.first_ms, found.overhead_ms], color="tab:blue")
-    right.axhline(0.08 * found.forward_ms[1], linestyle=":", color="gray")
-    right.set(ylabel="ms", title=f"what drafting costs (a one-node forward: {found.forward_ms[1]:.1f} ms)")
+    right.bar(["first level", "overhead"], [calibration.first_ms, calibration.overhead_ms], color="tab:blue")
+    right.axhline(0.08 * calibration.forward_ms[1], linestyle=":", color="gray")
+    right.set(ylabel="ms", title=f"cost of drafting (a one-node forward: {calibration.forward_ms[1]:.1f} ms)")
     right.tick_params(axis="x", rotation=30)
-    figure.suptitle(f"{found.identity['cpu']}, {found.identity['threads']} threads, {found.identity['packing']}")
+    figure.suptitle(
+        f"{calibration.identity['cpu']}, {calibration.identity['threads']} threads, {calibration.identity['packing']}"
+    )
     figure.savefig(path, dpi=120)

@@ -1,8 +1,8 @@
-"""What would another tree have brought? Drafts recorded once, replayed under any depth, width, budget and pace.
+"""Records drafts once and replays them with any depth, width, node budget and pace, to compare draft shapes offline.
 
-Owns the record and the replay; trees grow and are cut as the drafter's own (`drafters.tree_builder`). The texts come
-from the drafter's own run, greedy: what follows each root is known, so every candidate that the head ever proposed is
-known to be right or wrong, verified or not.
+Owns the record and the replay; trees grow and are pruned by the drafter's own code (`drafters.tree_builder`). The texts
+come from a greedy run of the drafter itself. The tokens after each root are known, so every candidate of the head is
+known to be right or wrong, whether it was verified or not.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from haast.tree import DraftTree
 from haast.tuning.latency import Latency
 from haast.tuning.policy import CostModel
 
-_TRUSTED = 8  # nodes of a tree by which a head's probabilities are judged
+_TRUST_NODES = 8  # size of the trees by which `paced` measures trust
 
 
 @dataclass(frozen=True)
 class Level:
-    """The candidates of one level of every recorded step, (steps, candidates) each."""
+    """The candidates at one tree level of every recorded step; all tensors are (steps, candidates)."""
 
-    scores: Tensor  # log-probability of the whole path; -inf is no candidate
-    right: Tensor  # bool
-    parents: Tensor  # places in the level above; nothing in the first
+    scores: Tensor  # log-probability of the path from the root; -inf: not a candidate
+    right: Tensor  # bool, whether the whole path is the greedy text
+    parents: Tensor  # indices into the level above; meaningless in the first level
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """Steps of texts, each with all that the head proposed."""
+    """Recorded decoding steps, each with all candidates of the head."""
 
     levels: tuple[Level, ...]
 
@@ -47,7 +47,7 @@ class Recorded:
         return len(self.levels[0].scores) if self.levels else 0
 
     def batches(self, rows: int) -> Iterator[Recorded]:
-        """`rows` steps of any texts and places at a time; a rest is left out."""
+        """Batches of `rows` steps, mixed over texts and positions; an incomplete last batch is left out."""
         order = torch.arange(len(self))
         if rows > 1:
             order = torch.randperm(len(self), generator=torch.Generator().manual_seed(rows))
@@ -57,27 +57,27 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a shape brings on the recorded steps."""
+    """The result of a shape on the recorded steps."""
 
     tau: float
-    ms: float  # a step
-    nodes: float  # verified per step, the root included
-    levels: float  # drafted per step below the first
+    ms: float  # per step
+    nodes: float  # verified per step, including the root
+    levels: float  # drafted per step after the first
     pace: CostModel | None
 
     @property
     def rate(self) -> float:
-        """Tokens per ms of a row."""
+        """Tokens per ms of one row."""
         return self.tau / self.ms
 
 
 class _Recorder(EagleDrafter):
-    """Keeps every proposal's candidates."""
+    """An EAGLE drafter that records the candidates of every step."""
 
     grown: list[Growth]
 
     def _draft(self, states: Sequence[EagleState], prepared: Any) -> DraftTree:
-        """By tensor operations: the native proposal keeps no candidates."""
+        """Draft with tensor operations, because the native code does not return all candidates."""
         return super()._draft(states, replace(prepared, one_call=None))
 
     def _grow(self, *args: Any) -> Growth:
@@ -86,19 +86,19 @@ class _Recorder(EagleDrafter):
 
 
 def record(target: Target, drafter: EagleDrafter, prompts: Sequence[Sequence[int]], tokens: int) -> Recorded:
-    """Answer the prompts with `drafter` and note all that it proposed. Steps at the end of a text are left out."""
+    """Answer the prompts with `drafter` and record its candidates. Steps close to the end of a text are left out."""
     steps: list[list[Level]] = []
     recorder = object.__new__(_Recorder)
     recorder.__dict__.update(drafter.__dict__)
     shape = recorder.planned(drafter.shape)
     for prompt in prompts:
         recorder.grown = []
-        text, begins = list[int](), list[int]()
+        text, positions = list[int](), list[int]()
         for emission in Engine(target, recorder).run([list(prompt)], SamplingParams(), StopParams(tokens)):
             text.extend(emission.tokens)
-            begins.append(len(text))
-        for grown, begin in zip(recorder.grown, begins, strict=False):
-            following = text[begin : begin + drafter.shape.depth]
+            positions.append(len(text))
+        for grown, position in zip(recorder.grown, positions, strict=False):
+            following = text[position : position + drafter.shape.depth]
             if len(following) == drafter.shape.depth:
                 steps.append(_levels(grown, following, shape))
     joined = [
@@ -109,9 +109,9 @@ def record(target: Target, drafter: EagleDrafter, prompts: Sequence[Sequence[int
 
 
 def _levels(grown: Growth, following: Sequence[int], shape: Plan) -> list[Level]:
-    """A recorded tree by level, held against the tokens that followed its root."""
+    """The levels of a recorded tree, compared with the tokens `following` its root."""
     sizes = [width * shape.top_k for width in (1, *shape.widths)]
-    levels, before = list[Level](), 0  # before: how many candidates stand above the level's parents
+    levels, before = list[Level](), 0  # before: number of candidates in the levels before the parents'
     parts = zip(*(torch.split(part.cpu(), sizes, 1) for part in grown.listed()), following, strict=True)
     for place, (tokens, scores, parents, token) in enumerate(parts):
         right = tokens == token
@@ -124,7 +124,10 @@ def _levels(grown: Growth, following: Sequence[int], shape: Plan) -> list[Level]
 
 
 def trust(steps: Recorded, nodes: int) -> float:
-    """Right candidates per unit of probability among the `nodes` - 1 best of every step."""
+    """Number of right candidates over the sum of their probabilities, among the best `nodes` - 1 of every step.
+
+    1 for a calibrated head; below 1 the head is overconfident.
+    """
     scores, right = (torch.cat([getattr(each, name) for each in steps.levels], 1) for name in ("scores", "right"))
     best = best_places(scores, nodes - 1)
     expected = float(scores.gather(1, best).double().exp().sum())
@@ -132,7 +135,7 @@ def trust(steps: Recorded, nodes: int) -> float:
 
 
 def follow(steps: Recorded) -> float:
-    """How often a right candidate that was expanded has a right child. No step has two right ones at a level."""
+    """Share of the right, expanded candidates that have a right child; a level has at most one right candidate."""
     expanded = continued = 0
     for above, below in zip(steps.levels, steps.levels[1:], strict=False):
         of_right = above.right.gather(1, below.parents) & below.scores.isfinite()
@@ -143,15 +146,15 @@ def follow(steps: Recorded) -> float:
 
 @dataclass(frozen=True)
 class Drafted:
-    """What a shape drafts: in all steps at once, or at a pace in one step of a batch."""
+    """The candidates of a shape: of all steps at once, or with a pace of one batch."""
 
-    grown: Growth  # its tokens say whether a candidate is right
-    levels: int  # below the first
-    most: int  # candidates that the shape has
+    grown: Growth  # its tokens are 1 for right candidates and 0 for wrong ones
+    levels: int  # after the first
+    most: int  # candidates per step
 
 
 def draft(steps: Recorded, depth: int, width: int, pace: CostModel | None = None, rows: int = 1) -> list[Drafted]:
-    """What a narrower or shallower drafter would have proposed; at a `pace`, `rows` steps are drafted together."""
+    """The candidates of a narrower or shallower drafter; with a `pace`, `rows` steps are drafted together."""
     return [_draft(batch, depth, width, pace) for batch in ([steps] if pace is None else steps.batches(rows))]
 
 
@@ -159,16 +162,16 @@ def _draft(steps: Recorded, depth: int, width: int, pace: CostModel | None) -> D
     top_k = steps.levels[0].scores.shape[1]
     widths = plan(DraftShape("dynamic", depth, top_k, width), top_k).widths
     grown, levels = Growth(torch.zeros(len(steps), dtype=torch.long)), 0
-    kept: Tensor | None = None  # which candidates of the level above are expanded
+    expanded: Tensor | None = None  # bool, the candidates of the level above that were expanded
     for level, wide in zip(steps.levels, (*widths, 0), strict=False):
-        below = torch.ones_like(level.right) if kept is None else kept.gather(1, level.parents)
+        below = torch.ones_like(level.right) if expanded is None else expanded.gather(1, level.parents)
         scores = level.scores.masked_fill(~below, -torch.inf)
         grown.add(level.right.long(), scores, parents=None)
         if wide:
             chosen = best_places(scores, wide)
             if pace is not None and not pace.deeper(scores.gather(1, chosen)):
                 break
-            kept = torch.zeros_like(level.right).scatter(1, chosen, True)
+            expanded = torch.zeros_like(level.right).scatter(1, chosen, True)
             levels += 1
     return Drafted(grown, levels, top_k * (1 + sum(widths[:levels])))
 
@@ -176,29 +179,29 @@ def _draft(steps: Recorded, depth: int, width: int, pace: CostModel | None) -> D
 def replay(
     drafted: Sequence[Drafted], costs: Latency, width: int, nodes: int, pace: CostModel | None = None
 ) -> Outcome:
-    """Tokens of a row, and time, of trees of at most `nodes` nodes, or of as many as pay, over what was drafted.
+    """The outcome of verifying the best `nodes` nodes of each tree, or with a pace as many of them as pay.
 
-    `costs` are those of all rows that are drafted together, by the nodes of one.
+    `costs` are those of the whole batch, by the nodes of one row.
     """
-    found = []
+    results = []
     for each in drafted:
         keep = each.grown.best(min(nodes - 1, each.most), pace)
         count = keep.shape[1] + 1
         right = float(each.grown.listed()[0].gather(1, keep).sum(1).double().mean())
-        found.append((1 + right, costs.step(1, count, each.levels + 1, width), count, each.levels))
-    tokens, ms, verified, levels = (sum(each) / len(found) for each in zip(*found, strict=True))
+        results.append((1 + right, costs.step(1, count, each.levels + 1, width), count, each.levels))
+    tokens, ms, verified, levels = (sum(each) / len(results) for each in zip(*results, strict=True))
     return Outcome(tokens, ms, verified, levels, pace)
 
 
 def paced(steps: Recorded, costs: Latency, depth: int, width: int, start: Outcome, rows: int = 1) -> Outcome:
-    """The shape at the pace that it keeps itself: the rate is raised until it is its own result (Dinkelbach)."""
-    best, most, trusted, followed = start, max(costs.forward_ms), trust(steps, _TRUSTED), follow(steps)
+    """The shape at its optimal pace: raise the rate until replaying with it gives that rate (Dinkelbach's method)."""
+    best, most, trusted, followed = start, max(costs.forward_ms), trust(steps, _TRUST_NODES), follow(steps)
     if not trusted or not followed:
-        return start  # the head was never right, and there is nothing to pace by
+        return start  # the head was never right, so no pace can be derived
     for _ in range(4):
         pace = costs.cost_model(width, best.rate, most, trust=trusted, follow=followed)
-        found = replay(draft(steps, depth, width, pace, rows), costs, width, most, pace)
-        if found.rate <= best.rate:
+        outcome = replay(draft(steps, depth, width, pace, rows), costs, width, most, pace)
+        if outcome.rate <= best.rate:
             break
-        best = found
+        best = outcome
     return best

@@ -1,4 +1,4 @@
-"""What a reader needs to judge numbers: where they come from, and fingerprints."""
+"""Provenance of results: machine, versions, commit, settings, and hashes of prompts, weights and sources."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from haast.target.target import Target
 def environment(
     target: Target, model: str, prompts: Path | None, count: int, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Where and how the numbers came about; `prompts` is None for Haast's own few."""
+    """The environment entry of a result: machine, model and settings; `prompts` is None for the built-in prompts."""
     return machine() | {
         "device": str(target.device),
         "model": model,
@@ -42,7 +42,7 @@ def environment(
 
 
 def machine() -> dict[str, Any]:
-    """What ran on what, without a target."""
+    """The part of the environment that needs no target: CPU, load, versions, commit, command, date."""
     return {
         "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
@@ -56,63 +56,63 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides speed and results."""
-    named = {"torch": str(torch.__version__), "transformers": transformers.__version__, "haast": haast.__version__}
-    return {"python": platform.python_version(), **named}
+    """Versions of the packages that affect speed or results, and of Python."""
+    packages = {"torch": str(torch.__version__), "transformers": transformers.__version__, "haast": haast.__version__}
+    return {"python": platform.python_version(), **packages}
 
 
 def git_commit() -> dict[str, Any] | None:
-    """Commit of the checkout that Haast runs from, and whether the package was changed; None outside a checkout."""
+    """Commit of the checkout that Haast runs from, and whether the package has changes; None outside a checkout."""
     folder = Path(haast.__file__).parent
 
-    def git(*words: str) -> str:
+    def git(*arguments: str) -> str:
         done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=20
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=20
         )
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # a checkout of Haast, not of what contains it
+        git("ls-files", "--error-unmatch", "__init__.py")  # fails in a repository that only contains the installation
         return {"hash": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", "."))}
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def sources_sha256() -> str:
-    """Of the package's own code: tells two states of a changed checkout apart, and installed copies."""
+    """Hash of the package's code, which tells apart two states of a checkout with changes, or two installed copies."""
     return folder_sha256(Path(haast.__file__).parent, "*.py", "*.cpp", "*.h")
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file's bytes."""
+    """Hash of a file's bytes."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def folder_sha256(folder: Path, *kinds: str) -> str:
-    """Of the files in a folder (a head's, say), or of those of some kinds below it; another content is noticed."""
-    found = {path for kind in kinds for path in folder.rglob(kind)} if kinds else set(folder.iterdir())
+def folder_sha256(folder: Path, *patterns: str) -> str:
+    """Hash of names and contents of the files in a folder, or of all files below it that match a pattern."""
+    matched = {path for pattern in patterns for path in folder.rglob(pattern)} if patterns else set(folder.iterdir())
     digest = hashlib.sha256()
-    for path in sorted(path for path in found if path.is_file()):
+    for path in sorted(path for path in matched if path.is_file()):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
 def weights_sha256(target: Target) -> str:
-    """A fingerprint of a model's weights: names, shapes and up to 4,096 values of every tensor.
+    """Hash of a model's weights: names, shapes and up to 4,096 values of every tensor.
 
-    It tells apart models that lie in one place at different times; two that differ in a few values it may not.
+    Detects that another model was saved under the same path. May miss a change of a few values.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(target.model.state_dict().items()):
         values = tensor.detach().flatten()
-        some = values[:: max(values.numel() // 4096, 1)].contiguous().cpu()
+        sampled = values[:: max(values.numel() // 4096, 1)].contiguous().cpu()
         digest.update(
-            f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode() + some.view(torch.uint8).numpy().tobytes()
+            f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode() + sampled.view(torch.uint8).numpy().tobytes()
         )
     return digest.hexdigest()
 
 
 def stats_document(stats: Stats) -> dict[str, Any]:
-    """One run's statistics as JSON."""
-    told = ("tau", "tokens_per_s", "acceptance_by_depth", "alpha_by_depth", "by_length")
-    return {**asdict(stats), **{name: getattr(stats, name) for name in told}}
+    """The statistics of one run as JSON values, derived ones included."""
+    derived = ("tau", "tokens_per_s", "acceptance_by_depth", "alpha_by_depth", "by_length")
+    return {**asdict(stats), **{name: getattr(stats, name) for name in derived}}

@@ -1,9 +1,8 @@
-"""Runs decoders over prompts, of one file or of many suites at many temperatures, and gathers what they did.
+"""Runs decoders over the prompts of one file, or of several suites and temperatures, and collects their answers.
 
-Owns the order, warm-up, rounds and the comparison of outputs. The order is a pure function of the seed, so that a run
-that was interrupted goes on in it. Within a round temperatures, suites and prompts are mixed, and each prompt meets the
-decoders in an order of its own: a machine that slows down for some minutes then slows all of them alike. Knows no
-terminal and no files.
+Owns order, warm-up, rounds and the comparison of outputs. The order is a pure function of the seed, so a resumed run
+keeps it. Within a round, temperatures, suites and prompts are shuffled, and so are the decoders of each prompt, so that
+a machine that slows down for some minutes slows all decoders equally. Knows neither the terminal nor files.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from haast.bench.decoders import Decoder, DecoderRun, own_text
+from haast.bench.decoders import Decoder, DecoderRun, independent_text
 from haast.checking.divergence import diagnose
 from haast.core import SamplingParams
 from haast.engine.engine import PREFILL_CHUNK
@@ -26,7 +25,7 @@ from haast.target.target import Target
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """How a bench runs."""
+    """Settings of a bench run."""
 
     max_new_tokens: int = 128
     rounds: int = 1
@@ -41,7 +40,7 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class BenchPrompt:
-    """One prompt, encoded."""
+    """One encoded prompt."""
 
     id: str
     category: str
@@ -50,61 +49,61 @@ class BenchPrompt:
 
 @dataclass(frozen=True)
 class Difference:
-    """Two decoders said different things to one prompt."""
+    """Two decoders generated different tokens for one prompt, first at `index`."""
 
     prompt: str
     decoder: str
     reference: str
     index: int
-    kind: str  # tie, bug, or precision (another arithmetic, hf's: reported, not judged)
+    kind: str  # tie, bug, or precision (hf computes in another precision: reported, not judged)
     gap: float | None  # see `Divergence`
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A file of prompts, encoded."""
+    """The encoded prompts of one file."""
 
-    file: str  # its name without a folder
+    file: str  # file name without its folder
     sha256: str
     prompts: tuple[BenchPrompt, ...]
 
     @property
     def tokens_sha256(self) -> str:
-        """Of the prompts as the model sees them: other tokens of the same file are another run."""
+        """Hash of the encoded prompts: with another tokenizer or template, the same file is another run."""
         tokens = [(prompt.id, prompt.tokens) for prompt in self.prompts]
         return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One answer to give: who answers what, when."""
+    """One scheduled answer: which decoder answers which prompt, in which round."""
 
     round: int
     temperature: float
     suite: str
-    place: int  # of the prompt in its suite
+    place: int  # index of the prompt in its suite
     decoder: str
 
 
-Record = list[DecoderRun]  # what one decoder did with one prompt, round by round
+Record = list[DecoderRun]  # the answers of one decoder to one prompt, one per round
 Records = dict[str, list[Record]]  # decoder -> one record per prompt
-Cells = dict[tuple[float, str], Records]  # (temperature, suite) -> what each decoder did
+Cells = dict[tuple[float, str], Records]  # (temperature, suite) -> records
 
 
 def order(seed: int, rounds: int, sizes: Mapping[str, int], decoders: Mapping[float, Sequence[str]]) -> list[Turn]:
-    """All turns, round by round; the same for the same names, in whichever order they are given.
+    """All turns, round by round; they depend on the names, not on the order in which they are passed.
 
     Args:
-        seed: decides the order.
-        rounds: how often each prompt is answered.
+        seed: of the shuffling.
+        rounds: answers per prompt and decoder.
         sizes: suite -> number of prompts.
         decoders: temperature -> names.
     """
     generator, turns = random.Random(seed), list[Turn]()
     for number in range(rounds):
-        places = [(t, suite, i) for t in sorted(decoders) for suite in sorted(sizes) for i in range(sizes[suite])]
-        generator.shuffle(places)
-        for temperature, suite, place in places:
+        prompts = [(t, suite, i) for t in sorted(decoders) for suite in sorted(sizes) for i in range(sizes[suite])]
+        generator.shuffle(prompts)
+        for temperature, suite, place in prompts:
             names = sorted(decoders[temperature])
             generator.shuffle(names)
             turns += [Turn(number, temperature, suite, place, name) for name in names]
@@ -118,37 +117,37 @@ def run_suite(
     answers: dict[Turn, DecoderRun],
     keep: Callable[[Turn, DecoderRun], None] = lambda turn, run: None,
 ) -> Cells:
-    """Give every answer that is not there yet.
+    """Run every turn that has no answer yet.
 
     Args:
         arms: temperature -> decoders.
         suites: by name.
-        config: rounds, tokens, warm-up, and the seed of the order; the temperature is the arms' own.
-        answers: of an earlier run; the new ones join them.
-        keep: is handed each new answer at once.
+        config: rounds, tokens, warm-up, and the seed of the order; its temperature is not used.
+        answers: those of an earlier run; the new answers are added.
+        keep: called with each new answer as soon as it is complete.
 
     Returns:
-        All answers: suites and prompts in the files' order, decoders in the order given; one that did not run at a
-        temperature is left out there.
+        All answers: suites and prompts in the order of the files, decoders in the order of `arms`. A decoder that does
+        not run at a temperature has no records there.
     """
     by_name = {(temperature, arm.name): arm for temperature, own in arms.items() for arm in own}
     sizes = {name: len(suite.prompts) for name, suite in suites.items()}
     decoders = {temperature: [arm.name for arm in own] for temperature, own in arms.items()}
     turns = order(config.sampling.seed, config.rounds, sizes, decoders)
-    left = [turn for turn in turns if turn not in answers]
-    if left and config.warmup_tokens:
+    pending = [turn for turn in turns if turn not in answers]
+    if pending and config.warmup_tokens:
         first = next(iter(suites.values())).prompts[0]
         for arm in by_name.values():
             arm.run(first.tokens, config.warmup_tokens)
-    for turn in left:
+    for turn in pending:
         reset_peak_rss()
         arm, prompt = by_name[turn.temperature, turn.decoder], suites[turn.suite].prompts[turn.place]
         answer = replace(arm.run(prompt.tokens, config.max_new_tokens), peak_rss_mb=peak_rss_mb())
         keep(turn, answer)
         answers[turn] = answer
     cells: Cells = {}
-    given = [name for _, name in by_name]
-    for turn in sorted(turns, key=lambda turn: (turn.round, turn.place, given.index(turn.decoder))):
+    arm_order = [name for _, name in by_name]
+    for turn in sorted(turns, key=lambda turn: (turn.round, turn.place, arm_order.index(turn.decoder))):
         own = cells.setdefault((turn.temperature, turn.suite), {}).setdefault(turn.decoder, [])
         if turn.round == 0:
             own.append([])
@@ -159,30 +158,30 @@ def run_suite(
 def differences(
     records: Records, prompts: Sequence[BenchPrompt], target: Target, sampling: SamplingParams
 ) -> list[Difference]:
-    """Where decoders' outputs part from the first engine decoder's (vanilla where it ran), and between rounds.
+    """The first difference of each decoder from the reference decoder, or between its own rounds, per prompt.
 
-    Engine decoders share one target, so a difference between them is judged: tie or bug. Those whose
-    acceptance rule uses randomness of its own are not compared.
+    The reference is vanilla if it ran, else the first engine decoder. Engine decoders share one target, so a difference
+    between them is classified as tie or bug. Decoders with an independent text are not compared.
     """
-    records = {name: own for name, own in records.items() if not own_text(name, sampling.temperature)}
+    records = {name: own for name, own in records.items() if not independent_text(name, sampling.temperature)}
     if not records:
         return []
     reference = "vanilla" if "vanilla" in records else next((name for name in records if name != "hf"), "hf")
     found = []
     for place, prompt in enumerate(prompts):
-        wanted = records[reference][place][0].tokens
+        expected = records[reference][place][0].tokens
         for name, own in records.items():
-            other = next((run.tokens for run in own[place] if run.tokens != wanted), None)
+            other = next((run.tokens for run in own[place] if run.tokens != expected), None)
             if other is not None:
-                alike = "hf" not in (name, reference)
-                judged = diagnose(target, prompt.tokens, wanted, other, sampling) if alike else None
-                kind, gap = ("precision", None) if judged is None else (judged.kind, judged.gap)
-                found.append(Difference(prompt.id, name, reference, common_length(wanted, other), kind, gap))
+                same_target = "hf" not in (name, reference)
+                diagnosis = diagnose(target, prompt.tokens, expected, other, sampling) if same_target else None
+                kind, gap = ("precision", None) if diagnosis is None else (diagnosis.kind, diagnosis.gap)
+                found.append(Difference(prompt.id, name, reference, common_length(expected, other), kind, gap))
     return found
 
 
 def reset_peak_rss() -> None:
-    """Let the kernel count the peak of resident memory anew (Linux; elsewhere the peak is the process's own)."""
+    """Reset the kernel's peak of resident memory (Linux only; elsewhere the peak is that of the whole process)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -190,7 +189,7 @@ def reset_peak_rss() -> None:
 
 
 def peak_rss_mb() -> float:
-    """Peak resident memory of this process since the last reset, in MB; 0 where the system does not tell."""
+    """Peak resident memory of this process since the last reset, in MB; 0 if the system does not report it."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

@@ -1,8 +1,7 @@
-"""Tables of measurements; every number is a document's, rounded.
+"""Markdown and text tables of measurements; every number is taken from a document and rounded.
 
-Owns the look-ups in a suite document ("haast-suite-1"), and how values become text in Markdown. The templates own the
-words and the columns. Knows neither models nor answers: `haast report` makes the same text years
-later from the JSON alone.
+Owns the look-ups in a suite document ("haast-suite-1") and the formatting of values. The templates own the wording and
+the columns. Knows neither models nor answers: `haast report` writes the same text from the JSON alone.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from markupsafe import Markup
 from haast.bench.aggregate import ALL
 
 Document = Mapping[str, Any]
-_LEADERS = ("eagle", "eagle+suffix")  # whose ratio over each other decoder has a table
+_LEADERS = ("eagle", "eagle+suffix")  # decoders whose ratios over all others are shown
 
 
 def formatted(value: Any, form: str, unit: str = "") -> str:
-    """A number, or a list of them, in a form; None is nothing, without the unit too."""
+    """A number, or a list of numbers, in the format `form`; an empty string for None."""
     if value is None:
         return ""
     if isinstance(value, list):
@@ -32,35 +31,35 @@ def formatted(value: Any, form: str, unit: str = "") -> str:
 
 
 def panels(document: Document) -> list[str]:
-    """Suites to show: all together first, where there are several."""
+    """The suites to show; with several, "all" comes first."""
     names = [suite for suite in document["suites"] if suite != ALL]
     return names if len(names) == 1 else [ALL, *names]
 
 
 def main_rows(document: Document, temperature: float) -> list[Document]:
-    """The rows over all prompts at one temperature, in the order of the decoders."""
+    """The rows over all prompts at one temperature, in decoder order."""
     order, suite = list(document["decoders"]), panels(document)[0]
     rows = [row for row in document["rows"] if row["suite"] == suite and row["temperature"] == temperature]
     return sorted(rows, key=lambda row: order.index(row["decoder"]))
 
 
 def length_buckets(rows: Iterable[Document]) -> list[tuple[float, float]]:
-    """The lengths of context, from and below, in which these rows decoded; documents of an older Haast have none."""
+    """The context lengths [begin, end) that occur in these rows; documents of older versions have none."""
     return sorted({(each["begin"], each["end"]) for row in rows for each in row.get("by_length", ())})
 
 
 def named(document: Document, decoder: str) -> str:
-    """A decoder's name, which says where it does not keep the target's distribution."""
+    """A decoder's name, marked if it does not keep the target's distribution."""
     return f"{decoder} (lossy)" if document["decoders"][decoder]["lossy"] else decoder
 
 
 def best(document: Document) -> Document | None:
-    """The highest lossless ratio over vanilla, over all prompts, at the lowest temperature."""
-    wanted = (panels(document)[0], min(document["temperatures"]), "vanilla")
+    """The highest ratio of a lossless decoder over vanilla, over all prompts, at the lowest temperature."""
+    selected = (panels(document)[0], min(document["temperatures"]), "vanilla")
     ratios = [
         each
         for each in document["ratios"]
-        if (each["suite"], each["temperature"], each["over"]) == wanted
+        if (each["suite"], each["temperature"], each["over"]) == selected
         and each["decoder"] != "vanilla"
         and not document["decoders"][each["decoder"]]["lossy"]
     ]
@@ -68,14 +67,17 @@ def best(document: Document) -> Document | None:
 
 
 def markdown(template: str, part: str, *values: Any) -> str:
-    """A macro of a Markdown template, filled in.
+    """Render a macro of a Markdown template.
 
-    Of "results.md": a kind of `benchmarks/readme.py`, "decoders" (`haast bench`), "taus" and "added" (documents by
-    file name), or "source" (a file's name and the environment). Of "suite.md": "lengths", or through `suite_markdown`
-    any other.
+    Args:
+        template: "results.md" or "suite.md".
+        part: the macro. In "results.md" the kind of a result, with "_" for "-"; "decoders" or "taus" of `haast bench`;
+            or "source". In "suite.md" "lengths"; `suite_markdown` renders the others.
+        *values: a document; documents by path for "taus", "regenerate" and "interop_vllm"; a path and an environment
+            for "source".
 
     Raises:
-        KeyError: the document lacks what is shown.
+        KeyError: a document lacks a value that the macro shows.
     """
     try:
         return str(getattr(_markdown().get_template(template).module, part)(*values)).strip()
@@ -84,7 +86,7 @@ def markdown(template: str, part: str, *values: Any) -> str:
 
 
 def suite_markdown(document: Document, part: str = "page", name: str = "suite.json") -> str:
-    """A suite's "page", "tables" or "short" table, with its sources; `name` is the document's file."""
+    """A suite's "page", "tables" or "short" table, followed by its sources; `name` is the document's path."""
     rows = {(row["temperature"], row["suite"], row["decoder"]): row for row in document["rows"]}
     ratios = {(r["temperature"], r["suite"], r["decoder"], r["over"]): r for r in document["ratios"]}
     parts = [markdown("suite.md", "short" if part == "short" else "tables", document, rows, ratios)]
@@ -94,35 +96,35 @@ def suite_markdown(document: Document, part: str = "page", name: str = "suite.js
 
 
 def templates() -> Environment:
-    """The templates' room: what they lack is an error, what documents say is escaped."""
-    room = Environment(
+    """The Jinja environment: undefined values are errors, values of documents are escaped."""
+    environment = Environment(
         loader=PackageLoader("haast.bench"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    room.globals["named"] = named
-    return room
+    environment.globals["named"] = named
+    return environment
 
 
 def text(template: str, filters: Mapping[str, Callable[..., Any]] | None = None, **values: Any) -> str:
-    """A template of plain text, filled in."""
-    room = templates().overlay(autoescape=False)
-    room.filters |= filters or {}
-    return room.get_template(template).render(**values).rstrip()
+    """Render a plain text template."""
+    environment = templates().overlay(autoescape=False)
+    environment.filters |= filters or {}
+    return environment.get_template(template).render(**values).rstrip()
 
 
 @cache
 def _markdown() -> Environment:
-    room = templates().overlay(finalize=_escaped)
-    room.globals |= {"leaders": _LEADERS, "length_buckets": length_buckets}
-    room.filters |= {"f": formatted, "median": median, "stem": lambda path: Path(path).stem, "raw": Markup}
-    return room
+    environment = templates().overlay(finalize=_escaped)
+    environment.globals |= {"leaders": _LEADERS, "length_buckets": length_buckets}
+    environment.filters |= {"f": formatted, "median": median, "stem": lambda path: Path(path).stem, "raw": Markup}
+    return environment
 
 
 def _escaped(value: Any) -> Markup:
-    """A value in a cell. Markup is what a macro made; anything else is text, for Markdown and not for HTML."""
+    """Escape a value for a Markdown cell. Markup, the output of a macro, is left as it is."""
     if isinstance(value, Markup):
         return value
     return Markup("" if value is None else " ".join(str(value).replace("|", "\\|").split("\n")))

@@ -1,10 +1,11 @@
-"""What one answer's drafts came to, step by step, as a document ("haast-trace-1"), and a step as a reader sees it.
+"""Traces: the draft tree of every step of an answer and the fate of its nodes ("haast-trace-1"), and a view of a step.
 
-Owns the recording, the document's schema, and the words that the terminal and the page share. Knows neither terminal
-nor HTML (see `cli.trace` and `page`).
+Owns the recording, the schema, and the wording that the terminal and the page share. Knows neither the terminal nor
+HTML (see `cli.trace` and `page`).
 
-A node's `target_prob` is the target's probability of its token after its own parent, of the processed distribution that
-is sampled. Greedy decoding has a one-hot one, which tells nothing: there it is the softmax of the processed scores.
+A node's `target_prob` is the target's probability of its token given the path to its parent, in the processed
+distribution that is sampled from. Greedy decoding has a one-hot distribution, which is not informative; there it is the
+softmax of the processed scores.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ _WHY = {
     "root": "root {token}: the last token of the text so far",
     "accepted": "drafted {token} (target {chance}): accepted, the target chose it too",
     "cut": "drafted {token} (target {chance}): accepted, but the text ended before it",
-    "rejected": "drafted {token} (target {chance}): rejected, the target said {choice} ({likely})",
+    "rejected": "drafted {token} (target {chance}): rejected, the target chose {choice} ({likely})",
     "twin": "drafted {token} (target {chance}): the same token as an accepted branch",
     "unreached": "drafted {token} (target {chance}): not reached, a token before it was not accepted",
-    "probe": "probe {token}: run to learn what may follow later, never accepted",
+    "probe": "probe {token}: run to collect n-grams for later steps, never accepted",
 }
 _MARKS = {" ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"}
-_LONGEST = 24  # characters of a token that are shown
+_MAX_SHOWN = 24  # characters of a token
 
 
 def record_trace(
@@ -48,26 +49,30 @@ def record_trace(
     prompt_text: str,
     environment: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Answer one prompt and write down every step's tree and what became of it.
+    """Answer one prompt and record the tree of every step and the fate of its nodes.
 
     Args:
-        target: with its tokenizer, which makes tokens readable.
-        prompt_ids: the prompt as the model reads it; `prompt_text` as a reader does.
-        sampling: stateful logits processors are called more often here than once per token: leave them out.
+        target: must have a tokenizer.
+        drafter: proposes the trees.
+        prompt_ids: the token ids of the prompt.
+        sampling: leave out stateful logits processors: a trace calls them more than once per token.
         stop: when the answer ends.
-        environment: what a reader should know of the machine and the model; None is this machine.
+        prompt_text: the prompt as readers see it.
+        environment: of the machine and the model; None: this machine, without the model.
 
     Raises:
-        ValueError: the target has no tokenizer; PromptError: as `Engine.run`.
+        ValueError: the target has no tokenizer.
+        PromptError: as for `Engine.run`.
     """
     if target.tokenizer is None:
-        raise ValueError("a trace shows text, and this target was given without a tokenizer: give one")
+        raise ValueError("a trace shows text, but this target was loaded without a tokenizer: give it one")
     recorder, stats = TraceRecorder(target.tokenizer, prompt_ids, Sampler(sampling)), Stats()
     for emission in Engine(target, drafter).run([list(prompt_ids)], sampling, stop, stats, watch=recorder.watch):
         if not recorder.prefill:
             recorder.begin(emission.tokens[0])
     recorder.end()
     return {
+        "kind": "trace",
         "format": TRACE_FORMAT,
         "decoder": drafter.name,
         "prompt": prompt_text,
@@ -82,14 +87,13 @@ def record_trace(
 
 
 class TraceRecorder:
-    """Follows one request's text, and turns each step into its document.
+    """Builds the document of each step of one request; pass `watch` to the engine.
 
     Args:
-        tokenizer: makes tokens readable.
+        tokenizer: decodes tokens for readers.
         prompt: token ids.
-        sampler: whose distribution is shown; None shows the model's own, as it is for a request whose processors
-            remember something.
-        row: the request's own number, see `Step.rows`.
+        sampler: its processed distribution is shown; None shows the model's, for requests with stateful processors.
+        row: the request's number, see `Step.rows`.
 
     Attributes:
         steps: the documents so far.
@@ -106,20 +110,20 @@ class TraceRecorder:
         self._step_of: dict[int, int] = {}
 
     def step_of(self, position: int) -> int | None:
-        """The number of the step that emitted the token at a position; None for the prompt's own token."""
+        """The number of the step that emitted the token at a position; None for the token of the prefill."""
         return self._step_of.get(position)
 
     def begin(self, token: int) -> None:
-        """Take in the prompt's own token, which no step drafted."""
+        """Record the first token, which prefill emits."""
         self.prefill = self._emitted(token)
 
     def end(self) -> None:
-        """Give out the text of a character that was never completed."""
+        """Add the text of an incomplete last character."""
         last = self.steps[-1]["emitted"][-1] if self.steps else self.prefill
         last["text"] += self.stream.finish()
 
     def watch(self, step: Step) -> None:
-        """Write down a step. Its logits are read here and not kept."""
+        """Record a step. Its logits are read here and not kept."""
         place = step.rows.index(self._row)
         verdict, emission = step.verdict.rows[place], step.emissions[place]
         if verdict is None:  # the request has failed
@@ -127,47 +131,47 @@ class TraceRecorder:
         if not self.prefill:
             self.begin(int(step.tree.tokens[place, 0]))
         number = len(self.steps)
-        told: dict[str, Any] = {"number": number, "position": len(self._history)}
-        told |= {part: getattr(step, part) for part in ("ms_draft", "ms_verify", "ms_overhead")}
+        document: dict[str, Any] = {"number": number, "position": len(self._history)}
+        document |= {part: getattr(step, part) for part in ("ms_draft", "ms_verify", "ms_overhead")}
         nodes = self._nodes(step, place, dict(zip(verdict.path, verdict.tokens, strict=True)))
-        self._step_of |= dict.fromkeys(range(told["position"], told["position"] + len(emission.tokens)), number)
-        told["emitted"] = [
-            self._emitted(token) | {"drafted": place < emission.drafted} for place, token in enumerate(emission.tokens)
+        self._step_of |= dict.fromkeys(range(document["position"], document["position"] + len(emission.tokens)), number)
+        document["emitted"] = [
+            self._emitted(token) | {"drafted": index < emission.drafted} for index, token in enumerate(emission.tokens)
         ]
-        self.steps.append(told | {"nodes": nodes})
+        self.steps.append(document | {"nodes": nodes})
 
     def _emitted(self, token: int) -> dict[str, Any]:
-        """A settled token; `text` is what became certain with it, so that all of them together are the answer."""
+        """An emitted token; `text` is the text that it completes, so that all texts joined are the answer."""
         self._history.append(token)
         return {"token": token, "text": self.stream.push(token)}
 
     def _nodes(self, step: Step, place: int, chosen: Mapping[int, int]) -> list[dict[str, Any]]:
-        """The tree, and what the target chose after the nodes that verification visited."""
-        tree, known = step.tree, dict[int, Tensor]()  # known: node -> target probabilities after it (vocab,)
+        """The nodes of the tree; `chosen` maps each visited node to the token that the target chose after it."""
+        tree, cache = step.tree, dict[int, Tensor]()  # cache: node -> target probabilities after it (vocab,)
         fields = (tree.tokens, tree.parents, tree.live, tree.depths)
         tokens, parents, live, depths = (each[place].tolist() for each in fields)
         probes = [False] * tree.nodes if tree.placeholder is None else tree.placeholder[place].tolist()
 
         def prob(node: int, token: int) -> float:
-            if node not in known:
-                below_root = tree.tokens[place, 1:][tree.ancestors[place, node, 1:]].tolist()
-                known[node] = self._probs([*self._history, *below_root], step.logits[place, node])
-            return float(known[node][token])
+            if node not in cache:
+                path = tree.tokens[place, 1:][tree.ancestors[place, node, 1:]].tolist()
+                cache[node] = self._probs([*self._history, *path], step.logits[place, node])
+            return float(cache[node][token])
 
         nodes = []
         for node, token in enumerate(tokens):
-            candidate, then = live[node] and parents[node] >= 0 and not probes[node], chosen.get(node)
+            candidate, choice = live[node] and parents[node] >= 0 and not probes[node], chosen.get(node)
             nodes.append(
                 {
                     "id": node,
                     "parent": parents[node],
                     "depth": depths[node],
                     **self._named(token),
-                    "accepted": node > 0 and then is not None,
+                    "accepted": node > 0 and choice is not None,
                     "probe": probes[node],
                     "live": live[node],
                     "target_prob": prob(parents[node], token) if candidate else None,
-                    "choice": None if then is None else {**self._named(then), "prob": prob(node, then)},
+                    "choice": None if choice is None else {**self._named(choice), "prob": prob(node, choice)},
                 }
             )
         return nodes
@@ -184,7 +188,7 @@ class TraceRecorder:
 
 
 class StepView:
-    """One step of a trace document; dead nodes, which only pad, are left out."""
+    """One step of a trace document, without the dead nodes, which are padding."""
 
     def __init__(self, step: Mapping[str, Any]) -> None:
         self.step = step
@@ -196,16 +200,16 @@ class StepView:
 
     @property
     def drafted(self) -> int:
-        """Nodes that could have been accepted."""
+        """Number of nodes that could have been accepted."""
         return sum(self.fate(number) not in ("root", "probe") for number in self.nodes)
 
     @property
     def kept(self) -> int:
-        """Drafted tokens that were emitted."""
+        """Number of drafted tokens that were emitted."""
         return sum(token["drafted"] for token in self.step["emitted"])
 
     def fate(self, number: int) -> str:
-        """What became of a node, one of `FATES`."""
+        """The fate of a node, one of `FATES`."""
         node = self.nodes[number]
         if number == 0:
             return "root"
@@ -216,9 +220,9 @@ class StepView:
         return "rejected" if self.nodes[node["parent"]]["choice"] is not None else "unreached"
 
     def why(self, number: int, sentences: Mapping[str, str] = _WHY) -> str:
-        """The sentence on a node's fate, or on a "twin", with the target's probabilities; empty where there is none.
+        """The sentence that explains a node's fate, with the target's probabilities; empty if `sentences` has none.
 
-        A twin is rejected, but its token was chosen: in another branch.
+        A "twin" is a rejected node whose token the target did choose, in another branch.
         """
         node, fate = self.nodes[number], self.fate(number)
         choice = self.nodes[node["parent"]]["choice"] if number else None
@@ -230,7 +234,7 @@ class StepView:
         return sentences.get(fate, "").format(**words)
 
     def bonus(self) -> tuple[int, Mapping[str, Any]] | None:
-        """The target's own last token and the node it follows; None where the text ended before it."""
+        """The bonus token and the node that it follows; None if the text ended before it."""
         emitted = self.step["emitted"]
         if not emitted or emitted[-1]["drafted"]:
             return None
@@ -239,7 +243,7 @@ class StepView:
         return last, self.nodes[last]["choice"]
 
     def summary(self) -> str:
-        """The step in one line."""
+        """A one-line summary of the step."""
         ms = sum(self.step[part] for part in ("ms_draft", "ms_verify", "ms_overhead"))
         words = f"{self.kept} of {self.drafted} drafted accepted" if self.drafted else "nothing drafted"
         probes = sum(self.fate(number) == "probe" for number in self.nodes)
@@ -252,7 +256,7 @@ class StepView:
 
 
 def percent(chance: float) -> str:
-    """A probability for a reader: two digits, never a false 0 or 100."""
+    """A probability in percent with about two digits, never rounded to 0 or 100."""
     value = 100 * chance
     if value < 0.1:
         return "<0.1 %"
@@ -262,18 +266,18 @@ def percent(chance: float) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """A count with its noun."""
+    """A count with its noun, in the plural unless it is 1."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def visible(text: str) -> str:
-    """A token with its blanks and controls made visible, cut where it is long."""
+    """A token's text with visible blanks and control characters, cut if it is long."""
     shown = "".join(_MARKS.get(letter) or (letter if letter.isprintable() else ascii(letter)[1:-1]) for letter in text)
-    if len(shown) > _LONGEST:
-        shown = shown[: _LONGEST - 1] + "\u2026"
+    if len(shown) > _MAX_SHOWN:
+        shown = shown[: _MAX_SHOWN - 1] + "\u2026"
     return shown or "\u2205"
 
 
 def quoted(text: str) -> str:
-    """A token inside a sentence."""
+    """A token's text in quotation marks, for a sentence."""
     return f"\u201c{visible(text)}\u201d"

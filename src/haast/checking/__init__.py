@@ -1,5 +1,5 @@
-"""The verifier: does drafted decoding say what vanilla says? Owns the comparison and its statistics.
+"""Lossless checks: compares drafted decoding with vanilla decoding. Owns the comparison and its statistics.
 
-`divergence` compares texts token by token and tells a floating-point tie from a bug; `distribution` tests what is
-sampled. Both recompute what they judge by: plain forwards over the history, never the tree's own logits.
+`divergence` compares texts token by token and classifies a difference as a floating-point tie or a bug; `distribution`
+tests the sampled distribution. Both use logits of plain forwards over the history, never the tree's own logits.
 """

@@ -1,8 +1,8 @@
-"""Chi-square tests of the sampled distribution: are drafted samples the target's own samples?
+"""Chi-square tests of the sampled distribution: does drafting change it?
 
 Owns two experiments. `tiny_distribution`: a built-in random model in fp64, all strings of length 3, the whole engine,
-and a biased control that must fail, so that the test is known to see. `sampled_distribution`: the user's model, one
-drafted tree, verified with many seeds; its first token, and its second after the first one drafted.
+and a biased control that must fail, which proves that the test detects a bias. `sampled_distribution`: the user's
+model, one drafted tree, verified with many seeds; tests the first token, and the second after the first drafted one.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from haast.sampling import Sampler
 from haast.target.target import Target
 from haast.tree import DraftTree
 
-_LEVEL = 1e-4  # p-values below it are taken for a wrong distribution; a right one gets there once in 10,000 tests
-_FEWEST = 5.0  # expected count of a cell; smaller cells are merged into one
-_TINY_SAMPLES = 1000  # fewer would not see the control's bias
+_SIGNIFICANCE = 1e-4  # smaller p-values count as a wrong distribution; a correct one fails once in 10,000 tests
+_MIN_EXPECTED = 5.0  # expected count of a cell; smaller cells are merged into one
+_MIN_TINY_SAMPLES = 1000  # fewer would not detect the control's bias
 _VOCAB, _LENGTH = 6, 3
 
 
@@ -47,32 +47,33 @@ class DistributionTest:
 
     @property
     def passed(self) -> bool:
-        """Whether the distribution came out as it should: right, or (a control) visibly wrong."""
-        return (self.p_value < _LEVEL) == self.expected_to_fail
+        """Whether the result is as expected: the distribution is correct, or (for a control) wrong."""
+        return (self.p_value < _SIGNIFICANCE) == self.expected_to_fail
 
     @classmethod
     def of(cls, name: str, counts: Counter[int], probs: Tensor, expected_to_fail: bool = False) -> DistributionTest:
-        """Of what was drawn, against the distribution it should follow; see `chi_square`."""
+        """Test counts of samples against the expected distribution; see `chi_square`."""
         statistic, cells, p_value = chi_square(counts, probs)
         return cls(name, counts.total(), cells, statistic, p_value, expected_to_fail)
 
 
 def chi_square(counts: Mapping[int, int], probs: Tensor) -> tuple[float, int, float]:
-    """Pearson's test of `counts` (index -> times seen) against `probs` (cells,) float64.
+    """Pearson's test of `counts` (index -> number of samples) against `probs` (cells,) float64.
 
-    Cells of small expectation are merged into one. A seen cell of probability zero gives an infinite statistic.
+    Cells with a small expected count are merged into one. A sample in a cell of probability zero gives an infinite
+    statistic.
 
     Returns:
         The statistic, the number of cells and the p-value.
     """
-    seen = torch.tensor([counts.get(index, 0) for index in range(len(probs))], dtype=probs.dtype)
-    expected = probs * seen.sum()
-    if bool(((seen > 0) & (expected == 0)).any()):
+    observed = torch.tensor([counts.get(index, 0) for index in range(len(probs))], dtype=probs.dtype)
+    expected = probs * observed.sum()
+    if bool(((observed > 0) & (expected == 0)).any()):
         return float("inf"), len(probs), 0.0
-    small = expected < _FEWEST
-    seen, expected = (torch.cat([each[~small], each[small].sum().reshape(1)]) for each in (seen, expected))
-    seen, expected = seen[expected > 0], expected[expected > 0]
-    statistic = float(((seen - expected) ** 2 / expected).sum())
+    small = expected < _MIN_EXPECTED
+    observed, expected = (torch.cat([each[~small], each[small].sum().reshape(1)]) for each in (observed, expected))
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    statistic = float(((observed - expected) ** 2 / expected).sum())
     freedom = len(expected) - 1
     if freedom < 1:
         return statistic, len(expected), 1.0
@@ -84,13 +85,16 @@ def tiny_distribution(samples: int = 3000, seed: int = 0) -> list[DistributionTe
     """The whole engine on a tiny random model: the distribution over all strings of length 3, and a biased control.
 
     Args:
-        samples: texts drawn for each of the two tests.
-        seed: of model, head and draws.
+        samples: texts sampled for each of the two tests.
+        seed: of model, head and sampling.
     """
-    target, drafter = _tiny(seed)
+    target, drafter = _tiny_model(seed)
     probs = _string_probs(target)
     tests = []
-    for name, processors in (("tiny model, strings of length 3", ()), ("control: one logit raised", (_raise_first,))):
+    for name, processors in (
+        ("tiny model, strings of length 3", ()),
+        ("control: one logit raised", (_raise_first_logit,)),
+    ):
         sampling = SamplingParams(temperature=1.0, seed=seed, processors=processors)
         counts = _draw_strings(target, drafter, sampling, samples)
         tests.append(DistributionTest.of(name, counts, probs, expected_to_fail=bool(processors)))
@@ -100,44 +104,44 @@ def tiny_distribution(samples: int = 3000, seed: int = 0) -> list[DistributionTe
 def distribution_tests(
     target: Target, drafter: Drafter, prompt: Sequence[int], sampling: SamplingParams, samples: int
 ) -> list[DistributionTest]:
-    """Both experiments; the second one needs a prompt of two tokens or more."""
-    own = sampled_distribution(target, drafter, prompt, sampling, samples) if len(prompt) > 1 else []
-    return tiny_distribution(max(samples, _TINY_SAMPLES), sampling.seed) + own
+    """Run both experiments; the one on `target` needs a prompt of at least two tokens and is skipped otherwise."""
+    tests = sampled_distribution(target, drafter, prompt, sampling, samples) if len(prompt) > 1 else []
+    return tiny_distribution(max(samples, _MIN_TINY_SAMPLES), sampling.seed) + tests
 
 
 def sampled_distribution(
     target: Target, drafter: Drafter, prompt: Sequence[int], sampling: SamplingParams, samples: int = 1000
 ) -> list[DistributionTest]:
-    """The user's model: the distribution of the tokens that one verified tree emits, over many seeds.
+    """Test the user's model: the distribution over seeds of the tokens that one verified tree emits.
 
-    One forward over the drafted tree, then verification with `samples` seeds. The first token is held against a plain
-    forward after the prompt; the second, among texts that begin with the first token drafted, against a plain forward
-    after that. Rare tokens are merged into one cell. The prompt has two tokens or more.
+    One forward over the drafted tree, then verification with `samples` seeds. The first token is tested against a plain
+    forward after the prompt; the second token, of texts that begin with the first drafted token, against a plain
+    forward after that. Rare tokens are merged into one cell. The prompt has at least two tokens.
     """
     tree, logits = _one_tree(target, drafter, prompt)
     first: Counter[int] = Counter()
     second: Counter[int] = Counter()
-    favourite = next((int(tree.tokens[0, child]) for child in tree.children(0)[0]), -1)
+    first_drafted = next((int(tree.tokens[0, child]) for child in tree.children(0)[0]), -1)
     for seed in range(sampling.seed, sampling.seed + samples):
         row = verify(tree, logits, [Sampler(replace(sampling, seed=seed))], [prompt]).rows[0]
         if row is None:
-            raise RuntimeError("verification gave no verdict on its one row")
+            raise RuntimeError("verification returned no verdict for its only row")
         first[row.tokens[0]] += 1
-        if row.tokens[0] == favourite and len(row.tokens) > 1:
+        if row.tokens[0] == first_drafted and len(row.tokens) > 1:
             second[row.tokens[1]] += 1
     tests = []
     for name, counts, history in (
         ("first token", first, list(prompt)),
-        ("second token after the drafted first", second, [*prompt, favourite]),
+        ("second token after the drafted first", second, [*prompt, first_drafted]),
     ):
-        if counts.total() >= 10 * _FEWEST:
+        if counts.total() >= 10 * _MIN_EXPECTED:
             probs = Sampler(sampling).probs(history, logits_after(target, history)).cpu()
             tests.append(DistributionTest.of(name, counts, probs))
     return tests
 
 
-class _Forced:
-    """Says the last token of a prompt first, so that the engine's first tree hangs on it."""
+class _ForcedFirstToken:
+    """Chooses a given token first: the prompt's last one, so that it is the root of the engine's first tree."""
 
     stateless = False
 
@@ -150,18 +154,18 @@ class _Forced:
 
 def _one_tree(target: Target, drafter: Drafter, prompt: Sequence[int]) -> tuple[DraftTree, Tensor]:
     """The tree drafted after `prompt` (its last token is the root), and the target's logits over it."""
-    seen: list[tuple[DraftTree, Tensor]] = []
+    steps: list[tuple[DraftTree, Tensor]] = []
 
     def watch(step: Step) -> None:
-        seen.append((step.tree, step.logits.clone()))
+        steps.append((step.tree, step.logits.clone()))
 
-    choosers, stop = [_Forced(prompt[-1])], StopParams(max_new_tokens=2)
+    choosers, stop = [_ForcedFirstToken(prompt[-1])], StopParams(max_new_tokens=2)
     for _ in Engine(target, drafter).run([prompt[:-1]], SamplingParams(), stop, watch=watch, choosers=choosers):
         continue
-    return seen[0]
+    return steps[0]
 
 
-def _tiny(seed: int) -> tuple[Target, EagleDrafter]:
+def _tiny_model(seed: int) -> tuple[Target, EagleDrafter]:
     config = LlamaConfig(
         vocab_size=_VOCAB,
         hidden_size=16,
@@ -192,7 +196,7 @@ def _string_probs(target: Target) -> Tensor:
 
 
 def _draw_strings(target: Target, drafter: Drafter, sampling: SamplingParams, samples: int) -> Counter[int]:
-    """Strings as numbers, drawn by the real engine, each with a seed of its own."""
+    """Counts of strings (encoded as numbers) sampled by the real engine, each with its own seed."""
     texts: list[list[int]] = [[] for _ in range(samples)]
     stop = StopParams(max_new_tokens=_LENGTH)
     seeds = [replace(sampling, seed=sampling.seed + number) for number in range(samples)]
@@ -201,8 +205,8 @@ def _draw_strings(target: Target, drafter: Drafter, sampling: SamplingParams, sa
     return Counter(sum(token * _VOCAB ** (_LENGTH - 1 - i) for i, token in enumerate(text)) for text in texts)
 
 
-def _raise_first(_history: Tensor, scores: Tensor) -> Tensor:
-    """The control's bias: token 0's odds times 2.7, which 1000 strings are enough to see."""
+def _raise_first_logit(_history: Tensor, scores: Tensor) -> Tensor:
+    """The control's bias: multiplies the odds of token 0 by 2.7, which 1000 strings are enough to detect."""
     biased = scores.clone()
     biased[:, 0] += 1.0
     return biased

@@ -1,7 +1,8 @@
-"""The first place where two texts part, and why: a floating-point tie, or a bug.
+"""Finds the first difference of two decoded texts and classifies it as a floating-point tie or a bug.
 
-Owns the judgement. Greedy: both tokens must be within the tolerance of the best processed logit. Sampled with one seed:
-the position's own draw must be within the tolerance of both tokens' stretches of the cumulative distribution.
+Owns the classification. A greedy tie: both tokens are within the tolerance of the best processed logit. A sampled tie
+(same seed): the position's random number is within the tolerance of both tokens' intervals of the cumulative
+distribution.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ from haast.tree import DraftTree
 
 # Relative to the largest finite processed logit. Chosen by judgement from each dtype's precision, not measured.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-_CHUNK = 512  # positions a forward
+_CHUNK = 512  # positions per forward
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where two texts part."""
+    """The first difference of two texts."""
 
     index: int  # of the first differing new token
-    vanilla: int | None  # its token; None where that text has ended
+    vanilla: int | None  # vanilla's token; None if that text has ended
     drafted: int | None
-    gap: float  # what would have to be rounded away: logits (greedy) or probability (sampled)
-    top2_gap: float  # between the best two processed logits there
-    allowed: float  # gap up to which it is a tie
+    gap: float  # rounding error that would explain the difference: in logits (greedy) or probability (sampled)
+    top2_gap: float  # between the two best processed logits at this position
+    allowed: float  # largest gap of a tie
     kind: str  # "tie" or "bug"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt decoded twice."""
+    """One prompt decoded without and with drafting."""
 
     vanilla: tuple[int, ...]
     drafted: tuple[int, ...]
@@ -58,14 +59,14 @@ def tolerance(dtype: torch.dtype) -> float:
 def compare(
     target: Target, drafter: Drafter, prompt: Sequence[int], sampling: SamplingParams, stop: StopParams
 ) -> Comparison:
-    """Decode `prompt` without and with drafting, and judge the first difference.
+    """Decode `prompt` without and with drafting, and classify the first difference.
 
     Args:
-        target: the model; both runs use it.
-        drafter: what is under test.
+        target: the model for both runs.
+        drafter: the drafter under test.
         prompt: token ids.
-        sampling: one distribution and seed for both.
-        stop: when to end, for both.
+        sampling: parameters and seed for both runs.
+        stop: stop rules for both runs.
     """
     runs = []
     for each in (VanillaDrafter(), drafter):
@@ -73,23 +74,23 @@ def compare(
         (tokens,) = Engine(target, each).complete([prompt], sampling, stop, stats)
         runs.append((tuple(tokens), stats))
     (vanilla, vanilla_stats), (drafted, drafted_stats) = runs
-    found = diagnose(target, prompt, vanilla, drafted, sampling)
-    return Comparison(vanilla, drafted, vanilla_stats, drafted_stats, found)
+    divergence = diagnose(target, prompt, vanilla, drafted, sampling)
+    return Comparison(vanilla, drafted, vanilla_stats, drafted_stats, divergence)
 
 
 def diagnose(
     target: Target, prompt: Sequence[int], vanilla: Sequence[int], drafted: Sequence[int], sampling: SamplingParams
 ) -> Divergence | None:
-    """Judge the first difference of two texts that followed `prompt`; None where they are equal.
+    """Classify the first difference of two texts generated after `prompt`; None if they are equal.
 
-    A text that ends while the other goes on, after equal tokens, is a bug: stop rules see tokens, not logits.
+    If one text ends earlier, after equal tokens, that is a bug: stop rules depend on tokens, not on logits.
     """
     if tuple(vanilla) == tuple(drafted):
         return None
     index = common_length(vanilla, drafted)
-    mine, theirs = (text[index] if index < len(text) else None for text in (vanilla, drafted))
-    if mine is None or theirs is None:
-        return Divergence(index, mine, theirs, float("inf"), float("inf"), 0.0, "bug")
+    first, second = (text[index] if index < len(text) else None for text in (vanilla, drafted))
+    if first is None or second is None:
+        return Divergence(index, first, second, float("inf"), float("inf"), 0.0, "bug")
     history = [*prompt, *vanilla[:index]]
     logits = logits_after(target, history)
     sampler = Sampler(sampling)
@@ -99,16 +100,16 @@ def diagnose(
     top2 = float(best[0] - best[-1])
     allowed = tolerance(target.dtype) * max(float(finite.abs().max()), 1.0)
     if sampling.temperature == 0:
-        gap = float(best[0] - torch.minimum(scores[mine], scores[theirs]))
+        gap = float(best[0] - torch.minimum(scores[first], scores[second]))
     else:
         probs = sampler.probs(history, logits)
         point = sampler.draw(len(history))
-        gap = max(_distance(probs, mine, point), _distance(probs, theirs, point))
-    return Divergence(index, mine, theirs, gap, top2, allowed, "tie" if gap <= allowed else "bug")
+        gap = max(_distance(probs, first, point), _distance(probs, second, point))
+    return Divergence(index, first, second, gap, top2, allowed, "tie" if gap <= allowed else "bug")
 
 
 def logits_after(target: Target, history: Sequence[int]) -> Tensor:
-    """The target's raw logits (vocab,) for the token that follows `history`: a plain forward, nothing cached."""
+    """The target's raw logits (vocab,) for the token after `history`: plain forwards with a fresh KV cache."""
     cache = target.new_cache(1, len(history))
     for begin in range(0, len(history), _CHUNK):
         tokens = torch.tensor([list(history[begin : begin + _CHUNK])], device=target.device)
@@ -118,7 +119,7 @@ def logits_after(target: Target, history: Sequence[int]) -> Tensor:
 
 
 def _distance(probs: Tensor, token: int, point: float) -> float:
-    """How far `point` (in [0, 1)) lies outside `token`'s stretch of the cumulative distribution; inf if it has none."""
+    """Distance of `point` (in [0, 1)) from `token`'s interval of the cumulative distribution; inf if it is empty."""
     cumulative = probs.cumsum(0)
     upper = float(cumulative[token])
     lower = upper - float(probs[token])

@@ -1,6 +1,6 @@
-"""The command line. Owns the list of commands; each group of commands has its own file.
+"""The command line. Owns the list of commands; each group of commands has its own module.
 
-Nothing here imports torch: `haast --help` answers at once, and commands import what they need when they run.
+Nothing here imports torch, so `haast --help` is fast; commands import what they need when they run.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from haast.cli.settings import expanded
 app = typer.Typer(
     cls=Boundary,
     no_args_is_help=True,
-    rich_markup_mode=None,  # plain help: importing rich would cost most of the answer's time
+    rich_markup_mode=None,  # plain help, because importing rich would take most of the time
     pretty_exceptions_enable=False,
     add_completion=False,
-    help="EAGLE speculative decoding: a Hugging Face LLM answers faster and says the same.",
+    help="EAGLE speculative decoding: a Hugging Face LLM generates faster, with the same output.",
 )
 for _command in (
     generate.generate,
@@ -40,8 +40,8 @@ for _command in (
     app.command(_command.__name__.rstrip("_"))(expanded(_command))
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         typer.echo(f"haast {version('haast')}")
@@ -52,7 +52,7 @@ def _version(wanted: bool) -> None:
 def _settings(
     ctx: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
-    debug: bool = typer.Option(False, "--debug", help="On an error, show the traceback."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
 ) -> None:
     ctx.obj = {"debug": debug, **(ctx.obj or {})}
 

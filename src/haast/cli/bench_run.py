@@ -1,7 +1,7 @@
-"""What `haast bench` does once all is loaded: answers under a progress bar, documents, and its end.
+"""Runs `haast bench` once everything is loaded: decodes under a progress bar, and writes the results.
 
-Owns the files of results and what stands in a journal's header; the work is `haast.bench`'s. Imported when a bench
-begins, since it imports torch.
+Owns the result files and the contents of a journal's header; `haast.bench` does the measuring. Imported only when a
+benchmark starts, because it imports torch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from haast.bench.runner import BenchConfig, BenchPrompt, Cells, Suite, Turn, dif
 from haast.bench.tables import suite_markdown, text
 from haast.cli.bench import BenchOptions, Plan
 from haast.cli.boundary import human_output
-from haast.cli.loading import drawn_by
+from haast.cli.loading import draft_settings
 from haast.cli.settings import Drafting, Loading
 from haast.drafters.factory import find_head
 from haast.files import write_json, write_text
@@ -47,7 +47,7 @@ from haast.target.target import Target
 
 @dataclass(frozen=True)
 class Run:
-    """Decoders about to answer."""
+    """A benchmark that is ready to run."""
 
     plan: Plan
     suites: dict[str, Suite]
@@ -58,8 +58,8 @@ class Run:
     parts: Parts
 
     def arms(self) -> dict[float, list[Decoder]]:
-        """Temperature -> decoders."""
-        return {t: [self._arm(name, t) for name in own] for t, own in self.plan.decoders(self.names).items()}
+        """The decoders per temperature."""
+        return {t: [self._arm(name, t) for name in names] for t, names in self.plan.decoders(self.names).items()}
 
     def _arm(self, name: str, temperature: float) -> Decoder:
         ends, sampling = self.target.end_ids, replace(self.config.sampling, temperature=temperature)
@@ -71,8 +71,8 @@ class Run:
         return EngineDecoder(self.target, drafter, sampling, ends, name, self.config.prefill_chunk)
 
     def total(self, arms: Mapping[float, Sequence[Decoder]]) -> int:
-        """Answers of the whole run."""
-        return self.config.rounds * sum(len(own) for own in arms.values()) * len(self.plan.prompts)
+        """The number of answers in the whole run."""
+        return self.config.rounds * sum(len(decoders) for decoders in arms.values()) * len(self.plan.prompts)
 
     def answer(
         self,
@@ -80,12 +80,12 @@ class Run:
         answers: dict[Turn, DecoderRun],
         keep: Callable[[Turn, DecoderRun], None] = lambda turn, answer: None,
     ) -> Cells:
-        """Give every answer that is not there yet, see `run_suite`."""
+        """Generate every answer that is not in `answers` yet; see `run_suite`."""
         decoded = forwards = 0
         with Progress("bench", "answers", self.total(arms), len(answers), rate="tokens") as progress:
 
-            def kept(turn: Turn, answer: DecoderRun) -> None:
-                """The progress tells EAGLE's tau so far."""
+            def keep_and_report(turn: Turn, answer: DecoderRun) -> None:
+                """Keep the answer, and show EAGLE's tau so far."""
                 nonlocal decoded, forwards
                 keep(turn, answer)
                 stats = answer.stats
@@ -94,26 +94,27 @@ class Run:
                 words = f"eagle's tau {decoded / forwards:.2f}" if forwards else ""
                 progress.step(counted=len(answer.tokens), words=words)
 
-            return run_suite(arms, self.suites, self.config, answers, kept)
+            return run_suite(arms, self.suites, self.config, answers, keep_and_report)
 
 
 def suites_of(plan: Plan, encoded: Sequence[BenchPrompt]) -> dict[str, Suite]:
-    """By name; `encoded` are the plan's prompts, encoded."""
-    left = iter(encoded)
+    """The suites by name; `encoded` are the encoded prompts of the plan, in order."""
+    remaining = iter(encoded)
     return {
-        path.stem: Suite(path.name, file_sha256(path), tuple(next(left) for _ in own))
-        for path, own in plan.files.items()
+        path.stem: Suite(path.name, file_sha256(path), tuple(next(remaining) for _ in prompts))
+        for path, prompts in plan.files.items()
     }
 
 
 def bench_file(run: Run, options: BenchOptions, settings: dict[str, Any]) -> None:
-    where = environment(run.target, run.loading.model, options.prompts, len(run.plan.prompts), settings)
-    document: dict[str, Any] = {"environment": where}
+    """Run the decoders on one prompt file and write the document; exit with 1 if an output differs by a bug."""
+    machine = environment(run.target, run.loading.model, options.prompts, len(run.plan.prompts), settings)
+    document: dict[str, Any] = {"kind": "bench", "environment": machine}
     (records,) = run.answer(run.arms(), {}).values()
     (suite,) = run.suites.values()
-    found = differences(records, suite.prompts, run.target, run.config.sampling)
+    different = differences(records, suite.prompts, run.target, run.config.sampling)
     document["rows"] = aggregate.build_rows(records, suite.prompts)
-    document["differences"] = [asdict(each) for each in found]
+    document["differences"] = [asdict(each) for each in different]
     document["per_prompt"] = aggregate.per_prompt(records, suite.prompts)
     if options.v_curve:
         with Progress("v curve"):
@@ -124,7 +125,7 @@ def bench_file(run: Run, options: BenchOptions, settings: dict[str, Any]) -> Non
 
 
 def bench_suites(run: Run, out: Path, options: BenchOptions, drafting: Drafting, settings: dict[str, Any]) -> None:
-    """Run, or go on with, a suite; write its documents; exit with 1 where a text differs that must not."""
+    """Run or resume a suite and write its documents; exit with 1 if an output differs by a bug."""
     arms, path = run.arms(), out / JOURNAL
     header = _header(run, arms, options, drafting, settings)
     with Journal(path, header, options.resume) as journal:
@@ -132,20 +133,20 @@ def bench_suites(run: Run, out: Path, options: BenchOptions, drafting: Drafting,
             cells = run.answer(arms, journal.answers, journal.keep)
         except KeyboardInterrupt:
             done = f"{len(journal.answers)} of {run.total(arms)} answers are in {path}"
-            typer.echo(f"\nstopped; {done}, the same command with --resume goes on from there", err=True)
+            typer.echo(f"\nstopped; {done}, run the same command with --resume to continue", err=True)
             raise
         document = build_document(journal.header, cells, run.suites, run.target, run.config.sampling)
     write_json(document, str(out / "suite.json"))
     write_text(out / "suite.md", suite_markdown(document))
     for temperature in document["temperatures"]:
         rows = [row for row in document["rows"] if (row["suite"], row["temperature"]) == ("all", temperature)]
-        found = [
+        different = [
             {**each, "prompt": f"{each['suite']} {each['prompt']}"}
             for each in document["differences"]
             if each["temperature"] == temperature
         ]
         typer.echo(f"temperature {temperature:g}, {', '.join(document['suites'])}")
-        shown = {"environment": document["environment"], "rows": rows, "differences": found}
+        shown = {"environment": document["environment"], "rows": rows, "differences": different}
         typer.echo(text("bench.txt", d=shown))
     typer.echo(f"written: {out / 'suite.json'}, {out / 'suite.md'}")
     _fail_on_bugs(document)
@@ -158,24 +159,26 @@ def _header(
     drafting: Drafting,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """What the journal fixes, and the document repeats."""
-    sampling = {key: value for key, value in settings["sampling"].items() if key != "temperature"}  # a cell has its own
-    described = {**settings, "sampling": sampling}
-    where = environment(run.target, run.loading.model, None, len(run.plan.prompts), described)
-    del where["prompts_file"], where["prompts_sha256"]
-    where |= {"sources_sha256": sources_sha256(), "weights_sha256": weights_sha256(run.target)}
+    """The header of the journal, which a resumed run must match; the document repeats it."""
+    # The temperature is a property of each cell of the suite.
+    sampling = {key: value for key, value in settings["sampling"].items() if key != "temperature"}
+    machine = environment(
+        run.target, run.loading.model, None, len(run.plan.prompts), {**settings, "sampling": sampling}
+    )
+    del machine["prompts_file"], machine["prompts_sha256"]
+    machine |= {"sources_sha256": sources_sha256(), "weights_sha256": weights_sha256(run.target)}
     if "hf" in run.names:
         skipped = [temperature for temperature in arms if temperature > 0]
-        where["skipped"] = [{"decoder": "hf", "temperature": t, "why": HF_SKIPPED} for t in skipped]
+        machine["skipped"] = [{"decoder": "hf", "temperature": t, "why": HF_SKIPPED} for t in skipped]
     parts = _part_settings(run, options, drafting)
     decoders = {}
-    for arm in (arm for own in arms.values() for arm in own):
+    for arm in (arm for group in arms.values() for arm in group):
         engine = {"nodes": arm.nodes, **parts.get(base_of(arm.name), {})} if isinstance(arm, EngineDecoder) else None
         about = {"lossy": lossy(arm.name), "rule": rule_of(arm.name), "settings": engine or {"dtype": "float32"}}
         decoders[arm.name] = about
     calibration = drafting.calibrated(run.target, run.parts.eagle)
     return {
-        "environment": where,
+        "environment": machine,
         "suites": {
             name: {"file": suite.file, "sha256": suite.sha256, "tokens_sha256": suite.tokens_sha256}
             for name, suite in run.suites.items()
@@ -188,23 +191,22 @@ def _header(
 
 
 def _part_settings(run: Run, options: BenchOptions, drafting: Drafting) -> dict[str, dict[str, Any]]:
-    """What the decoders draft with that have a head or a model of their own: settings, and its digest."""
-    found: dict[str, dict[str, Any]] = {}
+    """Draft settings and weight digests of the decoders that use a head or a draft model."""
+    by_decoder: dict[str, dict[str, Any]] = {}
     model = run.loading.model
     eagle = None if run.parts.eagle is None else drafting.folder(model)
     groups = ((HEADED, run.parts.eagle, eagle), (("medusa",), run.parts.medusa, find_head(options.medusa_head, model)))
     for names, drafter, folder in groups:
         if folder is not None:
-            settings = {**drawn_by(drafter), "head_sha256": folder_sha256(folder)}
-            found |= dict.fromkeys(names, settings)
+            settings = {**draft_settings(drafter), "head_sha256": folder_sha256(folder)}
+            by_decoder |= dict.fromkeys(names, settings)
     if run.parts.small is not None:
-        found["small-model"] = {"model": options.small_model, "weights_sha256": weights_sha256(run.parts.small)}
-    return found
+        by_decoder["small-model"] = {"model": options.small_model, "weights_sha256": weights_sha256(run.parts.small)}
+    return by_decoder
 
 
 def _fail_on_bugs(document: dict[str, Any]) -> None:
     bugs = sum(each["kind"] == "bug" for each in document["differences"])
     if bugs:
-        words = f"{bugs} outputs differ, and not by a floating-point tie: run `haast verify`"
-        print(f"haast: {words}", file=sys.stderr)
+        print(f"haast: {bugs} outputs differ by more than a floating-point tie: run `haast verify`", file=sys.stderr)
         raise typer.Exit(1)

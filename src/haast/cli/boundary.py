@@ -1,6 +1,6 @@
-"""Where errors become one line. Knows no command.
+"""Turns exceptions into one line on stderr and an exit code. Knows no command.
 
-Exit codes: 0 fine; 1 a check failed; 2 wrong input; 3 an error of Haast's own; 130 Ctrl-C.
+Exit codes: 0 success; 1 a check failed; 2 wrong input; 3 an internal error; 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typer.core import TyperGroup
 
 from haast.errors import HaastWarning
 
-# transformers imports torchao where it is installed, which then tells of GPU kernels that it can't load here and of
-# torch's plans for enums: nothing that somebody who runs a command can act on. Errors pass.
+# If torchao is installed, transformers imports it. It logs which GPU kernels it can't load, and torch logs a
+# deprecation of enums. A user can do nothing about either. Errors are still shown.
 _CHATTY = ("torchao", "torch.utils._pytree")
 _INTERNAL = (RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
 
@@ -35,7 +35,7 @@ class Boundary(TyperGroup):
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
-        except BrokenPipeError:  # the reader of a pipe (`haast ... | head`) has gone
+        except BrokenPipeError:  # the reader of the pipe (`haast ... | head`) has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
         except (typer.Exit, typer.Abort):
@@ -44,15 +44,15 @@ class Boundary(TyperGroup):
             if isinstance(ctx.obj, dict) and ctx.obj.get("debug"):
                 traceback.print_exc(file=sys.stderr)
             internal = not isinstance(error, ValueError | OSError)
-            words = " ".join((f"internal error, {type(error).__name__}: {error}" if internal else str(error)).split())
-            hint = " (haast --debug ... shows where; please report it)" if internal else ""
-            typer.echo(f"haast: {words}{hint}", err=True)
+            message = f"internal error, {type(error).__name__}: {error}" if internal else str(error)
+            hint = " (please report it with the traceback of haast --debug ...)" if internal else ""
+            typer.echo(f"haast: {' '.join(message.split())}{hint}", err=True)
             raise typer.Exit(3 if internal else 2) from None
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Haast's warnings are one line, without the place in its code; what libraries log when imported stays out."""
+    """Show Haast's warnings as one line without file and line number, and hide what libraries log on import."""
     usual = warnings.formatwarning
     levels = {name: logging.getLogger(name).level for name in _CHATTY}
 
@@ -72,5 +72,5 @@ def _quiet() -> Iterator[None]:
 
 
 def human_output(json_path: str | None) -> TextIO:
-    """Where words for people go: stdout, or stderr while stdout carries JSON."""
+    """The stream for human-readable output: stdout, or stderr if stdout carries JSON."""
     return sys.stderr if json_path == "-" else sys.stdout

@@ -1,6 +1,6 @@
-"""`haast conform`: does an OpenAI-compatible server keep its promises? Owns the flags; `serving.conform` the checks.
+"""`haast conform`: conformance checks for any OpenAI-compatible server. Owns the flags; `serving.conform` the checks.
 
-Loads no model and no torch: the server may be anybody's.
+Loads no model and no torch.
 """
 
 from __future__ import annotations
@@ -17,27 +17,31 @@ from haast.files import check_writable, write_json
 
 
 def conform(
-    url: Annotated[str, typer.Argument(metavar="URL", help="The server, with or without /v1.")],
-    model: Annotated[str | None, typer.Option(metavar="NAME", help="Its model; the only one if absent.")] = None,
-    api_key: Annotated[str | None, typer.Option(metavar="KEY", help="Its key, where it wants one.")] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A file with its key, which other users then don't see.")
+    url: Annotated[str, typer.Argument(metavar="URL", help="Address of the server, with or without /v1.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Model to test; default: the only one of the server.")
     ] = None,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="What the server is called in the result.")] = None,
-    server_version: Annotated[str | None, typer.Option(metavar="V", help="Its version, for the result.")] = None,
+    api_key: Annotated[str | None, typer.Option(metavar="KEY", help="API key, if the server needs one.")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File with the API key, which keeps it out of `ps`.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the server in the result.")] = None,
+    server_version: Annotated[
+        str | None, typer.Option(metavar="V", help="Version of the server in the result.")
+    ] = None,
     only: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Checks, themes or rows with commas: stops,n,A6.")
+        str | None, typer.Option(metavar="LIST", help="Checks, themes or rows to run, comma-separated: stops,n,A6.")
     ] = None,
     context: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens that fit, where the server does not tell.")
+        int | None, typer.Option(metavar="N", help="Context length in tokens, if the server does not report it.")
     ] = None,
-    timeout: Annotated[float, typer.Option(metavar="S", help="Seconds that it may stay silent.")] = 60.0,
+    timeout: Annotated[float, typer.Option(metavar="S", help="Maximum seconds to wait for output.")] = 60.0,
     json_out: JsonOption = None,
 ) -> None:
-    """Check any OpenAI-compatible server from outside: stops, counts, logprobs, seeds, streams, schemas, tools, errors.
+    """Check any OpenAI-compatible server over HTTP: stops, counts, logprobs, seeds, streams, schemas, tools, errors.
 
-    Every check is a property that holds for any model. A field that is accepted and then ignored counts as a failure;
-    an error that names it does not. Takes one to three minutes. Ends with exit code 1 where a check fails.
+    Each check tests a property that holds for any model. A field that is accepted and then ignored counts as a failure;
+    an error that names the field does not. Takes one to three minutes. The exit code is 1 if a check fails.
 
     \b
     haast conform http://127.0.0.1:8000
@@ -62,10 +66,10 @@ def conform(
     try:
         subject = subject_at(Client(wire, key, timeout), root, model, context)
 
-        def tell(theme: Theme, check: Check, outcome: Outcome) -> None:
+        def report(theme: Theme, check: Check, outcome: Outcome) -> None:
             print(line(theme, check, outcome), file=out, flush=True)
 
-        outcomes = run(subject, checks, tell)
+        outcomes = run(subject, checks, report)
     finally:
         wire.close()
     print(summary(totals(outcomes)), file=out)
@@ -75,17 +79,17 @@ def conform(
         raise typer.Exit(1)
 
 
-def _key(given: str | None, file: Path | None) -> str | None:
+def _key(api_key: str | None, file: Path | None) -> str | None:
     """The key, from the command line or a file. Raises ValueError."""
     if file is None:
-        return given
-    if given is not None:
+        return api_key
+    if api_key is not None:
         raise ValueError("--api-key and --api-key-file can't be given together: leave one out")
     try:
         key = expanded(file, "cannot read").read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"cannot read --api-key-file {file} ({error}): give a file that holds the key alone"
+            f"cannot read --api-key-file {file} ({error}): give a file that contains only the key"
         ) from error
     if not key:
         raise ValueError(f"--api-key-file {file} is empty: write the key into it")

@@ -1,4 +1,4 @@
-"""`haast generate` and `haast chat`: text as it is accepted. Owns the terminal; decoding is `haast.api`'s."""
+"""`haast generate` and `haast chat`: print text while it is generated. Owns the terminal; `haast.api` decodes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from typer import Option
 
 from haast.cli.boundary import human_output
-from haast.cli.loading import Spreading, leads, load_chosen, one_voice
+from haast.cli.loading import Spreading, is_leader, load_chosen, only_leader_prints
 from haast.cli.settings import (
     PREFILL_CHUNK,
     Choice,
@@ -38,40 +38,40 @@ _WARMUP = 8  # tokens
 
 @dataclass(frozen=True)
 class Ending:
-    """How long a text goes on, and how it is shown."""
+    """When a text ends, and how it is printed."""
 
     max_new_tokens: Annotated[int, Option(metavar="N", help="Exact upper bound of new tokens.")] = 256
-    stop: Annotated[list[str] | None, Option(metavar="TEXT", help="End before this text; may be repeated.")] = None
+    stop: Annotated[list[str] | None, Option(metavar="TEXT", help="Stop string; may be repeated.")] = None
     prefill_chunk: ChunkOption = PREFILL_CHUNK
-    plain: Annotated[bool, Option("--plain", help="Don't colour drafted tokens (green).")] = False
+    plain: Annotated[bool, Option("--plain", help="Don't print drafted tokens in green.")] = False
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As keywords of `Haast.stream`."""
-        length = {"max_new_tokens": self.max_new_tokens, "prefill_chunk": self.prefill_chunk}
-        return {**length, "stop": self.stop or ()}
+        """Keyword arguments for `Haast.stream`."""
+        limits = {"max_new_tokens": self.max_new_tokens, "prefill_chunk": self.prefill_chunk}
+        return {**limits, "stop": self.stop or ()}
 
     def coloured(self, out: TextIO) -> bool:
-        """Whether drafted tokens are shown in green there."""
+        """Whether drafted tokens are printed in green on `out`."""
         return not self.plain and out.isatty()
 
     def check(self) -> None:
-        """Raises ValueError."""
+        """Raises ValueError for an impossible setting."""
         check_at_least("max_new_tokens", self.max_new_tokens)
         check_at_least("prefill_chunk", self.prefill_chunk)
         if any(not text for text in self.stop or ()):
-            raise ValueError("an empty --stop text would end every answer at once: leave it out")
+            raise ValueError("an empty --stop string would end every answer at once: leave it out")
 
 
 @dataclass
-class Said:
-    """What was said so far; it stays when an interrupt comes."""
+class StreamedText:
+    """The text and tokens received so far, which remain after an interrupt."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
 
-    def listen(self, pieces: Iterable[Piece], out: TextIO | None, colour: bool) -> None:
-        """Take in pieces as they come, showing them on `out`."""
+    def consume(self, pieces: Iterable[Piece], out: TextIO | None, colour: bool) -> None:
+        """Collect the pieces, and print each on `out` as it arrives."""
         for piece in pieces:
             self.text += piece.text
             self.tokens.extend(piece.tokens)
@@ -88,12 +88,12 @@ def generate(
     sampling: Sampling,
     ending: Ending,
     spreading: Spreading,
-    raw: Annotated[bool, Option("--raw", help="Don't put the prompt through the chat template.")] = False,
-    compare: Annotated[bool, Option("--compare", help="Decode without drafting first, then with it.")] = False,
-    rounds: Annotated[int, Option(metavar="R", help="With --compare: timed runs of each.")] = 1,
+    raw: Annotated[bool, Option("--raw", help="Don't apply the chat template.")] = False,
+    compare: Annotated[bool, Option("--compare", help="Compare with decoding without drafts.")] = False,
+    rounds: Annotated[int, Option(metavar="R", help="With --compare: timed runs of each decoder.")] = 1,
     json_out: JsonOption = None,
 ) -> None:
-    """Answer one prompt, streamed; drafted tokens are green, the target's own are not.
+    """Answer one prompt and stream the text. Accepted drafted tokens are green.
 
     \b
     haast generate "Why is the sky blue?"
@@ -111,10 +111,10 @@ def generate(
         raise ValueError("the prompt is empty: give some text")
     check_writable(json_out)
     if compare and choice.drafter in ("none", "vanilla"):
-        raise ValueError(f"--compare compares a drafter with none: leave out --drafter {choice.drafter}")
+        raise ValueError(f"--compare needs a drafter to compare: leave out --drafter {choice.drafter}")
     model = _load(loading, choice, drafting, spread)
-    json_out = json_out if leads(model.target) else None
-    with one_voice(model.target):
+    json_out = json_out if is_leader(model.target) else None
+    with only_leader_prints(model.target):
         if compare:
             _compare(model, prompt, params, ending, not raw, rounds, json_out)
         else:
@@ -128,9 +128,9 @@ def chat(
     sampling: Sampling,
     ending: Ending,
     spreading: Spreading,
-    system: Annotated[str, Option(metavar="TEXT", help="A system message to begin with.")] = "",
+    system: Annotated[str, Option(metavar="TEXT", help="System message of the dialogue.")] = "",
 ) -> None:
-    """Talk with the model. /reset forgets the dialogue, /exit (or end of input) leaves, Ctrl-C cuts an answer short.
+    """Chat with the model. /reset starts a new dialogue, /exit (or end of input) quits, Ctrl-C stops an answer.
 
     \b
     haast chat
@@ -140,10 +140,10 @@ def chat(
     params = sampling.check()
     loading.check()
     if spreading.tensor_parallel:
-        raise ValueError("--tensor-parallel answers one prompt (`haast generate`): several processes can't hear you")
+        raise ValueError("chat does not support --tensor-parallel: use `haast generate`")
     model = _load(loading, choice, drafting, spreading.check(loading))
     if not model.tokenizer.chat_template:
-        raise ValueError(f"{loading.model} has no chat template, so it cannot chat: use `haast generate --raw`")
+        raise ValueError(f"{loading.model} has no chat template, which chat needs: use `haast generate --raw`")
     from haast.errors import PromptError
     from haast.session import Session
 
@@ -161,12 +161,12 @@ def chat(
             session.messages = list(beginning)
         elif line:
             try:
-                # Cut short or not, what was said joins the dialogue when the stream is closed.
+                # Closing the stream adds the answer to the dialogue, even if Ctrl-C stopped it.
                 with closing(session.stream(line, sampling=params, **ending.settings)) as pieces:
-                    Said().listen(pieces, sys.stdout, ending.coloured(sys.stdout))
+                    StreamedText().consume(pieces, sys.stdout, ending.coloured(sys.stdout))
                 typer.echo()
-            except PromptError as error:  # the dialogue stays as it was
-                typer.echo(f"haast: this dialogue is too long: {error}; /reset begins a new one", err=True)
+            except PromptError as error:  # the dialogue is unchanged
+                typer.echo(f"haast: this dialogue is too long: {error}; /reset starts a new one", err=True)
             except KeyboardInterrupt:
                 typer.echo(" [cut short]")
 
@@ -179,66 +179,66 @@ def _load(loading: Loading, choice: Choice, drafting: Drafting, spread: Spread) 
 
 def _answer(
     model: Haast, prompt: Prompt, params: SamplingParams, ending: Ending, chat: bool, out: TextIO | None
-) -> tuple[Said, Stats]:
-    """One answer, shown on `out`, with its line of statistics on stderr; Ctrl-C prints it as well."""
+) -> tuple[StreamedText, Stats]:
+    """Generate one answer and print it on `out`, then statistics on stderr, also after Ctrl-C."""
     from haast.engine.engine import Stats
 
-    said, stats = Said(), Stats()
+    streamed, stats = StreamedText(), Stats()
     pieces = model.stream(prompt, sampling=params, chat=chat, stats=stats, **ending.settings)
     try:
-        said.listen(pieces, out, out is not None and ending.coloured(out))
+        streamed.consume(pieces, out, out is not None and ending.coloured(out))
     finally:
         if out is not None:
             out.write("\n")
             out.flush()
-            words = f"{stats.tokens} tokens, {stats.tokens_per_s:.1f} tokens/s, tau {stats.tau:.2f}"
+            summary = f"{stats.tokens} tokens, {stats.tokens_per_s:.1f} tokens/s, tau {stats.tau:.2f}"
             depths = " ".join(f"{value:.2f}" for value in stats.acceptance_by_depth)
-            typer.echo(f"[{words}{', acceptance by depth ' * bool(depths)}{depths}]", err=True)
-    return said, stats
+            typer.echo(f"[{summary}{', acceptance by depth ' * bool(depths)}{depths}]", err=True)
+    return streamed, stats
 
 
 def _compare(
     model: Haast, prompt: str, params: SamplingParams, ending: Ending, chat: bool, rounds: int, json_out: str | None
 ) -> None:
-    """Vanilla, then drafted, on one prompt; further rounds are silent and in alternating order."""
+    """Decode one prompt vanilla and with drafting; rounds after the first print nothing and alternate the order."""
     from haast.api import Haast
     from haast.checking.divergence import diagnose
     from haast.drafters.vanilla import VanillaDrafter
 
-    out, own, vanilla = human_output(json_out), model.drafter.name, Haast(model.target, VanillaDrafter())
-    warm = replace(ending, max_new_tokens=min(_WARMUP, ending.max_new_tokens))
-    arms = [("vanilla", vanilla), (own, model)]
+    out, drafted, vanilla = human_output(json_out), model.drafter.name, Haast(model.target, VanillaDrafter())
+    warmup = replace(ending, max_new_tokens=min(_WARMUP, ending.max_new_tokens))
+    arms = [("vanilla", vanilla), (drafted, model)]
     for _, arm in arms:
-        _answer(arm, prompt, params, warm, chat, None)
-    runs: dict[str, list[tuple[Said, Stats]]] = {name: [] for name, _ in arms}
+        _answer(arm, prompt, params, warmup, chat, None)
+    runs: dict[str, list[tuple[StreamedText, Stats]]] = {name: [] for name, _ in arms}
     for number in range(rounds):
         for name, arm in arms if number % 2 == 0 else reversed(arms):
             if number == 0:
                 out.write(f"--- {name}\n")
             runs[name].append(_answer(arm, prompt, params, ending, chat, out if number == 0 else None))
-    speeds = {name: median(stats.tokens_per_s for _, stats in done) for name, done in runs.items()}
-    speedup = speeds[own] / speeds["vanilla"] if speeds["vanilla"] else 0.0
-    tau = runs[own][0][1].tau
-    texts = {name: [said.tokens for said, _ in done] for name, done in runs.items()}
-    same = all(tokens == texts["vanilla"][0] for done in texts.values() for tokens in done)
+    speeds = {name: median(stats.tokens_per_s for _, stats in answers) for name, answers in runs.items()}
+    speedup = speeds[drafted] / speeds["vanilla"] if speeds["vanilla"] else 0.0
+    tau = runs[drafted][0][1].tau
+    texts = {name: [streamed.tokens for streamed, _ in answers] for name, answers in runs.items()}
+    same = all(tokens == texts["vanilla"][0] for outputs in texts.values() for tokens in outputs)
     out.write("--- the same text" if same else "--- NOT the same text")
     out.write(f": speed-up {speedup:.2f}x, tau {tau:.2f} tokens per target forward\n")
     kind = None
     if not same:
-        wanted = texts["vanilla"][0]
-        other = next(tokens for done in texts.values() for tokens in done if tokens != wanted)
-        found = diagnose(model.target, model.encode(prompt, chat), wanted, other, params)
-        assert found is not None, "the texts differ"
-        kind, gaps = found.kind, f"gap {found.gap:.2g}, a tie up to {found.allowed:.2g}"
-        out.write(f"first difference at token {found.index}: {kind} ({gaps})\n")
-    document: dict[str, Any] = {name: _document(*done[0]) for name, done in runs.items()}
+        expected = texts["vanilla"][0]
+        other = next(tokens for outputs in texts.values() for tokens in outputs if tokens != expected)
+        difference = diagnose(model.target, model.encode(prompt, chat), expected, other, params)
+        assert difference is not None, "the texts differ"
+        kind, gaps = difference.kind, f"gap {difference.gap:.2g}, a tie is at most {difference.allowed:.2g}"
+        out.write(f"first difference at token {difference.index}: {kind} ({gaps})\n")
+    document: dict[str, Any] = {name: _document(*answers[0]) for name, answers in runs.items()}
     document |= {"same": same, "kind": kind, "speedup": speedup, "tau": tau, "tokens_per_s": speeds, "rounds": rounds}
     write_json(document, json_out)
     if kind == "bug":
         raise typer.Exit(1)
 
 
-def _document(said: Said, stats: Stats) -> dict[str, Any]:
+def _document(streamed: StreamedText, stats: Stats) -> dict[str, Any]:
     from haast.bench.report import stats_document
 
-    return {"text": said.text, "tokens": said.tokens, "stats": stats_document(stats)}
+    return {"text": streamed.text, "tokens": streamed.tokens, "stats": stats_document(stats)}

@@ -1,4 +1,4 @@
-"""`haast info`: what is installed, where it lies, and what the model and head are. Owns the listing."""
+"""`haast info`: lists versions, paths, and properties of the model and head."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def info(loading: Loading, drafting: Drafting, json_out: JsonOption = None) -> None:
-    """Show versions, device, native kernels, and the facts of the model and head.
+    """Show versions, device, native kernels, and properties of the model and head.
 
     \b
     haast info
@@ -40,7 +40,7 @@ def info(loading: Loading, drafting: Drafting, json_out: JsonOption = None) -> N
 
 
 def _flat(facts: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Facts for people: nested ones on lines of their own, empty ones left out, lists counted."""
+    """Flatten nested entries for printing; omit empty values, and show only the length of lists."""
     for key, value in facts.items():
         if isinstance(value, dict):
             yield from ((f"{key}.{name}", inner) for name, inner in _flat(value))
@@ -78,9 +78,9 @@ def _model(target: Target, loading: Loading) -> dict[str, Any]:
     source = resolve(loading.model)
     packed = [module for module in target.model.modules() if is_packed(module)]
     tied = bool(getattr(target.config, "tie_word_embeddings", False))
-    # Packed weights are buffers, and no parameters; a tied head's are the embedding's once more.
-    own = [module for module in packed if not (tied and module is target.lm_head)]
-    parameters = sum(p.numel() for p in target.model.parameters()) + linear_sizes(own)[1]
+    # Packed weights are buffers, not parameters. Those of a tied LM head would count the embedding twice.
+    counted = [module for module in packed if not (tied and module is target.lm_head)]
+    parameters = sum(p.numel() for p in target.model.parameters()) + linear_sizes(counted)[1]
     return {
         "name": loading.model,
         "class": type(target.model).__name__,
@@ -99,26 +99,26 @@ def _model(target: Target, loading: Loading) -> dict[str, Any]:
 
 
 def _drafting(target: Target, loading: Loading, drafting: Drafting) -> dict[str, Any]:
-    """How drafts are made here: by a calibration, or by the settings."""
+    """The draft configuration in use: from a calibration, or from the options."""
     from haast.drafters.calibrated import default_path, identity
     from haast.drafters.eagle import EagleDrafter
 
     drafter = drafting.load(target, loading.model, drafting.check(loading.model, loading.device))
-    assert drafter is not None, "a head was found"
+    assert drafter is not None, "the head exists"
     if not isinstance(drafter, EagleDrafter):
-        return {"shape": asdict(drafter.shape), "pace": "one size"}
-    found = drafting.calibrated(target, drafter)
-    place = drafting.calibration if drafting.calibration != "auto" else str(default_path(identity(target, drafter)))
+        return {"shape": asdict(drafter.shape), "pace": "fixed size"}
+    calibration = drafting.calibrated(target, drafter)
+    path = drafting.calibration if drafting.calibration != "auto" else str(default_path(identity(target, drafter)))
     return {
-        "calibration": "none (`haast calibrate` makes one)" if found is None else place,
-        "expected_speedup": None if found is None else round(found.expected["speedup"], 2),
+        "calibration": "none (`haast calibrate` creates one)" if calibration is None else path,
+        "expected_speedup": None if calibration is None else round(calibration.expected["speedup"], 2),
         "shape": asdict(drafter.shape),
-        "pace": "as many levels and nodes as pay" if drafter.pace is not None else "one size",
+        "pace": "levels and nodes chosen at each step by cost" if drafter.pace is not None else "fixed size",
     }
 
 
 def _head(drafting: Drafting, model: str) -> dict[str, Any]:
-    """A head that is not there is a fact, not an error."""
+    """Properties of the head; a missing or broken one gives a "problem" entry instead of an error."""
     from haast.drafters.factory import open_head
     from haast.formats.opened import OpenedHead
 

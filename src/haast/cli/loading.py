@@ -1,4 +1,4 @@
-"""Prompts and parts that commands load. Owns the order of checks (files first, then the model), and who speaks."""
+"""Loads prompts, target and drafter for the commands: checks all files and options before the model loads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from haast.cli.settings import Choice, Drafting, Loading, check_at_least, fitted
+from haast.cli.settings import Choice, Drafting, Loading, check_at_least, fitted_head
 
 if TYPE_CHECKING:
     from haast.bench.runner import BenchPrompt
@@ -23,23 +23,24 @@ if TYPE_CHECKING:
     from haast.target.device_map import Spread
     from haast.target.target import Target
 
-# One a line: what is asked where no prompts are given.
+# One per line; used if no prompts are given.
 OWN_PROMPTS = tuple((Path(__file__).parents[1] / "data" / "prompts.txt").read_text(encoding="utf-8").splitlines())
 
 
 @dataclass(frozen=True)
 class Spreading:
-    """Over what the target is spread."""
+    """How the target is spread over devices or processes."""
 
     device_map: Annotated[
-        str | None, Option(metavar="PLAN", help="auto: over all devices, memory and disk, as transformers plans.")
+        str | None,
+        Option(metavar="PLAN", help="auto: let transformers spread the target over devices, memory and disk."),
     ] = None
     tensor_parallel: Annotated[
-        bool, Option("--tensor-parallel", help="Under torchrun: cut the layers over its processes.")
+        bool, Option("--tensor-parallel", help="Under torchrun: split each layer over the processes.")
     ] = False
 
     def check(self, loading: Loading) -> Spread:
-        """The library's own configuration. Raises ValueError."""
+        """The library's configuration for these options. Raises ValueError."""
         from haast.target.device_map import Spread
 
         spread = Spread(self.device_map, tensor_parallel=self.tensor_parallel)
@@ -47,22 +48,23 @@ class Spreading:
         return spread
 
 
-def leads(target: Target) -> bool:
-    """Whether this process speaks for a target, which several may hold."""
+def is_leader(target: Target) -> bool:
+    """Whether this process prints results; several may hold one target."""
     return target.ranks is None or target.ranks.leads
 
 
 @contextmanager
-def one_voice(target: Target) -> Iterator[None]:
-    """Of the processes that hold a target only the first one prints."""
-    if leads(target):
+def only_leader_prints(target: Target) -> Iterator[None]:
+    """Silence all processes that hold the target except the first."""
+    if is_leader(target):
         yield
         return
-    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with Path(os.devnull).open("w", encoding="utf-8") as devnull, redirect_stdout(devnull), redirect_stderr(devnull):
         yield
 
 
 def read_prompt_file(path: Path | None, limit: int | None) -> list[Prompt]:
+    """The prompts of a file, `limit` of them evenly spread; without a file, built-in ones. Raises ValueError."""
     from haast.prompts import Prompt, read_prompts
 
     if path is not None:
@@ -75,7 +77,7 @@ def read_prompt_file(path: Path | None, limit: int | None) -> list[Prompt]:
 def load_chosen(
     choice: Choice, loading: Loading, drafting: Drafting, spread: Spread | None = None
 ) -> tuple[Target, Drafter]:
-    """A target, and the drafter that was asked for; all is checked first. Raises ValueError as loading does."""
+    """Check all options, then load the target and the chosen drafter. Raises ValueError."""
     from haast.drafters.factory import make_drafter, needs_head, open_head, plan_drafter
 
     choice.check()
@@ -91,7 +93,7 @@ def load_chosen(
     drafter = make_drafter(
         name,
         target,
-        fitted(open_head(folder, loading.model), target),
+        fitted_head(open_head(folder, loading.model), target),
         shape=shape if drafting.shaped else None,
         window=drafting.draft_window,
         small=None if small is None else small.load(),
@@ -101,7 +103,7 @@ def load_chosen(
 
 
 def encoded_prompts(target: Target, prompts: Sequence[Prompt], raw: bool = False) -> list[BenchPrompt]:
-    """First turns as tokens. Raises ValueError where one can't be answered."""
+    """Encode the first turn of each prompt. Raises ValueError for one that can't be answered (too long, say)."""
     from haast.api import Haast
     from haast.bench.runner import BenchPrompt
     from haast.drafters.vanilla import VanillaDrafter
@@ -122,39 +124,42 @@ def encoded_prompts(target: Target, prompts: Sequence[Prompt], raw: bool = False
 def load_all(
     loading: Loading, drafting: Drafting, shape: DraftShape | None, prompts: Sequence[Prompt], raw: bool = False
 ) -> tuple[Target, EagleDrafter | MedusaDrafter | None, list[BenchPrompt]]:
-    """Target, a head's drafter (None without a shape or head) and encoded first turns. Raises ValueError as loading."""
+    """Load the target and the head's drafter (None without a shape or head), and encode the prompts' first turns.
+
+    Raises ValueError.
+    """
     target = loading.load()
     drafter = None if shape is None else drafting.load(target, loading.model, shape)
     return target, drafter, encoded_prompts(target, prompts, raw)
 
 
 def as_eagle(drafter: EagleDrafter | MedusaDrafter | None) -> EagleDrafter | None:
-    """The drafter where only an EAGLE head will do. Raises HeadMismatchError for another kind's."""
+    """The drafter, or None. Raises HeadMismatchError unless it drafts with an EAGLE head."""
     from haast.drafters.eagle import EagleDrafter
     from haast.errors import HeadMismatchError
 
     if drafter is None or isinstance(drafter, EagleDrafter):
         return drafter
-    raise HeadMismatchError("--head names Medusa heads, and this takes an EAGLE head (bench: --medusa-head DIR)")
+    raise HeadMismatchError("--head has Medusa heads, but must be an EAGLE head (bench: use --medusa-head DIR)")
 
 
 def load_medusa(folder: Path, target: Target, model: str, nodes: int) -> MedusaDrafter:
-    """The drafter of Medusa heads. Raises HeadMismatchError where the folder holds none for this target."""
+    """The drafter of Medusa heads. Raises HeadMismatchError if the folder holds none for this target."""
     from haast.drafters.factory import head_drafter, open_head
     from haast.drafters.medusa import MedusaDrafter
     from haast.drafters.tree_shape import DraftShape
     from haast.errors import HeadMismatchError
 
-    head = fitted(open_head(folder, model), target)
-    assert head is not None, "a folder was given"
+    head = fitted_head(open_head(folder, model), target)
+    assert head is not None, "the folder is required"
     drafter = head_drafter(target, head, DraftShape(nodes=nodes))
     if not isinstance(drafter, MedusaDrafter):
         raise HeadMismatchError(f"{folder} holds an EAGLE head, not Medusa heads: give it as --head")
     return drafter
 
 
-def drawn_by(drafter: Drafter | None) -> dict[str, Any]:
-    """The shape, pace and window of a head's drafts, for a result file; None where there is no head."""
+def draft_settings(drafter: Drafter | None) -> dict[str, Any]:
+    """Shape, pace and window of a head's drafts, for result files; None values without a head."""
     from haast.drafters.eagle import EagleDrafter
     from haast.drafters.hybrid import HybridDrafter
     from haast.drafters.medusa import MedusaDrafter

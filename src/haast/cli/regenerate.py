@@ -1,4 +1,4 @@
-"""`haast regenerate`. Owns its flags and their checks, before anything loads; no answering here."""
+"""The command `haast regenerate`: its flags, their checks before anything loads, and its summary."""
 
 from __future__ import annotations
 
@@ -24,29 +24,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Serving:
-    """A server that answers instead of this process."""
+class EndpointOptions:
+    """Flags of a server that generates the answers instead of this process."""
 
-    endpoint: Annotated[str | None, Option(metavar="URL", help="An OpenAI-compatible server of the target.")] = None
+    endpoint: Annotated[str | None, Option(metavar="URL", help="An OpenAI-compatible server that runs the target.")] = (
+        None
+    )
     endpoint_model: Annotated[
-        str | None, Option(metavar="NAME", help="The target's name there; needed where it serves several.")
+        str | None, Option(metavar="NAME", help="The target's name on the server; needed if it serves several models.")
     ] = None
-    api_key_env: Annotated[str | None, Option(metavar="VAR", help="The environment variable with its key.")] = None
-    concurrency: Annotated[int, Option(metavar="N", help="Requests in flight at a time.")] = 32
-    rate: Annotated[float | None, Option(metavar="R", help="Requests a second, at most.")] = None
+    api_key_env: Annotated[str | None, Option(metavar="VAR", help="Environment variable with the server's key.")] = None
+    concurrency: Annotated[int, Option(metavar="N", help="Maximum requests in flight.")] = 32
+    rate: Annotated[float | None, Option(metavar="R", help="Maximum requests per second.")] = None
 
     def check(self) -> EndpointConfig | None:
-        """The library's own configuration; None without --endpoint. Raises ValueError."""
+        """The `EndpointConfig` of these flags; None without --endpoint. Raises ValueError."""
         if self.endpoint is None:
             for name in ("endpoint_model", "api_key_env", "rate"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"--{name.replace('_', '-')} is for a server: give --endpoint URL too")
+                    raise ValueError(f"--{name.replace('_', '-')} needs a server: give --endpoint URL too")
             return None
         from haast.training.endpoint import EndpointConfig, check_installed
 
         key = None if self.api_key_env is None else os.environ.get(self.api_key_env)
         if self.api_key_env is not None and not key:
-            raise ValueError(f"--api-key-env {self.api_key_env}: there is no such environment variable, or it is empty")
+            raise ValueError(f"--api-key-env {self.api_key_env}: this environment variable is not set, or is empty")
         config = EndpointConfig(self.endpoint, self.endpoint_model, key, self.concurrency, self.rate)
         check_installed()
         return config
@@ -54,16 +56,18 @@ class Serving:
 
 def regenerate(
     loading: Loading,
-    out: Annotated[Path, Option("--out", metavar="FILE", help="Answers are appended; done ones are skipped.")],
+    out: Annotated[
+        Path, Option("--out", metavar="FILE", help="Answers file; appends, and skips prompts with an answer.")
+    ],
     config: RegenerateConfig,
-    serving: Serving,
+    serving: EndpointOptions,
     prompts: PromptsOption = None,
     limit: LimitOption = None,
     json_out: JsonOption = None,
 ) -> None:
-    """Let the target answer prompts itself: the text a head is trained on. Run again to resume.
+    """Generate the target's answers to prompts: the text that a head is trained on. Run again to resume.
 
-    With --endpoint a server that runs the target answers, and only the tokenizer of --model is loaded here.
+    With --endpoint a server that runs the target generates the answers, and only the tokenizer of --model is loaded.
 
     \b
     haast regenerate --prompts train_prompts.jsonl.gz --out answers.jsonl
@@ -75,7 +79,9 @@ def regenerate(
 
     endpoint = serving.check()
     if endpoint is not None and config.shards is not None:
-        raise ValueError("--shards stores features, which no endpoint tells: give --shards to `haast train` instead")
+        raise ValueError(
+            "--shards stores features, which an endpoint does not return: give --shards to `haast train` instead"
+        )
     loading.check()
     if prompts is None:
         raise ValueError("regenerate needs prompts: give --prompts FILE (JSON lines with `turns` or `prompt`)")
@@ -87,22 +93,22 @@ def regenerate(
     for folder in (out.parent, *([config.shards] if config.shards else [])):
         write_probe(folder)
     check_writable(json_out)
-    begun = time.monotonic()
+    start = time.monotonic()
     try:
         outcome = _run(loading, chosen, out, config, endpoint)
     except KeyboardInterrupt:
-        typer.echo(f"\nstopped; finished answers are in {out}, the same command goes on from there", err=True)
+        typer.echo(f"\nstopped; finished answers are in {out}, the same command resumes from there", err=True)
         raise
     typer.echo(_summary(outcome, out), err=True)
     if json_out is not None:
         from haast.bench.report import machine
         from haast.bench.runner import peak_rss_mb
 
-        seconds = time.monotonic() - begun  # loading included
+        seconds = time.monotonic() - start  # loading included
         speed = {"tokens": outcome.tokens, "seconds": seconds, "tokens_per_s": outcome.tokens / seconds}
         counts: dict[str, Any] = {name: getattr(outcome, name) for name in ("added", "before", "left_out", "failed")}
         counts |= {"prompts": len(chosen), "answers": str(out), **speed, "peak_rss_mb": peak_rss_mb()}
-        write_json({**counts, "environment": machine()}, json_out)
+        write_json({"kind": "regenerate", **counts, "environment": machine()}, json_out)
 
 
 def _run(
@@ -126,11 +132,11 @@ def _run(
 
 
 def _summary(outcome: Outcome, out: Path) -> str:
-    words = [f"{outcome.added} answers added to {out}"]
+    parts = [f"{outcome.added} answers added to {out}"]
     if outcome.before:
-        words.append(f"{outcome.before} were there before")
+        parts.append(f"{outcome.before} were there before")
     if outcome.failed:
-        words.append(f"{outcome.failed} got no answer, the last because: {outcome.complaint}")
+        parts.append(f"{outcome.failed} got no answer, the last because: {outcome.last_error}")
     if outcome.left_out:
-        words.append(f"{outcome.left_out} were left out (too long, or after a turn without an answer)")
-    return "; ".join(words)
+        parts.append(f"{outcome.left_out} were left out (too long, or after a turn without an answer)")
+    return "; ".join(parts)

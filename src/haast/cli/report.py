@@ -1,4 +1,4 @@
-"""`haast report`. Owns its flags and files; pages are made by `haast.bench` from the JSON alone."""
+"""`haast report`. Owns its flags and files; `haast.bench` renders the tables and pages from the JSON."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from haast.files import check_writable, write_json, write_text
 
 def report(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="suite.json of `haast bench --suite`.")],
-    html: Annotated[str | None, typer.Option(metavar="OUT", help="Write one page of HTML.")] = None,
+    html: Annotated[str | None, typer.Option(metavar="OUT", help="Write an HTML page.")] = None,
     markdown: Annotated[
-        str | None, typer.Option(metavar="OUT", help="Write Markdown; without any file it goes to stdout.")
+        str | None, typer.Option(metavar="OUT", help="Write Markdown; it goes to stdout if no file is given.")
     ] = None,
     trace: Annotated[
         list[Path] | None,
@@ -24,10 +24,11 @@ def report(
     ] = None,
     json_out: JsonOption = None,
     merge_anyway: Annotated[
-        bool, typer.Option("--merge-anyway", help="Merge runs of other commits, machines or settings, with a warning.")
+        bool,
+        typer.Option("--merge-anyway", help="Merge runs of different commits, machines or settings, with a warning."),
     ] = False,
 ) -> None:
-    """Make the tables of a suite again, or of several: other suites or decoders of the same machine and commit.
+    """Make tables and pages from one or several `haast bench --suite` results of the same machine and commit.
 
     \b
     haast report results/suite/suite.json --html report.html
@@ -43,25 +44,25 @@ def report(
     from haast.bench.trace import TRACE_FORMAT
 
     if len(set(files)) < len(files):
-        raise ValueError("a file is named twice: name each once")
-    named = {str(file): read_document(expanded(file, "cannot read")) for file in files}
+        raise ValueError("a file is listed twice: list each once")
+    documents = {str(file): read_document(expanded(file, "cannot read")) for file in files}
     traces = [read_document(expanded(file, "cannot read"), TRACE_FORMAT) for file in trace or ()]
-    try:  # everything is made before anything is written
-        document = merged(named, merge_anyway)
+    try:  # render everything before writing anything
+        document = merged(documents, merge_anyway)
         document["traces"] = [*document["traces"], *traces]
-        told = suite_markdown(document)
+        tables = suite_markdown(document)
         page = "" if html is None else report_html(document)
     except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
-        # A file with the right keys may still hold the wrong things, at any depth: then say so in one line.
+        # A file with the right top-level keys may still hold wrong values at any depth.
         names = ", ".join(map(str, [*files, *(trace or ())]))
         raise ValueError(
-            f"cannot make sense of {names} ({type(error).__name__}: {error}): a damaged document; `haast bench "
-            f"--suite` with --resume writes it again"
+            f"cannot read {names} ({type(error).__name__}: {error}): the document is damaged; `haast bench --suite "
+            f"--resume` writes it again"
         ) from error
-    for words in document["environment"].get("warnings", ()):
-        typer.echo(f"haast: warning: {words}", err=True)
+    for warning in document["environment"].get("warnings", ()):
+        typer.echo(f"haast: warning: {warning}", err=True)
     write_json(document, json_out)
     if html is not None:
         write_text(html, page)
     if markdown is not None or (html is None and json_out is None):
-        write_text(markdown or "-", told)
+        write_text(markdown or "-", tables)

@@ -1,4 +1,4 @@
-"""`haast serve`: an OpenAI-compatible server. Owns the checks before anything loads; the rest is `haast.serving`'s."""
+"""`haast serve`: an OpenAI-compatible server. Owns the checks before loading; `haast.serving` owns the rest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def serve(loading: Loading, choice: Choice, drafting: Drafting, server: ServeConfig) -> None:
-    """Serve an OpenAI-compatible API whose answers are vanilla decoding's, and a page to look at them.
+    """Serve an OpenAI-compatible API with drafting, whose answers equal vanilla decoding's, and a chat page.
 
     \b
     haast serve
@@ -24,8 +24,8 @@ def serve(loading: Loading, choice: Choice, drafting: Drafting, server: ServeCon
     try:
         from haast.serving.run import serve as run
     except ImportError as error:
-        needed = "pip install 'haast[serve]'"
-        raise ValueError(f"haast serve needs more packages, {error.name} is missing: {needed}") from error
+        install = "pip install 'haast[serve]'"
+        raise ValueError(f"haast serve needs the package {error.name}, which is not installed: {install}") from error
 
     from haast.drafters.factory import needs_head, plan_drafter
 

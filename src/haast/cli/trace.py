@@ -1,6 +1,6 @@
-"""`haast trace`: one prompt, and for every step what was drafted, what was accepted, and why the rest was not.
+"""`haast trace`: for one prompt, shows what each step drafted and accepted, and why it rejected the rest.
 
-Owns the terminal's view. The recording is `bench.trace`'s, the page `bench.page`'s.
+Owns the terminal output. `bench.trace` records the steps, `bench.page` renders the page.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from haast.files import check_writable, write_json, write_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-_LOOKS = {  # by fate: a sign, a style
+_STYLES = {  # fate of a node -> sign, rich style
     "root": ("", "bold"), "accepted": ("\u2713 ", "green"), "cut": ("\u2713 ", "green"), "rejected": ("\u2717 ", "dim"),
     "unreached": ("  ", "dim"), "probe": ("? ", "dim italic"),
 }  # fmt: skip
 _REASONS = {
-    "rejected": "the target said {choice} ({likely})", "twin": "twin", "unreached": "not reached",
+    "rejected": "the target chose {choice} ({likely})", "twin": "duplicate", "unreached": "not reached",
     "cut": "the text ended before it", "probe": "probe",
 }  # fmt: skip
 
@@ -42,15 +42,17 @@ def trace(
             help="auto, eagle, eagle+suffix, medusa, small-model, lookahead, lookup, suffix or none.",
         ),
     ] = "auto",
-    small_model: Annotated[str | None, typer.Option(metavar="NAME", help="The smaller model that drafts.")] = None,
+    small_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Draft model for --drafter small-model.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Exact upper bound of new tokens.")] = 32,
-    raw: Annotated[bool, typer.Option("--raw", help="Don't put the prompt through the chat template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Don't apply the chat template.")] = False,
     html_out: Annotated[
-        str | None, typer.Option("--html", metavar="OUT", help="Write the same view as one self-contained page.")
+        str | None, typer.Option("--html", metavar="OUT", help="Also write it as a self-contained HTML page.")
     ] = None,
     json_out: JsonOption = None,
 ) -> None:
-    """Show each step's tree: what was drafted, what was accepted, and what the target said instead.
+    """Show each step's draft tree: what was accepted, and what the target chose instead of the rest.
 
     \b
     haast trace "Why is the sky blue?"
@@ -61,7 +63,7 @@ def trace(
     params = sampling.check()
 
     from haast.api import Haast
-    from haast.bench.decoders import KNOWN
+    from haast.bench.decoders import DECODERS
     from haast.bench.page import trace_html
     from haast.bench.report import machine
     from haast.bench.trace import record_trace
@@ -69,16 +71,16 @@ def trace(
     from haast.drafters.vanilla import VanillaDrafter
     from haast.engine.engine import StopParams
 
-    if drafter not in (*NAMES, "vanilla") and (drafter in KNOWN or "," in drafter):
+    if drafter not in (*NAMES, "vanilla") and (drafter in DECODERS or "," in drafter):
         raise ValueError(
-            f"drafter={drafter!r} can't be traced: give one that runs in Haast's engine, by sample-and-match"
+            f"drafter={drafter!r} can't be traced: give a drafter of Haast's engine with sample-and-match verification"
         )
     loading.check()
     target, drafts = load_chosen(Choice(drafter, small_model), loading, drafting)
     model, dtype = Haast(target, VanillaDrafter()), str(target.dtype).removeprefix("torch.")
-    where = machine() | {"model": loading.model, "dtype": dtype, "packing": target.packing}
-    rules = StopParams(max_new_tokens, model.eos_ids())
-    document = record_trace(target, drafts, model.encode(prompt, chat=not raw), params, rules, prompt, where)
+    environment = machine() | {"model": loading.model, "dtype": dtype, "packing": target.packing}
+    stop = StopParams(max_new_tokens, model.eos_ids())
+    document = record_trace(target, drafts, model.encode(prompt, chat=not raw), params, stop, prompt, environment)
 
     from rich.console import Console
 
@@ -90,19 +92,19 @@ def trace(
 
 
 def _checked(prompt: str, html_out: str | None, json_out: str | None) -> str:
-    """The prompt. Raises ValueError where it is empty, or a result can't be written."""
+    """The prompt, read from stdin for '-'. Raises ValueError if it is empty, or a result can't be written."""
     prompt = sys.stdin.read() if prompt == "-" else prompt
     if not prompt:
         raise ValueError("the prompt is empty: give some text")
     check_writable(json_out)
     check_writable(html_out)
     if html_out == "-" == json_out:
-        raise ValueError("--html - and --json - both ask for stdout: write one of them to a file")
+        raise ValueError("--html - and --json - both write to stdout: write one of them to a file")
     return prompt
 
 
 def show_trace(document: Mapping[str, Any], console: Console) -> None:
-    """The text with its drafted tokens in colour, then every step's tree."""
+    """Print the text with its drafted tokens in colour, then every step's tree."""
     from rich.text import Text
     from rich.tree import Tree
 
@@ -110,20 +112,20 @@ def show_trace(document: Mapping[str, Any], console: Console) -> None:
 
     def label(view: StepView, number: int) -> Text:
         node, fate = view.nodes[number], view.fate(number)
-        sign, style = _LOOKS[fate]
-        chance = None if fate in ("root", "probe") else percent(node["target_prob"])
-        return Text("  ".join(filter(None, [sign + visible(node["text"]), chance, view.why(number, _REASONS)])), style)
+        sign, style = _STYLES[fate]
+        prob = None if fate in ("root", "probe") else percent(node["target_prob"])
+        return Text("  ".join(filter(None, [sign + visible(node["text"]), prob, view.why(number, _REASONS)])), style)
 
     def grow(branch: Tree, view: StepView, number: int) -> Tree:
         for child in view.children[number]:
             grow(branch.add(label(view, child)), view, child)
         bonus = view.bonus()
         if bonus is not None and bonus[0] == number:
-            own = f"+ {visible(bonus[1]['text'])}  {percent(bonus[1]['prob'])}  the target's own"
-            branch.add(Text(own, style="bold"))
+            words = f"+ {visible(bonus[1]['text'])}  {percent(bonus[1]['prob'])}  bonus token"
+            branch.add(Text(words, style="bold"))
         return branch
 
-    text = Text(document["prefill"]["text"], style="bold")  # the target's own tokens bold, accepted drafts green
+    text = Text(document["prefill"]["text"], style="bold")  # bonus tokens are bold, accepted drafts green
     for token in (token for step in document["steps"] for token in step["emitted"]):
         text.append(token["text"], style="not bold green" if token["drafted"] else "bold")
     console.print(text)

@@ -1,4 +1,4 @@
-"""`haast verify`. Owns its flags and what it prints; the judgement is `haast.checking`'s."""
+"""`haast verify`. Owns its flags and output; `haast.checking` makes the comparisons."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from haast.cli.boundary import human_output
-from haast.cli.loading import drawn_by, encoded_prompts, load_chosen, read_prompt_file
+from haast.cli.loading import draft_settings, encoded_prompts, load_chosen, read_prompt_file
 from haast.cli.settings import Choice, Drafting, JsonOption, Loading, PromptsOption, SpreadLimitOption, check_at_least
 from haast.files import check_writable, write_json
 
@@ -26,15 +26,15 @@ def verify(
     prompts: PromptsOption = None,
     limit: SpreadLimitOption = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="New tokens per prompt.")] = 128,
-    temperature: Annotated[float, typer.Option(metavar="T", help="Of the sampled checks; above 0.")] = 1.0,
-    seed: Annotated[int, typer.Option(metavar="S")] = 0,
-    samples: Annotated[int, typer.Option(metavar="N", help="Draws per chi-square test; 0 leaves them out.")] = 2000,
+    temperature: Annotated[float, typer.Option(metavar="T", help="Temperature of the sampled checks.")] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="S", help="Seed of the sampled checks.")] = 0,
+    samples: Annotated[int, typer.Option(metavar="N", help="Samples per chi-square test; 0 skips them.")] = 2000,
     json_out: JsonOption = None,
 ) -> None:
-    """Check that drafting changes nothing: the same greedy text, the same sampled text, the same distribution.
+    """Check that drafting is lossless: the same greedy text, the same sampled text, the same distribution.
 
-    Every difference is classed: a floating-point tie (the two tokens' scores are closer than rounding) or a bug.
-    Ends with exit code 1 on a bug.
+    Each difference is either a floating-point tie (the scores of the two tokens differ by no more than rounding) or a
+    bug. Ends with exit code 1 on a bug.
 
     \b
     haast verify
@@ -44,10 +44,10 @@ def verify(
     check_at_least("max_new_tokens", max_new_tokens)
     check_at_least("samples", samples, 0)
     if not temperature > 0:
-        raise ValueError(f"temperature={temperature} is not allowed in verify: the sampled checks need one above 0")
+        raise ValueError(f"temperature={temperature} is not allowed in verify: give a number above 0")
     if choice.drafter in ("none", "vanilla"):
-        raise ValueError(f"verify needs something to verify: leave out --drafter {choice.drafter}")
-    chosen = read_prompt_file(prompts, limit)
+        raise ValueError(f"verify needs a drafter to verify: leave out --drafter {choice.drafter}")
+    selected = read_prompt_file(prompts, limit)
     check_writable(json_out)
     drafting.check_shape(loading.device)
 
@@ -61,20 +61,22 @@ def verify(
     kinds = {"greedy": SamplingParams(), "sampled": SamplingParams(temperature=temperature, seed=seed)}
     loading.check()
     target, drafter = load_chosen(choice, loading, drafting)
-    encoded, stop = encoded_prompts(target, chosen), StopParams(max_new_tokens, target.end_ids)
+    encoded, stop = encoded_prompts(target, selected), StopParams(max_new_tokens, target.end_ids)
     out = human_output(json_out)
     results: list[dict[str, Any]] = []
     with Progress("verifying", "texts", len(kinds) * len(encoded)) as progress:
         for prompt, kind in product(encoded, kinds):
-            results.append(_described(compare(target, drafter, prompt.tokens, kinds[kind], stop), prompt.id, kind))
-            print(_line(results[-1]), file=human_output(json_out), flush=True)  # above the bar
+            results.append(
+                _comparison_entry(compare(target, drafter, prompt.tokens, kinds[kind], stop), prompt.id, kind)
+            )
+            print(_line(results[-1]), file=human_output(json_out), flush=True)  # above the progress bar
             progress.step()
         progress.say("chi-square tests" if samples else "")
         tests = distribution_tests(target, drafter, encoded[0].tokens, kinds["sampled"], samples) if samples else []
     for test in tests:
-        words, expected = "passed" if test.passed else "BUG", ", must fail" if test.expected_to_fail else ""
-        print(f"chi-square, {test.name}{expected}: p = {test.p_value:.3g}, {test.samples} samples: {words}", file=out)
-    settings = {"drafter": drafter.name, **drawn_by(drafter), "max_new_tokens": max_new_tokens}
+        outcome, expected = "passed" if test.passed else "BUG", ", must fail" if test.expected_to_fail else ""
+        print(f"chi-square, {test.name}{expected}: p = {test.p_value:.3g}, {test.samples} samples: {outcome}", file=out)
+    settings = {"drafter": drafter.name, **draft_settings(drafter), "max_new_tokens": max_new_tokens}
     settings |= {"temperature": temperature, "seed": seed}
     document = _document(target, results, tests)
     document["environment"] = environment(target, loading.model, prompts, len(encoded), settings)
@@ -83,35 +85,35 @@ def verify(
 
 def _end(document: dict[str, Any], json_out: str | None) -> None:
     results = document["comparisons"]
-    words = f"{sum(each['same'] for each in results)} of {len(results)} texts the same, "
-    words += f"{document['ties']} floating-point ties, {document['bugs']} bugs"
-    print(words, file=human_output(json_out))
-    write_json(document, json_out)
+    summary = f"{sum(each['same'] for each in results)} of {len(results)} texts are the same, "
+    summary += f"{document['ties']} floating-point ties, {document['bugs']} bugs"
+    print(summary, file=human_output(json_out))
+    write_json({"kind": "verify", **document}, json_out)
     if document["bugs"]:
         raise typer.Exit(1)
 
 
-def _described(done: Comparison, prompt: str, kind: str) -> dict[str, Any]:
+def _comparison_entry(comparison: Comparison, prompt: str, kind: str) -> dict[str, Any]:
     return {
         "prompt": prompt,
         "check": kind,
-        "same": done.divergence is None,
-        "tokens": len(done.vanilla),
-        "tau": done.drafted_stats.tau,
-        "divergence": None if done.divergence is None else asdict(done.divergence),
+        "same": comparison.divergence is None,
+        "tokens": len(comparison.vanilla),
+        "tau": comparison.drafted_stats.tau,
+        "divergence": None if comparison.divergence is None else asdict(comparison.divergence),
     }
 
 
 def _line(result: dict[str, Any]) -> str:
-    words = "{prompt}, {check}: {tokens} tokens, tau {tau:.2f}: ".format(**result)
-    found = result["divergence"]
-    if found is None:
-        return words + "the same"
-    told = (
-        "{name} at token {index} ({vanilla} or {drafted}): gap {gap:.2g}, top-2 logit gap {top2_gap:.2g}, a tie up to "
-        "{allowed:.2g}"
+    line = "{prompt}, {check}: {tokens} tokens, tau {tau:.2f}: ".format(**result)
+    divergence = result["divergence"]
+    if divergence is None:
+        return line + "the same"
+    template = (
+        "{name} at token {index} ({vanilla} or {drafted}): gap {gap:.2g}, top-2 logit gap {top2_gap:.2g}, a tie is at "
+        "most {allowed:.2g}"
     )
-    return words + told.format(name="floating-point tie" if found["kind"] == "tie" else "BUG", **found)
+    return line + template.format(name="floating-point tie" if divergence["kind"] == "tie" else "BUG", **divergence)
 
 
 def _document(target: Target, results: list[dict[str, Any]], tests: list[DistributionTest]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from haast.heads.precision import warn_of_precision
 from haast.target.fusing import fuse_small_modules
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import Sequence as KVSequence
-from haast.target.memory import give_back
+from haast.target.memory import release_freed_memory
 from haast.target.packing import is_packed, linear_sizes, pack_linears
 from haast.target.target import Target
 from haast.tree import DraftTree
@@ -93,7 +93,7 @@ class EagleDrafter(Drafter):
         if packed:
             pack_linears(self._module)
             fuse_small_modules(self._module)
-            give_back()
+            release_freed_memory()
         self._native = packed and native.available()
         self._watch = HeadWatch(head.about, partial(causes, target, module.config, head.about))
         self._forward = HeadForward(target, self._module, window, self._native)
@@ -168,7 +168,7 @@ class EagleDrafter(Drafter):
     def cache(self) -> KVCache:
         """The head's KV cache in the target's blocks. Created at first use."""
         if self._cache is None or self._cache.pool is not self._target.pool:
-            self._cache = self._target.cache.beside(self._module.config.num_hidden_layers, self._target.device)
+            self._cache = self._target.cache.for_head(self._module.config.num_hidden_layers, self._target.device)
         return self._cache
 
     @property
@@ -176,7 +176,7 @@ class EagleDrafter(Drafter):
         return (self.cache,)
 
     def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> EagleState:
-        self._target.check_place(self._built)
+        self._target.check_device(self._built)
         stack = self._forward.stack
         self._forward.refresh()
         if self._forward.stack is not stack:

@@ -27,7 +27,7 @@ from haast.drafters.tree_shape import DraftShape, default_nodes, shape_for
 from haast.drafters.vanilla import VanillaDrafter
 from haast.errors import HeadMismatchError
 from haast.formats.files import locate
-from haast.formats.opened import OpenedHead, draws_as
+from haast.formats.opened import OpenedHead, drafter_kind
 from haast.formats.opened import open_head as open_files
 from haast.heads.checkpoint import Head, head_folder
 from haast.heads.medusa import MedusaHeads
@@ -81,7 +81,7 @@ def kind_of(head: AnyHead | None) -> str | None:
     if head is None:
         return None
     if isinstance(head, OpenedHead):
-        return head.draws_as
+        return head.drafter_kind
     medusa = isinstance(head, MedusaDrafter) or (isinstance(head, Head) and isinstance(head.module, MedusaHeads))
     return "medusa" if medusa else "eagle"
 
@@ -95,7 +95,7 @@ def plan_drafter(name: str, head: str | Path | None, model: str | None, small: b
     folder = find_head(head, model) if needs_head(name) else None
     if folder is None:
         return check_drafter(name, None, small), None
-    return check_drafter(name, draws_as(folder), small), folder
+    return check_drafter(name, drafter_kind(folder), small), folder
 
 
 def needs_head(name: str) -> bool:

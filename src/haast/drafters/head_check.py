@@ -17,7 +17,7 @@ from haast.errors import HeadWarning
 from haast.formats.base import Question, Reading
 from haast.formats.conventions import common, conventions
 from haast.formats.opened import OpenedHead, facts_of, reading_of
-from haast.formats.probe import Settled, settle
+from haast.formats.probe import ProbeResult, probe_conventions
 from haast.heads.checkpoint import Head
 from haast.heads.config import HeadConfig, rope_of
 from haast.heads.eagle3 import Eagle3Config
@@ -116,7 +116,7 @@ def causes(target: Target, config: Any, about: dict[str, Any], model: str | None
 class Diagnosis:
     """The result of `haast check`."""
 
-    settled: Settled
+    settled: ProbeResult
     findings: list[str]
     expected: float | None
 
@@ -171,14 +171,14 @@ def diagnose(
 ) -> Diagnosis:
     """Measure a head on the target's own text, with all alternatives of each convention. Raises HeadMismatchError."""
     if isinstance(head, OpenedHead):
-        fitted, settled = head.fitted(target, say=say)
+        fitted, settled = head.fitted(target, report=say)
         if settled is None:
-            settled = settle(target, reading_of(fitted), [], say=say)
+            settled = probe_conventions(target, reading_of(fitted), [], report=say)
         about: dict[str, Any] = {key: value for key, value in fitted.about.items() if key != "expected"}
         config: Any = fitted.module.config
     else:
         reading = reading_of(head)
-        settled = settle(target, reading, _questions(reading, target), say=say)
+        settled = probe_conventions(target, reading, _questions(reading, target), report=say)
         about, config = head.about, reading.config
     found = causes(target, config, about, model)
     if settled.agreement.first < _CHANCE_RATE:

@@ -17,7 +17,7 @@ from haast.heads.module import DraftModule
 from haast.target.attention import tree_mask
 from haast.target.compiled import CompiledLayers, nodes_for, slots_for
 from haast.target.kv_cache import KVCache
-from haast.target.native_cpu import CHANGING_ROPE, NativeStack
+from haast.target.native_cpu import LENGTH_DEPENDENT_ROPE, NativeStack
 from haast.target.target import Target
 from haast.tree import padded_row_index
 
@@ -91,7 +91,7 @@ class HeadForward:
         self._target, self._module, self._window = target, module, window
         self.stack: NativeStack | None = module.native_stack(window or 0) if packed else None
         self._compiled: CompiledLayers | None = None
-        changing = (module.config.rope_parameters or {}).get("rope_type") in CHANGING_ROPE
+        changing = (module.config.rope_parameters or {}).get("rope_type") in LENGTH_DEPENDENT_ROPE
         self._limit = target.context_length if changing else None
 
     def refresh(self) -> None:

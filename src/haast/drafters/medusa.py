@@ -31,7 +31,7 @@ from haast.heads.checkpoint import Head, check_fits, check_weights
 from haast.heads.medusa import MedusaHeads
 from haast.heads.precision import warn_of_precision
 from haast.target.kv_pool import Sequence as KVSequence
-from haast.target.memory import give_back
+from haast.target.memory import release_freed_memory
 from haast.target.packing import PackedLinear, is_packed, pack_linears
 from haast.target.target import Target
 from haast.tree import DraftTree
@@ -92,7 +92,7 @@ class MedusaDrafter(Drafter):
                 assert isinstance(each, nn.Sequential) and isinstance(each[-1], nn.Linear), "blocks and an LM head"
                 each[-1] = PackedLinear(each[-1].weight.detach(), None, form=DRAFT_LM_FORM)
             pack_linears(self._module)
-            give_back()
+            release_freed_memory()
         self._native = packed and native.available()
         self._watch = HeadWatch(head.about, partial(causes, target, module.config, head.about))
         check_at_least("nodes", nodes, 2, " (a drafted tree has a root and a draft)")
@@ -118,7 +118,7 @@ class MedusaDrafter(Drafter):
         return list(accumulate(gains))
 
     def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> MedusaState:
-        self._target.check_place(self._built)
+        self._target.check_device(self._built)
         return MedusaState()
 
     def observe(self, states: Sequence[MedusaState], accepted: Accepted) -> None:

@@ -119,7 +119,7 @@ class NativeDraft:
             ValueError: shapes or dtypes do not match; nothing was drafted.
         """
         rows, max_nodes = roots.size(0), self._nodes
-        blocks, form = self._stack.placed(store, tables, rows, shift)
+        blocks, form = self._stack.check_store(store, tables, rows, shift)
         self._stack.check_states(states := states.contiguous(), rows)
         _, roots_at = int64s("roots", roots := roots.contiguous(), rows)
         lengths, lengths_at = int64s("past", past, rows)

@@ -132,9 +132,9 @@ class Engine:
         """Queue a request that is not queued yet. Raises QueueFullError if too many requests wait."""
         return self.scheduler.submit(request, self.rule)
 
-    def cancel(self, request: Request) -> None:
-        """End a request; its KV blocks are freed within a step."""
-        self.scheduler.cancel(request)
+    def cancel(self, request: Request, wait: bool = True) -> None:
+        """End a request; its KV blocks are freed within a step. See `Scheduler.cancel`."""
+        self.scheduler.cancel(request, wait=wait)
 
     def read(self, request: Request) -> Generator[Emission, None, None]:
         """Yield a request's tokens as they are emitted. Closing the iterator cancels the request.
@@ -162,7 +162,7 @@ class Engine:
             raise_error(request)
         finally:
             if not request.finished:
-                self.scheduler.cancel(request)
+                self.scheduler.cancel(request, wait=False)
 
     def run(
         self,

@@ -144,11 +144,23 @@ class Scheduler:
             self._arrived.append(request)
         return request
 
-    def cancel(self, request: Request, reason: str = "cancelled") -> None:
-        """End a request. Its blocks are free when this returns, or after the running step."""
+    def cancel(self, request: Request, reason: str = "cancelled", wait: bool = True) -> None:
+        """End a request. Its blocks are free when this returns, or after the running step.
+
+        Without `wait`, for event loops, this never blocks on the target's lock: the blocks are freed soon after the
+        lock is released.
+        """
         request.finish_reason = request.finish_reason or reason
         self._cancellations = True
-        self._retire_cancelled()
+        if wait:
+            self._retire_cancelled()
+        elif self.target.lock.acquire(blocking=False):
+            try:
+                self._retire_cancelled()
+            finally:
+                self.target.lock.release()
+        else:  # a step retires them at its end; a session, a measurement or another Target's step does not
+            self._worker.submit(self._retire_cancelled)
 
     def _retire_cancelled(self) -> None:
         """Free the blocks of cancelled requests; during a step, the thread that runs it does so afterwards."""

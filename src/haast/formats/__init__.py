@@ -1,1 +1,1 @@
-"""Heads of other trainers and engines: read from their files, and written for them. One file a family."""
+"""Reads heads of other trainers, and writes heads for other engines. One module per checkpoint format."""

@@ -1,10 +1,10 @@
-"""What a family of checkpoint formats has to say: the contract `Format`, and the values that pass between its parts.
+"""Checkpoint formats of heads: the interface `Format`, and the types that its methods exchange.
 
-Owns no format. Files leave things open, or say them in words that mean different things to different trainers; a
-format turns such words into a first reading and `Question`s, which `formats.probe` answers by measuring.
+Owns no concrete format. A head's files leave some conventions open, or use keys that trainers understand differently. A
+format therefore returns a default reading and a list of `Question`s, which `formats.probe` answers by measuring.
 
     files ──detect──► format ──read_config──► sizes ──map_names──► Reading, Question, ... ──probe──► Reading
-                             ◄──write── a head of Haast's, ◄──check── what was written, read again
+                             ◄──write── a Haast head, ◄──check── reads the written files again
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from haast.heads.eagle3 import default_layers
 
 @dataclass(frozen=True)
 class HeadFiles:
-    """A head's files as they lie there.
+    """A head's files as read, before any conversion.
 
     Attributes:
-        folder: where they lie.
-        document: config.json, or what a GGUF file says of itself.
-        tensors: by the names of the files.
-        source: the user's word for them, with a hub id's revision.
-        notes: what is worth saying of them.
+        folder: the folder or .gguf file.
+        document: config.json, or the metadata of a GGUF file.
+        tensors: under the names in the files.
+        source: the path or hub id that the user gave, a hub id with its revision.
+        notes: remarks for the user.
     """
 
     folder: Path
@@ -41,18 +41,18 @@ class HeadFiles:
     source: str
     notes: tuple[str, ...] = ()
 
-    def wrong(self, what: str, remedy: str) -> HeadMismatchError:
-        """The error for a head that can't be used: what is wrong with it, and what to do."""
-        return HeadMismatchError(f"{self.source}: {what}; {remedy}")
+    def error(self, problem: str, remedy: str) -> HeadMismatchError:
+        """The error for a head that can't be used."""
+        return HeadMismatchError(f"{self.source}: {problem}; {remedy}")
 
 
 @dataclass(frozen=True)
 class TargetFacts:
-    """What a reading needs of the target: its text configuration, and how it embeds.
+    """What a format needs to know about the target.
 
     Attributes:
         config: the text configuration.
-        embedding_scale: what its embedding module multiplies the table's rows by (Gemma); 1 is nothing.
+        embedding_scale: factor by which the embedding module multiplies the table's rows (Gemma); 1 for none.
     """
 
     config: Any
@@ -64,7 +64,7 @@ class TargetFacts:
 
     @property
     def default_layers(self) -> tuple[int, ...]:
-        """The layers that EAGLE-3 heads read where their files name none."""
+        """The layers that EAGLE-3 heads read if their files name none."""
         return default_layers(self.config)
 
     @property
@@ -78,9 +78,9 @@ class Reading:
 
     Attributes:
         config: sizes and conventions.
-        weights: float32 or wider, by Haast's names.
-        draft_vocab: (n,) int64, ascending target ids; None is all.
-        shares_lm_head: the files hold no LM head, so that the target's rows are the head's.
+        weights: float32 or wider, under Haast's names.
+        draft_vocab: (n,) int64, ascending target ids; None is the whole vocabulary.
+        shares_lm_head: the files hold no LM head, so the head uses the target's rows.
     """
 
     config: HeadSizes
@@ -88,14 +88,14 @@ class Reading:
     draft_vocab: Tensor | None = None
     shares_lm_head: bool = False
 
-    def having(self, **changed: Any) -> Reading:
-        """With other sizes or conventions."""
+    def with_config(self, **changed: Any) -> Reading:
+        """A copy with these fields of the configuration replaced."""
         return replace(self, config=replace(self.config, **changed))
 
 
 @dataclass(frozen=True)
 class Option:
-    """One answer to a question: in words, and what it makes of a reading."""
+    """One answer to a question: a label, and the change that it makes to a reading."""
 
     label: str
     change: Callable[[Reading], Reading]
@@ -103,31 +103,31 @@ class Option:
 
 @dataclass(frozen=True)
 class Question:
-    """What files leave open. The first option is what they say, or what their usual readers take."""
+    """A convention that the files leave open. The first option is what the files state, or what readers assume."""
 
     name: str
     options: tuple[Option, ...]
 
     @classmethod
     def of(cls, name: str, key: str, options: Sequence[tuple[str, Any]]) -> Question:
-        """Of a field of the configuration: a label and a value each; equal values are one option."""
+        """A question about the configuration field `key`, from (label, value) pairs; equal values make one option."""
         distinct: dict[str, Option] = {}
         for label, value in options:
-            distinct.setdefault(_key(value), Option(label, _setting(key, value)))
+            distinct.setdefault(_comparable(value), Option(label, _config_change(key, value)))
         return cls(name, tuple(distinct.values()))
 
 
-def _key(value: Any) -> str:
+def _comparable(value: Any) -> str:
     return repr(sorted(value.items()) if isinstance(value, dict) else value)
 
 
-def _setting(key: str, value: Any) -> Callable[[Reading], Reading]:
-    return lambda reading: reading.having(**{key: value})
+def _config_change(key: str, value: Any) -> Callable[[Reading], Reading]:
+    return lambda reading: reading.with_config(**{key: value})
 
 
 @dataclass(frozen=True)
-class Engine:
-    """What a head is written for.
+class ServingEngine:
+    """The engine and target that a head is written for.
 
     Attributes:
         name: one of `formats.export.ENGINES`.
@@ -141,8 +141,8 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class Written:
-    """A head in an engine's layout: config.json, tensors, and what is lost or must be known."""
+class WrittenHead:
+    """A head in an engine's layout: config.json, tensors, and notes for the user (what the layout loses, say)."""
 
     document: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -150,11 +150,11 @@ class Written:
 
 
 class Format(ABC):
-    """One family of checkpoints.
+    """One checkpoint format.
 
     Attributes:
-        name: for people.
-        kinds: of heads that it holds, of `formats.detect.KINDS`.
+        name: shown to users.
+        kinds: the kinds of head that it can hold, from `formats.detect.KINDS`.
     """
 
     name: str
@@ -162,27 +162,27 @@ class Format(ABC):
 
     @abstractmethod
     def detect(self, kind: str, files: HeadFiles) -> bool:
-        """Whether these files, which hold a head of this kind, are this family's."""
+        """Whether these files, which hold a head of this kind, are in this format."""
 
     @abstractmethod
     def read_config(self, files: HeadFiles, facts: TargetFacts) -> HeadSizes:
-        """Sizes and conventions. Raises HeadMismatchError where they don't fit the tensors."""
+        """The head's sizes and conventions. Raises HeadMismatchError if they don't fit the tensors."""
 
     @abstractmethod
     def map_names(self, files: HeadFiles, config: HeadSizes, facts: TargetFacts) -> tuple[Reading, list[Question]]:
-        """The first reading, and what is open. Raises HeadMismatchError for a tensor that is missing, or left over."""
+        """The default reading, and the open questions. Raises HeadMismatchError for a missing or unknown tensor."""
 
-    def write(self, reading: Reading, engine: Engine) -> Written:
-        """The head in this family's layout. Raises ValueError where the layout can't hold it."""
-        raise ValueError(f"{self.name} heads are read here, and not written: choose another --to")
+    def write(self, reading: Reading, engine: ServingEngine) -> WrittenHead:
+        """The head in this format. Raises ValueError if the format can't hold it."""
+        raise ValueError(f"Haast reads {self.name} heads but can't write them: choose another --to")
 
-    def check(self, written: Written, reading: Reading, facts: TargetFacts) -> None:
-        """Raise ValueError unless what was written, read again, is this very head."""
+    def check(self, written: WrittenHead, reading: Reading, facts: TargetFacts) -> None:
+        """Read `written` again. Raises ValueError unless its tensors equal those of `reading`."""
         files = HeadFiles(Path(), dict(written.document), dict(written.tensors), f"the {self.name} export")
-        again, _ = self.map_names(files, self.read_config(files, facts), facts)
-        more = [name for name in again.weights if name not in reading.weights and bool(again.weights[name].any())]
-        if more or reading.weights.keys() - again.weights.keys():
-            raise ValueError(f"{files.source} has other tensors than the head: {sorted(again.weights)}")
+        reread, _ = self.map_names(files, self.read_config(files, facts), facts)
+        extra = [name for name in reread.weights if name not in reading.weights and bool(reread.weights[name].any())]
+        if extra or reading.weights.keys() - reread.weights.keys():
+            raise ValueError(f"{files.source} has other tensors than the head: {sorted(reread.weights)}")
         for name, tensor in reading.weights.items():
-            if not torch.equal(again.weights[name].float(), tensor.float()):
-                raise ValueError(f"{files.source} has other numbers than the head in {name}")
+            if not torch.equal(reread.weights[name].float(), tensor.float()):
+                raise ValueError(f"{files.source} has other values than the head in {name}")

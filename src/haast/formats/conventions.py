@@ -1,6 +1,6 @@
-"""What EAGLE heads' files leave open: the questions, and what each answer makes of a reading.
+"""Conventions that an EAGLE head's files leave open: the questions, and the change that each answer makes to a reading.
 
-Owns the words that people see and the changes behind them. Measures nothing (`formats.probe` does), and reads no file.
+Owns the labels that users see. `formats.probe` does the measuring, and the format modules read the files.
 """
 
 from __future__ import annotations
@@ -17,46 +17,46 @@ from haast.heads.eagle3 import Eagle3Config
 
 
 def conventions(config: Eagle3Config, facts: TargetFacts) -> list[Question]:
-    """What an EAGLE-3 head's files say in words that producers use differently, or not at all."""
+    """Questions about an EAGLE-3 head: keys that trainers understand differently, or leave out."""
     ids = config.layer_ids
-    shifted = [tuple(each + shift for each in ids) for shift in (0, 1, -1)]
-    possible = [each for each in shifted if each[0] >= 0 and each[-1] <= facts.layers]
-    residual = config.norm_before_residual
-    words = {False: "the state", True: "the normed state"}
+    shifted = [tuple(layer + shift for layer in ids) for shift in (0, 1, -1)]
+    possible = [layers for layers in shifted if layers[0] >= 0 and layers[-1] <= facts.layers]
+    residual, output = config.norm_before_residual, config.norm_output
+    labels = {False: "the state", True: "the normed state"}
     return [
-        Question.of("layer ids", "layer_ids", [(", ".join(map(str, each)), each) for each in possible]),
-        Question.of("residual", "norm_before_residual", [(words[each], each) for each in (residual, not residual)]),
+        Question.of("layer ids", "layer_ids", [(", ".join(map(str, layers)), layers) for layers in possible]),
+        Question.of("residual", "norm_before_residual", [(labels[on], on) for on in (residual, not residual)]),
         *common(config, facts),
-        Question.of("fed back", "norm_output", [(words[e], e) for e in (config.norm_output, not config.norm_output)]),
+        Question.of("fed back", "norm_output", [(labels[on], on) for on in (output, not output)]),
     ]
 
 
 def common(config: HeadConfig, facts: TargetFacts) -> list[Question]:
-    """What every EAGLE head leaves open: rotation, and how embeddings are scaled."""
+    """Questions about every EAGLE head: rotary embedding, and the scale of token embeddings."""
     questions = []
-    own, plain = config.rope_parameters or {}, {"rope_type": "default"}
-    plain["rope_theta"] = own.get("rope_theta", 10000.0)
-    ropes = [(_rope_words(own), own), (f"the target's, {_rope_words(facts.rope)}", facts.rope)]
-    questions.append(Question.of("rope", "rope_parameters", [*ropes, ("without scaling", plain)]))
-    rotate = Option("interleaved pairs", interleaved)
-    questions.append(Question("rope style", (Option("halves (neox)", lambda reading: reading), rotate)))
+    own, unscaled = config.rope_parameters or {}, {"rope_type": "default"}
+    unscaled["rope_theta"] = own.get("rope_theta", 10000.0)
+    ropes = [(_rope_label(own), own), (f"the target's, {_rope_label(facts.rope)}", facts.rope)]
+    questions.append(Question.of("rope", "rope_parameters", [*ropes, ("without scaling", unscaled)]))
+    pairs = Option("interleaved pairs", interleaved)
+    questions.append(Question("rope style", (Option("halves (neox)", lambda reading: reading), pairs)))
     if facts.embedding_scale != 1.0 and not config.own_embedding:
         scales = [("as the target's", 1.0), ("the table's rows", 1.0 / facts.embedding_scale)]
         questions.append(Question.of("embedding", "embedding_scale", scales))
     return [question for question in questions if len(question.options) > 1]
 
 
-def _rope_words(rope: dict[str, Any]) -> str:
+def _rope_label(rope: dict[str, Any]) -> str:
     kind = rope.get("rope_type", "default")
     factor = f" by {rope['factor']:g}" if isinstance(rope.get("factor"), int | float) else ""
     return f"base {float(rope.get('rope_theta', 10000.0)):g}" + ("" if kind == "default" else f", {kind}{factor}")
 
 
 def interleaved(reading: Reading) -> Reading:
-    """A head whose rotation turns neighbouring pairs, as one that turns halves: query and key rows in that order."""
+    """Convert a head that rotates neighbouring pairs into one that rotates halves, by permuting query and key rows."""
     config = reading.config
-    assert isinstance(config, HeadConfig), "Medusa heads rotate nothing"
-    order = torch.arange(config.head_dim).view(-1, 2).T.flatten()  # even places, then odd ones
+    assert isinstance(config, HeadConfig), "Medusa heads have no rotary embedding"
+    order = torch.arange(config.head_dim).view(-1, 2).T.flatten()  # even indices, then odd ones
     weights = {}
     for name, tensor in reading.weights.items():
         part = name.split(".")[-2:]
@@ -70,27 +70,27 @@ def interleaved(reading: Reading) -> Reading:
 
 
 def later_norms(reading: Reading) -> tuple[Reading, Question]:
-    """Layers after the first with two norms before attention: vLLM uses one of them, SGLang the other."""
-    theirs = {name: tensor for name, tensor in reading.weights.items() if not _is_later_hidden(name)}
-    other = {
+    """For layers after the first that have two norms before attention: vLLM uses one of them, SGLang the other."""
+    kept = {name: tensor for name, tensor in reading.weights.items() if not _is_later_hidden_norm(name)}
+    hidden_norms = {
         name.replace(".hidden_norm.", ".input_layernorm."): tensor
         for name, tensor in reading.weights.items()
-        if _is_later_hidden(name)
+        if _is_later_hidden_norm(name)
     }
     options = (
-        Option("input_layernorm", lambda each: each),
-        Option("hidden_norm", lambda each: replace(each, weights={**each.weights, **other})),
+        Option("input_layernorm", lambda reading: reading),
+        Option("hidden_norm", lambda reading: replace(reading, weights={**reading.weights, **hidden_norms})),
     )
-    return replace(reading, weights=theirs), Question("norm of later layers", options)
+    return replace(reading, weights=kept), Question("norm of later layers", options)
 
 
-def _is_later_hidden(name: str) -> bool:
+def _is_later_hidden_norm(name: str) -> bool:
     return name.startswith("more.") and ".hidden_norm." in name
 
 
 def as_absolute(first: Tensor, absolute: Tensor) -> Any:
-    """A change that names the drafted tokens anew, and puts the LM head's rows into their order."""
-    back = first.argsort().argsort()  # from ascending to the file's order
+    """The change to a reading if `d2t` holds absolute ids: the draft vocabulary, and LM head rows in its order."""
+    back = first.argsort().argsort()  # from ascending order to the file's order
     order = absolute.argsort()
 
     def change(reading: Reading) -> Reading:

@@ -1,6 +1,7 @@
-"""A head written for another engine, read again, and compared before anybody serves it.
+"""Writes a head for another engine, reads the files again and checks that the drafts are equal bit for bit.
 
-Owns the list of engines, the files, and the model card. The layouts are their families' (`formats.official`, ...).
+Owns the list of engines, the files on disk and the model card. The format modules (`formats.official`, ...) own the
+layouts.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from haast.files import new_folder, replacing, write_json, write_text
-from haast.formats.base import Engine, Format, Reading, TargetFacts, Written
+from haast.formats.base import Format, Reading, ServingEngine, TargetFacts, WrittenHead
 from haast.formats.files import CONFIG, read_files
 from haast.formats.gguf import Gguf, read_gguf, write_gguf
 from haast.formats.medusa import Medusa
 from haast.formats.official import Official
 from haast.formats.opened import OpenedHead, opened, reading_of
-from haast.formats.probe import Settled
+from haast.formats.probe import ProbeResult
 from haast.formats.speculators import Speculators
 from haast.heads.checkpoint import Head, build_module, save_head
 from haast.heads.eagle3 import Eagle3Config
@@ -39,9 +40,16 @@ _TITLES = {"eagle": "EAGLE head", "eagle3": "EAGLE-3 head", "p-eagle": "P-EAGLE 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: where, the command that serves it, what is lost or must be known, and the tensors' dtype."""
+    """The result of an export.
 
-    place: Path
+    Attributes:
+        path: the folder, or the .gguf file in it.
+        serve: the command that serves the target with the head.
+        notes: for the user, what the layout loses, say.
+        dtype: of the written tensors.
+    """
+
+    path: Path
     serve: str
     notes: tuple[str, ...]
     dtype: torch.dtype
@@ -50,63 +58,63 @@ class Exported:
 def export_head(
     head: Head, engine: str, target: str, config: PretrainedConfig, out: Path, embedding: Tensor | None = None
 ) -> Exported:
-    """Write a head for an engine, and check that what was written drafts as the head does, bit for bit.
+    """Write a head for an engine, and check that the written head drafts the same, bit for bit.
 
     Args:
-        head: Haast's own, or one that was imported.
+        head: Haast's own, or an imported one.
         engine: one of `ENGINES`.
-        target: its name or hub id, for the card and the command.
+        target: the target's name or hub id, for the card and the command.
         config: the target's configuration.
-        out: a folder, made if it is not there.
-        embedding: what the target's tokens are embedded as, (vocabulary, H), for `wants_embedding` engines.
+        out: the folder to write; it must be empty or absent.
+        embedding: the target's token embeddings, (vocabulary, H), for engines of `wants_embedding`.
 
     Raises:
-        ValueError: an unknown engine; a head that the engine can't draft with; what was written drafts otherwise.
+        ValueError: the engine is unknown or can't draft with this head, or the written head drafts differently.
     """
     if engine not in ENGINES:
-        raise ValueError(f"--to {engine} is no engine that Haast writes for: choose one of {', '.join(ENGINES)}")
+        raise ValueError(f"Haast can't export to --to {engine}: choose one of {', '.join(ENGINES)}")
     text = config.get_text_config()
     reading, facts = reading_of(head), TargetFacts(text)
-    described = Engine(engine, target, {**text.to_dict(), "architectures": config.architectures})
+    serving = ServingEngine(engine, target, {**text.to_dict(), "architectures": config.architectures})
     dtype = exact_dtype(reading.weights)
-    family = _family(reading, engine)
-    written = family.write(reading, described)
-    family.check(written, reading, facts)
+    layout = _format_for(reading, engine)
+    written = layout.write(reading, serving)
+    layout.check(written, reading, facts)
     if embedding is not None and wants_embedding(engine):
         written = replace(written, tensors={"embed_tokens.weight": embedding, **written.tensors})
         dtype = exact_dtype(written.tensors)
-    place, notes = out / GGUF_FILE if engine == "gguf" else out, list(written.notes)
-    serve = serving_command(engine, reading, target, place)
+    path, notes = out / GGUF_FILE if engine == "gguf" else out, list(written.notes)
+    serve = serving_command(engine, reading, target, path)
     with new_folder(out) as folder:
         if engine == "gguf":
             write_gguf(folder / GGUF_FILE, written, dtype)
-            again = opened(read_gguf(folder / GGUF_FILE, str(place)))
+            reread = opened(read_gguf(folder / GGUF_FILE, str(path)))
         else:
             document = {**written.document, "torch_dtype": str(dtype).removeprefix("torch.")}
             _write_folder(folder, document, written, dtype)
-            again = opened(read_files(folder, str(place)))
-        _compare(reading, again, facts)
+            reread = opened(read_files(folder, str(path)))
+        _compare_drafts(reading, reread, facts)
         write_text(folder / "README.md", _card(head, reading, engine, target, serve, notes))
-    return Exported(place, serve, tuple(notes), dtype)
+    return Exported(path, serve, tuple(notes), dtype)
 
 
 def wants_embedding(engine: str) -> bool:
-    """Whether the engine's folders hold the target's embedding where the head has none of its own.
+    """Whether folders for this engine must hold the target's embedding if the head has none of its own.
 
-    speculators 0.9 means to take a missing one from the target, and leaves it at whatever the memory held.
+    speculators 0.9 should take a missing embedding from the target, but leaves it uninitialised.
     """
     return engine == "speculators"
 
 
-def import_head(head: OpenedHead, fitted: Head, settled: Settled | None, target: str, out: Path) -> torch.dtype:
-    """Keep a foreign head as one of Haast's, with a card that says where it is from and what was measured."""
+def import_head(head: OpenedHead, fitted: Head, result: ProbeResult | None, target: str, out: Path) -> torch.dtype:
+    """Save a foreign head in Haast's own layout, with a model card that names its source and the measurements."""
     weights = dict(fitted.module.state_dict())
     dtype = exact_dtype(weights)
     about = {**fitted.about, "target": target}
-    facts = [f"from {head.files.source}", f"{head.format.name} layout, kept by Haast in its own"]
+    facts = [f"from {head.files.source}", f"converted by Haast from the {head.format.name} layout"]
     facts += [f"licence: {about['licence']}"] if "licence" in about else []
-    facts += [f"of its files: {note}" for note in head.files.notes]
-    facts += [f"not told apart by measuring: {each}" for each in about.get("unsure", ())]
+    facts += [f"about its files: {note}" for note in head.files.notes]
+    facts += [f"not distinguishable by measuring: {pair}" for pair in about.get("unsure", ())]
     expected = about.get("expected", {})
     card = _templates().get_template("card.md")
     text = card.render(
@@ -117,7 +125,7 @@ def import_head(head: OpenedHead, fitted: Head, settled: Settled | None, target:
         title=f"{_TITLES[head.kind]} for {target}",
         facts=facts,
         serve=None,
-        probed=() if settled is None else settled.tried,
+        probed=() if result is None else result.tried,
         positions=expected.get("positions"),
         first=expected.get("first"),
         tau=expected.get("chain_tau"),
@@ -129,20 +137,20 @@ def import_head(head: OpenedHead, fitted: Head, settled: Settled | None, target:
 
 
 def exact_dtype(weights: dict[str, Tensor]) -> torch.dtype:
-    """The smallest of float16, bfloat16 and float32 that holds every number as it is."""
+    """The first of float16, bfloat16 and float32 that holds every value exactly."""
     for dtype in (torch.float16, torch.bfloat16):
         if all(torch.equal(t.to(dtype).to(t.dtype), t) for t in weights.values() if t.is_floating_point()):
             return dtype
     return torch.float32
 
 
-def serving_command(engine: str, reading: Reading, target: str, place: Path) -> str:
-    """What serves the target with the head."""
-    where, kind = shlex.quote(str(place)), kind_of_reading(reading)
+def serving_command(engine: str, reading: Reading, target: str, path: Path) -> str:
+    """The command that serves the target with the head."""
+    where, kind = shlex.quote(str(path)), kind_of_reading(reading)
     target = shlex.quote(target)
     method = "eagle" if kind == "eagle" else "eagle3"
     if engine == "vllm":
-        spec = {"method": method, "model": str(place), "num_speculative_tokens": 3}
+        spec = {"method": method, "model": str(path), "num_speculative_tokens": 3}
         return f"vllm serve {target} --speculative-config {shlex.quote(json.dumps(spec))}"
     if engine == "speculators":
         return f"vllm serve {where}"
@@ -172,7 +180,7 @@ def kind_of_reading(reading: Reading) -> str:
     return "eagle"
 
 
-def _family(reading: Reading, engine: str) -> Format:
+def _format_for(reading: Reading, engine: str) -> Format:
     if engine == "gguf":
         return Gguf()
     if engine == "speculators":
@@ -180,7 +188,7 @@ def _family(reading: Reading, engine: str) -> Format:
     return Medusa() if isinstance(reading.config, MedusaConfig) else Official()
 
 
-def _write_folder(out: Path, document: dict[str, Any], written: Written, dtype: torch.dtype) -> None:
+def _write_folder(out: Path, document: dict[str, Any], written: WrittenHead, dtype: torch.dtype) -> None:
     name = "medusa_lm_head.safetensors" if "medusa_num_heads" in document else "model.safetensors"
     tensors = {
         key: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
@@ -191,22 +199,22 @@ def _write_folder(out: Path, document: dict[str, Any], written: Written, dtype: 
     write_json(document, out / CONFIG)
 
 
-def _compare(reading: Reading, again: OpenedHead, facts: TargetFacts) -> None:
-    """Raise ValueError unless a head that was written and read drafts as it did."""
-    read, _ = again.read(facts)
-    ours, theirs = _drafts(reading), _drafts(read)
-    # EAGLE-1's and Medusa's layouts have no draft vocabulary, which the notes say.
+def _compare_drafts(reading: Reading, reread: OpenedHead, facts: TargetFacts) -> None:
+    """Raise ValueError unless the head drafts the same after it was written and read again."""
+    written, _ = reread.read(facts)
+    before, after = _draft_outputs(reading), _draft_outputs(written)
+    # EAGLE-1 and Medusa layouts have no draft vocabulary, which the export notes mention.
     maps = isinstance(reading.config, Eagle3Config) and reading.draft_vocab is not None
-    lost = maps and (read.draft_vocab is None or not torch.equal(read.draft_vocab, reading.draft_vocab))  # type: ignore[arg-type]
-    if lost or not torch.equal(ours, theirs):
+    lost = maps and (written.draft_vocab is None or not torch.equal(written.draft_vocab, reading.draft_vocab))  # type: ignore[arg-type]
+    if lost or not torch.equal(before, after):
         raise ValueError(
-            f"{again.files.source} was written and read again, and gives other {'tokens' if lost else 'states'}: what "
-            f"serves it would not draft as the head does; please report it"
+            f"{reread.files.source}, read again, gives other {'tokens' if lost else 'states'} than the head: an engine "
+            f"that loads it would draft differently; please report it"
         )
 
 
-def _drafts(reading: Reading) -> Tensor:
-    """What a head makes of some random features: bit for bit the same where two are the same."""
+def _draft_outputs(reading: Reading) -> Tensor:
+    """The head's output for fixed random features; equal heads give bit-identical tensors."""
     vocab = None if reading.draft_vocab is None else len(reading.draft_vocab)
     if isinstance(reading.config, MedusaConfig) and vocab is None:
         vocab = reading.weights[f"0.{reading.config.blocks}.weight"].shape[0]
@@ -236,7 +244,7 @@ def _card(head: Head, reading: Reading, engine: str, target: str, serve: str, no
     facts += [f"from {about['source']}"] if "source" in about else []
     if about.get("tau") is not None:  # None without validation prompts
         facts.append(f"tau {about['tau']:.2f} on validation prompts ({about.get('tau_measured_on', '')})")
-    facts += [f"written for {engine}", *notes]
+    facts += [f"exported for {engine}", *notes]
     library = "gguf" if engine == "gguf" else "transformers"
     return (
         _templates()

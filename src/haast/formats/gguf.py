@@ -1,7 +1,7 @@
-"""EAGLE-3 heads as GGUF files (llama.cpp's architecture "eagle3"): one layer, three layers of the target.
+"""EAGLE-3 heads as GGUF files (llama.cpp's architecture "eagle3"): one decoder layer that reads three target layers.
 
-Query and key rows lie in llama.cpp's order, which turns neighbouring pairs; `d2t` holds ids. Quantised tensors are
-unpacked. Files are read and written by the `gguf` package.
+Query and key rows are in llama.cpp's order, for which RoPE rotates neighbouring pairs; `d2t` holds absolute ids.
+Quantised tensors are dequantised. The `gguf` package reads and writes the files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from haast.errors import HeadMismatchError
 from haast.files import replacing
-from haast.formats.base import Engine, Format, HeadFiles, Question, Reading, TargetFacts, Written
+from haast.formats.base import Format, HeadFiles, Question, Reading, ServingEngine, TargetFacts, WrittenHead
 from haast.formats.conventions import interleaved
 from haast.formats.keys import check_keys
 from haast.formats.layout import eagle3_config, eagle3_reading
@@ -46,9 +46,9 @@ _NAMES = {
     "token_embd.weight": "embed_tokens.weight",
     "d2t": "d2t",
 }
-_STRING, _ARRAY = 8, 9  # GGUF's types of values; the others have a fixed length in bytes
+_STRING, _ARRAY = 8, 9  # GGUF value types; the others have a fixed length in bytes
 _BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_ROPE = "rope_freqs.weight"  # factors of a scaled rotation, which the target has too
+_ROPE = "rope_freqs.weight"  # factors of a scaled RoPE, which the target has too
 
 
 class Gguf(Format):
@@ -61,43 +61,43 @@ class Gguf(Format):
         return kind in self.kinds and files.document.get("general.architecture") == ARCHITECTURE
 
     def read_config(self, files: HeadFiles, facts: TargetFacts) -> HeadSizes:
-        said = {key.removeprefix(f"{ARCHITECTURE}."): value for key, value in files.document.items()}
+        metadata = {key.removeprefix(f"{ARCHITECTURE}."): value for key, value in files.document.items()}
         document: dict[str, Any] = {
-            "num_attention_heads": said.get("attention.head_count"),
-            "head_dim": said.get("attention.key_length") or said.get("rope.dimension_count"),
-            "rms_norm_eps": said.get("attention.layer_norm_rms_epsilon", 1e-6),
-            "max_position_embeddings": said.get("context_length"),
-            "target_hidden_size": said.get("target_hidden_size"),
+            "num_attention_heads": metadata.get("attention.head_count"),
+            "head_dim": metadata.get("attention.key_length") or metadata.get("rope.dimension_count"),
+            "rms_norm_eps": metadata.get("attention.layer_norm_rms_epsilon", 1e-6),
+            "max_position_embeddings": metadata.get("context_length"),
+            "target_hidden_size": metadata.get("target_hidden_size"),
         }
-        if "rope.freq_base" in said and not said.get("rope.scaled"):
-            document["rope_theta"] = said["rope.freq_base"]
-        told = {key: said.get(key) for key in ("norm_before_residual", "target_layers")}
-        check_keys(files, {**document, **told}, f"{ARCHITECTURE}.")
-        residual = bool(told["norm_before_residual"])
-        return eagle3_config(files, document, facts, told["target_layers"], norm_before_residual=residual)
+        if "rope.freq_base" in metadata and not metadata.get("rope.scaled"):
+            document["rope_theta"] = metadata["rope.freq_base"]
+        conventions = {key: metadata.get(key) for key in ("norm_before_residual", "target_layers")}
+        check_keys(files, {**document, **conventions}, f"{ARCHITECTURE}.")
+        residual = bool(conventions["norm_before_residual"])
+        return eagle3_config(files, document, facts, conventions["target_layers"], norm_before_residual=residual)
 
     def map_names(self, files: HeadFiles, config: HeadSizes, facts: TargetFacts) -> tuple[Reading, list[Question]]:
-        assert isinstance(config, Eagle3Config), "read_config gives one"
+        assert isinstance(config, Eagle3Config), "read_config returns one"
         reading, questions = eagle3_reading(_with_offsets(files), config, facts)
         return interleaved(reading), [question for question in questions if question.name != "d2t"]
 
-    def write(self, reading: Reading, engine: Engine) -> Written:
-        """In the names of `_NAMES`; the keys of the document are the file's."""
+    def write(self, reading: Reading, engine: ServingEngine) -> WrittenHead:
+        """Tensors under the names of `_NAMES`; the document holds the file's metadata keys."""
         config = reading.config
         if not isinstance(config, Eagle3Config):
-            raise ValueError("GGUF files hold EAGLE-3 heads alone: train one (haast train --head eagle3)")
-        plain = Official().write(reading, Engine("llama.cpp", engine.target, engine.config))
+            raise ValueError("GGUF files can only hold EAGLE-3 heads: train one (haast train --head eagle3)")
+        plain = Official().write(reading, ServingEngine("llama.cpp", engine.target, engine.config))
         rope = config.rope_parameters or {}
         if rope.get("rope_type", "default") not in ("default", "llama3"):
-            raise ValueError(f"rope_type {rope['rope_type']!r} is not written to GGUF files: export to llama.cpp")
-        ours = {theirs: name for name, theirs in _NAMES.items()}
+            raise ValueError(f"Haast can't write rope_type {rope['rope_type']!r} to GGUF: use --to llama.cpp")
+        gguf_names = {official: name for name, official in _NAMES.items()}
         tensors = {}
-        for name, tensor in _paired(plain.tensors, config).items():
+        for name, tensor in _as_pairs(plain.tensors, config).items():
             if name == "d2t":
-                assert reading.draft_vocab is not None, "d2t names the draft vocabulary"
+                assert reading.draft_vocab is not None, "d2t lists the draft vocabulary"
                 tensors["d2t"] = reading.draft_vocab.long()
             elif name != "t2d":
-                tensors[ours[name]] = tensor
+                tensors[gguf_names[name]] = tensor
         if rope.get("rope_type") == "llama3":
             tensors[_ROPE] = _llama3_factors(config)
         document = {
@@ -120,33 +120,33 @@ class Gguf(Format):
             f"{ARCHITECTURE}.norm_before_residual": config.norm_before_residual,
             f"{ARCHITECTURE}.norm_before_fc": config.input_norm,
         }
-        return Written(document, tensors)
+        return WrittenHead(document, tensors)
 
-    def check(self, written: Written, reading: Reading, facts: TargetFacts) -> None:
+    def check(self, written: WrittenHead, reading: Reading, facts: TargetFacts) -> None:
         tensors = {_NAMES[name]: tensor for name, tensor in written.tensors.items() if name != _ROPE}
         scaled = {f"{ARCHITECTURE}.rope.scaled": True} if _ROPE in written.tensors else {}
-        super().check(Written({**written.document, **scaled}, tensors), reading, facts)
+        super().check(WrittenHead({**written.document, **scaled}, tensors), reading, facts)
 
 
 def read_gguf(path: Path, source: str) -> HeadFiles:
-    """A GGUF file's keys and tensors under the names of EAGLE-3. Raises HeadMismatchError for any other GGUF file."""
+    """Metadata and tensors of a GGUF file, tensors under EAGLE-3's names. Raises HeadMismatchError for other files."""
     try:
         _check_lengths(path)
         reader = gguf.GGUFReader(path)
-        document = {name: each.contents() for name, each in reader.fields.items() if not name.startswith("tokenizer.")}
+        document = {name: key.contents() for name, key in reader.fields.items() if not name.startswith("tokenizer.")}
     except (OSError, ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
-        raise HeadMismatchError(f"{path} is no GGUF file, or torn ({error}); fetch it again") from error
+        raise HeadMismatchError(f"{path} is not a GGUF file, or is corrupt ({error}); fetch it again") from error
     architecture = document.get("general.architecture")
     if architecture != ARCHITECTURE:
         raise HeadMismatchError(
-            f"{path} holds a {architecture!r} model, no head: give a GGUF file of an EAGLE-3 head (architecture "
+            f"{path} holds a {architecture!r} model, not a head: give a GGUF file of an EAGLE-3 head (architecture "
             f"{ARCHITECTURE!r}), or this file as --model"
         )
     tensors, notes = {}, []
     for each in reader.tensors:
         if each.name == _ROPE:
             document[f"{ARCHITECTURE}.rope.scaled"] = True
-            notes.append("its rotation is scaled: taken from the target")
+            notes.append("its RoPE is scaled: the target's RoPE is used")
             continue
         name = _NAMES.get(each.name, each.name)
         kind = each.tensor_type.name
@@ -154,60 +154,60 @@ def read_gguf(path: Path, source: str) -> HeadFiles:
             tensors[name] = torch.from_numpy(np.array(each.data)).long().flatten()
             continue
         if kind not in ("F32", "F16", "BF16"):
-            notes.append(f"{each.name} is unpacked from {kind}")
+            notes.append(f"{each.name} is dequantised from {kind}")
         try:
             values = gguf.dequantize(each.data, each.tensor_type).astype(np.float32)
         except NotImplementedError as error:
             raise HeadMismatchError(
-                f"{path}: {each.name} is {kind}, which is not unpacked here; convert it to F16"
+                f"{path}: {each.name} is {kind}, which Haast can't dequantise; convert it to F16"
             ) from error
         tensors[name] = torch.from_numpy(np.ascontiguousarray(values)).reshape(*map(int, reversed(each.shape.tolist())))
     return HeadFiles(path, document, tensors, source, tuple(dict.fromkeys(notes)))
 
 
 def _check_lengths(path: Path) -> None:
-    """Raise ValueError or struct.error where a length in the file's head leads beyond its end.
+    """Raise ValueError or struct.error if a length in the file's header points beyond the end of the file.
 
-    The reader of the `gguf` package takes such lengths at their word, and fills the memory.
+    The reader of the `gguf` package trusts such lengths, and would fill the memory.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
 
-        def number(form: str) -> int:
-            found: int = struct.unpack(f"<{form}", file.read(struct.calcsize(form)))[0]
-            return found
+        def read_number(form: str) -> int:
+            number: int = struct.unpack(f"<{form}", file.read(struct.calcsize(form)))[0]
+            return number
 
         def skip(count: int) -> None:
             if count > size - file.tell():
-                raise ValueError("a length leads beyond its end")
+                raise ValueError("a length points beyond its end")
             file.seek(count, 1)
 
-        def value(kind: int, count: int, depth: int = 0) -> None:
+        def skip_values(kind: int, count: int, depth: int = 0) -> None:
             if kind in _BYTES:
                 skip(_BYTES[kind] * count)
                 return
             if kind not in (_STRING, _ARRAY) or depth > 2:
                 raise ValueError(f"a value of type {kind}")
-            for _ in range(count):  # each of them takes 8 bytes at least, so this ends with the file
+            for _ in range(count):  # every value takes at least 8 bytes, so this ends with the file
                 if kind == _STRING:
-                    skip(number("Q"))
+                    skip(read_number("Q"))
                 else:
-                    value(number("I"), number("Q"), depth + 1)
+                    skip_values(read_number("I"), read_number("Q"), depth + 1)
 
         if file.read(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
-        number("I")
-        tensors, keys = number("Q"), number("Q")
+        read_number("I")
+        tensors, keys = read_number("Q"), read_number("Q")
         for _ in range(keys):
-            skip(number("Q"))
-            value(number("I"), 1)
+            skip(read_number("Q"))
+            skip_values(read_number("I"), 1)
         for _ in range(tensors):
-            skip(number("Q"))
-            skip(8 * number("I") + 12)
+            skip(read_number("Q"))
+            skip(8 * read_number("I") + 12)
 
 
-def write_gguf(path: Path, written: Written, dtype: torch.dtype = torch.float16) -> None:
-    """Write a head as one file, whole or not at all. There is no tokenizer in it: llama.cpp takes the target's."""
+def write_gguf(path: Path, written: WrittenHead, dtype: torch.dtype = torch.float16) -> None:
+    """Write a head as one file, atomically. It holds no tokenizer: llama.cpp uses the target's."""
     with replacing(path) as temporary:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
         writer.add_string("tokenizer.ggml.model", "none")
@@ -225,10 +225,10 @@ def write_gguf(path: Path, written: Written, dtype: torch.dtype = torch.float16)
             else:
                 writer.add_string(key, value)
         for name, tensor in written.tensors.items():
-            # Norms stay in float32, as llama.cpp wants them; numpy has no bfloat16, and float32 holds it as it is.
+            # llama.cpp wants norms in float32. numpy has no bfloat16, which float32 holds exactly.
             half = dtype is torch.float16 and tensor.dim() == 2
-            whole = tensor.long() if name == "d2t" else (tensor.half() if half else tensor.float())
-            writer.add_tensor(name, whole.contiguous().numpy())
+            converted = tensor.long() if name == "d2t" else (tensor.half() if half else tensor.float())
+            writer.add_tensor(name, converted.contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -236,26 +236,26 @@ def write_gguf(path: Path, written: Written, dtype: torch.dtype = torch.float16)
 
 
 def _with_offsets(files: HeadFiles) -> HeadFiles:
-    """With `d2t` as everybody else has it: small ids would make a vocabulary as offsets too."""
+    """Convert `d2t` to offsets, as in safetensors formats: small ids could be mistaken for offsets."""
     ids = files.tensors.get("d2t")
     if ids is None or ids.dim() != 1 or ids.is_floating_point():
         return files
     return replace(files, tensors={**files.tensors, "d2t": ids.long() - torch.arange(len(ids))})
 
 
-def _paired(tensors: dict[str, Tensor], config: HeadConfig) -> dict[str, Tensor]:
+def _as_pairs(tensors: dict[str, Tensor], config: HeadConfig) -> dict[str, Tensor]:
     """Query and key rows in llama.cpp's order: halves of a head become neighbouring pairs."""
-    found = {}
+    reordered = {}
     for name, tensor in tensors.items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             halves = tensor.view(-1, 2, config.head_dim // 2, tensor.shape[1])
             tensor = halves.transpose(1, 2).reshape(tensor.shape)
-        found[name] = tensor
-    return found
+        reordered[name] = tensor
+    return reordered
 
 
 def _llama3_factors(config: HeadConfig) -> Tensor:
-    """By what llama.cpp divides the frequencies of a Llama 3 rotation: the plain ones over the scaled ones."""
+    """Divisors that llama.cpp applies to the frequencies of a Llama 3 RoPE: unscaled over scaled frequencies."""
     plain = 1.0 / float((config.rope_parameters or {})["rope_theta"]) ** (
         torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     )

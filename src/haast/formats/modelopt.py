@@ -1,13 +1,13 @@
 """Heads that NVIDIA's ModelOpt exports: `layers.0.*`, `eagle_config`, no `t2d`, no embedding.
 
-Layer ids count outputs of layers. A YaRN `rope_scaling` may have been put in at export, beyond what training used.
+Layer ids index layer outputs. The export may have added a YaRN `rope_scaling` that training did not use.
 """
 
 from __future__ import annotations
 
 from haast.formats.base import Format, HeadFiles, Question, Reading, TargetFacts
 from haast.formats.layout import eagle3_config, eagle3_reading
-from haast.formats.official import named_layers, says
+from haast.formats.official import config_flag, config_layers
 from haast.heads.config import HeadSizes
 from haast.heads.eagle3 import Eagle3Config
 
@@ -24,13 +24,13 @@ class ModelOpt(Format):
 
     def read_config(self, files: HeadFiles, facts: TargetFacts) -> HeadSizes:
         document = files.document
-        layers = named_layers(document) or [2, facts.layers // 2, facts.layers - 3]
+        layers = config_layers(document) or [2, facts.layers // 2, facts.layers - 3]
         nested = document["eagle_config"]
         for key, wanted in (("use_aux_hidden_state", True), ("use_input_layernorm_in_first_layer", True)):
             if nested.get(key, wanted) not in (wanted, None):
-                raise files.wrong(f"eagle_config.{key} is {nested[key]!r}", f"use a head with {key} {wanted!r}")
-        return eagle3_config(files, document, facts, layers, norm_output=says(document, "norm_output"))
+                raise files.error(f"eagle_config.{key} is {nested[key]!r}", f"use a head with {key} {wanted!r}")
+        return eagle3_config(files, document, facts, layers, norm_output=config_flag(document, "norm_output"))
 
     def map_names(self, files: HeadFiles, config: HeadSizes, facts: TargetFacts) -> tuple[Reading, list[Question]]:
-        assert isinstance(config, Eagle3Config), "read_config gives one"
+        assert isinstance(config, Eagle3Config), "read_config returns one"
         return eagle3_reading(files, config, facts)

@@ -1,7 +1,7 @@
-"""SafeAILab's EAGLE-1, -2 and -3 heads, and those in the same layout: AngelSlim's, and what vLLM and SGLang load.
+"""SafeAILab's EAGLE-1, -2 and -3 heads, and others in the same layout: AngelSlim's, and what vLLM and SGLang load.
 
-Source: the official repository's `cnets.py`. EAGLE-1 and -2 share their weights; they differ in how trees grow. Where
-no key names layers, EAGLE-3 reads the inputs of layers 2, L // 2 and L - 3.
+Source: the official repository's `cnets.py`. EAGLE-1 and -2 share their weights and differ in how they grow trees. If
+no key lists the layers, EAGLE-3 reads the inputs of layers 2, L // 2 and L - 3.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from haast.formats.base import Engine, Format, HeadFiles, Question, Reading, TargetFacts, Written
+from haast.formats.base import Format, HeadFiles, Question, Reading, ServingEngine, TargetFacts, WrittenHead
 from haast.formats.detect import plain_names
-from haast.formats.layout import eagle1_reading, eagle3_config, eagle3_reading, made, sizes
+from haast.formats.layout import build_config, eagle1_reading, eagle3_config, eagle3_reading, sizes
 from haast.heads.config import HeadConfig, HeadSizes
 from haast.heads.eagle3 import Eagle3Config
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 
 
-def named_layers(document: dict[str, Any]) -> list[int] | None:
-    """The layers that a config.json names, as HF `hidden_states` indices by the meaning of the key; None for none.
+def config_layers(document: dict[str, Any]) -> list[int] | None:
+    """The layers that a config.json lists, as indices of transformers' `hidden_states`; None if it lists none.
 
-    `target_layer_ids` and the ids inside `eagle_config` (SpecForge, ModelOpt) count outputs, one less; those inside
-    `eagle_config` of heads that were made for vLLM do not, which only measuring tells.
+    `target_layer_ids` and the ids in `eagle_config` (SpecForge, ModelOpt) index layer outputs, which is one less. Those
+    in `eagle_config` of heads made for vLLM do not; only measuring can tell them apart.
     """
     nested = document.get("eagle_config") or {}
     for place, key, shift in (
@@ -33,14 +33,14 @@ def named_layers(document: dict[str, Any]) -> list[int] | None:
         (nested, "layer_ids", 0),
         (document, "target_layer_ids", 1),
     ):
-        found = place.get(key)
-        if isinstance(found, list) and found and all(isinstance(each, int) for each in found):
-            return [each + shift for each in found]
+        layers = place.get(key)
+        if isinstance(layers, list) and layers and all(isinstance(layer, int) for layer in layers):
+            return [layer + shift for layer in layers]
     return None
 
 
-def says(document: dict[str, Any], key: str, default: bool = False) -> bool:
-    """A switch of a config.json, or of its `eagle_config`."""
+def config_flag(document: dict[str, Any], key: str, default: bool = False) -> bool:
+    """A boolean of a config.json or its `eagle_config`, which takes precedence."""
     nested = document.get("eagle_config") or {}
     return bool(nested.get(key, document.get(key, default)))
 
@@ -57,28 +57,28 @@ class Official(Format):
     def read_config(self, files: HeadFiles, facts: TargetFacts) -> HeadSizes:
         document = files.document
         if "layers.0.hidden_norm.weight" not in plain_names(files.tensors):
-            found: HeadSizes = made(files, FeatExtrapolatorConfig, **sizes(files, document, facts))
-            return found
-        conventions = {key: says(document, key) for key in ("norm_before_residual", "norm_output")}
-        return eagle3_config(files, document, facts, named_layers(document), **conventions)
+            config: HeadSizes = build_config(files, FeatExtrapolatorConfig, **sizes(files, document, facts))
+            return config
+        conventions = {key: config_flag(document, key) for key in ("norm_before_residual", "norm_output")}
+        return eagle3_config(files, document, facts, config_layers(document), **conventions)
 
     def map_names(self, files: HeadFiles, config: HeadSizes, facts: TargetFacts) -> tuple[Reading, list[Question]]:
         if isinstance(config, Eagle3Config):
             return eagle3_reading(files, config, facts, float(files.document.get("logit_scale") or 1.0))
-        assert isinstance(config, FeatExtrapolatorConfig), "there are two kinds"
+        assert isinstance(config, FeatExtrapolatorConfig), "read_config returns one of two"
         return eagle1_reading(files, config, facts)
 
-    def write(self, reading: Reading, engine: Engine) -> Written:
+    def write(self, reading: Reading, engine: ServingEngine) -> WrittenHead:
         config = reading.config
         if isinstance(config, Eagle3Config):
             return _write_eagle3(reading, config, engine)
         if isinstance(config, FeatExtrapolatorConfig):
             return _write_eagle1(reading, config, engine)
-        raise ValueError("Medusa heads are written in Medusa's layout")
+        raise ValueError("Medusa heads need Medusa's layout, not the official one")
 
 
-def refuse_own(config: HeadConfig, engine: str, **supported: bool) -> None:
-    """Refuse what only Haast, or only some engines, know. Raises ValueError."""
+def refuse_unsupported(config: HeadConfig, engine: str, **supported: bool) -> None:
+    """Raise ValueError if the head uses a feature that the engine does not support."""
     for key, default in (
         ("markov_rank", 0),
         ("inputs", "feature+shifted-token"),
@@ -100,13 +100,13 @@ def refuse_own(config: HeadConfig, engine: str, **supported: bool) -> None:
         value = getattr(config, key, default)
         if value != default and not supported.get(key, False):
             raise ValueError(
-                f"{engine} does not know {key}={value!r}, which this head needs: its drafts would be others there; "
+                f"{engine} does not support {key}={value!r}, which this head needs, and would draft differently: "
                 f"export to another engine, or train a head without it"
             )
 
 
-def layers_document(config: HeadConfig, engine: Engine) -> dict[str, Any]:
-    """The keys of config.json that describe Llama's layers and the target's tokens."""
+def layers_document(config: HeadConfig, engine: ServingEngine) -> dict[str, Any]:
+    """The keys of config.json that describe Llama layers and the target's tokens."""
     rope = config.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     theirs = engine.config
@@ -132,54 +132,66 @@ def layers_document(config: HeadConfig, engine: Engine) -> dict[str, Any]:
     }
 
 
-def _write_eagle1(reading: Reading, config: FeatExtrapolatorConfig, engine: Engine) -> Written:
-    """For the official code, vLLM and SGLang, which differ in the class's name and in whether `fc` has a bias."""
+def _write_eagle1(reading: Reading, config: FeatExtrapolatorConfig, engine: ServingEngine) -> WrittenHead:
+    """For the official code, vLLM and SGLang, which differ in the class name and in whether `fc` has a bias."""
     if engine.name == "llama.cpp":
-        raise ValueError("llama.cpp reads EAGLE-3 heads alone: train one (haast train --head eagle3)")
+        raise ValueError("llama.cpp can only read EAGLE-3 heads: train one (haast train --head eagle3)")
     sglang = engine.name == "sglang"
     biased = engine.name != "vllm"
-    refuse_own(config, engine.name, fc_bias=biased, qkv_bias=engine.name == "official", own_embedding=not sglang)
+    refuse_unsupported(
+        config, engine.name, fc_bias=biased, qkv_bias=engine.name == "official", own_embedding=not sglang
+    )
     if config.num_hidden_layers > 1 and engine.name == "official":
-        raise ValueError(f"the official code knows one layer, the head has {config.num_hidden_layers}")
+        raise ValueError(
+            f"the official code supports one layer, the head has {config.num_hidden_layers}: export to vllm or sglang"
+        )
     tensors = dict(reading.weights)
     if sglang and not config.fc_bias:
         tensors["fc.bias"] = torch.zeros(config.hidden_size)  # its fc always has one
     notes = []
     if reading.draft_vocab is not None:
         notes.append(
-            f"the draft vocabulary of {len(reading.draft_vocab)} tokens is lost: EAGLE-1 has no tensor for it, so "
-            f"{engine.name} drafts over all {config.vocab_size}, which costs time and no accepted token"
+            f"the draft vocabulary of {len(reading.draft_vocab)} tokens is lost: the EAGLE-1 layout has no tensor for "
+            f"it, so {engine.name} drafts over all {config.vocab_size} tokens, which costs time but no accepted length"
         )
     document = {
         "architectures": ["LlamaForCausalLMEagle" if sglang else "LlamaForCausalLM"],
         **layers_document(config, engine),
-        # SGLang takes it for biases of q, k, v and o, and leaves those as the memory was; its fc needs no key.
+        # SGLang reads this key as biases of q, k, v and o, which stay uninitialised; its fc needs no key.
         "bias": config.fc_bias and not sglang,
         "qkv_bias": config.qkv_bias,
     }
-    return Written(document, tensors, tuple(notes))
+    return WrittenHead(document, tensors, tuple(notes))
 
 
-def _write_eagle3(reading: Reading, config: Eagle3Config, engine: Engine) -> Written:
-    """One directory for the official code, vLLM, SGLang and llama.cpp where layer ids are everybody's default."""
-    names = {
+def _write_eagle3(reading: Reading, config: Eagle3Config, engine: ServingEngine) -> WrittenHead:
+    """For the official code, vLLM, SGLang and llama.cpp, which can share a folder if layer ids are the default."""
+    supported = {
         "official": {},
         "vllm": {"fc_norm": True, "input_norm": True, "norm_before_residual": True, "norm_output": True},
         "sglang": {"fc_norm": True, "input_norm": True, "norm_output": True, "fc_bias": True},
         "llama.cpp": {"input_norm": True, "norm_before_residual": True},
     }
-    narrow = config.read_size != config.hidden_size  # for others SGLang puts the target's table in its place
-    refuse_own(config, engine.name, **names[engine.name], own_embedding=engine.name != "sglang" or narrow)
+    # SGLang replaces a head's own embedding by the target's if their widths are equal.
+    narrow = config.read_size != config.hidden_size
+    own_embedding = engine.name != "sglang" or narrow
+    refuse_unsupported(config, engine.name, **supported[engine.name], own_embedding=own_embedding)
     if config.num_hidden_layers > 1 and engine.name != "vllm":
-        raise ValueError(f"{engine.name} reads one layer of such a head, this one has {config.num_hidden_layers}")
-    if len(config.layer_ids) != 3 and engine.name in ("official", "llama.cpp"):
-        raise ValueError(f"{engine.name} reads three layers of the target, the head {list(config.layer_ids)}")
-    ids, count = list(config.layer_ids), int(engine.config["num_hidden_layers"])
-    usual = ids == [2, count // 2, count - 3]
-    if not usual and engine.name == "official":
         raise ValueError(
-            f"the official code reads layers {[2, count // 2, count - 3]} of this target, and nothing tells it to read "
-            f"{ids}: export to vllm, sglang or llama.cpp"
+            f"{engine.name} supports one layer in an EAGLE-3 head, this head has {config.num_hidden_layers}: export to "
+            f"vllm or speculators"
+        )
+    if len(config.layer_ids) != 3 and engine.name in ("official", "llama.cpp"):
+        raise ValueError(
+            f"{engine.name} reads three layers of the target, the head reads {list(config.layer_ids)}: export to "
+            f"another engine"
+        )
+    ids, count = list(config.layer_ids), int(engine.config["num_hidden_layers"])
+    is_default = ids == [2, count // 2, count - 3]
+    if not is_default and engine.name == "official":
+        raise ValueError(
+            f"the official code always reads layers {[2, count // 2, count - 3]} of this target, the head needs {ids}: "
+            f"export to vllm, sglang or llama.cpp"
         )
     document = {
         "architectures": ["LlamaForCausalLMEagle3"],
@@ -189,7 +201,7 @@ def _write_eagle3(reading: Reading, config: Eagle3Config, engine: Engine) -> Wri
         "norm_output": config.norm_output,
     }
     if config.fc_bias:
-        document["bias"] = True  # without it SGLang drops the tensor, and says nothing
+        document["bias"] = True  # without it SGLang silently drops the tensor
     if config.fc_norm:
         document["fc_norm"] = True
     if config.input_norm:
@@ -197,28 +209,28 @@ def _write_eagle3(reading: Reading, config: Eagle3Config, engine: Engine) -> Wri
     if config.read_size != config.hidden_size:
         document["target_hidden_size"] = config.read_size
     notes = []
-    if usual:
-        notes.append("layer ids are everybody's default: this folder serves vLLM, SGLang and llama.cpp alike")
+    if is_default:
+        notes.append("layer ids are the default: this folder works for vLLM, SGLang and llama.cpp")
     elif engine.name == "sglang":
-        document["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [each - 1 for each in ids]}
+        document["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in ids]}
         document["num_aux_hidden_states"] = len(ids)
-        notes.append("SGLang counts layers one lower than vLLM: this folder is for SGLang alone")
+        notes.append("SGLang's layer ids are one lower than vLLM's: this folder works only for SGLang")
     else:
         document["eagle_aux_hidden_state_layer_ids"] = ids
         document["num_aux_hidden_states"] = len(ids)
-        notes.append(f"layers {ids} are not the default: this folder is not for SGLang (--to sglang writes one)")
+        notes.append(f"layers {ids} are not the default: for SGLang, export with --to sglang instead")
     first = "midlayer." if engine.name in ("official", "sglang") else "layers.0."
     tensors = eagle3_tensors(reading, first)
     if config.fc_bias:
-        # SGLang, the one that knows it, then wants a bias of o too, which its config.json can't say apart.
+        # Only SGLang supports an fc bias. The same config.json key makes it expect a bias of o_proj too.
         tensors["midlayer.self_attn.o_proj.bias"] = torch.zeros(config.hidden_size)
-    return Written(document, tensors, tuple(notes))
+    return WrittenHead(document, tensors, tuple(notes))
 
 
 def eagle3_tensors(reading: Reading, first: str = "layers.0.") -> dict[str, Tensor]:
-    """An EAGLE-3 head's tensors by everybody's names, with both maps of its draft vocabulary.
+    """An EAGLE-3 head's tensors under the names that all engines use, with `d2t` and `t2d` of its draft vocabulary.
 
-    `first` is what the first layer is called; layers after it are counted from 1, as Haast's `more.*` are from 0.
+    `first` is the prefix of the first layer. Later layers are numbered from 1 (Haast's `more.*` from 0).
     """
     tensors = {}
     for name, tensor in reading.weights.items():

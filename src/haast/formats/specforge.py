@@ -1,7 +1,7 @@
-"""Heads that SpecForge (lmsys) trains: EAGLE-3's tensors with both vocabulary maps.
+"""Heads that SpecForge (lmsys) trains: EAGLE-3 tensors with both vocabulary maps.
 
-`norm_output` means another thing to it than to those who serve such heads: whether states are normed before the LM
-head. What is fed back is never normed. Layer ids inside `eagle_config` count outputs of layers.
+SpecForge's `norm_output` differs from that of the serving engines: it is whether states are normed before the LM head.
+The state that is fed back is never normed. Layer ids in `eagle_config` index layer outputs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import replace
 from haast.formats.base import Format, HeadFiles, Option, Question, Reading, TargetFacts
 from haast.formats.detect import plain_names
 from haast.formats.layout import eagle3_config, eagle3_reading
-from haast.formats.official import named_layers
+from haast.formats.official import config_layers
 from haast.heads.config import HeadSizes
 from haast.heads.eagle3 import Eagle3Config
 
@@ -25,20 +25,22 @@ class SpecForge(Format):
     def detect(self, kind: str, files: HeadFiles) -> bool:
         document = files.document
         nested = document.get("eagle_config") or {}
-        mine = document.get("architectures") == ["LlamaForCausalLMEagle3"] and "t2d" in files.tensors
+        named = document.get("architectures") == ["LlamaForCausalLMEagle3"] and "t2d" in files.tensors
         plain = "use_aux_hidden_state" not in nested and not {"norm_before_fc", "norm_before_residual"} & set(document)
-        return kind in self.kinds and mine and plain and any(name.startswith("midlayer.") for name in files.tensors)
+        return kind in self.kinds and named and plain and any(name.startswith("midlayer.") for name in files.tensors)
 
     def read_config(self, files: HeadFiles, facts: TargetFacts) -> HeadSizes:
-        return eagle3_config(files, files.document, facts, named_layers(files.document))
+        return eagle3_config(files, files.document, facts, config_layers(files.document))
 
     def map_names(self, files: HeadFiles, config: HeadSizes, facts: TargetFacts) -> tuple[Reading, list[Question]]:
-        assert isinstance(config, Eagle3Config), "read_config gives one"
+        assert isinstance(config, Eagle3Config), "read_config returns one"
         reading, questions = eagle3_reading(files, config, facts)
         if files.document.get("norm_output") is False and "norm.weight" in plain_names(files.tensors):
             norm = {"norm.weight": reading.weights["norm.weight"]}
             weights = {name: tensor for name, tensor in reading.weights.items() if name not in norm}
-            reading = replace(reading.having(last_norm=False), weights=weights)
-            normed = Option("yes", lambda each: replace(each.having(last_norm=True), weights={**each.weights, **norm}))
+            reading = replace(reading.with_config(last_norm=False), weights=weights)
+            normed = Option(
+                "yes", lambda each: replace(each.with_config(last_norm=True), weights={**each.weights, **norm})
+            )
             questions.append(Question("norm before the LM head", (Option("no", lambda each: each), normed)))
         return reading, questions

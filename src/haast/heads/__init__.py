@@ -1,4 +1,4 @@
-"""Heads that draft. The names of kinds and inputs are here so that the command line lists them without torch."""
+"""Draft heads. The names of kinds and inputs are here so that the command line can list them without torch."""
 
 KINDS = ("feat-extrapolator", "eagle3", "medusa")
-INPUTS = ("feature+shifted-token", "feature+token", "feature", "token")  # the first is EAGLE's, the others ablations
+INPUTS = ("feature+shifted-token", "feature+token", "feature", "token")  # the first is EAGLE's; the others: ablations

@@ -1,4 +1,4 @@
-"""Sizes of heads, derived from the target's own. Owns configuration; knows no modules."""
+"""Configuration of heads: sizes, derived from the target's, and options. Knows no modules."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from haast import compat
 from haast.errors import check_at_least
 from haast.target import attention
 
-# Kinds of rotary parameters that Llama's layers have.
-_ROPES = {"default", "linear", "dynamic", "yarn", "llama3", "longrope"}
+# RoPE types that transformers' Llama layers support.
+_LLAMA_ROPE_TYPES = {"default", "linear", "dynamic", "yarn", "llama3", "longrope"}
 
-_OF_LAYERS = (
+_LAYER_FIELDS = (
     *("hidden_size", "vocab_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("rms_norm_eps", "hidden_act", "max_position_embeddings", "num_hidden_layers"),
 )
@@ -22,7 +22,7 @@ _OF_LAYERS = (
 
 @dataclass(frozen=True)
 class HeadSizes:
-    """What every head shares with its target; checked when they meet."""
+    """Sizes that every head must share with its target; see `haast.heads.checkpoint.check_fits`."""
 
     hidden_size: int
     vocab_size: int
@@ -30,15 +30,15 @@ class HeadSizes:
 
 @dataclass(frozen=True)
 class HeadConfig(HeadSizes):
-    """Sizes and conventions of an EAGLE head; those after `markov_rank` are other trainers' (docs/heads.md).
+    """Sizes and options of an EAGLE head. Options after `markov_rank` are for other trainers' heads (docs/heads.md).
 
     Attributes:
-        markov_rank: adds a low-rank bias of the previous token to the draft's logits (DSpark, arXiv 2607.05147).
+        markov_rank: rank of a bias on the draft's logits from the previous token (DSpark, arXiv 2607.05147); 0 is none.
         fc_bias, qkv_bias, o_bias: biases of `fc`, of q, k and v together, and of the attention's output.
-        qk_norm: RMS norms of each head's queries and keys (Qwen3's layers).
-        own_embedding: the head embeds tokens by a table of its own, `embed_tokens`, not the target's.
-        embedding_scale: of what the target's embedding gives, before the head reads it.
-        norm_output: the normed state, which logits are made of, is fed back instead of the state before its norm.
+        qk_norm: RMS norms of each attention head's queries and keys (Qwen3's layers).
+        own_embedding: the head has its own embedding table `embed_tokens` instead of using the target's.
+        embedding_scale: factor of the target's embeddings before the head reads them.
+        norm_output: feed back the normed state, from which logits are computed, instead of the state before the norm.
     """
 
     intermediate_size: int
@@ -65,7 +65,7 @@ class HeadConfig(HeadSizes):
 
     @classmethod
     def for_target(cls, config: PretrainedConfig, **more: Any) -> Self:
-        """Derive a head's sizes and RoPE from the target's (text) configuration; `more` are the head's own settings."""
+        """Derive a head's sizes and RoPE from the target's (text) configuration; `more` are the head's own options."""
         hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
         return cls(
             hidden_size=hidden,
@@ -81,26 +81,26 @@ class HeadConfig(HeadSizes):
         )
 
     def layers(self) -> Any:
-        """The transformers configuration of the head's decoder layers: a LlamaConfig, or a Qwen3Config with norms."""
-        own = {name: getattr(self, name) for name in _OF_LAYERS}
-        own["rope_parameters"] = self.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
-        config = (Qwen3Config if self.qk_norm else LlamaConfig)(**own, tie_word_embeddings=False)
+        """The transformers configuration of the decoder layers: a LlamaConfig; a Qwen3Config with `qk_norm`."""
+        sizes = {name: getattr(self, name) for name in _LAYER_FIELDS}
+        sizes["rope_parameters"] = self.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        config = (Qwen3Config if self.qk_norm else LlamaConfig)(**sizes, tie_word_embeddings=False)
         compat.set_attention_name(config, attention.NAME)
         return config
 
 
 def rope_of(config: PretrainedConfig) -> dict[str, Any]:
-    """Rotary parameters of the draft layers, which turn all of a head's dimensions: the target's own, scaling included.
+    """RoPE parameters of the draft layers, which rotate all of an attention head's dimensions: the target's own.
 
-    Of a target with parameters by kind of layer, those of full attention. Where it turns only a part of each head,
-    factors by dimension (longrope's) do not fit, and the base alone is taken, as it is of a kind that Llama's layers do
-    not have.
+    Includes the target's scaling. For a target with parameters per layer type, those of full attention are used. Only
+    the base is used for RoPE types that Llama's layers do not have, and for longrope on a target that rotates only a
+    part of each head: its factors per dimension would not fit.
     """
     rope = dict(getattr(config, "rope_parameters", None) or {})
-    if "rope_theta" not in rope:  # nested by layer type (gemma 3), or a target without RoPE (gpt2)
+    if "rope_theta" not in rope:  # parameters per layer type (gemma 3), or no RoPE at all (gpt2)
         rope = dict(rope.get("full_attention") or {})
     kind, base = rope.get("rope_type", "default"), float(rope.get("rope_theta", 10000.0))
     partial = float(rope.pop("partial_rotary_factor", 1.0)) != 1.0
-    if "rope_theta" not in rope or kind not in _ROPES or (partial and kind == "longrope"):
+    if "rope_theta" not in rope or kind not in _LLAMA_ROPE_TYPES or (partial and kind == "longrope"):
         return {"rope_type": "default", "rope_theta": base}
     return rope

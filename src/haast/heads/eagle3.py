@@ -1,4 +1,4 @@
-"""EAGLE-3's draft module (arXiv 2503.01840, section 3): low, middle and high features fused, an LM head of its own.
+"""EAGLE-3's draft head (arXiv 2503.01840, section 3): fuses low, middle and high features, has its own LM head.
 
     target's hidden_states[low], [mid], [high] at t ──(norms)── fc ──► state at t ┐ residual
                                                             hidden_norm ─► cat ───┤ midlayer ─► state at t + 1
@@ -6,11 +6,11 @@
                                                                      lm_head(norm(state)) ◄──────┘ predicts x_{t+2}
 
 When drafting, the layer's own output is fed back without `fc`. Tensor names and shapes are the official ones
-(`midlayer.*`); layers after the first (`more.*`) and norms before `fc` (`fc_norm.*`) are options, as is what other
-trainers do otherwise.
+(`midlayer.*`). Options: layers after the first (`more.*`), norms before `fc` (`fc_norm.*`), and variants of other
+trainers.
 
-P-EAGLE (arXiv 2602.01469) is the same module, trained to draft all depths in one pass: pairs after the last known one
-hold a mask token's embedding and `mask_hidden` in the place of the target's features.
+P-EAGLE (arXiv 2602.01469) is the same module, trained to draft all depths in one pass: its inputs after the last known
+token are a mask token's embedding, and `mask_hidden` instead of the target's features.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from haast.heads.module import DraftModule, decoder_layers, set_projections
 
 @dataclass(frozen=True)
 class Eagle3Config(HeadConfig):
-    """An Eagle3Head's sizes and conventions.
+    """Sizes and options of an Eagle3Head.
 
     Attributes:
         layer_ids: HF `hidden_states` indices (0: the embedding's output), low to high.
         draft_vocab_size: rows of the LM head; 0 is the target's vocabulary.
         fc_norm: a norm on each captured feature before `fc` (EAGLE-3.1).
-        input_norm: one norm on all captured features side by side.
-        target_hidden_size: of the target's features, where it isn't the head's own; 0 is `hidden_size`.
+        input_norm: one norm on the concatenated captured features.
+        target_hidden_size: size of one of the target's features if it differs from the head's; 0 is `hidden_size`.
         norm_before_residual: the residual is the normed state.
-        last_norm: states are normed before the LM head.
-        embedding_everywhere: layers after the first read the embedding as the first does (DeepSpec).
-        mask_token_id: of a P-EAGLE head; -1 is none.
+        last_norm: a norm on states before the LM head.
+        embedding_everywhere: layers after the first read the embedding too (DeepSpec).
+        mask_token_id: mask token of a P-EAGLE head; -1 is none.
     """
 
     layer_ids: tuple[int, ...] = ()
@@ -61,8 +61,8 @@ class Eagle3Config(HeadConfig):
             raise ValueError(f"layer_ids={list(self.layer_ids)} is not allowed: give hidden_states indices, ascending")
         if self.target_hidden_size not in (0, self.hidden_size) and not self.own_embedding:
             raise ValueError(
-                f"target_hidden_size={self.target_hidden_size} beside hidden_size={self.hidden_size}: the target's "
-                f"embedding doesn't fit this head, and it has none of its own (embed_tokens.weight)"
+                f"target_hidden_size={self.target_hidden_size} differs from hidden_size={self.hidden_size}: the "
+                f"target's embedding doesn't fit this head, and it has none of its own (embed_tokens.weight)"
             )
         if not -1 <= self.mask_token_id < self.vocab_size:
             raise ValueError(f"mask_token_id={self.mask_token_id} is not allowed: give 0 to {self.vocab_size - 1}")
@@ -73,25 +73,26 @@ class Eagle3Config(HeadConfig):
 
     @property
     def read_size(self) -> int:
+        """Size of one of the target's features."""
         return self.target_hidden_size or self.hidden_size
 
     @property
     def drafts(self) -> int:
-        """Tokens that the head drafts over."""
+        """Size of the draft vocabulary."""
         return self.draft_vocab_size or self.vocab_size
 
 
 def default_layers(config: PretrainedConfig) -> tuple[int, ...]:
-    """The paper's three of a target with L layers: inputs of layers 2, L // 2 and L - 3; fewer where L is small."""
+    """The paper's three for a target with L layers: inputs of layers 2, L // 2 and L - 3; fewer if L is small."""
     count = int(config.num_hidden_layers)
-    wanted = (2, count // 2, count - 3)
-    return tuple(sorted({min(max(index, 0), count - 1) for index in wanted}))
+    indices = (2, count // 2, count - 3)
+    return tuple(sorted({min(max(index, 0), count - 1) for index in indices}))
 
 
 class _FirstLayer(nn.Module):
-    """A Llama or Qwen3 layer whose attention reads the embedding beside the state, each normed.
+    """A Llama or Qwen3 layer whose attention reads the concatenation of embedding and state, each normed.
 
-    The residual is the state, or the normed one.
+    The residual is the state, or the normed state with `norm_before_residual`.
     """
 
     def __init__(self, config: Eagle3Config, number: int = 0) -> None:
@@ -106,14 +107,14 @@ class _FirstLayer(nn.Module):
         self.mlp: nn.Module = (Qwen3MLP if config.qk_norm else LlamaMLP)(sizes)
 
     def read(self, embeddings: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual, and what q, k and v read: (..., 2 * hidden)."""
+        """The residual (..., hidden), and the input of q, k and v (..., 2 * hidden)."""
         normed = self.hidden_norm(states)
         read = torch.cat([self.input_layernorm(embeddings), normed], dim=-1)
         return (normed if self.norm_before_residual else states), read
 
-    def forward(self, embeddings: Tensor, states: Tensor, **given: Any) -> Tensor:
+    def forward(self, embeddings: Tensor, states: Tensor, **shared: Any) -> Tensor:
         states, read = self.read(embeddings, states)
-        attended, _ = self.self_attn(read, **given)
+        attended, _ = self.self_attn(read, **shared)
         states = states + attended
         output: Tensor = states + self.mlp(self.post_attention_layernorm(states))
         return output
@@ -127,19 +128,19 @@ class Eagle3Head(DraftModule):
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
         self.config: Eagle3Config = config
-        hidden, read, eps = config.hidden_size, config.read_size, config.rms_norm_eps
-        width = len(config.layer_ids) * read
+        hidden, feature, eps = config.hidden_size, config.read_size, config.rms_norm_eps
+        width = len(config.layer_ids) * feature
         self.fc = nn.Linear(width, hidden, bias=config.fc_bias)
         if config.fc_norm:
-            self.fc_norm = nn.ModuleList([LlamaRMSNorm(read, eps) for _ in config.layer_ids])
+            self.fc_norm = nn.ModuleList([LlamaRMSNorm(feature, eps) for _ in config.layer_ids])
         if config.input_norm:
             self.input_norm = LlamaRMSNorm(width, eps)
         self.midlayer = _FirstLayer(config)
-        after = range(1, config.num_hidden_layers)
+        later = range(1, config.num_hidden_layers)
         if config.embedding_everywhere:
-            self.more = nn.ModuleList([_FirstLayer(config, number) for number in after])
+            self.more = nn.ModuleList([_FirstLayer(config, number) for number in later])
         else:
-            self.more = decoder_layers(config, after)
+            self.more = decoder_layers(config, later)
         if config.last_norm:
             self.norm = LlamaRMSNorm(hidden, eps)
         self.lm_head = nn.Linear(hidden, config.drafts, bias=False)
@@ -168,14 +169,14 @@ class Eagle3Head(DraftModule):
             return None
         return self.config.mask_token_id, self.fuse(self.mask_hidden)
 
-    def enter(self, embeddings: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    def layer_input(self, embeddings: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         return self.midlayer.read(embeddings, states)
 
-    def through(
-        self, number: int, layer: nn.Module, embeddings: Tensor, states: Tensor, given: dict[str, Any]
+    def run_layer(
+        self, number: int, layer: nn.Module, embeddings: Tensor, states: Tensor, shared: dict[str, Any]
     ) -> Tensor:
-        reads = (embeddings, states) if isinstance(layer, _FirstLayer) else (states,)
-        output: Tensor = layer(*reads, **given)
+        inputs = (embeddings, states) if isinstance(layer, _FirstLayer) else (states,)
+        output: Tensor = layer(*inputs, **shared)
         return output
 
     def final_norm(self, states: Tensor) -> Tensor:

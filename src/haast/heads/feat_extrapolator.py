@@ -1,12 +1,13 @@
-"""The FeatExtrapolator: EAGLE-1's draft module (arXiv 2401.15077, section 3.1), also drafting for EAGLE-2's trees.
+"""FeatExtrapolator: EAGLE-1's draft head (arXiv 2401.15077, section 3.1), also used for EAGLE-2's dynamic trees.
 
     position        t            t + 1            the pair (f_t, e_{t+1}) extrapolates f_{t+1};
     token           x_t          x_{t+1}          the target's LM head on f_{t+1} predicts x_{t+2}
     feature         f_t          f_{t+1}
     input pair     (f_t, embedding of x_{t+1}), rotary position t
 
-Llama layers serve every target; no norm before the first or after the last, no bias in `fc`: the layout that vLLM
-expects (it knows one layer). Biases and norms are options, for heads of other trainers.
+The layers are Llama's for every target. By default there is no norm before the first layer or after the last, and no
+bias in `fc`: the layout that vLLM expects (it supports one layer). Biases and norms are options for heads of other
+trainers.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from haast.target.native_cpu import NativeStack
 
 @dataclass(frozen=True)
 class FeatExtrapolatorConfig(HeadConfig):
-    """A FeatExtrapolator's sizes. `inputs` other than the default are ablations (EAGLE, figure 4).
+    """Sizes and options of a FeatExtrapolator. `inputs` other than the default are ablations (EAGLE, figure 4).
 
-    `norms` adds a norm of the embedding, one before the first layer's attention and one before the LM head
+    `norms` adds a norm on the embedding, one before the first layer's attention and one before the LM head
     (speculators' first EAGLE heads).
     """
 
@@ -38,14 +39,14 @@ class FeatExtrapolatorConfig(HeadConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.inputs not in INPUTS:
-            raise ValueError(f"inputs={self.inputs!r} is not known: give one of {', '.join(INPUTS)}")
+            raise ValueError(f"inputs={self.inputs!r} is unknown: give one of {', '.join(INPUTS)}")
 
 
 class FeatExtrapolator(DraftModule):
     """fuse(embedding of the next token, feature) -> decoder layers (one by default) -> the next feature.
 
-    Tensor names: `fc.weight` (H, 2H), `layers.0.*` of a Llama layer without `input_layernorm`; `layers.1.*` and so on,
-    with it, where there are more; `markov.*`, `embedding_norm`, `norm` and `embed_tokens` where the sizes say so.
+    Tensor names: `fc.weight` (H, 2H), `layers.0.*` of a Llama layer without `input_layernorm`; further layers
+    `layers.1.*` and so on have it. Options add `markov.*`, `embedding_norm`, `norm` and `embed_tokens`.
     """
 
     def __init__(self, config: FeatExtrapolatorConfig, draft_vocab_size: int | None = None) -> None:
@@ -72,7 +73,7 @@ class FeatExtrapolator(DraftModule):
         return features
 
     def mix(self, embeddings: Tensor, states: Tensor) -> Tensor:
-        """What the first layer reads: (rows, nodes, hidden)."""
+        """Input of the first layer, (rows, nodes, hidden)."""
         if self.config.inputs == "feature":
             embeddings = torch.zeros_like(embeddings)
         elif self.config.inputs == "token":
@@ -82,17 +83,17 @@ class FeatExtrapolator(DraftModule):
         output: Tensor = self.fc(torch.cat([embeddings, states], dim=-1))
         return output
 
-    def enter(self, embeddings: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    def layer_input(self, embeddings: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         fused = self.mix(embeddings, states)
         return fused, fused
 
     def native_stack(self, window: int = 0) -> NativeStack | None:
         return None if self.config.norm_output else NativeStack.of(list(self.layers), None, self.rotary, window)
 
-    def through(
-        self, number: int, layer: nn.Module, embeddings: Tensor, states: Tensor, given: dict[str, Any]
+    def run_layer(
+        self, number: int, layer: nn.Module, embeddings: Tensor, states: Tensor, shared: dict[str, Any]
     ) -> Tensor:
-        output: Tensor = layer(states if number else self.mix(embeddings, states), **given)
+        output: Tensor = layer(states if number else self.mix(embeddings, states), **shared)
         return output
 
     def final_norm(self, states: Tensor) -> Tensor:

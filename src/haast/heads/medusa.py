@@ -1,11 +1,11 @@
-"""MedusaHeads: several heads that each guess one token further ahead (Medusa, arXiv 2401.10774, section 3.1).
+"""MedusaHeads: several heads that each predict a token further ahead (Medusa, arXiv 2401.10774, section 3.1).
 
     position          t            t + 1        t + 2        the target's own LM head on f_t predicts x_{t+1};
-    token             x_t          x_{t+1}      x_{t+2}      head i on f_t guesses x_{t+2+i}, i = 0, 1, ...,
-    feature           f_t                                    without knowing the tokens between
+    token             x_t          x_{t+1}      x_{t+2}      head i on f_t predicts x_{t+2+i}, i = 0, 1, ...,
+    feature           f_t                                    without the tokens between
 
-Every block of every head has weights of its own. Tensor names are the official ones: `{i}.{j}.linear.weight` and
-`.bias` for block j of head i, `{i}.{blocks}.weight` for its LM head.
+All blocks and heads have their own weights. Tensor names are the official ones: `{i}.{j}.linear.weight` and `.bias` for
+block j of head i, `{i}.{blocks}.weight` for its LM head.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from haast.heads.config import HeadSizes
 
 @dataclass(frozen=True)
 class MedusaConfig(HeadSizes):
-    """Sizes. `heads` tokens are drafted ahead, each by `blocks` residual blocks and an LM head of its own."""
+    """Sizes of MedusaHeads: `heads` heads, each with `blocks` residual blocks and its own LM head."""
 
     heads: int = 3
     blocks: int = 1
@@ -31,7 +31,7 @@ class MedusaConfig(HeadSizes):
     def __post_init__(self) -> None:
         for name in ("heads", "blocks"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} makes no Medusa head: give 1 or more")
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed for Medusa heads: give 1 or more")
 
     @classmethod
     def for_target(cls, config: PretrainedConfig, heads: int, blocks: int) -> Self:
@@ -40,7 +40,7 @@ class MedusaConfig(HeadSizes):
 
 
 class MedusaBlock(nn.Module):
-    """x + SiLU(W x + b). It begins as the identity: W and b are zero."""
+    """x + SiLU(W x + b). Initialised as the identity, with W and b zero."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -54,14 +54,14 @@ class MedusaBlock(nn.Module):
 
 
 class MedusaHeads(nn.ModuleList):
-    """Head i is `self[i]`: its blocks, then its LM head over `draft_vocab_size` tokens; None is all of them."""
+    """Head i is `self[i]`: its blocks, then its LM head over `draft_vocab_size` tokens (None: the whole vocabulary)."""
 
     def __init__(self, config: MedusaConfig, draft_vocab_size: int | None = None) -> None:
-        drafts = config.vocab_size if draft_vocab_size is None else draft_vocab_size
+        vocab = config.vocab_size if draft_vocab_size is None else draft_vocab_size
         super().__init__(
             nn.Sequential(
                 *(MedusaBlock(config.hidden_size) for _ in range(config.blocks)),
-                nn.Linear(config.hidden_size, drafts, bias=False),
+                nn.Linear(config.hidden_size, vocab, bias=False),
             )
             for _ in range(config.heads)
         )

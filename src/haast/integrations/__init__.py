@@ -1,1 +1,1 @@
-"""Haast as a decoding method of transformers' own `generate`: `model.generate(..., custom_generate=...)`."""
+"""Integration with transformers' `generate`: Haast as a decoding method, `model.generate(..., custom_generate=...)`."""

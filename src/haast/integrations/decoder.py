@@ -1,7 +1,7 @@
-"""The callable that `generate(custom_generate=...)` takes: `Decoder`, and the one for any model, `custom_generate`.
+"""Decoding method for `generate(custom_generate=...)`: `Decoder`, and `custom_generate`, an instance for any model.
 
-Owns the call: checks, the model for the length of it, a request per row. The arguments are those that transformers' own
-decoding methods get (`GenerationMixin._sample`). docs/drop-in.md says what is honoured.
+Owns a call: checks, the switch of the model's attention, one request per row. The arguments are those of transformers'
+own decoding methods (`GenerationMixin._sample`). docs/drop-in.md lists the supported ones.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from haast.engine.tensor_parallel import agreement
 from haast.errors import HeadMismatchError, PromptError, UnsupportedArgumentError
 from haast.heads.checkpoint import Head
 from haast.integrations import arguments
-from haast.integrations.model_lock import LockedModel, borrowed
+from haast.integrations.model_lock import LockedModel, tree_attention
 from haast.integrations.processors import for_rows, refuse_linked
 from haast.integrations.rows import Ends, RowChooser, Rows
 from haast.target.kv_cache import CACHE_NAMES
@@ -42,44 +42,45 @@ from haast.target.target import Target
 
 
 class SignatureHook:
-    """A descriptor for `__signature__`: the signature of `__call__`, and what `generate` keeps put back.
+    """A descriptor for `__signature__`, which transformers reads at the start of `generate`.
 
-    `compat.hand_over` does that when the signature is read. transformers has touched nothing yet at that moment, so the
-    model and the inputs are checked too.
+    Returns the signature of `__call__`. On that occasion `compat.recover_arguments` collects the arguments that
+    `generate` does not pass on to callables, and the model and the inputs are checked, before transformers has changed
+    anything.
     """
 
     def __get__(self, instance: object, owner: type) -> inspect.Signature:
         if instance is None:
-            raise AttributeError("__signature__")  # the class has its constructor's signature, as every class
-        given = compat.hand_over(arguments.PARAMETERS, CACHE_NAMES)
-        if given is not None:
-            model: Any = given["self"]
+            raise AttributeError("__signature__")  # the class itself has its constructor's signature
+        passed = compat.recover_arguments(arguments.PARAMETERS, CACHE_NAMES)
+        if passed is not None:
+            model: Any = passed["self"]
             refuse_unsupported(model)
             arguments.check_model(model)
-            config = given.get("generation_config") or model.generation_config
-            arguments.validate_inputs({"stop_strings": config.stop_strings, **given})
+            config = passed.get("generation_config") or model.generation_config
+            arguments.validate_inputs({"stop_strings": config.stop_strings, **passed})
         call = inspect.signature(owner.__call__)
         return call.replace(parameters=list(call.parameters.values())[1:])
 
 
 class Decoder:
-    """A decoding method for `model.generate(..., custom_generate=decoder)`, from any number of threads.
+    """A decoding method for `model.generate(..., custom_generate=decoder)`; thread-safe.
 
-    Without a head it decodes for any model that it is called with. With one it belongs to one model.
+    Without a head it decodes for any model that it is called with. With a head it belongs to one model.
 
     Args:
-        model: the model that a head or a drafter drafts for; in the dtype and on the device where it will run.
+        model: the target of a head or a drafter, in its final dtype and on its final device.
         head: a head's folder, "default" for the one shipped for the default model, or a loaded `Head`.
-        drafter: a name, see `haast.drafters.factory`; or a ready drafter.
-        shape: of a head's trees, for any number of rows; None is what pays here.
-        draft_window: positions that an EAGLE head looks back; None is all.
+        drafter: a name, see `haast.drafters.factory`; or a `Drafter`.
+        shape: of a head's trees, for any number of rows; None chooses the fastest on this machine.
+        draft_window: number of positions that an EAGLE head attends to; None is all.
         small: the model that drafts for "small-model"; its attention implementation stays switched.
 
     Attributes:
         stats: of the last call.
 
     Raises:
-        ValueError: an unknown drafter, what does not go together, or no head is shipped for the model.
+        ValueError: an unknown drafter, incompatible arguments, or no head is shipped for the model.
         UnsupportedModelError: see `Target`. HeadMismatchError: the head is another model's, or its files are damaged.
     """
 
@@ -100,52 +101,52 @@ class Decoder:
         self._drafter = drafter if isinstance(drafter, Drafter) else None
         if isinstance(drafter, Drafter):
             if head is not None:
-                raise ValueError("give a head or a ready drafter, not both")
+                raise ValueError("give a head or a Drafter, not both")
             self._name = drafter.name
         else:
             self._name = drafter or "auto"
             if head is None:
                 self._name = check_drafter(self._name, small=small is not None)
             elif not needs_head(self._name) and check_drafter(self._name, small=True) != "none":
-                why = f"leave the head out, or choose one of {HEADED}"
-                raise ValueError(f"drafter={self._name!r} drafts without a head: {why}")
+                remedy = f"leave the head out, or choose one of {HEADED}"
+                raise ValueError(f"drafter={self._name!r} drafts without a head: {remedy}")
         if head is None and (shape is not None or draft_window is not None):
-            raise ValueError("shape and draft_window are of a head's drafts: give a head too")
+            raise ValueError("shape and draft_window are options of a head: give a head too")
         if model is None:
             if head is not None or self._drafter is not None or small is not None:
-                raise ValueError("a head, a small model and a ready drafter draft for one model: give it too")
+                raise ValueError("a head, a small model or a Drafter drafts for one target: give the model too")
             return
         model = own_model(model)
         arguments.check_model(model)
         loaded = open_head(head, str(model.name_or_path) or type(model).__name__)
-        drafts = None if small is None else Target(own_model(small))
-        with borrowed(model):
+        small_target = None if small is None else Target(own_model(small))
+        with tree_attention(model):
             target = Target(model)
-            made = self._drafter or make_drafter(
-                self._name, target, loaded, shape=shape, window=draft_window, small=drafts
+            ready = self._drafter or make_drafter(
+                self._name, target, loaded, shape=shape, window=draft_window, small=small_target
             )
-        self._bind(target, made)
+        self._bind(target, ready)
 
     @classmethod
     def of(cls, target: Target, drafter: Drafter) -> Decoder:
-        """A decoder of parts that are loaded already."""
-        made = cls()
-        made._name = drafter.name
-        made._bind(target, drafter)
-        return made
+        """A decoder from a loaded target and its drafter."""
+        decoder = cls()
+        decoder._name = drafter.name
+        decoder._bind(target, drafter)
+        return decoder
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles a decoder for any model. Raises TypeError where it belongs to one."""
+        """Copy or pickle a decoder for any model. Raises TypeError for a decoder of one model."""
         if self._target is not None:
             raise TypeError(
-                f"this Decoder belongs to one {type(self._target.model).__name__} of this process, so it can't be "
+                f"this Decoder belongs to one {type(self._target.model).__name__} of this process, so it cannot be "
                 f"copied or pickled: make one where it is needed, from the model there and the head's folder"
             )
         return super().__reduce_ex__(protocol)
 
     def _bind(self, target: Target, drafter: Drafter) -> None:
         self._target, self._drafter = target, drafter
-        self._built = (target.device, target.dtype)
+        self._device_and_dtype = (target.device, target.dtype)
 
     def __call__(
         self,
@@ -160,116 +161,119 @@ class Decoder:
         handover: Mapping[str, Any] | None = None,
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | Tensor:
-        """Decode what `generate` prepared; transformers calls it.
+        """Decode the batch that `generate` prepared; transformers calls this.
 
         Args:
-            model: that `generate` was called on.
-            input_ids: (rows, width), left-padded, one row per sequence that is returned.
-            logits_processor, stopping_criteria, generation_config, streamer: as prepared.
-            synced_gpus, tokenizer: refused where True; only `generate` itself needs it, for stop strings.
-            handover: what transformers keeps from callables (`compat.hand_over`): streamer, assistant_model, ...
+            model: the model that `generate` was called on.
+            input_ids: (rows, width), left-padded, one row per sequence to return.
+            logits_processor, stopping_criteria, generation_config, streamer: as prepared by `generate`.
+            synced_gpus: refused if True.
+            tokenizer: not used; `generate` needs it for stop strings.
+            handover: arguments that transformers does not pass to callables (`compat.recover_arguments`): streamer,
+                assistant_model, ...
             model_kwargs: for the model's forward.
 
-        Returns (rows, width + new tokens), or a GenerateDecoderOnlyOutput, as stock `generate` returns. Raises
-        UnsupportedArgumentError for an argument that Haast does not honour, ValueError for what can't be answered.
+        Returns (rows, width + new tokens), or a GenerateDecoderOnlyOutput, as stock `generate` does. Raises
+        UnsupportedArgumentError for an argument that Haast does not support, ValueError for invalid inputs.
         """
         more = {"synced_gpus": synced_gpus, **(handover or {})}
         streamer = more.pop("streamer", None) or streamer
         more.pop("tokenizer", None)
-        begins = _checked(model, input_ids, generation_config, model_kwargs, more)
-        processors = for_rows(logits_processor, len(begins))
-        if len(begins) > 1:
+        left_padding = _check_call(model, input_ids, generation_config, model_kwargs, more)
+        processors = for_rows(logits_processor, len(left_padding))
+        if len(left_padding) > 1:
             refuse_linked(logits_processor, stopping_criteria, processors[0])
-        pad = _pad(generation_config, stopping_criteria, len(begins))
-        with borrowed(model) as locked:
-            target, drafter = self._parts(model, locked)
-            most = arguments.new_tokens_allowed(stopping_criteria, input_ids.shape[1], begins, target)
-            ends = Ends(stopping_criteria, len(begins), most, together=pad is None and len(begins) > 1)
-            choosers = _choosers(input_ids, begins, processors, ends, generation_config, target)
+        pad = _pad_token(generation_config, stopping_criteria, len(left_padding))
+        with tree_attention(model) as locked:
+            target, drafter = self._target_and_drafter(model, locked)
+            max_new = arguments.new_tokens_allowed(stopping_criteria, input_ids.shape[1], left_padding, target)
+            to_longest = pad is None and len(left_padding) > 1
+            ends = Ends(stopping_criteria, len(left_padding), max_new, to_longest=to_longest)
+            choosers = _row_choosers(input_ids, left_padding, processors, ends, generation_config, target)
             rows, stats = Rows(choosers, ends, streamer, pad or 0), Stats()
             _decode(Engine(target, drafter), rows, stats)
         self.stats = stats
         return rows.output(input_ids, generation_config)
 
-    def _parts(self, model: PreTrainedModel, locked: LockedModel) -> tuple[Target, Drafter]:
-        """The model as a target, and who drafts for it."""
+    def _target_and_drafter(self, model: PreTrainedModel, locked: LockedModel) -> tuple[Target, Drafter]:
         target, drafter = self._target, self._drafter
         if target is None or drafter is None:
-            return locked.parts(model, self._name, make_drafter)
+            return locked.target_and_drafter(model, self._name, make_drafter)
         if target.model is not model:
             raise HeadMismatchError(
                 f"this decoder was made for another model than the {type(model).__name__} that generate was called on: "
                 f"make a Decoder for this one"
             )
-        target.check_place(self._built)
+        target.check_device(self._device_and_dtype)
         return target, drafter
 
 
-def _checked(
+def _check_call(
     model: PreTrainedModel,
     input_ids: Tensor,
     config: GenerationConfig,
-    for_model: Mapping[str, Any],
+    model_kwargs: Mapping[str, Any],
     more: Mapping[str, Any],
 ) -> list[int]:
-    """Refuse what can't be honoured or answered; returns the padding tokens before each row."""
-    given = dict(for_model)
-    for name in CACHE_NAMES:  # an empty one is what `generate` prepares; the user's own is in `more`
-        if (cache := given.get(name)) is not None and cache.get_seq_length() == 0:
-            del given[name]
+    """Raise for unsupported arguments and invalid inputs; returns the number of padding tokens before each row."""
+    forward_arguments = dict(model_kwargs)
+    for name in CACHE_NAMES:  # an empty cache comes from `generate` itself; the user's cache is in `more`
+        if (cache := forward_arguments.get(name)) is not None and cache.get_seq_length() == 0:
+            del forward_arguments[name]
     arguments.refuse_settings(config)
-    arguments.refuse_arguments({**given, **more})
+    arguments.refuse_arguments({**forward_arguments, **more})
     arguments.check_model(model)
-    begins = arguments.padding(input_ids, given)
+    left_padding = arguments.padding(input_ids, forward_arguments)
     arguments.check_ids(input_ids, int(model.config.get_text_config().vocab_size))
-    arguments.check_own_inputs(model, input_ids, for_model)
-    return begins
+    arguments.check_prepared_inputs(model, input_ids, model_kwargs)
+    return left_padding
 
 
-def _choosers(
+def _row_choosers(
     input_ids: Tensor,
-    begins: list[int],
+    left_padding: list[int],
     processors: list[LogitsProcessorList],
     ends: Ends,
     config: GenerationConfig,
     target: Target,
 ) -> list[RowChooser]:
-    """One per row; what is drawn is drawn by seeds from torch's own generator, so that a call can be repeated.
+    """One `RowChooser` per row. Their seeds come from torch's global generator, so that `manual_seed` repeats a call.
 
-    Raises UnsupportedArgumentError for scores or logits where only one of several processes has them.
+    Raises UnsupportedArgumentError for scores or logits of a tensor-parallel model: only one process has them.
     """
     scores, logits = (
         bool(config.return_dict_in_generate and wanted) for wanted in (config.output_scores, config.output_logits)
     )
     if target.ranks is not None and (scores or logits):
-        why = "of the processes that hold a tensor-parallel model only the first one chooses tokens; leave it out"
-        raise UnsupportedArgumentError(f"output_{'scores' if scores else 'logits'}=True", why)
-    count = len(begins)
+        reason = "with a tensor-parallel model only the first process has them; leave it out"
+        raise UnsupportedArgumentError(f"output_{'scores' if scores else 'logits'}=True", reason)
+    count = len(left_padding)
     seeds = torch.randint(2**63 - 1, (count,)).tolist() if config.do_sample else [None] * count
-    parts = zip(input_ids, begins, processors, seeds, strict=True)
+    parts = zip(input_ids, left_padding, processors, seeds, strict=True)
     return [
-        RowChooser(row, ids, begin, own, ends, seed=seed, keep_scores=scores, keep_logits=logits)
-        for row, (ids, begin, own, seed) in enumerate(parts)
+        RowChooser(row, ids, begin, row_processors, ends, seed=seed, keep_scores=scores, keep_logits=logits)
+        for row, (ids, begin, row_processors, seed) in enumerate(parts)
     ]
 
 
 def _decode(engine: Engine, rows: Rows, stats: Stats) -> None:
-    """Run every row to its end; tokens are streamed as they come."""
-    agreed = agreement(engine.target.ranks)
-    while left := rows.unfinished():
-        stops = [row.begun() for row in left]
-        texts, sampling = [row.prompt + row.tokens for row in left], [row.params for row in left]
-        with closing(engine.run(texts, sampling, stops, stats, choosers=left)) as emissions:
+    """Decode every row to its end; tokens are streamed as they are emitted."""
+    ranks = agreement(engine.target.ranks)
+    while unfinished := rows.unfinished():
+        stops = [row.start_request() for row in unfinished]
+        texts, sampling = [row.prompt + row.tokens for row in unfinished], [row.params for row in unfinished]
+        with closing(engine.run(texts, sampling, stops, stats, choosers=unfinished)) as emissions:
             for emission in emissions:
-                left[emission.row].take(emission)
+                unfinished[emission.row].append(emission)
                 rows.flush()
-        rows.settle(lambda own: agreed.numbers(lambda: (own,))[0])
+        rows.fix_ends(lambda length: ranks.numbers(lambda: (length,))[0])
     rows.finish()
 
 
-def _pad(config: GenerationConfig, criteria: StoppingCriteriaList, rows: int) -> int | None:
-    """The token after the end of a row, None where rows go on until all are done. Raises PromptError where none is
-    known.
+def _pad_token(config: GenerationConfig, criteria: StoppingCriteriaList, rows: int) -> int | None:
+    """The pad token after the end of a row; None if no row ends before the longest one.
+
+    Raises PromptError if rows may end at different places and there is no pad token.
     """
     if all(getattr(each, "eos_token_id", None) is None for each in criteria):
         return None

@@ -1,6 +1,7 @@
-"""Logits processors made for a batch, for one row at a time: rows differ in length here, and stock processors want one.
+"""Splits a batch's logits processors into processors for single rows.
 
-Those that hold something per row are cut to it, those that keep state are copied, the others are shared.
+Rows differ in length here, but stock processors need rows of one length. Processors with per-row data are cut to their
+row, processors with state are copied, the others are shared.
 """
 
 from __future__ import annotations
@@ -20,41 +21,41 @@ from haast.errors import UnsupportedArgumentError
 
 
 def for_rows(processors: Sequence[Any], rows: int) -> list[LogitsProcessorList]:
-    """The processors of each row, in their order; each is called with (1, length) and (1, vocab).
+    """The processors of each row, in the given order; each is called with (1, length) ids and (1, vocab) scores.
 
-    Raises UnsupportedArgumentError for one that runs the model, or that keeps state and cannot be copied.
+    Raises UnsupportedArgumentError for a processor that runs the model, or that has state and cannot be copied.
     """
     for each in processors:
         if isinstance(each, stock.UnbatchedClassifierFreeGuidanceLogitsProcessor):
-            why = "classifier-free guidance runs the model on a second text; use stock generate"
-            raise UnsupportedArgumentError("guidance_scale", why)
-    # What one processor shares with another, its copy shares with the other's: `copies` is of a row.
+            reason = "classifier-free guidance runs the model on a second text; use stock generate"
+            raise UnsupportedArgumentError("guidance_scale", reason)
+    # Objects shared by two processors stay shared by their copies: `copies` is the deepcopy memo of a row.
     return [
         LogitsProcessorList(_for_row(each, row, rows, copies) for each in processors)
         for row, copies in enumerate([dict[int, Any]() for _ in range(rows)])
     ]
 
 
-def refuse_linked(processors: Sequence[Any], criteria: Sequence[Any], own: LogitsProcessorList) -> None:
-    """Refuse stopping criteria, which all rows share, that look at a processor of which each row has a copy.
+def refuse_linked(processors: Sequence[Any], criteria: Sequence[Any], row_processors: LogitsProcessorList) -> None:
+    """Refuse stopping criteria that use a logits processor: criteria are shared by all rows, processors are copied.
 
-    `own` is what `for_rows` made of the processors for one row. Raises UnsupportedArgumentError.
+    `row_processors` are the processors of one row from `for_rows`. Raises UnsupportedArgumentError.
     """
-    copied = {id(each): each for each, one in zip(processors, own, strict=True) if one is not each}
+    copied = {id(each): each for each, one in zip(processors, row_processors, strict=True) if one is not each}
     for criterion in criteria:
-        for held in (criterion, *getattr(criterion, "__dict__", {}).values()):
-            if id(held) in copied:
-                pair = f"stopping_criteria {type(criterion).__name__} with logits_processor {type(held).__name__}"
+        for attribute in (criterion, *getattr(criterion, "__dict__", {}).values()):
+            if id(attribute) in copied:
+                pair = f"stopping_criteria {type(criterion).__name__} with logits_processor {type(attribute).__name__}"
                 raise UnsupportedArgumentError(
                     f"{pair} in a batch",
-                    "each row has a copy of the processor, and the criterion looks at the one that is never called; "
+                    "each row has a copy of the processor, but the criterion uses the original, which is never called; "
                     "generate row by row",
                 )
 
 
 def _for_row(processor: Any, row: int, rows: int, copies: dict[int, Any]) -> Any:
     if isinstance(processor, stock.PrefixConstrainedLogitsProcessor):
-        return _Prefix(processor, row)
+        return _RowPrefix(processor, row)
     if rows == 1:
         return processor
     if isinstance(processor, stock.RepetitionPenaltyLogitsProcessor):
@@ -62,58 +63,58 @@ def _for_row(processor: Any, row: int, rows: int, copies: dict[int, Any]) -> Any
         if not isinstance(ignored, Tensor):
             return processor
         if len(ignored) != rows:
-            raise ValueError(f"prompt_ignore_length has {len(ignored)} entries for {rows} rows: give one a row")
-        return _with(processor, prompt_ignore_length=ignored[row : row + 1])
+            raise ValueError(f"prompt_ignore_length has {len(ignored)} entries for {rows} rows: give one per row")
+        return _copy_with(processor, prompt_ignore_length=ignored[row : row + 1])
     if isinstance(processor, stock.EncoderRepetitionPenaltyLogitsProcessor):
         prompts = processor.encoder_input_ids
-        at = row // max(rows // prompts.shape[0], 1)  # `num_return_sequences` rows share a prompt
-        return _with(processor, encoder_input_ids=prompts[at : at + 1])
+        prompt = row // max(rows // prompts.shape[0], 1)  # `num_return_sequences` rows share a prompt
+        return _copy_with(processor, encoder_input_ids=prompts[prompt : prompt + 1])
     if isinstance(processor, stock.EncoderNoRepeatNGramLogitsProcessor):
-        at = row // max(rows // processor.batch_size, 1)
-        return _with(processor, batch_size=1, generated_ngrams=[processor.generated_ngrams[at]])
+        prompt = row // max(rows // processor.batch_size, 1)
+        return _copy_with(processor, batch_size=1, generated_ngrams=[processor.generated_ngrams[prompt]])
     stateless = type(processor).__module__ == stock.__name__
     if stateless and not isinstance(processor, stock.SynthIDTextWatermarkLogitsProcessor):
         return processor
-    return _copied(processor, copies)
+    return _copy_stateful(processor, copies)
 
 
-class _Prefix(stock.PrefixConstrainedLogitsProcessor):
-    """Asks the user's function with the true number of the row, also where the row stands alone."""
+class _RowPrefix(stock.PrefixConstrainedLogitsProcessor):
+    """Calls the user's function with the row's index in the batch, although the row is processed alone."""
 
-    def __init__(self, whole: stock.PrefixConstrainedLogitsProcessor, row: int) -> None:
-        ask = compat.allowed_tokens_function(whole)
-        super().__init__(lambda _, text: ask(row, text), 1)
-
-
-def _with(processor: Any, **changed: Any) -> Any:
-    made = copy.copy(processor)
-    vars(made).update(changed)
-    return made
+    def __init__(self, processor: stock.PrefixConstrainedLogitsProcessor, row: int) -> None:
+        allowed_tokens = compat.allowed_tokens_function(processor)
+        super().__init__(lambda _, text: allowed_tokens(row, text), 1)
 
 
-def _copied(processor: Any, copies: dict[int, Any]) -> Any:
-    """A copy with state of its own; tokenizers and models, which are large and only read, stay shared."""
+def _copy_with(processor: Any, **changed: Any) -> Any:
+    changed_copy = copy.copy(processor)
+    vars(changed_copy).update(changed)
+    return changed_copy
+
+
+def _copy_stateful(processor: Any, copies: dict[int, Any]) -> Any:
+    """A copy with its own state; tokenizers and models stay shared, since they are large and read-only."""
     if isinstance(processor, FunctionType):
-        if _rebinds(processor):
+        if _assigns_outer_variables(processor):
             raise UnsupportedArgumentError(
                 f"logits_processor {processor.__name__} in a batch",
-                "it is a function that keeps state in variables around it, which the rows would share; make it an "
-                "object with a __call__, of which each row gets a copy, or generate row by row",
+                "it is a function that assigns to variables outside of it, which the rows would share; make it an "
+                "object with a __call__, so that each row gets a copy, or generate row by row",
             )
         return processor
-    held = getattr(processor, "__dict__", {}).values()
-    copies.update({id(part): part for part in held if isinstance(part, PreTrainedTokenizerBase | nn.Module)})
+    attributes = getattr(processor, "__dict__", {}).values()
+    copies.update({id(each): each for each in attributes if isinstance(each, PreTrainedTokenizerBase | nn.Module)})
     try:
         return copy.deepcopy(processor, copies)
     except (TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
         raise UnsupportedArgumentError(
             f"logits_processor {type(processor).__name__} in a batch",
-            f"each row needs a copy with state of its own, and it cannot be copied ({error}); generate row by row",
+            f"each row needs a copy with its own state, but it cannot be copied ({error}); generate row by row",
         ) from error
 
 
-def _rebinds(function: FunctionType) -> bool:
-    """Whether a function assigns to variables that are not its own (`nonlocal`, `global`): its next call sees them."""
+def _assigns_outer_variables(function: FunctionType) -> bool:
+    """Whether a function assigns to `nonlocal` or `global` variables, so that it keeps state between calls."""
     code = function.__code__
     return any(
         each.opname == "STORE_GLOBAL" or (each.opname == "STORE_DEREF" and each.argval in code.co_freevars)

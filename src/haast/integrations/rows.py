@@ -1,16 +1,16 @@
-"""The rows of one `generate` call: their texts as `generate` would have them, where they end, and what is returned.
+"""The rows of one `generate` call: token choice as in stock `generate`, the end of each row, and the output.
 
-Each row is a request of its own. Its text holds its left padding, since stock processors and stopping criteria see it;
-the engine's does not. Processors and criteria are asked exactly once per emitted token, in order, and never after a
-row's end, whatever is drafted. Knows neither trees nor models.
+Each row is its own request. Its text here has its left padding, since stock processors and stopping criteria see it;
+the engine's text has none. Processors and criteria are called exactly once per emitted token, in order, and never after
+a row's end, whatever is drafted. Does not know trees or models.
 
-    text     pad pad  p0  p1  p2 | n0  n1 ...      a view for whoever asks: nothing is copied per token
+    text     pad pad  p0  p1  p2 | n0  n1 ...      callers get a view: nothing is copied per token
              begin=2             width
 
-Stock `generate` runs a batch until all rows are done. A row that is done is padded where an end-of-text criterion is
-among the criteria; otherwise it goes on with true tokens until the last row is done. Requests run at their own pace:
-such a row stops where it is as long as any row is known to become, and a second request continues it once the length of
-the longest is known.
+Stock `generate` runs a batch until all rows are done. If the criteria have an EOS criterion, a finished row is padded;
+otherwise it continues with sampled tokens until the last row is done. Requests are independent here, so such a row
+stops at the longest length that is certain so far, and a second request continues it once the final length of the
+longest row is known.
 """
 
 from __future__ import annotations
@@ -29,48 +29,49 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from haast.core import Emission, SamplingParams, StopParams
 from haast.sampling import Sampler, inverse_cdf, probabilities
 
-# Those of transformers that look at scores alone, a row of them at a time, and never make the host wait for values.
-# TopHLogitsWarper and EtaLogitsWarper do: their torch.distributions check what they are given.
+# Processors of transformers that use only the scores, row by row, and never wait for values from the device.
+# TopHLogitsWarper and EtaLogitsWarper wait: their torch.distributions validate their arguments.
 _STATELESS = frozenset({
     stock.TemperatureLogitsWarper, stock.TopKLogitsWarper, stock.TopPLogitsWarper, stock.MinPLogitsWarper,
     stock.TypicalLogitsWarper, stock.EpsilonLogitsWarper, stock.LogitNormalization,
     stock.InfNanRemoveLogitsProcessor, stock.SuppressTokensLogitsProcessor,
 })  # fmt: skip
-_Shown = tuple[Tensor, tuple[Tensor, ...] | None]
+_CriteriaInputs = tuple[Tensor, tuple[Tensor, ...] | None]
 
 
 class Ends:
-    """Where the rows of a call end, by the stopping criteria that `generate` prepared, asked for one row at a time.
+    """The end of each row of a call, by the stopping criteria that `generate` prepared, called for one row at a time.
 
     Attributes:
         eos: tokens that end a text.
-        most: new tokens at most.
-        look: whether there are criteria that look at the text.
-        together: whether a row that is done goes on until all are.
+        max_new: maximum number of new tokens.
+        custom: whether there are criteria other than EOS and length, which need the text.
+        to_longest: whether a finished row continues until all rows are done.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList, rows: int, most: int, together: bool) -> None:
-        # The two that almost every call has are answered without tensors.
+    def __init__(self, criteria: StoppingCriteriaList, rows: int, max_new: int, to_longest: bool) -> None:
+        # The two criteria of almost every call are checked without tensors.
         self.eos = frozenset(int(i) for each in criteria if type(each) is EosTokenCriteria for i in each.eos_token_id)
         plain = (EosTokenCriteria, MaxLengthCriteria)
         self._others = StoppingCriteriaList(each for each in criteria if type(each) not in plain)
-        self.most, self.look, self.together = most, bool(self._others), together
+        self.max_new, self.custom, self.to_longest = max_new, bool(self._others), to_longest
         self._counts = [0] * rows
         self._done: list[int | None] = [None] * rows
 
-    def settle(self, row: int, count: int, token: int, shown: Callable[[], _Shown]) -> None:
-        """A row has `count` new tokens, `token` is the last; `shown` are its ids and its scores so far.
+    def record(self, row: int, count: int, token: int, criteria_inputs: Callable[[], _CriteriaInputs]) -> None:
+        """Check the criteria for a row with `count` new tokens, of which `token` is the last.
 
-        Raises ValueError where a criterion answers for other rows than the one that it was asked about.
+        `criteria_inputs` returns its ids and scores so far. Raises ValueError if a criterion returns values for more
+        than one row.
         """
-        done = token in self.eos or count >= self.most
-        if self.look:
-            answer = self._others(*shown())
+        done = token in self.eos or count >= self.max_new
+        if self.custom:
+            answer = self._others(*criteria_inputs())
             if answer.numel() != 1:
                 names = [type(each).__name__ for each in self._others]
                 raise ValueError(
-                    f"the stopping criteria {names} answered for {answer.numel()} rows when asked about one: rows of a "
-                    f"batch differ in length here, so a criterion must answer for the rows that it is given"
+                    f"the stopping criteria {names} answered for {answer.numel()} rows when called with one: rows of a "
+                    f"batch differ in length here, so a criterion must return one value per row of its input"
                 )
             done = bool(answer) or done
         self._counts[row] = count
@@ -79,33 +80,34 @@ class Ends:
 
     @property
     def longest(self) -> int:
-        """New tokens that the longest row will have: exactly so where all are done, at least so before."""
+        """Number of new tokens of the longest row: final once all rows are done, a lower bound before."""
         return max(n + 1 if done is None else done for n, done in zip(self._counts, self._done, strict=True))
 
-    def over(self, row: int, count: int) -> bool:
-        """Whether a row stops that has `count` new tokens."""
+    def stops(self, row: int, count: int) -> bool:
+        """Whether a row with `count` new tokens stops."""
         done = self._done[row]
-        if done is None or count >= self.most:
-            return count >= self.most
-        return count >= (self.longest if self.together else done)
+        if done is None or count >= self.max_new:
+            return count >= self.max_new
+        return count >= (self.longest if self.to_longest else done)
 
 
 class RowChooser(Sampler):
-    """One row: chooses its tokens as `generate` would, and says when it stops.
+    """Chooses the tokens of one row as stock `generate` would, and decides when it stops.
 
-    Without processors that look at the text, and where no scores are recorded, it is a stateless sampler.
+    If no processor reads the text and no scores are recorded, it is a stateless sampler.
 
     Args:
+        row: index of the row in `ends`.
         ids: (width,), left-padded by `begin` tokens.
-        processors: its own, from `processors.for_rows`.
-        ends: of the call; `row` is its number there.
-        seed: of its draws; None is greedy.
+        processors: of this row, from `processors.for_rows`.
+        ends: of the call.
+        seed: of sampling; None is greedy.
         keep_scores, keep_logits: record the processed scores or the raw logits, (vocab,) fp32, of every emitted token.
 
     Attributes:
-        stateless: whether no processor looks at the text, and nothing is recorded.
-        tokens: new tokens, as the engine has emitted them: processes that serve a model together all have them.
-        end: how many of them count; None while that is not known.
+        stateless: whether no processor reads the text, and nothing is recorded.
+        tokens: new tokens that the engine has emitted; with tensor parallelism every process has them.
+        end: number of tokens that belong to the output; None while unknown.
     """
 
     def __init__(
@@ -131,35 +133,35 @@ class RowChooser(Sampler):
         self._processors_of_row, self._ends = processors, ends
         plain = all(type(each) in _STATELESS for each in processors)
         self.stateless = plain and not (keep_scores or keep_logits)
-        self._text, self._width = ids.unsqueeze(0), len(ids)  # with room for new ones once there is one
-        self._chosen: list[int] = []  # where processors look at the text
-        self._asked = 0  # new tokens after which the criteria were asked
-        self._begin, self._stops_at = 0, -1  # of the request that runs: new tokens before it, and where it stops
+        self._text, self._width = ids.unsqueeze(0), len(ids)  # grows when a new token is stored
+        self._chosen: list[int] = []  # not used if stateless
+        self._checked_count = 0  # number of new tokens at the last check of the criteria
+        self._begin, self._stops_at = 0, -1  # of the current request: new tokens before it, and where it stops
 
-    def begun(self) -> StopParams:
-        """A request begins, over the prompt and the new tokens so far: when it stops."""
+    def start_request(self) -> StopParams:
+        """The stop rules of a new request, whose prompt is the row's prompt and its new tokens so far."""
         self._begin, self._stops_at = len(self.tokens), -1
-        asks = self._ends.look or not self.stateless or self._ends.together
-        most = self._ends.most if self.end is None else self.end
-        return StopParams(most - self._begin, tuple(self._ends.eos), self._stop if asks else None)
+        needs_rule = self._ends.custom or not self.stateless or self._ends.to_longest
+        max_new = self._ends.max_new if self.end is None else self.end
+        return StopParams(max_new - self._begin, tuple(self._ends.eos), self._stop if needs_rule else None)
 
-    def take(self, emission: Emission) -> None:
-        """Tokens were emitted."""
+    def append(self, emission: Emission) -> None:
+        """Add emitted tokens."""
         self.tokens.extend(emission.tokens)
-        if emission.finished and not self._ends.together:
+        if emission.finished and not self._ends.to_longest:
             self.end = len(self.tokens)
 
     def choose(self, history: Sequence[int], logits: Tensor) -> int:
-        """The token at position len(history); any token after the row's end, where the engine cuts.
+        """The token at position len(history); after the row's end any token, since the engine cuts there.
 
-        Raises RuntimeError where a token before it was not chosen here, PromptError where no token is possible.
+        Raises RuntimeError if an earlier token was not chosen here, PromptError if no token is possible.
         """
         if self.stateless:
             return super().choose(history, logits)
         count = len(history) - len(self.prompt)
         if count < len(self._chosen):
-            return self._chosen[count]  # a step that was interrupted is taken again
-        if self._over(count):
+            return self._chosen[count]  # an interrupted step is repeated
+        if self._request_stops(count):
             return 0
         if count > len(self._chosen):
             raise RuntimeError(f"row {self.row} has {count} new tokens, of which {len(self._chosen)} were chosen here")
@@ -167,18 +169,18 @@ class RowChooser(Sampler):
         if self.greedy:
             token = int(scores.argmax(-1))
         else:
-            where = f"in row {self.row} after {len(history)} tokens"
-            token = inverse_cdf(probabilities(scores, where), self.draw(len(history)))
+            context = f"in row {self.row} after {len(history)} tokens"
+            token = inverse_cdf(probabilities(scores, context), self.draw(len(history)))
         if self._keep_logits:
             self.kept_logits.append(self._raw(logits))
         if self._keep_scores:
             self.kept_scores.append(scores)
         self._chosen.append(token)
-        self._settle(count + 1, token)
+        self._check_criteria(count + 1, token)
         return token
 
     def scores(self, history: Sequence[int], logits: Tensor) -> Tensor:
-        """Scores (vocab,) as `generate` has them: processors see the text with its padding."""
+        """Processed scores (vocab,) as in stock `generate`: processors see the text with its padding."""
         if self.stateless:
             return super().scores(history, logits)
         raw = self._raw(logits).unsqueeze(0)
@@ -187,82 +189,85 @@ class RowChooser(Sampler):
         return scores[0]
 
     def _raw(self, logits: Tensor) -> Tensor:
-        """A copy in float32, as `generate` makes it: processors may write in place."""
+        """A float32 copy, as stock `generate` makes: processors may write in place."""
         return logits.to(device=self._text.device, dtype=torch.float32, copy=True)
 
     def _stop(self, new: Sequence[int]) -> bool:
-        """The engine's stop rule for the request that runs."""
+        """The engine's stop rule for the current request."""
         count = self._begin + len(new)
-        self._settle(count, new[-1])
-        return self._over(count)
+        self._check_criteria(count, new[-1])
+        return self._request_stops(count)
 
-    def _settle(self, count: int, token: int) -> None:
-        """There are `count` new tokens, `token` is the last: ask the criteria, once."""
-        if count <= self._asked:
+    def _check_criteria(self, count: int, token: int) -> None:
+        """Check the criteria for `count` new tokens, of which `token` is the last; once per token."""
+        if count <= self._checked_count:
             return
-        if self._ends.look or not self.stateless:
-            place = self._width + count - 1
-            if place >= self._text.shape[1]:  # the first time too: the ids are the caller's
+        if self._ends.custom or not self.stateless:
+            index = self._width + count - 1
+            if index >= self._text.shape[1]:  # true for the first token: never write into the caller's ids
                 self._text = pad(self._text, (0, self._text.shape[1]))
-            self._text[0, place] = token
+            self._text[0, index] = token
 
-        def shown() -> _Shown:
+        def criteria_inputs() -> _CriteriaInputs:
             scores = tuple(each.unsqueeze(0) for each in self.kept_scores) if self._keep_scores else None
             return self._text[:, : self._width + count], scores
 
-        self._ends.settle(self.row, count, token, shown)
-        self._asked = count
+        self._ends.record(self.row, count, token, criteria_inputs)
+        self._checked_count = count
 
-    def _over(self, count: int) -> bool:
-        """Whether the request stops at `count` new tokens. Once said it stays so, whatever other rows do meanwhile."""
-        if self._stops_at < 0 and self._ends.over(self.row, count):
+    def _request_stops(self, count: int) -> bool:
+        """Whether the request stops at `count` new tokens. The answer is stored, so other rows cannot change it."""
+        if self._stops_at < 0 and self._ends.stops(self.row, count):
             self._stops_at = count
         return 0 <= self._stops_at <= count
 
 
 class Rows:
-    """The rows of a call in their order, and who listens to their new tokens; `padding` stands after a row's end."""
+    """The rows of a call in their order, and their streamer; `padding` is the token after a row's end."""
 
     def __init__(self, rows: Sequence[RowChooser], ends: Ends, streamer: BaseStreamer | None, padding: int) -> None:
         self._rows, self._ends, self._streamer, self._pad = list(rows), ends, streamer, padding
         self._sent = 0
 
     def unfinished(self) -> list[RowChooser]:
-        """Rows that need a request: at first all, then those that stopped before the longest was done."""
+        """Rows that need a request: first all, then those that stopped before the longest row was done."""
         return [row for row in self._rows if row.end is None or len(row.tokens) < row.end]
 
-    def settle(self, agreed: Callable[[int], int]) -> None:
-        """The requests have ended. `agreed` makes one process's number that of all that serve the model together."""
-        if self._ends.together:
-            longest = agreed(self._ends.longest)
+    def fix_ends(self, broadcast: Callable[[int], int]) -> None:
+        """Set the rows' final length after their requests have ended.
+
+        `broadcast` returns the first process's number in all processes of a tensor-parallel model.
+        """
+        if self._ends.to_longest:
+            longest = broadcast(self._ends.longest)
             for row in self._rows:
                 row.end = longest
 
     def flush(self) -> None:
-        """Hand the streamer what is settled: the next token of every row, as long as each has one or has ended."""
+        """Send the streamer the next token of each row, as long as each row has one or has ended."""
         while self._streamer is not None:
-            place = self._sent
-            ended = [row.end is not None and place >= row.end for row in self._rows]
+            index = self._sent
+            ended = [row.end is not None and index >= row.end for row in self._rows]
             each = list(zip(self._rows, ended, strict=True))
-            if all(ended) or any(place >= len(row.tokens) for row, over in each if not over):
+            if all(ended) or any(index >= len(row.tokens) for row, done in each if not done):
                 return
-            self._streamer.put(torch.tensor([self._pad if over else row.tokens[place] for row, over in each]))  # type: ignore[no-untyped-call]
+            self._streamer.put(torch.tensor([self._pad if done else row.tokens[index] for row, done in each]))  # type: ignore[no-untyped-call]
             self._sent += 1
 
     def finish(self) -> None:
-        """All rows have ended; the streamer is told."""
+        """Flush and end the streamer after all rows have ended."""
         if self._streamer is not None:
             self.flush()
             self._streamer.end()  # type: ignore[no-untyped-call]
 
     def output(self, input_ids: Tensor, config: GenerationConfig) -> GenerateDecoderOnlyOutput | Tensor:
-        """The sequences (rows, width + longest), padded after their ends; with scores and logits if asked for.
+        """The sequences (rows, width + longest), padded after their ends; with scores and logits as set in `config`.
 
-        A row that has ended has the pad token for certain: score 0 there and -inf elsewhere.
+        After a row's end the pad token has score 0 and all others -inf.
         """
-        said = [row.tokens[: row.end] for row in self._rows]
-        ends = [len(tokens) for tokens in said]
-        new = [tokens + [self._pad] * (max(ends) - len(tokens)) for tokens in said]
+        generated = [row.tokens[: row.end] for row in self._rows]
+        ends = [len(tokens) for tokens in generated]
+        new = [tokens + [self._pad] * (max(ends) - len(tokens)) for tokens in generated]
         sequences = torch.cat([input_ids, torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
         if not config.return_dict_in_generate:
             return sequences
@@ -273,11 +278,11 @@ class Rows:
         return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=logits)  # type: ignore[arg-type]
 
     def _by_step(self, kept: Sequence[Sequence[Tensor]], ends: Sequence[int]) -> tuple[Tensor, ...]:
-        """Rows of (vocab,) per step -> one (rows, vocab) per step."""
-        certain = torch.full_like(kept[0][0], -torch.inf)
-        if 0 <= self._pad < len(certain):
-            certain[self._pad] = 0.0
+        """Convert lists of (vocab,) per row to one (rows, vocab) tensor per step."""
+        pad_scores = torch.full_like(kept[0][0], -torch.inf)
+        if 0 <= self._pad < len(pad_scores):
+            pad_scores[self._pad] = 0.0
         each = list(zip(kept, ends, strict=True))
         return tuple(
-            torch.stack([row[step] if step < end else certain for row, end in each]) for step in range(max(ends))
+            torch.stack([row[step] if step < end else pad_scores for row, end in each]) for step in range(max(ends))
         )

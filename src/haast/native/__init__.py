@@ -1,8 +1,8 @@
 """Typed wrappers of the compiled CPU kernels (kernels.cpp), on torch tensors through ctypes.
 
-All tensors are fp32 on the CPU, but keys and values of a KV pool may have 16 bits. Every result is row independent: the
-same bits whatever rows or nodes stand beside it, whatever the thread count. No function here is differentiable: call
-them under `torch.no_grad()`.
+All tensors are fp32 on the CPU, except that keys and values of a KV pool may have 16 bits. Results are row independent:
+a row or node has the same bits with any other rows and nodes in the batch and any number of threads. No function here
+is differentiable: call them under `torch.no_grad()`.
 """
 
 from haast.native.judge import judge

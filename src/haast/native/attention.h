@@ -1,4 +1,4 @@
-// Tree attention: queries against the slots that each of them sees, summed in slot order.
+// Tree attention: each query attends to its unmasked slots, with sums in slot order.
 #pragma once
 
 #include <cmath>
@@ -15,21 +15,21 @@
 
 namespace {
 
-// How keys and values are held.
+// Number format of keys and values.
 enum Form : int64_t { kF32 = 0, kF16 = 1, kBF16 = 2 };
 
 struct Attention {
-    const float *q, *mask;  // mask may be null: every slot is seen
+    const float *q, *mask;  // mask may be null: no slot is masked
     const void *k, *v;      // of `form`
     float* out;             // (rows, n, heads, d), contiguous
     int64_t rows, heads, kv_heads, n, slots, d;
     int64_t q_row, q_head, q_node, k_row, k_head, k_slot, v_row, v_head, v_slot, mask_row, mask_node;
     float scaling, softcap;
-    int64_t together;  // heads of one piece of work
-    // Instead of a mask, where `places` is not null: a row's logical slots [0, past[row]) are seen, and of the `flight`
-    // slots behind them what `seen` says; with a window, only what stands less than `window` positions back. Slot i of
+    int64_t together;  // heads per work item
+    // Replaces the mask if `places` is not null: a row attends to its logical slots [0, past[row]) and to those of
+    // the next `flight` slots that `seen` marks; with a window, only to positions less than `window` back. Slot i of
     // the past holds position i.
-    const Slots* places;  // where the logical slots lie; k_row and v_row are 0: all rows share one store
+    const Slots* places;  // physical slots of the logical ones; k_row and v_row are 0: all rows share one store
     const int64_t* past;  // (rows)
     const uint8_t* seen;  // (rows, n, flight)
     const int64_t *positions, *flight_positions;  // (rows, n) and (rows, flight), windows only
@@ -51,7 +51,7 @@ inline const E* values_of(const Attention& a, int64_t row, int64_t kv) {
 struct Query {
     int64_t row, node, head, heads;
     const float* mask;  // (slots), or null
-    const int32_t* slot;  // (count): the slots that are seen, in the order of the text; where each lies changes no bit
+    const int32_t* slot;  // (count): physical slots to attend to, in text order; their numbers do not change a result
     int64_t count;
     bool biased;    // some unmasked mask value is not 0
 };
@@ -124,7 +124,7 @@ void attend_scalar(const Attention& a, const Query& u, float* p) {
 }
 
 #if defined(HAAST_X86)
-// The same list as compact(), eight mask values at a time.
+// As compact(), but eight mask values at a time.
 AVX int64_t compact_avx(const float* mask, int64_t slots, int32_t* slot, bool* biased) {
     if (!mask) return compact(mask, slots, slot, biased);
     int64_t count = 0, s = 0;
@@ -160,16 +160,16 @@ AVX int64_t list_masked_avx(const Attention& a, int64_t row, int64_t node, int32
     return compact_avx(a.mask ? a.mask + row * a.mask_row + node * a.mask_node : nullptr, a.slots, slot, biased);
 }
 
-constexpr int64_t kSlotsAhead = 32;  // two blocks: a slot's row is asked for so many slots before it is used
+constexpr int64_t kSlotsAhead = 32;  // two blocks: a slot's row is prefetched this many slots before its use
 
-// Whether the slots numbered [from, to) of a query's list, and those that are asked for meanwhile, are one stretch of the
-// store: there the hardware sees what comes next. At the beginning of a block elsewhere it does not.
+// Whether the slots [from, to) of a query's list, and those prefetched meanwhile, are contiguous in the store. If so,
+// the hardware prefetcher suffices; it cannot predict a jump to another block.
 inline bool one_stretch(const Query& u, int64_t from, int64_t to) {
     const int64_t last = (to + kSlotsAhead < u.count ? to + kSlotsAhead : u.count) - 1;
     return u.slot[last] - u.slot[from] == last - from;
 }
 
-// Asks for the row of the slot `kSlotsAhead` behind number i of the list.
+// Prefetches the row of the slot `kSlotsAhead` entries after entry i of the list.
 template <typename E>
 AVX_INLINE void ask_ahead(const Query& u, int64_t i, const E* rows, int64_t stride, int64_t d) {
     if (i + kSlotsAhead >= u.count) return;
@@ -177,8 +177,8 @@ AVX_INLINE void ask_ahead(const Query& u, int64_t i, const E* rows, int64_t stri
     for (int64_t at = 0; at < d * static_cast<int64_t>(sizeof(E)); at += 64) _mm_prefetch(row + at, _MM_HINT_T0);
 }
 
-// Scores of H heads against eight slots, in two halves of four: 4 x H accumulators share the loads of K and q. Every dot
-// product is reduced by the same tree of additions, so a score depends neither on its place among the eight nor on H.
+// Scores of H heads for eight slots, in two halves of four: 4 x H accumulators share the loads of K and q. All dot
+// products are reduced by the same tree of additions, so a score depends neither on its index among the eight nor on H.
 template <int H, typename E>
 AVX_INLINE void dots8(const float* q, int64_t q_head, const E* const* k, int64_t d, float* p, int64_t p_stride) {
     for (int half = 0; half < 8; half += 4) {
@@ -210,7 +210,7 @@ AVX512_INLINE __m256 half_of(__m512 v) {
     return _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xf, _mm512_castps_pd(v), I));
 }
 
-// The same sums on AVX-512, two slots in one register: the low half adds up one slot's products, the high half another's.
+// The same sums on AVX-512, with two slots per register: one in the low half, one in the high half.
 template <int H, typename E>
 AVX512_INLINE void dots8_wide(const float* q, int64_t q_head, const E* const* k, int64_t d, float* p,
                               int64_t p_stride) {
@@ -269,7 +269,7 @@ AVX void dots_avx(const Attention& a, const Query& u, const E* keys, const float
     }
 }
 
-// Scores of all heads of the query, eight slots at a time: a key row is read once per KV head.
+// Scores of all heads of the query, eight slots at a time. Reads each key row once per KV head.
 template <typename E>
 AVX void scores_avx(const Attention& a, const Query& u, float* p, int64_t p_stride) {
     const E* keys = keys_of<E>(a, u.row, u.head / (a.heads / a.kv_heads));
@@ -289,7 +289,7 @@ AVX void scores_avx(const Attention& a, const Query& u, float* p, int64_t p_stri
         }
 }
 
-// Scores to unnormalised weights in place; returns their sum. The places after `count` become 0 and add nothing.
+// Turns scores into unnormalised weights in place; returns their sum. Entries after `count` become 0.
 AVX float softmax_avx(float* p, int64_t count) {
     const float lowest = -std::numeric_limits<float>::infinity();
     const int64_t whole = (count + 7) / 8 * 8;
@@ -305,8 +305,8 @@ AVX float softmax_avx(float* p, int64_t count) {
     return sum8(total);
 }
 
-// C registers of the head dimension of H heads over the slots [from, to), continuing the sums that stand in out. The
-// heads share the loads of V; every sum is one chain in slot order whatever C and H are.
+// Adds the weighted values of the slots [from, to) to `out`, for H heads and C registers of the head dimension. The
+// heads share the loads of V. Each sum is one chain in slot order for any C and H.
 template <int H, int C, typename E>
 AVX void weigh(const Attention& a, const Query& u, const E* values, const float* p, int64_t p_stride, int64_t from,
                int64_t to, float* out) {
@@ -335,7 +335,7 @@ AVX void weigh(const Attention& a, const Query& u, const E* values, const float*
         for (int c = 0; c < C; ++c) _mm256_storeu_ps(out + h * a.d + c * 8, acc[h][c]);
 }
 
-// The same chains on AVX-512, sixteen values of the head dimension in a register.
+// The same chains on AVX-512, with sixteen values of the head dimension per register.
 template <int H, int C, typename E>
 AVX512 void weigh_wide(const Attention& a, const Query& u, const E* values, const float* p, int64_t p_stride,
                        int64_t from, int64_t to, float* out) {
@@ -378,7 +378,7 @@ AVX void weigh_heads(const Attention& a, const Query& u, const E* values, const 
 
 template <typename E>
 AVX void attend_avx(const Attention& a, const Query& u, float* p) {
-    constexpr int64_t kBlock = 64;  // 64 value rows of 64 floats are 16 KB: they stay in L1 while the heads take turns
+    constexpr int64_t kBlock = 64;  // 64 value rows of 64 floats are 16 KB, which stay in L1 for all heads
     const int64_t p_stride = (a.slots + 7) / 8 * 8;
     const E* values = values_of<E>(a, u.row, u.head / (a.heads / a.kv_heads));
     float* out = a.out + ((u.row * a.n + u.node) * a.heads + u.head) * a.d;
@@ -403,7 +403,7 @@ AVX void attend_avx(const Attention& a, const Query& u, float* p) {
 
 #endif  // HAAST_X86
 
-// Items are (row, head or group of heads, node), nodes innermost: they read the same K and V.
+// Items are (row, head or group of heads, node); nodes are innermost, as they read the same K and V.
 template <int64_t (*List)(const Attention&, int64_t, int64_t, int32_t*, bool*),
           void (*Attend)(const Attention&, const Query&, float*)>
 void attend_items(const void* job, int64_t first, int64_t last) {
@@ -437,7 +437,7 @@ Pool::Work attend_masked([[maybe_unused]] bool fast) {
 
 void attend(Attention a, int threads) {
     if (a.rows <= 0 || a.n <= 0) return;
-    // Heads of a group go together (they share K and V) unless that leaves too few pieces for the threads.
+    // Process the heads of a group together (they share K and V) unless that gives too few items for the threads.
     const int64_t group = a.heads / a.kv_heads;
     a.together = a.rows * a.n * a.kv_heads >= 4 * threads ? group : 1;
     const bool fast = use_avx() && a.d % 8 == 0 && group <= kMaxGroup;

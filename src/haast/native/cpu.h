@@ -1,4 +1,4 @@
-// What the CPU can do, and how a function is compiled for it. Owns runtime dispatch and the shared constants.
+// CPU features, attributes that compile a function for them, runtime dispatch, and shared constants.
 #pragma once
 
 #include <cstdint>
@@ -7,28 +7,28 @@
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
 #define HAAST_X86 1
 #include <immintrin.h>
-// Runtime dispatch: only these functions may use AVX2, so the file is built without -march and runs anywhere.
+// Runtime dispatch: only functions with these attributes use AVX2, so that a build without -march runs anywhere.
 #define AVX static __attribute__((target("avx2,fma,f16c")))
 #define AVX_INLINE static inline __attribute__((target("avx2,fma,f16c"), always_inline))
 #define AVX512 static __attribute__((target("avx512f,avx2,fma,f16c")))
 #define AVX512_INLINE static inline __attribute__((target("avx512f,avx2,fma,f16c"), always_inline))
 #elif defined(__aarch64__) && defined(__GNUC__)
 #define HAAST_NEON 1
-#include <arm_neon.h>  // every 64-bit ARM has it, fp16 conversion included
+#include <arm_neon.h>  // every 64-bit ARM CPU has it, including fp16 conversion
 #endif
 
 namespace {
 
-constexpr int64_t kLanes = 16;            // outputs in a panel: two AVX2 registers
-constexpr int64_t kMaxGroup = 64;         // query heads per KV head that the fast attention takes
+constexpr int64_t kLanes = 16;            // outputs per panel: two AVX2 registers
+constexpr int64_t kMaxGroup = 64;         // most query heads per KV head in the fast attention
 constexpr int64_t kMaxRows = 6;           // 6 rows x 2 registers = 12 accumulators, 2 weights, 1 broadcast: 15 of 16
-constexpr int64_t kSerialWork = 1 << 15;  // multiply-adds below which a second thread costs more than it brings
-constexpr int64_t kAhead = 3072;          // bytes that the weights are prefetched ahead
-constexpr float kMasked = -1e30f;         // mask values up to here (finfo.min and -inf too) hide a slot
+constexpr int64_t kSerialWork = 1 << 15;  // multiply-adds below which a second thread costs more than it saves
+constexpr int64_t kAhead = 3072;          // bytes by which weights are prefetched
+constexpr float kMasked = -1e30f;         // mask values up to this one (also finfo.min and -inf) hide a slot
 
 enum Path { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };  // NEON counts as kAvx2
 
-Path widest = kAvx512;  // lowered for tests only: a narrower path on a CPU that has a wider one
+Path widest = kAvx512;  // limit of the code path; lowered only by tests
 
 int cpu_features() {
 #if defined(HAAST_X86)

@@ -1,7 +1,7 @@
-// A whole EAGLE proposal in one call: levels of drafting, the choice of the best candidates, and their tree.
+// A whole EAGLE draft in one call: all levels of drafting, the selection of the best candidates, and their tree.
 //
-// Owns the same steps as `EagleDrafter._grow` and `Growth.tree`, candidate for candidate (a test holds them together);
-// it spares the small operators between them, which take longer than the head itself on a small model.
+// Takes the same steps as `EagleDrafter._grow` and `Growth.tree`, with the same candidates (a test compares them).
+// Saves the small operators between them, which take longer than the head itself on a small model.
 #pragma once
 
 #include <algorithm>
@@ -19,27 +19,27 @@ namespace {
 
 struct Draft {
     const Stack* stack;
-    Weight fc, lm;          // (hidden <- embedding and state side by side), (draft vocabulary <- hidden)
+    Weight fc, lm;          // (hidden, embedding and state concatenated), (draft vocabulary, hidden)
     const float* embedding;  // (vocabulary, hidden) of the target
-    const int64_t* vocab;    // (draft vocabulary): target ids; null: the same ids
-    int64_t top_k, levels;   // levels below the first
-    const int64_t* widths;   // (levels): nodes expanded before each
-    const int64_t* frontier;  // fixed trees: the candidates to expand, level behind level; null: the best
-    const int64_t* keep;      // fixed trees: (nodes - 1) candidates; null: the best
+    const int64_t* vocab;    // (draft vocabulary): target ids; null: the ids are equal
+    int64_t top_k, levels;   // levels after the first
+    const int64_t* widths;   // (levels): number of nodes that are expanded for each level
+    const int64_t* frontier;  // fixed trees: candidates to expand, level after level; null: the best ones
+    const int64_t* keep;      // fixed trees: (nodes - 1) candidates to keep; null: the best ones
     int64_t nodes;
-    const float* forward_ms;  // (nodes) or null: no pace, see tuning/policy.py
+    const float* forward_ms;  // (nodes) measured forward times, or null: no cost model, see tuning/policy.py
     float level_ms, rate, trust, follow;
 };
 
 struct Proposal {
     const float* states;          // (rows, hidden) at the roots
     const int64_t *roots, *past;  // (rows)
-    void* cache;                  // as in struct Pass, and so all that follows
+    void* cache;                  // from here to `form` as in struct Pass
     const float *cosine, *sine;
     BlockTables blocks;
     int64_t rows, angles;
     Form form;
-    int64_t *tokens, *parents, *depths;  // out: (rows, n) for the n that is returned, at most (rows, nodes)
+    int64_t *tokens, *parents, *depths;  // out: (rows, n) for the returned n, at most (rows, nodes)
     uint8_t* ancestors;                  // out: (rows, n, n)
 };
 
@@ -52,7 +52,7 @@ struct Candidates {
         tokens.push_back(token), scores.push_back(score), parents.push_back(parent);
     }
 
-    // The `count` best of the candidates from `first` on, in ascending order; of equals the earlier.
+    // Indices of the `count` best candidates from `first` on, ascending; of equals the earlier one.
     std::vector<int64_t> best(int64_t first, int64_t count) const {
         std::vector<int64_t> order(scores.size() - static_cast<size_t>(first));
         std::iota(order.begin(), order.end(), first);
@@ -76,14 +76,14 @@ class Drafting {
                   std::accumulate(draft.widths, draft.widths + draft.levels, int64_t{0})),
           found_(static_cast<size_t>(proposal.rows)) {}
 
-    // Why no tree can be made of this; kFine where one can.
+    // The reason why no tree can be drafted, or kFine.
     Refusal refusal() const {
         for (int64_t r = 0; r < rows_; ++r)
             if (p_.past[r] + d_.levels > p_.angles) return kFewAngles;
         return places_.refusal();
     }
 
-    // Nodes of the trees.
+    // Number of nodes of the trees.
     int64_t run() {
         std::vector<float> states(p_.states, p_.states + rows_ * hidden_), next;
         children(states.data(), 1, {}, nullptr);
@@ -106,7 +106,7 @@ class Drafting {
             for (int64_t r = 0; r < rows_; ++r)
                 for (int64_t i = 0; i < width; ++i) {
                     const int64_t at = chosen[static_cast<size_t>(r)][static_cast<size_t>(i)];
-                    const int64_t above = (at - first) / d_.top_k;  // place in the frontier before
+                    const int64_t above = (at - first) / d_.top_k;  // index in the previous frontier
                     uint8_t* own = sees.data() + (r * width + i) * flight;
                     if (flight_before)
                         std::memcpy(own, seen.data() + (r * width_before + above) * flight_before,
@@ -130,7 +130,7 @@ class Drafting {
     }
 
   private:
-    // Whether another level pays below these nodes (CostModel.deeper).
+    // Whether another level after these nodes is worth its time (CostModel.deeper).
     bool deeper(const std::vector<std::vector<int64_t>>& chosen) const {
         double expected = 0.0;
         for (size_t r = 0; r < chosen.size(); ++r)
@@ -138,7 +138,7 @@ class Drafting {
         return d_.trust * d_.follow * expected / static_cast<double>(rows_) > d_.rate * d_.level_ms;
     }
 
-    // The likeliest next tokens of (rows, width) states; `chosen` are the candidates that the states stand for.
+    // Adds the most likely next tokens of (rows, width) states; `chosen` are the candidates that the states belong to.
     void children(const float* states, int64_t width, const std::vector<std::vector<int64_t>>& chosen,
                   const std::vector<Candidates>* from) {
         const int64_t count = rows_ * width, vocab = d_.lm.out, k = d_.top_k;
@@ -181,7 +181,7 @@ class Drafting {
         run_layers(*d_.stack, pass, places_, threads_);
     }
 
-    // How many candidates pay to verify (CostModel.nodes), at most `most`; 0 where none does.
+    // Number of candidates that are worth verifying (CostModel.nodes), at most `most`; 0 if none is.
     int64_t paying(int64_t most) const {
         std::vector<double> gained(static_cast<size_t>(most), 0.0);
         for (const Candidates& row : found_) {

@@ -1,4 +1,4 @@
-// 16-bit floats: fp16 and bf16, to fp32 and back, in portable code and in vector registers.
+// Conversion of 16-bit floats (fp16, bf16) to fp32 and back, in portable code and in vector registers.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 namespace {
 
 float half_to_float(uint16_t h) {
-    // Exponents are re-biased by a multiplication, which gets subnormals right as well; infinity and NaN by the OR.
+    // A multiplication re-biases exponents, which is right for subnormals too; the OR handles infinity and NaN.
     uint32_t bits = static_cast<uint32_t>(h & 0x7fffu) << 13;
     float f;
     std::memcpy(&f, &bits, 4);
@@ -28,7 +28,7 @@ uint16_t float_to_half(float value) {
     bits &= 0x7fffffffu;
     if (bits > 0x7f800000u) return sign | 0x7e00u;   // NaN
     if (bits >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and up rounds to infinity
-    if (bits < 0x38800000u) {                        // below 2^-14: subnormal, the addition of 0.5 does the rounding
+    if (bits < 0x38800000u) {                        // below 2^-14: subnormal; adding 0.5 rounds
         float f;
         std::memcpy(&f, &bits, 4);
         f += 0.5f;
@@ -39,7 +39,7 @@ uint16_t float_to_half(float value) {
     return static_cast<uint16_t>(sign | ((bits - 0x38000000u) >> 13));
 }
 
-// How a KV cache may hold its numbers, apart from fp32.
+// The 16-bit number formats of a KV cache.
 struct F16 {
     uint16_t bits;
 };
@@ -79,8 +79,8 @@ AVX_INLINE __m256 load8(const BF16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-// Sixteen of them from two places, eight each. The masked forms with every lane on are the plain instructions; gcc 12
-// warns of the plain intrinsics.
+// Loads sixteen from two addresses, eight each. The masked intrinsics with all lanes on give the plain instructions;
+// gcc 12 warns about the plain intrinsics.
 AVX512_INLINE __m512 load8_twice(const float* low, const float* high) {
     const __m512d first = _mm512_castpd256_pd512(_mm256_castps_pd(_mm256_loadu_ps(low)));
     return _mm512_castpd_ps(_mm512_maskz_insertf64x4(0xff, first, _mm256_castps_pd(_mm256_loadu_ps(high)), 1));
@@ -110,11 +110,11 @@ AVX void narrow_avx(const float* x, F16* out, int64_t count) {
 }
 
 AVX void narrow_avx(const float* x, BF16* out, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) narrow_one(x[i], out + i);  // plain integers: the compiler fills the registers
+    for (int64_t i = 0; i < count; ++i) narrow_one(x[i], out + i);  // integer code, which the compiler vectorises
 }
 #endif  // HAAST_X86
 
-// fp32 numbers to the form of a cache, rounded to nearest, ties to even.
+// Converts fp32 numbers to the format of a cache, rounded to nearest, ties to even.
 inline void narrow(const float* x, float* out, int64_t count) {
     std::memcpy(out, x, sizeof(float) * static_cast<size_t>(count));
 }

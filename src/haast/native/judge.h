@@ -1,8 +1,8 @@
-// Sample-and-match over drafted trees, and the token that logits give: the likeliest, or the inverse CDF of a draw.
+// Verification of drafted trees by sampling, where the token is the most likely one or the inverse CDF of a draw.
 //
-// Owns the walk of engine/verify.py (its torch path says what is kept) for requests whose choices depend on logits and a
-// draw alone. Only nodes on the accepted path are looked at. Choosing is row independent like everything here: the sums
-// of a distribution have one order, by blocks of kBlock entries, whatever the thread count and the width of the CPU.
+// Owns the tree walk of engine/verify.py (whose torch path is the reference) for requests whose tokens depend only on
+// logits and a draw. Reads only nodes on the accepted path. Sampling is row independent like all kernels: the sums over
+// a distribution have a fixed order, by blocks of kBlock entries, for any number of threads and any CPU.
 #pragma once
 
 #include <cmath>
@@ -17,23 +17,23 @@
 
 namespace {
 
-constexpr int64_t kBlock = 256;  // entries of a partial sum or maximum
-constexpr int kSide = 8;         // partial sums of a block
+constexpr int64_t kBlock = 256;  // entries per partial sum or maximum
+constexpr int kSide = 8;         // partial sums within a block
 
 struct Judging {
     const float* logits;                // (rows, nodes, vocab)
     const int64_t *tokens, *parents;    // (rows, nodes)
     const uint8_t *live, *placeholder;  // (rows, nodes); placeholder may be null
-    const float* temperatures;          // (rows); 0 takes the likeliest
-    const double* draws;                // (rows, width): for the token after a node at each depth
+    const float* temperatures;          // (rows); 0 takes the most likely token
+    const double* draws;                // (rows, width): one per depth, for the token after a node at it
     int64_t* out;                       // (rows, 1 + 3 * width): count, path, tokens, preferred; see core.Verdict
     int64_t rows, nodes, vocab, width;
 };
 
-// exp of x <= 0 by 2^n * e^r, |r| <= ln2 / 2, and a polynomial: within a few 1e-16; below -708 it is 0. No fused
-// multiply-adds, so that all paths give the same bits.
+// exp of x <= 0 as 2^n * e^r, |r| <= ln2 / 2, by a polynomial; relative error a few 1e-16; 0 below -708. Without fused
+// multiply-adds, so that all code paths give the same bits.
 double exp_of(double x) {
-    const double shift = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer, which stands in the low bits
+    const double shift = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer in the low bits
     const double moved = x * 1.4426950408889634 + shift;
     const double n = moved - shift;
     const double r = (x - n * 0.6931471803691238) - n * 1.9082149292705877e-10;
@@ -41,7 +41,7 @@ double exp_of(double x) {
     for (int i = 1; i < 14; ++i) p = p * r + kExp[i];
     uint64_t bits;
     std::memcpy(&bits, &moved, sizeof bits);
-    bits = (bits + 1023) << 52;  // the shift's own bits leave at the top
+    bits = (bits + 1023) << 52;  // shifts the constant's own bits out
     double scale;
     std::memcpy(&scale, &bits, sizeof scale);
     return x < -708.0 ? 0.0 : p * scale;
@@ -50,10 +50,10 @@ double exp_of(double x) {
 struct Scores {
     const float* x;  // (count)
     int64_t count;
-    float temperature;  // 1 leaves them as they are
+    float temperature;  // 1 does not change them
     double top;         // the largest of x / temperature
-    double* sums;       // per block: of exp(x / temperature - top)
-    float* maxima;      // per block; NaN where the block has one
+    double* sums;       // per block: sum of exp(x / temperature - top)
+    float* maxima;      // per block; NaN if the block has a NaN
 };
 
 float maximum_scalar(const float* x, int64_t count) {
@@ -133,11 +133,11 @@ class Chooser {
           sums_(new double[blocks_]),
           maxima_(new float[blocks_]) {}
 
-    // The first of the largest logits, of which NaN is the largest; at a temperature above 0 the entry that `draw` in
-    // [0, 1) falls on, or -1 where no entry is possible.
+    // At temperature 0 the first of the largest logits, where NaN counts as largest. Above 0 the entry that `draw` in
+    // [0, 1) selects, or -1 if no entry is possible.
     int64_t choose(const float* x, float temperature, double draw) {
         Scores a{x, vocab_, temperature, 0.0, sums_.get(), maxima_.get()};
-        run(find_maxima, a, 1);  // one thread reads it sooner than a second one wakes
+        run(find_maxima, a, 1);  // waking a second thread takes longer than reading it alone
         int64_t top = 0;
         for (int64_t b = 1; b < blocks_ && !std::isnan(maxima_[top]); ++b)
             if (!(maxima_[b] <= maxima_[top])) top = b;
@@ -159,8 +159,8 @@ class Chooser {
         return i;
     }
 
-    // The first entry up to which the weights exceed the point; where rounding put it on the end of a scale, the last
-    // entry there that has any weight.
+    // The first entry whose cumulative weight exceeds the point. If rounding puts the point at the end of the range,
+    // the last entry with a weight above 0.
     int64_t drawn(const Scores& a, double draw) const {
         double total = 0.0, before = 0.0, weights[kBlock];
         for (int64_t b = 0; b < blocks_; ++b) total += sums_[b];
@@ -183,7 +183,7 @@ class Chooser {
     std::unique_ptr<float[]> maxima_;
 };
 
-// One row's walk: the token at a node, its first child that carries it, and so on.
+// Walks one row's tree: samples the token at a node, goes to the first child with this token, and so on.
 void judge_row(const Judging& a, int64_t row, int threads) {
     Chooser chooser(a.vocab, threads);
     const int64_t *tokens = a.tokens + row * a.nodes, *parents = a.parents + row * a.nodes;

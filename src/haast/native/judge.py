@@ -1,4 +1,4 @@
-"""Sample-and-match in one call: which nodes of drafted trees are kept, and the tokens that follow them."""
+"""Verification of drafted trees in one native call: accepted nodes and the sampled tokens after them."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ def judge(
     temperatures: Sequence[float],
     draws: Sequence[Sequence[float]],
 ) -> Tensor:
-    """Walk down every tree as long as a child carries the token that its parent's logits give.
+    """Walk down each tree while a child has the token that is sampled from its parent's logits.
 
     Args:
         logits: (rows, nodes, vocab) fp32, on the CPU.
         tokens: (rows, nodes) int64.
-        parents: (rows, nodes) int64, -1 for none; a parent stands before its children.
+        parents: (rows, nodes) int64, -1 for none; a parent comes before its children.
         live: (rows, nodes) bool.
         placeholder: (rows, nodes) bool, or None.
-        temperatures: one per row; 0 takes the likeliest token, the first of equals.
-        draws: numbers in [0, 1) per row, for the token after a node at each depth; no node is deeper.
+        temperatures: one per row; 0 takes the most likely token, the first of equals.
+        draws: per row, one number in [0, 1) per depth, which samples the token after a node at that depth; trees are
+            not deeper.
 
     Returns:
-        (rows, 1 + 3 * depths) int64, as `haast.core.Verdict` takes it: how many nodes are kept, then the path,
-        the token after each (-1 where no token is possible), and whether the first child was right (-1: no child).
+        (rows, 1 + 3 * depths) int64, the input of `haast.core.Verdict`: number of accepted nodes, then their path, the
+        token after each (-1 if no token is possible), and whether the first child was accepted (-1: no child).
 
     Raises:
-        ValueError: tensors of another kind or of shapes that do not fit together.
+        ValueError: tensors of another dtype or device, or of shapes that do not fit together.
     """
     check_tensor("logits", logits, 3)
     rows, nodes, vocab = logits.shape
@@ -54,13 +55,13 @@ def judge(
     if len(temperatures) != rows or len(draws) != rows or widths != {width or 1}:
         raise ValueError(
             f"{len(temperatures)} temperatures and {len(draws)} times {sorted(widths)} draws are given; expected "
-            f"{rows} temperatures, and as many draws for each of {rows} rows as there are depths"
+            f"{rows} temperatures, and for each of {rows} rows one draw per depth"
         )
-    heat = (ctypes.c_float * rows)(*temperatures)
-    points = (ctypes.c_double * (rows * width))(*(draw for each in draws for draw in each))
-    given = [each.contiguous() for each in (logits, tokens, parents, *flags)]
+    c_temperatures = (ctypes.c_float * rows)(*temperatures)
+    c_draws = (ctypes.c_double * (rows * width))(*(draw for each in draws for draw in each))
+    inputs = [each.contiguous() for each in (logits, tokens, parents, *flags)]
     out = torch.empty(rows, 1 + 3 * width, dtype=torch.int64)
-    places = (*(each.data_ptr() for each in given), *[None] * (5 - len(given)))
+    pointers = (*(each.data_ptr() for each in inputs), *[None] * (5 - len(inputs)))
     sizes = (rows, nodes, vocab, width)
-    library().haast_judge(*places, heat, points, out.data_ptr(), *sizes, thread_count())
+    library().haast_judge(*pointers, c_temperatures, c_draws, out.data_ptr(), *sizes, thread_count())
     return out

@@ -1,11 +1,11 @@
-// The C ABI of the CPU kernels: skinny products, tree attention, row-wise work, whole decoder layers.
+// The C ABI of the CPU kernels: matrix products for few rows, tree attention, row-wise operators, decoder layers.
 //
-// Owns: arithmetic on plain float arrays behind an extern "C" ABI. Knows nothing of torch or Python.
-// Every function is *row independent*: a row's (node's) result has the same bits whatever stands beside it and
-// whatever the thread count. So each output is one chain of sums in an order that only its own inputs decide:
-//   linear     y[r][o] = fma over k = 0, 1, 2, ... into one accumulator, then factor and bias
+// Owns the extern "C" functions, which compute on plain float arrays. Knows nothing of torch or Python.
+// Every function is *row independent*: a row's (node's) result has the same bits with any other rows in the batch and
+// any number of threads. So each output is one chain of sums, in an order that depends only on its own inputs:
+//   linear     y[r][o] = fma over k = 0, 1, 2, ... into one accumulator, then scale and bias
 //   attention  scores per slot; sums over the compacted list of unmasked slots, in slot order
-// Threads share out whole outputs, never parts of a sum. Strides count floats, not bytes.
+// Threads divide the outputs, never the terms of a sum. Strides are in floats, not bytes.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -26,7 +26,7 @@
 
 // ---------------------------------------------------------------- the C ABI
 
-EXPORT int haast_abi() { return 9; }  // raised with every change of a signature: a stale library is refused at load
+EXPORT int haast_abi() { return 9; }  // increased with each change of a signature: loading rejects a stale library
 
 EXPORT int haast_features() { return cpu_features(); }  // 1 AVX2, 2 FMA, 4 F16C, 8 AVX-512 F, 16 NEON
 
@@ -51,7 +51,7 @@ EXPORT void haast_pack_f16(const float* w, uint16_t* out, int64_t out_features, 
 }
 
 // w (out_features, in_features) contiguous -> out (ceil(out_features / 16), in_features, 16) int8, zero padded, and
-// scale (out_features): w = out * scale, the largest magnitude of each output at 127.
+// scale (out_features): w = out * scale, where each output's largest magnitude is 127.
 EXPORT void haast_pack_i8(const float* w, int8_t* out, float* scale, int64_t out_features, int64_t in_features) {
     std::memset(out, 0, static_cast<size_t>((out_features + kLanes - 1) / kLanes * kLanes * in_features));
     for (int64_t o = 0; o < out_features; ++o) {
@@ -72,7 +72,7 @@ EXPORT void haast_linear(const float* x, const void* packed, const float* scale,
     multiply(Linear{x, packed, scale, bias, y, rows, in_features, out_features, x_stride, y_stride}, threads);
 }
 
-// Shapes and strides as in struct Attention; d may be any number, but only multiples of 8 are fast.
+// Shapes and strides as in struct Attention. Any d works, but only multiples of 8 are fast.
 EXPORT void haast_tree_attention_f32(const float* q, const float* k, const float* v, const float* mask, float* out,
                                      int64_t rows, int64_t heads, int64_t kv_heads, int64_t n, int64_t slots, int64_t d,
                                      int64_t q_row, int64_t q_head, int64_t q_node, int64_t k_row, int64_t k_head,
@@ -93,7 +93,7 @@ EXPORT void haast_rms_norm_f32(const float* x, const float* weight, float* y, in
     rms_norm(x, weight, y, rows, dim, eps, threads);
 }
 
-// Rotate the first `heads` heads (of even size d) of every row of x in place; row r takes angle row r % period.
+// Apply RoPE to the first `heads` heads (of even size d) of every row of x in place; row r uses angle row r % period.
 EXPORT void haast_rotate_f32(float* x, const float* cosine, const float* sine, int64_t rows, int64_t heads, int64_t d,
                              int64_t x_stride, int64_t period, int threads) {
     const Rotation a{x, cosine, sine, heads, d, x_stride, period};
@@ -105,18 +105,19 @@ EXPORT void haast_swiglu_f32(const float* gate_up, float* y, int64_t rows, int64
     swiglu(gate_up, y, rows, width, threads);
 }
 
-// All decoder layers over one tree, see stack.h; returns a Refusal, with which nothing was written.
+// All decoder layers over one tree, see stack.h. Returns a Refusal; if it is not 0, nothing was written.
 EXPORT int64_t haast_stack_f32(const Stack* stack, const Pass* pass, int threads) {
     return run_stack(*stack, *pass, threads);
 }
 
-// One proposal of an EAGLE head, see draft.h; returns the nodes of the trees, or a Refusal less than 0.
+// One draft of an EAGLE head, see draft.h. Returns the number of nodes of the trees, or minus a Refusal.
 EXPORT int64_t haast_draft(const Draft* draft, const Proposal* proposal, int threads) {
     Drafting drafting(*draft, *proposal, threads);
     return drafting.refusal() ? -drafting.refusal() : drafting.run();
 }
 
-// Move the kept nodes of every row together, see struct Keeping; returns a Refusal, with which nothing was moved.
+// Move the accepted nodes of each row to their final slots, see struct Keeping. Returns a Refusal; if it is not 0,
+// nothing was moved.
 EXPORT int64_t haast_keep(void* store, const int32_t* tables, const int64_t* lengths, const int64_t* path,
                           const int64_t* counts, int64_t lanes, int64_t slots, int64_t bytes, int64_t stride,
                           int64_t block, int64_t shift, int64_t rows, int64_t path_stride, int64_t count_stride,
@@ -126,7 +127,7 @@ EXPORT int64_t haast_keep(void* store, const int32_t* tables, const int64_t* len
                         bytes}, threads);
 }
 
-// What sample-and-match keeps of drafted trees, see struct Judging.
+// Verify drafted trees by sampling, see struct Judging.
 EXPORT void haast_judge(const float* logits, const int64_t* tokens, const int64_t* parents, const uint8_t* live,
                         const uint8_t* placeholder, const float* temperatures, const double* draws,
                         int64_t* out, int64_t rows, int64_t nodes, int64_t vocab, int64_t width, int threads) {
@@ -134,13 +135,13 @@ EXPORT void haast_judge(const float* logits, const int64_t* tokens, const int64_
                   width}, threads);
 }
 
-// The k <= 64 largest of each row of logits (rows, width): log-probabilities and places, descending.
+// The k <= 64 largest entries of each row of logits (rows, width): log-probabilities and indices, descending.
 EXPORT void haast_top(const float* logits, float* logprobs, int64_t* ids, int64_t rows, int64_t width, int64_t k,
                       int threads) {
     top(Top{logits, logprobs, ids, width, k}, rows, threads);
 }
 
-// Read `size` bytes once with all threads; `pieces` of them claim one another's work.
+// Read `size` bytes once with all threads, split into `pieces` pieces.
 EXPORT void haast_read(const uint8_t* bytes, int64_t size, uint64_t* sink, int64_t pieces, int threads) {
     const Reading a{bytes, size, pieces, sink};
 #if defined(HAAST_X86)
@@ -150,7 +151,7 @@ EXPORT void haast_read(const uint8_t* bytes, int64_t size, uint64_t* sink, int64
 #endif
 }
 
-// `pieces` times `rounds` rounds of 12 independent multiply-adds; returns the multiply-adds done (lanes counted).
+// `pieces` times `rounds` rounds of 12 independent multiply-adds; returns their number, with all lanes counted.
 EXPORT int64_t haast_multiply(int64_t rounds, float* sink, int64_t pieces, int threads) {
     const Multiplying a{rounds, sink};
     Pool::Work work = multiply_scalar;

@@ -1,8 +1,8 @@
-"""Finding and loading the compiled kernels, and what every wrapper needs: threads, and checks of tensors.
+"""Find and load the compiled kernels; thread counts and tensor checks for all wrappers.
 
-The library is optional: `why_not()` says why it is missing. It has its own small pool of threads (pool.h says why) and
-so never brings a second OpenMP runtime into the process. Concurrent calls are safe: one gets the helpers, the others
-run on their own thread.
+The library is optional: `why_not()` returns the reason if it is missing. It has its own small thread pool (see pool.h)
+and so never loads a second OpenMP runtime into the process. Concurrent calls are safe: one gets the helper threads, the
+others run on their own thread.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor
 LANES = 16  # outputs in a weight panel
 
 _ABI = 9
-_FAST = 7  # AVX2 | FMA | F16C
+_AVX2_FMA_F16C = 7  # bits of `features`
 _NEON = 16
-_REMEDY = "reinstall Haast where a C++ compiler is installed (pip install -v shows its messages)"
+_REMEDY = "install a C++ compiler and reinstall Haast (pip install -v shows the compiler's messages)"
 
 
-# Kinds of arguments, and what every function takes of them.
+# Argument types by letter, and the argument types of each function.
 _KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
-_TAKES = {
+_ARGUMENTS = {
     "haast_limit_path": "i",
     "haast_pack_f16": "pp nn",
     "haast_pack_i8": "ppp nn",
@@ -45,15 +45,15 @@ _TAKES = {
     "haast_draft": "pp i",
     "haast_keep": "ppppp nnnnnnnnn i",
 }
-_COUNTING = {"haast_multiply", "haast_stack_f32", "haast_draft", "haast_keep"}  # these return a number
+_RETURN_INT64 = {"haast_multiply", "haast_stack_f32", "haast_draft", "haast_keep"}  # the others return nothing
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    """Set the argument types once; ctypes then converts plain ints without looking at them again."""
-    for name, takes in _TAKES.items():
+    """Set the argument types once, so that calls can pass plain ints."""
+    for name, arguments in _ARGUMENTS.items():
         function = getattr(library, name)
-        function.argtypes = [_KINDS[kind] for kind in takes.replace(" ", "")]
-        function.restype = ctypes.c_int64 if name in _COUNTING else None
+        function.argtypes = [_KINDS[kind] for kind in arguments.replace(" ", "")]
+        function.restype = ctypes.c_int64 if name in _RETURN_INT64 else None
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
@@ -75,47 +75,47 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 _loaded, _reason = _load()
 
 
-class _Own(threading.local):
-    """What a thread knows of its own blocks of `sole_threads`; no other thread reads or writes it."""
+class _ThreadState(threading.local):
+    """Per thread: its open `sole_threads` blocks."""
 
-    open = 0
-    kept = 0  # the threads that torch had before the outermost one
+    open = 0  # number of nested blocks
+    saved = 0  # torch's thread count before the outermost block
 
 
-_own = _Own()
+_thread_state = _ThreadState()
 
 
 def library() -> ctypes.CDLL:
-    """The loaded kernels. Raises RuntimeError where there are none."""
+    """The loaded kernels. Raises RuntimeError if they are missing."""
     if _loaded is None:
         raise RuntimeError(_reason)
     return _loaded
 
 
 def available() -> bool:
-    """Whether the compiled kernels can be called at all (on any CPU: they have a portable path)."""
+    """Whether the compiled kernels can be called. They run on any CPU, as they have a portable path."""
     return _loaded is not None
 
 
 def why_not() -> str:
-    """One line that says why `available()` is false; empty when it is true."""
+    """The reason why `available()` is false, in one line; empty if it is true."""
     return _reason
 
 
 def features() -> int:
-    """CPU features found, a bit mask: 1 AVX2, 2 FMA, 4 F16C, 8 AVX-512 F, 16 NEON; 0 without the library."""
+    """The CPU's features as a bit mask: 1 AVX2, 2 FMA, 4 F16C, 8 AVX-512 F, 16 NEON; 0 without the library."""
     return 0 if _loaded is None else int(_loaded.haast_features())
 
 
 def accelerated() -> bool:
     """Whether the kernels run a vector path on this CPU: AVX2, AVX-512 (the same bits) or NEON."""
-    found = features()
-    return found & _FAST == _FAST or bool(found & _NEON)
+    bits = features()
+    return bits & _AVX2_FMA_F16C == _AVX2_FMA_F16C or bool(bits & _NEON)
 
 
 @contextlib.contextmanager
 def narrow_path(at_most: int = 0) -> Iterator[None]:
-    """Inside the block use no wider path than 0 portable, 1 AVX2 or NEON, 2 AVX-512; process wide. For tests."""
+    """Limit the code path inside the block to 0 portable, 1 AVX2 or NEON, 2 AVX-512; process wide. For tests."""
     kernels = library()
     kernels.haast_limit_path(at_most)
     try:
@@ -126,62 +126,60 @@ def narrow_path(at_most: int = 0) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sole_threads() -> Iterator[None]:
-    """Inside the block the kernels keep torch's thread count and torch itself runs on one, in the calling thread only.
+    """Inside the block, run torch in one thread and the kernels in as many as torch had; for the calling thread only.
 
-    torch's idle OpenMP threads spin for milliseconds after each parallel operator, on the very cores that the kernels'
-    helpers want. In a decode step its operators are too small to gain from threads: measured on two cores, a 4-node
-    verification took 31 ms with them and 26 ms without.
+    torch's idle OpenMP threads spin for milliseconds after each parallel operator, on the cores that the kernels'
+    helper threads need. In a decode step torch's operators are too small to gain from threads: measured on two cores, a
+    4-node verification took 31 ms with them and 26 ms without.
 
-    Every thread has an OpenMP team and a count of its own, so other threads, and those that start meanwhile, compute as
-    ever. Leave the block in the thread that entered it. Where torch's count can't be set for one thread, it stays.
+    OpenMP has a team and a thread count per calling thread, so other threads are not affected, nor are those started
+    inside the block. Leave the block in the thread that entered it. Does nothing if torch's count can't be set per
+    thread.
     """
-    limit = _limit()
-    if limit is None:
+    set_count = _omp_set_num_threads()
+    if set_count is None:
         yield
         return
-    if not _own.open:
-        _own.kept = torch.get_num_threads()
-        limit(1)
-    _own.open += 1
+    if not _thread_state.open:
+        _thread_state.saved = torch.get_num_threads()
+        set_count(1)
+    _thread_state.open += 1
     try:
         yield
     finally:
-        _own.open -= 1
-        if not _own.open:
-            limit(_own.kept)
+        _thread_state.open -= 1
+        if not _thread_state.open:
+            set_count(_thread_state.saved)
 
 
 @functools.cache
-def _limit() -> Callable[[int], object] | None:
-    """OpenMP's own call that sets the calling thread's count, once torch is seen to follow it; None elsewhere.
+def _omp_set_num_threads() -> Callable[[int], object] | None:
+    """OpenMP's function that sets the calling thread's count; None if it is missing or torch does not follow it.
 
-    `torch.set_num_threads` sets the same, but besides what threads get that first use torch later: one born during a
-    decode step would keep a count of 1 for good.
+    `torch.set_num_threads` also changes the count of threads that use torch for the first time later: a thread started
+    during a decode step would keep a count of 1.
     """
     try:
-        limit: Callable[[int], object] = ctypes.CDLL(None).omp_set_num_threads
+        set_count: Callable[[int], object] = ctypes.CDLL(None).omp_set_num_threads
     except (AttributeError, OSError, TypeError):
         return None
     before = torch.get_num_threads()
-    limit(before + 1)
+    set_count(before + 1)
     follows = torch.get_num_threads() == before + 1
-    limit(before)
-    return limit if follows else None
+    set_count(before)
+    return set_count if follows else None
 
 
 def thread_count() -> int:
-    """Threads that a kernel takes: the calling thread's count in torch, also inside `sole_threads`."""
-    return _own.kept if _own.open else torch.get_num_threads()
+    """Number of threads of a kernel: the calling thread's count in torch, or the saved one inside `sole_threads`."""
+    return _thread_state.saved if _thread_state.open else torch.get_num_threads()
 
 
 def check_tensor(name: str, tensor: Tensor, ndim: int | None = None) -> None:
-    """Refuse what no kernel reads: other numbers than fp32 on the CPU, `ndim` dimensions, without a gradient.
-
-    Raises ValueError.
-    """
+    """Raise ValueError unless a kernel can read `tensor`: fp32, on the CPU, `ndim` dimensions, no gradient required."""
     if tensor.dtype is not torch.float32 or not tensor.is_cpu:
         raise ValueError(
-            f"{name} is {tensor.dtype} on {tensor.device}; the native kernels and packed linears take float32 on the "
+            f"{name} is {tensor.dtype} on {tensor.device}; native kernels and packed linear layers need float32 on the "
             "CPU: load the model with dtype=torch.float32 there, or do not pack it"
         )
     if ndim is not None and tensor.dim() != ndim:

@@ -1,7 +1,7 @@
-// Skinny products: y = x W^T for a few rows x and a packed W.
+// Matrix products for few rows: y = x W^T with a packed W.
 //
-// W lies in panels of 16 outputs, K-major: fp16, or int8 with one fp32 factor per output. Whatever the path and the row
-// count, an output is fma over k = 0, 1, 2, ... into one fp32 accumulator, then times its factor, then plus its bias.
+// W is stored in panels of 16 outputs, K-major: fp16, or int8 with one fp32 scale per output. For every code path and
+// any number of rows, an output is fma over k = 0, 1, 2, ... into one fp32 accumulator, times its scale, plus its bias.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ namespace {
 
 struct Linear {
     const float* x;
-    const void* packed;  // uint16_t (fp16), or int8_t where there is a scale
+    const void* packed;  // uint16_t (fp16), or int8_t if there is a scale
     const float* scale;  // (out), int8 only
     const float* bias;   // (out), may be null
     float* y;
@@ -50,7 +50,7 @@ void linear_scalar(const void* job, int64_t first, int64_t last) {
     }
 }
 
-// Where one tile's sums go: the factors and biases of its outputs, and how many of them there are.
+// Destination of one tile's sums, with the scales, biases and number of its outputs.
 struct Ends {
     float* y;
     int64_t y_stride;
@@ -64,8 +64,8 @@ inline Ends ends_of(const Linear& a, int64_t row, int64_t panel) {
                 a.bias ? a.bias + o : nullptr, a.out - o};
 }
 
-// Cuts rows into blocks of at most `most`, of even size (8 rows are 4 + 4, not 6 + 2): a block of 2 could not fill the
-// FMA pipes. Calls each(first row, rows).
+// Splits rows into blocks of at most `most` rows and similar size (8 rows are 4 + 4, not 6 + 2): a block of 2 could not
+// fill the FMA pipelines. Calls each(first row, rows).
 template <typename Each>
 inline void row_blocks(int64_t rows, int64_t most, Each each) {
     const int64_t blocks = (rows + most - 1) / most, base = rows / blocks, longer = rows % blocks;
@@ -112,8 +112,8 @@ AVX_INLINE void store_panel(__m256 lo, __m256 hi, const Ends& e, int64_t row, in
     }
 }
 
-// R rows by P panels. R and P are compile-time, so that every accumulator lives in a register; one that spills costs
-// a factor of 2 to 3. Several panels for few rows: a chain of FMAs has a latency of 4, so 8 chains must be in flight.
+// R rows by P panels. R and P are compile-time constants, so that all accumulators stay in registers; a spill costs
+// a factor of 2 to 3. Few rows take several panels: an FMA has a latency of 4, so 8 chains must be in flight.
 template <int R, int P, typename W>
 AVX void tile(const float* x, int64_t x_stride, const W* w, int64_t in, const Ends& ends) {
     __m256 acc[R][P][2];
@@ -152,7 +152,7 @@ AVX void rows_by_panels(const Linear& a, int64_t row, int64_t rows, const W* w, 
         case 3: return tile<3, P>(x, a.x_stride, w, a.in, ends);
         default: break;
     }
-    for (int p = 0; p < P; ++p) {  // 8 or more chains already: one panel at a time keeps within 16 registers
+    for (int p = 0; p < P; ++p) {  // 8 or more chains already: one panel at a time fits into 16 registers
         const W* wp = w + p * a.in * kLanes;
         const Ends own = ends_of(a, row, panel + p);
         if (rows == 4) tile<4, 1>(x, a.x_stride, wp, a.in, own);
@@ -181,7 +181,7 @@ AVX void linear_avx(const void* job, int64_t first, int64_t last) {
 // ---------------------------------------------------------------- AVX-512 path
 
 AVX512_INLINE __m512 load16(const uint16_t* p) {
-    // The masked form with every lane on is the plain instruction; gcc 12 warns of the plain intrinsic.
+    // The masked intrinsic with all lanes on gives the plain instruction; gcc 12 warns about the plain intrinsic.
     return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
@@ -190,7 +190,7 @@ AVX512_INLINE __m512 load16(const int8_t* p) {
     return _mm512_maskz_cvtepi32_ps(0xffff, wide);
 }
 
-// A panel is one register, and there are 32 of them. Each output is the same chain of FMAs as on AVX2: the same bits.
+// A panel is one of 32 registers. Each output is the same chain of FMAs as on AVX2 and has the same bits.
 template <int R, int P, typename W>
 AVX512 void tile512(const float* x, int64_t x_stride, const W* w, int64_t in, const Ends& ends) {
     __m512 acc[R][P];

@@ -1,4 +1,4 @@
-// What the machine can do at most: bytes read a second, multiply-adds a second. For rooflines.
+// Peak memory bandwidth and peak multiply-adds per second of the machine, for roofline estimates.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace {
 struct Reading {
     const uint8_t* bytes;
     int64_t size, pieces;
-    volatile uint64_t* sink;  // one place per piece, 64 bytes apart: the compiler may not drop the reads
+    volatile uint64_t* sink;  // one entry per piece, 64 bytes apart, so that the compiler can't drop the reads
 };
 
 struct Multiplying {
@@ -19,7 +19,7 @@ struct Multiplying {
     volatile float* sink;
 };
 
-constexpr int kChains = 12;  // independent sums, enough for the latency of two FMA pipes
+constexpr int kChains = 12;  // independent sums, enough for the latency of two FMA pipelines
 constexpr int64_t kApart = 8;
 
 void read_scalar(const void* job, int64_t first, int64_t last) {
@@ -97,7 +97,7 @@ AVX512 void multiply_avx512(const void* job, int64_t first, int64_t last) {
 }
 #endif
 
-// Lanes of one multiply-add on the path that runs.
+// Number of lanes of a multiply-add on the current code path.
 int64_t lanes() {
 #if defined(HAAST_X86)
     return path() == kAvx512 ? 16 : path() == kAvx2 ? 8 : 4;

@@ -1,7 +1,7 @@
-"""What decoder layers are made of: products with packed weights, attention over trees, norms, rotation, activation.
+"""Operators of decoder layers: linear layers with packed weights, tree attention, RMS norm, RoPE, SwiGLU, top-k.
 
-Rows are independent: one has the same bits whatever rows stand beside it. In attention sums run over the unmasked slots
-in slot order, so that a node depends on what it may see alone.
+Rows are independent: a row has the same bits with any other rows in the batch. Attention sums over the unmasked slots
+in slot order, so that a node depends only on the slots that it attends to.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def pack_f16(weight: Tensor) -> Tensor:
         weight: (out_features, in_features) fp32, any strides.
 
     Returns:
-        (ceil(out_features / 16), in_features, 16) int16 holding fp16 bits, the last panel zero padded. The integer type
-        keeps `module.float()` and the like from converting it.
+        (ceil(out_features / 16), in_features, 16) int16 with fp16 bits, the last panel zero padded. The integer type
+        prevents `module.float()` and the like from converting it.
 
     Raises:
         ValueError: a value that fp16 cannot hold.
@@ -41,13 +41,13 @@ def pack_f16(weight: Tensor) -> Tensor:
 
 
 def pack_i8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a weight matrix to int8 with one factor per output, and lay it out in panels of 16 outputs.
+    """Round a weight matrix to int8 with one scale per output, and lay it out in panels of 16 outputs.
 
     Args:
         weight: (out_features, in_features) fp32, any strides.
 
     Returns:
-        (ceil(out_features / 16), in_features, 16) int8, zero padded, and factors (out_features) fp32: an output's
+        (ceil(out_features / 16), in_features, 16) int8, zero padded, and scales (out_features) fp32: an output's
         largest magnitude becomes 127.
 
     Raises:
@@ -65,12 +65,12 @@ def pack_i8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear(x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None, out_features: int) -> Tensor:
-    """Multiply rows by a packed weight: y = x W^T + bias, 16-bit or int8 weights, fp32 everything else.
+    """Multiply rows by a packed weight: y = x W^T + bias, with 16-bit or int8 weights and fp32 for all else.
 
     Args:
         x: (..., in_features) fp32.
-        packed: what `pack_f16` or `pack_i8` returned.
-        scale: the factors that `pack_i8` returned; None with fp16.
+        packed: the packed weight of `pack_f16` or `pack_i8`.
+        scale: the scales of `pack_i8`; None with fp16.
         bias: (out_features) fp32, or None.
         out_features: rows of the weight before padding.
 
@@ -87,11 +87,11 @@ def linear(x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None,
         )
     if (scale is None) != (packed.dtype is torch.int16) or (scale is not None and scale.numel() != out_features):
         raise ValueError(
-            f"a packed weight of {packed.dtype} does not go with "
-            f"{'no factors' if scale is None else f'{scale.numel()} factors'} for {out_features} outputs: give what "
-            "pack_f16 or pack_i8 returned"
+            f"a packed weight of {packed.dtype} does not fit "
+            f"{'no scales' if scale is None else f'{scale.numel()} scales'} for {out_features} outputs: give the "
+            "results of pack_f16 or pack_i8"
         )
-    # Rows a fixed distance apart are read in place; anything else is copied once.
+    # Rows at a fixed stride are read in place; anything else is copied.
     stride = in_features
     if not x.is_contiguous():
         if x.dim() == 2 and x.stride(1) == 1:
@@ -116,7 +116,7 @@ def linear(x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None,
 
 
 def _empty_rows(x: Tensor, width: int) -> Tensor:
-    """Return an uninitialised (..., width) for x (..., any); plain ints spare the usual case 2 us of parsing a Size."""
+    """An uninitialised (..., width) for x (..., any). Plain ints save 2 us of parsing a Size in the usual case."""
     if x.dim() == 3:
         return torch.empty(x.size(0), x.size(1), width)
     return torch.empty((*x.shape[:-1], width))
@@ -128,8 +128,8 @@ def _check_linear(x: Tensor, in_features: int) -> None:
         raise ValueError(f"x has shape {tuple(x.shape)}, but the packed weight is for {in_features} inputs")
 
 
-def _usable(tensor: Tensor) -> bool:
-    """Whether the attention kernel can read the tensor as it is: what nearly every call brings, in few Python steps."""
+def _readable(tensor: Tensor) -> bool:
+    """Whether the attention kernel can read the tensor as it is; a cheap check that nearly every call passes."""
     return (
         tensor.dtype is torch.float32
         and tensor.is_cpu
@@ -139,18 +139,18 @@ def _usable(tensor: Tensor) -> bool:
     )
 
 
-def _made_usable(name: str, tensor: Tensor) -> Tensor:
+def _to_readable(name: str, tensor: Tensor) -> Tensor:
     check_tensor(name, tensor, 4)
     return tensor.detach().contiguous()
 
 
-def _misfit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> ValueError:
+def _shape_error(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> ValueError:
     rows, n, slots = q.shape[0], q.shape[2], k.shape[2]
     if mask is not None and (mask.shape[0] not in (1, rows) or mask.shape[1:] != (1, n, slots)):
         return ValueError(f"mask has shape {tuple(mask.shape)}; expected ({rows} or 1, 1, {n}, {slots})")
     return ValueError(
         f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected (rows, heads, n, d) "
-        "and twice (rows, kv_heads, slots, d), heads a multiple of kv_heads"
+        "and k, v (rows, kv_heads, slots, d), heads a multiple of kv_heads"
     )
 
 
@@ -162,40 +162,40 @@ def tree_attention(
     scaling: float,
     softcap: float = 0.0,
 ) -> Tensor:
-    """Attend with an arbitrary additive mask, grouped queries without repeating K and V.
+    """Attention with an arbitrary additive mask, for grouped queries without repeating K and V.
 
-    Sums run over the unmasked slots in slot order, so a node's result depends on nothing but what it may see.
+    Sums run over the unmasked slots in slot order, so a node's result depends only on the slots that it attends to.
 
     Args:
         q: (rows, heads, n, d) fp32.
         k: (rows, kv_heads, slots, d) fp32; any strides as long as d is contiguous (a view of a cache is fine).
         v: as k.
-        mask: (rows or 1, 1, n, slots) fp32, added to the scores; -1e30 or less hides the slot. None: all seen.
+        mask: (rows or 1, 1, n, slots) fp32, added to the scores; -1e30 or less hides the slot. None: no mask.
         scaling: factor on q k^T.
         softcap: scores become softcap * tanh(score / softcap); 0 is off.
 
     Returns:
-        (rows, n, heads, d) fp32, contiguous; zeros where a node sees no slot.
+        (rows, n, heads, d) fp32, contiguous; zeros for a node whose slots are all masked.
     """
-    q = q if _usable(q) else _made_usable("q", q)
-    k = k if _usable(k) else _made_usable("k", k)
-    v = v if _usable(v) else _made_usable("v", v)
+    q = q if _readable(q) else _to_readable("q", q)
+    k = k if _readable(k) else _to_readable("k", k)
+    v = v if _readable(v) else _to_readable("v", v)
     rows, heads, n, d = q.shape
     k_rows, kv_heads, slots, k_d = k.shape
     fits = k_rows == rows and k_d == d and v.shape == k.shape and kv_heads > 0 and heads % kv_heads == 0
-    place, mask_row, mask_node = None, 0, 0
+    mask_pointer, mask_row, mask_node = None, 0, 0
     if mask is not None:
-        mask = mask if _usable(mask) else _made_usable("mask", mask)
+        mask = mask if _readable(mask) else _to_readable("mask", mask)
         mask_rows, one, mask_n, mask_slots = mask.shape
         fits = fits and mask_rows in (1, rows) and one == 1 and mask_n == n and mask_slots == slots
-        place, mask_row, mask_node = mask.data_ptr(), 0 if mask_rows == 1 else mask.stride(0), mask.stride(2)
+        mask_pointer, mask_row, mask_node = mask.data_ptr(), 0 if mask_rows == 1 else mask.stride(0), mask.stride(2)
     if not fits:
-        raise _misfit(q, k, v, mask)
+        raise _shape_error(q, k, v, mask)
     out = torch.empty(rows, n, heads, d)
-    places = (q.data_ptr(), k.data_ptr(), v.data_ptr(), place, out.data_ptr())
+    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), mask_pointer, out.data_ptr())
     strides = q.stride()[:3] + k.stride()[:3] + v.stride()[:3]
-    how = (mask_row, mask_node, scaling, softcap, thread_count())
-    library().haast_tree_attention_f32(*places, rows, heads, kv_heads, n, slots, d, *strides, *how)
+    more = (mask_row, mask_node, scaling, softcap, thread_count())
+    library().haast_tree_attention_f32(*pointers, rows, heads, kv_heads, n, slots, d, *strides, *more)
     return out
 
 
@@ -208,8 +208,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         raise ValueError(f"weight has {weight.shape[0]} values; x has shape {tuple(x.shape)}")
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty(x.shape)
-    places, sizes = (x.data_ptr(), weight.data_ptr(), y.data_ptr()), (x.numel() // dim, dim)
-    library().haast_rms_norm_f32(*places, *sizes, eps, thread_count())
+    pointers, sizes = (x.data_ptr(), weight.data_ptr(), y.data_ptr()), (x.numel() // dim, dim)
+    library().haast_rms_norm_f32(*pointers, *sizes, eps, thread_count())
     return y
 
 
@@ -220,7 +220,7 @@ def rotate_(x: Tensor, cosine: Tensor, sine: Tensor, heads: int) -> Tensor:
         x: (rows, nodes, width) fp32, contiguous; heads of size d from the start of each width.
         cosine: (rows or 1, nodes, d) fp32, d even.
         sine: as cosine.
-        heads: how many heads to rotate; what stands behind them stays.
+        heads: number of heads to rotate; values after them are not changed.
 
     Returns:
         `x`.
@@ -233,11 +233,11 @@ def rotate_(x: Tensor, cosine: Tensor, sine: Tensor, heads: int) -> Tensor:
     if not fits or d % 2 or heads * d > width or not x.is_contiguous():
         raise ValueError(
             f"x has shape {tuple(x.shape)}, cosine {tuple(cosine.shape)}, sine {tuple(sine.shape)}, heads {heads}; "
-            "expected x (rows, nodes, width) contiguous and twice (rows or 1, nodes, even d), heads * d within width"
+            "expected contiguous x (rows, nodes, width), cosine and sine (rows or 1, nodes, even d), heads * d <= width"
         )
     cosine, sine = cosine.contiguous(), sine.contiguous()
-    places, sizes = (x.data_ptr(), cosine.data_ptr(), sine.data_ptr()), (rows * nodes, heads, d, width)
-    library().haast_rotate_f32(*places, *sizes, angle_rows * nodes, thread_count())
+    pointers, sizes = (x.data_ptr(), cosine.data_ptr(), sine.data_ptr()), (rows * nodes, heads, d, width)
+    library().haast_rotate_f32(*pointers, *sizes, angle_rows * nodes, thread_count())
     return x
 
 
@@ -254,14 +254,14 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The likeliest entries of every row of logits and their log-probabilities, likeliest first.
+    """Top-k of each row of logits, most likely first.
 
     Args:
         logits: (..., width) fp32.
-        count: 1 to 64, at most the width; of equal logits the smaller place comes first.
+        count: 1 to 64, at most the width; of equal logits the smaller index comes first.
 
     Returns:
-        log-probabilities (..., count) fp32 and places (..., count) int64.
+        log-probabilities (..., count) fp32 and indices (..., count) int64.
     """
     check_tensor("logits", logits)
     width = logits.shape[-1]
@@ -269,7 +269,7 @@ def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"count={count} is not allowed: give 1 to {min(MOST_TOP, width)}")
     logits = logits.contiguous()
     shape = (*logits.shape[:-1], count)
-    logprobs, places = torch.empty(shape), torch.empty(shape, dtype=torch.int64)
+    logprobs, indices = torch.empty(shape), torch.empty(shape, dtype=torch.int64)
     sizes = (logits.numel() // width, width, count)
-    library().haast_top(logits.data_ptr(), logprobs.data_ptr(), places.data_ptr(), *sizes, thread_count())
-    return logprobs, places
+    library().haast_top(logits.data_ptr(), logprobs.data_ptr(), indices.data_ptr(), *sizes, thread_count())
+    return logprobs, indices

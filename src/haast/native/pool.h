@@ -1,4 +1,4 @@
-// A small pool of threads. Owns who does which piece of a job; knows no arithmetic.
+// A small thread pool. Distributes the pieces of a job over threads; knows no arithmetic.
 #pragma once
 
 #include <atomic>
@@ -13,10 +13,10 @@
 
 namespace {
 
-// A job is cut into chunks that the caller and the helpers claim one by one. Unlike an OpenMP team there is no barrier at
-// the start: a helper that the machine has no core for (torch's own idle threads spin, other programs run) claims nothing
-// and nobody waits for it; the same makes a forked child, which has no helpers, merely slower. Helpers spin for less
-// than a millisecond, which outlasts the gap between two calls of a decode step, and then sleep.
+// A job is split into chunks that the caller and the helper threads claim one by one. Unlike an OpenMP team it has no
+// barrier at the start: a helper without a free core (torch's idle threads spin, other programs run) claims no chunk
+// and is not waited for. For the same reason a forked child, which has no helpers, is only slower. Helpers spin for
+// less than a millisecond, which is longer than the gap between two calls of a decode step, and then sleep.
 class Pool {
   public:
     using Work = void (*)(const void* job, int64_t first, int64_t last);
@@ -25,10 +25,10 @@ class Pool {
     void run(Work work, const void* job, int64_t items, int64_t chunk, int threads) {
         const int64_t chunks = (items + chunk - 1) / chunk;
         std::unique_lock<std::mutex> busy(caller_, std::try_to_lock);
-        // A second caller (another Python thread) does its job alone instead of queueing for the helpers.
+        // A concurrent caller (another Python thread) runs its job alone instead of waiting for the helpers.
         if (threads <= 1 || chunks <= 1 || chunks >= kClosed || !busy.owns_lock()) return work(job, 0, items);
         hire(threads - 1);
-        // Closed while the fields change: a helper that still holds an old ticket cannot claim with half-written fields.
+        // The ticket is closed while the fields change, so that a helper with an old ticket can't claim a chunk.
         const uint64_t generation = (ticket_.load() >> 32) + 1;
         ticket_.store(generation << 32 | kClosed);
         work_.store(work), job_.store(job), items_.store(items), chunk_.store(chunk), chunks_.store(chunks);
@@ -41,15 +41,15 @@ class Pool {
         while (claim()) {}
         for (int spins = 0; done_.load(std::memory_order_acquire) < chunks; ++spins)
             if (spins < 4096) pause();
-            else std::this_thread::yield();  // a helper lost its core in the middle of a chunk
+            else std::this_thread::yield();  // a helper was preempted within a chunk
     }
 
   private:
     static constexpr int64_t kClosed = 0xffffffff;
     static constexpr int kSpins = 32768;
 
-    // The ticket is (generation, next chunk). A successful exchange proves that the fields read before it belong to this
-    // generation: they change only while the ticket is closed, and only after every claimed chunk is done.
+    // The ticket is (generation, next chunk). A successful exchange shows that the fields read before belong to this
+    // generation: they change only while the ticket is closed, and only after all claimed chunks are done.
     bool claim() {
         uint64_t ticket = ticket_.load();
         for (;;) {
@@ -69,7 +69,7 @@ class Pool {
     void hire(int wanted) {
         try {
             for (; hired_ < wanted; ++hired_) std::thread(&Pool::help, this, hired_).detach();
-        } catch (const std::system_error&) {  // no more threads to be had: those that are there do the work
+        } catch (const std::system_error&) {  // the system has no more threads: work with those created so far
         }
     }
 
@@ -99,11 +99,11 @@ class Pool {
 };
 
 Pool& pool() {
-    static Pool* const one = new Pool;  // never destroyed: helpers may outlive the library's static objects
+    static Pool* const one = new Pool;  // never destroyed, as helpers may outlive static objects
     return *one;
 }
 
-// Pieces small enough that the last one keeps nobody waiting, and even, for the kernels that take panels in twos.
+// Chunks are small, so that threads finish at about the same time, and even, for kernels that process pairs of panels.
 int64_t chunk_of(int64_t items, int threads) {
     const int64_t chunk = items / (8 * static_cast<int64_t>(threads < 1 ? 1 : threads)) / 2 * 2;
     return chunk < 2 ? 2 : chunk;

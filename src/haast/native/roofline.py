@@ -1,4 +1,4 @@
-"""What this machine can do at most, for rooflines: bytes read and multiply-adds done a second by all threads."""
+"""Peak memory bandwidth and peak fp32 operations of this machine with all threads, for roofline estimates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PIECES = 64
 
 
 def read_bandwidth(megabytes: int = 512, rounds: int = 5) -> float:
-    """Bytes a second of the best of `rounds` passes over a buffer larger than the caches."""
+    """Bytes per second, the best of `rounds` passes over a buffer larger than the caches."""
     buffer = torch.ones(megabytes * 2**20, dtype=torch.uint8)
     sink = torch.zeros(_PIECES * 8, dtype=torch.int64)
 
@@ -24,7 +24,7 @@ def read_bandwidth(megabytes: int = 512, rounds: int = 5) -> float:
 
 
 def multiply_peak(rounds: int = 5) -> float:
-    """fp32 operations a second (a multiply-add counts as two) of the best of `rounds`."""
+    """fp32 operations per second (a multiply-add counts as two), the best of `rounds`."""
     sink = torch.zeros(_PIECES * 16)
     done = 0
 
@@ -39,7 +39,7 @@ def multiply_peak(rounds: int = 5) -> float:
 def _best_seconds(work: Callable[[], None], rounds: int) -> float:
     best = float("inf")
     for _ in range(rounds + 1):
-        begun = perf_counter()
+        start = perf_counter()
         work()
-        best = min(best, perf_counter() - begun)
+        best = min(best, perf_counter() - start)
     return best

@@ -1,4 +1,4 @@
-// Norms, gated activations and rotary embedding: work that is done row by row.
+// Row-wise operators: RMS norm, SwiGLU and rotary embedding.
 #pragma once
 
 #include <cmath>
@@ -11,9 +11,9 @@
 namespace {
 
 struct RowWise {
-    const float *x, *weight;  // weight: norms only
+    const float *x, *weight;  // weight: only for norms
     float* y;
-    int64_t dim;  // of a row of y
+    int64_t dim;  // width of a row of y
     float eps;
 };
 
@@ -37,12 +37,12 @@ void swiglu_scalar(const void* job, int64_t first, int64_t last) {
 }
 
 struct Rotation {
-    float* x;  // (tokens, x_stride): `heads` heads of d values from the start of each row
+    float* x;  // (tokens, x_stride): `heads` heads of d values at the start of each row
     const float *cosine, *sine;
     int64_t heads, d, x_stride, period;
 };
 
-// Rotary embedding in place, halves paired as Llama pairs them; products are rounded before the sum, as torch rounds.
+// Rotary embedding in place, with halves paired as in Llama. Products are rounded before the sum, as in torch.
 void rotate(const void* job, int64_t first, int64_t last) {
     const Rotation& a = *static_cast<const Rotation*>(job);
     const int64_t half = a.d / 2;

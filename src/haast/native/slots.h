@@ -1,7 +1,7 @@
-// Where a row's slots lie in the pool that all rows share, and moving kept ones together.
+// Block tables: physical slots of a row in the shared KV pool, and moving accepted nodes to their final slots.
 //
-// Owns block tables: logical slot i of a row (0 is its first token's) is physical slot table[(i + shift) / block] *
-// block + (i + shift) % block of the store. Knows nothing of keys, values or layers.
+// Logical slot i of a row (0 is its first token's) is physical slot table[(i + shift) / block] * block + (i + shift) %
+// block of the store. Knows nothing of keys, values or layers.
 #pragma once
 
 #include <algorithm>
@@ -16,19 +16,19 @@ namespace {
 
 struct BlockTables {
     const int32_t* tables;  // (rows, stride): blocks of the store
-    int64_t stride, block;  // block: slots of one
-    int64_t shift;          // slots of a table that stand before logical slot 0
-    int64_t slots;          // of the whole store
+    int64_t stride, block;  // block: slots per block
+    int64_t shift;          // number of slots of a table before logical slot 0
+    int64_t slots;          // slots of the whole store
 };
 
-// Why a call did nothing. Python names the numbers (native/stack.py).
+// Reason why a call did nothing. native/stack.py has the same enum.
 enum Refusal : int64_t { kFine = 0, kFewAngles = 1, kShortTable = 2, kStrangeBlock = 3 };
 
-// The physical slots of a forward, read from the tables once for all layers and threads.
+// The physical slots of a forward, computed once for all layers and threads.
 class Slots {
   public:
-    // For `behind` slots behind the past of each row. `first` (rows): the logical slots before these are never looked
-    // at, so their blocks may be gone; null: all count.
+    // For the past of each row and `behind` slots after it. `first` (rows): logical slots before these are not read, so
+    // their blocks may be missing; null: all are read.
     Slots(const BlockTables& t, const int64_t* past, const int64_t* first, int64_t rows, int64_t behind) {
         for (int64_t r = 0; r < rows; ++r) {
             if (past[r] < 0 || past[r] + behind + t.shift > t.stride * t.block) refusal_ = kShortTable;
@@ -56,7 +56,7 @@ class Slots {
 
     Refusal refusal() const { return refusal_; }
     const int32_t* of_row(int64_t row) const { return slots_.get() + row * stride_; }
-    int64_t longest() const { return stride_; }  // past and what stands behind it, of the longest row
+    int64_t longest() const { return stride_; }  // slots of the longest row: its past and those after it
 
   private:
     Refusal refusal_ = kFine;
@@ -70,7 +70,7 @@ struct Moving {
     int64_t count, slots, bytes;
 };
 
-// Item = lane: the keys or the values of one head of one layer.
+// One item is a lane: the keys or the values of one head of one layer.
 void move_lanes(const void* job, int64_t first, int64_t last) {
     const Moving& a = *static_cast<const Moving*>(job);
     for (int64_t l = first; l < last; ++l) {
@@ -88,10 +88,10 @@ struct Keeping {
     int64_t lanes, bytes;
 };
 
-// Copies the kept nodes of every row to where they are committed. A node never stands before its place, and both
-// ascend, so none is overwritten before it is read. With a refusal nothing was moved.
+// Copies the accepted nodes of each row to the slots after its past. A node's slot is never before its new slot, and
+// both ascend, so no node is overwritten before it is read. If it returns a refusal, nothing was moved.
 Refusal keep(const Keeping& a, int threads) {
-    constexpr int64_t kSerialBytes = 1 << 16;  // below, waking a helper takes as long as the copies
+    constexpr int64_t kSerialBytes = 1 << 16;  // below this, waking a helper thread takes as long as the copies
     const BlockTables& t = a.where;
     std::vector<int64_t> sources, targets;
     for (int64_t r = 0; r < a.rows; ++r) {

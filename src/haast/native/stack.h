@@ -1,8 +1,8 @@
-// Llama's decoder layers, one after the other, in one call.
+// All of Llama's decoder layers in one call.
 //
-// Owns the order of the operations of a pre-norm layer with rotary grouped attention and SwiGLU, over a tree of nodes
-// behind each row's cached past. Each operation is the one that the single kernels export, so a node's result has the
-// same bits as the layers called one by one, and depends on nothing but the node's own path.
+// Runs the operators of pre-norm layers with RoPE, grouped-query attention and SwiGLU over a tree of nodes after each
+// row's cached past. Uses the same operators as the single kernels, so a node's result has the same bits as with layers
+// called one by one, and depends only on the node's own path.
 #pragma once
 
 #include <algorithm>
@@ -26,13 +26,13 @@ struct Weight {
 };
 
 struct Layer {
-    const float* input_norm;       // (hidden), or null: no norm in front of attention
+    const float* input_norm;       // (hidden), or null: no norm before attention
     Weight qkv;                    // queries, keys and values of all heads, in this order
-    const float *q_norm, *k_norm;  // (d), or null: norms of each head before the rotation
+    const float *q_norm, *k_norm;  // (d), or null: norms of each head before RoPE
     Weight o;
     const float* post_norm;  // (hidden)
     Weight gate_up, down;
-    int64_t window;  // positions that the layer looks back; 0: all
+    int64_t window;  // sliding window in positions; 0: none
 };
 
 struct Stack {
@@ -44,14 +44,14 @@ struct Stack {
 
 struct Pass {
     float* states;                    // (rows, n, hidden), the embeddings; overwritten
-    float* output;                    // (rows, n, hidden), behind the final norm where there is one
-    float* const* captured;           // (layer_count + 1), null where nobody asked; null altogether: none
+    float* output;                    // (rows, n, hidden), after the final norm if there is one
+    float* const* captured;           // (layer_count + 1), null for layers not captured; may be null: none
     const float *cosine, *sine;       // (angles, d)
     const int64_t* positions;         // (rows, n), each below `angles`
     const int64_t* flight_positions;  // (rows, flight)
-    const int64_t* past;              // (rows): logical slots that all nodes of a row see
+    const int64_t* past;              // (rows): logical slots that all nodes of a row attend to
     const uint8_t* seen;              // (rows, n, flight)
-    void* cache;                      // (2 * layers: key, value, ...; kv_heads, slots, d), of `form`
+    void* cache;                      // (2 * layers: key, value, ...; kv_heads, slots, d), in format `form`
     BlockTables blocks;               // (rows, ...)
     int64_t rows, n, flight, angles;
     Form form;
@@ -71,7 +71,7 @@ void norm_head(float* x, const float* weight, int64_t d, float eps) {
     PICK(rms_norm)(&job, 0, 1);
 }
 
-// Rotates queries in place, and keys on their way into the cache; item = token (row, node).
+// Applies RoPE to queries in place and to keys while storing them in the cache; one item is a token (row, node).
 template <typename E>
 void store_tokens(const void* job, int64_t first, int64_t last) {
     const Store& a = *static_cast<const Store*>(job);
@@ -103,7 +103,7 @@ struct Residual {
     float eps;
 };
 
-// states += change (where there is one), then the norm of the sum (where one is asked for).
+// states += change (if not null), then the norm of the sum (if requested).
 void add_and_norm(const void* job, int64_t first, int64_t last) {
     const Residual& a = *static_cast<const Residual*>(job);
     if (a.change)
@@ -128,7 +128,7 @@ void product(const float* x, const Weight& w, float* y, int64_t rows, int thread
     multiply(Linear{x, w.packed, w.scale, w.bias, y, rows, w.in, w.out, w.in, w.out}, threads);
 }
 
-// The logical slots of each row before which no node looks back, where every layer has a window; else empty: all count.
+// Per row the first logical slot that any node attends to, if every layer has a window; else empty: all are read.
 std::vector<int64_t> first_seen(const Stack& s, const int64_t* positions, int64_t rows, int64_t n) {
     int64_t widest = 0;
     for (int64_t l = 0; l < s.layer_count; ++l) {
@@ -143,19 +143,19 @@ std::vector<int64_t> first_seen(const Stack& s, const int64_t* positions, int64_
     return first;
 }
 
-// `places` are those of p.blocks, resolved for at least p.flight slots behind the past.
+// `places` are the physical slots of p.blocks, for the past and at least p.flight slots after it.
 void run_layers(const Stack& s, const Pass& p, const Slots& places, int threads) {
     const int64_t tokens = p.rows * p.n, rotated = s.heads + s.kv_heads, width = (rotated + s.kv_heads) * s.d;
     const int64_t wide = s.hidden > s.heads * s.d ? s.hidden : s.heads * s.d;
     const std::unique_ptr<float[]> scratch(new float[tokens * (2 * wide + width + 3 * s.inner)]);
     float *normed = scratch.get(), *change = normed + tokens * wide, *qkv = change + tokens * wide;
     float *gates = qkv + tokens * width, *active = gates + tokens * 2 * s.inner;
-    const int64_t lane = s.kv_heads * p.blocks.slots * s.d * (p.form == kF32 ? 4 : 2);  // bytes of a layer's keys
+    const int64_t lane = s.kv_heads * p.blocks.slots * s.d * (p.form == kF32 ? 4 : 2);  // bytes of one layer's keys
     const Pool::Work keep = p.form == kF16    ? store_tokens<F16>
                             : p.form == kBF16 ? store_tokens<BF16>
                                               : store_tokens<float>;
     const size_t bytes = sizeof(float) * static_cast<size_t>(tokens * s.hidden);
-    const float* pending = nullptr;  // what the layer before has still to add
+    const float* pending = nullptr;  // output of the previous layer that is not added yet
     for (int64_t l = 0; l < s.layer_count; ++l) {
         const Layer& layer = s.layers[l];
         char *keys = static_cast<char*>(p.cache) + 2 * l * lane, *values = keys + lane;
@@ -185,7 +185,7 @@ void run_layers(const Stack& s, const Pass& p, const Slots& places, int threads)
     if (p.captured && p.captured[s.layer_count]) std::memcpy(p.captured[s.layer_count], p.output, bytes);
 }
 
-// Checks what only the numbers in the arrays can say, before anything is written: Python need not look at them.
+// Checks the values in the arrays before anything is written, so that Python need not read them.
 Refusal run_stack(const Stack& s, const Pass& p, int threads) {
     const int64_t tokens = p.rows * p.n;
     if (tokens <= 0) return kFine;

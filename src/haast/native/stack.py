@@ -1,6 +1,6 @@
-"""Whole decoder layers, and whole proposals, in one native call: the C structures of stack.h, draft.h and slots.h.
+"""All decoder layers, or a whole EAGLE draft, in one native call: the C structures of stack.h, draft.h and slots.h.
 
-Owns the layout of memory, the words for what native code refuses, and the move of kept slots of a KV pool;
+Owns the memory layout, the error codes of native code, and moving accepted slots in a KV pool.
 `haast.target.native_cpu` knows modules and checks shapes and dtypes.
 """
 
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from haast.native.library import library, thread_count
 
-FORMS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Form: how a store may hold keys and values
+FORMS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Form: number formats of stored keys and values
 _Pointer, _Count, _Number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 def _members(*declared: tuple[Any, str]) -> list[tuple[str, Any]]:
-    """The members of a C structure, declared as there: a type, and the names of those that have it."""
+    """The `_fields_` of a C structure, from pairs of a type and the names of its members, as in the C declaration."""
     return [(name, kind) for kind, names in declared for name in names.split()]
 
 
@@ -100,18 +100,18 @@ class CProposal(ctypes.Structure):
 class Refusal(enum.IntEnum):
     """enum Refusal: why a call did nothing."""
 
-    FEW_ANGLES = 1  # a position behind the tables of angles, or a negative one
-    SHORT_TABLE = 2
-    STRANGE_BLOCK = 3
+    FEW_ANGLES = 1  # a position outside the tables of angles, or a negative one
+    SHORT_TABLE = 2  # a block table has too few blocks
+    STRANGE_BLOCK = 3  # a block number outside the store
 
 
-def run_stack(stack: CStack, each: CPass) -> int:
-    """Run every layer over one tree; `each` says where everything lies. Returns 0, or a `Refusal` less than 0."""
-    return -int(library().haast_stack_f32(ctypes.addressof(stack), ctypes.addressof(each), thread_count()))
+def run_stack(stack: CStack, arguments: CPass) -> int:
+    """Run all layers over one tree. Returns 0, or the negative of a `Refusal`."""
+    return -int(library().haast_stack_f32(ctypes.addressof(stack), ctypes.addressof(arguments), thread_count()))
 
 
 def run_draft(draft: CDraft, proposal: CProposal) -> int:
-    """Propose one tree per row; returns its nodes, or a `Refusal` less than 0."""
+    """Draft one tree per row. Returns the number of nodes, or the negative of a `Refusal`."""
     return int(library().haast_draft(ctypes.addressof(draft), ctypes.addressof(proposal), thread_count()))
 
 
@@ -125,21 +125,22 @@ def keep(
     block: int,
     shift: int = 0,
 ) -> None:
-    """Move the accepted nodes of every row up after its past, in place, in every layer and head.
+    """Move the accepted nodes of each row to the slots after its past, in place, in all layers and heads.
 
-    A node that stays where it is costs nothing.
+    A node that is in its slot already costs nothing.
 
     Args:
         store: (2 * layers, kv_heads, slots, head_dim) fp32, fp16 or bf16, contiguous, on the CPU.
-        tables: (rows, blocks) int32: which blocks of the store hold a row's slots.
-        lengths: (rows,) int64: committed slots, which the nodes of the last forward follow.
-        path: (rows, n) int64: kept nodes, ascending; its rows may be any stride apart.
-        counts: (rows,) int64: how many of each path are kept; any stride.
-        block: slots of a block.
-        shift: slots of a table before a row's first.
+        tables: (rows, blocks) int32: the blocks of the store that hold a row's slots.
+        lengths: (rows,) int64: committed slots; the nodes of the last forward follow them.
+        path: (rows, n) int64: accepted nodes, ascending; any stride of rows.
+        counts: (rows,) int64: number of nodes of each path to keep; any stride.
+        block: slots per block.
+        shift: number of slots of a table before a row's first.
 
     Raises:
-        ValueError: tensors of another kind, or a slot that a table or the store does not have; nothing was moved.
+        ValueError: tensors of another dtype, shape or device, or a slot outside a table or the store; nothing was
+            moved.
     """
     if store.dim() != 4 or store.dtype not in FORMS or not store.is_cpu or not store.is_contiguous():
         raise ValueError(
@@ -149,8 +150,8 @@ def keep(
     rows, width = path.shape
     kinds = (tables.dtype, lengths.dtype, path.dtype, counts.dtype)
     shapes = (tables.shape[:1], lengths.shape, counts.shape)
-    plain = tables.is_contiguous() and lengths.is_contiguous() and (width < 2 or path.stride(1) == 1)
-    if kinds != (torch.int32, *[torch.int64] * 3) or shapes != ((rows,),) * 3 or not (plain and path.is_cpu):
+    contiguous = tables.is_contiguous() and lengths.is_contiguous() and (width < 2 or path.stride(1) == 1)
+    if kinds != (torch.int32, *[torch.int64] * 3) or shapes != ((rows,),) * 3 or not (contiguous and path.is_cpu):
         raise ValueError(
             f"tables, lengths, path and counts are {', '.join(map(str, kinds))} of shapes {tuple(tables.shape)}, "
             f"{tuple(lengths.shape)}, {tuple(path.shape)} and {tuple(counts.shape)}; expected int32 (rows, blocks) "
@@ -159,12 +160,12 @@ def keep(
     if width == 0:
         return
     lanes, heads, slots, head_dim = store.shape
-    places = (store.data_ptr(), tables.data_ptr(), lengths.data_ptr(), path.data_ptr(), counts.data_ptr())
+    pointers = (store.data_ptr(), tables.data_ptr(), lengths.data_ptr(), path.data_ptr(), counts.data_ptr())
     row, sizes = head_dim * store.element_size(), (tables.size(1), block, shift, rows, path.stride(0), counts.stride(0))
-    refused = library().haast_keep(*places, lanes * heads, slots, row, *sizes, thread_count())
+    refused = library().haast_keep(*pointers, lanes * heads, slots, row, *sizes, thread_count())
     if refused:
         what = "a table is too short for its nodes" if refused == Refusal.SHORT_TABLE else "a block is not in the store"
         raise ValueError(
-            f"{what}: the tables are {tuple(tables.shape)} of {block} slots each, the store has {slots}, lengths are "
-            f"{lengths.tolist()} and the kept nodes {path.tolist()}"
+            f"{what}: the tables are {tuple(tables.shape)} blocks of {block} slots, the store has {slots} slots, "
+            f"lengths are {lengths.tolist()} and the kept nodes {path.tolist()}"
         )

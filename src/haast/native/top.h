@@ -1,4 +1,4 @@
-// The likeliest entries of rows of logits, with their log-probabilities.
+// Top-k entries of rows of logits, with their log-probabilities.
 #pragma once
 
 #include <cmath>
@@ -15,18 +15,18 @@ constexpr int64_t kMostTop = 64;
 struct Top {
     const float* logits;  // (rows, width)
     float* logprobs;      // (rows, k), descending
-    int64_t* ids;         // (rows, k); of equal logits the smaller id comes first
+    int64_t* ids;         // (rows, k); of equal logits the smaller id is first
     int64_t width, k;
 };
 
-// Puts (value, id) into a descending list; behind its equals, so that the smaller id stays in front.
+// Inserts (value, id) into a descending list, after equal values, so that the smaller id stays first.
 inline void insert(float value, int64_t id, float* best, int64_t* ids, int64_t k) {
     int64_t at = k - 1;
     for (; at > 0 && value > best[at - 1]; --at) best[at] = best[at - 1], ids[at] = ids[at - 1];
     best[at] = value, ids[at] = id;
 }
 
-// Fills the list of one row, and returns the logarithm of the sum of its exponentials.
+// Fills the list of one row and returns the row's log-sum-exp.
 float top_row_scalar(const float* x, int64_t width, int64_t k, float* best, int64_t* ids) {
     for (int64_t i = 0; i < width; ++i)
         if (x[i] > best[k - 1]) insert(x[i], i, best, ids, k);

@@ -1,4 +1,4 @@
-// exp, tanh, sums and maxima of AVX2 registers, and the polynomial of an exp in double precision.
+// exp, tanh, sums and maxima of AVX2 registers, and exp in double precision by a polynomial.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ constexpr double kExp[14] = {1.6059043836821613e-10, 2.08767569878681e-09,   2.5
 #if defined(HAAST_X86)
 namespace {
 
-// exp by 2^n * e^r with |r| <= ln2 / 2 and a degree-6 polynomial (Cephes expf): about 1 ulp. Inputs below -87.3 give 0.
+// exp as 2^n * e^r with |r| <= ln2 / 2 by a degree-6 polynomial (Cephes expf): about 1 ulp. 0 for inputs below -87.3.
 AVX_INLINE __m256 exp8(__m256 x) {
     const __m256 low = _mm256_set1_ps(-87.33654f);
     const __m256 keep = _mm256_cmp_ps(x, low, _CMP_NLT_UQ);  // NaN stays NaN
@@ -36,7 +36,7 @@ AVX_INLINE __m256 exp8(__m256 x) {
     return _mm256_and_ps(keep, _mm256_mul_ps(p, _mm256_castsi256_ps(scale)));
 }
 
-// exp of x <= 0, four of `exp_of` in judge.h, the same operations and so the same bits.
+// exp of x <= 0 for four values: the same operations, and so the same bits, as `exp_of` in judge.h.
 AVX_INLINE __m256d exp4(__m256d x) {
     const __m256d shift = _mm256_set1_pd(6755399441055744.0);
     const __m256d moved = _mm256_add_pd(_mm256_mul_pd(x, _mm256_set1_pd(1.4426950408889634)), shift);

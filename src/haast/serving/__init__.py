@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server over the one engine: with drafting on, every field of an answer is what it is without."""
+"""OpenAI-compatible server on top of the engine. Drafting changes no field of an answer."""

@@ -1,7 +1,7 @@
-"""The HTTP application: which address answers what.
+"""The HTTP application: loads the model in the background, mounts the routes and the chat page, answers errors.
 
-Owns routes and their errors; who may ask is `security`'s, what is answered `plan`'s and `shapes`'. The model loads in
-the background: until it is there, /health and all that needs it say 503.
+Owns the application's state and its error handlers. Access checks are in `security`, routes in `routes`. Until the
+model is loaded, /health and all routes that need it answer 503.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from haast.serving.problems import ApiError, invalid
 from haast.serving.routes import ROUTES
 from haast.serving.security import Guarded, Rates
 from haast.serving.service import Service
-from haast.serving.streaming import Json, told
+from haast.serving.streaming import Json, api_error
 
 _LOG = logging.getLogger("haast.serving")
 _STATIC = Path(__file__).parent / "static"
-_SHARED = Path(__file__).parents[1] / "bench" / "templates"  # what the page has in common with the report
+_SHARED = Path(__file__).parents[1] / "bench" / "templates"  # files that the chat page shares with the report
 
 
 class Host:
-    """The running application's own state: the service once it is there, and whether it is closing."""
+    """State of the running application: the service once it is loaded, and whether the server is shutting down."""
 
     def __init__(self, config: ServeConfig, name: str) -> None:
         self.config, self.name = config, name
@@ -47,7 +47,7 @@ class Host:
 
     @property
     def service(self) -> Service:
-        """The model. Raises ApiError 503 while it loads, or when the server ends."""
+        """The loaded service. Raises ApiError 503 while the model loads and during a shutdown."""
         if self.closing:
             raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
         if self.loaded is None:
@@ -56,16 +56,16 @@ class Host:
         return self.loaded
 
     def refused(self, status: int) -> None:
-        """An error was answered before a request began."""
+        """Count a request that was answered with an error before it started."""
         if self.loaded is not None:
             self.loaded.metrics.refuse(status)
 
     def close(self) -> None:
-        """Take no more requests."""
+        """Refuse further requests."""
         self.closing = True
 
     def end_all(self) -> None:
-        """End those that are still being answered; they are told."""
+        """Cancel the running requests; their clients get an error."""
         if self.loaded is not None:
             self.loaded.end_all()
 
@@ -73,13 +73,13 @@ class Host:
 def make_app(
     load: Callable[[], Service], config: ServeConfig, name: str, failed: Callable[[], None] | None = None
 ) -> tuple[ASGIApp, Host]:
-    """The application and its state.
+    """Build the application and its state.
 
     Args:
-        load: makes the service, in a thread of its own.
+        load: loads the service; called in a thread of its own.
         config: of the server.
-        name: of the model for clients.
-        failed: called where it can't be loaded.
+        name: the model's name for clients.
+        failed: called if loading fails.
     """
     host = Host(config, name)
 
@@ -97,7 +97,7 @@ def make_app(
     app.add_exception_handler(Exception, _problem)
     app.include_router(ROUTES)
     _page(app)
-    guarded: ASGIApp = Guarded(_Told(app), config, host.rates, host.refused)
+    guarded: ASGIApp = Guarded(_ErrorBoundary(app), config, host.rates, host.refused)
     if config.origins:
         guarded = CORSMiddleware(
             guarded, allow_origins=list(config.origins), allow_methods=["GET", "POST"],
@@ -106,8 +106,8 @@ def make_app(
     return guarded, host
 
 
-class _Told:
-    """An application whose unforeseen errors are answered and logged, and go no further."""
+class _ErrorBoundary:
+    """Stops unexpected errors of an application, which its handlers have answered and logged already."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -117,7 +117,7 @@ class _Told:
             await self._app(scope, receive, send)
         except ApiError:
             raise
-        except Exception as error:  # answered by the handler already, and raised again for servers that log it
+        except Exception as error:  # Starlette raises it again after its handler has answered
             if scope["type"] != "http":
                 raise
             _LOG.debug("answered with an error", exc_info=error)
@@ -149,7 +149,7 @@ def _page(app: FastAPI) -> None:
 
 
 async def _problem(request: Request, error: Exception) -> Json:
-    problem = told(error)
+    problem = api_error(error)
     request.app.state.host.refused(problem.status)
     return Json(problem.body(), status_code=problem.status, headers=problem.headers)
 
@@ -161,7 +161,7 @@ async def _invalid(request: Request, error: Exception) -> Json:
 
 async def _http(request: Request, error: Exception) -> Json:
     assert isinstance(error, HTTPException), "its handler"
-    words = {404: "there is nothing at this address", 405: "this address takes another method"}
-    told_words = words.get(error.status_code, str(error.detail))
-    problem = ApiError(error.status_code, told_words, headers=dict(error.headers or {}))
+    messages = {404: "this path does not exist", 405: "this path does not accept this HTTP method"}
+    message = messages.get(error.status_code, str(error.detail))
+    problem = ApiError(error.status_code, message, headers=dict(error.headers or {}))
     return await _problem(request, problem)

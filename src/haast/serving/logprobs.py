@@ -1,7 +1,7 @@
-"""Logprobs of an answer's tokens: of the target's own row, taken where the token is chosen.
+"""Logprobs of generated tokens, from the target's logits row at which each token is chosen.
 
-Owns the chooser that writes them down. A verified tree's logits are the target's, so with drafting on they are what
-they are without: a choice is made once per emitted token, in order, by the same code. Knows no protocol.
+Owns the sampler that records them. A verified tree holds the target's logits, and tokens are chosen once each, in order
+and by the same code, so logprobs are the same with and without drafting. Knows no protocol.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from haast.sampling import Sampler, inverse_cdf, probabilities
 
 @dataclass(frozen=True)
 class Logprob:
-    """Of one chosen token, and of the likeliest ones, the best first; natural logarithms, fp64."""
+    """Logprob of a chosen token, and (id, logprob) of the likeliest tokens, best first; natural logarithms, fp64."""
 
     token: int
     logprob: float
@@ -27,20 +27,20 @@ class Logprob:
 
 
 class RecordingSampler(Sampler):
-    """A `Sampler` that writes down the logprobs of what it chooses.
+    """A `Sampler` that records the logprobs of the tokens that it chooses.
 
     Args:
         params, choice: see `Sampler`.
-        top: how many of the likeliest tokens are written down beside the chosen one.
-        processed: logprobs of the distribution that is sampled, after penalties, grammar, temperature, top-k, top-p
-            and min-p (greedy: before temperature); else those of the model as it is.
+        top: number of likeliest tokens to record, in addition to the chosen one.
+        processed: take logprobs from the distribution that is sampled, after penalties, grammar, temperature, top-k,
+            top-p and min-p (greedy: before temperature); else from the model's own.
     """
 
     def __init__(self, params: SamplingParams, choice: int, top: int, processed: bool) -> None:
         super().__init__(params, choice)
-        self.stateless = False  # every choice is made in `choose`
+        self.stateless = False  # `choose` must be called for every token
         self._top, self._processed = top, processed
-        self._found: dict[int, Logprob] = {}  # by position
+        self._recorded: dict[int, Logprob] = {}  # by position in the text
 
     def choose(self, history: Sequence[int], logits: Tensor) -> int:
         scores = self.scores(history, logits)
@@ -48,19 +48,19 @@ class RecordingSampler(Sampler):
             token = int(scores.argmax(-1))
         else:
             token = inverse_cdf(probabilities(scores, f"after {len(history)} tokens"), self.draw(len(history)))
-        self._found[len(history)] = self._record(token, scores if self._processed else logits)
+        self._recorded[len(history)] = self._record(token, scores if self._processed else logits)
         return token
 
     def at(self, position: int) -> Logprob:
-        """Of the token at a position of the text, prompt included."""
-        return self._found[position]
+        """The logprob of the token at a position of the text, prompt included. Raises KeyError for others."""
+        return self._recorded[position]
 
     def _record(self, token: int, scores: Tensor) -> Logprob:
         logprobs = torch.log_softmax(scores.to(exact(scores.device)), -1)
         best, ids = logprobs.topk(self._top) if self._top else (logprobs[:0], logprobs[:0].long())
-        # Python's floats have no -inf in JSON: a token that can't come is told as the least that can be said.
+        # JSON has no -inf: a token of probability 0 gets LEAST.
         top = tuple((each, max(value, LEAST)) for each, value in zip(ids.tolist(), best.tolist(), strict=True))
         return Logprob(token, max(float(logprobs[token]), LEAST), top)
 
 
-LEAST = -9999.0  # OpenAI's own number for tokens that can't come
+LEAST = -9999.0  # OpenAI's value for tokens of probability 0

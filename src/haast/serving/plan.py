@@ -1,7 +1,7 @@
-"""From a request's body to what the engine is asked for: every field checked, nothing begun.
+"""Turns a request body into a `Plan`: every field checked, tokens and grammars made, nothing started.
 
-Owns what fields mean, their defaults, and which go together. Knows the model's tokenizer, template and limits by
-`ModelFacts`; runs nothing.
+Owns the meaning of fields, their defaults, and which can be combined. Knows the model's tokenizer, template and limits
+through `ModelFacts`; runs nothing.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from haast.serving.tools import Style, call_grammar
 from haast.text import stop_strings
 
 _LOG = logging.getLogger("haast.serving")
-_NEUTRAL: dict[str, tuple[Any, ...]] = {  # values of refused fields that ask for nothing
+_NEUTRAL: dict[str, tuple[Any, ...]] = {  # values of refused fields that have no effect, so they are accepted
     "beam_width": (1,), "length_penalty": (1, 0), "modalities": (["text"],), "use_beam_search": (False,),
     "repeat_penalty": (1,), "mirostat": (0,), "typical_p": (1,), "top_a": (0,), "best_of": (1,),
     "skip_special_tokens": (True,), "spaces_between_special_tokens": (True, False), "background": (False,),
     "truncation": ("disabled",), "include": ([],), "suffix": ("",),
 }  # fmt: skip
-_MOST_STOPS = 16
-_ANCHOR = 8  # tokens of the prompt's end that lead into a prediction
-_told: set[str] = set()  # unknown fields that the log has named already
+_MAX_STOPS = 16
+_ANCHOR_TOKENS = 8  # last tokens of the prompt that are put before a prediction
+_logged_fields: set[str] = set()  # unknown fields that were logged already
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What planning knows of the model that is served."""
+    """Properties and limits of the served model."""
 
     template: ChatTemplate
     grammars: Grammars
@@ -58,13 +58,13 @@ class ModelFacts:
 
     @property
     def most(self) -> int:
-        """Tokens that prompt and answer may have together."""
+        """Maximum tokens of prompt and answer together."""
         return min(self.pool_tokens, self.context or self.pool_tokens)
 
 
 @dataclass
 class Plan:
-    """What is asked for, checked."""
+    """A checked request."""
 
     prompts: list[list[int]]
     n: int
@@ -78,22 +78,22 @@ class Plan:
     frequency: float
     bias: dict[int, float]
     drafter: str | None
-    max_nodes: int | None  # 1 where nothing is to be drafted, what a grammar leaves no choice about neither
+    max_nodes: int | None  # 1 turns drafting off, including tokens that a grammar forces
     trace: bool
     stream: bool
     usage_in_stream: bool
     processed: bool
-    logprobs: int | None = None  # likeliest tokens beside the chosen one; None: no logprobs
+    logprobs: int | None = None  # number of likeliest tokens in addition to the chosen one; None: no logprobs
     grammar: Grammar | None = None
     prediction: list[int] = field(default_factory=list)
-    echo: list[str] = field(default_factory=list)  # per prompt, what comes before the answer
+    echo: list[str] = field(default_factory=list)  # per prompt: its text, which is put before the answer
     style: Style | None = None
     marks: ReasoningMarks | None = None
-    reasoning: bool = False  # the prompt has opened it
+    reasoning: bool = False  # the prompt ends inside a reasoning
 
     def foreseen(self, prompt: Sequence[int]) -> tuple[int, ...]:
-        """The prediction, with the prompt's end before it, so that the answer's beginning finds it."""
-        return (*prompt[-_ANCHOR:], *self.prediction) if self.prediction else ()
+        """The prediction after the prompt's last tokens, so that lookup drafting matches it at the answer's start."""
+        return (*prompt[-_ANCHOR_TOKENS:], *self.prediction) if self.prediction else ()
 
 
 def chat_plan(body: ChatRequest, facts: ModelFacts) -> Plan:
@@ -101,13 +101,13 @@ def chat_plan(body: ChatRequest, facts: ModelFacts) -> Plan:
     settings = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
         if not facts.template.knows("reasoning_effort"):
-            raise refused("reasoning_effort", "this model's chat template does not look at it; leave it out")
+            raise refused("reasoning_effort", "this model's chat template does not use it; leave it out")
         settings["reasoning_effort"] = body.reasoning_effort
     tools = usable_tools(body)
-    talk = facts.template.render(body.messages, tools, settings)
+    conversation = facts.template.render(body.messages, tools, settings)
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    plan = _plan(body, facts, [talk.ids], limit)
-    plan.marks, plan.reasoning = facts.template.marks, talk.reasoning
+    plan = _plan(body, facts, [conversation.ids], limit)
+    plan.marks, plan.reasoning = facts.template.marks, conversation.reasoning
     plan.style = facts.template.style if tools else None
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
@@ -117,7 +117,7 @@ def chat_plan(body: ChatRequest, facts: ModelFacts) -> Plan:
         if plan.grammar is not None:
             raise ApiError(
                 400,
-                f"{plan.grammar.field} and tools together are not supported: an answer is a call or has a form",
+                f"{plan.grammar.field} and tools together are not supported: leave out one of them",
                 param=plan.grammar.field,
                 code="unsupported_parameter",
             )
@@ -128,27 +128,27 @@ def chat_plan(body: ChatRequest, facts: ModelFacts) -> Plan:
 
 def completion_plan(body: CompletionRequest, facts: ModelFacts) -> Plan:
     """The plan of a text completion. Raises ApiError, PromptError or ValueError."""
-    given: Any = body.prompt
-    several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
-    prompts = given if several else [given]
+    prompt: Any = body.prompt
+    several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+    prompts = prompt if several else [prompt]
     ids = [facts.template.text_ids(each) if isinstance(each, str) else _ids(each, facts) for each in prompts]
     plan = _plan(body, facts, ids, body.max_tokens if body.max_tokens is not None else 16)
     plan.logprobs = body.logprobs
     if body.echo:
         if body.logprobs is not None:
-            raise refused("echo", "with logprobs, which are of new tokens alone; leave out one of both")
+            raise refused("echo", "with logprobs, which cover new tokens only; leave out one of them")
         plan.echo = [each if isinstance(each, str) else facts.template.text_of(each) for each in prompts]
     _check_grammar(body, plan)
     return plan
 
 
 def usable_tools(body: ChatRequest) -> list[Tool]:
-    """The tools that may be called. Raises ApiError for a choice among none."""
+    """The tools that may be called. Raises ApiError for duplicate names and for a tool_choice without its tool."""
     tools = list(body.tools or ())
     names = [tool.function.name for tool in tools]
     choice = body.tool_choice
     if len(set(names)) < len(names):
-        raise ApiError(400, f"tools has two functions of one name: {names}", param="tools", code="invalid_value")
+        raise ApiError(400, f"tools has two functions with the same name: {names}", param="tools", code="invalid_value")
     if choice == "none":
         return []
     if choice is not None and choice != "auto" and not tools:
@@ -160,7 +160,7 @@ def usable_tools(body: ChatRequest) -> list[Tool]:
 
 
 def check_unknown(body: Body, neutral: Mapping[str, Any] | None = None) -> None:
-    """Refuse by name fields that would change the answer; name unknown ones in the log, once. Raises ApiError."""
+    """Refuse unsupported fields that would change the answer, by name; log unknown ones once. Raises ApiError."""
     for name, value in body.unknown.items():
         if value is None or value in _NEUTRAL.get(name, ()) or (neutral or {}).get(name) == value:
             continue
@@ -169,10 +169,10 @@ def check_unknown(body: Body, neutral: Mapping[str, Any] | None = None) -> None:
         if name in IDLE and name not in _NEUTRAL:
             continue
         if name in IDLE:
-            raise refused(name, f"other values than {_NEUTRAL[name][0]!r} are not offered")
-        if name not in _told and len(_told) < 1000:
-            _told.add(name)
-            _LOG.warning("a client sends a field that is not known here, and left out: %s", ascii(name)[:80])
+            raise refused(name, f"only {_NEUTRAL[name][0]!r} is")
+        if name not in _logged_fields and len(_logged_fields) < 1000:
+            _logged_fields.add(name)
+            _LOG.warning("a client sends an unknown field, which is ignored: %s", ascii(name)[:80])
 
 
 def _plan(body: Sampled, facts: ModelFacts, prompts: list[list[int]], limit: int | None) -> Plan:
@@ -180,14 +180,14 @@ def _plan(body: Sampled, facts: ModelFacts, prompts: list[list[int]], limit: int
     check_unknown(body, {"best_of": n})
     if len(prompts) * n > facts.max_choices:
         raise ApiError(
-            400, f"{len(prompts)} prompts times n={n} are more than {facts.max_choices} answers at once", param="n",
+            400, f"{len(prompts)} prompts times n={n} are more than {facts.max_choices} answers per request", param="n",
             code="invalid_value",
         )  # fmt: skip
     for prompt in prompts:
         _check_length(len(prompt), limit, facts)
     stops = stop_strings(() if body.stop is None else body.stop)
-    if len(stops) > _MOST_STOPS:
-        raise ApiError(400, f"stop holds {len(stops)} strings: give {_MOST_STOPS} at most", param="stop")
+    if len(stops) > _MAX_STOPS:
+        raise ApiError(400, f"stop holds {len(stops)} strings: give {_MAX_STOPS} at most", param="stop")
     own_ends = tuple(_token(each, "stop_token_ids", facts) for each in body.stop_token_ids or ())
     ends = tuple(dict.fromkeys((*(() if body.ignore_eos else facts.ends), *own_ends)))
     hints = body.haast
@@ -200,7 +200,7 @@ def _plan(body: Sampled, facts: ModelFacts, prompts: list[list[int]], limit: int
     if options is not None and options.continuous_usage_stats:
         raise refused("stream_options.continuous_usage_stats", "usage comes with the last chunk")
     if body.min_tokens and limit is not None and body.min_tokens > limit:
-        words = f"min_tokens={body.min_tokens} is more than the {limit} new tokens that may come"
+        words = f"min_tokens={body.min_tokens} is more than the limit of {limit} new tokens"
         raise ApiError(400, words, param="min_tokens", code="invalid_value")
     return Plan(
         prompts=prompts,
@@ -228,7 +228,7 @@ def _plan(body: Sampled, facts: ModelFacts, prompts: list[list[int]], limit: int
 def _sampling(body: Sampled) -> SamplingParams:
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=max(body.top_k or 0, 0) if body.top_k == -1 else body.top_k or 0,  # other servers' word for off
+        top_k=max(body.top_k or 0, 0) if body.top_k == -1 else body.top_k or 0,  # -1 turns top-k off in other servers
         top_p=1.0 if body.top_p is None else body.top_p,
         min_p=body.min_p or 0.0,
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
@@ -237,15 +237,15 @@ def _sampling(body: Sampled) -> SamplingParams:
 
 
 def _check_length(length: int, limit: int | None, facts: ModelFacts) -> None:
-    """A prompt that does not fit, with the new tokens asked for, is told with both numbers. Raises ApiError."""
+    """Raises ApiError, with both numbers, for a prompt that does not fit with the requested new tokens."""
     most = facts.most
     if length >= most or length + (limit or 0) > most:
-        asked = "" if limit is None else f" and {limit} new ones are asked for, {length + limit} in all"
-        raise TooLongError(most, f"{length} tokens{asked}", "max_tokens" if length < most else "messages")
+        requested = "" if limit is None else f" and {limit} new ones are requested, {length + limit} in total"
+        raise TooLongError(most, f"{length} tokens{requested}", "max_tokens" if length < most else "messages")
 
 
 def _ids(prompt: Sequence[int], facts: ModelFacts) -> list[int]:
-    """A prompt that was given as tokens; a long one is told by its length alone."""
+    """Check a prompt of token ids. One that is too long is refused later, by its length."""
     if len(prompt) <= facts.pool_tokens:
         for token in (min(prompt, default=0), max(prompt, default=0)):
             _token(token, "prompt", facts)
@@ -272,11 +272,11 @@ def _predicted(body: Sampled, facts: ModelFacts) -> list[int]:
     if body.prediction is None:
         return []
     text = joined(body.prediction.content, "predicted")
-    return facts.template.text_ids(text[: LETTERS * facts.most], False)  # no answer is longer
+    return facts.template.text_ids(text[: LETTERS * facts.most], False)  # an answer can't be longer
 
 
 def _grammar(body: Sampled, facts: ModelFacts) -> Grammar | None:
-    """The one form that an answer has to have. Raises ApiError where several are asked for."""
+    """The grammar of an answer's required format, if any. Raises ApiError if several formats are requested."""
     form, named, grammars = body.response_format, body.structured_outputs or StructuredOutputs(), facts.grammars
     wanted: list[tuple[str, Any, Any]] = []
     if form is not None and form.type == "json_object":
@@ -294,29 +294,29 @@ def _grammar(body: Sampled, facts: ModelFacts) -> Grammar | None:
     wanted = [each for each in wanted if each[1] is not None]
     if len(wanted) > 1:
         names = ", ".join(name for name, *_ in wanted)
-        raise ApiError(400, f"an answer has one form, and {names} ask for several", param=wanted[1][0])
+        raise ApiError(400, f"an answer has one format, but {names} ask for several", param=wanted[1][0])
     if not wanted:
         return None
     name, value, make = wanted[0]
     if name.endswith("choice") and not value:
-        raise ApiError(400, f"{name} holds no text to choose", param=name)
-    found: Grammar = make(value, name)
-    return found
+        raise ApiError(400, f"{name} holds no text to choose from", param=name)
+    grammar: Grammar = make(value, name)
+    return grammar
 
 
 def _call_grammar(body: ChatRequest, tools: Sequence[Tool], facts: ModelFacts) -> Grammar | None:
-    """The grammar of calls: where one is required, arguments have to be strict, or there may be one call at most."""
+    """The grammar of tool calls; None if calls are optional, may be several and have no strict arguments."""
     choice, style = body.tool_choice or "auto", facts.template.style
     if choice == "auto" and body.parallel_tool_calls and not any(tool.function.strict for tool in tools):
         return None
     named = choice.function.name if isinstance(choice, NamedTool) else None
     usable = [tool for tool in tools if named in (None, tool.function.name)]
     several = body.parallel_tool_calls and named is None
-    text = call_grammar([_described(tool, choice) for tool in usable], style, several, SPACING, choice == "auto")
+    text = call_grammar([_tool_schema(tool, choice) for tool in usable], style, several, SPACING, choice == "auto")
     return facts.grammars.lark(text, "tools")
 
 
-def _described(tool: Tool, choice: Any) -> dict[str, Any]:
+def _tool_schema(tool: Tool, choice: Any) -> dict[str, Any]:
     function = tool.function.model_dump(exclude_none=True)
     if choice == "auto" and not tool.function.strict:
         function["parameters"] = {"type": "object"}
@@ -326,9 +326,9 @@ def _described(tool: Tool, choice: Any) -> dict[str, Any]:
 def _check_grammar(body: Sampled, plan: Plan) -> None:
     if plan.grammar is None:
         return
-    for name, given in (("min_tokens", body.min_tokens), ("ignore_eos", body.ignore_eos)):
-        if given:
+    for name, value in (("min_tokens", body.min_tokens), ("ignore_eos", body.ignore_eos)):
+        if value:
             raise ApiError(
-                400, f"{name} and {plan.grammar.field} together are not supported: the grammar says where a text ends",
+                400, f"{name} and {plan.grammar.field} together are not supported: the grammar ends the text",
                 param=name, code="unsupported_parameter",
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What goes wrong between client and server, as OpenAI's clients read it: `{"error": {message, type, param, code}}`."""
+"""Errors that clients get, in OpenAI's format: `{"error": {message, type, param, code}}`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _TYPES = {
     422: "invalid_request_error", 429: "rate_limit_error", 431: "invalid_request_error", 500: "server_error",
     503: "service_unavailable_error",
 }  # fmt: skip
-_LONGEST = 2000  # characters of a message; some quote what was sent
-_NAMED = re.compile(r"^(?:field )?'?([a-z_]+)'?(?:=| holds | can't| is | needs)")
+_MAX_MESSAGE = 2000  # characters; some messages quote the request
+_FIELD = re.compile(r"^(?:field )?'?([a-z_]+)'?(?:=| holds | can't| is | needs)")
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error that is sent to the client.
 
     Attributes:
-        status: of HTTP.
-        message: for people: the value and the remedy.
-        param: the field that it is about.
+        status: HTTP status.
+        message: for people: the wrong value and the remedy; cut at 2,000 characters.
+        param: the request field that is wrong, or None.
         code: for programs.
-        headers: that go with it.
+        headers: HTTP headers to send with it.
     """
 
     def __init__(
@@ -42,48 +42,48 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
-        self.message = message if len(message) <= _LONGEST else message[:_LONGEST] + "..."
+        self.message = message if len(message) <= _MAX_MESSAGE else message[:_MAX_MESSAGE] + "..."
         self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:
-        """As it is sent."""
+        """The JSON body of the response."""
         kind = _TYPES.get(self.status, "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 class TooLongError(ApiError):
-    """A prompt that the model can't take."""
+    """A prompt that does not fit the model's context with the requested tokens."""
 
     def __init__(self, most: int, length: str, param: str) -> None:
         super().__init__(
             400,
             f"this model's maximum context length is {most} tokens; the prompt has {length}: shorten the prompt, or "
-            f"ask for fewer",
+            f"request fewer",
             param=param,
             code="context_length_exceeded",
         )
 
 
 def refused(field: str, why: str) -> ApiError:
-    """A field that is not offered."""
+    """The error for a field that is not supported."""
     return ApiError(400, f"{field} is not supported: {why}", param=field, code="unsupported_parameter")
 
 
 def invalid(first: Mapping[str, Any]) -> ApiError:
-    """What pydantic says of a body, without what was sent."""
+    """The error for a body that pydantic rejects; `first` is its first error. Does not quote the body."""
     where = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
     if first["type"] == "json_invalid":
-        return ApiError(400, "the body is no JSON", code="invalid_json")
+        return ApiError(400, "the body is not valid JSON", code="invalid_json")
     return ApiError(422, f"{where or 'the body'}: {first['msg']}", param=where or None, code="invalid_type")
 
 
 def problem_of(error: BaseException) -> ApiError:
-    """What a client is told of an exception; of one that nobody foresaw nothing but that it happened."""
+    """The error that a client gets for an exception. Details of an unexpected one stay in the log."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError):
         return ApiError(
-            429, "too many requests wait already: try again", code="queue_full", headers={"Retry-After": "1"}
+            429, "too many requests are waiting: try again", code="queue_full", headers={"Retry-After": "1"}
         )
     if isinstance(error, KVPoolError):
         return ApiError(400, str(error), param="max_tokens", code="kv_pool_exceeded")
@@ -92,6 +92,6 @@ def problem_of(error: BaseException) -> ApiError:
     if isinstance(error, ValidationError):
         return invalid(error.errors(include_url=False, include_input=False)[0])
     if isinstance(error, PromptError | UnsupportedArgumentError | ValueError):
-        named = _NAMED.match(str(error))
-        return ApiError(400, str(error), param=named[1] if named else None, code="invalid_value")
-    return ApiError(500, "the server has failed at this request; its log says why", code="internal_error")
+        field = _FIELD.match(str(error))
+        return ApiError(400, str(error), param=field[1] if field else None, code="invalid_value")
+    return ApiError(500, "the server failed on this request: see its log", code="internal_error")

@@ -1,7 +1,7 @@
-"""Logits processors of a server's requests: penalties, biases, least lengths. They look at one text's own history.
+"""Logits processors for server requests: penalties, logit bias, minimum length. Each sees one request's own tokens.
 
-Each is a function (history (1, length) int64, scores (1, vocab)) -> scores, as transformers' are, and is called once
-for every token that is chosen, drafted or not: what it counts it counts along the accepted path.
+Each is a function (history (1, length) int64, scores (1, vocab)) -> scores, as in transformers, and is called once per
+chosen token, drafted or not. Counts therefore follow the accepted path.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from torch import Tensor
 
 
 class NewTokenPenalties:
-    """Presence and frequency penalties on what was said since the prompt, as OpenAI defines them.
+    """Presence and frequency penalties on the tokens generated after the prompt, as OpenAI defines them.
 
     Args:
-        prompt_length: tokens that are not counted.
-        presence: subtracted from the score of every token that was said.
-        frequency: subtracted as often as it was said.
+        prompt_length: tokens of the prompt, which are not counted.
+        presence: subtracted from the score of every token that was generated before.
+        frequency: subtracted once per earlier occurrence.
     """
 
     def __init__(self, prompt_length: int, presence: float, frequency: float) -> None:
         self._prompt_length, self._presence, self._frequency = prompt_length, presence, frequency
 
     def __call__(self, history: Tensor, scores: Tensor) -> Tensor:
-        said, counts = torch.unique(history[0, self._prompt_length :], return_counts=True)
+        tokens, counts = torch.unique(history[0, self._prompt_length :], return_counts=True)
         penalty = self._presence + self._frequency * counts.to(scores.dtype)
-        return scores.index_add(1, said, -penalty.unsqueeze(0))
+        return scores.index_add(1, tokens, -penalty.unsqueeze(0))
 
 
 class TokenBias:
-    """Adds to the scores of some tokens."""
+    """Adds a fixed bias to the scores of given token ids (OpenAI's `logit_bias`)."""
 
     def __init__(self, bias: Mapping[int, float]) -> None:
         self._tokens, self._values = torch.tensor(list(bias)), torch.tensor(list(bias.values()))
@@ -41,7 +41,7 @@ class TokenBias:
 
 
 class LeastLength:
-    """No text ends before it has `least` new tokens."""
+    """Masks the end tokens until a request has `least` new tokens (`min_tokens`)."""
 
     def __init__(self, prompt_length: int, least: int, ends: Sequence[int]) -> None:
         self._until, self._ends = prompt_length + least, torch.tensor(list(ends), dtype=torch.long)

@@ -1,27 +1,29 @@
-"""OpenAI's Responses, stateless: an answer as items, and as named events.
+"""OpenAI's Responses API, stateless: an answer as items and as named events.
 
-Owns the translation of a request into a chat's, and of an answer into items. Nothing is kept between requests.
+Owns the translation of a Responses request into a chat completion request, and of an answer into items. Keeps nothing
+between requests.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from haast.serving.conversation import joined
+from haast.serving.generation import Delta, Generation
 from haast.serving.plan import check_unknown
 from haast.serving.problems import ApiError, refused
 from haast.serving.schema import ChatRequest, InputItem, NamedResponseTool, ResponsesRequest
 from haast.serving.shapes import ChatShape, Json
-from haast.serving.streaming import event, join, merged, told
-from haast.serving.writing import Delta, Writing
+from haast.serving.streaming import api_error, event, join, merged
 
-_STATE = "this server keeps no answers: send all items, and store: false"
+_STATE = "this server stores no answers: send all items, and store: false"
 
 
 def as_chat(body: ResponsesRequest) -> ChatRequest:
-    """The chat completion that a response is. Raises ApiError for what needs a memory, or is not offered."""
+    """Translate into a chat completion request. Raises ApiError for unsupported fields, and those that need state."""
     check_unknown(body)
     if body.store:
         raise refused("store", _STATE)
@@ -43,11 +45,11 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
     tools = [
         {"type": "function", "function": {name: getattr(tool, name) for name in names}} for tool in body.tools or ()
     ]
-    given = {name: getattr(body, name) for name in ("model", "temperature", "top_p", "top_k", "min_p", "seed")}
+    shared = {name: getattr(body, name) for name in ("model", "temperature", "top_p", "top_k", "min_p", "seed")}
     effort = None if body.reasoning is None else body.reasoning.effort
     return ChatRequest.model_validate(
         {
-            **given,
+            **shared,
             "messages": messages,
             "max_completion_tokens": body.max_output_tokens,
             "stream": body.stream,
@@ -76,31 +78,31 @@ def _message(item: InputItem) -> Json:
 
 
 class Response(ChatShape):
-    """One response's JSON."""
+    """JSON of one response."""
 
     def items(self, delta: Delta, status: str) -> list[Json]:
         """The items of an answer: reasoning, a message, calls."""
-        found: list[Json] = []
+        items: list[Json] = []
         if delta.reasoning:
-            found.append(self._reasoning(delta.reasoning))
+            items.append(self._reasoning(delta.reasoning))
         if delta.content or not delta.calls:
-            found.append(self._message(delta, status))
+            items.append(self._message(delta, status))
         for number, call in enumerate(delta.calls):
-            made = self._call(0, number, call)
-            found.append(
+            fields = self._call(0, number, call)
+            items.append(
                 {
                     "type": "function_call",
-                    "id": f"fc_{made['id'][5:]}",
-                    "call_id": made["id"],
+                    "id": f"fc_{fields['id'][5:]}",
+                    "call_id": fields["id"],
                     "name": call.name,
                     "arguments": call.arguments,
                     "status": status,
                 }
             )
-        return found
+        return items
 
-    def body(self, status: str, output: Sequence[Json] = (), writings: Sequence[Writing] = ()) -> Json:
-        """The response as it stands."""
+    def body(self, status: str, output: Sequence[Json] = (), generations: Sequence[Generation] = ()) -> Json:
+        """The response object with a status and the items so far."""
         cut = status == "incomplete"
         answer: Json = {
             "id": self.id,
@@ -121,8 +123,8 @@ class Response(ChatShape):
             "tools": [],
             "store": False,
         }
-        if writings:
-            usage = self.usage(writings)
+        if generations:
+            usage = self.usage(generations)
             answer["usage"] = {
                 "input_tokens": usage["prompt_tokens"],
                 "output_tokens": usage["completion_tokens"],
@@ -132,6 +134,10 @@ class Response(ChatShape):
                 "haast": usage["haast"],
             }
         return answer
+
+    def whole(self, deltas: Sequence[Delta], generations: Sequence[Generation]) -> Json:
+        status = _status(generations[0])
+        return self.body(status, self.items(deltas[0], status), generations)
 
     def _reasoning(self, text: str) -> Json:
         part = {"type": "reasoning_text", "text": text}
@@ -147,40 +153,32 @@ class Response(ChatShape):
         }
 
     def _part_of(self, delta: Delta) -> Json:
-        found = self._logprobs(delta, always=True)
-        logprobs = [] if found is None else found["content"]
+        entries = self._logprobs(delta, always=True)
+        logprobs = [] if entries is None else entries["content"]
         return {"type": "output_text", "text": delta.content, "annotations": [], "logprobs": logprobs}
 
 
-def _status(writing: Writing) -> str:
-    return "incomplete" if writing.finish_reason == "length" else "completed"
+def _status(generation: Generation) -> str:
+    return "incomplete" if generation.finish_reason == "length" else "completed"
 
 
-async def whole_response(response: Response, writings: Sequence[Writing]) -> Json:
-    """The response at once."""
-    delta = Delta()
-    async with aclosing(merged(writings)) as parts:
-        async for _, part in parts:
-            if part is not None:
-                join(delta, part)
-    status = _status(writings[0])
-    return response.body(status, response.items(delta, status), writings)
-
-
-async def response_events(response: Response, writings: Sequence[Writing]) -> AsyncGenerator[bytes, None]:
-    """The response as named events, numbered."""
+async def response_events(response: Response, generations: Sequence[Generation]) -> AsyncGenerator[bytes, None]:
+    """The response as a stream of named, numbered events."""
     number = 0
 
-    def made(name: str, **fields: Any) -> bytes:
+    def numbered(name: str, fields: Json, long: bool) -> bytes:
         nonlocal number
         number += 1
-        return event({"type": name, "sequence_number": number - 1, **fields}, name)
+        return event({"type": name, "sequence_number": number - 1, **fields}, name, long)
 
-    yield made("response.created", response=response.body("in_progress"))
-    yield made("response.in_progress", response=response.body("in_progress"))
+    def short(name: str, **fields: Any) -> bytes:
+        return numbered(name, fields, long=False)
+
+    yield short("response.created", response=response.body("in_progress"))
+    yield short("response.in_progress", response=response.body("in_progress"))
     try:
-        delta, opened = Delta(), list[str]()  # kinds of items that were begun, in order
-        async with aclosing(merged(writings)) as parts:
+        delta, opened = Delta(), list[str]()  # kinds of items that were opened, in order
+        async with aclosing(merged(generations)) as parts:
             async for _, part in parts:
                 if part is None:
                     continue
@@ -191,21 +189,31 @@ async def response_events(response: Response, writings: Sequence[Writing]) -> As
                     if kind not in opened:
                         opened.append(kind)
                         for name, fields in _opening(response, kind, len(opened) - 1):
-                            yield made(name, **fields)
+                            yield short(name, **fields)
                     name = "response.output_text.delta" if kind == "message" else "response.reasoning_text.delta"
                     place = {"output_index": opened.index(kind), "content_index": 0, "item_id": _id(response, kind)}
-                    yield made(name, delta=text, **place, **({"logprobs": []} if kind == "message" else {}))
-        status = _status(writings[0])
-        items = response.items(delta, status)
-        order = sorted(items, key=lambda item: opened.index(item["type"]) if item["type"] in opened else len(opened))
-        for index, item in enumerate(order):
-            for name, fields in _closing(response, item, index, item["type"] in opened):
-                yield made(name, **fields)
-        yield made(f"response.{status}", response=response.body(status, order, writings))
+                    yield short(name, delta=text, **place, **({"logprobs": []} if kind == "message" else {}))
+        status = _status(generations[0])
+
+        def final_events() -> list[bytes]:
+            items = response.items(delta, status)
+            order = sorted(items, key=lambda item: (*opened, item["type"]).index(item["type"]))
+            events = [
+                numbered(name, fields, long=True)
+                for index, item in enumerate(order)
+                for name, fields in _closing(response, item, index, item["type"] in opened)
+            ]
+            ended = {"response": response.body(status, order, generations)}
+            return [*events, numbered(f"response.{status}", ended, long=True)]
+
+        for each in await asyncio.to_thread(
+            final_events
+        ):  # in a thread: these events repeat the whole text and all logprobs
+            yield each
     except Exception as error:
-        problem = told(error)
+        problem = api_error(error)
         failed = response.body("failed") | {"error": {"code": problem.code or "error", "message": problem.message}}
-        yield made("response.failed", response=failed)
+        yield short("response.failed", response=failed)
 
 
 def _id(response: Response, kind: str) -> str:
@@ -213,7 +221,7 @@ def _id(response: Response, kind: str) -> str:
 
 
 def _opening(response: Response, kind: str, index: int) -> list[tuple[str, Json]]:
-    """An item that begins."""
+    """Events that open an item."""
     empty = Delta()
     item = response.items(empty, "in_progress")[0] if kind == "message" else None
     if item is None:
@@ -228,25 +236,25 @@ def _opening(response: Response, kind: str, index: int) -> list[tuple[str, Json]
     ]
 
 
-def _closing(response: Response, item: Json, index: int, begun: bool) -> list[tuple[str, Json]]:
-    """An item that is complete; one that was not begun is begun first."""
-    found: list[tuple[str, Json]] = []
+def _closing(response: Response, item: Json, index: int, opened: bool) -> list[tuple[str, Json]]:
+    """Events that close an item, after those that open it if no delta opened it before."""
+    events: list[tuple[str, Json]] = []
     where = {"item_id": item.get("id"), "output_index": index}
     if item["type"] == "function_call":
         started = item | {"arguments": "", "status": "in_progress"}
-        found = [
+        events = [
             ("response.output_item.added", {"output_index": index, "item": started}),
             ("response.function_call_arguments.delta", {**where, "delta": item["arguments"]}),
             ("response.function_call_arguments.done", {**where, "arguments": item["arguments"], "name": item["name"]}),
         ]
-    elif not begun:
-        found = _opening(response, item["type"], index)
+    elif not opened:
+        events = _opening(response, item["type"], index)
     if item["type"] == "message":
         part = item["content"][0]
         here = {**where, "content_index": 0}
         done = {**here, "text": part["text"], "logprobs": part["logprobs"]}
-        found += [("response.output_text.done", done), ("response.content_part.done", {**here, "part": part})]
+        events += [("response.output_text.done", done), ("response.content_part.done", {**here, "part": part})]
     elif item["type"] == "reasoning":
         done = {**where, "content_index": 0, "text": item["content"][0]["text"]}
-        found.append(("response.reasoning_text.done", done))
-    return [*found, ("response.output_item.done", {"output_index": index, "item": item})]
+        events.append(("response.reasoning_text.done", done))
+    return [*events, ("response.output_item.done", {"output_index": index, "item": item})]

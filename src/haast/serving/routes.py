@@ -1,7 +1,7 @@
-"""Which address answers what: OpenAI's, the ones beside them, and 404 with a reason for what is not offered.
+"""HTTP routes: OpenAI's, Haast's own, and a 404 with a reason for those that other servers offer.
 
-Owns the routes and how an answer's requests are started, watched and ended with their client. The state behind them is
-`app.Host`'s; what is answered is `plan`'s and `shapes`'.
+Owns the routes, and how an answer's requests are started, and cancelled when their client disconnects. State is in
+`app.Host`; request fields are checked in `plan`, answers formatted in `shapes`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
+from haast.serving.generation import Delta, Generation
 from haast.serving.plan import Plan, chat_plan, check_unknown, completion_plan
 from haast.serving.problems import ApiError
-from haast.serving.responses import Response, as_chat, response_events, whole_response
+from haast.serving.responses import Response, as_chat, response_events
 from haast.serving.schema import ChatRequest, CompletionRequest, DetokenizeRequest, ResponsesRequest, TokenizeRequest
 from haast.serving.service import Service
 from haast.serving.shapes import ChatShape, CompletionShape, Shape
 from haast.serving.step_view import step_html
-from haast.serving.streaming import Json, events, until_gone, whole
-from haast.serving.writing import Writing
+from haast.serving.streaming import events, json_of, until_gone, whole
 from haast.text import token_text
 
 if TYPE_CHECKING:
@@ -39,20 +39,20 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("haast.serving")
 ROUTES = APIRouter()
-# What other servers offer and this one does not, and why.
-_ABSENT = {
-    "/v1/embeddings": "Haast generates text; it makes no embeddings",
-    "/v1/rerank": "Haast generates text; it ranks none",
-    "/v1/audio/speech": "Haast reads and writes text alone",
-    "/v1/audio/transcriptions": "Haast reads and writes text alone",
-    "/v1/audio/translations": "Haast reads and writes text alone",
-    "/v1/images/generations": "Haast reads and writes text alone",
-    "/v1/images/edits": "Haast reads and writes text alone",
-    "/v1/moderations": "Haast judges no text",
-    "/v1/fine_tuning/jobs": "heads are trained by `haast train`, targets by other tools",
-    "/v1/files": "the server keeps nothing",
-    "/v1/batches": "send the requests one by one: they run together",
-    "/v1/assistants": "the server keeps no conversations",
+# Routes of other servers that this one does not offer, with the reason.
+_NOT_OFFERED = {
+    "/v1/embeddings": "Haast generates text, no embeddings",
+    "/v1/rerank": "Haast generates text, it does not rank it",
+    "/v1/audio/speech": "Haast supports text only",
+    "/v1/audio/transcriptions": "Haast supports text only",
+    "/v1/audio/translations": "Haast supports text only",
+    "/v1/images/generations": "Haast supports text only",
+    "/v1/images/edits": "Haast supports text only",
+    "/v1/moderations": "Haast does not classify text",
+    "/v1/fine_tuning/jobs": "train heads with `haast train`, and targets with other tools",
+    "/v1/files": "the server stores nothing",
+    "/v1/batches": "send single requests: the server batches them",
+    "/v1/assistants": "the server stores no conversations",
 }
 
 
@@ -62,7 +62,7 @@ async def chat(body: ChatRequest, request: Request) -> Any:
     service = _host(request).service
     _check_model(body.model, service)
     plan = await run_in_threadpool(chat_plan, body, service.facts)
-    return await _answered(request, plan, lambda: ChatShape(service, plan, _id("chatcmpl"), _now()))
+    return await _respond(request, plan, lambda: ChatShape(service, plan, _id("chatcmpl"), _now()))
 
 
 @ROUTES.post("/v1/completions")
@@ -71,7 +71,7 @@ async def completions(body: CompletionRequest, request: Request) -> Any:
     service = _host(request).service
     _check_model(body.model, service)
     plan = await run_in_threadpool(completion_plan, body, service.facts)
-    return await _answered(request, plan, lambda: CompletionShape(service, plan, _id("cmpl"), _now()))
+    return await _respond(request, plan, lambda: CompletionShape(service, plan, _id("cmpl"), _now()))
 
 
 @ROUTES.post("/v1/responses")
@@ -79,72 +79,59 @@ async def responses(body: ResponsesRequest, request: Request) -> Any:
     """OpenAI's responses, stateless."""
     service = _host(request).service
     _check_model(body.model, service)
-    plan = await run_in_threadpool(chat_plan, as_chat(body), service.facts)
+    plan = await run_in_threadpool(lambda: chat_plan(as_chat(body), service.facts))
     response = Response(service, plan, _id("resp"), _now())
-    writings = await _begun(request, plan)
+    generations = await _start(request, plan)
     if plan.stream:
-        return _Stream(response_events(response, writings), request, writings)
-    return Json(await _whole(request, whole_response(response, writings), writings))
+        return _Stream(response_events(response, generations), request, generations)
+    deltas = await _wait_for(request, whole(generations), generations)
+    return await json_of(lambda: response.whole(deltas, generations))
 
 
 @ROUTES.get("/v1/models")
 async def models(request: Request) -> Any:
-    """The one model, and what drafts for it."""
+    """The served model and its drafters."""
     return {"object": "list", "data": [_model(_host(request).service)]}
 
 
 @ROUTES.get("/v1/models/{name:path}")
 async def model(name: str, request: Request) -> Any:
-    """The one model."""
+    """The served model."""
     _check_model(name, _host(request).service)
     return _model(_host(request).service)
 
 
 @ROUTES.post("/tokenize")
 async def tokenize(body: TokenizeRequest, request: Request) -> Any:
-    """Tokens of a text, or of a conversation as the model reads it."""
+    """Token ids of a text, or of a conversation in the model's chat template."""
     service = _host(request).service
-    check_unknown(body, {"add_generation_prompt": True})
-    if (body.prompt is None) == (body.messages is None):
-        raise ApiError(400, "give prompt or messages, one of them", param="prompt", code="invalid_value")
-    template = service.facts.template
-    if body.messages is None:
-        ids = await run_in_threadpool(template.text_ids, body.prompt or "", body.add_special_tokens, True)
-    else:
-        made = await run_in_threadpool(template.render, body.messages, body.tools or (), body.chat_template_kwargs)
-        ids = made.ids
-    answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.facts.context, "tokens": ids}
-    if body.return_token_strs:
-        answer["token_strs"] = await run_in_threadpool(_token_texts, service, ids)
-    return Json(answer)
+    answer = await run_in_threadpool(_tokenized, body, service)
+    return await json_of(lambda: answer)
 
 
 @ROUTES.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, request: Request) -> Any:
-    """The text of tokens, special ones included."""
+    """The text of token ids, special tokens included."""
     service = _host(request).service
-    wrong = [each for each in body.tokens if each >= service.facts.vocab_size]
-    if wrong:
-        words = f"tokens holds {wrong[0]}: give token ids of 0..{service.facts.vocab_size - 1}"
-        raise ApiError(400, words, param="tokens", code="invalid_value")
-    return Json({"prompt": await run_in_threadpool(_text, service, body.tokens)})
+    answer = {"prompt": await run_in_threadpool(_detokenized, body, service)}
+    return await json_of(lambda: answer)
 
 
 @ROUTES.get("/health")
 async def health(request: Request) -> Any:
-    """200 when it answers; 503 while it loads or ends."""
+    """200 when ready; 503 while the model loads and during a shutdown."""
     return {"status": "ok", "model": _host(request).service.name}
 
 
 @ROUTES.get("/metrics")
 async def metrics(request: Request) -> Any:
-    """Prometheus' text form."""
+    """All metrics in Prometheus' text format."""
     return HttpResponse(_host(request).service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @ROUTES.post("/haast/step")
 async def step(body: dict[str, Any], request: Request) -> Any:
-    """A step of a trace as the report draws it."""
+    """One step of a trace, drawn as HTML like in the report."""
     return HTMLResponse(await run_in_threadpool(step_html, body))
 
 
@@ -153,66 +140,88 @@ def _host(request: Request) -> Host:
     return host
 
 
-async def _answered(request: Request, plan: Plan, shape: Callable[[], Shape]) -> HttpResponse:
-    """Start a plan's requests and answer with what they say."""
-    made = shape()
-    writings = await _begun(request, plan)
+async def _respond(request: Request, plan: Plan, shape: Callable[[], Shape]) -> HttpResponse:
+    """Start the requests of a plan and send their answers."""
+    formatter = shape()
+    generations = await _start(request, plan)
     if plan.stream:
-        return _Stream(events(made, writings), request, writings)
-    return Json(await _whole(request, whole(made, writings), writings))
+        return _Stream(events(formatter, generations), request, generations)
+    deltas = await _wait_for(request, whole(generations), generations)
+    return await json_of(lambda: formatter.whole(deltas, generations))
 
 
-async def _begun(request: Request, plan: Plan) -> list[Writing]:
+async def _start(request: Request, plan: Plan) -> list[Generation]:
     return await run_in_threadpool(_host(request).service.begin, plan)
 
 
-async def _whole(request: Request, work: Awaitable[dict[str, Any]], writings: Sequence[Writing]) -> dict[str, Any]:
+async def _wait_for(request: Request, work: Awaitable[list[Delta]], generations: Sequence[Generation]) -> list[Delta]:
     try:
         return await until_gone(request, work)
     finally:
-        _close(request, writings)
+        _close(request, generations)
 
 
-def _close(request: Request, writings: Sequence[Writing]) -> None:
-    """Nobody reads on: what still runs ends, and what was written is counted."""
-    for writing in writings:
-        writing.close()
+def _close(request: Request, generations: Sequence[Generation]) -> None:
+    """Cancel requests that still run, count the generated tokens against the key, and log the texts if configured."""
+    for generation in generations:
+        generation.close()
     host = _host(request)
-    host.rates.spent(request.state.key, sum(len(writing.new_tokens) for writing in writings))
+    host.rates.spent(request.state.key, sum(len(generation.new_tokens) for generation in generations))
     if host.config.log_prompts and host.loaded is not None:
-        for writing in writings:
-            end, tokens = writing.request.prompt_length, writing.request.tokens
-            said = (json.dumps(_text(host.loaded, part)) for part in (tokens[:end], tokens[end:]))  # one line each
-            _LOG.info("request %s: prompt %s, answer %s", request.state.request_id, *said)
+        for generation in generations:
+            end, tokens = generation.request.prompt_length, generation.request.tokens
+            texts = (json.dumps(_text(host.loaded, part)) for part in (tokens[:end], tokens[end:]))  # JSON: one line
+            _LOG.info("request %s: prompt %s, answer %s", request.state.request_id, *texts)
 
 
 def _text(service: Service, tokens: Sequence[int]) -> str:
-    """What tokens say, special ones included."""
+    """The text of token ids, special tokens included."""
     return str(service.tokenizer.decode(list(tokens), skip_special_tokens=False))
 
 
+def _tokenized(body: TokenizeRequest, service: Service) -> dict[str, Any]:
+    check_unknown(body, {"add_generation_prompt": True})
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "give prompt or messages, one of them", param="prompt", code="invalid_value")
+    template = service.facts.template
+    if body.messages is None:
+        ids = template.text_ids(body.prompt or "", body.add_special_tokens, True)
+    else:
+        ids = template.render(body.messages, body.tools or (), body.chat_template_kwargs).ids
+    answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.facts.context, "tokens": ids}
+    return answer | ({"token_strs": _token_texts(service, ids)} if body.return_token_strs else {})
+
+
+def _detokenized(body: DetokenizeRequest, service: Service) -> str:
+    wrong = next((each for each in body.tokens if each >= service.facts.vocab_size), None)
+    if wrong is not None:
+        words = f"tokens holds {wrong}: give token ids of 0..{service.facts.vocab_size - 1}"
+        raise ApiError(400, words, param="tokens", code="invalid_value")
+    return _text(service, body.tokens)
+
+
 def _token_texts(service: Service, tokens: Sequence[int]) -> list[str]:
-    known = {each: token_text(service.tokenizer, each) for each in set(tokens)}
-    return [known[each] for each in tokens]
+    texts = {each: token_text(service.tokenizer, each) for each in set(tokens)}
+    return [texts[each] for each in tokens]
 
 
 class _Stream(EventSourceResponse):
-    """A stream of events that ends its requests however it ends, even before its first event."""
+    """A stream of events that cancels its requests however it ends, even before its first event."""
 
-    def __init__(self, parts: AsyncIterator[bytes], request: Request, writings: Sequence[Writing]) -> None:
+    def __init__(self, parts: AsyncIterator[bytes], request: Request, generations: Sequence[Generation]) -> None:
         config = _host(request).config
-        # At a shutdown running answers end by themselves, or are ended and told: the library only waits for that.
+        # At a shutdown `Server` cancels the running answers after the grace period: the library only waits for that.
         super().__init__(
             parts, ping=config.keep_alive, sep="\n", send_timeout=config.send_timeout, shutdown_event=anyio.Event(),
             shutdown_grace_period=config.grace + 5,
         )  # fmt: skip
-        self._end = functools.partial(_close, request, writings)
+        self._end = functools.partial(_close, request, generations)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         except SendTimeoutError:
-            _LOG.info("a client reads too slowly: its stream is ended")
+            _LOG.info("a client reads too slowly: its stream is closed")
         finally:
             self._end()
 
@@ -240,7 +249,7 @@ def _model(service: Service) -> dict[str, Any]:
     }
 
 
-def _absent(path: str, why: str) -> Callable[[], Any]:
+def _not_offered(path: str, why: str) -> Callable[[], Any]:
     async def absent() -> Any:
         raise ApiError(404, f"{path} is not offered: {why}", code="not_offered")
 
@@ -255,5 +264,5 @@ def _now() -> int:
     return int(time.time())
 
 
-for path, why in _ABSENT.items():
-    ROUTES.add_api_route(path, _absent(path, why), methods=["GET", "POST"], include_in_schema=False)
+for path, why in _NOT_OFFERED.items():
+    ROUTES.add_api_route(path, _not_offered(path, why), methods=["GET", "POST"], include_in_schema=False)

@@ -1,7 +1,7 @@
-"""What clients may send: the bodies of requests, as OpenAI, vLLM and Haast itself name their fields.
+"""Request bodies as pydantic models, with the field names of OpenAI, vLLM and Haast.
 
-Owns types, ranges and names. A field that would change the answer and is not supported is refused by name (`refused`);
-one that nobody knows is left out and told once in the log. What fields mean is `plan`'s.
+Owns types, ranges and names. An unsupported field that would change the answer is refused by name (`REFUSED`); an
+unknown field is ignored and logged once. `plan` owns the meaning of fields.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pydantic_core import CoreSchema
 Item = TypeVar("Item")
 
 
-class _FirstWrong:
-    """The first wrong item ends the reading of a list.
+class _FailFast:
+    """Stops validating a list at its first wrong item.
 
-    pydantic would describe all of them otherwise: a body of 3 MB with a million wrong items took 40 s and 4 GB, in
-    which nobody was answered. (Its own FailFast can't stand in a union: it has no hash.)
+    pydantic would report all of them: a body of 3 MB with a million wrong items took 40 s and 4 GB, and blocked all
+    other requests. (pydantic's own FailFast can't be used in a union: it has no hash.)
     """
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -38,13 +38,13 @@ class _FirstWrong:
 Number = Annotated[float, Field(allow_inf_nan=False)]
 _Id = Annotated[int, Field(ge=0)]
 JsonObject = dict[str, Any]
-Items = Annotated[list[Item], _FirstWrong()]
-_MOST_FIELDS = 64  # of a part that knows all of its fields
-_MOST_BIASES = 10_000
+Items = Annotated[list[Item], _FailFast()]
+_MAX_FIELDS = 64  # of an object that allows no unknown fields
+_MAX_BIASES = 10_000
 
 
 def _at_most(most: int, what: str) -> BeforeValidator:
-    """An object of so many names at most: each wrong one would be described too."""
+    """Limits the number of names in an object: pydantic would report each wrong one."""
 
     def checked(value: Any) -> Any:
         if isinstance(value, Mapping) and len(value) > most:
@@ -54,40 +54,40 @@ def _at_most(most: int, what: str) -> BeforeValidator:
     return BeforeValidator(checked)
 
 
-_FEW = _at_most(_MOST_FIELDS, "fields")
-Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], _at_most(_MOST_BIASES, "tokens")]
+_FEW_FIELDS = _at_most(_MAX_FIELDS, "fields")
+Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], _at_most(_MAX_BIASES, "tokens")]
 
-# Fields of OpenAI's and of other servers that would change an answer, and why they are not here.
+# Unsupported fields of OpenAI and other servers that would change the answer, with the reason or the replacement.
 REFUSED = {
-    "audio": "Haast answers in text",
+    "audio": "Haast generates text only",
     "beam_width": "beam search is not offered",
-    "best_of": "all answers are returned: ask for n of them",
-    "bad_words": "words are barred by logit_bias on their tokens, or by a grammar",
-    "conversation": "the server keeps no conversations: send all messages",
-    "allowed_token_ids": "say it by logit_bias or a grammar",
-    "function_call": "it was replaced by tool_choice",
-    "functions": "they were replaced by tools",
-    "guided_grammar": "it is called grammar here, or structured_outputs",
-    "guided_json": "it is called response_format here, or structured_outputs",
-    "guided_regex": "it is called regex here, or structured_outputs",
-    "guided_choice": "it is called choice here, or structured_outputs",
+    "best_of": "use n: all answers are returned",
+    "bad_words": "use logit_bias on their tokens, or a grammar",
+    "conversation": "the server stores no conversations: send all messages",
+    "allowed_token_ids": "use logit_bias or a grammar",
+    "function_call": "use tool_choice, which replaced it",
+    "functions": "use tools, which replaced them",
+    "guided_grammar": "use grammar or structured_outputs",
+    "guided_json": "use response_format or structured_outputs",
+    "guided_regex": "use regex or structured_outputs",
+    "guided_choice": "use choice or structured_outputs",
     "length_penalty": "beam search is not offered",
-    "logits_processors": "code from clients is not run",
-    "lora": "adapters are not offered",
+    "logits_processors": "the server runs no code of clients",
+    "lora": "adapters are not supported",
     "max_tool_calls": "the server runs no tools",
-    "mirostat": "it is not offered: temperature, top_k, top_p and min_p are",
-    "modalities": "Haast answers in text",
-    "previous_response_id": "the server keeps no answers: send all messages",
-    "prompt_logprobs": "logprobs are of new tokens",
-    "repeat_penalty": "it is called repetition_penalty here",
-    "suffix": "texts are continued at their end alone",
-    "top_a": "it is not offered: temperature, top_k, top_p and min_p are",
-    "typical_p": "it is not offered: temperature, top_k, top_p and min_p are",
+    "mirostat": "use temperature, top_k, top_p and min_p",
+    "modalities": "Haast generates text only",
+    "previous_response_id": "the server stores no answers: send all messages",
+    "prompt_logprobs": "logprobs are given for new tokens only",
+    "repeat_penalty": "use repetition_penalty",
+    "suffix": "texts are continued at their end only",
+    "top_a": "use temperature, top_k, top_p and min_p",
+    "typical_p": "use temperature, top_k, top_p and min_p",
     "use_beam_search": "beam search is not offered",
     "verbosity": "the model has no such setting",
-    "web_search_options": "the server searches nothing",
+    "web_search_options": "the server does not search the web",
 }
-# Fields that change no word of an answer.
+# Accepted fields without effect: they would not change the answer.
 IDLE = frozenset({
     "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
     "background", "include", "truncation", "skip_special_tokens", "spaces_between_special_tokens", "cache_salt",
@@ -96,24 +96,24 @@ IDLE = frozenset({
 
 
 class Body(BaseModel):
-    """Any body: what it does not know is kept aside, see `unknown`."""
+    """Base of bodies that accept unknown fields and keep them in `unknown`."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     @property
     def unknown(self) -> dict[str, Any]:
-        """Fields that are not among its own."""
+        """The unknown fields, by name."""
         return dict(self.model_extra or {})
 
 
 class Strict(BaseModel):
-    """A part of a body that knows all of its fields."""
+    """Base of objects that allow no unknown fields."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
 class HaastFields(Strict):
-    """How a request's drafts are steered and shown; its answer does not depend on it."""
+    """Haast's own fields: drafter, maximum tree size, and trace. The answer's text does not depend on them."""
 
     drafter: StrictStr | None = None
     max_nodes: Annotated[StrictInt, Field(ge=1)] | None = None
@@ -121,7 +121,7 @@ class HaastFields(Strict):
 
 
 class StreamOptions(Strict):
-    """What a stream tells beside the answer."""
+    """Options of a stream."""
 
     include_usage: StrictBool = False
     include_obfuscation: StrictBool = False
@@ -129,14 +129,14 @@ class StreamOptions(Strict):
 
 
 class Prediction(Strict):
-    """Text that the answer is expected to hold (OpenAI's predicted outputs)."""
+    """Text that the answer is expected to contain (OpenAI's predicted outputs)."""
 
     type: Literal["content"]
     content: str | Items[TextPart]
 
 
 class TextPart(Body):
-    """A part of a message."""
+    """One content part of a message."""
 
     type: StrictStr
     text: StrictStr | None = None
@@ -152,14 +152,14 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """The form of an answer."""
+    """Format of an answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
 class StructuredOutputs(Strict):
-    """vLLM's name for a form of an answer; one of them."""
+    """vLLM's field for the format of an answer; one of its fields at most."""
 
     json_: JsonObject | None = Field(default=None, alias="json")
     json_object: StrictBool | None = None
@@ -169,7 +169,7 @@ class StructuredOutputs(Strict):
 
 
 class Sampled(Body):
-    """The fields that all kinds of answers share."""
+    """Fields that chat and text completions share."""
 
     model: StrictStr | None = None
     temperature: Number | None = None
@@ -190,25 +190,25 @@ class Sampled(Body):
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs_mode: Literal["raw", "processed"] = "raw"
     stream: StrictBool | None = None
-    stream_options: Annotated[StreamOptions, _FEW] | None = None
+    stream_options: Annotated[StreamOptions, _FEW_FIELDS] | None = None
     response_format: ResponseFormat | None = None
     regex: StrictStr | None = None
     grammar: StrictStr | None = None
     choice: Items[StrictStr] | None = None
-    structured_outputs: Annotated[StructuredOutputs, _FEW] | None = None
-    prediction: Annotated[Prediction, _FEW] | None = None
-    haast: Annotated[HaastFields, _FEW] = Field(default_factory=HaastFields)
+    structured_outputs: Annotated[StructuredOutputs, _FEW_FIELDS] | None = None
+    prediction: Annotated[Prediction, _FEW_FIELDS] | None = None
+    haast: Annotated[HaastFields, _FEW_FIELDS] = Field(default_factory=HaastFields)
 
 
 class FunctionCall(Body):
-    """A call in an assistant's message."""
+    """Function name and arguments of a tool call in an assistant's message."""
 
     name: StrictStr
     arguments: StrictStr | JsonObject = ""
 
 
 class ToolCallMessage(Body):
-    """A call in an assistant's message, with the id by which its result is told."""
+    """A tool call in an assistant's message; the message with its result repeats its id."""
 
     id: StrictStr | None = None
     type: StrictStr = "function"
@@ -227,7 +227,7 @@ class ChatMessage(Body):
 
 
 class Function(Body):
-    """What a tool is."""
+    """Definition of a function that can be called as a tool."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,128}$")]
     description: StrictStr | None = None
@@ -249,7 +249,7 @@ class NamedFunction(Body):
 
 
 class NamedTool(Body):
-    """The tool that has to be called."""
+    """A `tool_choice` that requires this tool."""
 
     type: Literal["function"]
     function: NamedFunction
@@ -278,7 +278,7 @@ class CompletionRequest(Sampled):
 
 
 class InputItem(Body):
-    """One item of a response's input."""
+    """One input item of the Responses API."""
 
     type: StrictStr = "message"
     role: StrictStr | None = None
@@ -290,7 +290,7 @@ class InputItem(Body):
 
 
 class TextFormat(Body):
-    """The form of a response's text."""
+    """Format of a response's text."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: StrictStr | None = None
@@ -299,13 +299,13 @@ class TextFormat(Body):
 
 
 class TextSettings(Strict):
-    """How a response's text is written."""
+    """Text options of the Responses API."""
 
     format: TextFormat = Field(default_factory=TextFormat)
 
 
 class ResponseTool(Body):
-    """A function that a response may call."""
+    """A function tool of the Responses API."""
 
     type: Literal["function"]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,128}$")]
@@ -315,14 +315,14 @@ class ResponseTool(Body):
 
 
 class NamedResponseTool(Body):
-    """The tool that a response has to call."""
+    """A `tool_choice` of the Responses API that requires this tool."""
 
     type: Literal["function"]
     name: StrictStr
 
 
 class Reasoning(Body):
-    """How much a response reasons."""
+    """Reasoning options of the Responses API."""
 
     effort: StrictStr | None = None
 
@@ -340,14 +340,14 @@ class ResponsesRequest(Body):
     min_p: Number | None = None
     seed: StrictInt | None = None
     stream: StrictBool | None = None
-    text: Annotated[TextSettings, _FEW] = Field(default_factory=TextSettings)
+    text: Annotated[TextSettings, _FEW_FIELDS] = Field(default_factory=TextSettings)
     tools: Items[ResponseTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedResponseTool | None = None
     parallel_tool_calls: StrictBool = True
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     reasoning: Reasoning | None = None
     store: StrictBool | None = None
-    haast: Annotated[HaastFields, _FEW] = Field(default_factory=HaastFields)
+    haast: Annotated[HaastFields, _FEW_FIELDS] = Field(default_factory=HaastFields)
 
 
 class TokenizeRequest(Body):

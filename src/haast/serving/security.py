@@ -1,8 +1,8 @@
-"""Who may ask, and how much: keys, origins, hosts, sizes and rates, before a request reaches the application.
+"""Access checks before a request reaches the application: API keys, origins, hosts, sizes and rates.
 
-Owns plain ASGI middleware, outermost first: a request's id and the headers of every answer, hosts and origins, keys,
-rates, sizes. HTTP itself, request smuggling included, is uvicorn's and h11's: they refuse messages of two lengths and
-of unknown codings. What they take and this server refuses is a length beside chunks, and heads that are whole but long.
+Owns one ASGI middleware, with its checks in this order: request id and response headers, host and origin, key, rate,
+body size. uvicorn and h11 own HTTP and guard against request smuggling: they refuse messages with two lengths or an
+unknown transfer coding. This server also refuses Content-Length together with chunks, and complete but long heads.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,10 +27,14 @@ from haast.serving.config import ServeConfig
 from haast.serving.problems import ApiError
 
 _LOG = logging.getLogger("haast.serving")
-_OPEN = ("/", "/health", "/favicon.ico")  # without a key; so is /static, the page that asks for one
+_OPEN = ("/", "/health", "/favicon.ico")  # need no key; nor does /static: the page asks for the key
 _ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
-_BESIDE = 64  # requests beside those whose answers run or wait: health checks, metrics, the page
-_MOST_KEYS = 10_000  # whose rates are remembered
+_EXTRA_REQUESTS = 64  # requests in addition to those whose answers run or wait: health checks, metrics, the page
+_MAX_KEYS = 10_000  # whose rates are kept
+# Limits of a body's content: Python's JSON parser blocks all threads while it runs.
+_MAX_PARTS = 30_000  # objects, lists and names: a body of 4 MB of empty lists takes a second
+_MAX_VALUES = 250_000  # for example token ids
+_PIECE = 65_536  # bytes to scan at once
 MOST_HEADERS = 32_768  # bytes of a request's headers
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -46,38 +51,38 @@ HEADERS = {
 
 
 class Bucket:
-    """So many a minute: filled steadily, never above a minute's worth."""
+    """Token bucket: filled at `per_minute`, to at most one minute's amount."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate, self._most, self._clock = per_minute / 60, float(per_minute), clock
-        self._left, self._at = self._most, clock()
+        self._left, self._updated = self._most, clock()
 
     def wait(self) -> float:
-        """Seconds until one may be taken; 0 now."""
+        """Seconds until one may be taken; 0 if now."""
         now = self._clock()
-        self._left, self._at = min(self._most, self._left + (now - self._at) * self._rate), now
+        self._left, self._updated = min(self._most, self._left + (now - self._updated) * self._rate), now
         return 0.0 if self._left >= 1 else (1 - self._left) / self._rate
 
     def take(self, count: float = 1) -> None:
-        """Take some, more than there are if need be: then the next has to wait."""
+        """Take `count`, even if fewer are left: the next request then waits longer."""
         self._left -= count
 
 
 class Rates:
-    """Requests and new tokens a minute, of each key by itself."""
+    """Limits of requests and new tokens per minute, separate for each key."""
 
     def __init__(self, config: ServeConfig) -> None:
         self._limits = (config.requests_per_minute, config.tokens_per_minute)
-        self._known: OrderedDict[str, tuple[Bucket | None, Bucket | None]] = OrderedDict()
+        self._buckets: OrderedDict[str, tuple[Bucket | None, Bucket | None]] = OrderedDict()
 
     def admit(self, key: str) -> None:
-        """Count a request. Raises ApiError 429 where a key has used up its minute."""
-        requests, tokens = self._of(key)
+        """Count a request. Raises ApiError 429 if the key is over one of its limits."""
+        requests, tokens = self._buckets_of(key)
         wait = max((bucket.wait() for bucket in (requests, tokens) if bucket is not None), default=0.0)
         if wait > 0:
             seconds = str(max(1, round(wait + 0.5)))
             raise ApiError(
-                429, f"this key has used up its minute: try again in {seconds} s", code="rate_limit_exceeded",
+                429, f"this key is over its limit per minute: try again in {seconds} s", code="rate_limit_exceeded",
                 headers={"Retry-After": seconds},
             )  # fmt: skip
         if requests is not None:
@@ -85,34 +90,34 @@ class Rates:
 
     def spent(self, key: str, tokens: int) -> None:
         """Count new tokens."""
-        bucket = self._of(key)[1]
+        bucket = self._buckets_of(key)[1]
         if bucket is not None:
             bucket.wait()
             bucket.take(tokens)
 
-    def _of(self, key: str) -> tuple[Bucket | None, Bucket | None]:
-        if key not in self._known:
+    def _buckets_of(self, key: str) -> tuple[Bucket | None, Bucket | None]:
+        if key not in self._buckets:
             first, second = (None if limit is None else Bucket(limit) for limit in self._limits)
-            self._known[key] = first, second
-            if len(self._known) > _MOST_KEYS:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        return self._known[key]
+            self._buckets[key] = first, second
+            if len(self._buckets) > _MAX_KEYS:
+                self._buckets.popitem(last=False)
+        self._buckets.move_to_end(key)
+        return self._buckets[key]
 
 
 class Guarded:
-    """An application behind all checks.
+    """ASGI middleware with all access checks.
 
     Args:
-        app: what answers.
+        app: the application behind the checks.
         config: of the server.
-        rates: counts requests; tokens are counted by who writes them.
-        refused: told the status of every answer of its own.
+        rates: counts requests here; the routes add the generated tokens.
+        refused: called with the status of every request that is refused here.
     """
 
     def __init__(self, app: ASGIApp, config: ServeConfig, rates: Rates, refused: Callable[[int], None]) -> None:
         self._app, self._config, self._rates, self._refused = app, config, rates, refused
-        self._open, self._most = 0, config.max_running + config.max_waiting + _BESIDE
+        self._open, self._most = 0, config.max_running + config.max_waiting + _EXTRA_REQUESTS
         self._keys = [key.encode() for key in config.keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -123,37 +128,38 @@ class Guarded:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        request_id = given if _ID.match(given) else uuid.uuid4().hex
+        sent_id = headers.get("x-request-id", "")
+        request_id = sent_id if _ID.match(sent_id) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        answer = _Answer(send, request_id)
+        response = _Response(send, request_id)
         self._open += 1
         try:
             if self._open > self._most:  # each may hold a body
                 raise ApiError(503, "too many requests at once: try again", code="busy", headers={"Retry-After": "1"})
             scope["state"]["key"] = self._check(scope, headers)
-            await self._app(scope, await self._whole(receive, headers), answer.send)
+            await self._app(scope, await self._read_body(receive, headers), response.send)
         except ApiError as problem:
-            if answer.begun:
+            if response.started:
                 raise
             self._refused(problem.status)
-            await _reply(problem, answer.send)
+            await _send_error(problem, response.send)
         finally:
             self._open -= 1
 
     def _check(self, scope: Scope, headers: Headers) -> str:
-        """Who asks. Raises ApiError."""
+        """Run all checks on a request's head; returns the name of its key. Raises ApiError."""
         size = sum(len(name) + len(value) for name, value in scope["headers"])
-        if size + len(scope.get("raw_path", b"")) + len(scope["query_string"]) > MOST_HEADERS:  # h11 bounds part of one
+        size += len(scope.get("raw_path", b"")) + len(scope["query_string"])
+        if size > MOST_HEADERS:  # h11 limits incomplete heads only
             raise ApiError(431, f"the headers are longer than {MOST_HEADERS} bytes", code="headers_too_large")
         if "content-length" in headers and "transfer-encoding" in headers:
-            # h11 takes the second, as HTTP says; whoever stands before this server may take the first, and see another
-            # request begin.
+            # h11 uses the second, as HTTP demands. A proxy may use the first, and would then see another request start
+            # at a different byte (request smuggling).
             raise ApiError(400, "send Content-Length or Transfer-Encoding, not both", code="invalid_http")
         host, origin, path = headers.get("host", ""), headers.get("origin"), scope["path"]
         self._check_host(host)
         if origin is not None and not self._same(origin, scope, host) and origin not in self._config.origins:
-            raise ApiError(403, "this page's origin is not allowed here: see --allow-origin", code="origin_not_allowed")
+            raise ApiError(403, "this page's origin is not allowed: see --allow-origin", code="origin_not_allowed")
         free = path in _OPEN or path.startswith("/static/") or scope["method"] == "OPTIONS"
         key = "anonymous" if free else self._key_of(headers)
         if scope["method"] == "POST":
@@ -164,7 +170,7 @@ class Guarded:
         return key
 
     def _check_host(self, host: str) -> None:
-        """On loopback a name that is not this machine's is a page of somebody else's that was pointed here."""
+        """On loopback, refuse foreign host names: they come from web pages by DNS rebinding."""
         if not self._config.local:
             return
         try:
@@ -172,7 +178,7 @@ class Guarded:
         except ValueError:  # brackets that hold no address
             name = ""
         if name not in ("localhost", "127.0.0.1", "::1", self._config.host, *self._config.hosts):
-            raise ApiError(403, "this host name is not served here: see --allow-host", code="host_not_allowed")
+            raise ApiError(403, "this host name is not allowed: see --allow-host", code="host_not_allowed")
 
     @staticmethod
     def _same(origin: str, scope: Scope, host: str) -> bool:
@@ -184,22 +190,22 @@ class Guarded:
     def _key_of(self, headers: Headers) -> str:
         if not self._keys:
             return "anonymous"
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        sent = given.strip().encode("utf-8", "surrogateescape") if kind.lower() == "bearer" else b""
-        known = [hmac.compare_digest(sent, key) for key in self._keys]  # all of them, whichever fits
-        if not any(known):
-            words = "no API key was sent" if not sent else "this API key is not known"
+        kind, _, credentials = headers.get("authorization", "").partition(" ")
+        sent = credentials.strip().encode("utf-8", "surrogateescape") if kind.lower() == "bearer" else b""
+        matches = [hmac.compare_digest(sent, key) for key in self._keys]  # always all of them: constant time
+        if not any(matches):
+            words = "no API key was sent" if not sent else "this API key is not valid"
             raise ApiError(
                 401, f"{words}: send the header Authorization: Bearer <key>", code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
-        return f"key {known.index(True)}"
+        return f"key {matches.index(True)}"
 
-    async def _whole(self, receive: Receive, headers: Headers) -> Receive:
-        """`receive` with the whole body read: at most so many bytes, within so many seconds. Raises ApiError."""
+    async def _read_body(self, receive: Receive, headers: Headers) -> Receive:
+        """Read the whole body within its limits of size and time; returns a `receive` for it. Raises ApiError."""
         most, seconds, body, more = self._config.max_body, self._config.body_timeout, bytearray(), True
-        told = headers.get("content-length", "0")
-        if not (told.isascii() and told.isdigit() and len(told) < 16 and int(told) <= most):
+        length = headers.get("content-length", "0")
+        if not (length.isascii() and length.isdigit() and len(length) < 16 and int(length) <= most):
             raise self._too_long()
         until = time.monotonic() + seconds
         while more:
@@ -208,11 +214,19 @@ class Guarded:
             except TimeoutError:
                 raise ApiError(408, f"the body did not come within {seconds:g} s", code="body_timeout") from None
             if message["type"] != "http.request":
-                raise ApiError(408, "the client has left before its body was whole", code="client_closed_request")
+                raise ApiError(
+                    408, "the client disconnected before its body was complete", code="client_closed_request"
+                )
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > most:
                 raise self._too_long()
+        # The first count includes characters inside strings; only if it is too high, the exact count is made.
+        if _is_too_complex(*_count_delimiters(body)) and _is_too_complex(
+            *await run_in_threadpool(_count_outside_strings, body)
+        ):
+            words = f"the body holds more than {_MAX_PARTS} objects, lists and names, or {_MAX_VALUES} values"
+            raise ApiError(400, words, code="too_many_values")
         read: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replayed() -> Message:
@@ -224,15 +238,37 @@ class Guarded:
         return ApiError(413, f"the body is longer than {self._config.max_body} bytes", code="body_too_large")
 
 
-class _Answer:
-    """`send` with the headers of every answer; knows whether it has begun."""
+def _count_delimiters(text: bytes | bytearray) -> tuple[int, int]:
+    """(parts, values): number of characters that start objects, lists and named values, and of commas."""
+    return text.count(b"{") + text.count(b"[") + text.count(b":"), text.count(b",")
+
+
+def _is_too_complex(parts: int, values: int) -> bool:
+    return parts > _MAX_PARTS or values > _MAX_VALUES
+
+
+def _count_outside_strings(body: bytearray) -> tuple[int, int]:
+    """The counts of `_count_delimiters` outside strings. Counts piece by piece, so that other threads can run."""
+    parts = values = 0
+    inside = False  # inside a string
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    for start in range(0, len(plain), _PIECE):
+        runs = plain[start : start + _PIECE].split(b'"')
+        more_parts, more_values = _count_delimiters(b"".join(runs[inside::2]))
+        parts, values = parts + more_parts, values + more_values
+        inside ^= len(runs) % 2 == 0
+    return parts, values
+
+
+class _Response:
+    """Wraps `send`: adds the headers of every response, and records whether it has started."""
 
     def __init__(self, send: Send, request_id: str) -> None:
-        self._send, self._id, self.begun = send, request_id, False
+        self._send, self._id, self.started = send, request_id, False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.begun = True
+            self.started = True
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self._id
             for name, value in HEADERS.items():
@@ -241,7 +277,7 @@ class _Answer:
         await self._send(message)
 
 
-async def _reply(problem: ApiError, send: Send) -> None:
+async def _send_error(problem: ApiError, send: Send) -> None:
     body = json.dumps(problem.body()).encode()
     head: list[Any] = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     head += [(name.lower().encode(), value.encode()) for name, value in problem.headers.items()]

@@ -1,12 +1,13 @@
-"""The model behind a server: loads it, plans requests, starts them, ends them.
+"""The model behind a server: builds requests from plans, starts them and cancels them.
 
-Owns the engines, one for each drafter that a request may choose, on one target and its one scheduler. Knows no HTTP.
+Owns one engine per drafter that a request may choose; all share one target and its scheduler. Knows no HTTP.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from time import time
 from typing import Any
@@ -20,31 +21,31 @@ from haast.errors import CancelledError
 from haast.sampling import Sampler
 from haast.serving.config import ServeConfig
 from haast.serving.conversation import ChatTemplate
+from haast.serving.generation import Generation
 from haast.serving.logprobs import RecordingSampler
 from haast.serving.metrics import Metrics
 from haast.serving.plan import ModelFacts, Plan
 from haast.serving.processors import LeastLength, NewTokenPenalties, TokenBias
 from haast.serving.structured import Gate, Grammars
-from haast.serving.writing import Writing
 from haast.stats import Stats
 from haast.text import StopWatch
 
 _LOG = logging.getLogger("haast.serving")
-_SPARE = 64  # slots of the KV pool beside prompt and new tokens, for a step's drafts
+_SPARE = 64  # KV pool slots kept for a step's drafts, in addition to prompt and new tokens
 
 
 class Service:
-    """One loaded model, and all that writes with it.
+    """One loaded model with its drafters, tokenizer and metrics.
 
     Args:
         haast: the model and its drafter, with a tokenizer.
-        name: what clients call it.
+        name: the model's name for clients.
         config: of the server.
 
     Attributes:
-        facts: what planning looks at.
+        facts: the properties of the model that `plan` needs.
         metrics: of all requests.
-        fingerprint: changes where answers may: another model, precision, or version.
+        fingerprint: OpenAI's `system_fingerprint`: version and precision, which answers depend on.
     """
 
     def __init__(self, haast: Haast, name: str, config: ServeConfig) -> None:
@@ -71,50 +72,51 @@ class Service:
         self.fingerprint = _fingerprint(haast)
 
     def engine(self, drafter: str | None) -> Engine:
-        """Where requests go that chose this drafter, or none."""
+        """The engine of a drafter; None is the default drafter."""
         return self._engines[drafter or "auto"]
 
     @property
     def drafter(self) -> str:
-        """Who drafts where a request does not say."""
+        """Name of the default drafter."""
         return self._haast.drafter.name
 
     @property
     def vanilla_tokens_per_s(self) -> float | None:
-        """What decoding without drafts makes for one request, by measured costs; None where nothing was measured."""
+        """Tokens/s of one request without drafting, by the measured latencies; None if none were measured."""
         policy: Any = self._haast.drafter.policy
         latency = getattr(policy, "latency", None)
         return None if latency is None else 1e3 / float(latency.step(1, 1))
 
-    def begin(self, plan: Plan) -> list[Writing]:
-        """Start all answers of a plan; none where one can't be.
+    def begin(self, plan: Plan) -> list[Generation]:
+        """Start all answers of a plan, or none if one of them fails to start.
 
         Raises:
-            QueueFullError: too many wait. CancelledError: the server ends. KVPoolError, PromptError, ValueError: it
-                can't be answered.
+            QueueFullError: too many requests wait.
+            CancelledError: the server is shutting down.
+            KVPoolError, PromptError, ValueError: the request does not fit or is not valid.
         """
-        made = [self._writing(plan, prompt, choice) for prompt in plan.prompts for choice in range(plan.n)]
-        started = list[Writing]()
+        generations = [self._build(plan, prompt, choice) for prompt in plan.prompts for choice in range(plan.n)]
+        started = list[Generation]()
         try:
-            for writing in made:
-                writing.engine.start(writing.request)
-                started.append(writing)
-            if self._ending:  # looked at last: who begins after `end_all` would be ended by nobody
+            for generation in generations:
+                generation.engine.start(generation.request)
+                started.append(generation)
+            if self._ending:  # checked last: a request started after `end_all` would never be cancelled
                 raise CancelledError("the server is shutting down")
         except BaseException:
-            for writing in started:
-                writing.engine.cancel(writing.request)
+            for generation in started:
+                generation.engine.cancel(generation.request)
             raise
-        return made
+        return generations
 
     def end_all(self) -> None:
-        """End every answer that is still being written, as at a shutdown, and begin none."""
+        """Cancel every running answer and start no more, for a shutdown."""
         self._ending = True
         for request in self._scheduler.requests:
-            self._scheduler.cancel(request)
+            self._scheduler.cancel(request, wait=False)
 
-    def _writing(self, plan: Plan, prompt: list[int], choice: int) -> Writing:
-        """One request, checked and not queued."""
+    def _build(self, plan: Plan, prompt: list[int], choice: int) -> Generation:
+        """Build one request; it is checked but not queued."""
         engine, row, tokenizer = self.engine(plan.drafter), next(self._rows), self.tokenizer
         guide = None
         if plan.grammar is not None:
@@ -126,7 +128,7 @@ class Service:
         if plan.logprobs is not None:
             sampler = RecordingSampler(params, choice, plan.logprobs, plan.processed)
         trace = None
-        if plan.trace:  # processors remember their text: what is shown then is the model's own distribution
+        if plan.trace:  # processors keep state per text, so a trace with processors shows the unprocessed distribution
             trace = TraceRecorder(tokenizer, prompt, None if processors else Sampler(params, choice), row)
         watch = StopWatch(tokenizer, plan.stops, after=plan.min_tokens) if plan.stops else None
         request = engine.submit(
@@ -142,21 +144,21 @@ class Service:
             hints=DraftHints(guide, plan.foreseen(prompt), plan.max_nodes),
             queued=False,
         )
-        return Writing(engine, request, plan, tokenizer, sampler, trace, self.metrics)
+        return Generation(engine, request, plan, tokenizer, sampler, trace, self.metrics)
 
     def _processors(self, plan: Plan, length: int) -> list[Processor]:
-        """What changes the scores of one text beside its grammar; `length` is its prompt's."""
-        made: list[Processor] = []
+        """Logits processors of one request, without its grammar; `length` is the prompt's, in tokens."""
+        processors: list[Processor] = []
         if plan.presence or plan.frequency:
-            made.append(NewTokenPenalties(length, plan.presence, plan.frequency))
+            processors.append(NewTokenPenalties(length, plan.presence, plan.frequency))
         if plan.bias:
-            made.append(TokenBias(plan.bias))
+            processors.append(TokenBias(plan.bias))
         if plan.min_tokens and plan.ends:
-            made.append(LeastLength(length, plan.min_tokens, plan.ends))
-        return made
+            processors.append(LeastLength(length, plan.min_tokens, plan.ends))
+        return processors
 
     def _gate(self, plan: Plan) -> Gate | None:
-        """Where the grammar of an answer begins, for models that reason first."""
+        """Starts the grammar after the reasoning; None for models without reasoning."""
         if plan.marks is None:
             return None
         ids = self.facts.template.text_ids(plan.marks.open, False)
@@ -174,32 +176,37 @@ def _fingerprint(haast: Haast) -> str:
     return f"haast-{version('haast')}-{target.precision}".replace(" ", "-")
 
 
-def loader(load: Callable[[], Haast], name: str, config: ServeConfig) -> Callable[[], Service]:
-    """What a server runs in the background while it says that it is loading."""
+def loader(
+    load: Callable[[], Haast], name: str, config: ServeConfig, loaded: Callable[[Service], None] | None = None
+) -> Callable[[], Service]:
+    """A function that loads the service, for the server's background thread; calls `loaded` with it at the end."""
 
-    def made() -> Service:
+    def load_service() -> Service:
         service = Service(load(), name, config)
+        if loaded is not None:
+            loaded(service)
         _LOG.info("%s is ready: drafts by %s", name, service.drafter)
         return service
 
-    return made
+    return load_service
 
 
-def prediction_counts(prediction: Sequence[int], said: Sequence[int]) -> tuple[int, int]:
-    """How many tokens of a prediction an answer has, in order, and how many it has not.
+def prediction_counts(prediction: Sequence[int], answer: Sequence[int]) -> tuple[int, int]:
+    """(accepted, rejected): tokens of a prediction that an answer contains in order, and those that it does not.
 
-    The answer is followed along the prediction; where they part, it goes on after the next place of its last three
-    tokens.
+    The answer is matched against the prediction token by token. After a mismatch, matching resumes after the next
+    occurrence of the answer's last three tokens.
     """
     places: dict[tuple[int, ...], list[int]] = {}
     for end in range(3, len(prediction) + 1):
         places.setdefault(tuple(prediction[end - 3 : end]), []).append(end)
     at, accepted = 0, 0
-    for count, token in enumerate(said, start=1):
+    for count, token in enumerate(answer, start=1):
         if at < len(prediction) and prediction[at] == token:
             at += 1
             accepted += 1
         elif count >= 3:
-            later = [place for place in places.get(tuple(said[count - 3 : count]), ()) if place > at]
-            at = later[0] if later else at
+            ends = places.get(tuple(answer[count - 3 : count]), [])
+            later = bisect(ends, at)  # repetitive texts have many
+            at = ends[later] if later < len(ends) else at
     return accepted, len(prediction) - accepted

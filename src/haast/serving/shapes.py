@@ -1,6 +1,6 @@
-"""Answers as OpenAI's clients read them: chat completions and text completions, whole and in chunks.
+"""Formats answers as OpenAI's JSON: chat completions and text completions, whole and in chunks.
 
-Owns JSON alone. A whole answer is made of the same deltas as a stream of chunks.
+Owns JSON only. A whole answer is built from the same deltas as a stream of chunks.
 """
 
 from __future__ import annotations
@@ -10,23 +10,24 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from haast.serving.generation import Delta, Generation
 from haast.serving.logprobs import Logprob
 from haast.serving.plan import Plan
 from haast.serving.service import Service, prediction_counts
 from haast.serving.tools import ToolCall
-from haast.serving.writing import Delta, Writing
 from haast.text import token_bytes, token_text
 
 Json = dict[str, Any]
 
 
 class Shape:
-    """One answer's JSON.
+    """Formats one answer, with all of its choices.
 
     Args:
-        service: whose answer it is.
-        plan: what was asked for.
-        answer_id: its id; `created` is when it was begun, in seconds.
+        service: the model that answers.
+        plan: the checked request.
+        answer_id: the answer's id.
+        created: Unix time in seconds at which the request came.
     """
 
     kind = chunk_kind = ""
@@ -35,47 +36,47 @@ class Shape:
         self.service, self.plan = service, plan
         self.id, self.created = answer_id, created
         self.tokenizer: PreTrainedTokenizerBase = service.tokenizer
-        self._calls: dict[int, int] = {}  # calls of a choice that were sent
+        self._calls: dict[int, int] = {}  # choice -> number of tool calls that were sent
 
-    def begun(self, index: int) -> Iterator[Json]:
-        """Chunks before anything is said."""
+    def opening(self, index: int) -> Iterator[Json]:
+        """Chunks at the start of a choice, before any delta."""
         yield from ()
 
-    def said(self, index: int, delta: Delta) -> Iterator[Json]:
-        """The chunk of a delta; none where it says nothing."""
+    def delta_chunks(self, index: int, delta: Delta) -> Iterator[Json]:
+        """The chunk of a delta; none if the delta has nothing to send."""
         raise NotImplementedError
 
-    def ended(self, index: int, writing: Writing) -> Json:
-        """The chunk that says why a choice ended."""
+    def closing(self, index: int, generation: Generation) -> Json:
+        """The last chunk of a choice, with its finish_reason."""
         raise NotImplementedError
 
-    def whole(self, deltas: Sequence[Delta], writings: Sequence[Writing]) -> Json:
-        """All choices at once; `deltas` are each one's, joined."""
-        choices = [self.choice(index, *pair) for index, pair in enumerate(zip(deltas, writings, strict=True))]
-        answer = self._frame(self.kind, choices) | {"usage": self.usage(writings)}
+    def whole(self, deltas: Sequence[Delta], generations: Sequence[Generation]) -> Json:
+        """The whole answer; `deltas` holds one joined delta per choice."""
+        choices = [self.choice(index, *pair) for index, pair in enumerate(zip(deltas, generations, strict=True))]
+        answer = self._frame(self.kind, choices) | {"usage": self.usage(generations)}
         if self.plan.trace:
-            told = [{"tokens": delta.tokens, "steps": delta.steps} for delta in deltas]
-            answer["haast"] = {"choices": told, "stats": self.stats(writings)}
+            traces = [{"tokens": delta.tokens, "steps": delta.steps} for delta in deltas]
+            answer["haast"] = {"choices": traces, "stats": self.stats(generations)}
         return answer
 
-    def choice(self, index: int, delta: Delta, writing: Writing) -> Json:
+    def choice(self, index: int, delta: Delta, generation: Generation) -> Json:
         """One choice of a whole answer."""
         raise NotImplementedError
 
-    def totals(self, writings: Sequence[Writing]) -> Json:
-        """The last chunk: usage, and no choice."""
-        chunk = self._frame(self.chunk_kind, []) | {"usage": self.usage(writings)}
-        return chunk | ({"haast": {"stats": self.stats(writings)}} if self.plan.trace else {})
+    def totals(self, generations: Sequence[Generation]) -> Json:
+        """The last chunk of a stream: usage, without choices."""
+        chunk = self._frame(self.chunk_kind, []) | {"usage": self.usage(generations)}
+        return chunk | ({"haast": {"stats": self.stats(generations)}} if self.plan.trace else {})
 
-    def usage(self, writings: Sequence[Writing]) -> Json:
-        """Tokens, by what was emitted."""
-        prompts = writings[:: self.plan.n]  # choices of one prompt share it
-        prompt = sum(writing.request.prompt_length for writing in prompts)
-        new = [writing.new_tokens for writing in writings]
-        completion, stats = sum(map(len, new)), [writing.request.stats for writing in writings]
-        details: Json = {"reasoning_tokens": sum(writing.reasoning_tokens for writing in writings)}
+    def usage(self, generations: Sequence[Generation]) -> Json:
+        """OpenAI's usage: counts of emitted tokens, and what drafting did."""
+        prompts = generations[:: self.plan.n]  # choices of one prompt share it
+        prompt = sum(generation.request.prompt_length for generation in prompts)
+        new = [generation.new_tokens for generation in generations]
+        completion, stats = sum(map(len, new)), [generation.request.stats for generation in generations]
+        details: Json = {"reasoning_tokens": sum(generation.reasoning_tokens for generation in generations)}
         if self.plan.prediction:
-            counts = [prediction_counts(self.plan.prediction, said) for said in new]
+            counts = [prediction_counts(self.plan.prediction, tokens) for tokens in new]
             details["accepted_prediction_tokens"] = sum(accepted for accepted, _ in counts)
             details["rejected_prediction_tokens"] = sum(rejected for _, rejected in counts)
         forwards = sum(each.target_forwards for each in stats)
@@ -87,7 +88,7 @@ class Shape:
             "prompt_tokens_details": {"cached_tokens": sum(w.request.stats.recalled_tokens for w in prompts)},
             "completion_tokens_details": details,
             "haast": {
-                "drafter": writings[0].engine.drafter.name,
+                "drafter": generations[0].engine.drafter.name,
                 "target_forwards": forwards,
                 "tau": round(decoded / forwards, 3) if forwards else None,
                 "drafted_tokens": sum(max(each.nodes - each.target_forwards, 0) for each in stats),
@@ -95,14 +96,14 @@ class Shape:
             },
         }
 
-    def stats(self, writings: Sequence[Writing]) -> Json:
-        """How a traced answer was made; of several choices the first."""
-        stats = writings[0].request.stats
+    def stats(self, generations: Sequence[Generation]) -> Json:
+        """Speed and times of a traced answer; of several choices the first."""
+        stats = generations[0].request.stats
         names = ("tau", "tokens_per_s", "ms_prefill", "ms_draft", "ms_verify", "ms_overhead", "target_forwards")
         return {
             **{name: round(getattr(stats, name), 3) for name in names},
             "vanilla_tokens_per_s": self.service.vanilla_tokens_per_s,
-            "decoder": writings[0].engine.drafter.name,
+            "decoder": generations[0].engine.drafter.name,
         }
 
     def _frame(self, kind: str, choices: list[Json]) -> Json:
@@ -129,10 +130,10 @@ class ChatShape(Shape):
 
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
-    def begun(self, index: int) -> Iterator[Json]:
+    def opening(self, index: int) -> Iterator[Json]:
         yield self._part(index, {"role": "assistant", "content": ""}, None)
 
-    def said(self, index: int, delta: Delta) -> Iterator[Json]:
+    def delta_chunks(self, index: int, delta: Delta) -> Iterator[Json]:
         fields: Json = {}
         if delta.reasoning:
             fields["reasoning_content"] = delta.reasoning
@@ -147,10 +148,10 @@ class ChatShape(Shape):
         if fields or delta.logprobs or shown:
             yield self._part(index, fields, self._logprobs(delta), delta)
 
-    def ended(self, index: int, writing: Writing) -> Json:
-        return self._part(index, {}, None, reason=writing.finish_reason)
+    def closing(self, index: int, generation: Generation) -> Json:
+        return self._part(index, {}, None, reason=generation.finish_reason)
 
-    def choice(self, index: int, delta: Delta, writing: Writing) -> Json:
+    def choice(self, index: int, delta: Delta, generation: Generation) -> Json:
         message: Json = {"role": "assistant", "content": delta.content or (None if delta.calls else "")}
         if delta.reasoning:
             message["reasoning_content"] = delta.reasoning
@@ -160,7 +161,7 @@ class ChatShape(Shape):
             "index": index,
             "message": message,
             "logprobs": self._logprobs(delta, always=True),
-            "finish_reason": writing.finish_reason,
+            "finish_reason": generation.finish_reason,
         }
 
     def _part(
@@ -170,19 +171,19 @@ class ChatShape(Shape):
         return self._chunk(choice, delta)
 
     def _call(self, index: int, number: int, call: ToolCall) -> Json:
-        told = {"name": call.name, "arguments": call.arguments}
-        return {"id": call.id_of(f"{self.id} {index}", number), "type": "function", "function": told}
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"id": call.id_of(f"{self.id} {index}", number), "type": "function", "function": function}
 
     def _logprobs(self, delta: Delta, always: bool = False) -> Json | None:
         if self.plan.logprobs is None or not (delta.logprobs or always):
             return None
-        return {"content": [self._logprob(found) for found, _ in delta.logprobs]}
+        return {"content": [self._logprob(entry) for entry, _ in delta.logprobs]}
 
-    def _logprob(self, found: Logprob) -> Json:
-        top = [self._named(token, value) for token, value in found.top]
-        return {**self._named(found.token, found.logprob), "top_logprobs": top}
+    def _logprob(self, entry: Logprob) -> Json:
+        top = [self._token_entry(token, value) for token, value in entry.top]
+        return {**self._token_entry(entry.token, entry.logprob), "top_logprobs": top}
 
-    def _named(self, token: int, logprob: float) -> Json:
+    def _token_entry(self, token: int, logprob: float) -> Json:
         text, raw = token_text(self.tokenizer, token), token_bytes(self.tokenizer, token)
         return {"token": text, "logprob": logprob, "bytes": list(raw)}
 
@@ -192,24 +193,24 @@ class CompletionShape(Shape):
 
     kind = chunk_kind = "text_completion"
 
-    def begun(self, index: int) -> Iterator[Json]:
+    def opening(self, index: int) -> Iterator[Json]:
         if self.plan.echo:
             yield self._part(index, self.plan.echo[index // self.plan.n], None)
 
-    def said(self, index: int, delta: Delta) -> Iterator[Json]:
+    def delta_chunks(self, index: int, delta: Delta) -> Iterator[Json]:
         if delta.content or delta.logprobs or (self.plan.trace and (delta.tokens or delta.steps)):
             yield self._part(index, delta.content, self._logprobs(delta), delta)
 
-    def ended(self, index: int, writing: Writing) -> Json:
-        return self._part(index, "", None, reason=writing.finish_reason)
+    def closing(self, index: int, generation: Generation) -> Json:
+        return self._part(index, "", None, reason=generation.finish_reason)
 
-    def choice(self, index: int, delta: Delta, writing: Writing) -> Json:
+    def choice(self, index: int, delta: Delta, generation: Generation) -> Json:
         echo = self.plan.echo[index // self.plan.n] if self.plan.echo else ""
         return {
             "index": index,
             "text": echo + delta.content,
             "logprobs": self._logprobs(delta, always=True),
-            "finish_reason": writing.finish_reason,
+            "finish_reason": generation.finish_reason,
         }
 
     def _part(
@@ -220,10 +221,12 @@ class CompletionShape(Shape):
     def _logprobs(self, delta: Delta, always: bool = False) -> Json | None:
         if self.plan.logprobs is None or not (delta.logprobs or always):
             return None
-        found = [each for each, _ in delta.logprobs]
+        entries = [each for each, _ in delta.logprobs]
         return {
-            "tokens": [token_text(self.tokenizer, each.token) for each in found],
-            "token_logprobs": [each.logprob for each in found],
-            "top_logprobs": [{token_text(self.tokenizer, token): value for token, value in each.top} for each in found],
+            "tokens": [token_text(self.tokenizer, each.token) for each in entries],
+            "token_logprobs": [each.logprob for each in entries],
+            "top_logprobs": [
+                {token_text(self.tokenizer, token): value for token, value in each.top} for each in entries
+            ],
             "text_offset": [start for _, start in delta.logprobs],
         }

@@ -1,7 +1,7 @@
-"""Answers on their way out: several choices merged, chunk by chunk as server-sent events, or all at once.
+"""Sends answers: merges the choices of a request into server-sent events, or into one whole answer.
 
-Owns the order of a stream (role, text, reason, usage, [DONE]) and what ends it: an error is an event of its own.
-Leaving a stream, or a client that leaves, ends its requests at once.
+Owns the order of a stream (role, text, finish_reason, usage, [DONE]) and its end; an error is an event of its own.
+Closing a stream, or a client that disconnects, cancels its requests at once.
 """
 
 from __future__ import annotations
@@ -17,84 +17,117 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
+from starlette.responses import Response as HttpResponse
 
+from haast.serving.generation import Delta, Generation
 from haast.serving.problems import ApiError, problem_of
 from haast.serving.shapes import Shape
-from haast.serving.writing import Delta, Writing
 
 _LOG = logging.getLogger("haast.serving")
-_FRAMES = 12  # of an error's trace that the log names
+_FRAMES = 12  # of an error's traceback that are logged
 _DONE = b"data: [DONE]\n\n"
+_MANY = 32  # logprobs and steps in a delta above which it is encoded in a thread
+_SLICE = 16  # list items to encode at once
 Result = TypeVar("Result")
 
 
-def event(data: dict[str, Any], name: str | None = None) -> bytes:
-    """One server-sent event."""
+def event(data: dict[str, Any], name: str | None = None, long: bool = False) -> bytes:
+    """One server-sent event; a long one is encoded in pieces, see `in_pieces`."""
     head = b"" if name is None else f"event: {name}\n".encode()
-    return head + b"data: " + encoded(data) + b"\n\n"
+    return head + b"data: " + (in_pieces(data) if long else encoded(data)) + b"\n\n"
 
 
 def encoded(data: Any) -> bytes:
-    """JSON in UTF-8. Halves of characters, which UTF-8 has not, are escaped as JSON escapes them."""
+    """JSON in UTF-8. Lone surrogates, which UTF-8 can't encode, become JSON escapes."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
 
 
+def in_pieces(data: Any) -> bytes:
+    """As `encoded`, for long data: one call of json.dumps would block all other threads until it ends."""
+    if isinstance(data, dict):
+        return b"{" + b",".join(encoded(name) + b":" + in_pieces(each) for name, each in data.items()) + b"}"
+    if not isinstance(data, list):
+        return encoded(data)
+    if len(data) <= _SLICE:
+        return b"[" + b",".join(map(in_pieces, data)) + b"]"
+    slices = (data[start : start + _SLICE] for start in range(0, len(data), _SLICE))
+    return b"[" + b",".join(encoded(part)[1:-1] for part in slices) + b"]"
+
+
+async def json_of(make: Callable[[], dict[str, Any]]) -> HttpResponse:
+    """A JSON response that is built and encoded in a thread, not on the event loop.
+
+    Uses asyncio's own threads: those of `run_in_threadpool` may all be busy parsing requests.
+    """
+    return HttpResponse(await asyncio.to_thread(lambda: in_pieces(make())), media_type="application/json")
+
+
 class Json(JSONResponse):
-    """An answer as JSON, whatever the texts in it."""
+    """A JSON response that can hold lone surrogates; see `encoded`."""
 
     def render(self, content: Any) -> bytes:
         return encoded(content)
 
 
-async def events(shape: Shape, writings: Sequence[Writing]) -> AsyncGenerator[bytes, None]:
-    """The answer as a stream."""
+async def events(shape: Shape, generations: Sequence[Generation]) -> AsyncGenerator[bytes, None]:
+    """The answer as server-sent events. An error becomes an event."""
     try:
-        for index in range(len(writings)):
-            for chunk in shape.begun(index):
+        for index in range(len(generations)):
+            for chunk in shape.opening(index):
                 yield event(chunk)
-        async with aclosing(merged(writings)) as parts:
+        async with aclosing(merged(generations)) as parts:
             async for index, delta in parts:
                 if delta is None:
-                    yield event(shape.ended(index, writings[index]))
+                    yield event(shape.closing(index, generations[index]))
                 else:
-                    for chunk in shape.said(index, delta):
-                        yield event(chunk)
+                    for each in await _chunks(shape, index, delta):
+                        yield each
         if shape.plan.usage_in_stream:
-            yield event(shape.totals(writings))
+            yield event(await asyncio.to_thread(shape.totals, generations))
     except Exception as error:
-        yield event(told(error).body())
+        yield event(api_error(error).body())
     yield _DONE
 
 
-async def whole(shape: Shape, writings: Sequence[Writing]) -> dict[str, Any]:
-    """The answer at once. Raises what ended one of its requests."""
-    deltas = [Delta() for _ in writings]
-    async with aclosing(merged(writings)) as parts:
+async def _chunks(shape: Shape, index: int, delta: Delta) -> list[bytes]:
+    """The events of a delta; long ones, after text was held back, are encoded in a thread."""
+    long = len(delta.logprobs) + len(delta.steps) > _MANY
+
+    def encode() -> list[bytes]:
+        return [event(chunk, long=long) for chunk in shape.delta_chunks(index, delta)]
+
+    return await asyncio.to_thread(encode) if long else encode()
+
+
+async def whole(generations: Sequence[Generation]) -> list[Delta]:
+    """One joined delta per answer. Raises the error that ended one of the requests."""
+    deltas = [Delta() for _ in generations]
+    async with aclosing(merged(generations)) as parts:
         async for index, delta in parts:
             if delta is not None:
                 join(deltas[index], delta)
-    return shape.whole(deltas, writings)
+    return deltas
 
 
 def join(all_of: Delta, delta: Delta) -> None:
-    """Add a delta to those before it."""
+    """Append `delta` to `all_of`."""
     for name, value in vars(delta).items():
         setattr(all_of, name, getattr(all_of, name) + value)
 
 
-async def merged(writings: Sequence[Writing]) -> AsyncGenerator[tuple[int, Delta | None], None]:
-    """The deltas of several answers as they come, with the number of each, and None where one has ended."""
-    if len(writings) == 1:
-        async with aclosing(writings[0].deltas()) as deltas:
+async def merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Delta | None], None]:
+    """Deltas of several answers as they come, as (answer's index, delta); (index, None) at the end of each."""
+    if len(generations) == 1:
+        async with aclosing(generations[0].deltas()) as deltas:
             async for delta in deltas:
                 yield 0, delta
         yield 0, None
         return
     ready: asyncio.Queue[tuple[int, Delta | BaseException | None]] = asyncio.Queue()
 
-    async def follow(index: int, writing: Writing) -> None:
+    async def follow(index: int, generation: Generation) -> None:
         try:
-            async with aclosing(writing.deltas()) as deltas:
+            async with aclosing(generation.deltas()) as deltas:
                 async for delta in deltas:
                     ready.put_nowait((index, delta))
             ready.put_nowait((index, None))
@@ -102,7 +135,7 @@ async def merged(writings: Sequence[Writing]) -> AsyncGenerator[tuple[int, Delta
             ready.put_nowait((index, error))
             raise
 
-    tasks = [asyncio.create_task(follow(*each)) for each in enumerate(writings)]
+    tasks = [asyncio.create_task(follow(*each)) for each in enumerate(generations)]
     try:
         left = len(tasks)
         while left:
@@ -118,17 +151,17 @@ async def merged(writings: Sequence[Writing]) -> AsyncGenerator[tuple[int, Delta
 
 
 async def until_gone(request: HttpRequest, work: Awaitable[Result]) -> Result:
-    """The result of some work, which is cancelled where the client leaves before it is done.
+    """The result of `work`, which is cancelled if the client disconnects first.
 
     Raises:
-        ApiError: the client has left; nobody reads it.
+        ApiError: the client has disconnected.
     """
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request.receive))
+    gone = asyncio.ensure_future(_disconnected(request.receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(408, "the client has left before the answer was ready", code="client_closed_request")
+            raise ApiError(408, "the client disconnected before the answer was ready", code="client_closed_request")
         return task.result()
     finally:
         for each in (task, gone):
@@ -136,16 +169,16 @@ async def until_gone(request: HttpRequest, work: Awaitable[Result]) -> Result:
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
-async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
+async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-def told(error: BaseException) -> ApiError:
-    """What the client is told; the log has where nobody foresaw it, but no words: they may hold some of the prompt."""
+def api_error(error: BaseException) -> ApiError:
+    """The error that the client gets. An unexpected one is logged without its message, which may quote a prompt."""
     problem = problem_of(error)
     if problem.status == 500:
         frames = traceback.extract_tb(error.__traceback__)[-_FRAMES:]
         places = " > ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
-        _LOG.error("a request failed by %s at %s", type(error).__name__, places)
+        _LOG.error("a request failed with %s at %s", type(error).__name__, places)
     return problem

@@ -1,9 +1,9 @@
-"""Tool calls: how a model writes them, read piece by piece, and the grammar that makes it write one.
+"""Tool calls: parses them from streamed text, and builds the grammar that makes a model write one.
 
-Owns the two ways of writing that are read, and JSON calls out of text. Knows nothing of tokens or of drafting: a
-text's pieces may be cut anywhere, and the calls are the same.
+Owns the two supported formats. Knows nothing of tokens or drafting: the calls are the same wherever the text is cut
+into pieces.
 
-    marks    <tool_call>{"name": "f", "arguments": {...}}</tool_call>      Qwen, Hermes, and models without a way
+    marks    <tool_call>{"name": "f", "arguments": {...}}</tool_call>      Qwen, Hermes, templates without a format
     object   {"name": "f", "parameters": {...}} as the whole answer        Llama 3
 """
 
@@ -28,12 +28,12 @@ class ToolCall:
     arguments: str
 
     def id_of(self, answer: str, number: int) -> str:
-        """Its id: the same for the same answer and place."""
+        """The call's id: a hash of the answer's id and the call's number."""
         return f"call_{hashlib.sha256(f'{answer} {number}'.encode()).hexdigest()[:24]}"
 
 
 def style_of(template: str) -> Style | None:
-    """How a chat template tells its model to write calls; None where it can't tell it any that is read here."""
+    """The format of tool calls that a chat template teaches; None if it teaches none that is supported."""
     if OPEN in template:
         return "marks"
     if "tools" in template and '"parameters"' in template and '"name"' in template:
@@ -42,38 +42,42 @@ def style_of(template: str) -> Style | None:
 
 
 def instruction(tools: Sequence[Mapping[str, Any]]) -> str:
-    """What a model is told whose template knows no tools."""
+    """System message with the tools, for models whose template does not support them."""
     listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     form = f'{OPEN}\n{{"name": <name>, "arguments": <object>}}\n{CLOSE}'
     return f"You can call these functions:\n{listed}\nTo call one, write its name and arguments as JSON:\n{form}"
 
 
 def parsed(text: str) -> ToolCall | None:
-    """The call that a text is; None where it is none."""
+    """Parse a text as one tool call; None if it is not one."""
     try:
         read = json.loads(text)
     except (ValueError, RecursionError):
         return None
     if not isinstance(read, dict) or not isinstance(read.get("name"), str):
         return None
-    given = read.get("arguments", read.get("parameters", {}))
-    if isinstance(given, str):
+    arguments = read.get("arguments", read.get("parameters", {}))
+    if isinstance(arguments, str):
         try:
-            given = json.loads(given)
+            arguments = json.loads(arguments)
         except (ValueError, RecursionError):
             return None
-    return ToolCall(read["name"], json.dumps(given, ensure_ascii=False)) if isinstance(given, dict) else None
+    if not isinstance(arguments, dict):
+        return None
+    return ToolCall(read["name"], json.dumps(arguments, ensure_ascii=False))
 
 
 def call_grammar(
     tools: Sequence[Mapping[str, Any]], style: Style, several: bool, spacing: Mapping[str, Any], free: bool = False
 ) -> str:
-    """Lark for one call of these tools, or with `several` one or more; with `free` also for any words without one.
+    """A Lark grammar for calls of these tools.
 
     Args:
-        tools: OpenAI's, `{"type": "function", "function": {...}}`.
-        style: how the model writes calls.
+        tools: in OpenAI's format, `{"type": "function", "function": {...}}`.
+        style: format of the calls.
+        several: allow several calls instead of exactly one.
         spacing: llguidance's options for JSON.
+        free: also allow any text without a call.
     """
     rules = [f"call_{n}: %json {json.dumps(_call_schema(tool, style, spacing))}" for n, tool in enumerate(tools)]
     one = " | ".join(f"call_{n}" for n in range(len(tools)))
@@ -84,7 +88,7 @@ def call_grammar(
     marked = rf'marked: "{OPEN}\n" ({one}) "\n{CLOSE}"'
     if not free:
         return "\n".join([f"start: marked{more}", marked, *rules])
-    # Words without the mark, or words up to the mark and a call from there on.
+    # Text without the mark, or text up to the mark and then a call.
     words = [
         f"start: WORDS | lead rest{more}",
         rf"lead[lazy]: /(.|\n)*{OPEN}/",
@@ -97,7 +101,7 @@ def call_grammar(
 def _call_schema(tool: Mapping[str, Any], style: Style, spacing: Mapping[str, Any]) -> dict[str, Any]:
     function = tool["function"]
     arguments = function.get("parameters") or {"type": "object"}
-    kept = {key: arguments[key] for key in ("$defs", "definitions") if key in arguments}  # what references point at
+    kept = {key: arguments[key] for key in ("$defs", "definitions") if key in arguments}  # targets of $ref
     return {
         "type": "object",
         "properties": {"name": {"const": function["name"]}, _ARGUMENTS[style]: arguments},
@@ -109,82 +113,82 @@ def _call_schema(tool: Mapping[str, Any], style: Style, spacing: Mapping[str, An
 
 
 class CallReader:
-    """Divides a text that comes in pieces into words for the reader and calls.
+    """Splits a streamed text into plain text and tool calls.
 
     Args:
-        style: how the model writes calls; None reads none, all is words.
+        style: format of the calls; None parses none, so all is plain text.
 
-    What is read is the same however the text is cut. Text that may be part of a call is held; blanks around calls
-    belong to them. A call that is never closed, or is none, is text after all.
+    The result does not depend on where the text is cut into pieces. Text that may be part of a call is held back, and
+    whitespace around calls is dropped. A call that is never closed, or can't be parsed, becomes plain text.
     """
 
     def __init__(self, style: Style | None) -> None:
-        self._style, self._held, self._inside, self._blank = style, "", False, ""
-        self._begun = False  # whether any words were given out
+        self._style, self._buffer, self._inside, self._whitespace = style, "", False, ""
+        self._started = False  # whether any output was returned
         self.calls = 0
 
     def push(self, text: str) -> list[str | ToolCall]:
-        """The next piece of text; returns what became certain."""
+        """Add a piece of text; returns the output that is final now."""
         if self._style is None:
             return [text] if text else []
-        self._held += text
-        return self._objects() if self._style == "object" else self._marked()
+        self._buffer += text
+        return self._read_object() if self._style == "object" else self._read_marked()
 
     def finish(self) -> list[str | ToolCall]:
-        """The text ends here."""
-        held, self._held = self._held, ""
-        if self._style == "object" and not self._begun:
+        """End the text; returns the output that was held back."""
+        held, self._buffer = self._buffer, ""
+        if self._style == "object" and not self._started:
             call = parsed(held.strip())
             if call is not None:
-                return self._given([call])
-        rest = (self._blank + OPEN if self._inside else "") + held
+                return self._emit([call])
+        rest = (self._whitespace + OPEN if self._inside else "") + held
         if self.calls and not self._inside:
             rest = rest if rest.strip() else ""
-        return self._given([rest] if rest else [])
+        return self._emit([rest] if rest else [])
 
-    def _objects(self) -> list[str | ToolCall]:
-        """A text that begins as an object is held to its end."""
-        if not self._begun and (not self._held.strip() or self._held.lstrip().startswith("{")):
+    def _read_object(self) -> list[str | ToolCall]:
+        """Hold a text that starts with an object to its end."""
+        if not self._started and (not self._buffer.strip() or self._buffer.lstrip().startswith("{")):
             return []
-        held, self._held = self._held, ""
-        return self._given([held] if held else [])
+        held, self._buffer = self._buffer, ""
+        return self._emit([held] if held else [])
 
-    def _marked(self) -> list[str | ToolCall]:
-        found: list[str | ToolCall] = []
+    def _read_marked(self) -> list[str | ToolCall]:
+        parts: list[str | ToolCall] = []
         while True:
             mark = CLOSE if self._inside else OPEN
-            before, here, after = self._held.partition(mark)
+            before, here, after = self._buffer.partition(mark)
             if not here:
                 break
-            self._held = after
+            self._buffer = after
             if self._inside:
                 call = parsed(before.strip())
-                found.append(f"{self._blank}{OPEN}{before}{CLOSE}" if call is None else call)
+                parts.append(f"{self._whitespace}{OPEN}{before}{CLOSE}" if call is None else call)
             else:
                 words = before.rstrip()
-                self._blank = before[len(words) :]  # belongs to the call, if it is one
-                found += [words] if words else []
+                self._whitespace = before[len(words) :]  # dropped, if a call follows
+                parts += [words] if words else []
             self._inside = not self._inside
-            self.calls += sum(isinstance(each, ToolCall) for each in found[-1:])
+            self.calls += sum(isinstance(each, ToolCall) for each in parts[-1:])
         if not self._inside:
-            keep = _held_back(self._held, OPEN)
-            if self.calls or not self._held[: len(self._held) - keep].strip():
-                keep = len(self._held) if not self._held[: len(self._held) - keep].strip() else keep
-            words, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+            keep = _undecided(self._buffer, OPEN)
+            if self.calls or not self._buffer[: len(self._buffer) - keep].strip():
+                keep = len(self._buffer) if not self._buffer[: len(self._buffer) - keep].strip() else keep
+            words, self._buffer = self._buffer[: len(self._buffer) - keep], self._buffer[len(self._buffer) - keep :]
             if words:
-                found.append(words)
-        return self._given(found)
+                parts.append(words)
+        return self._emit(parts)
 
-    def _given(self, found: list[str | ToolCall]) -> list[str | ToolCall]:
-        self._begun = self._begun or bool(found)
+    def _emit(self, parts: list[str | ToolCall]) -> list[str | ToolCall]:
+        self._started = self._started or bool(parts)
         if self._style == "object":
-            self.calls += sum(isinstance(each, ToolCall) for each in found)
-        return found
+            self.calls += sum(isinstance(each, ToolCall) for each in parts)
+        return parts
 
 
-def _held_back(text: str, mark: str) -> int:
-    """Characters at a text's end that may be blanks before a mark, or the beginning of one."""
+def _undecided(text: str, mark: str) -> int:
+    """Number of characters at a text's end that may be whitespace before a mark, or the start of a mark."""
     longest = min(len(mark) - 1, len(text))
-    begun = next((n for n in range(longest, 0, -1) if text.endswith(mark[:n])), 0)
-    whole = text[: len(text) - begun]
-    return begun + len(whole) - len(whole.rstrip())
+    mark_start = next((n for n in range(longest, 0, -1) if text.endswith(mark[:n])), 0)
+    whole = text[: len(text) - mark_start]
+    return mark_start + len(whole) - len(whole.rstrip())

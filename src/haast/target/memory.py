@@ -1,4 +1,4 @@
-"""Giving memory back to the system. Owns the one call that needs the C library; a no-op where it has none such."""
+"""Return freed memory to the operating system, through glibc's `malloc_trim`; a no-op with other C libraries."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Callable
 from torch import nn
 
 
-def give_back() -> None:
-    """Return freed memory to the system: glibc keeps the large blocks that packing frees for later use."""
-    _trim()(0)
+def release_freed_memory() -> None:
+    """Return freed memory to the system: glibc would keep the large blocks that packing frees for later allocations."""
+    _malloc_trim()(0)
 
 
-def own_memory(model: nn.Module) -> None:
-    """Copy what is left of a model's parameters out of the file that they were mapped from, so that it is let go of."""
+def copy_parameters(model: nn.Module) -> None:
+    """Copy a model's remaining parameters out of the memory-mapped weight file, so that the file is unmapped."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
 
 
 @functools.cache
-def _trim() -> Callable[[int], object]:
+def _malloc_trim() -> Callable[[int], object]:
     try:
         library = ctypes.CDLL(None)
         trim: Callable[[int], object] = library.malloc_trim

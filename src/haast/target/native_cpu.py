@@ -1,9 +1,9 @@
-"""A model's decoder layers as one native call: `NativeStack`.
+"""All decoder layers of a model in one native call: `NativeStack`.
 
-Owns the recognition of stacks that it can run (Llama's pre-norm layers: Llama, Mistral, Qwen2, Qwen3, SmolLM2 and the
-draft heads made of such layers), their weights in one stretch of memory, and tables of rotary angles. Knows nothing of
-drafting. A model's own modules stay whole and give the same bits: a stack only spares the Python and the small
-operators between them, which on a small model cost as much as the arithmetic.
+Owns the recognition of layers that it can run (Llama's pre-norm layers: Llama, Mistral, Qwen2, Qwen3, SmolLM2 and draft
+heads made of such layers), their weights in one contiguous allocation, and tables of rotary angles. Knows nothing of
+drafting. The model's own modules stay usable and give the same bits: a stack only saves the Python and the small
+operators between them, which take as long as the arithmetic in a small model.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from haast.target.kv_pool import BLOCK
 from haast.target.packing import PackedLinear
 
 _CHILDREN = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
-CHANGING_ROPE = {"dynamic", "longrope"}  # their angles depend on the longest position of a forward
+LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}  # RoPE types whose angles depend on a forward's largest position
 _HUGE = 2 << 20  # bytes of a huge page
 _ALIGN = 64
 
 
 class NativeStack:
-    """Decoder layers that run in one call over a tree of nodes behind keys and values in a KV pool.
+    """Decoder layers that run in one call over a tree of nodes, with the past's keys and values in a KV pool.
 
-    Build with `of`, which gives None for layers of another kind.
+    Build with `of`, which returns None for unsupported layers.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class NativeStack:
         rotary: nn.Module,
         window: int,
     ) -> None:
-        """Take what `of` has checked; `parts` are those of the layers."""
+        """Use `of`, which checks the layers; `parts` are the layers' modules."""
         self._modules, self._rotary = _modules(layers, norm), rotary
         attention, feed_forward, _, after = parts[0]
         self.layers, self._lanes, self.hidden = len(parts), 2 * len(parts), feed_forward.down_proj.out_features
@@ -50,29 +50,29 @@ class NativeStack:
         self._arena = _gather([linear for part in parts for linear in part.linears])
         self._structures = (CLayer * len(parts))(*(part.structure(window) for part in parts))
         sizes = (self.hidden, self.heads, self.kv_heads, self.head_dim, feed_forward.down_proj.in_features)
-        factors = (after.variance_epsilon, float(attention.scaling))
-        last = None if norm is None else norm.weight.data_ptr()
-        self._stack = CStack(self._structures, len(parts), *sizes, *factors, last)
-        self._angles = torch.empty(2, 0, self.head_dim)  # cosines and sines, by position
-        self._held = _tensors(self._modules)  # what the structures point to stays alive
-        self._known = _fingerprint(self._modules)
+        numbers = (after.variance_epsilon, float(attention.scaling))
+        final_norm = None if norm is None else norm.weight.data_ptr()
+        self._stack = CStack(self._structures, len(parts), *sizes, *numbers, final_norm)
+        self._angles = torch.empty(2, 0, self.head_dim)  # cosines and sines per position
+        self._tensor_refs = _tensors(self._modules)  # keeps alive what the structures point to
+        self._built_from = _fingerprint(self._modules)
 
     @classmethod
     def of(
         cls, layers: Sequence[nn.Module], norm: nn.Module | None, rotary: nn.Module, window: int = 0
     ) -> NativeStack | None:
-        """The stack of these layers, packed and fused before; None where they are not all of the known kind.
+        """The stack of these packed and fused layers; None if one of them is not supported.
 
         Args:
             layers: modules with a `FusedAttention`, a `FusedSwiGLU` and two norms (the first may be an identity).
-            norm: the norm behind the last layer; None for none.
-            rotary: module that gives cosines and sines of positions.
-            window: positions that every layer looks back, whatever its own configuration says; 0 leaves it to that.
+            norm: the norm after the last layer; None for none.
+            rotary: module that returns cosines and sines for positions.
+            window: sliding window of every layer in positions, overriding its configuration; 0: as configured.
 
-        That the layers add up their parts as Llama does is for the caller to try: see `Target`.
+        The caller must test that the layers combine their parts as Llama does: see `Target.use_one_call`.
         """
         kind = getattr(rotary, "rope_type", "default")
-        if not isinstance(kind, str) or kind in CHANGING_ROPE:  # some models have angles by kind of layer
+        if not isinstance(kind, str) or kind in LENGTH_DEPENDENT_ROPE:  # not a str: a RoPE type per kind of layer
             return None
         parts = [part for part in map(_Layer.of, layers) if part is not None]
         if not parts or len(parts) < len(layers) or not (norm is None or isinstance(norm, FusedRMSNorm)):
@@ -84,15 +84,15 @@ class NativeStack:
         return cls(layers, parts, norm, rotary, window)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy, or a pickle, of a stack is None: its owner goes by modules until it builds one of its own."""
+        """A copy or a pickle of a stack is None: its owner runs the modules until it builds its own stack."""
         return type(None), ()
 
     def current(self, layers: Sequence[nn.Module] | None = None, norm: nn.Module | None = None) -> bool:
-        """Whether these modules (its own if absent) are still those that the stack was built from, unchanged.
+        """Whether these modules (the stack's own if None) are those that the stack was built from, unchanged.
 
-        Nobody replaced, moved or converted a weight, changed a setting, or hung a hook on a layer.
+        False if a weight was replaced, moved or converted, a setting changed, or a hook added to a layer.
         """
-        return _fingerprint(self._modules if layers is None else _modules(layers, norm)) == self._known
+        return _fingerprint(self._modules if layers is None else _modules(layers, norm)) == self._built_from
 
     def run(
         self,
@@ -106,67 +106,68 @@ class NativeStack:
         flight_positions: Tensor | None = None,
         shift: int = 0,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run all layers; keys and values of the nodes go to the last slots in flight.
+        """Run all layers; stores keys and values of the nodes in the last slots in flight.
 
         Slot i of a row is slot `(i + shift) % BLOCK` of block `tables[row, (i + shift) // BLOCK]` of the store. Results
-        have the same bits wherever the blocks lie and whatever other rows are there; rows may share blocks of the past.
+        have the same bits for any block numbers and any other rows in the batch; rows may share blocks of the past.
 
         Args:
             states: (rows, nodes, hidden) fp32, the embeddings; overwritten.
             positions: (rows, nodes) int64 of the nodes. Slot i of the past holds position i.
-            seen: (rows, nodes, flight) bool: what a node sees of the slots behind the past; the nodes are the last.
-            past: slots of each row that all of its nodes see; ints, or (rows,) int64.
-            store: (2 * layers, kv_heads, slots, head_dim), contiguous: keys and values in turn; fp32, fp16 or bf16. 16
-                bits are rounded to when keys and values are stored; all arithmetic is fp32.
-            tables: (rows, blocks) int32, contiguous. Where every layer has a window, blocks before it may be gone.
+            seen: (rows, nodes, flight) bool: which of the slots in flight, after the past, a node attends to. The last
+                slots in flight are the nodes.
+            past: number of slots per row that all of its nodes attend to; ints, or (rows,) int64.
+            store: (2 * layers, kv_heads, slots, head_dim), contiguous: key, value, key, ...; fp32, fp16 or bf16. Keys
+                and values are rounded to 16 bits when stored; all arithmetic is fp32.
+            tables: (rows, blocks) int32, contiguous. If every layer has a window, blocks before it may be missing.
             capture: layer indices as in HF `hidden_states` (0 the embeddings, last the normed output).
-            flight_positions: (rows, flight) int64; the nodes' own if None. Layers with a window need them where more
-                than the nodes is in flight.
+            flight_positions: (rows, flight) int64; the nodes' positions if None. Layers with a window need them if
+                more slots than the nodes are in flight.
             shift: 0 for a target, 1 for a draft head.
 
         Returns:
-            the output (rows, nodes, hidden) behind the final norm, and the captured states.
+            the output (rows, nodes, hidden) after the final norm, and the captured states.
 
         Raises:
             ValueError: tensors that do not fit together; nothing was computed.
         """
         rows, nodes, flight = seen.shape
-        blocks, form = self.placed(store, tables, rows, shift)
+        blocks, form = self.check_store(store, tables, rows, shift)
         self.check_states(states, rows, nodes)
         if flight_positions is None and flight != nodes and any(layer.window for layer in self._structures):
-            raise ValueError(f"{flight} slots are in flight and {nodes} are the nodes': windows need flight_positions")
-        flying = positions if flight_positions is None else flight_positions
-        whole = _integers(positions, rows, nodes) and (flying is positions or _integers(flying, rows, flight))
-        if seen.dtype is not torch.bool or flight < nodes or not whole:
+            raise ValueError(f"{flight} slots are in flight for {nodes} nodes: windows need flight_positions")
+        in_flight = positions if flight_positions is None else flight_positions
+        valid = _integers(positions, rows, nodes) and (in_flight is positions or _integers(in_flight, rows, flight))
+        if seen.dtype is not torch.bool or flight < nodes or not valid:
             raise ValueError(
                 f"seen {tuple(seen.shape)} {seen.dtype}, positions {tuple(positions.shape)} {positions.dtype} and "
-                f"those in flight {tuple(flying.shape)} {flying.dtype} do not belong together: give bool (rows, nodes, "
+                f"flight_positions {tuple(in_flight.shape)} {in_flight.dtype} do not fit: give bool (rows, nodes, "
                 "flight), flight at least nodes, and int64 (rows, nodes) and (rows, flight), on the CPU"
             )
-        positions, flying, seen = positions.contiguous(), flying.contiguous(), seen.contiguous()
+        positions, in_flight, seen = positions.contiguous(), in_flight.contiguous(), seen.contiguous()
         lengths, lengths_at = int64s("past", past, rows)
         output = torch.empty_like(states)
         captured = {index: torch.empty_like(states) for index in capture}
         pointers = (ctypes.c_void_p * (self.layers + 1))() if captured else None
         for index, tensor in captured.items():
             pointers[index] = tensor.data_ptr()  # type: ignore[index]
-        ends = (states.data_ptr(), output.data_ptr(), None if pointers is None else ctypes.addressof(pointers))
-        where = (positions.data_ptr(), flying.data_ptr(), lengths_at, seen.data_ptr(), store.data_ptr(), blocks)
+        outputs = (states.data_ptr(), output.data_ptr(), None if pointers is None else ctypes.addressof(pointers))
+        inputs = (positions.data_ptr(), in_flight.data_ptr(), lengths_at, seen.data_ptr(), store.data_ptr(), blocks)
         cosine, sine, angles = self.angles()
-        each = CPass(*ends, cosine, sine, *where, rows, nodes, flight, angles, form)
-        result = run_stack(self._stack, each)
+        arguments = CPass(*outputs, cosine, sine, *inputs, rows, nodes, flight, angles, form)
+        result = run_stack(self._stack, arguments)
         if result == -Refusal.FEW_ANGLES:
-            each.cosine, each.sine, each.angles = self.angles(int(positions.max()))
-            result = run_stack(self._stack, each)
+            arguments.cosine, arguments.sine, arguments.angles = self.angles(int(positions.max()))
+            result = run_stack(self._stack, arguments)
         if result:
             refuse(result, lengths, flight, store, tables, shift)
         return output, captured
 
-    def placed(self, store: Tensor, tables: Tensor, rows: int, shift: int) -> tuple[CBlockTables, int]:
-        """A store and its block tables (see `run`) as native code reads them, and the form of keys and values.
+    def check_store(self, store: Tensor, tables: Tensor, rows: int, shift: int) -> tuple[CBlockTables, int]:
+        """Check a store and its block tables (see `run`); returns their C structure and the store's number format.
 
         Raises:
-            ValueError: they have not the shapes and dtypes that these layers need.
+            ValueError: they do not have the shapes and dtypes that these layers need.
         """
         form = FORMS.get(store.dtype)
         shape = store.shape
@@ -191,7 +192,7 @@ class NativeStack:
         return CBlockTables(tables.data_ptr(), tables.size(1), BLOCK, shift, shape[2]), form
 
     def check_states(self, states: Tensor, rows: int, *nodes: int) -> None:
-        """Refuse states of another shape than (rows, *nodes, hidden), or that native code can't read."""
+        """Raise ValueError unless `states` is contiguous fp32 (rows, *nodes, hidden) on the CPU."""
         shape = (rows, *nodes, self.hidden)
         if states.dtype is not torch.float32 or states.shape != shape or not (states.is_cpu and states.is_contiguous()):
             raise ValueError(
@@ -201,20 +202,20 @@ class NativeStack:
 
     @property
     def pointer(self) -> Any:
-        """The stack as other native structures hold it."""
+        """A ctypes pointer to the stack, for other native structures."""
         return ctypes.pointer(self._stack)
 
     def angles(self, last: int = 0) -> tuple[int, int, int]:
-        """Tables of cosines and sines, for positions up to `last` at least: where they lie, and how long they are."""
+        """Addresses of the cosines and sines of positions 0 to at least `last`, and the number of positions."""
         if self._angles.shape[1] <= last:
-            every = torch.arange(max(512, 1 << last.bit_length())).unsqueeze(0)
-            self._angles = torch.cat(self._rotary(torch.empty(0), position_ids=every))
+            positions = torch.arange(max(512, 1 << last.bit_length())).unsqueeze(0)
+            self._angles = torch.cat(self._rotary(torch.empty(0), position_ids=positions))
         cosine, sine = self._angles
         return cosine.data_ptr(), sine.data_ptr(), self._angles.shape[1]
 
 
 def int64s(name: str, numbers: Sequence[int] | Tensor, count: int) -> tuple[Any, int]:
-    """Integers for native code: what holds them, to keep and to read, and where they lie."""
+    """`count` integers for native code: an object that owns them, which the caller must keep, and their address."""
     if isinstance(numbers, Tensor):
         if not _integers(numbers, count):
             raise ValueError(
@@ -233,19 +234,19 @@ def _integers(tensor: Tensor, *shape: int) -> bool:
     return tensor.dtype is torch.int64 and tensor.is_cpu and tensor.shape == shape
 
 
-def refuse(refusal: int, past: Sequence[int], behind: int, store: Tensor, tables: Tensor, shift: int) -> NoReturn:
-    """Say what native code found wrong with the numbers that it was handed: `behind` slots behind each row's past."""
+def refuse(refusal: int, past: Sequence[int], flight: int, store: Tensor, tables: Tensor, shift: int) -> NoReturn:
+    """Raise ValueError for a `Refusal` of native code; `flight` is the number of slots after each row's past."""
     lengths = [int(length) for length in past]
     if refusal == -Refusal.FEW_ANGLES or min(lengths) < 0:
         raise ValueError(f"positions and past lengths ({lengths}) must not be negative")
     if refusal == -Refusal.SHORT_TABLE:
         raise ValueError(
-            f"{max(lengths)} past slots, {behind} in flight and a shift of {shift} do not fit block tables of "
+            f"{max(lengths)} past slots, {flight} in flight and a shift of {shift} do not fit block tables of "
             f"{tables.size(1)} blocks of {BLOCK} slots"
         )
     raise ValueError(
-        f"block tables name blocks from {int(tables.min())} to {int(tables.max())}; the store has "
-        f"{store.size(2) // BLOCK}, from 0 on"
+        f"block tables contain blocks from {int(tables.min())} to {int(tables.max())}; the store has "
+        f"{store.size(2) // BLOCK} blocks, from 0 on"
     )
 
 
@@ -257,10 +258,10 @@ def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
     return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
-def _fingerprint(whole: Sequence[nn.Module]) -> tuple[Any, ...]:
-    """What must stay the same for a stack to say what the modules say: identities, memory, settings, no hooks."""
-    modules = [inner for module in whole for inner in module.modules()]
-    tensors = tuple((tensor.data_ptr(), tensor.dtype) for tensor in _tensors(whole))
+def _fingerprint(roots: Sequence[nn.Module]) -> tuple[Any, ...]:
+    """What must stay unchanged for the stack to give the modules' results: objects, memory, settings, hooks."""
+    modules = [inner for module in roots for inner in module.modules()]
+    tensors = tuple((tensor.data_ptr(), tensor.dtype) for tensor in _tensors(roots))
     settings = tuple(
         (_window(m), float(m.scaling)) if isinstance(m, FusedAttention) else m.variance_epsilon
         for m in modules
@@ -270,41 +271,41 @@ def _fingerprint(whole: Sequence[nn.Module]) -> tuple[Any, ...]:
 
 
 class _Layer(NamedTuple):
-    """The parts of a layer."""
+    """The modules of a layer."""
 
     attention: FusedAttention
     feed_forward: FusedSwiGLU
     before: nn.Module  # a norm, or an identity
-    after: FusedRMSNorm  # the norm before the feed-forward
+    after: FusedRMSNorm  # the norm after attention, before the feed-forward
 
     @classmethod
     def of(cls, layer: nn.Module) -> _Layer | None:
-        """None for a layer of another kind."""
-        parts = dict(layer.named_children())
-        known: list[Any] = [parts.get(name) for name in _CHILDREN]
-        found = cls(*known)
-        fits = set(parts) == set(_CHILDREN) and (
-            isinstance(found.attention, FusedAttention)
-            and isinstance(found.feed_forward, FusedSwiGLU)
-            and isinstance(found.before, FusedRMSNorm | nn.Identity)
-            and isinstance(found.after, FusedRMSNorm)
+        """The parts of `layer`; None if it is not supported."""
+        children = dict(layer.named_children())
+        modules: list[Any] = [children.get(name) for name in _CHILDREN]
+        parts = cls(*modules)
+        fits = set(children) == set(_CHILDREN) and (
+            isinstance(parts.attention, FusedAttention)
+            and isinstance(parts.feed_forward, FusedSwiGLU)
+            and isinstance(parts.before, FusedRMSNorm | nn.Identity)
+            and isinstance(parts.after, FusedRMSNorm)
         )
-        return found if fits and not any(linear.reference for linear in found.linears) else None
+        return parts if fits and not any(linear.reference for linear in parts.linears) else None
 
     @property
     def linears(self) -> tuple[PackedLinear, ...]:
-        """In the order in which they are read."""
+        """The linear layers, in the order in which a forward reads them."""
         attention, feed_forward = self.attention, self.feed_forward
         return attention.qkv_proj, attention.o_proj, feed_forward.gate_up, feed_forward.down_proj
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Equal for all layers of a stack."""
+        """Sizes that must be equal in all layers of a stack."""
         heads = (self.attention.heads, self.attention.kv_heads, self.attention.head_dim)
         return (*heads, *(each.out_features for each in self.linears))
 
     def structure(self, window: int) -> CLayer:
-        """As native code reads it."""
+        """The layer's C structure."""
         qkv, o, gate_up, down = map(weight_of, self.linears)
         norms = (self.before, self.attention.q_norm, self.attention.k_norm, self.after)
         before, q_norm, k_norm, after = (
@@ -314,13 +315,13 @@ class _Layer(NamedTuple):
 
 
 def weight_of(linear: PackedLinear) -> CWeight:
-    """A packed linear as native code reads it; it has to outlive the structure."""
+    """The C structure of a packed linear layer, which must outlive it."""
     scale, bias = (None if each is None else each.data_ptr() for each in (linear.scale, linear.bias))
     return CWeight(linear.packed.data_ptr(), scale, bias, linear.in_features, linear.out_features)
 
 
 def _window(attention: FusedAttention) -> int:
-    """Positions that the layer looks back; 0 for all."""
+    """The layer's sliding window in positions; 0 if it has none."""
     config = attention.config
     window = getattr(config, "sliding_window", None)
     if not window or not getattr(config, "use_sliding_window", True):
@@ -332,10 +333,10 @@ def _window(attention: FusedAttention) -> int:
 
 
 def _gather(linears: Sequence[PackedLinear]) -> Tensor:
-    """Move the weights, in the order in which they are read, into one stretch of huge pages; returns that memory.
+    """Move the weights into one contiguous allocation of huge pages, in the order of reading; returns that memory.
 
-    One row's forward reads every weight once, so what counts is how fast memory streams. On SmolLM2-135M and two cores
-    of a shared server, separate tensors on pages of 4 kB took 6 % longer (medians of interleaved runs).
+    A forward over one row reads every weight once, so it is limited by memory bandwidth. With SmolLM2-135M on two cores
+    of a shared server, separate tensors on 4 kB pages took 6 % longer (medians of interleaved runs).
     """
     offsets, size = list[int](), 0
     for linear in linears:
@@ -344,11 +345,11 @@ def _gather(linears: Sequence[PackedLinear]) -> Tensor:
     memory = mmap.mmap(-1, size + 2 * _HUGE)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    with torch.inference_mode(False):  # else nobody could load weights into them afterwards
-        whole = torch.frombuffer(memory, dtype=torch.int8)
-        arena = whole[-whole.data_ptr() % _HUGE :]
+    with torch.inference_mode(False):  # inference tensors could not be loaded into later
+        allocation = torch.frombuffer(memory, dtype=torch.int8)
+        arena = allocation[-allocation.data_ptr() % _HUGE :]
         for linear, offset in zip(linears, offsets, strict=True):
             packed = linear.packed
-            place = arena[offset : offset + packed.nbytes].view(packed.dtype).view(packed.shape)
-            linear.packed = place.copy_(packed)
+            slot = arena[offset : offset + packed.nbytes].view(packed.dtype).view(packed.shape)
+            linear.packed = slot.copy_(packed)
     return arena

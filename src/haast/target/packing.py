@@ -1,12 +1,12 @@
-"""Linear layers with packed weights, and the swap of a model's linears for them.
+"""Linear layers with packed 16-bit or int8 weights, and the replacement of a model's linear layers by them.
 
 Owns: `PackedLinear`, the operator `haast::linear` and `pack_linears`. Knows nothing of trees or decoding.
 
-Weights are rounded once, to fp16 or to int8 with one factor per output; activations and sums stay fp32. On a CPU a
-forward over a few rows costs the time to read the weights, so half the bytes is up to half the time, and the panel
-layout makes several rows nearly free. A model packed to int8 is another target: what it says is what it says packed.
-Rows are independent: a row's result has the same bits whatever rows stand beside it (not so for `reference=True`, which
-leaves the order of sums to PyTorch).
+Weights are rounded once, to fp16 or to int8 with one scale per output; activations and sums stay fp32. On a CPU the
+time of a forward over a few rows is the time to read the weights, so half the bytes take up to half the time, and the
+panel layout makes several rows nearly free. A model packed to int8 generates other text than the original, so it counts
+as another target. Rows are independent: a row's result has the same bits whatever other rows are in the batch (except
+with `reference=True`, where PyTorch chooses the order of sums).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from transformers.pytorch_utils import Conv1D
 from haast import native
 from haast.compat import buffers_of
 from haast.native.library import check_tensor
-from haast.target.memory import give_back
+from haast.target.memory import release_freed_memory
 
 __all__ = ["PackedLinear", "is_linear", "is_packed", "linear_sizes", "pack_linears"]
 
 # The operator that compiled graphs call. A 32 x 16 layer on the development CPU, microseconds per call on a
 # busy machine: bare ctypes 1.6, native.linear 9, PackedLinear 10, nn.Linear 10, this Library operator 15, a
-# torch.library.custom_op 32. A forward has 211 linears, so eager code calls the kernel directly and only a graph under
-# construction takes the operator.
+# torch.library.custom_op 32. A forward has 211 linear layers, so eager code calls the kernel directly and only a graph
+# that is being compiled uses the operator.
 _LIBRARY = torch.library.Library("haast", "DEF")  # type: ignore[no-untyped-call]
 _SCHEMA = "linear(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int out_features) -> Tensor"
 _LIBRARY.define(_SCHEMA)  # type: ignore[no-untyped-call]
@@ -46,12 +46,12 @@ FORMS = ("f16", "int8")
 
 
 class PackedLinear(nn.Module):
-    """A frozen `nn.Linear` whose weight is held in panels of fp16 or int8: y = x W^T + bias, fp32 in and out.
+    """A frozen `nn.Linear` with its weight stored in panels of fp16 or int8: y = x W^T + bias, fp32 in and out.
 
     Attributes:
         packed: (panels, in_features, 16) int16 with fp16 bits, see `native.pack_f16`, or int8, see `native.pack_i8`;
             empty in the reference form.
-        scale: (out_features) fp32, the factor of each output of int8 weights; None with fp16.
+        scale: (out_features) fp32, the scale of each output of int8 weights; None with fp16.
         dense: (out_features, in_features) fp32 with the same rounded values in the reference form; empty otherwise.
         bias: (out_features) fp32, or None.
     """
@@ -64,14 +64,14 @@ class PackedLinear(nn.Module):
     def __init__(
         self, weight: Tensor, bias: Tensor | None = None, *, form: str = "f16", reference: bool = False
     ) -> None:
-        """Pack a weight matrix, for example the rows of an LM head that a draft vocabulary keeps.
+        """Pack a weight matrix, for example the LM head's rows of a draft vocabulary.
 
         Args:
             weight: (out_features, in_features) fp32 on the CPU; it is copied.
             bias: (out_features) fp32, or None.
-            form: "f16", or "int8" with one factor per output.
-            reference: the same rounded weights in plain PyTorch fp32: slow, for comparison. It is also what a
-                machine without the native library gets.
+            form: "f16", or "int8" with one scale per output.
+            reference: keep the same rounded weights as plain PyTorch fp32: slow, for comparison. Always on if the
+                native library is missing.
 
         Raises:
             ValueError: another dtype or device, shapes that do not fit, or values beyond fp16's range.
@@ -79,7 +79,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         _check_weight(weight, bias)
         if form not in FORMS:
-            raise ValueError(f"form={form!r} is no packing: give one of {', '.join(FORMS)}")
+            raise ValueError(f"form={form!r} is unknown: give one of {', '.join(FORMS)}")
         self.form = form
         self.out_features, self.in_features = weight.shape
         self.reference = reference or not native.available()
@@ -96,9 +96,9 @@ class PackedLinear(nn.Module):
         """Map x (..., in_features) fp32 on the CPU to (..., out_features) fp32.
 
         Raises:
-            ValueError: another dtype, device or width, or a gradient is asked for.
+            ValueError: another dtype, device or width, or `x` requires a gradient.
         """
-        buffers = buffers_of(self)  # three attribute look-ups through nn.Module cost a microsecond
+        buffers = buffers_of(self)  # three attribute look-ups in an nn.Module take a microsecond
         packed, scale, bias = buffers["packed"], buffers["scale"], buffers["bias"]
         assert packed is not None, "registered as a tensor"
         if self.reference:
@@ -111,18 +111,18 @@ class PackedLinear(nn.Module):
     def _reference_forward(self, x: Tensor) -> Tensor:
         if x.dtype is not torch.float32 or x.device != self.dense.device:
             raise ValueError(
-                f"PackedLinear takes float32 on {self.dense.device}, not {x.dtype} on {x.device}; "
+                f"PackedLinear needs float32 on {self.dense.device}, not {x.dtype} on {x.device}; "
                 "load the model with dtype=torch.float32 there, or do not pack it"
             )
         return functional.linear(x, self.dense, self.bias)
 
     @property
     def weight(self) -> Tensor:
-        """The rounded weight, made anew: for model code that reads it where it does not multiply (some routers do)."""
+        """The rounded weight, unpacked on each access: for model code that reads weights directly (e.g. routers)."""
         return self.unpack()
 
     def unpack(self) -> Tensor:
-        """Return the weight (out_features, in_features) fp32 as it was rounded."""
+        """Return the rounded weight, (out_features, in_features) fp32."""
         if self.reference:
             return self.dense.clone()
         values = self.packed.view(torch.float16) if self.scale is None else self.packed
@@ -137,22 +137,22 @@ class PackedLinear(nn.Module):
 
 
 def is_packed(module: nn.Module | None) -> TypeGuard[PackedLinear]:
-    """Whether it is a packed linear layer: a target whose LM head is one is packed as a whole, and so are its heads."""
+    """Whether it is a packed linear layer. A target's layers and its draft heads are packed if its LM head is."""
     return isinstance(module, PackedLinear)
 
 
 def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear | PackedLinear]:
-    """Whether it is a linear layer, packed or not: it has `in_features` and `out_features`."""
+    """Whether it is a linear layer, packed or not, i.e. has `in_features` and `out_features`."""
     return isinstance(module, nn.Linear | PackedLinear)
 
 
 def linear_sizes(modules: Iterable[nn.Module]) -> tuple[int, int]:
-    """Bytes and parameters of the weights of those modules that are linear layers, packed or not, biases left out."""
+    """Bytes and number of parameters of the linear layers among `modules`, packed or not, without biases."""
     size = parameters = 0
     for module in modules:
         if is_linear(module):
-            held = (module.packed, module.dense) if isinstance(module, PackedLinear) else (module.weight,)
-            size += sum(tensor.nbytes for tensor in held)
+            tensors = (module.packed, module.dense) if isinstance(module, PackedLinear) else (module.weight,)
+            size += sum(tensor.nbytes for tensor in tensors)
             parameters += module.in_features * module.out_features
     return size, parameters
 
@@ -166,7 +166,7 @@ def _check_weight(weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _rounded(weight: Tensor, form: str) -> Tensor:
-    """Return the weight after rounding to `form`, in fp32."""
+    """Return the weight rounded to `form`, in fp32."""
     if form == "int8":
         scale = weight.abs().amax(1, keepdim=True) / 127
         scale[scale == 0] = 1
@@ -180,8 +180,8 @@ def _rounded(weight: Tensor, form: str) -> Tensor:
 def pack_linears(model: nn.Module, *, form: str = "f16", reference: bool = False) -> None:
     """Replace every `nn.Linear` and transformers `Conv1D` of a model by a `PackedLinear`, in place.
 
-    The LM head is included; an embedding tied to it keeps its own fp32 weight. The whole model is frozen, since nothing
-    can be trained through packed weights. Norms and embeddings stay as they are.
+    The LM head is included; an embedding tied to it keeps its own fp32 weight. Freezes the whole model, since packed
+    weights pass no gradients. Norms and embeddings stay as they are.
 
     Args:
         model: fp32, on the CPU.
@@ -189,10 +189,10 @@ def pack_linears(model: nn.Module, *, form: str = "f16", reference: bool = False
         reference: use the slow PyTorch form (see `PackedLinear`).
 
     Raises:
-        ValueError: the model holds another dtype or device, or weights beyond fp16's range. The message names the
+        ValueError: the model has another dtype or device, or weights beyond fp16's range. The message names the
             layer; layers before it are already packed.
     """
-    shared: dict[int, PackedLinear] = {}  # one module used at two places stays one module
+    shared: dict[int, PackedLinear] = {}  # a module that is used twice stays one module
     for parent_name, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
             if id(child) in shared:
@@ -203,12 +203,12 @@ def pack_linears(model: nn.Module, *, form: str = "f16", reference: bool = False
             packed = _pack_child(f"{parent_name}.{name}".lstrip("."), child, form, reference)
             setattr(parent, name, packed)
             shared[id(child)] = packed
-        give_back()
+        release_freed_memory()
     model.requires_grad_(False)
 
 
 def _pack_child(name: str, child: nn.Linear | Conv1D, form: str, reference: bool) -> PackedLinear:
-    # Conv1D keeps (in, out). The old module lets go of its weight once nothing else refers to it.
+    # Conv1D stores (in, out). The old weight is freed as soon as nothing else refers to the old module.
     weight = child.weight.t() if isinstance(child, Conv1D) else child.weight
     try:
         return PackedLinear(weight, child.bias, form=form, reference=reference)

@@ -1,7 +1,7 @@
-"""How a target's weights are held: its dtype, packed by Haast, or quantised by somebody else.
+"""Precision of a target's weights: its dtype, Haast's packing, or a quantisation.
 
-Owns the name of a precision, the weights of a quantised layer where they are needed as numbers, and quantisation by
-torchao when a model is loaded.
+Owns the name of a precision, reading a quantised layer's weights as plain numbers, and quantisation by torchao when a
+model is loaded.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch.distributed.tensor import DTensor
 from haast.target.device_map import read_weight
 from haast.target.packing import PackedLinear
 
-TORCHAO = ("torchao-int8", "torchao-int4")  # what `quantise` makes
+TORCHAO = ("torchao-int8", "torchao-int4")  # the forms that `quantise` takes
 _GROUP = 32  # weights that share a factor at 4 bits
-_PROBED = 256  # inputs of a layer that are read at a time
+_CHUNK = 256  # columns of a weight that are read in one forward of the layer
 
 
 def quantise(model: nn.Module, form: str) -> None:
-    """Quantise the weights of a model's linears in place, the LM head's left out, as transformers leaves it out.
+    """Quantise a model's linear layers in place, except the LM head, which transformers does not quantise either.
 
-    `form` is "torchao-int8", one factor per output, or "torchao-int4", one per 32 weights of an output. Raises
-    ValueError for 4 bits and a layer whose inputs are no multiple of 32.
+    `form` is "torchao-int8" (one scale per output) or "torchao-int4" (one scale per 32 weights of an output). Raises
+    ValueError for 4 bits if the number of inputs of a layer is not a multiple of 32.
     """
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerGroup
@@ -32,46 +32,46 @@ def quantise(model: nn.Module, form: str) -> None:
     config: Any = Int8WeightOnlyConfig()
     if form == "torchao-int4":
         on_cpu = next(model.parameters()).device.type == "cpu"  # torchao's 4-bit kernels are for GPUs
-        four: Any = vars(torch)["int4"]  # which torch's type stubs do not know
-        config = IntxWeightOnlyConfig(four, PerGroup(_GROUP)) if on_cpu else Int4WeightOnlyConfig(_GROUP)
+        int4: Any = vars(torch)["int4"]  # missing in torch's type stubs
+        config = IntxWeightOnlyConfig(int4, PerGroup(_GROUP)) if on_cpu else Int4WeightOnlyConfig(_GROUP)
     head = model.get_output_embeddings()  # type: ignore[operator]
     chosen = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     odd = next((name for name, m in chosen.items() if form == "torchao-int4" and m.in_features % _GROUP), None)
     if odd is not None:
         raise ValueError(
-            f"packing={form!r} shares factors by {_GROUP} weights, and {odd} has {chosen[odd].in_features} inputs: "
+            f"packing={form!r} needs a multiple of {_GROUP} inputs, but {odd} has {chosen[odd].in_features} inputs: "
             f"use packing='torchao-int8'"
         )
     quantize_(model, config, lambda module, name: name in chosen)
 
 
 def quantisation(model: nn.Module) -> str | None:
-    """Who quantised the model, and to what ("torchao-int8", "gptq-4bit", ...); None where nobody did."""
+    """Method and bits of the model's quantisation ("torchao-int8", "gptq-4bit", ...); None if it has none."""
     formats = (_torchao(module.weight) for module in model.modules() if isinstance(module, nn.Linear))
-    found = next(filter(None, formats), None)
-    if found is not None:
-        return found
-    settings = getattr(model.config, "quantization_config", None)
-    if settings is None:
+    torchao_format = next(filter(None, formats), None)
+    if torchao_format is not None:
+        return torchao_format
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
         return None
-    told: dict[str, Any] = settings if isinstance(settings, dict) else settings.to_dict()
-    method = getattr(told["quant_method"], "value", told["quant_method"])
-    bits = 8 if told.get("load_in_8bit") else 4 if told.get("load_in_4bit") else told.get("bits", told.get("w_bit"))
+    data: dict[str, Any] = config if isinstance(config, dict) else config.to_dict()
+    method = getattr(data["quant_method"], "value", data["quant_method"])
+    bits = 8 if data.get("load_in_8bit") else 4 if data.get("load_in_4bit") else data.get("bits", data.get("w_bit"))
     return str(method) if bits is None else f"{method}-{bits}bit"
 
 
 def precision(model: nn.Module, lm_head: nn.Module, dtype: torch.dtype) -> str:
-    """How precisely the weights are held, in one word: a quantisation's, a packing's, or the dtype's."""
+    """Precision of the weights in one word: the name of a quantisation, of a packing, or of the dtype."""
     if isinstance(lm_head, PackedLinear):
         return "float16" if lm_head.form == "f16" else lm_head.form
     return quantisation(model) or str(dtype).removeprefix("torch.")
 
 
 def weight_rows(module: nn.Module, inputs: int, dtype: torch.dtype | None = None) -> Tensor:
-    """A linear layer's weight (outputs, inputs) as plain numbers, whatever format it is held in.
+    """A linear layer's weight (outputs, inputs) as plain numbers, whatever its format.
 
-    Where it is no plain matrix, the layer is asked: what it says of a unit vector is a column. `dtype` is what it
-    takes, its weight's if absent.
+    If it is not stored as a plain matrix, it is computed from the layer's outputs for unit vectors: each is a column.
+    `dtype` is that of the layer's input; the weight's if None.
     """
     if isinstance(module, PackedLinear):
         return module.unpack()
@@ -82,24 +82,24 @@ def weight_rows(module: nn.Module, inputs: int, dtype: torch.dtype | None = None
         assert plain is not None, "it has a weight"
         if plain.shape[1] == inputs:
             return plain
-    takes = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
-    return _asked(module, inputs, dtype or takes)
+    input_dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
+    return _weight_from_outputs(module, inputs, dtype or input_dtype)
 
 
 @torch.inference_mode()
-def _asked(module: nn.Module, inputs: int, dtype: torch.dtype) -> Tensor:
+def _weight_from_outputs(module: nn.Module, inputs: int, dtype: torch.dtype) -> Tensor:
     device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-    constant = module(torch.zeros(1, inputs, dtype=dtype, device=device))  # the bias, where there is one
+    bias = module(torch.zeros(1, inputs, dtype=dtype, device=device))
     columns = []
-    for begin in range(0, inputs, _PROBED):
-        units = torch.zeros(min(_PROBED, inputs - begin), inputs, dtype=dtype, device=device)
+    for begin in range(0, inputs, _CHUNK):
+        units = torch.zeros(min(_CHUNK, inputs - begin), inputs, dtype=dtype, device=device)
         units[:, begin:].fill_diagonal_(1)
-        columns.append((module(units) - constant).T)
+        columns.append((module(units) - bias).T)
     return torch.cat(columns, dim=1)
 
 
 def _torchao(weight: object) -> str | None:
-    """Which torchao format a weight is held in; None for any other."""
+    """The weight's torchao format; None if it has none."""
     kind = type(weight.data if isinstance(weight, Tensor) else weight)
     if not kind.__module__.startswith("torchao."):
         return None

@@ -1,8 +1,8 @@
-"""The processes that hold one model in shards, and how the first of them tells the others: by a list of integers.
+"""Tensor parallelism: the processes that one model is sharded over. The first sends its decisions to the others.
 
-Every process runs the same program over the same texts; forwards meet inside the model. What processes decide from
-numbers or from their clocks could differ by a last bit, and one would wait for ever in the next forward: so the first
-process decides, and tells (`haast.engine.tensor_parallel`).
+All processes run the same program over the same texts and communicate inside the model's forwards. Decisions that
+depend on floats or clocks could differ between processes, and one would then wait forever in the next forward. So the
+first process decides and broadcasts the result as a list of integers (`haast.engine.tensor_parallel`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-_ROOM = 512  # integers of a message that travel in its first broadcast, its length included
+_MESSAGE = 512  # integers in the first broadcast of a message, its length included
 _FAILED = -1
 
 
 class Ranks:
-    """The processes of `mesh`; of a mesh of several dimensions those of its tensor-parallel one."""
+    """The processes of `mesh`; of its dimension "tp" if it has several. `leads` is true in the first process."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self._group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
@@ -28,44 +28,46 @@ class Ranks:
         self.leads: bool = dist.get_rank() == self._first
 
     def share(self, values: Sequence[int] = ()) -> list[int]:
-        """The first process's `values`, on every process; what the others give is not read.
+        """Broadcast the first process's `values` to all processes; the other processes' `values` are ignored.
 
-        Raises RuntimeError where the first process has failed within `leading`.
+        Raises RuntimeError if the first process has failed inside `leading`.
         """
         count = len(values)
-        box = torch.zeros(_ROOM, dtype=torch.int64)
+        message = torch.zeros(_MESSAGE, dtype=torch.int64)
         if self.leads:
-            box[0] = count
-            box[1 : 1 + min(count, _ROOM - 1)] = torch.tensor(values[: _ROOM - 1], dtype=torch.int64)
-        count, *found = self._broadcast(box)
+            message[0] = count
+            message[1 : 1 + min(count, _MESSAGE - 1)] = torch.tensor(values[: _MESSAGE - 1], dtype=torch.int64)
+        count, *received = self._broadcast(message)
         if count == _FAILED:
-            raise RuntimeError("the first process of this tensor-parallel model has failed; its own error says why")
-        if count >= _ROOM:
-            rest = torch.tensor(values[_ROOM - 1 :] if self.leads else [0] * (count + 1 - _ROOM), dtype=torch.int64)
-            found += self._broadcast(rest)
-        return found[:count]
+            raise RuntimeError("the first process of this tensor-parallel model has failed; see its own error")
+        if count >= _MESSAGE:
+            rest = torch.tensor(
+                values[_MESSAGE - 1 :] if self.leads else [0] * (count + 1 - _MESSAGE), dtype=torch.int64
+            )
+            received += self._broadcast(rest)
+        return received[:count]
 
     @contextmanager
     def leading(self) -> Iterator[None]:
-        """Where the first process fails within it, the others, who wait in `share`, are told that nothing comes."""
+        """If the first process fails inside the block, make the others, which wait in `share`, raise an error too."""
         try:
             yield
         except BaseException:
             if self.leads:
-                box = torch.zeros(_ROOM, dtype=torch.int64)
-                box[0] = _FAILED
-                self._broadcast(box)
+                message = torch.zeros(_MESSAGE, dtype=torch.int64)
+                message[0] = _FAILED
+                self._broadcast(message)
             raise
 
     def same(self, value: int) -> bool:
         """Whether all processes have the same value (below 2**62)."""
         both = torch.tensor([value, -value], device=self._device)
         dist.all_reduce(both, dist.ReduceOp.MAX, self._group)
-        most, least = both.tolist()
-        return bool(most == -least)
+        largest, smallest = both.tolist()
+        return bool(largest == -smallest)
 
-    def _broadcast(self, box: torch.Tensor) -> list[int]:
-        box = box.to(self._device)
-        dist.broadcast(box, self._first, self._group)
-        found: list[int] = box.tolist()
-        return found
+    def _broadcast(self, message: torch.Tensor) -> list[int]:
+        message = message.to(self._device)
+        dist.broadcast(message, self._first, self._group)
+        received: list[int] = message.tolist()
+        return received

@@ -1,4 +1,4 @@
-"""Which models are refused without a forward (`probe` finds the others), and how a model is to attend."""
+"""Checks of a model that need no forward (`probe` runs the others), and the choice of its attention implementation."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ _GATHERABLE = {"full_attention", "sliding_attention"}
 
 
 def own_model(model: Any) -> PreTrainedModel:
-    """The transformers model itself, where the user may hold what torch.compile made of it.
+    """The transformers model itself, unwrapped if `model` is the result of torch.compile.
 
-    Raises UnsupportedModelError where it is none, or another wrapper, whose forward would be left out.
+    Raises UnsupportedModelError for other objects, and for other wrappers, whose forward Haast would skip.
     """
-    found = model
-    if isinstance(model, nn.Module) and type(model).__name__ == "OptimizedModule":  # to import it takes seconds
-        found = next(model.children())
-    if not isinstance(found, PreTrainedModel):
+    unwrapped = model
+    if isinstance(model, nn.Module) and type(model).__name__ == "OptimizedModule":  # importing the class takes seconds
+        unwrapped = next(model.children())
+    if not isinstance(unwrapped, PreTrainedModel):
         raise UnsupportedModelError(
-            f"model is a {type(found).__name__}: give the transformers model itself (of a PEFT model: "
+            f"model is a {type(unwrapped).__name__}: give the transformers model itself (of a PEFT model: "
             f"model.get_base_model(), which has its adapters)"
         )
-    return found
+    return unwrapped
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
-    """Refuse what can't be drafted for, by class name and reason, before any work."""
+    """Raise UnsupportedModelError, with class name and reason, if the model can't be drafted for."""
     name, config = type(model).__name__, model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; Haast drafts for decoder-only causal LMs")
-    if compat.carries_state(model):
+    if compat.is_stateful(model):
         raise UnsupportedModelError(
             f"{name} carries a recurrent state (SSM or linear attention): the state of rejected tokens can't be "
             f"removed, so a tree can't be verified; use an attention-only model"
         )
     if "local" in (getattr(config, "attention_layers", None) or ()):
         raise UnsupportedModelError(
-            f"{name} has local attention layers that measure distance in cache slots, where a tree's nodes stand "
-            f"beside one another; a model with global or sliding-window attention works"
+            f"{name} has local attention layers that measure distance in cache slots, which are not the positions of "
+            f"a tree's nodes; use a model with global or sliding-window attention"
         )
     text = config.get_text_config()
     missing = [each for each in ("num_hidden_layers", "hidden_size", "vocab_size") if getattr(text, each, None) is None]
     if missing:
         raise UnsupportedModelError(
             f"{name} is no single stack of decoder layers: its configuration has no {', '.join(missing)}; use a "
-            f"decoder-only causal LM, or stock generate"
+            f"decoder-only causal LM or stock generate"
         )
     kinds = set(getattr(text, "layer_types", None) or ()) - _GATHERABLE
     if kinds:
@@ -68,20 +68,20 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
 
 
 def choose_attention(model: PreTrainedModel) -> None:
-    """Switch to the attention implementation that takes a tree, by transformers' own switch."""
-    # Models whose attention is more than scores and softmax (sinks, say) support only their own eager code.
+    """Set the attention implementation to one that takes a tree mask, through transformers' own switch."""
+    # Models whose attention is more than scores and softmax (e.g. sinks) support only their own eager code.
     model.set_attn_implementation(attention.NAME if compat.takes_registered_attention(model) else "eager")
 
 
-def prepared_inputs(model: Any, tokens: Tensor, **given: Any) -> dict[str, Any]:
-    """What the model's `prepare_inputs_for_generation` makes of a text's tokens (rows, tokens) for its forward.
+def prepared_inputs(model: Any, tokens: Tensor, **more: Any) -> dict[str, Any]:
+    """The forward's arguments that `prepare_inputs_for_generation` makes from a text's tokens (rows, tokens).
 
-    Haast calls the forward itself, without what an adapter of virtual tokens adds. Raises UnsupportedModelError where
-    it prepares other ids, embeddings, or a cache that is filled already.
+    Haast calls the forward itself, without the virtual tokens that an adapter may add. Raises UnsupportedModelError if
+    the model prepares other ids, embeddings, or a cache that is not empty.
     """
     if "cache_position" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
-        given["cache_position"] = torch.arange(tokens.shape[1], device=tokens.device)  # older transformers need it
-    prepared: dict[str, Any] = model.prepare_inputs_for_generation(tokens, is_first_iteration=True, **given)
+        more["cache_position"] = torch.arange(tokens.shape[1], device=tokens.device)  # older transformers need it
+    prepared: dict[str, Any] = model.prepare_inputs_for_generation(tokens, is_first_iteration=True, **more)
     ids, caches = prepared.get("input_ids"), {name: prepared.get(name) for name in CACHE_NAMES}
     changed = {
         "input_ids": ids is None or not torch.equal(ids, tokens),
@@ -92,6 +92,6 @@ def prepared_inputs(model: Any, tokens: Tensor, **given: Any) -> dict[str, Any]:
         if different:
             raise UnsupportedModelError(
                 f"{type(model).__name__} prepares {name} of its own for its forward in `generate` (as prompt tuning "
-                f"does), and Haast gives it nothing but the text's tokens: merge the adapter, or use stock generate"
+                f"does), but Haast passes only the text's tokens: merge the adapter, or use stock generate"
             )
     return prepared

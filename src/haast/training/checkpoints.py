@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: atomic files, the newest two kept. Owns the files; knows nothing of their content."""
+"""Checkpoints of a training run: written atomically, the newest two kept. Owns the files, not what is in them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KEEP = 2
 
 
 def write_probe(folder: Path) -> None:
-    """Create `folder` and check that files can be written there, before any work is done.
+    """Create `folder` and check that files can be written there, before a long run starts.
 
     Raises:
         ValueError: the folder is read-only or the disk is full.
@@ -30,7 +30,7 @@ def write_probe(folder: Path) -> None:
 
 
 def atomic_save(state: dict[str, Any], path: Path) -> None:
-    """`torch.save` behind a rename, so that a kill or a full disk leaves the old file whole.
+    """`torch.save` to a temporary file, then a rename: a kill or a full disk leaves the old file intact.
 
     Raises:
         ValueError: the disk is full or the folder read-only.
@@ -42,23 +42,23 @@ def atomic_save(state: dict[str, Any], path: Path) -> None:
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         raise ValueError(
-            f"cannot write checkpoint {path} ({error}): free space; the run resumes from the one before"
+            f"cannot write checkpoint {path} ({error}): free space; the run resumes from the previous checkpoint"
         ) from error
 
 
 def save_state(folder: Path, state: dict[str, Any], step: int) -> None:
-    """Write `state-<step>.pt`, and drop all but the newest two."""
+    """Write `state-<step>.pt`, and delete all but the newest two."""
     atomic_save(state, folder / f"state-{step:08d}.pt")
-    torn = folder.glob(".*.tmp")  # of a run that was killed while it wrote
-    for old in [*sorted(folder.glob("state-*.pt"))[:-_KEEP], *torn]:
+    incomplete = folder.glob(".*.tmp")  # from a run that was killed while writing
+    for old in [*sorted(folder.glob("state-*.pt"))[:-_KEEP], *incomplete]:
         old.unlink()
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:
-    """The newest state that can be read; None where there is none.
+    """The newest checkpoint that can be read; None if there is none.
 
     Raises:
-        ValueError: there are states, but none can be read.
+        ValueError: there are checkpoints, but none can be read.
     """
     paths = sorted(folder.glob("state-*.pt"), reverse=True)
     for path in paths:

@@ -1,7 +1,7 @@
-"""A training run to look at: its curves as a picture, `OUT/curves.png`, and its metrics in `OUT/tensorboard`.
+"""Plots of a training run: the curves in `OUT/curves.png` and TensorBoard events in `OUT/tensorboard`.
 
-Owns the drawing, the fit of tau, and the event files. Knows metrics lines only (see `report.Reporter`). matplotlib and
-tensorboard are optional and are imported when a run starts, never on the way to `haast generate`.
+Owns the drawing, the fit of tau, and the event files. Uses metrics lines only (see `report.Reporter`). matplotlib and
+tensorboard are optional; they are imported when a training run starts, not by other commands.
 """
 
 from __future__ import annotations
@@ -19,58 +19,59 @@ from haast.training.report import Line, Lines
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_FIT_FROM = 3  # evaluations; a line through two says nothing of their noise
+_MIN_EVALUATIONS = 3  # a line through two points shows nothing of their noise
 _EVALUATED = ("tau", "valid_ce", "valid_top1")
 
 
 def curves(out_dir: Path, kept: Lines) -> Callable[[Line | None], None]:
     """A `report.Watcher` that redraws `out_dir`/curves.png at each evaluation and at the end."""
-    import matplotlib.figure  # noqa: F401  said before the hours of training, not after
+    import matplotlib.figure  # noqa: F401  a missing package should raise before hours of training
 
     lines, drawn = list(kept), len(kept)
 
-    def follow(line: Line | None) -> None:
+    def on_line(line: Line | None) -> None:
         nonlocal drawn
         lines.extend([] if line is None else [line])
         if drawn < len(lines) and (line is None or any(name in line for name in _EVALUATED)):
             draw_curves(lines, out_dir / "curves.png")
             drawn = len(lines)
 
-    return follow
+    return on_line
 
 
 def tensorboard(out_dir: Path, kept: Lines) -> Callable[[Line | None], None]:
-    """A `report.Watcher` that writes every number of a line as a scalar over views: `train/ce`, `valid/ce`, `tau`.
+    """A `report.Watcher` that writes each number of a line as a scalar (`train/ce`, `valid/ce`, `tau`), with `views`
+    as the step.
 
-    Readers forget what older event files hold from the last kept views on, so that is repeated.
+    `purge_step` makes TensorBoard drop older events from the last kept step on, so that step is written again.
     """
     from torch.utils.tensorboard import SummaryWriter
 
     last = int(kept[-1]["views"]) if kept else 0
     writer = SummaryWriter(str(out_dir / "tensorboard"), purge_step=last)
 
-    def follow(line: Line | None) -> None:
+    def on_line(line: Line | None) -> None:
         if line is None:
-            with suppress(OSError):  # an event that could not be written was told of at its line
+            with suppress(OSError):  # a failed write was already reported when its line was written
                 writer.close()
             return
         for name, value in line.items():
             if name not in ("step", "views") and isinstance(value, int | float):
                 tag = name if name == "tau" else f"train/{name}".replace("train/valid_", "valid/")
                 writer.add_scalar(tag, value, int(line["views"]))
-        writer.flush()  # what waits in memory is lost by a kill, and a resume does not repeat it
+        writer.flush()  # a kill loses buffered events, and a resumed run does not write them again
 
     for line in kept:
         if line["views"] >= last:
-            follow(line)
-    return follow
+            on_line(line)
+    return on_line
 
 
 def tau_trend(metrics: Lines) -> tuple[float, float] | None:
-    """The least-squares line of tau over log2(views): what another doubling of views would bring, and the intercept.
+    """The least-squares line of tau over log2(views). Its slope is the gain of tau per doubling of the run.
 
-    An extrapolation: it takes for granted that tau goes on as it went. Within one run the learning rate falls too, and
-    what that brings is counted in.
+    This is an extrapolation: it assumes that tau goes on growing at the same rate. Within one run the learning rate
+    also falls, and the fit includes that effect.
 
     Args:
         metrics: lines of metrics.jsonl; only those with `tau` and `views` above 0 count.
@@ -79,14 +80,14 @@ def tau_trend(metrics: Lines) -> tuple[float, float] | None:
         Slope and intercept; None with fewer than three evaluations at different views.
     """
     points = dict(_series(metrics, "tau"))
-    if len(points) < _FIT_FROM:
+    if len(points) < _MIN_EVALUATIONS:
         return None
     fit = statistics.linear_regression([math.log2(views) for views in points], list(points.values()))
     return fit.slope, fit.intercept
 
 
 def _series(metrics: Lines, name: str) -> list[tuple[float, float]]:
-    """(views, value) of the lines that have `name` as a finite number; a log axis has no place for 0 views."""
+    """(views, value) of the lines where `name` is a finite number; 0 views are left out because the axis is a log."""
     return [
         (float(line["views"]), float(line[name]))
         for line in metrics
@@ -95,7 +96,7 @@ def _series(metrics: Lines, name: str) -> list[tuple[float, float]]:
 
 
 def draw_curves(metrics: Lines, path: Path) -> None:
-    """Draw cross-entropy, top-1 agreement and tau over views, as a PNG behind a rename.
+    """Draw cross-entropy, top-1 agreement and tau over supervised tokens; the PNG is written atomically.
 
     Args:
         metrics: lines of metrics.jsonl.
@@ -109,7 +110,7 @@ def draw_curves(metrics: Lines, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
-    canvas = FigureCanvasAgg(figure)  # by itself it opens no window and leaves pyplot's state alone
+    canvas = FigureCanvasAgg(figure)  # without pyplot: opens no window and changes no global state
     loss, top1, tau = figure.subplots(1, 3)
     loss_curves = {"loss": ("loss", "0.7"), "ce": ("train", "tab:blue"), "valid_ce": ("held out", "tab:orange")}
     _panel(loss, metrics, "cross-entropy and loss", loss_curves)
@@ -128,11 +129,11 @@ def _panel(axes: Axes, metrics: Lines, title: str, curves: Mapping[str, tuple[st
     for name, (label, colour) in curves.items():
         points = _series(metrics, name)
         if points:
-            # Evaluations are few, so each has its mark; so has a lone point, which makes no line.
+            # Evaluations are few, so each gets a marker; a single point needs one to be visible.
             marker = "o" if name in _EVALUATED or len(points) == 1 else ""
             axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker, markersize=4, linewidth=1.3)
     axes.set_title(title, fontsize=10)
-    axes.set_xlabel("views", fontsize=9)
+    axes.set_xlabel("supervised tokens", fontsize=9)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.set_xscale("log")
@@ -145,13 +146,13 @@ def _panel(axes: Axes, metrics: Lines, title: str, curves: Mapping[str, tuple[st
 
 
 def _draw_trend(axes: Axes, metrics: Lines) -> None:
-    """The fitted line one doubling further, dashed where nothing was measured, and what it says."""
+    """The fitted line, dashed where it extrapolates to twice the tokens, with a caption."""
     trend = tau_trend(metrics)
     if trend is None:
         return
-    views = [at for at, _ in _series(metrics, "tau")]
+    views = [x for x, _ in _series(metrics, "tau")]
     for begin, end, style in ((min(views), max(views), "-"), (max(views), 2 * max(views), "--")):
-        heights = [trend[0] * math.log2(at) + trend[1] for at in (begin, end)]
+        heights = [trend[0] * math.log2(x) + trend[1] for x in (begin, end)]
         axes.plot((begin, end), heights, color="0.4", linewidth=1, linestyle=style)
-    words = f"another doubling of views would bring\nabout {trend[0]:+.2f} tau (an extrapolation)"
-    axes.text(0.97, 0.05, words, transform=axes.transAxes, ha="right", va="bottom", fontsize=8, color="0.3")
+    caption = f"twice the supervised tokens: about\n{trend[0]:+.2f} tau (an extrapolation)"
+    axes.text(0.97, 0.05, caption, transform=axes.transAxes, ha="right", va="bottom", fontsize=8, color="0.3")

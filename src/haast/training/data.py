@@ -1,8 +1,8 @@
-"""Answers as training sequences: tokens, and which of them are supervised.
+"""Training sequences: turns answer records into tokens and a supervision mask.
 
-Owns the joining of records and chat templates. Knows nothing of models, features or losses. Supervised are the
-assistant's tokens, the end-of-turn token included, and nothing else: the head is to draft what the target says, not
-what users say. Of an own answer these are the very tokens it was made of; of given text, those of its render.
+Owns the joining of records and chat templates. Does not know models, features or losses. Only assistant tokens are
+supervised, the end-of-turn token included: the head drafts what the target generates, not what users write. For the
+target's own answers these are the generated ids; for given text they are the tokens of the rendered chat.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TokenSequence:
     @property
     def answer(self) -> list[int]:
         """The supervised tokens."""
-        return [token for token, mine in zip(self.tokens, self.supervised, strict=True) if mine]
+        return [token for token, supervised in zip(self.tokens, self.supervised, strict=True) if supervised]
 
 
 def encode_answers(
@@ -40,11 +40,11 @@ def encode_answers(
     max_tokens: int | None = None,
     vocab_size: int | None = None,
 ) -> list[TokenSequence]:
-    """`encode_answer` for many, with the checks that need making only once.
+    """`encode_answer` for many records; tokenizer and template are checked once.
 
     Raises:
         HeadMismatchError: answers made with another tokenizer.
-        ValueError: a chat template that does not tell where the assistant speaks, or a record that can't be encoded.
+        ValueError: a chat template that does not mark the assistant's turn, or a record that cannot be encoded.
     """
     refuse_other_tokenizer(records, tokenizer_hash(tokenizer), "the answers")
     check_template(tokenizer)
@@ -57,19 +57,19 @@ def encode_answer(
     max_tokens: int | None = None,
     vocab_size: int | None = None,
 ) -> TokenSequence:
-    """A record as tokens.
+    """Tokens and supervision mask of one record.
 
-    An own answer is the templated prompt (what was said before it included), then the very tokens the target answered
-    with, never re-tokenised. Given text is rendered and tokenised whole, see `chat.encode_chat`.
+    For the target's own answers: the templated prompt (with earlier turns), then the generated ids, which are not
+    tokenised again. Given text is rendered and tokenised as a whole, see `chat.encode_chat`.
 
     Args:
         tokenizer: the target's.
         record: see `answers`.
         max_tokens: cut longer sequences at the end; None keeps all.
-        vocab_size: the target's, which may be padded past the tokenizer's; None takes the tokenizer's.
+        vocab_size: of the target, which may be padded beyond the tokenizer's; None uses the tokenizer's.
 
     Raises:
-        ValueError: tokens that the target does not know, or given text in whose render an answer is not found.
+        ValueError: a token outside the target's vocabulary, or given text that the template does not render.
     """
     if record.get("response_ids"):
         turns = [*record.get("history", []), record["prompt"]]
@@ -84,20 +84,20 @@ def encode_answer(
             tokens, supervised = encode_chat(tokenizer, chat, record.get("thinking"))
         except ValueError as error:
             raise ValueError(f"answer {record.get('id')}: {error}") from error
-    known = len(tokenizer) if vocab_size is None else vocab_size
-    if max(tokens) >= known:
+    size = len(tokenizer) if vocab_size is None else vocab_size
+    if max(tokens) >= size:
         raise ValueError(
-            f"answer {record['id']} has token {max(tokens)}, the target knows {known}: these answers are "
-            f"another target's, make them with this one"
+            f"answer {record['id']} has token {max(tokens)}, but the target's vocabulary has {size}: these answers are "
+            f"another target's, generate them with this one"
         )
     return TokenSequence(tokens[:max_tokens], supervised[:max_tokens], record)
 
 
 def describe_supervised(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence) -> Text:
-    """The sequence as text: supervised tokens in green, the rest dim, with the counts in front."""
+    """The sequence as text after a line with the counts: supervised tokens in green, the others dim."""
     count = sum(sequence.supervised)
     text = Text(f"{count} of {len(sequence.tokens)} tokens supervised\n", style="bold")
-    for mine, run in groupby(zip(sequence.supervised, sequence.tokens, strict=True), key=itemgetter(0)):
+    for supervised, run in groupby(zip(sequence.supervised, sequence.tokens, strict=True), key=itemgetter(0)):
         piece = str(tokenizer.decode([token for _, token in run]))
-        text.append(piece, style="black on green" if mine else "dim")
+        text.append(piece, style="black on green" if supervised else "dim")
     return text

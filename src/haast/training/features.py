@@ -1,6 +1,6 @@
-"""What a target computes at each position of its answers: features, captured states, and the teacher's best tokens.
+"""Feature extraction: runs the target over sequences and keeps features, captured states and the teacher's top tokens.
 
-Owns extraction, in memory or into shards. Knows nothing of heads or losses.
+Owns extraction, in memory or into shards. Does not know heads or losses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from haast.training.data import TokenSequence
 from haast.training.shards import ShardIdentity, check_room, read_shards, write_shards
 from haast.tree import DraftTree
 
-_LOGIT_ROWS = 256  # positions whose logits exist at a time
+_LOGIT_ROWS = 256  # positions per chunk of logits
 
 
 @torch.inference_mode()
@@ -32,17 +32,17 @@ def stream_examples(
     batch_tokens: int = 2048,
     layer_ids: Sequence[int] = (),
 ) -> Iterator[tuple[int, Example]]:
-    """The target's features of each sequence, nothing written: the mode without shards.
+    """Compute the target's features of each sequence; nothing is written.
 
     Args:
-        target: the frozen model.
+        target: the model.
         sequences: at least three tokens each.
-        topk: the teacher's best tokens per supervised position.
-        batch_tokens: most positions of one forward, padding included.
-        layer_ids: HF `hidden_states` indices to capture besides, for an Eagle3Head.
+        topk: number of the teacher's top tokens per supervised position.
+        batch_tokens: most positions in one forward, padding included.
+        layer_ids: HF `hidden_states` indices to capture as well, for an Eagle3Head.
 
     Yields:
-        Index into `sequences`, and its example; similar lengths come together.
+        Index into `sequences`, and its example, in order of length.
     """
     batches = list[list[int]]()
     for index in sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens)):
@@ -52,22 +52,22 @@ def stream_examples(
     for batch in batches:
         rows = [torch.tensor(sequences[index].tokens) for index in batch]
         tokens, lengths = pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
-        live = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)
-        features, hidden = _states(target, tokens.to(target.device), live.to(target.device), layer_ids)
+        mask = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)  # False on padding
+        features, hidden = _states(target, tokens.to(target.device), mask.to(target.device), layer_ids)
         for row, index in enumerate(batch):
-            end = len(sequences[index].tokens)
-            yield index, _example(target, sequences[index], features[row, :end], topk, hidden[row, :end])
+            length = len(sequences[index].tokens)
+            yield index, _example(target, sequences[index], features[row, :length], topk, hidden[row, :length])
 
 
-def _states(target: Target, tokens: Tensor, live: Tensor, layer_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Features (rows, n, hidden), and the captured states (rows, n, width) in fp16 on the CPU, chunk by chunk."""
+def _states(target: Target, tokens: Tensor, mask: Tensor, layer_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Features (rows, n, hidden), and the captured states (rows, n, width) in fp16 on the CPU; runs chunk by chunk."""
     cache = target.new_cache(*tokens.shape)
     features, hidden = list[Tensor](), list[Tensor]()
-    chunks = (torch.split(each, PREFILL_CHUNK, dim=1) for each in (tokens, live))
-    for some, alive in zip(*chunks, strict=True):
-        # Logits are made later, for the answers only.
-        output = target.forward(DraftTree.chain(some, alive), cache, last_only=True, hidden_layers=layer_ids)
-        cache.advance(alive.sum(1).tolist())
+    chunks = (torch.split(each, PREFILL_CHUNK, dim=1) for each in (tokens, mask))
+    for chunk, chunk_mask in zip(*chunks, strict=True):
+        # Logits are computed later, for the answers only.
+        output = target.forward(DraftTree.chain(chunk, chunk_mask), cache, last_only=True, hidden_layers=layer_ids)
+        cache.advance(chunk_mask.sum(1).tolist())
         captured = [output.hidden[index] for index in layer_ids] or [output.features[..., :0]]
         features.append(output.features)
         hidden.append(torch.cat(captured, dim=-1).half().cpu())
@@ -76,7 +76,8 @@ def _states(target: Target, tokens: Tensor, live: Tensor, layer_ids: Sequence[in
 
 def _example(target: Target, sequence: TokenSequence, features: Tensor, topk: int, hidden: Tensor) -> Example:
     supervised = torch.tensor(sequence.supervised)
-    answers = supervised | torch.cat([supervised[1:], supervised.new_zeros(1)])  # also what predicts the first token
+    # Positions with a teacher: supervised ones, and those that predict the first token of an answer.
+    answers = supervised | torch.cat([supervised[1:], supervised.new_zeros(1)])
     ids = torch.zeros(len(sequence.tokens), topk, dtype=torch.int32)
     probs = torch.zeros(len(sequence.tokens), topk, dtype=torch.float16)
     for rows in torch.split(answers.nonzero()[:, 0], _LOGIT_ROWS):
@@ -85,7 +86,9 @@ def _example(target: Target, sequence: TokenSequence, features: Tensor, topk: in
         ids[rows], probs[rows] = best.int().cpu(), (values - logits.logsumexp(-1, keepdim=True)).exp().half().cpu()
     tokens, features = torch.tensor(sequence.tokens, dtype=torch.int32), features.half().cpu()
     if not all(bool(torch.isfinite(states).all()) for states in (features, hidden)):
-        raise ValueError("features or states exceed the range of fp16 (65504): this target's cannot be stored")
+        raise ValueError(
+            "features or hidden states of this target exceed the range of fp16 (65504), so they cannot be stored"
+        )
     return Example(tokens, features, supervised.to(torch.uint8), ids, probs, hidden.clone())
 
 
@@ -98,13 +101,13 @@ def extract(
     max_gb: float = 20.0,
     quiet: bool = False,
 ) -> int:
-    """Write shards of the target's features; sequences that are already there are skipped.
+    """Write shards of the target's features; sequences that the folder already has are skipped.
 
     Returns:
-        How many sequences were added.
+        Number of sequences added.
 
     Raises:
-        ValueError: over the cap or the free disk (before anything is computed), or the disk filled up.
+        ValueError: over `max_gb` or the free disk space (checked before the model runs), or the disk filled up.
     """
     if folder.exists() and any(folder.glob("*.safetensors")):
         done = {record_key(record) for record in read_shards(folder, identity, exactly=True)[1]}
@@ -112,23 +115,23 @@ def extract(
     sequences = [s for s in sequences if len(s.tokens) >= 3]
     check_room(folder, sum(len(s.tokens) for s in sequences), identity, max_gb)
     stream = stream_examples(target, sequences, identity.topk, layer_ids=identity.layer_ids)
-    followed = _followed(stream, sequences, quiet)
-    write_shards(folder, identity, ((example, sequences[index].record) for index, example in followed))
+    examples = _with_progress(stream, sequences, quiet)
+    write_shards(folder, identity, ((example, sequences[index].record) for index, example in examples))
     return len(sequences)
 
 
 def in_memory(
     target: Target, sequences: Sequence[TokenSequence], topk: int = 16, layer_ids: Sequence[int] = ()
 ) -> list[Example]:
-    """The target's features of sequences of at least three tokens each, in their order; nothing is written."""
-    made = dict(_followed(stream_examples(target, sequences, topk, layer_ids=layer_ids), sequences))
-    return [made[index] for index in range(len(sequences))]
+    """Examples of `sequences` (at least three tokens each), in their order; nothing is written."""
+    examples = dict(_with_progress(stream_examples(target, sequences, topk, layer_ids=layer_ids), sequences))
+    return [examples[index] for index in range(len(sequences))]
 
 
-def _followed(
+def _with_progress(
     stream: Iterator[tuple[int, Example]], sequences: Sequence[TokenSequence], quiet: bool = False
 ) -> Iterator[tuple[int, Example]]:
-    """The same, and how far it is."""
+    """Pass `stream` on and show a progress bar."""
     with Progress("features", "tokens", sum(len(s.tokens) for s in sequences), quiet=quiet) as progress:
         for index, example in stream:
             yield index, example

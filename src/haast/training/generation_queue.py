@@ -1,8 +1,8 @@
-"""What is asked of the target: which user turns wait for an answer, and the records that answers become.
+"""Queue of user turns for answer generation, and the answer records that are stored.
 
-Owns the order of turns and the keys of draws. Knows no model: `regenerate` answers with the target in this process,
-`endpoint` with a server, each in an `AnswerRun`. A conversation's later turn waits until the earlier one is answered,
-now or in an earlier run, since the target's own words are part of what it is asked.
+Owns the order of turns and the keys of random draws. Does not run a model: `regenerate` uses the target in this
+process, `endpoint` a server, each in an `AnswerRun`. A conversation's later turn waits until the earlier one has an
+answer, from this run or an earlier one, since the target's answers are part of the next prompt.
 """
 
 from __future__ import annotations
@@ -25,53 +25,53 @@ from haast.training.chat import check_template, encode_prompt, tokenizer_hash
 from haast.training.checkpoints import write_probe
 from haast.training.config import RegenerateConfig
 
-_SEED_DRAW = 2**41  # a position no text reaches: the draw that seeds a server's
-TURN_DRAWS = 2**42  # positions between the draws of one turn and the next
+_SERVER_SEED_POSITION = 2**41  # position key, beyond any text, of the draw that seeds a server's sampling
+POSITIONS_PER_TURN = 2**42  # position keys reserved for each turn
 
 
 @dataclass(frozen=True)
 class Question:
     """One user turn that waits for its answer."""
 
-    index: int  # the prompt's place in the list, which keys its draws
+    index: int  # of the prompt in the list; keys its random draws
     turn: int  # from 0
     prompt: Prompt
-    history: tuple[str, ...] = ()  # user, assistant, ... before it
+    history: tuple[str, ...] = ()  # earlier turns: user, assistant, ...
 
     @property
     def id(self) -> str:
-        """The prompt's own for the first turn, then followed by #2, #3, ..."""
+        """The prompt's id for the first turn, with #2, #3, ... for later ones."""
         return turn_id(self.prompt, self.turn)
 
     @property
     def turns(self) -> list[str]:
-        """All that was said, this question last."""
+        """The conversation, this question last."""
         return [*self.history, self.prompt.turns[self.turn]]
 
     def draw(self, seed: int, position: int) -> float:
-        """The keyed draw for the token at `position`."""
-        return keyed_uniform(seed, self.index, self.turn * TURN_DRAWS + position)
+        """The random draw in [0, 1) for the token at `position`, keyed by seed, prompt and turn."""
+        return keyed_uniform(seed, self.index, self.turn * POSITIONS_PER_TURN + position)
 
     def seed(self, seed: int) -> int:
-        """31 bits that seed a server's draws for this answer."""
-        return int(self.draw(seed, _SEED_DRAW) * 2**31)
+        """A 31-bit seed for a server's sampling of this answer."""
+        return int(self.draw(seed, _SERVER_SEED_POSITION) * 2**31)
 
 
 def turn_id(prompt: Prompt, turn: int) -> str:
-    """A record's id."""
+    """The id of the record that answers `turn` (from 0) of a prompt."""
     return prompt.id if turn == 0 else f"{prompt.id}#{turn + 1}"
 
 
 class Questions:
-    """The turns that wait, in order; a conversation's next turn comes as soon as the one before is answered.
+    """The turns without an answer, in order; a conversation's next turn is queued once the previous one has an answer.
 
     Args:
         prompts: in the same order on every run.
-        turns: answered of each, at most.
-        records: answers there, by id. `AnswersFile.records`, which grows.
+        turns: maximum number of turns per prompt.
+        records: existing answers by id. `AnswersFile.records`, which grows.
 
     Raises:
-        ValueError: two turns of one id, or an answer there is to another question of the same id.
+        ValueError: two turns have the same id, or an existing answer is for another prompt with the same id.
     """
 
     def __init__(self, prompts: Sequence[Prompt], turns: int, records: dict[str, dict[str, Any]]) -> None:
@@ -79,26 +79,26 @@ class Questions:
         twice = next((name for name, count in Counter(ids).items() if count > 1), None)
         if twice is not None:
             raise ValueError(
-                f"two prompts have the same id {twice!r}: give each line its own, answers are resumed by id"
+                f"two prompts have the same id {twice!r}: give each line its own id, since runs resume by id"
             )
         self.total = len(ids)
         self.before = sum(name in records for name in ids)
         self._turns, self._records = turns, records
-        firsts = (self._open(index, prompt) for index, prompt in enumerate(prompts))
+        firsts = (self._first_unanswered(index, prompt) for index, prompt in enumerate(prompts))
         self._waiting = deque(question for question in firsts if question is not None)
 
     def take(self) -> Question | None:
-        """The next one; None where none waits now."""
+        """The next question; None if none can be answered now."""
         return self._waiting.popleft() if self._waiting else None
 
-    def answered(self, question: Question) -> None:
-        """Its record is there: queue the conversation's next turn, before all others."""
-        following = self._open(question.index, question.prompt)
+    def mark_answered(self, question: Question) -> None:
+        """Queue the conversation's next turn, before all others; the question's record must be stored."""
+        following = self._first_unanswered(question.index, question.prompt)
         if following is not None:
             self._waiting.appendleft(following)
 
-    def _open(self, index: int, prompt: Prompt) -> Question | None:
-        """The first turn without an answer."""
+    def _first_unanswered(self, index: int, prompt: Prompt) -> Question | None:
+        """The prompt's first turn without an answer; None if all have one."""
         history: tuple[str, ...] = ()
         for turn in range(min(self._turns, len(prompt.turns))):
             record = self._records.get(turn_id(prompt, turn))
@@ -106,8 +106,8 @@ class Questions:
                 return Question(index, turn, prompt, history)
             if record.get("prompt", prompt.turns[turn]) != prompt.turns[turn]:
                 raise ValueError(
-                    f"the answers file holds an answer {record['id']!r} to another prompt than the one of that id now: "
-                    f"give another --out, or prompts with ids of their own"
+                    f"the answers file has an answer {record['id']!r} to another prompt with the same id: give another "
+                    f"--out, or prompts with unique ids"
                 )
             history = (*history, prompt.turns[turn], str(record.get("response", "")))
         return None
@@ -115,35 +115,35 @@ class Questions:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did, in turns."""
+    """Counts of a run, in user turns."""
 
     total: int
     before: int  # answered in earlier runs
     added: int
-    failed: int = 0  # refused by a server, or never answered
-    complaint: str = ""  # the last failure's
+    failed: int = 0  # refused by a server, or no reply
+    last_error: str = ""  # message of the last failure
     tokens: int = 0  # of the answers added
 
     @property
     def left_out(self) -> int:
-        """Too long, or after a turn that has no answer."""
+        """Turns that are too long, or that follow a turn without an answer."""
         return self.total - self.before - self.added - self.failed
 
 
 class AnswerRun:
-    """One run over an answers file: hands out questions and keeps their answers. Use `with`.
+    """One run over an answers file: hands out questions and stores their answers. Use `with`.
 
     Args:
         tokenizer: the target's.
-        prompts: in the same order on every run: a prompt's draws are keyed by its place.
-        out_path: JSON lines, see `answers`; new ones are appended, done ones are skipped.
-        config: settings; for an endpoint, `batch` and the features are without meaning.
+        prompts: in the same order on every run, since a prompt's index keys its random draws.
+        out_path: JSON lines, see `answers`; new answers are appended, prompts with an answer are skipped.
+        config: settings; an endpoint does not use `batch` and the settings of features.
         name: the target's name, stored with answers and in feature shards.
-        quiet: no progress bar or lines.
+        quiet: no progress output.
 
     Raises:
-        ValueError: on entering, a folder that cannot be written, a chat template without a place for answers, or what
-            `AnswersFile` and `Questions` refuse.
+        ValueError: on entering, a folder that cannot be written, a chat template that does not mark answers, or an
+            error of `AnswersFile` or `Questions`.
     """
 
     def __init__(
@@ -169,14 +169,17 @@ class AnswerRun:
             total, before = self.questions.total, self.questions.before
             progress = Progress("answers", "answers", total, before, rate="tokens", quiet=self.quiet)
             self._progress = stack.enter_context(progress)
-            self._open = stack.pop_all()
+            self._resources = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._open.close()
+        self._resources.close()
 
     def take(self, context: int | None = None) -> tuple[Question, list[int], int] | None:
-        """The next question that is not too long, as the model reads it, and how many tokens its answer may have."""
+        """The next question that is not too long, its prompt's token ids, and the maximum length of its answer.
+
+        None if no question can be answered now. `context` is the model's context length.
+        """
         while (question := self.questions.take()) is not None:
             tokens = encode_prompt(self.tokenizer, question.turns, self.config.thinking)
             limit = self.config.max_new_tokens
@@ -187,7 +190,7 @@ class AnswerRun:
         return None
 
     def keep(self, question: Question, text: str, tokens: list[int], finished: bool, **more: Any) -> None:
-        """Store an answer's record, as `answers` describes it, with `more` at its end."""
+        """Store the answer as a record (format: see `answers`), with the fields of `more` at its end."""
         extra, thinking = question.prompt.extra, self.config.thinking
         record = {
             "id": question.id,
@@ -207,16 +210,16 @@ class AnswerRun:
             **more,
         }
         self._file.add(record)
-        self.questions.answered(question)
+        self.questions.mark_answered(question)
         self.added += 1
         self._progress.step(counted=len(tokens))
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """All answers in the file, those of earlier runs too."""
+        """All answers in the file, with those of earlier runs."""
         return list(self._file.records.values())
 
-    def outcome(self, failed: int = 0, complaint: str = "") -> Outcome:
+    def outcome(self, failed: int = 0, last_error: str = "") -> Outcome:
         """The counts so far."""
         questions = self.questions
-        return Outcome(questions.total, questions.before, self.added, failed, complaint, self._progress.counted)
+        return Outcome(questions.total, questions.before, self.added, failed, last_error, self._progress.counted)

@@ -1,15 +1,16 @@
-"""The optimiser of a head: AdamW, or Muon (Jordan et al., 2024) for the matrices inside and AdamW for the rest.
+"""Optimiser of a head: AdamW, or Muon (Jordan et al., 2024) for the inner matrices and AdamW for the rest.
 
-Owns which parameter goes where, and Muon in the arithmetic that a device is good at. Muon's numbers (momentum,
-coefficients, steps, the scale of a step) and its state are those of `torch.optim.Muon`, so that either goes on from the
-other's checkpoint. torch iterates in bf16 everywhere; a CPU without bf16 products emulates them, and a run does not
-advance. Here bf16 is taken where torch's fp32 products round their factors anyway, hence on devices that multiply 16
-bits (see `rounds_factors`), and fp32 elsewhere.
+Owns the choice of optimiser per parameter, and a Muon with the precision that suits the device. Muon's constants
+(momentum, coefficients, steps, step scale) and state are those of `torch.optim.Muon`, so each can resume from the
+other's checkpoint. torch iterates in bf16 on all devices, which is far too slow on a CPU that emulates bf16 matmuls.
+Here bf16 is used only where torch's fp32 matmuls round their inputs anyway, that is on devices with 16-bit matmul units
+(see `matmul_rounds_inputs`), and fp32 elsewhere.
 
 One step of the iteration is X <- P X with P = a I + b G + c G^2 and G = X X^T. All P are polynomials in the first G, so
-they commute, and the next G is P G P. In fp32 a long X is therefore not touched by the steps: they run over the small
-(rows, rows) matrices, and their product Q meets X once at the end. Each product of such matrices is symmetric, so three
-quarters of it are computed. In bf16 the errors of Q would grow with every step: X itself is iterated, as by torch.
+they commute, and the next G is P G P. For a long X in fp32 the steps therefore only use the small (rows, rows)
+matrices, and their product Q is multiplied with X once at the end. Products of these matrices are symmetric, so only
+three quarters of each are computed. In bf16 the errors of Q would grow with each step: X itself is iterated, as in
+torch.
 """
 
 from __future__ import annotations
@@ -27,24 +28,24 @@ from haast.training.config import TrainConfig
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c: the steepest start that still ends near one
 STEPS = 5
-_EPS = 1e-7  # least norm that is divided by
-_LONG = 9 / 7  # columns to rows: from here on Q costs fewer operations than iterating X, whatever the number of steps
-_HALVED = 64  # rows from which on leaving out a quarter of a product is worth two calls
+_EPS = 1e-7  # lower bound of the norm that X is divided by
+_MIN_ASPECT = 9 / 7  # columns / rows: from here on Q costs fewer operations than iterating X, for any number of steps
+_MIN_MIRRORED_ROWS = 64  # number of rows from which computing three quarters of a product is worth two calls
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised. A step has the size of AdamW's (Moonlight, arXiv 2502.16982), for the same rates.
+    """Orthogonalised momentum. Steps have AdamW's size (Moonlight, arXiv 2502.16982), for the same learning rates.
 
     Args:
         params: matrices.
         lr: learning rate.
         weight_decay: decoupled from the gradient.
-        momentum: share of the old momentum.
-        stacked: tuples of them with the same input that are one matrix to the iteration, rows below rows: its work
-            grows with the cube of the shorter side, so that one tall matrix costs less than two.
+        momentum: decay of the momentum.
+        stacked: tuples of parameters with the same input, stacked by rows into one matrix for the iteration: its cost
+            grows with the cube of the shorter side, so one tall matrix costs less than two.
 
     Raises:
-        ValueError: a parameter is no matrix.
+        ValueError: a parameter is not a matrix.
     """
 
     def __init__(
@@ -58,83 +59,85 @@ class Muon(torch.optim.Optimizer):
         settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "ns_steps": STEPS}
         fixed = {"nesterov": True, "ns_coefficients": COEFFICIENTS, "eps": _EPS, "adjust_lr_fn": "match_rms_adamw"}
         super().__init__(params, settings | fixed)
-        self._below = {stack[0]: stack[1:] for stack in stacked}
-        self._not_first = {parameter for stack in stacked for parameter in stack[1:]}
+        self._stacked_after = {stack[0]: stack[1:] for stack in stacked}
+        self._stacked_members = {parameter for stack in stacked for parameter in stack[1:]}
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim != 2:
-                    raise ValueError(f"Muon takes matrices, not a parameter of shape {tuple(parameter.shape)}")
+                    raise ValueError(f"Muon needs matrices, not a parameter of shape {tuple(parameter.shape)}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Apply the gradients. There is no line search, hence no closure."""
-        assert closure is None, "Muon computes no loss"
+        """Apply the gradients. `closure` must be None: Muon does not evaluate the loss."""
+        assert closure is None, "Muon does not evaluate the loss"
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None and parameter not in self._not_first:
-                    self._apply([parameter, *self._below.get(parameter, ())], group)
+                if parameter.grad is not None and parameter not in self._stacked_members:
+                    self._apply([parameter, *self._stacked_after.get(parameter, ())], group)
 
     def _apply(self, stack: list[nn.Parameter], group: dict[str, Any]) -> None:
-        ahead = [self._ahead(parameter, float(group["momentum"])) for parameter in stack]
-        whole = torch.cat(ahead) if len(ahead) > 1 else ahead[0]
-        update = orthogonalised(whole)
+        momenta = [self._nesterov(parameter, float(group["momentum"])) for parameter in stack]
+        whole = torch.cat(momenta) if len(momenta) > 1 else momenta[0]
+        update = orthogonalise(whole)
         rate = float(group["lr"])
         for parameter, part in zip(stack, torch.split(update, [len(each) for each in stack]), strict=True):
             parameter.mul_(1 - rate * group["weight_decay"])
             parameter.add_(part, alpha=-rate * 0.2 * math.sqrt(max(whole.shape)))
 
-    def _ahead(self, parameter: nn.Parameter, share: float) -> Tensor:
-        """Nesterov's momentum."""
+    def _nesterov(self, parameter: nn.Parameter, decay: float) -> Tensor:
+        """Update the momentum buffer; returns Nesterov's momentum."""
         state, gradient = self.state[parameter], parameter.grad
-        assert gradient is not None, "whoever has none is left out"
+        assert gradient is not None, "`step` skips parameters without a gradient"
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         momentum: Tensor = state["momentum_buffer"]
-        momentum.lerp_(gradient, 1 - share)
-        return gradient.lerp(momentum, share)
+        momentum.lerp_(gradient, 1 - decay)
+        return gradient.lerp(momentum, decay)
 
 
-def orthogonalised(matrix: Tensor, steps: int = STEPS) -> Tensor:
-    """The matrix with its singular values moved near one (to 0.7 to 1.2, but those that were nearly nothing).
+def orthogonalise(matrix: Tensor, steps: int = STEPS) -> Tensor:
+    """Move the singular values of a matrix near one (0.7 to 1.2; values near zero grow less).
 
     Args:
         matrix: (rows, columns).
         steps: 1 or more.
 
     Returns:
-        (rows, columns), in fp32 (fp64 for such a matrix), or in bf16 where the device multiplies that.
+        (rows, columns): fp64 for an fp64 matrix, else bf16 on devices with 16-bit matmul units and fp32 elsewhere.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    narrow = matrix.dtype is not torch.float64 and rounds_factors(matrix.device, torch.get_float32_matmul_precision())
-    start = wide.to(torch.bfloat16 if narrow else torch.promote_types(matrix.dtype, torch.float32))
+    use_bf16 = matrix.dtype is not torch.float64 and matmul_rounds_inputs(
+        matrix.device, torch.get_float32_matmul_precision()
+    )
+    start = wide.to(torch.bfloat16 if use_bf16 else torch.promote_types(matrix.dtype, torch.float32))
     start = start / start.norm().clamp(min=_EPS)
-    if narrow:
-        made = _iterated(start, steps, torch.matmul)
-    elif wide.shape[1] < _LONG * wide.shape[0]:
-        made = _iterated(start, steps, symmetric_product)
+    if use_bf16:
+        result = _iterate_matrix(start, steps, torch.matmul)
+    elif wide.shape[1] < _MIN_ASPECT * wide.shape[0]:
+        result = _iterate_matrix(start, steps, symmetric_product)
     else:
-        made = _by_factor(start, steps)
-    return made if wide is matrix else made.T
+        result = _iterate_gram(start, steps)
+    return result if wide is matrix else result.T
 
 
 @functools.cache
-def rounds_factors(device: torch.device, precision: str) -> bool:
-    """Whether fp32 matrices are multiplied in fewer bits: in TF32 or bf16, by units made for 16-bit factors.
+def matmul_rounds_inputs(device: torch.device, precision: str) -> bool:
+    """Whether fp32 matmuls round their inputs to TF32 or bf16, which means that the device has 16-bit matmul units.
 
-    So do NVIDIA's GPUs since Ampere and CPUs with AMX, where `torch.set_float32_matmul_precision` allows it. It is
-    tried, since torch tells it of GPUs only.
+    NVIDIA GPUs since Ampere and CPUs with AMX do, if `torch.set_float32_matmul_precision` allows it. The function
+    measures this, since torch reports it for GPUs only.
 
     Args:
-        device: where.
-        precision: what `torch.get_float32_matmul_precision` says now.
+        device: the device to test.
+        precision: the current `torch.get_float32_matmul_precision()`; part of the cache key.
     """
-    assert precision == torch.get_float32_matmul_precision(), "only the present setting can be tried"
+    assert precision == torch.get_float32_matmul_precision(), "only the current setting can be measured"
     factor = torch.full((256, 256), 1 + 2**-12, device=device)  # TF32 has 10 bits after the point, bf16 has 7
     return float((factor @ factor)[0, 0]) == 256.0  # and not 256.125
 
 
-def _iterated(x: Tensor, steps: int, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """X <- P X, so many times. X is (rows, columns); `product` makes the two symmetric products of a step."""
+def _iterate_matrix(x: Tensor, steps: int, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Apply X <- P X `steps` times. X is (rows, columns); `product` computes the two symmetric products of a step."""
     a, b, c = COEFFICIENTS
     for _ in range(steps):
         gram = product(x, x.T)
@@ -142,7 +145,7 @@ def _iterated(x: Tensor, steps: int, product: Callable[[Tensor, Tensor], Tensor]
     return x
 
 
-def _by_factor(x: Tensor, steps: int) -> Tensor:
+def _iterate_gram(x: Tensor, steps: int) -> Tensor:
     """Q X, where Q (rows, rows) is the product of all P."""
     a, b, c = COEFFICIENTS
     gram, factor = symmetric_product(x, x.T), None
@@ -152,45 +155,45 @@ def _by_factor(x: Tensor, steps: int) -> Tensor:
         factor = p if factor is None else symmetric_product(factor, p)
         if number < steps - 1:
             gram = symmetric_product(symmetric_product(gram, p), p)
-    assert factor is not None, "there is a step"
+    assert factor is not None, "steps is at least 1"
     return factor @ x
 
 
 def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right where that is known to be symmetric: (n, k) times (k, n), or two symmetric matrices that commute.
+    """left @ right for a symmetric result: (n, k) times its transpose, or two symmetric matrices that commute.
 
-    The lower left quarter is mirrored from the upper right one instead of computed.
+    The lower left quarter is copied from the upper right one instead of computed.
     """
     n = len(left)
-    if n < _HALVED:
+    if n < _MIN_MIRRORED_ROWS:
         return left @ right
-    half, made = n // 2, left.new_empty(n, n)
-    torch.mm(left[:half], right, out=made[:half])
-    torch.mm(left[half:], right[:, half:], out=made[half:, half:])
-    made[half:, :half] = made[:half, half:].T
-    return made
+    half, result = n // 2, left.new_empty(n, n)
+    torch.mm(left[:half], right, out=result[:half])
+    torch.mm(left[half:], right[:, half:], out=result[half:, half:])
+    result[half:, :half] = result[:half, half:].T
+    return result
 
 
-_ENDS = ("lm_head", "embed", "rows")  # names of modules; those of Medusa's LM heads are numbers
-_STACKED = (("k_proj", "v_proj"), ("gate_proj", "up_proj"))  # read the same, and are one matrix to Muon
+_EMBEDDINGS = ("lm_head", "embed", "rows")  # modules of embeddings and LM heads; Medusa's LM heads have numbers
+_STACKED = (("k_proj", "v_proj"), ("gate_proj", "up_proj"))  # pairs with the same input: one matrix for Muon
 
 
 class HeadOptimizer:
     """Steps all parameters with one learning rate.
 
     Args:
-        parameters: (name, parameter) of the head; embeddings and LM heads, which are no maps between states, stay with
-            AdamW.
+        parameters: (name, parameter) of the head; AdamW also takes embeddings and LM heads, since they do not map
+            states to states.
         config: `optimizer`, `beta1`, `beta2`, `weight_decay`.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> None:
-        betas, muonic = (config.beta1, config.beta2), config.optimizer == "muon"
+        betas, use_muon = (config.beta1, config.beta2), config.optimizer == "muon"
         matrices, others = dict[str, nn.Parameter](), list[nn.Parameter]()
         for name, parameter in parameters:
             owner = name.removesuffix(".parametrizations.weight.original").removesuffix(".weight").rpartition(".")[2]
-            inside = parameter.ndim == 2 and owner not in _ENDS and not owner.isdigit()
-            if muonic and inside:
+            inside = parameter.ndim == 2 and owner not in _EMBEDDINGS and not owner.isdigit()
+            if use_muon and inside:
                 matrices[name] = parameter
             else:
                 others.append(parameter)
@@ -208,7 +211,7 @@ class HeadOptimizer:
             self.parts.append(Muon(matrices.values(), rate, decay, stacked=stacked))
 
     def step(self, learning_rate: float) -> None:
-        """Apply the gradients and forget them."""
+        """Apply the gradients and reset them."""
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = learning_rate
@@ -218,10 +221,11 @@ class HeadOptimizer:
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Below "highest" fp32 products may be rounded to TF32 or bf16 where the hardware multiplies those.
+    """Set torch's fp32 matmul precision inside the context.
 
-    On x86 it also moves them from MKL to oneDNN, in full fp32 where there is no AMX: measured on two Zen 5 cores, 480
-    against 205 GFLOP/s and 1.6 times the views a second.
+    Below "highest", matmuls may round their inputs to TF32 or bf16 if the hardware has such units. On x86 they also
+    move from MKL to oneDNN, in full fp32 without AMX: measured on two Zen 5 cores, 480 against 205 GFLOP/s and 1.6
+    times the supervised tokens per second.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)

@@ -1,7 +1,7 @@
-"""One process or many: what accelerate says of them, and the few collective operations a trainer needs.
+"""Distributed training: the accelerate wrapper and the few collective operations that a trainer needs.
 
-Owns the accelerator. Knows no heads and no losses. `accelerate launch` (or torchrun) decides how many processes there
-are; one process needs no launcher.
+Owns the accelerator. Does not know heads or losses. `accelerate launch` (or torchrun) sets the number of processes; a
+single process needs no launcher.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-_LAST_WORK = 0.2  # seconds
+_GLOO_WAIT = 0.2  # seconds
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -35,11 +35,11 @@ class Processes:
 
     Args:
         mixed_precision: "no" or "bf16".
-        shard: FSDP instead of whole parameters in every process.
-        on_cpu: whatever accelerators there are.
+        shard: use FSDP instead of a full copy of the parameters in each process.
+        on_cpu: train on the CPU even if there is an accelerator.
 
     Raises:
-        ValueError: sharding is asked of a single process.
+        ValueError: `shard` with a single process.
     """
 
     def __init__(self, mixed_precision: str = "no", shard: bool = False, on_cpu: bool = False) -> None:
@@ -53,85 +53,85 @@ class Processes:
         if shard and self.count == 1:
             raise ValueError("shard=True needs several processes: start the command with `accelerate launch`")
         if self.count > 1:
-            atexit.register(_leave)
+            atexit.register(_destroy_process_group)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Products in bf16 within, where mixed precision was asked for. Torch's own, so sharded modules have it."""
+        """Autocast to bf16 if mixed precision is on. torch's own context, so it also works for sharded modules."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed)
 
     def prepare(self, module: nn.Module) -> nn.Module:
-        """The module on this process's device, wrapped for gradients to meet."""
-        if self.sharded:  # torch's own, since accelerate shards on accelerators only
+        """The module on this process's device, wrapped so that gradients are synchronised."""
+        if self.sharded:  # torch's FSDP, since accelerate does not shard on CPUs
             fully_shard(module.to(self.device))
             return module
         prepared: nn.Module = self._accelerator.prepare(module)
         return prepared
 
-    def backward(self, module: nn.Module, loss: Tensor, meet: bool) -> None:
-        """Add the gradients of `loss`; with `meet` those of all processes are summed, as the last batch of a step does.
+    def backward(self, module: nn.Module, loss: Tensor, sync: bool) -> None:
+        """Accumulate the gradients of `loss`; with `sync` (the last batch of a step) sum them over processes.
 
-        The wrappers take the mean over processes, so the loss is multiplied by their number.
+        The wrappers compute the mean over processes, so the loss is multiplied by their number.
         """
         context: AbstractContextManager[Any] = nullcontext()
         if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(meet)
-        elif not meet:
+            module.set_requires_gradient_sync(sync)
+        elif not sync:
             context = self._accelerator.no_sync(module)
         with context:
             self._accelerator.backward(loss * self.count)
 
-    def clip(self, module: nn.Module, most: float) -> float:
-        """Clip the norm of all gradients; returns what it was."""
-        norm: Any = torch.nn.utils.clip_grad_norm_(module.parameters(), most)
+    def clip(self, module: nn.Module, max_norm: float) -> float:
+        """Clip the norm of all gradients; returns the norm before."""
+        norm: Any = torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return float(norm)
 
     def sums(self, values: dict[str, Tensor]) -> dict[str, float]:
-        """Each value summed over processes; all must bring the same names."""
+        """Each value summed over processes; all processes must pass the same names."""
         names = sorted(values)
-        every = torch.stack([values[name].detach().cpu().double() for name in names])
+        stacked = torch.stack([values[name].detach().cpu().double() for name in names])
         if self.count > 1:
-            every = self._accelerator.reduce(every.to(self.device), reduction="sum").cpu()
-        return dict(zip(names, every.tolist(), strict=True))
+            stacked = self._accelerator.reduce(stacked.to(self.device), reduction="sum").cpu()
+        return dict(zip(names, stacked.tolist(), strict=True))
 
-    def agree(self, value: Any) -> Any:
-        """The main process's value, on every process."""
+    def broadcast(self, value: Any) -> Any:
+        """The main process's value, in every process."""
         box = [value]
         broadcast_object_list(box)
         return box[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so."""
+        """Whether `flag` is true in any process."""
         return self.sums({"flag": torch.tensor(float(flag))})["flag"] > 0
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """All parameters, whole and on the CPU, without the wrapper's prefix; on the main process only."""
+        """All parameters, unsharded on the CPU, without the wrapper's prefix; on the main process only."""
         state = get_model_state_dict(module, options=_FULL)
         return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
     def optimizer_state(self, module: nn.Module, parts: list[Optimizer]) -> dict[str, Any]:
-        """State of the optimisers, whole and on the CPU, by parameter name."""
+        """State of the optimisers, unsharded on the CPU, by parameter name."""
         return dict(get_optimizer_state_dict(module, parts, options=_FULL))
 
     def load(
         self, module: nn.Module, weights: dict[str, Tensor], parts: list[Optimizer], state: dict[str, Any]
     ) -> None:
-        """Take over what `weights` and `optimizer_state` returned."""
+        """Load what `weights` and `optimizer_state` returned."""
         set_model_state_dict(module, dict[str, Any](weights), options=_FULL)
         set_optimizer_state_dict(module, parts, optim_state_dict=state, options=_FULL)
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """A barrier: wait for all processes."""
         self._accelerator.wait_for_everyone()
 
 
-def _leave() -> None:
-    """End the process group before the interpreter ends.
+def _destroy_process_group() -> None:
+    """Destroy the process group before the interpreter exits.
 
-    A gloo thread lets go of the last operation's Python objects after the operation has returned. Where the interpreter
-    is being torn down by then, the thread is killed and takes the process with it (SIGABRT, in about one run of eight,
-    all work done). Sleeping here lets it have the interpreter once more.
+    A gloo thread releases the last operation's Python objects after the operation has returned. If the interpreter is
+    shutting down by then, the thread is killed and aborts the process (SIGABRT, in about one run of eight, after all
+    work is done). The sleep gives the thread time to release them.
     """
     if torch.distributed.is_initialized():
-        time.sleep(_LAST_WORK)
+        time.sleep(_GLOO_WAIT)
         torch.distributed.destroy_process_group()

@@ -1,6 +1,6 @@
-"""One training run joined to the real engine: measured tau, the exported head, and its model card.
+"""A training run with the real engine: measures tau, exports the head and writes its model card.
 
-Owns what the trainer leaves open: `measure_tau`, `export`, and which sequences are held out.
+Owns the functions that the trainer is given (`measure_tau`, `export`, `explain`) and the choice of held-out sequences.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ from haast.training.diagnostics import diagnose, overfit_self_test
 from haast.training.initialise import last_layer_weights, why_not_last_layer
 from haast.training.objective import rank_accuracies
 from haast.training.report import Finding
-from haast.training.target_weights import Frozen
+from haast.training.target_weights import TargetWeights
 from haast.training.trainer import Trainer
 
-_HOLD_OUT_EVERY, _HELD_OUT_AT_MOST = 50, 200
+_HOLD_OUT_EVERY, _MAX_HELD_OUT = 50, 200
 _MARKDOWN: dict[str, Any] = {"trim_blocks": True, "keep_trailing_newline": True, "undefined": StrictUndefined}
 
 
 class Run:
-    """What one training run knows.
+    """One training run of a head for a target.
 
     Args:
         target: the model.
         name: its name, for the card.
         settings: of the trainer.
         examples: all sequences; every 50th (200 at most) is held out.
-        records: the answer records behind them, for the card's counts.
+        records: the answer records of the examples, for the counts in the card.
         command: the command line, for the card.
     """
 
@@ -73,22 +73,22 @@ class Run:
         command: str,
     ) -> None:
         self._head_config = head_config(settings, target)
-        self._settings = settings.settled(self._head_config.hidden_size)
+        self._settings = settings.with_batch_tokens(self._head_config.hidden_size)
         self._target, self._name, self._command = target, name, command
         self._records = list(records)
-        several = len(examples) if len(examples) >= _HOLD_OUT_EVERY else 0
-        held = range(0, several, _HOLD_OUT_EVERY)[:_HELD_OUT_AT_MOST]
-        self._valid = [examples[i] for i in held]
-        self._train = [example for i, example in enumerate(examples) if i not in held]
+        count = len(examples) if len(examples) >= _HOLD_OUT_EVERY else 0
+        held_out = range(0, count, _HOLD_OUT_EVERY)[:_MAX_HELD_OUT]
+        self._valid = [examples[i] for i in held_out]
+        self._train = [example for i, example in enumerate(examples) if i not in held_out]
         self._prompts: list[list[int]] = []
         self._tau: float | None = None
-        self._first: list[float] = []  # how often the first draft was accepted
-        self._measured = ""
+        self._first_acceptance: list[float] = []  # acceptance rate of the first drafted token
+        self._tau_conditions = ""
 
     def self_test(self, folder: Path) -> float:
-        """Overfit one batch; returns the agreement. Raises ValueError where it stays low."""
-        frozen, vocab = Frozen.of(self._target), self._settings.draft_vocab
-        return overfit_self_test(self._head_config, frozen, self._train, folder, draft_vocab=vocab)
+        """Overfit one batch; returns the top-1 agreement. Raises ValueError if it stays low."""
+        target_weights, vocab = TargetWeights.of(self._target), self._settings.draft_vocab
+        return overfit_self_test(self._head_config, target_weights, self._train, folder, draft_vocab=vocab)
 
     def train(
         self,
@@ -100,16 +100,19 @@ class Run:
         resume: bool,
         console: Console | None = None,
     ) -> dict[str, Any]:
-        """Train; the best head lies in `out`/best with its card.
+        """Train; writes the best head and its card to `out`/best.
 
         Args:
             out: folder of the run.
-            prompts: texts on which tau is measured; empty selects by held-out cross-entropy.
-            tokens: new tokens on each.
-            nodes: tree budget there.
-            start_from: a head to begin with; None leaves that to the settings' `initialisation`.
-            resume: go on with the run in `out`.
-            console: where words for people go; None is stdout.
+            prompts: texts for measuring tau; empty selects the best head by held-out cross-entropy.
+            tokens: new tokens per prompt.
+            nodes: tree nodes per step when measuring tau.
+            start_from: a head with the initial weights; None uses the settings' `initialisation`.
+            resume: resume the run in `out`.
+            console: for messages; None is stdout.
+
+        Returns:
+            See `Trainer.run`.
         """
         encoder = Haast(self._target, VanillaDrafter())
         self._prompts = [encoder.encode(prompt) for prompt in prompts]
@@ -117,14 +120,14 @@ class Run:
             check_prompts(self._prompts, self._target.context_length, self._target.vocab_size)
         self._tokens, self._shape = tokens, shape_for(nodes)
         kind = "static" if self._settings.head == "medusa" else "dynamic"
-        self._measured = f"{len(prompts)} prompts, greedy, {tokens} new tokens, {kind} tree of {nodes} nodes"
+        self._tau_conditions = f"{len(prompts)} prompts, greedy, {tokens} new tokens, {kind} tree of {nodes} nodes"
         weights, vocab = (None, None) if start_from is None else start_parts(start_from, self._head_config)
         if weights is None and not (resume and any(out.glob("state-*.pt"))):
             weights = self._initial_weights()
         trainer = Trainer(
             self._settings,
             self._head_config,
-            Frozen.of(self._target),
+            TargetWeights.of(self._target),
             self._train,
             self._valid,
             out,
@@ -140,52 +143,53 @@ class Run:
         return trainer.run(resume)
 
     def _initial_weights(self) -> dict[str, Tensor] | None:
-        wanted, sizes = self._settings.initialisation, self._head_config
+        initialisation, sizes = self._settings.initialisation, self._head_config
         if not isinstance(sizes, FeatExtrapolatorConfig):
             return None
         fits = sizes.inputs == INPUTS[0] and sizes.num_hidden_layers == 1 and not sizes.markov_rank
-        if wanted == "random" or not fits or (wanted == "auto" and why_not_last_layer(self._target, sizes)):
+        unfit = initialisation == "auto" and why_not_last_layer(self._target, sizes)
+        if initialisation == "random" or not fits or unfit:
             return None
-        with Progress("the head's start"):
+        with Progress("initial weights"):
             return last_layer_weights(self._target, sizes, self._train)
 
     def measure_tau(self, head: AnyModule, draft_vocab: Tensor) -> float:
-        """Tau of the real engine on the validation prompts, greedy."""
-        # The drafter takes its module over and packs it, so it gets a copy.
-        stored = copy.deepcopy(head).half().float()  # as it is exported
+        """Greedy tau of the real engine on the validation prompts."""
+        # A copy, since the drafter packs its module in place.
+        stored = copy.deepcopy(head).half().float()  # rounded to fp16 as in an exported head
         about = self._accuracies(head, draft_vocab)
         drafter = head_drafter(self._target, Head(stored, draft_vocab, about), self._shape)
         stats = Stats()
         stop = StopParams(self._tokens, Haast(self._target, drafter).eos_ids())
         Engine(self._target, drafter).complete(self._prompts, SamplingParams(), stop, stats)
-        self._tau, self._first = stats.tau, stats.acceptance_by_depth[:1]
+        self._tau, self._first_acceptance = stats.tau, stats.acceptance_by_depth[:1]
         return stats.tau
 
     def _accuracies(self, head: AnyModule, draft_vocab: Tensor) -> dict[str, Any]:
-        """Of Medusa heads, the accuracies from which their tree is chosen, on held-out answers where there are any."""
+        """The accuracies from which a tree for Medusa heads is chosen, on held-out answers if there are any."""
         if not isinstance(head, MedusaHeads):
             return {}
         return {"rank_accuracies": rank_accuracies(head, self._valid or self._train, draft_vocab)}
 
     def explain(self, values: dict[str, Any], draft_vocab: Tensor) -> list[Finding]:
-        """What the checks behind an alarm find."""
-        frozen = Frozen.of(self._target)
-        return diagnose(self._train, frozen, draft_vocab, values, self._records, self._prompts, self._name)
+        """Run the checks for the cause of a tau of about 1."""
+        target_weights = TargetWeights.of(self._target)
+        return diagnose(self._train, target_weights, draft_vocab, values, self._records, self._prompts, self._name)
 
     def export(self, folder: Path, head: AnyModule, draft_vocab: Tensor) -> None:
-        """Store a head as users load it, and its model card. Raises ValueError where it cannot be written."""
+        """Write a head in the format that Haast loads, with its model card. Raises ValueError if a write fails."""
         about = self.about() | self._accuracies(head, draft_vocab)
         weights = {name: tensor.to(torch.float32) for name, tensor in head.state_dict().items()}
         try:
             save_head(folder, head.config, weights, draft_vocab, about)
         except (OSError, SafetensorError) as error:
             raise ValueError(
-                f"cannot write the head to {folder} ({error}): free space and go on with --resume"
+                f"cannot write the head to {folder} ({error}): free space and run again with --resume"
             ) from error
         write_text(folder / "README.md", self.card(len(draft_vocab), about))
 
     def about(self) -> dict[str, Any]:
-        """What a head's config says of its making."""
+        """The fields of a head's config that describe its training."""
         sources = Counter((str(r.get("source", "")), str(r.get("licence", ""))) for r in self._records)
         return {
             "target": self._name,
@@ -199,8 +203,8 @@ class Run:
             "trained_length": max(len(example.tokens) for example in self._train),
             "data": [{"source": s, "licence": w, "answers": n} for (s, w), n in sorted(sources.items())],
             "tau": self._tau,
-            "expected": {"first": round(self._first[0], 4)} if self._first else None,
-            "tau_measured_on": self._measured if self._prompts else None,
+            "expected": {"first": round(self._first_acceptance[0], 4)} if self._first_acceptance else None,
+            "tau_measured_on": self._tau_conditions if self._prompts else None,
             "tau_convention": TAU_CONVENTION,
         }
 
@@ -214,12 +218,12 @@ class Run:
 
 
 def layer_ids(settings: TrainConfig, target: Target) -> tuple[int, ...]:
-    """The HF `hidden_states` indices that the head of these settings reads; none for a FeatExtrapolator."""
+    """The HF `hidden_states` indices that an Eagle3Head reads; empty for other heads."""
     return default_layers(target.config) if settings.head == "eagle3" else ()
 
 
 def head_config(settings: TrainConfig, target: Target) -> HeadSizes:
-    """The sizes of the head that these settings ask for."""
+    """The sizes of the head for these settings and this target."""
     shared: dict[str, Any] = {"num_hidden_layers": settings.layers, "markov_rank": settings.markov_rank}
     if settings.head == "medusa":
         return MedusaConfig.for_target(target.config, settings.medusa_heads, settings.layers)
@@ -229,21 +233,21 @@ def head_config(settings: TrainConfig, target: Target) -> HeadSizes:
     return FeatExtrapolatorConfig.for_target(target.config, inputs=settings.inputs, **shared)
 
 
-def start_parts(head: Head, wanted: HeadSizes) -> tuple[dict[str, Tensor], Tensor | None]:
-    """A head's weights, and its draft vocabulary where weights belong to it.
+def start_parts(head: Head, sizes: HeadSizes) -> tuple[dict[str, Tensor], Tensor | None]:
+    """A head's weights, and its draft vocabulary if some weights have a row per draft token.
 
     Raises:
-        HeadMismatchError: it is of another kind than the settings ask for, or has other options.
+        HeadMismatchError: it is of another kind than the settings require, or has other options.
     """
-    if type(head.module.config) is not type(wanted):
+    if type(head.module.config) is not type(sizes):
         raise HeadMismatchError(
-            f"start_from is a {type(head.module).__name__}, which does not fit the settings' --head: change one of both"
+            f"start_from is a {type(head.module).__name__}, which is another kind than --head: change one of them"
         )
-    mine = asdict(head.module.config) | {"draft_vocab_size": None}  # follows from the vocabulary below
-    asked = asdict(wanted) | {"draft_vocab_size": None}
-    other = {name: (mine[name], asked[name]) for name in mine if mine[name] != asked[name]}
+    existing = asdict(head.module.config) | {"draft_vocab_size": None}  # follows from the vocabulary below
+    required = asdict(sizes) | {"draft_vocab_size": None}
+    other = {name: (existing[name], required[name]) for name in existing if existing[name] != required[name]}
     if other:
-        raise HeadMismatchError(f"start_from is a head with other settings; (its own, asked for): {other}")
-    bound = not isinstance(wanted, FeatExtrapolatorConfig) or wanted.markov_rank > 0
-    every = torch.arange(wanted.vocab_size) if head.draft_vocab is None else head.draft_vocab
-    return dict(head.module.state_dict()), every if bound else None
+        raise HeadMismatchError(f"start_from is a head with other settings; (its value, required): {other}")
+    uses_vocab = not isinstance(sizes, FeatExtrapolatorConfig) or sizes.markov_rank > 0
+    draft_vocab = torch.arange(sizes.vocab_size) if head.draft_vocab is None else head.draft_vocab
+    return dict(head.module.state_dict()), draft_vocab if uses_vocab else None

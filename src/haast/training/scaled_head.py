@@ -1,19 +1,19 @@
-"""Heads in training: the modules of `haast.heads`, each weight a fixed factor times the tensor that is trained.
+"""Heads in training: modules of `haast.heads` with a per-dimension RMS scaling of their weights.
 
-A target's features are badly conditioned (single dimensions reach twenty times the median's rms), so a plain weight is
-bad to optimise. The factors make it a map between inputs and outputs of unit size; they never change, and what
-users get are the products. With r the rms of each feature dimension, e of embeddings, s of captured states, u the unit
-of each dimension of the residual stream and g = rms(u):
+A target's features are badly conditioned (single dimensions reach twenty times the median RMS), so the weights that
+users get ("plain" weights) are hard to optimise. Each plain weight is a fixed factor times the trained tensor; the
+factors scale inputs and outputs of the trained tensor to unit RMS and never change. With r the RMS of each feature
+dimension, e of embeddings, s of captured states, u the unit of each dimension of the residual stream and g = rms(u):
 
     FeatExtrapolator  u = r                 fc = diag(u) fc' diag(1/e, 1/r)
     Eagle3Head        u = r / |w|           fc = diag(u) fc' diag(1/s), or with fc_norm: fc = diag(u) fc',
                                             w_c = w_c' rms(s_c) / s_c; hidden_norm and norm = g w' / u
-    both              q, k, v = W' diag(1/u) where they read the stream without a norm
+    both              q, k, v = W' diag(1/u) if they read the stream without a norm
                       o_proj and down_proj = diag(u) W'; norms of the stream = g w' / u
     MedusaHeads       linear = W' diag(1/r), LM heads = W' diag(1/r)
 
-An Eagle3Head's states aim at no feature, so the units of its stream are free: with w the gain of the target's final
-norm, the target's own norm and LM head are the start.
+An Eagle3Head has no feature loss, so the units of its stream can be chosen: with w the gain of the target's final norm,
+training starts from the target's norm and LM head.
 """
 
 from __future__ import annotations
@@ -32,44 +32,44 @@ from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.heads.medusa import MedusaConfig
 from haast.training.batches import Example
 from haast.training.config import TrainConfig
-from haast.training.target_weights import Frozen, bigram_directions
+from haast.training.target_weights import TargetWeights, bigram_directions
 
-_SCALE_EXAMPLES = 200  # enough for an rms
-_FLOOR = 0.025  # of the overall rms: a nearly constant dimension is not blown up
-_LEAST_GAIN = 0.05  # of the final norm's typical gain: a dimension that the norm all but drops is not blown up
-Factors = dict[str, Tensor]  # by name of the plain weight, broadcastable to it; 1 where there is none
+_SCALE_EXAMPLES = 200  # enough to estimate an RMS
+_MIN_RMS = 0.025  # times the overall RMS: keeps dimensions with tiny values from being amplified
+_MIN_GAIN = 0.05  # times the final norm's mean gain: keeps dimensions with a tiny gain from being amplified
+Factors = dict[str, Tensor]  # by name of the plain weight, broadcastable to it; a missing one is 1
 
 
 @dataclass(frozen=True)
 class Scales:
-    """Fixed units: rms of each dimension, and one rms for embeddings."""
+    """Fixed units: the RMS of each feature dimension, and one RMS for embeddings."""
 
     feature: Tensor  # (hidden,) of the LM head's input
     embedding: float
-    hidden: Tensor | None = None  # (layers * hidden,) of captured hidden states, where there are any
+    hidden: Tensor | None = None  # (layers * hidden,) of captured hidden states, if there are any
 
     @staticmethod
     def measure(examples: Sequence[Example], embeddings: Tensor) -> Scales:
-        """From assistant positions of some examples; `embeddings` is (vocab, hidden)."""
-        some = examples[:_SCALE_EXAMPLES]
-        tokens = torch.cat([e.tokens[e.supervised.bool()] for e in some]).long()
-        size = float(embeddings[tokens].float().square().mean().sqrt())
-        feature = _rms_by_dimension([e.features[:-1][e.supervised[:-1].bool()] for e in some])
-        captured = bool(some) and some[0].hidden.shape[1] > 0
-        hidden = _rms_by_dimension([e.hidden[:-1][e.supervised[:-1].bool()] for e in some]) if captured else None
+        """Measure at assistant positions of the first examples; `embeddings` is (vocab, hidden)."""
+        sample = examples[:_SCALE_EXAMPLES]
+        tokens = torch.cat([e.tokens[e.supervised.bool()] for e in sample]).long()
+        embedding = float(embeddings[tokens].float().square().mean().sqrt())
+        feature = _rms_by_dimension([e.features[:-1][e.supervised[:-1].bool()] for e in sample])
+        captured = bool(sample) and sample[0].hidden.shape[1] > 0
+        hidden = _rms_by_dimension([e.hidden[:-1][e.supervised[:-1].bool()] for e in sample]) if captured else None
         dtype = embeddings.dtype
-        return Scales(feature.to(dtype), size, None if hidden is None else hidden.to(dtype))
+        return Scales(feature.to(dtype), embedding, None if hidden is None else hidden.to(dtype))
 
 
 def _rms_by_dimension(parts: list[Tensor]) -> Tensor:
     square = torch.cat(parts).float().square().mean(0)
-    rms = square.sqrt().clamp_min(_FLOOR * float(square.mean().sqrt()))
+    rms = square.sqrt().clamp_min(_MIN_RMS * float(square.mean().sqrt()))
     if not bool(torch.isfinite(rms).all()) or float(rms.min()) <= 0:
         raise ValueError("the features to train on are all zero or not finite: extract them again")
     return rms
 
 
-class _Scaled(nn.Module):
+class _FixedScale(nn.Module):
     """plain = factor * trained."""
 
     def __init__(self, factor: Tensor) -> None:
@@ -81,18 +81,18 @@ class _Scaled(nn.Module):
         return trained * self.factor
 
     def right_inverse(self, plain: Tensor) -> Tensor:
-        """What is trained, of a plain weight."""
+        """The trained tensor of a plain weight."""
         return plain / self.factor
 
 
 class TrainedHead(nn.Module):
-    """A head's module whose weights are trained in fixed units.
+    """A head's module whose weights are trained with per-dimension RMS scaling.
 
     Args:
-        config: its sizes.
-        draft_vocab_size: tokens that it drafts over.
-        scales: of its inputs.
-        factors: between plain and trained weights.
+        config: sizes of the head.
+        draft_vocab_size: number of tokens in the draft vocabulary.
+        scales: RMS of its inputs.
+        factors: plain weight / trained tensor.
     """
 
     def __init__(self, config: HeadSizes, draft_vocab_size: int, scales: Scales, factors: Factors) -> None:
@@ -100,10 +100,10 @@ class TrainedHead(nn.Module):
         self.config, self.scales = config, scales
         self._draft_vocab_size, self._factors = draft_vocab_size, factors
         self.module = module = self._build()
-        self._keys = {name: f"module.{name}" for name in module.state_dict()}  # of what is trained, by plain name
+        self._keys = {name: f"module.{name}" for name in module.state_dict()}  # of trained tensors, by plain name
         for name, factor in factors.items():
             owner, _, leaf = name.rpartition(".")
-            register_parametrization(module.get_submodule(owner), leaf, _Scaled(factor.to(scales.feature.dtype)))
+            register_parametrization(module.get_submodule(owner), leaf, _FixedScale(factor.to(scales.feature.dtype)))
             self._keys[name] = f"module.{owner}.parametrizations.{leaf}.original"
 
     def _build(self) -> AnyModule:
@@ -111,7 +111,7 @@ class TrainedHead(nn.Module):
 
     @property
     def regresses(self) -> bool:
-        """Whether states aim at the target's features."""
+        """Whether the head has a feature loss: its states learn the target's features."""
         return isinstance(self.config, FeatExtrapolatorConfig)
 
     @property
@@ -121,17 +121,17 @@ class TrainedHead(nn.Module):
 
     @property
     def input_units(self) -> Tensor:
-        """(width,) rms of each dimension of what the module reads of the target."""
+        """(width,) RMS of each dimension of the target's states that the module reads."""
         hidden = self.scales.hidden
         return hidden if self.reads_captured and hidden is not None else self.scales.feature
 
     def trained(self, name: str) -> nn.Parameter:
-        """The parameter that a plain weight is made of."""
+        """The trained parameter of a plain weight."""
         return self.get_parameter(self._keys[name])
 
     @torch.no_grad()
     def plain_weights(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The official tensors, the factors folded in, of a state dict; None is the present one."""
+        """Plain weights, with the factors multiplied in, from a state dict; None uses the current weights."""
         trained = self.state_dict() if state is None else state
         return {name: trained[key].cpu() * self._factor(name) for name, key in self._keys.items()}
 
@@ -140,7 +140,7 @@ class TrainedHead(nn.Module):
 
     @torch.no_grad()
     def load_plain(self, weights: Mapping[str, Tensor]) -> None:
-        """Start from a head's plain weights instead of noise.
+        """Set the trained tensors from plain weights.
 
         Raises:
             ValueError: a tensor is missing or has another shape.
@@ -150,41 +150,45 @@ class TrainedHead(nn.Module):
             if name not in weights or weights[name].shape != part.shape:
                 found = tuple(weights[name].shape) if name in weights else "nothing"
                 raise ValueError(
-                    f"cannot start from these weights: {name} should be {tuple(part.shape)}, found {found}"
+                    f"cannot start from these weights: {name} should have shape {tuple(part.shape)}, found {found}"
                 )
             part.copy_(weights[name] / self._factor(name))
 
     def plain(self, state: Mapping[str, Tensor] | None = None) -> AnyModule:
-        """The module that users get, in eval mode, with the weights of a state dict; None is the present one."""
+        """The module with plain weights, in eval mode, from a state dict; None uses the current weights."""
         module = self._build()
         module.load_state_dict(self.plain_weights(state))
         return module.eval()
 
 
 def make_head(
-    config: TrainConfig, sizes: HeadSizes, frozen: Frozen, examples: Sequence[Example], draft_vocab: Tensor
+    config: TrainConfig,
+    sizes: HeadSizes,
+    target_weights: TargetWeights,
+    examples: Sequence[Example],
+    draft_vocab: Tensor,
 ) -> TrainedHead:
-    """A head of the asked kind at its start: random, but LM heads of its own and an Eagle3Head's norm the target's."""
-    scales = Scales.measure(examples, frozen.embeddings)
-    own_start, drafted = config.initialisation != "random", len(draft_vocab)
+    """A randomly initialised head of the kind of `sizes`. LM heads and an Eagle3Head's norm start as the target's."""
+    scales = Scales.measure(examples, target_weights.embeddings)
+    from_target, drafted = config.initialisation != "random", len(draft_vocab)
     if isinstance(sizes, MedusaConfig):
         head = TrainedHead(sizes, drafted, scales, _medusa_factors(sizes, scales))
-        head.load_plain(head.plain_weights() | _lm_heads(sizes, frozen.head[draft_vocab]))
+        head.load_plain(head.plain_weights() | _lm_heads(sizes, target_weights.lm_head[draft_vocab]))
         return head
     if isinstance(sizes, Eagle3Config):
         sizes = Eagle3Config(**(asdict(sizes) | {"draft_vocab_size": drafted}))
-        factors = _eagle3_factors(sizes, scales, frozen.final_gain if own_start else None)
+        factors = _eagle3_factors(sizes, scales, target_weights.final_gain if from_target else None)
         head = TrainedHead(sizes, drafted, scales, factors)
-        _draw_weights(head, sizes, config, fc=0.2)
-        with torch.no_grad():  # the stream begins as the highest captured layer, itself in units of its rms
+        _init_random(head, sizes, config, fc=0.2)
+        with torch.no_grad():  # the stream starts as the highest captured layer, in units of its RMS
             head.trained("fc.weight")[:, -sizes.hidden_size :] += torch.eye(sizes.hidden_size)
-            if own_start:
-                head.trained("lm_head.weight").copy_(frozen.head[draft_vocab] * scales.feature)
+            if from_target:
+                head.trained("lm_head.weight").copy_(target_weights.lm_head[draft_vocab] * scales.feature)
     else:
-        assert isinstance(sizes, FeatExtrapolatorConfig), "there are three kinds"
+        assert isinstance(sizes, FeatExtrapolatorConfig), "there are three kinds of heads"
         head = TrainedHead(sizes, drafted, scales, _feat_extrapolator_factors(sizes, scales))
-        _draw_weights(head, sizes, config, fc=config.output_init)
-    if sizes.markov_rank and own_start:
+        _init_random(head, sizes, config, fc=config.output_init)
+    if sizes.markov_rank and from_target:
         with torch.no_grad():
             directions = bigram_directions(examples, sizes.vocab_size, draft_vocab, sizes.markov_rank)
             head.trained("markov.embed.weight").copy_(directions)
@@ -192,11 +196,11 @@ def make_head(
 
 
 @torch.no_grad()
-def _draw_weights(head: TrainedHead, sizes: HeadConfig, config: TrainConfig, fc: float) -> None:
-    """Random matrices that keep the size of what they read, times a gain; norms of one; a Markov bias of zero."""
+def _init_random(head: TrainedHead, sizes: HeadConfig, config: TrainConfig, fc: float) -> None:
+    """Random matrices whose outputs have their inputs' RMS times a gain; norms of one; a Markov bias of zero."""
     generator = torch.Generator().manual_seed(config.seed)
     gains = {"fc": fc, "o_proj": 0.5 * config.output_init, "down_proj": 0.5 * config.output_init}
-    gains["embed"] = sizes.markov_rank**0.5  # its entries are of unit size
+    gains["embed"] = sizes.markov_rank**0.5  # its entries have unit RMS
     for name in head.plain_weights():
         part = head.trained(name)
         if part.ndim == 1:
@@ -215,7 +219,7 @@ def _rms(units: Tensor) -> Tensor:
 def _layer_factors(
     prefix: str, units: Tensor, norms: Sequence[str] = ("input_layernorm", "post_attention_layernorm")
 ) -> Factors:
-    """Of a decoder layer: what it adds to the stream, and those of its norms that read the stream."""
+    """Factors of a decoder layer: its outputs to the stream, and the norms that read the stream."""
     outputs = {f"{prefix}.{name}.weight": units[:, None] for name in ("self_attn.o_proj", "mlp.down_proj")}
     return outputs | {f"{prefix}.{norm}.weight": _rms(units) / units for norm in norms}
 
@@ -232,11 +236,11 @@ def _feat_extrapolator_factors(config: FeatExtrapolatorConfig, scales: Scales) -
 
 def _eagle3_factors(config: Eagle3Config, scales: Scales, final_gain: Tensor | None) -> Factors:
     if scales.hidden is None:
-        raise ValueError("an Eagle3Head needs the states of several layers: extract features with --head eagle3")
+        raise ValueError("an Eagle3Head needs captured states of several layers: extract features with --head eagle3")
     units = scales.feature
     if final_gain is not None:
         gain = final_gain.to(units).abs()
-        units = units / gain.clamp_min(_LEAST_GAIN * float(gain.mean()))
+        units = units / gain.clamp_min(_MIN_GAIN * float(gain.mean()))
     read = torch.ones_like(scales.hidden) if config.fc_norm else 1 / scales.hidden
     factors = {"fc.weight": units[:, None] * read, "norm.weight": _rms(units) / units}
     if config.fc_norm:
@@ -254,5 +258,5 @@ def _medusa_factors(config: MedusaConfig, scales: Scales) -> Factors:
 
 
 def _lm_heads(config: MedusaConfig, rows: Tensor) -> dict[str, Tensor]:
-    """Every head's own rows of the LM head, by name."""
+    """The LM head rows for each Medusa head, by name of the weight."""
     return {f"{i}.{config.blocks}.weight": rows for i in range(config.heads)}

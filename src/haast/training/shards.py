@@ -1,9 +1,9 @@
-"""Feature shards: what the target knows at each position, computed once and stored.
+"""Feature shards: files of the target's features and top tokens at each position.
 
-Owns the shard format and its limits. Knows nothing of heads, and not how features are computed. A shard is
-`NAME.safetensors` with the tensors of `Example` laid end to end plus `lengths` (sequences) int32, and `NAME.jsonl` with
-one answer record per sequence in the same order. Per token: 2 * hidden * (1 + captured layers) + 6 * k + 5 bytes (for
-SmolLM2-135M and k = 16 1.2 KB; with the three layers of an Eagle3Head 4.7 KB).
+Owns the shard format and its limits. Does not know heads, or how features are computed. A shard is `NAME.safetensors`
+with the tensors of `Example`, concatenated, and `lengths` (sequences) int32; and `NAME.jsonl` with one answer record
+per sequence in the same order. Per token: 2 * hidden * (1 + captured layers) + 6 * k + 5 bytes (for SmolLM2-135M and
+k = 16 1.2 KB; with the three layers of an Eagle3Head 4.7 KB).
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from haast.training.chat import tokenizer_hash
 FORMAT = "haast-features-1"
 _GB = 10**9
 _TENSORS = ("tokens", "features", "supervised", "topk_ids", "topk_probs")
-_CAPTURED = "hidden"  # stored where layers are captured
+_CAPTURED = "hidden"  # stored only if layers are captured
 _PER_SHARD = 256  # sequences
 
 
 @dataclass(frozen=True)
 class ShardIdentity:
-    """Whose features these are."""
+    """The target and the settings that the features were computed with."""
 
     target: str  # name or path of the model
     hidden_size: int
     vocab_size: int
     topk: int
     tokenizer: str  # hash of the vocabulary
-    layer_ids: tuple[int, ...] = ()  # HF `hidden_states` indices captured besides
+    layer_ids: tuple[int, ...] = ()  # HF `hidden_states` indices of the captured states
 
     @staticmethod
     def of(target: Target, name: str, topk: int = 16, layer_ids: Sequence[int] = ()) -> ShardIdentity:
@@ -55,38 +55,38 @@ class ShardIdentity:
         return ShardIdentity(name, target.hidden_size, target.vocab_size, topk, digest, tuple(layer_ids))
 
     def metadata(self) -> dict[str, str]:
-        """As a shard holds it."""
+        """The identity as safetensors metadata."""
         values = {name: str(value) for name, value in asdict(self).items()}
         return {"format": FORMAT, **values, "layer_ids": ",".join(map(str, self.layer_ids)) or "none"}
 
 
 def check_room(folder: Path, tokens: int, identity: ShardIdentity, max_gb: float) -> None:
-    """Estimate what `tokens` more positions take, and refuse what is too much, before anything is written.
+    """Estimate the size of `tokens` more positions, and raise if it is too large, before anything is written.
 
     Raises:
-        ValueError: above `max_gb` with the shards that are there, or above nine tenths of the free disk.
+        ValueError: above `max_gb` together with the existing shards, or above nine tenths of the free disk space.
     """
     if max_gb <= 0:
-        raise ValueError(f"max_gb={max_gb} is not allowed: give a cap above 0")
+        raise ValueError(f"max_gb={max_gb} is not allowed: give a size above 0")
     per_token = 2 * identity.hidden_size * (1 + len(identity.layer_ids)) + 6 * identity.topk + 5  # bytes
     size = tokens * per_token / _GB
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / _GB
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(parent).free / _GB
-    beside = f" beside {stored:.3g} GB that are there" if stored else ""
+    existing = f" in addition to {stored:.3g} GB of existing shards" if stored else ""
     needs = f"features of {tokens} tokens take {size:.3g} GB"
     remedy = "take fewer sequences, or train without shards (features in memory)"
     if size + stored > max_gb:
-        raise ValueError(f"{needs}{beside}, the cap is {max_gb:g} GB: raise it, {remedy}")
+        raise ValueError(f"{needs}{existing}, the limit is {max_gb:g} GB: raise it with --max-gb, {remedy}")
     if size > 0.9 * free:
-        raise ValueError(f"{needs}, {free:.3g} GB are free: make room, {remedy}")
+        raise ValueError(f"{needs}, {free:.3g} GB are free: free disk space, {remedy}")
 
 
 def write_shards(folder: Path, identity: ShardIdentity, entries: Iterable[tuple[Example, dict[str, Any]]]) -> None:
-    """Write sequences, 256 a shard; where they end early, by Ctrl-C say, those that came are written too.
+    """Write sequences, 256 per shard; after an interruption (Ctrl-C) the sequences so far are written too.
 
     Args:
-        folder: created where missing.
+        folder: created if missing.
         identity: written into each shard.
         entries: sequences and their records.
 
@@ -94,20 +94,20 @@ def write_shards(folder: Path, identity: ShardIdentity, entries: Iterable[tuple[
         ValueError: the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    waiting: list[tuple[Example, dict[str, Any]]] = []
+    pending: list[tuple[Example, dict[str, Any]]] = []
     try:
         for entry in entries:
-            waiting.append(entry)
-            if len(waiting) == _PER_SHARD:
-                full, waiting = waiting, []
+            pending.append(entry)
+            if len(pending) == _PER_SHARD:
+                full, pending = pending, []
                 _write_shard(folder, identity, full)
     finally:
-        if waiting:
-            _write_shard(folder, identity, waiting)
+        if pending:
+            _write_shard(folder, identity, pending)
 
 
 def _write_shard(folder: Path, identity: ShardIdentity, entries: Sequence[tuple[Example, dict[str, Any]]]) -> None:
-    """One more, behind a rename. The records go first: a shard exists only with them."""
+    """Write the next shard atomically. The records are written first, so that no shard exists without them."""
     examples = [example for example, _ in entries]
     names = (*_TENSORS, _CAPTURED) if identity.layer_ids else _TENSORS
     tensors = {name: torch.cat([getattr(e, name) for e in examples]).contiguous() for name in names}
@@ -120,7 +120,7 @@ def _write_shard(folder: Path, identity: ShardIdentity, entries: Sequence[tuple[
             save_file(tensors, temporary, identity.metadata())
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"cannot write shard {path} ({error}): free space; what was written before is whole"
+            f"cannot write shard {path} ({error}): free space; the shards before it are complete"
         ) from error
 
 
@@ -131,14 +131,13 @@ def read_shards(
 
     Args:
         folder: of shards.
-        identity: refuse shards of another target; None takes what is there. Shards without metadata are checked by
-            their sizes only.
-        exactly: also those with captured layers that `identity` does not ask for: beside shards without, the folder
-            would fit no head.
+        identity: refuse shards of another target; None accepts all. For shards without metadata only sizes are checked.
+        exactly: also refuse shards with captured layers that `identity` does not have: a folder with both kinds would
+            fit no head.
 
     Raises:
         ValueError: no shards, or a corrupt one (the message names it).
-        HeadMismatchError: a shard of another target.
+        HeadMismatchError: a shard of another target or setting.
     """
     examples: list[Example] = []
     records: list[dict[str, Any]] = []
@@ -147,12 +146,15 @@ def read_shards(
         lengths = tensors["lengths"].tolist()
         parts = [torch.split(tensors[name], lengths) for name in (*_TENSORS, _CAPTURED) if name in tensors]
         examples.extend(Example(*part) for part in zip(*parts, strict=True))
-        own = [record for _, record in read_json_lines(path.with_suffix(".jsonl"))]
-        if len(own) != len(lengths):
-            raise ValueError(f"{path} has {len(lengths)} sequences but {len(own)} records beside it: delete both files")
-        records.extend(own)
+        shard_records = [record for _, record in read_json_lines(path.with_suffix(".jsonl"))]
+        if len(shard_records) != len(lengths):
+            raise ValueError(
+                f"{path} has {len(lengths)} sequences, but its .jsonl file has {len(shard_records)} records: delete "
+                f"both files"
+            )
+        records.extend(shard_records)
     if not examples:
-        raise ValueError(f"{folder} holds no feature shards (*.safetensors): extract some first")
+        raise ValueError(f"{folder} has no feature shards (*.safetensors): extract some first")
     return examples, records
 
 
@@ -160,8 +162,8 @@ def _read_shard(path: Path, identity: ShardIdentity | None, exactly: bool) -> di
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            wanted = identity is None or identity.layer_ids  # states that nobody asks for are not read
-            captured = [name for name in file.keys() if name == _CAPTURED and wanted]  # noqa: SIM118 - no mapping
+            use_captured = identity is None or identity.layer_ids
+            captured = [name for name in file.keys() if name == _CAPTURED and use_captured]  # noqa: SIM118 - no mapping
             tensors = {name: file.get_tensor(name) for name in (*_TENSORS, "lengths", *captured)}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"feature shard {path} is corrupt ({error}): delete it and extract again") from error
@@ -171,11 +173,11 @@ def _read_shard(path: Path, identity: ShardIdentity | None, exactly: bool) -> di
     if metadata and metadata.get("format") != FORMAT:
         raise ValueError(f"{path} has format {metadata.get('format')!r}, not {FORMAT!r}: extract features with Haast")
     if identity is not None:
-        _refuse_foreign(path, tensors, metadata, identity, exactly)
+        _check_identity(path, tensors, metadata, identity, exactly)
     return tensors
 
 
-def _refuse_foreign(
+def _check_identity(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], identity: ShardIdentity, exactly: bool
 ) -> None:
     found: dict[str, Any] = {"hidden_size": tensors["features"].shape[1]}
@@ -183,15 +185,15 @@ def _refuse_foreign(
         found |= {"vocab_size": int(metadata["vocab_size"]), "tokenizer": metadata["tokenizer"]}
     found["topk"] = tensors["topk_ids"].shape[1]
     if identity.layer_ids or exactly:
-        words = metadata.get("layer_ids", "none")
-        found["layer_ids"] = () if words == "none" else tuple(int(word) for word in words.split(","))
+        layer_ids = metadata.get("layer_ids", "none")
+        found["layer_ids"] = () if layer_ids == "none" else tuple(int(i) for i in layer_ids.split(","))
     highest = max(int(tensors["tokens"].max()), int(tensors["topk_ids"].max()))
     if highest >= identity.vocab_size:
         found.setdefault("vocab_size", f"above {highest}")
     for name, value in found.items():
-        wanted = getattr(identity, name)
-        if value != wanted:
+        expected = getattr(identity, name)
+        if value != expected:
             raise HeadMismatchError(
-                f"feature shard {path} has {name} {value}, wanted is {wanted}: extract features with this target and "
-                f"setting, or give another folder"
+                f"feature shard {path} has {name} {value}, expected {expected}: extract features with this target and "
+                f"these settings, or give another folder"
             )

@@ -100,7 +100,7 @@ class Latency:
 
     @functools.cached_property
     def _steps(self) -> dict[tuple[int, float, int, int], float]:
-        """Cache of `step`, which needs the same few values for all requests. Not a dataclass field: files leave it out."""
+        """Cache of `step`: all requests need the same few values. No dataclass field, so files leave it out."""
         return {}
 
     def _step(self, rows: int, nodes: float, levels: int, width: int) -> float:

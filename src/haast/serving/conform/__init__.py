@@ -1,5 +1,5 @@
-"""A black-box check of any OpenAI-compatible endpoint: `haast conform`.
+"""Black-box conformance checks for any OpenAI-compatible server: `haast conform`.
 
-Owns what is asked of a server, how its answers are judged, and the tables. Knows servers by HTTP alone: nothing here
-imports Haast's own server, a model or torch, and every server is judged by the same questions.
+Owns the requests, the verdicts and the result tables. Knows servers through HTTP only: nothing here imports Haast's own
+server, a model or torch, and all servers get the same checks.
 """

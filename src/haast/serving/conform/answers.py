@@ -1,4 +1,4 @@
-"""What a reply says, whole or streamed, chat or plain completion. Owns the one form in which checks compare answers."""
+"""Parses replies, whole or streamed, of chat and text completions. Owns `Answer`, the form that checks compare."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Call:
 
 @dataclass
 class Choice:
-    """One choice. `entries` are a chat's logprobs, `legacy` a plain completion's; None where there are none."""
+    """One choice. `entries` are the logprobs of chat, `legacy` those of text completions; None if absent."""
 
     text: str = ""
     finish: str | None = None
@@ -33,7 +33,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Answer:
-    """All choices of one reply by their index; `usage` is empty where nothing was told."""
+    """All choices of one reply by index; `usage` is empty if the reply has none."""
 
     choices: dict[int, Choice]
     usage: dict[str, Any]
@@ -41,36 +41,36 @@ class Answer:
 
     @property
     def first(self) -> Choice:
-        """The choice that everybody reads."""
+        """The choice with the lowest index."""
         return self.choices[min(self.choices)]
 
     @property
     def text(self) -> str:
-        """Its text."""
+        """Text of the first choice."""
         return self.first.text
 
     @property
     def finish(self) -> str | None:
-        """Why it ended."""
+        """The finish_reason of the first choice."""
         return self.first.finish
 
     @property
     def tokens(self) -> int:
-        """Tokens that it took, as the server counts; fails where it does not."""
+        """Completion tokens in `usage`; fails the check if there is no count."""
         count = self.usage.get("completion_tokens")
-        demand(isinstance(count, int), f"usage.completion_tokens is {short(count)}, no count")
+        demand(isinstance(count, int), f"usage.completion_tokens is {short(count)}, not a number")
         return int(count or 0)
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the prompt, as the server counts; fails where it does not."""
+        """Prompt tokens in `usage`; fails the check if there is no count."""
         count = self.usage.get("prompt_tokens")
-        demand(isinstance(count, int), f"usage.prompt_tokens is {short(count)}, no count")
+        demand(isinstance(count, int), f"usage.prompt_tokens is {short(count)}, not a number")
         return int(count or 0)
 
 
 def whole_answer(reply: Reply) -> Answer:
-    """A reply that came in one piece; fails where it is none."""
+    """Parse a whole reply; fails the check if it has no choices."""
     body = reply.body
     if not isinstance(body, dict) or not isinstance(body.get("choices"), list) or not body["choices"]:
         fail(f"the answer has no choices: {short(reply.text)}")
@@ -82,7 +82,7 @@ def whole_answer(reply: Reply) -> Answer:
 
 
 def streamed_answer(streamed: Streamed) -> Answer:
-    """What the chunks of a stream add up to; fails where that is nothing."""
+    """Join the chunks of a stream; fails the check if they have no choices."""
     choices, usage, first = dict[int, Choice](), dict[str, Any](), dict[str, Any]()
     for chunk in streamed.chunks:
         first = first or chunk
@@ -90,8 +90,8 @@ def streamed_answer(streamed: Streamed) -> Answer:
         for raw in chunk.get("choices") or ():
             _add(choices.setdefault(_index(raw), Choice()), raw, raw.get("delta") or {})
     if not choices:
-        told = " ".join(event.data for event in streamed.data)
-        fail(f"the stream has no choices: {short(told)}")
+        data = " ".join(event.data for event in streamed.data)
+        fail(f"the stream has no choices: {short(data)}")
     return Answer(choices, usage, first)
 
 
@@ -100,19 +100,19 @@ def _index(raw: Any) -> int:
     return int(raw["index"])
 
 
-def _add(choice: Choice, raw: dict[str, Any], said: dict[str, Any]) -> None:
-    """Take a choice, or one chunk's part of it."""
-    choice.text += said.get("content") or raw.get("text") or ""
-    choice.reasoning += said.get("reasoning_content") or said.get("reasoning") or ""
+def _add(choice: Choice, raw: dict[str, Any], message: dict[str, Any]) -> None:
+    """Add a whole choice, or one chunk's part of it; `message` is its message or delta."""
+    choice.text += message.get("content") or raw.get("text") or ""
+    choice.reasoning += message.get("reasoning_content") or message.get("reasoning") or ""
     choice.finish = raw.get("finish_reason") or choice.finish
-    for number, call in enumerate(said.get("tool_calls") or ()):
+    for number, call in enumerate(message.get("tool_calls") or ()):
         _add_call(choice.calls, call.get("index", number), call)
-    told = raw.get("logprobs") or {}
-    if isinstance(told.get("content"), list):
-        choice.entries = (choice.entries or []) + told["content"]
-    elif "tokens" in told:
+    logprobs = raw.get("logprobs") or {}
+    if isinstance(logprobs.get("content"), list):
+        choice.entries = (choice.entries or []) + logprobs["content"]
+    elif "tokens" in logprobs:
         before = choice.legacy or {}
-        choice.legacy = {name: _joined(before.get(name), told.get(name)) for name in {*before, *told}}
+        choice.legacy = {name: _joined(before.get(name), logprobs.get(name)) for name in {*before, *logprobs}}
 
 
 def _joined(before: Any, more: Any) -> Any:
@@ -129,9 +129,9 @@ def _add_call(calls: list[Call], index: int, raw: dict[str, Any]) -> None:
 
 
 def entry_bytes(entry: dict[str, Any]) -> bytes:
-    """A logprob entry's token; its bytes where they are told, since a token may hold part of a character."""
-    told = entry.get("bytes")
-    return bytes(told) if isinstance(told, list) else str(entry.get("token", "")).encode()
+    """The bytes of a logprob entry's token, from `bytes` if present: a token may hold part of a character."""
+    values = entry.get("bytes")
+    return bytes(values) if isinstance(values, list) else str(entry.get("token", "")).encode()
 
 
 def shown(entries: Iterable[dict[str, Any]]) -> str:
@@ -140,5 +140,5 @@ def shown(entries: Iterable[dict[str, Any]]) -> str:
 
 
 def repeats(texts: Sequence[str]) -> int:
-    """Words that occurred before in the same text: what penalties are to make fewer."""
+    """Number of words that occurred before in the same text, which penalties should reduce."""
     return sum(len(words) - len(set(words)) for words in (text.lower().split() for text in texts))

@@ -1,4 +1,4 @@
-"""What a check is, and how it ends. Owns verdicts and the words that end a check; knows no HTTP."""
+"""Checks, verdicts and outcomes. Owns the functions that end a check with a verdict; knows no HTTP."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 class Verdict(StrEnum):
-    """How a check ended; `failed` says which of them count against the server."""
+    """Result of a check; `failed` is true for those that count against the server."""
 
     PASS = "pass"
     FAIL = "fail"
-    SILENT = "silent"  # a field was accepted and evidently ignored
-    REFUSED = "refused"  # an error that names the field: a client knows where it stands
-    NOT_OFFERED = "not offered"  # there is no such address
-    NOT_VISIBLE = "not visible"  # nothing that a client sees decides it
+    SILENT = "silent"  # a field was accepted and ignored
+    REFUSED = "refused"  # an error names the field, so the client knows that it is not supported
+    NOT_OFFERED = "not offered"  # the path does not exist
+    NOT_VISIBLE = "not visible"  # can't be decided from responses
 
     @property
     def failed(self) -> bool:
@@ -29,7 +29,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """One check's end: the verdict, a sentence for people, and what was sent and received where it failed."""
+    """Result of one check: verdict, a sentence for people, and, if it failed, the last request and response."""
 
     verdict: Verdict
     detail: str
@@ -40,13 +40,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Check:
-    """A question to a server.
+    """One conformance check.
 
     Args:
         id: its name on the command line and in results.
-        rows: of the list of complaints that it answers to (A1 to A20); empty where it is of the protocol itself.
-        asks: what must hold, as one sentence.
-        run: asks it; returns the sentence of a pass, and ends otherwise by `fail` and its like.
+        rows: rows of the list of known complaints that it covers (A1 to A20); empty for checks of the protocol.
+        asks: the property that must hold, as one sentence.
+        run: sends the requests; returns a sentence if the check passes, and else calls `fail` or a similar function.
     """
 
     id: str
@@ -57,14 +57,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Theme:
-    """Checks that belong together, in the order in which they run."""
+    """A group of checks, in the order in which they run."""
 
     name: str
     checks: tuple[Check, ...]
 
 
 class EndedError(Exception):
-    """A check has come to its end before its last line."""
+    """Ends a check early with its outcome."""
 
     def __init__(self, outcome: Outcome) -> None:
         super().__init__(outcome.detail)
@@ -72,7 +72,7 @@ class EndedError(Exception):
 
 
 def fail(detail: str, **evidence: Any) -> NoReturn:
-    """End the check: the server does it wrong."""
+    """End the check: the server violates the property."""
     raise EndedError(Outcome(Verdict.FAIL, detail, evidence))
 
 
@@ -82,34 +82,34 @@ def silent(detail: str, **evidence: Any) -> NoReturn:
 
 
 def refused(detail: str) -> NoReturn:
-    """End the check: the server says itself that it does not do this."""
+    """End the check: the server reports that it does not support this."""
     raise EndedError(Outcome(Verdict.REFUSED, detail))
 
 
 def not_offered(detail: str) -> NoReturn:
-    """End the check: there is no such address."""
+    """End the check: the path does not exist."""
     raise EndedError(Outcome(Verdict.NOT_OFFERED, detail))
 
 
 def not_visible(detail: str) -> NoReturn:
-    """End the check: nothing seen decides it."""
+    """End the check: the responses do not decide it."""
     raise EndedError(Outcome(Verdict.NOT_VISIBLE, detail))
 
 
-def demand(holds: object, detail: str, **evidence: Any) -> None:
-    """Fail unless it holds."""
-    if not holds:
+def demand(condition: object, detail: str, **evidence: Any) -> None:
+    """Fail the check unless the condition is true."""
+    if not condition:
         fail(detail, **evidence)
 
 
 def short(text: object, most: int = 60) -> str:
-    """A text as it is quoted in a sentence."""
+    """The text's repr, cut to `most` characters."""
     quoted = repr(text)
     return quoted if len(quoted) <= most else f"{quoted[: most - 4]}...{quoted[0]}"
 
 
 def difference(expected: str, got: str) -> str:
-    """Where two texts part, for people."""
+    """Describe where two texts differ, for people."""
     shared = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), -1)
     shared = min(len(expected), len(got)) if shared < 0 else shared
     return f"from character {shared} {short(got[shared:], 40)} instead of {short(expected[shared:], 40)}"

@@ -1,4 +1,4 @@
-"""Addresses, keys, and the shape of an answer. Knows nothing of what is said."""
+"""Checks of paths, keys, and the structure of an answer. Does not look at the text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def models(subject: Subject) -> str:
 
 
 def health(subject: Subject) -> str:
-    """The health address."""
+    """The health path."""
     reply = subject.client.get("/health")
     if reply.status == 404:
         not_offered("HTTP 404")
@@ -36,16 +36,16 @@ def health(subject: Subject) -> str:
 def auth(subject: Subject) -> str:
     """A wrong key."""
     if subject.client.key is None:
-        not_visible("no key was given: the server may want none")
+        not_visible("no key was given: the server may not need one")
     wrong = Client(subject.client.wire, "wrong", subject.client.timeout)
     for client, words in ((wrong, "a wrong key"), (Client(wrong.wire, None, wrong.timeout), "no key")):
         reply = client.post(CHAT, subject.body(STORY, max_tokens=1))
         demand(reply.status == 401, f"HTTP {reply.status} for {words}, not 401")
-    return "a wrong key and none are both refused with 401"
+    return "a wrong key and a missing key both get 401"
 
 
 def request_id(subject: Subject) -> str:
-    """A header by which a request is found in the server's log."""
+    """A response header that identifies the request in the server's log."""
     replies = [subject.client.post(CHAT, subject.body(STORY, max_tokens=1)) for _ in range(2)]
     for name in _ID_HEADERS:
         first, second = (reply.headers.get(name) for reply in replies)
@@ -73,7 +73,7 @@ def _check_shape(body: dict[str, Any], kind: str) -> None:
     demand(isinstance(body.get("model"), str) and body["model"], f"model is {short(body.get('model'))}")
     created = body.get("created")
     now = isinstance(created, int) and abs(created - time.time()) < _DAY
-    demand(now, f"created is {short(created)}, not the present time in seconds")
+    demand(now, f"created is {short(created)}, not the current Unix time in seconds")
     finish = body["choices"][0].get("finish_reason")
     demand(finish in _ENDS, f"finish_reason is {short(finish)}")
 
@@ -81,10 +81,10 @@ def _check_shape(body: dict[str, Any], kind: str) -> None:
 THEME = Theme(
     "basics",
     (
-        Check("models", (), "GET /v1/models lists models as such", models),
-        Check("health", (), "GET /health says 200", health),
+        Check("models", (), "GET /v1/models lists objects of type model", models),
+        Check("health", (), "GET /health returns 200", health),
         Check("auth", (), "a wrong key gets 401", auth),
-        Check("request-id", (), "every reply names its request in a header", request_id),
+        Check("request-id", (), "every reply has a header with a request id", request_id),
         Check("answer-shape", (), "an answer has id, object, created, model and a finish_reason", answer_shape),
     ),
 )

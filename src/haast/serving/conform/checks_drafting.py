@@ -1,4 +1,4 @@
-"""What shows only where a server answers without drafting when asked to; and what never shows outside."""
+"""Checks of drafting: of servers that can switch it off per request, and placeholders for what clients can't see."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from haast.serving.conform.client import Reply
 from haast.serving.conform.subject import CHAT, COUNT, RECORD, STORY, Subject
 
 _WITHOUT = {"haast": {"drafter": "none"}}
-_OWN = {"id", "created", "haast", "timings"}  # of each answer; the rest must be equal
+_DIFFERING = {"id", "created", "haast", "timings"}  # fields that differ between answers; the rest must be equal
 _SCHEMA = {
     "type": "object",
     "properties": {"ok": {"type": "boolean"}},
@@ -25,8 +25,12 @@ _REQUESTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("logprobs", COUNT, {"max_tokens": 12, "logprobs": True, "top_logprobs": 2}),
     ("penalties", STORY, {"max_tokens": 24, "frequency_penalty": 1.0, "presence_penalty": 0.5}),
     ("two choices", STORY, {"max_tokens": 12, "n": 2, "temperature": 1, "seed": 4}),
-    ("held open", "Say yes.", {"max_tokens": 20, "min_tokens": 12}),
-    ("narrowed", STORY, {"max_tokens": 16, "temperature": 1, "seed": 5, "min_p": 0.1, "top_k": 20, "top_p": 0.9}),
+    ("min_tokens", "Say yes.", {"max_tokens": 20, "min_tokens": 12}),
+    (
+        "truncated sampling",
+        STORY,
+        {"max_tokens": 16, "temperature": 1, "seed": 5, "min_p": 0.1, "top_k": 20, "top_p": 0.9},
+    ),
     (
         "schema",
         RECORD,
@@ -36,9 +40,9 @@ _REQUESTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 
 def drafting_unseen(subject: Subject) -> str:
-    """Every kind of request with drafting and without."""
+    """Requests of every kind, with and without drafting."""
     if subject.owner != "haast":
-        not_visible("the server is no Haast: nothing asks it to answer without drafting")
+        not_visible("the server is not Haast: drafting can't be switched off per request")
     compared = 0
     for words, prompt, fields in _REQUESTS:
         body = subject.body(prompt, **fields)
@@ -50,25 +54,25 @@ def drafting_unseen(subject: Subject) -> str:
             _same(words, drafted, plain)
             compared += 1
     demand(compared, "no request was answered")
-    return f"{compared} answers, field by field the same without drafting"
+    return f"{compared} answers, each field is the same without drafting"
 
 
 def _same(words: str, drafted: Reply, plain: Reply) -> None:
-    left, right = (_bare(reply.body) for reply in (drafted, plain))
+    left, right = (_comparable(reply.body) for reply in (drafted, plain))
     for name in sorted({*left, *right}):
         one, two = left.get(name), right.get(name)
         demand(_close(one, two), f"{words}: {name} is {short(one, 90)} drafted, {short(two, 90)} without")
 
 
-def _bare(body: dict[str, Any]) -> dict[str, Any]:
-    """An answer without what may differ: its own marks, and how many tokens were drafted or cached."""
-    kept = {name: value for name, value in body.items() if name not in _OWN}
+def _comparable(body: dict[str, Any]) -> dict[str, Any]:
+    """An answer without the fields that may differ: ids, and counts of drafted or cached tokens."""
+    kept = {name: value for name, value in body.items() if name not in _DIFFERING}
     usage = body.get("usage") or {}
     return {**kept, "usage": {name: value for name, value in usage.items() if isinstance(value, int)}}
 
 
 def _close(one: Any, two: Any) -> bool:
-    """Equal; numbers up to what another order of sums changes."""
+    """Whether two values are equal; floats may differ by rounding."""
     if isinstance(one, dict) and isinstance(two, dict):
         return set(one) == set(two) and all(_close(one[name], two[name]) for name in one)
     if isinstance(one, list) and isinstance(two, list):
@@ -78,7 +82,7 @@ def _close(one: Any, two: Any) -> bool:
     return bool(one == two)
 
 
-def _hidden(reason: str) -> Callable[[Subject], str]:
+def _invisible(reason: str) -> Callable[[Subject], str]:
     def check(subject: Subject) -> str:
         not_visible(reason)
 
@@ -91,32 +95,32 @@ THEME = Theme(
         Check(
             "drafting-unseen",
             ("A4", "A5", "A6", "A7", "A8", "A9", "A10"),
-            "an answer is field by field the same with drafting and without",
+            "each field of an answer is the same with and without drafting",
             drafting_unseen,
         ),
         Check(
             "untrimmable-cache",
             ("A12",),
             "a cache that can't be trimmed is refused at load",
-            _hidden("decided when the model is loaded; a wrong text would show in the other checks"),
+            _invisible("decided when the model is loaded; the other checks would find a wrong text"),
         ),
         Check(
             "published-tau",
             ("A15",),
             "a published head reaches its published tau",
-            _hidden("the head's published figures are no part of any answer"),
+            _invisible("answers do not contain the head's published tau"),
         ),
         Check(
             "training-tau",
             ("A16",),
-            "tau in training is tau when served",
-            _hidden("training is not seen by a client"),
+            "tau when served equals tau in training",
+            _invisible("clients do not see the training"),
         ),
         Check(
             "never-slower",
             ("A17", "A18"),
-            "never slower than without drafting",
-            _hidden("a benchmark's question: a client has no undrafted server to compare with"),
+            "drafting is never slower than vanilla decoding",
+            _invisible("needs a benchmark: a client has no server without drafting to compare with"),
         ),
     ),
 )

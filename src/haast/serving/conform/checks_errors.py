@@ -1,4 +1,4 @@
-"""Wrong requests: each is refused in a form that a client can read, and none hurts the server."""
+"""Checks of invalid requests: each gets an error that clients can parse, and none breaks the server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from haast.serving.conform.wire import WireError
 _PARTS = ("message", "type", "param", "code")
 _UNKNOWN_MODEL = "haast-conform-no-such-model"
 _UNKNOWN_FIELD = "haast_conform_no_such_field"
-_MANY = 10_000  # words of a prompt that is to overflow a context nobody has told
+_MANY = 10_000  # words of a prompt that should exceed an unknown context length
 _WORDS = ("river", "stone", "cloud", "seven", "green", "house", "paper", "night")
 
 
@@ -31,27 +31,27 @@ def error_shape(subject: Subject) -> str:
 
 
 def malformed_json(subject: Subject) -> str:
-    """Bodies that are no JSON object."""
+    """Bodies that are not a JSON object."""
     for content in (b'{"model": ', b"[1, 2]", b""):
         reply = subject.client.send(subject.client.request("POST", CHAT, content, content_type="application/json"))
         _is_refusal(reply, f"the body {content.decode()!r}")
-    return "three bodies that are no JSON object are refused"
+    return "three bodies that are not a JSON object are refused"
 
 
 def unknown_model(subject: Subject) -> str:
-    """A model that is not there."""
+    """A model that does not exist."""
     reply = subject.client.post(CHAT, subject.body(STORY, model=_UNKNOWN_MODEL, max_tokens=1))
     if reply.status == 200 and isinstance(reply.body, dict):
-        says = reply.body.get("model")
-        if says == _UNKNOWN_MODEL:
-            silent(f"accepted, and the answer claims to be of {_UNKNOWN_MODEL!r}")
-        return f"accepted; the answer says that it is of {short(says)}"
+        model = reply.body.get("model")
+        if model == _UNKNOWN_MODEL:
+            silent(f"accepted, and the answer names {_UNKNOWN_MODEL!r} as its model")
+        return f"accepted; the answer names {short(model)} as its model"
     _is_refusal(reply, "an unknown model")
     return f"HTTP {reply.status}: {short(complaint(reply), 100)}"
 
 
 def unknown_field(subject: Subject) -> str:
-    """A field that nobody knows."""
+    """A field that does not exist."""
     reply = subject.client.post(CHAT, subject.body(STORY, max_tokens=1, **{_UNKNOWN_FIELD: 1}))
     if reply.status == 200:
         return "accepted"
@@ -61,7 +61,7 @@ def unknown_field(subject: Subject) -> str:
 
 
 def bad_values(subject: Subject) -> str:
-    """Values that mean nothing."""
+    """Values that are not allowed."""
     wrong: list[dict[str, Any]] = [
         {"temperature": -1}, {"top_p": 2}, {"n": 0}, {"max_tokens": "many"}, {"messages": []}, {"messages": None},
         {"presence_penalty": 100}, {"stop": 7},
@@ -73,23 +73,23 @@ def bad_values(subject: Subject) -> str:
             reply = subject.client.post(CHAT, body, limit)
         except WireError as error:
             complaints.append(f"{error} for {_words(fields)}")
-            break  # whatever it does now, the next value would only wait for it
+            break  # the server is busy with this value: the next would only wait
         if not 400 <= reply.status < 500:
             complaints.append(f"HTTP {reply.status} for {_words(fields)}")
     if complaints:
         fail("; ".join(complaints))
-    return f"{len(wrong)} of {len(wrong)} refused with 4xx"
+    return f"{len(wrong)} of {len(wrong)} get 4xx"
 
 
 def stream_error(subject: Subject) -> str:
-    """A wrong request for a stream."""
+    """An invalid request for a stream."""
     streamed = subject.client.stream(CHAT, subject.body(STORY, temperature="hot", stream=True), most=2)
-    demand(400 <= streamed.status < 500, f"HTTP {streamed.status}: the error comes inside the stream, if at all")
+    demand(400 <= streamed.status < 500, f"HTTP {streamed.status}: there is no error before the stream")
     return f"HTTP {streamed.status} before any event"
 
 
 def context_overflow(subject: Subject) -> str:
-    """A prompt that is too long."""
+    """A prompt that exceeds the context length."""
     words = _MANY if subject.context is None else int(subject.context * 1.25) + 50
     text = " ".join(_WORDS[i % len(_WORDS)] for i in range(words))
     reply = subject.client.post(CHAT, subject.body(text, max_tokens=1))
@@ -97,51 +97,51 @@ def context_overflow(subject: Subject) -> str:
         usage = reply.body.get("usage") or {} if isinstance(reply.body, dict) else {}
         counted = usage.get("prompt_tokens")
         if not isinstance(counted, int) or counted < words:
-            silent(f"{words} words were accepted as {short(counted)} prompt tokens: the rest was dropped")
+            silent(f"{words} words were accepted as {short(counted)} prompt tokens: the server cut the prompt")
         if subject.context is None:
-            not_visible(f"{counted} prompt tokens fit, and nothing tells the context: give --context")
+            not_visible(f"{counted} prompt tokens fit, and the context length is unknown: give --context")
         fail(f"{counted} prompt tokens were accepted for a context of {subject.context}")
     _is_refusal(reply, f"a prompt of {words} words")
-    _tells_both_numbers(complaint(reply), subject.context)
+    _check_both_sizes(complaint(reply), subject.context)
     return f"HTTP {reply.status}: {short(complaint(reply), 120)}"
 
 
-def _tells_both_numbers(told: str, context: int | None) -> None:
-    numbers = {int(each) for each in "".join(c if c.isdigit() else " " for c in told.replace(",", "")).split()}
+def _check_both_sizes(message: str, context: int | None) -> None:
+    numbers = {int(each) for each in "".join(c if c.isdigit() else " " for c in message.replace(",", "")).split()}
     large = {each for each in numbers if each >= 100}
-    demand(len(large) >= 2, f"the message does not say both sizes: {short(told, 120)}")
+    demand(len(large) >= 2, f"the message does not have both sizes: {short(message, 120)}")
     known = context is None or (any(each <= context for each in large) and any(each > context for each in large))
-    demand(known, f"the message does not say the context of {context} and the prompt's size: {short(told, 120)}")
+    demand(known, f"the message does not have the context of {context} and the prompt's size: {short(message, 120)}")
 
 
 def survives(subject: Subject) -> str:
-    """Requests that took other servers down, and a good one after them."""
+    """Requests that crashed other servers, and a valid one after them."""
     before, broken = subject.story(), list[str]()
-    for words, fields in _hostile():
+    for words, fields in _harmful_requests():
         prompt = fields.pop("prompt", RECORD)
         reply = subject.client.post(CHAT, subject.body(prompt, **{"max_tokens": 4, **fields}))
         if reply.status >= 500 and reply.status != 501:
             broken.append(f"HTTP {reply.status} for {words}")
     after = subject.ask(STORY, max_tokens=40)
-    same_text(before.text, after.text, "a good request after the bad ones")
-    demand(not broken, f"the server lives and answers as before, but gives {'; '.join(broken)}")
-    return f"{len(list(_hostile()))} bad requests, then the same answer as before"
+    same_text(before.text, after.text, "a valid request after the bad ones")
+    demand(not broken, f"the server still answers as before, but gives {'; '.join(broken)}")
+    return f"{len(list(_harmful_requests()))} bad requests, then the same answer as before"
 
 
-def _hostile() -> Iterator[tuple[str, dict[str, Any]]]:
+def _harmful_requests() -> Iterator[tuple[str, dict[str, Any]]]:
     deep: dict[str, Any] = {"type": "string"}
     for _ in range(60):
         deep = {"type": "object", "properties": {"a": deep}, "required": ["a"]}
     for words, schema in (
-        ("a schema of no type", {"type": "no-such-type"}),
-        ("a schema whose pattern is broken", {"type": "string", "pattern": "(["}),
-        ("a schema that refers to nothing", {"$ref": "#/$defs/nowhere"}),
+        ("a schema with an unknown type", {"type": "no-such-type"}),
+        ("a schema with an invalid pattern", {"type": "string", "pattern": "(["}),
+        ("a schema with a broken $ref", {"$ref": "#/$defs/nowhere"}),
         ("a schema sixty levels deep", deep),
     ):
         named_schema = {"name": "bad", "schema": schema, "strict": True}
         yield words, {"response_format": {"type": "json_schema", "json_schema": named_schema}}
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "no-such-type"}}}
-    yield "a tool with broken parameters", {"tools": [tool], "tool_choice": "required"}
+    yield "a tool with invalid parameters", {"tools": [tool], "tool_choice": "required"}
     yield "a logit_bias far outside the vocabulary", {"logit_bias": {"1000000000": 5}}
     yield "a million top_logprobs", {"logprobs": True, "top_logprobs": 1_000_000}
     yield "a lone surrogate in the prompt", {"prompt": "\ud800 hello"}
@@ -160,13 +160,18 @@ THEME = Theme(
     "errors",
     (
         Check("error-shape", (), "an error is 4xx with message, type, param and code", error_shape),
-        Check("malformed-json", (), "a body that is no JSON object gets 4xx", malformed_json),
-        Check("unknown-model", (), "an unknown model gets 4xx, or the answer says whose it is", unknown_model),
+        Check("malformed-json", (), "a body that is not a JSON object gets 4xx", malformed_json),
+        Check("unknown-model", (), "an unknown model gets 4xx, or the answer names its real model", unknown_model),
         Check("unknown-field", (), "an unknown field is ignored or named, never 5xx", unknown_field),
-        Check("stream-error", (), "a wrong request for a stream gets 4xx, not a stream", stream_error),
-        Check("survives", ("A2",), "bad requests get no 5xx, never end the server, change no later answer", survives),
-        Check("bad-values", (), "impossible values get 4xx", bad_values),
-        # The last of all: a server that does not refuse it may compute for minutes.
-        Check("context-overflow", (), "a prompt too long gets 4xx that says both sizes", context_overflow),
+        Check("stream-error", (), "an invalid request for a stream gets 4xx, not a stream", stream_error),
+        Check(
+            "survives",
+            ("A2",),
+            "bad requests get no 5xx, do not crash the server, and change no later answer",
+            survives,
+        ),
+        Check("bad-values", (), "values that are not allowed get 4xx", bad_values),
+        # Runs last: a server that does not refuse the prompt may compute for minutes.
+        Check("context-overflow", (), "a prompt that is too long gets 4xx with both sizes", context_overflow),
     ),
 )

@@ -1,4 +1,4 @@
-"""Stop strings: the text ends before them, wherever in a block of accepted tokens they lie, and nothing follows."""
+"""Checks of stop strings: the text ends before them, at any place in a block of accepted tokens."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from haast.serving.conform.answers import Answer, entry_bytes, shown
 from haast.serving.conform.base import Check, Theme, demand, not_visible, short, silent
 from haast.serving.conform.subject import STORY, Subject, same_text
 
-_MOST = 40  # tokens of the text that is stopped, as in `Subject.story`
-_STEP = 5  # characters from one stop to the next: about a token, so that every offset of a block has its turn
+_MOST = 40  # tokens of the text, as in `Subject.story`
+_STEP = 5  # characters from one stop to the next: about a token, so that every offset in a block is tested
 
 
 def stops_of(text: str, count: int, shift: int = 0) -> list[str]:
-    """Pieces of two to six characters, each about a token after the last; most cross the border of two tokens."""
+    """Substrings of two to six characters, each about one token after the last; most span two tokens."""
     starts = [shift + number * _STEP for number in range(count)]
     return [text[start : start + 2 + number % 5] for number, start in enumerate(starts) if start < len(text) - 6]
 
 
 def stop_whole(subject: Subject) -> str:
-    """In one piece."""
+    """Whole answers."""
     text = subject.story().text
     stops = stops_of(text, 12)
     for stop in stops:
@@ -26,12 +26,12 @@ def stop_whole(subject: Subject) -> str:
 
 
 def stop_stream(subject: Subject) -> str:
-    """As a stream."""
+    """Streams."""
     text = subject.story().text
     stops = stops_of(text, 8, shift=2)
     for stop in stops:
         _ends_before(text, stop, subject.streamed(STORY, max_tokens=_MOST, stop=[stop]))
-    return f"{len(stops)} stops, no piece of one was sent"
+    return f"{len(stops)} stops, no part of one was sent"
 
 
 def _ends_before(text: str, stop: str, answer: Answer) -> None:
@@ -42,7 +42,7 @@ def _ends_before(text: str, stop: str, answer: Answer) -> None:
 
 
 def stop_forms(subject: Subject) -> str:
-    """One string, several, none that occurs."""
+    """One string, several, and one that does not occur."""
     text = subject.story().text
     later, sooner = text[24:29], text[9:13]
     _ends_before(text, later, subject.ask(STORY, max_tokens=_MOST, stop=later))
@@ -50,7 +50,7 @@ def stop_forms(subject: Subject) -> str:
     first = min((stop for stop in (later, sooner)), key=text.find)
     _ends_before(text, first, subject.ask(STORY, max_tokens=_MOST, stop=several))
     same_text(text, subject.ask(STORY, max_tokens=_MOST, stop=["\u2603 never"]).text, "a stop that does not occur")
-    # The prompt has it, the text need not: stops are looked for in what is said alone.
+    # The prompt contains this stop: only the generated text may be searched.
     prompts = next(word for word in ("lighthouse", "short", "Tell", "fox") if word not in text or word == "fox")
     expected = text[: text.find(prompts)] if prompts in text else text
     same_text(expected, subject.ask(STORY, max_tokens=_MOST, stop=[prompts]).text, f"stop={prompts!r}, in the prompt")
@@ -65,18 +65,18 @@ def stop_counts(subject: Subject) -> str:
     for stop in stops_of(plain.text, 4, shift=13):
         answer = subject.ask(STORY, max_tokens=_MOST, stop=[stop])
         end = plain.text.find(stop) + len(stop)
-        # The token that completes the stop had to be generated; none after it.
+        # The token that completes the stop must be generated, but none after it.
         most = plain.tokens - (2 * end < len(plain.text)) if entries is None else _tokens_until(entries, end)
         demand(answer.tokens <= most, f"stop={stop!r}: {answer.tokens} completion tokens, but {most} reach its end")
         if entries is not None:
             _no_more_entries(subject.ask(STORY, max_tokens=_MOST, stop=[stop], logprobs=True, top_logprobs=1), stop)
     if entries is None:
-        not_visible("completion_tokens are plausible; no logprobs say more")
+        not_visible("completion_tokens are plausible; without logprobs there is no more to compare")
     return "completion_tokens and logprobs end with the text"
 
 
 def _tokens_until(entries: list[dict[str, object]], end: int) -> int:
-    """Tokens whose text reaches a place."""
+    """Number of tokens whose text reaches `end`, in characters."""
     for count in range(1, len(entries) + 1):
         if len(shown(entries[:count])) >= end:
             return count
@@ -90,7 +90,7 @@ def _no_more_entries(answer: Answer, stop: str) -> None:
         if start >= length:
             beyond.append(str(entry.get("token")))
         start += len(entry_bytes(entry))
-    words = f"{len(beyond)} of {len(entries)} logprob entries begin after the text {short(answer.text[-16:])}"
+    words = f"{len(beyond)} of {len(entries)} logprob entries start after the text {short(answer.text[-16:])}"
     demand(not beyond, f"stop={stop!r}: {words}, from {short(''.join(beyond), 30)}")
 
 
@@ -98,12 +98,12 @@ THEME = Theme(
     "stops",
     (
         Check("stop-whole", ("A4",), "a stop string ends the text before it, with finish_reason 'stop'", stop_whole),
-        Check("stop-stream", ("A4",), "so it does in a stream, of which no piece leaks", stop_stream),
-        Check("stop-forms", ("A4",), "a string, a list and several stops mean what they say", stop_forms),
+        Check("stop-stream", ("A4",), "a stop string ends a stream too, and no part of it is sent", stop_stream),
+        Check("stop-forms", ("A4",), "stop may be a string or a list; the first match in the text counts", stop_forms),
         Check(
             "stop-counts",
             ("A4", "A5", "A6"),
-            "no token after a stop is counted, no logprob begins after the text",
+            "no token after a stop is counted, and no logprob starts after the text",
             stop_counts,
         ),
     ),

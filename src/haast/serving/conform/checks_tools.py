@@ -1,4 +1,4 @@
-"""Tool calls: made where they must be, with arguments that are JSON, in one piece and in a stream."""
+"""Checks of tool calls: present if required, with valid JSON arguments, whole and streamed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from haast.serving.conform.base import Check, Theme, demand, fail, not_visible, 
 from haast.serving.conform.client import parsed
 from haast.serving.conform.subject import Messages, Subject
 
-_ASKED = "What is the weather in Paris?"
-_MOST = 96  # a call of a model that writes its JSON on several lines
+_QUESTION = "What is the weather in Paris?"
+_MOST = 96  # enough for a call whose JSON is written on several lines
 
 
 def _tool(name: str, about: str, **properties: Any) -> dict[str, Any]:
     parameters: dict[str, Any] = {"type": "object", "properties": properties, "required": list(properties)}
     parameters["additionalProperties"] = False
-    # Without `strict`, arguments need be no more than JSON.
+    # Without `strict`, arguments only have to be JSON.
     function = {"name": name, "description": about, "parameters": parameters, "strict": True}
     return {"type": "function", "function": function}
 
@@ -33,17 +33,17 @@ _NAMES = {"get_weather": {"city", "unit"}, "get_time": {"city"}}
 def required(subject: Subject) -> str:
     """tool_choice "required"."""
     for fields in ({}, {"temperature": 1}):
-        answer = subject.ask(_ASKED, max_tokens=_MOST, tools=_TOOLS, tool_choice="required", **fields)
+        answer = subject.ask(_QUESTION, max_tokens=_MOST, tools=_TOOLS, tool_choice="required", **fields)
         _has_calls(answer, "tool_choice='required'")
-        cut = answer.finish == "length"  # within a further call: the limit is told, and the calls before it are whole
+        cut = answer.finish == "length"  # inside a further call; the calls before it are complete
         demand(cut or answer.finish == "tool_calls", f"finish_reason is {short(answer.finish)}, not 'tool_calls'")
     return f"calls {answer.first.calls[0].name}, arguments {short(answer.first.calls[0].arguments)}"
 
 
 def by_name(subject: Subject) -> str:
-    """tool_choice of one tool."""
+    """tool_choice with the name of a tool."""
     choice = {"type": "function", "function": {"name": "get_time"}}
-    answer = subject.ask(_ASKED, max_tokens=_MOST, tools=_TOOLS, tool_choice=choice)
+    answer = subject.ask(_QUESTION, max_tokens=_MOST, tools=_TOOLS, tool_choice=choice)
     _has_calls(answer, "tool_choice of get_time")
     names = {call.name for call in answer.first.calls}
     demand(names == {"get_time"}, f"{short(names)} was called instead of get_time")
@@ -52,27 +52,27 @@ def by_name(subject: Subject) -> str:
 
 def none(subject: Subject) -> str:
     """tool_choice "none"."""
-    answer = subject.ask(_ASKED, max_tokens=_MOST, tools=_TOOLS, tool_choice="none")
+    answer = subject.ask(_QUESTION, max_tokens=_MOST, tools=_TOOLS, tool_choice="none")
     demand(not answer.first.calls, f"{answer.first.calls} with tool_choice='none'")
-    demand(answer.text, "neither a call nor a text")
-    return "a text"
+    demand(answer.text, "no text and no call")
+    return "text without a call"
 
 
 def in_a_stream(subject: Subject) -> str:
-    """Calls put together from deltas."""
+    """Calls joined from deltas."""
     fields = {"max_tokens": _MOST, "tools": _TOOLS, "tool_choice": "required"}
-    whole = subject.ask(_ASKED, **fields)
+    whole = subject.ask(_QUESTION, **fields)
     if not whole.first.calls:
-        not_visible("there are no calls in one piece either: see the check of tool-required")
-    streamed = subject.streamed(_ASKED, **fields)
+        not_visible("the whole answer has no calls either: see the check tool-required")
+    streamed = subject.streamed(_QUESTION, **fields)
     _has_calls(streamed, "tool_choice='required' in a stream")
-    demand(_said(whole) == _said(streamed), f"{short(_said(streamed))} in the stream, {short(_said(whole))} in one")
+    demand(_pairs(whole) == _pairs(streamed), f"{short(_pairs(streamed))} streamed, {short(_pairs(whole))} whole")
     demand(streamed.finish == whole.finish, f"finish_reason {whole.finish!r}, streamed {streamed.finish!r}")
-    return f"{len(streamed.first.calls)} call, the same in one piece"
+    return f"{len(streamed.first.calls)} call, the same as in the whole answer"
 
 
 def result(subject: Subject) -> str:
-    """A conversation that goes on after a call."""
+    """A conversation that continues after a call."""
     call = {"id": "call_1", "type": "function", "function": {"name": "get_time", "arguments": '{"city": "Paris"}'}}
     messages: Messages = [
         {"role": "user", "content": "What time is it in Paris?"},
@@ -84,12 +84,12 @@ def result(subject: Subject) -> str:
     return "a text follows a tool's result"
 
 
-def _said(answer: Answer) -> list[tuple[str, Any]]:
+def _pairs(answer: Answer) -> list[tuple[str, Any]]:
     return [(call.name, parsed(call.arguments)) for call in answer.first.calls]
 
 
 def _has_calls(answer: Answer, words: str) -> None:
-    """Fail unless every call is whole."""
+    """Fail unless there are calls, and each is valid."""
     if not answer.first.calls:
         if answer.finish == "length" and not answer.text:
             not_visible(f"{words}: {_MOST} tokens were not enough for a call")
@@ -102,21 +102,21 @@ def _has_calls(answer: Answer, words: str) -> None:
 
 def _check_call(call: Call, words: str) -> None:
     if call.name not in _NAMES:
-        fail(f"{words}: calls {short(call.name)}, which is no tool")
+        fail(f"{words}: calls {short(call.name)}, which is not one of the tools")
     arguments = parsed(call.arguments)
-    demand(isinstance(arguments, dict), f"{words}: the arguments are no JSON object: {short(call.arguments)}")
+    demand(isinstance(arguments, dict), f"{words}: the arguments are not a JSON object: {short(call.arguments)}")
     demand(_NAMES[call.name] == set(arguments), f"{words}: the arguments of {call.name} are {short(arguments)}")
     good = arguments["city"] in _CITIES and arguments.get("unit", _UNITS[0]) in _UNITS
-    demand(good, f"{words}: arguments outside their schema, {short(arguments)}")
+    demand(good, f"{words}: the arguments do not match their schema: {short(arguments)}")
 
 
 THEME = Theme(
     "tools",
     (
-        Check("tool-required", ("A3",), "tool_choice 'required' makes a call whose arguments fit", required),
-        Check("tool-named", ("A3",), "a named tool is the one called", by_name),
-        Check("tool-none", ("A3",), "tool_choice 'none' makes no call", none),
-        Check("tool-stream", ("A3",), "a stream's deltas add up to the same call", in_a_stream),
-        Check("tool-result", ("A3",), "a conversation goes on after a tool's result", result),
+        Check("tool-required", ("A3",), "tool_choice 'required' gives a call with valid arguments", required),
+        Check("tool-named", ("A3",), "tool_choice with a name calls this tool", by_name),
+        Check("tool-none", ("A3",), "tool_choice 'none' gives no call", none),
+        Check("tool-stream", ("A3",), "the deltas of a stream add up to the same call", in_a_stream),
+        Check("tool-result", ("A3",), "a conversation continues after a tool's result", result),
     ),
 )

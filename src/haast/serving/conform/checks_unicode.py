@@ -1,4 +1,4 @@
-"""Characters of several tokens: none is broken in a stream, and none is left half at the end."""
+"""Checks of characters that span several tokens: none is broken in a stream, or cut at the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from haast.serving.conform.client import Streamed
 from haast.serving.conform.subject import CHAT, TEXT, Subject, same_text
 
 _BROKEN = "\ufffd"
-# Patterns that any model goes on with, in characters of three and four bytes.
+# Patterns that any model continues, in characters of three and four bytes.
 _PATTERNS = (
     "\U0001f642\U0001f680\U0001f642\U0001f680\U0001f642\U0001f680\U0001f642\U0001f680",
     "\u65e5\u672c\u8a9e\u3001\u65e5\u672c\u8a9e\u3001\u65e5\u672c\u8a9e\u3001",
@@ -26,23 +26,23 @@ def _prompts(subject: Subject) -> Iterator[tuple[str, str]]:
 
 
 def utf8_stream(subject: Subject) -> str:
-    """Every delta of texts full of long characters."""
+    """Every delta of texts with many multi-byte characters."""
     wide = 0
     for path, prompt in _prompts(subject):
         whole = subject.ask(prompt, path, max_tokens=24).text
         streamed = subject.stream(prompt, path, max_tokens=24)
-        demand(not streamed.torn, f"{short(prompt, 30)}: an event is no UTF-8")
+        demand(not streamed.torn, f"{short(prompt, 30)}: an event is not valid UTF-8")
         if _BROKEN not in whole.rstrip(_BROKEN):
             _no_broken_delta(streamed, whole, prompt)
         same_text(whole, streamed_answer(streamed).text, f"{path} of {short(prompt, 30)}")
         wide += sum(ord(character) > 0x7FF for character in whole)
     if not wide:
-        not_visible("the model says no character of three bytes or more")
+        not_visible("the model generates no character of three bytes or more")
     return f"{wide} characters of three bytes or more, each whole"
 
 
 def _no_broken_delta(streamed: Streamed, whole: str, prompt: str) -> None:
-    """U+FFFD may stand only where the whole text ends with it, because a limit cut its last character."""
+    """U+FFFD is allowed only at the end of the whole text, when a limit cut its last character."""
     pieces = [piece for chunk in streamed.chunks for piece in _pieces(chunk)]
     broken = [piece for piece in pieces if _BROKEN in piece]
     cut = whole.endswith(_BROKEN) and broken == pieces[-1:]
@@ -58,26 +58,28 @@ def _pieces(chunk: dict[str, object]) -> Iterator[str]:
 
 
 def utf8_cut(subject: Subject) -> str:
-    """Limits that fall inside a character."""
+    """Token limits that fall inside a character."""
     for path, prompt in _prompts(subject):
         whole = subject.ask(prompt, path, max_tokens=24).text
         if any(ord(character) > 0x7FF for character in whole.rstrip(_BROKEN)[:4]):
             return _cut_anywhere(subject, path, prompt, whole.rstrip(_BROKEN))
-    return not_visible("no text begins with a character of three bytes or more")
+    return not_visible("no text starts with a character of three bytes or more")
 
 
 def _cut_anywhere(subject: Subject, path: str, prompt: str, whole: str) -> str:
     for most in range(1, 9):
         text = subject.ask(prompt, path, max_tokens=most).text
-        demand(_BROKEN not in text, f"max_tokens={most} leaves half a character: {short(text)}")
-        demand(whole.startswith(text), f"max_tokens={most}: {short(text)} does not begin the longer text")
-    return "cut after 1 to 8 tokens: never half a character"
+        demand(_BROKEN not in text, f"max_tokens={most} leaves a broken character: {short(text)}")
+        demand(whole.startswith(text), f"max_tokens={most}: {short(text)} is not a prefix of the longer text")
+    return "cut after 1 to 8 tokens: never a broken character"
 
 
 THEME = Theme(
     "unicode",
     (
-        Check("utf8-stream", ("A20",), "no delta holds a broken character, and they add up to the text", utf8_stream),
+        Check(
+            "utf8-stream", ("A20",), "no delta holds a broken character, and all deltas add up to the text", utf8_stream
+        ),
         Check("utf8-cut", ("A20",), "a limit inside a character leaves no U+FFFD", utf8_cut),
     ),
 )

@@ -1,6 +1,6 @@
-"""JSON and server-sent events over a wire. Owns how replies are read; what they mean is `answers`' affair.
+"""Sends JSON and reads server-sent events over a `Wire`. `answers` interprets the replies.
 
-Events are kept as they came, comments and broken ones too: the checks judge the framing itself.
+Keeps events as they came, including comments and broken ones, because checks test the framing too.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from haast.serving.conform.wire import Opened, Request, Wire, WireError
 
 DONE = "[DONE]"
 _KEPT = 1500  # characters of a reply that are kept as evidence
-_PATIENCE = 4  # time limits that a whole stream may take, while each wait alone stays within one
+_PATIENCE = 4  # a whole reply may take this many time limits; each single wait may take one
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A whole reply; `body` is None where it is no JSON."""
+    """A whole reply; `body` is its JSON, or None if it is not JSON."""
 
     status: int
     headers: Mapping[str, str]
@@ -30,7 +30,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Event:
-    """One server-sent event, or one comment; `at` is when its last byte came, in seconds after the request."""
+    """One server-sent event or comment; `at` is the arrival of its last byte, in seconds after the request."""
 
     data: str
     at: float
@@ -40,24 +40,24 @@ class Event:
 
 @dataclass(frozen=True)
 class Streamed:
-    """A reply read event by event; `whole` has it where the server answered without events, as errors do."""
+    """A reply read event by event; `whole` is set instead if the server sent no event stream, as for errors."""
 
     status: int
     headers: Mapping[str, str]
     events: tuple[Event, ...] = ()
     whole: Reply | None = None
-    torn: bool = False  # an event whose bytes are no UTF-8: a character was cut in two
+    torn: bool = False  # an event is not valid UTF-8: a character was cut in two
     rest: str = ""  # what came after the last complete event
     seconds: float = 0.0
 
     @property
     def data(self) -> list[Event]:
-        """The events that carry data; comments are none."""
+        """The events with data, without comments."""
         return [event for event in self.events if not event.comment]
 
     @property
     def chunks(self) -> list[dict[str, Any]]:
-        """The data of events that are JSON objects."""
+        """The data of all events that are JSON objects."""
         read = (parsed(event.data) for event in self.data)
         return [each for each in read if isinstance(each, dict)]
 
@@ -75,9 +75,9 @@ class Client:
     """Requests to one server.
 
     Args:
-        wire: the way there.
-        key: sent as bearer token; None sends none.
-        timeout: seconds that a server may stay silent.
+        wire: transport to the server.
+        key: sent as bearer token; None sends no key.
+        timeout: maximum seconds to wait for output.
     """
 
     wire: Wire
@@ -89,7 +89,7 @@ class Client:
     def request(
         self, method: str, path: str, body: Any = None, timeout: float | None = None, **headers: str
     ) -> Request:
-        """What is sent; `body` is JSON, or bytes as they are. Header names are written with underscores."""
+        """Build a request; `body` is sent as JSON, bytes unchanged. Header names have underscores for hyphens."""
         content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
         head = {"content-type": "application/json"} if content else {}
         if self.key is not None:
@@ -100,7 +100,7 @@ class Client:
         return Request(method, path, content, head, self.timeout if timeout is None else timeout)
 
     def send(self, request: Request) -> Reply:
-        """The whole reply. Raises WireError."""
+        """Send a request and read the whole reply. Raises WireError."""
         began, exchange = self.wire.clock(), self.last
         try:
             with self.wire.open(request) as opened:
@@ -113,15 +113,15 @@ class Client:
         return reply
 
     def get(self, path: str, timeout: float | None = None, **headers: str) -> Reply:
-        """Read an address. Raises WireError."""
+        """Send a GET request. Raises WireError."""
         return self.send(self.request("GET", path, None, timeout, **headers))
 
     def post(self, path: str, body: Any, timeout: float | None = None, **headers: str) -> Reply:
-        """Send JSON, or bytes as they are. Raises WireError."""
+        """Send a POST request with JSON, or bytes unchanged. Raises WireError."""
         return self.send(self.request("POST", path, body, timeout, **headers))
 
     def stream(self, path: str, body: Any, most: int | None = None) -> Streamed:
-        """Send JSON and read events, no more than `most`. Raises WireError."""
+        """Send a POST request and read its events, at most `most`. Raises WireError."""
         request, began = self.request("POST", path, body), self.wire.clock()
         exchange = self.last
         try:
@@ -137,7 +137,7 @@ class Client:
         return streamed
 
     def _read(self, opened: Opened, began: float, timeout: float, most: int | None) -> Streamed:
-        """A stream's events, or the whole reply that came instead."""
+        """Read a stream's events, or the whole reply if it is not a stream."""
         pieces = self._within(opened.pieces, began, timeout)
         if "text/event-stream" not in opened.headers.get("content-type", ""):
             whole = _reply(opened, b"".join(pieces), self.wire.clock() - began)
@@ -151,7 +151,7 @@ class Client:
         return Streamed(opened.status, opened.headers, tuple(reader.events), None, reader.torn, reader.rest, seconds)
 
     def _within(self, pieces: Iterator[bytes], began: float, timeout: float) -> Iterator[bytes]:
-        """The pieces, as long as the whole stays within bounds: a server that trickles for ever must not hold us."""
+        """Yield the pieces; raises WireError if the whole reply takes too long, which single waits do not show."""
         for piece in pieces:
             yield piece
             if self.wire.clock() - began > _PATIENCE * timeout:
@@ -159,7 +159,7 @@ class Client:
 
 
 class EventReader:
-    """Bytes become events, however they are cut."""
+    """Parses server-sent events from bytes, which may be cut anywhere."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -172,8 +172,8 @@ class EventReader:
         return self._bytes.decode("utf-8", "replace").strip()
 
     def feed(self, piece: bytes, at: float) -> None:
-        """Take what has come."""
-        # A CR at the end may be half of a CR LF, whose other half is still to come.
+        """Add received bytes; `at` is their arrival in seconds."""
+        # A CR at the end may be the first half of CR LF.
         self._bytes = (self._bytes + piece).replace(b"\r\n", b"\n")
         *whole, self._bytes = self._bytes.split(b"\n\n")
         for block in whole:
@@ -194,7 +194,7 @@ class EventReader:
 
 
 def parsed(text: str) -> Any:
-    """JSON, or None where it is none."""
+    """Parse JSON; None if it is not valid."""
     try:
         return json.loads(text)
     except ValueError:

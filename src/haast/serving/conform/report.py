@@ -1,6 +1,6 @@
-"""What is told of a run: a table for the terminal, a JSON document, and several documents side by side.
+"""Reports of a run: lines for the terminal, a JSON document, and a Markdown table of several documents.
 
-Owns the document "haast-conform-1", which holds no paths of the machine where it was made.
+Owns the document format "haast-conform-1", which contains no paths of the machine that wrote it.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ _SIGNS = {
     "not visible": "?",
 }
 _LEGEND = (
-    "yes: holds. **no**: does not. **ignored**: the field is accepted and has no effect. refused: an error that names "
-    "the field. none: no such address. ?: not visible from outside."
+    "yes: passes. **no**: fails. **ignored**: the field is accepted and has no effect. refused: an error names the "
+    "field. none: the path does not exist. ?: not visible from outside."
 )
-# Places on a disk, which are nobody's business; addresses below a server's root are none.
+# File paths, which results must not contain. Paths of URLs are kept.
 _PATH = re.compile(
     r"(?:\b[A-Z]:\\(?=\w)|~/|(?:\.\./)+|/(?:tmp|work|root|home|usr|opt|var|mnt|srv|etc|data|private|Users)/)[^\s\"'<>,;:)\]}]*"
 )
 
 
 def line(theme: Theme, check: Check, outcome: Outcome) -> str:
-    """One check, for the terminal."""
+    """The line of one check in the terminal."""
     rows = ",".join(check.rows) if len(check.rows) < 4 else f"{check.rows[0]}..{check.rows[-1]}"
     words = f"{theme.name:<11}{check.id:<23}{rows:<9} {outcome.verdict.value:<12}{' '.join(outcome.detail.split())}"
     return words if len(words) <= _MOST else f"{words[: _MOST - 3]}..."
 
 
 def totals(outcomes: Mapping[str, Outcome]) -> dict[str, int]:
-    """How many checks ended in which way."""
+    """Number of checks per verdict."""
     counts = Counter(outcome.verdict for outcome in outcomes.values())
     return {verdict.value: counts[verdict] for verdict in Verdict}
 
@@ -58,7 +58,7 @@ def summary(counts: Mapping[str, int]) -> str:
 def document(
     checks: Sequence[tuple[Theme, Check]], outcomes: Mapping[str, Outcome], server: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The result as JSON; `server` says who was asked, and in which version."""
+    """The result as a JSON document; `server` holds the tested server's name, version, model and URL."""
     from haast import __version__
 
     whole = {
@@ -90,7 +90,7 @@ def _entry(theme: Theme, check: Check, outcome: Outcome) -> dict[str, Any]:
 
 
 def without_paths(value: Any) -> Any:
-    """The same with every place on a disk cut down to its last name."""
+    """A copy in which every file path is cut to its last name."""
     if isinstance(value, dict):
         return {without_paths(name): without_paths(each) for name, each in value.items()}
     if isinstance(value, list):
@@ -103,21 +103,21 @@ def _last_name(found: re.Match[str]) -> str:
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """A result that was written before. Raises ValueError."""
+    """Read a result from a file. Raises ValueError."""
     path = expanded(path, "cannot read")
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path} ({error}): give a file that `haast conform --json` wrote") from error
     if not isinstance(read, dict) or read.get("kind") != KIND:
-        raise ValueError(f"{path} is no result of `haast conform` (kind {KIND!r}): give one that --json wrote")
+        raise ValueError(f"{path} is not a result of `haast conform` (kind {KIND!r}): give a file that --json wrote")
     return read
 
 
 def markdown(paths: Sequence[Path]) -> str:
-    """Several results side by side as Markdown: a row a check, a column a server, and below why something failed.
+    """Compare several results as Markdown: one row per check, one column per server, and the reasons of failures below.
 
-    Raises ValueError.
+    Raises ValueError if a file is not a result.
     """
     documents = [read_document(path) for path in paths]
     names = [_column(document["server"]) for document in documents]
@@ -127,7 +127,7 @@ def markdown(paths: Sequence[Path]) -> str:
         signs = [_SIGNS[column[check.id]["outcome"]] if check.id in column else "" for column in outcomes]
         lines.append(f"| {theme.name}: `{check.id}` | {' '.join(check.rows)} | {check.asks} | {' | '.join(signs)} |")
     counts = [summary(document["totals"]) for document in documents]
-    lines += [f"| | | in all | {' | '.join(counts)} |", "", _LEGEND, ""]
+    lines += [f"| | | total | {' | '.join(counts)} |", "", _LEGEND, ""]
     for name, document in zip(names, documents, strict=True):
         lines += _failures(name, document)
     return "\n".join(lines).rstrip() + "\n"
@@ -138,7 +138,7 @@ def _column(server: Mapping[str, Any]) -> str:
 
 
 def _failures(name: str, document: Mapping[str, Any]) -> list[str]:
-    """What a server was found wanting in, in the words of the run."""
+    """The failed checks of a server, with their reasons."""
     failed = [each for each in document["checks"] if each["outcome"] in ("fail", "silent")]
     lines = [f"**{name}** (model {document['server'].get('model')}, {document['date'][:10]})", ""]
     lines += [f"- `{each['id']}`: {_escaped(each['detail'])}" for each in failed] or ["- nothing failed"]
@@ -146,5 +146,5 @@ def _failures(name: str, document: Mapping[str, Any]) -> list[str]:
 
 
 def _escaped(words: str) -> str:
-    """Words that Markdown must take as they are."""
+    """The text with Markdown's special characters escaped."""
     return re.sub(r"([\\`*_<>|#\[\]])", r"\\\1", " ".join(words.split()))

@@ -1,6 +1,7 @@
-"""All checks in their order, and how a server is put to them.
+"""Runs the checks against a server, in order.
 
-Owns what is known before the first check (the model, whether anybody answers at all) and what a lost server means.
+Owns the steps before the first check (is the server there, which model to test), and stops sending requests to a server
+that no longer answers.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from haast.serving.conform.client import Client, Reply
 from haast.serving.conform.subject import Subject
 from haast.serving.conform.wire import WireError
 
-# What may hurt a server comes late, so that the rest is judged before.
+# Checks that may bring a server down run last.
 THEMES: tuple[Theme, ...] = (
     checks_basics.THEME,
     checks_streaming.THEME,
@@ -44,44 +45,50 @@ THEMES: tuple[Theme, ...] = (
     checks_errors.THEME,
 )
 _CONTEXTS = ("max_model_len", "context_length", "context_window", "n_ctx", "max_context_length")
-_GIVE_UP = 3  # silences in a row after which the server is taken to be gone
-_GONE = Outcome(Verdict.NOT_VISIBLE, "not asked: the server no longer answers", {"no answer": True})
+_GIVE_UP = 3  # checks in a row without an answer after which the server counts as gone
+_GONE = Outcome(Verdict.NOT_VISIBLE, "not run: the server no longer answers", {"no answer": True})
 
 
 def root_of(url: str) -> str:
-    """The address below which /v1 lies. Raises ValueError."""
+    """The URL without /v1. Raises ValueError."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ValueError(f"url={url!r} is no address: give one like http://127.0.0.1:8000")
+        raise ValueError(f"url={url!r} is not an HTTP URL: give one like http://127.0.0.1:8000")
     return url.rstrip("/").removesuffix("/v1")
 
 
 def chosen(only: str | None) -> list[tuple[Theme, Check]]:
-    """The checks of the themes, rows and names in a list with commas; all for None. Raises ValueError."""
+    """The checks with the given themes, rows or names, comma-separated; all for None. Raises ValueError."""
     every = [(theme, check) for theme in THEMES for check in theme.checks]
     if only is None:
         return every
-    wanted = {word.strip() for word in only.split(",") if word.strip()}
+    names = {word.strip() for word in only.split(",") if word.strip()}
     known = {name for theme, check in every for name in (theme.name, check.id, *check.rows)}
-    unknown = sorted(wanted - known)
-    if unknown or not wanted:
+    unknown = sorted(names - known)
+    if unknown or not names:
         themes = ", ".join(theme.name for theme in THEMES)
         raise ValueError(
-            f"only={only!r}: there is no check {', '.join(unknown)}; give a row, a name or one of {themes}"
+            f"only={only!r}: there is no check {', '.join(unknown)}: give a row, a name or a theme of {themes}"
         )
-    return [(theme, check) for theme, check in every if wanted & {theme.name, check.id, *check.rows}]
+    return [(theme, check) for theme, check in every if names & {theme.name, check.id, *check.rows}]
 
 
 def subject_at(client: Client, root: str, model: str | None, context: int | None = None) -> Subject:
-    """The server at the other end, and which of its models is asked.
+    """Connect to a server and choose the model to test.
+
+    Args:
+        client: for requests to the server.
+        root: the server's URL, for messages.
+        model: the model to test; None for the only one that the server lists.
+        context: the model's context length in tokens, if the server does not report it.
 
     Raises:
-        ValueError: nobody answers, the key is wrong, or the model must be named.
+        ValueError: no server answers, the key is wrong, or several models are listed and `model` is None.
     """
     try:
         reply = client.get("/v1/models")
     except WireError as error:
-        raise ValueError(f"no server answers at {root} ({error}): start it, or correct the address") from error
+        raise ValueError(f"no server answers at {root} ({error}): start it, or correct the URL") from error
     if reply.status in (401, 403):
         raise ValueError(f"{root} refuses the key (HTTP {reply.status}): give it with --api-key-file")
     listed = _listed(reply)
@@ -101,7 +108,7 @@ def _listed(reply: Reply) -> dict[str, dict[str, object]]:
 
 
 def _context(entry: dict[str, object]) -> int | None:
-    """The context's size, under whichever name a server tells it."""
+    """The context length that the server reports, under any of the usual names."""
     meta = entry.get("meta")
     for place in (entry, meta if isinstance(meta, dict) else {}):
         for name in _CONTEXTS:
@@ -112,21 +119,21 @@ def _context(entry: dict[str, object]) -> int | None:
 
 
 def run(
-    subject: Subject, checks: Sequence[tuple[Theme, Check]], tell: Callable[[Theme, Check, Outcome], None]
+    subject: Subject, checks: Sequence[tuple[Theme, Check]], report: Callable[[Theme, Check, Outcome], None]
 ) -> dict[str, Outcome]:
-    """Put the server to the checks, one after the other; `tell` hears of each at once."""
-    outcomes, silences = dict[str, Outcome](), 0
+    """Run the checks one after the other; calls `report` after each. Returns outcomes by check id."""
+    outcomes, unanswered = dict[str, Outcome](), 0
     for theme, check in checks:
-        # Only the checks that met the silence count against the server: nothing was seen of the others.
-        outcome = judged(subject, check) if silences < _GIVE_UP else _GONE
-        silences = silences + 1 if outcome.evidence.get("no answer") else 0
+        # After _GIVE_UP checks without an answer, the others do not count against the server: they were not run.
+        outcome = judged(subject, check) if unanswered < _GIVE_UP else _GONE
+        unanswered = unanswered + 1 if outcome.evidence.get("no answer") else 0
         outcomes[check.id] = outcome
-        tell(theme, check, outcome)
+        report(theme, check, outcome)
     return outcomes
 
 
 def judged(subject: Subject, check: Check) -> Outcome:
-    """One check's outcome, with what was sent and received where it failed."""
+    """Run one check. The outcome of a failed one has the last request and response as evidence."""
     client = subject.client
     began, before = client.wire.clock(), client.requests
     try:
@@ -135,14 +142,9 @@ def judged(subject: Subject, check: Check) -> Outcome:
         outcome = error.outcome
     except WireError as error:
         outcome = Outcome(Verdict.FAIL, str(error), {"no answer": True})
-    except (
-        KeyError,
-        IndexError,
-        TypeError,
-        AttributeError,
-    ) as error:  # an answer of another shape than any client reads
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         outcome = Outcome(
-            Verdict.FAIL, f"the answer has another shape than clients read ({type(error).__name__}: {error})"
+            Verdict.FAIL, f"the answer does not have the structure that clients read ({type(error).__name__}: {error})"
         )
     evidence = dict(outcome.evidence)
     if outcome.verdict.failed:

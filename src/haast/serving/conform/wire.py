@@ -1,6 +1,6 @@
-"""Bytes to a server and back. Owns the connection, its time limits and its clock; knows neither JSON nor events.
+"""HTTP transport of the checks. Owns connections, time limits and the clock; knows neither JSON nor events.
 
-`Wire` is all that the checks need of HTTP, so that tests can put a server in its place that has no socket and no time.
+`Wire` is the part of HTTP that the checks need, so tests can replace it with a server without sockets and real time.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-_CONNECT = 10.0  # seconds that a server may take to pick up
+_CONNECT = 10.0  # seconds to connect
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is sent; `path` lies below the server's root, and no wait for bytes is longer than `timeout`."""
+    """A request; `path` is relative to the server's root, and `timeout` limits each wait for bytes, in seconds."""
 
     method: str
     path: str
@@ -27,7 +27,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Opened:
-    """A reply whose head has come; `pieces` are the body's bytes as they arrive. Header names are in small letters."""
+    """A response whose head has arrived; `pieces` yields the body as it arrives. Header names are in lower case."""
 
     status: int
     headers: Mapping[str, str]
@@ -35,31 +35,31 @@ class Opened:
 
 
 class WireError(Exception):
-    """No reply: the server took too long (`late`), hung up, or was never there."""
+    """No complete response: the time limit passed (`late`), or the connection was lost or refused."""
 
-    def __init__(self, words: str, late: bool = False) -> None:
-        super().__init__(words)
+    def __init__(self, message: str, late: bool = False) -> None:
+        super().__init__(message)
         self.late = late
 
 
 class Wire(Protocol):
-    """A way to a server."""
+    """A transport to one server."""
 
     def open(self, request: Request) -> AbstractContextManager[Opened]:
-        """Send it; leaving the block early drops the connection. Raises WireError."""
+        """Send a request; leaving the block early closes the connection. Raises WireError."""
         ...
 
     def clock(self) -> float:
-        """Seconds."""
+        """A monotonic time in seconds."""
         ...
 
     def sleep(self, seconds: float) -> None:
-        """Wait."""
+        """Wait some seconds."""
         ...
 
 
 class HttpWire:
-    """The way over HTTP. Proxies of the surroundings are not asked: the address means what it says."""
+    """Transport over HTTP. Ignores proxy settings of the environment."""
 
     def __init__(self, root: str) -> None:
         try:
@@ -67,13 +67,13 @@ class HttpWire:
         except ImportError as error:
             raise ValueError("conform needs the httpx2 package, which is not installed: pip install httpx2") from error
         self._httpx = httpx2
-        # A connection of its own for every request: one that a server has closed after an error must not fail the next.
+        # One connection per request: a server that closes a connection after an error must not fail the next request.
         limits = httpx2.Limits(max_keepalive_connections=0)
         self._client = httpx2.Client(base_url=root, trust_env=False, follow_redirects=False, limits=limits)
 
     @contextmanager
     def open(self, request: Request) -> Iterator[Opened]:
-        """Send it; leaving the block early drops the connection. Raises WireError."""
+        """Send a request; leaving the block early closes the connection. Raises WireError."""
         limit = self._httpx.Timeout(request.timeout, connect=min(_CONNECT, request.timeout))
         try:
             with self._client.stream(
@@ -87,13 +87,13 @@ class HttpWire:
             raise WireError(f"the connection was lost ({str(error) or type(error).__name__})") from error
 
     def clock(self) -> float:
-        """Seconds."""
+        """A monotonic time in seconds."""
         return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
-        """Wait."""
+        """Wait some seconds."""
         time.sleep(seconds)
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         self._client.close()

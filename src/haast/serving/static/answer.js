@@ -1,27 +1,27 @@
-// One answer: its text with every token's origin, its numbers as they come, and the steps behind it.
+// One answer: its text with the origin of each token, its statistics while it runs, and its steps.
 
 import { button, counted, make, shown, speech } from "./dom.js";
 
 const PARTS = { prefill: "prefill", draft: "draft", verify: "verify", overhead: "rest" };
 
 export class Answer {
-  /** `acts`: onToken(answer, mark, really), and the buttons' onRegenerate(answer), onCheck(answer). */
+  /** `acts`: callbacks onToken(answer, mark, really), onRegenerate(answer), onCheck(answer). */
   constructor(acts) {
     this.acts = acts;
-    this.body = this.model = null; // the request, and the model that it goes to; see `begin`
-    this.whole = false; // whether the stream came to its end
+    this.body = this.model = null; // the request body and its model; see `begin`
+    this.whole = false; // whether the stream is complete
     this.text = this.reasoning = "";
-    this.finish = null; // why it ended
-    this.count = 0; // tokens
+    this.finish = null; // its finish_reason
+    this.count = 0; // tokens so far
     this.steps = new Map(); // number -> its document
-    this.stats = null; // the server's numbers, which come last
+    this.stats = null; // the server's statistics, in the last chunk
     this.usage = null;
-    this.measured = null; // tokens/s of this very answer without drafting, once that was tried
+    this.measured = null; // tokens/s of this answer without drafting, once measured
     this.tools = [];
-    this.marks = []; // every token that is shown: { element, step, place, token }
+    this.marks = []; // all shown tokens: { element, step, place, token }
     this.ofElement = new WeakMap();
-    this.placed = new Map(); // step -> how many of its tokens have come
-    this.waiting = []; // tokens whose text is not yet shown: { token, place, rest, mark }
+    this.placed = new Map(); // step -> number of its tokens so far
+    this.waiting = []; // tokens whose text is not shown yet: { token, place, rest, mark }
     this.drawing = false;
     this.build();
   }
@@ -31,7 +31,7 @@ export class Answer {
     this.thoughts = make("div", { class: "answer thoughts" });
     const summary = make("summary", {}, "Reasoning");
     this.reasoned = make("details", { class: "reasoning", hidden: true }, summary, this.thoughts);
-    const how = "Answer. Arrow keys walk through its tokens, Enter shows a token’s tree.";
+    const how = "Answer. Arrow keys move through its tokens, Enter shows a token’s tree.";
     this.words = make("div", { class: "answer", role: "group", "aria-label": how });
     this.calls = make("div", { class: "calls", hidden: true });
     this.trouble = make("div", { class: "trouble", hidden: true });
@@ -58,12 +58,12 @@ export class Answer {
     this.status.textContent = "Reading the prompt…";
   }
 
-  /** Take in a chunk of the stream. */
+  /** Process a chunk of the stream. */
   receive(chunk) {
     for (const step of chunk.haast?.steps ?? []) this.steps.set(step.number, step);
     const tokens = chunk.haast?.tokens ?? [], choice = chunk.choices?.[0], delta = choice?.delta ?? {};
     for (const token of tokens) {
-      const place = this.placed.get(token.step) ?? 0; // tokens without text have a place in their step too
+      const place = this.placed.get(token.step) ?? 0; // tokens without text count too
       this.placed.set(token.step, place + 1);
       this.waiting.push({ token, place, rest: token.text, mark: null });
     }
@@ -88,8 +88,8 @@ export class Answer {
   }
 
   /**
-   * Show text, marked by the tokens that wait for theirs: the server may hold text back that could be a delimiter's.
-   * What stands before it was one, and is not shown; text that no token has is shown unmarked.
+   * Show text, marked by the waiting tokens. The server holds text back that may be part of a delimiter. Waiting text
+   * before the given one was a delimiter and is dropped; text that matches no token is shown unmarked.
    */
   write(answer, text) {
     const at = this.waiting.map((each) => each.rest).join("").indexOf(text);
@@ -101,7 +101,7 @@ export class Answer {
     for (const [part, origin] of this.cut(text.length)) this.mark(answer, part, origin);
   }
 
-  /** Take that many characters from the waiting tokens, as [part, origin]. */
+  /** Take `length` characters from the waiting tokens, as [part, origin]. */
   cut(length) {
     const parts = [];
     while (length > 0) {
@@ -114,14 +114,14 @@ export class Answer {
     return parts;
   }
 
-  /** Append a token, or more of one, to the run of its step: the one that stands last, or a new one. */
+  /** Append a token, or more of its text, to the run of its step: the last run, or a new one. */
   mark(answer, text, origin) {
     const { token, place } = origin, step = String(token.step);
     if (origin.mark) {
       origin.mark.element.lastChild.append(text);
       return;
     }
-    const blank = text.length - text.trimStart().length; // which is not underlined: it would look like "_"
+    const blank = text.length - text.trimStart().length; // not underlined: it would look like "_"
     const words = make("span", { class: token.drafted ? "yes" : "own" }, text.slice(blank));
     const element = make("span", { class: "token", tabindex: "-1" }, text.slice(0, blank), words);
     origin.mark = { element, token, step: token.step, place };
@@ -133,7 +133,7 @@ export class Answer {
     if (!answer.querySelector('[tabindex="0"]')) this.take(origin.mark, answer);
   }
 
-  /** Let this token be the one that the Tab key finds; it is a button as long as it is. */
+  /** Make this token the one that the Tab key reaches; only that one has the role of a button. */
   take(mark, answer) {
     if (!mark) return;
     for (const each of answer.querySelectorAll('[tabindex="0"]')) {
@@ -151,7 +151,7 @@ export class Answer {
 
   clicked(event) {
     const mark = this.ofElement.get(event.target.closest(".token"));
-    if (!mark || !getSelection().isCollapsed) return; // somebody selects text
+    if (!mark || !getSelection().isCollapsed) return; // the user selects text
     mark.element.focus({ preventScroll: true });
     this.acts.onToken(this, mark, true);
   }
@@ -177,7 +177,7 @@ export class Answer {
     this.acts.onToken(this, next, false);
   }
 
-  /** Mark the tokens of the step whose tree is shown; undefined takes the mark away. */
+  /** Mark the tokens of the step whose tree is shown; undefined removes the mark. */
   point(step) {
     for (const run of this.element.querySelectorAll(".run[aria-current]")) run.removeAttribute("aria-current");
     for (const run of this.element.querySelectorAll(".run")) {
@@ -188,24 +188,24 @@ export class Answer {
     }
   }
 
-  /** A part of a tool call: names and arguments come in pieces. */
+  /** Add a part of a tool call: name and arguments come in pieces. */
   call(piece) {
     const at = Number.isInteger(piece.index) ? piece.index : 0;
     this.tools[at] ??= { name: "", arguments: "", element: make("p", { class: "call" }) };
     const tool = this.tools[at];
     tool.name += piece.function?.name ?? "";
     tool.arguments += piece.function?.arguments ?? "";
-    const [name, told] = [tool.name, tool.arguments || "nothing"].map((words) => make("code", {}, words));
-    tool.element.replaceChildren("Calls the tool ", name, " with ", told);
+    const [name, args] = [tool.name, tool.arguments || "nothing"].map((words) => make("code", {}, words));
+    tool.element.replaceChildren("Calls the tool ", name, " with ", args);
     this.calls.append(tool.element);
     this.calls.hidden = false;
     this.status.hidden = true;
   }
 
-  /** The answer ends here. `trouble` are words on what went wrong, where something did. */
+  /** End the answer. `trouble`: the error message, if it failed. */
   end(trouble) {
     const blank = !this.text && !this.calls.childElementCount;
-    const cut = { length: "Cut: this is as many tokens as the settings allow.", stopped: "Stopped." }[this.finish];
+    const cut = { length: "Cut off: the limit of tokens is reached.", stopped: "Stopped." }[this.finish];
     this.status.textContent = trouble ? "" : (cut ?? (blank ? "The answer is empty." : ""));
     this.status.hidden = !this.status.textContent;
     this.status.classList.remove("waiting");
@@ -219,7 +219,7 @@ export class Answer {
       const { onRegenerate, onCheck, onToken } = this.acts, made = [];
       if (!trouble) made.push(button("Regenerate", () => onRegenerate(this), { class: "again" }));
       if (this.model.drafts) made.push(button("Same seed without drafting", () => onCheck(this), { class: "without" }));
-      if (this.steps.size) made.push(button("Steps", () => onToken(this, this.liveliest(), true), { class: "steps" }));
+      if (this.steps.size) made.push(button("Steps", () => onToken(this, this.mostAccepted(), true), { class: "steps" }));
       this.actions.replaceChildren(...made);
       this.actions.hidden = false;
     }
@@ -227,8 +227,8 @@ export class Answer {
     speech.finish(this.status.textContent || (trouble ? "" : `${counted(this.usage?.completion_tokens ?? this.count, "token")}.`));
   }
 
-  /** A token of the step that kept the most drafts: where somebody begins who wants to see trees. */
-  liveliest() {
+  /** A token of the step with the most accepted drafts, to start with in the tree view. */
+  mostAccepted() {
     const kept = new Map();
     for (const { step, token } of this.marks) kept.set(step, (kept.get(step) ?? 0) + token.drafted);
     let best = this.marks.find((mark) => mark.step !== null) ?? this.marks[0];
@@ -236,7 +236,7 @@ export class Answer {
     return best;
   }
 
-  /** Numbers: the server's once they are there; until then those of the steps so far. Milliseconds are of all steps. */
+  /** Statistics: the server's once they arrive, until then those of the steps so far. Milliseconds are totals. */
   numbers() {
     const own = [...this.steps.values()], sum = (key) => own.reduce((all, step) => all + step[key], 0);
     const decoded = own.reduce((all, step) => all + step.emitted.length, 0);
@@ -252,7 +252,7 @@ export class Answer {
   fillMeter() {
     this.values = {};
     for (const [key, words] of Object.entries({
-      tau: "tokens a forward (tau)", speed: "tokens/s", vanilla: "without drafts", times: "as fast",
+      tau: "tokens per forward (tau)", speed: "tokens/s", vanilla: "without drafts", times: "speed-up",
     })) {
       this.values[key] = make("dd", {}, "–");
       this.meter.append(make("div", { class: key }, make("dt", {}, words), this.values[key]));
@@ -261,7 +261,7 @@ export class Answer {
     for (const part of Object.keys(PARTS)) this.bar.append((this.segments[part] = make("span", { class: part })));
   }
 
-  /** Show the numbers, at most once a frame. */
+  /** Show the statistics, at most once per frame. */
   draw() {
     if (this.drawing) return;
     this.drawing = true;

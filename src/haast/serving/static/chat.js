@@ -1,4 +1,4 @@
-// The conversation: what is asked, what is running, and what the keys do.
+// The conversation: its turns, the running request, and keyboard and button events.
 
 import { Answer } from "./answer.js";
 import { Check } from "./check.js";
@@ -9,33 +9,33 @@ import { closeSettings, sampling, settingsOpen, settingsValid, systemPrompt } fr
 
 const talk = byId("talk"), list = byId("turns"), prompt = byId("prompt"), welcome = byId("welcome");
 const turns = []; // { question, answer, elements }, the oldest first
-const known = new Map(); // id -> what the server says of a model
-let running = null; // the AbortController of what runs
+const modelsById = new Map(); // id -> the server's facts about a model
+let running = null; // the AbortController of the running request
 
-/** The chosen model; the server is asked which there are, until that is known. Throws Problem, or AbortError. */
+/** The chosen model; loads the list of models first, if needed. Throws Problem, or AbortError. */
 async function theModel({ signal, onWait }) {
-  if (!known.size) await learnModels({ signal, onWait });
-  return known.get(byId("models").value);
+  if (!modelsById.size) await learnModels({ signal, onWait });
+  return modelsById.get(byId("models").value);
 }
 
 async function learnModels(more) {
   const name = byId("model-name"), choice = byId("models");
   const reply = await request("v1/models", more);
   const { data = [] } = await reply.json();
-  known.clear();
+  modelsById.clear();
   for (const { id, haast } of data) {
     const drafter = haast?.drafter ?? "none";
-    known.set(id, { id, drafter, drafts: drafter !== "none", vanilla: haast?.vanilla_tokens_per_s ?? null });
+    modelsById.set(id, { id, drafter, drafts: drafter !== "none", vanilla: haast?.vanilla_tokens_per_s ?? null });
   }
-  if (!known.size) throw new Problem("The server has no model.");
-  choice.replaceChildren(...[...known.keys()].map((id) => make("option", { value: id }, id)));
-  choice.hidden = known.size < 2;
+  if (!modelsById.size) throw new Problem("The server has no model.");
+  choice.replaceChildren(...[...modelsById.keys()].map((id) => make("option", { value: id }, id)));
+  choice.hidden = modelsById.size < 2;
   name.hidden = !choice.hidden;
   showModel();
 }
 
 function showModel() {
-  const model = known.get(byId("models").value);
+  const model = modelsById.get(byId("models").value);
   byId("model-name").textContent = model.id;
   byId("drafter").textContent = model.drafts ? model.drafter : "no drafter";
 }
@@ -46,17 +46,17 @@ async function start() {
     await theModel({ onWait: (words) => { name.textContent = words; } });
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
-    if (!known.size) name.replaceChildren(error.message, " ", button("Try again", start));
+    if (!modelsById.size) name.replaceChildren(error.message, " ", button("Try again", start));
   }
 }
 
-/** What was said before, as the model reads it. Answers that never came are left out with their questions. */
+/** The messages of earlier turns. Turns without an answer are left out. */
 function messages(before) {
-  const said = systemPrompt() ? [{ role: "system", content: systemPrompt() }] : [];
+  const earlier = systemPrompt() ? [{ role: "system", content: systemPrompt() }] : [];
   for (const { question, answer } of before) {
-    if (answer.text) said.push({ role: "user", content: question }, { role: "assistant", content: answer.text });
+    if (answer.text) earlier.push({ role: "user", content: question }, { role: "assistant", content: answer.text });
   }
-  return said;
+  return earlier;
 }
 
 function requestBody(model, question, before) {
@@ -75,11 +75,11 @@ function setRunning(controller) {
   running = controller;
   byId("send").hidden = controller !== null;
   byId("stop").hidden = controller === null;
-  if (inside) prompt.focus(); // the button that had the focus is gone
+  if (inside) prompt.focus(); // the focused button was hidden
   setBusy(controller !== null);
 }
 
-/** Run something that can be stopped; nothing else begins meanwhile. `work` gets the signal. */
+/** Run `work(signal)`, which the user can stop; no other work starts meanwhile. */
 async function run(work) {
   const controller = new AbortController();
   setRunning(controller);
@@ -98,7 +98,7 @@ async function ask(question) {
   await run((signal) => answer(turn, signal));
 }
 
-/** Let the model answer a turn, which is the last one. */
+/** Generate the answer of the last turn. */
 async function answer(turn, signal) {
   const made = new Answer(acts), onWait = (words) => { made.status.textContent = words; };
   turn.answer = made;
@@ -116,10 +116,10 @@ async function answer(turn, signal) {
     else if (error instanceof Problem) trouble = error.message;
     else throw error;
   }
-  if (turns.includes(turn) && turn.answer === made) made.end(trouble); // otherwise it was cleared away
+  if (turns.includes(turn) && turn.answer === made) made.end(trouble); // otherwise it was cleared
 }
 
-/** Keep the newest text in sight, unless the reader has scrolled away from it. */
+/** Scroll with the newest text, unless the user has scrolled away. */
 let atEnd = true;
 function toEnd() {
   atEnd = true;
@@ -131,7 +131,7 @@ new ResizeObserver(() => { if (atEnd) toEnd(); }).observe(list);
 const acts = {
   onToken: (made, mark, really) => inspector.show(made, mark, really),
 
-  /** The last answer goes, and another comes, with the settings as they are now. */
+  /** Replace the last answer by a new one, with the current settings. */
   onRegenerate(made) {
     const turn = turns.find((each) => each.answer === made);
     if (running || turn !== turns.at(-1) || !settingsValid()) return;
@@ -141,7 +141,7 @@ const acts = {
     run((signal) => answer(turn, signal));
   },
 
-  /** The very same request, with drafting off. */
+  /** Send the same request with drafting off. */
   onCheck(made) {
     if (running || !made.body) return;
     run(async (signal) => {
@@ -151,7 +151,7 @@ const acts = {
         const body = { ...made.body, haast: { trace: true, drafter: "none" } };
         for await (const chunk of chat(body, { signal, onWait })) {
           check.receive(chunk);
-          if (check.enough) break; // which closes the connection too
+          if (check.enough) break; // this closes the connection too
         }
         check.end();
       } catch (error) {
@@ -180,7 +180,7 @@ function clear() {
   prompt.focus();
 }
 
-/** The message's field is as tall as its text, within reason. */
+/** Fit the message field's height to its text, up to a limit. */
 function grow() {
   prompt.style.height = "auto";
   prompt.style.height = `${Math.min(prompt.scrollHeight, 0.3 * innerHeight)}px`;

@@ -1,11 +1,11 @@
-// The same conversation and seed once more without drafting: is the text the same, and how fast was it?
+// Runs the same conversation and seed without drafting, and compares the texts and speeds.
 
 import { counted, make, shown, speech } from "./dom.js";
 
-const AROUND = 32; // characters that are shown on both sides of a difference
+const AROUND = 32; // characters shown on both sides of a difference
 
-/** Where two texts part: the first place, in UTF-16 units and never inside a character; -1 where they do not. */
-export function parting(one, other) {
+/** The first difference of two texts, in UTF-16 units and never inside a character; -1 if they are equal. */
+export function firstDifference(one, other) {
   const shorter = Math.min(one.length, other.length);
   let at = 0;
   while (at < shorter && one[at] === other[at]) at += 1;
@@ -24,10 +24,10 @@ export class Check {
     this.words = make("p", { class: "verdict" }, "Without drafting: reading the prompt…");
     answer.check.replaceChildren(this.words);
     answer.check.hidden = false;
-    this.decoded = this.ms = 0; // tokens of all steps so far, and their time
+    this.decoded = this.ms = 0; // tokens of all steps so far, and their milliseconds
   }
 
-  /** A stopped answer is compared as far as it goes; then there is no need to go on. */
+  /** Whether the texts can be compared already: a stopped answer is compared as far as it goes. */
   get enough() {
     const { text, reasoning, whole } = this.answer;
     return !whole && this.text.length >= text.length && this.reasoning.length >= reasoning.length;
@@ -38,7 +38,7 @@ export class Check {
     this.text += delta.content ?? "";
     this.reasoning += delta.reasoning_content ?? "";
     if (delta.content || delta.reasoning_content) {
-      const same = this.first()[1] < 0 ? "the same so far" : "not the same";
+      const same = this.first()[1] < 0 ? "the same so far" : "different";
       this.words.textContent = `Without drafting: ${counted(characters(this.text), "character")}, ${same}…`;
     }
     for (const step of chunk.haast?.steps ?? []) {
@@ -49,13 +49,13 @@ export class Check {
     if (chunk.haast?.stats) this.stats = chunk.haast.stats;
   }
 
-  /** [what, place] of the first difference, or of none yet where one text has only begun: the other one is cut there. */
+  /** [part, place] of the first difference; place is -1 for none. Unfinished texts are compared as far as both go. */
   first(done = false) {
     for (const what of ["reasoning", "text"]) {
       let [one, other] = [this.answer[what], this[what]];
       if (!done) one = one.slice(0, other.length);
       if (!done || !this.answer.whole) other = other.slice(0, one.length);
-      const at = parting(one, other);
+      const at = firstDifference(one, other);
       if (at >= 0) return [what, at];
     }
     return ["text", -1];
@@ -66,7 +66,7 @@ export class Check {
     speech.say(words);
   }
 
-  /** The verdict. */
+  /** Show the result. */
   end() {
     const [what, at] = this.first(true);
     const block = this.answer.check;
@@ -79,8 +79,8 @@ export class Check {
     } else {
       const place = characters(this.answer[what].slice(0, at)) + 1;
       const where = `character ${place}${what === "text" ? "" : " of the reasoning"}`;
-      const verdict = make("strong", { class: "other" }, "✗ Not the same text");
-      this.words.replaceChildren(verdict, ` without drafting: it parts at ${where}.`);
+      const verdict = make("strong", { class: "other" }, "✗ Different text");
+      this.words.replaceChildren(verdict, ` without drafting, from ${where} on.`);
       const both = [...this.excerpt("with drafts", this.answer[what], at), ...this.excerpt("without", this[what], at)];
       block.append(make("dl", { class: "parting" }, ...both));
     }
@@ -108,7 +108,7 @@ export class Check {
     });
     block.append(make("dl", { class: "speeds" }, ...rows));
     const times = shown(fast / slow, 2);
-    const words = fast >= slow ? `${times} times as fast with drafts.` : `Drafts did not pay here: ${times} times the speed.`;
+    const words = fast >= slow ? `${times} times as fast with drafts.` : `Drafting was slower here: ${times} times the speed.`;
     block.append(make("p", { class: "gain" }, words));
     this.answer.measured = slow;
     this.answer.draw();

@@ -1,4 +1,4 @@
-// Elements whose texts are always text: nothing here, nor anywhere on this page, parses what people or models wrote.
+// Helpers for DOM elements. Text of users and models is always inserted as text, never parsed as HTML.
 
 /** An element with attributes; children are elements or texts. */
 export function make(tag, attributes = {}, ...children) {
@@ -13,7 +13,7 @@ export function make(tag, attributes = {}, ...children) {
 
 export const byId = (id) => document.getElementById(id);
 
-/** A button; `act` is called unless something runs that has to end first (see `setBusy`). */
+/** A button; clicks call `act`, except while the page is busy (see `setBusy`). */
 export function button(words, act, attributes = {}) {
   const made = make("button", { type: "button", ...attributes }, words);
   made.addEventListener("click", (event) => {
@@ -22,12 +22,12 @@ export function button(words, act, attributes = {}) {
   return made;
 }
 
-/** Buttons that start something wait while something runs. They keep the focus, which disabled ones would lose. */
+/** Block action buttons while a request runs. They keep the focus, which disabled buttons would lose. */
 export function setBusy(busy) {
   for (const each of document.querySelectorAll(".actions button:not(.steps)")) each.setAttribute("aria-disabled", busy);
 }
 
-/** A number for a reader; a dash where there is none. */
+/** Format a number; a dash if there is none. */
 export function shown(value, digits = 1) {
   return Number.isFinite(value) ? value.toFixed(digits) : "–";
 }
@@ -37,7 +37,7 @@ export function counted(count, noun) {
   return `${count} ${noun}${count === 1 ? "" : "s"}`;
 }
 
-/** What a screen reader says, politely: whole sentences, not every token. */
+/** Announcements for screen readers: whole sentences, not single tokens. */
 export const speech = {
   rest: "",
 
@@ -47,7 +47,7 @@ export const speech = {
     while (log.childElementCount > 20) log.firstElementChild.remove();
   },
 
-  /** A part of an answer: said as soon as its sentence ends. */
+  /** Add a part of an answer; announced at the end of its sentence. */
   hear(text) {
     this.rest += text;
     const end = this.rest.search(/[.!?:\n]\s[^.!?:\n]*$/);
@@ -57,7 +57,7 @@ export const speech = {
     }
   },
 
-  /** The answer ended: what is left is said, then why it ended. */
+  /** End an answer: announce the rest, then `words`. */
   finish(words) {
     if (this.rest.trim()) this.say(this.rest);
     this.rest = "";

@@ -1,15 +1,15 @@
-// The tree of one step, drawn by the server with the report's own template.
+// Panel with the tree of one step, which the server draws with the report's template.
 
 import { byId, make, speech } from "./dom.js";
 import { Problem, request } from "./net.js";
 
 const drawn = new WeakMap(); // a step's document -> the promise of its HTML
 
-/** Ask for a step's drawing once. */
+/** Fetch a step's drawing, once per step. */
 function drawing(step) {
   if (!drawn.has(step)) {
     const wanted = request("haast/step", { body: step }).then((reply) => reply.text());
-    wanted.catch(() => drawn.delete(step)); // another time it may work
+    wanted.catch(() => drawn.delete(step)); // so that the next call tries again
     drawn.set(step, wanted);
   }
   return drawn.get(step);
@@ -17,7 +17,7 @@ function drawing(step) {
 
 /**
  * The server's fragment as elements. It is the only HTML that this page parses: the server's template wrote it and
- * escaped all texts in it. Scripts would not run, and are left out all the same.
+ * escaped all texts in it. Scripts would not run, but are removed anyway.
  */
 function parsed(fragment) {
   const whole = new DOMParser().parseFromString(fragment, "text/html");
@@ -30,7 +30,7 @@ class Inspector {
     this.panel = byId("inspector");
     this.here = byId("step-here");
     this.answer = this.mark = null;
-    this.turn = 0; // the newest request wins
+    this.turn = 0; // counts requests: only the newest is shown
     byId("step-before").addEventListener("click", () => this.walk(-1));
     byId("step-after").addEventListener("click", () => this.walk(1));
     byId("step-close").addEventListener("click", () => this.close());
@@ -40,7 +40,7 @@ class Inspector {
     return !this.panel.hidden;
   }
 
-  /** Show the tree behind a token. `really`: open the panel; otherwise only an open one follows. */
+  /** Show the tree of a token's step. `really`: open the panel; otherwise only update an open one. */
   async show(answer, mark, really = true) {
     if (!mark || (!really && (!this.open || this.answer !== answer))) return;
     if (this.answer !== answer) this.answer?.point(undefined);
@@ -55,8 +55,8 @@ class Inspector {
     }
     const turn = ++this.turn, step = answer.steps.get(mark.step);
     if (mark.step === null || !step) {
-      const first = ["The first token", "It comes from reading the prompt itself: nothing was drafted for it."];
-      this.note(...(mark.step === null ? first : [`Step ${mark.step + 1}`, "The server sent no tree of this step."]));
+      const first = ["The first token", "It comes from the prefill of the prompt: nothing was drafted for it."];
+      this.note(...(mark.step === null ? first : [`Step ${mark.step + 1}`, "The server sent no tree for this step."]));
     } else {
       try {
         const html = await drawing(step);
@@ -69,7 +69,7 @@ class Inspector {
         if (turn === this.turn) this.note(`Step ${mark.step + 1}`, error.message);
       }
     }
-    mark.element.scrollIntoView({ block: "nearest" }); // the panel may have covered it
+    mark.element.scrollIntoView({ block: "nearest" }); // the panel may cover it
   }
 
   note(title, words) {
@@ -77,12 +77,12 @@ class Inspector {
     this.here.replaceChildren(make("section", { class: "step" }, heading, why));
   }
 
-  /** Pick the node of the token: the accepted ones stand in the order of the text, the target's own comes last. */
+  /** Select the node of the token: accepted nodes are in text order, the target's own token is the last. */
   pick() {
     const { token, place } = this.mark;
     const nodes = this.here.querySelectorAll(token.drafted ? ".node.accepted" : ".node.own");
     const node = nodes[token.drafted ? place : 0];
-    node?.click(); // page.js listens, and says why
+    node?.click(); // page.js listens, and shows the reason
     node?.scrollIntoView({ block: "nearest", inline: "nearest" });
   }
 
@@ -115,7 +115,7 @@ class Inspector {
     this.turn += 1;
   }
 
-  /** The answer is gone. */
+  /** Forget an answer that was removed. */
   forget(answer) {
     if (this.answer === answer) {
       this.close();

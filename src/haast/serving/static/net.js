@@ -1,17 +1,17 @@
-// What goes to the server and comes back: requests, the key, server-sent events, and errors in words.
+// Requests to the server: API key, server-sent events, and error messages.
 
 import { byId } from "./dom.js";
 
 const KEY = "haast-key";
-const WAIT = 2; // seconds until a loading model is asked for again, unless the server says when
+const WAIT = 2; // seconds until a retry while the model loads, if the server sends no Retry-After
 const MOST_WORDS = 2000; // characters of a server's message that are shown
 
-/** Something that went wrong, in words for the reader. */
+/** An error with a message for the user. */
 export class Problem extends Error {}
 
-const LOST = "The connection was lost. What is shown may not be the whole answer.";
+const LOST = "The connection was lost. The answer may be incomplete.";
 
-/** Seconds until the server wants to be asked again; null where it does not say. */
+/** Seconds of the Retry-After header; null if there is none. */
 function retryAfter(reply) {
   const when = reply.headers.get("Retry-After");
   if (!when) return null;
@@ -19,7 +19,7 @@ function retryAfter(reply) {
   return Number.isFinite(seconds) ? Math.max(0, Math.ceil(seconds)) : null;
 }
 
-/** A message as a sentence, with the parameter that it is about. */
+/** An error's message as a sentence, with the parameter that it names. */
 function sentence(error, otherwise) {
   const message = typeof error?.message === "string" && error.message.trim() ? error.message : otherwise;
   const words = message.slice(0, MOST_WORDS).trim().replace(/\.$/, "");
@@ -27,17 +27,17 @@ function sentence(error, otherwise) {
   return `${words}${about}.`;
 }
 
-/** What an unhappy reply says. */
-async function told(reply) {
+/** The message of an error reply. */
+async function errorMessage(reply) {
   try {
     return sentence((await reply.json()).error, `status ${reply.status}`);
   } catch {
-    return `status ${reply.status}.`; // no JSON: a proxy's page, which is nothing to show
+    return `status ${reply.status}.`; // not JSON: a proxy's page, which is not shown
   }
 }
 
 async function refusal(reply) {
-  const words = await told(reply);
+  const words = await errorMessage(reply);
   if (reply.status === 429) {
     const seconds = retryAfter(reply);
     return `The server is busy: ${words}${seconds === null ? "" : ` Try again in ${seconds} s.`}`;
@@ -45,7 +45,7 @@ async function refusal(reply) {
   return reply.status >= 500 ? `The server failed: ${words}` : `The server refused this: ${words}`;
 }
 
-/** Resolves after a while, rejects as soon as `signal` aborts. */
+/** Resolves after `seconds`; rejects as soon as `signal` aborts. */
 function pause(seconds, signal) {
   return new Promise((done, failed) => {
     const gone = () => { clearTimeout(timer); failed(new DOMException("stopped", "AbortError")); };
@@ -55,21 +55,21 @@ function pause(seconds, signal) {
   });
 }
 
-let asking = null; // the open question for a key: everybody who needs one waits for the same answer
+let asking = null; // promise of the open key dialog, which all requests share
 
-/** Ask for the key; whether there is one now. */
+/** Ask the user for a key; resolves to whether one was entered. */
 function askKey(refused) {
   asking ??= new Promise((done) => {
     const dialog = byId("key-dialog"), field = byId("key"), form = byId("key-form");
     byId("key-words").textContent = refused
-      ? "The server does not take this key. Another one?"
-      : "This server asks for a key. It is kept until this tab is closed.";
+      ? "The server rejects this key. Enter another one."
+      : "This server needs a key. It is kept until this tab is closed.";
     field.value = "";
-    const end = (given) => {
+    const end = (entered) => {
       asking = null;
       form.onsubmit = dialog.oncancel = byId("key-cancel").onclick = null;
-      dialog.close(); // which gives the focus back
-      done(given);
+      dialog.close(); // returns the focus
+      done(entered);
     };
     form.onsubmit = (event) => {
       event.preventDefault();
@@ -85,9 +85,9 @@ function askKey(refused) {
 }
 
 /**
- * Ask the server; the reply, which is a good one.
+ * Send a request; resolves to a reply with a status of success.
  *
- * Waits while the model is loading (`onWait` gets the words), and asks the reader for a key where the server wants one.
+ * Retries while the model is loading (`onWait` gets the message), and asks the user for a key if the server needs one.
  * Throws Problem, or the AbortError of `signal`.
  */
 export async function request(path, { body, signal, onWait = () => {} } = {}) {
@@ -106,14 +106,14 @@ export async function request(path, { body, signal, onWait = () => {} } = {}) {
     if (reply.status === 401) {
       const other = sessionStorage.getItem(KEY);
       if (other === key) sessionStorage.removeItem(KEY);
-      if (other !== null && other !== key) continue; // given meanwhile
+      if (other !== null && other !== key) continue; // entered meanwhile
       if (await askKey(key !== null)) continue;
-      throw new Problem("The server asks for a key, and none was given.");
+      throw new Problem("The server needs a key, and none was entered.");
     }
     if (reply.status === 503) {
       const seconds = retryAfter(reply) ?? WAIT;
-      const words = await told(reply);
-      onWait(`${words[0].toUpperCase()}${words.slice(1)} Asking again in ${seconds} s.`);
+      const words = await errorMessage(reply);
+      onWait(`${words[0].toUpperCase()}${words.slice(1)} Retrying in ${seconds} s.`);
       await pause(Math.max(seconds, 0.2), signal);
       continue;
     }
@@ -121,7 +121,7 @@ export async function request(path, { body, signal, onWait = () => {} } = {}) {
   }
 }
 
-/** The data of server-sent events; comments and other fields are left out. */
+/** The data of server-sent events; comments and other fields are ignored. */
 async function* events(reply) {
   const reader = reply.body.getReader(), decoder = new TextDecoder();
   let rest = "", data = [];
@@ -130,7 +130,7 @@ async function* events(reply) {
       const { value, done } = await reader.read();
       if (done) return;
       rest += decoder.decode(value, { stream: true });
-      const lines = rest.split(/\r\n|\n|\r(?!$)/); // a last \r may be half of \r\n
+      const lines = rest.split(/\r\n|\n|\r(?!$)/); // a \r at the end may be half of \r\n
       rest = lines.pop();
       for (const line of lines) {
         if (line.startsWith("data:")) data.push(line.slice(line[5] === " " ? 6 : 5));
@@ -141,7 +141,7 @@ async function* events(reply) {
       }
     }
   } finally {
-    reader.cancel().catch(() => {}); // it may be broken already
+    reader.cancel().catch(() => {}); // it may be closed already
   }
 }
 
@@ -152,7 +152,7 @@ export async function* chat(body, { signal, onWait } = {}) {
     for await (const data of events(reply)) {
       if (data === "[DONE]") return;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw new Problem(`The server failed: ${sentence(chunk.error, "it does not say how")}`);
+      if (chunk.error) throw new Problem(`The server failed: ${sentence(chunk.error, "it sent no message")}`);
       yield chunk;
     }
   } catch (error) {

@@ -1,4 +1,4 @@
-// The settings of the next answer.
+// The settings panel: sampling fields and system prompt of the next answer.
 
 import { byId } from "./dom.js";
 
@@ -21,7 +21,7 @@ export function closeSettings() {
   opener.focus();
 }
 
-/** Whether every field can be sent; if not, the first that can't is shown with the reason. */
+/** Whether all fields are valid; if not, the first invalid one is shown with the reason. */
 export function settingsValid() {
   const wrong = fields.find((field) => !field.checkValidity());
   if (wrong) {
@@ -31,7 +31,7 @@ export function settingsValid() {
   return !wrong;
 }
 
-/** What is filled in, by the API's names. A seed is always there, so that the same text can be asked for again. */
+/** The filled fields by the API's names. A seed is always set, so that the same text can be generated again. */
 export function sampling() {
   const filled = fields.filter((field) => field.value !== "");
   const seed = crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;

@@ -1,7 +1,7 @@
-"""One answer as it is written: from the engine's emissions to what a client reads.
+"""One generation: turns the engine's emissions into text, reasoning, tool calls and logprobs for a client.
 
-Owns, for one request, the text, its reasoning and tool calls, the logprobs that belong to it, and its trace. Nothing
-depends on how tokens fall into emissions, so an answer is the same with and without drafting, streamed or whole.
+Owns, for one request, its text, reasoning, tool calls, logprobs and trace. The result does not depend on how tokens are
+grouped into emissions, so an answer is the same with and without drafting, streamed or whole.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from haast.text import TextStream
 
 @dataclass
 class Delta:
-    """What became certain with some tokens."""
+    """New output that is final: no later token can change it."""
 
     reasoning: str = ""
     content: str = ""
     calls: list[ToolCall] = field(default_factory=list)
-    logprobs: list[tuple[Logprob, int]] = field(default_factory=list)  # and the place of its text's first character
-    tokens: list[dict[str, Any]] = field(default_factory=list)  # of a trace: text, drafted, step
-    steps: list[dict[str, Any]] = field(default_factory=list)  # of a trace: documents
+    logprobs: list[tuple[Logprob, int]] = field(default_factory=list)  # with the offset of its text's first character
+    tokens: list[dict[str, Any]] = field(default_factory=list)  # of a trace: text, drafted, step number
+    steps: list[dict[str, Any]] = field(default_factory=list)  # of a trace: step documents
 
     def __bool__(self) -> bool:
         return any(vars(self).values())
 
 
-class Writing:
-    """One request and its text.
+class Generation:
+    """One request and the text it generates.
 
     Args:
-        engine, request: where it is written; not queued yet.
-        plan: what was asked for.
+        engine, request: the engine and its request, which is not queued yet.
+        plan: the checked request body.
         tokenizer: of the model.
-        sampler: that writes logprobs down; None where none are asked for.
-        trace: that follows the request's steps; None where nobody looks.
-        metrics: told of what comes.
+        sampler: records logprobs; None if none were requested.
+        trace: records the request's steps; None without `haast.trace`.
+        metrics: receives latencies and counts.
     """
 
     def __init__(
@@ -69,90 +69,91 @@ class Writing:
         self._reasoning = ReasoningReader(plan.marks, plan.reasoning)
         self._calls = CallReader(plan.style)
         self._ends = set(plan.ends)
-        self._held: list[tuple[int, int]] = []  # tokens whose text is not out: its first character, position
-        self._metrics, self._begun, self._last = metrics, monotonic(), monotonic()
+        self._unsent: list[tuple[int, int]] = []  # tokens whose text is not sent yet: (offset, position)
+        self._metrics, self._started, self._last_emission = metrics, monotonic(), monotonic()
         self.reasoning_tokens = self.shown_steps = 0
-        self._at = request.prompt_length  # position of the next token
+        self._position = request.prompt_length  # position of the next token
         self.has_calls = self._closed = False
 
     @property
     def new_tokens(self) -> list[int]:
-        """What was said so far."""
+        """Token ids generated so far."""
         return self.request.new_tokens
 
     @property
     def finish_reason(self) -> str:
-        """In OpenAI's words."""
+        """OpenAI's `finish_reason`."""
         if self.has_calls and self.request.finish_reason == "stop":
             return "tool_calls"
         return self.request.finish_reason
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """All that is said, as it becomes certain; closing it ends the request.
+        """Yield output as soon as it is final. Closing the generator cancels the request.
 
         Raises:
-            ApiError: the request ran out of time or was ended. Exception: its own.
+            ApiError: the request timed out or was cancelled.
+            Exception: the request failed with this error.
         """
         try:
             async with aclosing(self.engine.aread(self.request)) as emissions:
                 async for emission in emissions:
-                    self._timed(emission)
-                    yield self._taken(emission)
-            yield self._rest()
+                    self._observe_latency(emission)
+                    yield self._delta_of(emission)
+            yield self._final_delta()
         except CancelledError:
-            raise self._ended_early() from None
+            raise self._early_end_error() from None
         finally:
             self.close()
 
-    def _ended_early(self) -> ApiError:
-        """Why there is no whole answer."""
+    def _early_end_error(self) -> ApiError:
+        """The error for an answer that was cut short by the server."""
         count = f"after {len(self.new_tokens)} tokens"
         if self.request.finish_reason == "deadline":
-            return ApiError(503, f"the answer took too long and was ended {count}: ask for less", code="timeout")
-        return ApiError(503, f"the server has ended this answer {count}: ask again", code="cancelled")
+            return ApiError(503, f"the answer reached the time limit {count}: request fewer tokens", code="timeout")
+        return ApiError(503, f"the server cancelled this answer {count}: send the request again", code="cancelled")
 
     def close(self) -> None:
-        """End the request, if it has not ended; nobody reads on."""
+        """Cancel the request if it still runs, and count it in the metrics."""
         if not self._closed:
             self._closed = True
             if not self.request.finished:
-                self.engine.cancel(self.request)
-            self._metrics.ended(self.request, monotonic() - self._begun)
+                self.engine.cancel(self.request, wait=False)
+            self._metrics.ended(self.request, monotonic() - self._started)
 
-    def _timed(self, emission: Emission) -> None:
+    def _observe_latency(self, emission: Emission) -> None:
         now = monotonic()
         if len(emission.tokens) == len(self.request.tokens) - self.request.prompt_length:
-            self._metrics.first_token.observe(now - self._begun)
+            self._metrics.first_token.observe(now - self._started)
         elif emission.tokens:
-            self._metrics.between(now - self._last, len(emission.tokens))
-        self._last = now
+            self._metrics.between(now - self._last_emission, len(emission.tokens))
+        self._last_emission = now
 
-    def _taken(self, emission: Emission) -> Delta:
+    def _delta_of(self, emission: Emission) -> Delta:
         delta, text = Delta(), ""
-        position = self._at
+        position = self._position
         for place, token in enumerate(emission.tokens):
-            self._held.append((self._text.decoded, position + place))
+            self._unsent.append((self._text.decoded, position + place))
             before = self._reasoning.inside
             piece = self._text.push(token)
             text += piece
-            self._read(delta, piece)
+            self._add_text(delta, piece)
             self.reasoning_tokens += before or self._reasoning.inside
             if self._trace is not None:
                 drafted = place < emission.drafted
                 delta.tokens.append({"text": piece, "drafted": drafted, "step": self._trace.step_of(position + place)})
-        self._at += len(emission.tokens)
-        self._release(delta)
+        self._position += len(emission.tokens)
+        self._release_logprobs(delta)
         if self._trace is not None:
             delta.steps = self._trace.steps[self.shown_steps :]
             self.shown_steps += len(delta.steps)
         return delta
 
-    def _read(self, delta: Delta, text: str) -> None:
+    def _add_text(self, delta: Delta, text: str) -> None:
         reasoning, answer = self._reasoning.push(text) if text else ("", "")
         delta.reasoning += reasoning
-        self._said(delta, self._calls.push(answer) if answer else [])
+        self._add_parts(delta, self._calls.push(answer) if answer else [])
 
-    def _said(self, delta: Delta, parts: Sequence[str | ToolCall]) -> None:
+    def _add_parts(self, delta: Delta, parts: Sequence[str | ToolCall]) -> None:
         for part in parts:
             if isinstance(part, str):
                 delta.content += part
@@ -160,24 +161,24 @@ class Writing:
                 delta.calls.append(part)
                 self.has_calls = True
 
-    def _rest(self) -> Delta:
-        """What was held back, now that nothing follows."""
+    def _final_delta(self) -> Delta:
+        """Output that was held back until the end of the text."""
         delta = Delta()
         rest = self._text.finish(whole=True)
-        self._read(delta, rest)
+        self._add_text(delta, rest)
         reasoning, answer = self._reasoning.finish()
         delta.reasoning += reasoning
-        self._said(delta, [*(self._calls.push(answer) if answer else []), *self._calls.finish()])
+        self._add_parts(delta, [*(self._calls.push(answer) if answer else []), *self._calls.finish()])
         if self._trace is not None and rest:
             delta.tokens.append({"text": rest, "drafted": False, "step": None})
-        self._release(delta, final=True)
+        self._release_logprobs(delta, final=True)
         return delta
 
-    def _release(self, delta: Delta, final: bool = False) -> None:
-        """The logprobs of tokens whose text has begun to come out; at the end of all but what was cut off."""
+    def _release_logprobs(self, delta: Delta, final: bool = False) -> None:
+        """Add the logprobs of tokens whose text is sent; with `final` of all others too, unless a stop cut the text."""
         shown, whole = len(self._text.text), final and not self._text.stopped
-        while self._held and (whole or self._held[0][0] < shown):
-            start, position = self._held.pop(0)
-            ended = whole and not self._held and self.request.tokens[position] in self._ends
+        while self._unsent and (whole or self._unsent[0][0] < shown):
+            start, position = self._unsent.pop(0)
+            ended = whole and not self._unsent and self.request.tokens[position] in self._ends
             if self._sampler is not None and not ended:
                 delta.logprobs.append((self._sampler.at(position), start))

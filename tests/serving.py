@@ -62,7 +62,7 @@ class Knowing(FakeDrafter):
         prompt = tuple(request.tokens[: request.prompt_length])
         self.known[prompt, *_draws(request.chooser)] = list(request.tokens)
 
-    def drawn_by(self, state: FakeState, chooser: TokenChooser) -> None:
+    def set_chooser(self, state: FakeState, chooser: TokenChooser) -> None:
         self._rows.append(_draws(chooser))  # not the chooser, whose grammar takes memory
         state.row = len(self._rows) - 1
 

@@ -21,7 +21,7 @@ from haast.drafters.base import Drafter
 from haast.drafters.batch_policy import DraftConfig, DraftConfigs, config_for, default_configs
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.hybrid import HybridDrafter
-from haast.drafters.pending_features import EagleState, joined
+from haast.drafters.pending_features import EagleState, join_pending
 from haast.drafters.small_model import SmallModelDrafter
 from haast.drafters.tree_shape import DraftShape, shape_for
 from haast.drafters.vanilla import VanillaDrafter
@@ -159,14 +159,14 @@ def test_a_long_pause_is_observed_in_parts() -> None:
         return states[-1]
 
     def watch(step: Step) -> None:
-        most.append(max(state.waiting for state in states))
+        most.append(max(state.pending_count for state in states))
 
     eagle.begin = begins  # type: ignore[method-assign]
     run = Engine(target(), eagle).run([[1, 2], [3]], SamplingParams(), StopParams(150), watch=watch)
     assert collect(run, 2) == collect(
         Engine(target(), VanillaDrafter()).run([[1, 2], [3]], SamplingParams(), StopParams(150)), 2
     )
-    assert len(states) == 2 and all(state.waiting < 128 <= state.observed for state in states)
+    assert len(states) == 2 and all(state.pending_count < 128 <= state.observed for state in states)
     assert 64 < max(most) <= 128
 
 
@@ -217,7 +217,7 @@ def test_what_waited_is_observed_in_order(counts: list[list[int]], data: st.Data
             states[row].pending.append((accepted, number))
             expected[row] += tokens[number, : own[number]].tolist()
     waits = [row for row in range(3) if states[row].pending]
-    tokens, features, taken = joined([states[row] for row in waits])
+    tokens, features, taken = join_pending([states[row] for row in waits])
     for number, row in enumerate(waits):
         assert tokens[number, : taken[number]].tolist() == expected[row]
         assert features[number, : taken[number], 0].tolist() == expected[row]

@@ -115,7 +115,7 @@ TREE = {"kind": "dynamic", "depth": 3, "top_k": 8, "width": 3, "nodes": 6}
 def test_a_file_that_is_nested_too_deeply_is_no_calibration(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     path.write_text("[" * 200_000)
-    with pytest.raises(ValueError, match=r"c\.json is no calibration"):
+    with pytest.raises(ValueError, match=r"c\.json is not a calibration"):
         Calibration.load(path)
 
 
@@ -234,7 +234,7 @@ def test_it_is_found_and_put_to_use(
     assert apply_calibration(eagle, replace(kept, shape=shape, batches=batches))
     two = eagle.configs[2]
     assert (two.shape, two.pace) == (DraftShape(**a_batch().shape), a_batch().pace)
-    assert two.usual_gain == a_batch().expected["tau"] - 1
+    assert two.expected_gain == a_batch().expected["tau"] - 1
     assert config_for(eagle.configs, 5) == DraftConfig(None, a_batch().pace)
     eagle.reshape(before)
     assert not apply_calibration(eagle, replace(kept, shape={}, pace=None))

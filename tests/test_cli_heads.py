@@ -59,7 +59,7 @@ def test_a_head_goes_out_and_comes_back(home: Path, tmp_path: Path, monkeypatch:
 def test_check_says_what_it_finds(home: Path, tmp_path: Path) -> None:
     bad = haast_run("check", home / "head", *model(home), "--json", tmp_path / "check.json")
     assert bad.exit_code == 1, bad.output
-    assert "hardly drafts" in bad.stdout and "likely:" in bad.stdout and "tau of a chain" in bad.stdout
+    assert "rarely right" in bad.stdout and "likely:" in bad.stdout and "tau of a chain" in bad.stdout
     found = document(str(tmp_path / "check.json"))
     assert found["fine"] is False and found["positions"] > 150 and found["tried"][0]["question"] == "rope style"
 

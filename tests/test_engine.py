@@ -364,7 +364,7 @@ def test_shapes_keep_to_their_limits() -> None:
 @pytest.mark.parametrize(
     ("settings_", "why"),
     [
-        ({"kind": "bush"}, "kind='bush' is no draft shape"),
+        ({"kind": "bush"}, "kind='bush' is not a draft shape"),
         ({"depth": 0}, "depth=0 is not allowed"),
         ({"top_k": -1}, "top_k=-1 is not allowed"),
         ({"width": 0}, "width=0 is not allowed"),

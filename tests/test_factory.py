@@ -124,7 +124,7 @@ def test_what_auto_is() -> None:
         ("medusa", None, ValueError, "drafter='medusa' needs Medusa heads"),
         ("medusa", "eagle", HeadMismatchError, "holds eagle heads, which do not draft for 'medusa': give medusa ones"),
         ("eagle", "medusa", HeadMismatchError, "holds medusa heads, which do not draft for 'eagle'"),
-        ("small-model", "eagle", ValueError, "needs a smaller model of the same tokenizer"),
+        ("small-model", "eagle", ValueError, "needs a smaller model with the same tokenizer"),
     ],
 )
 def test_what_can_not_be_made_is_refused(name: str, head: str | None, error: type[Exception], words: str) -> None:
@@ -185,16 +185,16 @@ def test_trees_follow_costs() -> None:
     flat, packed, dear = (measured_configs(each, paced=False) for each in (FLAT, COSTS["packed"], DEAR))
     sizes = {rows: config.shape.nodes for rows, config in packed.items() if config.shape is not None}
     assert list(sizes) == sorted(sizes) and list(sizes.values()) == sorted(sizes.values(), reverse=True)
-    assert config_for(flat, 1).usual_nodes > config_for(packed, 1).usual_nodes > 2
+    assert config_for(flat, 1).mean_nodes > config_for(packed, 1).mean_nodes > 2
     assert (
-        config_for(dear, 1).usual_nodes > config_for(packed, 1).usual_nodes
+        config_for(dear, 1).mean_nodes > config_for(packed, 1).mean_nodes
     )  # after the second, nodes cost little there
     for configs in (flat, packed, dear):
         assert all(config.shape is not None and config.gain is not None for config in configs.values())
     paced = measured_configs(COSTS["packed"], paced=True)[1]
     assert paced.pace is not None and paced.shape is not None and paced.shape.nodes == len(paced.pace.forward_ms)
-    assert paced.usual_nodes == packed[1].usual_nodes < paced.shape.nodes
-    assert measured_configs(FLAT, False, most_gain=0.1)[1].usual_gain == 0.1
+    assert paced.mean_nodes == packed[1].mean_nodes < paced.shape.nodes
+    assert measured_configs(FLAT, False, most_gain=0.1)[1].expected_gain == 0.1
     assert gain_of(1) == 0 and gain_of(5) == gain_of(5.9) == 1.27 and nodes_for(1.27) == 5 and nodes_for(9) == 60
 
 

@@ -147,7 +147,7 @@ def test_a_row_is_judged_alike_beside_any_other(monkeypatch: pytest.MonkeyPatch)
     plain, cut = SamplingParams(temperature=0.7, seed=1), SamplingParams(temperature=0.7, top_k=4, seed=1)
     together = verify(tree, logits, [Sampler(plain), Sampler(cut), Sampler(plain)], [[3]] * 3)
     assert judged == [2]
-    alone = verify(tree.taken(torch.tensor([0])), logits[:1], [Sampler(plain)], [[3]])
+    alone = verify(tree.select_rows(torch.tensor([0])), logits[:1], [Sampler(plain)], [[3]])
     assert together.rows[0] == alone.rows[0] and judged == [2, 1]
 
 

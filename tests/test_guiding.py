@@ -148,7 +148,7 @@ def test_foreseen_text_is_drafted() -> None:
     (text,) = vanilla(target, [prompt], 24, HOT)
     for drafter in (SuffixDrafter(nodes=8), PromptLookupDrafter(nodes=8)):
         blind = said(target, drafter, [prompt], [DraftHints()], HOT)
-        seeing = said(target, drafter, [prompt], [DraftHints(foreseen=(*prompt[-8:], *text))], HOT)
+        seeing = said(target, drafter, [prompt], [DraftHints(prediction=(*prompt[-8:], *text))], HOT)
         assert blind[0] == seeing[0] == [text]
         assert seeing[1][0].tau > 3 > blind[1][0].tau, drafter.name
 

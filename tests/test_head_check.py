@@ -114,12 +114,12 @@ def test_causes_are_sorted_by_what_looks_wrong(target: Target) -> None:
 
 def test_diagnosis(target: Target, by_heart: Head, tmp_path: Path) -> None:
     good = diagnose(target, by_heart, "tiny")
-    assert good.fine and "drafts for this target" in good.verdict and good.document()["first"] > 0.8
+    assert good.fine and "fits this target" in good.verdict and good.document()["first"] > 0.8
     wrong = open_head(others.official_eagle3(tmp_path, by_heart, target, eagle_aux_hidden_state_layer_ids=[3, 5, 6]))
     found = diagnose(target, wrong, "tiny")
-    assert not found.fine and "read otherwise" in found.verdict
+    assert not found.fine and "with other conventions" in found.verdict
     bad = diagnose(target, random_head(target), "tiny")
-    assert not bad.fine and "hardly drafts" in bad.verdict and any("likely" in line for line in bad.findings)
+    assert not bad.fine and "rarely right" in bad.verdict and any("likely" in line for line in bad.findings)
 
 
 def test_a_foreign_head_that_was_measured_to_draft_nothing_is_told(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_the_automaton_knows_the_longest_earlier_suffix(text: list[int]) -> None
         known = text[:length]
         assert automaton.match()[0] == brute_longest(known)
         lengths = []
-        for end in automaton.earlier():
+        for end in automaton.earlier_ends():
             assert 0 < end < length
             shared = 0
             while shared < end and known[end - 1 - shared] == known[-1 - shared]:

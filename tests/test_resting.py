@@ -115,7 +115,7 @@ def test_what_waits_for_a_head_is_bounded() -> None:
         return states[-1]
 
     def watch(step: Step) -> None:
-        most.append(max(state.waiting for state in states))
+        most.append(max(state.pending_count for state in states))
 
     drafter.begin = begins  # type: ignore[method-assign]
     say(target(), drafter, texts(2, 200), (300, 200), SamplingParams(), watch=watch)
@@ -135,7 +135,7 @@ def observed(eagle: EagleDrafter, tokens: list[int], begin: int) -> EagleState:
     if begin:
         state.begin_after(begin)
     following = torch.tensor([said])
-    eagle.observe([state], Accepted(following, output.features, torch.tensor([len(said)]), known=[said]))
+    eagle.observe([state], Accepted(following, output.features, torch.tensor([len(said)]), tokens_on_host=[said]))
     return state
 
 
@@ -163,7 +163,9 @@ def test_a_head_drafts_as_if_its_text_began_where_it_begins(kind: str) -> None:
         short.reserve(len(tokens) + 64)
         state = eagle.begin(tokens[2 * BLOCK :], short, 0)
         features = output.features[:, 2 * BLOCK :]
-        eagle.observe([state], Accepted(torch.tensor([said]), features, torch.tensor([len(said)]), known=[said]))
+        eagle.observe(
+            [state], Accepted(torch.tensor([said]), features, torch.tensor([len(said)]), tokens_on_host=[said])
+        )
         expected = eagle.propose([state])
         both = eagle.propose([states[1], states[2]])
     for tree in trees[:2]:
@@ -222,7 +224,7 @@ def test_who_would_have_to_catch_up_first_is_tried_later() -> None:
 
     def first_trial(behind: int) -> int:
         small = DraftSize(2, 2, 1, 1, 1, 0.0)
-        policy = OnlinePolicy(costs, lambda rows: (small, full), behind=lambda requests: behind)
+        policy = OnlinePolicy(costs, lambda rows: (small, full), pending=lambda requests: behind)
         request = Request([1], SamplingParams(), StopParams(4), Sampler(SamplingParams()), None)
         return next(step for step in range(10_000) if policy.budget([request]) != 1)
 

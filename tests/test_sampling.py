@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from haast.core import SamplingParams
 from haast.errors import PromptError
-from haast.sampling import Sampler, choose_nodes, keyed_uniform, likeliest
+from haast.sampling import Sampler, argmax, choose_nodes, keyed_uniform
 
 
 class Lift(LogitsProcessor):
@@ -207,4 +207,4 @@ def test_the_likeliest_token_is_argmaxs_first(vocab: int) -> None:
     logits = torch.randint(0, 9, (3, 4, vocab)).float()  # ties everywhere
     logits[0, 1, vocab // 2] = torch.nan
     logits[1, 2] = -torch.inf
-    assert torch.equal(likeliest(logits), logits.argmax(-1))
+    assert torch.equal(argmax(logits), logits.argmax(-1))

@@ -188,7 +188,7 @@ def meta_step(sampling: SamplingParams, shape: DraftShape, spoil: Callable[[Draf
     following = torch.zeros(2, 4, dtype=torch.long, device=meta)
     features = torch.zeros(2, 4, width, device=meta)
     counts = torch.zeros(2, dtype=torch.long, device=meta)
-    drafter.observe(states, Accepted(following, features, counts, known=[text[1:] for text in texts]))
+    drafter.observe(states, Accepted(following, features, counts, tokens_on_host=[text[1:] for text in texts]))
     for _ in range(2):
         tree = drafter.propose(states)
         assert tree.tokens.device == meta

@@ -191,7 +191,7 @@ class Haast:
             raise ValueError(f"n={n!r} is not allowed: give 1 text or more for each prompt")
         prompts, single = split_prompts(prompt)
         texts = self._prepare(prompts, n or 1, None, **settings)
-        most = self.engine.scheduler.most
+        most = self.engine.scheduler.max_requests
         if most is not None and len(texts) > most:
             raise QueueFullError(
                 f"{len(texts)} texts in one call, but only {most} may run and wait: ask for fewer, or raise max_batch "

@@ -1,7 +1,7 @@
-"""The data that a step passes on: verdicts, what was accepted, parameters of sampling and stopping, requests.
+"""Data classes of the engine: requests, sampling and stop parameters, verdicts, accepted tokens.
 
-Owns shapes and states. Computes nothing of a model: `verify` judges trees, the engine moves requests from state to
-state, drafters make trees.
+Owns their shapes and states. Runs no model: `verify` computes verdicts, the scheduler changes a request's state, and
+drafters build trees.
 """
 
 from __future__ import annotations
@@ -23,26 +23,29 @@ from haast.stats import Stats
 
 @dataclass(frozen=True)
 class RowVerdict:
-    """What one row keeps. `path` starts at node 0; `tokens[i]` follows node `path[i]`; the last token is the bonus."""
+    """Accepted nodes of one row.
+
+    `path` starts at the root, node 0; `tokens[i]` follows node `path[i]`; the last token is the bonus token.
+    """
 
     path: tuple[int, ...]
     tokens: tuple[int, ...]
-    first_choice: tuple[bool, ...]  # per visited node that has children: was its preferred child the right one?
+    first_choice: tuple[bool, ...]  # per accepted node with children: whether the target chose its first child
 
 
 class Verdict:
-    """What verification keeps of every row, in one tensor; `rows` reads it to the host, once.
+    """Accepted nodes of every row, in one tensor; `rows` copies it to the host once.
 
     Attributes:
-        packed: (rows, 1 + 3 * (depth + 1)) int64: what follows, row by row, and for each kept node whether its first
-            child was right, -1 where it has none.
-        counts: (rows,) int64: kept nodes; 0 for a row that failed.
-        path: (rows, depth + 1) int64: the kept nodes in order; after the last, any.
-        tokens: (rows, depth + 1) int64: the token that follows each; the last is the bonus.
+        packed: (rows, 1 + 3 * (depth + 1)) int64: per row `counts`, `path`, `tokens`, and for each accepted node
+            whether the target chose its first child (-1 where it has none).
+        counts: (rows,) int64: accepted nodes, the root included; 0 for a row that failed.
+        path: (rows, depth + 1) int64: the accepted nodes in order; entries after the last one are undefined.
+        tokens: (rows, depth + 1) int64: the token that follows each; the last is the bonus token.
     """
 
     def __init__(self, packed: Tensor, rows: Sequence[RowVerdict | None] | None = None) -> None:
-        """`rows` says the same where it is known on the host already."""
+        """`rows` holds the same values, if they are on the host already."""
         width = packed.shape[1] // 3
         self.packed, self.counts = packed, packed[:, 0]
         self.path, self.tokens = packed[:, 1 : 1 + width], packed[:, 1 + width : 1 + 2 * width]
@@ -50,58 +53,58 @@ class Verdict:
 
     @classmethod
     def of_rows(cls, rows: Sequence[RowVerdict | None], device: torch.device) -> Verdict:
-        """From rows that were judged on the host; None is a row that keeps nothing."""
+        """From rows that were verified on the host; None is a row that failed."""
         longest = max((len(row.path) for row in rows if row is not None), default=1)
-        said = []
+        packed = []
         for row in rows:
             path, tokens, first = ((), (), ()) if row is None else (row.path, row.tokens, row.first_choice)
             parts = ((path, 0), (tokens, 0), (first, -1))
-            padded = [[*part, *[rest] * (longest - len(part))] for part, rest in parts]
-            said.append([len(path), *(int(each) for part in padded for each in part)])
-        return cls(torch.tensor(said).to(device), rows)
+            padded = [[*part, *[filler] * (longest - len(part))] for part, filler in parts]
+            packed.append([len(path), *(int(each) for part in padded for each in part)])
+        return cls(torch.tensor(packed).to(device), rows)
 
     @property
     def rows(self) -> tuple[RowVerdict | None, ...]:
-        """One `RowVerdict` per row; None for a row that failed. The step's one read from the device."""
+        """One `RowVerdict` per row; None for a row that failed. This is the step's only read from the device."""
         if self._rows is None:
             self._rows = tuple(map(_row_verdict, self.packed.tolist()))
         return self._rows
 
 
-def _row_verdict(read: list[int]) -> RowVerdict | None:
-    kept, width = read[0], len(read) // 3
-    if not kept:
+def _row_verdict(packed: list[int]) -> RowVerdict | None:
+    count, width = packed[0], len(packed) // 3
+    if not count:
         return None
-    path, tokens, preferred = (read[1 + part * width : 1 + part * width + kept] for part in range(3))
+    path, tokens, preferred = (packed[1 + part * width : 1 + part * width + count] for part in range(3))
     return RowVerdict(tuple(path), tuple(tokens), tuple(flag == 1 for flag in preferred if flag >= 0))
 
 
 @dataclass(frozen=True, eq=False)
 class Accepted:
-    """What one target forward settled, ragged rows padded to the longest. Filled by the engine.
+    """Positions that one target forward committed, rows padded to the longest. The engine fills it for the drafter.
 
     target ran on      root   a      b            tokens[i] is the token that FOLLOWS
     features           f_root f_a    f_b          the position that gave features[i]
     tokens             a      b      bonus
     """
 
-    tokens: Tensor  # (rows, longest) int64: the token following each kept position
-    features: Tensor  # (rows, longest, width): at the kept positions, what the drafter asked for (`target_layers`)
-    counts: Tensor  # (rows,) int64: kept positions
-    # (rows, nodes) int64: the target's likeliest token at every node of the last proposal, for drafters that want it
-    # (`wants_choices`); None otherwise and after a prompt.
+    tokens: Tensor  # (rows, longest) int64: the token following each committed position
+    features: Tensor  # (rows, longest, width): target features at these positions, see `Drafter.target_layers`
+    counts: Tensor  # (rows,) int64: committed positions
+    # (rows, nodes) int64: the target's argmax at every node of the last proposal, for drafters with `wants_choices`;
+    # None otherwise and in prefill.
     choices: Tensor | None = None
-    verdict: Verdict | None = None  # of a decoding step; None for positions of a prompt
-    known: list[list[int]] | None = None  # per row what `said` gives, where it was on the host already: of a prompt
+    verdict: Verdict | None = None  # of a decoding step; None in prefill
+    tokens_on_host: list[list[int]] | None = None  # per row, in prefill: the prompt's tokens are on the host already
 
     def host_tokens(self) -> list[list[int]]:
-        """The tokens that follow each row's kept positions, on the host; costs no read beside the step's own."""
+        """The tokens that follow each row's committed positions, on the host; adds no read to that of the verdict."""
         return self._host_tokens
 
     @cached_property
     def _host_tokens(self) -> list[list[int]]:
-        if self.known is not None:
-            return self.known
+        if self.tokens_on_host is not None:
+            return self.tokens_on_host
         if self.verdict is not None:
             return [[] if row is None else list(row.tokens) for row in self.verdict.rows]
         return [row[:count] for row, count in zip(self.tokens.tolist(), self.counts.tolist(), strict=True)]
@@ -109,7 +112,7 @@ class Accepted:
 
 LEAST_DIVISOR = 1e-6  # a smaller divisor would make fp32 scores overflow
 Processor = Callable[[Tensor, Tensor], Tensor]  # (history (1, length) int64, scores (1, vocab)) -> scores (1, vocab)
-# What a setting of `SamplingParams` may be: its kind, its range, and that in words.
+# Per field of `SamplingParams`: its type, its range, and the range in words for error messages.
 _ALLOWED: dict[str, tuple[Any, Callable[[float], bool], str]] = {
     "temperature": (
         Real,
@@ -130,11 +133,11 @@ _ALLOWED: dict[str, tuple[Any, Callable[[float], bool], str]] = {
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. Temperature 0 is greedy; the defaults change nothing but the temperature.
+    """How tokens are sampled. Temperature 0 is greedy; all other settings are off by default.
 
-    `processors` are any transformers `LogitsProcessor` (or callable of that shape). They run where `generate` runs
-    them: after the repetition penalty, before temperature, top-k, top-p and min-p. They are called exactly once per
-    chosen token, in order, with that token's own history (a stop rule may cut off the last tokens chosen).
+    `processors` are transformers `LogitsProcessor`s, or callables with the same signature. They run where `generate`
+    runs them: after the repetition penalty, before temperature, top-k, top-p and min-p. Each is called exactly once per
+    sampled token, in order, with the tokens before it (a stop rule may cut off the last tokens sampled).
     """
 
     temperature: float = 0.0
@@ -146,14 +149,14 @@ class SamplingParams:
     processors: tuple[Processor, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        for name, (kind, allows, wanted) in _ALLOWED.items():
+        for name, (kind, in_range, range_text) in _ALLOWED.items():
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} is not allowed: give a {'' if kind is Real else 'whole '}number")
             if not isinstance(value, float | int):  # numpy's, fractions, ...
                 object.__setattr__(self, name, float(value) if kind is Real else int(value))
-            if not allows(value):
-                raise ValueError(f"{name}={value} is not allowed: give a value {wanted}")
+            if not in_range(value):
+                raise ValueError(f"{name}={value} is not allowed: give a value {range_text}")
         if not isinstance(self.processors, Iterable):
             raise ValueError(f"processors={self.processors!r} is not allowed: give a tuple of functions")
         for process in self.processors:
@@ -163,18 +166,20 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class StopParams:
-    """When a request ends: after `max_new_tokens`, after an end token, or when `stop` says so of its new tokens."""
+    """When a request ends: after `max_new_tokens`, after an end token, or when `stop` returns True."""
 
     max_new_tokens: int = 256
     eos_ids: tuple[int, ...] = ()
-    stop: Callable[[Sequence[int]], bool] | None = None  # its new tokens so far -> end here?
+    stop: Callable[[Sequence[int]], bool] | None = None  # called with the new tokens so far
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_new_tokens, Integral) or self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens!r} is not allowed: give 1 or more")
-        whole = isinstance(self.eos_ids, Iterable) and all(isinstance(end, Integral) for end in self.eos_ids)
-        if not whole or isinstance(self.eos_ids, str):
-            raise ValueError(f"eos_ids={self.eos_ids!r} is not allowed: give token ids, (2,) say, or () for none")
+        integers = isinstance(self.eos_ids, Iterable) and all(isinstance(end, Integral) for end in self.eos_ids)
+        if not integers or isinstance(self.eos_ids, str):
+            raise ValueError(
+                f"eos_ids={self.eos_ids!r} is not allowed: give token ids, for example (2,), or () for none"
+            )
         if self.stop is not None and not callable(self.stop):
             raise ValueError(f"stop={self.stop!r} is not allowed: give a function (new tokens) -> bool, or None")
 
@@ -184,51 +189,50 @@ class TokenChooser(Protocol):
 
     @property
     def stateless(self) -> bool:
-        """Whether a choice depends on logits and position alone, so that all nodes can be chosen for at once."""
+        """Whether a choice depends on logits and position only, so that all nodes can be sampled in one call."""
 
     def choose(self, history: Sequence[int], logits: Tensor) -> int:
-        """The token after `history`, of raw logits (vocab,). Called once per emitted token, in order."""
+        """The token after `history`, from raw logits (vocab,). Called once per emitted token, in order."""
 
 
 @dataclass(frozen=True)
 class Emission:
-    """Tokens a request emitted in one step; all but the last of a full step were drafted, the last is the bonus."""
+    """Tokens that a request emitted in one step: accepted drafts, then the bonus token (unless a stop rule cut it)."""
 
-    row: int  # the request's place in its call
+    row: int  # the request's index in its call
     tokens: tuple[int, ...]
-    drafted: int  # how many of them, from the front, were drafted
+    drafted: int  # the first `drafted` tokens were drafted
     finished: bool
 
 
 class Guide(Protocol):
-    """What a request's own rules say of its next tokens: drafts get better by it, and no token is decided by it."""
+    """Edits a request's drafts by its constraints, a grammar for example. It changes drafts only, never the text."""
 
     def paths(self, history: Sequence[int], drafted: Sequence[Sequence[int]], most: int) -> Sequence[Sequence[int]]:
-        """Where a text can go on.
+        """Edit drafted paths.
 
         Args:
             history: all tokens so far, prompt included.
-            drafted: paths that the drafter proposes, the likeliest first.
-            most: tokens that may be added to a path, or to the text where nothing is drafted.
+            drafted: paths that the drafter proposes, the most likely first.
+            most: number of tokens that may be added to a path, or to the text if nothing is drafted.
 
         Returns:
-            each path, cut before its first token that can't come, and lengthened by tokens that must.
+            each path, cut before the first token that the constraint forbids, and extended by tokens that it forces.
         """
 
 
 @dataclass(frozen=True)
 class DraftHints:
-    """What a request says about its drafts. Its text does not depend on it.
+    """Per-request options for drafting. The text does not depend on them.
 
     Attributes:
-        guide: cuts drafts that can't come and adds what must.
-        foreseen: text that may come again, for drafters that draft from what was said before: as if it stood before
-            the prompt.
-        max_nodes: nodes of its trees at most, root included; None is up to the drafter.
+        guide: removes forbidden drafts and adds forced tokens.
+        prediction: expected text, as tokens. Drafters that copy from the text read it as if it preceded the prompt.
+        max_nodes: maximum nodes of its trees, root included; None leaves that to the drafter.
     """
 
     guide: Guide | None = None
-    foreseen: tuple[int, ...] = ()
+    prediction: tuple[int, ...] = ()
     max_nodes: int | None = None
 
     def __post_init__(self) -> None:
@@ -237,7 +241,7 @@ class DraftHints:
 
 
 class RequestState(enum.Enum):
-    """Where a request stands. A preempted one waits again, and goes on where it was."""
+    """State of a request. A preempted request returns to WAITING and later continues with the tokens that it has."""
 
     WAITING = "waiting"
     PREFILLING = "prefilling"
@@ -247,22 +251,22 @@ class RequestState(enum.Enum):
 
 
 class Request:
-    """One text being generated: its tokens, parameters, state and statistics. Depends on nothing but itself.
+    """One text being generated: tokens, parameters, state and statistics.
 
     Attributes:
-        tokens: prompt and new tokens, which the engine appends.
-        prompt_length: tokens of the prompt.
-        limit: new tokens at most, by `stop` and the target's context.
+        tokens: prompt and new tokens; the engine appends to it.
+        prompt_length: number of prompt tokens.
+        limit: maximum new tokens, from `stop` and the target's context length.
         state: see `RequestState`.
         finish_reason: "" while it runs, then "stop" (an end token or stop rule), "length", "cancelled", "deadline" or
             "error".
-        error: what ended it, where that was an exception of its own.
-        emissions: what nobody has taken yet, oldest first.
+        error: the exception that ended it, if any.
+        emissions: emitted tokens that the caller has not read yet, oldest first.
         stats: counts and times.
         kv: its KV cache in the target's pool while it runs.
-        draft_state: what its drafter keeps of it while it runs.
+        draft_state: its drafter's state while it runs.
         deadline: on `time.monotonic`'s clock; None for none.
-        hints: what it says about its drafts.
+        hints: options for drafting.
     """
 
     def __init__(
@@ -293,18 +297,18 @@ class Request:
         self.kv: Any = None
         self.draft_state: Any = None
         self.draft_policy: Any = None
-        self.prefill_end = self.prompt_length  # positions to compute before it decodes; more after a preemption
+        self.prefill_end = self.prompt_length  # positions to prefill before decoding; more after a preemption
 
     @property
     def new_tokens(self) -> list[int]:
-        """Tokens after the prompt, a copy."""
+        """A copy of the tokens after the prompt."""
         return self.tokens[self.prompt_length :]
 
     def fail(self, error: BaseException) -> None:
-        """End it with the running step, which goes on for the others."""
+        """End this request with the running step; the other requests continue."""
         self.finish_reason, self.error = "error", error
 
     @property
     def finished(self) -> bool:
-        """Whether nothing will be emitted any more."""
+        """Whether the request has ended: nothing more will be emitted."""
         return self.state in (RequestState.DONE, RequestState.CANCELLED)

@@ -1,4 +1,4 @@
-"""Trees made of whole continuations: several paths under a root, common beginnings shared. Knows no model."""
+"""Builds draft trees from token paths under a root; paths share common prefixes. Knows no model."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Path = Sequence[int]
 
 
 class PathTree:
-    """One row's tree in the making, on the host. Node 0 is the root; at most `nodes` nodes."""
+    """Builds one row's tree on the host. Node 0 is the root; the tree has at most `nodes` nodes."""
 
     def __init__(self, root: int, nodes: int) -> None:
         self.tokens, self.parents, self.placeholder = [root], [-1], [False]
         self._depths = [0]
-        self._most = nodes
+        self._max_nodes = nodes
         self._children: dict[tuple[int, int], int] = {}
 
     @property
     def room(self) -> int:
-        """Nodes that may still be added."""
-        return self._most - len(self.tokens)
+        """Number of nodes that may still be added."""
+        return self._max_nodes - len(self.tokens)
 
     @property
     def height(self) -> int:
@@ -32,7 +32,7 @@ class PathTree:
         return max(self._depths)
 
     def insert(self, path: Path, most: int | None = None) -> int:
-        """Add a path under the root as far as there is room, at most `most` new nodes; returns how many were new."""
+        """Add a path under the root, as far as there is room and at most `most` new nodes; returns their number."""
         room, node, new = self.room if most is None else min(self.room, most), 0, 0
         for token in path:
             child = self._children.get((node, token))
@@ -45,15 +45,17 @@ class PathTree:
         return new
 
     def placeholder_under(self, parent: int, token: int) -> int:
-        """Add a node that is run and never accepted; returns its number. Raises ValueError where there is no room."""
+        """Add a node that is computed and never accepted; returns its index. Raises ValueError if the tree is full."""
         if not self.room:
-            raise ValueError(f"a tree of {self._most} nodes has no room for another placeholder: give it more nodes")
+            raise ValueError(
+                f"a tree of {self._max_nodes} nodes has no room for another placeholder: give it more nodes"
+            )
         return self._add(parent, token, placeholder=True)
 
     def cut(self, nodes: int) -> None:
-        """Drop all nodes but the first so many, 1 or more; no path is added afterwards."""
-        for kept in (self.tokens, self.parents, self.placeholder, self._depths):
-            del kept[nodes:]
+        """Keep only the first `nodes` nodes, 1 or more. Add no path afterwards."""
+        for values in (self.tokens, self.parents, self.placeholder, self._depths):
+            del values[nodes:]
 
     def _add(self, parent: int, token: int, placeholder: bool = False) -> int:
         self.tokens.append(token)
@@ -64,12 +66,12 @@ class PathTree:
 
 
 def pack_rows(rows: Sequence[PathTree], device: torch.device) -> DraftTree:
-    """One tree per row, as many nodes as the largest has; what a row lacks are dead nodes. One upload, no read."""
+    """One tree per row, padded with dead nodes to the largest. One copy to the device, no read from it."""
     nodes = max(len(row.tokens) for row in rows)
     packed = torch.zeros(4, len(rows), nodes, dtype=torch.long)
-    for place, row in enumerate(rows):
-        own = len(row.tokens)
-        packed[:, place, :own] = torch.tensor([row.tokens, row.parents, [1] * own, row.placeholder])
+    for index, row in enumerate(rows):
+        count = len(row.tokens)
+        packed[:, index, :count] = torch.tensor([row.tokens, row.parents, [1] * count, row.placeholder])
     tokens, parents, live, placeholder = to_device(packed, device)
     if nodes == 1:
         return DraftTree.roots(tokens[:, 0])

@@ -1,8 +1,8 @@
-"""From logits to tokens: processors in vanilla's order, and one keyed draw per emitted position.
+"""Sampling: logits processors in the order of `generate`, and one keyed random draw per position.
 
 Owns how the target's logits become a token, for one node with its history (`Sampler.choose`) and for all nodes of a
 batch at once (`choose_nodes`); both give the same token. Knows nothing of drafters. A draw depends on (request seed,
-choice, position) alone, so a request says the same with every drafter, alone or in any batch.
+choice, position) only, so a request gets the same text with every drafter, alone or in any batch.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from haast.core import Processor, SamplingParams
 from haast.device import exact, to_device
 from haast.errors import PromptError
 
-DRAFT, ACCEPT, RESIDUAL = 1, 2, 3  # streams of draws beside the target's own, see `keyed_uniform`
-_NO_HISTORY = torch.zeros(1, 0, dtype=torch.long)  # what warpers, which look at scores alone, get for one
+DRAFT, ACCEPT, RESIDUAL = 1, 2, 3  # random streams in addition to the target's own, see `keyed_uniform`
+_NO_HISTORY = torch.zeros(1, 0, dtype=torch.long)  # passed to warpers, which read scores only
 
 
 class Sampler:
-    """Chooses a request's tokens: greedy at temperature 0, else the inverse CDF of a keyed draw.
+    """Samples a request's tokens: greedy at temperature 0, otherwise the inverse CDF at a keyed draw.
 
     Args:
         params: temperature, processors, seed.
-        choice: number of the continuation, where several are made of one prompt.
+        choice: index of the continuation, if a prompt gets several.
         warpers: applied in this order instead of the params' temperature, top-k, top-p and min-p, to float32 scores
-            (n, vocab), as transformers' `generate` does; they look at scores alone. Temperature 0 then only means that
-            the likeliest token is taken.
+            (n, vocab), as transformers' `generate` does; they read scores only. Temperature 0 then only means that the
+            argmax is taken.
 
     Attributes:
-        greedy: whether the likeliest token is chosen.
-        stateless: whether a choice depends on logits and position alone, so that all nodes can be chosen for at once.
+        greedy: whether the argmax is chosen.
+        stateless: whether a choice depends on logits and position only, so that all nodes can be sampled in one call.
     """
 
     def __init__(self, params: SamplingParams, choice: int = 0, warpers: Sequence[Processor] | None = None) -> None:
         self.params, self.choice = params, choice
-        self._given = warpers is not None
+        self._custom_warpers = warpers is not None
         chain: list[Processor] = []
         if params.repetition_penalty != 1.0:
             chain.append(stock.RepetitionPenaltyLogitsProcessor(penalty=float(params.repetition_penalty)))
@@ -49,22 +49,22 @@ class Sampler:
         self.greedy, self.stateless = params.temperature == 0, not self._processors
 
     @property
-    def kind(self) -> tuple[Hashable, ...]:
-        """Requests of one kind, stateless ones, are warped in one call."""
-        if self._given:
+    def warp_key(self) -> tuple[Hashable, ...]:
+        """Stateless samplers of equal key are warped in one call."""
+        if self._custom_warpers:
             return self.greedy, *self._warpers
         return self.params.temperature, self.params.top_k, self.params.top_p, self.params.min_p
 
     @property
-    def plain(self) -> float | None:
-        """The temperature, where it is all that a stateless choice from float32 logits depends on beside the draw."""
-        if self._given:
+    def temperature_only(self) -> float | None:
+        """The temperature, if a stateless choice from float32 logits depends on it and the draw only; else None."""
+        if self._custom_warpers:
             return 0.0 if self.greedy and not self._warpers else None
         return None if self._warpers else self.params.temperature
 
-    def takes_likeliest(self, dtype: torch.dtype) -> bool:
-        """Whether a stateless choice is the argmax of raw logits of `dtype`; float32 may round float64 to a tie."""
-        return self.greedy and not (self._given and (self._warpers or dtype is torch.float64))
+    def takes_argmax(self, dtype: torch.dtype) -> bool:
+        """Whether a stateless choice is the argmax of raw logits of `dtype`; rounding float64 to float32 may tie."""
+        return self.greedy and not (self._custom_warpers and (self._warpers or dtype is torch.float64))
 
     def draw(self, position: int) -> float:
         """The uniform draw in [0, 1) for the token at `position`."""
@@ -72,22 +72,22 @@ class Sampler:
 
     def scores(self, history: Sequence[int], logits: Tensor) -> Tensor:
         """Processed logits (vocab,) for one position; `history` holds all tokens before it, the prompt included."""
-        scores = _wide(logits.unsqueeze(0))  # (1, vocab)
+        scores = _at_least_float32(logits.unsqueeze(0))  # (1, vocab)
         if self._processors:
-            scores = scores.clone()  # processors may write in place, and the target's logits are not theirs
+            scores = scores.clone()  # processors may write in place, which must not change the target's logits
             ids = torch.tensor([list(history)], dtype=torch.long, device=logits.device)
             for process in self._processors:
                 scores = process(ids, scores)
         return self.warped(scores)[0]
 
     def warped(self, scores: Tensor) -> Tensor:
-        """Scores (n, vocab) after temperature, top-k, top-p and min-p, or after the given warpers."""
-        if self._given:
+        """Scores (n, vocab) after temperature, top-k, top-p and min-p, or after `warpers`."""
+        if self._custom_warpers:
             scores = scores.float()
         elif self.greedy:
             return scores
         else:
-            scores = _wide(scores) / self.params.temperature
+            scores = _at_least_float32(scores) / self.params.temperature
         for warp in self._warpers:
             scores = warp(_NO_HISTORY, scores)
         return scores
@@ -107,7 +107,7 @@ class Sampler:
 
 
 def _own_warpers(params: SamplingParams) -> list[Processor]:
-    warpers: list[Any] = []  # of transformers, whose types are wider in one place and narrower in another
+    warpers: list[Any] = []  # transformers' type annotations do not match `Processor`
     if params.temperature > 0:
         if params.top_k > 0:
             warpers.append(stock.TopKLogitsWarper(top_k=params.top_k))
@@ -121,57 +121,58 @@ def _own_warpers(params: SamplingParams) -> list[Processor]:
 def choose_nodes(
     logits: Tensor, samplers: Sequence[Sampler], lengths: Sequence[int], depths: Tensor, height: int
 ) -> Tensor:
-    """What each row's stateless sampler chooses at every node; -1 where no token is possible. Reads nothing back.
+    """Sample a token at every node with each row's stateless sampler. Reads nothing from the device.
 
     Args:
         logits: (rows, nodes, vocab) raw.
         samplers: one per row.
-        lengths: tokens of each row up to the root; the token that follows a node at depth d stands at length + d.
+        lengths: tokens of each row up to and including the root; the token after a node at depth d has position
+            length + d.
         depths: (rows, nodes).
-        height: no depth is greater.
+        height: upper bound of all depths.
 
     Returns:
-        (rows, nodes) int64.
+        (rows, nodes) int64; -1 where the distribution has no possible token.
     """
-    if all(sampler.takes_likeliest(logits.dtype) for sampler in samplers):
-        return likeliest(logits)
+    if all(sampler.takes_argmax(logits.dtype) for sampler in samplers):
+        return argmax(logits)
     rows, nodes, vocab = logits.shape
     points = torch.tensor(draws(samplers, lengths, height), dtype=exact(logits.device))
     uniform = to_device(points, logits.device).gather(1, depths)
-    kinds: dict[tuple[Hashable, ...], list[int]] = {}
+    groups: dict[tuple[Hashable, ...], list[int]] = {}
     for row, sampler in enumerate(samplers):
-        kinds.setdefault(sampler.kind, []).append(row)
+        groups.setdefault(sampler.warp_key, []).append(row)
     chosen = torch.empty(rows, nodes, dtype=torch.long, device=logits.device)
-    for members in kinds.values():
-        sampler, some = samplers[members[0]], len(members) < rows
-        picked = logits[members] if some else logits
-        if sampler.takes_likeliest(logits.dtype):
-            found = likeliest(picked)
+    for members in groups.values():
+        sampler, subset = samplers[members[0]], len(members) < rows
+        group_logits = logits[members] if subset else logits
+        if sampler.takes_argmax(logits.dtype):
+            tokens = argmax(group_logits)
         elif sampler.greedy:
-            found = likeliest(sampler.warped(picked.reshape(-1, vocab)).view(-1, nodes, vocab))
+            tokens = argmax(sampler.warped(group_logits.reshape(-1, vocab)).view(-1, nodes, vocab))
         else:
-            scores = sampler.warped(picked.reshape(-1, vocab))
-            points = uniform[members] if some else uniform
-            found = _drawn(scores, points.reshape(-1)).view(-1, nodes)
-        if not some:
-            return found
-        chosen[members] = found
+            scores = sampler.warped(group_logits.reshape(-1, vocab))
+            points = uniform[members] if subset else uniform
+            tokens = _sample(scores, points.reshape(-1)).view(-1, nodes)
+        if not subset:
+            return tokens
+        chosen[members] = tokens
     return chosen
 
 
 def draws(samplers: Sequence[Sampler], lengths: Sequence[int], height: int) -> list[list[float]]:
-    """Each row's draws for the tokens that follow nodes at depth 0 to `height`; 0 where nothing is drawn."""
+    """Each row's uniform draws for the tokens after nodes at depth 0 to `height`; 0 for greedy rows."""
     return [
         [0.0 if sampler.greedy else sampler.draw(length + depth) for depth in range(height + 1)]
         for sampler, length in zip(samplers, lengths, strict=True)
     ]
 
 
-def likeliest(logits: Tensor) -> Tensor:
-    """argmax over the last dimension of (rows, nodes, vocab), the first of equals.
+def argmax(logits: Tensor) -> Tensor:
+    """Argmax over the last dimension of (rows, nodes, vocab), the first one on ties.
 
-    In two stages, since torch finds a maximum several times sooner than its place (CPU, 6 rows of 49,152: 31 us
-    instead of 130).
+    In two stages, since torch's max without the index is several times faster (CPU, 6 rows of 49,152: 31 us instead of
+    130).
     """
     rows, nodes, vocab = logits.shape
     parts = next((count for count in (256, 128, 64) if vocab % count == 0 and vocab > 32 * count), 1)
@@ -184,50 +185,51 @@ def likeliest(logits: Tensor) -> Tensor:
 
 
 def probabilities(scores: Tensor, where: str) -> Tensor:
-    """Probabilities (vocab,) in float64 of processed scores; `where` is for the message.
+    """Probabilities (vocab,) in float64 of processed scores; `where` goes into the error message.
 
     Raises:
         PromptError: no token is possible.
     """
     probs = scores.to(exact(scores.device)).softmax(-1)
-    if bool(probs[0].isnan()):  # then all are: the sum is
+    if bool(probs[0].isnan()):  # a NaN sum makes all entries NaN
         raise impossible(where)
     return probs
 
 
 def impossible(where: str) -> PromptError:
-    """What is raised where the distribution holds no token."""
+    """The error for a distribution without any possible token."""
     return PromptError(
-        f"no token is possible {where}: the processors allow none, or the model answered with nan or inf (a "
+        f"no token is possible {where}: the processors allow none, or the model's logits are nan or inf (a "
         f"half-precision overflow?)"
     )
 
 
 def inverse_cdf(probs: Tensor, uniform: float) -> int:
-    """The token that a draw in [0, 1) falls on; `probs` (vocab,) need not sum to exactly 1."""
-    return int(_at(probs.unsqueeze(0).cumsum(-1), torch.full((1,), uniform, dtype=probs.dtype, device=probs.device)))
+    """The token at a draw in [0, 1); `probs` (vocab,) need not sum to exactly 1."""
+    draw = torch.full((1,), uniform, dtype=probs.dtype, device=probs.device)
+    return int(_search_cdf(probs.unsqueeze(0).cumsum(-1), draw))
 
 
-def _drawn(scores: Tensor, uniform: Tensor) -> Tensor:
+def _sample(scores: Tensor, uniform: Tensor) -> Tensor:
     """The inverse CDF of processed scores (n, vocab) at draws (n,) -> (n,) int64; -1 where no token is possible.
 
-    In place: at every node of a tree, new memory costs more than the arithmetic.
+    In place: for all nodes of a tree, allocation costs more than the arithmetic.
     """
     weights = scores.to(exact(scores.device), copy=True)
-    return _at(weights.sub_(weights.amax(-1, keepdim=True)).exp_().cumsum_(-1), uniform)
+    return _search_cdf(weights.sub_(weights.amax(-1, keepdim=True)).exp_().cumsum_(-1), uniform)
 
 
-def _at(cumulative: Tensor, uniform: Tensor) -> Tensor:
-    """Where draws (n,) in [0, 1) fall on the scales (n, vocab); -1 where the scale is NaN."""
+def _search_cdf(cumulative: Tensor, uniform: Tensor) -> Tensor:
+    """Token indices of draws (n,) in [0, 1) by cumulative weights (n, vocab); -1 where the sum is NaN."""
     total = cumulative[:, -1:].contiguous()
     index = torch.searchsorted(cumulative, uniform.unsqueeze(1) * total, right=True)[:, 0]
-    # Where rounding put the point on the very end of the scale: the last token that has any probability.
+    # Rounding may put the point at the end of the scale: take the last token that has any probability.
     last = torch.searchsorted(cumulative, total)[:, 0]
     index = torch.where(index < cumulative.shape[-1], index, last)
     return index.masked_fill(total[:, 0].isnan(), -1)
 
 
-def _wide(scores: Tensor) -> Tensor:
+def _at_least_float32(scores: Tensor) -> Tensor:
     return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
 
 
@@ -235,8 +237,8 @@ def keyed_uniform(seed: int, choice: int, position: int, *stream: int) -> float:
     """A uniform draw in [0, 1) with 53 random bits, a pure function of its keys.
 
     One round of the SplitMix64 finaliser (Steele et al., OOPSLA 2014) per key, so that neighbouring keys give
-    unrelated draws. Without `stream` it is the target's own draw for a position; drafters and acceptance rules that
-    need randomness add a stream number (`DRAFT`, `ACCEPT`, `RESIDUAL`) and further keys.
+    unrelated draws. Without `stream` it is the target's draw for a position; drafters and acceptance rules add a stream
+    number (`DRAFT`, `ACCEPT`, `RESIDUAL`) and further keys.
     """
     return _uniform(_keyed(0, seed, choice, position, *stream))
 

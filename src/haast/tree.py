@@ -1,8 +1,8 @@
 """The draft tree: tokens with parents, as tensors.
 
-Owns the shape of a draft (who is whose parent, how deep, who may see whom). Knows nothing of models, caches or
-probabilities. A chain is a tree, a prompt is a chain, and vanilla decoding is a tree of one node, so one forward path
-serves them all. Source: token trees as in SpecInfer (arXiv 2305.09781) and EAGLE (arXiv 2401.15077, section 3.3).
+Owns the tree's structure (parents, depths, attention mask). Knows nothing of models, caches or probabilities. A chain
+is a tree, a prompt is a chain, and vanilla decoding is a tree of one node, so one forward function serves them all.
+Source: token trees as in SpecInfer (arXiv 2305.09781) and EAGLE (arXiv 2401.15077, section 3.3).
 
     node      0    1    2    3         0
     token     A    B    C    D        / \\
@@ -23,12 +23,12 @@ from torch.nn.functional import pad
 
 @dataclass(frozen=True)
 class DraftTree:
-    """One tree of equal node count per row. Build with `from_parents`, `chain` or `roots`, which fill every field.
+    """One tree per row, all with the same number of nodes. Build with `from_parents`, `chain` or `roots`.
 
     Node 0 is the root: the last emitted token, not yet in the target's KV cache. Parents precede their children.
-    Siblings stand in the drafter's order of preference. Dead nodes pad ragged rows to one static shape: they are run,
-    seen by no other node, and can neither be accepted nor have live children. Placeholder nodes are run but never
-    accepted.
+    Siblings are in the drafter's order of preference. Dead nodes pad ragged rows to one shape: the forward computes
+    them, no other node sees them, and they can neither be accepted nor have live children. Placeholder nodes are
+    computed but never accepted.
     """
 
     tokens: Tensor  # (rows, nodes) int64
@@ -36,15 +36,15 @@ class DraftTree:
     depths: Tensor  # (rows, nodes) int64; edges up to the root, 0 for dead nodes
     ancestors: Tensor  # (rows, nodes, nodes) bool; [r, i, j]: node i sees node j (itself included)
     live: Tensor  # (rows, nodes) bool
-    height: int  # no depth is greater; known without a look at the tensors
+    height: int  # upper bound of all depths, on the host: needs no read from the device
     placeholder: Tensor | None = None  # (rows, nodes) bool
-    # (rows, nodes, vocab) float64: the distribution that each node's token was drawn from, given all that was drawn
-    # before it in this tree (the root's is not read). None: the tokens are taken as given, a point mass each.
+    # (rows, nodes, vocab) float64: the distribution that each node's token was sampled from, given the tokens sampled
+    # before it in this tree (the root's is not read). None: a point mass on each token.
     draft_probs: Tensor | None = None
 
     @property
     def rows(self) -> int:
-        """Sequences in the batch."""
+        """Number of sequences in the batch."""
         return int(self.tokens.shape[0])
 
     @property
@@ -69,11 +69,11 @@ class DraftTree:
             parents: node parents, -1 for none.
             live: (rows, nodes) bool; all if None.
             placeholder: (rows, nodes) bool; none if None.
-            height: a bound of all depths; nodes - 1 if None.
-            checked: the caller vouches for the parents, so that no value is read back from the device.
+            height: an upper bound of all depths; nodes - 1 if None.
+            checked: the parents are valid, so do not check them: a check reads from the device.
 
         Raises:
-            ValueError: shapes differ, a parent does not precede its child, or a live node hangs on a dead one.
+            ValueError: shapes differ, a parent does not precede its child, or a live node has a dead parent.
         """
         if tokens.ndim != 2 or tokens.shape != parents.shape or tokens.shape[1] == 0:
             raise ValueError(
@@ -86,18 +86,18 @@ class DraftTree:
         parents = parents.masked_fill(~live, -1)
         if not checked:
             _check_parents(parents, live)
-        most = nodes - 1 if height is None else min(height, nodes - 1)
-        step = torch.zeros(rows, nodes, nodes + 1, device=tokens.device)
-        step.scatter_(2, (parents + 1).unsqueeze(2), 1.0)  # column 0 collects the parents of roots and dead nodes
-        reach = step[:, :, 1:] + torch.eye(nodes, device=tokens.device)
-        for _ in range(max(most - 1, 0).bit_length()):  # reach doubles: 2^k edges after k products
+        max_depth = nodes - 1 if height is None else min(height, nodes - 1)
+        edges = torch.zeros(rows, nodes, nodes + 1, device=tokens.device)
+        edges.scatter_(2, (parents + 1).unsqueeze(2), 1.0)  # column 0 collects the parents of roots and dead nodes
+        reach = edges[:, :, 1:] + torch.eye(nodes, device=tokens.device)
+        for _ in range(max(max_depth - 1, 0).bit_length()):  # reach doubles: 2^k edges after k products
             reach = (reach @ reach).clamp_(max=1.0)
         depths = reach.sum(-1).long() - 1
-        return DraftTree(tokens, parents, depths, reach > 0.5, live, most, placeholder)
+        return DraftTree(tokens, parents, depths, reach > 0.5, live, max_depth, placeholder)
 
     @staticmethod
     def chain(tokens: Tensor, live: Tensor | None = None) -> DraftTree:
-        """A chain: `tokens` (rows, nodes), each the child of the one before; `live` marks a ragged row's true part."""
+        """A chain: `tokens` (rows, nodes), each the child of the one before; `live` (rows, nodes) bool, None is all."""
         rows, nodes = tokens.shape
         index = torch.arange(nodes, device=tokens.device)
         lower = torch.ones(nodes, nodes, dtype=torch.bool, device=tokens.device).tril()
@@ -111,11 +111,11 @@ class DraftTree:
 
     @staticmethod
     def roots(tokens: Tensor) -> DraftTree:
-        """A root alone in every row: vanilla decoding. `tokens` is (rows,)."""
+        """Only a root in every row: vanilla decoding. `tokens` is (rows,)."""
         return DraftTree.chain(tokens.unsqueeze(1))
 
     def padded(self, nodes: int) -> DraftTree:
-        """This tree with dead nodes after its own, `nodes` in all: one static shape for trees of many sizes."""
+        """This tree padded with dead nodes to `nodes` nodes: one static shape for trees of many sizes."""
         added = nodes - self.nodes
         if added < 0:
             raise ValueError(f"the tree has {self.nodes} nodes and can't be padded to {nodes}")
@@ -135,24 +135,24 @@ class DraftTree:
             None if self.draft_probs is None else pad(self.draft_probs, (0, 0, 0, added)),
         )
 
-    def taken(self, index: Tensor) -> DraftTree:
-        """The rows `index` (n,) of it."""
-        of_rows: dict[str, Any] = {name: part[index] for name, part in vars(self).items() if isinstance(part, Tensor)}
-        return replace(self, **of_rows)
+    def select_rows(self, index: Tensor) -> DraftTree:
+        """A tree of the rows `index` (n,)."""
+        fields: dict[str, Any] = {name: part[index] for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **fields)
 
     def children(self, row: int) -> list[list[int]]:
         """For every node of `row`, its live children that may be accepted, in the drafter's order of preference."""
-        kids: list[list[int]] = [[] for _ in range(self.nodes)]
-        barred = ~self.live[row] if self.placeholder is None else self.placeholder[row] | ~self.live[row]
-        for node, (parent, out) in enumerate(zip(self.parents[row].tolist(), barred.tolist(), strict=True)):
+        children: list[list[int]] = [[] for _ in range(self.nodes)]
+        excluded = ~self.live[row] if self.placeholder is None else self.placeholder[row] | ~self.live[row]
+        for node, (parent, out) in enumerate(zip(self.parents[row].tolist(), excluded.tolist(), strict=True)):
             if parent >= 0 and not out:
-                kids[parent].append(node)
-        return kids
+                children[parent].append(node)
+        return children
 
 
-def repeating(rows: int, wanted: int, device: torch.device) -> Tensor:
-    """(wanted,) row numbers: all of `rows`, then the first one again."""
-    index = torch.arange(wanted, device=device)
+def padded_row_index(rows: int, padded_rows: int, device: torch.device) -> Tensor:
+    """(padded_rows,) int64 that pads a batch of `rows` rows: 0 .. rows - 1, then 0 repeated."""
+    index = torch.arange(padded_rows, device=device)
     return torch.where(index < rows, index, 0)
 
 

@@ -16,7 +16,7 @@ from haast import native
 from haast.bench import replay
 from haast.bench.report import git_commit, versions
 from haast.core import SamplingParams
-from haast.drafters.calibrated import draft_ms, identity, kept, level_costs
+from haast.drafters.calibrated import draft_ms, identity, level_costs, restoring
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.tree_shape import DraftShape
 from haast.engine.engine import Engine, Step, StopParams
@@ -64,7 +64,7 @@ def calibrate(
     Raises:
         ValueError: the texts are too short to record a step.
     """
-    with kept(drafter):
+    with restoring(drafter):
         say("timing target forwards of 1 to 32 nodes")
         forwards = forward_ms(target, NODES, rounds)
         say("timing draft levels while decoding")

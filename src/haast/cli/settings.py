@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from typer import Option
 
-from haast.drafters.tree_shape import DraftShape, shape_for, usual_nodes
+from haast.drafters.tree_shape import DraftShape, default_nodes, shape_for
 from haast.errors import check_at_least as check_at_least  # re-exported for commands
 from haast.errors import expanded as expanded_path
 
@@ -160,7 +160,7 @@ class Drafting:
 
     def check_shape(self, device: str) -> DraftShape:
         """The tree shape of these settings. Raises ValueError. Imports nothing heavy."""
-        nodes = usual_nodes(device) if self.nodes is None else self.nodes
+        nodes = default_nodes(device) if self.nodes is None else self.nodes
         return shape_for(nodes, self.shape, self.depth, self.draft_top_k, self.width)
 
     def folder(self, model: str) -> Path | None:

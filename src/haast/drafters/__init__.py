@@ -1,1 +1,1 @@
-"""Drafters: each proposes one tree per step from what it has observed. None imports the engine."""
+"""Drafters: each proposes one draft tree per step and row. None imports the engine."""

@@ -1,8 +1,8 @@
-"""The drafter contract: begin a request, observe what was accepted, propose a tree.
+"""The drafter interface: begin a request, observe accepted tokens, propose a draft tree.
 
-A drafter serves many requests at once and keeps what it must remember of each in a state of its own making, which the
-engine holds for it: `begin` makes it, `observe` and `propose` get the states of the rows of one batch. Batches change
-from step to step, so nothing is kept by row. `haast.core.Accepted` draws which token belongs to which features.
+A drafter serves many requests at once. `begin` creates a state per request, which the engine keeps; `observe` and
+`propose` get the states of a batch's rows. Batches change from step to step, so a drafter keeps nothing per row.
+`haast.core.Accepted` shows which token belongs to which features.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class Drafter(ABC):
     """Proposes one tree per step and row, of at most `nodes` nodes.
 
     Attributes:
-        name: what it is called everywhere.
-        target_layers: HF `hidden_states` indices that `Accepted.features` lays side by side; empty: the features
-            themselves (the LM head's input).
-        wants_choices: whether `Accepted.choices` is filled.
-        prefix_key: which prefixes of the KV pool have all that it needs; None: those of the target alone.
-        reach: slots back that it needs of a prefix; None is all.
-        caches: keys and values of its own, in the target's blocks.
-        room: slots after a text's committed ones that `observe` and `propose` write there.
-        policy: how much is drafted, by what pays; None drafts all that the drafter can.
-        resting: whether so many requests run that nothing is going to be drafted for a new one, see `loaded`.
+        name: its name in options, statistics and results.
+        target_layers: indices into HF `hidden_states` that `Accepted.features` concatenates; empty: the last hidden
+            state (the LM head's input).
+        wants_choices: whether the engine fills `Accepted.choices`.
+        prefix_key: key of the KV pool's prefixes that hold the drafter's own keys and values too; None if it has none.
+        reach: number of last slots of a prefix that it needs; None is all.
+        caches: its own KV caches, in the target's blocks.
+        room: slots after the committed ones that `observe` and `propose` write in `caches`.
+        policy: decides how much is drafted per step; None drafts as much as the drafter can.
+        resting: whether the load is so high that new requests get no drafts, see `set_load`.
     """
 
     name: str
@@ -51,72 +51,72 @@ class Drafter(ABC):
     @property
     @abstractmethod
     def nodes(self) -> int:
-        """The most nodes that a proposed tree has, root included."""
+        """Maximum nodes of a proposed tree, root included."""
 
     @abstractmethod
     def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> Any:
-        """The state of a request that begins.
+        """Create the state of a new request.
 
         Args:
-            prompt: its tokens, all of those so far.
-            kv: its blocks, for drafters with keys and values of their own beside the target's.
-            reused: positions, from the first, that are there already and will not be observed.
+            prompt: all of its tokens so far.
+            kv: its blocks, for drafters with a KV cache of their own.
+            reused: number of first positions taken from the prefix cache; they will not be observed.
         """
 
-    def loaded(self, requests: int) -> None:
-        """So many requests run; told before every step. Where drafts do not pay, nobody need get ready to draft."""
+    def set_load(self, requests: int) -> None:
+        """The number of running requests, set before every step. Lets a drafter skip work if drafting does not pay."""
         self.resting = self.policy is not None and self.policy.rests(requests)
 
-    def drawn_by(self, state: Any, chooser: TokenChooser) -> None:  # noqa: B027  # most draw nothing
-        """Who draws the request's tokens, told after `begin`: a drafter that draws too does so by its seed and choice.
+    def set_chooser(self, state: Any, chooser: TokenChooser) -> None:  # noqa: B027  # most drafters do not sample
+        """The request's sampler, set after `begin`. A drafter that samples keys its draws by the same seed and choice.
 
-        Requests of different seeds or choices would otherwise share their drafts; under acceptance rules that let
-        drafts show in the text, they would not be independent.
+        Otherwise requests with different seeds or choices would share their drafts, and under acceptance rules whose
+        text depends on the drafts they would not be independent.
         """
 
-    def foresee(self, state: Any, text: Sequence[int]) -> None:  # noqa: B027  # most read no text
-        """Text that may come again, told after `begin`, with the positions that were reused after it."""
+    def add_prediction(self, state: Any, text: Sequence[int]) -> None:  # noqa: B027  # most drafters read no text
+        """Expected text, then the reused positions, as tokens; called after `begin`. See `DraftHints.prediction`."""
 
-    def end(self, state: Any) -> None:  # noqa: B027  # most have nothing to give back
-        """A request leaves; its state is not used again."""
+    def end(self, state: Any) -> None:  # noqa: B027  # most drafters hold no resources
+        """The request has ended or was preempted; its state is not used again."""
 
     def filled(self, state: Any, length: int) -> int:
-        """Of the first `length` slots of the request, how many hold all that a later request can use of them."""
+        """How many of the request's first `length` slots later requests may reuse."""
         return length
 
     def complete_from(self, state: Any) -> int:
-        """The first slot of the request from which on all is there that a later request needs."""
+        """The first slot of the request from which on the drafter's keys and values are complete."""
         return 0
 
     @abstractmethod
     def observe(self, states: Sequence[Any], accepted: Accepted) -> None:
-        """Take in kept positions (the prompt, chunk by chunk, at first): features, and the tokens that follow them."""
+        """Take committed positions (first the prompt, chunk by chunk): features, and the tokens that follow them."""
 
     @abstractmethod
     def propose(self, states: Sequence[Any], budget: int | None = None) -> DraftTree:
         """The next tree of every row, rooted at its last observed token.
 
         Args:
-            states: of the rows.
-            budget: most nodes per row, root included; 1 drafts nothing. None is up to the drafter.
+            states: one per row.
+            budget: maximum nodes per row, root included; 1 drafts nothing. None leaves it to the drafter.
         """
 
 
 class DraftPolicy(Protocol):
-    """Decides how much is drafted. Decisions rest on counts and calibrated costs, never on the clock or on draws."""
+    """Decides how much is drafted, from counts and measured costs; never from a clock or random draws."""
 
     def budget(self, requests: Sequence[Request]) -> int | None:
-        """Most nodes per row of the next step, root included; None is up to the drafter."""
+        """Maximum nodes per row of the next step, root included; None leaves it to the drafter."""
 
     def rests(self, rows: int) -> bool:
-        """Whether nothing is drafted for requests that nothing is known of, where so many rows are decoded together."""
+        """Whether drafting does not pay for a new request, without counts of its own, in a batch of `rows` rows."""
 
     def observed(self, request: Request, kept: RowVerdict, nodes: int) -> None:
-        """A step over `nodes` nodes a row kept this of the request."""
+        """Record the verdict of a request in a step with `nodes` nodes per row."""
 
 
 def last_kept(values: Tensor, counts: Tensor) -> Tensor:
-    """What stands at each row's last kept position, (rows, ...) of (rows, longest, ...); counts are 1 or more."""
+    """The values at each row's last committed position: (rows, longest, ...) -> (rows, ...); counts are 1 or more."""
     index = (counts - 1).clamp_min(0).view(-1, *[1] * (values.ndim - 1)).expand(-1, 1, *values.shape[2:])
     return values.gather(1, index).squeeze(1)
 
@@ -127,8 +127,8 @@ def last_tokens(accepted: Accepted) -> Tensor:
 
 
 def stacked(states: Sequence[Any], name: str) -> Tensor:
-    """A tensor that every state holds, (rows, ...)."""
+    """The attribute `name` of all states, a tensor each, as (rows, ...)."""
     if len(states) == 1:
-        alone: Tensor = getattr(states[0], name).unsqueeze(0)
-        return alone
+        single: Tensor = getattr(states[0], name).unsqueeze(0)
+        return single
     return torch.stack([getattr(state, name) for state in states])

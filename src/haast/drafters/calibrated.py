@@ -1,4 +1,4 @@
-"""What a target's drafts cost here: the kept calibration, how it is put to use, and a rehearsal where there is none."""
+"""Finds and applies saved calibrations, and measures a drafter's cost for targets without one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _WIDTHS, _DEEP, _TOP_K = (1, 8), 5, 8
 
 
 def identity(target: Target, drafter: EagleDrafter) -> dict[str, Any]:
-    """What a calibration is good for: this machine, this model and head, these settings."""
+    """What a calibration is valid for: this machine, model, head and settings."""
     head = hashlib.sha256()
     for name, tensor in sorted(drafter.tensors().items()):
         head.update(name.encode())
@@ -36,50 +36,50 @@ def identity(target: Target, drafter: EagleDrafter) -> dict[str, Any]:
     return {**target_identity(target), "head": head.hexdigest()[:16]}
 
 
-def default_path(known: dict[str, Any]) -> Path:
-    """Where the calibration for this identity is kept between runs."""
-    return file_for(known, "calibration")
+def default_path(identity: dict[str, Any]) -> Path:
+    """The file that holds the calibration for an identity."""
+    return file_for(identity, "calibration")
 
 
 def find_calibration(target: Target, drafter: EagleDrafter, wanted: str | Path = "auto") -> Calibration | None:
-    """The calibration to use: "auto" is the kept one if there is one, "off" none, else a file.
+    """The calibration to use: "auto" loads the saved one if there is one, "off" is None, else the path of a file.
 
-    Raises ValueError for a file that is not there, no calibration, or of another machine, model or head.
+    Raises ValueError if the file is missing, is not a calibration, or is of another machine, model or head.
     """
     if wanted == "off":
         return None
-    known = identity(target, drafter)
+    here = identity(target, drafter)
     if wanted != "auto":
-        return Calibration.load(Path(wanted), known)
-    path = default_path(known)
-    with suppress(ValueError):  # of an older Haast; `haast calibrate` writes it anew
-        return Calibration.load(path, known) if path.is_file() else None
+        return Calibration.load(Path(wanted), here)
+    path = default_path(here)
+    with suppress(ValueError):  # written by an older Haast: `haast calibrate` replaces it
+        return Calibration.load(path, here) if path.is_file() else None
     return None
 
 
 def apply_calibration(drafter: EagleDrafter, calibration: Calibration) -> bool:
-    """Draft as the calibration found best; False, and nothing changed, where it found that drafting does not pay."""
+    """Set the drafter to the calibration's best shapes. False, without a change, if drafting does not pay."""
     if not calibration.pays:
         return False
-    batches = {rows: _config(batch) for rows, batch in calibration.batches.items()}
-    first = replace(_config(calibration), nodes=calibration.expected["nodes"])
-    assert first.shape is not None, "it pays"
+    batches = {rows: _draft_config(batch) for rows, batch in calibration.batches.items()}
+    first = replace(_draft_config(calibration), nodes=calibration.expected["nodes"])
+    assert first.shape is not None, "a calibration that pays has a shape"
     drafter.reshape(
         first.shape, first.pace, {**(batches or default_configs(first.shape, drafter.device.type)), 1: first}
     )
     return True
 
 
-def _config(found: Batch | Calibration) -> DraftConfig:
-    if not found.shape:
-        return DraftConfig(None, found.pace)
-    gain = found.expected["tau"] - 1
-    return DraftConfig(DraftShape(**found.shape), found.pace, nodes_for(gain), gain)
+def _draft_config(costs: Batch | Calibration) -> DraftConfig:
+    if not costs.shape:
+        return DraftConfig(None, costs.pace)
+    gain = costs.expected["tau"] - 1
+    return DraftConfig(DraftShape(**costs.shape), costs.pace, nodes_for(gain), gain)
 
 
 @contextmanager
-def kept(drafter: EagleDrafter) -> Iterator[None]:
-    """The drafter may be reshaped within, and has no policy: all that it can draft is looked at."""
+def restoring(drafter: EagleDrafter) -> Iterator[None]:
+    """Restores the drafter's shape and policy afterwards. Within, it has no policy and may be reshaped."""
     before, policy = (drafter.shape, drafter.pace, drafter.configs), drafter.policy
     drafter.policy = None
     try:
@@ -90,11 +90,11 @@ def kept(drafter: EagleDrafter) -> Iterator[None]:
 
 
 def level_costs(drafter: EagleDrafter, measure: Callable[[], float], widths: Sequence[int] = _WIDTHS) -> DraftCost:
-    """Ms of an EAGLE head's first level of drafts, and of each further one by its width, as `measure` finds them.
+    """Ms of an EAGLE head's first draft level, and of each further one by its width, timed by `measure`.
 
-    The drafter keeps its shape.
+    The drafter's shape is restored.
     """
-    with kept(drafter):
+    with restoring(drafter):
         drafter.reshape(DraftShape("dynamic", 1, _TOP_K, 1, 2))
         first = measure()
         levels = {}
@@ -105,32 +105,32 @@ def level_costs(drafter: EagleDrafter, measure: Callable[[], float], widths: Seq
 
 
 def eagle_cost(target: Target, drafter: EagleDrafter) -> DraftCost:
-    """Of an EAGLE head, while it drafts for nobody."""
+    """Draft cost of an EAGLE head. The drafter must not serve requests meanwhile."""
     return level_costs(drafter, lambda: draft_ms(target, drafter))
 
 
 def small_model_cost(target: Target, drafter: SmallModelDrafter, small: Target) -> DraftCost:
-    """Of a smaller model's chain."""
+    """Draft cost of a small model's chain."""
     first, all_levels = (draft_ms(target, drafter, budget, (small,)) for budget in (2, None))
     return first, {1: max((all_levels - first) / max(drafter.nodes - 2, 1), 1e-3)}
 
 
-def draft_ms(target: Target, drafter: Drafter, budget: int | None = None, beside: Sequence[Target] = ()) -> float:
-    """Ms of observing two tokens and proposing within a budget, the least of a few times.
+def draft_ms(target: Target, drafter: Drafter, budget: int | None = None, others: Sequence[Target] = ()) -> float:
+    """Ms of observing two tokens and proposing within a budget, the minimum of a few runs.
 
-    The drafter serves no request meanwhile; `beside` are further models that it runs.
+    The drafter must not serve requests meanwhile; `others` are further models that it runs.
     """
     prefix = _COMMITTED if target.context_length is None else min(_COMMITTED, max(target.context_length // 4, 3))
     room = prefix + 2 * _ROUNDS + drafter.nodes + drafter.room + 2
     with ExitStack() as stack:
-        for each in (target, *beside):
+        for each in (target, *others):
             stack.enter_context(each.scratch_pool(4 * room + 256))
         stack.enter_context(torch.inference_mode())
         stack.enter_context(target.step_threads())
-        return _rehearse(target, drafter, budget, prefix, room)
+        return _time_drafts(target, drafter, budget, prefix, room)
 
 
-def _rehearse(target: Target, drafter: Drafter, budget: int | None, prefix: int, room: int) -> float:
+def _time_drafts(target: Target, drafter: Drafter, budget: int | None, prefix: int, room: int) -> float:
     tokens = torch.arange(prefix, device=target.device).unsqueeze(0) % target.vocab_size
     kv = target.pool.sequence()
     kv.reserve(room)
@@ -138,24 +138,24 @@ def _rehearse(target: Target, drafter: Drafter, budget: int | None, prefix: int,
     output = target.forward(DraftTree.chain(tokens), target.cache.bind([kv]), hidden_layers=layers)
     target.cache.advance([prefix])
     features = torch.cat([output.hidden[i] for i in layers], dim=-1) if layers else output.features
-    said = tokens.roll(-1, 1)
+    following = tokens.roll(-1, 1)
     state = drafter.begin(tokens[0].tolist(), kv, 0)
     counts = torch.tensor([prefix], device=target.device)
-    drafter.observe([state], Accepted(said, features, counts, known=said.tolist()))
-    row = RowVerdict((0, 1), tuple(said[0, :2].tolist()), (True,))
+    drafter.observe([state], Accepted(following, features, counts, tokens_on_host=following.tolist()))
+    row = RowVerdict((0, 1), tuple(following[0, :2].tolist()), (True,))
     choices = output.logits.argmax(-1) if drafter.wants_choices else None
     two, verdict = torch.tensor([2], device=target.device), Verdict.of_rows([row], target.device)
-    step = Accepted(said[:, :2], features[:, :2], two, choices, verdict)
+    step = Accepted(following[:, :2], features[:, :2], two, choices, verdict)
 
     def once() -> None:
         drafter.observe([state], step)
         drafter.propose([state], budget)
 
-    begun, least = perf_counter(), float("inf")
+    start, minimum = perf_counter(), float("inf")
     for turn in range(_ROUNDS):
-        if turn > 1 and perf_counter() - begun > _SECONDS:
+        if turn > 1 and perf_counter() - start > _SECONDS:
             break
-        least = min(least, timed(target, once))
+        minimum = min(minimum, timed(target, once))
     drafter.end(state)
     kv.release()
-    return least
+    return minimum

@@ -1,7 +1,7 @@
-"""The LM head that drafts go through: its rows, its form, and the ids that it may draft.
+"""Builds the LM head for drafting: its rows, its precision, and the draft vocabulary.
 
-Owns nothing but how these are made of a target and of what a head brings. Source: EAGLE (arXiv 2401.15077), section 3,
-where the target's own embedding and LM head draft; FR-Spec (arXiv 2502.14856) for a reduced draft vocabulary.
+Sources: EAGLE (arXiv 2401.15077), section 3, where the target's own embedding and LM head are used for drafting;
+FR-Spec (arXiv 2502.14856) for a reduced draft vocabulary.
 """
 
 from __future__ import annotations
@@ -14,30 +14,33 @@ from haast.heads.module import DraftModule
 from haast.target.packing import PackedLinear
 from haast.target.target import Target
 
-# On a packed target the draft's LM head is held in 8 bits: a draft need not be exact, and reading those weights at
-# every level is most of its time. On 60 validation prompts it cost 0.003 of a tau of 2.42 (6 nodes), and a fifth of the
-# draft's time went; 8 bits for the decoder layer too cost 0.05.
+# On a packed target the draft LM head is packed to 8 bits: a draft need not be exact, and reading these weights at
+# every level dominates draft time. On 60 validation prompts it cost 0.003 of a tau of 2.42 (6 nodes) and saved a fifth
+# of the draft time; 8 bits for the decoder layer as well cost 0.05.
 DRAFT_LM_FORM = "int8"
 
 
 def checked_vocab(ids: Tensor, target: Target) -> Tensor:
-    """The draft vocabulary as the drafter and native code read it: int64, contiguous, within the target's."""
+    """The draft vocabulary (n,) as contiguous int64 on the target's device.
+
+    Raises HeadMismatchError for another shape or dtype, or ids outside the target's vocabulary.
+    """
     if ids.dim() != 1 or not len(ids) or ids.is_floating_point():
         raise HeadMismatchError(f"the draft vocabulary has shape {tuple(ids.shape)} of {ids.dtype}: give a list of ids")
     if int(ids.min()) < 0 or int(ids.max()) >= target.vocab_size:
         raise HeadMismatchError(
             f"the draft vocabulary holds ids {int(ids.min())} to {int(ids.max())}, the target's are 0 to "
-            f"{target.vocab_size - 1}: this head was made for another tokenizer"
+            f"{target.vocab_size - 1}: this head was trained for another tokenizer"
         )
     return ids.to(device=target.device, dtype=torch.int64).contiguous()
 
 
 def draft_lm_head(target: Target, module: DraftModule, vocab: Tensor | None, packed: bool) -> nn.Module:
-    """The LM head over the draft vocabulary: the target's own rows, the head's own, or the target's whole head."""
+    """The LM head over the draft vocabulary: rows of the target's, the draft head's own, or all of the target's."""
     ids = torch.arange(target.vocab_size, device=target.device) if vocab is None else vocab
-    theirs = target.head_rows(ids)
-    rows = module.lm_rows(theirs)
-    if vocab is None and rows is theirs and target.logit_scale == 1.0:
+    target_rows = target.head_rows(ids)
+    rows = module.lm_rows(target_rows)
+    if vocab is None and rows is target_rows and target.logit_scale == 1.0:
         return target.borrowed(target.lm_head)
     rows, bias = rows.detach(), None if module.own_lm_head else target.head_bias(ids)
     if packed:

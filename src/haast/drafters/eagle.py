@@ -1,11 +1,11 @@
-"""EAGLE drafting: extrapolate features, draft tokens through the target's frozen embedding and an LM head.
+"""EAGLE drafting: extrapolates features and drafts tokens with the target's frozen embedding and an LM head.
 
-Owns the head's keys and values, which lie in the target's blocks, and how a tree grows; `growth` holds what has grown.
-Sources: EAGLE (arXiv 2401.15077, section 3) for the pairs and the head; EAGLE-2 (arXiv 2406.16858, section 4) for
-expansion by cumulative probability and reranking to a budget; EAGLE-3 (arXiv 2503.01840, section 3) for states fused
-from several layers. Which of both a head is, the head knows.
+Owns the head's KV cache, in the target's blocks, and the expansion of the tree level by level (`tree_builder` keeps the
+candidates). Sources: EAGLE (arXiv 2401.15077, section 3) for the pairs and the head; EAGLE-2 (arXiv 2406.16858, section
+4) for expansion by cumulative probability and reranking to a budget; EAGLE-3 (arXiv 2503.01840, section 3) for states
+fused from several layers. The head's module decides between EAGLE and EAGLE-3.
 
-    committed pairs   (f_0, e_1) .. (f_{p-1}, e_p)      recomputed from the true features of what `observe` was told
+    committed pairs   (f_0, e_1) .. (f_{p-1}, e_p)      recomputed from the target features given to `observe`
     root              token p, and the last pair's output extrapolates f_p, whose logits are the root's children
     node at depth d   pair (extrapolated f_{p+d-1}, embedding of its token), rotary position p + d - 1
 """
@@ -28,7 +28,7 @@ from haast.drafters.draft_lm import checked_vocab, draft_lm_head
 from haast.drafters.head_check import HeadWatch, causes
 from haast.drafters.head_runner import Flight, HeadForward
 from haast.drafters.native_draft import NativeDraft
-from haast.drafters.pending_features import MOST_PENDING, EagleState, joined, without
+from haast.drafters.pending_features import MAX_PENDING, EagleState, drop_first, join_pending
 from haast.drafters.tree_builder import Growth, best_places
 from haast.drafters.tree_shape import DraftShape, Plan, plan
 from haast.drafters.window import DraftWindow
@@ -48,12 +48,12 @@ from haast.tuning.policy import CostModel
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A shape made ready to draft."""
+    """A shape with its index tensors and native plan, cached."""
 
     plan: Plan
     pace: CostModel | None
-    frontier: list[Tensor]  # per level, candidate numbers (1, width), of a fixed tree
-    keep: Tensor | None  # (1, nodes - 1), of a fixed tree
+    frontier: list[Tensor]  # static trees: per level, candidate indices (1, width)
+    keep: Tensor | None  # static trees: (1, nodes - 1)
     one_call: NativeDraft | None
 
 
@@ -61,14 +61,14 @@ class EagleDrafter(Drafter):
     """Drafts with a `FeatExtrapolator` or an `Eagle3Head`.
 
     Args:
-        target: whose embedding and LM head are borrowed.
-        head: a head trained for this target. Its module is taken over: moved to the target's device and dtype, and
-            packed where the target is packed.
+        target: its embedding and LM head are shared.
+        head: a head trained for this target. Its module is modified: moved to the target's device and dtype, and packed
+            if the target is packed.
         shape: chain, static or dynamic tree, and its size.
-        window: positions that the head looks back, so that its time does not grow with the text; None is all.
+        window: attention window of the head in positions, so that its time does not grow with the text; None is all.
 
     Raises:
-        HeadMismatchError: the head was made for another target.
+        HeadMismatchError: the head was trained for another target.
         ValueError: a window below 1.
     """
 
@@ -77,7 +77,7 @@ class EagleDrafter(Drafter):
     def __init__(self, target: Target, head: Head, shape: DraftShape | None = None, window: int | None = None) -> None:
         module = head.module
         if not isinstance(module, DraftModule):
-            raise HeadMismatchError(f"{type(module).__name__} do not draft as EAGLE does: give an EAGLE head")
+            raise HeadMismatchError(f"{type(module).__name__} do not draft as EAGLE: give an EAGLE head")
         check_weights(module)
         check_fits(module.config, target.hidden_size, target.vocab_size, type(target.model).__name__)
         warn_of_precision(head.about, target.precision)
@@ -104,75 +104,75 @@ class EagleDrafter(Drafter):
 
     @property
     def device(self) -> torch.device:
-        """Where it drafts."""
+        """The target's device."""
         return self._target.device
 
     @property
     def window(self) -> int | None:
-        """Positions that the head looks back; None is all."""
+        """Attention window of the head in positions; None is all."""
         return self._pairs.window
 
     @property
     def parameters(self) -> int:
-        """Weights of the head's linear layers and of the draft's LM head."""
+        """Number of weights of the head's linear layers and of the draft LM head."""
         return linear_sizes([*self._module.modules(), self._lm_head])[1]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The head's tensors as they draft, packed where the target is."""
+        """The head's tensors, packed if the target is."""
         return dict(self._module.state_dict())
 
     def reshape(self, shape: DraftShape, pace: CostModel | None = None, configs: DraftConfigs | None = None) -> None:
-        """Draft another shape from the next step on; with a pace, a dynamic tree is as deep and large as pays.
+        """Change the shape from the next step on; with a pace, each dynamic tree is as deep and large as pays.
 
         Args:
-            shape: of one row.
-            pace: of one row; on the CPU only, since it looks at probabilities on the host.
-            configs: what to draft by the number of rows; without them any number drafts as one does.
+            shape: for a batch of one row.
+            pace: cost model for one row; on the CPU only, since it reads probabilities on the host.
+            configs: configuration per batch size; without it, all batch sizes use `shape`.
         """
         self.shape, self.pace = shape, pace
         self.configs: DraftConfigs = {1: DraftConfig(shape, pace), **(configs or {})}
         self._shapes: dict[tuple[DraftShape, int], _Prepared] = {}
         plans = [self.planned(config.shape) for config in self.configs.values() if config.shape is not None]
-        self._most = max(each.nodes for each in plans)
-        self.room = max(self._most, *(sum(each.widths) for each in plans)) + self._most
+        self._max_nodes = max(each.nodes for each in plans)
+        self.room = max(self._max_nodes, *(sum(each.widths) for each in plans)) + self._max_nodes
 
     def planned(self, shape: DraftShape) -> Plan:
-        """The index plan of a shape over the draft's vocabulary."""
+        """The index plan of a shape over the draft vocabulary."""
         return plan(shape, self._target.vocab_size if self._vocab is None else len(self._vocab))
 
     def _prepared(self, config: DraftConfig, budget: int | None) -> _Prepared | None:
-        """The config's shape within a budget of nodes, made ready; None where nothing is drafted."""
+        """The config's shape, cut to a budget of nodes, with its tensors; None if nothing is drafted."""
         shape = config.shape
         if shape is None or (budget is not None and budget < 2):
             return None
         if budget is not None and budget < shape.nodes:
             shape = replace(shape, nodes=budget, depth=min(shape.depth, budget - 1))
-        found = self._shapes.get((shape, id(config.pace)))
-        if found is None:
-            fixed, device = self.planned(shape), self._target.device
+        prepared = self._shapes.get((shape, id(config.pace)))
+        if prepared is None:
+            plan, device = self.planned(shape), self._target.device
             pace = config.pace if device.type == "cpu" else None
-            frontier = [torch.tensor(level, device=device).unsqueeze(0) for level in fixed.frontier or ()]
-            keep = None if fixed.keep is None else torch.tensor(fixed.keep, device=device).unsqueeze(0)
+            frontier = [torch.tensor(level, device=device).unsqueeze(0) for level in plan.frontier or ()]
+            keep = None if plan.keep is None else torch.tensor(plan.keep, device=device).unsqueeze(0)
             one_call = NativeDraft.of(self._embedding, self._module, self._forward.stack, self._lm_head, self._vocab)
-            if one_call is not None and not one_call.plan(fixed, pace):
+            if one_call is not None and not one_call.plan(plan, pace):
                 one_call = None
-            found = self._shapes[shape, id(config.pace)] = _Prepared(fixed, pace, frontier, keep, one_call)
-        return found
+            prepared = self._shapes[shape, id(config.pace)] = _Prepared(plan, pace, frontier, keep, one_call)
+        return prepared
 
     @property
     def nodes(self) -> int:
-        """Nodes of every tree; at most so many where a `pace` or `configs` are set."""
-        return self._most
+        """Nodes of every tree; an upper bound if a `pace` or `configs` are set."""
+        return self._max_nodes
 
     @property
     def cache(self) -> KVCache:
-        """The head's keys and values in the target's blocks. Made at first use."""
+        """The head's KV cache in the target's blocks. Created at first use."""
         if self._cache is None or self._cache.pool is not self._target.pool:
             self._cache = self._target.cache.for_head(self._module.config.num_hidden_layers, self._target.device)
         return self._cache
 
     @property
-    def caches(self) -> tuple[KVCache, ...]:  # type: ignore[override]  # made at first use
+    def caches(self) -> tuple[KVCache, ...]:  # type: ignore[override]  # created at first use
         return (self.cache,)
 
     def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> EagleState:
@@ -188,29 +188,29 @@ class EagleDrafter(Drafter):
         return state
 
     def filled(self, state: EagleState, length: int) -> int:
-        return length if self._lacks(state) else min(length, state.observed + 1)
+        return length if self._incomplete(state) else min(length, state.observed + 1)
 
     def complete_from(self, state: EagleState) -> int:
-        if self._lacks(state):
+        if self._incomplete(state):
             return state.kv.length
         return state.skipped + 1 if state.skipped else 0
 
-    def _lacks(self, state: EagleState) -> bool:
-        """Whether the text is there for the target alone: the head has not followed it."""
+    def _incomplete(self, state: EagleState) -> bool:
+        """Whether the blocks lack the head's keys and values, so that only the target's can be reused."""
         return bool(state.begin or (self.resting and state.pending))
 
     @without_autograd
     def observe(self, states: Sequence[EagleState], accepted: Accepted) -> None:
         self._watch.observed(accepted)
-        for row, (state, said) in enumerate(zip(states, accepted.host_tokens(), strict=True)):
+        for row, (state, tokens) in enumerate(zip(states, accepted.host_tokens(), strict=True)):
             state.pending.append((accepted, row))
-            state.waiting += len(said)
-        # What waits is run with the next proposal, but prompts at once: others may begin with the same. Where nothing
-        # is going to be drafted, that would be work for nobody.
+            state.pending_count += len(tokens)
+        # The head processes pending positions at the next proposal; prompts at once, so that other requests can reuse
+        # their blocks. Under high load nothing is drafted and the head is not run.
         if self.resting:
             for state in states:
-                state.forget_oldest()
-        elif accepted.verdict is None or max(state.waiting for state in states) > MOST_PENDING:
+                state.drop_oldest()
+        elif accepted.verdict is None or max(state.pending_count for state in states) > MAX_PENDING:
             self._catch_up(states)
 
     @without_autograd
@@ -218,7 +218,7 @@ class EagleDrafter(Drafter):
         prepared = self._prepared(config_for(self.configs, len(states)), budget)
         if prepared is None:
             for state in states:
-                state.note_root()
+                state.update_root()
             self._watch.proposed(1)
             return DraftTree.roots(stacked(states, "root"))
         self._catch_up(states)
@@ -226,48 +226,49 @@ class EagleDrafter(Drafter):
         self._watch.proposed(tree.nodes)
         return tree
 
-    def behind(self, requests: Sequence[Request]) -> int:
-        """Positions of these requests that wait for the head."""
-        return sum(request.draft_state.waiting for request in requests)
+    def pending_positions(self, requests: Sequence[Request]) -> int:
+        """Positions of these requests that the head has not processed yet."""
+        return sum(request.draft_state.pending_count for request in requests)
 
     def affords(self, rows: int, nodes: int, extra: int, tokens: float) -> bool:
-        """Whether `extra` nodes of every row pay beside `nodes`, if a row is expected to gain `tokens` by them."""
+        """Whether `extra` nodes per row, in addition to `nodes`, pay if they are expected to gain `tokens` per row."""
         config = config_for(self.configs, rows)
         return config.shape is not None if config.pace is None else config.pace.affords(nodes, extra, tokens)
 
     def _catch_up(self, states: Sequence[EagleState]) -> None:
-        """Run the head over the positions that wait."""
+        """Run the head over the pending positions."""
         if not any(state.pending for state in states):
             return
-        tokens, features, counts = joined(states)
+        tokens, features, counts = join_pending(states)
         paired = tokens
         if not self._module.follows_token:
             paired = torch.cat([stacked(states, "before").unsqueeze(1), tokens[:, :-1]], dim=1)
-        left = [self._pairs.left_out(s.skipped, s.observed, n) for s, n in zip(states, counts, strict=True)]
-        if any(left):
-            paired, features = without(paired, left), without(features, left)
-        kept = [count - out for count, out in zip(counts, left, strict=True)]
-        for state, out in zip(states, left, strict=True):
+        left_out = [self._pairs.left_out(s.skipped, s.observed, n) for s, n in zip(states, counts, strict=True)]
+        if any(left_out):
+            paired, features = drop_first(paired, left_out), drop_first(features, left_out)
+        kept = [count - out for count, out in zip(counts, left_out, strict=True)]
+        for state, out in zip(states, left_out, strict=True):
             state.observed += out
         pairs = max(kept)
         if pairs:
             if pairs < paired.shape[1]:
                 paired, features = paired[:, :pairs], features[:, :pairs]
             cache, past = self._bound(states)
-            flight = Flight.chain(past, to_device(torch.tensor(past), paired.device), pairs)  # a tail is overwritten
+            # The padding of shorter rows is overwritten by later pairs.
+            flight = Flight.chain(past, to_device(torch.tensor(past), paired.device), pairs)
             output = self._forward.run(cache, self._embedded(paired), self._module.fuse(features), flight)
             for row, (state, count) in enumerate(zip(states, kept, strict=True)):
                 if count:
                     state.observed += count
                     state.extrapolated = output[row, count - 1]
         for state in states:
-            state.note_root()
+            state.update_root()
             state.before = state.before if state.root is None else state.root
-            state.pending, state.waiting = [], 0
+            state.pending, state.pending_count = [], 0
         self._pairs.warn(max(state.past for state in states))
 
     def _bound(self, states: Sequence[EagleState]) -> tuple[KVCache, list[int]]:
-        """The head's keys and values of these requests, and how many pairs of each there are."""
+        """The head's KV cache bound to these requests, and the number of committed pairs of each."""
         past = [state.past for state in states]
         return self.cache.bind([state.kv for state in states], past, [state.begin for state in states]), past
 
@@ -288,7 +289,7 @@ class EagleDrafter(Drafter):
     def _grow(
         self, prepared: _Prepared, cache: KVCache, past: list[int], roots: Tensor, extrapolated: Tensor
     ) -> Growth:
-        """All candidates of this step, level by level."""
+        """Expand the trees level by level; returns all candidates."""
         plan, pace = prepared.plan, prepared.pace
         committed = to_device(torch.tensor(past), roots.device)
         features = extrapolated.unsqueeze(1)  # (rows, 1, hidden)
@@ -297,7 +298,7 @@ class EagleDrafter(Drafter):
         tokens, scores = self._children(features, before, grown.root_scores(), plan.top_k)
         index = grown.add(tokens, scores, parents=None)
         flight = Flight.chain(past, committed, 0)
-        ahead = self._ahead(cache, past, committed, len(plan.widths))
+        parallel = self._parallel_states(cache, past, committed, len(plan.widths))
         for level, width in enumerate(plan.widths):
             chosen = prepared.frontier[level] if plan.frontier is not None else best_places(scores, width)
             chosen = chosen.expand(len(scores), -1)  # (rows, width) within this level's candidates
@@ -306,7 +307,7 @@ class EagleDrafter(Drafter):
                 break
             parent = chosen // plan.top_k
             picked = tokens.gather(1, chosen)
-            if ahead is None:
+            if parallel is None:
                 features = features.gather(1, parent.unsqueeze(2).expand(-1, -1, features.shape[2]))
                 paired = picked if self._module.follows_token else before.gather(1, parent)
                 positions = self._forward.bounded((committed + level).unsqueeze(1).expand_as(chosen))
@@ -314,14 +315,14 @@ class EagleDrafter(Drafter):
                 features = self._forward.run(cache, self._embedded(paired), features, flight)
                 cache.advance([width] * len(past))
             else:
-                features = ahead[:, level : level + 1].expand(-1, width, -1)
-            frontier, before = index.gather(1, chosen), picked  # candidate numbers and tokens of the frontier
+                features = parallel[:, level : level + 1].expand(-1, width, -1)
+            frontier, before = index.gather(1, chosen), picked  # candidate indices and tokens of the frontier
             tokens, scores = self._children(features, before, above, plan.top_k)
             index = grown.add(tokens, scores, frontier.repeat_interleave(plan.top_k, dim=1))
         return grown
 
-    def _ahead(self, cache: KVCache, past: list[int], committed: Tensor, levels: int) -> Tensor | None:
-        """The states of all levels (rows, levels, hidden), of a head that makes them in one pass (P-EAGLE)."""
+    def _parallel_states(self, cache: KVCache, past: list[int], committed: Tensor, levels: int) -> Tensor | None:
+        """The states of all levels (rows, levels, hidden) in one forward (P-EAGLE); None for other heads."""
         masked = self._module.masked()
         if masked is None or not levels:
             return None
@@ -332,13 +333,13 @@ class EagleDrafter(Drafter):
         return self._forward.run(cache, self._embedded(tokens), state.expand(len(past), levels, -1), flight)
 
     def _children(self, states: Tensor, before: Tensor, scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """The `top_k` likeliest next tokens per state: target ids and cumulative log-probabilities, (rows, w * k)."""
+        """The `top_k` most likely tokens per state: target ids and cumulative log-probabilities, (rows, w * k) each."""
         logits = self._lm_head(self._module.lm_input(states, before)).float()  # (rows, w, draft vocabulary)
         if self._native and top_k <= native.MOST_TOP:
             best, ids = native.top(logits, top_k)
         else:
             best, ids = logits.log_softmax(-1).topk(top_k, dim=-1)
-            best = best.masked_fill(best.isnan(), -torch.inf)  # a model that says nothing of a token: draft others
+            best = best.masked_fill(best.isnan(), -torch.inf)  # NaN logits: draft other tokens
         if self._vocab is not None:
             ids = self._vocab[ids]
         return ids.flatten(1), (scores.unsqueeze(2) + best).flatten(1)

@@ -1,7 +1,7 @@
-"""Whether a head drafts for its target as it should: watched while it drafts, and examined by `haast check`.
+"""Detects heads whose drafts are rarely accepted: a warning while drafting, and the diagnosis of `haast check`.
 
-Owns the test on the first steps of a process, the likely causes, and the words of the one warning. Every peer drafts on
-with a head that nothing is accepted of; such a head costs time and says nothing.
+Owns the test on the first steps of a process, the list of likely causes, and the text of the warning. Without it, a
+wrong head only costs time: the text stays correct, so nothing shows the fault.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from haast.heads.config import HeadConfig, rope_of
 from haast.heads.eagle3 import Eagle3Config
 from haast.target.target import Target
 
-_USUAL = 0.55  # of first drafts that are accepted, where a head's files do not say
-_FINE, _BAD = 0.5, 0.25  # of what the files say: drafting on other texts may be so bad; only a wrong head is so bad
-_EVIDENCE = math.log(100)  # odds for "bad" over "fine" at which it is said
-STEPS = 100  # of a process that are watched: some 200 to 500 drafted tokens
-_NOTHING = 0.03  # of next tokens: what chance would draft
-_HARDLY = 0.15  # of first drafts accepted: whatever the files say
+_DEFAULT_RATE = 0.55  # share of first drafts accepted, if a head's files do not state it
+_GOOD, _BAD = 0.5, 0.25  # times the stated rate: the lowest of a good head on other texts; that of a wrong head
+_EVIDENCE = math.log(100)  # log odds of "bad" over "good" at which a warning is issued
+STEPS = 100  # steps of a process that are watched: about 200 to 500 drafted tokens
+_CHANCE_RATE = 0.03  # share of next tokens: about that of random drafts
+_MIN_RATE = 0.15  # share of first drafts accepted below which a head is bad, whatever its files state
 
 
 class HeadWatch:
-    """Counts whether first drafts are accepted, until that is known well enough. Made for one drafter.
+    """Counts accepted first drafts until the test decides. One per drafter.
 
-    Wald's sequential test of two rates: what a good head has at worst, and what only a wrong one has.
+    Wald's sequential probability ratio test of two acceptance rates: the lowest of a good head, and a wrong head's.
     """
 
     def __init__(self, about: dict[str, Any], causes: Callable[[], list[str]]) -> None:
-        told = expected_first(about) or _USUAL
-        if told < _HARDLY:  # measured when the head was read: it hardly drafts, and that is to be said
-            told = _USUAL
-        fine, bad = told * _FINE, told * _BAD
-        self._hit, self._miss = math.log(bad / fine), math.log((1 - bad) / (1 - fine))
-        self._causes, self._told = causes, told
+        expected = expected_first(about) or _DEFAULT_RATE
+        if expected < _MIN_RATE:  # measured when the head was imported, and too low: it must be reported
+            expected = _DEFAULT_RATE
+        good, bad = expected * _GOOD, expected * _BAD
+        self._hit, self._miss = math.log(bad / good), math.log((1 - bad) / (1 - good))
+        self._causes, self._expected = causes, expected
         self.steps = self.accepted = 0
         self._odds, self.over = 0.0, False
         self._nodes = 1
 
     def proposed(self, nodes: int) -> None:
-        """The head's next trees have so many nodes, the roots included; 1 drafts nothing."""
+        """Set the number of nodes of the head's next trees, roots included; 1 is no draft."""
         self._nodes = nodes
 
     def observed(self, accepted: Accepted) -> None:
-        """What a step kept: nodes that others added to the trees come after the head's own. Reads nothing anew."""
+        """Count a step. Nodes that others added come after the head's own. Adds no read from the device."""
         if self.over or self._nodes < 2 or accepted.verdict is None or accepted.tokens.device.type == "meta":
             return
         for row in accepted.verdict.rows:
@@ -68,52 +68,53 @@ class HeadWatch:
             rate = self.accepted / self.steps
             warnings.warn(
                 f"the head's first drafts were accepted in {self.accepted} of {self.steps} steps ({rate:.2f}; "
-                f"{self._told:.2f} is expected): the text stays the target's own, but drafting brings little. "
-                f"{'; '.join(self._causes())}. `haast check HEAD --model TARGET` digs deeper",
+                f"{self._expected:.2f} is expected): the text stays the target's own, but drafting gains little. "
+                f"{'; '.join(self._causes())}. Run `haast check HEAD --model TARGET` for a diagnosis",
                 HeadWarning,
                 stacklevel=3,
             )
 
 
 def expected_first(about: dict[str, Any]) -> float | None:
-    """How often the first draft is accepted, by what a head's files say; None where they don't."""
-    found = about.get("expected")
-    first = found.get("first") if isinstance(found, dict) else about.get("valid_top1")
+    """The acceptance rate of first drafts that a head's files state; None if they do not."""
+    expected = about.get("expected")
+    first = expected.get("first") if isinstance(expected, dict) else about.get("valid_top1")
     return float(first) if isinstance(first, int | float) and 0 < first < 1 else None
 
 
 def causes(target: Target, config: Any, about: dict[str, Any], model: str | None = None) -> list[str]:
-    """What may be wrong with a head for this target, the suspicious first, then what was checked and is right."""
+    """Two lines on a head for this target: what may be wrong, and what was checked and looks right."""
     name = model or str(getattr(target.model, "name_or_path", "") or type(target.model).__name__)
-    found: list[tuple[bool, str]] = []  # whether it looks right, and the words
+    found: list[tuple[bool, str]] = []  # whether it looks right, and its description
     trained, precision = about.get("target"), about.get("precision")
     if isinstance(trained, str):
-        mine, theirs = (each.rstrip("/").split("/")[-1].lower() for each in (name, trained))
+        here, expected = (each.rstrip("/").split("/")[-1].lower() for each in (name, trained))
         found.append(
-            (mine.startswith(theirs) or theirs.startswith(mine), f"target (trained for {trained}, this is {name})")
+            (here.startswith(expected) or expected.startswith(here), f"target (trained for {trained}, this is {name})")
         )
     else:
-        found.append((False, "another target or fine-tune (its files do not name one)"))
+        found.append((False, "another target or fine-tune (the head's files name none)"))
     if isinstance(precision, str):
-        here = target.precision
-        found.append((precision == here, f"quantisation (trained on {precision}, this is {here})"))
+        found.append(
+            (precision == target.precision, f"quantisation (trained on {precision}, this is {target.precision})")
+        )
     if isinstance(config, HeadConfig):
-        rope, own = rope_of(target.config), config.rope_parameters or {}
-        same = all(rope.get(key) == own.get(key) for key in ("rope_theta", "rope_type", "factor"))
-        found.append((same, "rope scaling" if same else f"rope scaling (the head's {own}, the target's {rope})"))
+        rope, head_rope = rope_of(target.config), config.rope_parameters or {}
+        same = all(rope.get(key) == head_rope.get(key) for key in ("rope_theta", "rope_type", "factor"))
+        found.append((same, "rope scaling" if same else f"rope scaling (the head's {head_rope}, the target's {rope})"))
     if isinstance(config, Eagle3Config):
         usual = facts_of(target).default_layers
         found.append((config.layer_ids == usual, f"layer ids {list(config.layer_ids)} (usual are {list(usual)})"))
     if isinstance(config, Eagle3Config) or getattr(config, "own_embedding", False):
-        found.append((True, "vocabulary"))  # its own tensors fit the target's
+        found.append((True, "vocabulary"))  # their sizes were compared when the head was loaded
     found.append((False, "prompts without the chat template that it was trained with"))
-    wrong, right = ([words for fine, words in found if fine is wanted] for wanted in (False, True))
+    wrong, right = ([text for fine, text in found if fine is wanted] for wanted in (False, True))
     return [f"likely: {', '.join(wrong)}", f"looks right: {', '.join(right)}"]
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `haast check` found."""
+    """The result of `haast check`."""
 
     settled: ProbeResult
     findings: list[str]
@@ -121,23 +122,26 @@ class Diagnosis:
 
     @property
     def fine(self) -> bool:
-        """Whether the head drafts as it should, read as its files say."""
+        """Whether the head, with the conventions that its files state, drafts about as well as they state."""
         first = self.settled.agreement.first
-        return first >= max(_HARDLY, (self.expected or 0.0) * 0.7) and not self.settled.changed
+        return first >= max(_MIN_RATE, (self.expected or 0.0) * 0.7) and not self.settled.changed
 
     @property
     def verdict(self) -> str:
-        """One line."""
-        first, told = self.settled.agreement.first, self.expected
-        beside = "" if told is None else f", its files say {told:.2f}"
+        """The result in one line."""
+        first = self.settled.agreement.first
+        expected = "" if self.expected is None else f", expected {self.expected:.2f}"
         if self.settled.changed:
-            return f"the head drafts better when it is read otherwise ({first:.2f}{beside}): `haast import` keeps that"
+            return (
+                f"the head drafts better with other conventions than its files state ({first:.2f} of next "
+                f"tokens{expected}): `haast import` saves them"
+            )
         if self.fine:
-            return f"the head drafts for this target ({first:.2f} of next tokens{beside})"
-        return f"the head hardly drafts for this target ({first:.2f} of next tokens{beside}): see what is likely above"
+            return f"the head fits this target ({first:.2f} of next tokens{expected})"
+        return f"the head's drafts are rarely right ({first:.2f} of next tokens{expected}): see the likely causes above"
 
     def document(self) -> dict[str, Any]:
-        """For --json."""
+        """The result as JSON, for --json."""
         tried = [
             {
                 "question": e.question,
@@ -165,7 +169,7 @@ class Diagnosis:
 def diagnose(
     target: Target, head: Head | OpenedHead, model: str, say: Callable[[str], None] = lambda _: None
 ) -> Diagnosis:
-    """Measure a head on the target's own text, each convention both ways. Raises HeadMismatchError."""
+    """Measure a head on the target's own text, with all alternatives of each convention. Raises HeadMismatchError."""
     if isinstance(head, OpenedHead):
         fitted, settled = head.fitted(target, report=say)
         if settled is None:
@@ -177,8 +181,8 @@ def diagnose(
         settled = probe_conventions(target, reading, _questions(reading, target), report=say)
         about, config = head.about, reading.config
     found = causes(target, config, about, model)
-    if settled.agreement.first < _NOTHING:
-        found.insert(0, "hardly anything is drafted: the weights may be damaged, untrained or another model's")
+    if settled.agreement.first < _CHANCE_RATE:
+        found.insert(0, "almost no draft is right: the weights may be damaged, untrained or another model's")
     return Diagnosis(settled, found, expected_first(about))
 
 

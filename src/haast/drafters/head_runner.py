@@ -1,7 +1,7 @@
-"""A draft head's forwards: `HeadForward`, over the pairs of a `Flight`.
+"""Runs a draft head: `HeadForward` computes one forward over the pairs of a `Flight`.
 
-Owns the choice of how the head runs (in one native call, compiled at a static shape, or by its modules) and the mask
-that each way needs. All three answer the same. Knows nothing of how trees grow.
+Owns the choice of the backend (one native call, compiled at a static shape, or PyTorch modules) and its attention mask.
+All three give the same result. Knows nothing of tree expansion.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from haast.target.compiled import CompiledLayers, nodes_for, slots_for
 from haast.target.kv_cache import KVCache
 from haast.target.native_cpu import LENGTH_DEPENDENT_ROPE, NativeStack
 from haast.target.target import Target
-from haast.tree import repeating
+from haast.tree import padded_row_index
 
 
 @dataclass(frozen=True)
 class Flight:
-    """The pairs of one forward, and what stands in flight: those of the tree's earlier levels, then these.
+    """The pairs of one forward, and all uncommitted pairs: those of the tree's earlier levels, then these.
 
     Attributes:
-        past: pairs of each row that are committed, seen by every pair; the same as `committed`, on the host.
+        past: number of committed pairs per row, seen by every pair; `committed` on the host.
         committed: (rows,) int64.
         positions: (rows, n) rotary positions of the pairs.
-        flying: (rows, in flight) positions of what is in flight.
-        seen: (rows, n, in flight) bool, what of it each pair sees.
+        flying: (rows, uncommitted) positions of all uncommitted pairs.
+        seen: (rows, n, uncommitted) bool: which of these each pair sees.
     """
 
     past: list[int]
@@ -42,21 +42,21 @@ class Flight:
 
     @classmethod
     def chain(cls, past: list[int], committed: Tensor, pairs: int) -> Flight:
-        """Pairs that follow one another after what each row has."""
+        """A chain of `pairs` pairs after each row's committed ones."""
         positions = committed.unsqueeze(1) + torch.arange(pairs, device=committed.device)
         causal = _causal(pairs, committed.device)
         return cls(past, committed, positions, positions, causal.expand(len(past), -1, -1))
 
     def below(self, parent: Tensor, positions: Tensor) -> Flight:
-        """The next level of a tree: pairs (rows, m), children of the pairs numbered `parent` here."""
+        """The next level of a tree: pairs (rows, m) whose parents are this level's pairs `parent` (rows, m)."""
         rows, pairs = parent.shape
-        own = torch.eye(pairs, dtype=torch.bool, device=parent.device).expand(rows, -1, -1)
+        itself = torch.eye(pairs, dtype=torch.bool, device=parent.device).expand(rows, -1, -1)
         inherited = self.seen.gather(1, parent.unsqueeze(2).expand(-1, -1, self.seen.shape[2]))
         flying = torch.cat([self.flying, positions], dim=1)
-        return replace(self, positions=positions, flying=flying, seen=torch.cat([inherited, own], dim=2))
+        return replace(self, positions=positions, flying=flying, seen=torch.cat([inherited, itself], dim=2))
 
     def padded(self, added: int) -> Flight:
-        """With so many more pairs, each of which sees the past and itself alone."""
+        """Padded with `added` pairs, each of which sees only the past and itself."""
         pairs, flight = self.seen.shape[1:]
         dead = torch.arange(added, device=self.seen.device)
         seen = pad(self.seen, (0, added, 0, added))
@@ -64,8 +64,8 @@ class Flight:
         positions, flying = pad(self.positions, (0, added)), pad(self.flying, (0, added))
         return replace(self, positions=positions, flying=flying, seen=seen)
 
-    def taken(self, index: Tensor) -> Flight:
-        """The rows `index` (n,) of it."""
+    def select_rows(self, index: Tensor) -> Flight:
+        """A flight of the rows `index` (n,)."""
         tensors = (self.committed, self.positions, self.flying, self.seen)
         committed, positions, flying, seen = (each[index] for each in tensors)
         return replace(self, committed=committed, positions=positions, flying=flying, seen=seen)
@@ -78,13 +78,13 @@ def _causal(pairs: int, device: torch.device) -> Tensor:
 
 
 class HeadForward:
-    """Runs a head.
+    """Runs a head with the fastest available backend.
 
     Args:
-        target: whose way of running decides what may be compiled, and whose KV pool is used.
-        module: the head, where and as it is to run.
-        window: positions that a pair looks back; None is all.
-        packed: the module's linears are packed, and native code may run them.
+        target: decides what may be compiled; its KV pool is used.
+        module: the head, on the target's device and in its dtype.
+        window: attention window in positions; None is all.
+        packed: the module's linear layers are packed, so native code may run them.
     """
 
     def __init__(self, target: Target, module: DraftModule, window: int | None, packed: bool) -> None:
@@ -95,20 +95,20 @@ class HeadForward:
         self._limit = target.context_length if changing else None
 
     def refresh(self) -> None:
-        """Notice what was changed since the last request: the head's weights, and whether the target is compiled."""
+        """Check whether the head's weights, or whether the target is compiled, have changed since the last request."""
         if self.stack is not None and not self.stack.current():
-            self.stack = None  # its modules run from here on
+            self.stack = None  # from now on the modules run
         compiled = self._target.compiled
         self._compiled = None if compiled is None else self._compiled or compiled.sibling("the draft")
 
     def bounded(self, positions: Tensor) -> Tensor:
-        """Positions of drafts, within the context where RoPE's angles would change after it."""
+        """Positions of drafts, limited to the context length if RoPE's angles would change beyond it."""
         return positions if self._limit is None else positions.clamp_max(self._limit - 1)
 
     def run(self, cache: KVCache, embeddings: Tensor, states: Tensor, flight: Flight) -> Tensor:
-        """The head's next states (rows, n, hidden) after pairs of an embedding and a state, (rows, n, hidden) each.
+        """The head's states (rows, n, hidden) after pairs of an embedding and a state, (rows, n, hidden) each.
 
-        Their keys and values lie after what `cache` says is there; they are overwritten unless it is advanced.
+        Keys and values are written after the committed ones of `cache`; they are overwritten unless it is advanced.
         """
         pairs = states.shape[1]
         slots = cache.begin(pairs)
@@ -119,9 +119,9 @@ class HeadForward:
                 where = (flight.positions, flight.seen, flight.past, store, cache.tables)
                 return self.stack.run(mixed, *where, (), flight.flying, cache.shift)[0]
         if self._compiled is not None and not self._compiled.problem:
-            found = self._run_compiled(self._compiled, cache, embeddings, states, flight)
-            if found is not None:
-                return found
+            compiled_output = self._run_compiled(self._compiled, cache, embeddings, states, flight)
+            if compiled_output is not None:
+                return compiled_output
             cache.begin(pairs)
         bias = self._bias(flight, states, slots)
         output: Tensor = self._module(embeddings, states, flight.positions, bias, cache)
@@ -130,16 +130,16 @@ class HeadForward:
     def _run_compiled(
         self, compiled: CompiledLayers, cache: KVCache, embeddings: Tensor, states: Tensor, flight: Flight
     ) -> Tensor | None:
-        """`run` at a static shape; None where the modules have to answer: prompts, and what can't be compiled."""
+        """`run` at a static shape; None if the modules must run: for prompts, and if compilation failed."""
         pairs = states.shape[1]
         nodes, stores = nodes_for(pairs), cache.stores.by_layer()
         if nodes is None or stores is None:
             return None
-        kept, slots = cache.rows, slots_for(cache.longest + nodes)
-        rows = compiled.rows_for(kept, nodes, slots)
-        index = repeating(kept, rows, states.device)
+        batch, slots = cache.rows, slots_for(cache.longest + nodes)
+        rows = compiled.rows_for(batch, nodes, slots)
+        index = padded_row_index(batch, rows, states.device)
         embeddings, states = (pad(each, (0, 0, 0, nodes - pairs))[index] for each in (embeddings, states))
-        flight = flight.padded(nodes - pairs).taken(index)
+        flight = flight.padded(nodes - pairs).select_rows(index)
         with cache.repeated(rows):
             cache.begin(nodes, slots)
             bias = self._bias(flight, states, slots)
@@ -147,7 +147,7 @@ class HeadForward:
             output: Tensor | None = compiled.run(self._module.decoder_layers, cache, stores, *cache.all_slots(), run)
         if output is None:
             return None
-        output = output[:kept, :pairs]
+        output = output[:batch, :pairs]
         return output.clone() if compiled.graphs else output
 
     def _bias(self, flight: Flight, states: Tensor, slots: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""EAGLE's tree with the best suffix match as one more branch: what was said before needs no head.
+"""EAGLE's tree with the best suffix match of the text as an additional branch.
 
-Where the text repeats itself the match reaches deeper than any head. Told what forwards cost, a step may do without the
-head: the match alone is verified then, as far as it is expected to pay.
+If the text repeats itself, the match reaches deeper than any head. With measured costs, a step may skip the head and
+verify the match only, as far as it is expected to pay.
 
     EAGLE's tree   r -- a -- b          match  a b c d e     merged   r -- a -- b -- c -- d
                     \\                                                 \\
@@ -28,12 +28,12 @@ from haast.target.kv_pool import Sequence as KVSequence
 from haast.tree import DraftTree
 from haast.tuning.latency import Latency
 
-_PRIOR = (4, 8.0)  # matches, and tokens gained by them, that every request begins with
+_PRIOR = (4, 8.0)  # initial counts of every request: matches, and tokens gained by them
 
 
 @dataclass
 class HybridState:
-    """Both drafters' states of a request, and what matches have brought it."""
+    """Both drafters' states of a request, the tokens gained by matches, and the first match node of the last tree."""
 
     eagle: Any
     text: TextIndex
@@ -47,11 +47,11 @@ class HybridDrafter(Drafter):
 
     Args:
         eagle: drafts the tree.
-        extra: nodes for the match, 1 or more.
-        least: tokens that a match must share with the end of the text to be added to a tree.
-        latency: what forwards cost; with it a budget is of the head's tree alone, and where the head rests, a match is
-            verified as far as it is expected to pay.
-        chain: nodes of such a match, root included, at most.
+        extra: maximum nodes for the match, 1 or more.
+        least: minimum length of a match in tokens, to be added to a tree.
+        latency: measured costs. With them a budget limits the head's tree only, and a step that skips the head verifies
+            a match as far as it is expected to pay.
+        chain: maximum nodes of such a match, root included.
     """
 
     name = "eagle+suffix"
@@ -70,7 +70,7 @@ class HybridDrafter(Drafter):
         return max(self.eagle.nodes + self._extra, self._chain)
 
     @property
-    def caches(self) -> tuple[KVCache, ...]:  # type: ignore[override]  # made at first use, as EAGLE's own
+    def caches(self) -> tuple[KVCache, ...]:  # type: ignore[override]  # created at first use, like EAGLE's
         return self.eagle.caches
 
     @property
@@ -80,15 +80,15 @@ class HybridDrafter(Drafter):
     def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> HybridState:
         return HybridState(self.eagle.begin(prompt, kv, reused), self._suffix.begin(prompt, kv, reused))
 
-    def loaded(self, requests: int) -> None:
-        super().loaded(requests)
+    def set_load(self, requests: int) -> None:
+        super().set_load(requests)
         self.eagle.resting = self.resting
 
-    def drawn_by(self, state: HybridState, chooser: TokenChooser) -> None:
-        self.eagle.drawn_by(state.eagle, chooser)
+    def set_chooser(self, state: HybridState, chooser: TokenChooser) -> None:
+        self.eagle.set_chooser(state.eagle, chooser)
 
-    def foresee(self, state: HybridState, text: Sequence[int]) -> None:
-        self._suffix.foresee(state.text, text)
+    def add_prediction(self, state: HybridState, text: Sequence[int]) -> None:
+        self._suffix.add_prediction(state.text, text)
 
     def end(self, state: HybridState) -> None:
         self.eagle.end(state.eagle)
@@ -111,20 +111,20 @@ class HybridDrafter(Drafter):
 
     @without_autograd
     def propose(self, states: Sequence[HybridState], budget: int | None = None) -> DraftTree:
-        if budget == 1 and self._latency is not None:  # the match alone, as far as it pays
+        if budget == 1 and self._latency is not None:  # the match only, as far as it pays
             tree = self.eagle.propose([state.eagle for state in states], 1)
-            drafts, _ = self._suffix.paying([state.text for state in states], self._chain - 1)
+            drafts, _ = self._suffix.paying_drafts([state.text for state in states], self._chain - 1)
             paths = [next(iter(state.text.paths(drafts)), ()) if drafts else () for state in states]
             return with_matches(tree, paths, drafts) if drafts else tree
-        extra, own = self._extra, budget  # with costs, a budget is of the head's tree alone
+        extra, head_budget = self._extra, budget  # with measured costs, a budget limits the head's tree only
         if budget is not None and self._latency is None:
             extra = min(extra, budget // 2)
-            own = budget - extra
+            head_budget = budget - extra
         matches = [self._match(state.text) if extra else () for state in states]
         if not any(matches):
             return self.eagle.propose([state.eagle for state in states], budget)
-        tree = self.eagle.propose([state.eagle for state in states], own)
-        if len(states) > 1:  # are the matches worth the nodes that every row gets for them?
+        tree = self.eagle.propose([state.eagle for state in states], head_budget)
+        if len(states) > 1:  # a match in one row adds nodes to all rows: check that it pays
             each = zip(states, matches, strict=True)
             gain = sum(state.gained / state.matches for state, match in each if match) / len(states)
             if not self.eagle.affords(len(states), tree.nodes, extra, gain):
@@ -133,35 +133,36 @@ class HybridDrafter(Drafter):
             state.offered = tree.nodes if match else 0
         return with_matches(tree, matches, extra)
 
-    def undrafted(self, requests: Sequence[Request]) -> tuple[float, float]:
-        """Tokens of a row, and nodes, that the next step is expected to have without the head."""
+    def suffix_only(self, requests: Sequence[Request]) -> tuple[float, float]:
+        """Expected tokens per row, and nodes, of the next step without the head."""
         texts = [request.draft_state.text for request in requests]
-        drafts, tokens = self._suffix.paying(texts, self._chain - 1)
+        drafts, tokens = self._suffix.paying_drafts(texts, self._chain - 1)
         return tokens, 1 + drafts
 
-    def behind(self, requests: Sequence[Request]) -> int:
-        """Positions of these requests that wait for the head."""
-        return sum(request.draft_state.eagle.waiting for request in requests)
+    def pending_positions(self, requests: Sequence[Request]) -> int:
+        """Positions of these requests that the head has not processed yet."""
+        return sum(request.draft_state.eagle.pending_count for request in requests)
 
     def _match(self, text: TextIndex) -> Path:
-        """How the text goes on after its longest match; empty where that is short, or there is none."""
+        """The tokens that followed the longest match; empty if it is shorter than `least`."""
         length, place = text.match()
         return text.text[place : place + self.nodes] if length >= self._least else ()
 
 
 def with_matches(tree: DraftTree, matches: Sequence[Path], extra: int) -> DraftTree:
-    """A tree with each row's match as one more path from the root; what the tree has of it already is shared.
+    """Add each row's match to its tree as a path from the root; a prefix that the tree has already is shared.
 
-    The tree is (rows, nodes), without placeholders; at most `extra` nodes are added to every row, after its own, and
-    those without a token are dead. Reads nothing back from the device; on the CPU, where values are at hand, no more
-    nodes are added than are used.
+    The tree is (rows, nodes), without placeholders. At most `extra` nodes are appended to every row, dead where a row
+    has no token. Reads nothing from the device; on the CPU, where reading is free, unused nodes are left out.
     """
     nodes, device, longest = tree.nodes, tree.tokens.device, tree.height + extra
-    wanted = torch.tensor([[*match[:longest], *[-1] * (longest - len(match))] for match in matches])
-    path = to_device(wanted, device)  # (rows, height + extra); -1 is no token
+    padded = torch.tensor([[*match[:longest], *[-1] * (longest - len(match))] for match in matches])
+    path = to_device(padded, device)  # (rows, height + extra); -1 is no token
     agrees = tree.live & (tree.tokens == path.gather(1, (tree.depths - 1).clamp_min(0)))
     agrees[:, 0] = True
-    shared = (agrees.unsqueeze(1) | ~tree.ancestors).all(2)  # (rows, nodes): on the match, with all that is above
+    shared = (agrees.unsqueeze(1) | ~tree.ancestors).all(
+        2
+    )  # (rows, nodes): the node and its ancestors are on the match
     end = torch.where(shared, tree.depths, -1).argmax(1, keepdim=True)  # (rows, 1): where the new nodes begin
     added = torch.arange(extra, device=device)
     tokens = path.gather(1, tree.depths.gather(1, end) + added)  # (rows, extra)

@@ -1,10 +1,10 @@
-"""Medusa drafting: every head guesses one depth, a fixed tree combines their best guesses (arXiv 2401.10774).
+"""Medusa drafting: each head predicts one depth, a static tree combines their best predictions (arXiv 2401.10774).
 
-Owns which combinations are worth a node and the drafting itself. The tree is static: node (r_1, ..., r_d) is the r_d-th
-best guess of head d under the r_{d-1}-th best of head d - 1, whatever that was, since no head knows what another chose.
+Owns the choice of the combinations and the drafting itself. Node (r_1, ..., r_d) is the r_d-th best token of head d
+under the r_{d-1}-th best of head d - 1, whatever token that is, since the heads are independent of each other.
 
-    feature f_{p-1}    of the last kept position; the target's LM head on it gave the root, token p
-    head i             guesses token p + 1 + i, all from that one feature: one pass drafts the whole tree
+    feature f_{p-1}    of the last committed position; the target's LM head on it gave the root, token p
+    head i             predicts token p + 1 + i, all from that one feature: one pass drafts the whole tree
 """
 
 from __future__ import annotations
@@ -36,48 +36,49 @@ from haast.target.packing import PackedLinear, is_packed, pack_linears
 from haast.target.target import Target
 from haast.tree import DraftTree
 
-RANKS = 10  # guesses per head that may enter a tree
-# Where a head's files tell no measured accuracies: the shape of those that Medusa's authors publish for their heads.
+RANKS = 10  # tokens per head that may enter a tree
+# Accuracies if a head's files state none: a curve like those that Medusa's authors publish for their heads.
 _ASSUMED = tuple(tuple(first * 0.4 ** min(r, 1) * 0.6 ** max(r - 1, 0) for r in range(RANKS)) for first in (0.5, 0.3))
-_FALLS = 0.7  # of the assumed accuracies from each further head to the next
+_DECAY = 0.7  # factor of the assumed accuracies from the second head on, per head
 
 
 @dataclass
 class MedusaState(RootState):
-    """What a request's next tree hangs on; set by the first `observe`."""
+    """The root and the feature that the next tree is drafted from; set by the first `observe`."""
 
     feature: Tensor | None = None  # (hidden,) at the position before the root
 
 
 @dataclass(frozen=True)
 class _Combined:
-    """Which guesses a tree of some node count combines."""
+    """The structure of a tree with a given number of nodes."""
 
-    tree: DraftTree  # one row; its tokens mean nothing
-    widths: tuple[int, ...]  # guesses asked of each head
-    picked: Tensor  # (nodes - 1,) int64: each node's guess among those of all heads, side by side
+    tree: DraftTree  # one row; its tokens are placeholders
+    widths: tuple[int, ...]  # tokens needed from each head
+    picked: Tensor  # (nodes - 1,) int64: each node's index into the concatenated tokens of all heads
 
 
 class MedusaDrafter(Drafter):
     """Drafts with `MedusaHeads`.
 
     Args:
-        target: what it drafts for.
-        head: heads trained for this target. The module is taken over: moved to the target's device and dtype, and
-            packed where the target is packed.
+        target: the model that it drafts for.
+        head: heads trained for this target. The module is modified: moved to the target's device and dtype, and packed
+            if the target is packed.
         nodes: nodes of the tree, root included, 2 or more.
 
-    Raises HeadMismatchError for another kind or target, ValueError for too few nodes, or accuracies that are none.
+    Raises HeadMismatchError for another kind of head or another target, ValueError for too few nodes or invalid
+    accuracies.
     """
 
     name = "medusa"
-    pace = None  # every tree is of one size
+    pace = None  # all trees have the same size
     window = None  # the heads read one position
 
     def __init__(self, target: Target, head: Head, nodes: int = 6) -> None:
         module = head.module
         if not isinstance(module, MedusaHeads):
-            raise HeadMismatchError(f"a {type(module).__name__} does not draft as Medusa does: give Medusa heads")
+            raise HeadMismatchError(f"a {type(module).__name__} does not draft as Medusa: give Medusa heads")
         check_weights(module)
         check_fits(module.config, target.hidden_size, target.vocab_size, type(target.model).__name__)
         warn_of_precision(head.about, target.precision)
@@ -86,7 +87,7 @@ class MedusaDrafter(Drafter):
         self._target, self._built = target, (target.device, target.dtype)
         self._module = module.to(device=target.device, dtype=target.dtype)
         packed = is_packed(target.lm_head)
-        if packed:  # the blocks as the target; the LM heads, whose drafts need not be exact, in 8 bits
+        if packed:  # the blocks like the target; the LM heads in 8 bits, since drafts need not be exact
             for each in self._module:
                 assert isinstance(each, nn.Sequential) and isinstance(each[-1], nn.Linear), "blocks and an LM head"
                 each[-1] = PackedLinear(each[-1].weight.detach(), None, form=DRAFT_LM_FORM)
@@ -100,18 +101,18 @@ class MedusaDrafter(Drafter):
 
     @property
     def nodes(self) -> int:
-        """Of every tree, unless a budget asks for fewer; fewer than asked for where there are not so many guesses."""
+        """Nodes of a tree without a budget; fewer than requested if the heads give fewer combinations."""
         return self._nodes
 
     @property
     def shape(self) -> DraftShape:
-        """What is drafted, in the words that EAGLE's trees are told in."""
+        """The tree as a `DraftShape`."""
         widths = self._tree_of(self._nodes).widths
         return DraftShape("static", len(widths), max(widths), max(widths), self._nodes)
 
     @property
     def expected(self) -> list[float]:
-        """[n]: drafted tokens that a tree of n + 2 nodes brings a step, by the heads' accuracies."""
+        """[n]: expected accepted drafts per step of a tree with n + 2 nodes, by the heads' accuracies."""
         paths = likeliest_paths(self.accuracies, 63)
         gains = (math.prod(self.accuracies[depth][rank] for depth, rank in enumerate(path)) for path in paths)
         return list(accumulate(gains))
@@ -137,26 +138,26 @@ class MedusaDrafter(Drafter):
         guesses = torch.cat([self._best(i, features, width) for i, width in enumerate(combined.widths)], dim=1)
         tokens = torch.cat([roots.unsqueeze(1), guesses[:, combined.picked]], dim=1)  # (rows, nodes)
         self._watch.proposed(tree.nodes)
-        return replace(tree.taken(torch.zeros_like(roots)), tokens=tokens)
+        return replace(tree.select_rows(torch.zeros_like(roots)), tokens=tokens)
 
     def _tree_of(self, nodes: int) -> _Combined:
-        """The likeliest combinations that make a tree of so many nodes, 2 or more."""
+        """The tree of the most likely combinations, with `nodes` nodes (2 or more)."""
         if nodes in self._combined:
             return self._combined[nodes]
         drafts = self._target.vocab_size if self._vocab is None else len(self._vocab)
-        known = [chances[:drafts] for chances in self.accuracies]
-        paths = sorted(likeliest_paths(known, nodes - 1), key=lambda path: (len(path), path))
-        place = {(): 0, **{path: number for number, path in enumerate(paths, start=1)}}
-        parents = torch.tensor([[-1, *(place[path[:-1]] for path in paths)]], device=self._target.device)
+        accuracies = [ranks[:drafts] for ranks in self.accuracies]
+        paths = sorted(likeliest_paths(accuracies, nodes - 1), key=lambda path: (len(path), path))
+        node_of = {(): 0, **{path: node for node, path in enumerate(paths, start=1)}}
+        parents = torch.tensor([[-1, *(node_of[path[:-1]] for path in paths)]], device=self._target.device)
         depth = max(map(len, paths))
         widths = tuple(1 + max(path[-1] for path in paths if len(path) == level) for level in range(1, depth + 1))
         picked = [sum(widths[: len(path) - 1]) + path[-1] for path in paths]
         tree = DraftTree.from_parents(torch.zeros_like(parents), parents, height=depth, checked=True)
-        made = self._combined[nodes] = _Combined(tree, widths, torch.tensor(picked, device=self._target.device))
-        return made
+        combined = self._combined[nodes] = _Combined(tree, widths, torch.tensor(picked, device=self._target.device))
+        return combined
 
     def _best(self, number: int, feature: Tensor, width: int) -> Tensor:
-        """The `width` likeliest tokens of a head, best first: (rows, width) target ids."""
+        """The `width` most likely tokens of a head, best first: (rows, width) target ids."""
         logits = self._module[number](feature).float()  # (rows, draft vocabulary)
         if self._native and width <= native.MOST_TOP:
             ids = native.top(logits.unsqueeze(1), width)[1].squeeze(1)
@@ -166,15 +167,15 @@ class MedusaDrafter(Drafter):
 
 
 def _accuracies(head: Head) -> tuple[tuple[float, ...], ...]:
-    """[i][r]: chance that the r-th best guess of head i is right, measured in training where the head's files say."""
+    """[i][r]: accuracy of the r-th best token of head i: measured in training if the head's files have it."""
     assert isinstance(head.module, MedusaHeads), "checked by the drafter"
-    told, count = head.about.get("rank_accuracies"), head.module.config.heads
-    if told is None:
-        return tuple(tuple(chance * _FALLS ** max(i - 1, 0) for chance in _ASSUMED[min(i, 1)]) for i in range(count))
-    rows = isinstance(told, list) and len(told) == count and all(isinstance(row, list) and row for row in told)
-    if not rows or not all(isinstance(c, float | int) and 0 <= c <= 1 for row in told for c in row):
+    stored, count = head.about.get("rank_accuracies"), head.module.config.heads
+    if stored is None:
+        return tuple(tuple(chance * _DECAY ** max(i - 1, 0) for chance in _ASSUMED[min(i, 1)]) for i in range(count))
+    rows = isinstance(stored, list) and len(stored) == count and all(isinstance(row, list) and row for row in stored)
+    if not rows or not all(isinstance(c, float | int) and 0 <= c <= 1 for row in stored for c in row):
         raise ValueError(
-            f"rank_accuracies={told!r} in the head's config.json are not chances of {count} heads: train the heads "
-            f"again, or take the entry out"
+            f"rank_accuracies={stored!r} in the head's config.json must be {count} lists of probabilities, one per "
+            f"head: train the heads again, or take the entry out"
         )
-    return tuple(tuple(map(float, row[:RANKS])) for row in told)
+    return tuple(tuple(map(float, row[:RANKS])) for row in stored)

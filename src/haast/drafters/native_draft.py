@@ -1,7 +1,7 @@
-"""A FeatExtrapolator's proposal in one native call: `NativeDraft`.
+"""Drafts a FeatExtrapolator's tree in one native call: `NativeDraft`.
 
-Owns what the native code reads: pointers to the head, the embedding and the plan. It proposes the very trees that
-`EagleDrafter` grows by tensor operations (a test holds them together), without the operators between them.
+Owns the pointers that the native code reads: head, embedding and plan. It proposes the same trees as `EagleDrafter` by
+tensor operations (a test compares them), without the overhead of the operators.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from haast.tuning.policy import CostModel
 
 
 class NativeDraft:
-    """Build with `of`; `plan` says what to draft, `propose` drafts it."""
+    """Create with `of`; `plan` sets the tree, `propose` drafts it."""
 
     def __init__(
         self,
@@ -35,18 +35,18 @@ class NativeDraft:
         embedding: Tensor,
         vocab: Tensor | None,
     ) -> None:
-        """Take what `of` has checked."""
+        """Use `of`, which checks the arguments."""
         fc = module.fc
         assert is_packed(fc), "a packed module has packed linears"
         self._stack: NativeStack = stack
-        self._held: tuple[object, ...] = (fc, lm_head, embedding, vocab)  # what the structure points to
+        self._referenced: tuple[object, ...] = (fc, lm_head, embedding, vocab)  # keeps alive what `_draft` points to
         self._draft: CDraft = CDraft(fc=weight_of(fc), lm=weight_of(lm_head), embedding=embedding.data_ptr())
         self._draft.stack = stack.pointer
         self._draft.vocab = None if vocab is None else vocab.data_ptr()
         self._nodes: int = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy is None, as a copy of a `NativeStack` is."""
+        """A copy is None, like a copy of a `NativeStack`: pointers can't be copied."""
         return type(None), ()
 
     @classmethod
@@ -58,11 +58,11 @@ class NativeDraft:
         lm_head: nn.Module,
         vocab: Tensor | None,
     ) -> NativeDraft | None:
-        """For a plain FeatExtrapolator on a packed target; None for any other head or embedding."""
+        """Create one for a plain FeatExtrapolator on a packed target; None for any other head or embedding."""
         if stack is None or not isinstance(module, FeatExtrapolator) or not is_packed(lm_head):
             return None
-        sizes = module.config
-        if sizes.markov_rank or sizes.norms or sizes.inputs != "feature+shifted-token" or lm_head.reference:
+        config = module.config
+        if config.markov_rank or config.norms or config.inputs != "feature+shifted-token" or lm_head.reference:
             return None
         if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
             return None
@@ -72,18 +72,18 @@ class NativeDraft:
         return cls(stack, module, lm_head, weight.detach(), vocab)
 
     def plan(self, plan: Plan, pace: CostModel | None) -> bool:
-        """What to draft from now on; False where the native code cannot."""
+        """Set the plan of the next proposals; False if the native code does not support it."""
         if plan.top_k > native.MOST_TOP:
             return False
         draft, keep = self._draft, plan.keep
-        frontier = None if plan.frontier is None else [place for level in plan.frontier for place in level]
+        frontier = None if plan.frontier is None else [index for level in plan.frontier for index in level]
         counts = [_array(ctypes.c_int64, numbers) for numbers in (plan.widths, frontier, keep)]
         costs = None if pace is None else _array(ctypes.c_float, pace.forward_ms)
         self._nodes = plan.nodes if pace is None or keep is not None else min(plan.nodes, len(pace.forward_ms))
         draft.top_k, draft.levels, draft.nodes = plan.top_k, len(plan.widths), self._nodes
         self._arrays = (*counts, costs)
-        places = [None if each is None else ctypes.addressof(each) for each in self._arrays]
-        draft.widths, draft.frontier, draft.keep, draft.forward_ms = places
+        pointers = [None if each is None else ctypes.addressof(each) for each in self._arrays]
+        draft.widths, draft.frontier, draft.keep, draft.forward_ms = pointers
         if pace is not None:
             draft.level_ms, draft.rate = pace.level_ms, pace.rate
             draft.trust, draft.follow = pace.trust, pace.follow
@@ -93,7 +93,7 @@ class NativeDraft:
 
     @property
     def room(self) -> int:
-        """Slots that a proposal uses behind the committed ones."""
+        """Slots that a proposal uses after the committed ones."""
         return self._room
 
     def propose(
@@ -111,24 +111,24 @@ class NativeDraft:
             states: (rows, hidden) fp32 at the roots.
             roots: (rows,) int64.
             past: committed slots per row, ints or (rows,) int64; `tables` reach `room` slots further.
-            tables: (rows, blocks) int32, see `NativeStack.run`.
+            tables: (rows, blocks) int32 block tables, see `NativeStack.run`.
             store: the head's keys and values, see `NativeStack.run`.
-            shift: slots of a table before the head's first: its pair for token i + 1 lies at token i + 1's slot.
+            shift: slots of a table before the head's first: its pair for token i + 1 is in token i + 1's slot.
 
         Raises:
-            ValueError: tensors that do not fit together; nothing was drafted.
+            ValueError: shapes or dtypes do not match; nothing was drafted.
         """
-        rows, most = roots.size(0), self._nodes
+        rows, max_nodes = roots.size(0), self._nodes
         blocks, form = self._stack.check_store(store, tables, rows, shift)
         self._stack.check_states(states := states.contiguous(), rows)
         _, roots_at = int64s("roots", roots := roots.contiguous(), rows)
         lengths, lengths_at = int64s("past", past, rows)
-        numbers = torch.empty(3, rows * most, dtype=torch.int64)
-        ancestors = torch.empty(rows * most * most, dtype=torch.bool)
-        begins, found = (states.data_ptr(), roots_at, lengths_at, store.data_ptr()), numbers.data_ptr()
-        places = (found, found + 8 * rows * most, found + 16 * rows * most, ancestors.data_ptr())
+        numbers = torch.empty(3, rows * max_nodes, dtype=torch.int64)  # tokens, parents, depths
+        ancestors = torch.empty(rows * max_nodes * max_nodes, dtype=torch.bool)
+        inputs, first = (states.data_ptr(), roots_at, lengths_at, store.data_ptr()), numbers.data_ptr()
+        outputs = (first, first + 8 * rows * max_nodes, first + 16 * rows * max_nodes, ancestors.data_ptr())
         cosine, sine, angles = self._stack.angles()
-        proposal = CProposal(*begins, cosine, sine, blocks, rows, angles, form, *places)
+        proposal = CProposal(*inputs, cosine, sine, blocks, rows, angles, form, *outputs)
         nodes = run_draft(self._draft, proposal)
         if nodes == -Refusal.FEW_ANGLES:
             last = max(map(int, lengths)) + self._levels
@@ -143,5 +143,5 @@ class NativeDraft:
 
 
 def _array(kind: type[Any], numbers: Sequence[float] | None) -> Any:
-    """Numbers as native code reads them; with room for one where there are none."""
+    """Numbers as a C array, of length 1 or more; None for None."""
     return None if numbers is None else (kind * max(len(numbers), 1))(*numbers)

@@ -1,9 +1,9 @@
-"""Drafting without a model: what followed the same words before, in the prompt and in what was said.
+"""Model-free drafting: copies the tokens that followed an earlier occurrence of the text's last tokens.
 
-`PromptLookupDrafter` finds the latest place where the last few tokens stood before (prompt lookup decoding, Saxena
-2023), `SuffixDrafter` the longest suffix of the whole text that occurred before, by an online suffix automaton (Blumer
-et al. 1985; SAM decoding, arXiv 2411.10666). Told what forwards cost, they propose what is expected to pay by the odds
-of the text so far, else nothing.
+`PromptLookupDrafter` finds the latest earlier occurrence of the last few tokens (prompt lookup decoding, Saxena 2023),
+`SuffixDrafter` the longest suffix of the whole text that occurred before, by an online suffix automaton (Blumer et al.
+1985; SAM decoding, arXiv 2411.10666). With measured costs, they propose as many tokens as are expected to pay, by the
+accuracy of earlier matches in the text.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from haast.tree import DraftTree
 from haast.tuning.latency import Latency
 from haast.tuning.online import MatchOdds, best_chain, least_first_chance
 
-LatencySource = Callable[[], Latency | None]  # None where nothing is known
+LatencySource = Callable[[], Latency | None]  # None if costs were not measured
 
 
 class TextIndex(ABC):
-    """One request's text, and the places in it where it may go on as it went on there.
+    """One request's text, indexed for earlier occurrences of its last tokens.
 
-    `device` is where its trees go (where its accepted tokens came from), `odds` how often it has gone on as its match
-    had.
+    `device` is that of the accepted tokens, and so of the trees; `odds` counts how often matches were right.
     """
 
     def __init__(self) -> None:
@@ -39,51 +38,51 @@ class TextIndex(ABC):
         self.odds = MatchOdds()
 
     def extend(self, tokens: Sequence[int], answer: bool = False) -> None:
-        """The text goes on with `tokens`; those of the answer tell what matches are worth."""
+        """Append `tokens`; those of the answer also update `odds`."""
         for token in tokens:
             if answer:
-                length, place = self.match()
+                length, end = self.match()
                 if length:
-                    self.odds.count(length, self.text[place] == token)
+                    self.odds.count(length, self.text[end] == token)
             self.text.append(int(token))
-            self._learn()
+            self._index_last()
 
     def chances(self, most: int) -> list[float]:
-        """[d]: chance that the first d + 1 tokens of the first path come next; empty where there is none."""
-        length, place = self.match()
-        return self.odds.chances(length, min(most, len(self.text) - place)) if length else []
+        """[d]: probability that the first d + 1 tokens of the first path are right; empty without a match."""
+        length, end = self.match()
+        return self.odds.chances(length, min(most, len(self.text) - end)) if length else []
 
     def first_chance(self) -> float:
-        """Chance that the token after the match comes next; 0 where there is no match."""
+        """Probability that the first token after the match is right; 0 without a match."""
         length, _ = self.match()
         return self.odds.chance(length) if length else 0.0
 
     @abstractmethod
     def match(self) -> tuple[int, int]:
-        """Tokens at the end of the text that stood before, and the place after them there; 0, 0 where none did."""
+        """Length of the suffix that occurred before, and the position after that occurrence; (0, 0) without a match."""
 
     @abstractmethod
     def paths(self, most: int) -> list[Path]:
-        """Continuations of the text, the most trusted first, of at most `most` tokens each."""
+        """Drafted continuations, the most likely first, of at most `most` tokens each."""
 
     @abstractmethod
-    def _learn(self) -> None:
-        """Take in the newest token of the text."""
+    def _index_last(self) -> None:
+        """Add the last token of the text to the index."""
 
 
 class HistoryDrafter(Drafter):
-    """A drafter that reads a request's text alone.
+    """Base of the drafters that read only a request's text.
 
     Args:
-        index: makes the index of a text that has not begun.
-        nodes: the most nodes of a tree, root included, 2 or more; a tree has as many as there are drafts for.
-        latency: what forwards cost, asked for at the first match: then a tree has as many nodes as are expected to pay.
+        index: creates the index of an empty text.
+        nodes: maximum nodes of a tree, root included, 2 or more; a tree has only as many as there are drafts.
+        latency: returns measured costs, called at the first match; a tree then has only nodes that are expected to pay.
     """
 
     def __init__(self, index: Callable[[], TextIndex], nodes: int, latency: LatencySource | None = None) -> None:
         check_at_least("nodes", nodes, 2, " (root and a draft)")
         self._index, self._nodes, self._latency = index, nodes, latency
-        self._least_chances: dict[tuple[int, int], float] = {}  # by rows and most drafts
+        self._least_chances: dict[tuple[int, int], float] = {}  # (rows, maximum drafts) -> see `least_first_chance`
 
     @property
     def nodes(self) -> int:
@@ -91,21 +90,21 @@ class HistoryDrafter(Drafter):
 
     def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> Any:
         index = self._index()
-        index.extend(prompt[: reused + 1])  # `observe` brings what follows, the rest of the prompt included
+        index.extend(prompt[: reused + 1])  # `observe` gets all later tokens, the rest of the prompt included
         return index
 
-    def foresee(self, state: TextIndex, text: Sequence[int]) -> None:
+    def add_prediction(self, state: TextIndex, text: Sequence[int]) -> None:
         state.extend(text)
 
     def observe(self, states: Sequence[TextIndex], accepted: Accepted) -> None:
-        for index, said in zip(states, accepted.host_tokens(), strict=True):
-            index.extend(said, answer=accepted.verdict is not None)
+        for index, tokens in zip(states, accepted.host_tokens(), strict=True):
+            index.extend(tokens, answer=accepted.verdict is not None)
             index.device = accepted.tokens.device
 
     def propose(self, states: Sequence[TextIndex], budget: int | None = None) -> DraftTree:
         most = self._nodes if budget is None else min(budget, self._nodes)
         if self._latency is not None:
-            most = 1 + self.paying(states, most - 1)[0]
+            most = 1 + self.paying_drafts(states, most - 1)[0]
         rows = []
         for index in states:
             tree = PathTree(index.text[-1], most)
@@ -114,24 +113,24 @@ class HistoryDrafter(Drafter):
             rows.append(tree)
         return pack_rows(rows, states[0].device)
 
-    def paying(self, states: Sequence[TextIndex], most: int) -> tuple[int, float]:
-        """How many drafts a row, at most `most`, are expected to pay, and a row's tokens with them."""
+    def paying_drafts(self, states: Sequence[TextIndex], most: int) -> tuple[int, float]:
+        """The number of drafts per row that pays, at most `most`, and the expected tokens per row with them."""
         first = [index.first_chance() for index in states] if most else []
         if not any(first):
             return 0, 1.0
         latency = None if self._latency is None else self._latency()
         if latency is None:
             return most, 1.0
-        asked = len(states), most
-        if asked not in self._least_chances:
-            self._least_chances[asked] = least_first_chance(*asked, latency)
-        if sum(first) < len(states) * self._least_chances[asked]:  # a look at the first drafts says that none pay
+        key = len(states), most
+        if key not in self._least_chances:
+            self._least_chances[key] = least_first_chance(*key, latency)
+        if sum(first) < len(states) * self._least_chances[key]:  # a quick bound: no number of drafts can pay
             return 0, 1.0
         return best_chain([index.chances(most) for index in states], latency)
 
 
 class PromptLookupDrafter(HistoryDrafter):
-    """Continues as after the latest earlier place of the last `ngram` tokens; of fewer where there is none."""
+    """Copies the tokens after the latest earlier occurrence of the last `ngram` tokens, or of fewer."""
 
     name = "lookup"
 
@@ -141,39 +140,41 @@ class PromptLookupDrafter(HistoryDrafter):
 
 
 class NgramIndex(TextIndex):
-    """Where each n-gram of up to `most` tokens stood last, and the time before."""
+    """The last two occurrences of each n-gram of up to `max_length` tokens."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, max_length: int) -> None:
         super().__init__()
-        self._most = most
-        # n-gram -> the place after its last occurrence but one, and after its latest: the newest n-gram ends the text
-        self._places: dict[tuple[int, ...], tuple[int, int]] = {}
+        self._max_length = max_length
+        # n-gram -> positions after its second-last and its last occurrence (0: none). The last tokens of the text are
+        # their own last occurrence, so a match is the second-last one.
+        self._ends: dict[tuple[int, ...], tuple[int, int]] = {}
 
     def match(self) -> tuple[int, int]:
-        for length in range(min(self._most, len(self.text) - 1), 0, -1):
-            place, _ = self._places[tuple(self.text[-length:])]
-            if place:
-                return length, place
+        for length in range(min(self._max_length, len(self.text) - 1), 0, -1):
+            end, _ = self._ends[tuple(self.text[-length:])]
+            if end:
+                return length, end
         return 0, 0
 
     def paths(self, most: int) -> list[Path]:
-        length, place = self.match()
-        return [self.text[place : place + most]] if length else []
+        length, end = self.match()
+        return [self.text[end : end + most]] if length else []
 
-    def _learn(self) -> None:
-        for length in range(1, min(self._most, len(self.text)) + 1):
+    def _index_last(self) -> None:
+        for length in range(1, min(self._max_length, len(self.text)) + 1):
             gram = tuple(self.text[-length:])
-            _, before = self._places.get(gram, (0, 0))
-            self._places[gram] = before, len(self.text)
+            _, before = self._ends.get(gram, (0, 0))
+            self._ends[gram] = before, len(self.text)
 
 
 class SuffixDrafter(HistoryDrafter):
-    """Continues as after the longest suffix of the text that occurred before; shorter suffixes give further branches.
+    """Copies the tokens after the longest suffix of the text that occurred before; shorter suffixes add branches.
 
     Args:
         nodes: see `HistoryDrafter`.
-        least: tokens that a suffix must have to be trusted.
-        branches: how many continuations at most.
+        least: minimum length of a suffix, in tokens.
+        branches: maximum number of continuations.
+        latency: see `HistoryDrafter`.
     """
 
     name = "suffix"
@@ -187,38 +188,38 @@ class SuffixDrafter(HistoryDrafter):
 
 
 class SuffixIndex(TextIndex):
-    """A text with all of its substrings, a suffix automaton: O(1) amortised a token. State 0 is the empty string.
+    """A suffix automaton of the text: O(1) amortised per token. State 0 is the empty string.
 
-    The arguments are `SuffixDrafter`'s.
+    Arguments as in `SuffixDrafter`.
     """
 
     def __init__(self, least: int, branches: int) -> None:
         super().__init__()
         self._least, self._branches = least, branches
         self._next: list[dict[int, int]] = [{}]
-        self._link, self._length, self._end = [-1], [0], [0]  # `_end`: place after the first occurrence
+        self._link, self._length, self._end = [-1], [0], [0]  # `_end`: position after the first occurrence
         self._last = 0
 
     def match(self) -> tuple[int, int]:
         longest = max(self._link[self._last], 0)
-        trusted = longest and self._length[longest] >= self._least
-        return (self._length[longest], self._end[longest]) if trusted else (0, 0)
+        long_enough = longest and self._length[longest] >= self._least
+        return (self._length[longest], self._end[longest]) if long_enough else (0, 0)
 
     def paths(self, most: int) -> list[Path]:
-        return [self.text[end : end + most] for end in self.earlier()]
+        return [self.text[end : end + most] for end in self.earlier_ends()]
 
-    def earlier(self) -> list[int]:
-        """Places after earlier occurrences of suffixes, the longest suffix first."""
-        places: list[int] = []
+    def earlier_ends(self) -> list[int]:
+        """Positions after earlier occurrences of suffixes, the longest suffix first."""
+        ends: list[int] = []
         state = self._link[self._last]
-        while state > 0 and self._length[state] >= self._least and len(places) < self._branches:
-            if self._end[state] not in places:
-                places.append(self._end[state])
+        while state > 0 and self._length[state] >= self._least and len(ends) < self._branches:
+            if self._end[state] not in ends:
+                ends.append(self._end[state])
             state = self._link[state]
-        return places
+        return ends
 
-    def _learn(self) -> None:
-        token, new = self.text[-1], self._state(len(self.text), len(self.text), {})
+    def _index_last(self) -> None:
+        token, new = self.text[-1], self._add_state(len(self.text), len(self.text), {})
         state = self._last
         while state != -1 and token not in self._next[state]:
             self._next[state][token] = new
@@ -227,11 +228,11 @@ class SuffixIndex(TextIndex):
         self._last = new
 
     def _split(self, state: int, token: int) -> int:
-        """The state of the longest earlier suffix, cut out of a longer string's state where that is needed."""
+        """The state of the longest earlier suffix; splits it off from a longer string's state if necessary."""
         target = self._next[state][token]
         if self._length[state] + 1 == self._length[target]:
             return target
-        clone = self._state(self._length[state] + 1, self._end[target], dict(self._next[target]))
+        clone = self._add_state(self._length[state] + 1, self._end[target], dict(self._next[target]))
         self._link[clone] = self._link[target]
         self._link[target] = clone
         while state != -1 and self._next[state].get(token) == target:
@@ -239,8 +240,8 @@ class SuffixIndex(TextIndex):
             state = self._link[state]
         return clone
 
-    def _state(self, length: int, end: int, following: dict[int, int]) -> int:
-        self._next.append(following)
+    def _add_state(self, length: int, end: int, transitions: dict[int, int]) -> int:
+        self._next.append(transitions)
         self._link.append(-1)
         self._length.append(length)
         self._end.append(end)

@@ -1,13 +1,13 @@
-"""Drafting with a smaller model of the same tokenizer (Leviathan et al., arXiv 2211.17192), as a chain.
+"""Drafts a chain with a smaller model that has the same tokenizer (Leviathan et al., arXiv 2211.17192).
 
-The small model is a `Target` like any other, with a KV pool of its own. It drafts its likeliest tokens, or draws them
-from its own distribution and says what that was (`DraftTree.draft_probs`), for the rules of `haast.engine.rules`.
+The small model is a `Target` with a KV pool of its own. It drafts its argmax, or samples from its own distribution and
+returns that (`DraftTree.draft_probs`), for the rules of `haast.engine.rules`.
 
-    observed   the text grows; accepted drafts that were run already stay in the small model's cache
-    propose    run what the cache lacks of the text, root included, take a token, run that, ... depth forwards
+    observe    the text grows; accepted drafts that the small model has computed stay in its cache
+    propose    run the positions that the cache lacks, root included, take a token, run that, ...: `depth` forwards
 
-    text    ... r a b x      r a b were run (r the last root, a b accepted drafts), x is the bonus and the new root
-    cache   ... r a b        so the next forward is over x alone
+    text    ... r a b x      r a b are computed (r the last root, a b accepted drafts), x is the bonus and the new root
+    cache   ... r a b        so the next forward is over x only
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from haast.target.kv_pool import Sequence as KVSequence
 from haast.target.target import Target
 from haast.tree import DraftTree
 
-_MOST_WAITING = 16  # positions that wait for the next proposal; more are run when they are observed
-_CHUNK = 512  # positions of a forward over a prompt
+_MAX_PENDING = 16  # observed positions that may wait for the next proposal; more are computed at once
+_CHUNK = 512  # positions per prefill forward
 
 
 @dataclass(eq=False)
 class SmallModelState:
-    """What the small model knows of a request."""
+    """The small model's state of a request. `kv` is None once its blocks were freed: then nothing is drafted."""
 
     kv: KVSequence | None
     text: list[int] = field(default_factory=list)
-    ran: int = 0
-    key: tuple[int, int] = (0, 0)
+    ran: int = 0  # drafts of the last proposal that were computed
+    key: tuple[int, int] = (0, 0)  # seed and choice of the draws
 
 
 class SmallModelDrafter(Drafter):
-    """A chain of a small model's choices.
+    """Drafts a chain with a small model.
 
     Args:
-        target: the model that is drafted for.
-        small: a smaller one of the same tokenizer. Their embeddings may be padded to different sizes if both carry it.
-        depth: tokens drafted a step, 1 or more.
-        sampling: draw the drafts under these settings (the target's own serve best) instead of taking the likeliest;
-            without its `processors`, which may count their calls. Its seed serves for requests that have none of their
-            own.
+        target: the model that it drafts for.
+        small: a smaller model with the same tokenizer. Their embeddings may be padded to different sizes if both
+            targets have a tokenizer.
+        depth: tokens drafted per step, 1 or more.
+        sampling: sample the drafts with these settings (best: the target's) instead of taking the argmax; its
+            `processors` are ignored, since they may be stateful. Its seed is used for requests without a seed.
 
     Raises HeadMismatchError for another vocabulary or device, ValueError for a depth below 1.
     """
@@ -63,10 +63,12 @@ class SmallModelDrafter(Drafter):
         check_at_least("depth", depth)
         _check_vocabularies(target, small)
         if small.ranks is not None:
-            raise HeadMismatchError("the small model is sharded over processes, and one process drafts: load it whole")
+            raise HeadMismatchError(
+                "the small model is sharded over processes, but only one process drafts: load it unsharded"
+            )
         if small.device != target.device:
             raise HeadMismatchError(f"the small model is on {small.device}, the target on {target.device}: move one")
-        if small is target:  # its cache is bound to what it verifies while drafts are made
+        if small is target:  # needs a second cache: the target's own is bound to the batch that it verifies
             small = Target(target.model, target.tokenizer, probed=target.probed)
         self._small, self._depth, self._vocab = small, depth, target.vocab_size
         self._sampler = None if sampling is None else Sampler(replace(sampling, processors=()))
@@ -81,17 +83,17 @@ class SmallModelDrafter(Drafter):
         with small.lock:
             if not self._drafting:
                 small.refresh()
-            own = small.pool.sequence()
-            _, source, copy = own.reuse(text)
+            small_kv = small.pool.sequence()
+            _, source, copy = small_kv.reuse(text)
             if source:
                 small.cache.stores.copy_block(source, copy)
-        state = SmallModelState(own, text)
+        state = SmallModelState(small_kv, text)
         if self._sampler is not None:
             state.key = (self._sampler.params.seed, 0)
         self._drafting.add(state)
         return state
 
-    def drawn_by(self, state: SmallModelState, chooser: TokenChooser) -> None:
+    def set_chooser(self, state: SmallModelState, chooser: TokenChooser) -> None:
         if isinstance(chooser, Sampler):
             state.key = (chooser.params.seed, chooser.choice)
 
@@ -101,26 +103,26 @@ class SmallModelDrafter(Drafter):
 
     def observe(self, states: Sequence[SmallModelState], accepted: Accepted) -> None:
         limit = self._small.context_length
-        for state, said in zip(states, accepted.host_tokens(), strict=True):
-            if state.kv is not None and said:
-                # Of the chain that was proposed, all accepted nodes are in the text now: their slots are right.
-                state.kv.length = min(state.kv.length, len(state.text) + min(len(said) - 1, state.ran))
+        for state, tokens in zip(states, accepted.host_tokens(), strict=True):
+            if state.kv is not None and tokens:
+                # Keep the slots of accepted drafts, which are part of the text now.
+                state.kv.length = min(state.kv.length, len(state.text) + min(len(tokens) - 1, state.ran))
             state.ran = 0
-            state.text += said
+            state.text += tokens
             if limit is not None and len(state.text) > limit:
                 self._release(state)
-            if state.kv is not None and len(state.text) - state.kv.length > _MOST_WAITING:
+            if state.kv is not None and len(state.text) - state.kv.length > _MAX_PENDING:
                 self._catch_up(state)
 
     @without_autograd
     def propose(self, states: Sequence[SmallModelState], budget: int | None = None) -> DraftTree:
         depth = self._depth if budget is None else min(self._depth, budget - 1)
-        able = [row for row, state in enumerate(states) if depth > 0 and self._has_room(state, depth)]
+        rows = [row for row, state in enumerate(states) if depth > 0 and self._has_room(state, depth)]
         roots = to_device(torch.tensor([state.text[-1] for state in states]), self._small.device)
-        if not able:
+        if not rows:
             return DraftTree.roots(roots)
-        drafting = [states[row] for row in able]
-        chain, probs = [roots if len(able) == len(states) else roots[able]], list[Tensor]()
+        drafting = [states[row] for row in rows]
+        chain, probs = [roots if len(rows) == len(states) else roots[rows]], list[Tensor]()
         with self._small.lock:
             for level in range(depth):
                 logits = self._run(drafting, level, chain[-1])
@@ -128,124 +130,124 @@ class SmallModelDrafter(Drafter):
                     chain.append(logits.argmax(-1))
                 else:
                     probs.append(self._distributions(self._sampler, drafting, chain[1:], logits))
-                    chain.append(self._drawn(drafting, level, probs[-1]))
+                    chain.append(self._sample(drafting, level, probs[-1]))
         tokens, live = torch.stack(chain, 1), None
-        if len(able) < len(states):
+        if len(rows) < len(states):
             drafts, tokens = tokens, roots.unsqueeze(1).repeat(1, depth + 1)
-            tokens[able] = drafts
+            tokens[rows] = drafts
             live = torch.zeros_like(tokens, dtype=torch.bool)
-            live[:, 0] = live[able] = True
+            live[:, 0] = live[rows] = True
         tree = DraftTree.chain(tokens, live)
         if not probs:
             return tree
-        # (rows, nodes, vocab); zeros where nothing was drawn: at roots and dead nodes
-        placed = probs[0].new_zeros(len(states), depth + 1, self._vocab)
-        placed[able, 1:] = torch.stack(probs, 1)
-        return replace(tree, draft_probs=placed)
+        # (rows, nodes, vocab); zeros at roots and dead nodes
+        draft_probs = probs[0].new_zeros(len(states), depth + 1, self._vocab)
+        draft_probs[rows, 1:] = torch.stack(probs, 1)
+        return replace(tree, draft_probs=draft_probs)
 
     def _has_room(self, state: SmallModelState, depth: int) -> bool:
-        """Whether the small model's context and pool have room for so many drafts."""
+        """Reserve slots for `depth` drafts; False if the small model's context or pool has no room."""
         limit = self._small.context_length
         if state.kv is None or (limit is not None and len(state.text) + depth - 1 > limit):
             return False
         try:
             with self._small.lock:
-                # A batch's first forward is as wide as the row that waits for most, see `_run`.
-                state.kv.reserve(len(state.text) + max(depth, _MOST_WAITING + 1))
+                # A batch's first forward is padded to the row with most pending positions, see `_run`.
+                state.kv.reserve(len(state.text) + max(depth, _MAX_PENDING + 1))
         except PoolFullError:
             self._release(state)
             return False
         return True
 
     def _run(self, states: Sequence[SmallModelState], depth: int, newest: Tensor) -> Tensor:
-        """The logits (rows, vocab) of what follows the draft at `depth`, `newest` (rows,); at 0 it is the root."""
-        kvs, waiting = [_kv(state) for state in states], [[0]] * len(states)
+        """Logits (rows, vocab) after the token at `depth`, `newest` (rows,); at depth 0 also run pending positions."""
+        kvs, pending = [_kv(state) for state in states], [[0]] * len(states)
         if depth:
-            chain = DraftTree.roots(self._known(newest))
+            chain = DraftTree.roots(self._clamp_ids(newest))
         else:
             for kv, state in zip(kvs, states, strict=True):
                 kv.length = min(kv.length, len(state.text) - 1)
-            waiting = [state.text[kv.length :] for kv, state in zip(kvs, states, strict=True)]
-            chain = self._chain(waiting)
+            pending = [state.text[kv.length :] for kv, state in zip(kvs, states, strict=True)]
+            chain = self._chain(pending)
         cache = self._small.cache.bind(kvs)
         logits = self._small.forward(chain, cache, last_only=chain.nodes > 1).logits[:, 0, : self._vocab]
-        cache.advance([len(each) for each in waiting])
+        cache.advance([len(each) for each in pending])
         for state in states:
             state.ran = depth
         return logits
 
     @without_autograd
     def _catch_up(self, state: SmallModelState) -> None:
-        """Run all that waits but the root, in parts, and let other requests begin with it."""
+        """Run the pending positions except the root, in chunks, and publish them for reuse by other requests."""
         small, kv = self._small, _kv(state)
         with small.lock:
             try:
-                while waiting := state.text[kv.length : -1][:_CHUNK]:
+                while chunk := state.text[kv.length : -1][:_CHUNK]:
                     cache = small.cache.bind([kv])
-                    small.forward(self._chain([waiting]), cache, last_only=True)
-                    cache.advance([len(waiting)])
+                    small.forward(self._chain([chunk]), cache, last_only=True)
+                    cache.advance([len(chunk)])
                 kv.publish(state.text, kv.length)
             except PoolFullError:
                 self._release(state)
 
     def _release(self, state: SmallModelState) -> None:
-        """Give the blocks back; what they hold of the text may serve another request."""
+        """Free the blocks; other requests may reuse those of the text."""
         kv, state.kv = state.kv, None
         if kv is not None:
             with self._small.lock:
                 kv.release(state.text, min(kv.length, len(state.text)))
 
     def _chain(self, texts: Sequence[Sequence[int]]) -> DraftTree:
-        """One chain per row, shorter ones padded."""
+        """One chain per row, padded to the longest."""
         longest, device = max(map(len, texts)), self._small.device
         tokens = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
         live = None
         if any(len(text) < longest for text in texts):
             live = to_device(torch.arange(longest) < torch.tensor([[len(text)] for text in texts]), device)
-        return DraftTree.chain(self._known(to_device(tokens, device)), live)
+        return DraftTree.chain(self._clamp_ids(to_device(tokens, device)), live)
 
     def _distributions(
         self, sampler: Sampler, states: Sequence[SmallModelState], drafted: Sequence[Tensor], logits: Tensor
     ) -> Tensor:
-        """The processed distribution (rows, vocab) of each row's next draft, after its text and what was drafted."""
+        """The processed distribution (rows, vocab) of each row's next draft, after its text and the drafts so far."""
         texts: list[Sequence[int]] = [state.text for state in states]
         if not sampler.stateless:
-            own = torch.stack(list(drafted), 1).tolist() if drafted else [[]] * len(states)
-            # A token that the small model does not know was never drafted here: the penalty may leave it out.
-            known = self._small.vocab_size
-            texts = [[t for t in (*text, *said) if t < known] for text, said in zip(texts, own, strict=True)]
-        found = [sampler.probs(text, scores) for text, scores in zip(texts, logits, strict=True)]
-        return pad(torch.stack(found), (0, self._vocab - found[0].shape[0]))
+            drafts = torch.stack(list(drafted), 1).tolist() if drafted else [[]] * len(states)
+            # The penalty can't index ids beyond the small model's vocabulary, which it never drafts.
+            size = self._small.vocab_size
+            texts = [[t for t in (*text, *more) if t < size] for text, more in zip(texts, drafts, strict=True)]
+        probs = [sampler.probs(text, scores) for text, scores in zip(texts, logits, strict=True)]
+        return pad(torch.stack(probs), (0, self._vocab - probs[0].shape[0]))
 
-    def _drawn(self, states: Sequence[SmallModelState], depth: int, probs: Tensor) -> Tensor:
-        """One draft per row, (rows,). Keyed by the root's position: every step draws anew, see `haast.engine.rules`."""
+    def _sample(self, states: Sequence[SmallModelState], depth: int, probs: Tensor) -> Tensor:
+        """One draft per row, (rows,). Draws are keyed by the root's position, as in `haast.engine.rules`."""
         tokens = [
             inverse_cdf(each, keyed_uniform(*state.key, len(state.text), DRAFT, depth))
             for state, each in zip(states, probs, strict=True)
         ]
         return torch.tensor(tokens, device=probs.device)
 
-    def _known(self, tokens: Tensor) -> Tensor:
-        """Tokens of the target's padding, which no text holds, as the last token that the small model has."""
+    def _clamp_ids(self, tokens: Tensor) -> Tensor:
+        """Clamp ids of the target's vocabulary padding to the small model's last id; texts do not contain them."""
         return tokens.clamp_max(self._small.vocab_size - 1)
 
 
 def _kv(state: SmallModelState) -> KVSequence:
     if state.kv is None:
-        raise RuntimeError("the request has given its blocks of the small model's pool back and can't be drafted for")
+        raise RuntimeError("the request's blocks in the small model's pool were freed: it can't be drafted for")
     return state.kv
 
 
 def _check_vocabularies(target: Target, small: Target) -> None:
-    """Refuse another tokenizer's model. Without tokenizers, equal sizes are all that can be asked for."""
+    """Raise HeadMismatchError if the tokenizers differ; without tokenizers, if the vocabulary sizes do."""
     if target.tokenizer is not None and small.tokenizer is not None:
         if target.tokenizer.get_vocab() != small.tokenizer.get_vocab():
             raise HeadMismatchError(
-                "the small model has another tokenizer than the target, so its drafts would mean other words: take a "
-                "smaller model of the same tokenizer"
+                "the small model has another tokenizer than the target, so its token ids have other meanings: take a "
+                "smaller model with the same tokenizer"
             )
     elif small.vocab_size != target.vocab_size:
         raise HeadMismatchError(
             f"the small model has a vocabulary of {small.vocab_size} tokens, the target one of {target.vocab_size}: "
-            "take a smaller model of the same tokenizer (and load both with it, if only the padding differs)"
+            "take a smaller model with the same tokenizer (load both with their tokenizers if only the padding differs)"
         )

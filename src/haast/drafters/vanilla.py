@@ -1,4 +1,4 @@
-"""Vanilla decoding as a drafter: the root alone, so one token per target forward through the same engine."""
+"""Vanilla decoding as a drafter: proposes only the root, so one token per target forward in the same engine."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from haast.tree import DraftTree
 
 @dataclass
 class RootState:
-    """The newest token of a request, () int64 on the target's device; it is set by the first `observe`."""
+    """The newest token of a request, () int64 on the target's device; set by the first `observe`."""
 
     root: Tensor | None = None
 
 
 class VanillaDrafter(Drafter):
-    """Proposes nothing but the root."""
+    """Proposes only the root."""
 
     name = "vanilla"
 

@@ -1,1 +1,1 @@
-"""Requests, the scheduler that serves them, verification and the acceptance rules."""
+"""Engine, scheduler, decoding step, verification and acceptance rules."""

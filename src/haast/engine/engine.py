@@ -1,8 +1,8 @@
-"""The engine: one target, one drafter, one acceptance rule, and requests that go through the target's scheduler.
+"""The engine: one target, one drafter and one acceptance rule; submits requests to the target's scheduler.
 
-Owns how requests are made and read: one by one (`submit`, `read`), a list of prompts at once (`run`, `complete`), and
-from asynchronous code (`aread`). Knows token ids only, no text. The steps themselves are `scheduler`'s, which serves
-all requests on a target together, whoever made them.
+Owns how requests are submitted and read: one by one (`submit`, `read`), a list of prompts at once (`run`, `complete`),
+and from asynchronous code (`aread`). Knows token ids only, no text. The scheduler runs the steps, for the requests of
+all engines on a target together.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from haast.stats import Stats
 from haast.target.target import Target
 
 __all__ = ["PREFILL_CHUNK", "Emission", "Engine", "Stats", "Step", "StopParams", "check_prompts"]
-# Prompt positions a forward. They bound the activations, and what grows with them times the positions before: masks
-# and, where modules answer, attention scores.
+# Prompt positions per forward. Bounds the memory of activations, attention masks and, without fused attention, scores.
 PREFILL_CHUNK = 512
 
 
@@ -34,13 +33,13 @@ class Engine:
 
     Args:
         target: the model.
-        drafter: what drafts for it.
-        rule: another acceptance rule than sample-and-match. Only sample-and-match promises vanilla's own text for a
-            seed; see `haast.engine.rules` for what each rule keeps, and which is lossy.
-        prefill_chunk: prompt positions a forward, 1 or more; the text does not depend on it.
+        drafter: drafts for the target.
+        rule: acceptance rule; None is sample-and-match. Only sample-and-match guarantees the text of vanilla decoding
+            for a seed; see `haast.engine.rules` for what each rule guarantees, and which is lossy.
+        prefill_chunk: prompt positions per forward, 1 or more; the text does not depend on it.
 
     Raises:
-        ValueError: a chunk below 1. KVPoolError: the drafter is another target's.
+        ValueError: a chunk below 1. KVPoolError: the drafter was made for another target.
     """
 
     def __init__(
@@ -53,8 +52,8 @@ class Engine:
         check_chunk(prefill_chunk)
         if any(cache.pool is not target.pool for cache in drafter.caches):
             raise KVPoolError(
-                f"this {drafter.name} drafter keeps its keys and values in the KV pool of another target: make one for "
-                f"this target"
+                f"this {drafter.name} drafter keeps its keys and values in the KV pool of another target: create one "
+                f"for this target"
             )
         self.prefill_chunk = prefill_chunk
         self.target = target
@@ -78,38 +77,39 @@ class Engine:
         hints: DraftHints | None = None,
         queued: bool = True,
     ) -> Request:
-        """Queue a request; `read` gives what it says.
+        """Queue a request; `read` returns its tokens.
 
         Args:
             prompt: token ids, one or more.
-            sampling: distribution of the next token; draws are keyed by (seed, choice, position).
-            stop: when it ends.
-            choice: number of the continuation, where several are made of one prompt.
-            chooser: chooses the tokens instead of `sampling`.
-            row: the request's number in its call, for the caller.
+            sampling: sampling parameters; draws are keyed by (seed, choice, position).
+            stop: when the request ends.
+            choice: index of the continuation, if a prompt gets several.
+            chooser: samples the tokens instead of `sampling`.
+            row: index of the request in the caller's call; `Emission.row` repeats it.
             stats: filled as it runs.
-            timeout: seconds from now after which it is ended.
+            timeout: seconds from now after which the request ends.
             watch: called with every decoding step of the request before its tokens can be read.
-            prefill_chunk: prompt positions a forward, instead of the engine's.
-            hints: about its drafts; sample-and-match alone keeps to the text with them.
-            queued: False only checks it and leaves it for `start`.
+            prefill_chunk: prompt positions per forward, instead of the engine's.
+            hints: options for drafting; only with sample-and-match they leave the text unchanged.
+            queued: False checks the request but does not queue it; see `start`.
 
         Raises:
-            PromptError: an empty prompt, one that does not fit the context with one new token, or ids of no token.
-            KVPoolError: prompt and new tokens could never fit the KV pool. QueueFullError: too many wait already.
-            ValueError: a chunk below 1, or a timeout that is no time.
+            PromptError: an empty prompt, one that leaves no room for a new token in the context, or an id outside the
+                vocabulary.
+            KVPoolError: prompt and new tokens could never fit the KV pool. QueueFullError: too many requests wait.
+            ValueError: a chunk below 1, or an invalid choice, watch or timeout; or the model is in training mode.
         """
         check_prompts([prompt], self.target.context_length, self.target.vocab_size)
         if prefill_chunk is not None:
             check_chunk(prefill_chunk)
         if not isinstance(choice, Integral) or not 0 <= choice < 2**63:
-            raise ValueError(f"choice={choice!r} is not allowed: give the number of the continuation, from 0 on")
+            raise ValueError(f"choice={choice!r} is not allowed: give the index of the continuation, 0 or more")
         if watch is not None and not callable(watch):
             raise ValueError(f"watch={watch!r} is not allowed: give a function, or None")
-        if self.target.model.training:  # dropout would get into keys and values that other requests use again
-            raise ValueError("the model is in training mode, where its text is not its own: call model.eval() first")
+        if self.target.model.training:  # dropout would change keys and values that later requests reuse
+            raise ValueError("the model is in training mode, where dropout changes its text: call model.eval() first")
         if timeout is not None and not (isinstance(timeout, Real) and 0 < timeout < math.inf):
-            raise ValueError(f"timeout={timeout!r} is not allowed: give seconds above 0, or None to wait for any time")
+            raise ValueError(f"timeout={timeout!r} is not allowed: give seconds above 0, or None for no limit")
         request = Request(
             prompt,
             sampling,
@@ -125,23 +125,23 @@ class Engine:
         )
         if queued:
             return self.start(request)
-        self.scheduler.fit(request)
+        self.scheduler.set_limit(request)
         return request
 
     def start(self, request: Request) -> Request:
-        """Queue a request that is not queued yet. Raises QueueFullError where too many wait already."""
+        """Queue a request that is not queued yet. Raises QueueFullError if too many requests wait."""
         return self.scheduler.submit(request, self.rule)
 
     def cancel(self, request: Request, wait: bool = True) -> None:
-        """End a request; what it holds is free within a step. See `Scheduler.cancel`."""
+        """End a request; its KV blocks are freed within a step. See `Scheduler.cancel`."""
         self.scheduler.cancel(request, wait=wait)
 
     def read(self, request: Request) -> Generator[Emission, None, None]:
-        """What a request says, as it comes. Leaving the iterator ends the request.
+        """Yield a request's tokens as they are emitted. Closing the iterator cancels the request.
 
         Raises:
             CancelledError: the request was cancelled, or its deadline has passed.
-            Exception: whatever a processor or stop rule of the request raised.
+            Exception: any exception that a processor or stop rule of the request raised.
         """
         try:
             while self.scheduler.pump(request):
@@ -152,13 +152,13 @@ class Engine:
                 self.scheduler.cancel(request)
 
     async def aread(self, request: Request) -> AsyncGenerator[Emission, None]:
-        """As `read`, for asynchronous code: steps are taken in a worker thread, the event loop goes on."""
+        """Like `read`, for asynchronous code: steps run in a worker thread and do not block the event loop."""
         try:
             while request.emissions or not request.finished:
                 if request.emissions:
                     yield request.emissions.popleft()
                 else:
-                    await asyncio.wrap_future(self.scheduler.served(request))
+                    await asyncio.wrap_future(self.scheduler.advance_async(request))
             raise_error(request)
         finally:
             if not request.finished:
@@ -173,26 +173,28 @@ class Engine:
         watch: Callable[[Step], None] | None = None,
         choosers: Sequence[TokenChooser] | None = None,
     ) -> Generator[Emission, None, None]:
-        """Decode every prompt; yields each one's tokens as they are settled. Safe to abandon at any point.
+        """Decode all prompts together; yields each row's tokens as they are emitted. Closing it cancels the rest.
 
         Args:
             prompts: token ids per row, each non-empty.
-            sampling: for all rows, or one a row.
-            stop: when a row ends, for all rows, or one a row.
+            sampling: for all rows, or one per row.
+            stop: when a row ends, for all rows, or one per row.
             stats: filled as the run goes on, all rows together.
             watch: called with every decoding step before its tokens are yielded; its own time is not counted.
-            choosers: one a row, instead of `sampling`.
+            choosers: one per row, instead of `sampling`.
 
         Raises:
             PromptError, KVPoolError, QueueFullError: see `submit`.
         """
         check_prompts(prompts, self.target.context_length, self.target.vocab_size)
         rows = len(prompts)
-        every = [sampling] * rows if isinstance(sampling, SamplingParams) else list(sampling)
+        params = [sampling] * rows if isinstance(sampling, SamplingParams) else list(sampling)
         stops = [stop] * rows if isinstance(stop, StopParams) else list(stop)
-        if not len(every) == len(stops) == rows:
-            raise ValueError(f"{rows} prompts, {len(every)} sampling and {len(stops)} stop parameters: give one a row")
-        return self._run(prompts, every, stops, stats or Stats(), watch, choosers or [None] * rows)
+        if not len(params) == len(stops) == rows:
+            raise ValueError(
+                f"{rows} prompts, {len(params)} sampling and {len(stops)} stop parameters: give one per prompt"
+            )
+        return self._run(prompts, params, stops, stats or Stats(), watch, choosers or [None] * rows)
 
     def _run(
         self,
@@ -206,17 +208,17 @@ class Engine:
         requests: list[Request] = []
         try:
             for row, (prompt, params, stop, chooser) in enumerate(zip(prompts, sampling, stops, choosers, strict=True)):
-                made = self.submit(prompt, params, stop, chooser=chooser, row=row, stats=stats, watch=watch)
-                requests.append(made)
-            left = list(requests)
-            while left:
-                self.scheduler.pump(left[0])
-                for request in left:
+                submitted = self.submit(prompt, params, stop, chooser=chooser, row=row, stats=stats, watch=watch)
+                requests.append(submitted)
+            unfinished = list(requests)
+            while unfinished:
+                self.scheduler.pump(unfinished[0])
+                for request in unfinished:
                     while request.emissions:
                         yield request.emissions.popleft()
                     if request.finished:
                         raise_error(request)
-                left = [request for request in left if not request.finished or request.emissions]
+                unfinished = [request for request in unfinished if not request.finished or request.emissions]
         finally:
             for request in requests:
                 if not request.finished:
@@ -229,7 +231,7 @@ class Engine:
         stop: StopParams | Sequence[StopParams],
         stats: Stats | None = None,
     ) -> list[list[int]]:
-        """`run` to the end: each row's new tokens."""
+        """Decode all prompts to the end; returns each row's new tokens."""
         texts: list[list[int]] = [[] for _ in prompts]
         for emission in self.run(prompts, sampling, stop, stats):
             texts[emission.row].extend(emission.tokens)
@@ -237,29 +239,29 @@ class Engine:
 
 
 def raise_error(request: Request) -> None:
-    """Raise what ended a request, if something did.
+    """Raise the error that ended a request, if any.
 
     Raises:
-        CancelledError: it was cancelled, or its deadline has passed. Exception: its own.
+        CancelledError: it was cancelled, or its deadline has passed. Exception: the request's own error.
     """
     if request.error is not None:
         raise request.error
     if request.finish_reason in ("cancelled", "deadline"):
         why = "its deadline has passed" if request.finish_reason == "deadline" else "it was cancelled"
         raise CancelledError(
-            f"the request has no more to say: {why} after {len(request.tokens) - request.prompt_length} tokens; "
-            f"submit it again for another answer"
+            f"the request has ended: {why} after {len(request.tokens) - request.prompt_length} tokens; submit it again "
+            f"for another answer"
         )
 
 
 def check_chunk(prefill_chunk: int) -> None:
-    """Raises ValueError where prompts can't be run in chunks of this size."""
+    """Raise ValueError for an invalid prefill chunk size."""
     if not isinstance(prefill_chunk, Integral) or prefill_chunk < 1:
-        raise ValueError(f"prefill_chunk={prefill_chunk!r} is not allowed: give 1 or more prompt positions a forward")
+        raise ValueError(f"prefill_chunk={prefill_chunk!r} is not allowed: give 1 or more prompt positions per forward")
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], context: int | None, vocab_size: int) -> None:
-    """Refuse prompts that can't be answered, before any work.
+    """Check prompts before any work.
 
     Raises:
         PromptError: no prompt, an empty one, one that fills the context, or an id outside the vocabulary.
@@ -268,13 +270,13 @@ def check_prompts(prompts: Sequence[Sequence[int]], context: int | None, vocab_s
         raise PromptError("no prompt was given")
     for row, prompt in enumerate(prompts):
         if isinstance(prompt, str | bytes) or not all(issubclass(kind, Integral) for kind in set(map(type, prompt))):
-            raise PromptError(f"prompt {row} is {prompt!r}: the engine takes whole numbers, the ids of tokens")
+            raise PromptError(f"prompt {row} is {prompt!r}: the engine takes integers, the ids of tokens")
         if not len(prompt):
-            raise PromptError(f"prompt {row} has no tokens; give at least one (a BOS token, say)")
+            raise PromptError(f"prompt {row} has no tokens; give at least one (a BOS token, for example)")
         if context is not None and len(prompt) >= context:
             raise PromptError(
-                f"prompt {row} has {len(prompt)} tokens, the target's context holds {context} and needs room for at "
-                f"least one more; shorten the prompt"
+                f"prompt {row} has {len(prompt)} tokens, the target's context holds {context} and needs room for one "
+                f"new token: shorten the prompt"
             )
         if min(prompt) < 0 or max(prompt) >= vocab_size:
             raise PromptError(f"prompt {row} holds token ids outside 0..{vocab_size - 1}: wrong tokenizer?")

@@ -1,17 +1,17 @@
-"""All requests on one target: who waits, who is prefilled, who decodes.
+"""Continuous-batching scheduler: all requests on one target, waiting, prefilling or decoding.
 
-Owns the states of requests: generate, stream, sessions, transformers' generate, answers for training, benchmarks and
-checks all submit requests here. What a step computes is `step`'s.
+Owns the states of requests. The Python API, the server, transformers' generate, training data, benchmarks and checks
+all submit requests here. `step` owns what a step computes.
 
-    retire    cancelled requests and those past their deadline give their blocks back
-    admit     waiting requests, first come first served, as far as the KV pool has room
-    prefill   a chunk of prompt positions, smaller where others decode, so that a long prompt stalls nobody
-    decode    a step of each drafter's requests together
+    retire    free the blocks of cancelled requests and of those past their deadline
+    admit     waiting requests in order of arrival, as far as the KV pool has room
+    prefill   a chunk of prompt positions; smaller while other requests decode, so that a long prompt can't stall them
+    decode    one step per drafter and acceptance rule, of all their requests together
 
-Whoever waits for a token takes steps (`pump`), or waits for the thread that is taking one; there is no thread of its
-own. A step serves every running request, whosever it is: tokens wait in `Request.emissions` until they are taken. A
-request that runs out of blocks is preempted, the newest first: it waits again and its positions are computed anew.
-Nothing it says changes by that, since a choice depends on the request and the position alone.
+There is no scheduler thread: a caller that waits for a token runs steps itself (`pump`), or waits for the thread that
+runs one. A step serves all running requests, of all callers; tokens wait in `Request.emissions` until they are read.
+When blocks run out, the newest request is preempted: it waits again and its positions are computed again. That does not
+change its text, since a sampled token depends on the request and the position only.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from haast.interrupt import uninterrupted
 from haast.target.kv_pool import BLOCK, PoolFullError, common_length
 from haast.target.target import Target
 
-BESIDE_DECODING = 128  # prompt positions a step where other requests decode
-_PADDED = 9 / 8  # positions of a forward over several prompts, over those that are computed for something
+PREFILL_WHILE_DECODING = 128  # prompt positions per step while other requests decode
+_MAX_PADDING = 9 / 8  # padded positions of a forward over several prompts, per real position
 _MARGIN = 2  # slots after the nodes of a step: the bonus token, and a head's shift
 
 
@@ -45,95 +45,97 @@ class Scheduler:
     """The requests on one target. Any number of threads may submit, cancel and pump.
 
     Args:
-        target: whose KV pool and lock it uses.
-        max_batch: requests that run at once.
-        max_waiting: requests that wait beside them; None is any number.
+        target: its KV pool and lock are used.
+        max_batch: maximum number of running requests.
+        max_waiting: maximum number of waiting requests; None is no limit.
     """
 
     def __init__(self, target: Target, max_batch: int = 256, max_waiting: int | None = None) -> None:
         check_limits(max_batch, max_waiting)
-        self._target = weakref.ref(target)  # a cycle would keep its memory until Python's garbage collector comes by
+        self._target = weakref.ref(target)  # a reference cycle would delay freeing the target's memory
         self.max_batch, self.max_waiting = max_batch, max_waiting
         self._agreement = agreement(target.ranks)
-        self._door = threading.Lock()  # held while a request joins the queue
-        self._arrived: deque[Request] = deque()  # since the last step; joined without waiting for a step to end
+        self._queue_lock = threading.Lock()  # held while a request is queued
+        self._arrived: deque[Request] = deque()  # queued since the last step, without waiting for its end
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # prefilling or decoding, in the order of admission
         self._rules: dict[Request, AcceptanceRule | None] = {}
-        self._turn = threading.Lock()  # held by the thread that takes a step for everybody
-        self._served = threading.Condition()  # told after every step
+        self._step_lock = threading.Lock()  # held by the thread that runs a step
+        self._step_done = threading.Condition()  # notified after every step
         self._steps = 0
-        self._stepper: int | None = None  # the thread inside a step
-        self._unswept = False  # whether somebody may have been cancelled since the last look
+        self._stepper: int | None = None  # id of the thread inside a step
+        self._cancellations = False  # whether requests may have been cancelled since the last `_retire`
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="haast")  # its thread starts at first use
 
     @classmethod
     def of(cls, target: Target) -> Scheduler:
-        """The one scheduler of a target."""
+        """The scheduler of a target, created at first use."""
         with target.lock:
             if target.scheduler is None:
                 target.scheduler = cls(target)
-            found: Scheduler = target.scheduler
-            return found
+            scheduler: Scheduler = target.scheduler
+            return scheduler
 
     @property
     def target(self) -> Target:
-        """The model, which whoever has requests holds."""
+        """The model. Raises RuntimeError if it was deleted: the scheduler holds a weak reference only."""
         target = self._target()
         if target is None:
-            raise RuntimeError("this scheduler's target is gone: keep the Haast, Engine or Target of its requests")
+            raise RuntimeError(
+                "this scheduler's target was deleted: keep a reference to the Haast, Engine or Target of its requests"
+            )
         return target
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for room."""
+        """Number of waiting requests."""
         return len(self._waiting) + len(self._arrived)
 
     @property
     def running(self) -> int:
-        """Requests that are prefilled or decode."""
+        """Number of requests that prefill or decode."""
         return len(self._running)
 
     @property
     def requests(self) -> list[Request]:
-        """All that are here, a copy: they may have ended when it is looked at."""
+        """A copy of the list of waiting and running requests."""
         return list(self._rules)
 
     @property
-    def most(self) -> int | None:
-        """Requests that may be there at once, waiting ones included; None is any number."""
+    def max_requests(self) -> int | None:
+        """Maximum number of requests, running and waiting; None is no limit."""
         return None if self.max_waiting is None else self.max_batch + self.max_waiting
 
-    def fit(self, request: Request) -> None:
-        """Set how many new tokens a request may have. Raises KVPoolError where it could never fit the pool."""
+    def set_limit(self, request: Request) -> None:
+        """Set the maximum number of new tokens of a request. Raises KVPoolError if it could never fit the pool."""
         target = self.target
         context = target.context_length
-        # A text whose context is full ends; verified nodes may stand beyond it but are never emitted.
+        # A text ends when its context is full; drafts may reach past the end but are never emitted.
         request.limit = request.stop.max_new_tokens
         if context is not None:
             request.limit = min(request.limit, context - request.prompt_length)
-        most = request.prompt_length + request.limit + self._ahead(request)
-        if most > target.pool.tokens:
+        slots = request.prompt_length + request.limit + self._draft_slots(request)
+        if slots > target.pool.tokens:
             raise KVPoolError(
-                f"a prompt of {request.prompt_length} tokens, {request.limit} new ones and the drafts' room are {most} "
-                f"token slots; the KV pool has {target.pool.tokens}: lower max_new_tokens, or give the pool more "
+                f"a prompt of {request.prompt_length} tokens, {request.limit} new ones and the drafts need {slots} "
+                f"token slots; the KV pool has {target.pool.tokens}: lower max_new_tokens, or make the pool larger "
                 f"(kv_tokens or kv_bytes)"
             )
 
     def submit(self, request: Request, rule: AcceptanceRule | None = None) -> Request:
-        """Queue a request, without waiting for a step that is on its way.
+        """Queue a request. Does not wait for a running step.
 
         Raises:
-            KVPoolError: it could never fit the pool. QueueFullError: too many wait already.
+            KVPoolError: it could never fit the pool. QueueFullError: too many requests wait.
         """
-        self.fit(request)
+        self.set_limit(request)
         self._agreement.check(request.tokens, request.limit, request.prefill_chunk)
         if request.deadline is not None and self.target.ranks is not None:
             raise ValueError(
-                "a timeout is by each process's own clock, and the processes of one model must agree: leave it out"
+                "timeout is not supported for a model sharded over processes, whose clocks differ: leave it out"
             )
-        with self._door:
-            if self.most is not None and self.running + self.waiting >= self.most:
+        with self._queue_lock:
+            if self.max_requests is not None and self.running + self.waiting >= self.max_requests:
                 raise QueueFullError(
                     f"{self.running} requests run and {self.waiting} wait: try again later, or allow more "
                     f"(max_batch={self.max_batch}, max_waiting={self.max_waiting})"
@@ -143,124 +145,124 @@ class Scheduler:
         return request
 
     def cancel(self, request: Request, reason: str = "cancelled", wait: bool = True) -> None:
-        """End a request. What it holds is free when this returns, or with the end of a step that is on its way.
+        """End a request. Its blocks are free when this returns, or after the running step.
 
-        Without `wait`, as an event loop needs it, this never waits for who holds the model: what the request holds is
-        free soon after they let it go.
+        Without `wait`, for event loops, this never blocks on the target's lock: the blocks are freed soon after the
+        lock is released.
         """
         request.finish_reason = request.finish_reason or reason
-        self._unswept = True
+        self._cancellations = True
         if wait:
-            self._sweep()
+            self._retire_cancelled()
         elif self.target.lock.acquire(blocking=False):
             try:
-                self._sweep()
+                self._retire_cancelled()
             finally:
                 self.target.lock.release()
-        else:  # a step sweeps when it ends, but a session, a measurement or another target's step does not
-            self._worker.submit(self._sweep)
+        else:  # a step retires them at its end; a session, a measurement or another Target's step does not
+            self._worker.submit(self._retire_cancelled)
 
-    def _sweep(self) -> None:
-        """Retire who was cancelled; while a step is on its way, this is done after it."""
-        while self._unswept and self._stepper is None:
-            with self.target.lock:  # others hold it too: steps of another Target of the model, sessions, measurements
+    def _retire_cancelled(self) -> None:
+        """Free the blocks of cancelled requests; during a step, the thread that runs it does so afterwards."""
+        while self._cancellations and self._stepper is None:
+            with self.target.lock:  # other Targets of the model, sessions and measurements hold it too
                 if self._stepper is None:
-                    self._unswept = False
+                    self._cancellations = False
                     self._retire()
 
     def pump(self, request: Request) -> bool:
-        """Take steps until the request has something to read; False where nothing will come any more."""
+        """Run steps until the request has emissions to read; False if it has ended and all are read."""
         while not request.emissions and not request.finished:
             self._check_queued(request)
             self.advance()
         return bool(request.emissions)
 
     def advance(self) -> None:
-        """One step for everybody: taken by this thread, or waited for where another one is at it."""
+        """Run one step, or wait for the end of the step that another thread is running."""
         before = self._steps
-        if self._turn.acquire(blocking=False):
+        if self._step_lock.acquire(blocking=False):
             try:
                 self.step()
             finally:
-                self._turn.release()
-                with self._served:
-                    self._served.notify_all()
+                self._step_lock.release()
+                with self._step_done:
+                    self._step_done.notify_all()
             return
-        self._refuse_own_step()
-        with self._served:
-            self._served.wait_for(lambda: self._steps != before or not self._turn.locked())
+        self._check_not_in_step()
+        with self._step_done:
+            self._step_done.wait_for(lambda: self._steps != before or not self._step_lock.locked())
 
-    def served(self, request: Request) -> Future[None]:
-        """For who must not wait in a thread of its own: done as soon as there may be something to read.
+    def advance_async(self, request: Request) -> Future[None]:
+        """`advance` for asynchronous callers: a future that is done when the request may have emissions to read.
 
-        The scheduler's own thread takes a step, unless one that it took for another reader has served the request too.
-        Cancelling it ends the wait, not the request.
+        A worker thread runs the step, unless an earlier step has served the request meanwhile. Cancelling the future
+        ends the wait, not the request.
         """
         self._check_queued(request)
-        return self._worker.submit(self._serve, request)
+        return self._worker.submit(self._advance_for, request)
 
-    def _serve(self, request: Request) -> None:
+    def _advance_for(self, request: Request) -> None:
         if not request.emissions and not request.finished:
             self.advance()
 
     def _check_queued(self, request: Request) -> None:
         if request not in self._rules and not request.finished:
-            raise ValueError("this request was never queued, so nothing comes of it: submit it (`Engine.start`) first")
+            raise ValueError("this request was never queued, so it has no tokens: submit it (`Engine.start`) first")
 
-    def _refuse_own_step(self) -> None:
+    def _check_not_in_step(self) -> None:
         if self._stepper == threading.get_ident():
             raise RuntimeError(
                 "a logits processor, stop rule or watcher asked for tokens of the model that it is called by: "
-                "generate with that model elsewhere, or load it a second time"
+                "generate outside of the callback, or load the model a second time"
             )
 
     def step(self) -> bool:
-        """Serve everybody once; whether anybody is left."""
-        self._refuse_own_step()
+        """Run one step of all requests; returns whether any request is left."""
+        self._check_not_in_step()
         with uninterrupted():
             with self.target.lock:
                 self._stepper = threading.get_ident()
                 try:
-                    left = self._serve_all()
+                    remaining = self._step_all()
                 finally:
                     self._stepper = None
                     self._steps += 1
-            self._sweep()
-        return left
+            self._retire_cancelled()
+        return remaining
 
-    def _serve_all(self) -> bool:
+    def _step_all(self) -> bool:
         self._retire()
         if self._waiting or self._running:
-            self._tell_load()
+            self._report_load()
             with torch.inference_mode(), self.target.step_threads():
-                groups = self._groups()  # a request's first token can be read before it decodes
+                groups = self._groups()  # before prefill: a request's first token can be read before it decodes
                 self._prefill()
                 for group in groups:
                     self._decode(group)
         self._retire()
         return bool(self._waiting or self._running)
 
-    def _tell_load(self) -> None:
-        """Tell drafters how many requests are going to run. Processes of one model would have to agree on that."""
+    def _report_load(self) -> None:
+        """Report the number of requests to drafters; not with several processes, which would have to agree on it."""
         if self.target.ranks is None:
             requests = [*self._running, *self._waiting]
             for drafter in {id(request.drafter): request.drafter for request in requests}.values():
-                drafter.loaded(min(len(requests), self.max_batch))
+                drafter.set_load(min(len(requests), self.max_batch))
 
     # ------------------------------------------------------------------------------------------ joining and leaving
 
     def _retire(self) -> None:
-        """Let those join that arrived, and those leave that were cancelled or are too late."""
+        """Move arrived requests to the queue; remove cancelled requests and those past their deadline."""
         while self._arrived:
             self._waiting.append(self._arrived.popleft())
         now = time.monotonic()
         for request in [*self._running, *self._waiting]:
             if request.deadline is not None and now >= request.deadline and not request.finish_reason:
                 request.finish_reason = "deadline"
-        self._let_go([*self._running, *self._waiting])
+        self._remove_finished([*self._running, *self._waiting])
 
-    def _let_go(self, requests: Sequence[Request]) -> None:
-        """Those that have ended leave, with all that they hold."""
+    def _remove_finished(self, requests: Sequence[Request]) -> None:
+        """Remove requests that have a finish reason, and free their blocks."""
         for request in requests:
             if not request.finish_reason or request.finished:
                 continue
@@ -269,41 +271,41 @@ class Scheduler:
                 self._release(request, keep=request.error is None)
             elif request in self._waiting:
                 self._waiting.remove(request)
-            said_all = request.finish_reason in ("stop", "length")
-            request.state = RequestState.DONE if said_all else RequestState.CANCELLED
+            complete = request.finish_reason in ("stop", "length")
+            request.state = RequestState.DONE if complete else RequestState.CANCELLED
             self._rules.pop(request, None)
 
     def _release(self, request: Request, keep: bool = True) -> None:
         drafter, kv, state = request.drafter, request.kv, request.draft_state
-        # A stop rule may have cut off tokens whose positions are there.
-        known = min(kv.length, len(request.tokens))
-        filled, complete_from = self._cached(request) if keep else (0, 0)
-        kv.release(request.tokens, min(filled, known), drafter.prefix_key, complete_from)
+        # A stop rule may have cut off tokens whose positions are committed.
+        committed = min(kv.length, len(request.tokens))
+        filled, complete_from = self._reusable(request) if keep else (0, 0)
+        kv.release(request.tokens, min(filled, committed), drafter.prefix_key, complete_from)
         if state is not None:
             drafter.end(state)
         request.kv = request.draft_state = None
 
-    def _cached(self, request: Request) -> tuple[int, int]:
-        """How many slots of a request others may use, and from which one on its drafter has all that it needs there."""
+    def _reusable(self, request: Request) -> tuple[int, int]:
+        """Slots that other requests may reuse: their number, and the first one that is complete for the drafter."""
         drafter, state, length = request.drafter, request.draft_state, request.kv.length
-        own = self._agreement.numbers(lambda: (drafter.filled(state, length), drafter.complete_from(state)))
-        return own[0], own[1]
+        slots = self._agreement.numbers(lambda: (drafter.filled(state, length), drafter.complete_from(state)))
+        return slots[0], slots[1]
 
     def _preempt(self, request: Request, keep: bool = True) -> None:
-        """Take a running request's blocks; it waits again, before all others."""
+        """Free a running request's blocks and put it at the front of the queue."""
         self._release(request, keep)
         self._running.remove(request)
         request.state = RequestState.WAITING
         self._waiting.appendleft(request)
 
-    def _ahead(self, *requests: Request) -> int:
-        """Slots after a text's committed ones that a step of these requests, of one drafter, may write."""
+    def _draft_slots(self, *requests: Request) -> int:
+        """Slots after the committed ones that a step of these requests may write. They share a drafter."""
         drafter = requests[0].drafter
-        ahead: int = max(drafter.nodes + guided_nodes(requests), drafter.room) + _MARGIN
-        return ahead
+        slots: int = max(drafter.nodes + guided_nodes(requests), drafter.room) + _MARGIN
+        return slots
 
     def _admit(self, fits: Callable[[Request], bool]) -> Request | None:
-        """The next request that there is room for and that `fits`, which runs from here on."""
+        """Move the first waiting request to the running ones, if the pool has room and it `fits`; else None."""
         while self._waiting and len(self._running) < self.max_batch:
             request = self._waiting[0]
             pool = self.target.pool
@@ -311,9 +313,9 @@ class Scheduler:
                 self.target.refresh()
             fresh = len(request.tokens) == request.prompt_length
             request.prefill_end = request.prompt_length if fresh else len(request.tokens) - 1
-            needed = -(-(len(request.tokens) + self._ahead(request)) // BLOCK)
+            needed = -(-(len(request.tokens) + self._draft_slots(request)) // BLOCK)
             shared = self._computed(request) // BLOCK
-            # Every running request may need a block in this step; one more each keeps preemptions rare.
+            # Each running request may need a block in this step; a second one each keeps preemptions rare.
             if self._running and pool.available < max(needed - shared, 1) + 2 * len(self._running):
                 return None
             if not fits(request):
@@ -321,19 +323,19 @@ class Scheduler:
             request.kv = pool.sequence()
             try:
                 self._waiting.popleft()
-                self._enter(request)
+                self._begin(request)
                 return request
-            except Exception as error:  # its own drafter's
+            except Exception as error:  # raised by its drafter
                 self._release(request, keep=False)
                 request.fail(error)
-                self._let_go([request])
+                self._remove_finished([request])
             except BaseException:
                 self._release(request, keep=False)
                 self._waiting.appendleft(request)
                 raise
         return None
 
-    def _enter(self, request: Request) -> None:
+    def _begin(self, request: Request) -> None:
         drafter, cache, kv = request.drafter, self.target.cache, request.kv
         text = request.tokens[: request.prefill_end]
         reused, source, copy = kv.reuse(text, drafter.prefix_key, drafter.reach, drafter.resting)
@@ -343,21 +345,21 @@ class Scheduler:
         request.state = RequestState.PREFILLING
         if self._agreement.leads:
             request.draft_state = drafter.begin(request.tokens, kv, reused)
-            drafter.drawn_by(request.draft_state, request.chooser)
-            if request.hints.foreseen:
-                drafter.foresee(request.draft_state, (*request.hints.foreseen, *request.tokens[: reused + 1]))
+            drafter.set_chooser(request.draft_state, request.chooser)
+            if request.hints.prediction:
+                drafter.add_prediction(request.draft_state, (*request.hints.prediction, *request.tokens[: reused + 1]))
         if len(request.tokens) == request.prompt_length:
             request.stats.prompt_tokens += len(text)
             request.stats.recalled_tokens += reused
         self._running.append(request)
 
     def _make_room(self, group: list[Request]) -> None:
-        """Reserve what the group's next step may write; where there is no room, the newest request waits again."""
+        """Reserve slots for the group's next step; preempt the newest requests while there is no room."""
         for request in list(group):
             while request.state is RequestState.RUNNING or request.state is RequestState.PREFILLING:
                 try:
-                    left = [each for each in group if each.state is not RequestState.WAITING]
-                    request.kv.reserve(request.kv.length + self._ahead(*left))
+                    active = [each for each in group if each.state is not RequestState.WAITING]
+                    request.kv.reserve(request.kv.length + self._draft_slots(*active))
                     break
                 except PoolFullError:
                     newest = next(each for each in reversed(self._running))
@@ -368,29 +370,29 @@ class Scheduler:
 
     def _prefill(self) -> None:
         decoding = any(request.state is RequestState.RUNNING for request in self._running)
-        left = None
-        while left is None or left > 0:
-            batch = self._prompts(left, decoding)
+        budget = None  # prompt positions left in this step; set by the first batch
+        while budget is None or budget > 0:
+            batch = self._prefill_group(budget, decoding)
             if not batch:
                 return
             chunk = batch[0][0].prefill_chunk
-            left = (min(chunk, BESIDE_DECODING) if decoding else chunk) if left is None else left
-            left -= len(batch) * max(count for _, count in batch)
-            with self._guarded([request for request, _ in batch]):
+            budget = (min(chunk, PREFILL_WHILE_DECODING) if decoding else chunk) if budget is None else budget
+            budget -= len(batch) * max(count for _, count in batch)
+            with self._handle_errors([request for request, _ in batch]):
                 self._prefill_batch(batch)
 
-    def _prompts(self, left: int | None, decoding: bool) -> list[tuple[Request, int]]:
-        """The requests whose prompts the next forward goes over, and how many positions of each.
+    def _prefill_group(self, budget: int | None, decoding: bool) -> list[tuple[Request, int]]:
+        """The requests of the next prefill forward, and the number of prompt positions of each.
 
-        A request that would compute the same block as another one waits for the next forward, and shares it then.
+        A request that would compute the same block as another one waits for the next forward and shares it then.
         """
         batch: list[tuple[Request, int]] = []
-        begun = [r for r in self._running if r.state is RequestState.PREFILLING and not r.finish_reason]
+        prefilling = [r for r in self._running if r.state is RequestState.PREFILLING and not r.finish_reason]
 
         def count_of(request: Request) -> int:
             chunk = request.prefill_chunk
-            most = (min(chunk, BESIDE_DECODING) if decoding else chunk) if left is None else min(left, chunk)
-            done = max(self._computed(request) - (request.kv is None), 0)  # the last shared position is run again
+            most = (min(chunk, PREFILL_WHILE_DECODING) if decoding else chunk) if budget is None else min(budget, chunk)
+            done = max(self._computed(request) - (request.kv is None), 0)  # the last shared position is computed again
             return max(min(most, request.prefill_end - done), 1)
 
         def fits(request: Request) -> bool:
@@ -398,46 +400,46 @@ class Scheduler:
                 return True
             first = batch[0][0]
             counts = [count_of(request), *(count for _, count in batch)]
-            room = first.prefill_chunk if left is None else left
-            alike = request.drafter is first.drafter and request.prefill_chunk == first.prefill_chunk
-            padded, most = len(counts) * max(counts), min(room, BESIDE_DECODING) if decoding else room
-            if not alike or padded > most or padded > _PADDED * sum(counts):
+            room = first.prefill_chunk if budget is None else budget
+            compatible = request.drafter is first.drafter and request.prefill_chunk == first.prefill_chunk
+            padded, most = len(counts) * max(counts), min(room, PREFILL_WHILE_DECODING) if decoding else room
+            if not compatible or padded > most or padded > _MAX_PADDING * sum(counts):
                 return False
-            # Tokens in common from which on one of both could use a block of the other's.
+            # With this many tokens in common, one request could reuse a block of the other.
             shared = self._computed(request) // BLOCK * BLOCK + BLOCK
             return all(common_length(request.tokens, other.tokens) < shared for other, _ in batch)
 
-        for request in begun:
+        for request in prefilling:
             if fits(request):
                 batch.append((request, count_of(request)))
-        while (entered := self._admit(fits)) is not None:
-            batch.append((entered, count_of(entered)))
+        while (admitted := self._admit(fits)) is not None:
+            batch.append((admitted, count_of(admitted)))
         return batch
 
     def _computed(self, request: Request) -> int:
-        """Positions of a prompt that are there: the request's own, or before it has any those that others left."""
+        """Prompt positions that are computed: the request's own, or before admission those in the prefix cache."""
         if request.kv is not None:
             return int(request.kv.length)
         drafter, text = request.drafter, request.tokens[: request.prefill_end]
         return self.target.pool.usable(text, drafter.prefix_key, drafter.reach, drafter.resting)
 
     def _prefill_batch(self, batch: list[tuple[Request, int]]) -> None:
-        padded = max(count for _, count in batch)  # the forward writes so many slots of every row
+        padded = max(count for _, count in batch)  # the forward writes this many slots in every row
         batch = [(request, count) for request, count in batch if self._reserved(request, padded)]
         if not batch:
             return
         prefill(self.target, batch, self._agreement)
         for request, _ in batch:
             if request.kv.length == request.prefill_end:
-                filled, complete_from = self._cached(request)
-                shared = min(filled, request.kv.length)  # others may share the prompt's blocks
+                filled, complete_from = self._reusable(request)
+                shared = min(filled, request.kv.length)
                 request.kv.publish(request.tokens, shared, request.drafter.prefix_key, complete_from)
                 request.state = RequestState.RUNNING
 
     def _reserved(self, request: Request, count: int) -> bool:
-        """Take the blocks for the next positions of a prompt; where there are none, it waits again."""
+        """Reserve blocks for the next positions of a prompt; if there are none, preempt it and return False."""
         try:
-            request.kv.reserve(request.kv.length + count + self._ahead(request))
+            request.kv.reserve(request.kv.length + count + self._draft_slots(request))
         except PoolFullError:
             if len(self._running) == 1:
                 raise
@@ -448,7 +450,7 @@ class Scheduler:
     # -------------------------------------------------------------------------------------------------------- decode
 
     def _groups(self) -> list[list[Request]]:
-        """Decoding requests that step together: those of one drafter and acceptance rule."""
+        """Decoding requests grouped by drafter and acceptance rule; each group decodes in one step."""
         groups: dict[tuple[int, int], list[Request]] = {}
         for request in self._running:
             if request.state is RequestState.RUNNING and not request.finish_reason:
@@ -456,17 +458,17 @@ class Scheduler:
         return list(groups.values())
 
     def _decode(self, group: list[Request]) -> None:
-        """One step of requests that share a drafter."""
+        """One decoding step of requests that share a drafter and an acceptance rule."""
         self._make_room(group)
         if group:
-            with self._guarded(group):
+            with self._handle_errors(group):
                 decode(self.target, group, self._rules[group[0]], self._agreement)
 
     @contextmanager
-    def _guarded(self, group: Sequence[Request]) -> Iterator[None]:
-        """What goes wrong in a step ends its requests; an interrupt ends none: they begin their step again later.
+    def _handle_errors(self, group: Sequence[Request]) -> Iterator[None]:
+        """Fail the group's running requests if their step raises an error; preempt them if it is interrupted.
 
-        Those that had to wait meanwhile have no part in it. What has ended leaves.
+        Requests that were preempted during the step are not affected. Finished requests are removed afterwards.
         """
         try:
             yield
@@ -479,11 +481,11 @@ class Scheduler:
                 if request in self._running:
                     self._preempt(request, keep=False)
             raise
-        self._let_go(group)
+        self._remove_finished(group)
 
 
 def check_limits(max_batch: int, max_waiting: int | None) -> None:
-    """Raises ValueError where a scheduler can't keep to these limits."""
+    """Raise ValueError for invalid limits."""
     for name, value, least in (("max_batch", max_batch, 1), ("max_waiting", max_waiting, 0)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             raise ValueError(f"{name}={value!r} is not allowed: give {least} requests or more")

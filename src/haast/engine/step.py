@@ -1,15 +1,15 @@
-"""One step: what a batch of requests computes, drafts, keeps and says. Start reading here.
+"""One step of a batch of requests: draft, verify, commit, emit. Start reading here.
 
-Owns the order of a step, forward only, and what every arrow passes on; who is in the batch is `scheduler`'s.
+Owns the order of a step and the data between its parts; the scheduler chooses the batch.
 
     1 drafter.propose            -> DraftTree      one tree per request
     2 target.forward(tree)       -> TargetOutput   one pass; position = length + depth; a node sees past and ancestors
-    3 verify                     -> Verdict        all nodes' choices at once; one read to the host
-    4 cache.keep, advance                          the accepted nodes' keys and values are committed
+    3 verify                     -> Verdict        all nodes at once; one read from the device
+    4 cache.keep, advance                          commits the accepted nodes' keys and values
     5 drafter.observe(Accepted)                    tokens[i] is the token that FOLLOWS the position of features[i]
-    6 emit                                         stop rules in token order, before anything is published
+    6 emit                                         applies stop rules in token order, then publishes the tokens
 
-A prompt's chunk is a step without a proposal. Knows drafters and targets by their contracts only. Source: speculative
+A prefill chunk is a step without a draft. Knows drafters and targets by their interfaces only. Source: speculative
 decoding (arXiv 2211.17192); EAGLE (arXiv 2401.15077, figure 5).
 """
 
@@ -36,109 +36,108 @@ from haast.tree import DraftTree
 
 @dataclass(frozen=True)
 class Step:
-    """One decoding step as a watcher sees it. The tensors are the step's own: read them at once, keep none."""
+    """One decoding step, passed to `watch` callbacks. Later steps overwrite the tensors: copy what you keep."""
 
     tree: DraftTree
     logits: Tensor  # (rows, nodes, vocab): the target's raw logits at every node
     verdict: Verdict
-    emissions: tuple[Emission, ...]  # what the stop rules left of the verdict, one per row
-    rows: tuple[int, ...]  # the place of each row's request in its call
+    emissions: tuple[Emission, ...]  # one per row, after stop rules
+    rows: tuple[int, ...]  # per row, the index of its request in its call
     ms_draft: float
     ms_verify: float
     ms_overhead: float
 
 
 def decode(target: Target, group: Sequence[Request], rule: AcceptanceRule | None, agreement: Alone) -> None:
-    """One step of requests that share a drafter and hold room for its nodes. `rule` None is sample-and-match.
+    """One decoding step of requests that share a drafter and have reserved slots. `rule` None is sample-and-match.
 
-    A request that ends has its `finish_reason` set; the caller frees what it holds.
+    Sets the `finish_reason` of requests that end; the caller frees their blocks.
     """
     start = perf_counter()
     drafter = group[0].drafter
     states = [request.draft_state for request in group]
     budget = None if drafter.policy is None else drafter.policy.budget(group)
-    tree = agreement.proposed(lambda: guided(drafter.propose(states, budget), group), target.device)
+    tree = agreement.trees(lambda: guided(drafter.propose(states, budget), group), target.device)
     drafted = perf_counter()
     cache = target.cache.bind([request.kv for request in group])
     output = target.forward(tree, cache, hidden_layers=drafter.target_layers)
     forwarded = perf_counter()
-    verdict = _judge(group, tree, output.logits, rule, agreement)
+    verdict = _verify(group, tree, output.logits, rule, agreement)
     if tree.height:
         cache.keep(verdict.path, verdict.counts)
-    settled = perf_counter()
+    verified = perf_counter()
     if agreement.leads:
         drafter.observe(states, _accepted(drafter, verdict, output))
     observed = perf_counter()
     cache.advance([0 if row is None else len(row.path) for row in verdict.rows])
     emissions = _emit(group, verdict, tree, agreement)
     done = perf_counter()
-    seconds = (drafted - start + observed - settled, forwarded - drafted, settled - forwarded + done - observed)
+    seconds = (drafted - start + observed - verified, forwarded - drafted, verified - forwarded + done - observed)
     rows, ms = tuple(request.row for request in group), (1e3 * each for each in seconds)
-    _account(group, Step(tree, output.logits, verdict, tuple(emissions), rows, *ms))
+    _report(group, Step(tree, output.logits, verdict, tuple(emissions), rows, *ms))
 
 
 def prefill(target: Target, batch: Sequence[tuple[Request, int]], agreement: Alone) -> None:
-    """Compute so many next positions of several prompts; with a prompt's last ones comes its first new token.
+    """Prefill one chunk of several prompts; a prompt's last chunk also gives its first new token.
 
     Args:
         target: the model.
-        batch: requests that share a drafter and hold room for the longest of these chunks, and their chunks.
+        batch: requests and their chunk lengths; they share a drafter and have slots reserved for the longest chunk.
         agreement: see `tensor_parallel`.
     """
-    begun = perf_counter()
+    start = perf_counter()
     requests, counts = [request for request, _ in batch], [count for _, count in batch]
     drafter, rows, longest = requests[0].drafter, len(batch), max(counts)
     begins = [request.kv.length for request in requests]
     ends = [begin + count for begin, count in zip(begins, counts, strict=True)]
-    places = list(zip(requests, begins, ends, strict=True))
-    known = [request.tokens[begin + 1 : end + 1] for request, begin, end in places]  # those that follow
-    parts = [*(request.tokens[begin:end] for request, begin, end in places), *known]
+    spans = list(zip(requests, begins, ends, strict=True))
+    next_tokens = [request.tokens[begin + 1 : end + 1] for request, begin, end in spans]
+    parts = [*(request.tokens[begin:end] for request, begin, end in spans), *next_tokens]
     padded = torch.tensor([[*part, *[0] * (longest - len(part))] for part in parts])
     text, following = to_device(padded.view(2, rows, longest), target.device)
-    held = to_device(torch.tensor(counts), target.device)
-    live = torch.arange(longest, device=target.device) < held.unsqueeze(1) if min(counts) < longest else None
+    committed = to_device(torch.tensor(counts), target.device)
+    live = torch.arange(longest, device=target.device) < committed.unsqueeze(1) if min(counts) < longest else None
     cache = target.cache.bind([request.kv for request in requests])
     tree = DraftTree.chain(text, live)
     output = target.forward(tree, cache, last_only=True, hidden_layers=drafter.target_layers)
     cache.advance(counts)
-    first = [row for row, request in enumerate(requests) if ends[row] == len(request.tokens)]
+    complete = [row for row, request in enumerate(requests) if ends[row] == len(request.tokens)]
     verdict = None
-    if first:
-        last = [counts[row] - 1 for row in first]
-        verdict = _judge(
-            [requests[row] for row in first], DraftTree.roots(text[first, last]), output.logits[first], None, agreement
-        )
-        following[first, last] = verdict.tokens[:, 0]
-        for row, kept in zip(first, verdict.rows, strict=True):
-            known[row] += [] if kept is None else kept.tokens
-        if any(kept is None for kept in verdict.rows):  # a first token that failed follows nothing
-            held = to_device(torch.tensor([len(each) for each in known]), target.device)
+    if complete:
+        last = [counts[row] - 1 for row in complete]
+        roots, logits = DraftTree.roots(text[complete, last]), output.logits[complete]
+        verdict = _verify([requests[row] for row in complete], roots, logits, None, agreement)
+        following[complete, last] = verdict.tokens[:, 0]
+        for row, row_verdict in zip(complete, verdict.rows, strict=True):
+            next_tokens[row] += [] if row_verdict is None else row_verdict.tokens
+        if any(row_verdict is None for row_verdict in verdict.rows):  # failed: its last position has no next token
+            committed = to_device(torch.tensor([len(each) for each in next_tokens]), target.device)
     if agreement.leads:
-        states = [request.draft_state for request in requests]
-        drafter.observe(states, Accepted(following, _features(drafter, output), held, known=known))
-    for stats in _stats_of(requests):
-        stats.ms_prefill += 1e3 * (perf_counter() - begun)
+        states, features = [request.draft_state for request in requests], _features(drafter, output)
+        drafter.observe(states, Accepted(following, features, committed, tokens_on_host=next_tokens))
+    for stats in _unique_stats(requests):
+        stats.ms_prefill += 1e3 * (perf_counter() - start)
     if verdict is not None:
-        _emit([requests[row] for row in first], verdict, None, agreement)
+        _emit([requests[row] for row in complete], verdict, None, agreement)
 
 
-def _judge(
+def _verify(
     group: Sequence[Request], tree: DraftTree, logits: Tensor, rule: AcceptanceRule | None, agreement: Alone
 ) -> Verdict:
-    """What is kept of every row. A request whose own processors raise ends alone."""
+    """Verify every row. A request whose own processors raise ends; the others go on."""
     failures: Failures = {}
     choosers, histories = [request.chooser for request in group], [request.tokens for request in group]
-    judge = verify if rule is None else rule.verify
-    verdict = agreement.judged(lambda: judge(tree, logits, choosers, histories, failures), logits.device)
+    function = verify if rule is None else rule.verify
+    verdict = agreement.verdict(lambda: function(tree, logits, choosers, histories, failures), logits.device)
     for row, error in failures.items():
         group[row].fail(error)
     return verdict
 
 
 def _accepted(drafter: Drafter, verdict: Verdict, output: TargetOutput) -> Accepted:
-    """Each row's kept positions for the drafter: features there, and the tokens that follow."""
+    """The accepted positions for the drafter: their features, and the tokens that follow them."""
     path, tokens = verdict.path, verdict.tokens
-    if path.device.type == "cpu":  # values are at hand here, and padding would be computed
+    if path.device.type == "cpu":  # reading values is free here, and cutting the padding saves work
         longest = max((len(row.path) for row in verdict.rows if row is not None), default=1)
         path, tokens = path[:, :longest], tokens[:, :longest]
     features = _features(drafter, output)
@@ -153,12 +152,12 @@ def _features(drafter: Drafter, output: TargetOutput) -> Tensor:
 
 
 def _emit(group: Sequence[Request], verdict: Verdict, tree: DraftTree | None, agreement: Alone) -> list[Emission]:
-    """Apply stop rules in the order in which vanilla would meet them, and publish what is left."""
-    ends = agreement.settled(lambda: [_end(r, row) for r, row in zip(group, verdict.rows, strict=True)])
+    """Apply stop rules in token order, as in vanilla decoding, and publish the remaining tokens."""
+    ends = agreement.ends(lambda: [_stop_point(r, row) for r, row in zip(group, verdict.rows, strict=True)])
     emissions = []
     for request, row, (kept, reason) in zip(group, verdict.rows, ends, strict=True):
         if reason == "error" and request.error is None:
-            request.fail(RuntimeError("this request failed in the first process, whose error says why"))
+            request.fail(RuntimeError("this request failed in the first process: see the error there"))
         if row is None or not kept:
             emissions.append(Emission(request.row, (), 0, bool(request.finish_reason)))
             continue
@@ -166,7 +165,7 @@ def _emit(group: Sequence[Request], verdict: Verdict, tree: DraftTree | None, ag
         drafted = 0 if tree is None else min(len(row.tokens) - 1, kept)
         emission = Emission(request.row, row.tokens[:kept], drafted, bool(reason))
         request.tokens.extend(emission.tokens)
-        request.emissions.append(emission)  # before it is done: another thread may be waiting for either
+        request.emissions.append(emission)  # before `finish_reason`: a waiting thread must find the last tokens
         request.finish_reason = reason or request.finish_reason
         emissions.append(emission)
         request.stats.tokens += kept
@@ -178,8 +177,8 @@ def _emit(group: Sequence[Request], verdict: Verdict, tree: DraftTree | None, ag
     return emissions
 
 
-def _end(request: Request, row: RowVerdict | None) -> tuple[int, str]:
-    """How many of a row's new tokens stay, and why it ends there; 0 where its stop rule raised."""
+def _stop_point(request: Request, row: RowVerdict | None) -> tuple[int, str]:
+    """Number of a row's new tokens to emit, and the finish reason ("" to continue); 0 if its stop rule raised."""
     if request.error is not None:
         return 0, "error"
     if row is None:
@@ -203,9 +202,9 @@ def _end(request: Request, row: RowVerdict | None) -> tuple[int, str]:
     return len(row.tokens), ""
 
 
-def _account(group: Sequence[Request], step: Step) -> None:
-    """Book the step's times, and show it to those who watch."""
-    for stats in _stats_of(group):
+def _report(group: Sequence[Request], step: Step) -> None:
+    """Add the step's times to the statistics and call the requests' `watch` callbacks."""
+    for stats in _unique_stats(group):
         stats.ms_draft += step.ms_draft
         stats.ms_verify += step.ms_verify
         stats.ms_overhead += step.ms_overhead
@@ -219,6 +218,6 @@ def _account(group: Sequence[Request], step: Step) -> None:
                     request.fail(error)
 
 
-def _stats_of(group: Sequence[Request]) -> list[Stats]:
-    """Each once: requests of one call share theirs."""
+def _unique_stats(group: Sequence[Request]) -> list[Stats]:
+    """The statistics of these requests, each once: requests of one call share them."""
     return list({id(request.stats): request.stats for request in group}.values())

@@ -14,7 +14,7 @@ from haast.target.hf import ModuleForward, TargetOutput, TreeForward
 from haast.target.kv_cache import KVCache
 from haast.target.native_cpu import NativeStack
 from haast.target.probe import tolerance
-from haast.tree import DraftTree, repeating
+from haast.tree import DraftTree, padded_row_index
 
 
 class NativeForward(TreeForward):
@@ -82,7 +82,7 @@ class CompiledForward(TreeForward):
         expected = None
         if not compiled.has_run(rows, nodes, slots):
             expected = self._modules.run(tree, cache, False, hidden_layers)
-        padded = tree.padded(nodes).taken(repeating(used, rows, tree.tokens.device))
+        padded = tree.padded(nodes).select_rows(padded_row_index(used, rows, tree.tokens.device))
         with cache.repeated(rows):
             cache.begin(nodes, slots)
             run = functools.partial(self._modules.run, padded, cache, False, hidden_layers)

@@ -1,1 +1,1 @@
-"""How much to draft: what steps cost here, what calibrations say, and what a request's own acceptance says since."""
+"""Decides how much to draft: measured costs, calibrations, and a policy that follows each request's acceptance."""

@@ -1,11 +1,11 @@
-"""What the parts of a step cost (`Latency`): measured at first use, then kept on disk.
+"""Costs of the parts of a step (`Latency`): measured at first use, then saved on disk.
 
-    v(n)   a forward over n nodes, of all rows together, in forwards over one: what eight rows of two nodes cost is
-           about what one row of sixteen does
+    v(n)   cost of a forward over n nodes of all rows, relative to one node: eight rows of two nodes cost about as much
+           as one row of sixteen
 
-`haast calibrate` measures the same with more patience (`calibration`), and keeps it in the same form. A busy machine
-seems slow all over; decisions rest on ratios, and the least time of several counts. No decision looks at a clock again,
-so runs repeat. Knows no drafter: who drafts says how long that takes.
+`haast calibrate` measures the same more accurately (`calibration`) and saves it in the same format. Load on the machine
+slows down all parts, so decisions use ratios of minimum times. No decision reads a clock, so runs are reproducible.
+Knows no drafter: callers pass a function that measures the cost of drafting.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ from haast.tree import DraftTree
 from haast.tuning.policy import CostModel, interpolate
 
 _LOG = logging.getLogger(__name__)
-_version = functools.cache(version)  # it reads a file
+_version = functools.cache(version)  # `version` reads a file
 FORMAT = 1
-# The first three stand for all where a model is so slow that there is no time for more.
+# Numbers of nodes to measure. With a slow model there is time for the first three only.
 _POINTS: tuple[int, ...] = (1, 2, 8, 4, 16, 32, 64)
 _DEVICE_POINTS: tuple[int, ...] = (1, 2, 64, 8, 256, 16, 32, 128)
 DraftCost = tuple[float, dict[int, float]]  # ms of the first level, and of each further one by width
-_MOST_STEPS = 4096  # that are remembered
-_LEAST, _ROUNDS, _SECONDS, _COMMITTED = 3, 5, 2.0, 32
+_CACHE_SIZE = 4096  # entries of `Latency._steps`
+_MIN_POINTS, _ROUNDS, _SECONDS, _COMMITTED = 3, 5, 2.0, 32
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of the parts of a step. As a file holds them, with text for keys, they are understood too.
+    """Milliseconds of the parts of a step. Keys may be strings, as in a JSON file.
 
     Attributes:
-        forward_ms: a target forward by the nodes of all rows together (has 1).
-        first_ms: one row's first level of drafts, observing included.
-        level_ms: every further level, by its width.
-        overhead_ms: acceptance, commit and stop rules, where they were measured.
+        forward_ms: target forward by the nodes of all rows together (must have 1).
+        first_ms: one row's first draft level, `observe` included.
+        level_ms: each further draft level, by its width.
+        overhead_ms: acceptance, commit and stop rules, if measured.
 
-    Raises ValueError, TypeError, AttributeError or OverflowError for values that no measurement gives.
+    Raises ValueError, TypeError, AttributeError or OverflowError for invalid values.
     """
 
     forward_ms: dict[int, float]
@@ -67,37 +67,42 @@ class Latency:
         for name in ("forward_ms", "level_ms"):
             costs = {int(count): float(ms) for count, ms in getattr(self, name).items()}
             if not all(0 < ms < math.inf for ms in costs.values()) or (name == "forward_ms" and 1 not in costs):
-                raise ValueError(f"{name}={costs}: give ms above 0, of a forward over 1 node too")
+                raise ValueError(f"{name}={costs}: give ms above 0, and in forward_ms that of 1 node")
             object.__setattr__(self, name, costs)
         for name in ("first_ms", "overhead_ms"):
             if not 0 <= float(getattr(self, name)) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} is no number from 0 on")
+                raise ValueError(f"{name}={getattr(self, name)} is not a finite number of 0 or more")
 
     def forward(self, nodes: float) -> float:
-        """A target forward over so many nodes of all rows."""
+        """Ms of a target forward over `nodes` nodes of all rows together."""
         return interpolate(self.forward_ms, nodes)
 
     def level(self, width: int, rows: int = 1) -> float:
-        """A further level of drafts, of so many nodes a row. A head's forward grows with rows as the target's does."""
+        """Ms of a further draft level with `width` nodes per row. Scales with rows like the target's forward."""
         return interpolate(self.level_ms, width) * self._growth(rows) if self.level_ms else 0.0
 
     def draft(self, levels: int, width: int, rows: int = 1) -> float:
-        """Drafting so many levels for every row."""
+        """Ms of drafting `levels` levels for all rows."""
         return self.first_ms * self._growth(rows) + (levels - 1) * self.level(width, rows) if levels > 0 else 0.0
 
-    def catching_up(self, pairs: int) -> float:
-        """Running a head over so many positions that it has left unobserved."""
+    def catch_up(self, pairs: int) -> float:
+        """Ms of running a head over `pairs` pending positions."""
         return self.first_ms * self.forward(pairs) / self.forward(1) if pairs else 0.0
 
     def step(self, rows: int, nodes: float, levels: int = 0, width: int = 1) -> float:
-        """Drafting and verifying `nodes` nodes of every row."""
-        asked = (rows, nodes, levels, width)
-        found = self._steps.get(asked)
-        if found is None:
-            if len(self._steps) >= _MOST_STEPS:
+        """Ms of drafting and verifying `nodes` nodes of every row."""
+        key = (rows, nodes, levels, width)
+        ms = self._steps.get(key)
+        if ms is None:
+            if len(self._steps) >= _CACHE_SIZE:
                 self._steps.clear()
-            found = self._steps[asked] = self._step(*asked)
-        return found
+            ms = self._steps[key] = self._step(*key)
+        return ms
+
+    @functools.cached_property
+    def _steps(self) -> dict[tuple[int, float, int, int], float]:
+        """Cache of `step`: all requests need the same few values. No dataclass field, so files leave it out."""
+        return {}
 
     @cached_property
     def _steps(self) -> dict[tuple[int, float, int, int], float]:
@@ -110,7 +115,7 @@ class Latency:
     def cost_model(
         self, width: int, rate: float, most: int, rows: int = 1, *, trust: float = 1.0, follow: float = 0.7
     ) -> CostModel:
-        """These costs as a drafter weighs them that expands `width` nodes a level, for trees of up to `most` nodes."""
+        """The `CostModel` of a drafter that expands `width` nodes per level, for trees of up to `most` nodes."""
         forwards = tuple(self.forward(rows * nodes) for nodes in range(1, most + 1))
         return CostModel(forwards, max(self.level(width, rows), 1e-6), rate, trust, follow)
 
@@ -119,15 +124,15 @@ class Latency:
 
 
 def smoothed(points: dict[int, float]) -> dict[int, float]:
-    """More nodes never cost less, nor more than one after the other: what says so was disturbed."""
-    found, most = dict[int, float](), 0.0
+    """Remove noise: more nodes never cost less, and n nodes never more than n forwards over one."""
+    result, previous = dict[int, float](), 0.0
     for nodes in sorted(points):
-        most = found[nodes] = max(most, min(points[nodes], nodes * points[1]))
-    return found
+        previous = result[nodes] = max(previous, min(points[nodes], nodes * points[1]))
+    return result
 
 
 def target_identity(target: Target) -> dict[str, Any]:
-    """What measurements of a target are good for: this machine, models of these sizes, these settings."""
+    """What measurements of a target are valid for: this machine, models of these sizes, these settings."""
     config = target.config
     return {
         "cpu": cpu_name(),
@@ -149,47 +154,48 @@ def target_identity(target: Target) -> dict[str, Any]:
     }
 
 
-def file_for(known: dict[str, Any], kind: str) -> Path:
-    """Where what was measured ("calibration" or "latency") for this identity is kept between runs."""
-    key = hashlib.sha256(repr(sorted(known.items())).encode()).hexdigest()[:16]
+def file_for(identity: dict[str, Any], kind: str) -> Path:
+    """The file of the measurements ("calibration" or "latency") for an identity."""
+    key = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:16]
     folder: Path = cached_assets_path(library_name="haast", namespace=kind, subfolder="default")
     return folder / f"{key}.json"
 
 
-_measured: dict[str, Latency] = {}  # by file name: a decoder for any model makes a Target anew for every call
+_measured: dict[str, Latency] = {}  # by file name: transformers' generate creates a Target for every call
 
 
 def measurable(target: Target) -> bool:
-    """Whether a few seconds are enough: not where layers are compiled for every size, or ranks had to take part."""
+    """Whether costs can be measured in a few seconds: not if each size must be compiled or other ranks take part."""
     return target.compiled is None and target.ranks is None
 
 
 def latency_of(
-    target: Target, drafts: Callable[[], DraftCost] | None = None, known: dict[str, Any] | None = None
+    target: Target, drafts: Callable[[], DraftCost] | None = None, drafter_identity: dict[str, Any] | None = None
 ) -> Latency | None:
-    """What steps cost here: measured once for this machine and model, then kept in memory and on disk.
+    """Costs of a step: measured once for this machine and model, then cached in memory and on disk.
 
-    `drafts` measures `first_ms` and `level_ms` (None where drafts cost nothing to speak of), and `known` is what they
-    are good for, beside the target, whose own keys and values are left alone. None where it is not `measurable`.
+    `drafts` measures `first_ms` and `level_ms` (None: drafting takes almost no time); `drafter_identity` is what these
+    are valid for, in addition to the target's identity. Does not change the target's KV cache. None if the target is
+    not `measurable`.
     """
     if not measurable(target):
         return None
-    identity = {**target_identity(target), **(known or {})}
+    identity = {**target_identity(target), **(drafter_identity or {})}
     path = file_for(identity, "latency")
-    with target.lock:  # of two threads the second finds what the first has measured
-        found = _measured.get(path.name) or _read(path)
-        if found is None:
+    with target.lock:  # so that two threads do not both measure
+        latency = _measured.get(path.name) or _read(path)
+        if latency is None:
             forward_ms = measure_forwards(target)
-            found = Latency(forward_ms) if drafts is None else Latency(forward_ms, *drafts())
+            latency = Latency(forward_ms) if drafts is None else Latency(forward_ms, *drafts())
             try:
-                save(found, identity, path)
+                save(latency, identity, path)
             except (OSError, ValueError) as error:
-                _LOG.info("what forwards cost is not kept: %s", error)
-        return _measured.setdefault(path.name, found)
+                _LOG.info("the measured costs could not be saved: %s", error)
+        return _measured.setdefault(path.name, latency)
 
 
 def keep(target: Target, found: Latency) -> Path:
-    """Let `latency_of` find this for the target from now on, as measured with more patience; returns the file."""
+    """Save more accurate costs, which `latency_of` returns for the target from now on; returns the file."""
     identity = target_identity(target)
     path = file_for(identity, "latency")
     save(found, identity, path)
@@ -200,7 +206,7 @@ def keep(target: Target, found: Latency) -> Path:
 def measure_forwards(
     target: Target, seconds: float = _SECONDS, clock: Callable[[], float] = perf_counter, rounds: int = _ROUNDS
 ) -> dict[int, float]:
-    """Nodes -> ms of a forward after a short text, the least of a few rounds; as many as fit into `seconds`."""
+    """Nodes -> ms of a forward after a short text, the minimum of a few rounds; takes about `seconds` at most."""
     points = _POINTS if target.device.type == "cpu" else _DEVICE_POINTS
     committed = _COMMITTED
     if target.context_length is not None:
@@ -220,19 +226,19 @@ def time_forwards(
     seconds: float = math.inf,
     clock: Callable[[], float] = perf_counter,
 ) -> dict[int, list[float]]:
-    """Nodes of every row -> ms of forwards over them, after `committed` slots a row. Every round is over all points.
+    """Nodes per row -> ms of forwards over them, after `committed` slots per row. Each round measures all points.
 
-    After `seconds` it ends, but for a few points that every measurement has.
+    Stops after `seconds`, but measures at least the first three points.
     """
     times: dict[int, list[float]] = {}
     with target.lock, torch.inference_mode(), target.step_threads():
         cache = target.new_cache(rows, committed + max(points))
         target.forward(_chain(target, committed, rows), cache, last_only=True)
         cache.advance([committed] * rows)
-        begun = clock()
+        start = clock()
         for _ in range(rounds):
             for nodes in points:
-                if len(times) >= min(_LEAST, len(points)) and clock() - begun > seconds:
+                if len(times) >= min(_MIN_POINTS, len(points)) and clock() - start > seconds:
                     return times
                 run = functools.partial(target.forward, _chain(target, nodes, rows), cache)
                 times.setdefault(nodes, []).append(timed(target, run, clock))
@@ -242,9 +248,9 @@ def time_forwards(
 def timed(target: Target, run: Callable[[], object], clock: Callable[[], float] = perf_counter) -> float:
     """Ms that `run` takes on the target's device; above 0."""
     if target.device.type != "cuda":
-        begun = clock()
+        start = clock()
         run()
-        return max(1e3 * (clock() - begun), 1e-6)
+        return max(1e3 * (clock() - start), 1e-6)
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize(target.device)
     before.record()
@@ -259,16 +265,16 @@ def _chain(target: Target, nodes: int, rows: int) -> DraftTree:
 
 
 def save(found: Latency, identity: dict[str, Any], path: Path) -> None:
-    """Write costs, and whatever else they come with, whole or not at all."""
+    """Write costs and all fields of subclasses to a file, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json({"format": FORMAT, "identity": identity, **asdict(found)}, path, indent=1)
 
 
 def _read(path: Path) -> Latency | None:
-    """What is kept; None where nothing is, or something else: then it is measured anew."""
+    """The saved costs; None if there is no valid file: then they are measured again."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        found = Latency(values["forward_ms"], values["first_ms"], values["level_ms"])
-        return found if values["format"] == FORMAT else None
+        latency = Latency(values["forward_ms"], values["first_ms"], values["level_ms"])
+        return latency if values["format"] == FORMAT else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         return None

@@ -1,4 +1,4 @@
-"""Each private seam of transformers and torch by itself: the test that fails names what has changed.
+"""Each private API of transformers and torch by itself: the test that fails names what has changed.
 
 Below them stand the conventions that are public but written down nowhere, on which Haast relies as much.
 """
@@ -351,17 +351,17 @@ def functions() -> dict[str, Callable[..., Any]]:
 
 
 @pytest.mark.parametrize("name", sorted(functions()))
-def test_every_seam_says_what_it_touches_and_what_fails(name: str) -> None:
+def test_every_private_api_says_what_it_touches_and_what_fails(name: str) -> None:
     told = functions()[name].__doc__ or ""
     for heading in ("Touches: ", "Public: ", "There: ", "Fails without it: "):
         assert heading in told
 
 
-def test_the_page_lists_every_seam() -> None:
+def test_the_page_lists_every_private_api() -> None:
     listed = {line.split("`")[1] for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")}
     assert listed == set(functions())
 
 
-def test_there_is_a_test_of_every_seam() -> None:
+def test_there_is_a_test_of_every_private_api() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
     assert [name for name in functions() if f"compat.{name}(" not in source] == []

@@ -107,11 +107,11 @@ def everywhere() -> set[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_only_the_seams_touch_private_names(path: Path, everywhere: set[str]) -> None:
+def test_only_compat_touches_private_names(path: Path, everywhere: set[str]) -> None:
     assert complaints(path.read_text(encoding="utf-8"), everywhere) == [], "put it into haast/compat.py"
 
 
-def test_the_seams_themselves_would_be_seen(everywhere: set[str]) -> None:
+def test_private_uses_would_be_seen(everywhere: set[str]) -> None:
     """The rule finds every private name that the compat touch."""
     found = " ".join(complaints((SOURCE / "compat.py").read_text(encoding="utf-8"), everywhere))
     for name in (

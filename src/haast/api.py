@@ -288,7 +288,7 @@ class Haast:
         for name in fields.keys() - Settings.__annotations__.keys():
             similar = difflib.get_close_matches(name, Settings.__annotations__, n=1)
             hint = f"did you mean {similar[0]}?" if similar else f"it takes {', '.join(Settings.__annotations__)}"
-            hint = "give it to from_pretrained" if name == "drafter" else hint
+            hint = "set it when the model is loaded, by from_pretrained" if name == "drafter" else hint
             raise TypeError(f"generate has no argument {name!r}: {hint}")
         if "processors" in fields:
             fields["processors"] = tuple(fields["processors"])

@@ -111,7 +111,7 @@ def order(seed: int, rounds: int, sizes: Mapping[str, int], decoders: Mapping[fl
 
 
 def run_suite(
-    arms: Mapping[float, Sequence[Decoder]],
+    decoders_at: Mapping[float, Sequence[Decoder]],
     suites: Mapping[str, Suite],
     config: BenchConfig,
     answers: dict[Turn, DecoderRun],
@@ -120,34 +120,34 @@ def run_suite(
     """Run every turn that has no answer yet.
 
     Args:
-        arms: temperature -> decoders.
+        decoders_at: temperature -> decoders.
         suites: by name.
         config: rounds, tokens, warm-up, and the seed of the order; its temperature is not used.
         answers: those of an earlier run; the new answers are added.
         keep: called with each new answer as soon as it is complete.
 
     Returns:
-        All answers: suites and prompts in the order of the files, decoders in the order of `arms`. A decoder that does
+        All answers: suites and prompts in the order of the files, decoders in the order given. A decoder that does
         not run at a temperature has no records there.
     """
-    by_name = {(temperature, arm.name): arm for temperature, own in arms.items() for arm in own}
+    by_name = {(temperature, decoder.name): decoder for temperature, own in decoders_at.items() for decoder in own}
     sizes = {name: len(suite.prompts) for name, suite in suites.items()}
-    decoders = {temperature: [arm.name for arm in own] for temperature, own in arms.items()}
+    decoders = {temperature: [decoder.name for decoder in own] for temperature, own in decoders_at.items()}
     turns = order(config.sampling.seed, config.rounds, sizes, decoders)
     pending = [turn for turn in turns if turn not in answers]
     if pending and config.warmup_tokens:
         first = next(iter(suites.values())).prompts[0]
-        for arm in by_name.values():
-            arm.run(first.tokens, config.warmup_tokens)
+        for decoder in by_name.values():
+            decoder.run(first.tokens, config.warmup_tokens)
     for turn in pending:
         reset_peak_rss()
-        arm, prompt = by_name[turn.temperature, turn.decoder], suites[turn.suite].prompts[turn.place]
-        answer = replace(arm.run(prompt.tokens, config.max_new_tokens), peak_rss_mb=peak_rss_mb())
+        decoder, prompt = by_name[turn.temperature, turn.decoder], suites[turn.suite].prompts[turn.place]
+        answer = replace(decoder.run(prompt.tokens, config.max_new_tokens), peak_rss_mb=peak_rss_mb())
         keep(turn, answer)
         answers[turn] = answer
     cells: Cells = {}
-    arm_order = [name for _, name in by_name]
-    for turn in sorted(turns, key=lambda turn: (turn.round, turn.place, arm_order.index(turn.decoder))):
+    name_order = [name for _, name in by_name]
+    for turn in sorted(turns, key=lambda turn: (turn.round, turn.place, name_order.index(turn.decoder))):
         own = cells.setdefault((turn.temperature, turn.suite), {}).setdefault(turn.decoder, [])
         if turn.round == 0:
             own.append([])

@@ -57,7 +57,7 @@ class Run:
     loading: Loading
     parts: Parts
 
-    def arms(self) -> dict[float, list[Decoder]]:
+    def decoders_at(self) -> dict[float, list[Decoder]]:
         """The decoders per temperature."""
         return {t: [self._arm(name, t) for name in names] for t, names in self.plan.decoders(self.names).items()}
 
@@ -70,19 +70,19 @@ class Run:
         drafter = drafter_for(name, self.target, self.parts, sampling)
         return EngineDecoder(self.target, drafter, sampling, ends, name, self.config.prefill_chunk)
 
-    def total(self, arms: Mapping[float, Sequence[Decoder]]) -> int:
+    def total(self, decoders_at: Mapping[float, Sequence[Decoder]]) -> int:
         """The number of answers in the whole run."""
-        return self.config.rounds * sum(len(decoders) for decoders in arms.values()) * len(self.plan.prompts)
+        return self.config.rounds * sum(len(decoders) for decoders in decoders_at.values()) * len(self.plan.prompts)
 
     def answer(
         self,
-        arms: Mapping[float, Sequence[Decoder]],
+        decoders_at: Mapping[float, Sequence[Decoder]],
         answers: dict[Turn, DecoderRun],
         keep: Callable[[Turn, DecoderRun], None] = lambda turn, answer: None,
     ) -> Cells:
         """Generate every answer that is not in `answers` yet; see `run_suite`."""
         decoded = forwards = 0
-        with Progress("bench", "answers", self.total(arms), len(answers), rate="tokens") as progress:
+        with Progress("bench", "answers", self.total(decoders_at), len(answers), rate="tokens") as progress:
 
             def keep_and_report(turn: Turn, answer: DecoderRun) -> None:
                 """Keep the answer, and show EAGLE's tau so far."""
@@ -94,7 +94,7 @@ class Run:
                 words = f"eagle's tau {decoded / forwards:.2f}" if forwards else ""
                 progress.step(counted=len(answer.tokens), words=words)
 
-            return run_suite(arms, self.suites, self.config, answers, keep_and_report)
+            return run_suite(decoders_at, self.suites, self.config, answers, keep_and_report)
 
 
 def suites_of(plan: Plan, encoded: Sequence[BenchPrompt]) -> dict[str, Suite]:
@@ -110,7 +110,7 @@ def bench_file(run: Run, options: BenchOptions, settings: dict[str, Any]) -> Non
     """Run the decoders on one prompt file and write the document; exit with 1 if an output differs by a bug."""
     machine = environment(run.target, run.loading.model, options.prompts, len(run.plan.prompts), settings)
     document: dict[str, Any] = {"kind": "bench", "environment": machine}
-    (records,) = run.answer(run.arms(), {}).values()
+    (records,) = run.answer(run.decoders_at(), {}).values()
     (suite,) = run.suites.values()
     different = differences(records, suite.prompts, run.target, run.config.sampling)
     document["rows"] = aggregate.build_rows(records, suite.prompts)
@@ -126,13 +126,13 @@ def bench_file(run: Run, options: BenchOptions, settings: dict[str, Any]) -> Non
 
 def bench_suites(run: Run, out: Path, options: BenchOptions, drafting: Drafting, settings: dict[str, Any]) -> None:
     """Run or resume a suite and write its documents; exit with 1 if an output differs by a bug."""
-    arms, path = run.arms(), out / JOURNAL
-    header = _header(run, arms, options, drafting, settings)
+    decoders_at, path = run.decoders_at(), out / JOURNAL
+    header = _header(run, decoders_at, options, drafting, settings)
     with Journal(path, header, options.resume) as journal:
         try:
-            cells = run.answer(arms, journal.answers, journal.keep)
+            cells = run.answer(decoders_at, journal.answers, journal.keep)
         except KeyboardInterrupt:
-            done = f"{len(journal.answers)} of {run.total(arms)} answers are in {path}"
+            done = f"{len(journal.answers)} of {run.total(decoders_at)} answers are in {path}"
             typer.echo(f"\nstopped; {done}, run the same command with --resume to continue", err=True)
             raise
         document = build_document(journal.header, cells, run.suites, run.target, run.config.sampling)
@@ -154,7 +154,7 @@ def bench_suites(run: Run, out: Path, options: BenchOptions, drafting: Drafting,
 
 def _header(
     run: Run,
-    arms: Mapping[float, Sequence[Decoder]],
+    decoders_at: Mapping[float, Sequence[Decoder]],
     options: BenchOptions,
     drafting: Drafting,
     settings: dict[str, Any],
@@ -168,14 +168,22 @@ def _header(
     del machine["prompts_file"], machine["prompts_sha256"]
     machine |= {"sources_sha256": sources_sha256(), "weights_sha256": weights_sha256(run.target)}
     if "hf" in run.names:
-        skipped = [temperature for temperature in arms if temperature > 0]
+        skipped = [temperature for temperature in decoders_at if temperature > 0]
         machine["skipped"] = [{"decoder": "hf", "temperature": t, "why": HF_SKIPPED} for t in skipped]
     parts = _part_settings(run, options, drafting)
     decoders = {}
-    for arm in (arm for group in arms.values() for arm in group):
-        engine = {"nodes": arm.nodes, **parts.get(base_of(arm.name), {})} if isinstance(arm, EngineDecoder) else None
-        about = {"lossy": lossy(arm.name), "rule": rule_of(arm.name), "settings": engine or {"dtype": "float32"}}
-        decoders[arm.name] = about
+    for decoder in (decoder for group in decoders_at.values() for decoder in group):
+        engine = (
+            {"nodes": decoder.nodes, **parts.get(base_of(decoder.name), {})}
+            if isinstance(decoder, EngineDecoder)
+            else None
+        )
+        about = {
+            "lossy": lossy(decoder.name),
+            "rule": rule_of(decoder.name),
+            "settings": engine or {"dtype": "float32"},
+        }
+        decoders[decoder.name] = about
     calibration = drafting.calibrated(run.target, run.parts.eagle)
     return {
         "environment": machine,

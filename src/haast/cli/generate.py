@@ -207,15 +207,15 @@ def _compare(
 
     out, drafted, vanilla = human_output(json_out), model.drafter.name, Haast(model.target, VanillaDrafter())
     warmup = replace(ending, max_new_tokens=min(_WARMUP, ending.max_new_tokens))
-    arms = [("vanilla", vanilla), (drafted, model)]
-    for _, arm in arms:
-        _answer(arm, prompt, params, warmup, chat, None)
-    runs: dict[str, list[tuple[StreamedText, Stats]]] = {name: [] for name, _ in arms}
+    models = [("vanilla", vanilla), (drafted, model)]
+    for _, each in models:
+        _answer(each, prompt, params, warmup, chat, None)
+    runs: dict[str, list[tuple[StreamedText, Stats]]] = {name: [] for name, _ in models}
     for number in range(rounds):
-        for name, arm in arms if number % 2 == 0 else reversed(arms):
+        for name, each in models if number % 2 == 0 else reversed(models):
             if number == 0:
                 out.write(f"--- {name}\n")
-            runs[name].append(_answer(arm, prompt, params, ending, chat, out if number == 0 else None))
+            runs[name].append(_answer(each, prompt, params, ending, chat, out if number == 0 else None))
     speeds = {name: median(stats.tokens_per_s for _, stats in answers) for name, answers in runs.items()}
     speedup = speeds[drafted] / speeds["vanilla"] if speeds["vanilla"] else 0.0
     tau = runs[drafted][0][1].tau

@@ -21,7 +21,7 @@ from haast.serving.schema import ChatMessage, TextPart, Tool
 from haast.serving.tools import CLOSE, OPEN, Style, instruction, style_of
 
 LETTERS = 16  # characters per token; of a text with more per token that fits, only the start is tokenised at first
-_SEAM = 16  # tokens by which a cut text may be longer than the same text inside the whole
+_MARGIN = 16  # tokens by which a cut text may be longer than the same text inside the whole
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class ChatTemplate:
             TooLongError: it is far longer than a prompt may be. Not raised with `whole`, which may take seconds.
         """
         if not whole and self._most is not None and len(text) > LETTERS * self._most:
-            least = len(self.text_ids(text[: LETTERS * self._most], special, whole=True)) - _SEAM
+            least = len(self.text_ids(text[: LETTERS * self._most], special, whole=True)) - _MARGIN
             if least > self._most:
                 raise TooLongError(self._most, f"more than {least} tokens", "messages")
         try:

@@ -17,7 +17,6 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -102,11 +101,6 @@ class Latency:
     @functools.cached_property
     def _steps(self) -> dict[tuple[int, float, int, int], float]:
         """Cache of `step`: all requests need the same few values. No dataclass field, so files leave it out."""
-        return {}
-
-    @cached_property
-    def _steps(self) -> dict[tuple[int, float, int, int], float]:
-        """Every step looks up the same few costs again, for all of its requests. No field: files do not hold it."""
         return {}
 
     def _step(self, rows: int, nodes: float, levels: int, width: int) -> float:

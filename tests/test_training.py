@@ -713,3 +713,28 @@ def test_the_batch_follows_the_optimiser_and_the_head() -> None:
         TrainConfig().positions  # noqa: B018
     with pytest.raises(ValueError, match="batch_tokens=0"):
         TrainConfig(batch_tokens=0)
+
+
+def test_training_is_a_library(tmp_path: Path) -> None:
+    """`train` on a target in memory: a head by measured tau, as the command makes it; refusals before the features."""
+    from test_cli import tiny_config, tiny_tokenizer
+
+    from haast.heads.checkpoint import load_head
+    from haast.training import TrainConfig as Config
+    from haast.training import TrainingData, train
+
+    tokenizer = tiny_tokenizer()
+    target = Target(LlamaForCausalLM(tiny_config()).eval(), tokenizer)
+    answers, valid = tmp_path / "answers.jsonl", tmp_path / "valid.jsonl"
+    texts = [{"id": str(n), "prompt": f"say {n}", "response": "one two three four " * 3} for n in range(4)]
+    answers.write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
+    valid.write_text(json.dumps({"prompt": "say it"}) + "\n", encoding="utf-8")
+    data = TrainingData(answers=answers, valid_prompts=valid, valid_tokens=6, valid_nodes=4)
+    settings, said = Config(views=400, draft_vocab=64, evaluate_every=200), list[str]()
+    result = train(target, data, tmp_path / "run", settings, report=said.append)
+    assert load_head(Path(result["head"])).draft_vocab is not None and result["tau"] >= 1.0
+    assert any("given text" in line for line in said)
+    with pytest.raises(ValueError, match="has a training run: continue it"):
+        train(target, data, tmp_path / "run", settings)
+    with pytest.raises(ValueError, match="train needs data"):
+        train(target, TrainingData(), tmp_path / "other", settings)

@@ -71,3 +71,11 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
     if paths:
         raise ValueError(f"none of the checkpoints in {folder} can be read: delete them and start again")
     return None
+
+
+def check_out(out: Path, new_run: bool, main: bool = True) -> None:
+    """Raise ValueError if the main process cannot write to `out`, or if `out` has another run."""
+    if main:
+        write_probe(out)
+    if new_run and any(out.glob("state-*.pt")):
+        raise ValueError(f"{out} has a training run: continue it with --resume, or choose another folder")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from haast.errors import check_at_least
 from haast.heads import INPUTS, KINDS
 
 # Supervised tokens, at most a quarter of the run. In the first hundred steps Adam's steps all point one way. The LM
@@ -220,3 +221,32 @@ class TrainConfig:
         angle = math.pi * (done - warmup) / (1 - warmup)
         floor = self.final_learning_rate
         return self.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(angle)))
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a head is trained on, at least one of `answers` and `shards`, and what it is judged by."""
+
+    answers: Path | None = _option(None, "Answers, as `haast regenerate` writes them.")  # noqa: RUF009 - a field
+    shards: Path | None = _option(None, "Feature shards; with --answers, only those of these answers are used.")  # noqa: RUF009
+    valid_prompts: Path | None = _option(None, "Prompts for measuring tau; without them tau is not measured.")  # noqa: RUF009
+    valid_limit: int = _option(12, "Number of validation prompts.", _ABOVE)
+    valid_tokens: int = _option(64, "New tokens per validation prompt.", _ABOVE)
+    valid_nodes: int = _option(24, "Tree nodes per step on validation prompts.", _ABOVE)
+    topk: int = _option(16, "Number of the teacher's best tokens stored per position.", _ABOVE)
+    max_tokens: int = _option(2048, "Cut longer sequences.", _ABOVE)
+    max_gb: float = _option(20.0, "Maximum size of all shards.", _ABOVE)
+    loops: str = _option("keep", "keep or drop answers in which over 30 % of the 8-grams repeat.")
+
+    def check(self) -> None:
+        """Raise ValueError for a value that is not allowed, or if there is no data."""
+        for name in ("valid_limit", "valid_tokens", "topk"):
+            check_at_least(name, getattr(self, name))
+        check_at_least("max_tokens", self.max_tokens, 3)
+        check_at_least("valid_nodes", self.valid_nodes, 2)
+        if not self.max_gb > 0:
+            raise ValueError(f"max_gb={self.max_gb} is not allowed: give a size above 0")
+        if self.loops not in ("keep", "drop"):
+            raise ValueError(f"loops={self.loops!r} is unknown: choose keep or drop")
+        if self.answers is None and self.shards is None:
+            raise ValueError("train needs data: give --answers FILE or --shards DIR (`haast regenerate` makes both)")

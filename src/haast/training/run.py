@@ -6,6 +6,7 @@ Owns the functions that the trainer is given (`measure_tau`, `export`, `explain`
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -34,12 +35,15 @@ from haast.heads.eagle3 import Eagle3Config, default_layers
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.heads.medusa import MedusaConfig, MedusaHeads
 from haast.progress import Progress
+from haast.prompts import read_prompts
 from haast.stats import TAU_CONVENTION
-from haast.target.load import hub_name
+from haast.target.load import hub_name, load_target
 from haast.target.target import Target
 from haast.training.batches import Example
-from haast.training.config import TrainConfig
+from haast.training.checkpoints import check_out
+from haast.training.config import TrainConfig, TrainingData
 from haast.training.curves import curves, tensorboard
+from haast.training.dataset import Report, examples_of, read_records, warn_of_foreign_answers
 from haast.training.diagnostics import diagnose, overfit_self_test
 from haast.training.initialise import last_layer_weights, why_not_last_layer
 from haast.training.objective import rank_accuracies
@@ -47,6 +51,7 @@ from haast.training.report import Finding
 from haast.training.target_weights import TargetWeights
 from haast.training.trainer import Trainer
 
+_LOG = logging.getLogger("haast.training")
 _HOLD_OUT_EVERY, _MAX_HELD_OUT = 50, 200
 _MARKDOWN: dict[str, Any] = {"trim_blocks": True, "keep_trailing_newline": True, "undefined": StrictUndefined}
 
@@ -251,3 +256,64 @@ def start_parts(head: Head, sizes: HeadSizes) -> tuple[dict[str, Tensor], Tensor
     uses_vocab = not isinstance(sizes, FeatExtrapolatorConfig) or sizes.markov_rank > 0
     draft_vocab = torch.arange(sizes.vocab_size) if head.draft_vocab is None else head.draft_vocab
     return dict(head.module.state_dict()), draft_vocab if uses_vocab else None
+
+
+def prepare(
+    target: Target,
+    name: str,
+    data: TrainingData,
+    settings: TrainConfig,
+    records: Sequence[dict[str, Any]],
+    limit: int | None = None,
+    initial: Head | None = None,
+    command: str = "",
+    report: Report = _LOG.info,
+) -> Run:
+    """Make the examples of a run. `records` are `dataset.read_records`'; the other arguments are those of `train`."""
+    if initial is not None:  # check it before the features are extracted
+        start_parts(initial, head_config(settings, target))
+    examples, sources = examples_of(target, name, records, data, limit, layer_ids(settings, target), report)
+    warn_of_foreign_answers(sources, name, report)
+    return Run(target, name, settings, examples, sources, command)
+
+
+def train(
+    target: Target | str,
+    data: TrainingData,
+    out: str | Path,
+    settings: TrainConfig | None = None,
+    *,
+    limit: int | None = None,
+    start_from: Head | None = None,
+    resume: bool = False,
+    report: Report = _LOG.info,
+) -> dict[str, Any]:
+    """Train a head on a target's answers, as `haast train` does.
+
+    Args:
+        target: the model, or its name (loaded as `haast.target.load.load_target` does).
+        data: answers or shards, and validation prompts.
+        out: folder of the run; the best head is written to `out`/best.
+        settings: of the trainer; None is the defaults.
+        limit: most answers that are used.
+        start_from: head whose weights training starts from.
+        resume: continue the run in `out`.
+        report: called with warnings and counts, one line each.
+
+    Returns:
+        The trainer's result: `tau` and `ce` of the best head among others, and its folder under `head`.
+
+    Raises:
+        ValueError: a setting, the data or `out` cannot be used; the message names the value and the remedy.
+    """
+    out, settings = Path(out), settings or TrainConfig()
+    data.check()
+    records = read_records(data, limit)
+    prompts = [] if data.valid_prompts is None else read_prompts(data.valid_prompts, data.valid_limit)
+    check_out(out, new_run=not resume)
+    name = target if isinstance(target, str) else str(target.config.name_or_path)
+    loaded = load_target(target) if isinstance(target, str) else target
+    run = prepare(loaded, name, data, settings, records, limit, start_from, "haast.training.train", report)
+    texts = [prompt.turns[0] for prompt in prompts]
+    result = run.train(out, texts, data.valid_tokens, data.valid_nodes, start_from, resume, Console(stderr=True))
+    return {**result, "head": str(out / "best")}

@@ -337,7 +337,7 @@ def spoilt(module: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (lambda module: module.to("meta"), r"meta device, where weights \(fc.weight\) hold no numbers"),
+        (lambda module: module.to("meta"), r"meta device, where weights \(fc.weight\) have no values"),
         (spoilt, "fc.weight .*not finite"),
     ],
 )

@@ -219,7 +219,7 @@ def test_nothing_is_told_where_nothing_is_known_to_be_wrong(llama: Target, lengt
 
 @pytest.mark.parametrize("length", [0, -3, 4.5, "long", True])
 def test_a_length_that_is_none_is_refused(llama: Target, length: Any) -> None:
-    with pytest.raises(HeadMismatchError, match=f"trained_length={length!r} .*take the entry out"):
+    with pytest.raises(HeadMismatchError, match=f"trained_length={length!r} .*remove the entry"):
         EagleDrafter(llama, trained_head(llama, length), SHAPE)
 
 

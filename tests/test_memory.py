@@ -202,7 +202,7 @@ def test_what_could_never_fit_is_refused_with_both_sizes() -> None:
     target.use_pool(96)
     haast = Haast(target, VanillaDrafter())
     for prompt, new, size in ((some_prompts(1, 100)[0], 5, 108), ([1, 2], 200, 205)):
-        words = f"{len(prompt)} tokens, {new} new ones .* are {size} token slots; the KV pool has 96: lower max_new"
+        words = f"{len(prompt)} tokens, {new} new ones .* need {size} token slots; the KV pool has 96: lower max_new"
         for ask in (haast.generate, haast.stream, haast.astream):
             with pytest.raises(KVPoolError, match=words):
                 ask(prompt, max_new_tokens=new)

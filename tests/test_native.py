@@ -561,7 +561,7 @@ def test_what_does_not_fit_the_layers_is_refused_before_anything_is_written() ->
         r"31 past slots, 2 in flight and a shift of 0 .* 2 blocks of 16": (states, at, seen, [31], store, tables),
         r"must not be negative": (states, at, seen, [-1], store, tables),
         r"positions .* must not be negative": (states, at - 1, seen, [0], store, tables),
-        r"name blocks from .* to 20; the store has 20": (states, at, seen, [9], store, tables * 0 + 20),
+        r"contain blocks from .* to 20; the store has 20": (states, at, seen, [9], store, tables * 0 + 20),
         r"past has 2 numbers for 1 rows": (states, at, seen, [9, 9], store, tables),
         r"past is torch.int32": (states, at, seen, torch.tensor([9], dtype=torch.int32), store, tables),
         r"store of torch.float64": (states, at, seen, [9], store.double(), tables),
@@ -571,7 +571,7 @@ def test_what_does_not_fit_the_layers_is_refused_before_anything_is_written() ->
         r"block tables .* shape \(2, 2\)": (states, at, seen, [9], store, tables.repeat(2, 1)),
         r"states are torch.float64": (states.double(), at, seen, [9], store, tables),
         r"states .* expected contiguous fp32 \(1, 2, 48\)": (states[..., :40], at, seen, [9], store, tables),
-        r"do not belong together": (states, at.int(), seen, [9], store, tables),
+        r"positions \(1, 2\) torch.int32 .* do not fit": (states, at.int(), seen, [9], store, tables),
         r"positions \(1, 3\)": (states, torch.arange(3).unsqueeze(0), seen, [9], store, tables),
         r"flight at least nodes": (states, at, seen[:, :, :1], [9], store, tables),
     }

@@ -140,7 +140,7 @@ def test_without_calibration_a_sentence_stands_for_the_figure() -> None:
     document = suite_document(calibrated=False, traces=[], small=True)
     document["differences"] = []
     page = report_html(document)
-    assert Outline(page).ids("figure") == FIGURES[:-1] and "not calibrated" in page
+    assert Outline(page).ids("figure") == FIGURES[:-1] and "had no calibration of this machine" in page
     assert "No answer differed" in page and 'id="trees"' not in page
 
 
@@ -189,7 +189,7 @@ def test_a_page_of_many_trees_stays_small() -> None:
     long = trace_document("Say it again.")
     long["steps"] = long["steps"][:1] * 500
     page = report_html(suite_document(traces=[long, long], small=True))
-    assert len(page.encode()) < 2_000_000 and re.search(r"The trees of the last \d+ steps are in the JSON only", page)
+    assert len(page.encode()) < 2_000_000 and re.search(r"The trees of the last \d+ steps are only in the JSON", page)
     Outline(page)
 
 

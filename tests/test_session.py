@@ -277,7 +277,7 @@ def test_a_sampled_dialogue_with_an_edit_and_a_branch_says_what_it_says_from_scr
     held = kept(branch)
     on = branch.say("Go on.", max_new_tokens=5, sampling=sampling)
     check(on, branch)
-    # Half characters of a random model's answer are encoded otherwise than it said them: an answer may be read anew.
+    # Half characters of a random model's answer are encoded otherwise than it said them: an answer may be read again.
     assert len(branch.messages) == 8 and held - 6 <= on.stats.recalled_tokens < held
     check(session.say("More.", max_new_tokens=5, sampling=sampling), session)
 
@@ -297,7 +297,7 @@ def test_the_benchmark_counts_what_turns_compute(model: Haast, plain: Haast, mon
     table = markdown("results.md", "conversation", {"conversation": turns})
     assert table.startswith("| turn | 1 | 2 | 3 |") and str(turns[2]["prompt_tokens"]) in table
     different = model.stream([{"role": "user", "content": "x"}], max_new_tokens=4)
-    monkeypatch.setattr(conversation, "anew", lambda *_: conversation.listen(different, Stats(), 0.0))
+    monkeypatch.setattr(conversation, "from_scratch", lambda *_: conversation.collect(different, Stats(), 0.0))
     with pytest.raises(RuntimeError, match="turn 1 differs"):
         conversation.converse(model, plain, 4, 1, 0)
 

@@ -375,7 +375,7 @@ def test_a_damaged_or_foreign_journal_is_left_as_it_is(tmp_path: Path) -> None:
         ([lines[0], "x\n", lines[2]], "line 2"),
         ([lines[0], '{"a": 1}\n', lines[2]], "line 2"),
         (["Dear diary"], "line 1"),
-        (['{"format": "answers"}\n'], "no journal"),
+        (['{"format": "answers"}\n'], "not a journal"),
     ):
         path.write_text("".join(damage))
         with pytest.raises(ValueError, match=named), Journal(path, {"rounds": 1}, True):
@@ -702,4 +702,4 @@ def test_a_trace_joins_the_report(home: Path, done: Path, tmp_path: Path) -> Non
     assert CliRunner().invoke(app, [*told, "--trace", str(trace)]).exit_code == 0
     assert "a prompt of its own" in page.read_text()
     refused = CliRunner().invoke(app, [*told, "--trace", str(done / "suite.json")])
-    assert refused.exit_code == 2 and "give what `haast trace --json` wrote" in refused.stderr
+    assert refused.exit_code == 2 and "give a file of `haast trace --json`" in refused.stderr

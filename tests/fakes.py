@@ -304,3 +304,15 @@ def commit(cache: KVCache, paths: Sequence[Sequence[int] | None]) -> None:
         cache.keep(torch.tensor(padded, device=cache.device), torch.tensor(counts, device=cache.device))
     cache.advance(counts)
     cache._nodes = 0
+
+
+def states_of(drafter: Any) -> list[Any]:
+    """The states that `begin` makes from here on, in the order of the requests."""
+    states, begin = list[Any](), drafter.begin
+
+    def begins(prompt: Sequence[int], kv: Any, reused: int) -> Any:
+        states.append(begin(prompt, kv, reused))
+        return states[-1]
+
+    drafter.begin = begins
+    return states

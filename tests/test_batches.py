@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from fakes import collect, commit, random_head, tiny_target
+from fakes import collect, commit, random_head, states_of, tiny_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cache import assert_holds
@@ -28,7 +28,6 @@ from haast.drafters.vanilla import VanillaDrafter
 from haast.engine.engine import Engine, Step, StopParams
 from haast.engine.rules import RejectionRule
 from haast.target.kv_pool import KVPool
-from haast.target.kv_pool import Sequence as KVSequence
 from haast.target.target import Target
 from haast.tree import DraftTree
 from haast.tuning.policy import CostModel
@@ -150,18 +149,13 @@ def test_what_is_drafted_after_a_pause_is_what_a_head_without_one_drafts() -> No
 
 
 def test_a_long_pause_is_observed_in_parts() -> None:
-    eagle, states = EagleDrafter(target(), random_head(target())), list[EagleState]()
+    eagle = EagleDrafter(target(), random_head(target()))
     eagle.reshape(shape_for(6), configs={2: DraftConfig(None)})
-    begin, most = eagle.begin, [0]
-
-    def begins(prompt: Sequence[int], kv: KVSequence, reused: int) -> EagleState:
-        states.append(begin(prompt, kv, reused))
-        return states[-1]
+    states, most = states_of(eagle), [0]
 
     def watch(step: Step) -> None:
         most.append(max(state.pending_count for state in states))
 
-    eagle.begin = begins  # type: ignore[method-assign]
     run = Engine(target(), eagle).run([[1, 2], [3]], SamplingParams(), StopParams(150), watch=watch)
     assert collect(run, 2) == collect(
         Engine(target(), VanillaDrafter()).run([[1, 2], [3]], SamplingParams(), StopParams(150)), 2

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from haast.errors import KVPoolError
-from haast.target.kv_pool import BLOCK, KVPool, PoolFullError, Sequence
+from haast.target.kv_pool import BLOCK, KVPool, PoolFullError, Sequence, _complete_blocks, _PrefixBlock
 
 
 class Text:
@@ -182,3 +182,17 @@ def test_a_refused_reservation_takes_nothing() -> None:
     with pytest.raises(PoolFullError):
         kv.reserve(100)
     assert len(kv.table) == 2 and pool.available == 1
+
+
+@given(st.lists(st.integers(0, 90), min_size=1, max_size=5), st.integers(1, BLOCK), st.none() | st.integers(0, 70))
+def test_what_is_complete_is_by_its_definition(begins: list[int], last: int, reach: int | None) -> None:
+    """The most blocks of which each slot that a head looks back to is complete, slot by slot."""
+    prefixes = [(_PrefixBlock((0,) * BLOCK, n, None, begin), BLOCK) for n, begin in enumerate(begins)]
+    prefixes[-1] = prefixes[-1][0], last
+
+    def complete(blocks: int) -> bool:
+        slots = sum(count for _, count in prefixes[:blocks])
+        needed = range(0 if reach is None else max(0, slots - reach - 1), slots)
+        return all(slot >= begins[slot // BLOCK] for slot in needed)
+
+    assert _complete_blocks(prefixes, reach) == max(blocks for blocks in range(len(begins) + 1) if complete(blocks))

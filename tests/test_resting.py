@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from fakes import collect, random_head, tiny_target
+from fakes import collect, random_head, states_of, tiny_target
 from test_stack import KINDS, made
 
 from haast import native
@@ -25,7 +25,6 @@ from haast.engine.step import Step
 from haast.sampling import Sampler
 from haast.stats import Stats
 from haast.target.kv_pool import BLOCK, KVPool
-from haast.target.kv_pool import Sequence as Rows
 from haast.target.target import Target
 from haast.tree import DraftTree
 from haast.tuning.latency import Latency
@@ -55,8 +54,10 @@ def target() -> Target:
     return tiny_target()
 
 
-def drafter_of(at: Target, make: Callable[[EagleDrafter], Drafter] = lambda eagle: eagle, most: int = 1) -> Drafter:
-    drafter = make(EagleDrafter(at, random_head(at), shape_for(8)))
+def drafter_of(
+    at: Target, make: Callable[[EagleDrafter], Drafter] = lambda eagle: eagle, most: int = 1, window: int | None = None
+) -> Drafter:
+    drafter = make(EagleDrafter(at, random_head(at), shape_for(8), window))
     drafter.policy = Crowded(most)
     return drafter
 
@@ -80,20 +81,8 @@ def test_a_head_that_goes_on_in_the_middle_changes_no_text(
     make: Callable[[EagleDrafter], Drafter], law: SamplingParams, window: int | None
 ) -> None:
     """Prompts and answers longer than what waits for a head, computed in chunks; the last of three rows drafts."""
-    states, drafter = list[EagleState](), drafter_of(target(), make)
-    eagle = drafter.eagle if isinstance(drafter, HybridDrafter) else drafter
-    assert isinstance(eagle, EagleDrafter)
-    if window is not None:
-        eagle = EagleDrafter(target(), random_head(target()), shape_for(8), window)
-        drafter = make(eagle)
-        drafter.policy = Crowded(1)
-    begin = eagle.begin
-
-    def begins(prompt: Sequence[int], kv: Rows, reused: int) -> EagleState:
-        states.append(begin(prompt, kv, reused))
-        return states[-1]
-
-    eagle.begin = begins  # type: ignore[method-assign]
+    drafter = drafter_of(target(), make, window=window)
+    states = states_of(drafter.eagle if isinstance(drafter, HybridDrafter) else drafter)
     seen, prompts, ends = list[Step](), texts(3, 70), (30, 230, 150)
     target().pool.clear()
     expected = say(target(), VanillaDrafter(), prompts, ends, law)
@@ -107,17 +96,11 @@ def test_a_head_that_goes_on_in_the_middle_changes_no_text(
 
 def test_what_waits_for_a_head_is_bounded() -> None:
     drafter, most = drafter_of(target(), most=0), [0]
-    states = list[EagleState]()
-    begin = drafter.begin
-
-    def begins(prompt: Sequence[int], kv: Rows, reused: int) -> EagleState:
-        states.append(begin(prompt, kv, reused))
-        return states[-1]
+    states = states_of(drafter)
 
     def watch(step: Step) -> None:
         most.append(max(state.pending_count for state in states))
 
-    drafter.begin = begins  # type: ignore[method-assign]
     say(target(), drafter, texts(2, 200), (300, 200), SamplingParams(), watch=watch)
     assert 64 <= max(most) <= 128 + 48, "a chunk of a prompt, and 128 positions"
     assert drafter.caches and all(state.extrapolated is None for state in states), "the head ran for nobody"

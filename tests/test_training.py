@@ -724,7 +724,8 @@ def test_training_is_a_library(tmp_path: Path) -> None:
     from haast.training import TrainingData, train
 
     tokenizer = tiny_tokenizer()
-    target = Target(LlamaForCausalLM(tiny_config()).eval(), tokenizer)
+    model: Any = LlamaForCausalLM(tiny_config())
+    target = Target(model.eval(), tokenizer)
     answers, valid = tmp_path / "answers.jsonl", tmp_path / "valid.jsonl"
     texts = [{"id": str(n), "prompt": f"say {n}", "response": "one two three four " * 3} for n in range(4)]
     answers.write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The command `haast train`: its flags, their checks, and the conversion of answers into examples."""
+"""The command `haast train`: its flags and their checks. `haast.training` does the work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
@@ -16,14 +16,11 @@ from typer import Option
 from haast.cli.boundary import human_output
 from haast.cli.settings import JsonOption, LimitOption, Loading, check_at_least
 from haast.files import check_writable, write_json
-from haast.prompts import read_prompts
 from haast.training.config import TrainConfig, TrainingData
 
 if TYPE_CHECKING:
     from haast.target.target import Target
     from haast.training.run import Run
-
-T = TypeVar("T")
 
 
 def train(
@@ -56,12 +53,11 @@ def train(
     from rich.console import Console
 
     from haast.heads.checkpoint import load_head
-    from haast.training.dataset import read_records
+    from haast.training.dataset import read_inputs
+    from haast.training.processes import is_main_process
 
-    records = read_records(data, limit)
-    valid = [] if data.valid_prompts is None else read_prompts(data.valid_prompts, data.valid_limit)
-    valid_prompts = [prompt.turns[0] for prompt in valid]
-    main = _main_process(data, settings, loading)
+    records, valid_prompts = read_inputs(data, limit)
+    main = is_main_process(data, settings, loading.device == "cpu")
     _check_out(out, json_out, main, new_run=not (resume or show_data or self_test))
     initial = None if start_from is None else load_head(start_from)
     target = loading.load()
@@ -83,7 +79,6 @@ def train(
         raise
     if main:
         typer.echo(f"the best head is in {out / 'best'}", err=True)
-        result["head"] = str(out / "best")
         _write_result(result, target, loading.model, data, len(valid_prompts), settings, json_out)
 
 
@@ -125,23 +120,6 @@ def _write_result(
 
     where = environment(target, name, data.valid_prompts, prompts, asdict(settings))
     write_json({"kind": "training", **result, "peak_rss_mb": peak_rss_mb(), "environment": where}, json_out)
-
-
-def _main_process(data: TrainingData, settings: TrainConfig, loading: Loading) -> bool:
-    """Whether this is the main process of a distributed run; the only process of other runs is.
-
-    Raises:
-        ValueError: several processes would extract features into the same folder; or `shard` with a single process.
-    """
-    from haast.training.processes import Processes
-
-    processes = Processes(settings.mixed_precision, settings.shard, on_cpu=loading.device == "cpu")
-    if processes.count > 1 and data.answers is not None:
-        raise ValueError(
-            f"{processes.count} processes cannot extract the features of --answers {data.answers} at once: make shards "
-            f"with one process first (--answers ... --shards DIR --self-test), then give --shards DIR alone"
-        )
-    return processes.main
 
 
 def _show_sequences(target: Target, records: Sequence[dict[str, Any]], data: TrainingData, count: int) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from haast import native
-from haast.core import Accepted, Request
+from haast.core import Accepted
 from haast.device import to_device, without_autograd
 from haast.drafters.base import Drafter, stacked
 from haast.drafters.batch_policy import DraftConfig, DraftConfigs, config_for
@@ -226,9 +226,10 @@ class EagleDrafter(Drafter):
         self._watch.proposed(tree.nodes)
         return tree
 
-    def pending_positions(self, requests: Sequence[Request]) -> int:
-        """Positions of these requests that the head has not processed yet."""
-        return sum(request.draft_state.pending_count for request in requests)
+    @staticmethod
+    def pending_positions(states: Sequence[EagleState]) -> int:
+        """Positions of all rows that the head has not processed yet."""
+        return sum(state.pending_count for state in states)
 
     def affords(self, rows: int, nodes: int, extra: int, tokens: float) -> bool:
         """Whether `extra` nodes per row, in addition to `nodes`, pay if they are expected to gain `tokens` per row."""

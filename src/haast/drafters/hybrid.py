@@ -139,9 +139,9 @@ class HybridDrafter(Drafter):
         drafts, tokens = self._suffix.paying_drafts(texts, self._chain - 1)
         return tokens, 1 + drafts
 
-    def pending_positions(self, requests: Sequence[Request]) -> int:
-        """Positions of these requests that the head has not processed yet."""
-        return sum(request.draft_state.eagle.pending_count for request in requests)
+    def pending_positions(self, states: Sequence[HybridState]) -> int:
+        """Positions of all rows that the head has not processed yet."""
+        return self.eagle.pending_positions([state.eagle for state in states])
 
     def _match(self, text: TextIndex) -> Path:
         """The tokens that followed the longest match; empty if it is shorter than `least`."""

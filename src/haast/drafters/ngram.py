@@ -82,7 +82,6 @@ class HistoryDrafter(Drafter):
     def __init__(self, index: Callable[[], TextIndex], nodes: int, latency: LatencySource | None = None) -> None:
         check_at_least("nodes", nodes, 2, " (root and a draft)")
         self._index, self._nodes, self._latency = index, nodes, latency
-        self._least_chances: dict[tuple[int, int], float] = {}  # (rows, maximum drafts) -> see `least_first_chance`
 
     @property
     def nodes(self) -> int:
@@ -121,10 +120,8 @@ class HistoryDrafter(Drafter):
         latency = None if self._latency is None else self._latency()
         if latency is None:
             return most, 1.0
-        key = len(states), most
-        if key not in self._least_chances:
-            self._least_chances[key] = least_first_chance(*key, latency)
-        if sum(first) < len(states) * self._least_chances[key]:  # a quick bound: no number of drafts can pay
+        rows = len(states)
+        if sum(first) < rows * least_first_chance(rows, most, latency):  # a quick bound: no number of drafts can pay
             return 0, 1.0
         return best_chain([index.chances(most) for index in states], latency)
 

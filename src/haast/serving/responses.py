@@ -206,9 +206,8 @@ async def response_events(response: Response, generations: Sequence[Generation])
             ended = {"response": response.body(status, order, generations)}
             return [*events, numbered(f"response.{status}", ended, long=True)]
 
-        for each in await asyncio.to_thread(
-            final_events
-        ):  # in a thread: these events repeat the whole text and all logprobs
+        # In a thread: these events repeat the whole text and all logprobs.
+        for each in await asyncio.to_thread(final_events):
             yield each
     except Exception as error:
         problem = api_error(error)

@@ -161,10 +161,7 @@ class KVPool:
     def _usable(self, text: Tokens[int], key: object, reach: int | None) -> tuple[list[tuple[_PrefixBlock, int]], int]:
         """The cached prefix blocks along `text`, and how many of them have all that a head needs to continue."""
         prefixes = list(self._walk(text, key))
-        complete = len(prefixes)
-        while complete and not _complete(prefixes[:complete], reach):
-            complete -= 1
-        return prefixes, complete
+        return prefixes, _complete_blocks(prefixes, reach)
 
     def blocks_of(self, text: Tokens[int], key: object = None) -> list[int]:
         """Cached blocks whose tokens all belong to a prefix of `text`, first to last."""
@@ -330,14 +327,18 @@ class Sequence:
             pool._evict()
 
 
-def _complete(prefixes: Tokens[tuple[_PrefixBlock, int]], reach: int | None) -> bool:
-    """Whether the last `reach` slots of these prefixes (None: all) have keys and values of the head."""
-    needed = 0 if reach is None else max(0, sum(count for _, count in prefixes) - reach - 1)
+def _complete_blocks(prefixes: Tokens[tuple[_PrefixBlock, int]], reach: int | None) -> int:
+    """The most leading blocks whose last `reach` slots (None: all) have keys and values of the head."""
+    complete, incomplete = 0, -1  # blocks; the last block that lacks some
     for number, (prefix, count) in enumerate(prefixes):
         begin = number * BLOCK
-        if begin + count > needed and max(begin, needed) < prefix.complete_from:
-            return False
-    return True
+        if begin < prefix.complete_from:
+            incomplete = number
+        needed = 0 if reach is None else max(0, begin + count - reach - 1)  # the first slot that a head looks at
+        first = needed // BLOCK
+        if incomplete <= first and needed >= prefixes[first][0].complete_from:
+            complete = number + 1
+    return complete
 
 
 def common_length(one: Tokens[int], other: Tokens[int]) -> int:

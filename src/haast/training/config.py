@@ -230,12 +230,12 @@ class TrainingData:
     answers: Path | None = _option(None, "Answers, as `haast regenerate` writes them.")  # noqa: RUF009 - a field
     shards: Path | None = _option(None, "Feature shards; with --answers, only those of these answers are used.")  # noqa: RUF009
     valid_prompts: Path | None = _option(None, "Prompts for measuring tau; without them tau is not measured.")  # noqa: RUF009
-    valid_limit: int = _option(12, "Number of validation prompts.", _ABOVE)
-    valid_tokens: int = _option(64, "New tokens per validation prompt.", _ABOVE)
-    valid_nodes: int = _option(24, "Tree nodes per step on validation prompts.", _ABOVE)
-    topk: int = _option(16, "Number of the teacher's best tokens stored per position.", _ABOVE)
-    max_tokens: int = _option(2048, "Cut longer sequences.", _ABOVE)
-    max_gb: float = _option(20.0, "Maximum size of all shards.", _ABOVE)
+    valid_limit: int = _option(12, "Number of validation prompts.")
+    valid_tokens: int = _option(64, "New tokens per validation prompt.")
+    valid_nodes: int = _option(24, "Tree nodes per step on validation prompts.")
+    topk: int = _option(16, "Number of the teacher's best tokens stored per position.")
+    max_tokens: int = _option(2048, "Cut longer sequences.")
+    max_gb: float = _option(20.0, "Maximum size of all shards in GB.")
     loops: str = _option("keep", "keep or drop answers in which over 30 % of the 8-grams repeat.")
 
     def check(self) -> None:

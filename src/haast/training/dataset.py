@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import Any, TypeVar
 
 from haast.errors import check_at_least
-from haast.prompts import evenly
+from haast.prompts import evenly, read_prompts
 from haast.stats import loops
 from haast.target.target import Target
 from haast.training.answers import read_answers, record_key
@@ -39,7 +39,14 @@ def warn_of_foreign_answers(records: Sequence[dict[str, Any]], model: str, repor
             )
 
 
-def read_records(data: TrainingData, limit: int | None) -> list[dict[str, Any]]:
+def read_inputs(data: TrainingData, limit: int | None) -> tuple[list[dict[str, Any]], list[str]]:
+    """The answer records and the validation prompts. Raises ValueError if they can't be used."""
+    records = _read_records(data, limit)
+    prompts = [] if data.valid_prompts is None else read_prompts(data.valid_prompts, data.valid_limit)
+    return records, [prompt.turns[0] for prompt in prompts]
+
+
+def _read_records(data: TrainingData, limit: int | None) -> list[dict[str, Any]]:
     """The answer records, at most `limit`; none if only shards are given. Raises ValueError without data."""
     if limit is not None:
         check_at_least("limit", limit)

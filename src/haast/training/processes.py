@@ -26,6 +26,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from haast.training.config import TrainConfig, TrainingData
+
 _GLOO_WAIT = 0.2  # seconds
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -135,3 +137,18 @@ def _destroy_process_group() -> None:
     if torch.distributed.is_initialized():
         time.sleep(_GLOO_WAIT)
         torch.distributed.destroy_process_group()
+
+
+def is_main_process(data: TrainingData, settings: TrainConfig, on_cpu: bool) -> bool:
+    """Whether this is the main process of a distributed run; the only process of other runs is.
+
+    Raises:
+        ValueError: several processes would extract features into the same folder; or `shard` with a single process.
+    """
+    processes = Processes(settings.mixed_precision, settings.shard, on_cpu=on_cpu)
+    if processes.count > 1 and data.answers is not None:
+        raise ValueError(
+            f"{processes.count} processes cannot extract the features of --answers {data.answers} at once: make shards "
+            f"with one process first (--answers ... --shards DIR --self-test), then give --shards DIR alone"
+        )
+    return processes.main

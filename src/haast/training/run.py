@@ -35,7 +35,6 @@ from haast.heads.eagle3 import Eagle3Config, default_layers
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.heads.medusa import MedusaConfig, MedusaHeads
 from haast.progress import Progress
-from haast.prompts import read_prompts
 from haast.stats import TAU_CONVENTION
 from haast.target.load import hub_name, load_target
 from haast.target.target import Target
@@ -43,10 +42,11 @@ from haast.training.batches import Example
 from haast.training.checkpoints import check_out
 from haast.training.config import TrainConfig, TrainingData
 from haast.training.curves import curves, tensorboard
-from haast.training.dataset import Report, examples_of, read_records, warn_of_foreign_answers
+from haast.training.dataset import Report, examples_of, read_inputs, warn_of_foreign_answers
 from haast.training.diagnostics import diagnose, overfit_self_test
 from haast.training.initialise import last_layer_weights, why_not_last_layer
 from haast.training.objective import rank_accuracies
+from haast.training.processes import is_main_process
 from haast.training.report import Finding
 from haast.training.target_weights import TargetWeights
 from haast.training.trainer import Trainer
@@ -117,7 +117,7 @@ class Run:
             console: for messages; None is stdout.
 
         Returns:
-            See `Trainer.run`.
+            See `Trainer.run`; and `head`, the best head's folder.
         """
         encoder = Haast(self._target, VanillaDrafter())
         self._prompts = [encoder.encode(prompt) for prompt in prompts]
@@ -145,7 +145,7 @@ class Run:
             console=console,
             on_cpu=self._target.device.type == "cpu",
         )
-        return trainer.run(resume)
+        return {**trainer.run(resume), "head": str(out / "best")}
 
     def _initial_weights(self) -> dict[str, Tensor] | None:
         initialisation, sizes = self._settings.initialisation, self._head_config
@@ -269,7 +269,7 @@ def prepare(
     command: str = "",
     report: Report = _LOG.info,
 ) -> Run:
-    """Make the examples of a run. `records` are `dataset.read_records`'; the other arguments are those of `train`."""
+    """Make the examples of a run. `records` are from `dataset.read_inputs`; the other arguments are as for `train`."""
     if initial is not None:  # check it before the features are extracted
         start_parts(initial, head_config(settings, target))
     examples, sources = examples_of(target, name, records, data, limit, layer_ids(settings, target), report)
@@ -308,12 +308,10 @@ def train(
     """
     out, settings = Path(out), settings or TrainConfig()
     data.check()
-    records = read_records(data, limit)
-    prompts = [] if data.valid_prompts is None else read_prompts(data.valid_prompts, data.valid_limit)
-    check_out(out, new_run=not resume)
+    records, prompts = read_inputs(data, limit)
+    on_cpu = isinstance(target, str) or target.device.type == "cpu"
+    check_out(out, not resume, is_main_process(data, settings, on_cpu))
     name = target if isinstance(target, str) else str(target.config.name_or_path)
     loaded = load_target(target) if isinstance(target, str) else target
     run = prepare(loaded, name, data, settings, records, limit, start_from, "haast.training.train", report)
-    texts = [prompt.turns[0] for prompt in prompts]
-    result = run.train(out, texts, data.valid_tokens, data.valid_nodes, start_from, resume, Console(stderr=True))
-    return {**result, "head": str(out / "best")}
+    return run.train(out, prompts, data.valid_tokens, data.valid_nodes, start_from, resume, Console(stderr=True))

@@ -19,6 +19,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from haast.core import Request, RowVerdict
 from haast.tuning.latency import Latency
@@ -59,7 +60,7 @@ class OnlinePolicy:
         latency: measured costs.
         sizes: batch size -> available draft sizes, from small to full; empty if drafting never pays.
         baseline: expected tokens per row, and nodes, of a step with a budget of 1; None if that is only the root.
-        pending: positions of all rows that the drafter must process before it drafts; None if there are none.
+        pending: positions of all rows' draft states that must be processed before drafting; None if there are none.
     """
 
     def __init__(
@@ -67,10 +68,9 @@ class OnlinePolicy:
         latency: Latency,
         sizes: Callable[[int], Sequence[DraftSize]],
         baseline: Callable[[Sequence[Request]], tuple[float, float]] | None = None,
-        pending: Callable[[Sequence[Request]], int] | None = None,
+        pending: Callable[[Sequence[Any]], int] | None = None,
     ) -> None:
         self.latency, self._sizes, self._baseline, self._pending = latency, sizes, baseline, pending
-        self._rests: dict[tuple[int, Sequence[DraftSize]], bool] = {}
 
     def budget(self, requests: Sequence[Request]) -> int | None:
         """Maximum nodes per row of the next step, root included; None leaves it to the drafter."""
@@ -92,7 +92,8 @@ class OnlinePolicy:
             if rate > best:
                 best, chosen = rate, size
         if chosen is None and self._pending is not None:
-            trial += self.latency.catch_up(self._pending(requests)) / self.latency.step(rows, 1)
+            pending = self._pending([request.draft_state for request in requests])
+            trial += self.latency.catch_up(pending) / self.latency.step(rows, 1)
         for record in records:
             record.decided(rows, chosen, full, trial)
         return 1 if chosen is None else chosen.budget
@@ -102,12 +103,8 @@ class OnlinePolicy:
         sizes = self._sizes(rows)
         if not sizes:
             return True
-        key = rows, tuple(sizes)
-        if key not in self._rests:
-            new, full = Record(sizes[-1]), sizes[-1]
-            gains = [new.expected(size, full, 0.0) / self.ratio(rows, size, size.nodes) for size in sizes]
-            self._rests[key] = max(gains) <= LEAST_GAIN
-        return self._rests[key]
+        new, full = Record(sizes[-1]), sizes[-1]
+        return all(new.expected(each, full, 0.0) <= LEAST_GAIN * self.ratio(rows, each, each.nodes) for each in sizes)
 
     def observed(self, request: Request, kept: RowVerdict, nodes: int) -> None:
         """Record the verdict of a request in a step with `nodes` nodes per row."""

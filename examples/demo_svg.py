@@ -1,6 +1,8 @@
 """Draw the demo as a moving picture: one prompt by EAGLE and by vanilla decoding, at the times at which tokens came.
 
-python examples/demo_svg.py "Why is the sky blue?" docs/demo.svg
+python examples/demo_svg.py "Why is the sky blue?"
+
+It records into results/demo.json and draws docs/demo.svg from that; without a prompt it draws again.
 
 Accepted drafts are green, the model's own tokens are plain. The SVG needs no script and no network; where a reader has
 asked for less motion it stands still, with both texts whole.
@@ -8,15 +10,20 @@ asked for less motion it stands still, with both texts whole.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from html import escape
+from pathlib import Path
+from typing import Any
 
 from haast import Haast, Stats
-from haast.files import write_text
+from haast.bench.report import machine
+from haast.files import write_json, write_text
 
+RECORDING, PICTURE = Path("results/demo.json"), Path("docs/demo.svg")
 COLUMNS, LINES = 84, 9  # of each panel, in characters
 CELL, LINE, MARGIN = 8.43, 19.0, 18.0  # px
 PAUSE, SLOWER = 4.0, 4.0  # seconds at the end of each round; how many times as slow as it was, so that eyes can follow
@@ -26,13 +33,14 @@ text { font: 14px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; 
 """
 
 
-@dataclass
+@dataclass(frozen=True)
 class Panel:
-    """One decoder's answer: pieces of text with the second at which each came, and whether it was drafted."""
+    """One decoder's answer: (second, text, whether it was drafted) of each piece."""
 
     title: str
-    pieces: list[tuple[float, str, bool]] = field(default_factory=list)
-    total: str = ""
+    pieces: list[tuple[float, str, bool]]
+    tokens_per_s: float
+    tau: float
 
     @property
     def seconds(self) -> float:
@@ -41,14 +49,12 @@ class Panel:
 
 def record(haast: Haast, title: str, prompt: str, tokens: int) -> Panel:
     """Answer once to warm up, then once to be drawn."""
-    panel, stats = Panel(title), Stats()
+    pieces, stats = list[tuple[float, str, bool]](), Stats()
     haast.generate(prompt, max_new_tokens=8)
-    begun = time.perf_counter()
+    begin = time.perf_counter()
     for piece in haast.stream(prompt, max_new_tokens=tokens, stats=stats):
-        panel.pieces.append((time.perf_counter() - begun, piece.text, piece.drafted))
-    rate = stats.tokens / panel.seconds
-    panel.total = f"{rate:.0f} tokens/s, {stats.tau:.2f} tokens per forward of the model"
-    return panel
+        pieces.append((round(time.perf_counter() - begin, 4), piece.text, piece.drafted))
+    return Panel(title, pieces, stats.tokens / pieces[-1][0], stats.tau)
 
 
 def draw(panel: Panel, top: float, whole: float) -> tuple[list[str], list[str]]:
@@ -71,7 +77,8 @@ def draw(panel: Panel, top: float, whole: float) -> tuple[list[str], list[str]]:
                 elements.append(f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{escape(word)}</text>')
             column += len(word)
     last = steps[moments[-1]]
-    elements.append(f'<text class="t {last}" x="{MARGIN}" y="{top + LINES * LINE:.1f}">{escape(panel.total)}</text>')
+    total = f"{panel.tokens_per_s:.0f} tokens/s, {panel.tau:.2f} tokens per forward of the model"
+    elements.append(f'<text class="t {last}" x="{MARGIN}" y="{top + LINES * LINE:.1f}">{total}</text>')
     return elements, frames
 
 
@@ -92,13 +99,21 @@ def picture(prompt: str, panels: list[Panel]) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}">\n{body}\n</svg>\n'
 
 
-def main(prompt: str, path: str) -> None:
-    """Record both decoders, and write the picture."""
-    eagle = Haast.from_pretrained()
-    vanilla = Haast.from_pretrained(drafter="none")
-    panels = [record(eagle, "EAGLE", prompt, 96), record(vanilla, "vanilla", prompt, 96)]
-    write_text(path, picture(prompt, panels))
+def drawn(document: dict[str, Any]) -> str:
+    """The picture of a recording."""
+    return picture(document["prompt"], [Panel(**panel) for panel in document["panels"]])
+
+
+def main(prompt: str | None = None) -> None:
+    """Record both decoders if there is a prompt, and draw what is recorded."""
+    if prompt is not None:
+        models = {"EAGLE": Haast.from_pretrained(), "vanilla": Haast.from_pretrained(drafter="none")}
+        panels = [asdict(record(model, title, prompt, 96)) for title, model in models.items()]
+        target = models["EAGLE"].target
+        about = machine() | {"command": f'python examples/demo_svg.py "{prompt}"', "packing": target.packing}
+        write_json({"kind": "demo", "prompt": prompt, "panels": panels, "environment": about}, RECORDING)
+    write_text(PICTURE, drawn(json.loads(RECORDING.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:2])

@@ -51,3 +51,13 @@ def test_the_drafters_are_compared(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["vanilla", "repeat", "suffix"]
     assert lines[0].split()[2] == "1.00"
+
+
+def test_the_moving_picture_is_drawn_from_its_recording() -> None:
+    root, drawn = EXAMPLES.parent, example("demo_svg.py")["drawn"]
+    recording = json.loads((root / "results/demo.json").read_text(encoding="utf-8"))
+    assert drawn(recording) == (root / "docs/demo.svg").read_text(encoding="utf-8")
+    texts = ["".join(text for _, text, _ in panel["pieces"]) for panel in recording["panels"]]
+    assert texts[0] == texts[1], "both decoders give one text"
+    recording["panels"][0]["tokens_per_s"] += 100
+    assert drawn(recording) != (root / "docs/demo.svg").read_text(encoding="utf-8")

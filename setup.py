@@ -12,7 +12,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
 # No -march: the kernels dispatch at run time. No contraction: a sum has the same bits wherever the compiler puts it.
-FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
+FLAGS = ["-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
 
 
 class BuildKernels(build_ext):

@@ -17,9 +17,9 @@ from haast import native
 from haast.drafters.tree_shape import Plan
 from haast.heads.feat_extrapolator import FeatExtrapolator
 from haast.heads.module import DraftModule
-from haast.native.stack import CDraft, CProposal, Refusal, run_draft
+from haast.native.stack import PLAIN, CDraft, CProposal, CWeight, Refusal, run_draft
 from haast.target.native_cpu import NativeStack, int64s, refuse, weight_of
-from haast.target.packing import PackedLinear, is_packed
+from haast.target.packing import PackedEmbedding, PackedLinear, is_packed
 from haast.tree import DraftTree
 from haast.tuning.policy import CostModel
 
@@ -32,15 +32,22 @@ class NativeDraft:
         stack: NativeStack,
         module: FeatExtrapolator,
         lm_head: PackedLinear,
-        embedding: Tensor,
+        embedding: nn.Embedding | PackedEmbedding,
         vocab: Tensor | None,
     ) -> None:
         """Use `of`, which checks the arguments."""
         fc = module.fc
         assert is_packed(fc), "a packed module has packed linears"
         self._stack: NativeStack = stack
-        self._referenced: tuple[object, ...] = (fc, lm_head, embedding, vocab)  # keeps alive what `_draft` points to
-        self._draft: CDraft = CDraft(fc=weight_of(fc), lm=weight_of(lm_head), embedding=embedding.data_ptr())
+        keep: list[object] = [fc, lm_head, embedding, vocab]
+        if isinstance(embedding, PackedEmbedding):
+            table = weight_of(embedding.table, keep)
+        else:
+            weight = embedding.weight.detach()
+            table = CWeight(weight.data_ptr(), None, weight.size(1), weight.size(0), PLAIN)
+            keep.append(weight)
+        self._draft: CDraft = CDraft(fc=weight_of(fc, keep), lm=weight_of(lm_head, keep), embedding=table)
+        self._referenced: list[object] = keep  # keeps alive what `_draft` points to
         self._draft.stack = stack.pointer
         self._draft.vocab = None if vocab is None else vocab.data_ptr()
         self._nodes: int = 0
@@ -64,12 +71,14 @@ class NativeDraft:
         config = module.config
         if config.markov_rank or config.norms or config.inputs != "feature+shifted-token" or lm_head.reference:
             return None
-        if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
+        if isinstance(embedding, PackedEmbedding):
+            usable = embedding.table.rest is None and not embedding.table.reference
+        elif type(embedding) is nn.Embedding and embedding.max_norm is None:
+            weight = embedding.weight
+            usable = weight.dtype is torch.float32 and weight.is_contiguous() and weight.device.type == "cpu"
+        else:
             return None
-        weight = embedding.weight
-        if weight.dtype is not torch.float32 or not weight.is_contiguous() or weight.device.type != "cpu":
-            return None
-        return cls(stack, module, lm_head, weight.detach(), vocab)
+        return cls(stack, module, lm_head, embedding, vocab) if usable else None
 
     def plan(self, plan: Plan, pace: CostModel | None) -> bool:
         """Set the plan of the next proposals; False if the native code does not support it."""

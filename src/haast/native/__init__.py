@@ -8,22 +8,28 @@ is differentiable: call them under `torch.no_grad()`.
 from haast.native.judge import judge
 from haast.native.library import LANES, accelerated, available, features, narrow_path, sole_threads, why_not
 from haast.native.operators import (
+    BLOCK_FORMS,
     MOST_TOP,
+    WEIGHT_FORMS,
     linear,
+    pack_blocks,
     pack_f16,
-    pack_i8,
+    pack_q8,
     rms_norm,
     rotate_,
     swiglu,
     top,
     tree_attention,
+    unpack_rows,
 )
 from haast.native.roofline import multiply_peak, read_bandwidth
 from haast.native.stack import keep
 
 __all__ = [
+    "BLOCK_FORMS",
     "LANES",
     "MOST_TOP",
+    "WEIGHT_FORMS",
     "accelerated",
     "available",
     "features",
@@ -32,8 +38,9 @@ __all__ = [
     "linear",
     "multiply_peak",
     "narrow_path",
+    "pack_blocks",
     "pack_f16",
-    "pack_i8",
+    "pack_q8",
     "read_bandwidth",
     "rms_norm",
     "rotate_",
@@ -41,5 +48,6 @@ __all__ = [
     "swiglu",
     "top",
     "tree_attention",
+    "unpack_rows",
     "why_not",
 ]

@@ -19,9 +19,9 @@ namespace {
 
 struct Draft {
     const Stack* stack;
-    Weight fc, lm;          // (hidden, embedding and state concatenated), (draft vocabulary, hidden)
-    const float* embedding;  // (vocabulary, hidden) of the target
-    const int64_t* vocab;    // (draft vocabulary): target ids; null: the ids are equal
+    Weight fc, lm;         // (hidden, embedding and state concatenated), (draft vocabulary, hidden)
+    Weight embedding;      // (vocabulary, hidden) of the target
+    const int64_t* vocab;  // (draft vocabulary): target ids; null: the ids are equal
     int64_t top_k, levels;   // levels after the first
     const int64_t* widths;   // (levels): number of nodes that are expanded for each level
     const int64_t* frontier;  // fixed trees: candidates to expand, level after level; null: the best ones
@@ -114,9 +114,10 @@ class Drafting {
                     own[flight_before + i] = 1;
                     float* pair = mixed.data() + (r * width + i) * 2 * hidden_;
                     const int64_t token = found_[static_cast<size_t>(r)].tokens[static_cast<size_t>(at)];
-                    const size_t bytes = sizeof(float) * static_cast<size_t>(hidden_);
-                    std::memcpy(pair, d_.embedding + token * hidden_, bytes);
-                    std::memcpy(pair + hidden_, states.data() + (r * width_before + above) * hidden_, bytes);
+                    const auto form = static_cast<WeightForm>(d_.embedding.form);
+                    one_row(form, d_.embedding.packed, token, hidden_, pair);
+                    std::memcpy(pair + hidden_, states.data() + (r * width_before + above) * hidden_,
+                                sizeof(float) * static_cast<size_t>(hidden_));
                 }
             next.resize(static_cast<size_t>(rows_ * width * hidden_));
             extend(mixed.data(), sees.data(), width, flight, level, next.data());
@@ -141,7 +142,7 @@ class Drafting {
     // Adds the most likely next tokens of (rows, width) states; `chosen` are the candidates that the states belong to.
     void children(const float* states, int64_t width, const std::vector<std::vector<int64_t>>& chosen,
                   const std::vector<Candidates>* from) {
-        const int64_t count = rows_ * width, vocab = d_.lm.out, k = d_.top_k;
+        const int64_t count = rows_ * width, vocab = outputs_of(d_.lm), k = d_.top_k;
         const std::unique_ptr<float[]> logits(new float[count * vocab]);
         std::vector<float> logprobs(static_cast<size_t>(count * k));
         std::vector<int64_t> ids(static_cast<size_t>(count * k));

@@ -3,7 +3,8 @@
 // Owns the extern "C" functions, which compute on plain float arrays. Knows nothing of torch or Python.
 // Every function is *row independent*: a row's (node's) result has the same bits with any other rows in the batch and
 // any number of threads. So each output is one chain of sums, in an order that depends only on its own inputs:
-//   linear     y[r][o] = fma over k = 0, 1, 2, ... into one accumulator, then scale and bias
+//   linear     y[r][o] = fma over k = 0, 1, 2, ... into one accumulator, then the bias; with block weights the terms
+//              are exact integer sums per block
 //   attention  scores per slot; sums over the compacted list of unmasked slots, in slot order
 // Threads divide the outputs, never the terms of a sum. Strides are in floats, not bytes.
 #include <cmath>
@@ -11,10 +12,12 @@
 #include <cstring>
 
 #include "attention.h"
+#include "blocks.h"
 #include "draft.h"
 #include "half.h"
 #include "judge.h"
 #include "linear.h"
+#include "linear_blocks.h"
 #include "measure.h"
 #include "pool.h"
 #include "rowwise.h"
@@ -26,11 +29,11 @@
 
 // ---------------------------------------------------------------- the C ABI
 
-EXPORT int haast_abi() { return 9; }  // increased with each change of a signature: loading rejects a stale library
+EXPORT int haast_abi() { return 10; }  // increased with each change of a signature: loading rejects a stale library
 
-EXPORT int haast_features() { return cpu_features(); }  // 1 AVX2, 2 FMA, 4 F16C, 8 AVX-512 F, 16 NEON
+EXPORT int haast_features() { return cpu_features(); }  // see cpu.h
 
-EXPORT void haast_limit_path(int at_most) { widest = static_cast<Path>(at_most); }  // 0 portable, 1 AVX2 or NEON, 2 AVX-512
+EXPORT void haast_limit_path(int at_most) { widest = static_cast<Path>(at_most); }  // enum Path
 
 // w (out_features, in_features) contiguous -> out (ceil(out_features / 16), in_features, 16) fp16, zero padded.
 EXPORT void haast_pack_f16(const float* w, uint16_t* out, int64_t out_features, int64_t in_features) {
@@ -50,26 +53,27 @@ EXPORT void haast_pack_f16(const float* w, uint16_t* out, int64_t out_features, 
     }
 }
 
-// w (out_features, in_features) contiguous -> out (ceil(out_features / 16), in_features, 16) int8, zero padded, and
-// scale (out_features): w = out * scale, where each output's largest magnitude is 127.
-EXPORT void haast_pack_i8(const float* w, int8_t* out, float* scale, int64_t out_features, int64_t in_features) {
-    std::memset(out, 0, static_cast<size_t>((out_features + kLanes - 1) / kLanes * kLanes * in_features));
-    for (int64_t o = 0; o < out_features; ++o) {
-        const float* row = w + o * in_features;
-        float most = 0.0f;
-        for (int64_t k = 0; k < in_features; ++k) most = std::fabs(row[k]) > most ? std::fabs(row[k]) : most;
-        scale[o] = most > 0.0f ? most / 127.0f : 1.0f;
-        int8_t* panel = out + o / kLanes * kLanes * in_features + o % kLanes;
-        for (int64_t k = 0; k < in_features; ++k)
-            panel[k * kLanes] = static_cast<int8_t>(std::lrintf(row[k] / scale[o]));
-    }
+// Bytes of a panel of 16 outputs in a form with blocks.
+EXPORT int64_t haast_panel_bytes(int64_t form, int64_t in_features) { return panel_bytes(kForms[form], in_features); }
+
+// The blocks of a GGUF tensor (out_features, bytes of a row), or with `weight` an fp32 matrix to round to Q8_0 -> out
+// (ceil(out_features / 16), bytes of a panel), zero padded.
+EXPORT void haast_pack_blocks(const uint8_t* blocks, const float* weight, uint8_t* out, int64_t form,
+                              int64_t out_features, int64_t in_features, int threads) {
+    pack(Packing{static_cast<WeightForm>(form), blocks, weight, out, out_features, in_features}, threads);
 }
 
-// y (rows, out_features) = x (rows, in_features) W^T, times scale (int8 weights; null for fp16), + bias; sums in fp32.
-EXPORT void haast_linear(const float* x, const void* packed, const float* scale, const float* bias, float* y,
-                         int64_t rows, int64_t in_features, int64_t out_features, int64_t x_stride, int64_t y_stride,
-                         int threads) {
-    multiply(Linear{x, packed, scale, bias, y, rows, in_features, out_features, x_stride, y_stride}, threads);
+// Rows `which` (null: 0, 1, 2, ...) of a packed matrix as fp32 (count, in_features).
+EXPORT void haast_unpack_rows(const void* packed, int64_t form, const int64_t* which, float* out, int64_t count,
+                              int64_t in_features, int threads) {
+    const Rows a{static_cast<WeightForm>(form), packed, which, out, in_features};
+    pool().run(unpack_rows, &a, count, 4, count * in_features < kSerialWork ? 1 : threads);
+}
+
+// y (rows, out_features) = x (rows, in_features) W^T + bias; `form` as in enum WeightForm.
+EXPORT void haast_linear(const float* x, const void* packed, int64_t form, const float* bias, float* y, int64_t rows,
+                         int64_t in_features, int64_t out_features, int64_t x_stride, int64_t y_stride, int threads) {
+    product(x, x_stride, Weight{packed, bias, in_features, out_features, form, nullptr}, y, y_stride, rows, threads);
 }
 
 // Shapes and strides as in struct Attention. Any d works, but only multiples of 8 are fast.

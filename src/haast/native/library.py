@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 LANES = 16  # outputs in a weight panel
+WIDEST = 3  # the widest code path
 
-_ABI = 9
+_ABI = 10
 _AVX2_FMA_F16C = 7  # bits of `features`
 _NEON = 16
 _REMEDY = "install a C++ compiler and reinstall Haast (pip install -v shows the compiler's messages)"
@@ -31,8 +32,10 @@ _KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": c
 _ARGUMENTS = {
     "haast_limit_path": "i",
     "haast_pack_f16": "pp nn",
-    "haast_pack_i8": "ppp nn",
-    "haast_linear": "ppppp nnnnn i",
+    "haast_panel_bytes": "nn",
+    "haast_pack_blocks": "ppp nnn i",
+    "haast_unpack_rows": "pnpp nn i",
+    "haast_linear": "ppnpp nnnnn i",
     "haast_tree_attention_f32": "ppppp nnnnnn nnnnnnnnnnn ff i",
     "haast_rms_norm_f32": "ppp nn f i",
     "haast_rotate_f32": "ppp nnnnn i",
@@ -45,7 +48,7 @@ _ARGUMENTS = {
     "haast_draft": "pp i",
     "haast_keep": "ppppp nnnnnnnnn i",
 }
-_RETURN_INT64 = {"haast_multiply", "haast_stack_f32", "haast_draft", "haast_keep"}  # the others return nothing
+_RETURN_INT64 = {"haast_panel_bytes", "haast_multiply", "haast_stack_f32", "haast_draft", "haast_keep"}  # the others return nothing
 
 
 def _declare(library: ctypes.CDLL) -> None:
@@ -103,7 +106,10 @@ def why_not() -> str:
 
 
 def features() -> int:
-    """The CPU's features as a bit mask: 1 AVX2, 2 FMA, 4 F16C, 8 AVX-512 F, 16 NEON; 0 without the library."""
+    """The CPU's features as a bit mask; 0 without the library.
+
+    1 AVX2, 2 FMA, 4 F16C, 8 AVX-512 F, 16 NEON, 32 AVX-VNNI, 64 AVX-512 VNNI, 128 NEON's dot products.
+    """
     return 0 if _loaded is None else int(_loaded.haast_features())
 
 
@@ -115,13 +121,16 @@ def accelerated() -> bool:
 
 @contextlib.contextmanager
 def narrow_path(at_most: int = 0) -> Iterator[None]:
-    """Limit the code path inside the block to 0 portable, 1 AVX2 or NEON, 2 AVX-512; process wide. For tests."""
+    """Limit the code path inside the block, process wide; for tests.
+
+    0 portable, 1 AVX2 or NEON, 2 the same with dot products of bytes (AVX-VNNI, NEON's), 3 AVX-512.
+    """
     kernels = library()
     kernels.haast_limit_path(at_most)
     try:
         yield
     finally:
-        kernels.haast_limit_path(2)
+        kernels.haast_limit_path(WIDEST)
 
 
 @contextlib.contextmanager

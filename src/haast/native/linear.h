@@ -1,7 +1,7 @@
 // Matrix products for few rows: y = x W^T with a packed W.
 //
-// W is stored in panels of 16 outputs, K-major: fp16, or int8 with one fp32 scale per output. For every code path and
-// any number of rows, an output is fma over k = 0, 1, 2, ... into one fp32 accumulator, times its scale, plus its bias.
+// W is stored in panels of 16 outputs, K-major, in fp16. For every code path and any number of rows, an output is fma
+// over k = 0, 1, 2, ... into one fp32 accumulator, plus its bias. Weights in blocks: linear_blocks.h.
 #pragma once
 
 #include <cstdint>
@@ -16,25 +16,20 @@ namespace {
 
 struct Linear {
     const float* x;
-    const void* packed;  // uint16_t (fp16), or int8_t if there is a scale
-    const float* scale;  // (out), int8 only
-    const float* bias;   // (out), may be null
+    const uint16_t* packed;  // fp16
+    const float* bias;       // (out), may be null
     float* y;
     int64_t rows, in, out, x_stride, y_stride;
 };
 
 // ---------------------------------------------------------------- portable path
 
-inline float widen(uint16_t w) { return half_to_float(w); }
-inline float widen(int8_t w) { return static_cast<float>(w); }
-
-template <typename W>
 void linear_scalar(const void* job, int64_t first, int64_t last) {
     const Linear& a = *static_cast<const Linear*>(job);
     std::unique_ptr<float[]> panel(new float[a.in * kLanes]);
     for (int64_t p = first; p < last; ++p) {
-        const W* w = static_cast<const W*>(a.packed) + p * a.in * kLanes;
-        for (int64_t i = 0; i < a.in * kLanes; ++i) panel[i] = widen(w[i]);
+        const uint16_t* w = a.packed + p * a.in * kLanes;
+        for (int64_t i = 0; i < a.in * kLanes; ++i) panel[i] = half_to_float(w[i]);
         const int64_t valid = a.out - p * kLanes < kLanes ? a.out - p * kLanes : kLanes;
         for (int64_t r = 0; r < a.rows; ++r) {
             const float* x = a.x + r * a.x_stride;
@@ -42,26 +37,22 @@ void linear_scalar(const void* job, int64_t first, int64_t last) {
             for (int64_t k = 0; k < a.in; ++k)
                 for (int64_t l = 0; l < kLanes; ++l) acc[l] += x[k] * panel[k * kLanes + l];
             float* y = a.y + r * a.y_stride + p * kLanes;
-            for (int64_t l = 0; l < valid; ++l) {
-                const float scaled = a.scale ? acc[l] * a.scale[p * kLanes + l] : acc[l];
-                y[l] = scaled + (a.bias ? a.bias[p * kLanes + l] : 0.0f);
-            }
+            for (int64_t l = 0; l < valid; ++l) y[l] = acc[l] + (a.bias ? a.bias[p * kLanes + l] : 0.0f);
         }
     }
 }
 
-// Destination of one tile's sums, with the scales, biases and number of its outputs.
+// Destination of one tile's sums, with the biases and the number of its outputs.
 struct Ends {
     float* y;
     int64_t y_stride;
-    const float *scale, *bias;  // of the tile's first output, or null
+    const float* bias;  // of the tile's first output, or null
     int64_t valid;
 };
 
 inline Ends ends_of(const Linear& a, int64_t row, int64_t panel) {
     const int64_t o = panel * kLanes;
-    return Ends{a.y + row * a.y_stride + o, a.y_stride, a.scale ? a.scale + o : nullptr,
-                a.bias ? a.bias + o : nullptr, a.out - o};
+    return Ends{a.y + row * a.y_stride + o, a.y_stride, a.bias ? a.bias + o : nullptr, a.out - o};
 }
 
 // Splits rows into blocks of at most `most` rows and similar size (8 rows are 4 + 4, not 6 + 2): a block of 2 could not
@@ -83,18 +74,10 @@ AVX_INLINE __m256 load8(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
-AVX_INLINE __m256 load8(const int8_t* p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-}
-
 AVX_INLINE void store_panel(__m256 lo, __m256 hi, const Ends& e, int64_t row, int64_t panel) {
     const int64_t o = panel * kLanes, valid = e.valid - o;
     float* y = e.y + row * e.y_stride + o;
     if (valid >= kLanes) {
-        if (e.scale) {
-            lo = _mm256_mul_ps(lo, _mm256_loadu_ps(e.scale + o));
-            hi = _mm256_mul_ps(hi, _mm256_loadu_ps(e.scale + o + 8));
-        }
         if (e.bias) {
             lo = _mm256_add_ps(lo, _mm256_loadu_ps(e.bias + o));
             hi = _mm256_add_ps(hi, _mm256_loadu_ps(e.bias + o + 8));
@@ -106,16 +89,13 @@ AVX_INLINE void store_panel(__m256 lo, __m256 hi, const Ends& e, int64_t row, in
     float t[kLanes];
     _mm256_storeu_ps(t, lo);
     _mm256_storeu_ps(t + 8, hi);
-    for (int64_t l = 0; l < valid; ++l) {
-        if (e.scale) t[l] *= e.scale[o + l];
-        y[l] = e.bias ? t[l] + e.bias[o + l] : t[l];
-    }
+    for (int64_t l = 0; l < valid; ++l) y[l] = e.bias ? t[l] + e.bias[o + l] : t[l];
 }
 
 // R rows by P panels. R and P are compile-time constants, so that all accumulators stay in registers; a spill costs
 // a factor of 2 to 3. Few rows take several panels: an FMA has a latency of 4, so 8 chains must be in flight.
-template <int R, int P, typename W>
-AVX void tile(const float* x, int64_t x_stride, const W* w, int64_t in, const Ends& ends) {
+template <int R, int P>
+AVX void tile(const float* x, int64_t x_stride, const uint16_t* w, int64_t in, const Ends& ends) {
     __m256 acc[R][P][2];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
@@ -125,7 +105,7 @@ AVX void tile(const float* x, int64_t x_stride, const W* w, int64_t in, const En
     for (int64_t k = 0; k < in; ++k) {
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) {
-            const W* wk = w + (p * in + k) * kLanes;
+            const uint16_t* wk = w + (p * in + k) * kLanes;
             _mm_prefetch(reinterpret_cast<const char*>(wk) + kAhead, _MM_HINT_T0);
             const __m256 lo = load8(wk), hi = load8(wk + 8);
 #pragma GCC unroll 8
@@ -142,8 +122,8 @@ AVX void tile(const float* x, int64_t x_stride, const W* w, int64_t in, const En
         for (int p = 0; p < P; ++p) store_panel(acc[r][p][0], acc[r][p][1], ends, r, p);
 }
 
-template <int P, typename W>
-AVX void rows_by_panels(const Linear& a, int64_t row, int64_t rows, const W* w, int64_t panel) {
+template <int P>
+AVX void rows_by_panels(const Linear& a, int64_t row, int64_t rows, const uint16_t* w, int64_t panel) {
     const float* x = a.x + row * a.x_stride;
     const Ends ends = ends_of(a, row, panel);
     switch (rows) {
@@ -153,7 +133,7 @@ AVX void rows_by_panels(const Linear& a, int64_t row, int64_t rows, const W* w, 
         default: break;
     }
     for (int p = 0; p < P; ++p) {  // 8 or more chains already: one panel at a time fits into 16 registers
-        const W* wp = w + p * a.in * kLanes;
+        const uint16_t* wp = w + p * a.in * kLanes;
         const Ends own = ends_of(a, row, panel + p);
         if (rows == 4) tile<4, 1>(x, a.x_stride, wp, a.in, own);
         else if (rows == 5) tile<5, 1>(x, a.x_stride, wp, a.in, own);
@@ -161,15 +141,14 @@ AVX void rows_by_panels(const Linear& a, int64_t row, int64_t rows, const W* w, 
     }
 }
 
-template <int P, typename W>
-void all_rows(const Linear& a, const W* w, int64_t panel) {
+template <int P>
+void all_rows(const Linear& a, const uint16_t* w, int64_t panel) {
     row_blocks(a.rows, kMaxRows, [&](int64_t row, int64_t rows) { rows_by_panels<P>(a, row, rows, w, panel); });
 }
 
-template <typename W>
 AVX void linear_avx(const void* job, int64_t first, int64_t last) {
     const Linear& a = *static_cast<const Linear*>(job);
-    const W* w = static_cast<const W*>(a.packed);
+    const uint16_t* w = a.packed;
     const int64_t step = a.in * kLanes;
     int64_t p = first;
     if (a.rows == 1)
@@ -185,14 +164,9 @@ AVX512_INLINE __m512 load16(const uint16_t* p) {
     return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
-AVX512_INLINE __m512 load16(const int8_t* p) {
-    const __m512i wide = _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return _mm512_maskz_cvtepi32_ps(0xffff, wide);
-}
-
 // A panel is one of 32 registers. Each output is the same chain of FMAs as on AVX2 and has the same bits.
-template <int R, int P, typename W>
-AVX512 void tile512(const float* x, int64_t x_stride, const W* w, int64_t in, const Ends& ends) {
+template <int R, int P>
+AVX512 void tile512(const float* x, int64_t x_stride, const uint16_t* w, int64_t in, const Ends& ends) {
     __m512 acc[R][P];
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
@@ -203,7 +177,7 @@ AVX512 void tile512(const float* x, int64_t x_stride, const W* w, int64_t in, co
         __m512 wv[P];
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) {
-            const W* wk = w + (p * in + k) * kLanes;
+            const uint16_t* wk = w + (p * in + k) * kLanes;
             _mm_prefetch(reinterpret_cast<const char*>(wk) + kAhead, _MM_HINT_T0);
             wv[p] = load16(wk);
         }
@@ -218,21 +192,18 @@ AVX512 void tile512(const float* x, int64_t x_stride, const W* w, int64_t in, co
     for (int p = 0; p < P; ++p) {
         const int64_t o = p * kLanes, left = ends.valid - o;
         const __mmask16 lanes = left >= kLanes ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-        const __m512 f = ends.scale ? _mm512_maskz_loadu_ps(lanes, ends.scale + o) : _mm512_setzero_ps();
         const __m512 b = ends.bias ? _mm512_maskz_loadu_ps(lanes, ends.bias + o) : _mm512_setzero_ps();
 #pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
-            const __m512 scaled = ends.scale ? _mm512_mul_ps(acc[r][p], f) : acc[r][p];
+        for (int r = 0; r < R; ++r)
             _mm512_mask_storeu_ps(ends.y + r * ends.y_stride + o, lanes,
-                                  ends.bias ? _mm512_add_ps(scaled, b) : scaled);
-        }
+                                  ends.bias ? _mm512_add_ps(acc[r][p], b) : acc[r][p]);
     }
 }
 
 constexpr int64_t kMaxRows512 = 12;  // 12 rows x 2 panels = 24 accumulators, 2 weights, 1 broadcast: 27 of 32
 
-template <int P, typename W>
-AVX512 void rows_by_panels512(const Linear& a, int64_t row, int64_t rows, const W* w, int64_t panel) {
+template <int P>
+AVX512 void rows_by_panels512(const Linear& a, int64_t row, int64_t rows, const uint16_t* w, int64_t panel) {
     const float* x = a.x + row * a.x_stride;
     const Ends ends = ends_of(a, row, panel);
     switch (rows) {
@@ -251,15 +222,14 @@ AVX512 void rows_by_panels512(const Linear& a, int64_t row, int64_t rows, const 
     }
 }
 
-template <int P, typename W>
-void all_rows512(const Linear& a, const W* w, int64_t panel) {
+template <int P>
+void all_rows512(const Linear& a, const uint16_t* w, int64_t panel) {
     row_blocks(a.rows, kMaxRows512, [&](int64_t row, int64_t rows) { rows_by_panels512<P>(a, row, rows, w, panel); });
 }
 
-template <typename W>
 AVX512 void linear_avx512(const void* job, int64_t first, int64_t last) {
     const Linear& a = *static_cast<const Linear*>(job);
-    const W* w = static_cast<const W*>(a.packed);
+    const uint16_t* w = a.packed;
     const int64_t step = a.in * kLanes;
     int64_t p = first;
     if (a.rows == 1)
@@ -281,18 +251,9 @@ inline void load_panel(const uint16_t* p, float32x4_t* w) {
     for (int i = 0; i < 4; ++i) w[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)));
 }
 
-inline void load_panel(const int8_t* p, float32x4_t* w) {
-    const int8x16_t bytes = vld1q_s8(p);
-    const int16x8_t lo = vmovl_s8(vget_low_s8(bytes)), hi = vmovl_s8(vget_high_s8(bytes));
-    w[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(lo)));
-    w[1] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(lo)));
-    w[2] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(hi)));
-    w[3] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(hi)));
-}
-
 // R rows by one panel of four registers: 6 x 4 accumulators, 4 weights, 1 value of x, 29 of 32.
-template <int R, typename W>
-void tile_neon(const float* x, int64_t x_stride, const W* w, int64_t in, const Ends& ends) {
+template <int R>
+void tile_neon(const float* x, int64_t x_stride, const uint16_t* w, int64_t in, const Ends& ends) {
     float32x4_t acc[R][4];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
@@ -314,18 +275,14 @@ void tile_neon(const float* x, int64_t x_stride, const W* w, int64_t in, const E
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) vst1q_f32(t + 4 * i, acc[r][i]);
         float* y = ends.y + r * ends.y_stride;
-        for (int64_t l = 0; l < kLanes && l < ends.valid; ++l) {
-            const float scaled = ends.scale ? t[l] * ends.scale[l] : t[l];
-            y[l] = ends.bias ? scaled + ends.bias[l] : scaled;
-        }
+        for (int64_t l = 0; l < kLanes && l < ends.valid; ++l) y[l] = ends.bias ? t[l] + ends.bias[l] : t[l];
     }
 }
 
-template <typename W>
 void linear_neon(const void* job, int64_t first, int64_t last) {
     const Linear& a = *static_cast<const Linear*>(job);
     for (int64_t p = first; p < last; ++p) {
-        const W* w = static_cast<const W*>(a.packed) + p * a.in * kLanes;
+        const uint16_t* w = a.packed + p * a.in * kLanes;
         row_blocks(a.rows, kMaxRows, [&](int64_t row, int64_t rows) {
             const float* x = a.x + row * a.x_stride;
             const Ends ends = ends_of(a, row, p);
@@ -344,22 +301,21 @@ void linear_neon(const void* job, int64_t first, int64_t last) {
 
 // ---------------------------------------------------------------- one entry
 
-template <typename W>
 Pool::Work linear_work() {
 #if defined(HAAST_X86)
-    if (path() == kAvx512) return linear_avx512<W>;
-    if (path() == kAvx2) return linear_avx<W>;
+    if (path() == kAvx512) return linear_avx512;
+    if (use_avx()) return linear_avx;
 #elif defined(HAAST_NEON)
-    if (path() != kScalar) return linear_neon<W>;
+    if (path() != kScalar) return linear_neon;
 #endif
-    return linear_scalar<W>;
+    return linear_scalar;
 }
 
 void multiply(const Linear& a, int threads) {
     if (a.rows <= 0 || a.out <= 0) return;
     const int64_t panels = (a.out + kLanes - 1) / kLanes;
     if (a.rows * a.in * a.out < kSerialWork) threads = 1;
-    pool().run(a.scale ? linear_work<int8_t>() : linear_work<uint16_t>(), &a, panels, chunk_of(panels, threads), threads);
+    pool().run(linear_work(), &a, panels, chunk_of(panels, threads), threads);
 }
 
 }  // namespace

@@ -100,7 +100,7 @@ AVX512 void multiply_avx512(const void* job, int64_t first, int64_t last) {
 // Number of lanes of a multiply-add on the current code path.
 int64_t lanes() {
 #if defined(HAAST_X86)
-    return path() == kAvx512 ? 16 : path() == kAvx2 ? 8 : 4;
+    return path() == kAvx512 ? 16 : use_avx() ? 8 : 4;
 #else
     return 4;
 #endif

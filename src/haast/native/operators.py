@@ -12,6 +12,20 @@ from torch import Tensor
 from haast.native.library import LANES, check_tensor, library, thread_count
 
 MOST_TOP = 64  # entries that `top` can list
+# Block formats of GGUF files: inputs and bytes of a block. Sizes as in ggml; a block of a K format is a group of 256.
+BLOCK_FORMS = {
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+    "Q8_0": (32, 34),
+    "Q2_K": (256, 84),
+    "Q3_K": (256, 110),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "Q6_K": (256, 210),
+}
+WEIGHT_FORMS = {"f16": 0, **{form: number for number, form in enumerate(BLOCK_FORMS, 1)}}  # enum WeightForm
 
 
 def pack_f16(weight: Tensor) -> Tensor:
@@ -40,44 +54,145 @@ def pack_f16(weight: Tensor) -> Tensor:
     return packed
 
 
-def pack_i8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a weight matrix to int8 with one scale per output, and lay it out in panels of 16 outputs.
+def pack_q8(weight: Tensor) -> Tensor:
+    """Round a weight matrix to 8 bits in blocks of 32 inputs with an fp16 scale each (Q8_0), in panels of 16 outputs.
 
     Args:
-        weight: (out_features, in_features) fp32, any strides.
+        weight: (out_features, in_features) fp32, any strides. The last block of a row may be incomplete.
 
     Returns:
-        (ceil(out_features / 16), in_features, 16) int8, zero padded, and scales (out_features) fp32: an output's
-        largest magnitude becomes 127.
+        (ceil(out_features / 16), bytes of a panel) uint8: the largest magnitude of a block becomes 127.
 
     Raises:
-        ValueError: a value that is not finite.
+        ValueError: a value that is not finite, or too large for an fp16 scale.
     """
     check_tensor("weight", weight, 2)
     source = weight.detach().contiguous()
-    if not bool(source.isfinite().all()):
-        raise ValueError("weight has values that are not finite; leave this layer unpacked")
-    out_features, in_features = source.shape
-    packed = torch.empty((-(-out_features // LANES), in_features, LANES), dtype=torch.int8)
-    scale = torch.empty(out_features)
-    library().haast_pack_i8(source.data_ptr(), packed.data_ptr(), scale.data_ptr(), out_features, in_features)
-    return packed, scale
+    largest = float(source.abs().max()) if source.numel() else 0.0
+    if not largest / 127 < 65504:  # also false for NaN
+        raise ValueError(
+            f"weight has values that are not finite or too large for 8 bits (largest magnitude {largest:g}); leave "
+            "this layer unpacked"
+        )
+    return _pack_blocks(None, source, "Q8_0", *source.shape)
 
 
-def linear(x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None, out_features: int) -> Tensor:
-    """Multiply rows by a packed weight: y = x W^T + bias, with 16-bit or int8 weights and fp32 for all else.
+def pack_blocks(blocks: Tensor, form: str, in_features: int) -> Tensor:
+    """Lay out the blocks of a GGUF tensor in panels of 16 outputs; the weights keep their values and bits.
+
+    Args:
+        blocks: (out_features, bytes of a row) uint8, as in the file.
+        form: one of `BLOCK_FORMS`, e.g. "Q4_K".
+        in_features: a multiple of the form's block.
+
+    Returns:
+        (ceil(out_features / 16), bytes of a panel) uint8.
+
+    Raises:
+        ValueError: an unknown form, or rows that do not have the form's size.
+    """
+    if form not in WEIGHT_FORMS or form == "f16":
+        raise ValueError(f"form={form!r} is unknown: give one of {', '.join(BLOCK_FORMS)}")
+    inputs, size = BLOCK_FORMS[form]
+    if (
+        blocks.dtype is not torch.uint8
+        or blocks.dim() != 2
+        or in_features % inputs
+        or blocks.size(1) != in_features // inputs * size
+        or not blocks.is_cpu
+    ):
+        raise ValueError(
+            f"blocks are {blocks.dtype} of shape {tuple(blocks.shape)} on {blocks.device}; {in_features} inputs in "
+            f"{form} need uint8 rows of {size} bytes per {inputs} inputs, on the CPU"
+        )
+    return _pack_blocks(blocks.contiguous(), None, form, blocks.size(0), in_features)
+
+
+def _pack_blocks(blocks: Tensor | None, weight: Tensor | None, form: str, out_features: int, in_features: int) -> Tensor:
+    number = WEIGHT_FORMS[form]
+    packed = torch.empty(-(-out_features // LANES), panel_bytes(form, in_features), dtype=torch.uint8)
+    sources = [None if each is None else each.data_ptr() for each in (blocks, weight)]
+    sizes = (number, out_features, in_features)
+    library().haast_pack_blocks(*sources, packed.data_ptr(), *sizes, torch.get_num_threads())
+    return packed
+
+
+def panel_bytes(form: str, in_features: int) -> int:
+    """Bytes of a panel of 16 outputs."""
+    if form == "f16":
+        return 2 * LANES * in_features
+    return int(library().haast_panel_bytes(WEIGHT_FORMS[form], in_features))
+
+
+def unpack_rows(packed: Tensor, form: str, in_features: int, rows: Tensor | int) -> Tensor:
+    """Outputs of a packed weight matrix as fp32, with exactly the values that its form defines.
+
+    Args:
+        packed: of `pack_f16`, `pack_q8` or `pack_blocks`.
+        form: "f16" or one of `BLOCK_FORMS`.
+        in_features: inputs.
+        rows: (...) int64 on the CPU, which outputs; or how many, from the first on.
+
+    Returns:
+        (..., in_features) fp32.
+
+    Raises:
+        ValueError: a row outside the matrix (padding of the last panel can be read), or another dtype or size.
+    """
+    _check_packed(packed, form, in_features)
+    shape: tuple[int, ...] = (rows,)
+    pointer, count, limit = None, rows, packed.size(0) * LANES
+    if isinstance(rows, Tensor):
+        if rows.dtype is not torch.int64 or not rows.is_cpu:
+            raise ValueError(f"rows are {rows.dtype} on {rows.device}: give int64 on the CPU")
+        rows = rows.contiguous()
+        shape, pointer, count = tuple(rows.shape), rows.data_ptr(), rows.numel()
+        if count and not 0 <= int(rows.min()) <= int(rows.max()) < limit:
+            raise ValueError(f"rows are {int(rows.min())} to {int(rows.max())}; the matrix has rows 0 to {limit - 1}")
+    elif not 0 <= rows <= limit:
+        raise ValueError(f"{rows} rows of a matrix of {limit}")
+    out = torch.empty(*shape, in_features)
+    threads = thread_count()
+    number = WEIGHT_FORMS[form]
+    library().haast_unpack_rows(packed.data_ptr(), number, pointer, out.data_ptr(), count, in_features, threads)
+    return out
+
+
+def _check_packed(packed: Tensor, form: str, in_features: int) -> None:
+    number = WEIGHT_FORMS.get(form)
+    if number is None or packed.size(0) and packed[0].nbytes != panel_bytes(form, in_features):
+        raise ValueError(
+            f"a packed weight of {packed.dtype} and shape {tuple(packed.shape)} does not fit {in_features} inputs in "
+            f"form {form!r}: give the results of pack_f16, pack_q8 or pack_blocks"
+        )
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    form: str = "f16",
+    out: Tensor | None = None,
+) -> Tensor:
+    """Multiply rows by a packed weight: y = x W^T + bias.
+
+    fp16 weights: fp32 products and sums. Block weights: a row of x is rounded to 8 bits per 32 inputs, products within
+    the inputs that share a scale are exact integers, and all else is fp32.
 
     Args:
         x: (..., in_features) fp32.
-        packed: the packed weight of `pack_f16` or `pack_i8`.
-        scale: the scales of `pack_i8`; None with fp16.
+        packed: the packed weight of `pack_f16`, `pack_q8` or `pack_blocks`.
         bias: (out_features) fp32, or None.
+        in_features: columns of the weight.
         out_features: rows of the weight before padding.
+        form: "f16" or one of `BLOCK_FORMS`.
+        out: (..., out_features) fp32 to write to, whose rows have a fixed stride; a new tensor if None.
 
     Returns:
-        (..., out_features) fp32, contiguous.
+        (..., out_features) fp32; contiguous if `out` is None.
     """
-    in_features = packed.size(1)
     if x.dtype is not torch.float32 or not x.is_cpu or x.requires_grad or x.size(-1) != in_features:
         _check_linear(x, in_features)
     if packed.size(0) != -(-out_features // LANES) or (bias is not None and bias.numel() != out_features):
@@ -85,12 +200,8 @@ def linear(x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None,
             f"out_features is {out_features}, but the packed weight has {packed.size(0)} panels of {LANES} outputs "
             f"and the bias {'is None' if bias is None else f'has shape {tuple(bias.shape)}'}"
         )
-    if (scale is None) != (packed.dtype is torch.int16) or (scale is not None and scale.numel() != out_features):
-        raise ValueError(
-            f"a packed weight of {packed.dtype} does not fit "
-            f"{'no scales' if scale is None else f'{scale.numel()} scales'} for {out_features} outputs: give the "
-            "results of pack_f16 or pack_i8"
-        )
+    if packed.size(1) != in_features if form == "f16" else packed.dtype is not torch.uint8:
+        _check_packed(packed, form, in_features)
     # Rows at a fixed stride are read in place; anything else is copied.
     stride = in_features
     if not x.is_contiguous():
@@ -98,18 +209,18 @@ def linear(x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None,
             stride = x.stride(0)
         else:
             x = x.contiguous()
-    y = _empty_rows(x, out_features)
+    y = _empty_rows(x, out_features) if out is None else out
     library().haast_linear(
         x.data_ptr(),
         packed.data_ptr(),
-        None if scale is None else scale.data_ptr(),
+        WEIGHT_FORMS[form],
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
         x.numel() // in_features,
         in_features,
         out_features,
         stride,
-        out_features,
+        out_features if out is None else out.stride(-2),
         thread_count(),
     )
     return y

@@ -13,17 +13,22 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "linear_blocks.h"
 #include "pool.h"
 #include "rowwise.h"
 #include "slots.h"
 
 namespace {
 
+// A packed matrix of weights. One made of parts in several forms is a list of them: outputs of `next` follow its own.
 struct Weight {
     const void* packed;
-    const float *scale, *bias;  // see struct Linear
-    int64_t in, out;
+    const float* bias;  // (out), may be null
+    int64_t in, out, form;  // WeightForm; kSingle only for embeddings
+    const Weight* next;
 };
+
+inline int64_t outputs_of(const Weight& w) { return w.out + (w.next ? outputs_of(*w.next) : 0); }
 
 struct Layer {
     const float* input_norm;       // (hidden), or null: no norm before attention
@@ -124,8 +129,21 @@ void residual(float* states, const float* change, const float* weight, float* no
     pool().run(add_and_norm, &a, rows, 4, rows * dim < kSerialWork ? 1 : threads);
 }
 
+// y (rows, y_stride) = x (rows, x_stride) W^T + bias, for every part of the weight.
+void product(const float* x, int64_t x_stride, const Weight& weight, float* y, int64_t y_stride, int64_t rows,
+             int threads) {
+    for (const Weight* w = &weight; w; y += w->out, w = w->next)
+        if (w->form == kHalf) {
+            const auto* packed = static_cast<const uint16_t*>(w->packed);
+            multiply(Linear{x, packed, w->bias, y, rows, w->in, w->out, x_stride, y_stride}, threads);
+        } else {
+            const auto form = static_cast<WeightForm>(w->form);
+            multiply_blocks(Blocks{x, w->packed, w->bias, y, rows, w->in, w->out, x_stride, y_stride, form}, threads);
+        }
+}
+
 void product(const float* x, const Weight& w, float* y, int64_t rows, int threads) {
-    multiply(Linear{x, w.packed, w.scale, w.bias, y, rows, w.in, w.out, w.in, w.out}, threads);
+    product(x, w.in, w, y, outputs_of(w), rows, threads);
 }
 
 // Per row the first logical slot that any node attends to, if every layer has a window; else empty: all are read.

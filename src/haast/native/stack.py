@@ -16,6 +16,7 @@ from torch import Tensor
 from haast.native.library import library, thread_count
 
 FORMS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Form: number formats of stored keys and values
+PLAIN = -1  # form of an embedding that is a plain fp32 matrix (enum WeightForm)
 _Pointer, _Count, _Number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
@@ -27,7 +28,7 @@ def _members(*declared: tuple[Any, str]) -> list[tuple[str, Any]]:
 class CWeight(ctypes.Structure):
     """struct Weight."""
 
-    _fields_ = _members((_Pointer, "packed scale bias"), (_Count, "inputs outputs"))
+    _fields_ = _members((_Pointer, "packed bias"), (_Count, "inputs outputs form"), (_Pointer, "next"))
 
 
 class CLayer(ctypes.Structure):
@@ -76,8 +77,8 @@ class CDraft(ctypes.Structure):
 
     _fields_ = _members(
         (ctypes.POINTER(CStack), "stack"),
-        (CWeight, "fc lm"),
-        (_Pointer, "embedding vocab"),
+        (CWeight, "fc lm embedding"),
+        (_Pointer, "vocab"),
         (_Count, "top_k levels"),
         (_Pointer, "widths frontier keep"),
         (_Count, "nodes"),

@@ -78,7 +78,8 @@ class ModuleForward(TreeForward):
         head: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         assert head is not None, "refuse_unsupported rejects models without an LM head"
         embedding: nn.Module = self.model.get_input_embeddings()
-        self.lm_head, self.dtype = head, next(embedding.parameters()).dtype
+        plain = next(embedding.parameters(), None)  # None: a packed embedding, which returns fp32
+        self.lm_head, self.dtype = head, torch.float32 if plain is None else plain.dtype
         self.device = execution_device(head) or execution_device(embedding) or self.model.device
 
     @property

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from haast.compat import foreign_hooks
+from haast.native import WEIGHT_FORMS
 from haast.native.stack import FORMS, CBlockTables, CLayer, CPass, CStack, CWeight, Refusal, run_stack
 from haast.target.fusing import FusedAttention, FusedRMSNorm, FusedSwiGLU
 from haast.target.kv_pool import BLOCK
@@ -48,7 +49,8 @@ class NativeStack:
         self.layers, self._lanes, self.hidden = len(parts), 2 * len(parts), feed_forward.down_proj.out_features
         self.heads, self.kv_heads, self.head_dim = attention.heads, attention.kv_heads, attention.head_dim
         self._arena = _gather([linear for part in parts for linear in part.linears])
-        self._structures = (CLayer * len(parts))(*(part.structure(window) for part in parts))
+        self._weights = list[object]()  # structures that others point to
+        self._structures = (CLayer * len(parts))(*(part.structure(window, self._weights) for part in parts))
         sizes = (self.hidden, self.heads, self.kv_heads, self.head_dim, feed_forward.down_proj.in_features)
         numbers = (after.variance_epsilon, float(attention.scaling))
         final_norm = None if norm is None else norm.weight.data_ptr()
@@ -304,9 +306,9 @@ class _Layer(NamedTuple):
         heads = (self.attention.heads, self.attention.kv_heads, self.attention.head_dim)
         return (*heads, *(each.out_features for each in self.linears))
 
-    def structure(self, window: int) -> CLayer:
-        """The layer's C structure."""
-        qkv, o, gate_up, down = map(weight_of, self.linears)
+    def structure(self, window: int, keep: list[object]) -> CLayer:
+        """The layer's C structure; what it points to is appended to `keep`."""
+        qkv, o, gate_up, down = (weight_of(linear, keep) for linear in self.linears)
         norms = (self.before, self.attention.q_norm, self.attention.k_norm, self.after)
         before, q_norm, k_norm, after = (
             norm.weight.data_ptr() if isinstance(norm, FusedRMSNorm) else None for norm in norms
@@ -314,10 +316,16 @@ class _Layer(NamedTuple):
         return CLayer(before, qkv, q_norm, k_norm, o, after, gate_up, down, window or _window(self.attention))
 
 
-def weight_of(linear: PackedLinear) -> CWeight:
-    """The C structure of a packed linear layer, which must outlive it."""
-    scale, bias = (None if each is None else each.data_ptr() for each in (linear.scale, linear.bias))
-    return CWeight(linear.packed.data_ptr(), scale, bias, linear.in_features, linear.out_features)
+def weight_of(linear: PackedLinear, keep: list[object]) -> CWeight:
+    """The C structure of a packed linear layer, which must outlive it, as must what is appended to `keep`."""
+    bias = None if linear.bias is None else linear.bias.data_ptr()
+    sizes = (linear.in_features, linear.outputs, WEIGHT_FORMS[linear.form])
+    following = None
+    if linear.rest is not None:
+        rest = weight_of(linear.rest, keep)
+        keep.append(rest)
+        following = ctypes.addressof(rest)
+    return CWeight(linear.packed.data_ptr(), bias, *sizes, following)
 
 
 def _window(attention: FusedAttention) -> int:
@@ -339,6 +347,7 @@ def _gather(linears: Sequence[PackedLinear]) -> Tensor:
     of a shared server, separate tensors on 4 kB pages took 6 % longer (medians of interleaved runs).
     """
     offsets, size = list[int](), 0
+    linears = [part for linear in linears for part in linear.parts()]
     for linear in linears:
         offsets.append(size)
         size += -(-linear.packed.nbytes // _ALIGN) * _ALIGN

@@ -1,17 +1,19 @@
-"""Linear layers with packed 16-bit or int8 weights, and the replacement of a model's linear layers by them.
+"""Linear layers with packed weights (fp16, 8 bits, or the blocks of a GGUF file), and an embedding with such weights.
 
-Owns: `PackedLinear`, the operator `haast::linear` and `pack_linears`. Knows nothing of trees or decoding.
+Owns `PackedLinear`, `PackedEmbedding`, the operator `haast::linear` and `pack_linears`. Knows nothing of trees or
+decoding, nor of files.
 
-Weights are rounded once, to fp16 or to int8 with one scale per output; activations and sums stay fp32. On a CPU the
-time of a forward over a few rows is the time to read the weights, so half the bytes take up to half the time, and the
-panel layout makes several rows nearly free. A model packed to int8 generates other text than the original, so it counts
-as another target. Rows are independent: a row's result has the same bits whatever other rows are in the batch (except
-with `reference=True`, where PyTorch chooses the order of sums).
+On a CPU the time of a forward over a few rows is the time to read the weights, so half the bytes take up to half the
+time, and the panel layout makes several rows nearly free. With fp16 weights, activations and sums stay fp32. With block
+weights (also "int8", which rounds to Q8_0), each row of activations is rounded to 8 bits per 32 inputs, so that products
+are integers: such a model generates other text than its unrounded one, and counts as a target of its own. Rows are
+independent: a row's result has the same bits whatever other rows are in the batch (except with `reference=True`, where
+PyTorch chooses the order of sums).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeGuard
 
 import torch
@@ -21,45 +23,51 @@ from transformers.pytorch_utils import Conv1D
 
 from haast import native
 from haast.compat import buffers_of
-from haast.native.library import check_tensor
+from haast.native.library import LANES, check_tensor
 from haast.target.memory import release_freed_memory
 
-__all__ = ["PackedLinear", "is_linear", "is_packed", "linear_sizes", "pack_linears"]
+__all__ = ["PackedEmbedding", "PackedLinear", "is_linear", "is_packed", "linear_sizes", "pack_linears"]
 
 # The operator that compiled graphs call. A 32 x 16 layer on the development CPU, microseconds per call on a
 # busy machine: bare ctypes 1.6, native.linear 9, PackedLinear 10, nn.Linear 10, this Library operator 15, a
 # torch.library.custom_op 32. A forward has 211 linear layers, so eager code calls the kernel directly and only a graph
 # that is being compiled uses the operator.
 _LIBRARY = torch.library.Library("haast", "DEF")  # type: ignore[no-untyped-call]
-_SCHEMA = "linear(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int out_features) -> Tensor"
+_SCHEMA = "linear(Tensor x, Tensor packed, Tensor? bias, int in_features, int out_features, str form) -> Tensor"
 _LIBRARY.define(_SCHEMA)  # type: ignore[no-untyped-call]
 
 
-def _linear_fake(x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None, out_features: int) -> Tensor:
+def _linear_fake(
+    x: Tensor, packed: Tensor, bias: Tensor | None, in_features: int, out_features: int, form: str
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 _LIBRARY.impl("linear", native.linear, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("haast::linear", _linear_fake, lib=_LIBRARY)
 
-FORMS = ("f16", "int8")
+FORMS = ("f16", "int8")  # what `pack_linears` makes
+_ROUNDED = "Q8_0"  # the block format of "int8"
+_BLOCK = 32  # inputs that share a scale when a row of activations is rounded
 
 
 class PackedLinear(nn.Module):
-    """A frozen `nn.Linear` with its weight stored in panels of fp16 or int8: y = x W^T + bias, fp32 in and out.
+    """A frozen `nn.Linear` with a packed weight: y = x W^T + bias, fp32 in and out.
 
     Attributes:
-        packed: (panels, in_features, 16) int16 with fp16 bits, see `native.pack_f16`, or int8, see `native.pack_i8`;
-            empty in the reference form.
-        scale: (out_features) fp32, the scale of each output of int8 weights; None with fp16.
+        form: "f16", or the format of its blocks, one of `native.BLOCK_FORMS`.
+        packing: how the weight was packed: "f16", "int8" (rounded to 8 bits) or "gguf" (the blocks of a file).
+        packed: (panels of 16 outputs, ...): int16 with fp16 bits, see `native.pack_f16`, or uint8 with blocks, see
+            `native.pack_blocks`; empty in the reference form.
         dense: (out_features, in_features) fp32 with the same rounded values in the reference form; empty otherwise.
         bias: (out_features) fp32, or None.
+        rest: a layer for further outputs of the same inputs in another form, or None. `out_features` counts them.
     """
 
     packed: Tensor
-    scale: Tensor | None
     dense: Tensor
     bias: Tensor | None
+    rest: PackedLinear | None
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None = None, *, form: str = "f16", reference: bool = False
@@ -69,28 +77,87 @@ class PackedLinear(nn.Module):
         Args:
             weight: (out_features, in_features) fp32 on the CPU; it is copied.
             bias: (out_features) fp32, or None.
-            form: "f16", or "int8" with one scale per output.
+            form: "f16", or "int8" for Q8_0: one fp16 scale per 32 inputs of an output.
             reference: keep the same rounded weights as plain PyTorch fp32: slow, for comparison. Always on if the
                 native library is missing.
 
         Raises:
             ValueError: another dtype or device, shapes that do not fit, or values beyond fp16's range.
         """
-        super().__init__()
         _check_weight(weight, bias)
         if form not in FORMS:
             raise ValueError(f"form={form!r} is unknown: give one of {', '.join(FORMS)}")
-        self.form = form
-        self.out_features, self.in_features = weight.shape
-        self.reference = reference or not native.available()
-        values = weight.detach()
-        packed, scale = torch.empty(0, dtype=torch.int16), None
-        if not self.reference:
-            packed, scale = (native.pack_f16(values), None) if form == "f16" else native.pack_i8(values)
+        values, rounded = weight.detach(), form == "int8"
+        if reference or not native.available():
+            self._set(torch.empty(0), _rounded(values, form), bias, form, _ROUNDED if rounded else form, *weight.shape)
+        else:
+            packed = native.pack_q8(values) if rounded else native.pack_f16(values)
+            self._set(packed, torch.empty(0), bias, form, _ROUNDED if rounded else form, *weight.shape)
+
+    def _set(
+        self,
+        packed: Tensor,
+        dense: Tensor,
+        bias: Tensor | None,
+        packing: str,
+        form: str,
+        outputs: int,
+        inputs: int,
+        rest: PackedLinear | None = None,
+    ) -> None:
+        super().__init__()
+        self.packing, self.form, self.in_features, self.outputs = packing, form, inputs, outputs
+        self.out_features = outputs + (0 if rest is None else rest.out_features)
+        self.reference = len(dense) > 0
         self.register_buffer("packed", packed)
-        self.register_buffer("scale", scale)
-        self.register_buffer("dense", _rounded(values, form) if self.reference else torch.empty(0))
+        self.register_buffer("dense", dense)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.rest = rest
+
+    @classmethod
+    def of_blocks(cls, blocks: Tensor, form: str, in_features: int, bias: Tensor | None = None) -> PackedLinear:
+        """Pack the blocks of a GGUF tensor, whose weights keep their values.
+
+        Args:
+            blocks: (out_features, bytes of a row) uint8, as in the file; not needed afterwards.
+            form: one of `native.BLOCK_FORMS`.
+            in_features: inputs.
+            bias: (out_features) fp32, or None.
+
+        Raises:
+            ValueError: as `native.pack_blocks`. RuntimeError: the native library is missing.
+        """
+        made = cls.__new__(cls)
+        packed = native.pack_blocks(blocks, form, in_features)
+        made._set(packed, torch.empty(0), bias, "gguf", form, blocks.size(0), in_features)
+        return made
+
+    @classmethod
+    def joined(cls, linears: Sequence[PackedLinear]) -> PackedLinear:
+        """One layer with the outputs of several layers of the same inputs, one after the other.
+
+        Biases: all have one, or none has. Layers of one form become one matrix if their outputs fill their panels.
+        """
+        first, *others = linears
+        if not others:
+            return first
+        second = cls.joined(others)
+        made = cls.__new__(cls)
+        bias, rest = first.bias, second
+        packed, dense, outputs = first.packed, first.dense, first.outputs
+        fills = first.reference or outputs % LANES == 0
+        if first.form == second.form and first.reference == second.reference and fills and first.rest is None:
+            packed = torch.cat([first.packed, second.packed])
+            dense = torch.cat([first.dense, second.dense])
+            bias = None if bias is None or second.bias is None else torch.cat([bias, second.bias])
+            outputs += second.outputs
+            rest = second.rest
+        made._set(packed, dense, bias, first.packing, first.form, outputs, first.in_features, rest)
+        return made
+
+    def parts(self) -> list[PackedLinear]:
+        """This layer and those for its further outputs, in order."""
+        return [self, *([] if self.rest is None else self.rest.parts())]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) fp32 on the CPU to (..., out_features) fp32.
@@ -98,15 +165,21 @@ class PackedLinear(nn.Module):
         Raises:
             ValueError: another dtype, device or width, or `x` requires a gradient.
         """
+        if self.rest is not None:
+            return torch.cat([self._own(x), self.rest(x)], -1)
+        return self._own(x)
+
+    def _own(self, x: Tensor) -> Tensor:
         buffers = buffers_of(self)  # three attribute look-ups in an nn.Module take a microsecond
-        packed, scale, bias = buffers["packed"], buffers["scale"], buffers["bias"]
+        packed, bias = buffers["packed"], buffers["bias"]
         assert packed is not None, "registered as a tensor"
         if self.reference:
             return self._reference_forward(x)
         if torch.compiler.is_compiling():
-            result: Tensor = torch.ops.haast.linear(x, packed, self.scale, bias, self.out_features)
+            sizes = (self.in_features, self.outputs)
+            result: Tensor = torch.ops.haast.linear(x, packed, bias, *sizes, self.form)
             return result
-        return native.linear(x, packed, scale, bias, self.out_features)
+        return native.linear(x, packed, bias, self.in_features, self.outputs, self.form)
 
     def _reference_forward(self, x: Tensor) -> Tensor:
         if x.dtype is not torch.float32 or x.device != self.dense.device:
@@ -114,26 +187,63 @@ class PackedLinear(nn.Module):
                 f"PackedLinear needs float32 on {self.dense.device}, not {x.dtype} on {x.device}; "
                 "load the model with dtype=torch.float32 there, or do not pack it"
             )
-        return functional.linear(x, self.dense, self.bias)
+        return functional.linear(x if self.form == "f16" else rounded_activations(x), self.dense, self.bias)
 
     @property
     def weight(self) -> Tensor:
         """The rounded weight, unpacked on each access: for model code that reads weights directly (e.g. routers)."""
         return self.unpack()
 
-    def unpack(self) -> Tensor:
-        """Return the rounded weight, (out_features, in_features) fp32."""
+    def unpack(self, rows: Tensor | None = None) -> Tensor:
+        """Return the rounded weight, (out_features, in_features) fp32, or its `rows` (n,) int64 only, (n, ...)."""
+        if self.rest is not None:
+            whole = torch.cat([self._unpack_own(None), self.rest.unpack()])
+            return whole if rows is None else whole[rows]
+        return self._unpack_own(rows)
+
+    def _unpack_own(self, rows: Tensor | None) -> Tensor:
         if self.reference:
-            return self.dense.clone()
-        values = self.packed.view(torch.float16) if self.scale is None else self.packed
-        rows = values.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features].float()
-        return rows if self.scale is None else rows * self.scale.unsqueeze(1)
+            return self.dense.clone() if rows is None else self.dense[rows]
+        return native.unpack_rows(self.packed, self.form, self.in_features, self.outputs if rows is None else rows)
 
     def extra_repr(self) -> str:
         """Sizes, as `nn.Linear` shows them."""
         path = "reference" if self.reference else "native"
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}, {self.form}, {path}"
+
+
+class PackedEmbedding(nn.Module):
+    """A frozen token embedding whose rows are unpacked as they are looked up; it can share a tied LM head's weight."""
+
+    def __init__(self, table: PackedLinear) -> None:
+        """Use the weight of `table`, (tokens, hidden), without a copy."""
+        super().__init__()
+        self.table = table
+        self.num_embeddings, self.embedding_dim = table.out_features, table.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The table, (tokens, hidden) fp32, unpacked on each access."""
+        return self.table.unpack()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(...) int64 token ids -> (..., hidden) fp32."""
+        return self.table.unpack(tokens.reshape(-1)).view(*tokens.shape, self.embedding_dim)
+
+    def extra_repr(self) -> str:
+        """Sizes, as `nn.Embedding` shows them."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.table.form}"
+
+
+def rounded_activations(x: Tensor) -> Tensor:
+    """x (..., inputs) fp32 as integer kernels read it: rounded to 8 bits with one scale per 32 inputs."""
+    width = x.shape[-1]
+    blocks = functional.pad(x, (0, -width % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    tiny = largest < 1e-30
+    inverse = torch.where(tiny, 0.0, 127.0 / largest)
+    return ((blocks * inverse).round() * torch.where(tiny, 0.0, largest / 127.0)).flatten(-2)[..., :width]
 
 
 def is_packed(module: nn.Module | None) -> TypeGuard[PackedLinear]:
@@ -150,9 +260,11 @@ def linear_sizes(modules: Iterable[nn.Module]) -> tuple[int, int]:
     """Bytes and number of parameters of the linear layers among `modules`, packed or not, without biases."""
     size = parameters = 0
     for module in modules:
-        if is_linear(module):
-            tensors = (module.packed, module.dense) if isinstance(module, PackedLinear) else (module.weight,)
-            size += sum(tensor.nbytes for tensor in tensors)
+        if isinstance(module, PackedLinear):  # its `rest` is a module of its own
+            size += module.packed.nbytes + module.dense.nbytes
+            parameters += module.in_features * module.outputs
+        elif isinstance(module, nn.Linear):
+            size += module.weight.nbytes
             parameters += module.in_features * module.out_features
     return size, parameters
 
@@ -168,9 +280,11 @@ def _check_weight(weight: Tensor, bias: Tensor | None) -> None:
 def _rounded(weight: Tensor, form: str) -> Tensor:
     """Return the weight rounded to `form`, in fp32."""
     if form == "int8":
-        scale = weight.abs().amax(1, keepdim=True) / 127
-        scale[scale == 0] = 1
-        return (weight / scale).round() * scale
+        width = weight.shape[1]
+        blocks = functional.pad(weight, (0, -width % _BLOCK)).unflatten(1, (-1, _BLOCK))
+        scale = (blocks.abs().amax(2, keepdim=True) / 127).half().float()
+        inverse = torch.where(scale > 0, 1 / scale, 0.0)
+        return ((blocks * inverse).round().clamp(-127, 127) * scale).flatten(1)[:, :width].contiguous()
     result = weight.half().float()
     if not bool(result.isfinite().all()):
         raise ValueError("weight has values that fp16 cannot hold (limit 65504); leave this layer unpacked")

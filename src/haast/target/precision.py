@@ -63,18 +63,25 @@ def quantisation(model: nn.Module) -> str | None:
 def precision(model: nn.Module, lm_head: nn.Module, dtype: torch.dtype) -> str:
     """Precision of the weights in one word: the name of a quantisation, of a packing, or of the dtype."""
     if isinstance(lm_head, PackedLinear):
-        return "float16" if lm_head.form == "f16" else lm_head.form
+        return "float16" if lm_head.packing == "f16" else lm_head.packing
     return quantisation(model) or str(dtype).removeprefix("torch.")
 
 
-def weight_rows(module: nn.Module, inputs: int, dtype: torch.dtype | None = None) -> Tensor:
-    """A linear layer's weight (outputs, inputs) as plain numbers, whatever its format.
+def weight_rows(
+    module: nn.Module, inputs: int, dtype: torch.dtype | None = None, rows: Tensor | None = None
+) -> Tensor:
+    """A linear layer's weight (outputs, inputs), or its `rows` (n,) only, as plain numbers, whatever its format.
 
     If it is not stored as a plain matrix, it is computed from the layer's outputs for unit vectors: each is a column.
     `dtype` is that of the layer's input; the weight's if None.
     """
     if isinstance(module, PackedLinear):
-        return module.unpack()
+        return module.unpack(rows)
+    whole = _plain_weight(module, inputs, dtype)
+    return whole if rows is None else whole[rows.to(whole.device)]
+
+
+def _plain_weight(module: nn.Module, inputs: int, dtype: torch.dtype | None) -> Tensor:
     weight = getattr(module, "weight", None)
     kind = type(weight.data) if isinstance(weight, Tensor) else None
     if isinstance(weight, Tensor) and kind in (Tensor, DTensor) and weight.dim() == 2 and weight.is_floating_point():

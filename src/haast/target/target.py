@@ -120,13 +120,13 @@ class Target:
 
     @property
     def packed(self) -> bool:
-        """Whether the linear layers are `PackedLinear`s (16-bit or int8) that run in the native kernels."""
+        """Whether the linear layers are `PackedLinear`s that run in the native kernels."""
         return isinstance(self.lm_head, PackedLinear) and not self.lm_head.reference
 
     @property
     def packing(self) -> str:
-        """Weight format of the linear layers: "f16", "int8", the name of a quantisation, or "off"."""
-        return self.lm_head.form if isinstance(self.lm_head, PackedLinear) else quantisation(self.model) or "off"
+        """How the linear layers are packed: "f16", "int8", "gguf", the name of a quantisation, or "off"."""
+        return self.lm_head.packing if isinstance(self.lm_head, PackedLinear) else quantisation(self.model) or "off"
 
     @property
     def precision(self) -> str:
@@ -332,8 +332,7 @@ class Target:
     def head_rows(self, tokens: Tensor) -> Tensor:
         """The LM head's weight rows for `tokens` (n,) -> (n, hidden), in the scale of the model's logits."""
         head = self.lm_head
-        weight = weight_rows(head, self.hidden_size, self.dtype)
-        rows = weight[tokens.to(weight.device)].to(self.device)
+        rows = weight_rows(head, self.hidden_size, self.dtype, tokens).to(self.device)
         return rows if self.logit_scale == 1.0 else rows * self.logit_scale
 
     def head_bias(self, tokens: Tensor) -> Tensor | None:

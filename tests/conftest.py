@@ -17,7 +17,7 @@ from haast.tuning.latency import Latency
 
 # The server's tests want its packages, which an environment of the version matrix does not have.
 SERVES = all(importlib.util.find_spec(name) for name in ("llguidance", "prometheus_client", "uvicorn"))
-collect_ignore_glob = [] if SERVES else ["test_serving_*.py", "test_conform.py"]
+collect_ignore_glob = [] if SERVES else ["serving/test_*.py"]
 torch.set_num_threads(1)
 settings.register_profile(
     "haast",

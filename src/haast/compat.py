@@ -1,8 +1,8 @@
 """All uses of private names of transformers, torch and accelerate. No other file of Haast has any; a test checks this.
 
 Each docstring has the private names (Touches), the reason why no public one will do (Public), the versions that have
-them (There), and what breaks when they are removed (Fails without it). tests/test_compat.py tests each function alone,
-docs/versions.md lists them. Knows nothing of decoding.
+them (There), and what breaks when they are removed (Fails without it). tests/api/test_compat.py tests each function
+alone, docs/versions.md lists them. Knows nothing of decoding.
 """
 
 from __future__ import annotations

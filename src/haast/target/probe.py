@@ -32,7 +32,8 @@ from haast.tree import DraftTree
 # Largest differences by rounding between logits that should be equal, as `Gap` measures them: spread, KL, top. Measured
 # at most over the models of tests/zoo.py and SmolLM2-135M: 6e-6, 7e-11 and 0 in float32; 0.06, 0.004 and 0 in bfloat16;
 # 0.011, 2e-4 and 0 in float16 (best of three texts). Faults (a mask that shows a sibling or hides a token, a window too
-# wide by one, positions from cache slots) change the spread by 0.04 or more (tests/test_probe.py), SmolLM2's by 0.2.
+# wide by one, positions from cache slots) change the spread by 0.04 or more (tests/target/test_probe.py), that of
+# SmolLM2 by 0.2.
 _ALLOWED = {
     torch.float64: (1e-5, 1e-9, 1e-4),
     torch.float32: (1e-3, 1e-5, 1e-2),  # some GPUs multiply float32 with ten bits

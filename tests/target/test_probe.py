@@ -24,7 +24,7 @@ from haast.target.support import choose_attention
 from haast.target.target import Target
 from haast.tree import DraftTree
 
-HELD: dict[str, Any] = json.loads((Path(__file__).parent.parent / "results/zoo.json").read_text(encoding="utf-8"))
+HELD: dict[str, Any] = json.loads((Path(__file__).parents[2] / "results/zoo.json").read_text(encoding="utf-8"))
 _mask, _positions = attention.tree_mask, ModuleForward.positions
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 

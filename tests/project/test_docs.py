@@ -38,7 +38,7 @@ from haast.heads.medusa import MedusaConfig, MedusaHeads
 from haast.target import load as models
 from haast.target.load import DEFAULT_MODEL, ModelSource
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # A tiny head has seen tiny texts.
 pytestmark = pytest.mark.filterwarnings("ignore::haast.errors.LongContextWarning")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

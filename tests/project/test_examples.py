@@ -19,7 +19,7 @@ from haast.drafters.vanilla import VanillaDrafter
 from haast.engine.engine import Engine
 from haast.stats import Stats
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def example(name: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def test_neon_products(tmp_path: Path) -> None:
     kernels = Path(haast.__file__).parent / "native" / "kernels.cpp"
     program = tmp_path / "check"
     flags = ["-O2", "-std=c++17", "-ffp-contract=off", "-pthread", "-static"]
-    subprocess.run([compiler, *flags, kernels, Path(__file__).parent / "neon_check.cpp", "-o", program], check=True)
+    subprocess.run([compiler, *flags, kernels, Path(__file__).parents[1] / "neon_check.cpp", "-o", program], check=True)
     done = subprocess.run([emulator, program], capture_output=True, text=True, timeout=600, check=False)
     old = subprocess.run(
         [emulator, "-cpu", "cortex-a72", program], capture_output=True, text=True, timeout=600, check=False

@@ -28,7 +28,7 @@ from haast.target.packing import PackedLinear
 from haast.target.precision import TORCHAO, quantisation, quantise, weight_rows
 from haast.target.target import Target
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROMPTS = [[1, 2, 3], [9, 8, 7, 6, 5], [4]]
 SHAPE = DraftShape("dynamic", depth=3, top_k=4, width=3, nodes=9)
 

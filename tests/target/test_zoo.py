@@ -19,7 +19,7 @@ from haast.target.probe import ProbeResult
 from haast.target.target import Target
 from haast.tree import DraftTree
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HELD: dict[str, Any] = json.loads((ROOT / "results/zoo.json").read_text(encoding="utf-8"))
 NEW = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 20)
 new = pytest.mark.skipif(not NEW, reason="in older transformers these take no 4-D mask, or positions from the cache")

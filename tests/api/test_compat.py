@@ -32,7 +32,7 @@ from haast.target.kv_cache import CACHE_NAMES, KVCache, cache_name
 from haast.target.kv_pool import KVPool
 
 IDS = torch.tensor([[1, 2, 3, 4]])
-PAGE = Path(__file__).parents[1] / "docs" / "versions.md"
+PAGE = Path(__file__).parents[2] / "docs" / "versions.md"
 
 
 @pytest.fixture(scope="module")

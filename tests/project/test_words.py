@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # A word, and what to write instead. Whole words, in any case; code, comments and docs alike.
 BANNED = {
     "laws?": "distribution",

@@ -14,6 +14,7 @@ import pytest
 
 from haast.training.processes import Processes
 
+TESTS = Path(__file__).parents[1]
 # One step takes the same batches in both: two processes with one each, or one process with two.
 DRIVER = """
 import sys
@@ -56,7 +57,7 @@ def curve(folder: Path) -> list[dict[str, Any]]:
 def launch(*command_line: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
     """Run a driver script, or `-m haast ...`, in one process or several."""
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS / "heads"), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "1",
     }

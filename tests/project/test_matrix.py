@@ -92,7 +92,7 @@ def test_a_copy_of_the_tree_follows_it(tmp_path: Path) -> None:
 @CHECKOUT
 def test_files_of_the_tree_are_found() -> None:
     files = set(map(str, venvs.tested_files()))
-    assert {"pyproject.toml", "tests/test_matrix.py", "src/haast/compat.py"} <= files
+    assert {"pyproject.toml", "tests/project/test_matrix.py", "src/haast/compat.py"} <= files
     assert venvs.OUTCOMES not in files
     assert not any(name.endswith(".so") for name in files)
 

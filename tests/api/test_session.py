@@ -288,7 +288,7 @@ def kept(session: Session) -> int:
 
 
 def test_the_benchmark_counts_what_turns_compute(model: Haast, plain: Haast, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     conversation = import_module("conversation")
     turns = [conversation.turn(number, [conversation.converse(model, plain, 4, 3, 0)]) for number in range(3)]
     assert [each["prefilled"]["scratch"] for each in turns] == [each["prompt_tokens"] for each in turns]

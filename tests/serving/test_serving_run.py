@@ -28,7 +28,7 @@ from haast.serving.config import ServeConfig
 from haast.serving.plan import Plan
 from haast.serving.service import Service
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -44,8 +44,8 @@ from haast.target.kv_cache import CACHE_NAMES, cache_name
 from haast.target.load import DEFAULT_MODEL, load_stock
 from haast.target.target import Target
 
-PAGE = Path(__file__).parents[1] / "docs" / "drop-in.md"
-PINS = Path(__file__).parents[1] / "constraints.txt"
+PAGE = Path(__file__).parents[2] / "docs" / "drop-in.md"
+PINS = Path(__file__).parents[2] / "constraints.txt"
 IDS = torch.tensor([[1, 2, 3, 4]])
 SETTINGS: Any = GenerationConfig()  # type: ignore[no-untyped-call]
 

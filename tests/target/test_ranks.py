@@ -122,7 +122,7 @@ PROMPTS = [[1, 2, 3, 4], [5, 6, 7], [9]]
 
 
 def torchrun(*command_line: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(

@@ -13,7 +13,7 @@ import pytest
 
 import haast
 
-TESTS = ("test_native.py", "test_stack.py", "test_packed.py", "test_policy.py")
+TESTS = ("native/test_native.py", "native/test_stack.py", "native/test_packed.py", "tuning/test_policy.py")
 
 
 @pytest.mark.slow
@@ -35,7 +35,7 @@ def test_the_kernels_touch_only_what_is_theirs(tmp_path: Path) -> None:
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaves memory behind at its end
         "PYTHONPATH": str(tmp_path),
     }
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(here / name) for name in TESTS)],
         capture_output=True,

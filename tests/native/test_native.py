@@ -78,7 +78,10 @@ def test_linear_is_right_for_odd_sizes(in_features: int, out_features: int) -> N
         x = randn(rows, in_features, seed=rows)
         for b in (None, bias):
             torch.testing.assert_close(
-                native.linear(x, packed, b, packed.size(1), out_features), exact_linear(x, weight, b), rtol=1e-5, atol=1e-4
+                native.linear(x, packed, b, packed.size(1), out_features),
+                exact_linear(x, weight, b),
+                rtol=1e-5,
+                atol=1e-4,
             )
 
 

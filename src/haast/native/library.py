@@ -48,7 +48,14 @@ _ARGUMENTS = {
     "haast_draft": "pp i",
     "haast_keep": "ppppp nnnnnnnnn i",
 }
-_RETURN_INT64 = {"haast_panel_bytes", "haast_multiply", "haast_stack_f32", "haast_draft", "haast_keep"}  # the others return nothing
+# The others return nothing.
+_RETURN_INT64 = {
+    "haast_panel_bytes",
+    "haast_multiply",
+    "haast_stack_f32",
+    "haast_draft",
+    "haast_keep",
+}  # the others return nothing
 
 
 def _declare(library: ctypes.CDLL) -> None:

@@ -108,7 +108,9 @@ def pack_blocks(blocks: Tensor, form: str, in_features: int) -> Tensor:
     return _pack_blocks(blocks.contiguous(), None, form, blocks.size(0), in_features)
 
 
-def _pack_blocks(blocks: Tensor | None, weight: Tensor | None, form: str, out_features: int, in_features: int) -> Tensor:
+def _pack_blocks(
+    blocks: Tensor | None, weight: Tensor | None, form: str, out_features: int, in_features: int
+) -> Tensor:
     number = WEIGHT_FORMS[form]
     packed = torch.empty(-(-out_features // LANES), panel_bytes(form, in_features), dtype=torch.uint8)
     sources = [None if each is None else each.data_ptr() for each in (blocks, weight)]
@@ -160,7 +162,7 @@ def unpack_rows(packed: Tensor, form: str, in_features: int, rows: Tensor | int)
 
 def _check_packed(packed: Tensor, form: str, in_features: int) -> None:
     number = WEIGHT_FORMS.get(form)
-    if number is None or packed.size(0) and packed[0].nbytes != panel_bytes(form, in_features):
+    if number is None or (packed.size(0) and packed[0].nbytes != panel_bytes(form, in_features)):
         raise ValueError(
             f"a packed weight of {packed.dtype} and shape {tuple(packed.shape)} does not fit {in_features} inputs in "
             f"form {form!r}: give the results of pack_f16, pack_q8 or pack_blocks"

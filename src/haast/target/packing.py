@@ -5,10 +5,11 @@ decoding, nor of files.
 
 On a CPU the time of a forward over a few rows is the time to read the weights, so half the bytes take up to half the
 time, and the panel layout makes several rows nearly free. With fp16 weights, activations and sums stay fp32. With block
-weights (also "int8", which rounds to Q8_0), each row of activations is rounded to 8 bits per 32 inputs, so that products
-are integers: such a model generates other text than its unrounded one, and counts as a target of its own. Rows are
-independent: a row's result has the same bits whatever other rows are in the batch (except with `reference=True`, where
-PyTorch chooses the order of sums).
+weights (also "int8", which rounds to Q8_0) each row of activations is rounded to 8 bits per 32 inputs, so that products
+are integers: such a model generates other text than the unrounded one, and counts as a target of its own.
+
+Rows are independent: a row's result has the same bits whatever other rows are in the batch (except with
+`reference=True`, where PyTorch chooses the order of sums).
 """
 
 from __future__ import annotations
@@ -242,7 +243,7 @@ def rounded_activations(x: Tensor) -> Tensor:
     blocks = functional.pad(x, (0, -width % _BLOCK)).unflatten(-1, (-1, _BLOCK))
     largest = blocks.abs().amax(-1, keepdim=True)
     tiny = largest < 1e-30
-    inverse = torch.where(tiny, 0.0, 127.0 / largest)
+    inverse = torch.where(tiny, 0.0, torch.tensor(127.0) / largest)  # a plain number would be 127 * (1 / largest)
     return ((blocks * inverse).round() * torch.where(tiny, 0.0, largest / 127.0)).flatten(-2)[..., :width]
 
 

@@ -67,9 +67,7 @@ def precision(model: nn.Module, lm_head: nn.Module, dtype: torch.dtype) -> str:
     return quantisation(model) or str(dtype).removeprefix("torch.")
 
 
-def weight_rows(
-    module: nn.Module, inputs: int, dtype: torch.dtype | None = None, rows: Tensor | None = None
-) -> Tensor:
+def weight_rows(module: nn.Module, inputs: int, dtype: torch.dtype | None = None, rows: Tensor | None = None) -> Tensor:
     """A linear layer's weight (outputs, inputs), or its `rows` (n,) only, as plain numbers, whatever its format.
 
     If it is not stored as a plain matrix, it is computed from the layer's outputs for unit vectors: each is a column.

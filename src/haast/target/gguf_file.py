@@ -6,6 +6,7 @@ that are there. Knows nothing of models. The format: https://github.com/ggml-org
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import re
@@ -291,7 +292,7 @@ class _Header:
             data = np.frombuffer(self.content, np.uint8, rows * row_bytes, begin).reshape(rows, row_bytes)
             tensors[name] = TensorInfo(name, type_name, shape, data)
         places.sort()
-        for (_, end, first), (begin, _, second) in zip(places, places[1:], strict=False):
+        for (_, end, first), (begin, _, second) in itertools.pairwise(places):
             if begin < end:
                 self.fail(f"has overlapping tensors ({first!r} and {second!r})")
         return tensors

@@ -98,6 +98,9 @@ def read_config(file: GGUFFile) -> PretrainedConfig:
     try:
         with compat.quick_gguf_reader(file.path, metadata, file.tensors):
             config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
+        head_size = file.metadata.get("qwen3.attention.key_length")
+        if head_size is not None:  # which transformers does not read; it takes the published models' 128
+            config.head_dim = head_size
         _set_rope_factors(file, config)
     except _WRONG as error:
         problem = f"has no configuration that transformers can read ({_line(error)})"
@@ -323,7 +326,11 @@ class _Plan:
 
     def _check_types(self) -> None:
         """Dequantise a row of each type, so that one that can't be is found before memory is taken."""
-        for tensor in {tensor.type_name: tensor for tensor in self.file.tensors.values()}.values():
+        known = set[str]()
+        for tensor in self.file.tensors.values():
+            if tensor.type_name in known:
+                continue
+            known.add(tensor.type_name)
             try:
                 _dequantised(tensor.data[:1], tensor.type_name)
             except ValueError as error:

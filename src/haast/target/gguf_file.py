@@ -77,6 +77,11 @@ class GGUFFile:
         name: str = self.metadata["general.architecture"]
         return name
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.data.nbytes for tensor in self.tensors.values())
+
     def quantisation_by_layer(self) -> dict[str, tuple[str, ...]]:
         """Names of the tensors with two or more dimensions, by type, the most frequent type first."""
         names: dict[str, tuple[str, ...]] = {}
@@ -128,20 +133,20 @@ def _join(path: Path, match: re.Match[str], opened: GGUFFile) -> GGUFFile:
         _fail(path, f"has {len(missing)} shards missing ({few})", f"fetch all {count} shards into {path.parent}")
     shards = [opened if each == path else _open_one(each) for each in paths]
     tensors: dict[str, TensorInfo] = {}
-    total = sum(len(shard.tensors) for shard in shards)
     for number, shard in enumerate(shards):
-        stated = tuple(shard.metadata.get(f"split.{key}") for key in ("no", "count", "tensors.count"))
-        if stated != (number, count, total):
+        stated = tuple(shard.metadata.get(f"split.{key}") for key in ("no", "count"))
+        if stated != (number, count):
             _fail(
-                shard.path,
-                f"says shard {stated[0]} of {stated[1]} with {stated[2]} tensors in all, not {number} of {count} with "
-                f"{total}, so the shards are of different sets",
-                "fetch all of them again",
+                shard.path, f"says shard {stated[0]} of {stated[1]}, not {number} of {count}", f"{_FETCH}, and the rest"
             )
         twice = next((name for name in shard.tensors if name in tensors), None)
         if twice is not None:
             _fail(shard.path, f"has the tensor {twice!r} of another shard", "fetch all shards again")
         tensors.update(shard.tensors)
+    totals = {shard.metadata.get("split.tensors.count") for shard in shards}
+    if totals != {len(tensors)}:
+        said = f"{' or '.join(map(str, totals))} tensors in all, not {len(tensors)}"
+        _fail(paths[0], f"and its other shards say {said}, so they are of several sets", "fetch all of them again")
     return GGUFFile(paths[0], shards[0].metadata, MappingProxyType(tensors))
 
 
@@ -208,6 +213,8 @@ class _Header:
 
     def name(self, what: str) -> str:
         length = self.integer("<Q")
+        if length == 0:
+            self.fail(f"has an empty {what} at byte {self.at}")
         start = self.skip(length, f"a {what}")
         content = self.content[start : self.at]
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,6 @@ from transformers.utils import logging as transformers_logging
 
 from haast import native
 from haast.errors import UnsupportedModelError, expanded
-from haast.progress import Progress as Bar
 from haast.target import gguf_model
 from haast.target.compiled import CHOICES, Progress
 from haast.target.device_map import Spread
@@ -248,17 +248,11 @@ def _load(
 
 
 def _build(file: GGUFFile, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a GGUF file, with a progress bar for one that takes more than a few seconds."""
-    size = sum(tensor.data.nbytes for tensor in file.tensors.values())
-    with Bar(f"reading {file.path.name}", "MB", size // 10**6, quiet=size < _LARGE) as bar:
-        read = 0
-
-        def report(count: int) -> None:
-            nonlocal read
-            read += count
-            bar.reach(read // 10**6)
-
-        return gguf_model.build(file, dtype=dtype, progress=report)
+    """The model of a GGUF file, with a progress bar (transformers' own) for one that takes more than a few seconds."""
+    size, every = file.nbytes, 0.1 if sys.stderr.isatty() else 30.0  # seconds between two lines, as in `haast.progress`
+    bar = transformers_logging.tqdm if size >= _LARGE else transformers_logging.EmptyTqdm
+    with bar(total=size, unit="B", unit_scale=True, desc=f"reading {file.path.name}", mininterval=every) as shown:
+        return gguf_model.build(file, dtype=dtype, progress=shown.update)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sides import OtherSideError, answers, checked, differences, environment, run
+from sides import OtherSideError, answers, checked, differences, environment, run, weights_folder
 
 from haast.api import Haast, find_head
 from haast.drafters.factory import head_drafter
@@ -34,7 +34,7 @@ from haast.formats.gguf import read_gguf
 from haast.formats.opened import OpenedHead, open_head
 from haast.formats.probe import PROMPTS
 from haast.heads.checkpoint import Head
-from haast.target.load import DEFAULT_MODEL, config_on_disk, hub_name, load_target, read_config
+from haast.target.load import DEFAULT_MODEL, hub_name, load_target, read_config
 from haast.target.target import Target
 
 _COUNTS = re.compile(r"n_(drafted|accept)\s*=\s*(\d+)")
@@ -54,7 +54,7 @@ def export_files(arguments: argparse.Namespace, head: Head, folder: Path) -> dic
     export_head(head, "gguf", name, config, folder / "gguf")
     export_head(head, "llama.cpp", name, config, folder / "folder")
     converted = folder / "converted.gguf"
-    script, target = arguments.sources / "convert_hf_to_gguf.py", str(config_on_disk(arguments.model))
+    script, target = arguments.sources / "convert_hf_to_gguf.py", str(weights_folder(arguments.model, folder))
     command = [str(arguments.python), str(script), str(folder / "folder"), "--target-model-dir", target]
     done = run([*command, "--outfile", str(converted), "--outtype", "f16"], arguments.timeout)
     if done.returncode:

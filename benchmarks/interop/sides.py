@@ -23,9 +23,22 @@ from haast.bench.report import machine
 from haast.errors import HeadMismatchError
 from haast.files import check_writable, write_json
 from haast.stats import Stats
-from haast.target.load import load_stock
+from haast.target.load import load_stock, resolve
 
 HERE = Path(__file__).parent
+
+
+def weights_folder(model: str, scratch: Path) -> Path:
+    """A model's folder with safetensors, for programs that read no GGUF file: its own, else a copy in `scratch`."""
+    source = resolve(model)
+    if source.gguf is None and Path(source.location).is_dir():
+        return Path(source.location)
+    folder = scratch / "weights"
+    if not folder.exists():
+        stock, tokenizer = load_stock(model)
+        stock.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
 
 
 class OtherSideError(Exception):

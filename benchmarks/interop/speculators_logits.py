@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from sides import ask, checked, environment
+from sides import ask, checked, environment, weights_folder
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -31,7 +31,7 @@ from haast.formats.export import export_head
 from haast.formats.opened import OpenedHead, embedding_of, open_head
 from haast.heads.checkpoint import Head, build_module
 from haast.heads.eagle3 import Eagle3Config, Eagle3Head, default_layers
-from haast.target.load import DEFAULT_MODEL, config_on_disk, load_target, read_config
+from haast.target.load import DEFAULT_MODEL, load_target, read_config
 from haast.target.target import Target
 
 PLACES, DEPTHS = 12, 3
@@ -173,7 +173,7 @@ def trained(arguments: argparse.Namespace, folder: Path) -> Case:
     export_head(
         head,
         "speculators",
-        str(config_on_disk(arguments.model)),
+        str(weights_folder(arguments.model, folder)),
         read_config(arguments.model),
         out,
         embedding_of(target),

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sides import answers, ask, checked, differences, environment
+from sides import answers, ask, checked, differences, environment, weights_folder
 
 from haast.api import Haast, find_head
 from haast.bench.report import file_sha256, folder_sha256
@@ -29,7 +29,7 @@ from haast.formats.export import export_head
 from haast.formats.opened import OpenedHead, embedding_of, open_head
 from haast.heads.checkpoint import Head
 from haast.prompts import read_prompts
-from haast.target.load import DEFAULT_MODEL, config_on_disk, hub_name, load_target, read_config
+from haast.target.load import DEFAULT_MODEL, hub_name, load_target, read_config
 from haast.target.target import Target
 
 
@@ -63,9 +63,8 @@ def before_end(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
 def check(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run both programs on the same prompts. Raises OtherSideError, ValueError."""
     target = load_target(arguments.model, packing="off")
-    folder = config_on_disk(arguments.model)
-    assert folder is not None, "load_target found it"
     with tempfile.TemporaryDirectory() as temporary:
+        folder = weights_folder(arguments.model, Path(temporary))
         place = Path(temporary, "head")
         export(arguments.head, arguments.model, target, arguments.to, place)
         drafter = head_drafter(target, load_export(place, target), DraftShape(kind="chain", depth=arguments.depth))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ import gguf
 import numpy as np
 
 from haast.progress import Progress
-from haast.target.load import DEFAULT_MODEL, config_on_disk, load_tokenizer
+from haast.target.load import DEFAULT_MODEL, load_stock
 
 _KINDS = {
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -82,11 +81,10 @@ def _package_file() -> Path:
 
 
 def _copy_hf(folder: Path) -> None:
-    """Copy the converted model that Haast loads."""
-    load_tokenizer()  # converts the model at first use
-    converted = config_on_disk(DEFAULT_MODEL)
-    assert converted is not None, "load_tokenizer converted it"
-    shutil.copytree(converted, folder)
+    """Write the model that Haast loads as safetensors."""
+    model, tokenizer = load_stock(DEFAULT_MODEL)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     print(f"wrote {folder}")
 
 

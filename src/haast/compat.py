@@ -10,13 +10,18 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from types import FrameType
-from typing import Any
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any, Protocol
 
+import gguf
+import numpy as np
 import torch
 from accelerate.hooks import ModelHook
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
@@ -230,3 +235,74 @@ def default_code_folder() -> str:
 
     folder: str = default_cache_dir()
     return folder
+
+
+class GGUFProcessor(Protocol):
+    """What transformers does to the tensors of one architecture's GGUF files."""
+
+    def preprocess_name(self, hf_name: str) -> str:
+        """The name that a tensor of the model is looked up by."""
+
+    def perform_fallback_tensor_mapping(
+        self, gguf_to_hf_name_map: dict[str, str], suffix: str, qual_name: str, hf_name: str
+    ) -> None:
+        """Add the file's names of a tensor that the gguf package does not name (merged experts)."""
+
+    def process(self, weights: NDArray[Any], name: str, **kwargs: Any) -> Any:
+        """A tuple that begins with the values as the model has them, and the name, None if it has stored them."""
+
+
+def gguf_processor(architecture: str, config: PreTrainedConfig) -> GGUFProcessor:
+    """What turns the tensors of a GGUF file into the model's.
+
+    Touches: `transformers.modeling_gguf_pytorch_utils.TENSOR_PROCESSORS`, `TensorProcessor` and the methods of these.
+    Public: `from_pretrained(gguf_file=...)`, which dequantises everything. There: transformers 5.0 and newer.
+    Fails without it: GGUF files.
+    """
+    from transformers import modeling_gguf_pytorch_utils as theirs
+
+    kind: Any = theirs.TENSOR_PROCESSORS.get(architecture, theirs.TensorProcessor)
+    processor: GGUFProcessor = kind(config=config.to_dict())
+    return processor
+
+
+_READER_LOCK = threading.Lock()
+
+
+@contextmanager
+def quick_gguf_reader(path: Path, metadata: Mapping[str, Any], tensors: Iterable[str]) -> Iterator[None]:
+    """Inside the block, transformers takes one GGUF file's metadata and tensor names from the arguments.
+
+    The package's reader takes seconds for a vocabulary, and transformers calls it for the configuration and again for
+    the tokenizer. It reads all other files as always, those that other threads open too.
+    Touches: `gguf.GGUFReader`, replaced by a subclass that has `fields` and `tensors` as transformers reads them.
+    Public: nothing. There: gguf 0.17 and transformers 5.0 and newer.
+    Fails without it: nothing, GGUF files load more slowly; sharded ones would miss the names in later shards.
+    """
+    original: Any = gguf.GGUFReader
+
+    class Reader(original):  # type: ignore[misc]
+        def __init__(self, opened: Any, *args: Any, **kwargs: Any) -> None:
+            if Path(opened) != path:
+                super().__init__(opened, *args, **kwargs)
+                return
+            self.fields = {key: _gguf_field(value) for key, value in metadata.items()}
+            self.tensors = [SimpleNamespace(name=name) for name in tensors]
+
+    package: Any = gguf
+    with _READER_LOCK:
+        package.GGUFReader = Reader
+        try:
+            yield
+        finally:
+            package.GGUFReader = original
+
+
+def _gguf_field(value: Any) -> SimpleNamespace:
+    """A metadata value as gguf's reader has it: one part per element, each a sequence of bytes or of one number."""
+    several = isinstance(value, tuple | np.ndarray)
+    values = (value.tolist() if isinstance(value, np.ndarray) else value) if several else [value]
+    parts = [each.encode() if isinstance(each, str) else (each,) for each in values]
+    kinds = {str: 8, bool: 7, float: 12}
+    types = ([9] if several else []) + [kinds.get(type(values[0]), 11) if values else 11]
+    return SimpleNamespace(types=types, parts=parts, data=range(len(parts)))

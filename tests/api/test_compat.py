@@ -10,11 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from fakes import tiny_llama
+from gguf_files import write_model
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
@@ -338,6 +342,38 @@ def test_stock_layers_write_to_a_cache_of_ours(model: Any) -> None:
     with torch.inference_mode():  # as every forward of ours
         model(input_ids=IDS, use_cache=True, **{cache_name(type(model).forward): cache})
     assert cache.updated_layers == set(range(model.config.num_hidden_layers))
+
+
+# ------------------------------------------------------------------ GGUF files
+
+
+def test_transformers_says_what_it_changes_in_a_gguf_files_tensors() -> None:
+    config = LlamaConfig(hidden_size=8, num_attention_heads=2, num_key_value_heads=1)
+    rows = np.arange(8.0)[:, None]
+    llama, other = compat.gguf_processor("llama", config), compat.gguf_processor("qwen3", config)
+    values, name, *_ = llama.process(rows, "blk.0.attn_q.weight", tensor_key_mapping={}, parsed_parameters={})
+    assert name == "blk.0.attn_q.weight" and values[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert other.process(rows, "blk.0.attn_q.weight")[0] is rows
+    assert llama.preprocess_name("model.norm") == "model.norm"
+    found = dict[str, str]()
+    compat.gguf_processor("qwen3moe", config).perform_fallback_tensor_mapping(
+        found, "", "", "model.layers.0.mlp.experts.gate_up_proj"
+    )
+    assert {*found} <= {"blk.0.ffn_gate_exps", "blk.0.ffn_up_exps"}
+
+
+def test_transformers_reads_metadata_with_the_gguf_packages_reader(tmp_path: Path) -> None:
+    path, original = write_model(tmp_path / "tiny.gguf"), gguf.GGUFReader
+    other = write_model(tmp_path / "other.gguf", "qwen2")
+    metadata = {
+        "general.architecture": "llama", "llama.block_count": 7, "llama.rope.freq_base": 5e5, "llama.vocab_size": 3,
+        "tokenizer.ggml.add_bos_token": True, "llama.list": np.arange(3), "empty": (), "tokenizer.ggml.tokens": ("a",),
+    }  # fmt: skip
+    with compat.quick_gguf_reader(path, metadata, ["output.weight"]):
+        config = AutoConfig.from_pretrained(tmp_path, gguf_file="tiny.gguf")
+        assert gguf.GGUFReader(other).fields["general.architecture"].contents() == "qwen2"
+    assert (config.num_hidden_layers, config.vocab_size, config.rope_parameters["rope_theta"]) == (7, 3, 5e5)
+    assert config.tie_word_embeddings is False and gguf.GGUFReader is original
 
 
 # ------------------------------------------------------------------ the page

@@ -76,6 +76,7 @@ def _model(target: Target, loading: Loading) -> dict[str, Any]:
     from haast.target.packing import is_packed, linear_sizes
 
     source = resolve(loading.model)
+    file = source.open_gguf()
     packed = [module for module in target.model.modules() if is_packed(module)]
     tied = bool(getattr(target.config, "tie_word_embeddings", False))
     # Packed weights are buffers, not parameters. Those of a tied LM head would count the embedding twice.
@@ -84,7 +85,8 @@ def _model(target: Target, loading: Loading) -> dict[str, Any]:
     return {
         "name": loading.model,
         "class": type(target.model).__name__,
-        "location": source.location if source.gguf is None else str(Path(source.location) / source.gguf),
+        "location": source.location if file is None else str(file.path),
+        "quantised": None if file is None else file.quantisation(),
         "parameters": parameters,
         "layers": target.layers,
         "hidden_size": target.hidden_size,

@@ -234,15 +234,14 @@ def fitted_head(head: Head | OpenedHead | None, target: Target) -> Head | None:
 
 def text_config(model: str) -> PretrainedConfig | None:
     """The text configuration of a model that is on this machine; None if it can't be read before loading."""
-    from transformers import AutoConfig
+    from haast.target.load import local_config, resolve
 
-    from haast.target.load import config_on_disk
-
-    folder = config_on_disk(model)
+    resolve(model)  # a model that does not exist is an error here
     try:
-        return None if folder is None else AutoConfig.from_pretrained(folder).get_text_config()
-    except (OSError, KeyError, ValueError):
+        config = local_config(model)
+    except ValueError:
         return None  # loading the model will report the error
+    return None if config is None else config.get_text_config()
 
 
 def expanded(function: Callable[..., None]) -> Callable[..., None]:

@@ -114,7 +114,7 @@ def find_head(head: str | Path | None, model: str | None) -> Path | None:
         raise HeadMismatchError(f"head is a {type(head).__name__}: give a folder, a .gguf file or a hub id")
     if head != "default":
         return head_folder(locate(head)[0])
-    # The model may be a name, a path or a hub id; a converted GGUF file's folder adds a suffix to the name.
+    # The model may be a name, a path or a hub id; a GGUF file's name has more behind the model's.
     if model is None or not Path(model).name.lower().startswith(DEFAULT_MODEL):
         raise ValueError(
             f"no head is shipped for {model or 'a model given as an object'!r}: give its folder, or None to draft "

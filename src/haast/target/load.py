@@ -1,21 +1,15 @@
-"""Load a target by name: an alias, a hub id, a local folder, or a GGUF file.
-
-A GGUF file is converted once: transformers needs half a minute to read it, the converted copy loads in a second.
-"""
+"""Load a target by name: an alias, a hub id, a local folder, or a GGUF file (see `target.gguf_model`)."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
-import shutil
-import tempfile
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import cached_assets_path
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -30,9 +24,11 @@ from transformers.utils import logging as transformers_logging
 
 from haast import native
 from haast.errors import UnsupportedModelError, expanded
+from haast.target import gguf_model
 from haast.target.compiled import CHOICES, Progress
 from haast.target.device_map import Spread
 from haast.target.fusing import fuse_small_modules
+from haast.target.gguf_file import GGUFFile, open_gguf
 from haast.target.memory import copy_parameters, release_freed_memory
 from haast.target.packing import FORMS, pack_linears
 from haast.target.precision import TORCHAO, quantisation, quantise
@@ -44,6 +40,7 @@ _DTYPES = {
 DEFAULT_MODEL = "smollm2-135m-instruct"
 # What transformers, safetensors and tokenizers raise for files that are missing, truncated, or do not match.
 _UNLOADABLE = (OSError, KeyError, ValueError, TypeError, RuntimeError, ZeroDivisionError, SafetensorError)
+_LARGE = 10**9  # bytes of a GGUF file, from which on a progress bar is shown
 _SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -54,6 +51,10 @@ class ModelSource:
     name: str
     location: str  # hub id or local folder
     gguf: str | None = None
+
+    def open_gguf(self) -> GGUFFile | None:
+        """The open GGUF file; None for any other source. Raises ValueError for one that can't be read."""
+        return None if self.gguf is None else open_gguf(Path(self.location) / self.gguf)
 
 
 def resolve(name: str) -> ModelSource:
@@ -83,11 +84,13 @@ def hub_name(name: str) -> str:
     return _SMOLLM2_HUB if name == DEFAULT_MODEL else name
 
 
-def config_on_disk(name: str) -> Path | None:
-    """The local folder with the model's config.json; None if it is not on this machine. Raises as `resolve`."""
+def local_config(name: str) -> PretrainedConfig | None:
+    """A model's configuration if it is a folder or file of this machine; None for a hub id.
+
+    Raises ValueError as `read_config`.
+    """
     source = resolve(name)
-    folder = Path(source.location) if source.gguf is None else _converted_folder(source)
-    return folder if (folder / "config.json").is_file() else None
+    return read_config(name) if source.gguf is not None or Path(source.location, "config.json").is_file() else None
 
 
 def load_target(
@@ -206,42 +209,72 @@ def load_tokenizer(name: str = DEFAULT_MODEL) -> tuple[PreTrainedTokenizerBase, 
     ValueError for a model that does not exist, or whose files do not load.
     """
     source = resolve(name)
-    with _loading_errors(source):
-        location = _location(source)
-        tokenizer = AutoTokenizer.from_pretrained(location)
-        generation = None
-        with contextlib.suppress(OSError):  # not every model has one
-            generation = GenerationConfig.from_pretrained(location)
-        ends = end_tokens(generation, AutoConfig.from_pretrained(location).get_text_config())
+    file = source.open_gguf()
+    generation = None
+    if file is not None:
+        tokenizer, config = gguf_model.read_tokenizer(file), gguf_model.read_config(file)
+    else:
+        with _loading_errors(source):
+            tokenizer = AutoTokenizer.from_pretrained(source.location)
+            with contextlib.suppress(OSError):  # not every model has one
+                generation = GenerationConfig.from_pretrained(source.location)
+            config = AutoConfig.from_pretrained(source.location)
+    ends = end_tokens(generation, config.get_text_config())
     return tokenizer, ends or (() if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),))
 
 
 def _load(
     source: ModelSource, dtype: torch.dtype, spread: Spread | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    file, options = source.open_gguf(), spread.arguments() if spread else {}
+    if file is not None:
+        tokenizer, model = gguf_model.read_tokenizer(file), _build(file, dtype)
+        if options:  # transformers places the weights, which it takes from the model built here
+            state, kind = model.state_dict(), type(model)
+            with _loading_errors(source), _without_bars():
+                model = kind.from_pretrained(None, config=model.config, state_dict=state, dtype=dtype, **options)
+            model.name_or_path = model.config.name_or_path = str(file.path)
+        return model, tokenizer
     with _loading_errors(source):
-        location = _location(source)
-        config = AutoConfig.from_pretrained(location)
+        config = AutoConfig.from_pretrained(source.location)
         if config.is_encoder_decoder:
             raise UnsupportedModelError(
                 f"{source.name} ({type(config).__name__}) is an encoder-decoder; Haast drafts for decoder-only "
                 f"causal LMs"
             )
-        options, had_bars = spread.arguments() if spread else {}, transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it shows one per model
-        try:
-            model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **options)
-        finally:
-            if had_bars:
-                transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-        return model, AutoTokenizer.from_pretrained(location)
+        with _without_bars():
+            model = AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **options)
+        return model, AutoTokenizer.from_pretrained(source.location)
+
+
+def _build(file: GGUFFile, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a GGUF file, with a progress bar (transformers' own) for one that takes more than a few seconds."""
+    size, every = file.nbytes, 0.1 if sys.stderr.isatty() else 30.0  # seconds between two lines, as in `haast.progress`
+    bar = transformers_logging.tqdm if size >= _LARGE else transformers_logging.EmptyTqdm
+    with bar(total=size, unit="B", unit_scale=True, desc=f"reading {file.path.name}", mininterval=every) as shown:
+        return gguf_model.build(file, dtype=dtype, progress=shown.update)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Inside, transformers shows no progress bars: it shows one per model."""
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if had_bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def read_config(name: str) -> PretrainedConfig:
     """A model's configuration, without its weights. Raises ValueError if it can't be loaded."""
     source = resolve(name)
+    file = source.open_gguf()
+    if file is not None:
+        return gguf_model.read_config(file)
     with _loading_errors(source):
-        config: PretrainedConfig = AutoConfig.from_pretrained(_location(source))
+        config: PretrainedConfig = AutoConfig.from_pretrained(source.location)
         return config
 
 
@@ -258,42 +291,3 @@ def _loading_errors(source: ModelSource) -> Iterator[None]:
             f"can't load the model {source.name!r} (from {source.location}): {reason} "
             f"Give a folder, a .gguf file, a hub id that this machine can reach, or {DEFAULT_MODEL!r}"
         ) from error
-
-
-def _location(source: ModelSource) -> str:
-    return source.location if source.gguf is None else str(_converted(source))
-
-
-def _converted(source: ModelSource) -> Path:
-    """The folder with the safetensors copy of a GGUF file, in the assets cache; converts the file at first use."""
-    assert source.gguf is not None
-    folder = _converted_folder(source)
-    if (folder / "complete").is_file():
-        return folder
-    transformers_logging.get_logger(__name__).warning(
-        "converting %s for its first use; the converted copy goes to %s", source.gguf, folder
-    )
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        staged = Path(scratch) / "model"
-        _convert(source, staged)
-        shutil.rmtree(folder, ignore_errors=True)
-        staged.replace(folder)
-    return folder
-
-
-def _converted_folder(source: ModelSource) -> Path:
-    assert source.gguf is not None
-    file = Path(source.location) / source.gguf
-    with file.open("rb") as content:  # by content: copies of one file in several environments share the conversion
-        digest = hashlib.file_digest(content, "sha256").hexdigest()[:16]
-    return cached_assets_path(library_name="haast", namespace="gguf", subfolder=f"{file.stem}-{digest}")
-
-
-def _convert(source: ModelSource, folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(source.location, gguf_file=source.gguf, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(source.location, gguf_file=source.gguf)
-    vars(model.config).pop("quantization_config", None)  # transformers has dequantised the weights
-    vars(model).pop("hf_quantizer", None)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "complete").touch()

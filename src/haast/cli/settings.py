@@ -56,9 +56,10 @@ class Loading:
     model: Annotated[str, Option(help="Target: name, hub id, folder or .gguf file.")] = DEFAULT_MODEL
     dtype: Annotated[str, Option(help="float32, float16, bfloat16 or float64.")] = "float32"
     device: Annotated[str, Option(help="A torch device, such as cpu or cuda:0.")] = "cpu"
-    packing: Annotated[str, Option(help="Weight format: auto, f16 (CPU), int8, torchao-int8, torchao-int4 or off.")] = (
-        "auto"
-    )
+    packing: Annotated[
+        str,
+        Option(help="Weight format: auto, gguf (as in the file), f16, int8 (CPU), torchao-int8, torchao-int4, off."),
+    ] = "auto"
     compile: Annotated[str, Option(help="torch.compile of the layers: off, auto (on for CUDA) or on.")] = "off"
     threads: Annotated[int | None, Option(metavar="N", help="CPU threads; torch's default if absent.")] = None
 

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from haast import compat, native
 from haast.target.memory import release_freed_memory
-from haast.target.packing import PackedLinear
+from haast.target.packing import PackedLinear, rounds_activations
 
 _LLAMA_ATTENTION = {"config", "layer_idx", "head_dim", "scaling", "is_causal", "num_key_value_groups"}
 # Differences that are allowed, relative to the largest number: far above the effect of another order of fp32 sums; with
@@ -185,6 +185,6 @@ def _same(module: nn.Module, fused: nn.Module, width: int, linears: Sequence[Pac
 
 
 def _agree(expected: Tensor, result: Tensor, linears: Sequence[PackedLinear]) -> bool:
-    rounded = any(part.form != "f16" for linear in linears for part in linear.parts())
+    rounded = any(rounds_activations(part) for linear in linears for part in linear.parts())
     tolerance = _BLOCKS_TOLERANCE if rounded else _TOLERANCE
     return torch.allclose(expected, result, rtol=tolerance, atol=tolerance * max(1.0, float(expected.abs().max())))

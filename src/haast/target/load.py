@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,13 +33,14 @@ from haast.target.device_map import Spread
 from haast.target.fusing import fuse_small_modules
 from haast.target.gguf_file import GGUFFile, open_gguf
 from haast.target.memory import copy_parameters, release_freed_memory
-from haast.target.packing import FORMS, pack_linears
+from haast.target.packing import FORMS, PackedEmbedding, PackedLinear, pack_linears
 from haast.target.precision import TORCHAO, quantisation, quantise
 from haast.target.target import Target, end_tokens
 
 _DTYPES = {
     str(each).removeprefix("torch."): each for each in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 }
+_PACKED = ("gguf", *FORMS)
 DEFAULT_MODEL = "smollm2-135m-instruct"
 # What transformers, safetensors and tokenizers raise for files that are missing, truncated, or do not match.
 _UNLOADABLE = (OSError, KeyError, ValueError, TypeError, RuntimeError, ZeroDivisionError, SafetensorError)
@@ -109,10 +113,12 @@ def load_target(
         name: `smollm2-135m-instruct`, a hub id, a local folder or a .gguf file.
         dtype: "float32", "float16", "bfloat16" or "float64".
         device: a torch device.
-        packing: "f16" replaces the linear layers by packed 16-bit ones (fp32 CPU models only), "int8" by 8-bit ones
-            (the target is then the rounded model, which generates other text). "torchao-int8" and "torchao-int4"
-            quantise all linear layers except the LM head with torchao, on any device. "off" changes nothing. "auto"
-            packs to 16 bits if the model allows it, is not quantised, and the native kernels are fast on this CPU.
+        packing: "gguf" keeps the blocks of a .gguf file, which native kernels multiply in integers (fp32 on the CPU
+            only). "f16" replaces the linear layers by packed 16-bit ones, "int8" by 8-bit ones (the target is then the
+            rounded model, which generates other text). "torchao-int8" and "torchao-int4" quantise all linear layers
+            except the LM head with torchao, on any device. "off" changes nothing; a .gguf file is dequantised. "auto"
+            is "gguf" for a .gguf file and "f16" for other models, if the model allows it, is not quantised otherwise,
+            and the native kernels are fast on this CPU.
         compile: "on" compiles the decoder layers (see `Target.use_compiled_layers`), "off" does not, "auto" does on
             CUDA.
         progress: wraps each compilation.
@@ -126,10 +132,14 @@ def load_target(
     compiled = check_compile(compile, dtype, device, packing)
     spread = Spread() if spread is None else spread
     spread.check(device, packing, compile)
-    model, tokenizer = _load(resolve(name), torch_dtype, spread)
+    source, target_device = resolve(name), torch.device(device)
+    packs = not spread and wants_packing(packing, torch_dtype, target_device)
+    if packing == "gguf" and source.gguf is None:
+        raise ValueError(f"packing='gguf' keeps the blocks of a .gguf file, which {name} is not: use 'f16' or 'int8'")
+    keep = packs and source.gguf is not None and packing in ("gguf", "auto")
+    model, tokenizer = _load(source, torch_dtype, spread, keep)
     if spread:
         return Target(model, tokenizer)
-    target_device = torch.device(device)
     model.to(device=target_device)  # type: ignore[call-arg]  # moves in place
     quantised = quantisation(model)
     if quantised is not None and packing not in ("auto", "off"):
@@ -139,7 +149,7 @@ def load_target(
     if packing in TORCHAO:
         quantise(model, packing)
     target = Target(model, tokenizer)
-    if quantised is None and wants_packing(packing, torch_dtype, target_device):
+    if quantised is None and packs:
         pack_linears(target.model, form="int8" if packing == "int8" else "f16")
         copy_parameters(target.model)
         fuse_small_modules(target.model)
@@ -154,8 +164,8 @@ def check_precision(dtype: str, device: str, packing: str) -> torch.dtype:
     """Check that the three settings fit together, before anything loads; returns the dtype. Raises ValueError."""
     if dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown: choose one of {sorted(_DTYPES)}")
-    if packing not in ("auto", *FORMS, *TORCHAO, "off"):
-        raise ValueError(f"packing={packing!r} is unknown: choose auto, {', '.join((*FORMS, *TORCHAO))} or off")
+    if packing not in ("auto", *_PACKED, *TORCHAO, "off"):
+        raise ValueError(f"packing={packing!r} is unknown: choose auto, {', '.join((*_PACKED, *TORCHAO))} or off")
     if packing in TORCHAO and importlib.util.find_spec("torchao") is None:
         raise ValueError(f"packing={packing!r} needs torchao, which is not installed: pip install 'haast[quantised]'")
     try:
@@ -170,7 +180,7 @@ def check_precision(dtype: str, device: str, packing: str) -> torch.dtype:
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={device!r} does not work here ({reason}): use device='cpu'") from error
-    if packing in FORMS and (dtype != "float32" or torch_device.type != "cpu"):
+    if packing in _PACKED and (dtype != "float32" or torch_device.type != "cpu"):
         raise ValueError(
             f"packing={packing!r} needs a float32 model on the CPU, not {dtype} on {device}: use packing='off'"
         )
@@ -192,9 +202,9 @@ def check_compile(compile: str, dtype: str, device: str, packing: str) -> bool:
 
 
 def wants_packing(packing: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether to pack: "f16" or "int8" is set, or "auto" for a model that can be packed, on a CPU with fast kernels."""
+    """Whether to pack: asked for by name, or "auto" for a model that can be packed, on a CPU with fast kernels."""
     possible = dtype is torch.float32 and device.type == "cpu"
-    return packing in FORMS or (packing == "auto" and possible and native.accelerated())
+    return packing in _PACKED or (packing == "auto" and possible and native.accelerated())
 
 
 def load_stock(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -224,11 +234,11 @@ def load_tokenizer(name: str = DEFAULT_MODEL) -> tuple[PreTrainedTokenizerBase, 
 
 
 def _load(
-    source: ModelSource, dtype: torch.dtype, spread: Spread | None = None
+    source: ModelSource, dtype: torch.dtype, spread: Spread | None = None, keep_blocks: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     file, options = source.open_gguf(), spread.arguments() if spread else {}
     if file is not None:
-        tokenizer, model = gguf_model.read_tokenizer(file), _build(file, dtype)
+        tokenizer, model = gguf_model.read_tokenizer(file), _build(file, dtype, keep_blocks)
         if options:  # transformers places the weights, which it takes from the model built here
             state, kind = model.state_dict(), type(model)
             with _loading_errors(source), _without_bars():
@@ -247,12 +257,53 @@ def _load(
         return model, AutoTokenizer.from_pretrained(source.location)
 
 
-def _build(file: GGUFFile, dtype: torch.dtype) -> PreTrainedModel:
+def _build(file: GGUFFile, dtype: torch.dtype, keep_blocks: bool) -> PreTrainedModel:
     """The model of a GGUF file, with a progress bar (transformers' own) for one that takes more than a few seconds."""
     size, every = file.nbytes, 0.1 if sys.stderr.isatty() else 30.0  # seconds between two lines, as in `haast.progress`
     bar = transformers_logging.tqdm if size >= _LARGE else transformers_logging.EmptyTqdm
+    kept = KeptBlocks()
+    make = {"make_linear": kept.linear, "make_embedding": kept.embedding} if keep_blocks else {}
     with bar(total=size, unit="B", unit_scale=True, desc=f"reading {file.path.name}", mininterval=every) as shown:
-        return gguf_model.build(file, dtype=dtype, progress=shown.update)
+        model = gguf_model.build(file, dtype=dtype, progress=shown.update, **make)
+    if kept.rounded:
+        types = ", ".join(f"{count} of {type_name}" for type_name, count in sorted(kept.rounded.items()))
+        transformers_logging.get_logger(__name__).warning(
+            "%s: matrices in formats without an integer kernel are kept in 16 bits: %s", file.path.name, types
+        )
+    return model
+
+
+class KeptBlocks:
+    """Makes packed layers of a GGUF file's matrices; an embedding and an LM head that are tied share one weight.
+
+    Attributes:
+        rounded: number of quantised matrices by type that have no integer kernel and became fp16.
+    """
+
+    def __init__(self) -> None:
+        self._made: tuple[gguf_model.Blocks, PackedLinear] | None = None
+        self.rounded: Counter[str] = Counter()
+
+    def linear(self, blocks: gguf_model.Blocks, bias: Tensor | None = None) -> PackedLinear:
+        """The packed layer of a matrix."""
+        if self._made is not None and self._made[0] is blocks and bias is None:
+            return self._made[1]
+        if blocks.type_name in native.BLOCK_FORMS:
+            with warnings.catch_warnings():  # the view of the file is read-only, and is not written to
+                warnings.simplefilter("ignore", UserWarning)
+                data = torch.from_numpy(blocks.data)
+            made = PackedLinear.of_blocks(data, blocks.type_name, blocks.in_features, bias)
+        else:
+            made = PackedLinear(blocks.dequantise(), bias)
+            made.packing = "gguf"
+            self.rounded.update([] if blocks.type_name in ("F16", "BF16", "F32") else [blocks.type_name])
+        if bias is None:
+            self._made = blocks, made
+        return made
+
+    def embedding(self, blocks: gguf_model.Blocks) -> PackedEmbedding | None:
+        """The packed embedding of a matrix; None for one of 32 bits, which would be rounded."""
+        return None if blocks.type_name == "F32" else PackedEmbedding(self.linear(blocks))
 
 
 @contextlib.contextmanager

@@ -252,6 +252,11 @@ def is_packed(module: nn.Module | None) -> TypeGuard[PackedLinear]:
     return isinstance(module, PackedLinear)
 
 
+def rounds_activations(module: nn.Module | None) -> bool:
+    """Whether it is a packed layer with block weights, which rounds its input to 8 bits."""
+    return isinstance(module, PackedLinear) and module.form != "f16"
+
+
 def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear | PackedLinear]:
     """Whether it is a linear layer, packed or not, i.e. has `in_features` and `out_features`."""
     return isinstance(module, nn.Linear | PackedLinear)

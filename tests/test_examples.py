@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import tiny_target
+from fakes import tiny_llama, tiny_target
 from test_cli import tiny_tokenizer
+from torch import Tensor
 
 from haast import Haast
 from haast.core import SamplingParams, StopParams
 from haast.drafters.ngram import SuffixDrafter
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine.engine import Engine
+from haast.heads.checkpoint import load_head
 from haast.stats import Stats
+from haast.target.target import Target
+from haast.training import Loss, TrainConfig, TrainingData, train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -61,3 +65,87 @@ def test_the_moving_picture_is_drawn_from_its_recording() -> None:
     assert texts[0] == texts[1], "both decoders give one text"
     recording["panels"][0]["tokens_per_s"] += 100
     assert drawn(recording) != (root / "docs/demo.svg").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def answers(tmp_path: Path) -> Path:
+    """Given text for training, and `valid.jsonl` next to it."""
+    texts = [{"id": str(n), "prompt": f"say {n}", "response": f"one two {n} three four " * 3} for n in range(6)]
+    (tmp_path / "valid.jsonl").write_text(json.dumps({"prompt": "say it"}) + "\n", encoding="utf-8")
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def tiny_texts() -> Target:
+    """A tiny target that reads bytes."""
+    tokenizer = tiny_tokenizer()
+    return Target(tiny_llama(len(tokenizer), std=0.3), tokenizer)
+
+
+def settings(**changes: Any) -> TrainConfig:
+    few: dict[str, Any] = {"views": 600, "draft_vocab": 64, "batch_tokens": 200, "evaluate_every": 400, "warmup": 0.0}
+    return TrainConfig(**few | changes)
+
+
+def test_a_loss_of_ones_own_is_the_one_that_trains(answers: Path, tmp_path: Path) -> None:
+    """Without smoothing and over all tokens it is Haast's own loss, and trains the same head; the control differs."""
+    own, target, data = example("own_loss.py")["SmoothedTopK"], tiny_texts(), TrainingData(answers=answers, topk=258)
+    renormalised = settings(teacher_top=258, draft_vocab=258)  # as SmoothedTopK does it
+
+    def trained(folder: str, loss: Loss | None, config: TrainConfig = renormalised) -> dict[str, Tensor]:
+        result = train(target, data, tmp_path / folder, config, loss=loss)
+        return dict(load_head(Path(result["head"])).module.state_dict())
+
+    def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+        return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+    default = trained("default", None)
+    assert distance(default, trained("same", own(258, 0.0))) < 1e-3
+    assert distance(default, trained("smoothed", own(258, 0.5))) > 1e-2
+    about = json.loads((tmp_path / "smoothed/best/config.json").read_text(encoding="utf-8"))["about"]
+    assert about["loss"] == "smoothed top-k, k=258, smoothing=0.5"
+    assert "| loss | smoothed top-k, k=258, smoothing=0.5 |" in (tmp_path / "smoothed/best/README.md").read_text()
+    for loss in (None, own(258, 0.25)):
+        with pytest.raises(ValueError, match=r"other settings.*'loss': ..smoothed top-k, k=258, smoothing=0.5"):
+            train(target, data, tmp_path / "smoothed", renormalised, loss=loss, resume=True)
+    train(target, data, tmp_path / "smoothed", renormalised, loss=own(258, 0.5), resume=True)
+
+
+@pytest.mark.parametrize("head", ["eagle3", "medusa"])
+def test_a_loss_of_ones_own_trains_every_kind_of_head(answers: Path, tmp_path: Path, head: str) -> None:
+    class Counted(Loss):
+        name, calls = "counted", 0
+
+        def __call__(self, logits: Tensor, ids: Tensor, probs: Tensor) -> Tensor:
+            assert ids.shape == probs.shape == (len(logits), 16) and logits.shape[1] == 64
+            Counted.calls += logits.requires_grad
+            return -(probs * logits.log_softmax(-1).gather(1, ids)).sum(-1)
+
+    data, target = TrainingData(answers=answers), tiny_texts()
+    train(target, data, tmp_path / "run", settings(head=head, medusa_heads=2), loss=Counted())
+    assert Counted.calls >= 4
+
+
+def test_what_a_loss_of_ones_own_cannot_do_is_refused(answers: Path, tmp_path: Path) -> None:
+    class Mean(Loss):
+        name = "mean"
+
+        def __call__(self, logits: Tensor, ids: Tensor, probs: Tensor) -> Tensor:
+            return logits.mean()
+
+    data, target = TrainingData(answers=answers), tiny_texts()
+    with pytest.raises(ValueError, match=r"'mean' returned \(\): return one value for each of the"):
+        train(target, data, tmp_path / "run", settings(), loss=Mean())
+    for other in ({"lk_after": 0.5}, {"rejected_weight": 2.0}):
+        with pytest.raises(ValueError, match=r"takes the place of the cross-entropy.*leave both at 1"):
+            train(target, data, tmp_path / "run", settings(**other), loss=Mean())
+
+
+def test_losses_are_compared(answers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = example("own_loss.py")
+    names["main"](str(answers), str(tmp_path / "valid.jsonl"), str(tmp_path / "runs"), tiny_texts(), settings())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["cross-entropy", "smoothed"]
+    assert all(Path(line.split()[-1], "config.json").is_file() for line in lines)
+    assert len((EXAMPLES / "own_loss.py").read_text(encoding="utf-8").splitlines()) <= 60

@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import tiny_llama, tiny_target
+from fakes import random_head, tiny_llama, tiny_target
 from test_cli import tiny_tokenizer
 from torch import Tensor
 
 from haast import Haast
 from haast.core import SamplingParams, StopParams
+from haast.drafters.factory import head_drafter
 from haast.drafters.ngram import SuffixDrafter
+from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine.engine import Engine
+from haast.errors import HeadMismatchError
+from haast.formats import opened
+from haast.formats.export import export_head
+from haast.formats.opened import OpenedHead, open_head
 from haast.heads.checkpoint import load_head
 from haast.stats import Stats
 from haast.target.target import Target
@@ -149,3 +156,47 @@ def test_losses_are_compared(answers: Path, tmp_path: Path, capsys: pytest.Captu
     assert [line.split()[0] for line in lines] == ["cross-entropy", "smoothed"]
     assert all(Path(line.split()[-1], "config.json").is_file() for line in lines)
     assert len((EXAMPLES / "own_loss.py").read_text(encoding="utf-8").splitlines()) <= 60
+
+
+@pytest.mark.parametrize("vocabulary", [None, range(0, 32, 2)], ids=["whole", "half"])
+def test_a_format_of_ones_own_is_written_found_and_drafts_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocabulary: Sequence[int] | None
+) -> None:
+    monkeypatch.setattr(opened, "_REGISTERED", {})
+    target, place = tiny_target(), tmp_path / "one"
+    head = random_head(target, vocabulary)
+    with pytest.raises(ValueError, match="can't export to --to one-file"):
+        export_head(head, "one-file", "tiny", target.model.config, place)
+    example("own_format.py")
+    serve = export_head(head, "one-file", "tiny", target.model.config, place).serve
+    assert serve == f"Haast.from_pretrained('tiny', head='{place}')"
+    assert {path.name for path in place.iterdir()} == {"one.safetensors", "README.md"}
+    loaded = open_head(place)
+    assert isinstance(loaded, OpenedHead) and loaded.format.name == "one-file"
+
+    def drafts(of: Haast) -> tuple[Any, list[Any]]:
+        trees, propose = list[Any](), of.drafter.propose
+
+        def spied(*given: Any) -> Any:
+            tree = propose(*given)
+            trees.append((tree.tokens.tolist(), tree.parents.tolist()))
+            return tree
+
+        monkeypatch.setattr(of.drafter, "propose", spied)
+        return of.generate([3, 1, 4, 1, 5], max_new_tokens=24).tokens, trees
+
+    shape = DraftShape(nodes=6, depth=3, top_k=2, width=2)
+    read = Haast.from_pretrained(target.model, head=place, drafter="eagle", shape=shape)
+    original = Haast(target, head_drafter(target, head, shape))
+    assert drafts(read) == drafts(original)
+    other = Haast(target, head_drafter(target, random_head(target, vocabulary, seed=2), shape))
+    text, trees = drafts(other)
+    assert (text, trees != drafts(original)[1]) == (drafts(read)[0], True), "the control: another head drafts otherwise"
+    # Other folders are still read by the formats of Haast.
+    export_head(head, "official", "tiny", target.model.config, tmp_path / "official")
+    elsewhere = open_head(tmp_path / "official")
+    assert isinstance(elsewhere, OpenedHead) and elsewhere.format.name == "official"
+    monkeypatch.setattr(opened, "_REGISTERED", {})
+    with pytest.raises(HeadMismatchError, match=r"there is no config\.json"):
+        open_head(place)
+    assert len((EXAMPLES / "own_format.py").read_text(encoding="utf-8").splitlines()) <= 60

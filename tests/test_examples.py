@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from collections.abc import Sequence
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fakes import random_head, tiny_llama, tiny_target
-from test_cli import tiny_tokenizer
+from test_cli import save_random_head, tiny_config, tiny_tokenizer
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from haast import Haast
 from haast.core import SamplingParams, StopParams
@@ -200,3 +203,54 @@ def test_a_format_of_ones_own_is_written_found_and_drafts_the_same(
     with pytest.raises(HeadMismatchError, match=r"there is no config\.json"):
         open_head(place)
     assert len((EXAMPLES / "own_format.py").read_text(encoding="utf-8").splitlines()) <= 60
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with model/ and head/."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config()).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    save_random_head(tmp_path / "head", tiny_config())
+    return tmp_path
+
+
+def test_drafters_are_compared_on_prompts_of_ones_own(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = saved / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("one", "two", "three")), "utf-8")
+    few = {"MODEL": saved / "model", "HEAD": saved / "head", "PROMPTS": prompts, "LIMIT": 2, "TOKENS": 12, "ROUNDS": 1}
+    for name, value in few.items():
+        monkeypatch.setenv(name, str(value))
+    names = example("compare_drafters.py")
+    _, heading, *rows = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["drafter", "tau", "tokens/s", "speed-up", "equal", "text"]
+    assert [row.split()[0] for row in rows] == ["vanilla", "suffix", "lookup", "eagle", "eagle+suffix"]
+    assert rows[0].split()[1] == "1.00" and not any("bug" in row for row in rows)
+    assert all(row.endswith("2 of 2") or "tie" in row for row in rows)
+    assert len(names["encoded"]) == 2
+
+
+def test_a_head_is_trained_from_nothing(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_in_15_minutes.py", "--quick"])
+    monkeypatch.setenv("MODEL", str(saved / "model"))
+    monkeypatch.setenv("OUT", str(saved / "run"))
+    names = example("train_in_15_minutes.py")
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"plan for {saved / 'model'}") and "views  tau " in printed
+    assert load_head(Path(names["result"]["head"])).about["tau"] == pytest.approx(names["result"]["tau"])
+    assert not {each.id for each in names["held_out"]} & {each.id for each in names["taught"]}
+    assert printed.count(" yes ") == len(names["held_out"]), "the text is the target's own"
+    example("train_in_15_minutes.py")  # again: it continues
+    assert f"answers: 0 new, {len(names['taught'])} from before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["compare_drafters.py", "train_in_15_minutes.py"])
+def test_every_cell_of_a_notebook_is_explained(name: str) -> None:
+    cells = re.findall(r"^# %%( \[markdown\]\n# .)?", (EXAMPLES / name).read_text(encoding="utf-8"), re.MULTILINE)
+    explained = [bool(text) for text in cells]
+    assert explained[:2] == [True, False], "a title, then the imports"
+    assert all(explained[i - 1] for i, text in enumerate(explained) if not text)

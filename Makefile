@@ -24,8 +24,8 @@ test-matrix:
 	$(PYTHON) tests/matrix.py
 
 lint: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks docs setup.py
-	$(BIN)/ruff format --check src tests benchmarks docs setup.py
+	$(BIN)/ruff check src tests benchmarks docs examples setup.py
+	$(BIN)/ruff format --check src tests benchmarks docs examples setup.py
 	$(BIN)/mypy
 
 docs: $(STAMP)

@@ -29,8 +29,8 @@ from sides import OtherSideError, answers, checked, differences, environment, ru
 from haast.api import Haast, find_head
 from haast.drafters.factory import head_drafter
 from haast.drafters.tree_shape import DraftShape
-from haast.formats.export import GGUF_FILE, export_head
-from haast.formats.gguf import read_gguf
+from haast.formats.export import export_head
+from haast.formats.gguf import GGUF_FILE, read_gguf
 from haast.formats.opened import OpenedHead, open_head
 from haast.formats.probe import PROMPTS
 from haast.heads.checkpoint import Head

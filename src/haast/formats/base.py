@@ -130,7 +130,7 @@ class ServingEngine:
     """The engine and target that a head is written for.
 
     Attributes:
-        name: one of `formats.export.ENGINES`.
+        name: one of `formats.export.ENGINES`, or the name of a registered format.
         target: the target's name or hub id.
         config: its text configuration, as a dictionary.
     """
@@ -150,7 +150,7 @@ class WrittenHead:
 
 
 class Format(ABC):
-    """One checkpoint format.
+    """One checkpoint format. `formats.opened.register` adds one of your own; see `examples/own_format.py`.
 
     Attributes:
         name: shown to users.
@@ -159,6 +159,21 @@ class Format(ABC):
 
     name: str
     kinds: tuple[str, ...]
+
+    def read_files(self, path: Path, source: str) -> HeadFiles | None:
+        """The files at `path`, a folder or a file, if only this format can read them; None leaves them to others.
+
+        `formats.files` reads a folder with a config.json and the usual files of weights. The tensors must have names by
+        which `formats.detect.kind_of` tells the kind of head. Raises HeadMismatchError for corrupt files.
+        """
+        return None
+
+    def write_files(self, folder: Path, written: WrittenHead, dtype: torch.dtype) -> bool:
+        """Write files that `read_files` reads, and return True; False leaves it to `formats.export`.
+
+        The tensors of `written` are contiguous, and those of floating point are of `dtype`.
+        """
+        return False
 
     @abstractmethod
     def detect(self, kind: str, files: HeadFiles) -> bool:

@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from haast.files import new_folder, replacing, write_json, write_text
-from haast.formats.base import Format, Reading, ServingEngine, TargetFacts, WrittenHead
-from haast.formats.files import CONFIG, read_files
-from haast.formats.gguf import Gguf, read_gguf, write_gguf
+from haast.formats.base import Format, Reading, ServingEngine, TargetFacts
+from haast.formats.files import CONFIG
+from haast.formats.gguf import GGUF_FILE, Gguf
 from haast.formats.medusa import Medusa
 from haast.formats.official import Official
-from haast.formats.opened import OpenedHead, opened, reading_of
+from haast.formats.opened import OpenedHead, open_foreign, reading_of, registered
 from haast.formats.probe import ProbeResult
 from haast.formats.speculators import Speculators
 from haast.heads.checkpoint import Head, build_module, save_head
@@ -34,7 +34,6 @@ from haast.heads.medusa import MedusaConfig
 from haast.heads.module import DraftModule
 
 ENGINES = ("official", "vllm", "sglang", "speculators", "llama.cpp", "gguf")
-GGUF_FILE = "head.gguf"
 _TITLES = {"eagle": "EAGLE head", "eagle3": "EAGLE-3 head", "p-eagle": "P-EAGLE head", "medusa": "Medusa heads"}
 
 
@@ -62,7 +61,7 @@ def export_head(
 
     Args:
         head: Haast's own, or an imported one.
-        engine: one of `ENGINES`.
+        engine: one of `ENGINES`, or the name of a registered format.
         target: the target's name or hub id, for the card and the command.
         config: the target's configuration.
         out: the folder to write; it must be empty or absent.
@@ -71,7 +70,7 @@ def export_head(
     Raises:
         ValueError: the engine is unknown or can't draft with this head, or the written head drafts differently.
     """
-    if engine not in ENGINES:
+    if engine not in ENGINES and registered(engine) is None:
         raise ValueError(f"Haast can't export to --to {engine}: choose one of {', '.join(ENGINES)}")
     text = config.get_text_config()
     reading, facts = reading_of(head), TargetFacts(text)
@@ -85,15 +84,12 @@ def export_head(
         dtype = exact_dtype(written.tensors)
     path, notes = out / GGUF_FILE if engine == "gguf" else out, list(written.notes)
     serve = serving_command(engine, reading, target, path)
+    stored = replace(written, tensors={name: _in_dtype(tensor, dtype) for name, tensor in written.tensors.items()})
     with new_folder(out) as folder:
-        if engine == "gguf":
-            write_gguf(folder / GGUF_FILE, written, dtype)
-            reread = opened(read_gguf(folder / GGUF_FILE, str(path)))
-        else:
-            document = {**written.document, "torch_dtype": str(dtype).removeprefix("torch.")}
-            _write_folder(folder, document, written, dtype)
-            reread = opened(read_files(folder, str(path)))
-        _compare_drafts(reading, reread, facts)
+        if not layout.write_files(folder, stored, dtype):
+            document = {**stored.document, "torch_dtype": str(dtype).removeprefix("torch.")}
+            _write_folder(folder, document, stored.tensors)
+        _compare_drafts(reading, open_foreign(folder, str(path)), facts)
         write_text(folder / "README.md", _card(head, reading, engine, target, serve, notes))
     return Exported(path, serve, tuple(notes), dtype)
 
@@ -145,7 +141,9 @@ def exact_dtype(weights: dict[str, Tensor]) -> torch.dtype:
 
 
 def serving_command(engine: str, reading: Reading, target: str, path: Path) -> str:
-    """The command that serves the target with the head."""
+    """The command that serves the target with the head; for a registered format, the Python expression."""
+    if registered(engine) is not None:  # the command line does not have it
+        return f"Haast.from_pretrained({target!r}, head={str(path)!r})"
     where, kind = shlex.quote(str(path)), kind_of_reading(reading)
     target = shlex.quote(target)
     method = "eagle" if kind == "eagle" else "eagle3"
@@ -181,6 +179,9 @@ def kind_of_reading(reading: Reading) -> str:
 
 
 def _format_for(reading: Reading, engine: str) -> Format:
+    own = registered(engine)
+    if own is not None:
+        return own
     if engine == "gguf":
         return Gguf()
     if engine == "speculators":
@@ -188,12 +189,12 @@ def _format_for(reading: Reading, engine: str) -> Format:
     return Medusa() if isinstance(reading.config, MedusaConfig) else Official()
 
 
-def _write_folder(out: Path, document: dict[str, Any], written: WrittenHead, dtype: torch.dtype) -> None:
+def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+
+
+def _write_folder(out: Path, document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     name = "medusa_lm_head.safetensors" if "medusa_num_heads" in document else "model.safetensors"
-    tensors = {
-        key: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-        for key, tensor in written.tensors.items()
-    }
     with replacing(out / name) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     write_json(document, out / CONFIG)

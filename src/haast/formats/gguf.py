@@ -21,13 +21,14 @@ from haast.errors import HeadMismatchError
 from haast.files import replacing
 from haast.formats.base import Format, HeadFiles, Question, Reading, ServingEngine, TargetFacts, WrittenHead
 from haast.formats.conventions import interleaved
+from haast.formats.files import CONFIG
 from haast.formats.keys import check_keys
 from haast.formats.layout import eagle3_config, eagle3_reading
 from haast.formats.official import Official
 from haast.heads.config import HeadConfig, HeadSizes
 from haast.heads.eagle3 import Eagle3Config
 
-ARCHITECTURE = "eagle3"
+ARCHITECTURE, GGUF_FILE = "eagle3", "head.gguf"
 _NAMES = {
     "fc.weight": "fc.weight",
     "enc.output_norm.weight": "input_norm.weight",
@@ -56,6 +57,14 @@ class Gguf(Format):
 
     name = "GGUF"
     kinds = ("eagle3",)
+
+    def read_files(self, path: Path, source: str) -> HeadFiles | None:
+        found = [path] if path.suffix == ".gguf" and path.is_file() else [*path.glob("*.gguf")]
+        return None if len(found) != 1 or (path / CONFIG).is_file() else read_gguf(found[0], source)
+
+    def write_files(self, folder: Path, written: WrittenHead, dtype: torch.dtype) -> bool:
+        write_gguf(folder / GGUF_FILE, written, dtype)
+        return True
 
     def detect(self, kind: str, files: HeadFiles) -> bool:
         return kind in self.kinds and files.document.get("general.architecture") == ARCHITECTURE

@@ -22,8 +22,8 @@ from haast.errors import HeadMismatchError
 from haast.formats.base import Format, HeadFiles, Question, Reading, TargetFacts
 from haast.formats.deepspec import DeepSpec
 from haast.formats.detect import kind_of, plain_names
-from haast.formats.files import CONFIG, locate, read_files
-from haast.formats.gguf import Gguf, read_gguf
+from haast.formats.files import locate, read_files
+from haast.formats.gguf import Gguf
 from haast.formats.keys import check_keys
 from haast.formats.medusa import Medusa
 from haast.formats.modelopt import ModelOpt
@@ -39,6 +39,21 @@ from haast.target.target import Target
 _LOG = logging.getLogger(__name__)
 # The first format that detects the files reads them; the official layout accepts all others.
 FORMATS: tuple[Format, ...] = (Gguf(), Medusa(), Speculators(), DeepSpec(), ModelOpt(), SpecForge(), Official())
+_REGISTERED: dict[str, Format] = {}  # by name
+
+
+def register(form: Format) -> None:
+    """Add a format of your own, for reading and for `export_head(head, form.name, ...)`.
+
+    It is asked before Haast's own formats, so `detect` must be false for other files. It replaces a registered format
+    of the same name.
+    """
+    _REGISTERED[form.name] = form
+
+
+def registered(name: str) -> Format | None:
+    """The registered format of this name; None if there is none."""
+    return _REGISTERED.get(name)
 
 
 @dataclass(frozen=True)
@@ -149,17 +164,24 @@ def open_head(head: str | Path) -> Head | OpenedHead:
     drafter for.
     """
     path, source = locate(head)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise HeadMismatchError(f"{path} is a file: give the head's folder, a .gguf file or a hub id")
-        return opened(read_gguf(path, source))
-    folder = head_folder(path)
-    if is_own(folder):
-        return load_head(folder)
-    files = [*folder.glob("*.gguf")]
-    if len(files) == 1 and not (folder / CONFIG).is_file():
-        return opened(read_gguf(files[0], source))
-    return opened(read_files(folder, source))
+    path = path if path.is_file() else head_folder(path)
+    return load_head(path) if is_own(path) else open_foreign(path, source)
+
+
+def open_foreign(path: Path, source: str) -> OpenedHead:
+    """Read the files of a head that is not in Haast's own layout. `source` is its name. Raises as `open_head` does."""
+    formats = (*_REGISTERED.values(), *FORMATS)
+    files = next((read for form in formats if (read := form.read_files(path, source)) is not None), None)
+    if files is None and path.is_file():
+        raise HeadMismatchError(f"{path} is a file: give the head's folder, a .gguf file or a hub id")
+    files = read_files(path, source) if files is None else files
+    if not files.tensors:
+        raise files.error("it holds no tensors", "fetch the head again")
+    check_keys(files, files.document)
+    kind = kind_of(plain_names(files.tensors), files.source)
+    opened = OpenedHead(files, kind, next(form for form in formats if form.detect(kind, files)))
+    _LOG.info("%s", opened.summary)
+    return opened
 
 
 def drafter_kind(path: Path) -> str:
@@ -169,17 +191,6 @@ def drafter_kind(path: Path) -> str:
     head = open_head(path)
     assert isinstance(head, OpenedHead), "it is not Haast's own"
     return head.drafter_kind
-
-
-def opened(files: HeadFiles) -> OpenedHead:
-    """Detect the kind and format of files that were read. Raises HeadMismatchError if Haast can't run such a head."""
-    if not files.tensors:
-        raise files.error("it holds no tensors", "fetch the head again")
-    check_keys(files, files.document)
-    kind = kind_of(plain_names(files.tensors), files.source)
-    head = OpenedHead(files, kind, next(form for form in FORMATS if form.detect(kind, files)))
-    _LOG.info("%s", head.summary)
-    return head
 
 
 def _card_metadata(folder: Path) -> dict[str, Any]:

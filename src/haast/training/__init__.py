@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from haast.training.config import TrainConfig, TrainingData
+    from haast.training.losses import Loss
     from haast.training.run import train
 
-__all__ = ["TrainConfig", "TrainingData", "train"]
-_MODULES = {"TrainConfig": "config", "TrainingData": "config", "train": "run"}
+__all__ = ["Loss", "TrainConfig", "TrainingData", "train"]
+_MODULES = {"Loss": "losses", "TrainConfig": "config", "TrainingData": "config", "train": "run"}
 
 
 def __getattr__(name: str) -> Any:

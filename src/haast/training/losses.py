@@ -12,10 +12,13 @@ For one position, with p the teacher's probabilities on its k tokens and q the h
     lk = w ce - (1 - w) acceptance           w = exp(- sharpness * acceptance), held constant
 
 Where the head is bad, w is near 1 and cross-entropy dominates; where it is good, acceptance dominates.
+
+A `Loss` of your own replaces both. Autograd computes its gradient, so the logits of all positions are stored.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +26,33 @@ from torch import Tensor
 from torch.nn import functional
 
 _CHUNK = 256  # positions per chunk: with 8k tokens 8 MB of logits, which stay in the CPU cache
+
+
+class Loss(ABC):
+    """A loss of your own, in place of the soft cross-entropy: `train(..., loss=...)`; see `examples/own_loss.py`.
+
+    Attributes:
+        name: with its settings, if it has any. It is stored in checkpoints and in the head's files, and a run can only
+            be resumed with a loss of the same name.
+    """
+
+    name: str
+
+    @abstractmethod
+    def __call__(self, logits: Tensor, ids: Tensor, probs: Tensor) -> Tensor:
+        """The loss at n positions, which need not be of one sequence.
+
+        Called once for each training pass or Medusa head, and weighted by `ce_weight`. It has no parameters.
+
+        Args:
+            logits: (n, draft vocabulary) float, of the head.
+            ids: (n, k) int64, the teacher's best tokens as indices into the draft vocabulary, the best one first.
+            probs: (n, k) float, the teacher's probabilities of these tokens, renormalised only by `teacher_top`; 0 for
+                a token outside the draft vocabulary, whose id then means nothing.
+
+        Returns:
+            (n,) float, one value per position, differentiable in `logits`.
+        """
 
 
 class Sums(NamedTuple):
@@ -136,3 +166,22 @@ def teacher_loss(
         apply: Any = _TeacherLoss.apply  # untyped in torch
         sums = apply(features, weight, bias, ids, probs, columns, sharpness, rejected)
     return Sums(*sums)
+
+
+def own_loss(
+    loss: Loss, features: Tensor, weight: Tensor, ids: Tensor, probs: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """The sum over positions of a `Loss`. The arguments are as for `teacher_loss`.
+
+    Raises:
+        ValueError: it does not return one value per position.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        logits = functional.linear(features.to(weight.dtype), weight, bias)  # (positions, draft vocabulary)
+        values = loss(logits, ids, probs.to(weight.dtype))
+    if values.shape != logits.shape[:1]:
+        raise ValueError(
+            f"the loss {loss.name!r} returned {tuple(values.shape)}: return one value for each of the {len(logits)} "
+            f"positions, without their mean"
+        )
+    return values.sum()

@@ -23,7 +23,7 @@ from haast.heads.medusa import MedusaHeads
 from haast.heads.module import DraftModule
 from haast.training.batches import Example, PackedBatch, pack, usable
 from haast.training.config import TrainConfig
-from haast.training.losses import teacher_loss
+from haast.training.losses import Loss, own_loss, teacher_loss
 from haast.training.scaled_head import TrainedHead
 from haast.training.target_weights import TargetWeights, draft_indices
 from haast.training.training_time_test import chain_passes, next_is_adjacent
@@ -51,6 +51,7 @@ class Objective(nn.Module):
         draft_vocab: (draft vocabulary,) ascending target ids.
         config: weights of the losses.
         device: of the computation.
+        loss: takes the place of the cross-entropy, which is then only reported; None is the cross-entropy.
     """
 
     def __init__(
@@ -60,9 +61,10 @@ class Objective(nn.Module):
         draft_vocab: Tensor,
         config: TrainConfig,
         device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
+        loss: Loss | None = None,
     ) -> None:
         super().__init__()
-        self.head, self._config = head, config
+        self.head, self._config, self._loss = head, config, loss
         own_lm_head = isinstance(head.module, MedusaHeads) or head.module.own_lm_head
         bias = None if own_lm_head or target_weights.lm_head_bias is None else target_weights.lm_head_bias[draft_vocab]
         # Plain attributes: buffers would be broadcast to all processes, and these never change.
@@ -103,17 +105,18 @@ class Objective(nn.Module):
             else self._eagle_predictions(module, batch, features, passes)
         )
         for number, (lm_input, weight, rows, state) in enumerate(predictions):
+            teacher, own = (ids[rows], probs[rows], self._bias), self._loss
+            read = (lm_input, weight) if own is None else (lm_input.detach(), weight.detach())
             label_loss = teacher_loss(
-                lm_input,
-                weight,
-                ids[rows],
-                probs[rows],
-                self._bias,
+                read[0],
+                read[1],
+                *teacher,
                 frozen_columns=self._frozen_columns,
                 sharpness=sharpness,
                 rejected=config.rejected_weight,
             )
-            loss = config.ce_weight * label_loss.loss / len(rows)
+            learnt = label_loss.loss if own is None else own_loss(own, lm_input, weight, *teacher)
+            loss = config.ce_weight * learnt / len(rows)
             if state is not None:
                 label = batch.target_features[rows].to(state.dtype)
                 regression = functional.smooth_l1_loss(state / self._feature_units, label / self._feature_units)

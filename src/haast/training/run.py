@@ -45,6 +45,7 @@ from haast.training.curves import curves, tensorboard
 from haast.training.dataset import Report, examples_of, read_inputs, warn_of_foreign_answers
 from haast.training.diagnostics import diagnose, overfit_self_test
 from haast.training.initialise import last_layer_weights, why_not_last_layer
+from haast.training.losses import Loss
 from haast.training.objective import rank_accuracies
 from haast.training.processes import is_main_process
 from haast.training.report import Finding
@@ -66,6 +67,7 @@ class Run:
         examples: all sequences; every 50th (200 at most) is held out.
         records: the answer records of the examples, for the counts in the card.
         command: the command line, for the card.
+        loss: takes the place of the cross-entropy; None is the cross-entropy.
     """
 
     def __init__(
@@ -76,7 +78,9 @@ class Run:
         examples: Sequence[Example],
         records: Sequence[dict[str, Any]],
         command: str,
+        loss: Loss | None = None,
     ) -> None:
+        self._loss = loss
         self._head_config = head_config(settings, target)
         self._settings = settings.with_batch_tokens(self._head_config.hidden_size)
         self._target, self._name, self._command = target, name, command
@@ -144,6 +148,7 @@ class Run:
             watchers={"curves.png": partial(curves, out), "TensorBoard": partial(tensorboard, out)},
             console=console,
             on_cpu=self._target.device.type == "cpu",
+            loss=self._loss,
         )
         return {**trainer.run(resume), "head": str(out / "best")}
 
@@ -201,6 +206,7 @@ class Run:
             "command": self._command,
             "views": self._settings.views,
             "settings": asdict(self._settings),
+            "loss": None if self._loss is None else self._loss.name,
             "sequences": len(self._train),
             "tokens": sum(len(example.tokens) for example in self._train),
             "supervised_tokens": sum(int(example.supervised.sum()) for example in self._train),
@@ -268,13 +274,19 @@ def prepare(
     initial: Head | None = None,
     command: str = "",
     report: Report = _LOG.info,
+    loss: Loss | None = None,
 ) -> Run:
     """Make the examples of a run. `records` are from `dataset.read_inputs`; the other arguments are as for `train`."""
+    if loss is not None and (settings.lk_after < 1 or settings.rejected_weight != 1):
+        raise ValueError(
+            f"the loss {loss.name!r} takes the place of the cross-entropy, to which lk_after={settings.lk_after} and "
+            f"rejected_weight={settings.rejected_weight} belong: leave both at 1"
+        )
     if initial is not None:  # check it before the features are extracted
         start_parts(initial, head_config(settings, target))
     examples, sources = examples_of(target, name, records, data, limit, layer_ids(settings, target), report)
     warn_of_foreign_answers(sources, name, report)
-    return Run(target, name, settings, examples, sources, command)
+    return Run(target, name, settings, examples, sources, command, loss)
 
 
 def train(
@@ -287,6 +299,7 @@ def train(
     start_from: Head | None = None,
     resume: bool = False,
     report: Report = _LOG.info,
+    loss: Loss | None = None,
 ) -> dict[str, Any]:
     """Train a head on a target's answers, as `haast train` does.
 
@@ -299,6 +312,7 @@ def train(
         start_from: head whose weights training starts from.
         resume: continue the run in `out`.
         report: called with warnings and counts, one line each.
+        loss: a loss of your own, see `haast.training.losses.Loss`; None is the soft cross-entropy of `settings`.
 
     Returns:
         The trainer's result: `tau` and `ce` of the best head among others, and its folder under `head`.
@@ -313,5 +327,5 @@ def train(
     check_out(out, not resume, is_main_process(data, settings, on_cpu))
     name = target if isinstance(target, str) else str(target.config.name_or_path)
     loaded = load_target(target) if isinstance(target, str) else target
-    run = prepare(loaded, name, data, settings, records, limit, start_from, "haast.training.train", report)
+    run = prepare(loaded, name, data, settings, records, limit, start_from, "haast.training.train", report, loss)
     return run.train(out, prompts, data.valid_tokens, data.valid_nodes, start_from, resume, Console(stderr=True))

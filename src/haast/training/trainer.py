@@ -27,6 +27,7 @@ from haast.interrupt import interrupt_flag
 from haast.training import checkpoints
 from haast.training.batches import BatchOrder, Example, PackedBatch, digest, pack, usable
 from haast.training.config import TrainConfig
+from haast.training.losses import Loss
 from haast.training.objective import ALPHAS, Objective
 from haast.training.optimizer import HeadOptimizer, matmul_precision
 from haast.training.processes import Processes
@@ -79,6 +80,7 @@ class Trainer:
         watchers: called with the metrics, see `report.Watcher`.
         on_cpu: train on the CPU even if accelerate finds an accelerator.
         console: for messages; None is stdout.
+        loss: takes the place of the cross-entropy; None is the cross-entropy.
 
     Raises:
         ValueError: nothing to train on, sizes that do not match, or a folder that cannot be written.
@@ -101,6 +103,7 @@ class Trainer:
         watchers: Mapping[str, Watcher] | None = None,
         on_cpu: bool = False,
         console: Console | None = None,
+        loss: Loss | None = None,
     ) -> None:
         config = config.with_batch_tokens(head_config.hidden_size)  # so that checkpoints have the number
         self.config, self.out_dir = config, out_dir
@@ -112,6 +115,7 @@ class Trainer:
         if self._processes.main:
             checkpoints.write_probe(out_dir)
         self._measure_tau, self._export, self._explain = measure_tau, export, explain
+        self._loss_name = None if loss is None else loss.name
         stored = self.train_set[0].topk_ids.shape[1]
         if config.teacher_top > stored:
             raise ValueError(
@@ -131,7 +135,7 @@ class Trainer:
             self.head.load_plain(start_from)
         self._captured = self.head.reads_captured
         self._objective = self._processes.prepare(
-            Objective(self.head, target_weights, draft_vocab, config, self._processes.device)
+            Objective(self.head, target_weights, draft_vocab, config, self._processes.device, loss)
         )
         trained = [(name, p) for name, p in self._objective.named_parameters() if p.requires_grad]
         self._averages = [p.detach().clone() for _, p in trained] if config.ema else []
@@ -318,6 +322,7 @@ class Trainer:
         state: dict[str, Any] = {
             "format": _FORMAT,
             "config": asdict(self.config),
+            "loss": self._loss_name,
             "head": asdict(self.head_config),
             "data": self._data,
             "draft_vocab": self.draft_vocab,
@@ -340,10 +345,10 @@ class Trainer:
         if not resume:
             raise ValueError(f"{self.out_dir} has a training run: resume it, or choose another folder")
         now = asdict(self.config) | asdict(self.head_config)
-        now |= {"format": _FORMAT, "processes": self._processes.count, "data": self._data}
+        now |= {"format": _FORMAT, "processes": self._processes.count, "data": self._data, "loss": self._loss_name}
         # The default of a setting that is newer than the checkpoint is what the old run did.
         then = asdict(TrainConfig()) | state["config"] | state["head"]
-        then |= {name: state.get(name) for name in ("format", "processes", "data")}
+        then |= {name: state.get(name) for name in ("format", "processes", "data", "loss")}
         changed = {k: (then.get(k), now.get(k)) for k in sorted({*then, *now}) if then.get(k) != now.get(k)}
         if changed:
             raise ValueError(

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import gguf
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -43,7 +44,10 @@ _FLOATS = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
 _ROPE_FACTORS = "rope_freqs.weight"
 _NO_CHANGE = slice(None)
 # What transformers raises for metadata of wrong types, or that do not fit together.
-_WRONG = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ArithmeticError, AssertionError)
+_WRONG = (
+    ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, AssertionError, OSError,
+    StrictDataclassError,
+)  # fmt: skip
 _REMEDY = "fetch the file again, or load the original weights from their folder or hub id"
 # Sizes from which modules are built, so that a corrupt one could take all memory; no tensor is smaller than its size.
 _SIZES = (
@@ -181,6 +185,7 @@ def build(
 
 def _from_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    model.config.dtype = dtype  # which older versions of transformers leave out
     return model
 
 

@@ -24,7 +24,7 @@ from haast.core import Accepted
 from haast.device import to_device, without_autograd
 from haast.drafters.base import Drafter, stacked
 from haast.drafters.batch_policy import DraftConfig, DraftConfigs, config_for
-from haast.drafters.draft_lm import checked_vocab, draft_lm_head
+from haast.drafters.draft_lm import checked_vocab, draft_form, draft_lm_head
 from haast.drafters.head_check import HeadWatch, causes
 from haast.drafters.head_runner import Flight, HeadForward
 from haast.drafters.native_draft import NativeDraft
@@ -91,7 +91,7 @@ class EagleDrafter(Drafter):
         self._embedding = self._module.embedding(target.borrowed(target.embedding))
         self._lm_head = draft_lm_head(target, self._module, vocab, packed)
         if packed:
-            pack_linears(self._module)
+            pack_linears(self._module, form=draft_form(target))
             fuse_small_modules(self._module)
             release_freed_memory()
         self._native = packed and native.available()

@@ -22,7 +22,7 @@ from haast import native
 from haast.core import Accepted
 from haast.device import without_autograd
 from haast.drafters.base import Drafter, last_kept, last_tokens, stacked
-from haast.drafters.draft_lm import DRAFT_LM_FORM, checked_vocab
+from haast.drafters.draft_lm import DRAFT_LM_FORM, draft_form, checked_vocab
 from haast.drafters.head_check import HeadWatch, causes
 from haast.drafters.tree_shape import DraftShape, likeliest_paths
 from haast.drafters.vanilla import RootState
@@ -91,7 +91,7 @@ class MedusaDrafter(Drafter):
             for each in self._module:
                 assert isinstance(each, nn.Sequential) and isinstance(each[-1], nn.Linear), "blocks and an LM head"
                 each[-1] = PackedLinear(each[-1].weight.detach(), None, form=DRAFT_LM_FORM)
-            pack_linears(self._module)
+            pack_linears(self._module, form=draft_form(target))
             release_freed_memory()
         self._native = packed and native.available()
         self._watch = HeadWatch(head.about, partial(causes, target, module.config, head.about))

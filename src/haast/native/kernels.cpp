@@ -67,7 +67,7 @@ EXPORT void haast_pack_blocks(const uint8_t* blocks, const float* weight, uint8_
 EXPORT void haast_unpack_rows(const void* packed, int64_t form, const int64_t* which, float* out, int64_t count,
                               int64_t in_features, int threads) {
     const Rows a{static_cast<WeightForm>(form), packed, which, out, in_features};
-    pool().run(unpack_rows, &a, count, 4, count * in_features < kSerialWork ? 1 : threads);
+    each_row(unpack_rows, &a, count, in_features, threads);
 }
 
 // y (rows, out_features) = x (rows, in_features) W^T + bias; `form` as in enum WeightForm.
@@ -101,7 +101,7 @@ EXPORT void haast_rms_norm_f32(const float* x, const float* weight, float* y, in
 EXPORT void haast_rotate_f32(float* x, const float* cosine, const float* sine, int64_t rows, int64_t heads, int64_t d,
                              int64_t x_stride, int64_t period, int threads) {
     const Rotation a{x, cosine, sine, heads, d, x_stride, period};
-    pool().run(rotate, &a, rows, 16, rows * heads * d < kSerialWork ? 1 : threads);
+    each_row(rotate, &a, rows, heads * d, threads);
 }
 
 // y (rows, width) = silu(gate) * up from gate_up (rows, 2 * width): gate first, both contiguous.

@@ -68,7 +68,7 @@ inline float scales_of(int32_t most_bits, float* inverse) {
     return tiny ? 0.0f : most / 127.0f;
 }
 
-inline float round_scalar(const float* x, int8_t* q, int32_t* sums) {
+float round_scalar(const float* x, int8_t* q, int32_t* sums) {
     int32_t most = 0;
     for (int i = 0; i < kBlockInputs; ++i) {
         int32_t bits;
@@ -93,31 +93,54 @@ AVX_INLINE int32_t sum_lanes(__m256i v) {
     return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
 }
 
+AVX_INLINE int32_t max_lane(__m256i v) {
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+
 AVX float round_avx(const float* x, int8_t* q, int32_t* sums) {
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    const __m256 limit = _mm256_set1_ps(127.5f), sign = _mm256_set1_ps(-0.0f);
     __m256 v[4];
     __m256i most = _mm256_setzero_si256(), whole[4];
     for (int i = 0; i < 4; ++i) {
         v[i] = _mm256_loadu_ps(x + 8 * i);
         most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(v[i]), magnitude));
     }
-    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
-    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
     float inverse;
-    const float scale = scales_of(_mm_cvtsi128_si32(four), &inverse);
-    const __m256 factor = _mm256_set1_ps(inverse), limit = _mm256_set1_ps(127.0f);
+    const float scale = scales_of(max_lane(most), &inverse);
     for (int i = 0; i < 4; ++i) {
-        const __m256 exact = _mm256_mul_ps(v[i], factor);
-        const __m256 valid = _mm256_cmp_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), exact), _mm256_add_ps(limit, _mm256_set1_ps(0.5f)), _CMP_LT_OQ);
+        const __m256 exact = _mm256_mul_ps(v[i], _mm256_set1_ps(inverse));
+        const __m256 valid = _mm256_cmp_ps(_mm256_andnot_ps(sign, exact), limit, _CMP_LT_OQ);  // false for NaN
         whole[i] = _mm256_cvtps_epi32(_mm256_and_ps(exact, valid));
     }
     sums[0] = sum_lanes(_mm256_add_epi32(whole[0], whole[1]));
     sums[1] = sum_lanes(_mm256_add_epi32(whole[2], whole[3]));
     // Packing works within 128-bit lanes; the permutation puts groups of four back in order.
     const __m256i low = _mm256_packs_epi32(whole[0], whole[1]), high = _mm256_packs_epi32(whole[2], whole[3]);
-    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), bytes);
+    return scale;
+}
+
+AVX512 float round_avx512(const float* x, int8_t* q, int32_t* sums) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    const __m512 v[2] = {_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)};
+    const __m512i most = _mm512_maskz_max_epi32(0xffff, _mm512_and_si512(_mm512_castps_si512(v[0]), magnitude),
+                                                _mm512_and_si512(_mm512_castps_si512(v[1]), magnitude));
+    float inverse;
+    const float scale = scales_of(
+        max_lane(_mm256_max_epi32(_mm512_castsi512_si256(most), _mm512_maskz_extracti64x4_epi64(0xf, most, 1))), &inverse);
+    for (int i = 0; i < 2; ++i) {
+        const __m512 exact = _mm512_mul_ps(v[i], _mm512_set1_ps(inverse));
+        const __m512 size = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(exact), magnitude));
+        const __mmask16 valid = _mm512_cmp_ps_mask(size, _mm512_set1_ps(127.5f), _CMP_LT_OQ);  // false for NaN
+        const __m512i whole = _mm512_maskz_cvtps_epi32(valid, exact);
+        sums[i] = sum_lanes(_mm256_add_epi32(_mm512_castsi512_si256(whole), _mm512_maskz_extracti64x4_epi64(0xf, whole, 1)));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16 * i), _mm512_maskz_cvtsepi32_epi8(0xffff, whole));
+    }
     return scale;
 }
 #endif
@@ -127,6 +150,10 @@ void round_rows(const void* job, int64_t first, int64_t last) {
     const Blocks& p = *a.a;
     const BlockForm& f = kForms[p.form];
     const int64_t blocks = groups_of(f, p.in) * (f.group / kBlockInputs), shares = kBlockInputs / f.shared;
+    auto* round = round_scalar;
+#if defined(HAAST_X86)
+    round = path() == kAvx512 ? round_avx512 : use_avx() ? round_avx : round_scalar;
+#endif
     row_blocks(p.rows, a.most_rows, [&](int64_t row, int64_t count) {
         for (int64_t r = std::max(row, first); r < std::min(row + count, last); ++r) {
             const float* x = p.x + r * p.x_stride;
@@ -137,11 +164,7 @@ void round_rows(const void* job, int64_t first, int64_t last) {
                 if (left < kBlockInputs && left > 0) std::memcpy(ends, x + b * kBlockInputs, sizeof(float) * static_cast<size_t>(left));
                 const float* from = left < kBlockInputs ? ends : x + b * kBlockInputs;
                 int32_t sums[2];
-#if defined(HAAST_X86)
-                const float scale = use_avx() ? round_avx(from, a.x->q + at * kBlockInputs, sums) : round_scalar(from, a.x->q + at * kBlockInputs, sums);
-#else
-                const float scale = round_scalar(from, a.x->q + at * kBlockInputs, sums);
-#endif
+                const float scale = round(from, a.x->q + at * kBlockInputs, sums);
                 a.x->scales[at] = scale;
                 int32_t* to = a.x->sums + (row * blocks + b * count) * shares + r - row;
                 if (shares == 1) to[0] = sum_of(f, sums[0] + sums[1], scale);
@@ -506,7 +529,7 @@ void multiply_blocks(const Blocks& a, int threads) {
     const BlockPath run = block_path(a.form);
     if (a.rows * a.in * a.out < kSerialWork) threads = 1;
     const Rounding rounding{&a, &x, run.most_rows};
-    pool().run(round_rows, &rounding, a.rows, 4, a.rows * a.in < kSerialWork ? 1 : threads);
+    each_row(round_rows, &rounding, a.rows, a.in, threads);
     const BlockProduct product{&a, &x};
     pool().run(run.work, &product, panels, chunk_of(panels, threads), threads);
 }

@@ -103,6 +103,13 @@ Pool& pool() {
     return *one;
 }
 
+// Runs an operator on each of `rows` rows of `width` numbers; alone if they are fewer than `least` numbers. A second
+// thread costs more than it saves if it moves the numbers to another core's cache and back.
+void each_row(Pool::Work work, const void* job, int64_t rows, int64_t width, int threads, int64_t least = kSerialWork) {
+    const int64_t chunk = rows / (4 * static_cast<int64_t>(threads < 1 ? 1 : threads));
+    pool().run(work, job, rows, chunk < 1 ? 1 : chunk, rows * width < least ? 1 : threads);
+}
+
 // Chunks are small, so that threads finish at about the same time, and even, for kernels that process pairs of panels.
 int64_t chunk_of(int64_t items, int threads) {
     const int64_t chunk = items / (8 * static_cast<int64_t>(threads < 1 ? 1 : threads)) / 2 * 2;

@@ -83,13 +83,26 @@ AVX void rms_norm_avx(const void* job, int64_t first, int64_t last) {
     }
 }
 
+// Sixteen values at a time from the start of each row; returns how many were done.
+AVX512 int64_t swiglu_wide(const float* gate, const float* up, float* y, int64_t dim) {
+    const __m512i sign = _mm512_set1_epi32(static_cast<int32_t>(0x80000000));
+    int64_t i = 0;
+    for (; i + 16 <= dim; i += 16) {
+        const __m512 g = _mm512_loadu_ps(gate + i);
+        const __m512 minus = _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(g), sign));
+        const __m512 silu = _mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1.0f), exp16(minus)));
+        _mm512_storeu_ps(y + i, _mm512_mul_ps(silu, _mm512_loadu_ps(up + i)));
+    }
+    return i;
+}
+
 AVX void swiglu_avx(const void* job, int64_t first, int64_t last) {
     const RowWise& a = *static_cast<const RowWise*>(job);
     const __m256 one = _mm256_set1_ps(1.0f), sign = _mm256_set1_ps(-0.0f);
     for (int64_t r = first; r < last; ++r) {
         const float *gate = a.x + r * 2 * a.dim, *up = gate + a.dim;
         float* y = a.y + r * a.dim;
-        int64_t i = 0;
+        int64_t i = path() == kAvx512 ? swiglu_wide(gate, up, y, a.dim) : 0;
         for (; i + 8 <= a.dim; i += 8) {
             const __m256 g = _mm256_loadu_ps(gate + i);
             const __m256 silu = _mm256_div_ps(g, _mm256_add_ps(one, exp8(_mm256_xor_ps(g, sign))));
@@ -108,12 +121,12 @@ AVX void swiglu_avx(const void* job, int64_t first, int64_t last) {
 
 void rms_norm(const float* x, const float* weight, float* y, int64_t rows, int64_t dim, float eps, int threads) {
     const RowWise a{x, weight, y, dim, eps};
-    pool().run(PICK(rms_norm), &a, rows, 8, rows * dim < kSerialWork ? 1 : threads);
+    each_row(PICK(rms_norm), &a, rows, dim, threads);
 }
 
 void swiglu(const float* gate_up, float* y, int64_t rows, int64_t width, int threads) {
     const RowWise a{gate_up, nullptr, y, width, 0.0f};
-    pool().run(PICK(swiglu), &a, rows, 4, rows * width < kSerialWork ? 1 : threads);
+    each_row(PICK(swiglu), &a, rows, width, threads, kSerialWork / 8);  // exp and a division each
 }
 
 }  // namespace

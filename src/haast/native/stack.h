@@ -126,7 +126,7 @@ void add_and_norm(const void* job, int64_t first, int64_t last) {
 void residual(float* states, const float* change, const float* weight, float* normed, int64_t rows, int64_t dim,
               float eps, int threads) {
     const Residual a{states, change, weight, normed, dim, eps};
-    pool().run(add_and_norm, &a, rows, 4, rows * dim < kSerialWork ? 1 : threads);
+    each_row(add_and_norm, &a, rows, dim, threads);
 }
 
 // y (rows, y_stride) = x (rows, x_stride) W^T + bias, for every part of the weight.
@@ -181,7 +181,7 @@ void run_layers(const Stack& s, const Pass& p, const Slots& places, int threads)
         if (p.captured && p.captured[l]) std::memcpy(p.captured[l], p.states, bytes);
         product(normed, layer.qkv, qkv, tokens, threads);
         const Store store{&s, &p, &places, &layer, qkv, keys, values};
-        pool().run(keep, &store, tokens, 4, tokens * width < kSerialWork ? 1 : threads);
+        each_row(keep, &store, tokens, width, threads);
         Attention a{};
         a.q = qkv, a.k = keys, a.v = values, a.out = normed, a.form = p.form;
         a.rows = p.rows, a.heads = s.heads, a.kv_heads = s.kv_heads, a.n = p.n, a.d = s.d;

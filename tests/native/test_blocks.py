@@ -69,7 +69,7 @@ def test_weights_keep_the_file_s_values(form: str, outputs: int) -> None:
     assert packed.shape[0] == -(-outputs // LANES) and packed.shape[1] == native.panel_bytes(form, 512)
     assert torch.equal(native.unpack_rows(packed, form, 512, outputs), weight)
     rows = torch.tensor([[outputs - 1, 0], [0, outputs // 2]])
-    assert torch.equal(native.unpack_rows(packed, form, 512, rows), weight[rows])
+    assert torch.equal(native.unpack_rows(packed, form, 512, outputs, rows), weight[rows])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -151,8 +151,8 @@ def test_an_embedding_shares_a_tied_head_s_weight() -> None:
     assert torch.equal(embedding(ids), functional.embedding(ids, weight)) and torch.equal(embedding.weight, weight)
     model = nn.ModuleDict({"embedding": embedding, "head": head})
     assert sum(buffer.nbytes for buffer in model.buffers()) == head.packed.nbytes
-    with pytest.raises(ValueError, match="rows are 40 to 50; the matrix has rows 0 to 47"):
-        native.unpack_rows(head.packed, "Q6_K", 256, torch.tensor([40, 50]))
+    with pytest.raises(ValueError, match="row 40 does not exist: the matrix has rows 0 to 39"):
+        embedding(torch.tensor([3, 40, -1]))
 
 
 def test_bad_blocks_are_refused_by_name() -> None:

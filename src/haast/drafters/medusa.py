@@ -22,7 +22,7 @@ from haast import native
 from haast.core import Accepted
 from haast.device import without_autograd
 from haast.drafters.base import Drafter, last_kept, last_tokens, stacked
-from haast.drafters.draft_lm import DRAFT_LM_FORM, draft_form, checked_vocab
+from haast.drafters.draft_lm import DRAFT_LM_FORM, checked_vocab, draft_form
 from haast.drafters.head_check import HeadWatch, causes
 from haast.drafters.tree_shape import DraftShape, likeliest_paths
 from haast.drafters.vanilla import RootState

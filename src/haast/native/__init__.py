@@ -6,7 +6,7 @@ is differentiable: call them under `torch.no_grad()`.
 """
 
 from haast.native.judge import judge
-from haast.native.library import LANES, accelerated, available, features, narrow_path, sole_threads, why_not
+from haast.native.library import LANES, accelerated, available, features, huge_bytes, narrow_path, sole_threads, why_not
 from haast.native.operators import (
     BLOCK_FORMS,
     MOST_TOP,
@@ -34,6 +34,7 @@ __all__ = [
     "accelerated",
     "available",
     "features",
+    "huge_bytes",
     "judge",
     "keep",
     "linear",

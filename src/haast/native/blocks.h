@@ -19,6 +19,7 @@
 // The block formats are those of ggml (gguf-py's quants.py and ggml-common.h describe them).
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -158,6 +159,29 @@ inline void fields(int bits, int64_t k, int64_t l, Each each) {
     if (bits & 1) each(plane * kPlane + at, static_cast<int>(quad), 1, done);
 }
 
+// The 32 q of a block of output `l`.
+template <int kBits>
+inline void block_of_bits(const uint8_t* planes, int64_t l, uint8_t* q) {
+    for (int64_t k = 0; k < kBlockInputs; ++k) {
+        int whole = 0;
+        fields(kBits, k, l, [&](int64_t byte, int shift, int bits, int to) {
+            whole |= (planes[byte] >> shift & ((1 << bits) - 1)) << to;
+        });
+        q[k] = static_cast<uint8_t>(whole);
+    }
+}
+
+void block_of(int bits, const uint8_t* planes, int64_t l, uint8_t* q) {
+    switch (bits) {
+        case 2: return block_of_bits<2>(planes, l, q);
+        case 3: return block_of_bits<3>(planes, l, q);
+        case 4: return block_of_bits<4>(planes, l, q);
+        case 5: return block_of_bits<5>(planes, l, q);
+        case 6: return block_of_bits<6>(planes, l, q);
+        default: return block_of_bits<8>(planes, l, q);
+    }
+}
+
 // Puts a group of output `l` into its panel, whose bytes are zero there.
 void put_group(const BlockForm& f, const Group& g, int64_t l, uint8_t* to) {
     const int shares = f.group / f.shared;
@@ -243,25 +267,36 @@ void one_row(WeightForm form, const void* packed, int64_t row, int64_t in, float
     }
     const BlockForm& f = kForms[form];
     const int shares = f.group / f.shared;
+    uint8_t q[kBlockInputs];
     const uint8_t* group = static_cast<const uint8_t*>(packed) + p * panel_bytes(f, in);
     for (int64_t from = 0; from < in; from += f.group, group += group_bytes(f)) {
         const uint8_t *bytes = group + 2 * kLanes * (f.minimum ? 2 : 1), *planes = group + scales_bytes(f);
         const float scale = half_to_float(half_at(group + 2 * l));
         const float minimum = f.minimum ? half_to_float(half_at(group + 2 * (kLanes + l))) : 0.0f;
-        for (int64_t k = 0; k < f.group && from + k < in; ++k) {
-            int q = 0;
-            fields(f.bits, k % kBlockInputs, l, [&](int64_t byte, int shift, int bits, int to) {
-                q |= (planes[k / kBlockInputs * f.bits * kPlane + byte] >> shift & ((1 << bits) - 1)) << to;
-            });
+        for (int64_t share = 0; share < shares && from + share * f.shared < in; ++share) {
+            const int64_t first = share * f.shared, count = std::min<int64_t>(f.shared, in - from - first);
+            if (first % kBlockInputs == 0) block_of(f.bits, planes + first / kBlockInputs * f.bits * kPlane, l, q);
+            const uint8_t* own_q = q + first % kBlockInputs;
             float own = scale, least = minimum;
             if (f.group > kBlockInputs) {
-                const uint8_t share = bytes[k / f.shared * kLanes + l];
-                own *= f.minimum ? static_cast<float>(share) : static_cast<float>(static_cast<int8_t>(share));
-                if (f.minimum) least *= -static_cast<float>(bytes[(shares + k / f.shared) * kLanes + l]);
+                const uint8_t factor = bytes[share * kLanes + l];
+                own *= f.minimum ? static_cast<float>(factor) : static_cast<float>(static_cast<int8_t>(factor));
+                if (f.minimum) least *= -static_cast<float>(bytes[(shares + share) * kLanes + l]);
             }
-            out[from + k] = f.minimum ? own * static_cast<float>(q) + least : own * static_cast<float>(q - f.zero);
+            float* to = out + from + first;
+            if (f.minimum)
+                for (int64_t k = 0; k < count; ++k) to[k] = own * static_cast<float>(own_q[k]) + least;
+            else
+                for (int64_t k = 0; k < count; ++k) to[k] = own * static_cast<float>(own_q[k] - f.zero);
         }
     }
+}
+
+// The first of `count` row numbers that is not in [0, rows), else -1.
+inline int64_t first_outside(const int64_t* which, int64_t count, int64_t rows) {
+    for (int64_t i = 0; i < count; ++i)
+        if (which[i] < 0 || which[i] >= rows) return i;
+    return -1;
 }
 
 void unpack_rows(const void* job, int64_t first, int64_t last) {

@@ -63,11 +63,15 @@ EXPORT void haast_pack_blocks(const uint8_t* blocks, const float* weight, uint8_
     pack(Packing{static_cast<WeightForm>(form), blocks, weight, out, out_features, in_features}, threads);
 }
 
-// Rows `which` (null: 0, 1, 2, ...) of a packed matrix as fp32 (count, in_features).
-EXPORT void haast_unpack_rows(const void* packed, int64_t form, const int64_t* which, float* out, int64_t count,
-                              int64_t in_features, int threads) {
+// Rows `which` (null: 0, 1, 2, ...) of a packed matrix of `rows` rows as fp32 (count, in_features). Returns -1, or the
+// index of the first entry of `which` that is no row; then nothing was written.
+EXPORT int64_t haast_unpack_rows(const void* packed, int64_t form, const int64_t* which, float* out, int64_t rows,
+                                 int64_t count, int64_t in_features, int threads) {
+    const int64_t outside = which ? first_outside(which, count, rows) : -1;
+    if (outside >= 0) return outside;
     const Rows a{static_cast<WeightForm>(form), packed, which, out, in_features};
     each_row(unpack_rows, &a, count, in_features, threads);
+    return -1;
 }
 
 // y (rows, out_features) = x (rows, in_features) W^T + bias; `form` as in enum WeightForm.

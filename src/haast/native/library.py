@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import mmap
 import sysconfig
 import threading
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ WIDEST = 3  # the widest code path
 _ABI = 10
 _AVX2_FMA_F16C = 7  # bits of `features`
 _NEON = 16
+_HUGE = 2 << 20  # bytes of a huge page
 _REMEDY = "install a C++ compiler and reinstall Haast (pip install -v shows the compiler's messages)"
 
 
@@ -34,7 +36,7 @@ _ARGUMENTS = {
     "haast_pack_f16": "pp nn",
     "haast_panel_bytes": "nn",
     "haast_pack_blocks": "ppp nnn i",
-    "haast_unpack_rows": "pnpp nn i",
+    "haast_unpack_rows": "pnpp nnn i",
     "haast_linear": "ppnpp nnnnn i",
     "haast_tree_attention_f32": "ppppp nnnnnn nnnnnnnnnnn ff i",
     "haast_rms_norm_f32": "ppp nn f i",
@@ -51,11 +53,12 @@ _ARGUMENTS = {
 # The others return nothing.
 _RETURN_INT64 = {
     "haast_panel_bytes",
+    "haast_unpack_rows",
     "haast_multiply",
     "haast_stack_f32",
     "haast_draft",
     "haast_keep",
-}  # the others return nothing
+}
 
 
 def _declare(library: ctypes.CDLL) -> None:
@@ -202,3 +205,17 @@ def check_tensor(name: str, tensor: Tensor, ndim: int | None = None) -> None:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {ndim} dimensions")
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient, which native kernels do not compute; use torch.no_grad()")
+
+
+def huge_bytes(size: int) -> Tensor:
+    """An uninitialised uint8 tensor of `size` bytes, on huge pages where the system has them.
+
+    Weights are read once per forward; on 4 kB pages of a large matrix the processor waits for page tables.
+    """
+    if size < 2 * _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size + _HUGE)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % _HUGE
+    return whole[start : start + size]

@@ -6,10 +6,12 @@ in slot order, so that a node depends only on the slots that it attends to.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from haast.native.library import LANES, check_tensor, library, thread_count
+from haast.native.library import LANES, check_tensor, huge_bytes, library, thread_count
 
 MOST_TOP = 64  # entries that `top` can list
 # Block formats of GGUF files: inputs and bytes of a block. Sizes as in ggml; a block of a K format is a group of 256.
@@ -44,7 +46,8 @@ def pack_f16(weight: Tensor) -> Tensor:
     check_tensor("weight", weight, 2)
     source = weight.detach().contiguous()
     out_features, in_features = source.shape
-    packed = torch.empty((-(-out_features // LANES), in_features, LANES), dtype=torch.int16)
+    shape = (-(-out_features // LANES), in_features, LANES)
+    packed = huge_bytes(2 * math.prod(shape)).view(torch.int16).view(shape)
     library().haast_pack_f16(source.data_ptr(), packed.data_ptr(), out_features, in_features)
     if not bool(packed.view(torch.float16).isfinite().all()):
         raise ValueError(
@@ -112,7 +115,8 @@ def _pack_blocks(
     blocks: Tensor | None, weight: Tensor | None, form: str, out_features: int, in_features: int
 ) -> Tensor:
     number = WEIGHT_FORMS[form]
-    packed = torch.empty(-(-out_features // LANES), panel_bytes(form, in_features), dtype=torch.uint8)
+    panels, size = -(-out_features // LANES), panel_bytes(form, in_features)
+    packed = huge_bytes(panels * size).view(panels, size)
     sources = [None if each is None else each.data_ptr() for each in (blocks, weight)]
     sizes = (number, out_features, in_features)
     library().haast_pack_blocks(*sources, packed.data_ptr(), *sizes, torch.get_num_threads())
@@ -126,37 +130,40 @@ def panel_bytes(form: str, in_features: int) -> int:
     return int(library().haast_panel_bytes(WEIGHT_FORMS[form], in_features))
 
 
-def unpack_rows(packed: Tensor, form: str, in_features: int, rows: Tensor | int) -> Tensor:
+def unpack_rows(packed: Tensor, form: str, in_features: int, out_features: int, rows: Tensor | None = None) -> Tensor:
     """Outputs of a packed weight matrix as fp32, with exactly the values that its form defines.
 
     Args:
         packed: of `pack_f16`, `pack_q8` or `pack_blocks`.
         form: "f16" or one of `BLOCK_FORMS`.
-        in_features: inputs.
-        rows: (...) int64 on the CPU, which outputs; or how many, from the first on.
+        in_features, out_features: sizes of the matrix.
+        rows: (...) int64 on the CPU, which outputs; all if None.
 
     Returns:
         (..., in_features) fp32.
 
     Raises:
-        ValueError: a row outside the matrix (padding of the last panel can be read), or another dtype or size.
+        ValueError: a row outside the matrix, or another dtype or size.
     """
-    _check_packed(packed, form, in_features)
-    shape: tuple[int, ...] = (rows,)
-    pointer, count, limit = None, rows, packed.size(0) * LANES
-    if isinstance(rows, Tensor):
+    shape, pointer, count = (out_features,), None, out_features
+    if rows is not None:
         if rows.dtype is not torch.int64 or not rows.is_cpu:
             raise ValueError(f"rows are {rows.dtype} on {rows.device}: give int64 on the CPU")
         rows = rows.contiguous()
         shape, pointer, count = tuple(rows.shape), rows.data_ptr(), rows.numel()
-        if count and not 0 <= int(rows.min()) <= int(rows.max()) < limit:
-            raise ValueError(f"rows are {int(rows.min())} to {int(rows.max())}; the matrix has rows 0 to {limit - 1}")
-    elif not 0 <= rows <= limit:
-        raise ValueError(f"{rows} rows of a matrix of {limit}")
+    if packed.size(0) != -(-out_features // LANES) or not packed.is_contiguous():
+        _check_packed(packed[:0], form, in_features)
+        raise ValueError(f"the packed weight has {packed.size(0)} panels for {out_features} outputs")
+    _check_packed(packed, form, in_features)
     out = torch.empty(*shape, in_features)
-    threads = thread_count()
-    number = WEIGHT_FORMS[form]
-    library().haast_unpack_rows(packed.data_ptr(), number, pointer, out.data_ptr(), count, in_features, threads)
+    sizes = (out_features, count, in_features)
+    outside = library().haast_unpack_rows(
+        packed.data_ptr(), WEIGHT_FORMS[form], pointer, out.data_ptr(), *sizes, thread_count()
+    )
+    if outside >= 0:
+        assert rows is not None, "all rows are inside"
+        number = int(rows.reshape(-1)[outside])
+        raise ValueError(f"row {number} does not exist: the matrix has rows 0 to {out_features - 1}")
     return out
 
 

@@ -9,13 +9,13 @@ operators between them, which take as long as the arithmetic in a small model.
 from __future__ import annotations
 
 import ctypes
-import mmap
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from haast import native
 from haast.compat import foreign_hooks
 from haast.native import WEIGHT_FORMS
 from haast.native.stack import FORMS, CBlockTables, CLayer, CPass, CStack, CWeight, Refusal, run_stack
@@ -25,7 +25,6 @@ from haast.target.packing import PackedLinear
 
 _CHILDREN = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
 LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}  # RoPE types whose angles depend on a forward's largest position
-_HUGE = 2 << 20  # bytes of a huge page
 _ALIGN = 64
 
 
@@ -351,12 +350,8 @@ def _gather(linears: Sequence[PackedLinear]) -> Tensor:
     for linear in linears:
         offsets.append(size)
         size += -(-linear.packed.nbytes // _ALIGN) * _ALIGN
-    memory = mmap.mmap(-1, size + 2 * _HUGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
     with torch.inference_mode(False):  # inference tensors could not be loaded into later
-        allocation = torch.frombuffer(memory, dtype=torch.int8)
-        arena = allocation[-allocation.data_ptr() % _HUGE :]
+        arena = native.huge_bytes(size)
         for linear, offset in zip(linears, offsets, strict=True):
             packed = linear.packed
             slot = arena[offset : offset + packed.nbytes].view(packed.dtype).view(packed.shape)

@@ -205,7 +205,7 @@ class PackedLinear(nn.Module):
     def _unpack_own(self, rows: Tensor | None) -> Tensor:
         if self.reference:
             return self.dense.clone() if rows is None else self.dense[rows]
-        return native.unpack_rows(self.packed, self.form, self.in_features, self.outputs if rows is None else rows)
+        return native.unpack_rows(self.packed, self.form, self.in_features, self.outputs, rows)
 
     def extra_repr(self) -> str:
         """Sizes, as `nn.Linear` shows them."""
@@ -230,7 +230,7 @@ class PackedEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(...) int64 token ids -> (..., hidden) fp32."""
-        return self.table.unpack(tokens.reshape(-1)).view(*tokens.shape, self.embedding_dim)
+        return self.table.unpack(tokens)
 
     def extra_repr(self) -> str:
         """Sizes, as `nn.Embedding` shows them."""

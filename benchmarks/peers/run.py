@@ -30,6 +30,7 @@ from haast.prompts import read_prompts
 from haast.target.load import load_target
 
 _WARMUP = 16  # tokens
+_COMPARED = ("haast vanilla f16", "haast vanilla gguf", "transformers fp32")  # texts are compared with theirs
 _VERSIONS_OF = {  # packages whose versions are recorded
     "llama-cpp-python",
     "onnxruntime-genai",
@@ -140,7 +141,7 @@ def _row(peer: Peer, peers: list[Peer], ends: set[int]) -> dict[str, Any]:
         "peak_mb": max(run["peak_mb"] for runs in peer.runs for run in runs),
     }
     for other in peers:
-        if other.error is None and other.name in ("haast vanilla", "transformers fp32"):
+        if other.error is None and other.name in _COMPARED:
             theirs = [_before_end(runs[0]["tokens"], ends) for runs in other.runs]
             row[f"texts equal to {other.name}"] = sum(a == b for a, b in zip(tokens, theirs, strict=True))
     return row

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,10 @@ def main() -> None:
     for name, (kind, file_type) in _KINDS.items():
         path = arguments.out / f"{name}.gguf"
         if not path.exists():
-            write_gguf(source, path, kind, file_type)
+            if name == "q4_1":  # the package's file, which Haast reads too
+                shutil.copy(source, path)
+            else:
+                write_gguf(source, path, kind, file_type)
             print(f"wrote {path}")
     folder = arguments.out / "hf"
     if not (folder / "config.json").exists():

@@ -27,9 +27,10 @@ def haast(kind: str, weights: Path, threads: int) -> Answer:
     from haast.engine.engine import Engine, StopParams
 
     torch.set_num_threads(threads)
-    packing = "int8" if kind.endswith("int8") else "auto"
-    drafts = "eagle" in kind
-    model = Haast.from_pretrained(head="default" if drafts else None, packing=packing)
+    _, drafter, packing = kind.split()
+    vanilla = drafter == "vanilla"
+    options: dict[str, Any] = {} if vanilla else {"drafter": drafter}
+    model = Haast.from_pretrained(head=None if vanilla else "default", packing=packing, **options)
     ends = model.eos_ids()
 
     def answer(ids: list[int], new: int) -> Iterator[list[int] | float]:
@@ -195,10 +196,12 @@ def vllm(kind: str, weights: Path, threads: int) -> Answer:
 
 
 PEERS: dict[str, Callable[[str, Path, int], Answer]] = {
-    "haast vanilla": haast,
-    "haast eagle": haast,
-    "haast vanilla int8": haast,
-    "haast eagle int8": haast,
+    "haast vanilla f16": haast,
+    "haast eagle f16": haast,
+    "haast eagle+suffix f16": haast,
+    "haast vanilla gguf": haast,
+    "haast eagle gguf": haast,
+    "haast eagle+suffix gguf": haast,
     "transformers fp32": hf,
     "transformers bf16": hf,
     "transformers fp32 lookup": hf,

@@ -313,6 +313,6 @@ def test_the_default_model_has_the_bits_of_transformers() -> None:
     expected = theirs(file.path)
     assert_same_bits(build(file), expected)
     ours, others = read_tokenizer(file), AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
-    pages = [each.read_text(encoding="utf-8") for each in sorted((Path(__file__).parents[1] / "docs").glob("*.md"))]
+    pages = [each.read_text(encoding="utf-8") for each in sorted((Path(__file__).parents[2] / "docs").glob("*.md"))]
     for text in (*TEXTS, *pages, "<|im_start|>user\nHi<|im_end|>\n"):
         assert ours(text)["input_ids"] == others(text)["input_ids"]

@@ -137,7 +137,8 @@ class PackedLinear(nn.Module):
     def joined(cls, linears: Sequence[PackedLinear]) -> PackedLinear:
         """One layer with the outputs of several layers of the same inputs, one after the other.
 
-        Biases: all have one, or none has. Layers of one form become one matrix if their outputs fill their panels.
+        Biases: all have one, or none has. Layers of one form become one matrix if their outputs fill their panels, or
+        if they are in fp16.
         """
         first, *others = linears
         if not others:
@@ -147,6 +148,9 @@ class PackedLinear(nn.Module):
         bias, rest = first.bias, second
         packed, dense, outputs = first.packed, first.dense, first.outputs
         fills = first.reference or outputs % LANES == 0
+        if first.form == second.form == "f16" and not fills and second.rest is None:  # packed again: no value changes
+            bias = None if bias is None or second.bias is None else torch.cat([bias, second.bias])
+            return cls(torch.cat([first.unpack(), second.unpack()]), bias)
         if first.form == second.form and first.reference == second.reference and fills and first.rest is None:
             packed = torch.cat([first.packed, second.packed])
             dense = torch.cat([first.dense, second.dense])

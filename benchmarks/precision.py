@@ -32,6 +32,7 @@ from haast.target.load import DEFAULT_MODEL, load_target
 
 _KINDS = (  # dtype, packing
     ("float32", "f16"),
+    ("float32", "gguf"),
     ("float32", "off"),
     ("bfloat16", "off"),
     ("float32", "int8"),

@@ -23,6 +23,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "cpu.h"
 #include "half.h"
@@ -182,23 +183,61 @@ void block_of(int bits, const uint8_t* planes, int64_t l, uint8_t* q) {
     }
 }
 
-// Puts a group of output `l` into its panel, whose bytes are zero there.
-void put_group(const BlockForm& f, const Group& g, int64_t l, uint8_t* to) {
+// Writes the planes of a block: q of 16 outputs, 32 inputs each, from input `from` of their groups on.
+template <int kBits>
+void put_planes(const Group* g, int64_t from, uint8_t* planes) {
+    constexpr int kLow = kBits >= 4 && kBits < 8 ? 4 : 0, kTwo = kBits & 2;
+    for (int64_t l = 0; l < kLanes; ++l) {
+        const uint8_t* q = g[l].q + from;
+        uint8_t* to = planes + 4 * l;
+        if constexpr (kBits == 8) {
+            for (int j = 0; j < 8; ++j) std::memcpy(to + j * kPlane, q + 4 * j, 4);
+            continue;
+        }
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (kLow != 0)
+                for (int j = 0; j < 4; ++j)
+                    to[j * kPlane + i] = static_cast<uint8_t>((q[4 * j + i] & 15) | (q[16 + 4 * j + i] & 15) << 4);
+            if constexpr (kTwo != 0)
+                for (int j = 0; j < 2; ++j) {
+                    int byte = 0;
+                    for (int t = 0; t < 4; ++t) byte |= (q[16 * j + 4 * t + i] >> kLow & 3) << 2 * t;
+                    to[(kLow + j) * kPlane + i] = static_cast<uint8_t>(byte);
+                }
+            if constexpr ((kBits & 1) != 0) {
+                int byte = 0;
+                for (int t = 0; t < 8; ++t) byte |= (q[4 * t + i] >> (kLow + kTwo) & 1) << t;
+                to[(kLow + kTwo) * kPlane + i] = static_cast<uint8_t>(byte);
+            }
+        }
+    }
+}
+
+// Writes a group of a panel: `g` are the groups of its 16 outputs.
+void put_groups(const BlockForm& f, const Group* g, uint8_t* to) {
     const int shares = f.group / f.shared;
-    std::memcpy(to + 2 * l, &g.scale, 2);
     uint8_t* next = to + 2 * kLanes;
-    if (f.minimum) std::memcpy(next + 2 * l, &g.minimum, 2), next += 2 * kLanes;
-    if (f.group > kBlockInputs) {
-        for (int j = 0; j < shares; ++j) next[j * kLanes + l] = g.scales[j];
-        for (int j = 0; f.minimum && j < shares; ++j) next[(shares + j) * kLanes + l] = g.minimums[j];
+    for (int64_t l = 0; l < kLanes; ++l) std::memcpy(to + 2 * l, &g[static_cast<size_t>(l)].scale, 2);
+    if (f.minimum) {
+        for (int64_t l = 0; l < kLanes; ++l) std::memcpy(next + 2 * l, &g[static_cast<size_t>(l)].minimum, 2);
+        next += 2 * kLanes;
+    }
+    for (int j = 0; f.group > kBlockInputs && j < shares; ++j)
+        for (int64_t l = 0; l < kLanes; ++l) {
+            next[j * kLanes + l] = g[l].scales[j];
+            if (f.minimum) next[(shares + j) * kLanes + l] = g[l].minimums[j];
+        }
+    auto* put = put_planes<8>;
+    switch (f.bits) {
+        case 2: put = put_planes<2>; break;
+        case 3: put = put_planes<3>; break;
+        case 4: put = put_planes<4>; break;
+        case 5: put = put_planes<5>; break;
+        case 6: put = put_planes<6>; break;
+        default: break;
     }
     uint8_t* planes = to + scales_bytes(f);
-    for (int64_t k = 0; k < f.group; ++k)
-        fields(f.bits, k % kBlockInputs, l, [&](int64_t byte, int shift, int bits, int from) {
-            const int field = g.q[k] >> from & ((1 << bits) - 1);
-            uint8_t& there = planes[k / kBlockInputs * f.bits * kPlane + byte];
-            there = static_cast<uint8_t>(there | field << shift);
-        });
+    for (int64_t k = 0; k < f.group; k += kBlockInputs) put(g, k, planes + k / kBlockInputs * f.bits * kPlane);
 }
 
 struct Packing {
@@ -225,17 +264,17 @@ void pack_panels(const void* job, int64_t first, int64_t last) {
     const Packing& a = *static_cast<const Packing*>(job);
     const BlockForm& f = kForms[a.form];
     const int64_t groups = groups_of(f, a.in), bytes = group_bytes(f);
-    Group g{};
+    std::vector<Group> g(kLanes);  // outputs beyond the last stay zero
     for (int64_t p = first; p < last; ++p) {
-        uint8_t* panel = a.packed + p * groups * bytes;
-        std::memset(panel, 0, static_cast<size_t>(groups * bytes));
-        for (int64_t l = 0; l < kLanes && p * kLanes + l < a.out; ++l) {
-            const int64_t o = p * kLanes + l;
-            for (int64_t i = 0; i < groups; ++i) {
-                if (a.weight) round_group(a.weight + o * a.in + i * kBlockInputs, a.in - i * kBlockInputs < kBlockInputs ? a.in - i * kBlockInputs : kBlockInputs, &g);
-                else read_group(a.form, a.blocks + (o * groups + i) * f.file_bytes, &g);
-                put_group(f, g, l, panel + i * bytes);
+        const int64_t valid = std::min(kLanes, a.out - p * kLanes);
+        if (valid < kLanes) g.assign(kLanes, Group{});
+        for (int64_t i = 0; i < groups; ++i) {
+            for (int64_t l = 0; l < valid; ++l) {
+                const int64_t o = p * kLanes + l, from = i * kBlockInputs;
+                if (a.weight) round_group(a.weight + o * a.in + from, std::min(kBlockInputs, a.in - from), &g[static_cast<size_t>(l)]);
+                else read_group(a.form, a.blocks + (o * groups + i) * f.file_bytes, &g[static_cast<size_t>(l)]);
             }
+            put_groups(f, g.data(), a.packed + (p * groups + i) * bytes);
         }
     }
 }

@@ -1,7 +1,7 @@
 """Measures GGUF files kept in their blocks: time and memory to load, quality, and the cost of a forward.
 
-    python benchmarks/gguf.py model-Q4_K_M.gguf model-Q8_0.gguf --text docs/*.md --json results/gguf.json
-    python benchmarks/gguf.py model-Q4_K_M.gguf --text docs/*.md --llama-python PATH --json results/gguf.json
+    python benchmarks/gguf_blocks.py model-Q4_K_M.gguf model-Q8_0.gguf --text docs/*.md --json results/gguf.json
+    python benchmarks/gguf_blocks.py model-Q4_K_M.gguf --text docs/*.md --llama-python PATH --json results/gguf.json
 
 Quality: perplexity of `--tokens` tokens of the text in pieces of 512, each with the model's start token, of the file's
 blocks (`packing="gguf"`), of the same weights dequantised (fp32, `packing="off"`), and of llama.cpp if an interpreter
@@ -62,7 +62,7 @@ def main() -> None:
     names = " ".join(file.name for file in arguments.files)
     settings = {"tokens": arguments.tokens, "threads": arguments.threads, "piece": PIECE, "context": _CONTEXT}
     where = machine() | {
-        "command": f"python benchmarks/gguf.py {names} --text {' '.join(path.name for path in texts)}",
+        "command": f"python benchmarks/gguf_blocks.py {names} --text {' '.join(path.name for path in texts)}",
         "dtype": "float32",
         "packing": "gguf",
         "settings": settings,

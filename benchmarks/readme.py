@@ -2,7 +2,8 @@
 
 Owns the text between `<!-- results:NAME -->` and `<!-- end -->`. NAME is a file of `results/` without its ending;
 NAME+NAME puts several files into one table; NAME#short is a suite's short table. The `kind` of a document chooses its
-table. `python benchmarks/readme.py` rewrites the blocks; a test checks that they are up to date.
+table, a macro of `src/haast/bench/templates/results.md`, which is where its columns are. `python benchmarks/readme.py`
+rewrites the blocks; a test checks that they are up to date.
 """
 
 from __future__ import annotations
@@ -79,7 +80,10 @@ def main() -> None:
     """Rewrite README.md and docs/ in the current folder from results/."""
     for path in (Path("README.md"), *sorted(Path("docs").glob("*.md"))):
         old = path.read_text(encoding="utf-8")
-        new = render(old, Path("results"))
+        try:
+            new = render(old, Path("results"))
+        except ValueError as error:
+            sys.exit(f"{path}: {error}")
         path.write_text(new, encoding="utf-8")
         sys.stdout.write(f"{path} {'is up to date' if old == new else 'rewritten'}\n")
 

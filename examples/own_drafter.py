@@ -33,7 +33,7 @@ class RepeatDrafter(Drafter):
         return self._nodes
 
     def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> list[int]:
-        return [prompt[reused]]  # a request's state: its last token
+        return [prompt[reused]]  # a request's state: its last token, set by `observe`
 
     def observe(self, states: Sequence[list[int]], accepted: Accepted) -> None:
         for state, tokens in zip(states, accepted.host_tokens(), strict=True):

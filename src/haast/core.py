@@ -185,7 +185,7 @@ class StopParams:
 
 
 class TokenChooser(Protocol):
-    """Chooses a request's tokens from the target's logits; see `engine.sampler`."""
+    """Chooses a request's tokens from the target's logits; see `haast.sampling.Sampler`."""
 
     @property
     def stateless(self) -> bool:

@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_files import write_model
 from test_cli import save_random_head, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -170,6 +171,7 @@ def _furnish(place: Path, model: Path, head: Path) -> None:
     shutil.copytree(head, place / "my-head")
     (place / "my-model").symlink_to(model)
     (place / "small").symlink_to(model)  # the target itself as its small model
+    write_model(place / "my-model-Q4_K_M.gguf")
     sizes = MedusaConfig.for_target(LlamaConfig.from_pretrained(model), 2, 1)
     weights = {name: torch.randn(shape) / 8 for name, shape in _shapes(sizes).items()}
     save_head(place / "heads" / "smollm2-135m-instruct-medusa", sizes, weights, torch.arange(0, 256, 2), {})

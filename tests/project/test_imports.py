@@ -1,4 +1,4 @@
-"""Imports point one way (DESIGN, "Rooms"), and the front door and the commands load neither torch nor transformers."""
+"""Imports point one way (docs/architecture.md); Haast and its commands import neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import haast
 
 SOURCE = Path(haast.__file__).parent
 
-# A room is a module or a package directly under haast; it may import rooms of smaller rank, and itself.
+# A part is a module or a package directly under haast; it may import parts of smaller rank, and itself.
 RANKS = [
     {
         "compat",
@@ -45,9 +45,9 @@ RANKS = [
     {"cli"},
     {"__main__"},
 ]
-RANK = {room: number for number, rooms in enumerate(RANKS) for room in rooms}
+RANK = {part: number for number, parts in enumerate(RANKS) for part in parts}
 
-# Rooms and modules that may know less than their rank would allow: all that they import of Haast outside their room.
+# Parts and modules that may know less than their rank would allow: all that they import of Haast outside their part.
 ONLY = {
     "core": {"haast.stats"}, "stats": set(), "tree": set(), "errors": set(), "compat": set(), "text": set(),
     "prompts": set(), "progress": set(), "device": set(), "native": set(),
@@ -67,7 +67,7 @@ ONLY = {
 
 
 def modules() -> list[str]:
-    """Dotted names of all modules under haast, the root itself left out: it only names what the rooms hold."""
+    """Dotted names of all modules under haast, the root itself left out: it only names what the parts hold."""
     names = []
     for path in sorted(SOURCE.rglob("*.py")):
         parts = path.relative_to(SOURCE).with_suffix("").parts
@@ -102,22 +102,22 @@ def imports(source: str, known: list[str]) -> Iterator[str]:
 
 def complaints(module: str, source: str, known: list[str]) -> list[str]:
     """What is wrong with one module's imports."""
-    room = module.split(".")[1]
+    part = module.split(".")[1]
     wrong = []
     for imported in imports(source, known):
         other = imported.split(".")[1]
-        if other == room:
+        if other == part:
             continue
-        if RANK[other] >= RANK[room]:
-            wrong.append(f"{module} imports {imported}, which stands above or beside it")
-        for place in (room, module.removeprefix("haast.")):
+        if RANK[other] >= RANK[part]:
+            wrong.append(f"{module} imports {imported}, which stands above it or at its level")
+        for place in (part, module.removeprefix("haast.")):
             if place in ONLY and not any(imported == each or imported.startswith(f"{each}.") for each in ONLY[place]):
                 wrong.append(f"{module} imports {imported}; {place} may import only {sorted(ONLY[place])}")
     return wrong
 
 
-def test_every_room_has_a_rank() -> None:
-    assert {module.split(".")[1] for module in MODULES} <= set(RANK), "give the new room a rank in this test"
+def test_every_part_has_a_rank() -> None:
+    assert {module.split(".")[1] for module in MODULES} <= set(RANK), "give the new part a rank in this test"
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -171,6 +171,24 @@ def test_only_targets_know_how_linears_are_packed(module: str) -> None:
 def test_asking_for_packed_linears_is_seen(line: str) -> None:
     source = read("haast.drafters.medusa")
     assert asks_for_packed(f"{source}\nif True:\n    assert not {line}\n") == [len(source.splitlines()) + 3]
+
+
+def packages(source: str) -> set[str]:
+    """The packages that a source imports, Haast among them."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "tests", "examples"])
+def test_no_script_has_the_name_of_a_package(folder: str) -> None:
+    scripts = {path.stem for path in (Path(__file__).parents[2] / folder).rglob("*.py")}
+    assert scripts & set().union(*(packages(read(module)) for module in MODULES)) == set(), "Haast would import it"
+
+
+def test_a_package_is_seen() -> None:
+    assert packages("import a.b\nfrom c.d import e\n") == {"a", "c"}
 
 
 @pytest.mark.parametrize("module", ["haast", "haast.cli"])

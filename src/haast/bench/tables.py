@@ -1,7 +1,8 @@
 """Markdown and text tables of measurements; every number is taken from a document and rounded.
 
 Owns the look-ups in a suite document ("haast-suite-1") and the formatting of values. The templates own the wording and
-the columns. Knows neither models nor answers: `haast report` writes the same text from the JSON alone.
+the columns: `templates/results.md`, and `templates/suite.md` for a suite. Knows neither models nor answers: `haast
+report` writes the same text from the JSON alone.
 """
 
 from __future__ import annotations

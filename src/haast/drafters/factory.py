@@ -175,8 +175,9 @@ def make_drafter(
     if chosen == "small-model":
         assert small is not None, "check_drafter raises without a small model"
         return _small_model(target, small, sampling, use_costs)
-    if chosen == "none" or head is None:
+    if chosen == "none":
         return VanillaDrafter()
+    assert chosen in HEADED and head is not None, f"{chosen!r} is in NAMES: give it a branch here"
     headed = head_drafter(target, head, shape, window)
     if isinstance(headed, MedusaDrafter):
         return _medusa_with_policy(target, headed) if use_costs and shape is None else headed

@@ -5,9 +5,11 @@ Owns the order of a step and the data between its parts; the scheduler chooses t
     1 drafter.propose            -> DraftTree      one tree per request
     2 target.forward(tree)       -> TargetOutput   one pass; position = length + depth; a node sees past and ancestors
     3 verify                     -> Verdict        all nodes at once; one read from the device
-    4 cache.keep, advance                          commits the accepted nodes' keys and values
+    4 cache.keep                                   moves accepted nodes' keys, values to the committed ones
     5 drafter.observe(Accepted)                    tokens[i] is the token that FOLLOWS the position of features[i]
-    6 emit                                         applies stop rules in token order, then publishes the tokens
+    6 cache.advance, emit                          commits them; applies stop rules in token order, then publishes
+
+A rejected node's keys and values lie after the committed length, where the next forward writes over them.
 
 A prefill chunk is a step without a draft. Knows drafters and targets by their interfaces only. Source: speculative
 decoding (arXiv 2211.17192); EAGLE (arXiv 2401.15077, figure 5).

@@ -252,6 +252,8 @@ class KVCache(Cache):
     def keep(self, path: Tensor, counts: Tensor) -> None:
         """Move the accepted nodes' keys and values to the next slots of each row; `advance` then commits them.
 
+        Nothing is erased: rejected ones lie after the committed length until the next forward writes there.
+
         Args:
             path: (rows, n) int64: nodes of the last forward, in path order, ascending.
             counts: (rows,) int64: number of nodes of each path that are kept.

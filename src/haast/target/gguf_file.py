@@ -48,12 +48,21 @@ class TensorInfo:
         type_name: of its elements, e.g. "Q4_K" or "F32".
         shape: in numpy's order; a linear layer's weight is (out_features, in_features).
         data: (rows, bytes per row) uint8, a read-only view of the file; rows is the product of all but the last size.
+        content, begin: the mapped file, and the byte at which the tensor begins.
     """
 
     name: str
     type_name: str
     shape: tuple[int, ...]
     data: NDArray[np.uint8] = field(repr=False)
+    content: mmap.mmap = field(repr=False)
+    begin: int = 0
+
+    def release(self) -> None:
+        """Give back the memory of the pages that were read; they are read from the file again when needed."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            start = self.begin - self.begin % mmap.PAGESIZE
+            self.content.madvise(mmap.MADV_DONTNEED, start, self.begin + self.data.nbytes - start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -297,7 +306,7 @@ class _Header:
                 self.fail(f"is truncated or corrupt (the tensor {name!r} ends at byte {end} of {self.size})")
             places.append((begin, begin + rows * row_bytes, name))
             data = np.frombuffer(self.content, np.uint8, rows * row_bytes, begin).reshape(rows, row_bytes)
-            tensors[name] = TensorInfo(name, type_name, shape, data)
+            tensors[name] = TensorInfo(name, type_name, shape, data, self.content, begin)
         places.sort()
         for (_, end, first), (begin, _, second) in itertools.pairwise(places):
             if begin < end:

@@ -178,6 +178,8 @@ def build(
     plan = _Plan(file, model)
     for weight in plan.weights:
         weight.fill(model, dtype, make_linear, make_embedding)
+        for tensor in weight.tensors:
+            tensor.release()
         if progress is not None:
             progress(sum(tensor.data.nbytes for tensor in weight.tensors))
     return model.eval()  # type: ignore[no-untyped-call,no-any-return]

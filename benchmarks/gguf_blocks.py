@@ -17,6 +17,7 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -175,9 +176,8 @@ def llama(file: str, threads: int, ids: list[int]) -> dict[str, Any]:
     import llama_cpp
     import numpy as np
 
-    model = llama_cpp.Llama(
-        file, n_ctx=PIECE + 16, n_batch=PIECE, n_threads=threads, n_threads_batch=threads, logits_all=True, verbose=False
-    )
+    counts = {"n_ctx": PIECE + 16, "n_batch": PIECE, "n_threads": threads, "n_threads_batch": threads}
+    model = llama_cpp.Llama(file, logits_all=True, verbose=False, **counts)
     total, count = 0.0, 0
     for piece in _pieces(ids[1:], ids[0]):
         model.reset()
@@ -201,15 +201,15 @@ def _rss() -> float:
 
 def _line(row: dict[str, Any]) -> str:
     theirs = f", llama.cpp {row['ppl_llama_cpp']:.4f}" if "ppl_llama_cpp" in row else ""
-    forward = row["forward_ms"]
+    forward = ", ".join(f"{rows}: {row['forward_ms'][rows]:.2f}" for rows in ("1", "6", "12"))
     return (
-        f"{row['file']}: {row['mb']:.0f} MB, first token {row['first_token_s']:.2f} s, peak {row['peak_rss_mb']:.0f} MB, "
-        f"ppl {row['ppl_blocks']:.4f} (dequantised {row['ppl_dense']:.4f}{theirs}), KL {row['kl']:.5f}, top-1 "
-        f"{row['top_1']:.3f}, ms by rows 1: {forward['1']:.2f}, 6: {forward['6']:.2f}, 12: {forward['12']:.2f}"
+        f"{row['file']}: {row['mb']:.0f} MB, first token {row['first_token_s']:.2f} s, "
+        f"peak {row['peak_rss_mb']:.0f} MB, ppl {row['ppl_blocks']:.4f} (dequantised {row['ppl_dense']:.4f}{theirs}), "
+        f"KL {row['kl']:.5f}, top-1 {row['top_1']:.3f}, ms by rows {forward}"
     )
 
 
-PARTS = {"load": load, "quality": quality, "llama": llama}
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {"load": load, "quality": quality, "llama": llama}
 
 if __name__ == "__main__":
     main()

@@ -145,7 +145,8 @@ def unpack_rows(packed: Tensor, form: str, in_features: int, out_features: int, 
     Raises:
         ValueError: a row outside the matrix, or another dtype or size.
     """
-    shape, pointer, count = (out_features,), None, out_features
+    shape: tuple[int, ...] = (out_features,)
+    pointer, count = None, out_features
     if rows is not None:
         if rows.dtype is not torch.int64 or not rows.is_cpu:
             raise ValueError(f"rows are {rows.dtype} on {rows.device}: give int64 on the CPU")

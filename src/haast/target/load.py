@@ -262,9 +262,11 @@ def _build(file: GGUFFile, dtype: torch.dtype, keep_blocks: bool) -> PreTrainedM
     size, every = file.nbytes, 0.1 if sys.stderr.isatty() else 30.0  # seconds between two lines, as in `haast.progress`
     bar = transformers_logging.tqdm if size >= _LARGE else transformers_logging.EmptyTqdm
     kept = KeptBlocks()
-    make = {"make_linear": kept.linear, "make_embedding": kept.embedding} if keep_blocks else {}
+    make_linear, make_embedding = (kept.linear, kept.embedding) if keep_blocks else (None, None)
     with bar(total=size, unit="B", unit_scale=True, desc=f"reading {file.path.name}", mininterval=every) as shown:
-        model = gguf_model.build(file, dtype=dtype, progress=shown.update, **make)
+        model = gguf_model.build(
+            file, dtype=dtype, make_linear=make_linear, make_embedding=make_embedding, progress=shown.update
+        )
     if kept.rounded:
         types = ", ".join(f"{count} of {type_name}" for type_name, count in sorted(kept.rounded.items()))
         transformers_logging.get_logger(__name__).warning(

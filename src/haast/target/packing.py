@@ -108,7 +108,7 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.packing, self.form, self.in_features, self.outputs = packing, form, inputs, outputs
-        self.out_features = outputs + (0 if rest is None else rest.out_features)
+        self.out_features: int = outputs + (0 if rest is None else rest.out_features)
         self.reference = len(dense) > 0
         self.register_buffer("packed", packed)
         self.register_buffer("dense", dense)
@@ -145,7 +145,8 @@ class PackedLinear(nn.Module):
             return first
         second = cls.joined(others)
         made = cls.__new__(cls)
-        bias, rest = first.bias, second
+        bias: Tensor | None = first.bias
+        rest: PackedLinear | None = second
         packed, dense, outputs = first.packed, first.dense, first.outputs
         fills = first.reference or outputs % LANES == 0
         if first.form == second.form == "f16" and not fills and second.rest is None:  # packed again: no value changes
@@ -243,12 +244,18 @@ class PackedEmbedding(nn.Module):
 
 def rounded_activations(x: Tensor) -> Tensor:
     """x (..., inputs) fp32 as integer kernels read it: rounded to 8 bits with one scale per 32 inputs."""
-    width = x.shape[-1]
-    blocks = functional.pad(x, (0, -width % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    blocks = _in_blocks(x)
     largest = blocks.abs().amax(-1, keepdim=True)
     tiny = largest < 1e-30
     inverse = torch.where(tiny, 0.0, torch.tensor(127.0) / largest)  # a plain number would be 127 * (1 / largest)
-    return ((blocks * inverse).round() * torch.where(tiny, 0.0, largest / 127.0)).flatten(-2)[..., :width]
+    rounded = (blocks * inverse).round() * torch.where(tiny, 0.0, largest / 127.0)
+    return rounded.flatten(-2)[..., : x.shape[-1]]
+
+
+def _in_blocks(x: Tensor) -> Tensor:
+    """x (..., n) as (..., blocks, 32), with zeros after its end."""
+    padded = functional.pad(x, (0, -x.shape[-1] % _BLOCK))
+    return padded.view(*x.shape[:-1], -1, _BLOCK)
 
 
 def is_packed(module: nn.Module | None) -> TypeGuard[PackedLinear]:
@@ -290,11 +297,11 @@ def _check_weight(weight: Tensor, bias: Tensor | None) -> None:
 def _rounded(weight: Tensor, form: str) -> Tensor:
     """Return the weight rounded to `form`, in fp32."""
     if form == "int8":
-        width = weight.shape[1]
-        blocks = functional.pad(weight, (0, -width % _BLOCK)).unflatten(1, (-1, _BLOCK))
+        blocks = _in_blocks(weight)
         scale = (blocks.abs().amax(2, keepdim=True) / 127).half().float()
         inverse = torch.where(scale > 0, 1 / scale, 0.0)
-        return ((blocks * inverse).round().clamp(-127, 127) * scale).flatten(1)[:, :width].contiguous()
+        rounded = (blocks * inverse).round().clamp(-127, 127) * scale
+        return rounded.flatten(1)[:, : weight.shape[1]].contiguous()
     result = weight.half().float()
     if not bool(result.isfinite().all()):
         raise ValueError("weight has values that fp16 cannot hold (limit 65504); leave this layer unpacked")

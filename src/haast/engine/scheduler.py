@@ -279,8 +279,8 @@ class Scheduler:
         drafter, kv, state = request.drafter, request.kv, request.draft_state
         # A stop rule may have cut off tokens whose positions are committed.
         committed = min(kv.length, len(request.tokens))
-        filled, complete_from = self._reusable(request) if keep else (0, 0)
-        kv.release(request.tokens, min(filled, committed), drafter.prefix_key, complete_from)
+        filled, head_kv_from = self._reusable(request) if keep else (0, 0)
+        kv.release(request.tokens, min(filled, committed), drafter.prefix_key, head_kv_from)
         if state is not None:
             drafter.end(state)
         request.kv = request.draft_state = None
@@ -288,7 +288,7 @@ class Scheduler:
     def _reusable(self, request: Request) -> tuple[int, int]:
         """Slots that other requests may reuse: their number, and the first one that is complete for the drafter."""
         drafter, state, length = request.drafter, request.draft_state, request.kv.length
-        slots = self._agreement.numbers(lambda: (drafter.filled(state, length), drafter.complete_from(state)))
+        slots = self._agreement.numbers(lambda: (drafter.filled(state, length), drafter.head_kv_from(state)))
         return slots[0], slots[1]
 
     def _preempt(self, request: Request, keep: bool = True) -> None:
@@ -338,7 +338,7 @@ class Scheduler:
     def _begin(self, request: Request) -> None:
         drafter, cache, kv = request.drafter, self.target.cache, request.kv
         text = request.tokens[: request.prefill_end]
-        reused, source, copy = kv.reuse(text, drafter.prefix_key, drafter.reach, drafter.resting)
+        reused, source, copy = kv.reuse(text, drafter.prefix_key, drafter.reach, drafter.drafting_off)
         if source:
             for each in (cache, *drafter.caches):
                 each.stores.copy_block(source, copy)
@@ -421,7 +421,7 @@ class Scheduler:
         if request.kv is not None:
             return int(request.kv.length)
         drafter, text = request.drafter, request.tokens[: request.prefill_end]
-        return self.target.pool.usable(text, drafter.prefix_key, drafter.reach, drafter.resting)
+        return self.target.pool.usable(text, drafter.prefix_key, drafter.reach, drafter.drafting_off)
 
     def _prefill_batch(self, batch: list[tuple[Request, int]]) -> None:
         padded = max(count for _, count in batch)  # the forward writes this many slots in every row
@@ -431,9 +431,9 @@ class Scheduler:
         prefill(self.target, batch, self._agreement)
         for request, _ in batch:
             if request.kv.length == request.prefill_end:
-                filled, complete_from = self._reusable(request)
+                filled, head_kv_from = self._reusable(request)
                 shared = min(filled, request.kv.length)
-                request.kv.publish(request.tokens, shared, request.drafter.prefix_key, complete_from)
+                request.kv.publish(request.tokens, shared, request.drafter.prefix_key, head_kv_from)
                 request.state = RequestState.RUNNING
 
     def _reserved(self, request: Request, count: int) -> bool:

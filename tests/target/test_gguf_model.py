@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from haast.errors import UnsupportedModelError
 from haast.target import gguf_model, load
-from haast.target.device_map import Spread
+from haast.target.device_map import Placement
 from haast.target.gguf_file import open_gguf
 from haast.target.gguf_model import Blocks, build, read_config, read_tokenizer
 
@@ -189,7 +189,7 @@ def test_nothing_is_written(tmp_path: Path) -> None:
 
 def test_a_spread_model_is_the_same(tmp_path: Path) -> None:
     path = write_model(tmp_path / "tiny.gguf", tied=False)
-    target = load.load_target(str(path), packing="off", spread=Spread(device_map="auto"))
+    target = load.load_target(str(path), packing="off", placement=Placement(device_map="auto"))
     assert torch.equal(target.model(input_ids=IDS).logits, load.load_stock(str(path))[0](input_ids=IDS).logits)
     assert target.model.name_or_path == str(path)
 

@@ -54,7 +54,7 @@ def import_(
     check_head(opened, text_config(loading.model), loading.model)  # before the target loads
     target = loading.load()
     with Progress("measuring") as progress:
-        fitted, result = opened.fitted(target, report=progress.say)
+        fitted, result = opened.fitted(target, report=progress.set_status)
     dtype = import_head(opened, fitted, result, hub_name(loading.model), folder)
     if result is not None:
         _show(result, json_out)
@@ -135,7 +135,7 @@ def check(head: HeadArgument, loading: Loading, json_out: JsonOption = None) -> 
     check_head(opened, text_config(loading.model), loading.model)
     target = loading.load()
     with Progress("measuring") as progress:
-        diagnosis = diagnose(target, opened, loading.model, progress.say)
+        diagnosis = diagnose(target, opened, loading.model, progress.set_status)
     _show(diagnosis.settled, json_out)
     stream = human_output(json_out)
     for line in () if diagnosis.fine else diagnosis.findings:

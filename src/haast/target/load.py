@@ -29,7 +29,7 @@ from haast import native
 from haast.errors import UnsupportedModelError, expanded
 from haast.target import gguf_model
 from haast.target.compiled import CHOICES, Progress
-from haast.target.device_map import Spread
+from haast.target.device_map import Placement
 from haast.target.fusing import fuse_small_modules
 from haast.target.gguf_file import GGUFFile, open_gguf
 from haast.target.memory import copy_parameters, release_freed_memory
@@ -105,7 +105,7 @@ def load_target(
     packing: str = "auto",
     compile: str = "off",
     progress: Progress | None = None,
-    spread: Spread | None = None,
+    placement: Placement | None = None,
 ) -> Target:
     """Load a target and its tokenizer.
 
@@ -122,7 +122,7 @@ def load_target(
         compile: "on" compiles the decoder layers (see `Target.use_compiled_layers`), "off" does not, "auto" does on
             CUDA.
         progress: wraps each compilation.
-        spread: distributes the model over devices, disk or processes; it is not packed or compiled then
+        placement: distributes the model over devices, disk or processes; it is not packed or compiled then
             (docs/devices.md).
 
     Raises:
@@ -130,15 +130,15 @@ def load_target(
     """
     torch_dtype = check_precision(dtype, device, packing)
     compiled = check_compile(compile, dtype, device, packing)
-    spread = Spread() if spread is None else spread
-    spread.check(device, packing, compile)
+    placement = Placement() if placement is None else placement
+    placement.check(device, packing, compile)
     source, target_device = resolve(name), torch.device(device)
-    packs = not spread and wants_packing(packing, torch_dtype, target_device)
+    packs = not placement and wants_packing(packing, torch_dtype, target_device)
     if packing == "gguf" and source.gguf is None:
         raise ValueError(f"packing='gguf' keeps the blocks of a .gguf file, which {name} is not: use 'f16' or 'int8'")
     keep = packs and source.gguf is not None and packing in ("gguf", "auto")
-    model, tokenizer = _load(source, torch_dtype, spread, keep)
-    if spread:
+    model, tokenizer = _load(source, torch_dtype, placement, keep)
+    if placement:
         return Target(model, tokenizer)
     model.to(device=target_device)  # type: ignore[call-arg]  # moves in place
     quantised = quantisation(model)
@@ -150,14 +150,19 @@ def load_target(
         quantise(model, packing)
     target = Target(model, tokenizer)
     if quantised is None and packs:
-        pack_linears(target.model, form="int8" if packing == "int8" else "f16")
-        copy_parameters(target.model)
-        fuse_small_modules(target.model)
-        target.use_one_call()
-        release_freed_memory()
+        _pack(target, "int8" if packing == "int8" else "f16")
     if compiled:
         target.use_compiled_layers(progress=progress)
     return target
+
+
+def _pack(target: Target, form: str) -> None:
+    """Replace the target's linear and small modules by packed and fused ones."""
+    pack_linears(target.model, form=form)
+    copy_parameters(target.model)
+    fuse_small_modules(target.model)
+    target.use_one_call()
+    release_freed_memory()
 
 
 def check_precision(dtype: str, device: str, packing: str) -> torch.dtype:
@@ -234,9 +239,9 @@ def load_tokenizer(name: str = DEFAULT_MODEL) -> tuple[PreTrainedTokenizerBase, 
 
 
 def _load(
-    source: ModelSource, dtype: torch.dtype, spread: Spread | None = None, keep_blocks: bool = False
+    source: ModelSource, dtype: torch.dtype, placement: Placement | None = None, keep_blocks: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    file, options = source.open_gguf(), spread.arguments() if spread else {}
+    file, options = source.open_gguf(), placement.arguments() if placement else {}
     if file is not None:
         tokenizer, model = gguf_model.read_tokenizer(file), _build(file, dtype, keep_blocks)
         if options:  # transformers places the weights, which it takes from the model built here

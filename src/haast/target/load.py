@@ -32,6 +32,7 @@ from haast.target.compiled import CHOICES, Progress
 from haast.target.device_map import Placement
 from haast.target.fusing import fuse_small_modules
 from haast.target.gguf_file import GGUFFile, open_gguf
+from haast.target.gguf_plan import Blocks
 from haast.target.memory import copy_parameters, release_freed_memory
 from haast.target.packing import FORMS, PackedEmbedding, PackedLinear, pack_linears
 from haast.target.precision import TORCHAO, quantisation, quantise
@@ -288,10 +289,10 @@ class KeptBlocks:
     """
 
     def __init__(self) -> None:
-        self._made: tuple[gguf_model.Blocks, PackedLinear] | None = None
+        self._made: tuple[Blocks, PackedLinear] | None = None
         self.rounded: Counter[str] = Counter()
 
-    def linear(self, blocks: gguf_model.Blocks, bias: Tensor | None = None) -> PackedLinear:
+    def linear(self, blocks: Blocks, bias: Tensor | None = None) -> PackedLinear:
         """The packed layer of a matrix."""
         if self._made is not None and self._made[0] is blocks and bias is None:
             return self._made[1]
@@ -308,7 +309,7 @@ class KeptBlocks:
             self._made = blocks, made
         return made
 
-    def embedding(self, blocks: gguf_model.Blocks) -> PackedEmbedding | None:
+    def embedding(self, blocks: Blocks) -> PackedEmbedding | None:
         """The packed embedding of a matrix; None for one of 32 bits, which would be rounded."""
         return None if blocks.type_name == "F32" else PackedEmbedding(self.linear(blocks))
 

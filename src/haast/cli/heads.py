@@ -11,6 +11,7 @@ import typer
 from haast.cli.boundary import human_output
 from haast.cli.settings import JsonOption, Loading, text_config
 from haast.files import check_new_folder, check_writable, write_json
+from haast.formats import ENGINES
 
 if TYPE_CHECKING:
     from haast.formats.probe import ProbeResult
@@ -80,15 +81,15 @@ def export(
     haast export my-head --to vllm --model my-model --out for-vllm
     haast export default --to sglang
     """
+    if to not in ENGINES:  # before anything that takes seconds
+        raise ValueError(f"Haast can't export to --to {to}: choose one of {', '.join(ENGINES)}")
     loading.check()
     check_writable(json_out)
     from haast.drafters.factory import find_head
-    from haast.formats.export import ENGINES, export_head, wants_embedding
+    from haast.formats.export import export_head, wants_embedding
     from haast.formats.opened import OpenedHead, check_head, embedding_of, open_head
     from haast.target.load import hub_name, read_config
 
-    if to not in ENGINES:
-        raise ValueError(f"Haast can't export to --to {to}: choose one of {', '.join(ENGINES)}")
     folder = find_head(head, loading.model)
     assert folder is not None, "HEAD is required"
     source = open_head(folder)

@@ -33,6 +33,7 @@ from haast.target.device_map import Placement
 from haast.target.fusing import fuse_small_modules
 from haast.target.gguf_file import GGUFFile, open_gguf
 from haast.target.gguf_plan import Blocks
+from haast.target.hub import check_reachable
 from haast.target.memory import copy_parameters, release_freed_memory
 from haast.target.packing import FORMS, PackedEmbedding, PackedLinear, pack_linears
 from haast.target.precision import TORCHAO, quantisation, quantise
@@ -341,6 +342,8 @@ def read_config(name: str) -> PretrainedConfig:
 def _loading_errors(source: ModelSource) -> Iterator[None]:
     """Turn any error of loading into a ValueError of one line that names where Haast looked for the model."""
     try:
+        if source.gguf is None and not Path(source.location).is_dir():
+            check_reachable(source.location)
         yield
     except UnsupportedModelError:
         raise

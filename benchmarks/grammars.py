@@ -39,7 +39,7 @@ def answer(service: Service, question: str, temperature: float, tokens: int, **m
         "max_tokens": tokens,
         **more,
     }
-    plan = chat_plan(ChatRequest.model_validate(body), service.facts)
+    plan = chat_plan(ChatRequest.model_validate(body), service.limits)
     writings = service.begin(plan)
     return ChatShape(service, plan, "bench", 0).whole(asyncio.run(whole(writings)), writings)
 

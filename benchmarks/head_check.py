@@ -174,7 +174,7 @@ def main() -> None:
     arguments = parser.parse_args()
     prompts = read_prompts(arguments.prompts, arguments.limit)
     with Progress("watching heads") as progress:
-        target, say, tokens = load_target(DEFAULT_MODEL), progress.say, arguments.max_new_tokens
+        target, say, tokens = load_target(DEFAULT_MODEL), progress.set_status, arguments.max_new_tokens
         rows, checks = dict[str, Any](), dict[str, Any]()
         if arguments.wrong is None:
             for drafter in ("eagle", "eagle+suffix"):

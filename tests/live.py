@@ -53,10 +53,10 @@ def live(send_buffer: int | None = None, **fields: Any) -> Iterator[Live]:
     thread.start()
     try:
         until = time.monotonic() + 60
-        while server._host.loaded is None:
+        while server._state.loaded is None:
             assert thread.is_alive() and time.monotonic() < until, "the server did not start"
             time.sleep(0.01)
-        yield Live(listening.getsockname()[1], server._host.loaded, server)
+        yield Live(listening.getsockname()[1], server._state.loaded, server)
     finally:
         server.should_exit = True
         thread.join(60)

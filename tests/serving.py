@@ -93,7 +93,7 @@ class Scripted(Service):
         """Another service's model, with a script."""
         made = cls(service._haast, service.name, service.config)
         ids = service.tokenizer.encode(script, add_special_tokens=False)
-        made.script = (*ids, *service.facts.ends[:1])
+        made.script = (*ids, *service.limits.ends[:1])
         return made
 
     def _processors(self, plan: Plan, length: int) -> list[Processor]:
@@ -134,8 +134,8 @@ def tiny_service(
 @asynccontextmanager
 async def client_of(service: Service, config: ServeConfig | None = None) -> AsyncIterator[httpx2.AsyncClient]:
     """Asks the application without a network."""
-    app, host = make_app(lambda: service, config or service.config, service.name)
-    host.loaded = service  # a transport without a lifespan loads nothing
+    app, state = make_app(lambda: service, config or service.config, service.name)
+    state.loaded = service  # a transport without a lifespan loads nothing
     transport = httpx2.ASGITransport(app=app)
     async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
         yield client
@@ -147,9 +147,9 @@ async def learn(service: Service, path: str, body: Json) -> None:
     if not isinstance(knowing, Knowing):  # it drafts by itself
         return
     if path.endswith("chat/completions"):
-        plan = chat_plan(ChatRequest.model_validate(body), service.facts)
+        plan = chat_plan(ChatRequest.model_validate(body), service.limits)
     else:
-        plan = completion_plan(CompletionRequest.model_validate(body), service.facts)
+        plan = completion_plan(CompletionRequest.model_validate(body), service.limits)
     plan.drafter = "none"
     writings = service.begin(plan)
     for writing in writings:
@@ -178,13 +178,13 @@ def run(coroutine: Any) -> Any:
 def served(service: Service, config: ServeConfig | None = None) -> Iterator[str]:
     """A server with real sockets in a thread of its own; gives its address."""
     config = config or service.config
-    app, host = make_app(lambda: service, config, service.name)
-    server = Server(uvicorn.Config(app, http="h11", ws="none", lifespan="on", log_config=None, access_log=False), host)
+    app, state = make_app(lambda: service, config, service.name)
+    server = Server(uvicorn.Config(app, http="h11", ws="none", lifespan="on", log_config=None, access_log=False), state)
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
-        while host.loaded is None:
+        while state.loaded is None:
             time.sleep(0.005)
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     finally:

@@ -6,6 +6,7 @@ import difflib
 import threading
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Unpack, cast, overload
@@ -34,7 +35,7 @@ from haast.generation import (
 from haast.integrations.arguments import check_model
 from haast.integrations.decoder import Decoder
 from haast.stats import Stats
-from haast.target.device_map import Spread, execution_device
+from haast.target.device_map import Placement, execution_device
 from haast.target.kv_budget import KVBudget
 from haast.target.load import DEFAULT_MODEL, check_compile, load_target
 from haast.target.support import own_model
@@ -104,7 +105,7 @@ class Haast:
             draft_window: number of positions that an EAGLE head attends to, which bounds its memory and time. None is
                 the whole text.
             dtype, device, packing: see `load_target`; only for models given by name.
-            device_map, max_memory, offload_folder, tensor_parallel: see `haast.target.device_map.Spread`; only for
+            device_map, max_memory, offload_folder, tensor_parallel: see `haast.target.device_map.Placement`; only for
                 models given by name. Transformers may have spread a loaded model already (docs/devices.md).
             compile: "on" compiles the decoder layers of target and head, "auto" does so on CUDA, "off" does not. A
                 loaded model itself stays uncompiled.
@@ -122,31 +123,23 @@ class Haast:
         # Check the drafter's name and the head's files before the model loads.
         requested = drafter if isinstance(drafter, str) else "none"
         name, folder = plan_drafter(requested, head, model if isinstance(model, str) else None, small is not None)
-        spread = Spread(device_map, max_memory, offload_folder, tensor_parallel)
+        placement = Placement(device_map, max_memory, offload_folder, tensor_parallel)
+        load = partial(load_target, dtype=dtype, device=device, packing=packing)
         if isinstance(model, str):
-            target = load_target(model, dtype=dtype, device=device, packing=packing, compile=compile, spread=spread)
-        elif spread:
-            raise ValueError(
-                "device_map and tensor_parallel are for models given by name: spread a loaded model with transformers"
-            )
+            target = load(model, compile=compile, placement=placement)
         else:
-            target = _wrap_model(own_model(model), tokenizer, compile)
+            target = _wrap_model(model, tokenizer, compile, placement)
         target.use_pool(kv_tokens, size=kv_bytes, kv_dtype=kv_dtype)
         target.scheduler = Scheduler(target, max_batch, max_waiting)
         if isinstance(drafter, Drafter):
             return cls(target, drafter)
         if isinstance(small, str):
-            draft_model: Target | None = load_target(small, dtype=dtype, device=device, packing=packing)
+            draft_model: Target | None = load(small)
         else:
             draft_model = None if small is None else Target(own_model(small), tokenizer)
+        opened = open_head(folder, None)
         loaded_drafter = make_drafter(
-            name,
-            target,
-            open_head(folder, None),
-            shape=shape,
-            window=draft_window,
-            small=draft_model,
-            calibration=calibration,
+            name, target, opened, shape=shape, window=draft_window, small=draft_model, calibration=calibration
         )
         return cls(target, loaded_drafter)
 
@@ -357,8 +350,15 @@ def _checked_eos(eos: Sequence[int], vocab_size: int) -> tuple[int, ...]:
     return tuple(eos)
 
 
-def _wrap_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, compile: str) -> Target:
-    """A target for a loaded model."""
+def _wrap_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, compile: str, placement: Placement
+) -> Target:
+    """A target for a loaded model. Raises ValueError for a placement: the model lies where its user has put it."""
+    if placement:
+        raise ValueError(
+            "device_map and tensor_parallel are for models given by name: spread a loaded model with transformers"
+        )
+    model = own_model(model)
     compiled = check_compile(compile, "float32", str(execution_device(model) or "cpu"), "off")
     target = Target(model, tokenizer)
     if compiled and not (target.spread and compile == "auto"):

@@ -90,7 +90,7 @@ class Progress(AbstractContextManager["Progress"]):
         self._words = self._words if words is None else words
         self._show()
 
-    def say(self, words: str) -> None:
+    def set_status(self, words: str) -> None:
         """Set only the words, e.g. the current part of the job or a metric."""
         self.reach(self.done, self.counted, words)
 

@@ -100,7 +100,7 @@ def test_what_was_done_before_is_no_speed(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_jobs_that_count_nothing_tell_what_they_do(capsys: pytest.CaptureFixture[str]) -> None:
-    time = FakeTime(lambda seconds: job.say("draft levels [x]"), waits=1)
+    time = FakeTime(lambda seconds: job.set_status("draft levels [x]"), waits=1)
     job = Progress("calibrating", clock=time.clock, over=time)
     told(time, job)
     assert capsys.readouterr().err == "calibrating: 30 s so far, draft levels [x]\n"

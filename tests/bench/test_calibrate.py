@@ -16,6 +16,7 @@ from haast import native
 from haast.bench import replay
 from haast.bench.calibrate import calibrate, choose, draw, search
 from haast.bench.plan import MACHINES, Machine, parse_machine, project
+from haast.bench.tables import text
 from haast.core import SamplingParams
 from haast.drafters.batch_policy import DraftConfig, config_for
 from haast.drafters.calibrated import apply_calibration, default_path, find_calibration, identity
@@ -301,6 +302,9 @@ def test_a_projection(found: Calibration) -> None:
     assert all(row.speedup >= 1.0 and row.tokens_per_s >= row.vanilla_tokens_per_s for row in rows)
     if found.bandwidth is not None:
         assert rows[0].machine == "this machine" and rows[0].measured_speedup == found.expected["speedup"]
+        *_, compared, trust = text("plan.txt", found=found, rows=rows).splitlines()
+        assert f"measured: {found.expected['tokens_per_s']:.0f} tokens/s, {rows[0].measured_speedup:.2f}x;" in compared
+        assert compared.endswith(f"{rows[0].tokens_per_s:.0f} tokens/s, {rows[0].speedup:.2f}x") and "trust" in trust
     big = project(found, [MACHINES["h100"]], billions=8)
     assert len(big) == 1 and big[0].vanilla_tokens_per_s == pytest.approx(1 / (16e9 / 3350e9 + 300e-6))
     assert parse_machine("mine:100:2:50") == Machine("mine", 100e9, 2e12, 50.0, "given")

@@ -624,7 +624,8 @@ def test_the_report_is_made_from_the_json_alone(done: Path, tmp_path: Path) -> N
         (tmp_path / f"{name}.json").write_text(json.dumps(part(whole, [name], WORDS)))
     words = ["report", *(str(tmp_path / f"{name}.json") for name in SIZES), "--json", str(tmp_path / "both.json")]
     result = CliRunner().invoke(app, [*words, "--markdown", str(tmp_path / "both.md")])
-    assert result.exit_code == 0 and result.stdout == ""
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [f"written to {tmp_path / name}" for name in ("both.md", "both.json")]
     assert json.loads((tmp_path / "both.json").read_text())["rows"] == whole["rows"]
     assert "Merged from 2 runs" in (tmp_path / "both.md").read_text()
     page = render("<!-- results:both -->\n<!-- end -->", tmp_path)
@@ -699,7 +700,10 @@ def test_a_trace_joins_the_report(home: Path, done: Path, tmp_path: Path) -> Non
     words = ["trace", "a prompt of its own", *model, "--json", trace]
     assert CliRunner().invoke(app, [str(word) for word in words]).exit_code == 0
     told = [str(word) for word in ("report", done / "suite.json", "--html", page)]
-    assert CliRunner().invoke(app, [*told, "--trace", str(trace)]).exit_code == 0
+    joined = CliRunner().invoke(app, [*told, "--trace", str(trace)])
+    assert (joined.exit_code, joined.stdout) == (0, f"written to {page}\n"), joined.output
     assert "a prompt of its own" in page.read_text()
+    both = CliRunner().invoke(app, [*told, "--markdown", "-"])
+    assert both.exit_code == 0 and "written to" not in both.stdout and f"written to {page}" in both.stderr
     refused = CliRunner().invoke(app, [*told, "--trace", str(done / "suite.json")])
     assert refused.exit_code == 2 and "give a file of `haast trace --json`" in refused.stderr

@@ -11,6 +11,7 @@ import torch
 from test_cli import EXACT, haast_run, refused, save_random_head, tiny_config, tiny_tokenizer
 from transformers import LlamaForCausalLM
 
+from haast.cli.settings import Loading
 from haast.heads.checkpoint import load_head
 
 
@@ -62,6 +63,15 @@ def test_check_says_what_it_finds(home: Path, tmp_path: Path) -> None:
     assert "rarely right" in bad.stdout and "likely:" in bad.stdout and "tau of a chain" in bad.stdout
     found = document(str(tmp_path / "check.json"))
     assert found["fine"] is False and found["positions"] > 150 and found["tried"][0]["question"] == "rope style"
+
+
+def test_an_unknown_engine_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(_: Loading) -> None:
+        raise AssertionError("this loads torch, which takes seconds")
+
+    monkeypatch.setattr(Loading, "check", late)
+    refused(haast_run("export", "default", "--to", "tensorrt"), "tensorrt", "official, vllm")
+    assert haast_run("export", "default", "--to", "vllm").exit_code == 3, "an engine that there is comes that far"
 
 
 def test_what_is_refused(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

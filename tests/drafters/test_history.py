@@ -455,7 +455,7 @@ def test_every_drafter_keeps_to_a_budget(budget: int) -> None:
         def budget(self, requests: object) -> int:
             return budget
 
-        def rests(self, rows: int) -> bool:
+        def drafting_off(self, rows: int) -> bool:
             return budget == 1
 
         def observed(self, request: object, kept: object, nodes: int) -> None:

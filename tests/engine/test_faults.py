@@ -111,18 +111,19 @@ def test_who_waits_again_has_no_part_in_a_failing_step(
     engine.target.pool.clear()
     first = engine.submit(PROMPT, SamplingParams(), StopParams(LONG))
     second = engine.submit(OTHER[1:], SamplingParams(), StopParams(LONG))
-    scheduler, reserved = engine.scheduler, engine.scheduler._reserved
+    scheduler, admission = engine.scheduler, engine.scheduler._admission
+    reserved = admission.reserve_prompt
 
     def crowded(request: Request, count: int) -> bool:
         if request is second:
-            scheduler._preempt(request)
+            admission.preempt(request)
         return request is not second and reserved(request, count)
 
     def broken(*_: Any, **__: Any) -> Any:
         raise error("on purpose")
 
     with monkeypatch.context() as patched:
-        patched.setattr(scheduler, "_reserved", crowded)
+        patched.setattr(admission, "reserve_prompt", crowded)
         patched.setattr(engine.target, "forward", broken)
         if error is KeyboardInterrupt:
             with pytest.raises(KeyboardInterrupt):

@@ -72,7 +72,7 @@ def test_a_small_pool_serves_many_requests(name: str, new: int, monkeypatch: pyt
     target.use_pool(2000)
     haast = Haast(target, DRAFTERS[name](target))
     scheduler, running, preempted = haast.engine.scheduler, list[int](), list[Request]()
-    decode, preempt = scheduler._decode, scheduler._preempt
+    decode, preempt = scheduler._decode, scheduler._admission.preempt
 
     def decoding(group: list[Request]) -> None:
         running.append(len(group))
@@ -83,7 +83,7 @@ def test_a_small_pool_serves_many_requests(name: str, new: int, monkeypatch: pyt
         preempt(request, keep)
 
     monkeypatch.setattr(scheduler, "_decode", decoding)
-    monkeypatch.setattr(scheduler, "_preempt", preempting)
+    monkeypatch.setattr(scheduler._admission, "preempt", preempting)
     said = haast.generate(prompts, max_new_tokens=new)
     assert [list(each.tokens) for each in said] == vanilla(tiny_target(), prompts, new)
     assert max(running) >= 2000 // 300 and target.pool.tokens == 2000
@@ -112,7 +112,7 @@ def test_a_thousand_short_requests_leave_memory_where_it_was(name: str) -> None:
     before = held()
     ask(1000, 100)
     assert held() - before < 20e6
-    assert not haast.engine.scheduler._rules, "nothing of a request that is done is kept"
+    assert not haast.engine.scheduler.requests, "nothing of a request that is done is kept"
 
 
 def test_who_drops_a_haast_gets_its_memory_back_at_once() -> None:

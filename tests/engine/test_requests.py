@@ -150,13 +150,14 @@ def serve(engine: Engine, several: Sequence[Asked], seen: Seen, watch: Any = Non
     """Step by hand until all are done; every request's tokens are what was emitted."""
     scheduler, requests = engine.scheduler, dict[int, Request]()
     heard: list[list[int]] = [[] for _ in several]
-    preempt = scheduler._preempt
+    admission = scheduler._admission
+    preempt = admission.preempt
 
     def counted(request: Request, keep: bool = True) -> None:
         seen.preempted += 1
         preempt(request, keep)
 
-    scheduler._preempt = counted  # type: ignore[method-assign]
+    admission.preempt = counted  # type: ignore[method-assign]
     try:
         for step in range(10_000):
             for row, one in enumerate(several):
@@ -174,7 +175,7 @@ def serve(engine: Engine, several: Sequence[Asked], seen: Seen, watch: Any = Non
             if not left and len(requests) == len(several):
                 break
     finally:
-        del scheduler._preempt
+        del admission.preempt
     assert [request.new_tokens for _, request in sorted(requests.items())] == heard
     pool = engine.target.pool
     assert pool.available == pool.blocks and scheduler.running == scheduler.waiting == 0

@@ -14,7 +14,8 @@ import torch
 from fakes import tiny_target
 from safetensors.torch import load_file, save_file
 
-from haast.formats.export import ENGINES, exact_dtype, export_head, serving_command
+from haast.formats import ENGINES
+from haast.formats.export import exact_dtype, export_head, serving_command
 from haast.formats.opened import OpenedHead, open_head, reading_of
 from haast.heads.checkpoint import Head
 from haast.target.target import Target

@@ -321,7 +321,7 @@ def test_hostile_forms_and_large_ones_take_no_time_and_hold_up_nobody(service: S
                     slow.append((path, body[:100], took, worst[0]))
             beating.cancel()
 
-    service.facts.grammars.prepare()
+    service.limits.grammars.prepare()
     gc.freeze()  # as `serve` does
     try:
         run(every())
@@ -366,7 +366,7 @@ def test_one_grammar_that_fails_at_once_ends_no_neighbour(service: Service) -> N
 
 def test_nothing_begins_after_the_end() -> None:
     service = tiny_service()
-    plan = completion_plan(CompletionRequest.model_validate(LONG), service.facts)
+    plan = completion_plan(CompletionRequest.model_validate(LONG), service.limits)
     service.begin(plan)
     service.end_all()
     with pytest.raises(CancelledError, match="shutting down"):
@@ -446,7 +446,7 @@ def test_what_is_read_is_http(busy: Live) -> None:
 def test_who_leaves_waits_for_nobody_that_holds_the_model(service: Service) -> None:
     """A step that begins just now, a session, a measurement: they may take seconds, and the event loop has none."""
     scheduler, held, left, late = service.engine("auto").scheduler, threading.Event(), threading.Event(), list[bool]()
-    (writing,) = service.begin(completion_plan(CompletionRequest.model_validate(LONG), service.facts))
+    (writing,) = service.begin(completion_plan(CompletionRequest.model_validate(LONG), service.limits))
 
     def hold() -> None:
         with scheduler.target.lock:

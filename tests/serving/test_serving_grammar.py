@@ -217,15 +217,15 @@ def test_exact_lengths(service: Service) -> None:
 
 def test_a_matcher_follows_any_walk(service: Service) -> None:
     """Told any histories in any order, as interrupted steps tell them, a guide masks as a fresh one does."""
-    words, facts = service.tokenizer, service.facts
-    grammars = Grammars(words, facts.vocab_size, facts.ends)
+    words, limits = service.tokenizer, service.limits
+    grammars = Grammars(words, limits.vocab_size, limits.ends)
     grammar = grammars.json_schema(SCHEMA, "response_format")
     text = words.encode('{"name": "ab", "kind": "dark blue", "sizes": [1, 22]}', add_special_tokens=False)
     thought = words.encode("hm, so </think>", add_special_tokens=False)
-    scores, coins = torch.zeros(1, facts.vocab_size, dtype=torch.float64), random.Random(3)
+    scores, coins = torch.zeros(1, limits.vocab_size, dtype=torch.float64), random.Random(3)
     for before in (list[int](), thought):
         walker = grammars.guide(grammar, 2, Gate(words, "</think>", True) if before else None)
-        whole: list[int] = [*before, *text, facts.ends[0], 5, 5]
+        whole: list[int] = [*before, *text, limits.ends[0], 5, 5]
         for _ in range(60):
             length = coins.randrange(len(whole) + 1)
             history = torch.tensor([[0, 0, *whole[:length]]])

@@ -12,9 +12,9 @@ from serving import Json, tiny_service, tokenizer
 
 from haast.errors import PromptError
 from haast.serving import plan as planning
+from haast.serving.api_errors import ApiError, problem_of
 from haast.serving.conversation import ChatTemplate
 from haast.serving.plan import Plan, chat_plan, completion_plan
-from haast.serving.problems import ApiError, problem_of
 from haast.serving.reasoning import ReasoningMarks, ReasoningReader
 from haast.serving.schema import REFUSED, ChatMessage, ChatRequest, CompletionRequest, Tool
 from haast.serving.service import Service, prediction_counts
@@ -29,7 +29,7 @@ def service() -> Service:
 
 
 def chat(service: Service, **fields: Any) -> Plan:
-    return chat_plan(ChatRequest.model_validate({"messages": MESSAGES, **fields}), service.facts)
+    return chat_plan(ChatRequest.model_validate({"messages": MESSAGES, **fields}), service.limits)
 
 
 def refusal(service: Service, **fields: Any) -> ApiError:
@@ -41,7 +41,7 @@ def refusal(service: Service, **fields: Any) -> ApiError:
 def test_defaults_are_openais(service: Service) -> None:
     plan = chat(service)
     assert (plan.sampling.temperature, plan.sampling.top_p, plan.n, plan.max_tokens) == (1.0, 1.0, 1, None)
-    assert completion_plan(CompletionRequest(prompt="a"), service.facts).max_tokens == 16
+    assert completion_plan(CompletionRequest(prompt="a"), service.limits).max_tokens == 16
     assert chat(service).sampling.seed != chat(service).sampling.seed, "without a seed every answer has its own"
     assert chat(service, seed=-1).sampling.seed == 2**63 - 1
 
@@ -85,12 +85,12 @@ def test_wrong_values_name_the_field(service: Service, fields: Json, param: str 
 
 
 def test_a_prompt_at_the_contexts_edge(service: Service) -> None:
-    most = service.facts.most
+    most = service.limits.most
     fits = CompletionRequest(prompt=[5] * (most - 1), max_tokens=1)
-    assert completion_plan(fits, service.facts).prompts == [[5] * (most - 1)]
+    assert completion_plan(fits, service.limits).prompts == [[5] * (most - 1)]
     for length, new in ((most - 1, 2), (most, 1), (most + 50, 1)):
         with pytest.raises(ApiError) as found:
-            completion_plan(CompletionRequest(prompt=[5] * length, max_tokens=new), service.facts)
+            completion_plan(CompletionRequest(prompt=[5] * length, max_tokens=new), service.limits)
         assert str(most) in found.value.message and str(length) in found.value.message
 
 
@@ -105,7 +105,7 @@ def test_unknown_fields_are_named_once(service: Service, caplog: pytest.LogCaptu
 
 
 def test_parts_and_roles_become_a_prompt(service: Service) -> None:
-    template = service.facts.template
+    template = service.limits.template
     talk = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "One"}, {"type": "text", "text": "two"}]},
@@ -127,14 +127,14 @@ def test_tools_of_a_template_that_knows_none_are_told_in_words(service: Service)
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c1", "content": "blue"},
     ]
-    made = service.facts.template.render([ChatMessage.model_validate(each) for each in talk], [tool])
+    made = service.limits.template.render([ChatMessage.model_validate(each) for each in talk], [tool])
     text = str(tokenizer().decode(made.ids))
     assert text.count("<|im_start|>system") == 1 and '"name": "look"' in text.split("<|im_start|>user")[0]
     assert '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call>' in text
     assert "<tool_response>\nblue\n</tool_response>" in text
     with pytest.raises(PromptError, match="give a JSON object"):
         wrong = {**call, "function": {"name": "look", "arguments": "[1"}}
-        service.facts.template.render([ChatMessage.model_validate({"role": "assistant", "tool_calls": [wrong]})])
+        service.limits.template.render([ChatMessage.model_validate({"role": "assistant", "tool_calls": [wrong]})])
 
 
 def test_templates_say_how_calls_are_written() -> None:

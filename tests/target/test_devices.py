@@ -28,7 +28,7 @@ from haast.drafters.lookahead import LookaheadDrafter
 from haast.drafters.tree_shape import DraftShape
 from haast.errors import HeadMismatchError, UnsupportedModelError
 from haast.heads.checkpoint import Head
-from haast.target.device_map import Spread, dispatched, execution_device, layer_devices
+from haast.target.device_map import Placement, dispatched, execution_device, layer_devices
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import KVPool
 from haast.target.target import Target
@@ -249,5 +249,5 @@ def test_where_layers_compute_is_asked_of_their_hooks(tmp_path: Path) -> None:
     assert layer_devices(layers) == [torch.device("cpu"), torch.device("meta")]
 
 
-def test_a_spread_is_something() -> None:
-    assert not Spread() and Spread("auto") and Spread({"": "cpu"}) and Spread(tensor_parallel=True)
+def test_a_placement_is_something() -> None:
+    assert not Placement() and Placement("auto") and Placement({"": "cpu"}) and Placement(tensor_parallel=True)

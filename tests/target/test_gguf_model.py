@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from haast.errors import UnsupportedModelError
-from haast.target import gguf_model, load
-from haast.target.device_map import Spread
+from haast.target import gguf_model, gguf_plan, load
+from haast.target.device_map import Placement
 from haast.target.gguf_file import open_gguf
-from haast.target.gguf_model import Blocks, build, read_config, read_tokenizer
+from haast.target.gguf_model import build, read_config, read_tokenizer
+from haast.target.gguf_plan import Blocks
 
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
 TEXTS = ("the then", "  two  spaces\n\n", "a<|end|>b", "", "Zürich, 日本語 🙂", "the<|end|>", "\t1234 x'll")
@@ -147,16 +148,16 @@ def test_values_that_transformers_changes_are_no_blocks(tmp_path: Path) -> None:
 
 def test_memory_is_one_model_and_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = list[int]()
-    original = gguf_model._dequantised
+    original = gguf_plan.dequantised
 
     def noted(data: Any, type_name: str) -> Any:
         values = original(data, type_name)
         sizes.append(values.size)
         return values
 
-    monkeypatch.setattr(gguf_model, "_dequantised", noted)
+    monkeypatch.setattr(gguf_plan, "dequantised", noted)
     build(open_gguf(write_model(tmp_path / "tiny.gguf", kind="Q8_0")))
-    assert max(sizes) <= gguf_model._CHUNK < HIDDEN * HIDDEN
+    assert max(sizes) <= gguf_plan._CHUNK < HIDDEN * HIDDEN
 
 
 def test_shards_are_one_model(tmp_path: Path) -> None:
@@ -189,7 +190,7 @@ def test_nothing_is_written(tmp_path: Path) -> None:
 
 def test_a_spread_model_is_the_same(tmp_path: Path) -> None:
     path = write_model(tmp_path / "tiny.gguf", tied=False)
-    target = load.load_target(str(path), packing="off", spread=Spread(device_map="auto"))
+    target = load.load_target(str(path), packing="off", placement=Placement(device_map="auto"))
     assert torch.equal(target.model(input_ids=IDS).logits, load.load_stock(str(path))[0](input_ids=IDS).logits)
     assert target.model.name_or_path == str(path)
 

@@ -127,7 +127,7 @@ def test_what_a_window_left_out_is_not_reused_where_it_is_needed() -> None:
     kv, text = pool.sequence(), list(range(100))
     kv.reserve(100)
     kv.length = 100
-    kv.release(text, 100, "head", complete_from=64)
+    kv.release(text, 100, "head", head_kv_from=64)
     whole, near, far = pool.sequence(), pool.sequence(), pool.sequence()
     assert whole.reuse(text, "head")[0] == 0
     assert near.reuse(text, "head", reach=8)[0] == 99

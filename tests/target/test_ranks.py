@@ -29,7 +29,7 @@ from haast.drafters.tree_shape import shape_for
 from haast.engine.engine import Engine, StopParams
 from haast.engine.rules import rule_named
 from haast.errors import HeadMismatchError
-from haast.target.device_map import Spread
+from haast.target.device_map import Placement
 from haast.target.kv_pool import Sequence as KVSequence
 from haast.target.target import Target
 from haast.tree import DraftTree
@@ -283,4 +283,4 @@ def test_versions_without_tensor_parallelism_are_told(monkeypatch: pytest.Monkey
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(name, TorchVersion(version))
     with pytest.raises(ValueError, match=r"needs torch 2\.7 and transformers 5\.16 or newer, these are .*device_map"):
-        Spread(tensor_parallel=True).check("cpu", "off", "off")
+        Placement(tensor_parallel=True).check("cpu", "off", "off")

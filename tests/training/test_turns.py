@@ -20,6 +20,7 @@ from haast.cli import app
 from haast.core import Request, SamplingParams
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.tree_shape import DraftShape
+from haast.engine.admission import Admission
 from haast.engine.scheduler import Scheduler
 from haast.prompts import Prompt
 from haast.sampling import Sampler, inverse_cdf
@@ -103,13 +104,13 @@ def test_a_drafter_changes_no_answer_and_no_feature(target: Target, tmp_path: Pa
 def test_answers_and_features_are_the_same_where_requests_have_to_wait_for_memory(
     target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waited, preempt = list[object](), Scheduler._preempt
+    waited, preempt = list[object](), Admission.preempt
 
-    def noted(self: Scheduler, request: Request, keep: bool = True) -> None:
+    def noted(self: Admission, request: Request, keep: bool = True) -> None:
         waited.append(request)
         preempt(self, request, keep)
 
-    monkeypatch.setattr(Scheduler, "_preempt", noted)
+    monkeypatch.setattr(Admission, "preempt", noted)
     ask(target, tmp_path / "a.jsonl", max_new_tokens=40)
     assert not waited
     narrow = Target(target.model, TOKENIZER)

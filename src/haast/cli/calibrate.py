@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,10 @@ from haast.cli.boundary import human_output
 from haast.cli.loading import OWN_PROMPTS, as_eagle, load_all, read_prompt_file
 from haast.cli.settings import Drafting, JsonOption, Loading, PromptsOption, SpreadLimitOption, check_at_least
 from haast.files import check_writable, write_json
+
+if TYPE_CHECKING:
+    from haast.target.target import Target
+    from haast.tuning.calibration import Calibration
 
 
 def calibrate(
@@ -60,17 +64,12 @@ def calibrate(
     from haast.bench.calibrate import draw
     from haast.bench.report import environment
     from haast.bench.tables import text
-    from haast.drafters.calibrated import default_path
     from haast.progress import Progress
-    from haast.tuning.latency import Latency, keep, smoothed
 
     with Progress("calibrating") as progress:
         texts = [prompt.tokens for prompt in encoded]
-        result = measure(target, drafter, texts, tokens=max_new_tokens, rounds=rounds, say=progress.say)
-    path = default_path(result.identity) if out is None else out
-    result.save(path)
-    if out is None:
-        keep(target, Latency(smoothed(result.forward_ms)))  # for drafters without a head
+        result = measure(target, drafter, texts, tokens=max_new_tokens, rounds=rounds, say=progress.set_status)
+    path = _save(result, target, out)
     print(f"{text('calibration.txt', found=result)}\nsaved in {path}", file=human_output(json_out))
     if png is not None:
         draw(result, png)
@@ -91,6 +90,18 @@ def _check_files(out: Path | None, png: Path | None) -> None:
         check_writable(None if path is None else str(path))
     if png is not None and png.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--png {png} is not an image file: give a name that ends in .png, .svg or .pdf")
+
+
+def _save(result: Calibration, target: Target, out: Path | None) -> Path:
+    """Save a calibration in a file, or in the cache if it is None; returns where it is."""
+    from haast.drafters.calibrated import default_path
+    from haast.tuning.latency import Latency, keep, smoothed
+
+    path = default_path(result.identity) if out is None else out
+    result.save(path)
+    if out is None:
+        keep(target, Latency(smoothed(result.forward_ms)))  # for drafters without a head
+    return path
 
 
 def _forwards_alone(loading: Loading, rounds: int, json_out: str | None) -> None:

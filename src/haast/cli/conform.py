@@ -5,6 +5,7 @@ Loads no model and no torch.
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -55,23 +56,15 @@ def conform(
     key = _key(api_key, api_key_file)
     check_writable(json_out)
 
-    from haast.serving.conform.base import Check, Outcome, Theme
     from haast.serving.conform.client import Client
     from haast.serving.conform.report import document, line, summary, totals
     from haast.serving.conform.suite import chosen, root_of, run, subject_at
     from haast.serving.conform.wire import HttpWire
 
     checks, root, out = chosen(only), root_of(url), human_output(json_out)
-    wire = HttpWire(root)
-    try:
+    with closing(HttpWire(root)) as wire:
         subject = subject_at(Client(wire, key, timeout), root, model, context)
-
-        def report(theme: Theme, check: Check, outcome: Outcome) -> None:
-            print(line(theme, check, outcome), file=out, flush=True)
-
-        outcomes = run(subject, checks, report)
-    finally:
-        wire.close()
+        outcomes = run(subject, checks, lambda *checked: print(line(*checked), file=out, flush=True))
     print(summary(totals(outcomes)), file=out)
     server = {"name": name, "version": server_version, "model": subject.model, "owner": subject.owner, "url": root}
     write_json(document(checks, outcomes, server), json_out)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from haast.api import Haast, Piece, Prompt
     from haast.core import SamplingParams
     from haast.engine.engine import Stats
-    from haast.target.device_map import Spread
+    from haast.target.device_map import Placement
 
 _GREEN, _RESET = "\x1b[32m", "\x1b[0m"
 _WARMUP = 8  # tokens
@@ -104,7 +104,7 @@ def generate(
     check_at_least("rounds", rounds)
     params = sampling.check()
     loading.check()
-    spread = spreading.check(loading)
+    placement = spreading.check(loading)
     if prompt == "-":
         prompt = sys.stdin.read()
     if not prompt:
@@ -112,7 +112,7 @@ def generate(
     check_writable(json_out)
     if compare and choice.drafter in ("none", "vanilla"):
         raise ValueError(f"--compare needs a drafter to compare: leave out --drafter {choice.drafter}")
-    model = _load(loading, choice, drafting, spread)
+    model = _load(loading, choice, drafting, placement)
     json_out = json_out if is_leader(model.target) else None
     with only_leader_prints(model.target):
         if compare:
@@ -171,10 +171,10 @@ def chat(
                 typer.echo(" [cut short]")
 
 
-def _load(loading: Loading, choice: Choice, drafting: Drafting, spread: Spread) -> Haast:
+def _load(loading: Loading, choice: Choice, drafting: Drafting, placement: Placement) -> Haast:
     from haast.api import Haast
 
-    return Haast(*load_chosen(choice, loading, drafting, spread))
+    return Haast(*load_chosen(choice, loading, drafting, placement))
 
 
 def _answer(

@@ -11,6 +11,7 @@ import typer
 from haast.cli.boundary import human_output
 from haast.cli.settings import JsonOption, Loading, text_config
 from haast.files import check_new_folder, check_writable, write_json
+from haast.formats import ENGINES
 
 if TYPE_CHECKING:
     from haast.formats.probe import ProbeResult
@@ -54,7 +55,7 @@ def import_(
     check_head(opened, text_config(loading.model), loading.model)  # before the target loads
     target = loading.load()
     with Progress("measuring") as progress:
-        fitted, result = opened.fitted(target, report=progress.say)
+        fitted, result = opened.fitted(target, report=progress.set_status)
     dtype = import_head(opened, fitted, result, hub_name(loading.model), folder)
     if result is not None:
         _show(result, json_out)
@@ -80,15 +81,15 @@ def export(
     haast export my-head --to vllm --model my-model --out for-vllm
     haast export default --to sglang
     """
+    if to not in ENGINES:  # before anything that takes seconds
+        raise ValueError(f"Haast can't export to --to {to}: choose one of {', '.join(ENGINES)}")
     loading.check()
     check_writable(json_out)
     from haast.drafters.factory import find_head
-    from haast.formats.export import ENGINES, export_head, wants_embedding
+    from haast.formats.export import export_head, wants_embedding
     from haast.formats.opened import OpenedHead, check_head, embedding_of, open_head
     from haast.target.load import hub_name, read_config
 
-    if to not in ENGINES:
-        raise ValueError(f"Haast can't export to --to {to}: choose one of {', '.join(ENGINES)}")
     folder = find_head(head, loading.model)
     assert folder is not None, "HEAD is required"
     source = open_head(folder)
@@ -135,7 +136,7 @@ def check(head: HeadArgument, loading: Loading, json_out: JsonOption = None) -> 
     check_head(opened, text_config(loading.model), loading.model)
     target = loading.load()
     with Progress("measuring") as progress:
-        diagnosis = diagnose(target, opened, loading.model, progress.say)
+        diagnosis = diagnose(target, opened, loading.model, progress.set_status)
     _show(diagnosis.settled, json_out)
     stream = human_output(json_out)
     for line in () if diagnosis.fine else diagnosis.findings:

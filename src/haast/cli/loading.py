@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from haast.drafters.medusa import MedusaDrafter
     from haast.drafters.tree_shape import DraftShape
     from haast.prompts import Prompt
-    from haast.target.device_map import Spread
+    from haast.target.device_map import Placement
     from haast.target.target import Target
 
 # One per line; used if no prompts are given.
@@ -39,13 +39,13 @@ class Spreading:
         bool, Option("--tensor-parallel", help="Under torchrun: split each layer over the processes.")
     ] = False
 
-    def check(self, loading: Loading) -> Spread:
+    def check(self, loading: Loading) -> Placement:
         """The library's configuration for these options. Raises ValueError."""
-        from haast.target.device_map import Spread
+        from haast.target.device_map import Placement
 
-        spread = Spread(self.device_map, tensor_parallel=self.tensor_parallel)
-        spread.check(loading.device, loading.packing, loading.compile)
-        return spread
+        placement = Placement(self.device_map, tensor_parallel=self.tensor_parallel)
+        placement.check(loading.device, loading.packing, loading.compile)
+        return placement
 
 
 def is_leader(target: Target) -> bool:
@@ -75,7 +75,7 @@ def read_prompt_file(path: Path | None, limit: int | None) -> list[Prompt]:
 
 
 def load_chosen(
-    choice: Choice, loading: Loading, drafting: Drafting, spread: Spread | None = None
+    choice: Choice, loading: Loading, drafting: Drafting, placement: Placement | None = None
 ) -> tuple[Target, Drafter]:
     """Check all options, then load the target and the chosen drafter. Raises ValueError."""
     from haast.drafters.factory import make_drafter, needs_head, open_head, plan_drafter
@@ -89,7 +89,7 @@ def load_chosen(
         small.check()
     head = None if drafting.head == "none" else drafting.head
     name, folder = plan_drafter(choice.drafter, head, loading.model, small is not None)
-    target = loading.load(spread)
+    target = loading.load(placement)
     drafter = make_drafter(
         name,
         target,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from haast.cli.boundary import human_output
 from haast.cli.settings import JsonOption
 from haast.errors import expanded
 from haast.files import check_writable, write_json, write_text
@@ -66,3 +67,7 @@ def report(
         write_text(html, page)
     if markdown is not None or (html is None and json_out is None):
         write_text(markdown or "-", tables)
+    files_out = [path for path in (html, markdown, json_out) if path is not None]
+    for path in files_out:
+        if path != "-":
+            print(f"written to {path}", file=human_output("-" if "-" in files_out else None))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from haast.drafters.medusa import MedusaDrafter
     from haast.formats.opened import OpenedHead
     from haast.heads.checkpoint import Head
-    from haast.target.device_map import Spread
+    from haast.target.device_map import Placement
     from haast.target.target import Target
     from haast.tuning.calibration import Calibration
 
@@ -77,12 +77,12 @@ class Loading:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
 
-    def load(self, spread: Spread | None = None) -> Target:
+    def load(self, placement: Placement | None = None) -> Target:
         """Load the target. Raises ValueError."""
         from haast.target.load import load_target
 
         options = {"dtype": self.dtype, "device": self.device, "packing": self.packing, "compile": self.compile}
-        return load_target(self.model, **options, progress=compiling, spread=spread)
+        return load_target(self.model, **options, progress=compiling, placement=placement)
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def fitted_head(head: Head | OpenedHead | None, target: Target) -> Head | None:
         return head
     print(f"{head.summary}; measuring it; `haast import` saves the result", file=sys.stderr)
     with Progress("measuring the head") as progress:
-        return head.fitted(target, report=progress.say)[0]
+        return head.fitted(target, report=progress.set_status)[0]
 
 
 def text_config(model: str) -> PretrainedConfig | None:

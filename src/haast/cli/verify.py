@@ -66,16 +66,14 @@ def verify(
     results: list[dict[str, Any]] = []
     with Progress("verifying", "texts", len(kinds) * len(encoded)) as progress:
         for prompt, kind in product(encoded, kinds):
-            results.append(
-                _comparison_entry(compare(target, drafter, prompt.tokens, kinds[kind], stop), prompt.id, kind)
-            )
-            print(_line(results[-1]), file=human_output(json_out), flush=True)  # above the progress bar
+            compared = compare(target, drafter, prompt.tokens, kinds[kind], stop)
+            results.append(_comparison_entry(compared, prompt.id, kind))
+            print(_line(results[-1]), file=out, flush=True)  # above the progress bar
             progress.step()
-        progress.say("chi-square tests" if samples else "")
+        progress.set_status("chi-square tests" if samples else "")
         tests = distribution_tests(target, drafter, encoded[0].tokens, kinds["sampled"], samples) if samples else []
     for test in tests:
-        outcome, expected = "passed" if test.passed else "BUG", ", must fail" if test.expected_to_fail else ""
-        print(f"chi-square, {test.name}{expected}: p = {test.p_value:.3g}, {test.samples} samples: {outcome}", file=out)
+        print(_test_line(test), file=out)
     settings = {"drafter": drafter.name, **draft_settings(drafter), "max_new_tokens": max_new_tokens}
     settings |= {"temperature": temperature, "seed": seed}
     document = _document(target, results, tests)
@@ -114,6 +112,11 @@ def _line(result: dict[str, Any]) -> str:
         "most {allowed:.2g}"
     )
     return line + template.format(name="floating-point tie" if divergence["kind"] == "tie" else "BUG", **divergence)
+
+
+def _test_line(test: DistributionTest) -> str:
+    outcome, expected = "passed" if test.passed else "BUG", ", must fail" if test.expected_to_fail else ""
+    return f"chi-square, {test.name}{expected}: p = {test.p_value:.3g}, {test.samples} samples: {outcome}"
 
 
 def _document(target: Target, results: list[dict[str, Any]], tests: list[DistributionTest]) -> dict[str, Any]:

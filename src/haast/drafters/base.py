@@ -35,7 +35,7 @@ class Drafter(ABC):
         caches: its own KV caches, in the target's blocks.
         room: slots after the committed ones that `observe` and `propose` write in `caches`.
         policy: decides how much is drafted per step; None drafts as much as the drafter can.
-        resting: whether the load is so high that new requests get no drafts, see `set_load`.
+        drafting_off: whether the load is so high that new requests get no drafts, see `set_load`.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Drafter(ABC):
     caches: tuple[KVCache, ...] = ()
     room: int = 0
     policy: DraftPolicy | None = None
-    resting: bool = False
+    drafting_off: bool = False
 
     @property
     @abstractmethod
@@ -65,7 +65,7 @@ class Drafter(ABC):
 
     def set_load(self, requests: int) -> None:
         """The number of running requests, set before every step. Lets a drafter skip work if drafting does not pay."""
-        self.resting = self.policy is not None and self.policy.rests(requests)
+        self.drafting_off = self.policy is not None and self.policy.drafting_off(requests)
 
     def set_chooser(self, state: Any, chooser: TokenChooser) -> None:  # noqa: B027  # most drafters do not sample
         """The request's sampler, set after `begin`. A drafter that samples keys its draws by the same seed and choice.
@@ -84,7 +84,7 @@ class Drafter(ABC):
         """How many of the request's first `length` slots later requests may reuse."""
         return length
 
-    def complete_from(self, state: Any) -> int:
+    def head_kv_from(self, state: Any) -> int:
         """The first slot of the request from which on the drafter's keys and values are complete."""
         return 0
 
@@ -108,7 +108,7 @@ class DraftPolicy(Protocol):
     def budget(self, requests: Sequence[Request]) -> int | None:
         """Maximum nodes per row of the next step, root included; None leaves it to the drafter."""
 
-    def rests(self, rows: int) -> bool:
+    def drafting_off(self, rows: int) -> bool:
         """Whether drafting does not pay for a new request, without counts of its own, in a batch of `rows` rows."""
 
     def observed(self, request: Request, kept: RowVerdict, nodes: int) -> None:

@@ -190,14 +190,14 @@ class EagleDrafter(Drafter):
     def filled(self, state: EagleState, length: int) -> int:
         return length if self._incomplete(state) else min(length, state.observed + 1)
 
-    def complete_from(self, state: EagleState) -> int:
+    def head_kv_from(self, state: EagleState) -> int:
         if self._incomplete(state):
             return state.kv.length
         return state.skipped + 1 if state.skipped else 0
 
     def _incomplete(self, state: EagleState) -> bool:
         """Whether the blocks lack the head's keys and values, so that only the target's can be reused."""
-        return bool(state.begin or (self.resting and state.pending))
+        return bool(state.begin or (self.drafting_off and state.pending))
 
     @without_autograd
     def observe(self, states: Sequence[EagleState], accepted: Accepted) -> None:
@@ -207,7 +207,7 @@ class EagleDrafter(Drafter):
             state.pending_count += len(tokens)
         # The head processes pending positions at the next proposal; prompts at once, so that other requests can reuse
         # their blocks. Under high load nothing is drafted and the head is not run.
-        if self.resting:
+        if self.drafting_off:
             for state in states:
                 state.drop_oldest()
         elif accepted.verdict is None or max(state.pending_count for state in states) > MAX_PENDING:

@@ -82,7 +82,7 @@ class HybridDrafter(Drafter):
 
     def set_load(self, requests: int) -> None:
         super().set_load(requests)
-        self.eagle.resting = self.resting
+        self.eagle.drafting_off = self.drafting_off
 
     def set_chooser(self, state: HybridState, chooser: TokenChooser) -> None:
         self.eagle.set_chooser(state.eagle, chooser)
@@ -96,8 +96,8 @@ class HybridDrafter(Drafter):
     def filled(self, state: HybridState, length: int) -> int:
         return self.eagle.filled(state.eagle, length)
 
-    def complete_from(self, state: HybridState) -> int:
-        return self.eagle.complete_from(state.eagle)
+    def head_kv_from(self, state: HybridState) -> int:
+        return self.eagle.head_kv_from(state.eagle)
 
     def observe(self, states: Sequence[HybridState], accepted: Accepted) -> None:
         self.eagle.observe([state.eagle for state in states], accepted)

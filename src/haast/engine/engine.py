@@ -99,17 +99,7 @@ class Engine:
             KVPoolError: prompt and new tokens could never fit the KV pool. QueueFullError: too many requests wait.
             ValueError: a chunk below 1, or an invalid choice, watch or timeout; or the model is in training mode.
         """
-        check_prompts([prompt], self.target.context_length, self.target.vocab_size)
-        if prefill_chunk is not None:
-            check_chunk(prefill_chunk)
-        if not isinstance(choice, Integral) or not 0 <= choice < 2**63:
-            raise ValueError(f"choice={choice!r} is not allowed: give the index of the continuation, 0 or more")
-        if watch is not None and not callable(watch):
-            raise ValueError(f"watch={watch!r} is not allowed: give a function, or None")
-        if self.target.model.training:  # dropout would change keys and values that later requests reuse
-            raise ValueError("the model is in training mode, where dropout changes its text: call model.eval() first")
-        if timeout is not None and not (isinstance(timeout, Real) and 0 < timeout < math.inf):
-            raise ValueError(f"timeout={timeout!r} is not allowed: give seconds above 0, or None for no limit")
+        self._check(prompt, prefill_chunk, choice, watch, timeout)
         request = Request(
             prompt,
             sampling,
@@ -127,6 +117,22 @@ class Engine:
             return self.start(request)
         self.scheduler.set_limit(request)
         return request
+
+    def _check(
+        self, prompt: Sequence[int], prefill_chunk: int | None, choice: int, watch: object, timeout: float | None
+    ) -> None:
+        """Raise ValueError or PromptError for arguments that `submit` can't use."""
+        check_prompts([prompt], self.target.context_length, self.target.vocab_size)
+        if prefill_chunk is not None:
+            check_chunk(prefill_chunk)
+        if not isinstance(choice, Integral) or not 0 <= choice < 2**63:
+            raise ValueError(f"choice={choice!r} is not allowed: give the index of the continuation, 0 or more")
+        if watch is not None and not callable(watch):
+            raise ValueError(f"watch={watch!r} is not allowed: give a function, or None")
+        if self.target.model.training:  # dropout would change keys and values that later requests reuse
+            raise ValueError("the model is in training mode, where dropout changes its text: call model.eval() first")
+        if timeout is not None and not (isinstance(timeout, Real) and 0 < timeout < math.inf):
+            raise ValueError(f"timeout={timeout!r} is not allowed: give seconds above 0, or None for no limit")
 
     def start(self, request: Request) -> Request:
         """Queue a request that is not queued yet. Raises QueueFullError if too many requests wait."""

@@ -1,7 +1,7 @@
-"""Continuous-batching scheduler: all requests on one target, waiting, prefilling or decoding.
+"""Continuous-batching scheduler: the loop over steps that serves all requests on one target.
 
-Owns the states of requests. The Python API, the server, transformers' generate, training data, benchmarks and checks
-all submit requests here. `step` owns what a step computes.
+The Python API, the server, transformers' generate, training data, benchmarks and checks all submit requests here.
+`admission` owns which of them run and the blocks that they hold, `step` what a step computes.
 
     retire    free the blocks of cancelled requests and of those past their deadline
     admit     waiting requests in order of arrival, as far as the KV pool has room
@@ -10,35 +10,29 @@ all submit requests here. `step` owns what a step computes.
 
 There is no scheduler thread: a caller that waits for a token runs steps itself (`pump`), or waits for the thread that
 runs one. A step serves all running requests, of all callers; tokens wait in `Request.emissions` until they are read.
-When blocks run out, the newest request is preempted: it waits again and its positions are computed again. That does not
-change its text, since a sampled token depends on the request and the position only.
 """
 
 from __future__ import annotations
 
 import threading
-import time
-import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 
 from haast.core import Request, RequestState
-from haast.engine.guiding import guided_nodes
+from haast.engine.admission import Admission
 from haast.engine.rules import AcceptanceRule
 from haast.engine.step import decode, prefill
 from haast.engine.tensor_parallel import agreement
-from haast.errors import KVPoolError, QueueFullError
+from haast.errors import QueueFullError
 from haast.interrupt import uninterrupted
-from haast.target.kv_pool import BLOCK, PoolFullError, common_length
+from haast.target.kv_pool import BLOCK, common_length
 from haast.target.target import Target
 
 PREFILL_WHILE_DECODING = 128  # prompt positions per step while other requests decode
 _MAX_PADDING = 9 / 8  # padded positions of a forward over several prompts, per real position
-_MARGIN = 2  # slots after the nodes of a step: the bonus token, and a head's shift
 
 
 class Scheduler:
@@ -52,19 +46,15 @@ class Scheduler:
 
     def __init__(self, target: Target, max_batch: int = 256, max_waiting: int | None = None) -> None:
         check_limits(max_batch, max_waiting)
-        self._target = weakref.ref(target)  # a reference cycle would delay freeing the target's memory
         self.max_batch, self.max_waiting = max_batch, max_waiting
         self._agreement = agreement(target.ranks)
+        self._admission = Admission(target, self._agreement)
         self._queue_lock = threading.Lock()  # held while a request is queued
-        self._arrived: deque[Request] = deque()  # queued since the last step, without waiting for its end
-        self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []  # prefilling or decoding, in the order of admission
-        self._rules: dict[Request, AcceptanceRule | None] = {}
         self._step_lock = threading.Lock()  # held by the thread that runs a step
         self._step_done = threading.Condition()  # notified after every step
         self._steps = 0
         self._stepper: int | None = None  # id of the thread inside a step
-        self._cancellations = False  # whether requests may have been cancelled since the last `_retire`
+        self._cancellations = False  # whether requests may have been cancelled since the last `retire`
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="haast")  # its thread starts at first use
 
     @classmethod
@@ -79,27 +69,22 @@ class Scheduler:
     @property
     def target(self) -> Target:
         """The model. Raises RuntimeError if it was deleted: the scheduler holds a weak reference only."""
-        target = self._target()
-        if target is None:
-            raise RuntimeError(
-                "this scheduler's target was deleted: keep a reference to the Haast, Engine or Target of its requests"
-            )
-        return target
+        return self._admission.target
 
     @property
     def waiting(self) -> int:
         """Number of waiting requests."""
-        return len(self._waiting) + len(self._arrived)
+        return len(self._admission.waiting) + len(self._admission.arrived)
 
     @property
     def running(self) -> int:
         """Number of requests that prefill or decode."""
-        return len(self._running)
+        return len(self._admission.running)
 
     @property
     def requests(self) -> list[Request]:
         """A copy of the list of waiting and running requests."""
-        return list(self._rules)
+        return list(self._admission.rules)
 
     @property
     def max_requests(self) -> int | None:
@@ -108,19 +93,7 @@ class Scheduler:
 
     def set_limit(self, request: Request) -> None:
         """Set the maximum number of new tokens of a request. Raises KVPoolError if it could never fit the pool."""
-        target = self.target
-        context = target.context_length
-        # A text ends when its context is full; drafts may reach past the end but are never emitted.
-        request.limit = request.stop.max_new_tokens
-        if context is not None:
-            request.limit = min(request.limit, context - request.prompt_length)
-        slots = request.prompt_length + request.limit + self._draft_slots(request)
-        if slots > target.pool.tokens:
-            raise KVPoolError(
-                f"a prompt of {request.prompt_length} tokens, {request.limit} new ones and the drafts need {slots} "
-                f"token slots; the KV pool has {target.pool.tokens}: lower max_new_tokens, or make the pool larger "
-                f"(kv_tokens or kv_bytes)"
-            )
+        self._admission.set_limit(request)
 
     def submit(self, request: Request, rule: AcceptanceRule | None = None) -> Request:
         """Queue a request. Does not wait for a running step.
@@ -140,8 +113,7 @@ class Scheduler:
                     f"{self.running} requests run and {self.waiting} wait: try again later, or allow more "
                     f"(max_batch={self.max_batch}, max_waiting={self.max_waiting})"
                 )
-            self._rules[request] = rule
-            self._arrived.append(request)
+            self._admission.add(request, rule)
         return request
 
     def cancel(self, request: Request, reason: str = "cancelled", wait: bool = True) -> None:
@@ -168,7 +140,7 @@ class Scheduler:
             with self.target.lock:  # other Targets of the model, sessions and measurements hold it too
                 if self._stepper is None:
                     self._cancellations = False
-                    self._retire()
+                    self._admission.retire()
 
     def pump(self, request: Request) -> bool:
         """Run steps until the request has emissions to read; False if it has ended and all are read."""
@@ -206,7 +178,7 @@ class Scheduler:
             self.advance()
 
     def _check_queued(self, request: Request) -> None:
-        if request not in self._rules and not request.finished:
+        if request not in self._admission.rules and not request.finished:
             raise ValueError("this request was never queued, so it has no tokens: submit it (`Engine.start`) first")
 
     def _check_not_in_step(self) -> None:
@@ -231,145 +203,28 @@ class Scheduler:
         return remaining
 
     def _step_all(self) -> bool:
-        self._retire()
-        if self._waiting or self._running:
+        self._admission.retire()
+        if self._admission.waiting or self._admission.running:
             self._report_load()
             with torch.inference_mode(), self.target.step_threads():
                 groups = self._groups()  # before prefill: a request's first token can be read before it decodes
                 self._prefill()
                 for group in groups:
                     self._decode(group)
-        self._retire()
-        return bool(self._waiting or self._running)
+        self._admission.retire()
+        return bool(self._admission.waiting or self._admission.running)
 
     def _report_load(self) -> None:
         """Report the number of requests to drafters; not with several processes, which would have to agree on it."""
         if self.target.ranks is None:
-            requests = [*self._running, *self._waiting]
+            requests = [*self._admission.running, *self._admission.waiting]
             for drafter in {id(request.drafter): request.drafter for request in requests}.values():
                 drafter.set_load(min(len(requests), self.max_batch))
-
-    # ------------------------------------------------------------------------------------------ joining and leaving
-
-    def _retire(self) -> None:
-        """Move arrived requests to the queue; remove cancelled requests and those past their deadline."""
-        while self._arrived:
-            self._waiting.append(self._arrived.popleft())
-        now = time.monotonic()
-        for request in [*self._running, *self._waiting]:
-            if request.deadline is not None and now >= request.deadline and not request.finish_reason:
-                request.finish_reason = "deadline"
-        self._remove_finished([*self._running, *self._waiting])
-
-    def _remove_finished(self, requests: Sequence[Request]) -> None:
-        """Remove requests that have a finish reason, and free their blocks."""
-        for request in requests:
-            if not request.finish_reason or request.finished:
-                continue
-            if request in self._running:
-                self._running.remove(request)
-                self._release(request, keep=request.error is None)
-            elif request in self._waiting:
-                self._waiting.remove(request)
-            complete = request.finish_reason in ("stop", "length")
-            request.state = RequestState.DONE if complete else RequestState.CANCELLED
-            self._rules.pop(request, None)
-
-    def _release(self, request: Request, keep: bool = True) -> None:
-        drafter, kv, state = request.drafter, request.kv, request.draft_state
-        # A stop rule may have cut off tokens whose positions are committed.
-        committed = min(kv.length, len(request.tokens))
-        filled, complete_from = self._reusable(request) if keep else (0, 0)
-        kv.release(request.tokens, min(filled, committed), drafter.prefix_key, complete_from)
-        if state is not None:
-            drafter.end(state)
-        request.kv = request.draft_state = None
-
-    def _reusable(self, request: Request) -> tuple[int, int]:
-        """Slots that other requests may reuse: their number, and the first one that is complete for the drafter."""
-        drafter, state, length = request.drafter, request.draft_state, request.kv.length
-        slots = self._agreement.numbers(lambda: (drafter.filled(state, length), drafter.complete_from(state)))
-        return slots[0], slots[1]
-
-    def _preempt(self, request: Request, keep: bool = True) -> None:
-        """Free a running request's blocks and put it at the front of the queue."""
-        self._release(request, keep)
-        self._running.remove(request)
-        request.state = RequestState.WAITING
-        self._waiting.appendleft(request)
-
-    def _draft_slots(self, *requests: Request) -> int:
-        """Slots after the committed ones that a step of these requests may write. They share a drafter."""
-        drafter = requests[0].drafter
-        slots: int = max(drafter.nodes + guided_nodes(requests), drafter.room) + _MARGIN
-        return slots
-
-    def _admit(self, fits: Callable[[Request], bool]) -> Request | None:
-        """Move the first waiting request to the running ones, if the pool has room and it `fits`; else None."""
-        while self._waiting and len(self._running) < self.max_batch:
-            request = self._waiting[0]
-            pool = self.target.pool
-            if not self._running:
-                self.target.refresh()
-            fresh = len(request.tokens) == request.prompt_length
-            request.prefill_end = request.prompt_length if fresh else len(request.tokens) - 1
-            needed = -(-(len(request.tokens) + self._draft_slots(request)) // BLOCK)
-            shared = self._computed(request) // BLOCK
-            # Each running request may need a block in this step; a second one each keeps preemptions rare.
-            if self._running and pool.available < max(needed - shared, 1) + 2 * len(self._running):
-                return None
-            if not fits(request):
-                return None
-            request.kv = pool.sequence()
-            try:
-                self._waiting.popleft()
-                self._begin(request)
-                return request
-            except Exception as error:  # raised by its drafter
-                self._release(request, keep=False)
-                request.fail(error)
-                self._remove_finished([request])
-            except BaseException:
-                self._release(request, keep=False)
-                self._waiting.appendleft(request)
-                raise
-        return None
-
-    def _begin(self, request: Request) -> None:
-        drafter, cache, kv = request.drafter, self.target.cache, request.kv
-        text = request.tokens[: request.prefill_end]
-        reused, source, copy = kv.reuse(text, drafter.prefix_key, drafter.reach, drafter.resting)
-        if source:
-            for each in (cache, *drafter.caches):
-                each.stores.copy_block(source, copy)
-        request.state = RequestState.PREFILLING
-        if self._agreement.leads:
-            request.draft_state = drafter.begin(request.tokens, kv, reused)
-            drafter.set_chooser(request.draft_state, request.chooser)
-            if request.hints.prediction:
-                drafter.add_prediction(request.draft_state, (*request.hints.prediction, *request.tokens[: reused + 1]))
-        if len(request.tokens) == request.prompt_length:
-            request.stats.prompt_tokens += len(text)
-            request.stats.recalled_tokens += reused
-        self._running.append(request)
-
-    def _make_room(self, group: list[Request]) -> None:
-        """Reserve slots for the group's next step; preempt the newest requests while there is no room."""
-        for request in list(group):
-            while request.state is RequestState.RUNNING or request.state is RequestState.PREFILLING:
-                try:
-                    active = [each for each in group if each.state is not RequestState.WAITING]
-                    request.kv.reserve(request.kv.length + self._draft_slots(*active))
-                    break
-                except PoolFullError:
-                    newest = next(each for each in reversed(self._running))
-                    self._preempt(newest)
-        group[:] = [request for request in group if request.state is not RequestState.WAITING]
 
     # ------------------------------------------------------------------------------------------------------- prefill
 
     def _prefill(self) -> None:
-        decoding = any(request.state is RequestState.RUNNING for request in self._running)
+        decoding = any(request.state is RequestState.RUNNING for request in self._admission.running)
         budget = None  # prompt positions left in this step; set by the first batch
         while budget is None or budget > 0:
             batch = self._prefill_group(budget, decoding)
@@ -387,12 +242,13 @@ class Scheduler:
         A request that would compute the same block as another one waits for the next forward and shares it then.
         """
         batch: list[tuple[Request, int]] = []
-        prefilling = [r for r in self._running if r.state is RequestState.PREFILLING and not r.finish_reason]
+        prefilling = [r for r in self._admission.running if r.state is RequestState.PREFILLING and not r.finish_reason]
 
         def count_of(request: Request) -> int:
             chunk = request.prefill_chunk
             most = (min(chunk, PREFILL_WHILE_DECODING) if decoding else chunk) if budget is None else min(budget, chunk)
-            done = max(self._computed(request) - (request.kv is None), 0)  # the last shared position is computed again
+            # Before admission: of the positions that it would share, the last one is computed again.
+            done = max(self._admission.computed(request) - (request.kv is None), 0)
             return max(min(most, request.prefill_end - done), 1)
 
         def fits(request: Request) -> bool:
@@ -406,63 +262,43 @@ class Scheduler:
             if not compatible or padded > most or padded > _MAX_PADDING * sum(counts):
                 return False
             # With this many tokens in common, one request could reuse a block of the other.
-            shared = self._computed(request) // BLOCK * BLOCK + BLOCK
+            shared = self._admission.computed(request) // BLOCK * BLOCK + BLOCK
             return all(common_length(request.tokens, other.tokens) < shared for other, _ in batch)
 
         for request in prefilling:
             if fits(request):
                 batch.append((request, count_of(request)))
-        while (admitted := self._admit(fits)) is not None:
+        while len(self._admission.running) < self.max_batch and (admitted := self._admission.admit(fits)) is not None:
             batch.append((admitted, count_of(admitted)))
         return batch
 
-    def _computed(self, request: Request) -> int:
-        """Prompt positions that are computed: the request's own, or before admission those in the prefix cache."""
-        if request.kv is not None:
-            return int(request.kv.length)
-        drafter, text = request.drafter, request.tokens[: request.prefill_end]
-        return self.target.pool.usable(text, drafter.prefix_key, drafter.reach, drafter.resting)
-
     def _prefill_batch(self, batch: list[tuple[Request, int]]) -> None:
         padded = max(count for _, count in batch)  # the forward writes this many slots in every row
-        batch = [(request, count) for request, count in batch if self._reserved(request, padded)]
+        batch = [(request, count) for request, count in batch if self._admission.reserve_prompt(request, padded)]
         if not batch:
             return
         prefill(self.target, batch, self._agreement)
         for request, _ in batch:
             if request.kv.length == request.prefill_end:
-                filled, complete_from = self._reusable(request)
-                shared = min(filled, request.kv.length)
-                request.kv.publish(request.tokens, shared, request.drafter.prefix_key, complete_from)
+                self._admission.publish(request)
                 request.state = RequestState.RUNNING
-
-    def _reserved(self, request: Request, count: int) -> bool:
-        """Reserve blocks for the next positions of a prompt; if there are none, preempt it and return False."""
-        try:
-            request.kv.reserve(request.kv.length + count + self._draft_slots(request))
-        except PoolFullError:
-            if len(self._running) == 1:
-                raise
-            self._preempt(request)
-            return False
-        return True
 
     # -------------------------------------------------------------------------------------------------------- decode
 
     def _groups(self) -> list[list[Request]]:
         """Decoding requests grouped by drafter and acceptance rule; each group decodes in one step."""
         groups: dict[tuple[int, int], list[Request]] = {}
-        for request in self._running:
+        for request in self._admission.running:
             if request.state is RequestState.RUNNING and not request.finish_reason:
-                groups.setdefault((id(request.drafter), id(self._rules[request])), []).append(request)
+                groups.setdefault((id(request.drafter), id(self._admission.rules[request])), []).append(request)
         return list(groups.values())
 
     def _decode(self, group: list[Request]) -> None:
         """One decoding step of requests that share a drafter and an acceptance rule."""
-        self._make_room(group)
+        self._admission.reserve_step(group)
         if group:
             with self._handle_errors(group):
-                decode(self.target, group, self._rules[group[0]], self._agreement)
+                decode(self.target, group, self._admission.rules[group[0]], self._agreement)
 
     @contextmanager
     def _handle_errors(self, group: Sequence[Request]) -> Iterator[None]:
@@ -474,14 +310,14 @@ class Scheduler:
             yield
         except Exception as error:
             for request in group:
-                if request in self._running and not request.finish_reason:
+                if request in self._admission.running and not request.finish_reason:
                     request.fail(error)
         except BaseException:
             for request in reversed(group):
-                if request in self._running:
-                    self._preempt(request, keep=False)
+                if request in self._admission.running:
+                    self._admission.preempt(request, keep=False)
             raise
-        self._remove_finished(group)
+        self._admission.remove_finished(group)
 
 
 def check_limits(max_batch: int, max_waiting: int | None) -> None:

@@ -130,7 +130,7 @@ class ServingEngine:
     """The engine and target that a head is written for.
 
     Attributes:
-        name: one of `formats.export.ENGINES`, or the name of a registered format.
+        name: one of `formats.ENGINES`, or the name of a registered format.
         target: the target's name or hub id.
         config: its text configuration, as a dictionary.
     """

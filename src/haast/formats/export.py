@@ -1,7 +1,6 @@
 """Writes a head for another engine, reads the files again and checks that the drafts are equal bit for bit.
 
-Owns the list of engines, the files on disk and the model card. The format modules (`formats.official`, ...) own the
-layouts.
+Owns the files on disk and the model card. The format modules (`formats.official`, ...) own the layouts.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from haast.files import new_folder, replacing, write_json, write_text
+from haast.formats import ENGINES
 from haast.formats.base import Format, Reading, ServingEngine, TargetFacts
 from haast.formats.files import CONFIG
 from haast.formats.gguf import GGUF_FILE, Gguf
@@ -33,7 +33,6 @@ from haast.heads.eagle3 import Eagle3Config
 from haast.heads.medusa import MedusaConfig
 from haast.heads.module import DraftModule
 
-ENGINES = ("official", "vllm", "sglang", "speculators", "llama.cpp", "gguf")
 _TITLES = {"eagle": "EAGLE head", "eagle3": "EAGLE-3 head", "p-eagle": "P-EAGLE head", "medusa": "Medusa heads"}
 
 
@@ -61,7 +60,7 @@ def export_head(
 
     Args:
         head: Haast's own, or an imported one.
-        engine: one of `ENGINES`, or the name of a registered format.
+        engine: one of `formats.ENGINES`, or the name of a registered format.
         target: the target's name or hub id, for the card and the command.
         config: the target's configuration.
         out: the folder to write; it must be empty or absent.

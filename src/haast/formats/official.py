@@ -166,6 +166,44 @@ def _write_eagle1(reading: Reading, config: FeatExtrapolatorConfig, engine: Serv
 
 def _write_eagle3(reading: Reading, config: Eagle3Config, engine: ServingEngine) -> WrittenHead:
     """For the official code, vLLM, SGLang and llama.cpp, which can share a folder if layer ids are the default."""
+    ids, default = list(config.layer_ids), _default_ids(engine)
+    _check_eagle3(config, engine)
+    document = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        **layers_document(config, engine),
+        "draft_vocab_size": config.drafts,
+        "norm_before_residual": config.norm_before_residual,
+        "norm_output": config.norm_output,
+    }
+    if config.fc_bias:
+        document["bias"] = True  # without it SGLang silently drops the tensor
+    if config.fc_norm:
+        document["fc_norm"] = True
+    if config.input_norm:
+        document["norm_before_fc"] = True
+    if config.read_size != config.hidden_size:
+        document["target_hidden_size"] = config.read_size
+    notes = []
+    if ids == default:
+        notes.append("layer ids are the default: this folder works for vLLM, SGLang and llama.cpp")
+    elif engine.name == "sglang":
+        document["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in ids]}
+        document["num_aux_hidden_states"] = len(ids)
+        notes.append("SGLang's layer ids are one lower than vLLM's: this folder works only for SGLang")
+    else:
+        document["eagle_aux_hidden_state_layer_ids"] = ids
+        document["num_aux_hidden_states"] = len(ids)
+        notes.append(f"layers {ids} are not the default: for SGLang, export with --to sglang instead")
+    first = "midlayer." if engine.name in ("official", "sglang") else "layers.0."
+    tensors = eagle3_tensors(reading, first)
+    if config.fc_bias:
+        # Only SGLang supports an fc bias. The same config.json key makes it expect a bias of o_proj too.
+        tensors["midlayer.self_attn.o_proj.bias"] = torch.zeros(config.hidden_size)
+    return WrittenHead(document, tensors, tuple(notes))
+
+
+def _check_eagle3(config: Eagle3Config, engine: ServingEngine) -> None:
+    """Raise ValueError for a head that the engine can't run, with the engines that can."""
     supported = {
         "official": {},
         "vllm": {"fc_norm": True, "input_norm": True, "norm_before_residual": True, "norm_output": True},
@@ -186,45 +224,18 @@ def _write_eagle3(reading: Reading, config: Eagle3Config, engine: ServingEngine)
             f"{engine.name} reads three layers of the target, the head reads {list(config.layer_ids)}: export to "
             f"another engine"
         )
-    ids, count = list(config.layer_ids), int(engine.config["num_hidden_layers"])
-    is_default = ids == [2, count // 2, count - 3]
-    if not is_default and engine.name == "official":
+    ids, default = list(config.layer_ids), _default_ids(engine)
+    if ids != default and engine.name == "official":
         raise ValueError(
-            f"the official code always reads layers {[2, count // 2, count - 3]} of this target, the head needs {ids}: "
+            f"the official code always reads layers {default} of this target, the head needs {ids}: "
             f"export to vllm, sglang or llama.cpp"
         )
-    document = {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        **layers_document(config, engine),
-        "draft_vocab_size": config.drafts,
-        "norm_before_residual": config.norm_before_residual,
-        "norm_output": config.norm_output,
-    }
-    if config.fc_bias:
-        document["bias"] = True  # without it SGLang silently drops the tensor
-    if config.fc_norm:
-        document["fc_norm"] = True
-    if config.input_norm:
-        document["norm_before_fc"] = True
-    if config.read_size != config.hidden_size:
-        document["target_hidden_size"] = config.read_size
-    notes = []
-    if is_default:
-        notes.append("layer ids are the default: this folder works for vLLM, SGLang and llama.cpp")
-    elif engine.name == "sglang":
-        document["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in ids]}
-        document["num_aux_hidden_states"] = len(ids)
-        notes.append("SGLang's layer ids are one lower than vLLM's: this folder works only for SGLang")
-    else:
-        document["eagle_aux_hidden_state_layer_ids"] = ids
-        document["num_aux_hidden_states"] = len(ids)
-        notes.append(f"layers {ids} are not the default: for SGLang, export with --to sglang instead")
-    first = "midlayer." if engine.name in ("official", "sglang") else "layers.0."
-    tensors = eagle3_tensors(reading, first)
-    if config.fc_bias:
-        # Only SGLang supports an fc bias. The same config.json key makes it expect a bias of o_proj too.
-        tensors["midlayer.self_attn.o_proj.bias"] = torch.zeros(config.hidden_size)
-    return WrittenHead(document, tensors, tuple(notes))
+
+
+def _default_ids(engine: ServingEngine) -> list[int]:
+    """The layers that engines take for an EAGLE-3 head of this target if its files name none; not clamped as ours."""
+    count = int(engine.config["num_hidden_layers"])
+    return [2, count // 2, count - 3]
 
 
 def eagle3_tensors(reading: Reading, first: str = "layers.0.") -> dict[str, Tensor]:

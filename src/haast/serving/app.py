@@ -23,8 +23,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
+from haast.serving.api_errors import ApiError, invalid
 from haast.serving.config import ServeConfig
-from haast.serving.problems import ApiError, invalid
 from haast.serving.routes import ROUTES
 from haast.serving.security import Guarded, Rates
 from haast.serving.service import Service
@@ -35,7 +35,7 @@ _STATIC = Path(__file__).parent / "static"
 _SHARED = Path(__file__).parents[1] / "bench" / "templates"  # files that the chat page shares with the report
 
 
-class Host:
+class AppState:
     """State of the running application: the service once it is loaded, and whether the server is shutting down."""
 
     def __init__(self, config: ServeConfig, name: str) -> None:
@@ -72,7 +72,7 @@ class Host:
 
 def make_app(
     load: Callable[[], Service], config: ServeConfig, name: str, failed: Callable[[], None] | None = None
-) -> tuple[ASGIApp, Host]:
+) -> tuple[ASGIApp, AppState]:
     """Build the application and its state.
 
     Args:
@@ -81,29 +81,29 @@ def make_app(
         name: the model's name for clients.
         failed: called if loading fails.
     """
-    host = Host(config, name)
+    state = AppState(config, name)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(_load(host, load, failed))
+        loading = asyncio.create_task(_load(state, load, failed))
         yield
         await asyncio.gather(loading, return_exceptions=True)
 
     app = FastAPI(title="Haast", lifespan=lifespan, docs_url=None, redoc_url=None, description=__doc__)
-    app.state.host = host
+    app.state.haast = state
     app.add_exception_handler(ApiError, _problem)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _problem)
     app.include_router(ROUTES)
     _page(app)
-    guarded: ASGIApp = Guarded(_ErrorBoundary(app), config, host.rates, host.refused)
+    guarded: ASGIApp = Guarded(_ErrorBoundary(app), config, state.rates, state.refused)
     if config.origins:
         guarded = CORSMiddleware(
             guarded, allow_origins=list(config.origins), allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type", "x-request-id"], expose_headers=["x-request-id"],
         )  # fmt: skip
-    return guarded, host
+    return guarded, state
 
 
 class _ErrorBoundary:
@@ -123,11 +123,11 @@ class _ErrorBoundary:
             _LOG.debug("answered with an error", exc_info=error)
 
 
-async def _load(host: Host, load: Callable[[], Service], failed: Callable[[], None] | None) -> None:
+async def _load(state: AppState, load: Callable[[], Service], failed: Callable[[], None] | None) -> None:
     try:
-        host.loaded = await run_in_threadpool(load)
+        state.loaded = await run_in_threadpool(load)
     except Exception as error:
-        host.failure = error
+        state.failure = error
         if failed is not None:
             failed()
 
@@ -150,7 +150,7 @@ def _page(app: FastAPI) -> None:
 
 async def _problem(request: Request, error: Exception) -> Json:
     problem = api_error(error)
-    request.app.state.host.refused(problem.status)
+    request.app.state.haast.refused(problem.status)
     return Json(problem.body(), status_code=problem.status, headers=problem.headers)
 
 

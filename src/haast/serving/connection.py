@@ -14,7 +14,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from haast.serving.problems import ApiError
+from haast.serving.api_errors import ApiError
 from haast.serving.security import HEADERS, MOST_HEADERS
 
 IDLE = 30  # seconds that a connection may stay open without a request

@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from haast.errors import PromptError
-from haast.serving.problems import TooLongError
+from haast.serving.api_errors import TooLongError
 from haast.serving.reasoning import ReasoningMarks, marks_of
 from haast.serving.schema import ChatMessage, TextPart, Tool
 from haast.serving.tools import CLOSE, OPEN, Style, instruction, style_of

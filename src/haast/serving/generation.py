@@ -18,10 +18,10 @@ from haast.bench.trace import TraceRecorder
 from haast.core import Emission, Request
 from haast.engine.engine import Engine
 from haast.errors import CancelledError
+from haast.serving.api_errors import ApiError
 from haast.serving.logprobs import Logprob, RecordingSampler
 from haast.serving.metrics import Metrics
 from haast.serving.plan import Plan
-from haast.serving.problems import ApiError
 from haast.serving.reasoning import ReasoningReader
 from haast.serving.tools import CallReader, ToolCall
 from haast.text import TextStream

@@ -1,7 +1,7 @@
 """Turns a request body into a `Plan`: every field checked, tokens and grammars made, nothing started.
 
 Owns the meaning of fields, their defaults, and which can be combined. Knows the model's tokenizer, template and limits
-through `ModelFacts`; runs nothing.
+through `ModelLimits`; runs nothing.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from haast.core import SamplingParams
+from haast.serving.api_errors import ApiError, TooLongError, refused
 from haast.serving.conversation import LETTERS, ChatTemplate, joined
-from haast.serving.problems import ApiError, TooLongError, refused
 from haast.serving.reasoning import ReasoningMarks
 from haast.serving.schema import (
     IDLE,
@@ -44,7 +44,7 @@ _logged_fields: set[str] = set()  # unknown fields that were logged already
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelLimits:
     """Properties and limits of the served model."""
 
     template: ChatTemplate
@@ -96,24 +96,24 @@ class Plan:
         return (*prompt[-_ANCHOR_TOKENS:], *self.prediction) if self.prediction else ()
 
 
-def chat_plan(body: ChatRequest, facts: ModelFacts) -> Plan:
+def chat_plan(body: ChatRequest, model: ModelLimits) -> Plan:
     """The plan of a chat completion. Raises ApiError, PromptError or ValueError."""
     settings = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
-        if not facts.template.knows("reasoning_effort"):
+        if not model.template.knows("reasoning_effort"):
             raise refused("reasoning_effort", "this model's chat template does not use it; leave it out")
         settings["reasoning_effort"] = body.reasoning_effort
     tools = usable_tools(body)
-    conversation = facts.template.render(body.messages, tools, settings)
+    conversation = model.template.render(body.messages, tools, settings)
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    plan = _plan(body, facts, [conversation.ids], limit)
-    plan.marks, plan.reasoning = facts.template.marks, conversation.reasoning
-    plan.style = facts.template.style if tools else None
+    plan = _plan(body, model, [conversation.ids], limit)
+    plan.marks, plan.reasoning = model.template.marks, conversation.reasoning
+    plan.style = model.template.style if tools else None
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
     plan.logprobs = (body.top_logprobs or 0) if body.logprobs else None
     if tools:
-        calls = _call_grammar(body, tools, facts)
+        calls = _call_grammar(body, tools, model)
         if plan.grammar is not None:
             raise ApiError(
                 400,
@@ -126,18 +126,18 @@ def chat_plan(body: ChatRequest, facts: ModelFacts) -> Plan:
     return plan
 
 
-def completion_plan(body: CompletionRequest, facts: ModelFacts) -> Plan:
+def completion_plan(body: CompletionRequest, model: ModelLimits) -> Plan:
     """The plan of a text completion. Raises ApiError, PromptError or ValueError."""
     prompt: Any = body.prompt
     several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
     prompts = prompt if several else [prompt]
-    ids = [facts.template.text_ids(each) if isinstance(each, str) else _ids(each, facts) for each in prompts]
-    plan = _plan(body, facts, ids, body.max_tokens if body.max_tokens is not None else 16)
+    ids = [model.template.text_ids(each) if isinstance(each, str) else _ids(each, model) for each in prompts]
+    plan = _plan(body, model, ids, body.max_tokens if body.max_tokens is not None else 16)
     plan.logprobs = body.logprobs
     if body.echo:
         if body.logprobs is not None:
             raise refused("echo", "with logprobs, which cover new tokens only; leave out one of them")
-        plan.echo = [each if isinstance(each, str) else facts.template.text_of(each) for each in prompts]
+        plan.echo = [each if isinstance(each, str) else model.template.text_of(each) for each in prompts]
     _check_grammar(body, plan)
     return plan
 
@@ -175,24 +175,24 @@ def check_unknown(body: Body, neutral: Mapping[str, Any] | None = None) -> None:
             _LOG.warning("a client sends an unknown field, which is ignored: %s", ascii(name)[:80])
 
 
-def _plan(body: Sampled, facts: ModelFacts, prompts: list[list[int]], limit: int | None) -> Plan:
+def _plan(body: Sampled, model: ModelLimits, prompts: list[list[int]], limit: int | None) -> Plan:
     n = body.n or 1
     check_unknown(body, {"best_of": n})
-    if len(prompts) * n > facts.max_choices:
+    if len(prompts) * n > model.max_choices:
         raise ApiError(
-            400, f"{len(prompts)} prompts times n={n} are more than {facts.max_choices} answers per request", param="n",
+            400, f"{len(prompts)} prompts times n={n} are more than {model.max_choices} answers per request", param="n",
             code="invalid_value",
         )  # fmt: skip
     for prompt in prompts:
-        _check_length(len(prompt), limit, facts)
+        _check_length(len(prompt), limit, model)
     stops = stop_strings(() if body.stop is None else body.stop)
     if len(stops) > _MAX_STOPS:
         raise ApiError(400, f"stop holds {len(stops)} strings: give {_MAX_STOPS} at most", param="stop")
-    own_ends = tuple(_token(each, "stop_token_ids", facts) for each in body.stop_token_ids or ())
-    ends = tuple(dict.fromkeys((*(() if body.ignore_eos else facts.ends), *own_ends)))
+    own_ends = tuple(_token(each, "stop_token_ids", model) for each in body.stop_token_ids or ())
+    ends = tuple(dict.fromkeys((*(() if body.ignore_eos else model.ends), *own_ends)))
     hints = body.haast
-    if hints.drafter is not None and hints.drafter not in facts.drafters:
-        words = f"haast.drafter={hints.drafter!r} is unknown: choose one of {', '.join(facts.drafters)}"
+    if hints.drafter is not None and hints.drafter not in model.drafters:
+        words = f"haast.drafter={hints.drafter!r} is unknown: choose one of {', '.join(model.drafters)}"
         raise ApiError(400, words, param="haast.drafter", code="invalid_value")
     options = body.stream_options
     if options is not None and not body.stream:
@@ -213,15 +213,15 @@ def _plan(body: Sampled, facts: ModelFacts, prompts: list[list[int]], limit: int
         min_tokens=body.min_tokens,
         presence=body.presence_penalty or 0.0,
         frequency=body.frequency_penalty or 0.0,
-        bias=_bias(body, facts),
+        bias=_bias(body, model),
         drafter=hints.drafter,
         max_nodes=1 if hints.drafter == "none" else hints.max_nodes,
         trace=hints.trace,
         stream=bool(body.stream),
         usage_in_stream=options is not None and options.include_usage,
         processed=body.logprobs_mode == "processed",
-        grammar=_grammar(body, facts),
-        prediction=_predicted(body, facts),
+        grammar=_grammar(body, model),
+        prediction=_predicted(body, model),
     )
 
 
@@ -236,48 +236,48 @@ def _sampling(body: Sampled) -> SamplingParams:
     )
 
 
-def _check_length(length: int, limit: int | None, facts: ModelFacts) -> None:
+def _check_length(length: int, limit: int | None, model: ModelLimits) -> None:
     """Raises ApiError, with both numbers, for a prompt that does not fit with the requested new tokens."""
-    most = facts.most
+    most = model.most
     if length >= most or length + (limit or 0) > most:
         requested = "" if limit is None else f" and {limit} new ones are requested, {length + limit} in total"
         raise TooLongError(most, f"{length} tokens{requested}", "max_tokens" if length < most else "messages")
 
 
-def _ids(prompt: Sequence[int], facts: ModelFacts) -> list[int]:
+def _ids(prompt: Sequence[int], model: ModelLimits) -> list[int]:
     """Check a prompt of token ids. One that is too long is refused later, by its length."""
-    if len(prompt) <= facts.pool_tokens:
+    if len(prompt) <= model.pool_tokens:
         for token in (min(prompt, default=0), max(prompt, default=0)):
-            _token(token, "prompt", facts)
+            _token(token, "prompt", model)
     return list(prompt)
 
 
-def _token(token: int, where: str, facts: ModelFacts) -> int:
-    if not 0 <= token < facts.vocab_size:
-        words = f"{where} holds {token}: give token ids of 0..{facts.vocab_size - 1}"
+def _token(token: int, where: str, model: ModelLimits) -> int:
+    if not 0 <= token < model.vocab_size:
+        words = f"{where} holds {token}: give token ids of 0..{model.vocab_size - 1}"
         raise ApiError(400, words, param=where, code="invalid_value")
     return token
 
 
-def _bias(body: Sampled, facts: ModelFacts) -> dict[int, float]:
+def _bias(body: Sampled, model: ModelLimits) -> dict[int, float]:
     bias = {}
     for key, value in (body.logit_bias or {}).items():
         if not key.isascii() or not key.isdigit() or len(key) > 12:
             raise ApiError(400, f"logit_bias holds {key[:40]!r}: give token ids", param="logit_bias")
-        bias[_token(int(key), "logit_bias", facts)] = value
+        bias[_token(int(key), "logit_bias", model)] = value
     return bias
 
 
-def _predicted(body: Sampled, facts: ModelFacts) -> list[int]:
+def _predicted(body: Sampled, model: ModelLimits) -> list[int]:
     if body.prediction is None:
         return []
     text = joined(body.prediction.content, "predicted")
-    return facts.template.text_ids(text[: LETTERS * facts.most], False)  # an answer can't be longer
+    return model.template.text_ids(text[: LETTERS * model.most], False)  # an answer can't be longer
 
 
-def _grammar(body: Sampled, facts: ModelFacts) -> Grammar | None:
+def _grammar(body: Sampled, model: ModelLimits) -> Grammar | None:
     """The grammar of an answer's required format, if any. Raises ApiError if several formats are requested."""
-    form, named, grammars = body.response_format, body.structured_outputs or StructuredOutputs(), facts.grammars
+    form, named, grammars = body.response_format, body.structured_outputs or StructuredOutputs(), model.grammars
     wanted: list[tuple[str, Any, Any]] = []
     if form is not None and form.type == "json_object":
         wanted.append(("response_format", {"type": "object"}, grammars.json_schema))
@@ -304,16 +304,16 @@ def _grammar(body: Sampled, facts: ModelFacts) -> Grammar | None:
     return grammar
 
 
-def _call_grammar(body: ChatRequest, tools: Sequence[Tool], facts: ModelFacts) -> Grammar | None:
+def _call_grammar(body: ChatRequest, tools: Sequence[Tool], model: ModelLimits) -> Grammar | None:
     """The grammar of tool calls; None if calls are optional, may be several and have no strict arguments."""
-    choice, style = body.tool_choice or "auto", facts.template.style
+    choice, style = body.tool_choice or "auto", model.template.style
     if choice == "auto" and body.parallel_tool_calls and not any(tool.function.strict for tool in tools):
         return None
     named = choice.function.name if isinstance(choice, NamedTool) else None
     usable = [tool for tool in tools if named in (None, tool.function.name)]
     several = body.parallel_tool_calls and named is None
     text = call_grammar([_tool_schema(tool, choice) for tool in usable], style, several, SPACING, choice == "auto")
-    return facts.grammars.lark(text, "tools")
+    return model.grammars.lark(text, "tools")
 
 
 def _tool_schema(tool: Tool, choice: Any) -> dict[str, Any]:

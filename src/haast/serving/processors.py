@@ -40,7 +40,7 @@ class TokenBias:
         return scores.index_add(1, self._tokens.to(scores.device), self._values.to(scores).unsqueeze(0))
 
 
-class LeastLength:
+class MinimumLength:
     """Masks the end tokens until a request has `least` new tokens (`min_tokens`)."""
 
     def __init__(self, prompt_length: int, least: int, ends: Sequence[int]) -> None:

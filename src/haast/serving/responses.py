@@ -11,10 +11,10 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from haast.serving.api_errors import ApiError, refused
 from haast.serving.conversation import joined
 from haast.serving.generation import Delta, Generation
 from haast.serving.plan import check_unknown
-from haast.serving.problems import ApiError, refused
 from haast.serving.schema import ChatRequest, InputItem, NamedResponseTool, ResponsesRequest
 from haast.serving.shapes import ChatShape, Json
 from haast.serving.streaming import api_error, event, join, merged

@@ -1,7 +1,7 @@
 """HTTP routes: OpenAI's, Haast's own, and a 404 with a reason for those that other servers offer.
 
 Owns the routes, and how an answer's requests are started, and cancelled when their client disconnects. State is in
-`app.Host`; request fields are checked in `plan`, answers formatted in `shapes`.
+`app.AppState`; request fields are checked in `plan`, answers formatted in `shapes`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
+from haast.serving.api_errors import ApiError
 from haast.serving.generation import Delta, Generation
 from haast.serving.plan import Plan, chat_plan, check_unknown, completion_plan
-from haast.serving.problems import ApiError
 from haast.serving.responses import Response, as_chat, response_events
 from haast.serving.schema import ChatRequest, CompletionRequest, DetokenizeRequest, ResponsesRequest, TokenizeRequest
 from haast.serving.service import Service
@@ -35,7 +35,7 @@ from haast.serving.streaming import events, json_of, until_gone, whole
 from haast.text import token_text
 
 if TYPE_CHECKING:
-    from haast.serving.app import Host
+    from haast.serving.app import AppState
 
 _LOG = logging.getLogger("haast.serving")
 ROUTES = APIRouter()
@@ -59,27 +59,27 @@ _NOT_OFFERED = {
 @ROUTES.post("/v1/chat/completions")
 async def chat(body: ChatRequest, request: Request) -> Any:
     """OpenAI's chat completions."""
-    service = _host(request).service
+    service = _state(request).service
     _check_model(body.model, service)
-    plan = await run_in_threadpool(chat_plan, body, service.facts)
+    plan = await run_in_threadpool(chat_plan, body, service.limits)
     return await _respond(request, plan, lambda: ChatShape(service, plan, _id("chatcmpl"), _now()))
 
 
 @ROUTES.post("/v1/completions")
 async def completions(body: CompletionRequest, request: Request) -> Any:
     """OpenAI's text completions."""
-    service = _host(request).service
+    service = _state(request).service
     _check_model(body.model, service)
-    plan = await run_in_threadpool(completion_plan, body, service.facts)
+    plan = await run_in_threadpool(completion_plan, body, service.limits)
     return await _respond(request, plan, lambda: CompletionShape(service, plan, _id("cmpl"), _now()))
 
 
 @ROUTES.post("/v1/responses")
 async def responses(body: ResponsesRequest, request: Request) -> Any:
     """OpenAI's responses, stateless."""
-    service = _host(request).service
+    service = _state(request).service
     _check_model(body.model, service)
-    plan = await run_in_threadpool(lambda: chat_plan(as_chat(body), service.facts))
+    plan = await run_in_threadpool(lambda: chat_plan(as_chat(body), service.limits))
     response = Response(service, plan, _id("resp"), _now())
     generations = await _start(request, plan)
     if plan.stream:
@@ -91,20 +91,20 @@ async def responses(body: ResponsesRequest, request: Request) -> Any:
 @ROUTES.get("/v1/models")
 async def models(request: Request) -> Any:
     """The served model and its drafters."""
-    return {"object": "list", "data": [_model(_host(request).service)]}
+    return {"object": "list", "data": [_model(_state(request).service)]}
 
 
 @ROUTES.get("/v1/models/{name:path}")
 async def model(name: str, request: Request) -> Any:
     """The served model."""
-    _check_model(name, _host(request).service)
-    return _model(_host(request).service)
+    _check_model(name, _state(request).service)
+    return _model(_state(request).service)
 
 
 @ROUTES.post("/tokenize")
 async def tokenize(body: TokenizeRequest, request: Request) -> Any:
     """Token ids of a text, or of a conversation in the model's chat template."""
-    service = _host(request).service
+    service = _state(request).service
     answer = await run_in_threadpool(_tokenized, body, service)
     return await json_of(lambda: answer)
 
@@ -112,7 +112,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Any:
 @ROUTES.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, request: Request) -> Any:
     """The text of token ids, special tokens included."""
-    service = _host(request).service
+    service = _state(request).service
     answer = {"prompt": await run_in_threadpool(_detokenized, body, service)}
     return await json_of(lambda: answer)
 
@@ -120,13 +120,13 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Any:
 @ROUTES.get("/health")
 async def health(request: Request) -> Any:
     """200 when ready; 503 while the model loads and during a shutdown."""
-    return {"status": "ok", "model": _host(request).service.name}
+    return {"status": "ok", "model": _state(request).service.name}
 
 
 @ROUTES.get("/metrics")
 async def metrics(request: Request) -> Any:
     """All metrics in Prometheus' text format."""
-    return HttpResponse(_host(request).service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return HttpResponse(_state(request).service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @ROUTES.post("/haast/step")
@@ -135,9 +135,9 @@ async def step(body: dict[str, Any], request: Request) -> Any:
     return HTMLResponse(await run_in_threadpool(step_html, body))
 
 
-def _host(request: Request) -> Host:
-    host: Host = request.app.state.host
-    return host
+def _state(request: Request) -> AppState:
+    state: AppState = request.app.state.haast
+    return state
 
 
 async def _respond(request: Request, plan: Plan, shape: Callable[[], Shape]) -> HttpResponse:
@@ -151,7 +151,7 @@ async def _respond(request: Request, plan: Plan, shape: Callable[[], Shape]) -> 
 
 
 async def _start(request: Request, plan: Plan) -> list[Generation]:
-    return await run_in_threadpool(_host(request).service.begin, plan)
+    return await run_in_threadpool(_state(request).service.begin, plan)
 
 
 async def _wait_for(request: Request, work: Awaitable[list[Delta]], generations: Sequence[Generation]) -> list[Delta]:
@@ -165,12 +165,12 @@ def _close(request: Request, generations: Sequence[Generation]) -> None:
     """Cancel requests that still run, count the generated tokens against the key, and log the texts if configured."""
     for generation in generations:
         generation.close()
-    host = _host(request)
-    host.rates.spent(request.state.key, sum(len(generation.new_tokens) for generation in generations))
-    if host.config.log_prompts and host.loaded is not None:
+    state = _state(request)
+    state.rates.spent(request.state.key, sum(len(generation.new_tokens) for generation in generations))
+    if state.config.log_prompts and state.loaded is not None:
         for generation in generations:
             end, tokens = generation.request.prompt_length, generation.request.tokens
-            texts = (json.dumps(_text(host.loaded, part)) for part in (tokens[:end], tokens[end:]))  # JSON: one line
+            texts = (json.dumps(_text(state.loaded, part)) for part in (tokens[:end], tokens[end:]))  # JSON: one line
             _LOG.info("request %s: prompt %s, answer %s", request.state.request_id, *texts)
 
 
@@ -183,19 +183,19 @@ def _tokenized(body: TokenizeRequest, service: Service) -> dict[str, Any]:
     check_unknown(body, {"add_generation_prompt": True})
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give prompt or messages, one of them", param="prompt", code="invalid_value")
-    template = service.facts.template
+    template = service.limits.template
     if body.messages is None:
         ids = template.text_ids(body.prompt or "", body.add_special_tokens, True)
     else:
         ids = template.render(body.messages, body.tools or (), body.chat_template_kwargs).ids
-    answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.facts.context, "tokens": ids}
+    answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.limits.context, "tokens": ids}
     return answer | ({"token_strs": _token_texts(service, ids)} if body.return_token_strs else {})
 
 
 def _detokenized(body: DetokenizeRequest, service: Service) -> str:
-    wrong = next((each for each in body.tokens if each >= service.facts.vocab_size), None)
+    wrong = next((each for each in body.tokens if each >= service.limits.vocab_size), None)
     if wrong is not None:
-        words = f"tokens holds {wrong}: give token ids of 0..{service.facts.vocab_size - 1}"
+        words = f"tokens holds {wrong}: give token ids of 0..{service.limits.vocab_size - 1}"
         raise ApiError(400, words, param="tokens", code="invalid_value")
     return _text(service, body.tokens)
 
@@ -209,7 +209,7 @@ class _Stream(EventSourceResponse):
     """A stream of events that cancels its requests however it ends, even before its first event."""
 
     def __init__(self, parts: AsyncIterator[bytes], request: Request, generations: Sequence[Generation]) -> None:
-        config = _host(request).config
+        config = _state(request).config
         # At a shutdown `Server` cancels the running answers after the grace period: the library only waits for that.
         super().__init__(
             parts, ping=config.keep_alive, sep="\n", send_timeout=config.send_timeout, shutdown_event=anyio.Event(),
@@ -239,11 +239,11 @@ def _model(service: Service) -> dict[str, Any]:
         "object": "model",
         "created": service.created,
         "owned_by": "haast",
-        "max_model_len": service.facts.context,
+        "max_model_len": service.limits.context,
         "haast": {
             "drafter": service.drafter,
-            "drafters": list(service.facts.drafters),
-            "context_length": service.facts.context,
+            "drafters": list(service.limits.drafters),
+            "context_length": service.limits.context,
             "vanilla_tokens_per_s": None if speed is None else round(speed, 1),
         },
     }

@@ -16,7 +16,7 @@ from typing import Any
 import uvicorn
 
 from haast.api import Haast
-from haast.serving.app import Host, make_app
+from haast.serving.app import AppState, make_app
 from haast.serving.config import ServeConfig
 from haast.serving.connection import IDLE, Connection
 from haast.serving.security import MOST_HEADERS
@@ -31,9 +31,9 @@ _EXTRA_CONNECTIONS = 512  # connections in addition to those whose answers run o
 class Server(uvicorn.Server):
     """uvicorn with a grace period: at a shutdown running answers may finish, and get an error after it."""
 
-    def __init__(self, config: uvicorn.Config, host: Host) -> None:
+    def __init__(self, config: uvicorn.Config, state: AppState) -> None:
         super().__init__(config)
-        self._host, self._trimmed_at = host, 0
+        self._state, self._trimmed_at = state, 0
 
     async def on_tick(self, counter: int) -> bool:
         if counter % 10 == 0:  # once per second
@@ -47,13 +47,13 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: Any = None) -> None:
-        self._host.close()
-        timer = asyncio.get_running_loop().call_later(self._host.config.grace, self._host.end_all)
+        self._state.close()
+        timer = asyncio.get_running_loop().call_later(self._state.config.grace, self._state.end_all)
         try:
             await super().shutdown(sockets)
         finally:
             timer.cancel()
-            self._host.end_all()
+            self._state.end_all()
 
 
 def _trim_memory() -> None:
@@ -85,7 +85,7 @@ def _prepare_service(service: Service) -> None:
     quarter of a second in which no thread runs, several times per large body. Freezing excludes the present objects.
     """
     with suppress(GrammarError):  # the model does not support grammars
-        service.facts.grammars.prepare()
+        service.limits.grammars.prepare()
     gc.collect()
     gc.freeze()
 
@@ -95,7 +95,7 @@ def make_server(
 ) -> Server:
     """Build a server that is ready to `run`; then it calls `load` in the background, and `loaded` with the service."""
     stop = list[Callable[[], None]]()
-    app, host = make_app(loader(load, name, config, loaded), config, name, lambda: stop[0]())
+    app, state = make_app(loader(load, name, config, loaded), config, name, lambda: stop[0]())
     bounds = {"most": config.max_running + config.max_waiting + _EXTRA_CONNECTIONS, "send_timeout": config.send_timeout}
     setup = uvicorn.Config(
         app,
@@ -114,7 +114,7 @@ def make_server(
         timeout_graceful_shutdown=int(config.grace) + 10,
         backlog=512,
     )
-    server = Server(setup, host)
+    server = Server(setup, state)
     stop.append(lambda: setattr(server, "should_exit", True))
     return server
 
@@ -131,9 +131,9 @@ def serve(load: Callable[[], Haast], name: str, config: ServeConfig) -> None:
     with _listening_socket(config) as listening:
         _LOG.info("listening on http://%s:%d (model %s)", config.host, listening.getsockname()[1], name)
         server.run(sockets=[listening])
-    host = server._host
-    if host.failure is not None:
-        raise host.failure
+    state = server._state
+    if state.failure is not None:
+        raise state.failure
 
 
 def _listening_socket(config: ServeConfig) -> socket.socket:

@@ -23,8 +23,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from haast.serving.api_errors import ApiError
 from haast.serving.config import ServeConfig
-from haast.serving.problems import ApiError
 
 _LOG = logging.getLogger("haast.serving")
 _OPEN = ("/", "/health", "/favicon.ico")  # need no key; nor does /static: the page asks for the key

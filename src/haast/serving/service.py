@@ -24,8 +24,8 @@ from haast.serving.conversation import ChatTemplate
 from haast.serving.generation import Generation
 from haast.serving.logprobs import RecordingSampler
 from haast.serving.metrics import Metrics
-from haast.serving.plan import ModelFacts, Plan
-from haast.serving.processors import LeastLength, NewTokenPenalties, TokenBias
+from haast.serving.plan import ModelLimits, Plan
+from haast.serving.processors import MinimumLength, NewTokenPenalties, TokenBias
 from haast.serving.structured import Gate, Grammars
 from haast.stats import Stats
 from haast.text import StopWatch
@@ -43,7 +43,7 @@ class Service:
         config: of the server.
 
     Attributes:
-        facts: the properties of the model that `plan` needs.
+        limits: the properties of the model that `plan` needs.
         metrics: of all requests.
         fingerprint: OpenAI's `system_fingerprint`: version and precision, which answers depend on.
     """
@@ -58,7 +58,7 @@ class Service:
         tokenizer = self.tokenizer = haast.tokenizer
         self._rows, self._ending = itertools.count(), False
         room = target.pool.tokens - _SPARE - max(engine.drafter.nodes for engine in self._engines.values())
-        self.facts = ModelFacts(
+        self.limits = ModelLimits(
             ChatTemplate(tokenizer, min(room, target.context_length or room)),
             Grammars(tokenizer, target.vocab_size, target.end_ids),
             target.vocab_size,
@@ -120,7 +120,7 @@ class Service:
         engine, row, tokenizer = self.engine(plan.drafter), next(self._rows), self.tokenizer
         guide = None
         if plan.grammar is not None:
-            guide = self.facts.grammars.guide(plan.grammar, len(prompt), self._gate(plan))
+            guide = self.limits.grammars.guide(plan.grammar, len(prompt), self._gate(plan))
         processors = self._processors(plan, len(prompt))
         processors += [] if guide is None else [guide]
         params = SamplingParams(**{**vars(plan.sampling), "processors": tuple(processors)})
@@ -134,7 +134,7 @@ class Service:
         request = engine.submit(
             prompt,
             params,
-            StopParams(plan.max_tokens or self.facts.most - len(prompt), plan.ends, watch),
+            StopParams(plan.max_tokens or self.limits.most - len(prompt), plan.ends, watch),
             choice=choice,
             chooser=sampler,
             row=row,
@@ -154,14 +154,14 @@ class Service:
         if plan.bias:
             processors.append(TokenBias(plan.bias))
         if plan.min_tokens and plan.ends:
-            processors.append(LeastLength(length, plan.min_tokens, plan.ends))
+            processors.append(MinimumLength(length, plan.min_tokens, plan.ends))
         return processors
 
     def _gate(self, plan: Plan) -> Gate | None:
         """Starts the grammar after the reasoning; None for models without reasoning."""
         if plan.marks is None:
             return None
-        ids = self.facts.template.text_ids(plan.marks.open, False)
+        ids = self.limits.template.text_ids(plan.marks.open, False)
         return Gate(self.tokenizer, plan.marks.close, plan.reasoning, ids[0] if len(ids) == 1 else None)
 
     def _cache_use(self) -> float:

@@ -19,8 +19,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 from starlette.responses import Response as HttpResponse
 
+from haast.serving.api_errors import ApiError, problem_of
 from haast.serving.generation import Delta, Generation
-from haast.serving.problems import ApiError, problem_of
 from haast.serving.shapes import Shape
 
 _LOG = logging.getLogger("haast.serving")

@@ -1,4 +1,4 @@
-"""Large models: spread over devices, offloaded, or sharded over processes. `Spread` holds the user's settings.
+"""Large models: spread over devices, offloaded, or sharded over processes. `Placement` holds the user's settings.
 
 transformers and accelerate do the work: accelerate's hooks (`device_map`) move a module's inputs and load offloaded
 weights, torch's distributed tensors (`tp_plan`) are sharded. Haast calls the modules of such a model as modules, so
@@ -28,7 +28,7 @@ _PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @dataclass(frozen=True)
-class Spread:
+class Placement:
     """How a target is distributed; by default it is on one device.
 
     Args:

@@ -41,15 +41,15 @@ class _PrefixBlock:
     tokens: tuple[int, ...]  # BLOCK tokens; fewer if a text ended in the block, which then has no children
     block: int
     parent: _PrefixBlock | None
-    complete_from: int  # first slot of the text from which the head's keys and values are cached too
+    head_kv_from: int  # first slot of the text from which the head's keys and values are cached too
     users: int = 0  # number of sequences that hold it
     children: dict[int, list[_PrefixBlock]] = field(default_factory=dict)  # by first token
 
-    def covers(self, tokens: tuple[int, ...], complete_from: int) -> bool:
+    def covers(self, tokens: tuple[int, ...], head_kv_from: int) -> bool:
         """Whether a block with these tokens would add nothing to this one."""
         if self.tokens == tokens:
             return True
-        return self.tokens[: len(tokens)] == tokens and self.complete_from <= complete_from
+        return self.tokens[: len(tokens)] == tokens and self.head_kv_from <= head_kv_from
 
 
 class KVPool:
@@ -277,43 +277,43 @@ class Sequence:
                 self.pool._idle[source] = None
         return (self.length, *copied)
 
-    def publish(self, text: Tokens[int], filled: int, key: object = None, complete_from: int = 0) -> None:
+    def publish(self, text: Tokens[int], filled: int, key: object = None, head_kv_from: int = 0) -> None:
         """Add the whole blocks of the first `filled` slots, which hold `text`, to the prefix tree.
 
-        Keys and values of the head `key` are in them from slot `complete_from` on.
+        Keys and values of the head `key` are in them from slot `head_kv_from` on.
         """
         for number in range(len(self._shared), filled // BLOCK):
             tokens = tuple(text[number * BLOCK : (number + 1) * BLOCK])
-            self._publish(tokens, number, key, complete_from)
+            self._publish(tokens, number, key, head_kv_from)
 
-    def _publish(self, tokens: tuple[int, ...], number: int, key: object, complete_from: int) -> None:
+    def _publish(self, tokens: tuple[int, ...], number: int, key: object, head_kv_from: int) -> None:
         root = self.pool._roots.setdefault(key, _PrefixBlock((), 0, None, 0))
         parent = self._shared[-1] if self._shared else root
         siblings = parent.children.setdefault(tokens[0], [])
         block = int(self._table[number])
-        prefix = next((each for each in siblings if each.covers(tokens, complete_from)), None)
+        prefix = next((each for each in siblings if each.covers(tokens, head_kv_from)), None)
         if prefix is None:
-            prefix = _PrefixBlock(tokens, block, parent, complete_from)
+            prefix = _PrefixBlock(tokens, block, parent, head_kv_from)
             siblings.append(prefix)
             for each in siblings[:-1]:
-                if not each.users and prefix.covers(each.tokens, each.complete_from):  # e.g. an earlier turn's end
+                if not each.users and prefix.covers(each.tokens, each.head_kv_from):  # e.g. an earlier turn's end
                     self.pool._drop(each)
-        elif complete_from < prefix.complete_from and not prefix.users:
+        elif head_kv_from < prefix.head_kv_from and not prefix.users:
             self.pool.free(prefix.block)
-            prefix.block, prefix.complete_from = block, complete_from
+            prefix.block, prefix.head_kv_from = block, head_kv_from
         self.pool._idle.pop(prefix, None)
         prefix.users += 1
         self._shared.append(prefix)
 
-    def release(self, text: Tokens[int] = (), filled: int = 0, key: object = None, complete_from: int = 0) -> None:
+    def release(self, text: Tokens[int] = (), filled: int = 0, key: object = None, head_kv_from: int = 0) -> None:
         """Release all blocks; the first `filled` slots, which hold `text`, stay cached as prefixes."""
         pool = self.pool
         if filled and pool.retain:
-            self.publish(text, filled, key, complete_from)
+            self.publish(text, filled, key, head_kv_from)
             number, rest = divmod(filled, BLOCK)
             if rest and number == len(self._shared) and number < self._blocks:
                 tokens = tuple(text[number * BLOCK : filled])
-                self._publish(tokens, number, key, complete_from)
+                self._publish(tokens, number, key, head_kv_from)
         for number in range(self._blocks - 1, -1, -1):
             prefix = self._shared[number] if number < len(self._shared) else None
             if prefix is None or prefix.block != self._table[number]:
@@ -332,11 +332,11 @@ def _complete_blocks(prefixes: Tokens[tuple[_PrefixBlock, int]], reach: int | No
     complete, incomplete = 0, -1  # blocks; the last block that lacks some
     for number, (prefix, count) in enumerate(prefixes):
         begin = number * BLOCK
-        if begin < prefix.complete_from:
+        if begin < prefix.head_kv_from:
             incomplete = number
         needed = 0 if reach is None else max(0, begin + count - reach - 1)  # the first slot that a head looks at
         first = needed // BLOCK
-        if incomplete <= first and needed >= prefixes[first][0].complete_from:
+        if incomplete <= first and needed >= prefixes[first][0].head_kv_from:
             complete = number + 1
     return complete
 

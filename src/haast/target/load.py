@@ -29,9 +29,11 @@ from haast import native
 from haast.errors import UnsupportedModelError, expanded
 from haast.target import gguf_model
 from haast.target.compiled import CHOICES, Progress
-from haast.target.device_map import Spread
+from haast.target.device_map import Placement
 from haast.target.fusing import fuse_small_modules
 from haast.target.gguf_file import GGUFFile, open_gguf
+from haast.target.gguf_plan import Blocks
+from haast.target.hub import check_reachable
 from haast.target.memory import copy_parameters, release_freed_memory
 from haast.target.packing import FORMS, PackedEmbedding, PackedLinear, pack_linears
 from haast.target.precision import TORCHAO, quantisation, quantise
@@ -105,7 +107,7 @@ def load_target(
     packing: str = "auto",
     compile: str = "off",
     progress: Progress | None = None,
-    spread: Spread | None = None,
+    placement: Placement | None = None,
 ) -> Target:
     """Load a target and its tokenizer.
 
@@ -122,7 +124,7 @@ def load_target(
         compile: "on" compiles the decoder layers (see `Target.use_compiled_layers`), "off" does not, "auto" does on
             CUDA.
         progress: wraps each compilation.
-        spread: distributes the model over devices, disk or processes; it is not packed or compiled then
+        placement: distributes the model over devices, disk or processes; it is not packed or compiled then
             (docs/devices.md).
 
     Raises:
@@ -130,15 +132,15 @@ def load_target(
     """
     torch_dtype = check_precision(dtype, device, packing)
     compiled = check_compile(compile, dtype, device, packing)
-    spread = Spread() if spread is None else spread
-    spread.check(device, packing, compile)
+    placement = Placement() if placement is None else placement
+    placement.check(device, packing, compile)
     source, target_device = resolve(name), torch.device(device)
-    packs = not spread and wants_packing(packing, torch_dtype, target_device)
+    packs = not placement and wants_packing(packing, torch_dtype, target_device)
     if packing == "gguf" and source.gguf is None:
         raise ValueError(f"packing='gguf' keeps the blocks of a .gguf file, which {name} is not: use 'f16' or 'int8'")
     keep = packs and source.gguf is not None and packing in ("gguf", "auto")
-    model, tokenizer = _load(source, torch_dtype, spread, keep)
-    if spread:
+    model, tokenizer = _load(source, torch_dtype, placement, keep)
+    if placement:
         return Target(model, tokenizer)
     model.to(device=target_device)  # type: ignore[call-arg]  # moves in place
     quantised = quantisation(model)
@@ -150,14 +152,19 @@ def load_target(
         quantise(model, packing)
     target = Target(model, tokenizer)
     if quantised is None and packs:
-        pack_linears(target.model, form="int8" if packing == "int8" else "f16")
-        copy_parameters(target.model)
-        fuse_small_modules(target.model)
-        target.use_one_call()
-        release_freed_memory()
+        _pack(target, "int8" if packing == "int8" else "f16")
     if compiled:
         target.use_compiled_layers(progress=progress)
     return target
+
+
+def _pack(target: Target, form: str) -> None:
+    """Replace the target's linear and small modules by packed and fused ones."""
+    pack_linears(target.model, form=form)
+    copy_parameters(target.model)
+    fuse_small_modules(target.model)
+    target.use_one_call()
+    release_freed_memory()
 
 
 def check_precision(dtype: str, device: str, packing: str) -> torch.dtype:
@@ -234,9 +241,9 @@ def load_tokenizer(name: str = DEFAULT_MODEL) -> tuple[PreTrainedTokenizerBase, 
 
 
 def _load(
-    source: ModelSource, dtype: torch.dtype, spread: Spread | None = None, keep_blocks: bool = False
+    source: ModelSource, dtype: torch.dtype, placement: Placement | None = None, keep_blocks: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    file, options = source.open_gguf(), spread.arguments() if spread else {}
+    file, options = source.open_gguf(), placement.arguments() if placement else {}
     if file is not None:
         tokenizer, model = gguf_model.read_tokenizer(file), _build(file, dtype, keep_blocks)
         if options:  # transformers places the weights, which it takes from the model built here
@@ -283,10 +290,10 @@ class KeptBlocks:
     """
 
     def __init__(self) -> None:
-        self._made: tuple[gguf_model.Blocks, PackedLinear] | None = None
+        self._made: tuple[Blocks, PackedLinear] | None = None
         self.rounded: Counter[str] = Counter()
 
-    def linear(self, blocks: gguf_model.Blocks, bias: Tensor | None = None) -> PackedLinear:
+    def linear(self, blocks: Blocks, bias: Tensor | None = None) -> PackedLinear:
         """The packed layer of a matrix."""
         if self._made is not None and self._made[0] is blocks and bias is None:
             return self._made[1]
@@ -303,7 +310,7 @@ class KeptBlocks:
             self._made = blocks, made
         return made
 
-    def embedding(self, blocks: gguf_model.Blocks) -> PackedEmbedding | None:
+    def embedding(self, blocks: Blocks) -> PackedEmbedding | None:
         """The packed embedding of a matrix; None for one of 32 bits, which would be rounded."""
         return None if blocks.type_name == "F32" else PackedEmbedding(self.linear(blocks))
 
@@ -335,6 +342,8 @@ def read_config(name: str) -> PretrainedConfig:
 def _loading_errors(source: ModelSource) -> Iterator[None]:
     """Turn any error of loading into a ValueError of one line that names where Haast looked for the model."""
     try:
+        if source.gguf is None and not Path(source.location).is_dir():
+            check_reachable(source.location)
         yield
     except UnsupportedModelError:
         raise

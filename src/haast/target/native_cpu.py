@@ -135,16 +135,8 @@ class NativeStack:
         rows, nodes, flight = seen.shape
         blocks, form = self.check_store(store, tables, rows, shift)
         self.check_states(states, rows, nodes)
-        if flight_positions is None and flight != nodes and any(layer.window for layer in self._structures):
-            raise ValueError(f"{flight} slots are in flight for {nodes} nodes: windows need flight_positions")
         in_flight = positions if flight_positions is None else flight_positions
-        valid = _integers(positions, rows, nodes) and (in_flight is positions or _integers(in_flight, rows, flight))
-        if seen.dtype is not torch.bool or flight < nodes or not valid:
-            raise ValueError(
-                f"seen {tuple(seen.shape)} {seen.dtype}, positions {tuple(positions.shape)} {positions.dtype} and "
-                f"flight_positions {tuple(in_flight.shape)} {in_flight.dtype} do not fit: give bool (rows, nodes, "
-                "flight), flight at least nodes, and int64 (rows, nodes) and (rows, flight), on the CPU"
-            )
+        self._check_flight(seen, positions, in_flight)
         positions, in_flight, seen = positions.contiguous(), in_flight.contiguous(), seen.contiguous()
         lengths, lengths_at = int64s("past", past, rows)
         output = torch.empty_like(states)
@@ -199,6 +191,19 @@ class NativeStack:
             raise ValueError(
                 f"states are {states.dtype} of shape {tuple(states.shape)} on {states.device}; expected contiguous "
                 f"fp32 {shape} on the CPU"
+            )
+
+    def _check_flight(self, seen: Tensor, positions: Tensor, in_flight: Tensor) -> None:
+        """Raise ValueError unless the mask and positions of `run` fit together; `in_flight` may be `positions`."""
+        rows, nodes, flight = seen.shape
+        if in_flight is positions and flight != nodes and any(layer.window for layer in self._structures):
+            raise ValueError(f"{flight} slots are in flight for {nodes} nodes: windows need flight_positions")
+        valid = _integers(positions, rows, nodes) and (in_flight is positions or _integers(in_flight, rows, flight))
+        if seen.dtype is not torch.bool or flight < nodes or not valid:
+            raise ValueError(
+                f"seen {tuple(seen.shape)} {seen.dtype}, positions {tuple(positions.shape)} {positions.dtype} and "
+                f"flight_positions {tuple(in_flight.shape)} {in_flight.dtype} do not fit: give bool (rows, nodes, "
+                "flight), flight at least nodes, and int64 (rows, nodes) and (rows, flight), on the CPU"
             )
 
     @property

@@ -98,7 +98,7 @@ class OnlinePolicy:
             record.decided(rows, chosen, full, trial)
         return 1 if chosen is None else chosen.budget
 
-    def rests(self, rows: int) -> bool:
+    def drafting_off(self, rows: int) -> bool:
         """Whether drafting does not pay for a new request, without counts of its own, in a batch of `rows` rows."""
         sizes = self._sizes(rows)
         if not sizes:

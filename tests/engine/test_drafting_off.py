@@ -40,9 +40,9 @@ class Crowded:
         self.most = most
 
     def budget(self, requests: Sequence[object]) -> int | None:
-        return 1 if self.rests(len(requests)) else None
+        return 1 if self.drafting_off(len(requests)) else None
 
-    def rests(self, rows: int) -> bool:
+    def drafting_off(self, rows: int) -> bool:
         return rows > self.most
 
     def observed(self, *told: object) -> None:
@@ -187,7 +187,7 @@ def test_a_sequence_says_whether_its_prefix_lacks_the_head() -> None:
     kv.reserve(100)
     kv.length = 100
     kv.publish(text, 48, "head")
-    kv.release(text, 100, "head", complete_from=100)
+    kv.release(text, 100, "head", head_kv_from=100)
     drafting, crowd, near = (pool.sequence() for _ in range(3))
     assert drafting.reuse(text, "head")[0] == 47 and not drafting.headless
     assert crowd.reuse(text, "head", headless=True) == (96, 0, 0) and crowd.headless
@@ -202,8 +202,11 @@ def test_who_would_have_to_catch_up_first_is_tried_later() -> None:
     costs = Latency({1: 10.2, 2: 10.7, 4: 11.9, 8: 16.8, 16: 29.7, 32: 52.0}, 1.24, {1: 0.32, 8: 0.86})
     full = DraftSize(None, 5, 3, 1, 3, 0.1)
     pays = replace(full, gain=2.0)
-    assert OnlinePolicy(costs, lambda rows: (full,)).rests(1) and not OnlinePolicy(costs, lambda rows: (pays,)).rests(1)
-    assert OnlinePolicy(costs, lambda rows: (pays,)).rests(16) and OnlinePolicy(costs, lambda rows: ()).rests(1)
+
+    def off(rows: int, *sizes: DraftSize) -> bool:
+        return OnlinePolicy(costs, lambda rows: sizes).drafting_off(rows)
+
+    assert off(1, full) and not off(1, pays) and off(16, pays) and off(1)
 
     def first_trial(behind: int) -> int:
         small = DraftSize(2, 2, 1, 1, 1, 0.0)

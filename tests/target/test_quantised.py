@@ -228,7 +228,7 @@ def test_the_effect_in_the_message_is_the_measured_one() -> None:
     measured = {row["precision"]: round(row["tau"], 2) for row in document["precisions"]}
     assert measured == of_heads.MEASURED
     assert document["environment"]["settings"]["trained_on"] == "float16"
-    full = [measured[name] for name in ("float16", "bfloat16", "float32")]
+    full = [measured[name] for name in ("float16", "bfloat16", "float32", "gguf")]
     assert max(full) - min(full) < 0.1  # why they count as one: the texts differ as much
 
 

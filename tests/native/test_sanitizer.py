@@ -13,7 +13,13 @@ import pytest
 
 import haast
 
-TESTS = ("native/test_native.py", "native/test_stack.py", "native/test_packed.py", "tuning/test_policy.py")
+TESTS = (
+    "native/test_native.py",
+    "native/test_blocks.py",
+    "native/test_stack.py",
+    "native/test_packed.py",
+    "tuning/test_policy.py",
+)
 
 
 @pytest.mark.slow

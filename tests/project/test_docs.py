@@ -18,7 +18,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,10 @@ def folder(
     request: pytest.FixtureRequest, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Path]:
     """Where a page is followed; the default model is a tiny one, or itself."""
+    with suppress(ImportError):  # the server comes with haast[serve]
+        from serving import tokenizer
+
+        tokenizer()  # cached for other tests, so it is loaded before the default model is another one
     kept = tmp_path / "kept"
 
     def assets(*, namespace: str, **_: str) -> Path:

@@ -297,6 +297,7 @@ def test_progress_counts_the_bytes(tmp_path: Path) -> None:
 def test_a_large_file_shows_a_bar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", True)  # other tests switch the bars off
     path = write_model(tmp_path / "tiny.gguf")
     load.load_stock(str(path))
     assert "reading" not in capsys.readouterr().err

@@ -141,6 +141,19 @@ def test_joined_layers_give_their_own_bits(forms: tuple[str, ...], parts: int, b
     assert torch.equal(joined.unpack(torch.tensor([116, 3])), joined.unpack()[[116, 3]])
     assert linear_sizes(joined.modules())[1] == 117 * 256
     assert len(joined.parts()) == parts
+    again = PackedLinear.joined([joined, layers[0]])  # nothing of a joined layer may get lost
+    assert torch.equal(again(x), torch.cat([joined(x), layers[0](x)], -1))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_joined_fp16_layers_are_one_matrix(biased: bool) -> None:
+    layers = [
+        PackedLinear(randn(outputs, 40, seed=outputs), randn(outputs) if biased else None) for outputs in (20, 33, 7)
+    ]
+    layers[0].packing = "gguf"
+    joined, x = PackedLinear.joined(layers), randn(3, 40)
+    assert len(joined.parts()) == 1 and joined.packing == "gguf"
+    assert torch.equal(joined(x), torch.cat([layer(x) for layer in layers], -1))
 
 
 def test_an_embedding_shares_a_tied_head_s_weight() -> None:
@@ -166,6 +179,10 @@ def test_bad_blocks_are_refused_by_name() -> None:
     packed = native.pack_blocks(blocks, "Q4_K", 256)
     with pytest.raises(ValueError, match="does not fit 256 inputs in form 'f16'"):
         native.linear(randn(1, 256), packed, None, 256, 4)
+    with pytest.raises(ValueError, match="does not fit 512 inputs in form 'Q4_K'"):
+        native.linear(randn(1, 512), packed, None, 512, 4, "Q4_K")
+    with pytest.raises(ValueError, match="panels for 40 outputs"):
+        native.unpack_rows(packed, "Q4_K", 256, 40)
     with pytest.raises(ValueError, match="for 256 inputs"):
         native.linear(randn(1, 255), packed, None, 256, 4, "Q4_K")
     with warnings.catch_warnings():

@@ -152,10 +152,9 @@ def unpack_rows(packed: Tensor, form: str, in_features: int, out_features: int, 
             raise ValueError(f"rows are {rows.dtype} on {rows.device}: give int64 on the CPU")
         rows = rows.contiguous()
         shape, pointer, count = tuple(rows.shape), rows.data_ptr(), rows.numel()
-    if packed.size(0) != -(-out_features // LANES) or not packed.is_contiguous():
-        _check_packed(packed[:0], form, in_features)
-        raise ValueError(f"the packed weight has {packed.size(0)} panels for {out_features} outputs")
     _check_packed(packed, form, in_features)
+    if packed.size(0) != -(-out_features // LANES):
+        raise ValueError(f"the packed weight has {packed.size(0)} panels for {out_features} outputs")
     out = torch.empty(*shape, in_features)
     sizes = (out_features, count, in_features)
     outside = library().haast_unpack_rows(
@@ -169,8 +168,8 @@ def unpack_rows(packed: Tensor, form: str, in_features: int, out_features: int, 
 
 
 def _check_packed(packed: Tensor, form: str, in_features: int) -> None:
-    number = WEIGHT_FORMS.get(form)
-    if number is None or (packed.size(0) and packed[0].nbytes != panel_bytes(form, in_features)):
+    fits = form in WEIGHT_FORMS and packed.nbytes == packed.size(0) * panel_bytes(form, in_features)
+    if not fits or not packed.is_contiguous():
         raise ValueError(
             f"a packed weight of {packed.dtype} and shape {tuple(packed.shape)} does not fit {in_features} inputs in "
             f"form {form!r}: give the results of pack_f16, pack_q8 or pack_blocks"
@@ -184,7 +183,6 @@ def linear(
     in_features: int,
     out_features: int,
     form: str = "f16",
-    out: Tensor | None = None,
 ) -> Tensor:
     """Multiply rows by a packed weight: y = x W^T + bias.
 
@@ -198,10 +196,9 @@ def linear(
         in_features: columns of the weight.
         out_features: rows of the weight before padding.
         form: "f16" or one of `BLOCK_FORMS`.
-        out: (..., out_features) fp32 to write to, whose rows have a fixed stride; a new tensor if None.
 
     Returns:
-        (..., out_features) fp32; contiguous if `out` is None.
+        (..., out_features) fp32, contiguous.
     """
     if x.dtype is not torch.float32 or not x.is_cpu or x.requires_grad or x.size(-1) != in_features:
         _check_linear(x, in_features)
@@ -210,8 +207,7 @@ def linear(
             f"out_features is {out_features}, but the packed weight has {packed.size(0)} panels of {LANES} outputs "
             f"and the bias {'is None' if bias is None else f'has shape {tuple(bias.shape)}'}"
         )
-    if packed.size(1) != in_features if form == "f16" else packed.dtype is not torch.uint8:
-        _check_packed(packed, form, in_features)
+    _check_packed(packed, form, in_features)  # a wrong size would be read beyond its end
     # Rows at a fixed stride are read in place; anything else is copied.
     stride = in_features
     if not x.is_contiguous():
@@ -219,7 +215,7 @@ def linear(
             stride = x.stride(0)
         else:
             x = x.contiguous()
-    y = _empty_rows(x, out_features) if out is None else out
+    y = _empty_rows(x, out_features)
     library().haast_linear(
         x.data_ptr(),
         packed.data_ptr(),
@@ -230,7 +226,7 @@ def linear(
         in_features,
         out_features,
         stride,
-        out_features if out is None else out.stride(-2),
+        out_features,
         thread_count(),
     )
     return y

@@ -140,24 +140,26 @@ class PackedLinear(nn.Module):
         Biases: all have one, or none has. Layers of one form become one matrix if their outputs fill their panels, or
         if they are in fp16.
         """
-        first, *others = linears
-        if not others:
-            return first
-        second = cls.joined(others)
+        parts, rest = [part for linear in linears for part in linear.parts()], None
+        for part in reversed(parts):
+            rest = cls._before(part, rest)
+        assert rest is not None, "there are layers"
+        return rest
+
+    @classmethod
+    def _before(cls, first: PackedLinear, rest: PackedLinear | None) -> PackedLinear:
+        """A layer with the own outputs of `first`, then all of `rest`."""
+        packed, dense, bias, outputs = first.packed, first.dense, first.bias, first.outputs
+        if rest is not None and first.form == rest.form and first.reference == rest.reference:
+            fills = first.reference or outputs % LANES == 0
+            if fills or first.form == "f16":
+                if fills:
+                    packed, dense = torch.cat([packed, rest.packed]), torch.cat([dense, rest.dense])
+                else:  # packed again, which changes no value
+                    packed = native.pack_f16(torch.cat([first.unpack_own(), rest.unpack_own()]))
+                bias = None if bias is None or rest.bias is None else torch.cat([bias, rest.bias])
+                outputs, rest = outputs + rest.outputs, rest.rest
         made = cls.__new__(cls)
-        bias: Tensor | None = first.bias
-        rest: PackedLinear | None = second
-        packed, dense, outputs = first.packed, first.dense, first.outputs
-        fills = first.reference or outputs % LANES == 0
-        if first.form == second.form == "f16" and not fills and second.rest is None:  # packed again: no value changes
-            bias = None if bias is None or second.bias is None else torch.cat([bias, second.bias])
-            return cls(torch.cat([first.unpack(), second.unpack()]), bias)
-        if first.form == second.form and first.reference == second.reference and fills and first.rest is None:
-            packed = torch.cat([first.packed, second.packed])
-            dense = torch.cat([first.dense, second.dense])
-            bias = None if bias is None or second.bias is None else torch.cat([bias, second.bias])
-            outputs += second.outputs
-            rest = second.rest
         made._set(packed, dense, bias, first.packing, first.form, outputs, first.in_features, rest)
         return made
 
@@ -203,11 +205,12 @@ class PackedLinear(nn.Module):
     def unpack(self, rows: Tensor | None = None) -> Tensor:
         """Return the rounded weight, (out_features, in_features) fp32, or its `rows` (n,) int64 only, (n, ...)."""
         if self.rest is not None:
-            whole = torch.cat([self._unpack_own(None), self.rest.unpack()])
+            whole = torch.cat([self.unpack_own(), self.rest.unpack()])
             return whole if rows is None else whole[rows]
-        return self._unpack_own(rows)
+        return self.unpack_own(rows)
 
-    def _unpack_own(self, rows: Tensor | None) -> Tensor:
+    def unpack_own(self, rows: Tensor | None = None) -> Tensor:
+        """As `unpack`, without the outputs of `rest`."""
         if self.reference:
             return self.dense.clone() if rows is None else self.dense[rows]
         return native.unpack_rows(self.packed, self.form, self.in_features, self.outputs, rows)

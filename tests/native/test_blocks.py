@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_files import data_of
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -20,7 +21,6 @@ from haast.target.packing import PackedEmbedding, PackedLinear, linear_sizes, ro
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not())
 
 FORMS = sorted(native.BLOCK_FORMS)
-HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "Q4_0": (0,), "Q5_0": (0,), "Q8_0": (0,)}  # others: 0 and 2
 PATHS = [0, 1] + [2] * bool(native.features() & (32 | 128)) + [3] * bool(native.features() & 64)
 
 
@@ -30,13 +30,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 def blocks_of(form: str, outputs: int, inputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Random blocks as in a file, and the weight (outputs, inputs) fp32 that gguf reads from them."""
-    random = np.random.default_rng(seed)
-    per_block, size = native.BLOCK_FORMS[form]
-    blocks = random.integers(0, 256, (outputs, inputs // per_block, size), dtype=np.uint8)
-    for at in HALVES.get(form, (0, 2)):
-        scales = (random.random((outputs, inputs // per_block, 1)) * 0.01 + 0.001).astype(np.float16)
-        blocks[:, :, at : at + 2] = scales.view(np.uint8)
-    rows = blocks.reshape(outputs, -1)
+    rows = data_of((outputs, inputs), form, np.random.default_rng(seed))
     weight = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[form])
     return torch.from_numpy(rows), torch.from_numpy(weight.astype(np.float32))
 

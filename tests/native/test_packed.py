@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fakes import commit
+from gguf_files import write_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from haast import native
@@ -17,16 +18,37 @@ from haast.engine.engine import Engine, Stats, StopParams
 from haast.heads.checkpoint import Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.target.fusing import fuse_small_modules
-from haast.target.packing import pack_linears
+from haast.target.load import load_target
+from haast.target.packing import PackedEmbedding, pack_linears
 from haast.target.target import Target
 from haast.tree import DraftTree
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no native kernels")
 
 
-@pytest.fixture(scope="module", params=["f16 by modules", "f16 in one call", "int8 in one call"])
-def target(request: pytest.FixtureRequest) -> Target:
+# A file's matrices are mixed as in Q4_K_M: queries, keys and values of two types are one layer of linked parts.
+MIXED = {"attn_v.weight": "Q6_K", "attn_q.weight": "Q5_0", "token_embd.weight": "Q8_0", "": "Q4_K"}
+_DEFAULT = ("mixed", "Q4_1", "Q3_K")  # the other files are in the slow suite; test_blocks.py has their products
+FILES: dict[str, str | dict[str, str]] = {"mixed": MIXED, **{form: form for form in native.BLOCK_FORMS}}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "f16 by modules",
+        "f16 in one call",
+        "int8 in one call",
+        *(pytest.param(f"gguf {name}", marks=[] if name in _DEFAULT else pytest.mark.slow) for name in FILES),
+    ],
+)
+def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Target:
     torch.manual_seed(5)
+    packing, kind = request.param.split(" ", 1)
+    if packing == "gguf":
+        file = write_model(tmp_path_factory.mktemp("gguf") / "tiny.gguf", kind=FILES[kind])
+        loaded = load_target(str(file), packing="gguf")
+        assert loaded.packing == "gguf" and loaded.one_call and isinstance(loaded.embedding, PackedEmbedding)
+        return loaded
     config = LlamaConfig(
         vocab_size=97,
         hidden_size=48,
@@ -39,10 +61,10 @@ def target(request: pytest.FixtureRequest) -> Target:
         initializer_range=0.3,
     )
     made = Target(LlamaForCausalLM(config))
-    pack_linears(made.model, form=request.param.split()[0])
+    pack_linears(made.model, form=packing)
     swapped = fuse_small_modules(made.model)
     assert swapped == (7, 3, 3)
-    if "one call" in request.param:
+    if "one call" in kind:
         assert made.use_one_call() and made.one_call
     return made
 
@@ -50,7 +72,7 @@ def target(request: pytest.FixtureRequest) -> Target:
 def eagle(target: Target, shape: DraftShape) -> EagleDrafter:
     torch.manual_seed(7)
     module = FeatExtrapolator(FeatExtrapolatorConfig.for_target(target.config)).requires_grad_(False)
-    return EagleDrafter(target, Head(module, torch.arange(0, 97, 2), {}), shape)
+    return EagleDrafter(target, Head(module, torch.arange(0, target.vocab_size, 2), {}), shape)
 
 
 def text(target: Target, drafter: Drafter, prompt: list[int], sampling: SamplingParams) -> tuple[list[int], Stats]:
@@ -64,9 +86,9 @@ def text(target: Target, drafter: Drafter, prompt: list[int], sampling: Sampling
 @pytest.mark.parametrize("nodes", [2, 5, 6, 7, 12, 13, 24, 60])
 def test_a_nodes_logits_and_features_have_the_same_bits_alone_and_in_a_tree(target: Target, nodes: int) -> None:
     generator = torch.Generator().manual_seed(nodes)
-    prompt = torch.randint(0, 97, (1, 11), generator=generator)
+    prompt = torch.randint(0, target.vocab_size, (1, 11), generator=generator)
     parents = torch.tensor([[-1] + [int(torch.randint(0, i, (), generator=generator)) for i in range(1, nodes)]])
-    tree = DraftTree.from_parents(torch.randint(0, 97, (1, nodes), generator=generator), parents)
+    tree = DraftTree.from_parents(torch.randint(0, target.vocab_size, (1, nodes), generator=generator), parents)
     cache = target.new_cache()
     target.forward(DraftTree.chain(prompt), cache)
     commit(cache, [range(11)])
@@ -85,7 +107,7 @@ def test_a_nodes_logits_and_features_have_the_same_bits_alone_and_in_a_tree(targ
 @pytest.mark.parametrize("kind", ["dynamic", "static", "chain"])
 def test_drafted_text_is_vanillas(target: Target, kind: str, sampling: SamplingParams) -> None:
     for seed in range(6):
-        prompt = torch.randint(0, 97, (9,), generator=torch.Generator().manual_seed(seed)).tolist()
+        prompt = torch.randint(0, target.vocab_size, (9,), generator=torch.Generator().manual_seed(seed)).tolist()
         wanted, _ = text(target, VanillaDrafter(), prompt, sampling)
         drafted, stats = text(target, eagle(target, DraftShape(kind, 3, 4, 4, 14)), prompt, sampling)
         assert drafted == wanted

@@ -14,7 +14,9 @@ Rows are independent: a row's result has the same bits whatever other rows are i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeGuard
 
 import torch
@@ -266,9 +268,30 @@ def is_packed(module: nn.Module | None) -> TypeGuard[PackedLinear]:
     return isinstance(module, PackedLinear)
 
 
-def rounds_activations(module: nn.Module | None) -> bool:
+def rounds_activations(module: nn.Module | None) -> TypeGuard[PackedLinear]:
     """Whether it is a packed layer with block weights, which rounds its input to 8 bits."""
     return isinstance(module, PackedLinear) and module.form != "f16"
+
+
+@contextlib.contextmanager
+def exact_products(*modules: nn.Module) -> Iterator[None]:
+    """Inside, layers of `modules` with block weights multiply in fp32, without rounding their input; for comparisons.
+
+    Slow: a layer's weight is unpacked for each product. Not for several threads.
+    """
+    linears = [each for module in modules for each in module.modules() if rounds_activations(each)]
+    for linear in linears:
+        vars(linear)["forward"] = functools.partial(_exact_forward, linear)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            vars(linear).pop("forward", None)
+
+
+def _exact_forward(linear: PackedLinear, x: Tensor) -> Tensor:
+    biases = [part.bias for part in linear.parts() if part.bias is not None]
+    return functional.linear(x, linear.unpack(), torch.cat(biases) if biases else None)
 
 
 def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear | PackedLinear]:

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from haast import native
 from haast.native.library import LANES
-from haast.target.packing import PackedEmbedding, PackedLinear, linear_sizes, rounded_activations
+from haast.target.packing import PackedEmbedding, PackedLinear, exact_products, linear_sizes, rounded_activations
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not())
 
@@ -148,6 +148,19 @@ def test_joined_fp16_layers_are_one_matrix(biased: bool) -> None:
     joined, x = PackedLinear.joined(layers), randn(3, 40)
     assert len(joined.parts()) == 1 and joined.packing == "gguf"
     assert torch.equal(joined(x), torch.cat([layer(x) for layer in layers], -1))
+
+
+def test_exact_products_do_not_round_the_input() -> None:
+    layers = [PackedLinear.of_blocks(blocks_of(form, 48, 256)[0], form, 256, randn(48)) for form in ("Q4_K", "Q6_K")]
+    joined, x = PackedLinear.joined(layers), randn(5, 256)
+    rounded, bias = joined(x), torch.cat([layer.bias for layer in layers if layer.bias is not None])
+    expected = functional.linear(x.double(), joined.unpack().double(), bias.double()).float()
+    with exact_products(joined):
+        exactly = joined(x)
+    tolerance = 1e-6 * float(expected.abs().max())
+    torch.testing.assert_close(exactly, expected, rtol=0, atol=tolerance)
+    assert float((rounded - expected).abs().max()) > 100 * tolerance
+    assert torch.equal(joined(x), rounded)
 
 
 def test_an_embedding_shares_a_tied_head_s_weight() -> None:

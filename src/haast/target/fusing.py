@@ -185,7 +185,7 @@ def _same(module: nn.Module, fused: nn.Module, width: int, linears: Sequence[Pac
 
 
 def _agree(expected: Tensor, result: Tensor, linears: Sequence[PackedLinear]) -> bool:
-    """Whether the results are equal up to the order of sums, which PyTorch chooses in exact products of block weights.
+    """Whether the results are equal up to rounding, which in exact products of block weights depends on the largest.
 
     Activations that are rounded to 8 bits would hide what tells one kind of module from another (a cap of scores).
     """

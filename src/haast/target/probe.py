@@ -25,7 +25,7 @@ from haast.target.fusing import FusedAttention
 from haast.target.hf import ModuleForward, TargetOutput
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import KVPool
-from haast.target.packing import rounds_activations
+from haast.target.packing import exact_products
 from haast.target.precision import quantisation
 from haast.target.support import choose_attention, prepared_inputs
 from haast.tree import DraftTree
@@ -108,7 +108,8 @@ def probe(forward: ModuleForward) -> ProbeResult:
     """
     gives_features, size = _use_of_cache(forward)
     forward.decoder_gives_features = gives_features
-    with _narrow_window(forward):
+    # Activations that are rounded to 8 bits would hide a fault: block weights are multiplied exactly here.
+    with _narrow_window(forward), exact_products(forward.model):
         faults, logit_scale = _run_trial(forward, 0)
         for number in range(1, 1 if forward.dtype in _EXACT else _TRIALS):
             if faults:
@@ -215,10 +216,8 @@ def _run_trial(forward: ModuleForward, number: int) -> tuple[dict[tuple[str, int
         "off": (tree[1], tree[0]),
     }
     bounds = dict.fromkeys(compared, (forward.dtype, _SAME_SHAPE))
-    # The shapes differ here. Quantised layers may compute in 16 bits whatever their input's dtype, and block weights
-    # round activations to 8: another order of sums in attention can change a rounding.
-    rounds = quantisation(forward.model) is not None or any(map(rounds_activations, forward.model.modules()))
-    bounds["own"] = (torch.bfloat16 if rounds else forward.dtype, 1.0)
+    # Quantised layers may compute in 16 bits whatever their input's dtype, and the shapes differ here.
+    bounds["own"] = (forward.dtype if quantisation(forward.model) is None else torch.bfloat16, 1.0)
     all_gaps = {(kind, at): gap for kind, pair in compared.items() for at, gap in enumerate(gaps(*pair))}
     faults = {key: gap for key, gap in all_gaps.items() if not gap.within(*bounds[key[0]])}
     return faults, _logit_scale(forward, chain.features[0], chain.logits[0])

@@ -7,6 +7,7 @@ the fused one gives the same results on a random input. Rows stay independent of
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,7 +117,9 @@ def fuse_small_modules(model: nn.Module) -> tuple[int, ...]:
     Returns the numbers of replaced norms, feed-forwards and attentions.
     """
     counts = dict.fromkeys((FusedRMSNorm, FusedSwiGLU, FusedAttention), 0)
-    for parent in list(model.modules()) if native.available() else ():
+    waiting = deque(model.modules() if native.available() else ())  # without the parents done, whose parts are freed
+    while waiting:
+        parent = waiting.popleft()
         for name, child in list(parent.named_children()):
             fused = _fused_norm(child) or _fused_feed_forward(child) or _fused_attention(child)
             if fused is not None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeGuard
 
@@ -361,7 +362,9 @@ def pack_linears(model: nn.Module, *, form: str = "f16", reference: bool = False
             layer; layers before it are already packed.
     """
     shared: dict[int, PackedLinear] = {}  # a module that is used twice stays one module
-    for parent_name, parent in list(model.named_modules()):
+    waiting = deque(model.named_modules())  # without the parents done, whose old layers are freed
+    while waiting:
+        parent_name, parent = waiting.popleft()
         for name, child in list(parent.named_children()):
             if id(child) in shared:
                 setattr(parent, name, shared[id(child)])

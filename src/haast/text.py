@@ -6,7 +6,7 @@ Owns the search for stop strings, and the display of single tokens. Knows nothin
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -55,7 +55,7 @@ class TextStream:
         stops: stop strings; the text ends before the first one.
         after: number of tokens after which stop strings are searched for.
         keep_stop: keep the stop string at the end of the text.
-        special: show special tokens in the text.
+        shown: ids of special tokens that are shown; other special tokens have no text.
     """
 
     def __init__(
@@ -65,10 +65,12 @@ class TextStream:
         *,
         after: int = 0,
         keep_stop: bool = False,
-        special: bool = False,
+        shown: Collection[int] = (),
     ) -> None:
         self._tokenizer, self._stops = tokenizer, stop_strings(stops)
-        self._after, self._keep_stop, self._special = after, keep_stop, special
+        self._after, self._keep_stop = after, keep_stop
+        added = tokenizer.added_tokens_decoder if shown else {}
+        self._hidden = {token for token, piece in added.items() if piece.special} - set(shown)
         self._tokens: list[int] = []
         self._window = 0  # the text of tokens before this index is final
         self._prefix = 0  # start of the context for decoding the window; some tokenizers need earlier tokens
@@ -107,7 +109,11 @@ class TextStream:
         return self._release(final=True)
 
     def _decode(self, begin: int, end: int) -> str:
-        return str(self._tokenizer.decode(self._tokens[begin:end], skip_special_tokens=not self._special))
+        tokens = self._tokens[begin:end]
+        if not self._hidden:
+            return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        shown = [token for token in tokens if token not in self._hidden]
+        return str(self._tokenizer.decode(shown, skip_special_tokens=False))
 
     def _release(self, final: bool) -> str:
         searching = len(self._tokens) > self._after

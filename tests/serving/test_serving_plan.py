@@ -18,7 +18,6 @@ from haast.serving.plan import Plan, chat_plan, completion_plan
 from haast.serving.reasoning import ReasoningMarks, ReasoningReader
 from haast.serving.schema import REFUSED, ChatMessage, ChatRequest, CompletionRequest, Tool
 from haast.serving.service import Service, prediction_counts
-from haast.serving.tools import CallReader, ToolCall, style_of
 
 MESSAGES: list[Json] = [{"role": "user", "content": "Hello."}]
 
@@ -137,27 +136,8 @@ def test_tools_of_a_template_that_knows_none_are_told_in_words(service: Service)
         service.limits.template.render([ChatMessage.model_validate({"role": "assistant", "tool_calls": [wrong]})])
 
 
-def test_templates_say_how_calls_are_written() -> None:
-    assert style_of("... <tool_call> ...") == "marks"
-    assert style_of('{% if tools %} {"name": function name, "parameters": dictionary} {% endif %}') == "object"
-    assert style_of("{{ messages }}") is None
-    words = tokenizer()
-    assert ChatTemplate(words).marks is None
-
-
-@given(st.text(alphabet='<>tool_call/{}"name:arguments x\n', max_size=60), st.data())
-def test_calls_are_read_alike_however_a_text_is_cut(text: str, data: st.DataObject) -> None:
-    call = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
-    whole = data.draw(st.sampled_from([text, text + call, call + text, text + call + " " + call + text]))
-    for style in ("marks", "object", None):
-        once, cut = CallReader(style), CallReader(style)
-        expected = merged([*once.push(whole), *once.finish()])
-        found, at = list[str | ToolCall](), 0
-        while at < len(whole):
-            size = data.draw(st.integers(1, 9))
-            found += cut.push(whole[at : at + size])
-            at += size
-        assert merged([*found, *cut.finish()]) == expected
+def test_a_template_without_reasoning_has_no_marks() -> None:
+    assert ChatTemplate(tokenizer()).marks is None
 
 
 @given(st.text(alphabet="<>/think ab\n", max_size=40), st.booleans(), st.data())
@@ -185,13 +165,3 @@ def test_predictions_are_counted(predicted: list[int], said: list[int]) -> None:
 
 def test_a_prediction_is_followed_beyond_a_change() -> None:
     assert prediction_counts([1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 0, 4, 5, 6, 7, 8, 9]) == (5, 4)
-
-
-def merged(parts: list[str | ToolCall]) -> list[str | ToolCall]:
-    found: list[str | ToolCall] = []
-    for part in parts:
-        if isinstance(part, str) and found and isinstance(found[-1], str):
-            found[-1] += part
-        elif part:
-            found.append(part)
-    return found

@@ -18,7 +18,8 @@ from haast.errors import PromptError
 from haast.serving.api_errors import TooLongError
 from haast.serving.reasoning import ReasoningMarks, marks_of
 from haast.serving.schema import ChatMessage, TextPart, Tool
-from haast.serving.tools import CLOSE, OPEN, Style, instruction, style_of
+from haast.serving.tool_formats import TAGS, CallFormat, format_of
+from haast.serving.tools import instruction
 
 LETTERS = 16  # characters per token; of a text with more per token that fits, only the start is tokenised at first
 _MARGIN = 16  # tokens by which a cut text may be longer than the same text inside the whole
@@ -46,7 +47,8 @@ class ChatTemplate:
 
     Attributes:
         marks: of reasoning; None if the template has none.
-        style: format of the model's tool calls.
+        calls: format of the model's tool calls.
+        special_marks: ids of those of its marks that are special tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, most: int | None = None) -> None:
@@ -57,9 +59,11 @@ class ChatTemplate:
         templates = list(template.values()) if isinstance(template, dict) else [template or ""]
         self._text = "\n".join(templates)
         self.marks: ReasoningMarks | None = marks_of(self._text)
-        native = style_of(self._text)
+        native = format_of(self._text)
         self._supports_tools = native is not None
-        self.style: Style = native or "marks"
+        self.calls: CallFormat = native or TAGS
+        special = {str(token): id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.special_marks = {mark: special[mark] for mark in self.calls.marks if mark in special}
 
     def text_ids(self, text: str, special: bool = True, whole: bool = False) -> list[int]:
         """Token ids of a text.
@@ -144,7 +148,7 @@ class ChatTemplate:
                 converted["tool_call_id"] = message.tool_call_id
         elif calls:
             functions = [{key: call["function"][key] for key in ("name", "arguments")} for call in calls]
-            blocks = [f"{OPEN}\n{json.dumps(call, ensure_ascii=False)}\n{CLOSE}" for call in functions]
+            blocks = [f"{TAGS.open}\n{json.dumps(call, ensure_ascii=False)}\n{TAGS.close}" for call in functions]
             converted["content"] = "\n".join(filter(None, [converted["content"], *blocks]))
         elif role == "tool":
             response = f"<tool_response>\n{converted['content']}\n</tool_response>"

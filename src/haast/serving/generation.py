@@ -23,7 +23,8 @@ from haast.serving.logprobs import Logprob, RecordingSampler
 from haast.serving.metrics import Metrics
 from haast.serving.plan import Plan
 from haast.serving.reasoning import ReasoningReader
-from haast.serving.tools import CallReader, ToolCall
+from haast.serving.tool_formats import ToolCall
+from haast.serving.tools import CallReader
 from haast.text import TextStream
 
 
@@ -65,9 +66,10 @@ class Generation:
         metrics: Metrics,
     ) -> None:
         self.engine, self.request, self._sampler, self._trace = engine, request, sampler, trace
-        self._text = TextStream(tokenizer, plan.stops, after=plan.min_tokens, keep_stop=plan.keep_stop)
+        shown = plan.special_marks.values()
+        self._text = TextStream(tokenizer, plan.stops, after=plan.min_tokens, keep_stop=plan.keep_stop, shown=shown)
         self._reasoning = ReasoningReader(plan.marks, plan.reasoning)
-        self._calls = CallReader(plan.style)
+        self._calls = CallReader(plan.calls, plan.schemas)
         self._ends = set(plan.ends)
         self._unsent: list[tuple[int, int]] = []  # tokens whose text is not sent yet: (offset, position)
         self._metrics, self._started, self._last_emission = metrics, monotonic(), monotonic()

@@ -28,7 +28,7 @@ from haast.serving.schema import (
     Tool,
 )
 from haast.serving.structured import SPACING, Grammar, Grammars
-from haast.serving.tools import Style, call_grammar
+from haast.serving.tool_formats import CallFormat, Schemas, call_grammar
 from haast.text import stop_strings
 
 _LOG = logging.getLogger("haast.serving")
@@ -87,7 +87,9 @@ class Plan:
     grammar: Grammar | None = None
     prediction: list[int] = field(default_factory=list)
     echo: list[str] = field(default_factory=list)  # per prompt: its text, which is put before the answer
-    style: Style | None = None
+    calls: CallFormat | None = None  # of tool calls, if there are tools
+    schemas: Schemas = field(default_factory=dict)  # of the tools' parameters
+    special_marks: dict[str, int] = field(default_factory=dict)  # of tool calls
     marks: ReasoningMarks | None = None
     reasoning: bool = False  # the prompt ends inside a reasoning
 
@@ -108,11 +110,12 @@ def chat_plan(body: ChatRequest, model: ModelLimits) -> Plan:
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     plan = _plan(body, model, [conversation.ids], limit)
     plan.marks, plan.reasoning = model.template.marks, conversation.reasoning
-    plan.style = model.template.style if tools else None
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
     plan.logprobs = (body.top_logprobs or 0) if body.logprobs else None
     if tools:
+        plan.calls, plan.special_marks = model.template.calls, model.template.special_marks
+        plan.schemas = {tool.function.name: (tool.function.parameters or {}).get("properties", {}) for tool in tools}
         calls = _call_grammar(body, tools, model)
         if plan.grammar is not None:
             raise ApiError(
@@ -306,13 +309,14 @@ def _grammar(body: Sampled, model: ModelLimits) -> Grammar | None:
 
 def _call_grammar(body: ChatRequest, tools: Sequence[Tool], model: ModelLimits) -> Grammar | None:
     """The grammar of tool calls; None if calls are optional, may be several and have no strict arguments."""
-    choice, style = body.tool_choice or "auto", model.template.style
+    choice, template = body.tool_choice or "auto", model.template
     if choice == "auto" and body.parallel_tool_calls and not any(tool.function.strict for tool in tools):
         return None
     named = choice.function.name if isinstance(choice, NamedTool) else None
     usable = [tool for tool in tools if named in (None, tool.function.name)]
     several = body.parallel_tool_calls and named is None
-    text = call_grammar([_tool_schema(tool, choice) for tool in usable], style, several, SPACING, choice == "auto")
+    schemas, free = [_tool_schema(tool, choice) for tool in usable], choice == "auto"
+    text = call_grammar(schemas, template.calls, several, SPACING, free, template.special_marks)
     return model.grammars.lark(text, "tools")
 
 

@@ -14,7 +14,7 @@ from haast.serving.generation import Delta, Generation
 from haast.serving.logprobs import Logprob
 from haast.serving.plan import Plan
 from haast.serving.service import Service, prediction_counts
-from haast.serving.tools import ToolCall
+from haast.serving.tool_formats import ToolCall
 from haast.text import token_bytes, token_text
 
 Json = dict[str, Any]

@@ -179,6 +179,21 @@ def test_strict_tools_bind_only_what_is_called(service: Service) -> None:
     jsonschema.validate(json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"]), SCHEMA)
 
 
+def test_with_tools_and_a_format_an_answer_is_one_or_the_other(service: Service) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMAS[0]}}
+    body: Json = {
+        "messages": [{"role": "user", "content": "?"}], "temperature": 0, "seed": 1, "max_tokens": 200, "tools": [WAY],
+        "response_format": form,
+    }  # fmt: skip
+    choice = run(both(Scripted.of(service, "{ no JSON follows here, on and on"), body))["choices"][0]
+    jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMAS[0])
+    choice = run(both(Scripted.of(service, f"<tool_call>\n{ARGUMENTS}\n</tool_call>"), body))["choices"][0]
+    assert choice["finish_reason"] == "tool_calls" and not choice["message"]["content"]
+    forced: Json = {"tool_choice": "required"}
+    choice = run(both(Scripted.of(service, f"<tool_call>\n{ARGUMENTS}\n</tool_call>"), body | forced))["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+
+
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("stop", [" sky", "sky is", "is b", "\n", "The"])
 def test_stop_strings_at_every_offset(service: Service, stop: str, keep: bool) -> None:

@@ -146,6 +146,14 @@ def fits(guided: Any, text: str, name: str, **options: Any) -> bool:
     return bool(matcher.validate_tokens(ids) == len(ids) and matcher.consume_tokens(ids) and matcher.is_accepting())
 
 
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_an_answer_may_be_calls_or_follow_its_own_schema(guided: Any, name: str) -> None:
+    schema = {"type": "object", "properties": {"blue": {"type": "boolean"}}, "required": ["blue"]}
+    text = WRITTEN.get(name, '{"name": "look", "parameters": {"at": "sky"}}')
+    assert fits(guided, text, name, answer=schema) and fits(guided, '{"blue": true}', name, answer=schema)
+    assert not fits(guided, "words", name, answer=schema) and not fits(guided, '{"blue": 1}', name, answer=schema)
+
+
 @pytest.mark.parametrize("name", sorted(WRITTEN))
 def test_grammars_take_the_calls_of_their_format_only(guided: Any, name: str) -> None:
     text = WRITTEN[name]
@@ -163,7 +171,8 @@ def test_marks_that_are_special_tokens_keep_their_text() -> None:
     ids = tokenizer(WRITTEN["named"] + "<|im_end|>", add_special_tokens=False)["input_ids"]
     texts = []
     marks: Any = tokenizer.convert_tokens_to_ids(SPECIAL)
-    for shown in (marks, []):
+    none: list[int] = []
+    for shown in (marks, none):
         stream = TextStream(tokenizer, shown=shown)
         texts.append("".join([*map(stream.push, ids), stream.finish()]))
     assert texts[0] == WRITTEN["named"] and "[ARGS]" not in texts[1]

@@ -117,7 +117,7 @@ def chat_plan(body: ChatRequest, model: ModelLimits) -> Plan:
         plan.calls, plan.special_marks = model.template.calls, model.template.special_marks
         plan.schemas = {tool.function.name: (tool.function.parameters or {}).get("properties", {}) for tool in tools}
         calls = _call_grammar(body, tools, model)
-        if plan.grammar is not None:
+        if plan.grammar is not None and plan.grammar.field != "response_format":
             raise ApiError(
                 400,
                 f"{plan.grammar.field} and tools together are not supported: leave out one of them",
@@ -308,16 +308,28 @@ def _grammar(body: Sampled, model: ModelLimits) -> Grammar | None:
 
 
 def _call_grammar(body: ChatRequest, tools: Sequence[Tool], model: ModelLimits) -> Grammar | None:
-    """The grammar of tool calls; None if calls are optional, may be several and have no strict arguments."""
+    """The grammar of tool calls, or of an answer in the required format instead of calls that are optional.
+
+    None if calls are optional, may be several and have no strict arguments, and the answer has no format.
+    """
     choice, template = body.tool_choice or "auto", model.template
-    if choice == "auto" and body.parallel_tool_calls and not any(tool.function.strict for tool in tools):
+    answer = _answer_schema(body) if choice == "auto" else None
+    free = choice == "auto" and answer is None
+    if free and body.parallel_tool_calls and not any(tool.function.strict for tool in tools):
         return None
     named = choice.function.name if isinstance(choice, NamedTool) else None
     usable = [tool for tool in tools if named in (None, tool.function.name)]
     several = body.parallel_tool_calls and named is None
-    schemas, free = [_tool_schema(tool, choice) for tool in usable], choice == "auto"
-    text = call_grammar(schemas, template.calls, several, SPACING, free, template.special_marks)
+    schemas = [_tool_schema(tool, choice) for tool in usable]
+    text = call_grammar(schemas, template.calls, several, SPACING, free, template.special_marks, answer)
     return model.grammars.lark(text, "tools")
+
+
+def _answer_schema(body: ChatRequest) -> dict[str, Any] | None:
+    form = body.response_format
+    if form is None or form.type == "text":
+        return None
+    return {"type": "object"} if form.json_schema is None else form.json_schema.schema_
 
 
 def _tool_schema(tool: Tool, choice: Any) -> dict[str, Any]:

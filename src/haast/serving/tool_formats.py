@@ -203,6 +203,7 @@ def call_grammar(
     spacing: Mapping[str, Any],
     free: bool = False,
     special: Mapping[str, int] | None = None,
+    answer: Mapping[str, Any] | None = None,
 ) -> str:
     """A Lark grammar for calls of these tools.
 
@@ -213,14 +214,18 @@ def call_grammar(
         spacing: llguidance's options for JSON.
         free: also allow any text without a call.
         special: token ids of marks that are special tokens, which no text of a grammar matches.
+        answer: schema of a JSON text that may stand instead of calls; not together with `free`.
     """
     special, rules, names = special or {}, list[str](), list[str]()
+    other = " | answer" if answer is not None else ""
+    if answer is not None:
+        rules.append(f"answer: %json {json.dumps({**answer, 'x-guidance': dict(spacing)})}")
     for number, tool in enumerate(tools):
         names.append(f"call_{number}")
         rules += _one_call(names[-1], tool["function"], form, spacing, special)
     one = f"({' | '.join(names)})"
     if form.name == "object":
-        words = ["start: call | words", r"words: /[^{](.|\n)*/"] if free else ["start: call"]
+        words = ["start: call | words", r"words: /[^{](.|\n)*/"] if free else [f"start: call{other}"]
         return "\n".join([*words, f"call: {one}", *rules])
     start = _mark(form.open, special)
     if form.name == "list":
@@ -233,12 +238,12 @@ def call_grammar(
         body = f'"\\n" {one} "\\n{form.close}"'
     # Calls in tags have a pair of marks each; those of the others stand between one pair.
     more = rf' ("\n" {start} {body})*' if several and not form.marks else ""
-    return "\n".join([*_start(form, start, body, more, free, special), *rules])
+    calls = [f"start: {start} {body}{more}{other}"]
+    return "\n".join([*(_start_free(form, start, body, more, special) if free else calls), *rules])
 
 
-def _start(form: CallFormat, start: str, body: str, more: str, free: bool, special: Mapping[str, int]) -> list[str]:
-    if not free:
-        return [f"start: {start} {body}{more}"]
+def _start_free(form: CallFormat, start: str, body: str, more: str, special: Mapping[str, int]) -> list[str]:
+    """Rules for words, with or without calls after them."""
     if form.open in special:  # no text holds the mark
         return [f"start: WORDS | WORDS {start} {body}{more}", r"WORDS: /(.|\n)*/"]
     mark = re.escape(form.open).replace("/", r"\/")

@@ -156,8 +156,8 @@ void panels(const void* job, int64_t first_panel, int64_t last_panel) {
     const Blocks& a = *product.a;
     int64_t first = first_panel * kParts;
     const int64_t last = last_panel * kParts;
-    if (a.rows == 1)  // several streams of weights
-        for (; first + kManyParts <= last; first += kManyParts) tile<kForm, 1, kManyParts>(a, *product.x, 0, first);
+    if (a.rows == 1)  // a panel at a time, so that its lines are read once, and in one stream
+        for (; first < last; first += kParts) tile<kForm, 1, kParts>(a, *product.x, 0, first);
     for (; first < last; ++first)
         row_blocks(a.rows, kMostRows, [&](int64_t row, int64_t count) {
             rows<kForm, kMostRows, 1>(a, *product.x, row, count, first);

@@ -179,7 +179,7 @@ void round_rows(const void* job, int64_t first, int64_t last) {
 namespace portable {
 #define ISA_FN static
 #define ISA_INLINE static inline
-constexpr int kWidth = 16, kMostRows = 4, kManyParts = 1;
+constexpr int kWidth = 16, kMostRows = 4;
 constexpr bool kNarrow = false;
 struct Ints {
     uint8_t bytes[4 * kWidth];
@@ -302,7 +302,7 @@ namespace avx2 {
 #define ISA_FN AVX
 #define ISA_INLINE AVX_INLINE
 HAAST_AVX2_OPERATORS
-constexpr int kMostRows = 6, kManyParts = 4;
+constexpr int kMostRows = 6;
 constexpr bool kNarrow = true;
 // Only for 8 bits, whose products do not fit two into 16 bits with their signs: |w| * (x with the sign of w), with
 // w = q - 128.
@@ -335,7 +335,7 @@ namespace avx2_vnni {
 #define ISA_FN static __attribute__((target("avx2,fma,f16c,avxvnni")))
 #define ISA_INLINE static inline __attribute__((target("avx2,fma,f16c,avxvnni"), always_inline))
 HAAST_AVX2_OPERATORS
-constexpr int kMostRows = 6, kManyParts = 4;
+constexpr int kMostRows = 6;
 constexpr bool kNarrow = false;
 template <int kBits>
 ISA_INLINE Ints dot(Ints sum, Ints q, const int8_t* x) {
@@ -361,7 +361,7 @@ namespace avx512_vnni {
 #define ISA_INLINE static inline __attribute__((target(HAAST_AVX512_VNNI), always_inline))
 using Ints = __m512i;
 using Floats = __m512;
-constexpr int kWidth = 16, kMostRows = 8, kManyParts = 2;
+constexpr int kWidth = 16, kMostRows = 8;
 constexpr bool kNarrow = false;
 ISA_INLINE Ints zero() { return _mm512_setzero_si512(); }
 ISA_INLINE Floats none() { return _mm512_setzero_ps(); }
@@ -419,7 +419,7 @@ ISA_INLINE void store(Floats v, const float* bias, float* y, int64_t valid) {
 #define HAAST_NEON_OPERATORS                                                                                          \
     using Ints = int8x16_t;                                                                                           \
     using Floats = float32x4_t;                                                                                       \
-    constexpr int kWidth = 4, kMostRows = 6, kManyParts = 4;                                                          \
+    constexpr int kWidth = 4, kMostRows = 6;                                                          \
     constexpr bool kNarrow = false;                                                                                   \
     ISA_INLINE Ints zero() { return vdupq_n_s8(0); }                                                                  \
     ISA_INLINE Floats none() { return vdupq_n_f32(0.0f); }                                                            \

@@ -20,8 +20,8 @@ from haast.serving.conform.report import KIND as CONFORM
 from haast.serving.conform.report import markdown as conformance
 
 KINDS = (  # whose table is the macro of this name in results.md; "-" is "_" there
-    "ablation", "baselines", "batches", "calibration", "context", "conversation", "gguf", "grammars", "head-check",
-    "interop-vllm", "long-context", "optimizer", "oracle", "peers", "precision", "regenerate", "roofline",
+    "ablation", "baselines", "batches", "calibration", "context", "conversation", "forwards", "gguf", "grammars",
+    "head-check", "interop-vllm", "long-context", "optimizer", "oracle", "peers", "precision", "regenerate", "roofline",
     "serving-load", "training", "why-it-works",
 )  # fmt: skip
 _JOINED = ("interop-vllm", "regenerate")  # kinds that show several documents in one table

@@ -106,6 +106,7 @@ def _save(result: Calibration, target: Target, out: Path | None) -> Path:
 
 def _forwards_alone(loading: Loading, rounds: int, json_out: str | None) -> None:
     """Measure the time of a target forward by its number of nodes, for drafters without a head."""
+    from haast.bench.report import environment
     from haast.tuning.latency import Latency, keep, measurable, measure_forwards, target_identity
 
     target = loading.load()
@@ -118,7 +119,9 @@ def _forwards_alone(loading: Loading, rounds: int, json_out: str | None) -> None
     for nodes, ms in latency.forward_ms.items():
         print(f"{nodes:>4} nodes {ms:9.2f} ms, v(n) {ms / latency.forward_ms[1]:.2f}", file=out)
     print(f"saved in {path}", file=out)
-    write_json({"forward_ms": latency.forward_ms, "identity": target_identity(target)}, json_out)
+    machine = environment(target, loading.model, None, 0, {"rounds": rounds})
+    found = {"forward_ms": latency.forward_ms, "identity": target_identity(target)}
+    write_json({"kind": "forwards", **found, "environment": machine}, json_out)
 
 
 def plan(

@@ -525,6 +525,7 @@ def test_train_refuses_before_loading(home: Path, tmp_path: Path) -> None:
     refused(haast_run(*model, answers / "run", "--answers", answers), "cannot write")
     refused(haast_run(*model, tmp_path / "run", "--answers", answers, "--views", 0), "views=0")
     refused(haast_run(*model, tmp_path / "run", "--answers", answers, "--start-from", tmp_path / "x"), "no head at")
+    refused(haast_run(*model, tmp_path / "run", "--answers", answers, "--start-from", "default"), "no head is shipped")
 
 
 def test_debug_shows_the_traceback(home: Path) -> None:

@@ -421,6 +421,33 @@ def test_a_tau_of_one_raises_the_alarm_and_the_best_is_kept(
     assert len(kept) == 1
 
 
+def test_a_run_that_starts_from_a_head_never_ends_below_it(
+    target: Target, frozen: TargetWeights, examples: list[Example], tmp_path: Path
+) -> None:
+    def start(taus: Sequence[float]) -> tuple[list[dict[str, Any]], FeatExtrapolator]:
+        measured = iter(taus)
+
+        def measure(head: Any, vocab: Tensor) -> float:
+            if (tau := next(measured, None)) is None:
+                raise KeyboardInterrupt
+            return tau
+
+        first = FeatExtrapolator(head_config(target))
+        weights = {name: tensor.detach() for name, tensor in first.state_dict().items()}
+        config, sizes = small(views=300, evaluate_every=200), head_config(target)
+        more: dict[str, Any] = {"start_from": weights, "evaluate_first": True, "quiet": True}
+        trainer.Trainer(config, sizes, frozen, examples, [], tmp_path, measure, **more).run()
+        return [line for line in curve(tmp_path) if "tau" in line], first
+
+    with pytest.raises(KeyboardInterrupt):
+        start([3.0])  # before the first checkpoint, so the next run begins anew
+    evaluations, first = start([3.0, 1.5, 2.5])
+    assert [(line["step"] > 0, line["tau"]) for line in evaluations] == [(False, 3.0), (True, 1.5), (True, 2.5)]
+    best = torch.load(tmp_path / "best" / "head.pt", weights_only=True)["weights"]
+    for name, tensor in first.state_dict().items():
+        assert torch.allclose(best[name], tensor, atol=1e-6)
+
+
 def test_overfit_self_test_passes_and_fails_on_shuffled_labels(
     target: Target, frozen: TargetWeights, examples: list[Example], tmp_path: Path
 ) -> None:

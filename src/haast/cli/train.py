@@ -32,7 +32,9 @@ def train(
     settings: TrainConfig,
     limit: LimitOption = None,
     resume: Annotated[bool, Option("--resume", help="Resume the run in --out.")] = False,
-    start_from: Annotated[Path | None, Option(metavar="HEAD", help="Start from this head's weights.")] = None,
+    start_from: Annotated[
+        str | None, Option(metavar="HEAD", help="Start from a head's weights: a folder, or 'default'.")
+    ] = None,
     show_data: Annotated[int, Option(metavar="N", help="Print N sequences, supervised tokens in green.")] = 0,
     self_test: Annotated[bool, Option("--self-test", help="Overfit one batch to check the data, then stop.")] = False,
     json_out: JsonOption = None,
@@ -52,6 +54,7 @@ def train(
     check_at_least("show_data", show_data, 0)
     from rich.console import Console
 
+    from haast.drafters.factory import find_head
     from haast.heads.checkpoint import load_head
     from haast.training.dataset import read_inputs
     from haast.training.processes import is_main_process
@@ -59,7 +62,8 @@ def train(
     records, valid_prompts = read_inputs(data, limit)
     main = is_main_process(data, settings, loading.device == "cpu")
     _check_out(out, json_out, main, new_run=not (resume or show_data or self_test))
-    initial = None if start_from is None else load_head(start_from)
+    folder = find_head(start_from, loading.model)
+    initial = None if folder is None else load_head(folder)
     target = loading.load()
     if show_data:
         _show_sequences(target, records, data, show_data)

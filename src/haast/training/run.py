@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -149,6 +150,7 @@ class Run:
             console=console,
             on_cpu=self._target.device.type == "cpu",
             loss=self._loss,
+            evaluate_first=start_from is not None,
         )
         return {**trainer.run(resume), "head": str(out / "best")}
 
@@ -256,12 +258,18 @@ def start_parts(head: Head, sizes: HeadSizes) -> tuple[dict[str, Tensor], Tensor
         )
     existing = asdict(head.module.config) | {"draft_vocab_size": None}  # follows from the vocabulary below
     required = asdict(sizes) | {"draft_vocab_size": None}
-    other = {name: (existing[name], required[name]) for name in existing if existing[name] != required[name]}
+    other = {name: (existing[name], required[name]) for name in existing if _differ(existing[name], required[name])}
     if other:
         raise HeadMismatchError(f"start_from is a head with other settings; (its value, required): {other}")
     uses_vocab = not isinstance(sizes, FeatExtrapolatorConfig) or sizes.markov_rank > 0
     draft_vocab = torch.arange(sizes.vocab_size) if head.draft_vocab is None else head.draft_vocab
     return dict(head.module.state_dict()), draft_vocab if uses_vocab else None
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two settings differ; .gguf files hold floats in 32 bits, other checkpoints the same ones in decimals."""
+    floats = isinstance(one, float) and isinstance(other, float)
+    return not math.isclose(one, other, rel_tol=1e-6) if floats else bool(one != other)
 
 
 def prepare(

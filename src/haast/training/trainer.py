@@ -81,6 +81,7 @@ class Trainer:
         on_cpu: train on the CPU even if accelerate finds an accelerator.
         console: for messages; None is stdout.
         loss: takes the place of the cross-entropy; None is the cross-entropy.
+        evaluate_first: also evaluate the initial weights, so that `best/` is never worse than they are.
 
     Raises:
         ValueError: nothing to train on, sizes that do not match, or a folder that cannot be written.
@@ -104,6 +105,7 @@ class Trainer:
         on_cpu: bool = False,
         console: Console | None = None,
         loss: Loss | None = None,
+        evaluate_first: bool = False,
     ) -> None:
         config = config.with_batch_tokens(head_config.hidden_size)  # so that checkpoints have the number
         self.config, self.out_dir = config, out_dir
@@ -116,6 +118,7 @@ class Trainer:
             checkpoints.write_probe(out_dir)
         self._measure_tau, self._export, self._explain = measure_tau, export, explain
         self._loss_name = None if loss is None else loss.name
+        self._evaluate_first = evaluate_first
         stored = self.train_set[0].topk_ids.shape[1]
         if config.teacher_top > stored:
             raise ValueError(
@@ -166,6 +169,8 @@ class Trainer:
         with self._report.live(self._state.views), interrupt_flag() as interrupted, products:
             batches, start = self._order.batches(self._state.epoch, self._state.place), time.monotonic()
             before = self._state.seconds
+            if self._evaluate_first and not self._state.step:
+                self.evaluate()
             while self._state.views < self.config.views and not self._state.ended:
                 stopped = self._processes.any(interrupted.is_set())
                 if stopped:
@@ -340,7 +345,7 @@ class Trainer:
     def _start_or_resume(self, resume: bool) -> None:
         state = self._checkpoint
         if state is None:
-            self._report.start(0)
+            self._report.start(0, {"lines": 0})  # an evaluation of the initial weights has step 0
             return
         if not resume:
             raise ValueError(f"{self.out_dir} has a training run: resume it, or choose another folder")

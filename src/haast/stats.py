@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 _FIRST_BUCKET = 256  # positions; each further bucket is as long as all before it
 NGRAM, LOOP_SHARE = 8, 0.3  # a text loops if more than 30 % of its 8-grams are repeats
+_LONGEST_PERIOD, _LEAST_REPEATED = 128, 24  # tokens; of a loop at the end of a text
 
 TAU_CONVENTION = (
     "tau = tokens emitted per decoding target forward, the bonus token included; prefill and its one token excluded; "
@@ -133,3 +134,25 @@ def loop_share(tokens: Sequence[int]) -> float:
 def loops(tokens: Sequence[int]) -> bool:
     """Whether a text loops."""
     return loop_share(tokens) > LOOP_SHARE
+
+
+def tail_loops(tokens: Sequence[int]) -> int:
+    """How many of the last tokens repeat those before them: at least 24, and their period at least twice more.
+
+    Periods of up to 128 tokens count. 0 if the text's end does not repeat.
+    """
+    for period in range(1, min(_LONGEST_PERIOD, len(tokens) // 3) + 1):
+        if tokens[-1 - period] == tokens[-1]:
+            repeats = max(2 * period, _LEAST_REPEATED)
+            if repeats + period <= len(tokens) and tokens[-repeats:] == tokens[-repeats - period : -period]:
+                return repeats
+    return 0
+
+
+def loop_start(tokens: Sequence[int]) -> int | None:
+    """The first token of a text that only repeats what is before it in a loop; None if the text does not loop."""
+    for length in range(_LEAST_REPEATED, len(tokens) + 1):
+        repeats = tail_loops(tokens[:length])
+        if repeats:
+            return length - repeats
+    return None

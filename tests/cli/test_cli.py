@@ -251,7 +251,7 @@ def test_chat_refuses_a_dialogue_beyond_the_context(home: Path) -> None:
 
 def test_regenerate_then_train_then_generate(home: Path, tmp_path: Path) -> None:
     model, answers, run = ["--model", home / "model", *EXACT], tmp_path / "answers.jsonl", tmp_path / "run"
-    make = ["regenerate", *model, "--prompts", home / "prompts.jsonl", "--out", answers, "--json", "-"]
+    make = ["regenerate", *model, "--prompts", home / "prompts.jsonl", "--turns", 1, "--out", answers, "--json", "-"]
     assert document(haast_run(*make, "--max-new-tokens", 12))["added"] == 3
     again = haast_run(*make)
     assert document(again)["added"] == 0 and len(list(read_json_lines(answers))) == 3

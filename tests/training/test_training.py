@@ -682,7 +682,7 @@ def test_regeneration_refuses_before_the_model_runs(
         out = tmp_path / "file" / "a.jsonl"
         regenerate.regenerate(target, AnswerRun(tokenizer, prompts(), out, settings(), quiet=True))
     with pytest.raises(ValueError, match="same id"):
-        twice = [*prompts(), *prompts()]
+        twice = [*prompts(), Prompt("p0", ("w9 w9",))]
         regenerate.regenerate(target, AnswerRun(tokenizer, twice, tmp_path / "a.jsonl", settings(), quiet=True))
     with (tmp_path / "a.jsonl").open("ab") as held, pytest.raises(ValueError, match="another run is writing"):
         fcntl.flock(held, fcntl.LOCK_EX)

@@ -165,7 +165,8 @@ def test_another_prompt_of_the_same_id_is_refused(target: Target, tmp_path: Path
     with pytest.raises(ValueError, match=r"'p0' to another prompt.*--out"):
         regenerate(target, AnswerRun(TOKENIZER, other, tmp_path / "a.jsonl", settings(), quiet=True))
     with pytest.raises(ValueError, match="the same id 'p0'"):
-        regenerate(target, AnswerRun(TOKENIZER, other * 2, tmp_path / "b.jsonl", settings(), quiet=True))
+        twice = [*other, Prompt("p0", ("a third",))]
+        regenerate(target, AnswerRun(TOKENIZER, twice, tmp_path / "b.jsonl", settings(), quiet=True))
 
 
 def test_questions_follow_one_another() -> None:

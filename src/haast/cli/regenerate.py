@@ -106,7 +106,8 @@ def regenerate(
 
         seconds = time.monotonic() - start  # loading included
         speed = {"tokens": outcome.tokens, "seconds": seconds, "tokens_per_s": outcome.tokens / seconds}
-        counts: dict[str, Any] = {name: getattr(outcome, name) for name in ("added", "before", "left_out", "failed")}
+        names = ("added", "before", "left_out", "failed", "looped", "duplicates")
+        counts: dict[str, Any] = {name: getattr(outcome, name) for name in names}
         counts |= {"prompts": len(chosen), "answers": str(out), **speed, "peak_rss_mb": peak_rss_mb()}
         write_json({"kind": "regenerate", **counts, "environment": machine()}, json_out)
 
@@ -138,5 +139,9 @@ def _summary(outcome: Outcome, out: Path) -> str:
     if outcome.failed:
         parts.append(f"{outcome.failed} got no answer, the last because: {outcome.last_error}")
     if outcome.left_out:
-        parts.append(f"{outcome.left_out} were left out (too long, or after a turn without an answer)")
+        parts.append(f"{outcome.left_out} were left out (too long, or after a turn without an answer or with a loop)")
+    if outcome.looped:
+        parts.append(f"{outcome.looped} of them were cut where they began to repeat themselves")
+    if outcome.duplicates:
+        parts.append(f"{outcome.duplicates} prompts were left out, since they say nearly the same as another")
     return "; ".join(parts)

@@ -16,7 +16,8 @@ from haast.heads import INPUTS, KINDS
 # of 8).
 _MIN_WARMUP = 100_000
 
-_TEMPERATURE_POSITION = 2**40  # position key, beyond any text, of the random draw that picks an answer's temperature
+# Position keys, beyond any text, of the random draws that pick an answer's temperature and its maximum length.
+_TEMPERATURE_POSITION, _LENGTH_POSITION = 2**40, 2**40 + 1
 
 # Default positions per batch. Muon's cost grows with the cube of the hidden size, a batch's with its square times the
 # positions: with 6 positions per hidden dimension, at most a quarter of a step is spent in Muon (a test checks this).
@@ -47,16 +48,29 @@ def _check(config: RegenerateConfig | TrainConfig, where: str) -> None:
             raise ValueError(f"{each.name}={value} is not allowed in {where}: give a value {allowed}")
 
 
+def _shares(text: str) -> list[tuple[float, float]]:
+    """Pairs of a value and its share, from a text such as 0:0.5,1:0.5."""
+    return [(float(value), float(share)) for value, share in (pair.split(":") for pair in text.split(","))]
+
+
 @dataclass(frozen=True)
 class RegenerateConfig:
     """How the target's answers are generated."""
 
     batch: int = _option(32, "Answers generated at a time.", _ABOVE)
-    max_new_tokens: int = _option(256, "Maximum length of an answer.", _ABOVE)
+    lengths: str = _option("256:0.9,1024:0.1", "Maximum lengths of answers and their shares; each prompt draws one.")
+    max_new_tokens: int | None = _option(None, "One maximum length for all answers, instead of --lengths.", _ABOVE)
     max_prompt_tokens: int = _option(1024, "Longer prompts are left out.", _ABOVE)
     temperatures: str = _option("0:0.5,0.7:0.25,1:0.25", "Temperatures and their shares; each prompt draws one.")
     seed: int = _option(0, "Seed of sampling and of the choice of temperatures.")
-    turns: int = _option(1, "Maximum number of user turns per prompt that are answered.", _ABOVE)
+    turns: int = _option(2, "Maximum number of user turns per prompt that are answered.", _ABOVE)
+    answers: int | None = _option(None, "Number of answers, chosen by --mix; by default all prompts.", _ABOVE)
+    mix: str = _option(
+        "chat:3,coding:3,code:3,math:3,maths:3,extraction:3,multi-turn:3,*:1",
+        "Weights of the prompts' categories; * is any other. 'file' keeps the order of the file.",
+    )
+    near_duplicates: str = _option("drop", "drop or keep prompts that say nearly the same.", ("drop", "keep"))
+    loops: str = _option("cut", "cut ends an answer where it begins to repeat itself; or keep.", ("cut", "keep"))
     thinking: bool | None = _option(None, "The template's enable_thinking (Qwen3); by default the template's choice.")
     shards: Path | None = _option(None, "Also store features in this folder.")  # noqa: RUF009 - a field
     topk: int = _option(16, "Number of the teacher's best tokens stored per position.", _ABOVE)
@@ -66,29 +80,49 @@ class RegenerateConfig:
         _check(self, "regeneration")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} is not allowed: give 0 to 2**63 - 1")
+        self._check_shares("temperatures", "0:0.5,0.7:0.25,1:0.25", "a temperature of 0 or above", 0.0)
+        self._check_shares("lengths", "256:0.9,1024:0.1", "a length of 1 or above", 1.0)
         try:
-            shares = self._shares()
+            weights = self.weights() or {"*": 1.0}
         except ValueError as error:
-            raise ValueError(f"temperatures={self.temperatures!r} is not of the form 0:0.5,0.7:0.25,1:0.25") from error
-        if not all(t >= 0 and math.isfinite(t) and 0 < share < math.inf for t, share in shares):
-            raise ValueError(
-                f"temperatures={self.temperatures!r} is not allowed: give pairs of a temperature of 0 or above and a "
-                f"share above 0"
-            )
+            raise ValueError(f"mix={self.mix!r} is not of the form chat:3,coding:2,*:1, or 'file'") from error
+        if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
+            raise ValueError(f"mix={self.mix!r} is not allowed: give weights of 0 or above, and one above 0")
 
-    def _shares(self) -> list[tuple[float, float]]:
-        pairs = [pair.split(":") for pair in self.temperatures.split(",")]
-        return [(float(temperature), float(share)) for temperature, share in pairs]
+    def _check_shares(self, name: str, form: str, meaning: str, least: float) -> None:
+        """Raise ValueError if the field `name` does not hold pairs of a value and its share."""
+        text = getattr(self, name)
+        try:
+            shares = _shares(text)
+        except ValueError as error:
+            raise ValueError(f"{name}={text!r} is not of the form {form}") from error
+        if not all(value >= least and math.isfinite(value) and 0 < share < math.inf for value, share in shares):
+            raise ValueError(f"{name}={text!r} is not allowed: give pairs of {meaning} and a share above 0")
+
+    def weights(self) -> dict[str, float] | None:
+        """The weight of each category in the mix, `*` included; None keeps the order of the file."""
+        if self.mix == "file":
+            return None
+        pairs = (pair.rpartition(":") for pair in self.mix.split(","))
+        return {"*": 0.0, **{name.strip(): float(weight) for name, _, weight in pairs}}
 
     def temperature(self, index: int) -> float:
         """The temperature of prompt `index`, the same in all its turns."""
+        return self._drawn(self.temperatures, index, _TEMPERATURE_POSITION)
+
+    def length(self, index: int) -> int:
+        """The maximum length of the answers to prompt `index`, in tokens."""
+        return self.max_new_tokens or int(self._drawn(self.lengths, index, _LENGTH_POSITION))
+
+    def _drawn(self, text: str, index: int, position: int) -> float:
+        """The value that prompt `index` draws from pairs of values and shares."""
         from haast.sampling import keyed_uniform  # imports torch, which the CLI must not need to read settings
 
-        shares = self._shares()
-        point = keyed_uniform(self.seed, index, _TEMPERATURE_POSITION) * sum(share for _, share in shares)
-        for temperature, share in shares:
+        shares = _shares(text)
+        point = keyed_uniform(self.seed, index, position) * sum(share for _, share in shares)
+        for value, share in shares:
             if point < share:
-                return temperature
+                return value
             point -= share
         return shares[-1][0]
 

@@ -249,7 +249,7 @@ class _RequestWorkers:
                     messages=messages,
                     temperature=self._run.config.temperature(question.index),
                     top_p=1.0,
-                    max_tokens=self._run.config.max_new_tokens,
+                    max_tokens=self._run.config.length(question.index),
                     seed=question.seed(self._run.config.seed),
                     extra_body=extra,
                 )

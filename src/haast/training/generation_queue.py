@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from haast.progress import Progress
 from haast.prompts import Prompt
 from haast.sampling import keyed_uniform
-from haast.stats import loop_share
+from haast.stats import loop_share, loop_start
 from haast.training.answers import AnswersFile
 from haast.training.chat import check_template, encode_prompt, tokenizer_hash
 from haast.training.checkpoints import write_probe
 from haast.training.config import RegenerateConfig
+from haast.training.mix import select
 
 _SERVER_SEED_POSITION = 2**41  # position key, beyond any text, of the draw that seeds a server's sampling
 POSITIONS_PER_TURN = 2**42  # position keys reserved for each turn
@@ -69,13 +70,21 @@ class Questions:
         prompts: in the same order on every run.
         turns: maximum number of turns per prompt.
         records: existing answers by id. `AnswersFile.records`, which grows.
+        order: indices of the prompts that are asked; None is all of them in their order.
 
     Raises:
         ValueError: two turns have the same id, or an existing answer is for another prompt with the same id.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], turns: int, records: dict[str, dict[str, Any]]) -> None:
-        ids = [turn_id(prompt, turn) for prompt in prompts for turn in range(min(turns, len(prompt.turns)))]
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        turns: int,
+        records: dict[str, dict[str, Any]],
+        order: Sequence[int] | None = None,
+    ) -> None:
+        asked = [(index, prompts[index]) for index in (range(len(prompts)) if order is None else order)]
+        ids = [turn_id(prompt, turn) for _, prompt in asked for turn in range(min(turns, len(prompt.turns)))]
         twice = next((name for name, count in Counter(ids).items() if count > 1), None)
         if twice is not None:
             raise ValueError(
@@ -84,7 +93,7 @@ class Questions:
         self.total = len(ids)
         self.before = sum(name in records for name in ids)
         self._turns, self._records = turns, records
-        firsts = (self._first_unanswered(index, prompt) for index, prompt in enumerate(prompts))
+        firsts = (self._first_unanswered(index, prompt) for index, prompt in asked)
         self._waiting = deque(question for question in firsts if question is not None)
 
     def take(self) -> Question | None:
@@ -98,7 +107,7 @@ class Questions:
             self._waiting.appendleft(following)
 
     def _first_unanswered(self, index: int, prompt: Prompt) -> Question | None:
-        """The prompt's first turn without an answer; None if all have one."""
+        """The prompt's first turn without an answer; None if all have one, or the last answer ended in a loop."""
         history: tuple[str, ...] = ()
         for turn in range(min(self._turns, len(prompt.turns))):
             record = self._records.get(turn_id(prompt, turn))
@@ -109,6 +118,8 @@ class Questions:
                     f"the answers file has an answer {record['id']!r} to another prompt with the same id: give another "
                     f"--out, or prompts with unique ids"
                 )
+            if record.get("looped"):
+                return None
             history = (*history, prompt.turns[turn], str(record.get("response", "")))
         return None
 
@@ -123,10 +134,12 @@ class Outcome:
     failed: int = 0  # refused by a server, or no reply
     last_error: str = ""  # message of the last failure
     tokens: int = 0  # of the answers added
+    looped: int = 0  # added answers that were cut where they began to repeat themselves
+    duplicates: int = 0  # prompts, not counted in `total`, that were left out as near-duplicates
 
     @property
     def left_out(self) -> int:
-        """Turns that are too long, or that follow a turn without an answer."""
+        """Turns that are too long, or that follow a turn without an answer or with a loop."""
         return self.total - self.before - self.added - self.failed
 
 
@@ -158,14 +171,15 @@ class AnswerRun:
         self.tokenizer, self.config, self.name = tokenizer, config, name
         self._prompts, self._path, self.quiet = prompts, out_path, quiet
         self._digest = tokenizer_hash(tokenizer)
-        self.added = 0
+        self.added = self._looped = 0
 
     def __enter__(self) -> AnswerRun:
         write_probe(self._path.parent)
         check_template(self.tokenizer)
         with ExitStack() as stack:
             self._file = stack.enter_context(AnswersFile(self._path, self.name, self._digest))
-            self.questions = Questions(self._prompts, self.config.turns, self._file.records)
+            self._selection = select(self._prompts, self.config)
+            self.questions = Questions(self._prompts, self.config.turns, self._file.records, self._selection.order)
             total, before = self.questions.total, self.questions.before
             progress = Progress("answers", "answers", total, before, rate="tokens", quiet=self.quiet)
             self._progress = stack.enter_context(progress)
@@ -182,7 +196,7 @@ class AnswerRun:
         """
         while (question := self.questions.take()) is not None:
             tokens = encode_prompt(self.tokenizer, question.turns, self.config.thinking)
-            limit = self.config.max_new_tokens
+            limit = self.config.length(question.index)
             if context is not None:
                 limit = min(limit, context - len(tokens))
             if len(tokens) <= self.config.max_prompt_tokens and limit > 0:
@@ -190,8 +204,16 @@ class AnswerRun:
         return None
 
     def keep(self, question: Question, text: str, tokens: list[int], finished: bool, **more: Any) -> None:
-        """Store the answer as a record (format: see `answers`), with the fields of `more` at its end."""
+        """Store the answer as a record (format: see `answers`), with the fields of `more` at its end.
+
+        Unless `config.loops` is "keep", an answer that ends in a loop is stored up to the first repetition.
+        """
         extra, thinking = question.prompt.extra, self.config.thinking
+        start = loop_start(tokens) if self.config.loops == "cut" else None
+        if start is not None:
+            tokens, finished, more = tokens[:start], False, {**more, "looped": True}
+            text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+            self._looped += 1
         record = {
             "id": question.id,
             "model": self.name,
@@ -221,5 +243,6 @@ class AnswerRun:
 
     def outcome(self, failed: int = 0, last_error: str = "") -> Outcome:
         """The counts so far."""
-        questions = self.questions
-        return Outcome(questions.total, questions.before, self.added, failed, last_error, self._progress.counted)
+        questions, dropped = self.questions, (self._looped, self._selection.duplicates)
+        counted = self._progress.counted
+        return Outcome(questions.total, questions.before, self.added, failed, last_error, counted, *dropped)

@@ -11,7 +11,7 @@ otherwise up to floating-point ties).
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 
 from haast.core import Request, SamplingParams, StopParams
@@ -19,6 +19,7 @@ from haast.drafters.base import Drafter
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine.engine import Engine, raise_error
 from haast.sampling import Sampler
+from haast.stats import tail_loops
 from haast.target.target import Target
 from haast.training.checkpoints import write_probe
 from haast.training.data import encode_answers
@@ -69,17 +70,23 @@ def regenerate(target: Target, run: AnswerRun, drafter: Drafter | None = None) -
     return run.outcome()
 
 
+def _loops(tokens: Sequence[int]) -> bool:
+    """Whether an answer may end, since it only repeats itself."""
+    return tail_loops(tokens) > 0
+
+
 def _generate_answers(
     engine: Engine, run: AnswerRun, ends: tuple[int, ...]
 ) -> Generator[tuple[Question, Request], None, None]:
     """Yield finished answers; submit more questions (also later turns) in between. Closing cancels running requests."""
     running, config = list[tuple[Question, Request]](), run.config
+    looping = _loops if config.loops == "cut" else None
     try:
         while True:
             while len(running) < config.batch and (item := run.take(engine.target.context_length)) is not None:
                 question, tokens, limit = item
                 sampling = SamplingParams(temperature=config.temperature(question.index), seed=config.seed)
-                stop, chooser = StopParams(limit, ends), TurnSampler(sampling, question)
+                stop, chooser = StopParams(limit, ends, looping), TurnSampler(sampling, question)
                 request = engine.submit(tokens, sampling, stop, chooser=chooser)
                 running.append((question, request))
             if not running:

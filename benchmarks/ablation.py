@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     base = TrainConfig(
-        optimizer="muon", learning_rate=8e-4, weight_decay=0.1, batch_tokens=3072, evaluate_every=10**9,
+        batch_tokens=3072, alignment_steps=1, feature_noise=0.0, evaluate_every=10**9,
         log_every=10**9, checkpoint_every=10**9,
     )  # fmt: skip
     target = load_target(arguments.model)

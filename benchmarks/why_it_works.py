@@ -136,7 +136,7 @@ def main() -> None:
     examples = examples[: arguments.sequences + 150]
     settings = {"views": arguments.views, "sequences": arguments.sequences}
     base = TrainConfig(
-        views=arguments.views, initialisation="random", optimizer="muon", learning_rate=1e-3, weight_decay=0.1,
+        views=arguments.views, initialisation="random", learning_rate=1e-3, alignment_steps=1, feature_noise=0.0,
         batch_tokens=3072, evaluate_every=10**9, log_every=10**9, checkpoint_every=10**9,
     )  # fmt: skip
     rows = []

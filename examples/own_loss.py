@@ -40,7 +40,7 @@ def main(answers: str, valid: str, out: str, target: Target | None = None, setti
     """Train one head with each loss, on the same answers in the same order, and print what each reached."""
     target = load_target() if target is None else target
     data = TrainingData(answers=Path(answers), valid_prompts=Path(valid))
-    settings = settings or TrainConfig(views=500_000, optimizer="muon", learning_rate=8e-4, weight_decay=0.1)
+    settings = settings or TrainConfig(views=500_000)
     for folder, loss in (("cross-entropy", None), ("smoothed", SmoothedTopK())):
         result = train(target, data, Path(out) / folder, settings, loss=loss)
         print(f"{folder:14} tau {result['tau']:.3f}  {result['head']}")

@@ -111,8 +111,9 @@ def head_config(target: Target) -> FeatExtrapolatorConfig:
 
 def small(**changes: Any) -> TrainConfig:
     base = TrainConfig(
-        views=1500, draft_vocab=48, batch_tokens=60, log_every=100, evaluate_every=700, checkpoint_every=400
-    )
+        views=1500, draft_vocab=48, batch_tokens=60, log_every=100, evaluate_every=700, checkpoint_every=400,
+        optimizer="adamw", feature_noise=0.0, alignment_steps=1,
+    )  # fmt: skip
     return replace(base, **changes)
 
 
@@ -483,7 +484,23 @@ def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="not of the form"):
         RegenerateConfig(temperatures="warm")
     rates = [TrainConfig(views=10**7).learning_rate_at(v * 10**5) for v in range(101)]
-    assert rates[0] < rates[5] == pytest.approx(2e-3) and rates[-1] == pytest.approx(4e-5)
+    assert rates[0] < rates[5] == pytest.approx(8e-4) and rates[-1] == pytest.approx(1.6e-5)
+
+
+def test_the_defaults_are_the_recipe() -> None:
+    """The command of results/time-to-tau.json, without its flags."""
+    names = ("optimizer", "learning_rate", "weight_decay", "alignment_steps", "align_after", "feature_noise")
+
+    def recipe(**changes: Any) -> tuple[Any, ...]:
+        return tuple(getattr(TrainConfig(**changes), name) for name in names)
+
+    assert recipe() == ("muon", 8e-4, 0.1, 2, 0.7, 0.2)
+    assert recipe(head="eagle3") == ("muon", 8e-4, 0.1, 2, 0.7, 0.0)
+    assert recipe(head="medusa") == ("muon", 8e-4, 0.1, 1, 0.0, 0.0)
+    assert recipe(optimizer="adamw")[:3] == recipe(shard=True)[:3] == ("adamw", 2e-3, 0.01)
+    assert recipe(alignment_steps=3)[3:5] == (3, 0.0), "passes that were asked for begin at once"
+    views = [TrainConfig().for_data(576, count).views for count in (1000, 10**6, 10**8)]
+    assert views == [500_000, 6 * 10**6, 50_000_000] and TrainConfig(views=7).for_data(576, 10**6).views == 7
 
 
 def test_sizes_that_differ_are_refused(
@@ -733,9 +750,9 @@ def test_answers_end_at_the_context(target: Target, tokenizer: PreTrainedTokeniz
 
 
 def test_the_batch_follows_the_optimiser_and_the_head() -> None:
-    assert TrainConfig().with_batch_tokens(576).positions == TrainConfig().with_batch_tokens(4096).positions == 1536
-    assert TrainConfig(optimizer="muon").with_batch_tokens(576).positions == 3456
-    assert TrainConfig(optimizer="muon", batch_tokens=3072).with_batch_tokens(576).positions == 3072
+    assert TrainConfig(optimizer="adamw").with_batch_tokens(4096).positions == 1536
+    assert TrainConfig().with_batch_tokens(576).positions == 3456
+    assert TrainConfig(batch_tokens=3072).with_batch_tokens(576).positions == 3072
     with pytest.raises(ValueError, match="batch_tokens=None"):
         TrainConfig().positions  # noqa: B018
     with pytest.raises(ValueError, match="batch_tokens=0"):

@@ -45,7 +45,7 @@ def train(
     tokens: a token that is trained on twice counts twice.
 
     \b
-    haast train --answers answers.jsonl --valid-prompts valid.jsonl --out run/
+    haast train --answers answers.jsonl --out run/
     haast train --shards features/ --views 20000000 --out run/ --resume
     haast train --answers answers.jsonl --show-data 2 --out run/
     """
@@ -71,7 +71,7 @@ def train(
     from haast.training.run import prepare
 
     command = shlex.join(["haast", *sys.argv[1:]])
-    run = prepare(target, loading.model, data, settings, records, limit, initial, command, _report)
+    run = prepare(target, loading.model, data, settings, records, limit, initial, command, _report, out=out)
     if self_test:
         _self_test(run, out, json_out)
         return

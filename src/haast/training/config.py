@@ -19,6 +19,13 @@ _MIN_WARMUP = 100_000
 # Position keys, beyond any text, of the random draws that pick an answer's temperature and its maximum length.
 _TEMPERATURE_POSITION, _LENGTH_POSITION = 2**40, 2**40 + 1
 
+# Default length of a run: six epochs, within bounds. On little data a head needs more epochs to learn anything, and a
+# run of days should be asked for.
+_EPOCHS, _FEWEST_VIEWS, _MOST_VIEWS = 6, 500_000, 50_000_000
+
+# The recipe, by optimiser: (learning rate, weight decay). It is measured in docs/training.md.
+_RATES = {"muon": (8e-4, 0.1), "adamw": (2e-3, 0.01)}
+
 # Default positions per batch. Muon's cost grows with the cube of the hidden size, a batch's with its square times the
 # positions: with 6 positions per hidden dimension, at most a quarter of a step is spent in Muon (a test checks this).
 # A larger batch is not better: fewer steps for the same number of supervised tokens.
@@ -129,9 +136,18 @@ class RegenerateConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a head is trained. `views` is the length of the run: the number of supervised tokens, repeats included."""
+    """How a head is trained. `views` is the length of the run: the number of supervised tokens, repeats included.
 
-    views: int = _option(10_000_000, "Length of the run: number of supervised tokens, repeats included.", _ABOVE)
+    The defaults are the recipe of docs/training.md. Where it depends on other settings the default is None, and the
+    value is there after construction; `views` and `batch_tokens` follow from the data, see `for_data`.
+    """
+
+    views: int = _option(
+        None,
+        f"Length of the run: number of supervised tokens, repeats included; by default {_EPOCHS} epochs, within "
+        f"{_FEWEST_VIEWS / 1e6:g} to {_MOST_VIEWS / 1e6:g} M.",
+        _ABOVE,
+    )
     head: str = _option("feat-extrapolator", "EAGLE-1/2's head, or eagle3, or medusa.", KINDS)
     layers: int = _option(
         1, "Decoder layers of the head, or residual blocks of each Medusa head. Other engines load one.", _ABOVE
@@ -142,15 +158,23 @@ class TrainConfig:
     )
     fc_norm: bool = _option(False, "RMS norm on each captured state before an Eagle3Head's fc (EAGLE-3.1).")
     markov_rank: int = _option(0, "Rank of a previous-token bias on the draft logits; 0 turns it off.", _NOT_NEGATIVE)
-    optimizer: str = _option("adamw", "adamw, or muon: fewer supervised tokens for the same loss.", ("adamw", "muon"))
-    learning_rate: float = _option(2e-3, "Peak learning rate, after the warm-up.", _ABOVE)
+    optimizer: str = _option(
+        None,
+        "muon, or adamw, which needs more supervised tokens for the same loss; by default muon, with --shard adamw.",
+        ("adamw", "muon"),
+    )
+    learning_rate: float = _option(
+        None, "Peak learning rate, after the warm-up; by default 8e-4, with adamw 2e-3.", _ABOVE
+    )
     final_learning_rate: float = _option(
         0.02, "Learning rate at the end of the cosine, as a share of the peak.", _SHARE
     )
     warmup: float = _option(
         0.05, "Share of the run; at least 100,000 supervised tokens or a quarter of it; 0 turns it off.", _BELOW_ONE
     )
-    weight_decay: float = _option(0.01, "Weight decay, decoupled from the gradient.", _NOT_NEGATIVE)
+    weight_decay: float = _option(
+        None, "Weight decay, decoupled from the gradient; by default 0.1, with adamw 0.01.", _NOT_NEGATIVE
+    )
     beta1: float = _option(0.9, "AdamW's beta1.", _BELOW_ONE)
     beta2: float = _option(0.95, "AdamW's beta2.", _BELOW_ONE)
     clip: float = _option(1.0, "Maximum gradient norm.", _ABOVE)
@@ -184,16 +208,25 @@ class TrainConfig:
     )
     output_init: float = _option(0.1, "Scale of fc, o_proj and down_proj in a random initialisation.", _ABOVE)
     feature_noise: float = _option(
-        0.0, "Width of uniform noise on features, in units of each dimension's RMS.", _NOT_NEGATIVE
+        None,
+        "Width of uniform noise on features, in units of each dimension's RMS; by default 0.2 for a FeatExtrapolator.",
+        _NOT_NEGATIVE,
     )
     ema: float = _option(0.0, "Decay of the weight average that is evaluated and exported; 0 is off.", _BELOW_ONE)
     matmul_precision: str = _option(
         "medium", "Precision of fp32 matmuls, as in torch: highest, high or medium.", ("highest", "high", "medium")
     )
     alignment_steps: int = _option(
-        1, "Number of training passes, of which all but the first read the head's own states (HASS).", _ABOVE
+        None,
+        "Number of training passes, of which all but the first read the head's own states (HASS); by default 2, for "
+        "Medusa heads 1.",
+        _ABOVE,
     )
-    align_after: float = _option(0.0, "Share of the run with one pass only, before alignment begins.", _SHARE)
+    align_after: float = _option(
+        None,
+        "Share of the run with one pass only, before alignment begins; by default 0.7, with --alignment-steps 0.",
+        _SHARE,
+    )
     step_decay: float = _option(0.8, "Loss weight of pass s: this value to the power of s.", _ABOVE)
     log_every: int = _option(50_000, "Supervised tokens between log lines.", _ABOVE)
     evaluate_every: int = _option(500_000, "Supervised tokens between evaluations.", _ABOVE)
@@ -203,6 +236,9 @@ class TrainConfig:
     seed: int = _option(0, "Seed of weights, data order and noise.", _NOT_NEGATIVE)
 
     def __post_init__(self) -> None:
+        for name, value in self._recipe().items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         _check(self, "training")
         if self.head != KINDS[0] and not self.ce_weight:
             raise ValueError(f"ce_weight=0 leaves nothing to learn: head={self.head!r} has no feature loss")
@@ -225,6 +261,24 @@ class TrainConfig:
             raise ValueError("fc_norm=True needs head='eagle3': the features of other heads are already normed")
         if not self.ce_weight + self.feature_weight > 0:
             raise ValueError("ce_weight=0 and feature_weight=0 leave nothing to learn: set one of them above 0")
+
+    def _recipe(self) -> dict[str, Any]:
+        """The defaults that depend on other settings."""
+        optimizer = self.optimizer or ("adamw" if self.shard else "muon")
+        rate, decay = _RATES.get(optimizer, _RATES["adamw"])
+        return {
+            "optimizer": optimizer,
+            "learning_rate": rate,
+            "weight_decay": decay,
+            "feature_noise": 0.2 if self.head == KINDS[0] else 0.0,
+            "align_after": 0.7 if self.alignment_steps is None and self.head != "medusa" else 0.0,
+            "alignment_steps": 1 if self.head == "medusa" else 2,
+        }
+
+    def for_data(self, hidden_size: int, supervised: int) -> TrainConfig:
+        """A copy with the defaults of `batch_tokens` and `views`, for a hidden size and the supervised tokens."""
+        views = self.views or min(max(_EPOCHS * supervised, _FEWEST_VIEWS), _MOST_VIEWS)
+        return replace(self.with_batch_tokens(hidden_size), views=views)
 
     def with_batch_tokens(self, hidden_size: int) -> TrainConfig:
         """A copy with the default `batch_tokens` for this hidden size, if none was given."""
@@ -262,8 +316,10 @@ class TrainingData:
     """What a head is trained on, at least one of `answers` and `shards`, and what it is judged by."""
 
     answers: Path | None = _option(None, "Answers, as `haast regenerate` writes them.")  # noqa: RUF009 - a field
-    shards: Path | None = _option(None, "Feature shards; with --answers, only those of these answers are used.")  # noqa: RUF009
-    valid_prompts: Path | None = _option(None, "Prompts for measuring tau; without them tau is not measured.")  # noqa: RUF009
+    shards: Path | None = _option(  # noqa: RUF009 - a field
+        None, "Feature shards; with --answers, only those of these answers. By default in memory, or in OUT/features."
+    )
+    valid_prompts: Path | None = _option(None, "Prompts for measuring tau; by default 2 % of the answers' prompts.")  # noqa: RUF009
     valid_limit: int = _option(12, "Number of validation prompts.")
     valid_tokens: int = _option(64, "New tokens per validation prompt.")
     valid_nodes: int = _option(24, "Tree nodes per step on validation prompts.")

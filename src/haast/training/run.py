@@ -43,7 +43,7 @@ from haast.training.batches import Example
 from haast.training.checkpoints import check_out
 from haast.training.config import TrainConfig, TrainingData
 from haast.training.curves import curves, tensorboard
-from haast.training.dataset import Report, examples_of, read_inputs, warn_of_foreign_answers
+from haast.training.dataset import Report, examples_of, read_inputs, warn_of_foreign_answers, with_shards
 from haast.training.diagnostics import diagnose, overfit_self_test
 from haast.training.initialise import last_layer_weights, why_not_last_layer
 from haast.training.losses import Loss
@@ -83,17 +83,19 @@ class Run:
     ) -> None:
         self._loss = loss
         self._head_config = head_config(settings, target)
-        self._settings = settings.with_batch_tokens(self._head_config.hidden_size)
         self._target, self._name, self._command = target, name, command
         self._records = list(records)
         count = len(examples) if len(examples) >= _HOLD_OUT_EVERY else 0
         held_out = range(0, count, _HOLD_OUT_EVERY)[:_MAX_HELD_OUT]
         self._valid = [examples[i] for i in held_out]
         self._train = [example for i, example in enumerate(examples) if i not in held_out]
+        supervised = sum(len(each.queries()) for each in self._train)
+        self._settings = settings.for_data(self._head_config.hidden_size, supervised)
         self._prompts: list[list[int]] = []
         self._tau: float | None = None
         self._first_acceptance: list[float] = []  # acceptance rate of the first drafted token
         self._tau_conditions = ""
+        self.plan: dict[str, Any] | None = None  # of `make_head`, for the card
 
     def self_test(self, folder: Path) -> float:
         """Overfit one batch; returns the top-1 agreement. Raises ValueError if it stays low."""
@@ -208,6 +210,7 @@ class Run:
             "command": self._command,
             "views": self._settings.views,
             "settings": asdict(self._settings),
+            "plan": self.plan,
             "loss": None if self._loss is None else self._loss.name,
             "sequences": len(self._train),
             "tokens": sum(len(example.tokens) for example in self._train),
@@ -283,8 +286,12 @@ def prepare(
     command: str = "",
     report: Report = _LOG.info,
     loss: Loss | None = None,
+    out: Path | None = None,
 ) -> Run:
-    """Make the examples of a run. `records` are from `dataset.read_inputs`; the other arguments are as for `train`."""
+    """Make the examples of a run. `records` are from `dataset.read_inputs`; the other arguments are as for `train`.
+
+    Without `data.shards`, features that would fill the memory are stored in `out`.
+    """
     if loss is not None and (settings.lk_after < 1 or settings.rejected_weight != 1):
         raise ValueError(
             f"the loss {loss.name!r} takes the place of the cross-entropy, to which lk_after={settings.lk_after} and "
@@ -292,7 +299,9 @@ def prepare(
         )
     if initial is not None:  # check it before the features are extracted
         start_parts(initial, head_config(settings, target))
-    examples, sources = examples_of(target, name, records, data, limit, layer_ids(settings, target), report)
+    layers = layer_ids(settings, target)
+    data = with_shards(target, name, records, data, layers, out, report)
+    examples, sources = examples_of(target, name, records, data, limit, layers, report)
     warn_of_foreign_answers(sources, name, report)
     return Run(target, name, settings, examples, sources, command, loss)
 
@@ -335,5 +344,5 @@ def train(
     check_out(out, not resume, is_main_process(data, settings, on_cpu))
     name = target if isinstance(target, str) else str(target.config.name_or_path)
     loaded = load_target(target) if isinstance(target, str) else target
-    run = prepare(loaded, name, data, settings, records, limit, start_from, "haast.training.train", report, loss)
+    run = prepare(loaded, name, data, settings, records, limit, start_from, "haast.training.train", report, loss, out)
     return run.train(out, prompts, data.valid_tokens, data.valid_nodes, start_from, resume, Console(stderr=True))

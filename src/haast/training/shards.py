@@ -54,6 +54,11 @@ class ShardIdentity:
         digest = "none" if target.tokenizer is None else tokenizer_hash(target.tokenizer)
         return ShardIdentity(name, target.hidden_size, target.vocab_size, topk, digest, tuple(layer_ids))
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes for each position."""
+        return 2 * self.hidden_size * (1 + len(self.layer_ids)) + 6 * self.topk + 5
+
     def metadata(self) -> dict[str, str]:
         """The identity as safetensors metadata."""
         values = {name: str(value) for name, value in asdict(self).items()}
@@ -68,8 +73,7 @@ def check_room(folder: Path, tokens: int, identity: ShardIdentity, max_gb: float
     """
     if max_gb <= 0:
         raise ValueError(f"max_gb={max_gb} is not allowed: give a size above 0")
-    per_token = 2 * identity.hidden_size * (1 + len(identity.layer_ids)) + 6 * identity.topk + 5  # bytes
-    size = tokens * per_token / _GB
+    size = tokens * identity.token_bytes / _GB
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / _GB
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(parent).free / _GB

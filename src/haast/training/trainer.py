@@ -107,9 +107,10 @@ class Trainer:
         loss: Loss | None = None,
         evaluate_first: bool = False,
     ) -> None:
-        config = config.with_batch_tokens(head_config.hidden_size)  # so that checkpoints have the number
-        self.config, self.out_dir = config, out_dir
         self.train_set, self.valid_set = usable(train), usable(valid)
+        # Checkpoints have the numbers.
+        config = config.for_data(head_config.hidden_size, sum(len(each.queries()) for each in self.train_set))
+        self.config, self.out_dir = config, out_dir
         self._order = BatchOrder([e.pairs for e in self.train_set], config.positions, config.seed)
         check_sizes(head_config, target_weights, self.train_set[0])
         self._data = digest([*self.train_set, *self.valid_set])

@@ -100,7 +100,7 @@ valid = OUT / "valid.jsonl"
 valid.write_text("".join(json.dumps({"prompt": each.turns[0]}) + "\n" for each in held_out), encoding="utf-8")
 data = TrainingData(shards=shards, valid_prompts=valid, valid_limit=8)
 every = {"evaluate_every": VIEWS // 4, "log_every": VIEWS // 10}
-settings = TrainConfig(views=VIEWS, optimizer="muon", learning_rate=8e-4, weight_decay=0.1, **every)
+settings = TrainConfig(views=VIEWS, **every)
 result = train(target, data, OUT / "head", settings, resume=any((OUT / "head").glob("state-*.pt")))
 
 # %% [markdown]

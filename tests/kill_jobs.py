@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fakes import tiny_target
+from fakes import tiny_llama, tiny_target
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.prompts import Prompt
+from haast.target.target import Target
+from haast.training import make_head as making
 from haast.training.config import RegenerateConfig, TrainConfig
 from haast.training.data import TokenSequence
 from haast.training.features import stream_examples
 from haast.training.generation_queue import AnswerRun
+from haast.training.make_head import read_plan, settings_of
+from haast.training.plan import Plan
 from haast.training.regenerate import regenerate
 from haast.training.target_weights import TargetWeights
 from haast.training.trainer import Trainer
@@ -65,3 +69,23 @@ def answer(folder: Path, resume: bool, length: int) -> None:
         target,
         AnswerRun(make(tokenizer_object=words), prompts, folder / "answers.jsonl", config, name="tiny", quiet=True),
     )
+
+
+def make_head(folder: Path, resume: bool, views: int) -> None:
+    """Prompts to a head in `folder`; going on is what it does anyhow, so `resume` changes nothing."""
+    torch.set_num_threads(1)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    make: Any = PreTrainedTokenizerFast  # its constructor is untyped
+    model: Any = tiny_llama(VOCAB)
+    target = Target(model.float(), make(tokenizer_object=words))
+    prompts = [
+        Prompt(f"p{i}", (" ".join(f"w{(7 * i + j) % VOCAB}" for j in range(1 + i % 4)),)) for i in range(ANSWERS)
+    ]
+    answering = RegenerateConfig(batch=3, max_new_tokens=20, seed=5)
+    settings = TrainConfig(
+        views=views, draft_vocab=48, batch_tokens=60, log_every=60, evaluate_every=views // 4, checkpoint_every=60
+    )
+    shared = settings_of("tiny", prompts, answering, settings, 3, None)
+    plan = read_plan(folder, shared) or Plan(ANSWERS, 20.0, views, (0.0, 0.0, 0.0))
+    making.make_head(target, "tiny", prompts, folder, plan, shared, answering, settings)

@@ -60,6 +60,7 @@ SHORTER = {
     "verify": "--limit 1 --max-new-tokens 8 --samples 50",
     "bench": "--limit 1 --max-new-tokens 8",
     "regenerate": "--max-new-tokens 40",  # a few tokens are no self-test
+    "make-head": "--views 60 --lengths 40:1 --answers 3",
     "train": "--views 60 --draft-vocab 64 --topk 4 --valid-limit 1 --valid-tokens 8",
 }
 ELSEWHERE = {

@@ -7,7 +7,21 @@ from __future__ import annotations
 
 import typer
 
-from haast.cli import bench, calibrate, conform, generate, heads, info, regenerate, report, serve, trace, train, verify
+from haast.cli import (
+    bench,
+    calibrate,
+    conform,
+    generate,
+    heads,
+    info,
+    make_head,
+    regenerate,
+    report,
+    serve,
+    trace,
+    train,
+    verify,
+)
 from haast.cli.boundary import Boundary
 from haast.cli.settings import expanded
 
@@ -26,6 +40,7 @@ for _command in (
     conform.conform,
     regenerate.regenerate,
     train.train,
+    make_head.make_head,
     heads.import_,
     heads.export,
     heads.check,
@@ -37,7 +52,7 @@ for _command in (
     calibrate.plan,
     info.info,
 ):
-    app.command(_command.__name__.rstrip("_"))(expanded(_command))
+    app.command(_command.__name__.rstrip("_").replace("_", "-"))(expanded(_command))
 
 
 def _version(requested: bool) -> None:

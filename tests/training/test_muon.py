@@ -203,7 +203,9 @@ class Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return found
 
 
-@pytest.mark.parametrize("settings", [{}, {"optimizer": "muon"}, {"optimizer": "muon", "head": "eagle3"}])
+@pytest.mark.parametrize(
+    "settings", [{"optimizer": "adamw"}, {"optimizer": "muon"}, {"optimizer": "muon", "head": "eagle3"}]
+)
 def test_no_step_of_training_computes_in_bf16(settings: dict[str, Any], tmp_path: Path) -> None:
     model: Any = tiny_llama()
     target = Target(model.float())
@@ -314,7 +316,7 @@ def without_data(monkeypatch: pytest.MonkeyPatch, no_autocast: None) -> None:
 
 
 def test_adamw_multiplies_no_matrices(without_data: None) -> None:
-    assert share(TrainConfig(initialisation="random"), 576) == 0
+    assert share(TrainConfig(optimizer="adamw", initialisation="random"), 576) == 0
 
 
 @pytest.mark.parametrize("hidden", [576, 896])
@@ -322,7 +324,7 @@ def test_adamw_multiplies_no_matrices(without_data: None) -> None:
 def test_the_optimiser_takes_a_quarter_of_a_step_at_most(
     kind: str, hidden: int, without_data: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = TrainConfig(head=kind, optimizer="muon", initialisation="random")
+    config = TrainConfig(head=kind, initialisation="random")
     assert config.with_batch_tokens(hidden).batch_tokens == 6 * hidden and 0.1 < share(config, hidden) <= 0.25
     assert share(replace(config, batch_tokens=1536), hidden) > 0.25, "AdamW's batch would be too small"
     monkeypatch.setattr(muon, "_MIN_ASPECT", float("inf"))

@@ -26,7 +26,7 @@ from haast.training.run import head_config, layer_ids
 from haast.training.target_weights import TargetWeights
 from haast.training.trainer import Trainer
 
-_TRIAL_TOKENS, _TRIAL_PROMPTS, _TRIAL_STEPS = 24, 32, 2
+_TRIAL_TOKENS, _TRIAL_PROMPTS, _TRIAL_STEPS = 48, 64, 2
 # An answer ends by itself: of the first 256 tokens that it may have it takes about 0.7, of the others 0.25.
 _SHORT, _OF_SHORT, _OF_LONG = 256, 0.7, 0.25
 _FEWEST_ANSWERS = 100

@@ -139,7 +139,7 @@ MORE: dict[str, dict[str, Any]] = {
     "longcat_flash": {**_LATENT, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
-    "nemotron_h": {"n_groups": 2},
+    "nemotron_h": {"n_groups": 2, "sliding_window": None},  # its masks have no window
     "phi4_multimodal": {
         "vision_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
                           "image_size": 28, "crop_size": 28},

@@ -137,6 +137,7 @@ class Admission:
         if source:
             for each in (cache, *drafter.caches):
                 each.stores.copy_block(source, copy)
+        kv.decoded_from = request.prompt_length
         request.state = RequestState.PREFILLING
         if self._agreement.leads:
             request.draft_state = drafter.begin(request.tokens, kv, reused)

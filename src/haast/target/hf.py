@@ -17,14 +17,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from haast.target import attention
 from haast.target.compiled import layers_of
 from haast.target.device_map import execution_device, layer_devices
 from haast.target.kv_cache import KVCache, cache_name
 from haast.target.kv_pool import KVPool
+from haast.target.mixers import Layout
+from haast.target.recurrent import Recurrence
 from haast.tree import DraftTree
+
+_WINDOWED = ("sliding_attention", "hybrid_sliding")  # kinds of layers with a sliding window
+_MASKS = ("full_attention", "sliding_attention", "linear_attention", "conv")  # names of masks
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,15 @@ class ModuleForward(TreeForward):
         self._softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
         self._cache_name = cache_name(model.forward)
         self.context_length = _context_length(self.config)  # tokens; None if the configuration has none
+        self.recurrence: Recurrence | None = None
+        self._cache_class: type[KVCache] = KVCache
         self.refresh()
+
+    def use_layout(self, layout: Layout) -> None:
+        """Run the recurrent layers of `layout` over trees, and pass the model a cache of the class that it expects."""
+        self.recurrence = Recurrence(self.model, layout)
+        if not issubclass(KVCache, layout.cache_class) and layout.cache_class is not DynamicCache:
+            self._cache_class = type("KVCache", (KVCache, layout.cache_class), {})
 
     def refresh(self) -> None:
         """Read `lm_head`, `dtype` (of activations) and `device` (the LM head's) from the model again.
@@ -102,7 +115,7 @@ class ModuleForward(TreeForward):
         last = tree.live.sum(1) - 1  # (rows,)
         if last_only and self.decoder_gives_features and tree.rows != tree.nodes:
             arguments["logits_to_keep"] = last  # gives each row the logits at all rows' last nodes; it reads its own
-        with self.capture(captured, layers, hidden_layers):
+        with self.capture(captured, layers, hidden_layers), cache.recurring(tree, last_only):
             output = self.model(input_ids=tree.tokens, **arguments, **self.storing(cache))
         features = captured["decoder"] if self.decoder_gives_features else captured["head"]
         device = tree.tokens.device  # modules of a model on several devices return results on their own device
@@ -130,7 +143,9 @@ class ModuleForward(TreeForward):
     def new_cache(self, pool: KVPool, dtype: torch.dtype | None = None) -> KVCache:
         """A KV cache for all layers in `pool`; each layer's keys and values are on the layer's device."""
         devices = layer_devices(self.layers())
-        return KVCache(pool, self.depth, self.device, dtype=dtype, devices=devices)
+        return self._cache_class(
+            pool, self.depth, self.device, dtype=dtype, devices=devices, recurrence=self.recurrence
+        )
 
     def positions(self, tree: DraftTree, cache: KVCache) -> Tensor:
         """Each node's position in its row (rows, nodes): the row's committed length plus the node's depth."""
@@ -145,7 +160,10 @@ class ModuleForward(TreeForward):
         positions = self.positions(tree, cache)
         window = self.window if slots > (self.window or 0) else None
         types = getattr(self.config, "layer_types", None)
-        windows = {kind: window if kind == "sliding_attention" else None for kind in set(types or ())}
+        kinds = set(types or ())
+        if self.recurrence is not None:  # these name their masks otherwise than their layers, if they need several
+            kinds = kinds.union(_MASKS) if not kinds.isdisjoint(_WINDOWED) else set()
+        windows = {kind: window if kind in _WINDOWED else None for kind in kinds}
         lengths = cache.lengths_tensor
         unclamped = lengths.unsqueeze(1) + tree.depths
         mask_arguments = (tree.ancestors, lengths, slots, self.dtype)

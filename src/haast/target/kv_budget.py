@@ -12,6 +12,8 @@ from haast.target.kv_pool import BLOCK
 from haast.target.kv_stores import KV_DTYPES
 
 _RETAIN = 8192  # default number of token slots that are kept as prefixes
+_SNAPSHOTS = 4  # of a recurrent model's budget, one part of so many is for the states that are kept with prefixes
+_LEAST_STATES = 4  # number of states that are kept whatever the budget
 _MOST_TOKENS = 1 << 20  # limit for a pool whose size in tokens is not set
 
 
@@ -54,11 +56,17 @@ class KVBudget:
         """Token slots of finished requests that are kept as prefixes."""
         return _RETAIN if self.retain is None else self.retain
 
-    def slots(self, bytes_per_token: int, device: torch.device) -> int:
-        """Token slots of the pool. Raises KVPoolError if its bytes are too few."""
+    def snapshot_bytes(self, bytes_per_token: int, state_bytes: int, device: torch.device) -> int:
+        """Most bytes of the recurrent states that are kept with prefixes: a quarter of the budget, or a few states."""
+        size = self.size or free_memory(device) // 4 if self.tokens is None else self.tokens * bytes_per_token
+        return max(size // _SNAPSHOTS, _LEAST_STATES * state_bytes)
+
+    def slots(self, bytes_per_token: int, device: torch.device, recurrent: bool = False) -> int:
+        """Token slots of the pool, without the part for recurrent states. Raises KVPoolError if its bytes are too few."""
         if self.tokens is not None:
             return self.tokens
         size = self.size or free_memory(device) // 4
+        size -= size // _SNAPSHOTS if recurrent else 0
         blocks = size // (BLOCK * max(bytes_per_token, 1)) - 1  # one block is for padding
         if blocks < 1:
             raise KVPoolError(

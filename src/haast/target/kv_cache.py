@@ -31,6 +31,8 @@ from haast.device import to_device, without_autograd
 from haast.errors import UnsupportedModelError
 from haast.target.kv_pool import BLOCK, KVPool, Sequence
 from haast.target.kv_stores import FLOATS, KVStores
+from haast.target.recurrent import Recurrence, Run, TextState
+from haast.tree import DraftTree
 
 CACHE_NAMES = ("cache", "past_key_values")  # the argument's name: since transformers 5.24, and before
 
@@ -82,6 +84,7 @@ class KVCache(Cache):
         shift: number of slots between a row's first slot and that of its first entry.
         dtype: of stored values; None is the model's own. Others are converted on writing and reading.
         devices: device of each layer, if they differ.
+        recurrence: the model's recurrent layers, if it has any; their states are the sequences'.
     """
 
     def __init__(
@@ -93,10 +96,16 @@ class KVCache(Cache):
         shift: int = 0,
         dtype: torch.dtype | None = None,
         devices: Rows[torch.device | None] | None = None,
+        recurrence: Recurrence | None = None,
     ) -> None:
-        super().__init__(layers=[_Layer(self) for _ in range(layers)])
+        Cache.__init__(self, layers=[_Layer(self) for _ in range(layers)])  # a subclass may have another base too
         self.pool, self.device, self.shift, self.dtype = pool, device, shift, dtype
-        self.stores = KVStores(pool.slots, layers, dtype, devices)
+        storing = range(layers) if recurrence is None else recurrence.layout.attention_layers
+        devices = None if devices is None else [devices[layer] for layer in storing]
+        self.stores = KVStores(pool.slots, len(storing), dtype, devices)
+        self._recurrence = recurrence
+        self._run: Run | None = None  # the recurrent layers' part of the forward
+        self._path: Tensor | None = None  # of `keep`
         self.sequences: list[Sequence] = []
         self.lengths: list[int] = []  # committed slots per row, counted from its first block
         self._first_blocks: list[int] = []  # per row: index of its first block in the sequence's table
@@ -161,6 +170,7 @@ class KVCache(Cache):
         """
         longest = self.longest
         self._nodes, self.reads = nodes, read or longest + nodes
+        self._run = self._path = None
         each_row = zip(self.sequences, self.lengths, self._first_blocks, strict=True)
         for sequence, length, first in each_row:
             sequence.reserve(first * BLOCK + length + nodes + self.shift)
@@ -248,6 +258,25 @@ class KVCache(Cache):
             )
         return self._flat[device, heads]
 
+    @contextmanager
+    def recurring(self, tree: DraftTree, prompt: bool) -> Iterator[None]:
+        """Run recurrent layers over `tree` inside the block; of a chunk of a `prompt` only the last state is kept."""
+        if self._recurrence is None:
+            yield
+            return
+        begun = []
+        for sequence, length in zip(self.sequences, self.lengths, strict=True):
+            state = sequence.state
+            if (0 if state is None else state.length) != length:
+                raise RuntimeError(f"the recurrent state of a text of {length} tokens is not that after its last one")
+            assert state is None or isinstance(state, TextState), "only this class sets it"
+            begun.append(state)
+        lengths = zip(self.sequences, self.lengths, strict=True)
+        prompts = [tree.nodes if s.decoded_from is None else s.decoded_from - length for s, length in lengths]
+        self._run = self._recurrence.begin(tree, begun, prompts if prompt else None)
+        with self._run.replacing():
+            yield
+
     @without_autograd
     def keep(self, path: Tensor, counts: Tensor) -> None:
         """Move the accepted nodes' keys and values to the next slots of each row; `advance` then commits them.
@@ -258,6 +287,7 @@ class KVCache(Cache):
             path: (rows, n) int64: nodes of the last forward, in path order, ascending.
             counts: (rows,) int64: number of nodes of each path that are kept.
         """
+        self._path = path
         for store in self.stores.tensors:
             on_cpu = store.device.type == "cpu" and path.device.type == "cpu"
             if on_cpu and store.dtype in FLOATS and native.available():
@@ -275,7 +305,16 @@ class KVCache(Cache):
 
     def advance(self, counts: Rows[int]) -> None:
         """Commit `counts` more slots of each row; a target's cache (`shift` 0) also advances the sequences' lengths."""
+        path = None if self._path is None or self._recurrence is None else self._path.tolist()
         for row, count in enumerate(counts):
             self.lengths[row] += count
             if not self.shift:
                 self.sequences[row].length = self.lengths[row]
+            if count and self._recurrence is not None:
+                self._enter_state(row, count - 1 if path is None else path[row][count - 1])
+
+    def _enter_state(self, row: int, node: int) -> None:
+        """Commit the recurrent state after a row's last accepted node."""
+        if self._run is None:
+            raise RuntimeError("a model with recurrent layers needs a forward before positions are committed")
+        self.sequences[row].enter(self._run.state(row, node, self.lengths[row]))

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from haast.errors import KVPoolError
+from haast.target.snapshots import Snapshots, State
 
 BLOCK = 16  # token slots per block
 _GAP = 4  # free blocks before and after a new text, for it to grow contiguously: views are faster than gathers
@@ -58,18 +59,20 @@ class KVPool:
     Args:
         tokens: budget, 1 or more; rounded up to whole blocks.
         retain: token slots of finished requests that are kept as prefixes; None: all of the pool, 0: none.
+        snapshots: of models with recurrent states, which continue a text only where a state was kept.
 
     Raises:
         KVPoolError: a budget below 1, or a negative `retain`.
     """
 
-    def __init__(self, tokens: int, retain: int | None = None) -> None:
+    def __init__(self, tokens: int, retain: int | None = None, snapshots: Snapshots | None = None) -> None:
         if tokens < 1:
             raise KVPoolError(f"a KV pool of {tokens} tokens is not allowed: give 1 or more")
         if retain is not None and retain < 0:
             raise KVPoolError(f"retain={retain} is not allowed: give 0 (keep no prefixes) or more tokens")
         self.blocks = -(-tokens // BLOCK)
         self.retain = self.blocks if retain is None else retain // BLOCK
+        self.snapshots = snapshots
         self._free = bytearray(b"\x00" + b"\x01" * self.blocks)  # [block]: 1 if free
         self.free_blocks = self.blocks
         self._roots: dict[object, _PrefixBlock] = {}  # by the key of the head whose KV is cached too; None: no head
@@ -141,6 +144,8 @@ class KVPool:
         siblings.remove(prefix)
         if not siblings:
             del prefix.parent.children[prefix.tokens[0]]
+        if self.snapshots is not None:
+            self.snapshots.forget(prefix)
         self.free(prefix.block)
 
     def clear(self) -> None:
@@ -155,13 +160,30 @@ class KVPool:
 
     def usable(self, text: Tokens[int], key: object, reach: int | None, headless: bool) -> int:
         """Number of leading tokens of `text` that are cached and can be reused; arguments as for `Sequence.reuse`."""
-        prefixes, complete = self._usable(text, key, reach)
-        return sum(count for _, count in (prefixes if headless else prefixes[:complete]))
+        prefixes, *_ = self._usable(text, key, reach, headless)
+        return sum(count for _, count in prefixes)
 
-    def _usable(self, text: Tokens[int], key: object, reach: int | None) -> tuple[list[tuple[_PrefixBlock, int]], int]:
-        """The cached prefix blocks along `text`, and how many of them have all that a head needs to continue."""
+    def _usable(
+        self, text: Tokens[int], key: object, reach: int | None, headless: bool
+    ) -> tuple[list[tuple[_PrefixBlock, int]], bool, State | None]:
+        """The prefix blocks that can be reused, whether without the head's, and the recurrent state to continue from.
+
+        With recurrent states, the prefix ends one token after the last one that was kept.
+        """
         prefixes = list(self._walk(text, key))
-        return prefixes, _complete_blocks(prefixes, reach)
+        complete = _complete_blocks(prefixes, reach)
+        headless = headless and len(prefixes) > complete
+        if not headless:
+            del prefixes[complete:]
+        if self.snapshots is None:
+            return prefixes, headless, None
+        tokens = sum(count for _, count in prefixes)
+        state = self.snapshots.before([prefix for prefix, _ in prefixes], tokens - 1, BLOCK)
+        used = 0 if state is None else state.length + 1
+        cut = [(prefix, min(count, used - i * BLOCK)) for i, (prefix, count) in enumerate(prefixes) if i * BLOCK < used]
+        if not headless and _complete_blocks(cut, reach) < len(cut):
+            return [], False, None
+        return cut, headless, state
 
     def blocks_of(self, text: Tokens[int], key: object = None) -> list[int]:
         """Cached blocks whose tokens all belong to a prefix of `text`, first to last."""
@@ -203,6 +225,12 @@ class Sequence:
         self._blocks = 0
         self._table: npt.NDArray[np.int32] = np.zeros(8, dtype=np.int32)
         self._shared: list[_PrefixBlock] = []  # the text's blocks that are in the prefix tree, from the first on
+        # Of models with recurrent states: those after `length` tokens (None: zero), before the last step, and on borders
+        # of blocks in the prompt; and the prompt's end (None: all is prompt).
+        self.state: State | None = None
+        self.earlier: State | None = None
+        self._marks: list[State] = []
+        self.decoded_from: int | None = None
 
     @property
     def table(self) -> npt.NDArray[np.int32]:
@@ -230,6 +258,15 @@ class Sequence:
         self._table[self._blocks : needed] = blocks
         self._blocks = needed
 
+    def enter(self, state: State) -> None:
+        """Set the recurrent state after new tokens; those of a prompt on borders of blocks are kept."""
+        self.earlier, self.state = self.state, state
+        snapshots, prompt = self.pool.snapshots, self.decoded_from is None or state.length <= self.decoded_from
+        if prompt and snapshots is not None and state.length % BLOCK == 0:
+            self._marks.append(state)
+            if sum(each.nbytes for each in self._marks) > snapshots.limit:
+                del self._marks[-2::-2]  # every other one, the newest stays
+
     def reuse(
         self, text: Tokens[int], key: object = None, reach: int | None = None, headless: bool = False
     ) -> tuple[int, int, int]:
@@ -247,13 +284,10 @@ class Sequence:
             (filled slots, block to copy from, block to copy to). The blocks are 0, 0 unless the last block is shared
             in part; the caller must copy it before any other allocation.
         """
-        prefixes, complete = self.pool._usable(text, key, reach)
-        self.headless = headless and len(prefixes) > complete
-        if not self.headless:
-            del prefixes[complete:]
+        prefixes, self.headless, self.state = self.pool._usable(text, key, reach, headless)
         reused = max(sum(count for _, count in prefixes) - 1, 0)
         whole, rest = divmod(reused, BLOCK)
-        if self.headless:
+        if self.headless and self.state is None:
             rest = 0
         for prefix, _ in prefixes[:whole]:
             prefix.users += 1
@@ -261,7 +295,7 @@ class Sequence:
         self._shared = [prefix for prefix, _ in prefixes[:whole]]
         self._extend([prefix.block for prefix in self._shared])
         self.length, copied = whole * BLOCK, (0, 0)
-        if rest:
+        if rest or self.state is not None:  # a head also reads the slot after the reused ones
             source = prefixes[whole][0]
             source.users += 1  # so that it is not evicted for its own copy
             idle = source in self.pool._idle
@@ -275,6 +309,9 @@ class Sequence:
             source.users -= 1
             if idle:
                 self.pool._idle[source] = None
+        if self.state is not None and self.length != self.state.length:
+            self.release()  # nor is there a state for the rest
+            self.headless = False
         return (self.length, *copied)
 
     def publish(self, text: Tokens[int], filled: int, key: object = None, head_kv_from: int = 0) -> None:
@@ -285,6 +322,17 @@ class Sequence:
         for number in range(len(self._shared), filled // BLOCK):
             tokens = tuple(text[number * BLOCK : (number + 1) * BLOCK])
             self._publish(tokens, number, key, head_kv_from)
+        self._publish_states(self._marks)
+        self._marks = []
+
+    def _publish_states(self, states: Tokens[State]) -> None:
+        """Keep recurrent states with the text's blocks in the prefix tree, for those that are there."""
+        for state in states:
+            number = (state.length - 1) // BLOCK
+            offset = state.length - number * BLOCK
+            snapshots = self.pool.snapshots
+            if snapshots is not None and number < len(self._shared) and offset <= len(self._shared[number].tokens):
+                snapshots.put(self._shared[number], offset, state)
 
     def _publish(self, tokens: tuple[int, ...], number: int, key: object, head_kv_from: int) -> None:
         root = self.pool._roots.setdefault(key, _PrefixBlock((), 0, None, 0))
@@ -297,6 +345,8 @@ class Sequence:
             siblings.append(prefix)
             for each in siblings[:-1]:
                 if not each.users and prefix.covers(each.tokens, each.head_kv_from):  # e.g. an earlier turn's end
+                    if self.pool.snapshots is not None:
+                        self.pool.snapshots.move(each, prefix)
                     self.pool._drop(each)
         elif head_kv_from < prefix.head_kv_from and not prefix.users:
             self.pool.free(prefix.block)
@@ -314,6 +364,8 @@ class Sequence:
             if rest and number == len(self._shared) and number < self._blocks:
                 tokens = tuple(text[number * BLOCK : filled])
                 self._publish(tokens, number, key, head_kv_from)
+            last = (self.earlier, self.state) if pool.snapshots is not None and pool.snapshots.of_decoded else ()
+            self._publish_states([each for each in last if each is not None and each.length <= filled])
         for number in range(self._blocks - 1, -1, -1):
             prefix = self._shared[number] if number < len(self._shared) else None
             if prefix is None or prefix.block != self._table[number]:
@@ -323,6 +375,7 @@ class Sequence:
                 if not prefix.users:
                     pool._idle[prefix] = None
         self._shared, self._blocks, self.length = [], 0, 0
+        self.state, self.earlier, self._marks = None, None, []
         while len(pool._idle) > pool.retain:
             pool._evict()
 

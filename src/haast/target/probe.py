@@ -25,9 +25,10 @@ from haast.target.fusing import FusedAttention
 from haast.target.hf import ModuleForward, TargetOutput
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import KVPool
+from haast.target.mixers import Layout, find_layout
 from haast.target.packing import exact_products
 from haast.target.precision import quantisation
-from haast.target.support import choose_attention, prepared_inputs
+from haast.target.support import choose_attention, has_recurrent_layers, prepared_inputs
 from haast.tree import DraftTree
 
 # Largest differences by rounding between logits that should be equal, as `Gap` measures them: spread, KL, top. Measured
@@ -66,6 +67,7 @@ class ProbeResult:
     decoder_gives_features: bool  # the decoder's output is what the LM head reads
     logit_scale: float
     kv_bytes_per_token: int = 0  # bytes of one token's keys and values, in the model's own dtypes
+    layout: Layout | None = None  # of a model with recurrent layers
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,10 @@ def probe(forward: ModuleForward) -> ProbeResult:
     Raises UnsupportedModelError: it can't take a tree, keeps state outside the cache, is not causal, its logits differ
     from those of its own forward, or a node's logits differ from those of the node's path alone.
     """
+    layout = None
+    if has_recurrent_layers(forward.model):
+        layout = find_layout(forward.model, _text(forward, 0, 8))
+        forward.use_layout(layout)
     gives_features, size = _use_of_cache(forward)
     forward.decoder_gives_features = gives_features
     # Activations that are rounded to 8 bits would hide a fault: block weights are multiplied exactly here.
@@ -118,7 +124,7 @@ def probe(forward: ModuleForward) -> ProbeResult:
     if faults:
         (kind, _), gap = next(iter(faults.items()))
         raise UnsupportedModelError(_refusal(forward, kind, gap))
-    return ProbeResult(gives_features, logit_scale, size)
+    return ProbeResult(gives_features, logit_scale, size, layout)
 
 
 def _use_of_cache(forward: ModuleForward) -> tuple[bool, int]:
@@ -129,7 +135,7 @@ def _use_of_cache(forward: ModuleForward) -> tuple[bool, int]:
     cache.begin(2)
     name = type(forward.model).__name__
     try:
-        with forward.capture(captured):
+        with forward.capture(captured), cache.recurring(tree, False):
             arguments = forward.arguments(tree, cache)
             forward.model(input_ids=tree.tokens, **arguments, **forward.storing(cache))
     except _FAILURES as error:
@@ -137,9 +143,11 @@ def _use_of_cache(forward: ModuleForward) -> tuple[bool, int]:
             f"{name} can't take a tree: a two-token forward with a 4-D mask, position_ids and Haast's cache "
             f"failed with {_error_text(error)}; {_uneven_heads(forward) or 'use stock generate'}"
         ) from error
-    if len(cache.updated_layers) != forward.depth or "head" not in captured:
+    recurrence = forward.recurrence
+    storing = range(forward.depth) if recurrence is None else recurrence.layout.attention_layers
+    if cache.updated_layers != set(storing) or "head" not in captured:
         raise UnsupportedModelError(
-            f"{name} keeps state outside the KV cache (it stored {len(cache.updated_layers)} of {forward.depth} "
+            f"{name} keeps state outside the KV cache (it stored {len(cache.updated_layers)} of {len(storing)} "
             f"layers there), so rejected tokens can't be removed; use a model whose layers are all attention"
         )
     gives_features = "decoder" in captured and torch.equal(captured["decoder"], captured["head"])
@@ -152,8 +160,10 @@ def _error_text(error: Exception) -> str:
 
 def _uneven_heads(forward: ModuleForward) -> str:
     mesh = mesh_of(forward.model)
+    if mesh is None:
+        return ""
     heads = getattr(forward.config, "num_key_value_heads", None) or forward.config.num_attention_heads
-    if mesh is None or heads % mesh.size() == 0:
+    if heads % mesh.size() == 0:
         return ""
     return f"its {heads} key heads can't be split over {mesh.size()} processes: start a number that divides {heads}"
 
@@ -185,9 +195,7 @@ def _run_trial(forward: ModuleForward, number: int) -> tuple[dict[tuple[str, int
         past = max(1, min(past, forward.context_length - _PATH))
         short_past = min(short_past, past)
     sizes = [past, short_past, _PATH, len(_OFF), len(_OFF), _PATH]
-    begin, count = 100 + number * sum(sizes), sum(sizes)  # the first ids are special tokens in many vocabularies
-    tokens = torch.arange(begin, begin + count, device=forward.device) % int(forward.config.vocab_size)
-    first, second, path, off, others, tail = torch.split(tokens, sizes)
+    first, second, path, off, others, tail = torch.split(_text(forward, number, sum(sizes)), sizes)
     filler = tail[: past - short_past]
 
     rows = torch.stack([first, first, torch.cat([second, filler])])
@@ -215,12 +223,20 @@ def _run_trial(forward: ModuleForward, number: int) -> tuple[dict[tuple[str, int
         "path": (tree.flatten(0, 1), chain.logits.flatten(0, 1)),
         "off": (tree[1], tree[0]),
     }
-    bounds = dict.fromkeys(compared, (forward.dtype, _SAME_SHAPE))
+    # Recurrent layers compute in float32 in part.
+    computed = torch.float32 if forward.recurrence and forward.dtype is torch.float64 else forward.dtype
+    bounds = dict.fromkeys(compared, (computed, _SAME_SHAPE))
     # Quantised layers may compute in 16 bits whatever their input's dtype, and the shapes differ here.
-    bounds["own"] = (forward.dtype if quantisation(forward.model) is None else torch.bfloat16, 1.0)
+    bounds["own"] = (computed if quantisation(forward.model) is None else torch.bfloat16, 1.0)
     all_gaps = {(kind, at): gap for kind, pair in compared.items() for at, gap in enumerate(gaps(*pair))}
     faults = {key: gap for key, gap in all_gaps.items() if not gap.within(*bounds[key[0]])}
     return faults, _logit_scale(forward, chain.features[0], chain.logits[0])
+
+
+def _text(forward: ModuleForward, number: int, count: int) -> Tensor:
+    """The tokens (count,) of trial text `number`. The first ids are special tokens in many vocabularies."""
+    begin = 100 + number * count
+    return torch.arange(begin, begin + count, device=forward.device) % int(forward.config.vocab_size)
 
 
 def _stock(forward: ModuleForward, tokens: Tensor) -> Tensor:
@@ -237,7 +253,8 @@ def _stock(forward: ModuleForward, tokens: Tensor) -> Tensor:
         if not any(isinstance(module, FusedAttention) for module in model.modules()):  # it takes registered ones only
             model.set_attn_implementation("eager")
         prepared = prepared_inputs(model, tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **more)
-        inputs = {name: value for name, value in prepared.items() if value is not None}  # Phi3: None keeps no logits
+        # Some keep the last token's logits only (Bamba), or none if that is None (Phi3).
+        inputs = {name: each for name, each in prepared.items() if each is not None and name != "logits_to_keep"}
         logits: Tensor = model(**inputs).logits.reshape(*tokens.shape, -1)
     except UnsupportedModelError:
         raise

@@ -16,6 +16,14 @@ from haast.target.device_map import check_placement
 from haast.target.kv_cache import CACHE_NAMES
 
 _GATHERABLE = {"full_attention", "sliding_attention"}
+_RECURRENT = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
+_STATELESS = {"moe", "mlp"}  # layers of their own in models with recurrent layers
+
+
+def has_recurrent_layers(model: PreTrainedModel) -> bool:
+    """Whether a model has a recurrent state in addition to or instead of keys and values (Mamba, Qwen3-Next, ...)."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return compat.is_stateful(model) or not _RECURRENT.isdisjoint(kinds)
 
 
 def own_model(model: Any) -> PreTrainedModel:
@@ -39,11 +47,6 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     name, config = type(model).__name__, model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; Haast drafts for decoder-only causal LMs")
-    if compat.is_stateful(model):
-        raise UnsupportedModelError(
-            f"{name} carries a recurrent state (SSM or linear attention): the state of rejected tokens can't be "
-            f"removed, so a tree can't be verified; use an attention-only model"
-        )
     if "local" in (getattr(config, "attention_layers", None) or ()):
         raise UnsupportedModelError(
             f"{name} has local attention layers that measure distance in cache slots, which are not the positions of "
@@ -56,11 +59,12 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
             f"{name} is no single stack of decoder layers: its configuration has no {', '.join(missing)}; use a "
             f"decoder-only causal LM or stock generate"
         )
-    kinds = set(getattr(text, "layer_types", None) or ()) - _GATHERABLE
+    supported = _GATHERABLE | (_RECURRENT | _STATELESS if has_recurrent_layers(model) else set())
+    kinds = set(getattr(text, "layer_types", None) or ()) - supported
     if kinds:
         raise UnsupportedModelError(
             f"{name} has layers of kind {sorted(kinds)}, whose state can't be gathered by tree path; "
-            f"supported kinds are {sorted(_GATHERABLE)}"
+            f"supported kinds are {sorted(supported)}"
         )
     check_placement(model)
     if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]

@@ -34,6 +34,7 @@ from haast.target.packing import PackedLinear
 from haast.target.precision import precision, quantisation, weight_rows
 from haast.target.probe import ProbeResult, probe
 from haast.target.ranks import Ranks
+from haast.target.snapshots import Snapshots
 from haast.target.support import choose_attention, refuse_unsupported
 from haast.tree import DraftTree
 
@@ -68,7 +69,8 @@ class Target:
         probed: `Target.probed` of an earlier Target of the same model object; skips the probe.
 
     Raises:
-        UnsupportedModelError: encoder-decoder, recurrent state, no LM head, or attention that can't take a tree.
+        UnsupportedModelError: encoder-decoder, a recurrent state outside the cache, no LM head, or attention that can't
+            take a tree.
     """
 
     def __init__(
@@ -98,6 +100,8 @@ class Target:
         self._modules = ModuleForward(model)
         mesh = mesh_of(model)
         self.ranks = None if mesh is None else Ranks(mesh)  # the processes that the model is sharded over
+        if probed is not None and probed.layout is not None:
+            self._modules.use_layout(probed.layout)
         self.probed = probe(self._modules) if probed is None else probed
         if self.ranks is not None:  # all use the first process's result: it decides the shapes that they exchange
             gives_features = self.ranks.share([self.probed.decoder_gives_features])[0]
@@ -174,6 +178,11 @@ class Target:
         return "spread over devices (device_map)" if dispatched(self.model) else ""
 
     @property
+    def recurrent(self) -> bool:
+        """Whether the model has recurrent layers: a text can then be taken up only where its state was kept."""
+        return self._modules.recurrence is not None
+
+    @property
     def one_call(self) -> bool:
         """Whether all decoder layers run in one native call."""
         return self._native is not None
@@ -196,6 +205,8 @@ class Target:
             raise ValueError(
                 "packed linear layers run in native code, which can't be compiled: load the model with packing='off'"
             )
+        if self.recurrent:
+            raise ValueError("the layers of a model with recurrent states can't be compiled: use compile='off'")
         if self.spread:
             raise ValueError(f"the layers of a model that is {self.spread} can't be compiled: use compile='off'")
         self._compiled = CompiledLayers(self.device, backend, progress)
@@ -223,7 +234,12 @@ class Target:
         return cache.bind([cache.pool.sequence() for _ in range(rows)])
 
     def _make_cache(self, tokens: int, retain: int) -> KVCache:
-        return self._modules.new_cache(KVPool(tokens, retain), self._budget.dtype)
+        layout = self.probed.layout
+        snapshots = None
+        if layout is not None:
+            limit = self._budget.snapshot_bytes(self.kv_bytes_per_token, layout.nbytes, self.device)
+            snapshots = Snapshots(limit if retain else 0, layout.consistent)
+        return self._modules.new_cache(KVPool(tokens, retain, snapshots), self._budget.dtype)
 
     @property
     def cache(self) -> KVCache:
@@ -231,7 +247,7 @@ class Target:
         if self._cache is None:
             with self.lock:
                 if self._cache is None:
-                    slots = self._budget.slots(self.kv_bytes_per_token, self.device)
+                    slots = self._budget.slots(self.kv_bytes_per_token, self.device, self.recurrent)
                     self._cache = self._make_cache(slots, self._budget.kept)
         return self._cache
 
@@ -263,7 +279,7 @@ class Target:
             if self._cache is not None:
                 raise KVPoolError("the KV pool is in use already: set its budget before the first request")
             self._budget = budget
-            budget.slots(self.kv_bytes_per_token, self.device)
+            budget.slots(self.kv_bytes_per_token, self.device, self.recurrent)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -359,7 +375,7 @@ class Target:
         """
         decoder: Any = self.model.get_decoder()  # type: ignore[no-untyped-call]
         names = {name for name, _ in decoder.named_children()}
-        if names != {"embed_tokens", "layers", "norm", "rotary_emb"}:
+        if self.recurrent or names != {"embed_tokens", "layers", "norm", "rotary_emb"}:
             return False
         stack = NativeStack.of(list(decoder.layers), decoder.norm, decoder.rotary_emb)
         if stack is None:

@@ -157,7 +157,7 @@ MORE: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 5,
               "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"]},
-    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16, "sliding_window": None},
 }  # fmt: skip
 
 

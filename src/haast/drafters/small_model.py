@@ -66,6 +66,11 @@ class SmallModelDrafter(Drafter):
             raise HeadMismatchError(
                 "the small model is sharded over processes, but only one process drafts: load it unsharded"
             )
+        if small.recurrent:
+            raise HeadMismatchError(
+                f"the small model, {type(small.model).__name__}, has recurrent layers, whose states can't go back to the "
+                f"accepted drafts: use a small model with attention layers only"
+            )
         if small.device != target.device:
             raise HeadMismatchError(f"the small model is on {small.device}, the target on {target.device}: move one")
         if small is target:  # needs a second cache: the target's own is bound to the batch that it verifies

@@ -21,6 +21,7 @@ from haast.errors import KVPoolError
 from haast.target.kv_pool import BLOCK, PoolFullError
 from haast.target.target import Target
 
+_LARGE_CHUNK = 6 * BLOCK  # positions of a chunk that is worth another forward for the last few positions
 _MARGIN = 2  # slots after the nodes of a step: the bonus token, and a head's shift
 
 
@@ -164,6 +165,15 @@ class Admission:
             return int(request.kv.length)
         drafter, text = request.drafter, request.tokens[: request.prefill_end]
         return self.target.pool.usable(text, drafter.prefix_key, drafter.reach, drafter.drafting_off)
+
+    def chunk(self, done: int, count: int) -> int:
+        """Size of a prefill chunk of at most `count` positions after `done`.
+
+        Recurrent states can be kept where a chunk ends on a border of blocks, so a large one ends there.
+        """
+        snapshots = self.target.pool.snapshots
+        border = (done + count) // BLOCK * BLOCK - done
+        return border if snapshots is not None and snapshots.limit and border >= _LARGE_CHUNK else count
 
     def reserve_prompt(self, request: Request, count: int) -> bool:
         """Reserve blocks for the next positions of a prompt; if there are none, preempt it and return False."""

@@ -66,7 +66,8 @@ class HeadConfig(HeadSizes):
     @classmethod
     def for_target(cls, config: PretrainedConfig, **more: Any) -> Self:
         """Derive a head's sizes and RoPE from the target's (text) configuration; `more` are the head's own options."""
-        hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+        hidden = int(config.hidden_size)
+        heads = int(getattr(config, "num_attention_heads", None) or max(hidden // 64, 1))
         return cls(
             hidden_size=hidden,
             vocab_size=int(config.vocab_size),

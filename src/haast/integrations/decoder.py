@@ -36,8 +36,8 @@ from haast.integrations import arguments
 from haast.integrations.model_lock import LockedModel, tree_attention
 from haast.integrations.processors import for_rows, refuse_linked
 from haast.integrations.rows import Ends, RowChooser, Rows
-from haast.target.kv_cache import CACHE_NAMES
-from haast.target.support import own_model, refuse_unsupported
+from haast.target.kv_cache import CACHE_NAMES, is_empty
+from haast.target.support import has_recurrent_layers, own_model, refuse_unsupported
 from haast.target.target import Target
 
 
@@ -218,9 +218,11 @@ def _check_call(
     """Raise for unsupported arguments and invalid inputs; returns the number of padding tokens before each row."""
     forward_arguments = dict(model_kwargs)
     for name in CACHE_NAMES:  # an empty cache comes from `generate` itself; the user's cache is in `more`
-        if (cache := forward_arguments.get(name)) is not None and cache.get_seq_length() == 0:
+        if (cache := forward_arguments.get(name)) is not None and is_empty(cache):
             del forward_arguments[name]
     arguments.refuse_settings(config)
+    if config.use_cache is False and has_recurrent_layers(model):
+        raise UnsupportedArgumentError("use_cache=False", "the states of recurrent layers are cached; leave it out")
     arguments.refuse_arguments({**forward_arguments, **more})
     arguments.check_model(model)
     left_padding = arguments.padding(input_ids, forward_arguments)

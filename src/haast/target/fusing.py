@@ -7,6 +7,7 @@ the fused one gives the same results on a random input. Rows stay independent of
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -133,6 +134,8 @@ def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:
     weights = dict(module.named_parameters())
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if list(weights) != ["weight"] or weights["weight"].ndim != 1 or not isinstance(eps, float):
+        return None
+    if len(inspect.signature(module.forward).parameters) != 1:  # it has a gate, as behind linear attention
         return None
     fused = FusedRMSNorm(weights["weight"], eps)
     return fused if _same(module, fused, len(weights["weight"])) else None

@@ -62,7 +62,7 @@ class KVBudget:
         return max(size // _SNAPSHOTS, _LEAST_STATES * state_bytes)
 
     def slots(self, bytes_per_token: int, device: torch.device, recurrent: bool = False) -> int:
-        """Token slots of the pool, without the part for recurrent states. Raises KVPoolError if its bytes are too few."""
+        """Token slots of the pool, apart from snapshots of recurrent states. Raises KVPoolError for too few bytes."""
         if self.tokens is not None:
             return self.tokens
         size = self.size or free_memory(device) // 4

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from haast import native
 from haast.device import to_device, without_autograd
@@ -34,7 +34,8 @@ from haast.target.kv_stores import FLOATS, KVStores
 from haast.target.recurrent import Recurrence, Run, TextState
 from haast.tree import DraftTree
 
-CACHE_NAMES = ("cache", "past_key_values")  # the argument's name: since transformers 5.24, and before
+# The argument's name: since transformers 5.24, before, and in models with nothing but recurrent states.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 def cache_name(forward: Callable[..., Any]) -> str:
@@ -49,6 +50,13 @@ def cache_name(forward: Callable[..., Any]) -> str:
             if name in parameters:
                 return name
     raise TypeError(f"the installed transformers has no cache argument named {' or '.join(CACHE_NAMES)}")
+
+
+def is_empty(cache: Cache) -> bool:
+    """Whether a cache, of any class of transformers, holds nothing of a text yet."""
+    if any(isinstance(layer, CacheLayerMixin) for layer in cache.layers) or not cache.layers:
+        return cache.get_seq_length() == 0
+    return not cache.has_previous_state()  # recurrent layers only
 
 
 class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers leaves it untyped

@@ -225,8 +225,8 @@ class Sequence:
         self._blocks = 0
         self._table: npt.NDArray[np.int32] = np.zeros(8, dtype=np.int32)
         self._shared: list[_PrefixBlock] = []  # the text's blocks that are in the prefix tree, from the first on
-        # Of models with recurrent states: those after `length` tokens (None: zero), before the last step, and on borders
-        # of blocks in the prompt; and the prompt's end (None: all is prompt).
+        # Of models with recurrent states: those after `length` tokens (None: zero), before the last step, and in the
+        # prompt on borders of blocks; and where the prompt ends (None: all is prompt).
         self.state: State | None = None
         self.earlier: State | None = None
         self._marks: list[State] = []

@@ -153,7 +153,7 @@ def load_target(
     target = Target(model, tokenizer)
     if quantised is None and packs:
         _pack(target, "int8" if packing == "int8" else "f16")
-    if compiled:
+    if compiled and (compile == "on" or not target.recurrent):
         target.use_compiled_layers(progress=progress)
     return target
 

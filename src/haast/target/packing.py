@@ -346,6 +346,9 @@ def _rounded(weight: Tensor, form: str) -> Tensor:
     return result
 
 
+_READ_BY_OTHERS = ("dt_proj",)  # small layers of which the model's own code reads the weight (Mamba)
+
+
 def pack_linears(model: nn.Module, *, form: str = "f16", reference: bool = False) -> None:
     """Replace every `nn.Linear` and transformers `Conv1D` of a model by a `PackedLinear`, in place.
 
@@ -369,7 +372,7 @@ def pack_linears(model: nn.Module, *, form: str = "f16", reference: bool = False
             if id(child) in shared:
                 setattr(parent, name, shared[id(child)])
                 continue
-            if not isinstance(child, nn.Linear | Conv1D):
+            if not isinstance(child, nn.Linear | Conv1D) or name in _READ_BY_OTHERS:
                 continue
             packed = _pack_child(f"{parent_name}.{name}".lstrip("."), child, form, reference)
             setattr(parent, name, packed)

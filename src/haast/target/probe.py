@@ -227,7 +227,9 @@ def _run_trial(forward: ModuleForward, number: int) -> tuple[dict[tuple[str, int
     computed = torch.float32 if forward.recurrence and forward.dtype is torch.float64 else forward.dtype
     bounds = dict.fromkeys(compared, (computed, _SAME_SHAPE))
     # Quantised layers may compute in 16 bits whatever their input's dtype, and the shapes differ here.
-    bounds["own"] = (computed if quantisation(forward.model) is None else torch.bfloat16, 1.0)
+    # The same for recurrent layers that compute the text of the model's own forward otherwise than single tokens.
+    alike = forward.recurrence is None or forward.recurrence.layout.consistent
+    bounds["own"] = (computed if alike and quantisation(forward.model) is None else torch.bfloat16, 1.0)
     all_gaps = {(kind, at): gap for kind, pair in compared.items() for at, gap in enumerate(gaps(*pair))}
     faults = {key: gap for key, gap in all_gaps.items() if not gap.within(*bounds[key[0]])}
     return faults, _logit_scale(forward, chain.features[0], chain.logits[0])

@@ -13,7 +13,7 @@ from haast import compat
 from haast.errors import UnsupportedModelError
 from haast.target import attention
 from haast.target.device_map import check_placement
-from haast.target.kv_cache import CACHE_NAMES
+from haast.target.kv_cache import CACHE_NAMES, is_empty
 
 _GATHERABLE = {"full_attention", "sliding_attention"}
 _RECURRENT = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
@@ -90,7 +90,7 @@ def prepared_inputs(model: Any, tokens: Tensor, **more: Any) -> dict[str, Any]:
     changed = {
         "input_ids": ids is None or not torch.equal(ids, tokens),
         "inputs_embeds": prepared.get("inputs_embeds") is not None,
-        **{name: cache is not None and cache.get_seq_length() > 0 for name, cache in caches.items()},
+        **{name: cache is not None and not is_empty(cache) for name, cache in caches.items()},
     }
     for name, different in changed.items():
         if different:

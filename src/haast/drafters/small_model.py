@@ -68,8 +68,8 @@ class SmallModelDrafter(Drafter):
             )
         if small.recurrent:
             raise HeadMismatchError(
-                f"the small model, {type(small.model).__name__}, has recurrent layers, whose states can't go back to the "
-                f"accepted drafts: use a small model with attention layers only"
+                f"the small model, {type(small.model).__name__}, has recurrent layers, whose states can't go back to "
+                f"the accepted drafts: use a small model with attention layers only"
             )
         if small.device != target.device:
             raise HeadMismatchError(f"the small model is on {small.device}, the target on {target.device}: move one")

@@ -79,7 +79,7 @@ class FusedAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor] | None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         cache: Any = None,
@@ -93,7 +93,8 @@ class FusedAttention(nn.Module):
             by_head = qkv.view(rows, nodes, rotated + self.kv_heads, self.head_dim)
             by_head[:, :, : self.heads] = self.q_norm(by_head[:, :, : self.heads])
             by_head[:, :, self.heads : rotated] = self.k_norm(by_head[:, :, self.heads : rotated])
-        native.rotate_(qkv, *position_embeddings, rotated)
+        if position_embeddings is not None:  # Granite's hybrids have none
+            native.rotate_(qkv, *position_embeddings, rotated)
         heads = qkv.view(rows, nodes, rotated + self.kv_heads, self.head_dim).transpose(1, 2)
         query, key, value = heads[:, : self.heads], heads[:, self.heads : rotated], heads[:, rotated:]
         cache = past_key_values if cache is None else cache  # the name depends on the version of transformers

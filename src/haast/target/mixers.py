@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import Cache, DynamicLayer
 
 from haast.errors import UnsupportedModelError
+from haast.target.projections import Ends, SharedEnds, find_ends
 
 Name = tuple[str, int]  # kind of a state ("conv", "recurrent", "linear"), and its number within the layer
 States = dict[Name, Tensor]  # (rows, ...) each; empty: the zero state
@@ -44,6 +45,8 @@ class Mixer:
     Attributes:
         name: of the module within the model.
         layer: index of its layer in the cache.
+        hidden: name of its argument (rows, nodes, width).
+        ends: linear layers that can run for all nodes at once.
         shapes, dtypes: of its states, for one text.
         continues: whether it takes several tokens from a given state; others take several from the zero state only.
         consistent: whether it gives the same for several tokens at once as for one after the other, up to rounding.
@@ -52,6 +55,8 @@ class Mixer:
 
     name: str
     layer: int
+    hidden: str
+    ends: Ends
     shapes: Mapping[Name, torch.Size]
     dtypes: Mapping[Name, torch.dtype]
     continues: bool
@@ -277,30 +282,45 @@ def _measured(found: _Found, cache_class: type[Cache]) -> Mixer:
     """Compare the mixer's output and states for a text in one call, in two calls, and one token after the other."""
     caller = Caller(found.module, found.layer, found.states, cache_class)
     arguments = caller.arguments(found.args, found.kwargs)
-    hidden = next(value for value in arguments.values() if isinstance(value, Tensor) and value.ndim == 3)
+    argument = next(name for name, each in arguments.items() if isinstance(each, Tensor) and each.ndim == 3)
+    hidden = arguments[argument]
     count = hidden.shape[1]
     index = torch.arange(count, device=hidden.device).unsqueeze(0)
 
-    def run(cuts: Sequence[int]) -> tuple[Tensor, ...]:
+    def run(cuts: Sequence[int], shared: SharedEnds | None = None) -> tuple[Tensor, ...]:
         """The last output and the states, of one call per pair of cuts."""
-        output, states = hidden, States()
+        output, states = None, States()
         for begin, end in itertools.pairwise(cuts):
-            whole, states = caller.call(found.module.forward, arguments, (1, count), index[:, begin:end], states)
-            output = next(each for each in (whole if isinstance(whole, tuple) else (whole,)) if each is not None)
-        return (output[:, -1], *states.values())
+            piece = index[:, begin:end]
+            if shared is not None:
+                shared.index = piece
+            output, states = caller.call(found.module.forward, arguments, (1, count), piece, states)
+        output = output if shared is None else shared.finish(output)
+        outputs = output if isinstance(output, tuple) else (output,)
+        return (*(each[:, -1] for each in outputs if isinstance(each, Tensor)), *states.values())
 
     expected = run([0, count])
     try:
         continues = _close(run([0, _BEGUN, count]), expected, hidden.dtype)
     except _FAILURES:
         continues = False
+    steps = [0, *range(_BEGUN, count + 1)]
+    one_by_one = run(steps)
+    ends = find_ends(
+        found.module, hidden, lambda: caller.call(found.module.forward, arguments, (1, count), index, {})[0]
+    )
+    shared = SharedEnds(found.module, ends, hidden)
+    with shared.shared():
+        alike = _close(run(steps, shared), one_by_one, hidden.dtype)
     return Mixer(
         found.name,
         found.layer,
+        argument,
+        ends if alike else Ends({}),
         {name: state.shape[1:] for name, state in found.states.items()},
         {name: state.dtype for name, state in found.states.items()},
         continues,
-        _close(run([0, *range(_BEGUN, count + 1)]), expected, hidden.dtype),
+        _close(one_by_one, expected, hidden.dtype),
     )
 
 

@@ -18,9 +18,8 @@ if the mixer allows it. Padding is left out, so it never enters a state. Knows n
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +29,7 @@ from transformers import PreTrainedModel
 
 from haast.errors import UnsupportedModelError
 from haast.target.mixers import Caller, Layout, States
+from haast.target.projections import SharedEnds, replaced
 from haast.tree import DraftTree
 
 
@@ -119,19 +119,11 @@ class Run:
     @contextmanager
     def replacing(self) -> Iterator[None]:
         """Inside the block, this thread's calls of the mixers run as planned."""
-        before = [vars(caller.module).get("forward") for caller in self._callers]  # accelerate sets one
-        thread = threading.get_ident()
-        try:
+        with ExitStack() as stack:
             for number, caller in enumerate(self._callers):
-                own: Any = caller.module.forward
-                caller.module.forward = functools.partial(self._forward, number, own, thread)
+                planned = functools.partial(self._forward, number, caller.module.forward)
+                stack.enter_context(replaced(caller.module, planned))
             yield
-        finally:
-            for caller, replaced in zip(self._callers, before, strict=True):
-                if replaced is None:
-                    vars(caller.module).pop("forward", None)
-                else:
-                    caller.module.forward = replaced
 
     def state(self, row: int, node: int, length: int) -> TextState:
         """The state of a row after `node`; `length` counts the text's tokens up to it.
@@ -148,18 +140,30 @@ class Run:
         copied = ({name: state[0] if alone else state[index].clone() for name, state in each.items()} for each in kept)
         return TextState(length, tuple(copied))
 
-    def _forward(self, number: int, own: Any, thread: int, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:  # the user may run the same modules in another thread
-            return own(*args, **kwargs)
-        caller, continues = self._callers[number], self._layout.mixers[number].continues
+    def _forward(self, number: int, own: Any, *args: Any, **kwargs: Any) -> Any:
+        mixer, caller = self._layout.mixers[number], self._callers[number]
         arguments = caller.arguments(args, kwargs)
+        if len(self._plan.spans) == 1 and self._size(self._plan.spans[0], number) == self._plan.spans[0].index.shape[1]:
+            return self._call(number, own, arguments, None)
+        ends = SharedEnds(caller.module, mixer.ends, arguments[mixer.hidden])
+        with ends.shared():
+            output = self._call(number, own, arguments, ends)
+        return ends.finish(output)
+
+    def _size(self, span: _Span, number: int) -> int:
+        """Nodes of each text that a mixer computes in one call."""
+        zero = span.before is None and not span.begun
+        return span.index.shape[1] if span.together and (zero or self._layout.mixers[number].continues) else 1
+
+    def _call(self, number: int, own: Any, arguments: dict[str, Any], ends: SharedEnds | None) -> Any:
+        """Call a mixer for span after span; returns its output (rows, nodes, ...), which is zero at dead nodes."""
         whole: Any = None
         for span, states_of_span in zip(self._plan.spans, self._states, strict=True):
-            states, nodes = self._before(span, number), span.index.shape[1]
-            size = nodes if span.together and (continues or not states) else 1
-            for begin in range(0, nodes, size):
-                index = span.index[:, begin : begin + size]
-                output, states = caller.call(own, arguments, self._shape, index, states)
+            states = self._before(span, number)
+            for index in torch.split(span.index, self._size(span, number), dim=1):
+                if ends is not None:
+                    ends.index = index
+                output, states = self._callers[number].call(own, arguments, self._shape, index, states)
                 whole = _put(whole, output, index, self._shape)
             states_of_span[number] = states
         return _viewed(whole, self._shape)

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+import zoo
 from fakes import commit, decode, random_head
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
@@ -203,24 +204,13 @@ def headless() -> PreTrainedModel:
 
 
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
-    "MambaForCausalLM": (tiny("mamba", state_size=4), "recurrent state"),
     "T5ForConditionalGeneration": (tiny_t5, "encoder-decoder"),
     "RecurrentGemmaForCausalLM": (
         tiny("recurrent_gemma", lru_width=32, num_key_value_heads=1, attention_window_size=8),
-        "state",
+        "recurrent state that it does not keep",
     ),
-    "JambaForCausalLM": (
-        tiny("jamba", num_experts=2, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False,
-             mamba_d_state=4),
-        "state",
-    ),
-    "Qwen3NextForCausalLM": (
-        tiny("qwen3_next", head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
-             shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=2,
-             linear_key_head_dim=8, linear_value_head_dim=8,
-             layer_types=["linear_attention", "full_attention"]),
-        "state",
-    ),
+    "RwkvForCausalLM": (lambda: zoo.build("rwkv"), "recurrent state that it does not keep"),
+    "xLSTMForCausalLM": (lambda: zoo.build("xlstm"), "recurrent state that it does not keep"),
     "LlamaModel": (headless, "LM head"),
 }  # fmt: skip
 

@@ -364,8 +364,8 @@ class Sequence:
             if rest and number == len(self._shared) and number < self._blocks:
                 tokens = tuple(text[number * BLOCK : filled])
                 self._publish(tokens, number, key, head_kv_from)
-            last = (self.earlier, self.state) if pool.snapshots is not None and pool.snapshots.of_decoded else ()
-            self._publish_states([each for each in last if each is not None and each.length <= filled])
+            if self.earlier is not None and pool.snapshots is not None and pool.snapshots.of_decoded:
+                self._publish_states([self.earlier])  # a text can't be taken up at its end, whose features are needed
         for number in range(self._blocks - 1, -1, -1):
             prefix = self._shared[number] if number < len(self._shared) else None
             if prefix is None or prefix.block != self._table[number]:

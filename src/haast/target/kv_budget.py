@@ -10,6 +10,8 @@ from haast.device import free_memory
 from haast.errors import KVPoolError
 from haast.target.kv_pool import BLOCK
 from haast.target.kv_stores import KV_DTYPES
+from haast.target.mixers import Layout
+from haast.target.snapshots import Snapshots
 
 _RETAIN = 8192  # default number of token slots that are kept as prefixes
 _SNAPSHOTS = 4  # of a recurrent model's budget, one part of so many is for the states that are kept with prefixes
@@ -56,10 +58,18 @@ class KVBudget:
         """Token slots of finished requests that are kept as prefixes."""
         return _RETAIN if self.retain is None else self.retain
 
-    def snapshot_bytes(self, bytes_per_token: int, state_bytes: int, device: torch.device) -> int:
-        """Most bytes of the recurrent states that are kept with prefixes: a quarter of the budget, or a few states."""
+    def snapshots(
+        self, layout: Layout | None, bytes_per_token: int, device: torch.device, retain: int
+    ) -> Snapshots | None:
+        """Room for the states of a model with recurrent layers: a quarter of the budget, or a few states.
+
+        None for other models. No state is kept if no prefixes are (`retain` 0).
+        """
+        if layout is None:
+            return None
         size = self.size or free_memory(device) // 4 if self.tokens is None else self.tokens * bytes_per_token
-        return max(size // _SNAPSHOTS, _LEAST_STATES * state_bytes)
+        limit = max(size // _SNAPSHOTS, _LEAST_STATES * layout.nbytes) if retain else 0
+        return Snapshots(limit, layout.consistent)
 
     def slots(self, bytes_per_token: int, device: torch.device, recurrent: bool = False) -> int:
         """Token slots of the pool, apart from snapshots of recurrent states. Raises KVPoolError for too few bytes."""

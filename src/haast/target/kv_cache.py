@@ -320,6 +320,7 @@ class KVCache(Cache):
                 self.sequences[row].length = self.lengths[row]
             if count and self._recurrence is not None:
                 self._enter_state(row, count - 1 if path is None else path[row][count - 1])
+        self._run = None  # frees the states of all other nodes
 
     def _enter_state(self, row: int, node: int) -> None:
         """Commit the recurrent state after a row's last accepted node."""

@@ -34,7 +34,6 @@ from haast.target.packing import PackedLinear
 from haast.target.precision import precision, quantisation, weight_rows
 from haast.target.probe import ProbeResult, probe
 from haast.target.ranks import Ranks
-from haast.target.snapshots import Snapshots
 from haast.target.support import choose_attention, refuse_unsupported
 from haast.tree import DraftTree
 
@@ -234,11 +233,7 @@ class Target:
         return cache.bind([cache.pool.sequence() for _ in range(rows)])
 
     def _make_cache(self, tokens: int, retain: int) -> KVCache:
-        layout = self.probed.layout
-        snapshots = None
-        if layout is not None:
-            limit = self._budget.snapshot_bytes(self.kv_bytes_per_token, layout.nbytes, self.device)
-            snapshots = Snapshots(limit if retain else 0, layout.consistent)
+        snapshots = self._budget.snapshots(self.probed.layout, self.kv_bytes_per_token, self.device, retain)
         return self._modules.new_cache(KVPool(tokens, retain, snapshots), self._budget.dtype)
 
     @property

@@ -226,6 +226,7 @@ def test_a_state_of_another_dtype_is_refused() -> None:
     target.forward(tree, cache, last_only=True)
     cache.advance([3])
     state = cache.sequences[0].state
+    assert isinstance(state, recurrent.TextState)
     halved = [{name: each.half() for name, each in states.items()} for states in state.states]
     cache.sequences[0].state = recurrent.TextState(3, tuple(halved))
     with pytest.raises(UnsupportedModelError, match=r"state of .* in torch.float16, and has one of .*torch.float"):
@@ -246,7 +247,9 @@ def test_what_recurrent_layers_do_not_allow() -> None:
 def test_snapshots_stay_within_their_limit() -> None:
     target = hybrid_target(FAST[0])
     target.use_pool(1024)
-    snapshots, each = target.pool.snapshots, target.probed.layout.nbytes
+    snapshots, layout = target.pool.snapshots, target.probed.layout
+    assert snapshots is not None and layout is not None
+    each = layout.nbytes
     assert snapshots.limit == max(1024 * target.kv_bytes_per_token // 4, 4 * each)
     engine = Engine(target, VanillaDrafter(), prefill_chunk=2 * BLOCK)
     for seed in range(16):

@@ -160,8 +160,7 @@ class KVPool:
 
     def usable(self, text: Tokens[int], key: object, reach: int | None, headless: bool) -> int:
         """Number of leading tokens of `text` that are cached and can be reused; arguments as for `Sequence.reuse`."""
-        prefixes, *_ = self._usable(text, key, reach, headless)
-        return sum(count for _, count in prefixes)
+        return sum(count for _, count in self._usable(text, key, reach, headless)[0])
 
     def _usable(
         self, text: Tokens[int], key: object, reach: int | None, headless: bool

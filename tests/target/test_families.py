@@ -205,10 +205,7 @@ def headless() -> PreTrainedModel:
 
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "T5ForConditionalGeneration": (tiny_t5, "encoder-decoder"),
-    "RecurrentGemmaForCausalLM": (
-        tiny("recurrent_gemma", lru_width=32, num_key_value_heads=1, attention_window_size=8),
-        "recurrent state that it does not keep",
-    ),
+    "RecurrentGemmaForCausalLM": (lambda: zoo.build("recurrent_gemma"), "recurrent state that it does not keep"),
     "RwkvForCausalLM": (lambda: zoo.build("rwkv"), "recurrent state that it does not keep"),
     "xLSTMForCausalLM": (lambda: zoo.build("xlstm"), "recurrent state that it does not keep"),
     "LlamaModel": (headless, "LM head"),

@@ -31,6 +31,7 @@ from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.target import mixers, projections
 from haast.target.kv_pool import BLOCK, KVPool
 from haast.target.packing import pack_linears
+from haast.target.recurrent import TextState
 from haast.target.snapshots import Snapshots
 from haast.target.target import Target
 from haast.training.data import TokenSequence
@@ -73,6 +74,26 @@ def test_a_node_is_its_path(kind: str) -> None:
         alone = run(DraftTree.chain(nodes[:, path]))
         assert float((whole.features[:, path] - alone.features).abs().max()) < 1e-5
         assert float((whole.logits[:, path] - alone.logits).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("kind", INCONSISTENT)
+def test_what_was_decoded_is_computed_one_by_one_again(kind: str) -> None:
+    """After a preemption, where a model computes a prompt's tokens otherwise than single ones."""
+    target, text, prompt = hybrid_target(kind), some_text(15), 10
+
+    def state(parts: list[list[int]], decoded_from: int | None = None) -> Tensor:
+        cache = target.new_cache()
+        cache.sequences[0].decoded_from = decoded_from
+        for part in parts:
+            target.forward(DraftTree.chain(torch.tensor([part])), cache, last_only=True)
+            cache.advance([len(part)])
+        kept = cache.sequences[0].state
+        assert isinstance(kept, TextState) and kept.length == len(text)
+        return torch.cat([each.flatten().double() for states in kept.states for each in states.values()])
+
+    decoded = state([text[:prompt], *([token] for token in text[prompt:])])
+    assert float((state([text], decoded_from=prompt) - decoded).abs().max()) < 1e-9
+    assert float((state([text]) - decoded).abs().max()) > 1e-7, "as a prompt it has another state"
 
 
 # ------------------------------------------------------------------ linear layers at the ends
@@ -132,7 +153,7 @@ def test_a_mixer_that_is_of_no_use_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixers, "_LAYER", None)
-    with pytest.raises(UnsupportedModelError, match=r"Lfm2ForCausalLM .* or a newer transformers"):
+    with pytest.raises(UnsupportedModelError, match=r"^Lfm2ForCausalLM .* use transformers 5\.23 or newer"):
         Target(fresh_hybrid("lfm2"))
 
 

@@ -99,7 +99,7 @@ class _LayerStates:
     def read(self, cache: Cache, layer: int) -> States:
         """The states of a layer of `cache`."""
         own: Any = cache.layers[layer] if layer < len(cache.layers) else None
-        if _LAYER is None or not isinstance(own, _LAYER):
+        if not isinstance(own, _LAYER):
             return {}
         kinds = {"conv": own.conv_states, "recurrent": own.recurrent_states}
         return {(kind, i): each for kind, held in kinds.items() for i, each in held.items() if each is not None}
@@ -140,6 +140,11 @@ _OWN_STATES = {"MiniMaxCache": _ListedStates()}  # by the name of a model's own 
 
 def _states_of(cache_class: type[Cache]) -> _LayerStates | _ListedStates:
     return _OWN_STATES.get(cache_class.__name__, _LayerStates())
+
+
+def caches_recurrent_states() -> bool:
+    """Whether the installed transformers keeps recurrent states in the cache of all models."""
+    return _LAYER is not None
 
 
 class Caller:
@@ -221,19 +226,18 @@ def find_layout(model: PreTrainedModel, tokens: Tensor) -> Layout:
     """
     name, text = type(model).__name__, tokens[:_TOKENS].unsqueeze(0)
     found, caches = list[_Found](), list[Cache]()
-    if _LAYER is not None:
-        try:
-            with torch.inference_mode(), _searching(model, found, caches):
-                model(input_ids=text, use_cache=True)
-        except _FAILURES as error:
-            raise UnsupportedModelError(
-                f"{name} can't run a text of {text.shape[1]} tokens by itself: its own forward failed with "
-                f"{type(error).__name__}: {error}; use stock generate"
-            ) from error
+    try:
+        with torch.inference_mode(), _searching(model, found, caches):
+            model(input_ids=text, use_cache=True)
+    except _FAILURES as error:
+        raise UnsupportedModelError(
+            f"{name} can't run a text of {text.shape[1]} tokens by itself: its own forward failed with "
+            f"{type(error).__name__}: {error}; use stock generate"
+        ) from error
     if not found or len({id(each.module) for each in found}) < len(found):
         raise UnsupportedModelError(
             f"{name} carries a recurrent state that it does not keep in transformers' cache, layer by layer, so the "
-            f"state of rejected tokens can't be removed; use another model, or a newer transformers"
+            f"state of rejected tokens can't be removed; use another model, or stock generate"
         )
     mixers = tuple(_measured(each, type(caches[0])) for each in found)
     for mixer in mixers:

@@ -14,6 +14,7 @@ from haast.errors import UnsupportedModelError
 from haast.target import attention
 from haast.target.device_map import check_placement
 from haast.target.kv_cache import CACHE_NAMES, is_empty
+from haast.target.mixers import caches_recurrent_states
 
 _GATHERABLE = {"full_attention", "sliding_attention"}
 _RECURRENT = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
@@ -47,6 +48,11 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     name, config = type(model).__name__, model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; Haast drafts for decoder-only causal LMs")
+    if has_recurrent_layers(model) and not caches_recurrent_states():
+        raise UnsupportedModelError(
+            f"{name} carries a recurrent state, which this transformers keeps in a cache of the model's own, so the "
+            f"state of rejected tokens can't be removed; use transformers 5.23 or newer, or an attention-only model"
+        )
     if "local" in (getattr(config, "attention_layers", None) or ()):
         raise UnsupportedModelError(
             f"{name} has local attention layers that measure distance in cache slots, which are not the positions of "

@@ -257,7 +257,8 @@ class EagleDrafter(Drafter):
             cache, past = self._bound(states)
             # The padding of shorter rows is overwritten by later pairs.
             flight = Flight.chain(past, to_device(torch.tensor(past), paired.device), pairs)
-            output = self._forward.run(cache, self._embedded(paired), self._module.fuse(features), flight)
+            fused = self._module.continued(self._module.fuse(features), [state.extrapolated for state in states])
+            output = self._forward.run(cache, self._embedded(paired), fused, flight)
             for row, (state, count) in enumerate(zip(states, kept, strict=True)):
                 if count:
                     state.observed += count

@@ -29,11 +29,14 @@ from haast.heads.eagle3 import Eagle3Config, Eagle3Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.heads.medusa import MedusaConfig, MedusaHeads
 from haast.heads.module import DraftModule
+from haast.heads.mtp import MtpConfig, MtpHead
+from haast.heads.mtp_chain import MtpChain
 
 _CONFIGS: dict[str, type[HeadSizes]] = {
     "haast-feat-extrapolator-1": FeatExtrapolatorConfig,
     "haast-eagle3-1": Eagle3Config,
     "haast-medusa-1": MedusaConfig,
+    "haast-mtp-1": MtpConfig,
 }
 _SHARD_SIZE = "20MB"  # largest weight file, small enough for code hosts
 _INDEX = "model.safetensors.index.json"
@@ -151,7 +154,9 @@ def build_module(config: HeadSizes, draft_vocab_size: int | None) -> AnyModule:
         return Eagle3Head(config)
     if isinstance(config, MedusaConfig):
         return MedusaHeads(config, draft_vocab_size)
-    assert isinstance(config, FeatExtrapolatorConfig), "there are three kinds"
+    if isinstance(config, MtpConfig):
+        return (MtpHead if config.num_hidden_layers == 1 else MtpChain)(config, draft_vocab_size)
+    assert isinstance(config, FeatExtrapolatorConfig), "there are four kinds"
     return FeatExtrapolator(config, draft_vocab_size)
 
 

@@ -9,7 +9,7 @@ embedding of the following token ────────┘              │
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,13 @@ class DraftModule(nn.Module, ABC):
     @abstractmethod
     def fuse(self, features: Tensor) -> Tensor:
         """The head's states (rows, nodes, hidden) from the target's features (rows, nodes, width)."""
+
+    def continued(self, states: Tensor, before: Sequence[Tensor | None]) -> Tensor:
+        """`fuse`'s states, of a row's pairs after those whose last output is `before` (None: there are none).
+
+        For heads in which a pair also reads the outputs of the pair before it.
+        """
+        return states
 
     def masked(self) -> tuple[int, Tensor] | None:
         """Mask token and its state (1, 1, hidden), of a head that drafts all depths in one pass; else None."""

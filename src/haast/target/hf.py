@@ -19,12 +19,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from haast.errors import UnsupportedModelError
 from haast.target import attention
 from haast.target.compiled import layers_of
 from haast.target.device_map import execution_device, layer_devices
 from haast.target.kv_cache import KVCache, cache_name
 from haast.target.kv_pool import KVPool
 from haast.tree import DraftTree
+
+BEFORE_NORM = -1  # among `hidden_layers`: the output of the last layer, before the final norm; no index of transformers
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class ModuleForward(TreeForward):
         captured: dict[str | int, Tensor] = {}
         arguments = self.arguments(tree, cache)
         layers = self.layers() if self.decoder_gives_features else None
-        arguments["output_hidden_states"] = bool(hidden_layers) and layers is None
+        arguments["output_hidden_states"] = layers is None and any(index != BEFORE_NORM for index in hidden_layers)
         last = tree.live.sum(1) - 1  # (rows,)
         if last_only and self.decoder_gives_features and tree.rows != tree.nodes:
             arguments["logits_to_keep"] = last  # gives each row the logits at all rows' last nodes; it reads its own
@@ -111,7 +114,8 @@ class ModuleForward(TreeForward):
             rows = torch.arange(tree.rows, device=device)
             kept = "logits_to_keep" in arguments and logits.shape[1] == tree.rows  # some models ignore it
             logits = logits[rows, rows if kept else last].unsqueeze(1)
-        states = output.hidden_states if layers is None else {**captured, self.depth: features}
+        indexed = dict(enumerate(output.hidden_states or ())) if layers is None else {self.depth: features}
+        states = {**indexed, **captured}
         hidden = {index: states[index].to(device) for index in hidden_layers}
         return TargetOutput(features.to(device), logits, hidden)
 
@@ -126,6 +130,15 @@ class ModuleForward(TreeForward):
         """The decoder layers; None if they can't be identified among the decoder's modules."""
         decoder: nn.Module = self.model.get_decoder()  # type: ignore[no-untyped-call]
         return layers_of(decoder, self.depth)
+
+    def _last_layer(self) -> nn.Module:
+        layers = self.layers()
+        if layers is None:
+            raise UnsupportedModelError(
+                f"the decoder layers of {type(self.model).__name__} can't be identified, so the state before its final "
+                f"norm can't be read: use a head that reads the one after it"
+            )
+        return layers[-1]
 
     def new_cache(self, pool: KVPool, dtype: torch.dtype | None = None) -> KVCache:
         """A KV cache for all layers in `pool`; each layer's keys and values are on the layer's device."""
@@ -169,6 +182,8 @@ class ModuleForward(TreeForward):
     ) -> Iterator[None]:
         """Capture the LM head's input ("head"), the decoder's output ("decoder") and, by index, inputs of `layers`.
 
+        Raises UnsupportedModelError for BEFORE_NORM if the decoder layers can't be identified.
+
         transformers can collect hidden states too, but by permanent hooks inside the layers, which break compilation.
         """
         this_thread = threading.get_ident()
@@ -179,6 +194,9 @@ class ModuleForward(TreeForward):
 
         def before_layer(index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             note(index, args[0] if args else kwargs["hidden_states"])
+
+        def after_last(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            note(BEFORE_NORM, output[0] if isinstance(output, tuple) else output)
 
         def before_head(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             note("head", inputs[0])
@@ -191,6 +209,8 @@ class ModuleForward(TreeForward):
             self.lm_head.register_forward_pre_hook(before_head),
             decoder.register_forward_hook(after_decoder),
         ]
+        if BEFORE_NORM in hidden_layers:
+            hooks.append(self._last_layer().register_forward_hook(after_last))
         for index, layer in enumerate(layers or ()):  # the states after the last layer are the features
             if index in hidden_layers:
                 before = functools.partial(before_layer, index)

@@ -25,7 +25,7 @@ from haast.errors import HeadMismatchError, KVPoolError
 from haast.target.compiled import CompiledLayers, Progress
 from haast.target.device_map import dispatched, mesh_of, read_weight, sharded, unsharded_copy
 from haast.target.faster import CompiledForward, NativeForward
-from haast.target.hf import ModuleForward, TargetOutput, TreeForward
+from haast.target.hf import BEFORE_NORM, ModuleForward, TargetOutput, TreeForward
 from haast.target.kv_budget import KVBudget
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import BLOCK, KVPool
@@ -294,7 +294,8 @@ class Target:
             tree: (rows, nodes); positions are the row's committed length plus the node's depth.
             cache: of this target, bound to the same number of rows. `KVCache.keep` and `advance` commit nodes.
             last_only: logits of each row's last live node only (prefill), as (rows, 1, vocab).
-            hidden_layers: HF `hidden_states` indices to return in addition (0 is the embedding's output).
+            hidden_layers: HF `hidden_states` indices to return in addition (0 is the embedding's output), and
+                `haast.target.hf.BEFORE_NORM`.
 
         Raises:
             ValueError: the tree and the cache differ in rows, or a layer index does not exist.
@@ -303,7 +304,7 @@ class Target:
         if tree.rows != cache.rows:
             raise ValueError(f"the tree has {tree.rows} rows, the cache {cache.rows}: they must be equal")
         for index in hidden_layers:
-            if not 0 <= index <= self.layers:
+            if not 0 <= index <= self.layers and index != BEFORE_NORM:
                 raise ValueError(f"hidden layer {index} does not exist: this target has 0 to {self.layers}")
         cache.begin(tree.nodes)
         for faster in self._faster_forwards():

@@ -24,20 +24,27 @@ from transformers import (
 )
 
 VOCAB = 32
-_SIZES = {
+_SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.4, "bos_token_id": None,
     "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
-_EXPERTS = {
+_EXPERTS: dict[str, Any] = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1,
     "first_k_dense_replace": 1,
 }  # fmt: skip
-_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+_LATENT: dict[str, Any] = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+}
+_DIM: dict[str, Any] = {"head_dim": 8}
 CONFIGS: dict[str, PretrainedConfig] = {
-    "Qwen": Qwen3Config(**_SIZES, head_dim=8),
+    "Qwen": Qwen3Config(**_SIZES, **_DIM),
     "DeepSeek": DeepseekV3Config(**{**_SIZES, "num_key_value_heads": 4}, **_EXPERTS, **_LATENT),
-    "GLM": Glm4MoeConfig(**_SIZES, **_EXPERTS, head_dim=8),
+    "GLM": Glm4MoeConfig(**_SIZES, **_EXPERTS, **_DIM),
     "MiMo": Qwen2Config(**_SIZES),
 }
 # The names of each part in a checkpoint, with the number of the head's layer alone or after the target's.
@@ -64,7 +71,7 @@ def tiny_model(producer: str, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     config: Any = copy.deepcopy(CONFIGS[producer])
     config._experts_implementation = "eager"  # grouped products know no fp64
-    model: Any = AutoModelForCausalLM.from_config(config)
+    model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data = 1 + 0.3 * torch.randn_like(parameter)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from fakes import decode, vanilla
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm, DeepseekV3TopkRouter
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRMSNorm, Glm4MoeTopkRouter
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
@@ -25,7 +24,10 @@ from haast.drafters.tree_shape import DraftShape
 from haast.formats.opened import OpenedHead, open_head
 from haast.target.target import Target
 
-PRODUCERS = ("Qwen", "DeepSeek", "GLM", "MiMo")
+FORMS = [  # producers, and the number of layers
+    *(("Qwen", 1), ("DeepSeek", 1), ("GLM", 2), ("MiMo", 1)),
+    *(pytest.param(each, marks=pytest.mark.slow) for each in (("GLM", 1), ("DeepSeek", 2), ("MiMo", 3))),
+]
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 DEPTH = 4
 Proposal = tuple[list[int], Any, list[Tensor]]  # tokens known, tree, and the logits of each level
@@ -36,8 +38,9 @@ def in_fp64() -> Iterator[None]:
     """Transformers' norms and routers compute in fp32, in which the last bit of an fp64 value can become a 1e-7."""
 
     def forward(self: Any, states: Tensor) -> Tensor:
-        scaled: Tensor = states * (states.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
-        return scaled * self.weight
+        scale = (states.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+        normed: Tensor = states * scale * self.weight
+        return normed
 
     def routed(self: Any, states: Tensor, forward: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
@@ -52,17 +55,13 @@ def in_fp64() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=[*((each, 1) for each in PRODUCERS), ("GLM", 2), ("MiMo", 3)], ids=str)
+@pytest.fixture(scope="module", params=FORMS, ids=str)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A target, its plain MTP head of some depths, and the folder of its checkpoint."""
     producer, depths = request.param
-    return written(producer, tmp_path_factory.mktemp(producer), depths)
-
-
-def written(producer: str, folder: Path, depths: int = 1) -> tuple[PreTrainedModel, mtp.PlainMtp, Path]:
     model = mtp.tiny_model(producer)
     plain = mtp.PlainMtp(model, producer, depths)
-    return model, plain, mtp.write_checkpoint(folder, model, plain)
+    return Target(model), plain, mtp.write_checkpoint(tmp_path_factory.mktemp(producer), model, plain)
 
 
 def drafter_of(target: Target, folder: Path, shape: DraftShape) -> EagleDrafter:
@@ -94,26 +93,75 @@ def spied(drafter: EagleDrafter) -> list[Proposal]:
             levels.append(children(states))
             return levels[-1]
 
-    drafter.observe, drafter.propose, drafter._lm_head = observing, proposing, Recorded()  # type: ignore[method-assign]
+    drafter.observe, drafter.propose, drafter._lm_head = observing, proposing, Recorded()  # type: ignore[method-assign, assignment]
     return proposals
 
 
-def features_of(model: PreTrainedModel, tokens: list[int]) -> Tensor:
+def features_of(target: Target, tokens: list[int]) -> Tensor:
     with torch.no_grad():
-        return model(torch.tensor([tokens]), output_hidden_states=True).hidden_states[-1][0]  # type: ignore[no-any-return]
+        return target.model(torch.tensor([tokens]), output_hidden_states=True).hidden_states[-1][0]  # type: ignore[no-any-return]
 
 
 def test_a_chain_of_four_has_the_logits_of_the_plain_forward(checkpoint: Any) -> None:
-    model, plain, folder = checkpoint
-    target = Target(model)
+    target, plain, folder = checkpoint
     drafter = drafter_of(target, folder, DraftShape("chain", depth=DEPTH))
     proposals = spied(drafter)
-    assert decode(target, drafter, [PROMPT], 16) == vanilla(target, [PROMPT], 16)
+    assert decode(target, drafter, [PROMPT], 10) == vanilla(target, [PROMPT], 10)
     assert len(proposals) > 3
     for known, tree, levels in proposals:
+        features, path = features_of(target, known)[:-1], tree.tokens[0, 1:].tolist()
         assert len(levels) == DEPTH
-        features = features_of(model, known)[:-1]
         for depth, logits in enumerate(levels):
-            path = tree.tokens[0, 1 : 1 + depth].tolist()
-            expected = plain.logits(features, known, path)
+            expected = plain.logits(features, known, path[:depth])
             torch.testing.assert_close(logits[0, 0], expected, rtol=0, atol=1e-9)
+    plain.norm_output = not plain.norm_output  # the control: another convention shows from the second depth on
+    other = [plain.logits(features, known, path[:depth]) for depth in range(DEPTH)]
+    plain.norm_output = not plain.norm_output
+    apart = [float((logits[0, 0] - each).abs().max()) for logits, each in zip(levels, other, strict=True)]
+    assert min(apart[1:]) > 1e-3
+
+
+def plain_tree(plain: mtp.PlainMtp, features: Tensor, known: list[int], shape: DraftShape) -> set[tuple[int, ...]]:
+    """The paths of EAGLE-2's tree: the best candidates below the best of each level, by probability of the path."""
+    frontier: dict[tuple[int, ...], float] = {(): 0.0}
+    candidates: dict[tuple[int, ...], float] = {}
+    for _ in range(shape.depth):
+        level: dict[tuple[int, ...], float] = {}
+        for path, score in frontier.items():
+            best = plain.logits(features, known, path).log_softmax(-1).topk(shape.top_k)
+            level |= {(*path, t): score + p for p, t in zip(best.values.tolist(), best.indices.tolist(), strict=True)}
+        candidates |= level
+        frontier = dict(sorted(level.items(), key=lambda each: -each[1])[: shape.width])
+    return set(sorted(candidates, key=lambda path: -candidates[path])[: shape.nodes - 1])
+
+
+def paths_of(tree: Any) -> set[tuple[int, ...]]:
+    tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
+    paths: list[tuple[int, ...]] = [()]
+    for token, parent in zip(tokens[1:], parents[1:], strict=True):
+        paths.append((*paths[parent], token))
+    return set(paths[1:])
+
+
+def test_trees_are_those_of_the_plain_forward(checkpoint: Any) -> None:
+    target, plain, folder = checkpoint
+    shape = DraftShape(nodes=10, depth=DEPTH, top_k=3, width=2)
+    drafter = drafter_of(target, folder, shape)
+    proposals = spied(drafter)
+    decode(target, drafter, [PROMPT], 5)
+    assert len(proposals) > 1
+    for known, tree, _ in proposals:
+        assert paths_of(tree) == plain_tree(plain, features_of(target, known)[:-1], known, shape)
+
+
+def test_text_is_vanillas_greedy_and_sampled_in_a_batch_with_early_ends(checkpoint: Any) -> None:
+    target, _, folder = checkpoint
+    drafter = drafter_of(target, folder, DraftShape(nodes=8, depth=3, top_k=3, width=3))
+    prompts = [PROMPT, [7, 7, 2], [30, 1, 30, 1, 30, 2]]
+    sampled = [SamplingParams(temperature=1.0, top_p=0.9, seed=seed) for seed in range(3)]
+    for sampling in (None, sampled):
+        expected = vanilla(target, prompts, 9, sampling)
+        assert decode(target, drafter, prompts, 9, sampling) == expected
+        end = expected[1][4]
+        ended = [text[: text.index(end) + 1] if end in text else text for text in expected]
+        assert decode(target, drafter, prompts, 9, sampling, eos=(end,)) == ended

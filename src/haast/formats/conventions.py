@@ -41,7 +41,7 @@ def mtp_conventions(config: MtpConfig) -> list[Question]:
     return [
         Question.of("state read", "reads_normed", [(read[on], on) for on in (first, not first)]),
         Question("embedding and state", (Option("the producer's order", lambda reading: reading), swapped)),
-        *([_fed_back(config)] if config.last_norm else []),
+        _fed_back(config),
     ]
 
 

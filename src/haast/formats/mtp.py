@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -148,7 +148,6 @@ class Mtp(Format):
         options = {
             "own_lm_head": "lm_head.weight" in files.tensors,
             "own_embedding": "embed_tokens.weight" in files.tensors,
-            "last_norm": "norms.0.weight" in files.tensors,
             "norm_output": _by_name(files).norm_output,
         }
         try:
@@ -161,11 +160,10 @@ class Mtp(Format):
         names, hidden = Names(files, dict(files.tensors), {}), config.hidden_size
         _check_base_norm(files, names.remaining.pop(_BASE, None), facts)
         for number in range(config.num_hidden_layers):
-            parts = {f"inputs.{number}.enorm": (hidden,), f"inputs.{number}.hnorm": (hidden,)}
-            parts |= {f"inputs.{number}.eh_proj": (hidden, 2 * hidden)}
-            parts |= {f"norms.{number}": (hidden,)} if config.last_norm else {}
-            for part, shape in parts.items():
-                names.take(f"{part}.weight", f"{part}.weight", shape)
+            projection = f"inputs.{number}.eh_proj.weight"
+            names.take(projection, projection, (hidden, 2 * hidden))
+            for norm in (f"inputs.{number}.enorm", f"inputs.{number}.hnorm", f"norms.{number}"):
+                names.take(f"{norm}.weight", f"{norm}.weight", (hidden,))
         if config.own_lm_head:
             names.pad("lm_head.weight", config.vocab_size)
             names.take("lm_head.weight", "lm_head.weight", (config.vocab_size, hidden))
@@ -221,7 +219,7 @@ def mtp_folder(model: str | None) -> Path:
     """
     if model is None:
         raise HeadMismatchError(
-            "head='mtp' is the one in the model's own checkpoint, but the model has no name: give the checkpoint's folder"
+            "head='mtp' is the one in the model's own checkpoint, but the model has no name: give its folder as head"
         )
     source = resolve(model)
     if source.gguf is not None:

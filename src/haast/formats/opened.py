@@ -218,8 +218,8 @@ def facts_of(target: Target) -> TargetFacts:
         if torch.allclose(embedded, ratio * rows, rtol=1e-2, atol=1e-6) and abs(ratio - 1) > 1e-2:
             scale = ratio
     decoder: nn.Module = target.model.get_decoder()  # type: ignore[no-untyped-call]
-    norm = dict(decoder.named_children()).get("norm")
-    return TargetFacts(target.config, scale, None if norm is None else read_weight(norm, "weight"))
+    last = dict(decoder.named_children()).get("norm")
+    return TargetFacts(target.config, scale, None if last is None else read_weight(last, "weight"))
 
 
 def embedding_of(target: Target) -> Tensor:

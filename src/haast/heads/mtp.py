@@ -40,13 +40,11 @@ class MtpConfig(HeadConfig):
     Attributes:
         layer: transformers configuration of the layers, see `haast.heads.stock.layer_document`.
         reads_normed: it reads the target's state after the final norm (the feature), not the one before it.
-        last_norm: a norm on states before the LM head.
         own_lm_head: it has its own LM head instead of using the target's.
     """
 
     layer: dict[str, Any] = field(default_factory=dict)
     reads_normed: bool = True
-    last_norm: bool = True
     own_lm_head: bool = False
 
     def __post_init__(self) -> None:
@@ -87,7 +85,7 @@ class _Fuse(nn.Module):
 class MtpHead(DraftModule):
     """See the module docstring.
 
-    Tensor names: `inputs.N.{enorm,hnorm,eh_proj}`, `layers.N.*` as in the target's layers, `norms.N` with `last_norm`,
+    Tensor names: `inputs.N.{enorm,hnorm,eh_proj}`, `layers.N.*` as in the target's layers, `norms.N`,
     `lm_head` (draft vocabulary, H) with `own_lm_head`, and `embed_tokens`.
     """
 
@@ -98,8 +96,7 @@ class MtpHead(DraftModule):
         self.layers, norm, rotary = stock_decoder(config.layer)
         self.rotary = rotary  # type: ignore[assignment]  # that of the target's class
         self.inputs = nn.ModuleList([_Fuse(hidden, norm) for _ in self.layers])
-        if config.last_norm:
-            self.norms = nn.ModuleList([copy.deepcopy(norm) for _ in self.layers])
+        self.norms = nn.ModuleList([copy.deepcopy(norm) for _ in self.layers])
         if config.own_lm_head:
             self.lm_head = nn.Linear(hidden, draft_vocab_size or config.vocab_size, bias=False)
         self.own_lm_head = config.own_lm_head
@@ -123,7 +120,7 @@ class MtpHead(DraftModule):
     def native_stack(self, window: int = 0) -> NativeStack | None:
         if not all(type(layer) in _NATIVE for layer in self.layers):
             return None
-        norm = self.norms[0] if self.config.norm_output and self.config.last_norm else None
+        norm = self.norms[0] if self.config.norm_output else None
         return NativeStack.of(list(self.layers), norm, self.rotary, window)
 
     def run_layer(
@@ -134,7 +131,7 @@ class MtpHead(DraftModule):
         return result
 
     def final_norm(self, states: Tensor, number: int = 0) -> Tensor:
-        output: Tensor = self.norms[number](states) if self.config.last_norm else states
+        output: Tensor = self.norms[number](states)
         return output
 
     def lm_rows(self, target_rows: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def layer_document(config: PretrainedConfig, layers: int, dense: bool) -> dict[s
     Raises:
         ValueError: transformers has no causal LM for this configuration, or for a class that it derives from.
     """
-    known = next((each for each in type(config).__mro__ if each in MODEL_FOR_CAUSAL_LM_MAPPING), None)
+    known: Any = next((each for each in type(config).__mro__ if each in MODEL_FOR_CAUSAL_LM_MAPPING), None)
     if known is None:
         raise ValueError(f"transformers has no causal LM for {type(config).__name__}, whose layers the head needs")
     document: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
@@ -73,8 +73,8 @@ def stock_decoder(document: Mapping[str, Any]) -> tuple[nn.ModuleList, nn.Module
     """Random layers, the norm after them and the rotary embedding. Raises ValueError for sizes that are impossible."""
     kind, config, options = _class_of(document)
     with _quiet():
-        model = AutoModelForCausalLM.from_config(config, **options)
-    parts = dict(model.get_decoder().named_children())  # type: ignore[no-untyped-call]
+        model: Any = AutoModelForCausalLM.from_config(config, **options)  # type: ignore[no-untyped-call]
+    parts = dict(model.get_decoder().named_children())
     missing = [name for name in _PARTS if name not in parts]
     if missing:
         raise ValueError(f"the decoder of {kind.__name__} has no {', '.join(missing)}, which the head needs")
@@ -95,7 +95,8 @@ def load_layers(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> t
     options |= {"config": config, "state_dict": {prefix + name: tensor for name, tensor in tensors.items()}}
     options |= {"dtype": torch.float64 if wide else torch.float32}
     with _quiet():
-        model, found = kind.from_pretrained(None, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        loaded: Any = kind.from_pretrained(None, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    model, found = loaded
     problems, kinds = [], {"missing": "missing", "unexpected": "unknown", "mismatched": "of another shape"}
     for key, words in kinds.items():
         names = sorted(name if isinstance(name, str) else name[0] for name in found[f"{key}_keys"])
@@ -103,20 +104,20 @@ def load_layers(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> t
         if names:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             problems.append(f"{words}: {', '.join(names[:4])}{more}")
-    layers: Any = dict(model.get_decoder().named_children())["layers"]
-    return layers.state_dict(), problems
+    state: dict[str, Tensor] = model.get_decoder().layers.state_dict()
+    return state, problems
 
 
 def _class_of(document: Mapping[str, Any]) -> tuple[type[PreTrainedModel], PretrainedConfig, dict[str, Any]]:
     """The causal LM's class, its configuration, and options of how it computes."""
-    name = document.get("model_type")
+    name = str(document.get("model_type"))
     if name not in CONFIG_MAPPING:
         raise ValueError(f"model_type={name!r} is unknown to this version of transformers")
     options = {"attn_implementation": attention.NAME}
     options |= {key: value for key, value in document.items() if key == _EXPERTS}
     sizes = {key: value for key, value in document.items() if key not in ("model_type", _EXPERTS)}
     config: PretrainedConfig = CONFIG_MAPPING[name](**sizes)
-    kind: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return kind, config, options
 
 
@@ -124,7 +125,7 @@ def _class_of(document: Mapping[str, Any]) -> tuple[type[PreTrainedModel], Pretr
 def _quiet() -> Iterator[None]:
     """Inside, transformers reports neither progress nor the embedding that the small model has to make up."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield

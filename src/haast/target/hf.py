@@ -114,8 +114,8 @@ class ModuleForward(TreeForward):
             rows = torch.arange(tree.rows, device=device)
             kept = "logits_to_keep" in arguments and logits.shape[1] == tree.rows  # some models ignore it
             logits = logits[rows, rows if kept else last].unsqueeze(1)
-        indexed = dict(enumerate(output.hidden_states or ())) if layers is None else {self.depth: features}
-        states = {**indexed, **captured}
+        states: dict[str | int, Tensor] = {**captured}
+        states |= dict(enumerate(output.hidden_states or ())) if layers is None else {self.depth: features}
         hidden = {index: states[index].to(device) for index in hidden_layers}
         return TargetOutput(features.to(device), logits, hidden)
 

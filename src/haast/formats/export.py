@@ -32,8 +32,9 @@ from haast.heads.checkpoint import Head, build_module, save_head
 from haast.heads.eagle3 import Eagle3Config
 from haast.heads.medusa import MedusaConfig
 from haast.heads.module import DraftModule
+from haast.heads.mtp import MtpConfig
 
-_TITLES = {"eagle": "EAGLE head", "eagle3": "EAGLE-3 head", "p-eagle": "P-EAGLE head", "medusa": "Medusa heads"}
+_TITLES = {"eagle": "EAGLE head", "eagle3": "EAGLE-3 head", "p-eagle": "P-EAGLE head", "medusa": "Medusa heads", "mtp": "MTP head"}
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,8 @@ def kind_of_reading(reading: Reading) -> str:
     config = reading.config
     if isinstance(config, MedusaConfig):
         return "medusa"
+    if isinstance(config, MtpConfig):
+        return "mtp"
     if isinstance(config, Eagle3Config):
         return "p-eagle" if config.mask_token_id >= 0 else "eagle3"
     return "eagle"

@@ -242,6 +242,26 @@ def mtp_folder(model: str | None) -> Path:
     return path
 
 
+def described(model: str) -> str | None:
+    """The MTP head in the checkpoint of a model that is on this machine, in words; None if there is none."""
+    source = resolve(model)
+    if source.gguf is not None:
+        return None
+    path = Path(source.location)
+    try:
+        path = path if path.is_dir() else Path(snapshot_download(source.location, local_files_only=True))
+        found = layout_of(weight_files(path), model)
+    except LocalEntryNotFoundError:
+        return None
+    except HeadMismatchError as error:
+        return str(error)
+    if found is None:
+        return None
+    layout, names = found
+    layers = len({ours.split(".")[1] for ours in names.values() if ours.startswith("layers.")})
+    return f"{layers} layer{'s' * (layers > 1)}, {layout.name}'s names; --head {MTP} drafts with it"
+
+
 def _by_name(files: HeadFiles) -> _Layout:
     return next(layout for layout in _LAYOUTS if layout.name == files.document[_LAYOUT_KEY])
 

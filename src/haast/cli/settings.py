@@ -111,7 +111,8 @@ class Drafting:
     """The head, and the shape of its draft trees."""
 
     head: Annotated[
-        str, Option(
+        str,
+        Option(
             help="Head: folder, hub id or .gguf file; 'default' for the shipped one, 'mtp' for the one in the target's "
             "checkpoint, 'none' for no head."
         ),

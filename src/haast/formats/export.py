@@ -34,7 +34,13 @@ from haast.heads.medusa import MedusaConfig
 from haast.heads.module import DraftModule
 from haast.heads.mtp import MtpConfig
 
-_TITLES = {"eagle": "EAGLE head", "eagle3": "EAGLE-3 head", "p-eagle": "P-EAGLE head", "medusa": "Medusa heads", "mtp": "MTP head"}
+_TITLES = {
+    "eagle": "EAGLE head",
+    "eagle3": "EAGLE-3 head",
+    "p-eagle": "P-EAGLE head",
+    "medusa": "Medusa heads",
+    "mtp": "MTP head",
+}
 
 
 @dataclass(frozen=True)

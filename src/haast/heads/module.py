@@ -39,6 +39,7 @@ class DraftModule(nn.Module, ABC):
     rotary: LlamaRotaryEmbedding
     target_layers: tuple[int, ...] = ()  # HF `hidden_states` indices whose concatenation `fuse` reads; empty: feature
     follows_token = True  # whether a pair has the token after the feature's position (EAGLE) or the one at it
+    whole_layers = False  # whether the parts of its layers are those of an unknown class, so that they are run whole
     own_lm_head = False  # whether logits come from the head's own LM head; else from the target's
 
     @property

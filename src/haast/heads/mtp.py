@@ -89,6 +89,8 @@ class MtpHead(DraftModule):
     `lm_head` (draft vocabulary, H) with `own_lm_head`, and `embed_tokens`.
     """
 
+    whole_layers = True
+
     def __init__(self, config: MtpConfig, draft_vocab_size: int | None = None) -> None:
         super().__init__()
         self.config: MtpConfig = config

@@ -19,6 +19,7 @@ from haast.drafters.factory import find_head, head_drafter
 from haast.drafters.tree_shape import DraftShape
 from haast.errors import HeadMismatchError, HeadWarning
 from haast.formats import probe
+from haast.formats.export import export_head
 from haast.formats.opened import OpenedHead, facts_of, open_head
 from haast.heads.checkpoint import Head, load_head, save_head
 from haast.target.hf import BEFORE_NORM
@@ -270,3 +271,18 @@ def test_a_head_that_drafts_nonsense_is_told(tmp_path: Path) -> None:
     with pytest.warns(HeadWarning, match="the head's first drafts were accepted in"):
         said = decode(target, drafter, [PROMPT], 60)
     assert said == vanilla(target, [PROMPT], 60)
+
+
+@pytest.mark.parametrize("producer", ["Qwen", "DeepSeek", "GLM", "MiMo"])
+def test_it_is_written_under_its_producers_names(tmp_path: Path, producer: str) -> None:
+    target, folder = written(tmp_path / "theirs", producer)
+    head = fitted(target, folder)
+    exported = export_head(head, "official", "tiny", target.model.config, tmp_path / "out")
+    again, before = load_file(tmp_path / "out" / "model.safetensors"), load_file(folder / "model.safetensors")
+    named = mtp.PlainMtp(target.model, producer).tensors()
+    assert again.keys() == {name for name in named if "embed_tokens" not in name and "shared_head.head" not in name}
+    for name, tensor in again.items():
+        assert torch.equal(tensor.float(), before[name].float()), name
+    assert "these tensors replace those of the target's checkpoint" in exported.notes
+    with pytest.raises(ValueError, match="vllm reads an MTP head from the target's own checkpoint only"):
+        export_head(head, "vllm", "tiny", target.model.config, tmp_path / "vllm")

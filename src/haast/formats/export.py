@@ -24,6 +24,7 @@ from haast.formats.base import Format, Reading, ServingEngine, TargetFacts
 from haast.formats.files import CONFIG
 from haast.formats.gguf import GGUF_FILE, Gguf
 from haast.formats.medusa import Medusa
+from haast.formats.mtp import Mtp
 from haast.formats.official import Official
 from haast.formats.opened import OpenedHead, open_foreign, reading_of, registered
 from haast.formats.probe import ProbeResult
@@ -190,6 +191,8 @@ def _format_for(reading: Reading, engine: str) -> Format:
     own = registered(engine)
     if own is not None:
         return own
+    if isinstance(reading.config, MtpConfig):
+        return Mtp()
     if engine == "gguf":
         return Gguf()
     if engine == "speculators":

@@ -1,121 +1,37 @@
 """MTP heads in the checkpoint of the target itself, or in a folder that holds only them.
 
-Only the head's tensors are read, found by name in the safetensors. Each producer has its own names for the same parts;
-inside the layer they are those of the target's class. Sources: the public checkpoints, and how vLLM
-(`qwen3_next_mtp.py`, `deepseek_mtp.py`, `glm4_moe_mtp.py`, `mimo_mtp.py`) and transformers (`MtpModel`) read them.
+Owns the checks that head and target belong together, and writing a head under its producer's names. Only the head's
+tensors are read; `mtp_layouts` has their names. Engines read such heads from the target's own checkpoint only.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from haast.errors import HeadMismatchError
-from haast.formats.base import Format, HeadFiles, Question, Reading, TargetFacts
+from haast.formats.base import Format, HeadFiles, Question, Reading, ServingEngine, TargetFacts, WrittenHead
 from haast.formats.conventions import mtp_conventions, swapped_inputs
 from haast.formats.files import CONFIG, read_json, refuse_quantised
 from haast.formats.keys import SIZE_ERRORS
 from haast.formats.layout import Names
+from haast.formats.mtp_layouts import layout_named, layout_of, read_named, weight_files
 from haast.heads.config import HeadSizes
 from haast.heads.mtp import MtpConfig
-from haast.heads.stock import load_layers
+from haast.heads.stock import checkpoint_layers, load_layers
 from haast.target.load import resolve
 
 MTP = "mtp"  # as a head's name: the one in the target's own checkpoint
-_INDEX = "model.safetensors.index.json"
 _LAYOUT_KEY = "mtp_layout"  # added to config.json when it is read
 _SAME = ("model_type", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
 _BASE_NORM = re.compile(r"(?:(?!mtp\.)\w+\.)*norm\.weight")  # the final norm of the target that the files are of
 _BASE = "base_norm.weight"  # its name here
 _MAX_NORM_CHANGE = 0.25  # of the base's final norm, relative; a fine-tune changes it less
-_ANY_MTP = re.compile(r"(^|[._])(mtp|nextn)([._]|$)")
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """One producer's names.
-
-    Attributes:
-        name: shown to users.
-        pattern: matches names of the head's tensors; groups: the layer's number, if the name has one, and the rest.
-        parts: the names of the parts around the layer: the producer's, and Haast's for a layer's number.
-        among_layers: the pattern also matches the target's own layers; those of the head have the projection.
-        state_first: the projection reads the state, then the embedding.
-        norm_output: the normed state is fed back in vLLM.
-    """
-
-    name: str
-    pattern: re.Pattern[str]
-    parts: dict[str, str]
-    among_layers: bool = False
-    state_first: bool = False
-    norm_output: bool = False
-
-    def names(self, tensors: Iterable[str]) -> dict[str, str]:
-        """Haast's names of the head's tensors, by theirs, with layers counted from 0; empty if there is no head."""
-        found = {name: match for name in tensors if (match := self.pattern.fullmatch(name))}
-        rests = {f"{theirs}.weight" for theirs, ours in self.parts.items() if ours.endswith("eh_proj")}
-        heads = {match["number"] for match in found.values() if match["rest"] in rests}
-        if not heads:
-            return {}
-        kept = {name: match for name, match in found.items() if not self.among_layers or match["number"] in heads}
-        numbers = sorted({int(match["number"] or 0) for match in kept.values()})
-        return {
-            name: self._renamed(numbers.index(int(match["number"] or 0)), match["rest"]) for name, match in kept.items()
-        }
-
-    def _renamed(self, number: int, rest: str) -> str:
-        for theirs, ours in self.parts.items():
-            if rest.startswith(f"{theirs}."):
-                return ours.format(number) + rest.removeprefix(theirs)
-        return f"layers.{number}.{rest}"
-
-
-_LAYOUTS = (
-    _Layout(  # Qwen3-Next, Qwen3.5, Mellum, EXAONE-MoE
-        "Qwen",
-        re.compile(r"mtp\.(?:layers\.(?P<number>\d+)\.)?(?P<rest>.+)"),
-        {
-            "fc": "inputs.{}.eh_proj",
-            "pre_fc_norm_embedding": "inputs.{}.enorm",
-            "pre_fc_norm_hidden": "inputs.{}.hnorm",
-            "norm": "norms.{}",
-        },
-        norm_output=True,
-    ),
-    _Layout(  # DeepSeek-V3, GLM-4.5 and 4.6, and those after them: layers after the target's last
-        "DeepSeek",
-        re.compile(r"(?:(?!mtp\.)\w+\.)*layers\.(?P<number>\d+)\.(?P<rest>.+)"),
-        {
-            "eh_proj": "inputs.{}.eh_proj",
-            "enorm": "inputs.{}.enorm",
-            "hnorm": "inputs.{}.hnorm",
-            "shared_head.norm": "norms.{}",
-            "shared_head.head": "lm_head",
-            "embed_tokens": "embed_tokens",
-        },
-        among_layers=True,
-    ),
-    _Layout(
-        "MiMo",
-        re.compile(r"model\.mtp_layers\.(?P<number>\d+)\.(?P<rest>.+)"),
-        {
-            "input_proj": "inputs.{}.eh_proj",
-            "token_layernorm": "inputs.{}.enorm",
-            "hidden_layernorm": "inputs.{}.hnorm",
-            "final_layernorm": "norms.{}",
-        },
-        state_first=True,
-        norm_output=True,
-    ),
-)
 
 
 class Mtp(Format):
@@ -134,7 +50,7 @@ class Mtp(Format):
         if len(base) == 1:
             names = {**names, base[0]: _BASE}
         document = {**read_json(path / CONFIG), _LAYOUT_KEY: layout.name}
-        files = HeadFiles(path, document, _read(path, where, names), source, (f"{layout.name}'s names",))
+        files = HeadFiles(path, document, read_named(path, where, names), source, (f"{layout.name}'s names",))
         refuse_quantised(files)
         return files
 
@@ -144,11 +60,13 @@ class Mtp(Format):
     def read_config(self, files: HeadFiles, facts: TargetFacts) -> HeadSizes:
         _check_base_config(files, facts)
         layers = {name.split(".")[1] for name in files.tensors if name.startswith("layers.")}
+        layout = layout_named(files.document[_LAYOUT_KEY])
         dense = not any(".mlp.experts." in name for name in files.tensors)
         options = {
             "own_lm_head": "lm_head.weight" in files.tensors,
             "own_embedding": "embed_tokens.weight" in files.tensors,
-            "norm_output": _by_name(files).norm_output,
+            "norm_output": layout.norm_output,
+            "producer": layout.name,
         }
         try:
             return MtpConfig.of_layers(facts.config, len(layers), dense, **options)
@@ -170,46 +88,46 @@ class Mtp(Format):
         names.embedding(config)
         names.weights |= _layers(files, names, config)
         reading = Reading(config, names.finish())
-        return swapped_inputs(reading) if _by_name(files).state_first else reading, mtp_conventions(config)
+        swapped = layout_named(config.producer).state_first
+        return swapped_inputs(reading) if swapped else reading, mtp_conventions(config)
+
+    def write(self, reading: Reading, engine: ServingEngine) -> WrittenHead:
+        config = reading.config
+        assert isinstance(config, MtpConfig), "other heads have other formats"
+        if engine.name != "official":
+            raise ValueError(
+                f"{engine.name} reads an MTP head from the target's own checkpoint only: --to official writes the "
+                f"tensors under the names that they have there, to replace them"
+            )
+        if not config.reads_normed:
+            raise ValueError("engines give an MTP head the state after the final norm; this one reads that before it")
+        layout, notes = layout_named(config.producer), ["these tensors replace those of the target's checkpoint"]
+        if config.norm_output != layout.norm_output:
+            notes.append(f"vLLM feeds back the {'normed ' if layout.norm_output else ''}state, unlike this head")
+        if reading.draft_vocab is not None and config.own_lm_head:
+            raise ValueError("the layout has no draft vocabulary, for which this head has an LM head of its own")
+        if reading.draft_vocab is not None:
+            notes.append("the draft vocabulary is lost: other engines draft over all tokens")
+        reading = swapped_inputs(reading) if layout.state_first else reading
+        inside = {name.removeprefix("layers."): each for name, each in reading.weights.items() if _in_layer(name)}
+        tensors = {name: each for name, each in reading.weights.items() if not _in_layer(name)}
+        tensors |= {f"layers.{name}": each for name, each in checkpoint_layers(config.layer, inside).items()}
+        depth = int(engine.config["num_hidden_layers"])
+        named = {layout.theirs(name, depth): tensor for name, tensor in tensors.items()}
+        return WrittenHead(dict(engine.config), named, tuple(notes))
+
+    def check(self, written: WrittenHead, reading: Reading, facts: TargetFacts) -> None:
+        found = layout_of(written.tensors, "the MTP export")
+        if found is None:
+            raise ValueError("the MTP export has no head in it")
+        layout, names = found
+        tensors = {ours: written.tensors[name] for name, ours in names.items()}
+        document = {**written.document, _LAYOUT_KEY: layout.name}
+        super().check(replace(written, document=document, tensors=tensors), reading, facts)
 
 
-def layout_of(tensors: Iterable[str], source: str) -> tuple[_Layout, dict[str, str]] | None:
-    """The layout of an MTP head among these tensors, and Haast's names for it; None if there is no MTP tensor.
-
-    Raises HeadMismatchError for MTP tensors in an unknown layout.
-    """
-    names = list(tensors)
-    for layout in _LAYOUTS:
-        if renamed := layout.names(names):
-            return layout, renamed
-    unknown = sorted(name for name in names if _ANY_MTP.search(name))
-    if unknown:
-        raise HeadMismatchError(
-            f"{source}: its MTP tensors ({', '.join(unknown[:3])}, ...) are in a layout that Haast does not know: use "
-            f"another head, or --drafter suffix"
-        )
-    return None
-
-
-def weight_files(folder: Path) -> dict[str, str]:
-    """The file of each tensor in a checkpoint's folder of safetensors, by name; empty if it is none.
-
-    Files that the index does not list are looked into: some producers keep the head in one. Damaged files are left to
-    those who read them.
-    """
-    if not (folder / CONFIG).is_file():
-        return {}
-    index = read_json(folder / _INDEX).get("weight_map") if (folder / _INDEX).is_file() else None
-    where = {str(name): str(file) for name, file in index.items()} if isinstance(index, dict) else {}
-    listed = set(where.values())
-    for path in sorted(folder.glob("*.safetensors")):
-        if path.name not in listed:
-            try:
-                with safe_open(path, framework="pt") as opened:
-                    where |= dict.fromkeys(opened.keys(), path.name)
-            except (SafetensorError, OSError):
-                continue
-    return where
+def _in_layer(name: str) -> bool:
+    return name.startswith("layers.")
 
 
 def mtp_folder(model: str | None) -> Path:
@@ -260,26 +178,6 @@ def described(model: str) -> str | None:
     layout, names = found
     layers = len({ours.split(".")[1] for ours in names.values() if ours.startswith("layers.")})
     return f"{layers} layer{'s' * (layers > 1)}, {layout.name}'s names; --head {MTP} drafts with it"
-
-
-def _by_name(files: HeadFiles) -> _Layout:
-    return next(layout for layout in _LAYOUTS if layout.name == files.document[_LAYOUT_KEY])
-
-
-def _read(folder: Path, where: dict[str, str], names: dict[str, str]) -> dict[str, Tensor]:
-    """The tensors `names`, under Haast's names. Raises HeadMismatchError for a missing or corrupt file."""
-    tensors: dict[str, Tensor] = {}
-    for file in sorted({where[name] for name in names}):
-        if Path(file).name != file:
-            raise HeadMismatchError(f"{folder / _INDEX} names {file!r}, which is outside the folder; fetch it again")
-        try:
-            with safe_open(folder / file, framework="pt") as opened:
-                for name, ours in names.items():
-                    if where[name] == file:
-                        tensors[ours] = opened.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise HeadMismatchError(f"{folder / file} is missing or corrupt ({error}); fetch it again") from error
-    return tensors
 
 
 def _layers(files: HeadFiles, names: Names, config: MtpConfig) -> dict[str, Tensor]:

@@ -41,11 +41,13 @@ class MtpConfig(HeadConfig):
         layer: transformers configuration of the layers, see `haast.heads.stock.layer_document`.
         reads_normed: it reads the target's state after the final norm (the feature), not the one before it.
         own_lm_head: it has its own LM head instead of using the target's.
+        producer: whose names its tensors have in a checkpoint, see `haast.formats.mtp_layouts`.
     """
 
     layer: dict[str, Any] = field(default_factory=dict)
     reads_normed: bool = True
     own_lm_head: bool = False
+    producer: str = "DeepSeek"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -106,6 +109,20 @@ def load_layers(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> t
             problems.append(f"{words}: {', '.join(names[:4])}{more}")
     state: dict[str, Tensor] = model.get_decoder().layers.state_dict()
     return state, problems
+
+
+def checkpoint_layers(document: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors `NUMBER.name` of a checkpoint, as transformers saves layers with this state: `load_layers` undone."""
+    kind, config, options = _class_of(document)
+    prefix = f"{kind.base_model_prefix}.layers."
+    with _quiet(), TemporaryDirectory() as folder:
+        model: Any = AutoModelForCausalLM.from_config(config, **options)  # type: ignore[no-untyped-call]
+        model.get_decoder().layers.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+        model.save_pretrained(folder)
+        saved: dict[str, Tensor] = {}
+        for path in Path(folder).glob("*.safetensors"):
+            saved |= load_file(path)
+    return {name.removeprefix(prefix): tensor for name, tensor in saved.items() if name.startswith(prefix)}
 
 
 def _class_of(document: Mapping[str, Any]) -> tuple[type[PreTrainedModel], PretrainedConfig, dict[str, Any]]:

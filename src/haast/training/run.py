@@ -248,8 +248,8 @@ def _mtp_config(initial: Head | None) -> MtpConfig:
     config = None if initial is None else initial.module.config
     if not isinstance(config, MtpConfig):
         raise ValueError(
-            "head='mtp' is trained further, from an MTP head: give it to start from (`haast import mtp --out DIR` makes "
-            "one of the target's own, --start-from DIR)"
+            "head='mtp' is trained further, from an MTP head: give one to start from (--start-from DIR; `haast import "
+            "mtp --out DIR` makes it of the target's own)"
         )
     if config.num_hidden_layers > 1:
         raise ValueError(f"the MTP head has {config.num_hidden_layers} layers: the trainer knows heads of one layer")

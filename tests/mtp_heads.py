@@ -86,7 +86,9 @@ class PlainMtp(nn.Module):
     the target's features (DeepSeek-V3, section 2.2). Past the last module the first one's output stands for a feature.
     """
 
-    def __init__(self, model: PreTrainedModel, producer: str, depths: int = 1, seed: int = 1) -> None:
+    def __init__(
+        self, model: PreTrainedModel, producer: str, depths: int = 1, norm_output: bool = True, seed: int = 1
+    ) -> None:
         super().__init__()
         torch.manual_seed(seed)
         decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
@@ -104,7 +106,7 @@ class PlainMtp(nn.Module):
         self.double().eval()
         self.decoder, self.producer, self.depths = [decoder], producer, depths
         self.lm_head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        self.norm_output = producer in ("Qwen", "MiMo")
+        self.norm_output = norm_output
 
     def states(self, depth: int, states: Tensor, tokens: Sequence[int]) -> Tensor:
         """Module `depth` (from 0) over states (n, hidden) and the tokens that they are paired with."""

@@ -21,12 +21,17 @@ from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.factory import head_drafter
 from haast.drafters.tree_shape import DraftShape
-from haast.formats.opened import OpenedHead, open_head
+from haast.formats.opened import OpenedHead, facts_of, open_head
+from haast.formats.probe import module_of
+from haast.heads.checkpoint import Head
 from haast.target.target import Target
 
-FORMS = [  # producers, and the number of layers
-    *(("Qwen", 1), ("DeepSeek", 1), ("GLM", 2), ("MiMo", 1)),
-    *(pytest.param(each, marks=pytest.mark.slow) for each in (("GLM", 1), ("DeepSeek", 2), ("MiMo", 3))),
+FORMS = [  # producers, the number of layers, and whether the normed state is fed back
+    *(("Qwen", 1, True), ("DeepSeek", 1, False), ("GLM", 2, True), ("MiMo", 1, True)),
+    *(
+        pytest.param(each, marks=pytest.mark.slow)
+        for each in (("GLM", 1, True), ("DeepSeek", 2, False), ("MiMo", 3, True), ("Qwen", 1, False))
+    ),
 ]
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 DEPTH = 4
@@ -58,16 +63,19 @@ def in_fp64() -> Iterator[None]:
 @pytest.fixture(scope="module", params=FORMS, ids=str)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A target, its plain MTP head of some depths, and the folder of its checkpoint."""
-    producer, depths = request.param
+    producer, depths, normed = request.param
     model = mtp.tiny_model(producer)
-    plain = mtp.PlainMtp(model, producer, depths)
+    plain = mtp.PlainMtp(model, producer, depths, normed)
     return Target(model), plain, mtp.write_checkpoint(tmp_path_factory.mktemp(producer), model, plain)
 
 
-def drafter_of(target: Target, folder: Path, shape: DraftShape) -> EagleDrafter:
+def drafter_of(target: Target, plain: mtp.PlainMtp, folder: Path, shape: DraftShape) -> EagleDrafter:
     opened = open_head(folder)
     assert isinstance(opened, OpenedHead) and (opened.kind, opened.drafter_kind) == ("mtp", "eagle")
-    drafter = head_drafter(target, opened.fitted(target, probe=False)[0], shape)
+    reading, questions = opened.read(facts_of(target))
+    assert {"state read", "fed back"} <= {question.name for question in questions}
+    module = module_of(target, reading.with_config(norm_output=plain.norm_output))
+    drafter = head_drafter(target, Head(module, None, {}), shape)
     assert isinstance(drafter, EagleDrafter)
     return drafter
 
@@ -104,7 +112,7 @@ def features_of(target: Target, tokens: list[int]) -> Tensor:
 
 def test_a_chain_of_four_has_the_logits_of_the_plain_forward(checkpoint: Any) -> None:
     target, plain, folder = checkpoint
-    drafter = drafter_of(target, folder, DraftShape("chain", depth=DEPTH))
+    drafter = drafter_of(target, plain, folder, DraftShape("chain", depth=DEPTH))
     proposals = spied(drafter)
     assert decode(target, drafter, [PROMPT], 10) == vanilla(target, [PROMPT], 10)
     assert len(proposals) > 3
@@ -146,7 +154,7 @@ def paths_of(tree: Any) -> set[tuple[int, ...]]:
 def test_trees_are_those_of_the_plain_forward(checkpoint: Any) -> None:
     target, plain, folder = checkpoint
     shape = DraftShape(nodes=10, depth=DEPTH, top_k=3, width=2)
-    drafter = drafter_of(target, folder, shape)
+    drafter = drafter_of(target, plain, folder, shape)
     proposals = spied(drafter)
     decode(target, drafter, [PROMPT], 5)
     assert len(proposals) > 1
@@ -155,8 +163,8 @@ def test_trees_are_those_of_the_plain_forward(checkpoint: Any) -> None:
 
 
 def test_text_is_vanillas_greedy_and_sampled_in_a_batch_with_early_ends(checkpoint: Any) -> None:
-    target, _, folder = checkpoint
-    drafter = drafter_of(target, folder, DraftShape(nodes=8, depth=3, top_k=3, width=3))
+    target, plain, folder = checkpoint
+    drafter = drafter_of(target, plain, folder, DraftShape(nodes=8, depth=3, top_k=3, width=3))
     prompts = [PROMPT, [7, 7, 2], [30, 1, 30, 1, 30, 2]]
     sampled = [SamplingParams(temperature=1.0, top_p=0.9, seed=seed) for seed in range(3)]
     for sampling in (None, sampled):

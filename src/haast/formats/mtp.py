@@ -60,13 +60,12 @@ class Mtp(Format):
     def read_config(self, files: HeadFiles, facts: TargetFacts) -> HeadSizes:
         _check_base_config(files, facts)
         layers = {name.split(".")[1] for name in files.tensors if name.startswith("layers.")}
-        layout = layout_named(files.document[_LAYOUT_KEY])
         dense = not any(".mlp.experts." in name for name in files.tensors)
         options = {
             "own_lm_head": "lm_head.weight" in files.tensors,
             "own_embedding": "embed_tokens.weight" in files.tensors,
-            "norm_output": layout.norm_output,
-            "producer": layout.name,
+            "producer": files.document[_LAYOUT_KEY],
+            "norm_output": True,  # as engines do, though some only since 2026
         }
         try:
             return MtpConfig.of_layers(facts.config, len(layers), dense, **options)
@@ -102,8 +101,8 @@ class Mtp(Format):
         if not config.reads_normed:
             raise ValueError("engines give an MTP head the state after the final norm; this one reads that before it")
         layout, notes = layout_named(config.producer), ["these tensors replace those of the target's checkpoint"]
-        if config.norm_output != layout.norm_output:
-            notes.append(f"vLLM feeds back the {'normed ' if layout.norm_output else ''}state, unlike this head")
+        if not config.norm_output:
+            notes.append("engines feed back the normed state, and this head drafts best with the state before its norm")
         if reading.draft_vocab is not None and config.own_lm_head:
             raise ValueError("the layout has no draft vocabulary, for which this head has an LM head of its own")
         if reading.draft_vocab is not None:

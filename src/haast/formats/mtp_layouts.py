@@ -32,7 +32,6 @@ class MtpLayout:
         parts: the names of the parts around the layers: the producer's, and Haast's for a layer's number.
         after_target: the head's layers are numbered after the target's, in whose names the pattern matches too.
         state_first: the projection reads the state, then the embedding.
-        norm_output: the normed state is fed back in vLLM.
     """
 
     name: str
@@ -41,7 +40,6 @@ class MtpLayout:
     parts: dict[str, str]
     after_target: bool = False
     state_first: bool = False
-    norm_output: bool = False
 
     def names(self, tensors: Iterable[str]) -> dict[str, str]:
         """Haast's names of the head's tensors, by theirs, with layers counted from 0; empty if there is no head."""
@@ -77,7 +75,7 @@ class MtpLayout:
 
 
 LAYOUTS = (
-    MtpLayout(  # Qwen3-Next, Qwen3.5, Mellum, EXAONE-MoE
+    MtpLayout(  # Qwen3-Next, Qwen3.5, EXAONE-MoE
         "Qwen",
         re.compile(r"mtp\.(?:layers\.(?P<number>\d+)\.)?(?P<rest>.+)"),
         ("mtp.", "mtp.layers.{}."),
@@ -87,7 +85,6 @@ LAYOUTS = (
             "pre_fc_norm_hidden": "inputs.{}.hnorm",
             "norm": "norms.{}",
         },
-        norm_output=True,
     ),
     MtpLayout(  # DeepSeek-V3, GLM-4.5 and 4.6, and those after them
         "DeepSeek",
@@ -114,7 +111,6 @@ LAYOUTS = (
             "final_layernorm": "norms.{}",
         },
         state_first=True,
-        norm_output=True,
     ),
 )
 

@@ -48,7 +48,8 @@ def layer_document(config: PretrainedConfig, layers: int, dense: bool) -> dict[s
         dense: whether they have one MLP where the class also has layers with experts.
 
     Raises:
-        ValueError: transformers has no causal LM for this configuration, or for a class that it derives from.
+        ValueError: transformers has no causal LM for this configuration, or for a class that it derives from; or the
+            configuration wants other attention in a head's layers.
     """
     known: Any = next((each for each in type(config).__mro__ if each in MODEL_FOR_CAUSAL_LM_MAPPING), None)
     if known is None:
@@ -56,6 +57,8 @@ def layer_document(config: PretrainedConfig, layers: int, dense: bool) -> dict[s
     document: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     foreign = {key for key, value in document.items() if key in _FOREIGN or key.startswith("_") or value is None}
     document = {key: value for key, value in document.items() if key not in foreign}
+    if any(kind != "full_attention" for kind in document.get("mtp_layer_types", ())):
+        raise ValueError(f"its layers are of kind {document['mtp_layer_types']}, and Haast runs full attention there")
     kinds = {  # how transformers' classes choose the kind of a layer by its number
         "num_hidden_layers": layers,
         "layer_types": ["full_attention"] * layers,

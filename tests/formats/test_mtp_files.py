@@ -209,6 +209,7 @@ def test_a_checkpoint_without_one_says_so(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------- what is measured
 
+SLOW = pytest.mark.slow
 LEARNT: dict[str, tuple[dict[str, Any], str, str]] = {  # how a head in Qwen's layout was trained, and what is found
     "as the producer": ({}, "", ""),
     "feeds back the state": ({"norm_output": False}, "fed back", "the state"),
@@ -217,7 +218,7 @@ LEARNT: dict[str, tuple[dict[str, Any], str, str]] = {  # how a head in Qwen's l
 }
 
 
-def _by_heart(target: Target, head: Head, texts: list[probe.Text], steps: int = 40) -> dict[str, Tensor]:
+def _by_heart(target: Target, head: Head, texts: list[probe.Text], steps: int = 25) -> dict[str, Tensor]:
     """Weights that draft the target's own text, trained on the chains that `probe` counts."""
     module: Any = head.module.double().requires_grad_(True)
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
@@ -240,7 +241,10 @@ def _by_heart(target: Target, head: Head, texts: list[probe.Text], steps: int = 
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
-@pytest.mark.parametrize(("form", "question", "answer"), LEARNT.values(), ids=LEARNT)
+@pytest.mark.parametrize(
+    ("form", "question", "answer"),
+    [pytest.param(*case, id=name, marks=[] if case[2] == "the state" else SLOW) for name, case in LEARNT.items()],
+)
 def test_a_convention_that_differs_from_the_producers_is_found(
     tmp_path: Path, form: dict[str, Any], question: str, answer: str
 ) -> None:

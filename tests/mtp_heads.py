@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 
 VOCAB = 32
@@ -41,8 +42,13 @@ _LATENT: dict[str, Any] = {
     "v_head_dim": 12,
 }
 _DIM: dict[str, Any] = {"head_dim": 8}
+_HYBRID: dict[str, Any] = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
 CONFIGS: dict[str, PretrainedConfig] = {
     "Qwen": Qwen3Config(**_SIZES, **_DIM),
+    "Qwen3-Next": Qwen3NextConfig(**{**_SIZES, "num_hidden_layers": 4}, **_DIM, **_HYBRID),
     "DeepSeek": DeepseekV3Config(**{**_SIZES, "num_key_value_heads": 4}, **_EXPERTS, **_LATENT),
     "GLM": Glm4MoeConfig(**_SIZES, **_EXPERTS, **_DIM),
     "MiMo": Qwen2Config(**_SIZES),
@@ -138,7 +144,7 @@ class PlainMtp(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """As the producer names them."""
         config = self.decoder[0].config
-        names = _NAMES["DeepSeek" if self.producer == "GLM" else self.producer]
+        names = _NAMES[{"GLM": "DeepSeek", "Qwen3-Next": "Qwen"}.get(self.producer, self.producer)]
         found: dict[str, Tensor] = {}
         for head in range(self.depths):
             place = {"head": head, "all": config.num_hidden_layers + head}

@@ -16,14 +16,16 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNo
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRMSNorm, Glm4MoeTopkRouter
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextDecoderLayer
 
 from haast.core import SamplingParams
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.factory import head_drafter
 from haast.drafters.tree_shape import DraftShape
+from haast.formats.base import TargetFacts
 from haast.formats.opened import OpenedHead, facts_of, open_head
 from haast.formats.probe import module_of
-from haast.heads.checkpoint import Head
+from haast.heads.checkpoint import Head, build_module
 from haast.target.target import Target
 
 FORMS = [  # producers, the number of layers, and whether the normed state is fed back
@@ -127,6 +129,30 @@ def test_a_chain_of_four_has_the_logits_of_the_plain_forward(checkpoint: Any) ->
     plain.norm_output = not plain.norm_output
     apart = [float((logits[0, 0] - each).abs().max()) for logits, each in zip(levels, other, strict=True)]
     assert min(apart[1:]) > 1e-3
+
+
+def test_the_layer_of_a_hybrid_family_is_its_full_attention_with_experts(tmp_path: Path) -> None:
+    model = mtp.tiny_model("Qwen3-Next")
+    plain = mtp.PlainMtp(model, "Qwen3-Next")
+    opened = open_head(mtp.write_checkpoint(tmp_path, model, plain))
+    assert isinstance(opened, OpenedHead)
+    reading, _ = opened.read(TargetFacts(model.config))
+    module: Any = build_module(reading.config, None).double().eval()
+    module.load_state_dict(reading.weights)
+    assert type(module.layers[0]) is Qwen3NextDecoderLayer
+    embedding: Any = model.get_input_embeddings()
+    lm_head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    features = states = torch.randn(
+        len(PROMPT) - 1, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    path: list[int] = []
+    for _ in range(DEPTH):
+        known = torch.tensor([[*PROMPT[1:], *path]])
+        with torch.no_grad():
+            output = module(embedding(known), states.unsqueeze(0), torch.arange(len(states))[None])[0, -1:]
+            logits = lm_head(module.lm_input(output, known))[0]
+        torch.testing.assert_close(logits, plain.logits(features, PROMPT, path), rtol=0, atol=1e-9)
+        states, path = torch.cat([states, output]), [*path, int(logits.argmax())]
 
 
 def plain_tree(plain: mtp.PlainMtp, features: Tensor, known: list[int], shape: DraftShape) -> set[tuple[int, ...]]:

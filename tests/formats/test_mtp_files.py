@@ -135,7 +135,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "another model's final norm": (
         lambda tensors, _: tensors.update({"model.norm.weight": 2 * tensors["model.norm.weight"]}),
-        "the final norm beside it differs from the target's by 50%",
+        "its checkpoint's final norm differs from the target's by 50%",
     ),
     "a norm of another size": (
         lambda tensors, _: tensors.update({"mtp.pre_fc_norm_hidden.weight": torch.ones(16)}),

@@ -67,7 +67,7 @@ class MtpConfig(HeadConfig):
 
     @property
     def layer_ids(self) -> tuple[int, ...]:
-        """Which states of the target are read besides its features, as in `Target.forward`."""
+        """The states that it reads instead of features, as in `Target.forward`; empty if it reads those."""
         return () if self.reads_normed else (BEFORE_NORM,)
 
 

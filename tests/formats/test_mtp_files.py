@@ -135,7 +135,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "another model's final norm": (
         lambda tensors, _: tensors.update({"model.norm.weight": 2 * tensors["model.norm.weight"]}),
-        "its checkpoint's final norm differs from the target's by 50%",
+        "its checkpoint's final norm is 50% off the target's",
     ),
     "a norm of another size": (
         lambda tensors, _: tensors.update({"mtp.pre_fc_norm_hidden.weight": torch.ones(16)}),
@@ -218,7 +218,7 @@ LEARNT: dict[str, tuple[dict[str, Any], str, str]] = {  # how a head in Qwen's l
 }
 
 
-def _by_heart(target: Target, head: Head, texts: list[probe.Text], steps: int = 25) -> dict[str, Tensor]:
+def _by_heart(target: Target, head: Head, texts: list[probe.Text], steps: int = 40) -> dict[str, Tensor]:
     """Weights that draft the target's own text, trained on the chains that `probe` counts."""
     module: Any = head.module.double().requires_grad_(True)
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)

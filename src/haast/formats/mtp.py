@@ -217,6 +217,6 @@ def _check_base_norm(files: HeadFiles, norm: Tensor | None, facts: TargetFacts) 
     change = float((base - own).norm() / base.norm().clamp_min(1e-9)) if same else float("inf")
     if change > _MAX_NORM_CHANGE:
         raise files.error(
-            f"the head was made for another model: its checkpoint's final norm differs from the target's by {change:.0%}",
+            f"the head was made for another model: its checkpoint's final norm is {change:.0%} off the target's",
             "use the MTP head of this target's own checkpoint",
         )

@@ -65,6 +65,7 @@ def test_an_mtp_head_is_trained_further(started: tuple[Target, Head, Path], tmp_
     target, head, folder = started
     settings = TrainConfig(
         head="mtp",
+        optimizer="adamw",
         views=3000,
         draft_vocab=64,
         log_every=200,

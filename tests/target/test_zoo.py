@@ -59,7 +59,7 @@ def test_good_ones_say_the_same_text(kind: str, decodes: bool) -> None:
 )
 def test_the_survey_sees_another_text(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing is probed, these do say something else."""
-    monkeypatch.setattr("haast.target.target.probe", lambda _forward: ProbeResult(False, 1.0))
+    monkeypatch.setattr("haast.target.target.probe", lambda _forward: ProbeResult(False, 1.0, widths=(32, 32)))
     row = zoo.outcome(kind)
     assert row["outcome"] == "other text", row
 

@@ -185,6 +185,20 @@ def check_fits(head: HeadSizes, hidden_size: int, vocab_size: int, target: str) 
             )
 
 
+def check_widths(module: DraftModule, embedding: int, features: int, target: str) -> None:
+    """Raise HeadMismatchError if the head's states don't have the widths of the embedding and the LM head it shares."""
+    width = module.config.hidden_size
+    for name, shared, own in (
+        ("embedding", embedding, module.config.own_embedding),
+        ("LM head", features, module.own_lm_head),
+    ):
+        if shared != width and not own:
+            raise HeadMismatchError(
+                f"the head's states have width {width}, but {target}'s {name}, which it would share, has width "
+                f"{shared}: use a drafter without a head"
+            )
+
+
 def check_weights(module: nn.Module) -> None:
     """Raise HeadMismatchError for a head whose weights are not finite or on the meta device."""
     for name, tensor in module.state_dict().items():

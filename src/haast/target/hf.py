@@ -25,9 +25,11 @@ from haast.target.compiled import layers_of
 from haast.target.device_map import execution_device, layer_devices
 from haast.target.kv_cache import KVCache, cache_name
 from haast.target.kv_pool import KVPool
+from haast.target.positions import counting_embeddings, placed
 from haast.tree import DraftTree
 
 BEFORE_NORM = -1  # among `hidden_layers`: the output of the last layer, before the final norm; no index of transformers
+_MOST_NODES = 1024  # more than a forward's nodes
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class ModuleForward(TreeForward):
         self.logit_scale = 1.0
         self._softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
         self._cache_name = cache_name(model.forward)
+        self._counting = counting_embeddings(model)
         self.context_length = _context_length(self.config)  # tokens; None if the configuration has none
         self.refresh()
 
@@ -91,6 +94,22 @@ class ModuleForward(TreeForward):
         window = getattr(self.config, "sliding_window", None)
         return window if getattr(self.config, "use_sliding_window", True) else None
 
+    @property
+    def chunk(self) -> int | None:
+        """Size of the chunks in positions that chunked attention can't look out of; None if the model has none."""
+        chunk: int | None = getattr(self.config, "attention_chunk_size", None)
+        return chunk
+
+    @property
+    def storing_layers(self) -> int:
+        """Number of layers with keys and values of their own text.
+
+        The others reuse those of an earlier layer (Gemma 3n), or attend to images, and none is passed (Mllama).
+        """
+        shared = int(getattr(self.config, "num_kv_shared_layers", None) or 0)
+        crossed = getattr(self.config, "cross_attention_layers", None) or ()
+        return self.depth - shared - len([layer for layer in crossed if layer < self.depth])
+
     def run(
         self,
         tree: DraftTree,
@@ -106,7 +125,7 @@ class ModuleForward(TreeForward):
         if last_only and self.decoder_gives_features and tree.rows != tree.nodes:
             arguments["logits_to_keep"] = last  # gives each row the logits at all rows' last nodes; it reads its own
         with self.capture(captured, layers, hidden_layers):
-            output = self.model(input_ids=tree.tokens, **arguments, **self.storing(cache))
+            output = self.call(tree, cache, arguments)
         features = captured["decoder"] if self.decoder_gives_features else captured["head"]
         device = tree.tokens.device  # modules of a model on several devices return results on their own device
         logits: Tensor = output.logits.to(device)
@@ -119,6 +138,15 @@ class ModuleForward(TreeForward):
         hidden = {index: states[index].to(device) for index in hidden_layers}
         return TargetOutput(features.to(device), logits, hidden)
 
+    def call(self, tree: DraftTree, cache: KVCache, arguments: dict[str, Any]) -> Any:
+        """The model's own forward with `arguments`; stores keys and values in `cache`. Call `cache.begin` before."""
+        stored = {"use_cache": True, self._cache_name: cache}
+        if not self._counting:
+            return self.model(input_ids=tree.tokens, **arguments, **stored)
+        end = cache.longest + tree.nodes
+        with placed(self._counting, arguments["position_ids"], min(end, self.context_length or end)):
+            return self.model(input_ids=tree.tokens, **arguments, **stored)
+
     def head_logits(self, features: Tensor) -> Tensor:
         """Logits (..., vocab) of the LM head for features (..., hidden), scaled and capped as the model does."""
         output: Tensor = self.lm_head(features).to(features.device)
@@ -128,8 +156,11 @@ class ModuleForward(TreeForward):
 
     def layers(self) -> list[nn.Module] | None:
         """The decoder layers; None if they can't be identified among the decoder's modules."""
+        return layers_of(self._decoder(), self.depth)
+
+    def _decoder(self) -> nn.Module:
         decoder: nn.Module = self.model.get_decoder()  # type: ignore[no-untyped-call]
-        return layers_of(decoder, self.depth)
+        return self.model.base_model if decoder is self.lm_head else decoder  # ModernBERT's LM head is its `decoder`
 
     def _last_layer(self) -> nn.Module:
         layers = self.layers()
@@ -154,24 +185,27 @@ class ModuleForward(TreeForward):
 
     def arguments(self, tree: DraftTree, cache: KVCache) -> dict[str, Any]:
         """The model's arguments except tokens and cache: positions, and masks over the slots that attention reads."""
-        slots = cache.reads
         positions = self.positions(tree, cache)
-        window = self.window if slots > (self.window or 0) else None
-        types = getattr(self.config, "layer_types", None)
-        windows = {kind: window if kind == "sliding_attention" else None for kind in set(types or ())}
+        kinds = set(getattr(self.config, "layer_types", None) or ())
+        limits = {kind: self._limit_of(kind, cache.reads) for kind in kinds}
         lengths = cache.lengths_tensor
         unclamped = lengths.unsqueeze(1) + tree.depths
-        mask_arguments = (tree.ancestors, lengths, slots, self.dtype)
+        mask_arguments = (tree.ancestors, lengths, cache.reads, self.dtype)
         masks = {
-            size: attention.tree_mask(*mask_arguments, positions=unclamped, flight_positions=unclamped, window=size)
-            for size in {*windows.values()} or {window}
+            limit: attention.tree_mask(
+                *mask_arguments, positions=unclamped, flight_positions=unclamped, window=limit[0], chunk=limit[1]
+            )
+            for limit in {*limits.values()} or {self._limit_of("sliding_attention", cache.reads)}
         }
-        by_kind = {kind: masks[size] for kind, size in windows.items()}  # models with layer types take a mask per type
-        return {"position_ids": positions, "attention_mask": by_kind or masks[window]}
+        by_kind = {kind: masks[limit] for kind, limit in limits.items()}  # models with layer types take a mask per type
+        [mask, *_] = masks.values()
+        return {"position_ids": positions, "attention_mask": by_kind or mask}
 
-    def storing(self, cache: KVCache) -> dict[str, Any]:
-        """The model's arguments that store keys and values in `cache`; call `cache.begin` before."""
-        return {"use_cache": True, self._cache_name: cache}
+    def _limit_of(self, kind: str, slots: int) -> tuple[int | None, int | None]:
+        """Window and chunk of layers of a kind, in positions; None where they limit nothing within `slots`."""
+        window = self.window if kind == "sliding_attention" and slots > (self.window or 0) else None
+        chunk = self.chunk if kind == "chunked_attention" else None
+        return window, chunk if slots > (chunk or 0) else None
 
     @contextmanager
     def capture(
@@ -204,11 +238,9 @@ class ModuleForward(TreeForward):
         def after_decoder(_module: nn.Module, _inputs: Any, output: Any) -> None:
             note("decoder", output.last_hidden_state)
 
-        decoder: nn.Module = self.model.get_decoder()  # type: ignore[no-untyped-call]
-        hooks = [
-            self.lm_head.register_forward_pre_hook(before_head),
-            decoder.register_forward_hook(after_decoder),
-        ]
+        hooks = [self.lm_head.register_forward_pre_hook(before_head)]
+        if (decoder := self._decoder()) is not self.model:  # without a base model, there is nothing before the LM head
+            hooks.append(decoder.register_forward_hook(after_decoder))
         if BEFORE_NORM in hidden_layers:
             hooks.append(self._last_layer().register_forward_hook(after_last))
         for index, layer in enumerate(layers or ()):  # the states after the last layer are the features
@@ -229,4 +261,7 @@ def _context_length(config: PreTrainedConfig) -> int | None:
         # transformers chooses the angles of a forward by its largest position: nodes would influence each other.
         original = getattr(config, "original_max_position_embeddings", limit)
         limit = rope.get("original_max_position_embeddings") or original
+    if getattr(config, "attn_temperature_tuning", False) and "chunked_attention" in (config.layer_types or ()):
+        # Llama 4 scales queries by their slots' numbers, but not those before this one.
+        limit = min(limit or config.floor_scale, config.floor_scale - _MOST_NODES)
     return None if limit is None else int(limit)

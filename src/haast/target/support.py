@@ -15,7 +15,12 @@ from haast.target import attention
 from haast.target.device_map import check_placement
 from haast.target.kv_cache import CACHE_NAMES
 
-_GATHERABLE = {"full_attention", "sliding_attention"}
+_GATHERABLE = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}
+
+
+def last_layer_config(config: Any) -> Any:
+    """A text configuration as its last layer has it, where layers differ in what `PreTrainedConfig` calls per-layer."""
+    return config.per_layer_config[-1] if getattr(config, "is_heterogeneous", False) else config
 
 
 def own_model(model: Any) -> PreTrainedModel:

@@ -77,7 +77,7 @@ class HeadConfig(HeadSizes):
             num_attention_heads=heads,
             num_key_value_heads=int(getattr(config, "num_key_value_heads", None) or heads),
             head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
-            rms_norm_eps=float(getattr(config, "rms_norm_eps", 1e-5)),
+            rms_norm_eps=float(getattr(config, "rms_norm_eps", None) or 1e-5),
             max_position_embeddings=int(getattr(config, "max_position_embeddings", 4096)),
             rope_parameters=rope_of(config),
             **more,

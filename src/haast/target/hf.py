@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from haast.device import to_device
 from haast.errors import UnsupportedModelError
 from haast.target import attention
 from haast.target.compiled import layers_of
@@ -26,6 +27,7 @@ from haast.target.device_map import execution_device, layer_devices
 from haast.target.kv_cache import KVCache, cache_name
 from haast.target.kv_pool import KVPool
 from haast.target.positions import counting_embeddings, placed
+from haast.target.prompt_inputs import PromptInputs
 from haast.tree import DraftTree
 
 BEFORE_NORM = -1  # among `hidden_layers`: the output of the last layer, before the final norm; no index of transformers
@@ -116,9 +118,10 @@ class ModuleForward(TreeForward):
         cache: KVCache,
         last_only: bool = False,
         hidden_layers: Sequence[int] = (),
+        inputs: PromptInputs | None = None,
     ) -> TargetOutput:
         captured: dict[str | int, Tensor] = {}
-        arguments = self.arguments(tree, cache)
+        arguments = self.arguments(tree, cache) if inputs is None else dict(inputs.arguments)
         layers = self.layers() if self.decoder_gives_features else None
         arguments["output_hidden_states"] = layers is None and any(index != BEFORE_NORM for index in hidden_layers)
         last = tree.live.sum(1) - 1  # (rows,)
@@ -141,11 +144,13 @@ class ModuleForward(TreeForward):
     def call(self, tree: DraftTree, cache: KVCache, arguments: dict[str, Any]) -> Any:
         """The model's own forward with `arguments`; stores keys and values in `cache`. Call `cache.begin` before."""
         stored = {"use_cache": True, self._cache_name: cache}
-        if not self._counting:
-            return self.model(input_ids=tree.tokens, **arguments, **stored)
+        if "inputs_embeds" not in arguments:
+            stored["input_ids"] = tree.tokens
+        if not self._counting or "position_ids" not in arguments:
+            return self.model(**arguments, **stored)
         end = cache.longest + tree.nodes
         with placed(self._counting, arguments["position_ids"], min(end, self.context_length or end)):
-            return self.model(input_ids=tree.tokens, **arguments, **stored)
+            return self.model(**arguments, **stored)
 
     def head_logits(self, features: Tensor) -> Tensor:
         """Logits (..., vocab) of the LM head for features (..., hidden), scaled and capped as the model does."""
@@ -179,6 +184,9 @@ class ModuleForward(TreeForward):
     def positions(self, tree: DraftTree, cache: KVCache) -> Tensor:
         """Each node's position in its row (rows, nodes): the row's committed length plus the node's depth."""
         positions = cache.lengths_tensor.unsqueeze(1) + tree.depths
+        shifts = [sequence.position_shift for sequence in cache.sequences]
+        if any(shifts):
+            positions = positions + to_device(torch.tensor(shifts), positions.device).unsqueeze(1)
         if self.context_length is not None:  # learned positions end there; drafts beyond the context are never emitted
             positions = positions.clamp_max(self.context_length - 1)
         return positions

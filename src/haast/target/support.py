@@ -88,9 +88,10 @@ def prepared_inputs(model: Any, tokens: Tensor, **more: Any) -> dict[str, Any]:
         more["cache_position"] = torch.arange(tokens.shape[1], device=tokens.device)  # older transformers need it
     prepared: dict[str, Any] = model.prepare_inputs_for_generation(tokens, is_first_iteration=True, **more)
     ids, caches = prepared.get("input_ids"), {name: prepared.get(name) for name in CACHE_NAMES}
+    embedded = more.get("inputs_embeds") is not None  # then the model takes these instead of ids
     changed = {
-        "input_ids": ids is None or not torch.equal(ids, tokens),
-        "inputs_embeds": prepared.get("inputs_embeds") is not None,
+        "input_ids": not embedded and (ids is None or not torch.equal(ids, tokens)),
+        "inputs_embeds": not embedded and prepared.get("inputs_embeds") is not None,
         **{name: cache is not None and cache.get_seq_length() > 0 for name, cache in caches.items()},
     }
     for name, different in changed.items():

@@ -33,6 +33,7 @@ from haast.target.native_cpu import NativeStack
 from haast.target.packing import PackedLinear
 from haast.target.precision import precision, quantisation, weight_rows
 from haast.target.probe import ProbeResult, probe
+from haast.target.prompt_inputs import PromptInputs
 from haast.target.ranks import Ranks
 from haast.target.support import choose_attention, refuse_unsupported
 from haast.tree import DraftTree
@@ -286,7 +287,13 @@ class Target:
 
     @without_autograd
     def forward(
-        self, tree: DraftTree, cache: KVCache, *, last_only: bool = False, hidden_layers: Sequence[int] = ()
+        self,
+        tree: DraftTree,
+        cache: KVCache,
+        *,
+        last_only: bool = False,
+        hidden_layers: Sequence[int] = (),
+        inputs: PromptInputs | None = None,
     ) -> TargetOutput:
         """Run every node of `tree` after each row's committed past. The nodes' keys and values stay uncommitted.
 
@@ -296,6 +303,7 @@ class Target:
             last_only: logits of each row's last live node only (prefill), as (rows, 1, vocab).
             hidden_layers: HF `hidden_states` indices to return in addition (0 is the embedding's output), and
                 `haast.target.hf.BEFORE_NORM`.
+            inputs: of a prompt that has more than tokens; then the tree is the whole prompt, and the cache empty.
 
         Raises:
             ValueError: the tree and the cache differ in rows, or a layer index does not exist.
@@ -307,11 +315,11 @@ class Target:
             if not 0 <= index <= self.layers and index != BEFORE_NORM:
                 raise ValueError(f"hidden layer {index} does not exist: this target has 0 to {self.layers}")
         cache.begin(tree.nodes)
-        for faster in self._faster_forwards():
+        for faster in self._faster_forwards() if inputs is None else ():
             output = faster.run(tree, cache, last_only, hidden_layers)
             if output is not None:
                 return output
-        return self._modules.run(tree, cache, last_only, hidden_layers)
+        return self._modules.run(tree, cache, last_only, hidden_layers, inputs)
 
     def _faster_forwards(self) -> Iterator[TreeForward]:
         if self._native is not None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 from haast.device import to_device
 from haast.errors import UnsupportedModelError
@@ -161,11 +162,8 @@ class ModuleForward(TreeForward):
 
     def layers(self) -> list[nn.Module] | None:
         """The decoder layers; None if they can't be identified among the decoder's modules."""
-        return layers_of(self._decoder(), self.depth)
-
-    def _decoder(self) -> nn.Module:
         decoder: nn.Module = self.model.get_decoder()  # type: ignore[no-untyped-call]
-        return self.model.base_model if decoder is self.lm_head else decoder  # ModernBERT's LM head is its `decoder`
+        return layers_of(decoder, self.depth)
 
     def _last_layer(self) -> nn.Module:
         layers = self.layers()
@@ -244,11 +242,14 @@ class ModuleForward(TreeForward):
             note("head", inputs[0])
 
         def after_decoder(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            note("decoder", output.last_hidden_state)
+            if isinstance(output, ModelOutput) and "last_hidden_state" in output:  # else it has an LM head, or is one
+                note("decoder", output["last_hidden_state"])
 
-        hooks = [self.lm_head.register_forward_pre_hook(before_head)]
-        if (decoder := self._decoder()) is not self.model:  # without a base model, there is nothing before the LM head
-            hooks.append(decoder.register_forward_hook(after_decoder))
+        decoder: nn.Module = self.model.get_decoder()  # type: ignore[no-untyped-call]
+        hooks = [
+            self.lm_head.register_forward_pre_hook(before_head),
+            decoder.register_forward_hook(after_decoder),
+        ]
         if BEFORE_NORM in hidden_layers:
             hooks.append(self._last_layer().register_forward_hook(after_last))
         for index, layer in enumerate(layers or ()):  # the states after the last layer are the features

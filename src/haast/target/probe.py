@@ -285,7 +285,13 @@ def _new_cache(forward: ModuleForward, rows: int) -> KVCache:
 
 def _forward(forward: ModuleForward, tree: DraftTree, cache: KVCache, last_only: bool = False) -> TargetOutput:
     cache.begin(tree.nodes)
-    return forward.run(tree, cache, last_only)
+    try:
+        return forward.run(tree, cache, last_only)
+    except _FAILURES as error:
+        raise UnsupportedModelError(
+            f"{type(forward.model).__name__} can't take a tree: a forward over {tree.nodes} nodes after a past of "
+            f"{cache.longest} failed with {_error_text(error)}; use stock generate"
+        ) from error
 
 
 def _logit_scale(forward: ModuleForward, features: Tensor, logits: Tensor) -> float:

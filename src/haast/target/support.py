@@ -44,6 +44,10 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     name, config = type(model).__name__, model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; Haast drafts for decoder-only causal LMs")
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError as error:  # transformers raises it where a model has no embedding of tokens
+        raise UnsupportedModelError(f"{name} has no embedding of tokens; use a decoder-only causal LM") from error
     if compat.is_stateful(model):
         raise UnsupportedModelError(
             f"{name} carries a recurrent state (SSM or linear attention): the state of rejected tokens can't be "
@@ -66,6 +70,11 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{name} has layers of kind {sorted(kinds)}, whose state can't be gathered by tree path; "
             f"supported kinds are {sorted(_GATHERABLE)}"
+        )
+    if getattr(text, "use_bidirectional_attention", None) is True:  # another value: among an image's tokens alone
+        raise UnsupportedModelError(
+            f"{name} is not causal: with use_bidirectional_attention in its configuration a prompt's tokens attend to "
+            f"later ones; use a causal LM, or stock generate"
         )
     check_placement(model)
     if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]

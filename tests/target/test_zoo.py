@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 import zoo
+import zoo_sizes
 from torch import Tensor
 
 import haast
@@ -75,7 +76,7 @@ def test_every_class_says_the_same_text_or_is_refused_by_name(kind: str) -> None
         if row["outcome"] == "same text":
             assert row["distinct"] >= zoo.WANDERS and row["tau"] > 1, row
         if RECORDED:
-            assert (row["outcome"] == "not built") == (kind in zoo.NOT_BUILT), row
+            assert (row["outcome"] == "not built") == (kind in zoo_sizes.NOT_BUILT), row
             held = next(each for each in HELD["types"] if each["type"] == kind and each["is_decoder"] == decodes)
             assert row["outcome"] == held["outcome"], f"run tests/zoo.py again: {row}"
 
@@ -83,7 +84,7 @@ def test_every_class_says_the_same_text_or_is_refused_by_name(kind: str) -> None
 def test_what_is_recorded_has_nothing_else_in_it() -> None:
     number = zoo.counts(HELD["types"])
     assert set(number) == {"same text", "refused", "not built"} and number["same text"] > 100
-    assert {row["type"] for row in HELD["types"] if row["outcome"] == "not built"} == set(zoo.NOT_BUILT)
+    assert {row["type"] for row in HELD["types"] if row["outcome"] == "not built"} == set(zoo_sizes.NOT_BUILT)
     if RECORDED:
         assert {row["type"] for row in HELD["types"]} == set(zoo.CLASSES)
 
@@ -125,7 +126,7 @@ def test_what_an_encoder_has_made_is_refused_by_name(kind: str, given: dict[str,
 def test_a_cross_attention_without_encoder_states_is_left_out_as_stock_leaves_it_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(zoo.MORE, "bert", {"add_cross_attention": True})
+    monkeypatch.setitem(zoo_sizes.MORE, "bert", {"add_cross_attention": True})
     assert any("crossattention" in name for name, _ in zoo.build("bert", decodes=True).named_modules())
     assert zoo.outcome("bert", decodes=True)["outcome"] == "same text"
 

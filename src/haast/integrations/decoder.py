@@ -118,6 +118,7 @@ class Decoder:
                 raise ValueError("a head, a small model or a Drafter drafts for one target: give the model too")
             return
         model = own_model(model)
+        refuse_unsupported(model)
         arguments.check_model(model)
         loaded = open_head(head, str(model.name_or_path) or type(model).__name__)
         small_target = None if small is None else Target(own_model(small))

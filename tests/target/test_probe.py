@@ -44,9 +44,10 @@ def _hides_the_first(seen: Tensor, lengths: Tensor, *where: Any, **more: Any) ->
     return bias
 
 
-def _wider(*where: Any, window: int | None = None, **more: Any) -> Tensor:
-    """The sliding window is one position too wide."""
-    return _mask(*where, window=None if window is None else window + 1, **more)
+def _wider(*where: Any, window: int | None = None, chunk: int | None = None, **more: Any) -> Tensor:
+    """The sliding window, or each chunk, is one position too wide."""
+    window, chunk = (None if size is None else size + 1 for size in (window, chunk))
+    return _mask(*where, window=window, chunk=chunk, **more)
 
 
 def _by_slot(self: ModuleForward, tree: DraftTree, cache: KVCache) -> Tensor:
@@ -65,7 +66,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Tensor]]] = {
 FAINT = {
     "neighbours": ["llama", "nemotron", "gpt_neox_japanese"],
     "first": ["llama", "gemma2", "deepseek_v2"],
-    "window": ["mistral", "gemma2", "cwm"],
+    "window": ["mistral", "gemma2", "cwm", "llama4_text"],
     "slots": ["llama", "gemma2", "gemma3_text"],
 }
 

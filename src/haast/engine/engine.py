@@ -21,8 +21,7 @@ from haast.engine.step import Step
 from haast.errors import CancelledError, KVPoolError, PromptError
 from haast.sampling import Sampler
 from haast.stats import Stats
-from haast.target.prompt_inputs import PromptInputs
-from haast.target.target import Target
+from haast.target.target import PromptInputs, Target
 
 __all__ = ["PREFILL_CHUNK", "Emission", "Engine", "Stats", "Step", "StopParams", "check_prompts"]
 # Prompt positions per forward. Bounds the memory of activations, attention masks and, without fused attention, scores.

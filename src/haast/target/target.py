@@ -38,7 +38,7 @@ from haast.target.ranks import Ranks
 from haast.target.support import choose_attention, refuse_unsupported
 from haast.tree import DraftTree
 
-__all__ = ["ProbeResult", "Target", "TargetOutput", "choose_attention", "refuse_unsupported"]
+__all__ = ["ProbeResult", "PromptInputs", "Target", "TargetOutput", "choose_attention", "refuse_unsupported"]
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()

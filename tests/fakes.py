@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from haast.core import Accepted, SamplingParams
 from haast.drafters.base import Drafter
@@ -58,8 +58,13 @@ def tiny_target(vocab: int = VOCAB, layers: int = 2, context: int = 512, std: fl
 
 def random_head(target: Target, draft_vocab: Sequence[int] | None = None, seed: int = 1) -> Head:
     """An untrained head that fits `target`, optionally over a reduced draft vocabulary (ascending ids)."""
+    return head_for(target.config, draft_vocab, seed)
+
+
+def head_for(config: PretrainedConfig, draft_vocab: Sequence[int] | None = None, seed: int = 1) -> Head:
+    """`random_head` for a target's (text) configuration."""
     torch.manual_seed(seed)
-    module = FeatExtrapolator(FeatExtrapolatorConfig.for_target(target.config))
+    module = FeatExtrapolator(FeatExtrapolatorConfig.for_target(config))
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     vocab = None if draft_vocab is None else torch.tensor(draft_vocab)

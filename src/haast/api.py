@@ -20,6 +20,7 @@ from haast.drafters.tree_shape import DraftShape
 from haast.engine.engine import PREFILL_CHUNK, Engine, check_prompts
 from haast.engine.scheduler import Scheduler, check_limits
 from haast.errors import CancelledError, PromptError, QueueFullError
+from haast.formats.mtp import MTP
 from haast.generation import (
     Generation,
     Ids,
@@ -91,7 +92,8 @@ class Haast:
         Args:
             model: a name as in `haast.target.load.load_target`, or a loaded transformers causal LM (left as it is: not
                 packed, not moved, only its attention implementation is set).
-            head: a head's folder; "default" is the one shipped for the default model; None for no head.
+            head: a head's folder; "default" is the one shipped for the default model, "mtp" the one in the model's own
+                checkpoint (docs/heads.md); None for no head.
             drafter: "auto" is "eagle+suffix" with an EAGLE head, else "suffix", which drafts repetitions of earlier
                 text. Also "eagle", "medusa", "lookup", "lookahead", "small-model" and "none", which decodes without
                 drafts; see `haast.drafters.factory`. Drafts that would cost more time than they save are skipped.
@@ -122,7 +124,8 @@ class Haast:
         check_limits(max_batch, max_waiting)
         # Check the drafter's name and the head's files before the model loads.
         requested = drafter if isinstance(drafter, str) else "none"
-        name, folder = plan_drafter(requested, head, model if isinstance(model, str) else None, small is not None)
+        known = model if isinstance(model, str) else (model.name_or_path or None if head == MTP else None)
+        name, folder = plan_drafter(requested, head, known, small is not None)
         placement = Placement(device_map, max_memory, offload_folder, tensor_parallel)
         load = partial(load_target, dtype=dtype, device=device, packing=packing)
         if isinstance(model, str):

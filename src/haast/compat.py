@@ -50,6 +50,17 @@ def set_attention_name(config: PreTrainedConfig, name: str | None) -> None:
     config._attn_implementation = name
 
 
+def experts_name(config: PreTrainedConfig) -> str | None:
+    """How a model with this configuration multiplies by its experts: "grouped_mm", "eager", ...; None if not chosen.
+
+    Touches: `PreTrainedConfig._experts_implementation`. Public: `get_experts_implementation`, which needs a model.
+    There: transformers 5.0 and newer; None in a version without it.
+    Fails without it: MTP heads with experts for a target in fp64, which grouped products do not know.
+    """
+    name: str | None = getattr(config, "_experts_implementation", None)
+    return name
+
+
 def takes_registered_attention(model: PreTrainedModel) -> bool:
     """Whether the model calls a registered attention function, with the scores and softmax of sdpa.
 

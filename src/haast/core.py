@@ -267,6 +267,8 @@ class Request:
         draft_state: its drafter's state while it runs.
         deadline: on `time.monotonic`'s clock; None for none.
         hints: options for drafting.
+        inputs: the prompt's `PromptInputs`, if it has more than tokens. Its keys and values belong to it alone, so
+            other requests don't share them.
     """
 
     def __init__(
@@ -283,12 +285,14 @@ class Request:
         deadline: float | None = None,
         watch: Callable[[Any], None] | None = None,
         hints: DraftHints | None = None,
+        inputs: Any = None,
     ) -> None:
         self.tokens = [int(token) for token in prompt]
         self.prompt_length = len(self.tokens)
         self.sampling, self.stop, self.chooser, self.drafter = sampling, stop, chooser, drafter
         self.row, self.stats, self.prefill_chunk = row, stats or Stats(), prefill_chunk
         self.deadline, self.watch, self.hints = deadline, watch, hints or DraftHints()
+        self.inputs = inputs
         self.limit = stop.max_new_tokens
         self.state = RequestState.WAITING
         self.finish_reason = ""
@@ -298,6 +302,11 @@ class Request:
         self.draft_state: Any = None
         self.draft_policy: Any = None
         self.prefill_end = self.prompt_length  # positions to prefill before decoding; more after a preemption
+
+    @property
+    def whole_prompt(self) -> bool:
+        """Whether its next prefill is its whole prompt, alone in a forward."""
+        return self.inputs is not None and (self.kv is None or self.kv.length == 0)
 
     @property
     def new_tokens(self) -> list[int]:

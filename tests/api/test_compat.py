@@ -22,6 +22,7 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
+    Glm4MoeConfig,
     LlamaConfig,
     LogitsProcessorList,
     PrefixConstrainedLogitsProcessor,
@@ -70,6 +71,13 @@ def test_the_attention_that_a_config_names_is_the_one_that_runs(model: Any, monk
     model(input_ids=IDS)
     compat.set_attention_name(model.config, "eager")
     assert len(asked) == model.config.num_hidden_layers
+
+
+def test_a_config_names_how_it_multiplies_by_experts() -> None:
+    config: Any = Glm4MoeConfig()
+    assert compat.experts_name(config) is None
+    config._experts_implementation = "eager"
+    assert compat.experts_name(config) == "eager"
 
 
 def test_models_say_whether_a_registered_attention_fits(model: Any) -> None:

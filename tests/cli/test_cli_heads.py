@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from mtp_heads import PlainMtp, write_checkpoint
 from test_cli import EXACT, haast_run, refused, save_random_head, tiny_config, tiny_tokenizer
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from haast.cli.settings import Loading
 from haast.heads.checkpoint import load_head
@@ -88,3 +89,24 @@ def test_what_is_refused(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         told = haast_run(*words, *model(home), "--out", "there")
         assert told.exit_code == 2 and (tmp_path / "there" / "file").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_the_head_in_a_checkpoint_is_shown_used_and_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    whole = Qwen3ForCausalLM(Qwen3Config(**tiny_config().to_diff_dict() | {"model_type": "qwen3", "head_dim": 8}))
+    write_checkpoint(tmp_path / "model", whole, PlainMtp(whole, "Qwen"))
+    tiny_tokenizer().save_pretrained("model")
+    own = ["--model", "model", *EXACT]
+    shown = haast_run("info", *own, "--head", "mtp")
+    assert "1 layer, Qwen's names; --head mtp drafts with it" in shown.output, shown.output
+    assert "mtp head, MTP layout" in shown.output
+    back = haast_run("import", "mtp", *own)
+    assert back.exit_code == 0 and "state read" in back.stdout, back.output
+    text = [
+        haast_run("generate", "Hi", *own, "--head", head, "--drafter", drafter, "--max-new-tokens", "8")
+        for head, drafter in (("mtp", "eagle"), ("./mtp", "eagle"), ("none", "none"))
+    ]
+    assert text[0].exit_code == text[1].exit_code == 0, text[0].output + text[1].output
+    assert text[0].stdout == text[1].stdout == text[2].stdout
+    refused(haast_run("check", "mtp", "--model", "smollm2-135m-instruct", *EXACT), "head='mtp'", ".gguf")

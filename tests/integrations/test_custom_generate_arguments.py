@@ -73,7 +73,7 @@ def examples(model: Any) -> dict[str, Any]:
         "compile_config": CompileConfig(), "prefill_chunk_size": 2,
         "continuous_batching_config": {"a": 1}, "output_attentions": True, "output_hidden_states": True,
         "assistant_model": model, "assistant_tokenizer": object(), "synced_gpus": True,
-        "inputs_embeds": torch.zeros(1, 4, 32, dtype=torch.float64), **dict.fromkeys(CACHE_NAMES, DynamicCache()),
+        "inputs_embeds": torch.zeros(1, 3, 32, dtype=torch.float64), **dict.fromkeys(CACHE_NAMES, DynamicCache()),
     }  # fmt: skip
 
 

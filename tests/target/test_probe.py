@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 import zoo
+import zoo_sizes
 from fakes import tiny_llama
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -43,9 +44,10 @@ def _hides_the_first(seen: Tensor, lengths: Tensor, *where: Any, **more: Any) ->
     return bias
 
 
-def _wider(*where: Any, window: int | None = None, **more: Any) -> Tensor:
-    """The sliding window is one position too wide."""
-    return _mask(*where, window=None if window is None else window + 1, **more)
+def _wider(*where: Any, window: int | None = None, chunk: int | None = None, **more: Any) -> Tensor:
+    """The sliding window, or each chunk, is one position too wide."""
+    window, chunk = (None if size is None else size + 1 for size in (window, chunk))
+    return _mask(*where, window=window, chunk=chunk, **more)
 
 
 def _by_slot(self: ModuleForward, tree: DraftTree, cache: KVCache) -> Tensor:
@@ -64,7 +66,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Tensor]]] = {
 FAINT = {
     "neighbours": ["llama", "nemotron", "gpt_neox_japanese"],
     "first": ["llama", "gemma2", "deepseek_v2"],
-    "window": ["mistral", "gemma2", "cwm"],
+    "window": ["mistral", "gemma2", "cwm", "llama4_text"],
     "slots": ["llama", "gemma2", "gemma3_text"],
 }
 
@@ -128,7 +130,7 @@ def test_what_rounds_much_is_taken_up(kind: str, dtype: torch.dtype) -> None:
 
 
 def test_a_wide_window_is_reached_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(zoo.MORE, "mistral", {"sliding_window": 4096})
+    monkeypatch.setitem(zoo_sizes.MORE, "mistral", {"sliding_window": 4096})
     model, seen = zoo.build("mistral"), set[int | None]()
 
     def noted(*where: Any, window: int | None = None, **more: Any) -> Tensor:
@@ -144,7 +146,7 @@ def test_a_wide_window_is_reached_and_given_back(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.skipif(transformers.__version__ < "5.1", reason="transformers 5.0 builds no tiny Moshi")
 def test_a_window_that_the_model_itself_does_not_follow_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Moshi's masks have none, only its cache forgets: stock's text depends on how long the prompt was."""
-    monkeypatch.setitem(zoo.MORE, "moshi", {"sliding_window": 3000})
+    monkeypatch.setitem(zoo_sizes.MORE, "moshi", {"sliding_window": 3000})
     model = zoo.build("moshi")
     with pytest.raises(UnsupportedModelError, match=r"^MoshiForCausalLM .* no sliding window of 3000"):
         Target(model)
@@ -195,7 +197,7 @@ def test_such_models_are_refused(kind: Any, why: str) -> None:
 
 
 def test_a_causal_model_that_may_look_ahead_is_refused_when_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(zoo.MORE, "gemma3_text", {"use_bidirectional_attention": True})
+    monkeypatch.setitem(zoo_sizes.MORE, "gemma3_text", {"use_bidirectional_attention": True})
     with pytest.raises(UnsupportedModelError, match=r"^Gemma3ForCausalLM is not causal"):
         Target(zoo.build("gemma3_text"))
 

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from haast.formats.probe import ProbeResult
 
 HeadArgument = Annotated[
-    str, typer.Argument(help="A folder, a .gguf file, or a hub id (owner/name, owner/name@revision).")
+    str,
+    typer.Argument(
+        help="A folder, a .gguf file, a hub id (owner/name, owner/name@revision), or 'mtp' for the one in the target's "
+        "checkpoint."
+    ),
 ]
 
 
@@ -37,6 +41,7 @@ def import_(
     """
     loading.check()
     check_writable(json_out)
+    from haast.drafters.factory import find_head
     from haast.formats.export import import_head
     from haast.formats.opened import OpenedHead, check_head, open_head
     from haast.progress import Progress
@@ -46,7 +51,9 @@ def import_(
         raise ValueError(
             "'default' is Haast's own head: use it directly (`haast export` converts it for other engines)"
         )
-    opened = open_head(head)
+    path = find_head(head, loading.model)
+    assert path is not None, "HEAD is required"
+    opened = open_head(path)
     if not isinstance(opened, OpenedHead):
         raise ValueError(f"{head} is a Haast head already: use it directly (`haast export` converts it)")
     folder = Path(Path(head).name.split("@")[0].removesuffix(".gguf")) if out is None else out

@@ -72,6 +72,7 @@ def _installation() -> dict[str, Any]:
 
 
 def _model(target: Target, loading: Loading) -> dict[str, Any]:
+    from haast.formats.mtp import described
     from haast.target.load import resolve
     from haast.target.packing import is_packed, linear_sizes
 
@@ -92,6 +93,7 @@ def _model(target: Target, loading: Loading) -> dict[str, Any]:
         "hidden_size": target.hidden_size,
         "vocab_size": target.vocab_size,
         "context": target.context_length,
+        "mtp_head": described(loading.model),
         "dtype": loading.dtype,
         "precision": target.precision,
         "packed_linears": len(packed),

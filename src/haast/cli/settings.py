@@ -111,7 +111,11 @@ class Drafting:
     """The head, and the shape of its draft trees."""
 
     head: Annotated[
-        str, Option(help="Head: folder, hub id or .gguf file; 'default' for the shipped one, 'none' for no head.")
+        str,
+        Option(
+            help="Head: folder, hub id or .gguf file; 'default' for the shipped one, 'mtp' for the one in the target's "
+            "checkpoint, 'none' for no head."
+        ),
     ] = "default"
     shape: Annotated[str, Option(help="Kind of draft tree: dynamic, static or chain.")] = DraftShape.kind
     nodes: Annotated[int | None, Option(metavar="N", help="Nodes per tree, root included; tuned if absent.")] = None

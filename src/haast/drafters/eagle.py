@@ -33,7 +33,7 @@ from haast.drafters.tree_builder import Growth, best_places
 from haast.drafters.tree_shape import DraftShape, Plan, plan
 from haast.drafters.window import DraftWindow
 from haast.errors import HeadMismatchError
-from haast.heads.checkpoint import Head, check_fits, check_weights
+from haast.heads.checkpoint import Head, check_fits, check_weights, check_widths
 from haast.heads.module import DraftModule
 from haast.heads.precision import warn_of_precision
 from haast.target.fusing import fuse_small_modules
@@ -80,6 +80,7 @@ class EagleDrafter(Drafter):
             raise HeadMismatchError(f"{type(module).__name__} do not draft as EAGLE: give an EAGLE head")
         check_weights(module)
         check_fits(module.config, target.hidden_size, target.vocab_size, type(target.model).__name__)
+        check_widths(module, *target.probed.widths, type(target.model).__name__)
         warn_of_precision(head.about, target.precision)
         self._pairs = DraftWindow(window, module.config.num_hidden_layers, head.trained_length)
         self._target, self._built = target, (target.device, target.dtype)
@@ -257,7 +258,8 @@ class EagleDrafter(Drafter):
             cache, past = self._bound(states)
             # The padding of shorter rows is overwritten by later pairs.
             flight = Flight.chain(past, to_device(torch.tensor(past), paired.device), pairs)
-            output = self._forward.run(cache, self._embedded(paired), self._module.fuse(features), flight)
+            fused = self._module.continued(self._module.fuse(features), [state.extrapolated for state in states])
+            output = self._forward.run(cache, self._embedded(paired), fused, flight)
             for row, (state, count) in enumerate(zip(states, kept, strict=True)):
                 if count:
                     state.observed += count

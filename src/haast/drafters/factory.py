@@ -27,6 +27,7 @@ from haast.drafters.tree_shape import DraftShape, default_nodes, shape_for
 from haast.drafters.vanilla import VanillaDrafter
 from haast.errors import HeadMismatchError
 from haast.formats.files import locate
+from haast.formats.mtp import MTP, mtp_folder
 from haast.formats.opened import OpenedHead, drafter_kind
 from haast.formats.opened import open_head as open_files
 from haast.heads.checkpoint import Head, head_folder
@@ -104,21 +105,25 @@ def needs_head(name: str) -> bool:
 
 
 def find_head(head: str | Path | None, model: str | None) -> Path | None:
-    """The path of a head, by a folder, a .gguf file, a hub id (downloaded, or found in the cache) or "default".
+    """The path of a head, by a folder, a .gguf file, a hub id (downloaded, or found in the cache), "default" or "mtp".
 
-    Raises ValueError if there is no default head for this model, HeadMismatchError if no head is found.
+    "mtp" is the MTP head in the model's own checkpoint. Raises ValueError if there is no default head for this model,
+    HeadMismatchError if no head is found.
     """
     if head is None:
         return None
     if not isinstance(head, str | Path):
         raise HeadMismatchError(f"head is a {type(head).__name__}: give a folder, a .gguf file or a hub id")
+    if head == MTP:
+        return mtp_folder(model)
     if head != "default":
         return head_folder(locate(head)[0])
     # The model may be a name, a path or a hub id; a GGUF file's name has more behind the model's.
     if model is None or not Path(model).name.lower().startswith(DEFAULT_MODEL):
         raise ValueError(
             f"no head is shipped for {model or 'a model given as an object'!r}: give its folder, or None to draft "
-            f"without one (--head none; only {DEFAULT_MODEL} comes with a head, `haast train --model ...` trains one)"
+            f"without one (--head none; only {DEFAULT_MODEL} comes with a head, `haast train --model ...` trains one, "
+            f"--head {MTP} takes the one in the model's own checkpoint)"
         )
     return Path(__file__).parents[1] / "data" / "heads" / DEFAULT_MODEL
 

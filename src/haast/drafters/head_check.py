@@ -15,12 +15,13 @@ from typing import Any
 from haast.core import Accepted
 from haast.errors import HeadWarning
 from haast.formats.base import Question, Reading
-from haast.formats.conventions import common, conventions
+from haast.formats.conventions import common, conventions, mtp_conventions
 from haast.formats.opened import OpenedHead, facts_of, reading_of
 from haast.formats.probe import ProbeResult, probe_conventions
 from haast.heads.checkpoint import Head
 from haast.heads.config import HeadConfig, rope_of
 from haast.heads.eagle3 import Eagle3Config
+from haast.heads.mtp import MtpConfig
 from haast.target.target import Target
 
 _DEFAULT_RATE = 0.55  # share of first drafts accepted, if a head's files do not state it
@@ -188,6 +189,8 @@ def diagnose(
 
 def _questions(reading: Reading, target: Target) -> list[Question]:
     facts, config = facts_of(target), reading.config
+    if isinstance(config, MtpConfig):
+        return mtp_conventions(config)
     if isinstance(config, Eagle3Config):
         return conventions(config, facts)
     return common(config, facts) if isinstance(config, HeadConfig) else []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,5 +152,5 @@ class HeadForward:
         return output.clone() if compiled.graphs else output
 
     def _bias(self, flight: Flight, states: Tensor, slots: int) -> Tensor:
-        where = {"positions": flight.positions, "flight_positions": flight.flying}
+        where: dict[str, Any] = {"positions": flight.positions, "flight_positions": flight.flying}
         return tree_mask(flight.seen, flight.committed, slots, states.dtype, **where, window=self._window)

@@ -134,7 +134,11 @@ class Admission:
     def _begin(self, request: Request) -> None:
         drafter, cache, kv = request.drafter, self.target.cache, request.kv
         text = request.tokens[: request.prefill_end]
-        reused, source, copy = kv.reuse(text, drafter.prefix_key, drafter.reach, drafter.drafting_off)
+        reused, source, copy = 0, 0, 0
+        if request.inputs is None:
+            reused, source, copy = kv.reuse(text, drafter.prefix_key, drafter.reach, drafter.drafting_off)
+        else:
+            kv.position_shift = request.inputs.shift
         if source:
             for each in (cache, *drafter.caches):
                 each.stores.copy_block(source, copy)
@@ -163,6 +167,8 @@ class Admission:
         """Prompt positions that are computed: the request's own, or before admission those in the prefix cache."""
         if request.kv is not None:
             return int(request.kv.length)
+        if request.inputs is not None:
+            return 0
         drafter, text = request.drafter, request.tokens[: request.prefill_end]
         return self.target.pool.usable(text, drafter.prefix_key, drafter.reach, drafter.drafting_off)
 
@@ -204,6 +210,8 @@ class Admission:
 
     def publish(self, request: Request) -> None:
         """Let other requests reuse the blocks of a prompt that is computed."""
+        if request.inputs is not None:
+            return
         filled, head_kv_from = self._reusable(request)
         shared = min(filled, request.kv.length)
         request.kv.publish(request.tokens, shared, request.drafter.prefix_key, head_kv_from)
@@ -212,7 +220,7 @@ class Admission:
         drafter, kv, state = request.drafter, request.kv, request.draft_state
         # A stop rule may have cut off tokens whose positions are committed.
         committed = min(kv.length, len(request.tokens))
-        filled, head_kv_from = self._reusable(request) if keep else (0, 0)
+        filled, head_kv_from = self._reusable(request) if keep and request.inputs is None else (0, 0)
         kv.release(request.tokens, min(filled, committed), drafter.prefix_key, head_kv_from)
         if state is not None:
             drafter.end(state)

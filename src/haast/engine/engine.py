@@ -21,7 +21,7 @@ from haast.engine.step import Step
 from haast.errors import CancelledError, KVPoolError, PromptError
 from haast.sampling import Sampler
 from haast.stats import Stats
-from haast.target.target import Target
+from haast.target.target import PromptInputs, Target
 
 __all__ = ["PREFILL_CHUNK", "Emission", "Engine", "Stats", "Step", "StopParams", "check_prompts"]
 # Prompt positions per forward. Bounds the memory of activations, attention masks and, without fused attention, scores.
@@ -75,6 +75,7 @@ class Engine:
         watch: Callable[[Step], None] | None = None,
         prefill_chunk: int | None = None,
         hints: DraftHints | None = None,
+        inputs: PromptInputs | None = None,
         queued: bool = True,
     ) -> Request:
         """Queue a request; `read` returns its tokens.
@@ -91,6 +92,7 @@ class Engine:
             watch: called with every decoding step of the request before its tokens can be read.
             prefill_chunk: prompt positions per forward, instead of the engine's.
             hints: options for drafting; only with sample-and-match they leave the text unchanged.
+            inputs: what the prompt has besides tokens.
             queued: False checks the request but does not queue it; see `start`.
 
         Raises:
@@ -112,6 +114,7 @@ class Engine:
             deadline=None if timeout is None else time.monotonic() + timeout,
             watch=watch,
             hints=hints,
+            inputs=inputs,
         )
         if queued:
             return self.start(request)
@@ -178,6 +181,7 @@ class Engine:
         stats: Stats | None = None,
         watch: Callable[[Step], None] | None = None,
         choosers: Sequence[TokenChooser] | None = None,
+        inputs: PromptInputs | None = None,
     ) -> Generator[Emission, None, None]:
         """Decode all prompts together; yields each row's tokens as they are emitted. Closing it cancels the rest.
 
@@ -188,6 +192,7 @@ class Engine:
             stats: filled as the run goes on, all rows together.
             watch: called with every decoding step before its tokens are yielded; its own time is not counted.
             choosers: one per row, instead of `sampling`.
+            inputs: what a prompt has besides tokens, if there is one row.
 
         Raises:
             PromptError, KVPoolError, QueueFullError: see `submit`.
@@ -200,7 +205,7 @@ class Engine:
             raise ValueError(
                 f"{rows} prompts, {len(params)} sampling and {len(stops)} stop parameters: give one per prompt"
             )
-        return self._run(prompts, params, stops, stats or Stats(), watch, choosers or [None] * rows)
+        return self._run(prompts, params, stops, stats or Stats(), watch, choosers or [None] * rows, inputs)
 
     def _run(
         self,
@@ -210,11 +215,14 @@ class Engine:
         stats: Stats,
         watch: Callable[[Step], None] | None,
         choosers: Sequence[TokenChooser | None],
+        inputs: PromptInputs | None,
     ) -> Generator[Emission, None, None]:
         requests: list[Request] = []
         try:
             for row, (prompt, params, stop, chooser) in enumerate(zip(prompts, sampling, stops, choosers, strict=True)):
-                submitted = self.submit(prompt, params, stop, chooser=chooser, row=row, stats=stats, watch=watch)
+                submitted = self.submit(
+                    prompt, params, stop, chooser=chooser, row=row, stats=stats, watch=watch, inputs=inputs
+                )
                 requests.append(submitted)
             unfinished = list(requests)
             while unfinished:

@@ -245,6 +245,8 @@ class Scheduler:
         prefilling = [r for r in self._admission.running if r.state is RequestState.PREFILLING and not r.finish_reason]
 
         def count_of(request: Request) -> int:
+            if request.whole_prompt:
+                return request.prompt_length
             chunk = request.prefill_chunk
             most = (min(chunk, PREFILL_WHILE_DECODING) if decoding else chunk) if budget is None else min(budget, chunk)
             # Before admission: of the positions that it would share, the last one is computed again.
@@ -255,6 +257,8 @@ class Scheduler:
             if not batch:
                 return True
             first = batch[0][0]
+            if request.whole_prompt or first.whole_prompt:
+                return False
             counts = [count_of(request), *(count for _, count in batch)]
             room = first.prefill_chunk if budget is None else budget
             compatible = request.drafter is first.drafter and request.prefill_chunk == first.prefill_chunk

@@ -101,7 +101,8 @@ def prefill(target: Target, batch: Sequence[tuple[Request, int]], agreement: Alo
     live = torch.arange(longest, device=target.device) < committed.unsqueeze(1) if min(counts) < longest else None
     cache = target.cache.bind([request.kv for request in requests])
     tree = DraftTree.chain(text, live)
-    output = target.forward(tree, cache, last_only=True, hidden_layers=drafter.target_layers)
+    inputs = requests[0].inputs if begins[0] == 0 else None  # such a request is alone in its forward
+    output = target.forward(tree, cache, last_only=True, hidden_layers=drafter.target_layers, inputs=inputs)
     cache.advance(counts)
     complete = [row for row, request in enumerate(requests) if ends[row] == len(request.tokens)]
     verdict = None

@@ -53,10 +53,12 @@ class TargetFacts:
     Attributes:
         config: the text configuration.
         embedding_scale: factor by which the embedding module multiplies the table's rows (Gemma); 1 for none.
+        final_norm: (H,) weight of the decoder's last norm; None if it is not known.
     """
 
     config: Any
     embedding_scale: float = 1.0
+    final_norm: Tensor | None = None
 
     @property
     def layers(self) -> int:

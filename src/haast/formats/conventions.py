@@ -14,6 +14,9 @@ from torch import Tensor
 from haast.formats.base import Option, Question, Reading, TargetFacts
 from haast.heads.config import HeadConfig
 from haast.heads.eagle3 import Eagle3Config
+from haast.heads.mtp import MtpConfig
+
+_NORMED = {False: "the state", True: "the normed state"}
 
 
 def conventions(config: Eagle3Config, facts: TargetFacts) -> list[Question]:
@@ -21,14 +24,39 @@ def conventions(config: Eagle3Config, facts: TargetFacts) -> list[Question]:
     ids = config.layer_ids
     shifted = [tuple(layer + shift for layer in ids) for shift in (0, 1, -1)]
     possible = [layers for layers in shifted if layers[0] >= 0 and layers[-1] <= facts.layers]
-    residual, output = config.norm_before_residual, config.norm_output
-    labels = {False: "the state", True: "the normed state"}
+    residual = config.norm_before_residual
     return [
         Question.of("layer ids", "layer_ids", [(", ".join(map(str, layers)), layers) for layers in possible]),
-        Question.of("residual", "norm_before_residual", [(labels[on], on) for on in (residual, not residual)]),
+        Question.of("residual", "norm_before_residual", [(_NORMED[on], on) for on in (residual, not residual)]),
         *common(config, facts),
-        Question.of("fed back", "norm_output", [(labels[on], on) for on in (output, not output)]),
+        _fed_back(config),
     ]
+
+
+def mtp_conventions(config: MtpConfig) -> list[Question]:
+    """Questions about an MTP head: which states it reads, and in which order."""
+    read = {True: "after the final norm", False: "before the final norm"}
+    first = config.reads_normed
+    swapped = Option("the other order", swapped_inputs)
+    return [
+        Question.of("state read", "reads_normed", [(read[on], on) for on in (first, not first)]),
+        Question("embedding and state", (Option("the producer's order", lambda reading: reading), swapped)),
+        _fed_back(config),
+    ]
+
+
+def swapped_inputs(reading: Reading) -> Reading:
+    """Let the projections of an MTP head read the state first, then the embedding, or the other way round."""
+    weights = {
+        name: tensor.roll(tensor.shape[1] // 2, dims=1) if name.endswith("eh_proj.weight") else tensor
+        for name, tensor in reading.weights.items()
+    }
+    return replace(reading, weights=weights)
+
+
+def _fed_back(config: HeadConfig) -> Question:
+    options = [(_NORMED[on], on) for on in (config.norm_output, not config.norm_output)]
+    return Question.of("fed back", "norm_output", options)
 
 
 def common(config: HeadConfig, facts: TargetFacts) -> list[Question]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from haast.errors import HeadMismatchError
 
-KINDS = ("eagle", "eagle3", "p-eagle", "medusa")
+KINDS = ("eagle", "eagle3", "p-eagle", "medusa", "mtp")
 _MEDUSA = re.compile(r"(medusa_head\.)?\d{1,4}\.\d{1,4}\.(linear\.)?(weight|bias)")
 _MATRIX = re.compile(r"(medusa_head\.)?\d+\.\d+\.(linear\.)?weight|(fusion_)?fc\.weight")
 # Tensor name prefixes of heads that draft a block in one pass. Order matters: some heads have several of them.
@@ -50,6 +50,8 @@ def kind_of(tensors: dict[str, Tensor], source: str) -> str:
         )
     if all(_MEDUSA.fullmatch(name) for name in tensors):
         return "medusa"
+    if "inputs.0.eh_proj.weight" in tensors:  # as `formats.mtp` renames them
+        return "mtp"
     for prefix, kind in _BLOCK_HEADS:
         if any(name.startswith(prefix) for name in tensors):
             raise _block_head_error(source, kind)

@@ -24,6 +24,7 @@ from haast.formats.base import Format, Reading, ServingEngine, TargetFacts
 from haast.formats.files import CONFIG
 from haast.formats.gguf import GGUF_FILE, Gguf
 from haast.formats.medusa import Medusa
+from haast.formats.mtp import Mtp
 from haast.formats.official import Official
 from haast.formats.opened import OpenedHead, open_foreign, reading_of, registered
 from haast.formats.probe import ProbeResult
@@ -32,8 +33,15 @@ from haast.heads.checkpoint import Head, build_module, save_head
 from haast.heads.eagle3 import Eagle3Config
 from haast.heads.medusa import MedusaConfig
 from haast.heads.module import DraftModule
+from haast.heads.mtp import MtpConfig
 
-_TITLES = {"eagle": "EAGLE head", "eagle3": "EAGLE-3 head", "p-eagle": "P-EAGLE head", "medusa": "Medusa heads"}
+_TITLES = {
+    "eagle": "EAGLE head",
+    "eagle3": "EAGLE-3 head",
+    "p-eagle": "P-EAGLE head",
+    "medusa": "Medusa heads",
+    "mtp": "MTP head",
+}
 
 
 @dataclass(frozen=True)
@@ -172,6 +180,8 @@ def kind_of_reading(reading: Reading) -> str:
     config = reading.config
     if isinstance(config, MedusaConfig):
         return "medusa"
+    if isinstance(config, MtpConfig):
+        return "mtp"
     if isinstance(config, Eagle3Config):
         return "p-eagle" if config.mask_token_id >= 0 else "eagle3"
     return "eagle"
@@ -181,6 +191,8 @@ def _format_for(reading: Reading, engine: str) -> Format:
     own = registered(engine)
     if own is not None:
         return own
+    if isinstance(reading.config, MtpConfig):
+        return Mtp()
     if engine == "gguf":
         return Gguf()
     if engine == "speculators":

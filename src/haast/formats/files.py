@@ -72,7 +72,7 @@ def locate(head: str | Path) -> tuple[Path, str]:
 
 def read_files(folder: Path, source: str) -> HeadFiles:
     """All tensors of a folder, and its config. Raises HeadMismatchError for missing, corrupt or unsafe files."""
-    document = _read_json(folder / CONFIG)
+    document = read_json(folder / CONFIG)
     names, notes = _weight_files(folder)
     tensors: dict[str, Tensor] = {}
     for name in names:
@@ -80,7 +80,7 @@ def read_files(folder: Path, source: str) -> HeadFiles:
     if document.get("quantization_config"):
         notes.append("quantization_config is ignored: the head's tensors are not quantised")
     files = HeadFiles(folder, document, tensors, source, tuple(notes))
-    _refuse_quantised(files)
+    refuse_quantised(files)
     return files
 
 
@@ -138,7 +138,8 @@ def _first_line(error: BaseException) -> str:
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises HeadMismatchError if there is none."""
     if not path.is_file():
         raise HeadMismatchError(
             f"no head at {path.parent}: there is no {path.name}; give a folder with one, a .gguf file or a hub id"
@@ -155,7 +156,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _weight_files(folder: Path) -> tuple[list[str], list[str]]:
     """The names of the files that hold the weights, and notes for the user."""
     for index in sorted(folder.glob("*.index.json")):
-        mapping = _read_json(index).get("weight_map")
+        mapping = read_json(index).get("weight_map")
         if not isinstance(mapping, dict) or not mapping:
             raise HeadMismatchError(f"{index} is no index of weights: weight_map is missing; fetch the head again")
         names = sorted(set(map(str, mapping.values())))
@@ -179,7 +180,8 @@ def _weight_files(folder: Path) -> tuple[list[str], list[str]]:
     )
 
 
-def _refuse_quantised(files: HeadFiles) -> None:
+def refuse_quantised(files: HeadFiles) -> None:
+    """Raise HeadMismatchError for quantised tensors, and for values that are not finite."""
     remedy = "use the head in its unquantised form"
     for name, tensor in files.tensors.items():
         one_byte = tensor.dtype.itemsize == 1 and tensor.dtype is not torch.bool

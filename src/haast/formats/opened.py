@@ -27,18 +27,20 @@ from haast.formats.gguf import Gguf
 from haast.formats.keys import check_keys
 from haast.formats.medusa import Medusa
 from haast.formats.modelopt import ModelOpt
+from haast.formats.mtp import Mtp
 from haast.formats.official import Official
 from haast.formats.probe import ProbeResult, Text, module_of, probe_conventions
 from haast.formats.specforge import SpecForge
 from haast.formats.speculators import Speculators
 from haast.heads.checkpoint import Head, check_fits, head_folder, is_own, load_head, read_head_config
 from haast.heads.config import HeadConfig
+from haast.heads.mtp import MtpConfig
 from haast.target.device_map import read_weight
 from haast.target.target import Target
 
 _LOG = logging.getLogger(__name__)
 # The first format that detects the files reads them; the official layout accepts all others.
-FORMATS: tuple[Format, ...] = (Gguf(), Medusa(), Speculators(), DeepSpec(), ModelOpt(), SpecForge(), Official())
+FORMATS: tuple[Format, ...] = (Gguf(), Mtp(), Medusa(), Speculators(), DeepSpec(), ModelOpt(), SpecForge(), Official())
 _REGISTERED: dict[str, Format] = {}  # by name
 
 
@@ -83,6 +85,8 @@ class OpenedHead:
         stated = document.get("target_hidden_size") or document.get("eagle3.target_hidden_size")
         if isinstance(stated, int):
             return stated
+        if self.kind == "mtp":
+            return len(tensors["inputs.0.eh_proj.weight"])
         if self.kind == "medusa":
             return int(next(t.shape[1] for name, t in tensors.items() if name.endswith("weight")))
         return int(tensors.get("layers.0.self_attn.o_proj.weight", tensors.get("fusion_fc.weight")).shape[0])  # type: ignore[union-attr]
@@ -213,7 +217,9 @@ def facts_of(target: Target) -> TargetFacts:
         ratio = float((embedded * rows).sum()) / norm if norm and embedded.shape == rows.shape else 1.0
         if torch.allclose(embedded, ratio * rows, rtol=1e-2, atol=1e-6) and abs(ratio - 1) > 1e-2:
             scale = ratio
-    return TargetFacts(target.config, scale)
+    decoder: nn.Module = target.model.get_decoder()  # type: ignore[no-untyped-call]
+    last = dict(decoder.named_children()).get("norm")
+    return TargetFacts(target.config, scale, None if last is None else read_weight(last, "weight"))
 
 
 def embedding_of(target: Target) -> Tensor:
@@ -222,16 +228,19 @@ def embedding_of(target: Target) -> Tensor:
 
 
 def without_copies(target: Target, reading: Reading) -> Reading:
-    """Drop the head's embedding table if it is a copy of the target's, as in many files."""
-    config = reading.config
-    table = reading.weights.get("embed_tokens.weight")
-    original = read_weight(target.embedding, "weight") if type(target.embedding) is nn.Embedding else None
-    if table is None or original is None or not isinstance(config, HeadConfig) or original.shape != table.shape:
-        return reading
-    if not torch.allclose(table.float(), original.float().cpu(), rtol=1e-2, atol=1e-5):
-        return reading
-    weights = {name: tensor for name, tensor in reading.weights.items() if name != "embed_tokens.weight"}
-    return replace(reading.with_config(own_embedding=False), weights=weights)
+    """Drop the head's embedding table or LM head if it is a copy of the target's, as in many files."""
+    options = {"embed_tokens.weight": (target.embedding, "own_embedding")}
+    if isinstance(reading.config, MtpConfig):  # others compute logits with the LM head of their files
+        options["lm_head.weight"] = (target.lm_head, "own_lm_head")
+    for name, (module, option) in options.items():
+        table = reading.weights.get(name)
+        original = read_weight(module, "weight") if type(module) in (nn.Embedding, nn.Linear) else None
+        if table is None or original is None or original.shape != table.shape:
+            continue
+        if torch.allclose(table.float(), original.float().cpu(), rtol=1e-2, atol=1e-5):
+            weights = {key: tensor for key, tensor in reading.weights.items() if key != name}
+            reading = replace(reading.with_config(**{option: False}), weights=weights)
+    return reading
 
 
 def reading_of(head: Head) -> Reading:

@@ -29,11 +29,14 @@ from haast.heads.eagle3 import Eagle3Config, Eagle3Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.heads.medusa import MedusaConfig, MedusaHeads
 from haast.heads.module import DraftModule
+from haast.heads.mtp import MtpConfig, MtpHead
+from haast.heads.mtp_chain import MtpChain
 
 _CONFIGS: dict[str, type[HeadSizes]] = {
     "haast-feat-extrapolator-1": FeatExtrapolatorConfig,
     "haast-eagle3-1": Eagle3Config,
     "haast-medusa-1": MedusaConfig,
+    "haast-mtp-1": MtpConfig,
 }
 _SHARD_SIZE = "20MB"  # largest weight file, small enough for code hosts
 _INDEX = "model.safetensors.index.json"
@@ -151,7 +154,9 @@ def build_module(config: HeadSizes, draft_vocab_size: int | None) -> AnyModule:
         return Eagle3Head(config)
     if isinstance(config, MedusaConfig):
         return MedusaHeads(config, draft_vocab_size)
-    assert isinstance(config, FeatExtrapolatorConfig), "there are three kinds"
+    if isinstance(config, MtpConfig):
+        return (MtpHead if config.num_hidden_layers == 1 else MtpChain)(config, draft_vocab_size)
+    assert isinstance(config, FeatExtrapolatorConfig), "there are four kinds"
     return FeatExtrapolator(config, draft_vocab_size)
 
 
@@ -177,6 +182,20 @@ def check_fits(head: HeadSizes, hidden_size: int, vocab_size: int, target: str) 
             raise HeadMismatchError(
                 f"the head was made for another model: its {name} is {head_size}, {target} has {target_size}; "
                 f"use a head trained for {target}, or train one with `haast train --model {target}`"
+            )
+
+
+def check_widths(module: DraftModule, embedding: int, features: int, target: str) -> None:
+    """Raise HeadMismatchError if the head's states don't have the widths of the embedding and the LM head it shares."""
+    width = module.config.hidden_size
+    for name, shared, own in (
+        ("embedding", embedding, module.config.own_embedding),
+        ("LM head", features, module.own_lm_head),
+    ):
+        if shared != width and not own:
+            raise HeadMismatchError(
+                f"the head's states have width {width}, but {target}'s {name}, which it would share, has width "
+                f"{shared}: use a drafter without a head"
             )
 
 

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 from haast import compat
 from haast.errors import check_at_least
 from haast.target import attention
+from haast.target.support import last_layer_config
 
 # RoPE types that transformers' Llama layers support.
 _LLAMA_ROPE_TYPES = {"default", "linear", "dynamic", "yarn", "llama3", "longrope"}
@@ -66,16 +67,18 @@ class HeadConfig(HeadSizes):
     @classmethod
     def for_target(cls, config: PretrainedConfig, **more: Any) -> Self:
         """Derive a head's sizes and RoPE from the target's (text) configuration; `more` are the head's own options."""
+        config = last_layer_config(config)
         hidden = int(config.hidden_size)
         heads = int(getattr(config, "num_attention_heads", None) or max(hidden // 64, 1))
+        inner = getattr(config, "intermediate_size", None) or 8 * hidden // 3
         return cls(
             hidden_size=hidden,
             vocab_size=int(config.vocab_size),
-            intermediate_size=int(getattr(config, "intermediate_size", None) or 8 * hidden // 3),
+            intermediate_size=int(inner[-1] if isinstance(inner, list | tuple) else inner),  # one per layer (Gemma 3n)
             num_attention_heads=heads,
             num_key_value_heads=int(getattr(config, "num_key_value_heads", None) or heads),
             head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
-            rms_norm_eps=float(getattr(config, "rms_norm_eps", 1e-5)),
+            rms_norm_eps=float(getattr(config, "rms_norm_eps", None) or 1e-5),
             max_position_embeddings=int(getattr(config, "max_position_embeddings", 4096)),
             rope_parameters=rope_of(config),
             **more,

@@ -9,7 +9,7 @@ embedding of the following token ────────┘              │
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class DraftModule(nn.Module, ABC):
     rotary: LlamaRotaryEmbedding
     target_layers: tuple[int, ...] = ()  # HF `hidden_states` indices whose concatenation `fuse` reads; empty: feature
     follows_token = True  # whether a pair has the token after the feature's position (EAGLE) or the one at it
+    whole_layers = False  # whether the parts of its layers are those of an unknown class, so that they are run whole
     own_lm_head = False  # whether logits come from the head's own LM head; else from the target's
 
     @property
@@ -49,6 +50,13 @@ class DraftModule(nn.Module, ABC):
     @abstractmethod
     def fuse(self, features: Tensor) -> Tensor:
         """The head's states (rows, nodes, hidden) from the target's features (rows, nodes, width)."""
+
+    def continued(self, states: Tensor, before: Sequence[Tensor | None]) -> Tensor:
+        """`fuse`'s states, of a row's pairs after those whose last output is `before` (None: there are none).
+
+        For heads in which a pair also reads the outputs of the pair before it.
+        """
+        return states
 
     def masked(self) -> tuple[int, Tensor] | None:
         """Mask token and its state (1, 1, hidden), of a head that drafts all depths in one pass; else None."""

@@ -9,7 +9,7 @@ has prepared them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import ceil
 from typing import Any
 
@@ -82,7 +82,7 @@ _OFF_VALUES: dict[str, tuple[Any, ...]] = {
 REFUSED_ARGUMENTS: dict[str, str] = {
     **dict.fromkeys(("assistant_model", "assistant_tokenizer"), _ASSISTED),
     "synced_gpus": "a sharded model must run in step on all processes, and acceptance differs; use stock generate",
-    "inputs_embeds": "drafters need token ids; pass input_ids",
+    "inputs_embeds": "drafters need a token id for each embedding; pass input_ids too",
     **dict.fromkeys(CACHE_NAMES, _CACHE),
 }
 # Other arguments of the model's forward. `use_cache` mostly comes from the model's config rather than from a user, and
@@ -110,17 +110,18 @@ def unknown_settings() -> dict[str, Any]:
     return {name: default for name, default in defaults if not name.startswith("_") and name not in listed}
 
 
-def refuse_arguments(arguments: Mapping[str, Any]) -> None:
+def refuse_arguments(arguments: Mapping[str, Any], carried: Collection[str] = ()) -> None:
     """Refuse by name arguments of `generate`, and of the model's forward, that Haast does not support.
 
-    Raises UnsupportedArgumentError for one of `REFUSED_ARGUMENTS`, and for a model input other than tokens.
+    `carried` are names of inputs that are passed with the prompt. Raises UnsupportedArgumentError for one of
+    `REFUSED_ARGUMENTS`, and for a model input other than tokens.
     """
     for name, value in arguments.items():
-        if value is None or value is False or name in _ALLOWED_FORWARD_ARGUMENTS:
+        if value is None or value is False or name in _ALLOWED_FORWARD_ARGUMENTS or name in carried:
             continue
         if isinstance(value, dict) and not value:
             continue  # `generate` passes an empty dict of encoder outputs to models of images and audio
-        reason = "Haast passes only tokens to the model; leave it out, or use stock generate"
+        reason = "Haast passes only tokens and images to the model; leave it out, or use stock generate"
         raise UnsupportedArgumentError(name, REFUSED_ARGUMENTS.get(name, reason))
 
 
@@ -189,8 +190,10 @@ def validate_inputs(arguments: Mapping[str, Any]) -> None:
         raise ValueError("stop_strings is an empty list: leave it out, or give at least one string")
 
 
-def padding(input_ids: Tensor, forward_arguments: Mapping[str, Any]) -> list[int]:
+def padding(input_ids: Tensor, forward_arguments: Mapping[str, Any], images: bool = False) -> list[int]:
     """Number of padding tokens before each row of `input_ids` (rows, width), from the mask that `generate` prepared.
+
+    With `images` the positions are the model's own.
 
     Raises PromptError for no tokens, a mask or positions of another shape, padding that is not on the left, or an
     empty row; UnsupportedArgumentError for positions that do not count each row's tokens from 0.
@@ -203,11 +206,12 @@ def padding(input_ids: Tensor, forward_arguments: Mapping[str, Any]) -> list[int
         _check_shape("attention_mask", mask, input_ids)
         kept = mask.to(input_ids.device) != 0
     left_padding = [_row_padding(row, row_mask) for row, row_mask in enumerate(kept.tolist())]
-    if positions is not None:
-        _check_shape("position_ids", positions, input_ids, shared=True)
+    if positions is not None and not images:
         expected = kept.long().cumsum(-1) - 1
-        if not bool(((positions.to(input_ids.device) == expected) | ~kept).all()):
-            raise UnsupportedArgumentError("position_ids", "Haast counts each row's tokens from 0; leave it out")
+        for section in positions if positions.ndim == 3 else [positions]:  # of M-RoPE, which are equal in a text
+            _check_shape("position_ids", section, input_ids, shared=True)
+            if not bool(((section.to(input_ids.device) == expected) | ~kept).all()):
+                raise UnsupportedArgumentError("position_ids", "Haast counts each row's tokens from 0; leave it out")
     return left_padding
 
 

@@ -37,6 +37,7 @@ from haast.integrations.model_lock import LockedModel, tree_attention
 from haast.integrations.processors import for_rows, refuse_linked
 from haast.integrations.rows import Ends, RowChooser, Rows
 from haast.target.kv_cache import CACHE_NAMES, is_empty
+from haast.target.prompt_inputs import PromptInputs, carried
 from haast.target.support import has_recurrent_layers, own_model, refuse_unsupported
 from haast.target.target import Target
 
@@ -117,6 +118,7 @@ class Decoder:
                 raise ValueError("a head, a small model or a Drafter drafts for one target: give the model too")
             return
         model = own_model(model)
+        refuse_unsupported(model)
         arguments.check_model(model)
         loaded = open_head(head, str(model.name_or_path) or type(model).__name__)
         small_target = None if small is None else Target(own_model(small))
@@ -179,7 +181,7 @@ class Decoder:
         more = {"synced_gpus": synced_gpus, **(handover or {})}
         streamer = more.pop("streamer", None) or streamer
         more.pop("tokenizer", None)
-        left_padding = _check_call(model, input_ids, generation_config, model_kwargs, more)
+        left_padding, inputs = _check_call(model, input_ids, generation_config, model_kwargs, more)
         processors = for_rows(logits_processor, len(left_padding))
         if len(left_padding) > 1:
             refuse_linked(logits_processor, stopping_criteria, processors[0])
@@ -191,7 +193,7 @@ class Decoder:
             ends = Ends(stopping_criteria, len(left_padding), max_new, to_longest=to_longest)
             choosers = _row_choosers(input_ids, left_padding, processors, ends, generation_config, target)
             rows, stats = Rows(choosers, ends, streamer, pad or 0), Stats()
-            _decode(Engine(target, drafter), rows, stats)
+            _decode(Engine(target, drafter), rows, stats, inputs)
         self.stats = stats
         return rows.output(input_ids, generation_config)
 
@@ -214,8 +216,11 @@ def _check_call(
     config: GenerationConfig,
     model_kwargs: Mapping[str, Any],
     more: Mapping[str, Any],
-) -> list[int]:
-    """Raise for unsupported arguments and invalid inputs; returns the number of padding tokens before each row."""
+) -> tuple[list[int], PromptInputs | None]:
+    """Raise for unsupported arguments and invalid inputs.
+
+    Returns the number of padding tokens before each row, and what the prompt has besides tokens.
+    """
     forward_arguments = dict(model_kwargs)
     for name in CACHE_NAMES:  # an empty cache comes from `generate` itself; the user's cache is in `more`
         if (cache := forward_arguments.get(name)) is not None and is_empty(cache):
@@ -223,12 +228,15 @@ def _check_call(
     arguments.refuse_settings(config)
     if config.use_cache is False and has_recurrent_layers(model):
         raise UnsupportedArgumentError("use_cache=False", "the states of recurrent layers are cached; leave it out")
-    arguments.refuse_arguments({**forward_arguments, **more})
+    names = carried(model, forward_arguments) if input_ids.numel() else ()
+    arguments.refuse_arguments({**forward_arguments, **more}, names)
     arguments.check_model(model)
-    left_padding = arguments.padding(input_ids, forward_arguments)
+    left_padding = arguments.padding(input_ids, forward_arguments, images=bool(names))
     arguments.check_ids(input_ids, int(model.config.get_text_config().vocab_size))
+    if names:
+        return left_padding, PromptInputs.of(model, input_ids, model_kwargs)
     arguments.check_prepared_inputs(model, input_ids, model_kwargs)
-    return left_padding
+    return left_padding, None
 
 
 def _row_choosers(
@@ -258,13 +266,13 @@ def _row_choosers(
     ]
 
 
-def _decode(engine: Engine, rows: Rows, stats: Stats) -> None:
-    """Decode every row to its end; tokens are streamed as they are emitted."""
+def _decode(engine: Engine, rows: Rows, stats: Stats, inputs: PromptInputs | None) -> None:
+    """Decode every row to its end; tokens are streamed as they are emitted. `inputs` are of a single row."""
     ranks = agreement(engine.target.ranks)
     while unfinished := rows.unfinished():
         stops = [row.start_request() for row in unfinished]
         texts, sampling = [row.prompt + row.tokens for row in unfinished], [row.params for row in unfinished]
-        with closing(engine.run(texts, sampling, stops, stats, choosers=unfinished)) as emissions:
+        with closing(engine.run(texts, sampling, stops, stats, choosers=unfinished, inputs=inputs)) as emissions:
             for emission in emissions:
                 unfinished[emission.row].append(emission)
                 rows.flush()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from haast.target.compiled import CompiledLayers, nodes_for, slots_for, wrapped
-from haast.target.hf import ModuleForward, TargetOutput, TreeForward
+from haast.target.hf import BEFORE_NORM, ModuleForward, TargetOutput, TreeForward
 from haast.target.kv_cache import KVCache
 from haast.target.native_cpu import NativeStack
 from haast.target.probe import tolerance
@@ -31,7 +31,9 @@ class NativeForward(TreeForward):
     def run(
         self, tree: DraftTree, cache: KVCache, last_only: bool = False, hidden_layers: Sequence[int] = ()
     ) -> TargetOutput | None:
-        """As `Target.forward`; None if the cache has a layout that native code can't read."""
+        """As `Target.forward`; None if the cache has a layout that native code can't read, and for BEFORE_NORM."""
+        if BEFORE_NORM in hidden_layers:
+            return None
         store = cache.stores.together(self._stack.kv_heads, self._stack.head_dim, self._modules.dtype)
         if store is None:
             return None

@@ -240,6 +240,11 @@ class KVCache(Cache):
         self.updated_layers.add(layer_idx)
         return self._store(key_states, layer_idx, 0), self._store(value_states, layer_idx, 1)
 
+    @without_autograd
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        """Store the keys (rows, nodes, dim) by which a sparse attention selects tokens; returns all, like `update`."""
+        return self._store(indexer_key_states.unsqueeze(1), layer_idx, 2).squeeze(1)
+
     def _store(self, states: Tensor, layer: int, which: int) -> Tensor:
         store = self.stores.of(layer, which, states)  # (kv_heads, slots, dim)
         rows, heads, nodes, dim = states.shape

@@ -221,6 +221,7 @@ class Sequence:
         self.pool = pool
         self.length = 0  # filled slots
         self.headless = False  # whether the reused slots lack keys and values of the head
+        self.position_shift = 0  # position minus slot of tokens after a prompt with images, see `PromptInputs`
         self._blocks = 0
         self._table: npt.NDArray[np.int32] = np.zeros(8, dtype=np.int32)
         self._shared: list[_PrefixBlock] = []  # the text's blocks that are in the prefix tree, from the first on

@@ -38,11 +38,11 @@ class KVStores:
     ) -> None:
         self.tensors: list[Tensor] = []  # (entries, kv_heads, slots, head_dim); an entry is one layer's keys or values
         self._slots, self._layers, self._dtype, self._devices = slots, layers, dtype, devices
-        self._index: dict[tuple[int, int], tuple[int, int]] = {}  # (layer, 0 key or 1 value) -> (tensor, index)
+        self._index: dict[tuple[int, int], tuple[int, int]] = {}  # (layer, `which`) -> (tensor, index)
         self._ordered: bool | None = None  # whether a single tensor holds key, value, key, value, ... by layer
 
     def of(self, layer: int, which: int, like: Tensor) -> Tensor:
-        """A layer's keys (`which` 0) or values (1); allocated at first use, for states like `like`.
+        """A layer's keys (`which` 0), values (1) or indexer keys (2); allocated at first use, for states like `like`.
 
         `like` is (rows, kv_heads, n, head_dim), the result (kv_heads, slots, head_dim).
         """

@@ -13,11 +13,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from haast.errors import UnsupportedModelError
 from haast.target.device_map import mesh_of
@@ -67,6 +67,7 @@ class ProbeResult:
     decoder_gives_features: bool  # the decoder's output is what the LM head reads
     logit_scale: float
     kv_bytes_per_token: int = 0  # bytes of one token's keys and values, in the model's own dtypes
+    widths: tuple[int, int] = (0, 0)  # of an embedding and of a feature; both are the hidden size in most models
     layout: Layout | None = None  # of a model with recurrent layers
 
 
@@ -112,8 +113,8 @@ def probe(forward: ModuleForward) -> ProbeResult:
     if has_recurrent_layers(forward.model):
         layout = find_layout(forward.model, _text(forward, 0, 8))
         forward.use_layout(layout)
-    gives_features, size = _use_of_cache(forward)
-    forward.decoder_gives_features = gives_features
+    measured = _use_of_cache(forward)
+    forward.decoder_gives_features = measured.decoder_gives_features
     # Activations that are rounded to 8 bits would hide a fault: block weights are multiplied exactly here.
     with _narrow_window(forward), exact_products(forward.model):
         faults, logit_scale = _run_trial(forward, 0)
@@ -124,11 +125,11 @@ def probe(forward: ModuleForward) -> ProbeResult:
     if faults:
         (kind, _), gap = next(iter(faults.items()))
         raise UnsupportedModelError(_refusal(forward, kind, gap))
-    return ProbeResult(gives_features, logit_scale, size, layout)
+    return replace(measured, logit_scale=logit_scale, layout=layout)
 
 
-def _use_of_cache(forward: ModuleForward) -> tuple[bool, int]:
-    """Run two tokens: returns whether the decoder's output is what the head reads, and the cache's bytes per token."""
+def _use_of_cache(forward: ModuleForward) -> ProbeResult:
+    """Run two tokens; returns all but the scale of the logits."""
     cache = _new_cache(forward, 1)
     captured: dict[str | int, Tensor] = {}
     tree = DraftTree.chain(torch.zeros(1, 2, dtype=torch.long, device=forward.device))
@@ -136,22 +137,22 @@ def _use_of_cache(forward: ModuleForward) -> tuple[bool, int]:
     name = type(forward.model).__name__
     try:
         with forward.capture(captured), cache.recurring(tree, False):
-            arguments = forward.arguments(tree, cache)
-            forward.model(input_ids=tree.tokens, **arguments, **forward.storing(cache))
+            forward.call(tree, cache, forward.arguments(tree, cache))
     except _FAILURES as error:
         raise UnsupportedModelError(
             f"{name} can't take a tree: a two-token forward with a 4-D mask, position_ids and Haast's cache "
             f"failed with {_error_text(error)}; {_uneven_heads(forward) or 'use stock generate'}"
         ) from error
-    recurrence = forward.recurrence
-    storing = range(forward.depth) if recurrence is None else recurrence.layout.attention_layers
-    if cache.updated_layers != set(storing) or "head" not in captured:
+    if len(cache.updated_layers) != forward.storing_layers or "head" not in captured:
         raise UnsupportedModelError(
-            f"{name} keeps state outside the KV cache (it stored {len(cache.updated_layers)} of {len(storing)} "
-            f"layers there), so rejected tokens can't be removed; use a model whose layers are all attention"
+            f"{name} keeps state outside the KV cache (it stored {len(cache.updated_layers)} of "
+            f"{forward.storing_layers} layers there), so rejected tokens can't be removed; use a model whose layers "
+            f"are all attention"
         )
     gives_features = "decoder" in captured and torch.equal(captured["decoder"], captured["head"])
-    return gives_features, cache.bytes_per_token
+    embedding: nn.Module = forward.model.get_input_embeddings()
+    widths = embedding(tree.tokens).shape[-1], captured["head"].shape[-1]
+    return ProbeResult(gives_features, 1.0, cache.bytes_per_token, widths)
 
 
 def _error_text(error: Exception) -> str:
@@ -170,18 +171,20 @@ def _uneven_heads(forward: ModuleForward) -> str:
 
 @contextmanager
 def _narrow_window(forward: ModuleForward) -> Iterator[None]:
-    """Set a sliding window that is longer than the probe's texts to `_WINDOW` inside the block."""
-    window = forward.window
+    """Set a sliding window, or chunks, longer than the probe's texts to `_WINDOW` inside the block."""
     all_configs: list[Any] = [forward.config, *(getattr(module, "config", None) for module in forward.model.modules())]
-    wide = window is not None and window > _WINDOW
-    configs = {id(each): each for each in all_configs if wide and getattr(each, "sliding_window", None) == window}
+    changed = list[tuple[Any, str, int]]()
+    for name, window in (("sliding_window", forward.window), ("attention_chunk_size", forward.chunk)):
+        if window is not None and window > _WINDOW:
+            configs = {id(each): each for each in all_configs if getattr(each, name, None) == window}
+            changed += [(config, name, window) for config in configs.values()]
     try:
-        for config in configs.values():
-            config.sliding_window = _WINDOW
+        for config, name, _ in changed:
+            setattr(config, name, _WINDOW)
         yield
     finally:
-        for config in configs.values():
-            config.sliding_window = window
+        for config, name, window in changed:
+            setattr(config, name, window)
 
 
 def _run_trial(forward: ModuleForward, number: int) -> tuple[dict[tuple[str, int], Gap], float]:
@@ -299,7 +302,13 @@ def _new_cache(forward: ModuleForward, rows: int) -> KVCache:
 
 def _forward(forward: ModuleForward, tree: DraftTree, cache: KVCache, last_only: bool = False) -> TargetOutput:
     cache.begin(tree.nodes)
-    return forward.run(tree, cache, last_only)
+    try:
+        return forward.run(tree, cache, last_only)
+    except _FAILURES as error:
+        raise UnsupportedModelError(
+            f"{type(forward.model).__name__} can't take a tree: a forward over {tree.nodes} nodes after a past of "
+            f"{cache.longest} failed with {_error_text(error)}; use stock generate"
+        ) from error
 
 
 def _logit_scale(forward: ModuleForward, features: Tensor, logits: Tensor) -> float:

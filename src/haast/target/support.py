@@ -16,7 +16,7 @@ from haast.target.device_map import check_placement
 from haast.target.kv_cache import CACHE_NAMES, is_empty
 from haast.target.mixers import caches_recurrent_states
 
-_GATHERABLE = {"full_attention", "sliding_attention"}
+_GATHERABLE = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}
 _RECURRENT = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 _STATELESS = {"moe", "mlp"}  # layers of their own in models with recurrent layers
 
@@ -25,6 +25,11 @@ def has_recurrent_layers(model: PreTrainedModel) -> bool:
     """Whether a model has a recurrent state in addition to or instead of keys and values (Mamba, Qwen3-Next, ...)."""
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     return compat.is_stateful(model) or not _RECURRENT.isdisjoint(kinds)
+
+
+def last_layer_config(config: Any) -> Any:
+    """A text configuration as its last layer has it, where layers differ in what `PreTrainedConfig` calls per-layer."""
+    return config.per_layer_config[-1] if getattr(config, "is_heterogeneous", False) else config
 
 
 def own_model(model: Any) -> PreTrainedModel:
@@ -48,6 +53,10 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     name, config = type(model).__name__, model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; Haast drafts for decoder-only causal LMs")
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError as error:  # transformers raises it where a model has no embedding of tokens
+        raise UnsupportedModelError(f"{name} has no embedding of tokens; use a decoder-only causal LM") from error
     if has_recurrent_layers(model) and not caches_recurrent_states():
         raise UnsupportedModelError(
             f"{name} carries a recurrent state, which this transformers keeps in a cache of the model's own, so the "
@@ -72,6 +81,11 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
             f"{name} has layers of kind {sorted(kinds)}, whose state can't be gathered by tree path; "
             f"supported kinds are {sorted(supported)}"
         )
+    if getattr(text, "use_bidirectional_attention", None) is True:  # another value: among an image's tokens alone
+        raise UnsupportedModelError(
+            f"{name} is not causal: with use_bidirectional_attention in its configuration a prompt's tokens attend to "
+            f"later ones; use a causal LM, or stock generate"
+        )
     check_placement(model)
     if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         raise UnsupportedModelError(f"{name} has no LM head; load it with AutoModelForCausalLM")
@@ -93,9 +107,10 @@ def prepared_inputs(model: Any, tokens: Tensor, **more: Any) -> dict[str, Any]:
         more["cache_position"] = torch.arange(tokens.shape[1], device=tokens.device)  # older transformers need it
     prepared: dict[str, Any] = model.prepare_inputs_for_generation(tokens, is_first_iteration=True, **more)
     ids, caches = prepared.get("input_ids"), {name: prepared.get(name) for name in CACHE_NAMES}
+    embedded = more.get("inputs_embeds") is not None  # then the model takes these instead of ids
     changed = {
-        "input_ids": ids is None or not torch.equal(ids, tokens),
-        "inputs_embeds": prepared.get("inputs_embeds") is not None,
+        "input_ids": not embedded and (ids is None or not torch.equal(ids, tokens)),
+        "inputs_embeds": not embedded and prepared.get("inputs_embeds") is not None,
         **{name: cache is not None and not is_empty(cache) for name, cache in caches.items()},
     }
     for name, different in changed.items():

@@ -25,7 +25,7 @@ from haast.errors import HeadMismatchError, KVPoolError
 from haast.target.compiled import CompiledLayers, Progress
 from haast.target.device_map import dispatched, mesh_of, read_weight, sharded, unsharded_copy
 from haast.target.faster import CompiledForward, NativeForward
-from haast.target.hf import ModuleForward, TargetOutput, TreeForward
+from haast.target.hf import BEFORE_NORM, ModuleForward, TargetOutput, TreeForward
 from haast.target.kv_budget import KVBudget
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import BLOCK, KVPool
@@ -33,11 +33,12 @@ from haast.target.native_cpu import NativeStack
 from haast.target.packing import PackedLinear
 from haast.target.precision import precision, quantisation, weight_rows
 from haast.target.probe import ProbeResult, probe
+from haast.target.prompt_inputs import PromptInputs
 from haast.target.ranks import Ranks
 from haast.target.support import choose_attention, refuse_unsupported
 from haast.tree import DraftTree
 
-__all__ = ["ProbeResult", "Target", "TargetOutput", "choose_attention", "refuse_unsupported"]
+__all__ = ["ProbeResult", "PromptInputs", "Target", "TargetOutput", "choose_attention", "refuse_unsupported"]
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
@@ -68,8 +69,7 @@ class Target:
         probed: `Target.probed` of an earlier Target of the same model object; skips the probe.
 
     Raises:
-        UnsupportedModelError: encoder-decoder, a recurrent state outside the cache, no LM head, or attention that can't
-            take a tree.
+        UnsupportedModelError: encoder-decoder, a state outside the cache, no LM head, or attention without trees.
     """
 
     def __init__(
@@ -204,10 +204,9 @@ class Target:
             raise ValueError(
                 "packed linear layers run in native code, which can't be compiled: load the model with packing='off'"
             )
-        if self.recurrent:
-            raise ValueError("the layers of a model with recurrent states can't be compiled: use compile='off'")
-        if self.spread:
-            raise ValueError(f"the layers of a model that is {self.spread} can't be compiled: use compile='off'")
+        if self.spread or self.recurrent:
+            kind = f"that is {self.spread}" if self.spread else "with recurrent states"
+            raise ValueError(f"the layers of a model {kind} can't be compiled: use compile='off'")
         self._compiled = CompiledLayers(self.device, backend, progress)
 
     def use_modules(self) -> None:
@@ -297,7 +296,13 @@ class Target:
 
     @without_autograd
     def forward(
-        self, tree: DraftTree, cache: KVCache, *, last_only: bool = False, hidden_layers: Sequence[int] = ()
+        self,
+        tree: DraftTree,
+        cache: KVCache,
+        *,
+        last_only: bool = False,
+        hidden_layers: Sequence[int] = (),
+        inputs: PromptInputs | None = None,
     ) -> TargetOutput:
         """Run every node of `tree` after each row's committed past. The nodes' keys and values stay uncommitted.
 
@@ -305,7 +310,9 @@ class Target:
             tree: (rows, nodes); positions are the row's committed length plus the node's depth.
             cache: of this target, bound to the same number of rows. `KVCache.keep` and `advance` commit nodes.
             last_only: logits of each row's last live node only (prefill), as (rows, 1, vocab).
-            hidden_layers: HF `hidden_states` indices to return in addition (0 is the embedding's output).
+            hidden_layers: HF `hidden_states` indices to return in addition (0 is the embedding's output), and
+                `haast.target.hf.BEFORE_NORM`.
+            inputs: of a prompt that has more than tokens; then the tree is the whole prompt, and the cache empty.
 
         Raises:
             ValueError: the tree and the cache differ in rows, or a layer index does not exist.
@@ -314,14 +321,14 @@ class Target:
         if tree.rows != cache.rows:
             raise ValueError(f"the tree has {tree.rows} rows, the cache {cache.rows}: they must be equal")
         for index in hidden_layers:
-            if not 0 <= index <= self.layers:
+            if not 0 <= index <= self.layers and index != BEFORE_NORM:
                 raise ValueError(f"hidden layer {index} does not exist: this target has 0 to {self.layers}")
         cache.begin(tree.nodes)
-        for faster in self._faster_forwards():
+        for faster in self._faster_forwards() if inputs is None else ():
             output = faster.run(tree, cache, last_only, hidden_layers)
             if output is not None:
                 return output
-        return self._modules.run(tree, cache, last_only, hidden_layers)
+        return self._modules.run(tree, cache, last_only, hidden_layers, inputs)
 
     def _faster_forwards(self) -> Iterator[TreeForward]:
         if self._native is not None:

@@ -148,7 +148,11 @@ class TrainConfig:
         f"{_FEWEST_VIEWS / 1e6:g} to {_MOST_VIEWS / 1e6:g} M.",
         _ABOVE,
     )
-    head: str = _option("feat-extrapolator", "EAGLE-1/2's head, or eagle3, or medusa.", KINDS)
+    head: str = _option(
+        "feat-extrapolator",
+        "EAGLE-1/2's head, or eagle3, medusa, or mtp, which is trained further from a head to start from.",
+        KINDS,
+    )
     layers: int = _option(
         1, "Decoder layers of the head, or residual blocks of each Medusa head. Other engines load one.", _ABOVE
     )
@@ -259,6 +263,10 @@ class TrainConfig:
             raise ValueError(f"head='medusa' has no EAGLE options, so leave out {', '.join(eagle_only)}: {eagle_only}")
         if self.head != "eagle3" and self.fc_norm:
             raise ValueError("fc_norm=True needs head='eagle3': the features of other heads are already normed")
+        if self.head == "mtp" and (self.layers != 1 or self.markov_rank):
+            raise ValueError(
+                "head='mtp' keeps the sizes of the head that it starts from: leave out layers, markov_rank"
+            )
         if not self.ce_weight + self.feature_weight > 0:
             raise ValueError("ce_weight=0 and feature_weight=0 leave nothing to learn: set one of them above 0")
 

@@ -21,6 +21,7 @@ from haast.errors import HeadMismatchError
 from haast.heads.config import HeadSizes
 from haast.heads.eagle3 import Eagle3Config
 from haast.heads.medusa import MedusaConfig
+from haast.heads.mtp import MtpConfig
 from haast.prompts import evenly
 from haast.target.target import Target
 from haast.training.batches import Example, pack, usable
@@ -115,7 +116,9 @@ def overfit_self_test(
         learning_rate=5e-3,
         alignment_steps=1,
         feature_noise=0.0,
-        head={Eagle3Config: "eagle3", MedusaConfig: "medusa"}.get(type(head_config), "feat-extrapolator"),
+        head={Eagle3Config: "eagle3", MedusaConfig: "medusa", MtpConfig: "mtp"}.get(
+            type(head_config), "feat-extrapolator"
+        ),
         log_every=views,
         evaluate_every=views,
         checkpoint_every=views,

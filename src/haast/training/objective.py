@@ -27,6 +27,7 @@ from haast.training.losses import Loss, own_loss, teacher_loss
 from haast.training.scaled_head import TrainedHead
 from haast.training.target_weights import TargetWeights, draft_indices
 from haast.training.training_time_test import chain_passes, next_is_adjacent
+from haast.training.whole_layers import whole_layer_passes
 
 ALPHAS = 5  # number of depths whose acceptance an evaluation measures
 _RANKS = 10  # number of candidates per Medusa head whose accuracy is measured
@@ -136,7 +137,8 @@ class Objective(nn.Module):
     ) -> Iterator[_Prediction]:
         tokens = batch.next_tokens if module.follows_token else batch.tokens
         weight = module.lm_rows(self._lm_head_rows)
-        for state, rows in chain_passes(module, batch, self._embeddings[tokens], features, passes):
+        run = whole_layer_passes if module.whole_layers else chain_passes
+        for state, rows in run(module, batch, self._embeddings[tokens], features, passes):
             lm_input = module.lm_input(state, batch.next_tokens[batch.queries[rows]])
             yield _Prediction(lm_input, weight, rows, state if self.head.regresses else None)
 

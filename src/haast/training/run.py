@@ -30,11 +30,12 @@ from haast.engine.engine import Engine, Stats, StopParams, check_prompts
 from haast.errors import HeadMismatchError
 from haast.files import write_text
 from haast.heads import INPUTS
-from haast.heads.checkpoint import AnyModule, Head, save_head
+from haast.heads.checkpoint import AnyModule, Head, check_fits, save_head
 from haast.heads.config import HeadSizes
 from haast.heads.eagle3 import Eagle3Config, default_layers
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.heads.medusa import MedusaConfig, MedusaHeads
+from haast.heads.mtp import MtpConfig
 from haast.progress import Progress
 from haast.stats import TAU_CONVENTION
 from haast.target.load import hub_name, load_target
@@ -69,6 +70,7 @@ class Run:
         records: the answer records of the examples, for the counts in the card.
         command: the command line, for the card.
         loss: takes the place of the cross-entropy; None is the cross-entropy.
+        initial: the head to start from, whose sizes an MTP head keeps; needed for that kind only.
     """
 
     def __init__(
@@ -80,9 +82,10 @@ class Run:
         records: Sequence[dict[str, Any]],
         command: str,
         loss: Loss | None = None,
+        initial: Head | None = None,
     ) -> None:
         self._loss = loss
-        self._head_config = head_config(settings, target)
+        self._head_config = head_config(settings, target, initial)
         self._target, self._name, self._command = target, name, command
         self._records = list(records)
         count = len(examples) if len(examples) >= _HOLD_OUT_EVERY else 0
@@ -228,18 +231,37 @@ class Run:
         """The model card."""
         templates = Environment(loader=PackageLoader("haast", "training/templates"), **_MARKDOWN)
         own = sum("response_ids" in r and r.get("model", self._name) == self._name for r in self._records)
-        kind = "Medusa heads" if self._settings.head == "medusa" else "EAGLE head"
+        kind = {"medusa": "Medusa heads", "mtp": "MTP head"}.get(self._settings.head, "EAGLE head")
         counts = {"draft_vocab": draft_vocab, "own": own, "answers": len(self._records)}
         return templates.get_template("card.md").render(kind=kind, base_model=hub_name(self._name), **counts, **about)
 
 
-def layer_ids(settings: TrainConfig, target: Target) -> tuple[int, ...]:
-    """The HF `hidden_states` indices that an Eagle3Head reads; empty for other heads."""
+def layer_ids(settings: TrainConfig, target: Target, initial: Head | None = None) -> tuple[int, ...]:
+    """The states of the target that an Eagle3Head reads, or an MtpHead instead of features; empty for other heads."""
+    if settings.head == "mtp":
+        return _mtp_config(initial).layer_ids
     return default_layers(target.config) if settings.head == "eagle3" else ()
 
 
-def head_config(settings: TrainConfig, target: Target) -> HeadSizes:
-    """The sizes of the head for these settings and this target."""
+def _mtp_config(initial: Head | None) -> MtpConfig:
+    """The sizes of the MTP head to start from. Raises ValueError if there is none, or it can't be trained."""
+    config = None if initial is None else initial.module.config
+    if not isinstance(config, MtpConfig):
+        raise ValueError(
+            "head='mtp' is trained further, from an MTP head: give one to start from (--start-from DIR; `haast import "
+            "mtp --out DIR` makes it of the target's own)"
+        )
+    if config.num_hidden_layers > 1:
+        raise ValueError(f"the MTP head has {config.num_hidden_layers} layers: the trainer knows heads of one layer")
+    return config
+
+
+def head_config(settings: TrainConfig, target: Target, initial: Head | None = None) -> HeadSizes:
+    """The sizes of the head for these settings and this target; an MTP head has those of `initial`."""
+    if settings.head == "mtp":
+        config = _mtp_config(initial)
+        check_fits(config, target.hidden_size, target.vocab_size, type(target.model).__name__)
+        return config
     shared: dict[str, Any] = {"num_hidden_layers": settings.layers, "markov_rank": settings.markov_rank}
     if settings.head == "medusa":
         return MedusaConfig.for_target(target.config, settings.medusa_heads, settings.layers)
@@ -264,7 +286,10 @@ def start_parts(head: Head, sizes: HeadSizes) -> tuple[dict[str, Tensor], Tensor
     other = {name: (existing[name], required[name]) for name in existing if _differ(existing[name], required[name])}
     if other:
         raise HeadMismatchError(f"start_from is a head with other settings; (its value, required): {other}")
-    uses_vocab = not isinstance(sizes, FeatExtrapolatorConfig) or sizes.markov_rank > 0
+    if isinstance(sizes, MtpConfig):
+        uses_vocab = sizes.own_lm_head
+    else:
+        uses_vocab = not isinstance(sizes, FeatExtrapolatorConfig) or sizes.markov_rank > 0
     draft_vocab = torch.arange(sizes.vocab_size) if head.draft_vocab is None else head.draft_vocab
     return dict(head.module.state_dict()), draft_vocab if uses_vocab else None
 
@@ -298,12 +323,12 @@ def prepare(
             f"rejected_weight={settings.rejected_weight} belong: leave both at 1"
         )
     if initial is not None:  # check it before the features are extracted
-        start_parts(initial, head_config(settings, target))
-    layers = layer_ids(settings, target)
+        start_parts(initial, head_config(settings, target, initial))
+    layers = layer_ids(settings, target, initial)
     data = with_shards(target, name, records, data, layers, out, report)
     examples, sources = examples_of(target, name, records, data, limit, layers, report)
     warn_of_foreign_answers(sources, name, report)
-    return Run(target, name, settings, examples, sources, command, loss)
+    return Run(target, name, settings, examples, sources, command, loss, initial)
 
 
 def train(

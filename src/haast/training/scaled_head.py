@@ -11,6 +11,7 @@ dimension, e of embeddings, s of captured states, u the unit of each dimension o
     both              q, k, v = W' diag(1/u) if they read the stream without a norm
                       o_proj and down_proj = diag(u) W'; norms of the stream = g w' / u
     MedusaHeads       linear = W' diag(1/r), LM heads = W' diag(1/r)
+    MtpHead           none: it norms what it reads
 
 An Eagle3Head has no feature loss, so the units of its stream can be chosen: with w the gain of the target's final norm,
 training starts from the target's norm and LM head.
@@ -30,6 +31,7 @@ from haast.heads.config import HeadConfig, HeadSizes
 from haast.heads.eagle3 import Eagle3Config
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.heads.medusa import MedusaConfig
+from haast.heads.mtp import MtpConfig
 from haast.training.batches import Example
 from haast.training.config import TrainConfig
 from haast.training.target_weights import TargetWeights, bigram_directions
@@ -117,7 +119,7 @@ class TrainedHead(nn.Module):
     @property
     def reads_captured(self) -> bool:
         """Whether it reads captured states instead of features."""
-        return isinstance(self.config, Eagle3Config)
+        return isinstance(self.config, Eagle3Config | MtpConfig) and bool(self.config.layer_ids)
 
     @property
     def input_units(self) -> Tensor:
@@ -145,8 +147,9 @@ class TrainedHead(nn.Module):
         Raises:
             ValueError: a tensor is missing or has another shape.
         """
-        for name in self._keys:
-            part = self.trained(name)
+        parts = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        for name, key in self._keys.items():
+            part = parts[key]
             if name not in weights or weights[name].shape != part.shape:
                 found = tuple(weights[name].shape) if name in weights else "nothing"
                 raise ValueError(
@@ -175,6 +178,8 @@ def make_head(
         head = TrainedHead(sizes, drafted, scales, _medusa_factors(sizes, scales))
         head.load_plain(head.plain_weights() | _lm_heads(sizes, target_weights.lm_head[draft_vocab]))
         return head
+    if isinstance(sizes, MtpConfig):  # its inputs are normed; its weights are those of the head to start from
+        return TrainedHead(sizes, drafted, scales, {})
     if isinstance(sizes, Eagle3Config):
         sizes = Eagle3Config(**(asdict(sizes) | {"draft_vocab_size": drafted}))
         factors = _eagle3_factors(sizes, scales, target_weights.final_gain if from_target else None)
@@ -185,7 +190,7 @@ def make_head(
             if from_target:
                 head.trained("lm_head.weight").copy_(target_weights.lm_head[draft_vocab] * scales.feature)
     else:
-        assert isinstance(sizes, FeatExtrapolatorConfig), "there are three kinds of heads"
+        assert isinstance(sizes, FeatExtrapolatorConfig), "there are four kinds of heads"
         head = TrainedHead(sizes, drafted, scales, _feat_extrapolator_factors(sizes, scales))
         _init_random(head, sizes, config, fc=config.output_init)
     if sizes.markov_rank and from_target:

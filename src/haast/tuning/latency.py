@@ -29,6 +29,7 @@ from haast import native
 from haast.device import cpu_name
 from haast.files import write_json
 from haast.native.library import thread_count
+from haast.target.support import last_layer_config
 from haast.target.target import Target
 from haast.tree import DraftTree
 from haast.tuning.policy import CostModel, interpolate
@@ -127,7 +128,7 @@ def smoothed(points: dict[int, float]) -> dict[int, float]:
 
 def target_identity(target: Target) -> dict[str, Any]:
     """What measurements of a target are valid for: this machine, models of these sizes, these settings."""
-    config = target.config
+    config = last_layer_config(target.config)
     return {
         "cpu": cpu_name(),
         "cpu_features": native.features(),
@@ -140,7 +141,7 @@ def target_identity(target: Target) -> dict[str, Any]:
         "layers": target.layers,
         "hidden": target.hidden_size,
         "vocabulary": target.vocab_size,
-        "inner": int(getattr(config, "intermediate_size", 0) or 0),
+        "inner": getattr(config, "intermediate_size", None) or 0,  # a list where layers differ (Gemma 3n)
         "dtype": str(target.dtype).removeprefix("torch."),
         "packing": target.packing,
         **({} if target.compiled is None else {"compile": "on"}),

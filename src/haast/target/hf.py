@@ -85,8 +85,10 @@ class ModuleForward(TreeForward):
         self._cache_class: type[KVCache] = KVCache
         self.refresh()
 
-    def use_layout(self, layout: Layout) -> None:
+    def use_layout(self, layout: Layout | None) -> None:
         """Run the recurrent layers of `layout` over trees, and pass the model a cache of the class that it expects."""
+        if layout is None:
+            return
         self.recurrence = Recurrence(self.model, layout)
         if not issubclass(KVCache, layout.cache_class) and layout.cache_class is not DynamicCache:
             self._cache_class = type("KVCache", (KVCache, layout.cache_class), {})

@@ -99,9 +99,8 @@ class Target:
         self._modules = ModuleForward(model)
         mesh = mesh_of(model)
         self.ranks = None if mesh is None else Ranks(mesh)  # the processes that the model is sharded over
-        if probed is not None and probed.layout is not None:
-            self._modules.use_layout(probed.layout)
         self.probed = probe(self._modules) if probed is None else probed
+        self._modules.use_layout(self.probed.layout)
         if self.ranks is not None:  # all use the first process's result: it decides the shapes that they exchange
             gives_features = self.ranks.share([self.probed.decoder_gives_features])[0]
             self.probed = replace(self.probed, decoder_gives_features=bool(gives_features))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import zoo
 from torch import nn
+from zoo_sizes import VOCAB
 
 from haast.target import mixers
 from haast.target.target import Target
@@ -64,7 +65,7 @@ def _probed(kind: str) -> Any:
 
 def some_text(length: int, seed: int = 0) -> list[int]:
     """Random tokens."""
-    return random.Random(seed).choices(range(3, zoo.VOCAB), k=length)
+    return random.Random(seed).choices(range(3, VOCAB), k=length)
 
 
 def stock_text(model: Any, prompt: list[int], new: int, **more: Any) -> list[int]:

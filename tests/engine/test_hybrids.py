@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
 from fakes import OracleChain, RandomTrees, collect, decode, random_head, sometimes, vanilla
 from hybrids import (
     FAMILIES,
@@ -22,6 +21,7 @@ from hybrids import (
     stock_text,
     tiny_hybrid,
 )
+from zoo_sizes import VOCAB
 
 import haast
 from haast.core import Request, SamplingParams, StopParams
@@ -44,11 +44,11 @@ NEW = 14
 
 def trees(texts: list[list[int]], rate: float = 0.6) -> RandomTrees:
     """Trees of which some nodes are right, with dead ones and placeholders."""
-    return RandomTrees(10, 3, texts, rate=rate, dead=0.1, probes=0.1, vocab=zoo.VOCAB)
+    return RandomTrees(10, 3, texts, rate=rate, dead=0.1, probes=0.1, vocab=VOCAB)
 
 
 def chain(texts: list[list[int]], depth: int = 4) -> OracleChain:
-    return OracleChain(texts, depth, sometimes([], depth)._right, zoo.VOCAB)
+    return OracleChain(texts, depth, sometimes([], depth)._right, VOCAB)
 
 
 def texts_of(target: Target, sampling: Any = None) -> list[list[int]]:
@@ -149,7 +149,7 @@ def test_preempted_requests_say_what_they_say_alone(kind: str, monkeypatch: pyte
 def test_a_window_shorter_than_a_draft(kind: str) -> None:
     model = fresh_hybrid(kind, sliding_window=3)
     text = [*PROMPTS[1], *stock_text(model, PROMPTS[1], NEW)]
-    for drafter in (OracleChain([text], 8, lambda row, position: True, zoo.VOCAB), trees([text], rate=0.8)):
+    for drafter in (OracleChain([text], 8, lambda row, position: True, VOCAB), trees([text], rate=0.8)):
         stats = Stats()
         assert decode(Target(model), drafter, [PROMPTS[1]], NEW, stats=stats)[0] == text[-NEW:]
         assert stats.tau > 3 or drafter.name == "random"

@@ -76,9 +76,11 @@ class Recorder(EagleDrafter):
     def _draft(self, states: Any, prepared: Any, others: Any = None) -> DraftTree:
         return super()._draft(states, replace(prepared, one_call=None), others)
 
-    def _grow(self, *args: Any) -> Growth:
-        *before, setting = args
-        grown = super()._grow(*before, [(0.0, 0.0) for _ in setting])  # without the correction by earlier steps
+    def _grow(
+        self, prepared: Any, cache: Any, past: Any, roots: Any, extrapolated: Any, setting: Sequence[Any]
+    ) -> Growth:
+        plain = [(0.0, 0.0) for _ in setting]  # without the correction by earlier steps
+        grown = super()._grow(prepared, cache, past, roots, extrapolated, plain)
         tokens, scores, parents = (part[0].tolist() for part in grown.listed())
         self.offered.append(Candidates(tokens, parents, scores).best(_KEPT))
         return grown

@@ -87,7 +87,7 @@ class Oracle:
                 self._target.forward(DraftTree.chain(torch.tensor([text[:-1]])), cache, last_only=True)
                 cache.advance([len(text) - 1])
             known = Paths()
-            expanded = {(): 0.0}
+            expanded: Paths = {(): 0.0}
             self._expand(text[-1], expanded, [()], known, cache)
             while True:
                 best = sorted(known, key=lambda path: (-known[path], len(path)))[: self._most - 1]
@@ -100,7 +100,7 @@ class Oracle:
 
     def _expand(self, root: int, expanded: Paths, new: Sequence[tuple[int, ...]], known: Paths, cache: KVCache) -> None:
         """Add the likeliest children of the new paths, by one forward over all expanded ones."""
-        tree, node_of = PathTree(root, 1 + len(expanded)), {(): 0}
+        tree, node_of = PathTree(root, 1 + len(expanded)), dict[tuple[int, ...], int]({(): 0})
         for path in sorted(expanded, key=len):
             if path:
                 node_of[path] = tree.child(node_of[path[:-1]], path[-1])

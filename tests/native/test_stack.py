@@ -210,8 +210,8 @@ def proposals(
     seen: list[torch.Tensor] = []
     propose = drafter.propose
 
-    def watched(states: Any, budget: Any = None) -> DraftTree:
-        tree = propose(states, budget)
+    def watched(states: Any, budget: Any = None, others: Any = None) -> DraftTree:
+        tree = propose(states, budget, others)
         seen.append(torch.stack([tree.tokens, tree.parents]))
         return tree
 

@@ -299,7 +299,8 @@ class EagleDrafter(Drafter):
                     packed = None if others is None else CandidateRows.of(others)
                     one_call, place = prepared.one_call, (past, cache.tables, store, cache.shift)
                     tree, scores = one_call.propose(extrapolated, roots, *place, others=packed, setting=setting)
-                    remember(states, tree, scores)
+                    if prepared.pace is not None or others is not None:
+                        remember(states, tree, scores)
                     return tree
         grown, keep = self._grow(prepared, cache, past, roots, extrapolated, setting), prepared.keep
         if others is not None:
@@ -307,7 +308,8 @@ class EagleDrafter(Drafter):
         if others is not None or keep is None:
             keep = grown.best(prepared.plan.nodes - 1, prepared.pace if prepared.keep is None else None)
         tree = grown.tree(keep)
-        if roots.device.type == "cpu":  # reading probabilities is free here
+        # Where probabilities decide on the host, or between sources, they are corrected; on a GPU they stay there.
+        if roots.device.type == "cpu" and (prepared.pace is not None or others is not None):
             remember(states, tree, grown.head_scores(keep))
         return tree
 

@@ -122,11 +122,11 @@ def _ascend(lower: Sequence[float], upper: Sequence[float]) -> bool:
 
 
 def _bins(nodes: Sequence[tuple[float, bool]]) -> Iterator[Sequence[tuple[float, bool]]]:
-    """Sorted nodes in parts: between equal numbers, with few bins for likely nodes, and equal expected acceptance."""
-    share = sum(math.exp(score / 2) for score, _ in nodes) / _BINS
+    """Sorted nodes in parts of equal expected acceptance: equal numbers would leave few bins for likely nodes."""
+    share = sum(math.exp(score) for score, _ in nodes) / _BINS
     start, mass = 0, 0.0
     for end, (score, _) in enumerate(nodes, start=1):
-        mass += math.exp(score / 2)
+        mass += math.exp(score)
         if mass >= share or end == len(nodes):
             yield nodes[start:end]
             start, mass = end, 0.0

@@ -116,6 +116,6 @@ def test_what_is_not_a_corpus_of_this_model_is_refused(tmp_path: Path) -> None:
 def test_a_second_user_is_refused(tmp_path: Path) -> None:
     """The lock is of the open file, so a second opening stands for a second process."""
     path = tmp_path / "answers.jsonl"
-    with Corpus(path, 100), pytest.raises(ValueError, match="another run is writing .* give another corpus file"):
+    with Corpus(path, 100), pytest.raises(ValueError, match=r"another run is writing .* give another corpus file"):
         Corpus(path, 100)
     Corpus(path, 100).close()

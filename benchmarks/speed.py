@@ -28,6 +28,7 @@ from haast.bench.report import environment
 from haast.cli.loading import OWN_PROMPTS
 from haast.core import Accepted, SamplingParams
 from haast.drafters.base import Drafter
+from haast.drafters.candidates import Candidates
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.pending_features import EagleState
 from haast.drafters.tree_shape import DraftShape, shape_for
@@ -136,8 +137,10 @@ class Oracle(EagleDrafter):
         super().observe(states, accepted)
         self._observed += len(accepted.host_tokens()[0])
 
-    def propose(self, states: Sequence[EagleState], budget: int | None = None) -> DraftTree:
-        tree = super().propose(states, budget)
+    def propose(
+        self, states: Sequence[EagleState], budget: int | None = None, others: Sequence[Candidates] | None = None
+    ) -> DraftTree:
+        tree = super().propose(states, budget, others)
         tokens, parents = tree.tokens.clone(), tree.parents[0].tolist()
         node, place, wrong = 0, self._observed + 1, (int(tokens[0, 0]) + 1) % 1000
         tokens[0, 1:] = wrong  # only the oracle's tokens can be right

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from haast.core import SamplingParams, StopParams
 from haast.drafters.base import Drafter
-from haast.drafters.factory import find_head, make_drafter, open_head, plan_drafter
+from haast.drafters.factory import check_corpus, find_head, make_drafter, open_head, plan_drafter
 from haast.drafters.tree_shape import DraftShape
 from haast.engine.engine import PREFILL_CHUNK, Engine, check_prompts
 from haast.engine.scheduler import Scheduler, check_limits
@@ -81,6 +81,7 @@ class Haast:
         offload_folder: str | None = None,
         tensor_parallel: bool = False,
         draft_window: int | None = None,
+        corpus: str | Path | None = None,
         kv_tokens: int | None = None,
         kv_bytes: int | None = None,
         kv_dtype: str = "auto",
@@ -106,6 +107,8 @@ class Haast:
                 small tree on a CPU, 60 nodes elsewhere; otherwise the path of a calibration file.
             draft_window: number of positions that an EAGLE head attends to, which bounds its memory and time. None is
                 the whole text.
+            corpus: for "auto", "eagle+suffix" and "suffix", a file of earlier answers to draft from too. It is created
+                if missing, grows with every answer, and is bounded; one process at a time may use it.
             dtype, device, packing: see `load_target`; only for models given by name.
             device_map, max_memory, offload_folder, tensor_parallel: see `haast.target.device_map.Placement`; only for
                 models given by name. Transformers may have spread a loaded model already (docs/devices.md).
@@ -126,6 +129,7 @@ class Haast:
         requested = drafter if isinstance(drafter, str) else "none"
         known = model if isinstance(model, str) else (model.name_or_path or None if head == MTP else None)
         name, folder = plan_drafter(requested, head, known, small is not None)
+        check_corpus(name, corpus)
         placement = Placement(device_map, max_memory, offload_folder, tensor_parallel)
         load = partial(load_target, dtype=dtype, device=device, packing=packing)
         if isinstance(model, str):
@@ -142,7 +146,14 @@ class Haast:
             draft_model = None if small is None else Target(own_model(small), tokenizer)
         opened = open_head(folder, None)
         loaded_drafter = make_drafter(
-            name, target, opened, shape=shape, window=draft_window, small=draft_model, calibration=calibration
+            name,
+            target,
+            opened,
+            shape=shape,
+            window=draft_window,
+            small=draft_model,
+            calibration=calibration,
+            corpus=corpus,
         )
         return cls(target, loaded_drafter)
 

@@ -35,14 +35,19 @@ class PathTree:
         """Add a path under the root, as far as there is room and at most `most` new nodes; returns their number."""
         room, node, new = self.room if most is None else min(self.room, most), 0, 0
         for token in path:
-            child = self._children.get((node, token))
-            if child is None:
-                if new >= room:
-                    break
-                child = self._children[(node, token)] = self._add(node, token)
-                new += 1
-            node = child
+            known = (node, token) in self._children
+            if not known and new >= room:
+                break
+            node = self.child(node, token)
+            new += not known
         return new
+
+    def child(self, node: int, token: int) -> int:
+        """The child of a node with this token, added if there is none; there must be room for it."""
+        child = self._children.get((node, token))
+        if child is None:
+            child = self._children[(node, token)] = self._add(node, token)
+        return child
 
     def placeholder_under(self, parent: int, token: int) -> int:
         """Add a node that is computed and never accepted; returns its index. Raises ValueError if the tree is full."""

@@ -58,6 +58,7 @@ DRAFTERS: dict[str, Callable[[Target], Drafter]] = {
     "lookahead": lambda target: LookaheadDrafter(target.vocab_size, 3, 3, 2),
     "small-model": lambda target: SmallModelDrafter(target, tiny_target(target.vocab_size, 1, seed=5), 3),
     "hybrid": lambda target: HybridDrafter(EagleDrafter(target, random_head(target), DraftShape(nodes=6))),
+    "hybrid, chain": lambda target: HybridDrafter(EagleDrafter(target, random_head(target), DraftShape("chain", 3))),
 }
 
 

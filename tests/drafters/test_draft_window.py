@@ -14,6 +14,7 @@ from torch import Tensor
 from haast import native
 from haast.core import SamplingParams
 from haast.drafters.base import Drafter
+from haast.drafters.candidates import Candidates
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.head_runner import Flight
 from haast.drafters.native_draft import NativeDraft
@@ -72,10 +73,12 @@ class Watched(EagleDrafter):
 
         self._forward.run = counted  # type: ignore[method-assign]
 
-    def propose(self, states: Sequence[EagleState], budget: int | None = None) -> DraftTree:
+    def propose(
+        self, states: Sequence[EagleState], budget: int | None = None, others: Sequence[Candidates] | None = None
+    ) -> DraftTree:
         self._catch_up(states)
         self.states.append(torch.stack([each.extrapolated for each in states if each.extrapolated is not None]))
-        self.trees.append(super().propose(states, budget))
+        self.trees.append(super().propose(states, budget, others))
         return self.trees[-1]
 
 

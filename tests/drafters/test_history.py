@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from haast.core import Accepted, RowVerdict, SamplingParams, StopParams, Verdict
+from haast.core import Accepted, SamplingParams, StopParams
 from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.hybrid import HybridDrafter, with_matches
+from haast.drafters.hybrid import HybridDrafter
 from haast.drafters.lookahead import LookaheadDrafter, LookaheadState, NgramPool
-from haast.drafters.ngram import PromptLookupDrafter, SuffixDrafter, SuffixIndex
+from haast.drafters.ngram import PromptLookupDrafter, SuffixDrafter
 from haast.drafters.small_model import SmallModelDrafter
+from haast.drafters.suffix_index import SuffixIndex
 from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine.engine import Engine
@@ -82,41 +85,6 @@ def test_paths_share_their_beginnings_and_are_cut_where_the_tree_is_full() -> No
     assert (alone.tokens.tolist(), alone.height) == ([[8], [7]], 0)
 
 
-@settings(max_examples=60)
-@given(data=st.data())
-def test_a_match_is_merged_as_one_path_more(data: st.DataObject) -> None:
-    """By tensors what a set of paths says: the tree's own, and the match as far as there is room for new nodes."""
-    path = st.lists(st.integers(0, 2), min_size=1, max_size=5)
-    extra = data.draw(st.integers(1, 3))
-    rows, matches = [], []
-    for _ in range(data.draw(st.integers(1, 3))):
-        tree = PathTree(9, 8)
-        for each in data.draw(st.lists(path, max_size=3)):
-            tree.insert(each)
-        rows.append(tree)
-        matches.append(data.draw(st.one_of(st.just([]), path)))
-    before = pack_rows(rows, CPU)
-    merged = with_matches(before, matches, extra)
-    assert merged.nodes <= before.nodes + extra and int(merged.depths.max()) <= merged.height
-    for row, match in enumerate(matches):
-        old, had = paths_of(before, row), 0
-        while had < len(match) and tuple(match[: had + 1]) in old:
-            had += 1
-        new = {tuple(match[: had + n + 1]) for n in range(min(extra, len(match) - had))}
-        assert paths_of(merged, row) == old | new and len(old | new) == int(merged.live[row].sum()) - 1
-    added = max(len(paths_of(merged, row)) - len(paths_of(before, row)) for row in range(before.rows))
-    assert merged.nodes == before.nodes + added, "on the CPU no row gets nodes that none uses"
-
-
-def paths_of(tree: DraftTree, row: int) -> set[tuple[int, ...]]:
-    """The tokens under the root on the way to every live node but the root."""
-    found: dict[int, tuple[int, ...]] = {0: ()}
-    for node in range(1, tree.nodes):
-        if tree.live[row, node]:
-            found[node] = (*found[int(tree.parents[row, node])], int(tree.tokens[row, node]))
-    return {path for path in found.values() if path}
-
-
 def test_prompt_lookup_continues_the_latest_match_of_the_longest_ngram() -> None:
     drafter = PromptLookupDrafter(nodes=4, ngram=2)
     assert chains(settle(drafter, [1, 2, 3, 4, 5, 9, 1, 2])) == [[3, 4, 5]]
@@ -141,23 +109,43 @@ def test_the_automaton_knows_the_longest_earlier_suffix(text: list[int]) -> None
         automaton.extend([token])
         known = text[:length]
         assert automaton.match()[0] == brute_longest(known)
-        lengths = []
-        for end in automaton.earlier_ends():
-            assert 0 < end < length
-            shared = 0
-            while shared < end and known[end - 1 - shared] == known[-1 - shared]:
-                shared += 1
-            lengths.append(shared)
-        assert not lengths or lengths[0] >= automaton.match()[0]
-        assert all(shared >= 1 for shared in lengths)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=40))
+def test_what_followed_the_match_is_counted(text: list[int]) -> None:
+    """The children of the root, and their shares, by counting in the text."""
+    index = SuffixIndex(1, 99)
+    index.extend(text)
+    length, likeliest = index.match()
+    assert length == brute_longest(text)
+    if not length:
+        assert not index.candidates(9).tokens
+        return
+    ends = [end for end in range(length, len(text)) if text[end - length : end] == text[-length:]]
+    counts = Counter(text[end] for end in ends)
+    assert counts[likeliest] == max(counts.values())
+    found = index.candidates(99)
+    shares = {
+        token: score - math.log(index.odds.chance(length))
+        for token, parent, score in zip(found.tokens, found.parents, found.scores, strict=True)
+        if parent < 0
+    }
+    for token, share in shares.items():
+        assert math.isclose(math.exp(share), counts[token] / len(ends))
+    assert found.scores == sorted(found.scores, reverse=True)
+    assert all(parent < place for place, parent in enumerate(found.parents))
 
 
 def test_suffix_branches() -> None:
     drafter = SuffixDrafter(nodes=7, least=1, branches=2)
-    state = begun(drafter, [5, 1, 2, 7, 7, 2, 8, 8, 1, 2])
-    assert isinstance(state, SuffixIndex) and state.match()[0] == 2
-    assert chains(drafter.propose([state]))[0][:2] == [7, 7]
+    state = begun(drafter, [1, 2, 7, 7, 1, 2, 8, 8, 1, 2, 7, 7, 1, 2])
+    assert isinstance(state, SuffixIndex) and state.match() == (6, 8)
+    state = begun(drafter, [1, 2, 7, 0, 1, 2, 8, 3, 1, 2, 7, 4, 5, 1, 2])
+    assert state.match() == (2, 7), "twice, and 8 once"
+    assert [path[0] for path in chains(drafter.propose([state]))] == [7, 7, 8]
     assert chains(settle(SuffixDrafter(nodes=7, least=3), [1, 2, 3, 1, 2])) == []
+    assert len(chains(settle(SuffixDrafter(nodes=7, branches=1), state.text))) == 1
 
 
 @pytest.mark.parametrize("make", [PromptLookupDrafter, SuffixDrafter, lambda: LookaheadDrafter(9, 2, 3, 2)])
@@ -353,7 +341,7 @@ def all_drafters() -> list[Drafter]:
         SuffixDrafter(5, least=2, branches=1),
         LookaheadDrafter(at.vocab_size, 3, 3, 2),
         LookaheadDrafter(at.vocab_size, 4, 4, 3, from_prompt=False),
-        HybridDrafter(eagle, extra=3, least=1),
+        HybridDrafter(eagle),
         SmallModelDrafter(at, small_model(), 3),
         SmallModelDrafter(at, at, 2),
     ]
@@ -419,7 +407,7 @@ def test_impossible_settings_are_refused(make: object, message: str) -> None:
 def test_a_suffix_branch_and_its_eagle_serve_requests_side_by_side() -> None:
     at = target()
     eagle = EagleDrafter(at, random_head(at), DraftShape(depth=3, top_k=3, width=3, nodes=7))
-    hybrid, prompts = HybridDrafter(eagle, least=1), [[1, 2, 3], [4, 5]]
+    hybrid, prompts = HybridDrafter(eagle), [[1, 2, 3], [4, 5]]
     expected = [say(VanillaDrafter(), [prompt], SamplingParams())[0][0] for prompt in prompts]
     running = Engine(at, hybrid).run(prompts[:1], SamplingParams(), StopParams(30))
     first = list(next(running).tokens)
@@ -432,21 +420,6 @@ def test_a_suffix_branch_is_the_eagles_in_everything_that_the_pool_asks() -> Non
     hybrid = HybridDrafter(eagle := EagleDrafter(at, random_head(at), DraftShape(depth=3, top_k=3, width=3, nodes=7)))
     for name in ("prefix_key", "reach", "caches", "room", "target_layers"):
         assert getattr(hybrid, name) == getattr(eagle, name), name
-
-
-def test_what_matches_brought_is_counted_by_request() -> None:
-    at = target()
-    hybrid = HybridDrafter(EagleDrafter(at, random_head(at), DraftShape(depth=2, top_k=2, width=2, nodes=4)), least=1)
-    said: list[RowVerdict | None] = [RowVerdict((0, 4, 5), (8, 9, 1), (False,)), None, RowVerdict((0,), (3,), ())]
-    states = [hybrid.begin([1, 2], at.new_cache().sequences[0], 0) for _ in said]
-    before = [(state.matches, state.gained) for state in states]
-    for state in states[:2]:
-        state.offered = 4
-    verdict = Verdict.of_rows(said, CPU)
-    features = torch.zeros(3, 3, at.hidden_size, dtype=at.dtype)
-    hybrid.observe(states, Accepted(verdict.tokens, features, verdict.counts, verdict=verdict))
-    gains = [(state.matches - old[0], state.gained - old[1]) for state, old in zip(states, before, strict=True)]
-    assert gains == [(1, 2), (0, 0), (0, 0)] and [state.offered for state in states] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 4, 6, 9, 99])

@@ -23,14 +23,16 @@ from transformers import (
 
 from haast import native
 from haast.core import Accepted, SamplingParams
+from haast.drafters.candidates import CandidateRows, Candidates
 from haast.drafters.draft_lm import draft_lm_head
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.native_draft import NativeDraft
-from haast.drafters.tree_builder import Growth, best_places
+from haast.drafters.tree_builder import Growth, best_places, calibrated
 from haast.drafters.tree_shape import DraftShape, Plan, plan
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine.engine import Engine, StopParams
 from haast.errors import HeadMismatchError
+from haast.heads.acceptance import Curve, Source
 from haast.heads.checkpoint import Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.target.fusing import fuse_small_modules
@@ -54,6 +56,7 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.3,
 }
 PLAIN = {name: value for name, value in SIZES.items() if name != "head_dim"} | {"hidden_size": 64}
+AS_IT_IS = Source()
 KINDS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
     "llama with biases": LlamaConfig(**SIZES, attention_bias=True),
@@ -207,8 +210,8 @@ def proposals(
     seen: list[torch.Tensor] = []
     propose = drafter.propose
 
-    def watched(states: Any, budget: Any = None) -> DraftTree:
-        tree = propose(states, budget)
+    def watched(states: Any, budget: Any = None, others: Any = None) -> DraftTree:
+        tree = propose(states, budget, others)
         seen.append(torch.stack([tree.tokens, tree.parents]))
         return tree
 
@@ -253,10 +256,12 @@ class Quick:
         self.tokens, self.features = torch.randint(0, 61, (3, 40)), torch.randn(3, 40, 40)
         self.roots = torch.randint(0, 61, (3,))
 
-    def ready(self, shape: DraftShape, pace: CostModel | None = None) -> tuple[NativeDraft, Plan]:
+    def ready(
+        self, shape: DraftShape, pace: CostModel | None = None, curves: Source | None = None
+    ) -> tuple[NativeDraft, Plan]:
         one_call = NativeDraft.of(self.target.embedding, self.module, self.stack, self.lm_head, self.vocab)
         fixed = plan(shape, len(self.vocab))
-        assert one_call is not None and one_call.plan(fixed, pace)
+        assert one_call is not None and one_call.plan(fixed, pace, curves)
         return one_call, fixed
 
     def propose(
@@ -266,7 +271,9 @@ class Quick:
         tables: torch.Tensor,
         shift: int = 1,
         dtype: torch.dtype = torch.float32,
-    ) -> DraftTree:
+        others: Sequence[Candidates] | None = None,
+        setting: Sequence[tuple[float, float]] | None = None,
+    ) -> tuple[DraftTree, torch.Tensor]:
         """These rows' pairs run, then one proposal."""
         past, at = [self.lengths[row] for row in rows], list(rows)
         lanes, most = 2 * len(self.module.layers), max(past)
@@ -276,9 +283,19 @@ class Quick:
         positions = torch.arange(most).expand(len(at), -1)
         states, _ = self.stack.run(mixed, positions, seen, [0] * len(at), store, tables, shift=shift)
         newest = states[torch.arange(len(at)), torch.tensor(past) - 1]
-        return one_call.propose(newest, self.roots[at], torch.tensor(past), tables, store, shift)
+        place = (torch.tensor(past), tables, store, shift)
+        packed = None if others is None else CandidateRows.of(others)
+        return one_call.propose(newest, self.roots[at], *place, others=packed, setting=setting)
 
-    def by_modules(self, row: int, fixed: Plan, pace: CostModel | None) -> DraftTree:
+    def by_modules(
+        self,
+        row: int,
+        fixed: Plan,
+        pace: CostModel | None,
+        curves: Source = AS_IT_IS,
+        setting: tuple[float, float] = (0.0, 0.0),
+        others: Candidates | None = None,
+    ) -> tuple[DraftTree, torch.Tensor]:
         """As `EagleDrafter` grows a tree, every level with the whole text."""
         past = self.lengths[row]
         embedded = self.target.embedding(self.tokens[row : row + 1, :past])
@@ -303,7 +320,7 @@ class Quick:
             fixed_level = None if fixed.frontier is None else torch.tensor([fixed.frontier[level]])
             chosen = best_places(scores, width) if fixed_level is None else fixed_level
             above = scores.gather(1, chosen)
-            if pace is not None and fixed.keep is None and not pace.deeper(above):
+            if pace is not None and fixed.keep is None and not pace.deeper(calibrated(above, curves, [setting])):
                 break
             parent = (chosen // fixed.top_k)[0]
             above_seen = torch.cat([above_seen[parent], torch.eye(width, dtype=torch.bool)], 1)
@@ -317,8 +334,20 @@ class Quick:
             frontier = index.gather(1, chosen)
             tokens, scores = children(found, above)
             index = grown.add(tokens, scores, frontier.repeat_interleave(fixed.top_k, 1))
-        keep = torch.tensor([fixed.keep]) if fixed.keep is not None else grown.best(fixed.nodes - 1, pace)
-        return grown.tree(keep)
+        grown.calibrate(curves, [setting])
+        keep = None if fixed.keep is None else torch.tensor([fixed.keep])
+        if others is not None:
+            grown.compete([others], keep)
+        if keep is None or others is not None:
+            keep = grown.best(fixed.nodes - 1, None if fixed.keep is not None else pace)
+        return grown.tree(keep), grown.head_scores(keep)
+
+
+def equal(found: tuple[DraftTree, torch.Tensor], expected: tuple[DraftTree, torch.Tensor]) -> bool:
+    (tree, scores), (other, others) = found, expected
+    parts = ("tokens", "parents", "depths", "ancestors")
+    same = all(torch.equal(getattr(tree, name), getattr(other, name)) for name in parts)
+    return same and torch.allclose(scores, others, rtol=1e-4, atol=1e-4) and int(tree.depths.max()) <= tree.height
 
 
 def blocks(rows: int, count: int, seed: int) -> torch.Tensor:
@@ -344,11 +373,29 @@ def test_one_call_drafts_the_trees_of_the_heads_modules(kind: str, layers: int, 
     for row in range(3):
         expected = head.by_modules(row, fixed, pace)
         found = head.propose(one_call, [row], blocks(1, 5, row))
-        assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.parents, expected.parents)
-        assert torch.equal(found.depths, expected.depths) and torch.equal(found.ancestors, expected.ancestors)
-        assert int(found.depths.max()) <= found.height
-        sizes.add(found.nodes)
+        assert equal(found, expected)
+        sizes.add(found[0].nodes)
     assert pace is None or min(sizes) < fixed.nodes
+
+
+CURVES = Source(Curve((-4.0, -1.0, -0.2), (-5.0, -0.8, -0.1)), Curve((-3.0, -0.5), (-3.5, -0.4)))
+
+
+@pytest.mark.parametrize("kind", sorted(SHAPES))
+@pytest.mark.parametrize("setting", [(0.0, 0.0), (1.0, 0.3), (0.4, -0.5)])
+def test_one_call_lets_another_source_compete_as_the_tensors_do(kind: str, setting: tuple[float, float]) -> None:
+    head, (shape, pace) = Quick(), SHAPES[kind]
+    one_call, fixed = head.ready(shape, pace, CURVES)
+    changed = 0
+    for row in range(3):
+        own, _ = head.by_modules(row, fixed, pace, CURVES, setting)
+        first = int(own.tokens[0, 1]) if own.nodes > 1 else 5
+        others = Candidates([first, 60, 7, 8, 9], [-1, -1, 0, 2, 3], [-0.05, -3.0, -0.1, -0.2, -0.3])
+        found = head.propose(one_call, [row], blocks(1, 5, row), others=[others], setting=[setting])
+        assert equal(found, head.by_modules(row, fixed, pace, CURVES, setting, others))
+        assert ({7} if kind == "chain" else {7, 8, 9}) <= set(found[0].tokens[0].tolist())
+        changed += not torch.equal(found[0].tokens, own.tokens)
+    assert changed == 3, "the other source's likely path enters every tree"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -356,12 +403,12 @@ def test_one_call_drafts_the_trees_of_the_heads_modules(kind: str, layers: int, 
 def test_a_proposal_is_the_same_wherever_its_blocks_lie_and_who_else_drafts(dtype: torch.dtype, window: int) -> None:
     head, every = Quick(window=window), range(3)
     one_call, _ = head.ready(DraftShape(depth=4, top_k=5, width=5, nodes=20))
-    whole = head.propose(one_call, every, torch.arange(15, dtype=torch.int32).view(3, 5), 1, dtype)
+    whole, _ = head.propose(one_call, every, torch.arange(15, dtype=torch.int32).view(3, 5), 1, dtype)
     for seed, shift in ((0, 0), (1, 1)):
-        other = head.propose(one_call, every, blocks(3, 5, seed), shift, dtype)
+        other, _ = head.propose(one_call, every, blocks(3, 5, seed), shift, dtype)
         assert torch.equal(other.tokens, whole.tokens) and torch.equal(other.parents, whole.parents)
     for row in every:
-        alone = head.propose(one_call, [row], blocks(1, 5, row), 1, dtype)
+        alone, _ = head.propose(one_call, [row], blocks(1, 5, row), 1, dtype)
         assert torch.equal(alone.tokens[0], whole.tokens[row]) and torch.equal(alone.parents[0], whole.parents[row])
 
 
@@ -371,7 +418,7 @@ def test_what_does_not_fit_a_proposal_is_refused() -> None:
     assert one_call.room == 15
     store, states, roots = torch.zeros(2, 2, 8 * BLOCK, 16), torch.zeros(1, 40), torch.zeros(1, dtype=torch.int64)
     tables = torch.arange(2, dtype=torch.int32).unsqueeze(0)
-    assert one_call.propose(states, roots, [16], tables, store).nodes == 20
+    assert one_call.propose(states, roots, [16], tables, store)[0].nodes == 20
     with pytest.raises(ValueError, match=r"17 past slots, 15 in flight and a shift of 1 do not fit .* 2 blocks"):
         one_call.propose(states, roots, [17], tables, store)
     with pytest.raises(ValueError, match="from 7 to 8; the store has 8"):
@@ -386,7 +433,7 @@ def test_what_does_not_fit_a_proposal_is_refused() -> None:
         one_call.propose(states, roots, [1], tables.long(), store)
     far = 600  # more positions than there are angles at first
     tables = torch.zeros(1, 40, dtype=torch.int32)
-    assert one_call.propose(states, roots, [far], tables, store).nodes == 20
+    assert one_call.propose(states, roots, [far], tables, store)[0].nodes == 20
 
 
 def test_the_likeliest_entries() -> None:

@@ -50,12 +50,6 @@ def test_impossible_paces_are_refused(wrong: dict[str, float]) -> None:
         CostModel((1.0,), 1.0, 1.0)
 
 
-def test_more_nodes_are_afforded_for_what_they_bring() -> None:
-    pace = CostModel(forward_ms=(5.0, 6.0, 7.0), level_ms=1.0, rate=0.2)
-    assert pace.affords(1, 2, 0.41) and not pace.affords(1, 2, 0.39)
-    assert pace.affords(3, 2, 0.41) and not pace.affords(3, 2, 0.39)  # beyond what was measured its slope goes on
-
-
 def test_interpolation() -> None:
     points = {1: 10.0, 4: 16.0, 8: 20.0}
     assert [interpolate(points, n) for n in (1, 2, 4, 6, 8, 12)] == [10.0, 12.0, 16.0, 18.0, 20.0, 24.0]

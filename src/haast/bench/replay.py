@@ -76,9 +76,9 @@ class _Recorder(EagleDrafter):
 
     grown: list[Growth]
 
-    def _draft(self, states: Sequence[EagleState], prepared: Any) -> DraftTree:
+    def _draft(self, states: Sequence[EagleState], prepared: Any, others: Any = None) -> DraftTree:
         """Draft with tensor operations, because the native code does not return all candidates."""
-        return super()._draft(states, replace(prepared, one_call=None))
+        return super()._draft(states, replace(prepared, one_call=None), others)
 
     def _grow(self, *args: Any) -> Growth:
         self.grown.append(super()._grow(*args))

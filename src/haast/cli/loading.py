@@ -78,7 +78,7 @@ def load_chosen(
     choice: Choice, loading: Loading, drafting: Drafting, placement: Placement | None = None
 ) -> tuple[Target, Drafter]:
     """Check all options, then load the target and the chosen drafter. Raises ValueError."""
-    from haast.drafters.factory import make_drafter, needs_head, open_head, plan_drafter
+    from haast.drafters.factory import check_corpus, make_drafter, needs_head, open_head, plan_drafter
 
     choice.check()
     if not needs_head(choice.drafter):
@@ -89,6 +89,7 @@ def load_chosen(
         small.check()
     head = None if drafting.head == "none" else drafting.head
     name, folder = plan_drafter(choice.drafter, head, loading.model, small is not None)
+    check_corpus(name, choice.corpus)
     target = loading.load(placement)
     drafter = make_drafter(
         name,
@@ -98,6 +99,7 @@ def load_chosen(
         window=drafting.draft_window,
         small=None if small is None else small.load(),
         calibration=drafting.calibration,
+        corpus=choice.corpus,
     )
     return target, drafter
 

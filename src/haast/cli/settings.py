@@ -97,9 +97,13 @@ class Choice:
         ),
     ] = "auto"
     small_model: Annotated[str | None, Option(metavar="NAME", help="Draft model for --drafter small-model.")] = None
+    corpus: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="Also draft from earlier answers: a file that grows with what is generated."),
+    ] = None
 
     def check(self) -> None:
-        """Raise ValueError if the two options contradict each other."""
+        """Raise ValueError if the options contradict each other."""
         if self.small_model is not None and self.drafter not in ("auto", "small-model"):
             raise ValueError(
                 f"--small-model is for drafter='small-model', not for drafter={self.drafter!r}: leave one out"

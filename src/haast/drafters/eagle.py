@@ -20,22 +20,25 @@ import torch
 from torch import Tensor
 
 from haast import native
-from haast.core import Accepted
+from haast.core import Accepted, TokenChooser
 from haast.device import to_device, without_autograd
 from haast.drafters.base import Drafter, stacked
 from haast.drafters.batch_policy import DraftConfig, DraftConfigs, config_for
+from haast.drafters.candidates import CandidateRows, Candidates
 from haast.drafters.draft_lm import checked_vocab, draft_form, draft_lm_head
 from haast.drafters.head_check import HeadWatch, causes
 from haast.drafters.head_runner import Flight, HeadForward
 from haast.drafters.native_draft import NativeDraft
-from haast.drafters.pending_features import MAX_PENDING, EagleState, drop_first, join_pending
-from haast.drafters.tree_builder import Growth, best_places
+from haast.drafters.pending_features import MAX_PENDING, EagleState, drop_first, join_pending, remember
+from haast.drafters.tree_builder import Growth, best_places, calibrated
 from haast.drafters.tree_shape import DraftShape, Plan, plan
 from haast.drafters.window import DraftWindow
 from haast.errors import HeadMismatchError
+from haast.heads.acceptance import Acceptance
 from haast.heads.checkpoint import Head, check_fits, check_weights, check_widths
 from haast.heads.module import DraftModule
 from haast.heads.precision import warn_of_precision
+from haast.sampling import Sampler
 from haast.target.fusing import fuse_small_modules
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import Sequence as KVSequence
@@ -96,6 +99,8 @@ class EagleDrafter(Drafter):
             fuse_small_modules(self._module)
             release_freed_memory()
         self._native = packed and native.available()
+        acceptance = head.acceptance or Acceptance()
+        self.curves, self.text_curves = acceptance.head, acceptance.text
         self._watch = HeadWatch(head.about, partial(causes, target, module.config, head.about))
         self._forward = HeadForward(target, self._module, window, self._native)
         self._cache: KVCache | None = None
@@ -155,7 +160,7 @@ class EagleDrafter(Drafter):
             frontier = [torch.tensor(level, device=device).unsqueeze(0) for level in plan.frontier or ()]
             keep = None if plan.keep is None else torch.tensor(plan.keep, device=device).unsqueeze(0)
             one_call = NativeDraft.of(self._embedding, self._module, self._forward.stack, self._lm_head, self._vocab)
-            if one_call is not None and not one_call.plan(plan, pace):
+            if one_call is not None and not one_call.plan(plan, pace, self.curves):
                 one_call = None
             prepared = self._shapes[shape, id(config.pace)] = _Prepared(plan, pace, frontier, keep, one_call)
         return prepared
@@ -200,12 +205,18 @@ class EagleDrafter(Drafter):
         """Whether the blocks lack the head's keys and values, so that only the target's can be reused."""
         return bool(state.begin or (self.drafting_off and state.pending))
 
+    def set_chooser(self, state: EagleState, chooser: TokenChooser) -> None:
+        if isinstance(chooser, Sampler):
+            state.temperature = chooser.params.temperature
+
     @without_autograd
     def observe(self, states: Sequence[EagleState], accepted: Accepted) -> None:
         self._watch.observed(accepted)
         for row, (state, tokens) in enumerate(zip(states, accepted.host_tokens(), strict=True)):
             state.pending.append((accepted, row))
             state.pending_count += len(tokens)
+            if accepted.verdict is not None:
+                state.count_accepted(tokens)
         # The head processes pending positions at the next proposal; prompts at once, so that other requests can reuse
         # their blocks. Under high load nothing is drafted and the head is not run.
         if self.drafting_off:
@@ -215,7 +226,10 @@ class EagleDrafter(Drafter):
             self._catch_up(states)
 
     @without_autograd
-    def propose(self, states: Sequence[EagleState], budget: int | None = None) -> DraftTree:
+    def propose(
+        self, states: Sequence[EagleState], budget: int | None = None, others: Sequence[Candidates] | None = None
+    ) -> DraftTree:
+        """See `Drafter.propose`. `others` are drafts of another source, per row: they compete for the tree's nodes."""
         prepared = self._prepared(config_for(self.configs, len(states)), budget)
         if prepared is None:
             for state in states:
@@ -223,7 +237,7 @@ class EagleDrafter(Drafter):
             self._watch.proposed(1)
             return DraftTree.roots(stacked(states, "root"))
         self._catch_up(states)
-        tree = self._draft(states, prepared)
+        tree = self._draft(states, prepared, others if others is not None and any(map(len, others)) else None)
         self._watch.proposed(tree.nodes)
         return tree
 
@@ -231,11 +245,6 @@ class EagleDrafter(Drafter):
     def pending_positions(states: Sequence[EagleState]) -> int:
         """Positions of all rows that the head has not processed yet."""
         return sum(state.pending_count for state in states)
-
-    def affords(self, rows: int, nodes: int, extra: int, tokens: float) -> bool:
-        """Whether `extra` nodes per row, in addition to `nodes`, pay if they are expected to gain `tokens` per row."""
-        config = config_for(self.configs, rows)
-        return config.shape is not None if config.pace is None else config.pace.affords(nodes, extra, tokens)
 
     def _catch_up(self, states: Sequence[EagleState]) -> None:
         """Run the head over the pending positions."""
@@ -275,24 +284,45 @@ class EagleDrafter(Drafter):
         past = [state.past for state in states]
         return self.cache.bind([state.kv for state in states], past, [state.begin for state in states]), past
 
-    def _draft(self, states: Sequence[EagleState], prepared: _Prepared) -> DraftTree:
+    def _draft(
+        self, states: Sequence[EagleState], prepared: _Prepared, others: Sequence[Candidates] | None = None
+    ) -> DraftTree:
         cache, past = self._bound(states)
         roots, extrapolated = stacked(states, "root"), stacked(states, "extrapolated")
+        setting = [(state.warmth, state.correction.shift) for state in states]
         if prepared.one_call is not None:
             stack = self._forward.stack
             if stack is not None:
                 cache.begin(prepared.one_call.room)
                 store = cache.stores.together(stack.kv_heads, stack.head_dim, extrapolated.dtype)
                 if store is not None:
-                    return prepared.one_call.propose(extrapolated, roots, past, cache.tables, store, cache.shift)
-        grown = self._grow(prepared, cache, past, roots, extrapolated)
-        keep = prepared.keep
-        return grown.tree(grown.best(prepared.plan.nodes - 1, prepared.pace) if keep is None else keep)
+                    packed = None if others is None else CandidateRows.of(others)
+                    one_call, place = prepared.one_call, (past, cache.tables, store, cache.shift)
+                    tree, scores = one_call.propose(extrapolated, roots, *place, others=packed, setting=setting)
+                    if prepared.pace is not None or others is not None:
+                        remember(states, tree, scores)
+                    return tree
+        grown, keep = self._grow(prepared, cache, past, roots, extrapolated, setting), prepared.keep
+        if others is not None:
+            grown.compete(others, keep)
+        if others is not None or keep is None:
+            keep = grown.best(prepared.plan.nodes - 1, prepared.pace if prepared.keep is None else None)
+        tree = grown.tree(keep)
+        # Where probabilities decide on the host, or between sources, they are corrected; on a GPU they stay there.
+        if roots.device.type == "cpu" and (prepared.pace is not None or others is not None):
+            remember(states, tree, grown.head_scores(keep))
+        return tree
 
     def _grow(
-        self, prepared: _Prepared, cache: KVCache, past: list[int], roots: Tensor, extrapolated: Tensor
+        self,
+        prepared: _Prepared,
+        cache: KVCache,
+        past: list[int],
+        roots: Tensor,
+        extrapolated: Tensor,
+        setting: Sequence[tuple[float, float]],
     ) -> Growth:
-        """Expand the trees level by level; returns all candidates."""
+        """Expand the trees level by level; returns all candidates, with calibrated scores."""
         plan, pace = prepared.plan, prepared.pace
         committed = to_device(torch.tensor(past), roots.device)
         features = extrapolated.unsqueeze(1)  # (rows, 1, hidden)
@@ -306,7 +336,7 @@ class EagleDrafter(Drafter):
             chosen = prepared.frontier[level] if plan.frontier is not None else best_places(scores, width)
             chosen = chosen.expand(len(scores), -1)  # (rows, width) within this level's candidates
             above = scores.gather(1, chosen)
-            if pace is not None and prepared.keep is None and not pace.deeper(above):
+            if pace is not None and prepared.keep is None and not pace.deeper(calibrated(above, self.curves, setting)):
                 break
             parent = chosen // plan.top_k
             picked = tokens.gather(1, chosen)
@@ -322,6 +352,7 @@ class EagleDrafter(Drafter):
             frontier, before = index.gather(1, chosen), picked  # candidate indices and tokens of the frontier
             tokens, scores = self._children(features, before, above, plan.top_k)
             index = grown.add(tokens, scores, frontier.repeat_interleave(plan.top_k, dim=1))
+        grown.calibrate(self.curves, setting)
         return grown
 
     def _parallel_states(self, cache: KVCache, past: list[int], committed: Tensor, levels: int) -> Tensor | None:

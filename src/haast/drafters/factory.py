@@ -17,15 +17,17 @@ from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.batch_policy import config_for, default_configs, measured_configs
 from haast.drafters.calibrated import apply_calibration, draft_ms, eagle_cost, find_calibration, small_model_cost
+from haast.drafters.corpus import Corpus
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.hybrid import HybridDrafter
+from haast.drafters.hybrid import MATCH_DEPTH, HybridDrafter
 from haast.drafters.lookahead import LookaheadDrafter
 from haast.drafters.medusa import MedusaDrafter
 from haast.drafters.ngram import PromptLookupDrafter, SuffixDrafter
 from haast.drafters.small_model import SmallModelDrafter
 from haast.drafters.tree_shape import DraftShape, default_nodes, shape_for
 from haast.drafters.vanilla import VanillaDrafter
-from haast.errors import HeadMismatchError
+from haast.errors import HeadMismatchError, expanded
+from haast.files import check_writable
 from haast.formats.files import locate
 from haast.formats.mtp import MTP, mtp_folder
 from haast.formats.opened import OpenedHead, drafter_kind
@@ -40,6 +42,7 @@ from haast.tuning.online import DraftSize, OnlinePolicy
 _LOG = logging.getLogger(__name__)
 
 HEADED = ("eagle", "eagle+suffix", "medusa")  # drafters with a head
+COPYING = ("eagle+suffix", "suffix")  # drafters that may copy from a corpus
 NAMES = ("auto", *HEADED, "suffix", "lookup", "lookahead", "small-model", "none")
 # Window, n-gram and guesses: the fastest of ten settings on validation prompts (results/baselines.json). More nodes
 # cost more than they gain there (window 7, n-gram 5, 7 guesses: tau 1.75 instead of 1.33, and far slower).
@@ -75,6 +78,15 @@ def check_drafter(name: str, head: str | None = None, small: bool = False) -> st
         if head != wanted:
             raise HeadMismatchError(f"the head holds {head} heads, which do not draft for {name!r}: give {wanted} ones")
     return name
+
+
+def check_corpus(name: str, corpus: str | Path | None) -> None:
+    """Raise ValueError for a corpus with a drafter that does not copy, or one whose file can't be written."""
+    if corpus is None:
+        return
+    if name not in COPYING:
+        raise ValueError(f"a corpus is for drafters that copy from texts ({', '.join(COPYING)}), not for {name!r}")
+    check_writable(str(corpus))
 
 
 def kind_of(head: AnyHead | None) -> str | None:
@@ -151,6 +163,7 @@ def make_drafter(
     small: Target | None = None,
     calibration: str | Path = "auto",
     sampling: SamplingParams | None = None,
+    corpus: str | Path | None = None,
 ) -> Drafter:
     """Create a drafter.
 
@@ -163,16 +176,22 @@ def make_drafter(
         small, sampling: the draft model of "small-model", and how its drafts are sampled; None: argmax.
         calibration: "auto" uses the result of `haast calibrate`, otherwise costs that are measured at first use and
             saved; "off" measures nothing and uses defaults; otherwise the path of a calibration.
+        corpus: file of earlier answers for the drafters of `COPYING`, see `haast.drafters.corpus`.
 
-    Raises ValueError like `check_drafter`, for a window with Medusa heads, and for a calibration of another setting;
+    Raises ValueError like `check_drafter` and `check_corpus`, for a window with Medusa heads, for a calibration of
+    another setting, and for a corpus of another model or in use;
     HeadMismatchError for a head of another model or kind.
     """
     chosen = check_drafter(name, kind_of(head), small is not None)
+    check_corpus(chosen, corpus)
+    opened = None if corpus is None else Corpus(expanded(corpus, "no corpus at"), target.vocab_size)
     use_costs = calibration != "off"
     source = functools.cache(lambda: latency_of(target)) if use_costs and measurable(target) else None
     if chosen in ("suffix", "lookup"):
         nodes = HISTORY_NODES if source is None else _MAX_HISTORY_NODES
-        return (SuffixDrafter if chosen == "suffix" else PromptLookupDrafter)(nodes, latency=source)
+        if chosen == "lookup":
+            return PromptLookupDrafter(nodes, latency=source)
+        return SuffixDrafter(nodes, latency=source, corpus=opened)
     if chosen == "lookahead":
         lookahead = LookaheadDrafter(target.vocab_size, *LOOKAHEAD)
         full = DraftSize(None, lookahead.nodes, 0, 1, lookahead.ngram - 1, _LOOKAHEAD_GAIN)
@@ -187,9 +206,9 @@ def make_drafter(
     if isinstance(headed, MedusaDrafter):
         return _medusa_with_policy(target, headed) if use_costs and shape is None else headed
     latency = None if shape is not None else tune_eagle(target, headed, calibration)
-    drafter = HybridDrafter(headed, latency=latency) if chosen == "eagle+suffix" else headed
+    drafter = HybridDrafter(headed, opened, latency=latency) if chosen == "eagle+suffix" else headed
     baseline = drafter.suffix_only if isinstance(drafter, HybridDrafter) else None
-    sizes = functools.partial(_eagle_sizes, headed, drafter.nodes - headed.nodes)
+    sizes = functools.partial(_eagle_sizes, headed, 0 if drafter is headed else MATCH_DEPTH)
     drafter.policy = None if latency is None else OnlinePolicy(latency, sizes, baseline, drafter.pending_positions)
     return drafter
 

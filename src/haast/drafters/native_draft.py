@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from haast import native
+from haast.drafters.candidates import CandidateRows
 from haast.drafters.tree_shape import Plan
+from haast.heads.acceptance import Source
 from haast.heads.feat_extrapolator import FeatExtrapolator
 from haast.heads.module import DraftModule
 from haast.native.stack import PLAIN, CDraft, CProposal, CWeight, Refusal, run_draft
@@ -80,8 +82,11 @@ class NativeDraft:
             return None
         return cls(stack, module, lm_head, embedding, vocab) if usable else None
 
-    def plan(self, plan: Plan, pace: CostModel | None) -> bool:
-        """Set the plan of the next proposals; False if the native code does not support it."""
+    def plan(self, plan: Plan, pace: CostModel | None, curves: Source | None = None) -> bool:
+        """Set the plan of the next proposals; False if the native code does not support it.
+
+        `curves` map the head's scores to probabilities of acceptance; None leaves them as they are.
+        """
         if plan.top_k > native.MOST_TOP:
             return False
         draft, keep = self._draft, plan.keep
@@ -90,9 +95,13 @@ class NativeDraft:
         costs = None if pace is None else _array(ctypes.c_float, pace.forward_ms)
         self._nodes = plan.nodes if pace is None or keep is not None else min(plan.nodes, len(pace.forward_ms))
         draft.top_k, draft.levels, draft.nodes = plan.top_k, len(plan.widths), self._nodes
-        self._arrays = (*counts, costs)
+        both = () if curves is None else (curves.greedy, curves.sampled)
+        knots = _array(ctypes.c_float, [score for curve in both for score in curve.scores])
+        chances = _array(ctypes.c_float, [chance for curve in both for chance in curve.chances])
+        self._arrays = (*counts, costs, knots, chances)
         pointers = [None if each is None else ctypes.addressof(each) for each in self._arrays]
-        draft.widths, draft.frontier, draft.keep, draft.forward_ms = pointers
+        draft.widths, draft.frontier, draft.keep, draft.forward_ms, draft.knots, draft.chances = pointers
+        draft.greedy_knots, draft.sampled_knots = [len(curve.scores) for curve in both] or (0, 0)
         if pace is not None:
             draft.level_ms, draft.rate = pace.level_ms, pace.rate
             draft.trust, draft.follow = pace.trust, pace.follow
@@ -113,8 +122,11 @@ class NativeDraft:
         tables: Tensor,
         store: Tensor,
         shift: int = 1,
-    ) -> DraftTree:
-        """One tree per row.
+        *,
+        others: CandidateRows | None = None,
+        setting: Sequence[tuple[float, float]] | None = None,
+    ) -> tuple[DraftTree, Tensor]:
+        """One tree per row, and what the head says of its nodes: see `Growth.head_scores`.
 
         Args:
             states: (rows, hidden) fp32 at the roots.
@@ -123,6 +135,8 @@ class NativeDraft:
             tables: (rows, blocks) int32 block tables, see `NativeStack.run`.
             store: the head's keys and values, see `NativeStack.run`.
             shift: slots of a table before the head's first: its pair for token i + 1 is in token i + 1's slot.
+            others: drafts of another source, which compete with the head's.
+            setting: per row, how the curves are used: see `Growth.calibrate`; None is (0, 0).
 
         Raises:
             ValueError: shapes or dtypes do not match; nothing was drafted.
@@ -135,9 +149,19 @@ class NativeDraft:
         numbers = torch.empty(3, rows * max_nodes, dtype=torch.int64)  # tokens, parents, depths
         ancestors = torch.empty(rows * max_nodes * max_nodes, dtype=torch.bool)
         inputs, first = (states.data_ptr(), roots_at, lengths_at, store.data_ptr()), numbers.data_ptr()
-        outputs = (first, first + 8 * rows * max_nodes, first + 16 * rows * max_nodes, ancestors.data_ptr())
+        scores = torch.empty(rows * max_nodes)
+        outputs = (first, first + 8 * rows * max_nodes, first + 16 * rows * max_nodes)
+        setting = setting or [(0.0, 0.0)] * rows
+        settings = (ctypes.c_float * (2 * rows))(*(warm for warm, _ in setting), *(more for _, more in setting))
+        at = ctypes.addressof(settings)
+        arrays = () if others is None else others.arrays()  # kept until the call has returned
+        competing = [ctypes.addressof(each) for each in arrays] or (None, None, None)
+        width, height = (0, 0) if others is None else (others.width, others.height)
         cosine, sine, angles = self._stack.angles()
-        proposal = CProposal(*inputs, cosine, sine, blocks, rows, angles, form, *outputs)
+        proposal = CProposal(
+            *inputs, cosine, sine, blocks, rows, angles, form,
+            at, at + 4 * rows, *competing, width, *outputs, ancestors.data_ptr(), scores.data_ptr(),
+        )  # fmt: skip
         nodes = run_draft(self._draft, proposal)
         if nodes == -Refusal.FEW_ANGLES:
             last = max(map(int, lengths)) + self._levels
@@ -147,8 +171,9 @@ class NativeDraft:
             refuse(nodes, lengths, self._room, store, tables, shift)
         tokens, parents, depths = numbers[:, : rows * nodes].view(3, rows, nodes)
         seen = ancestors[: rows * nodes * nodes].view(rows, nodes, nodes)
-        live, height = torch.ones(rows, nodes, dtype=torch.bool), min(self._levels + 1, nodes - 1)
-        return DraftTree(tokens, parents, depths, seen, live, height)
+        live = torch.ones(rows, nodes, dtype=torch.bool)
+        tree = DraftTree(tokens, parents, depths, seen, live, min(max(self._levels + 1, height), nodes - 1))
+        return tree, scores[: rows * nodes].view(rows, nodes)
 
 
 def _array(kind: type[Any], numbers: Sequence[float] | None) -> Any:

@@ -17,9 +17,39 @@ from haast.core import Accepted
 from haast.device import to_device
 from haast.target.kv_pool import BLOCK
 from haast.target.kv_pool import Sequence as KVSequence
+from haast.tree import DraftTree
+from haast.tuning.correction import Correction
 
 MAX_PENDING = 128  # queued positions while nothing is drafted: bounds their memory
 _MIN_KEPT = 4 * BLOCK  # positions to keep, so that a head that starts in the middle of a text has some context
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """One row's tree as the head sees it: tokens, parents, and the probability of each node, 0 where it is not its own.
+
+    Nodes are found again by their tokens, since a request's guide may change the tree before it is verified.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    chances: list[float]
+
+    @property
+    def expected(self) -> float:
+        """Expected number of accepted nodes of the head."""
+        return sum(self.chances)
+
+    def accepted(self, tokens: Sequence[int]) -> int:
+        """Number of the head's nodes on the path of `tokens` below the root."""
+        node, nodes, found = 0, range(1, len(self.tokens)), 0
+        for token in tokens:
+            below = (at for at in nodes if self.parents[at] == node and self.tokens[at] == token)
+            node = next(below, 0)
+            if not node:
+                break
+            found += self.chances[node] > 0
+        return found
 
 
 @dataclass
@@ -30,6 +60,8 @@ class EagleState:
         kv: the request's blocks.
         observed: number of pairs up to the last processed one; pair i holds token i + 1 and is in its slot.
         skipped: number of first pairs that the head leaves out: those before its window, or before `begin`.
+        temperature, correction: what acceptance depends on in addition to the head's probabilities.
+        drafted: the last tree, if its probabilities are on the host.
         begin: block of `kv` where the head's text begins: 0, or later if the head did not process the text before.
         root: () int64, the last emitted token.
         before: () int64, the token after the last processed position.
@@ -47,6 +79,20 @@ class EagleState:
     pending: list[tuple[Accepted, int]] = field(default_factory=list)
     pending_count: int = 0
     begin: int = 0
+    temperature: float = 0.0
+    correction: Correction = field(default_factory=Correction)
+    drafted: Drafted | None = None
+
+    @property
+    def warmth(self) -> float:
+        """Share of the acceptance curve of sampled texts, the rest is that of greedy ones."""
+        return min(self.temperature, 1.0)
+
+    def count_accepted(self, tokens: Sequence[int]) -> None:
+        """Correct the head's acceptance by the tokens that follow the root: each was in the last tree or not."""
+        if self.drafted is not None:
+            self.correction.observe(self.drafted.expected, self.drafted.accepted(tokens))
+            self.drafted = None
 
     @property
     def past(self) -> int:
@@ -77,6 +123,13 @@ class EagleState:
             if count := len(accepted.host_tokens()[row]):
                 self.root = accepted.tokens[row, count - 1]
                 return
+
+
+def remember(states: Sequence[EagleState], tree: DraftTree, scores: Tensor) -> None:
+    """Note every row's tree until it is verified. `scores` are `Growth.head_scores`, on the CPU like the tree."""
+    parts = zip(tree.tokens.tolist(), tree.parents.tolist(), scores.exp().tolist(), strict=True)
+    for state, part in zip(states, parts, strict=True):
+        state.drafted = Drafted(*part)
 
 
 def join_pending(states: Sequence[EagleState]) -> tuple[Tensor, Tensor, list[int]]:

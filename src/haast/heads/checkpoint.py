@@ -1,7 +1,8 @@
 """Save and load a head: `config.json`, `model.safetensors` and, for EAGLE-1 and Medusa, `draft_vocab.safetensors`.
 
-Owns the files and their checks. `model.safetensors` holds the official EAGLE-1, EAGLE-3 or Medusa layout. Above 20 MB
-it is split into shards with an index, as transformers does. Options that the official layouts do not have (more layers,
+Owns the files and their checks; `acceptance.json`, which may be next to them, is `acceptance`'s. `model.safetensors`
+holds the official EAGLE-1, EAGLE-3 or Medusa layout. Above 20 MB it is split into shards with an index, as
+transformers does. Options that the official layouts do not have (more layers,
 a Markov bias, normed states) add tensors with their own names. A draft vocabulary that is smaller than the target's is
 stored as `d2t` (target id = draft id + d2t[draft id]). For EAGLE-1 and Medusa heads, whose official layouts have no
 such tensor, it is in the file of its own; for EAGLE-3 heads it is among the weights together with `t2d` (which target
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 
 from haast.errors import HeadMismatchError, expanded
 from haast.files import replacing, write_json
+from haast.heads.acceptance import Acceptance
+from haast.heads.acceptance import load as load_acceptance
 from haast.heads.config import HeadSizes
 from haast.heads.eagle3 import Eagle3Config, Eagle3Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
@@ -52,6 +55,7 @@ class Head:
     module: AnyModule
     draft_vocab: Tensor | None  # (draft vocabulary,) int64, ascending target ids
     about: dict[str, Any]  # how the head was trained, from config.json
+    acceptance: Acceptance | None = None  # how likely its drafts are accepted, from acceptance.json
 
     @property
     def trained_length(self) -> int | None:
@@ -145,7 +149,7 @@ def load_head(folder: Path) -> Head:
         vocab = _draft_vocab(vocab_file, _read_tensors(vocab_file), int(size), config.vocab_size)
     _check_tensors(path, module, weights)
     module.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    return Head(module.eval().requires_grad_(False), vocab, document["about"])
+    return Head(module.eval().requires_grad_(False), vocab, document["about"], load_acceptance(folder))
 
 
 def build_module(config: HeadSizes, draft_vocab_size: int | None) -> AnyModule:

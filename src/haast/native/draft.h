@@ -29,6 +29,9 @@ struct Draft {
     int64_t nodes;
     const float* forward_ms;  // (nodes) measured forward times, or null: no cost model, see tuning/policy.py
     float level_ms, rate, trust, follow;
+    // Calibration of path scores, see heads/acceptance.py: knots of the curve of greedy texts, then of sampled ones.
+    const float *knots, *chances;
+    int64_t greedy_knots, sampled_knots;  // 0: scores are used as they are
 };
 
 struct Proposal {
@@ -39,9 +42,23 @@ struct Proposal {
     BlockTables blocks;
     int64_t rows, angles;
     Form form;
+    const float *warmth, *shift;  // (rows): share of the sampled curve, and what is added to log-probabilities
+    // Drafts of another source, (rows, others): they compete with the head's; -1 is the root, -inf no draft.
+    const int64_t *other_tokens, *other_parents;
+    const float* other_scores;
+    int64_t others;
     int64_t *tokens, *parents, *depths;  // out: (rows, n) for the returned n, at most (rows, nodes)
     uint8_t* ancestors;                  // out: (rows, n, n)
+    float* scores;                       // out: (rows, n) calibrated log-probabilities of the head's nodes; else -inf
 };
+
+// A piecewise linear map of log-probabilities: Curve in heads/acceptance.py.
+inline float on_curve(float score, const float* knots, const float* chances, int64_t count) {
+    float found = chances[0] + std::min(score - knots[0], 0.0f);
+    for (int64_t i = 0; i + 1 < count && score > knots[i]; ++i)
+        found += (chances[i + 1] - chances[i]) * std::min((score - knots[i]) / (knots[i + 1] - knots[i]), 1.0f);
+    return found;
+}
 
 // The candidates of one row.
 struct Candidates {
@@ -135,7 +152,8 @@ class Drafting {
     bool deeper(const std::vector<std::vector<int64_t>>& chosen) const {
         double expected = 0.0;
         for (size_t r = 0; r < chosen.size(); ++r)
-            for (const int64_t at : chosen[r]) expected += std::exp(found_[r].scores[static_cast<size_t>(at)]);
+            for (const int64_t at : chosen[r])
+                expected += std::exp(calibrated(found_[r].scores[static_cast<size_t>(at)], r));
         return d_.trust * d_.follow * expected / static_cast<double>(rows_) > d_.rate * d_.level_ms;
     }
 
@@ -203,14 +221,69 @@ class Drafting {
         return best;
     }
 
+    // The log-probability that a path of the head with this score is accepted.
+    float calibrated(float score, size_t row) const {
+        if (!d_.greedy_knots || !std::isfinite(score)) return score;
+        const float warm = p_.warmth[row];
+        float found = 0.0f;
+        if (warm < 1.0f) found += (1.0f - warm) * on_curve(score, d_.knots, d_.chances, d_.greedy_knots);
+        if (warm > 0.0f)
+            found += warm * on_curve(score, d_.knots + d_.greedy_knots, d_.chances + d_.greedy_knots, d_.sampled_knots);
+        return std::min(found + p_.shift[row], 0.0f);
+    }
+
+    // Leaves only the candidates of a fixed tree.
+    static void only(Candidates& row, const int64_t* keep, int64_t count) {
+        std::vector<float> scores(row.scores.size(), -INFINITY);
+        for (int64_t i = 0; i < count; ++i)
+            scores[static_cast<size_t>(keep[i])] = row.scores[static_cast<size_t>(keep[i])];
+        row.scores.swap(scores);
+    }
+
+    // Adds the other source's drafts to a row. A path that the head has too keeps its place, with the better score.
+    void join(size_t r) {
+        Candidates& row = found_[r];
+        const auto own = static_cast<int64_t>(row.tokens.size());
+        std::vector<int64_t> place(static_cast<size_t>(p_.others));
+        for (int64_t i = 0; i < p_.others; ++i) {
+            const auto at = static_cast<int64_t>(r) * p_.others + i;
+            const int64_t above = p_.other_parents[at];
+            const int64_t parent = above < 0 ? -1 : place[static_cast<size_t>(above)];
+            const float score = p_.other_scores[at];
+            int64_t same = -1;
+            for (int64_t j = 0; j < own && parent < own && same < 0; ++j)
+                if (row.parents[static_cast<size_t>(j)] == parent &&
+                    row.tokens[static_cast<size_t>(j)] == p_.other_tokens[at])
+                    same = j;
+            // Every row gets as many candidates, so one that is known takes a place that is never chosen.
+            place[static_cast<size_t>(i)] = same < 0 ? own + i : same;
+            row.add(p_.other_tokens[at], same < 0 ? score : -INFINITY, parent);
+            if (same >= 0) {
+                float& known = row.scores[static_cast<size_t>(same)];
+                known = std::max(known, score);
+            }
+        }
+    }
+
     int64_t finish() {
+        const auto own = static_cast<int64_t>(found_[0].tokens.size());
+        std::vector<std::vector<float>> scores(found_.size());
+        for (size_t r = 0; r < found_.size(); ++r) {
+            for (float& score : found_[r].scores) score = calibrated(score, r);
+            scores[r] = found_[r].scores;
+            if (d_.keep && p_.others) only(found_[r], d_.keep, d_.nodes - 1);
+            if (p_.others) join(r);
+        }
+        const bool fixed = d_.keep && !p_.others;
         int64_t count = std::min<int64_t>(d_.nodes - 1, static_cast<int64_t>(found_[0].tokens.size()));
         if (!d_.keep && d_.forward_ms) count = paying(count);
         const int64_t n = count + 1;
         for (int64_t r = 0; r < rows_; ++r) {
             const Candidates& row = found_[static_cast<size_t>(r)];
             const std::vector<int64_t> kept =
-                d_.keep ? std::vector<int64_t>(d_.keep, d_.keep + count) : row.best(0, count);
+                fixed ? std::vector<int64_t>(d_.keep, d_.keep + count) : row.best(0, count);
+            float* out = p_.scores + r * n;
+            out[0] = -INFINITY;
             std::vector<int64_t> place(row.tokens.size(), -1);
             int64_t *tokens = p_.tokens + r * n, *parents = p_.parents + r * n, *depths = p_.depths + r * n;
             uint8_t* ancestors = p_.ancestors + r * n * n;
@@ -221,6 +294,7 @@ class Drafting {
                 const int64_t known = row.parents[at] < 0 ? 0 : place[static_cast<size_t>(row.parents[at])];
                 const int64_t above = known < 0 ? 0 : known;
                 place[at] = i + 1;
+                out[i + 1] = kept[static_cast<size_t>(i)] < own ? scores[static_cast<size_t>(r)][at] : -INFINITY;
                 tokens[i + 1] = row.tokens[at], parents[i + 1] = above, depths[i + 1] = depths[above] + 1;
                 std::memcpy(ancestors + (i + 1) * n, ancestors + above * n, static_cast<size_t>(n));
                 ancestors[(i + 1) * n + i + 1] = 1;

@@ -84,6 +84,8 @@ class CDraft(ctypes.Structure):
         (_Count, "nodes"),
         (_Pointer, "forward_ms"),
         (_Number, "level_ms rate trust follow"),
+        (_Pointer, "knots chances"),
+        (_Count, "greedy_knots sampled_knots"),
     )
 
 
@@ -94,7 +96,9 @@ class CProposal(ctypes.Structure):
         (_Pointer, "states roots past cache cosine sine"),
         (CBlockTables, "blocks"),
         (_Count, "rows angles form"),
-        (_Pointer, "tokens parents depths ancestors"),
+        (_Pointer, "warmth shift other_tokens other_parents other_scores"),
+        (_Count, "others"),
+        (_Pointer, "tokens parents depths ancestors scores"),
     )
 
 

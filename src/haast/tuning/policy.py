@@ -58,11 +58,6 @@ class CostModel:
         cost = self.rate * torch.tensor(self.forward_ms[:most])
         return 1 + int((gain - cost.to(gain)).argmax())
 
-    def affords(self, nodes: int, more: int, tokens: float) -> bool:
-        """Whether `more` nodes per row, in addition to `nodes`, pay if they are expected to gain `tokens` per row."""
-        points = dict(enumerate(self.forward_ms, start=1))
-        return tokens > self.rate * (interpolate(points, nodes + more) - interpolate(points, nodes))
-
 
 def interpolate(points: dict[int, float], at: float) -> float:
     """Linear interpolation between measured points; the last segment is extrapolated. ValueError without a point."""

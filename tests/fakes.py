@@ -16,6 +16,7 @@ from haast.core import Accepted, SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine.engine import Emission, Engine, Stats, StopParams
+from haast.heads.block import BlockConfig, BlockHead
 from haast.heads.checkpoint import Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.heads.module import DraftModule
@@ -67,6 +68,21 @@ def head_for(config: PretrainedConfig, draft_vocab: Sequence[int] | None = None,
     module = FeatExtrapolator(FeatExtrapolatorConfig.for_target(config))
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    vocab = None if draft_vocab is None else torch.tensor(draft_vocab)
+    return Head(module.eval().requires_grad_(False), vocab, {})
+
+
+def block_head(target: Target, draft_vocab: Sequence[int] | None = None, seed: int = 2, **options: Any) -> Head:
+    """An untrained block head with two layers, a Markov head and a confidence head, unless `options` say otherwise."""
+    wanted: dict[str, Any] = {
+        "layer_ids": (0, 1, 2), "num_hidden_layers": 2, "block_size": 5, "markov_rank": 4, "confidence": True,
+        "draft_vocab_size": len(draft_vocab or ()),
+    }  # fmt: skip
+    module = BlockHead(BlockConfig.for_target(target.config, **(wanted | options)))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        drawn = torch.randn(parameter.shape, generator=generator) * 0.3
+        parameter.data = drawn + 1 if "norm" in name else drawn
     vocab = None if draft_vocab is None else torch.tensor(draft_vocab)
     return Head(module.eval().requires_grad_(False), vocab, {})
 

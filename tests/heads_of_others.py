@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from haast.heads.block import BlockConfig
 from haast.heads.checkpoint import Head, build_module
 from haast.heads.eagle3 import Eagle3Config
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
@@ -193,19 +194,28 @@ def speculators(folder: Path, head: Head, target: Target, **more: Any) -> Path:
         "speculators_version": "0.9.0",
         "transformer_layer_config": layers,
         "draft_vocab_size": config.drafts,
-        "norm_before_residual": config.norm_before_residual,
-        "norm_before_fc": config.input_norm,
-        "fc_norm": config.fc_norm,
-        "norm_output": config.norm_output,
+        **_eagle3_keys(config),
         "target_hidden_size": None,
-        "eagle_aux_hidden_state_layer_ids": list(config.layer_ids),
         "embed_requires_grad": False,
         "speculators_config": {"algorithm": "eagle3", "verifier": {"name_or_path": "someone/tiny"}},
         **more,
     }
-    tensors = {**renamed(head, layer_names(config, "layers.0.")), **offsets(head, config.vocab_size)}
+    names = layer_names(config, "layers.0.") if isinstance(config, Eagle3Config) else {}
+    tensors = {**renamed(head, names), **offsets(head, config.vocab_size)}
     tensors.setdefault("embed_tokens.weight", target.embedding.weight.detach().float())  # type: ignore[operator]
     return put(folder, document, tensors)
+
+
+def _eagle3_keys(config: Any) -> dict[str, Any]:
+    if not isinstance(config, Eagle3Config):
+        return {}
+    return {
+        "norm_before_residual": config.norm_before_residual,
+        "norm_before_fc": config.input_norm,
+        "fc_norm": config.fc_norm,
+        "norm_output": config.norm_output,
+        "eagle_aux_hidden_state_layer_ids": list(config.layer_ids),
+    }
 
 
 def p_eagle(folder: Path, head: Head, target: Target) -> Path:
@@ -254,6 +264,77 @@ def deepspec(folder: Path, head: Head, target: Target) -> Path:
         "norm_before_residual": config.norm_before_residual,
     }
     return put(folder, llama_keys(config, **keys), tensors)
+
+
+def block(target: Target, drafted: tuple[int, ...] | None = DRAFTED, ids: tuple[int, ...] = IDS, **more: Any) -> Head:
+    """A block head."""
+    size = 0 if drafted is None else len(drafted)
+    config = BlockConfig.for_target(target.config, layer_ids=ids, draft_vocab_size=size, **more)
+    module = random_weights(build_module(config, None))
+    return Head(module, None if drafted is None else torch.tensor(drafted), {})  # type: ignore[arg-type]
+
+
+def block_keys(config: Any, **more: Any) -> dict[str, Any]:
+    """What a Qwen3 config.json of a block head holds."""
+    keys = {
+        "model_type": "qwen3",
+        "head_dim": config.head_dim,
+        "num_hidden_layers": config.num_hidden_layers,
+        "layer_types": ["full_attention"] * config.num_hidden_layers,
+        "block_size": config.block_size,
+    }
+    return llama_keys(config, **keys, **more)
+
+
+def dflash(folder: Path, head: Head, target: Target, **more: Any) -> Path:
+    """z-lab/*-DFlash: no embedding, no LM head; layers as outputs, and the mask token, in `dflash_config`."""
+    config: Any = head.module.config
+    nested = {"mask_token_id": config.mask_token_id, "target_layer_ids": [each - 1 for each in config.layer_ids]}
+    keys = {"architectures": ["DFlashDraftModel"], "num_target_layers": 8, "dflash_config": nested | more}
+    return put(folder, block_keys(config, **keys), renamed(head, {}))
+
+
+def deepspec_dspark(folder: Path, head: Head, target: Target, **more: Any) -> Path:
+    """deepseek-ai/dspark_*: all keys at the top, the target's embedding and LM head in the file, nothing reduced."""
+    config: Any = head.module.config
+    keys = {
+        "architectures": ["Qwen3DSparkModel"],
+        "mask_token_id": config.mask_token_id,
+        "target_layer_ids": [each - 1 for each in config.layer_ids],
+        "num_anchors": 512,
+        "markov_rank": config.markov_rank,
+        "markov_head_type": config.markov_kind,
+        "enable_confidence_head": config.confidence,
+        "confidence_head_with_markov": config.confidence_markov,
+    }
+    tensors = renamed(head, {})
+    tensors["embed_tokens.weight"] = target.embedding.weight.detach().float()  # type: ignore[operator]
+    return put(folder, block_keys(config, **keys, **more), tensors)
+
+
+def modelopt_dspark(folder: Path, head: Head, target: Target) -> Path:
+    """ModelOpt: a DFlash config.json, and the Markov and confidence heads without their modules' names."""
+    config: Any = head.module.config
+    names = {"markov_head.": "", "confidence_head.proj.": "confidence_proj."}
+    more = {"projector_type": "dspark", "sample_from_anchor": config.sample_from_anchor}
+    dflash(folder, head, target, **more)
+    return put(folder, json.loads((folder / "config.json").read_text()), renamed(head, names))
+
+
+def speculators_dspark(folder: Path, head: Head, target: Target, kind: str = "dspark") -> Path:
+    """RedHatAI/*-speculator.dspark and .dflash: reduced vocabularies, layers as HF indices."""
+    config: Any = head.module.config
+    keys = {
+        "architectures": ["DSparkDraftModel"],
+        "speculators_model_type": kind,
+        "block_size": config.block_size,
+        "mask_token_id": config.mask_token_id,
+        "aux_hidden_state_layer_ids": list(config.layer_ids),
+        "sample_from_anchor": config.sample_from_anchor,
+        "markov_rank": config.markov_rank,
+        "markov_head_type": config.markov_kind,
+    }
+    return speculators(folder, head, target, **keys)
 
 
 def official_medusa(folder: Path, head: Head, target: Target) -> Path:

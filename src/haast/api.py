@@ -96,8 +96,8 @@ class Haast:
             head: a head's folder; "default" is the one shipped for the default model, "mtp" the one in the model's own
                 checkpoint (docs/heads.md); None for no head.
             drafter: "auto" is "eagle+suffix" with an EAGLE head, else "suffix", which drafts repetitions of earlier
-                text. Also "eagle", "medusa", "lookup", "lookahead", "small-model" and "none", which decodes without
-                drafts; see `haast.drafters.factory`. Drafts that would cost more time than they save are skipped.
+                text. Also "eagle", "block", "medusa", "lookup", "lookahead", "small-model" and "none", which decodes
+                without drafts; see `haast.drafters.factory`. Drafts that cost more time than they save are skipped.
             small: for "small-model", a smaller model of the same tokenizer, by name (loaded as `model` is) or loaded.
             tokenizer: for a loaded model; a model given by name has its own.
             shape: fixed shape of a head's draft trees: chain, static or dynamic, and its size. None chooses the

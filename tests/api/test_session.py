@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from chats import SMOLLM2, bytes_tokenizer
-from fakes import random_head, tiny_target
+from fakes import block_head, random_head, tiny_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_medusa import medusa
@@ -21,6 +21,7 @@ from haast.api import Haast
 from haast.bench.tables import markdown
 from haast.core import SamplingParams
 from haast.drafters.base import Drafter
+from haast.drafters.block import BlockDrafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.hybrid import HybridDrafter
 from haast.drafters.lookahead import LookaheadDrafter
@@ -52,6 +53,8 @@ DRAFTERS: dict[str, Callable[[Target], Drafter]] = {
     "eagle, chain": lambda target: EagleDrafter(target, random_head(target), DraftShape("chain", depth=3)),
     "eagle3": lambda target: EagleDrafter(target, eagle3(target), DraftShape(nodes=8)),
     "eagle, batches' ways": lambda target: EagleDrafter(target, random_head(target), shape_for(6)),
+    "block": lambda target: BlockDrafter(target, block_head(target), DraftShape(nodes=8)),
+    "block, chain": lambda target: BlockDrafter(target, block_head(target), DraftShape("chain", depth=4)),
     "medusa": lambda target: MedusaDrafter(target, medusa(target), 8),
     "lookup": lambda target: PromptLookupDrafter(5),
     "suffix": lambda target: SuffixDrafter(5),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import decode, random_head, tiny_llama, tiny_target, vanilla
+from fakes import block_head, decode, random_head, tiny_llama, tiny_target, vanilla
 from test_cli import save_random_head, tiny_config, tiny_tokenizer
 from test_medusa import medusa
 from test_online import COSTS, DEAR, FLAT
@@ -23,6 +23,7 @@ from haast.core import SamplingParams
 from haast.drafters import factory
 from haast.drafters.base import Drafter
 from haast.drafters.batch_policy import config_for, gain_of, measured_configs, nodes_for
+from haast.drafters.block import BlockDrafter
 from haast.drafters.calibrated import draft_ms, eagle_cost, small_model_cost
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.factory import (
@@ -49,7 +50,7 @@ from haast.tuning.latency import Latency, latency_of, measure_forwards, smoothed
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [1, 2, 1, 2, 1, 2]]
 LAWS = [SamplingParams(), SamplingParams(0.9, top_p=0.95, repetition_penalty=1.1, seed=5)]
-HEADS = {"eagle": "eagle", "eagle+suffix": "eagle", "medusa": "medusa"}
+HEADS = {"eagle": "eagle", "eagle+suffix": "eagle", "block": "block", "block+suffix": "block", "medusa": "medusa"}
 
 
 @cache
@@ -65,7 +66,8 @@ def small() -> Target:
 def head_for(name: str, kind: str | None = None) -> Head | None:
     """A head where the name needs one."""
     kind = kind or HEADS.get(name)
-    return None if kind is None else medusa(target()) if kind == "medusa" else random_head(target())
+    makers: dict[str, Any] = {"eagle": random_head, "block": block_head, "medusa": medusa}
+    return None if kind is None else makers[kind](target())
 
 
 def drafter(name: str, calibration: str = "off", **more: Any) -> Drafter:
@@ -101,17 +103,19 @@ def test_off_measures_nothing_and_has_no_policy(name: str, monkeypatch: pytest.M
     assert made_one.policy is None
     assert decode(target(), made_one, PROMPTS, 12) == vanilla(target(), PROMPTS, 12)
     kinds = {"eagle": EagleDrafter, "eagle+suffix": HybridDrafter, "medusa": MedusaDrafter, "none": VanillaDrafter}
+    kinds |= {"block": BlockDrafter, "block+suffix": HybridDrafter}
     assert made_one.name == ("vanilla" if name == "none" else name) and isinstance(made_one, kinds.get(name, Drafter))
 
 
 def test_what_auto_is() -> None:
     assert check_drafter("auto") == "suffix" and check_drafter("auto", "eagle") == "eagle+suffix"
+    assert check_drafter("auto", "block") == "block+suffix"
     assert check_drafter("auto", "medusa") == "medusa" and check_drafter("auto", small=True) == "small-model"
     assert check_drafter("auto", "eagle", small=True) == "eagle+suffix"
     assert check_drafter("vanilla") == check_drafter("none", "eagle") == "none"
     assert isinstance(make_drafter("vanilla", target()), VanillaDrafter)
     assert make_drafter("auto", target(), random_head(target()), calibration="off").name == "eagle+suffix"
-    assert [name for name in NAMES if needs_head(name)] == ["auto", "eagle", "eagle+suffix", "medusa"]
+    assert [name for name in NAMES if needs_head(name)] == ["auto", *HEADS]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +128,9 @@ def test_what_auto_is() -> None:
         ("medusa", None, ValueError, "drafter='medusa' needs Medusa heads"),
         ("medusa", "eagle", HeadMismatchError, "holds eagle heads, which do not draft for 'medusa': give medusa ones"),
         ("eagle", "medusa", HeadMismatchError, "holds medusa heads, which do not draft for 'eagle'"),
+        ("eagle", "block", HeadMismatchError, "holds block heads, which do not draft for 'eagle': give eagle ones"),
+        ("block+suffix", "eagle", HeadMismatchError, "holds eagle heads, .*: give block ones"),
+        ("block", None, ValueError, "drafter='block' needs a block head"),
         ("small-model", "eagle", ValueError, "needs a smaller model with the same tokenizer"),
     ],
 )
@@ -330,7 +337,7 @@ def test_measured_at_first_use_and_lossless(kept: Path) -> None:
     for name in EVERY:
         made_one = make_drafter(name, at, head_for(name), small=small())
         assert decode(at, made_one, PROMPTS, 30) == vanilla(at, PROMPTS, 30)
-    assert len(list(kept.iterdir())) == 4  # forwards alone, with an EAGLE head, Medusa heads, a small model
+    assert len(list(kept.iterdir())) == 5  # forwards alone, with each of three kinds of head, and a small model
 
 
 def test_a_plan_looks_at_files_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import random_head, tiny_target
+from fakes import block_head, random_head, tiny_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from haast.core import Accepted, SamplingParams, StopParams
 from haast.drafters.base import Drafter
+from haast.drafters.block import BlockDrafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.hybrid import HybridDrafter
 from haast.drafters.lookahead import LookaheadDrafter, LookaheadState, NgramPool
@@ -342,6 +343,7 @@ def all_drafters() -> list[Drafter]:
         LookaheadDrafter(at.vocab_size, 3, 3, 2),
         LookaheadDrafter(at.vocab_size, 4, 4, 3, from_prompt=False),
         HybridDrafter(eagle),
+        HybridDrafter(BlockDrafter(at, block_head(at), DraftShape(depth=4, top_k=3, width=3, nodes=7))),
         SmallModelDrafter(at, small_model(), 3),
         SmallModelDrafter(at, at, 2),
     ]

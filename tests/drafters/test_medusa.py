@@ -274,7 +274,7 @@ def test_accuracies_that_are_none_are_refused(target: Target) -> None:
 
 
 def test_kinds_of_head_are_told_apart(target: Target) -> None:
-    with pytest.raises(HeadMismatchError, match="MedusaHeads do not draft as EAGLE"):
+    with pytest.raises(HeadMismatchError, match="MedusaHeads can't draft as EAGLE"):
         EagleDrafter(target, medusa(target))
     with pytest.raises(HeadMismatchError, match="FeatExtrapolator does not draft as Medusa"):
         MedusaDrafter(target, random_head(target), 6)

@@ -196,11 +196,15 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "a vocabulary beyond": (lambda f: _tensors(f, d2t=torch.full((14,), 500)), "d2t"),
     "maps that contradict": (lambda f: _tensors(f, t2d=torch.ones(32, dtype=torch.bool)), "t2d"),
     "a map alone": (lambda f: _tensors(f, d2t=None), "t2d alone"),
-    "DFlash": (
+    "DFlash with another head's keys": (
         lambda f: _tensors(f, layers__0__self_attn__q_proj__weight=torch.zeros(32, 32), hidden_norm__weight=ONES),
-        "a DFlash head",
+        "mask_token_id=None",
     ),
-    "DSpark": (lambda f: _tensors(f, markov_head__markov_w1__weight=torch.zeros(32, 4)), "a DSpark head"),
+    "DSpark with a recurrent Markov head": (
+        lambda f: _tensors(f, markov_head__joint_proj__weight=torch.zeros(12, 40)),
+        "a DSpark head with a recurrent Markov head",
+    ),
+    "DFlash2": (lambda f: _tensors(f, candidate_selector__successor_codebook=torch.zeros(32, 4)), "a DFlash2 head"),
     "Domino": (lambda f: _tensors(f, prefix_gru__weight_ih_l0=torch.zeros(4, 4)), "a Domino head"),
     "XPress": (lambda f: _tensors(f, refiner_head__mix_l=torch.zeros(4, 4)), "an XPress head"),
     "no head at all": (lambda f: save_file({"model.embed_tokens.weight": ONES}, f / WEIGHTS), "no head that"),

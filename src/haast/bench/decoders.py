@@ -27,7 +27,7 @@ from haast.engine.engine import PREFILL_CHUNK, Engine, Stats, StopParams
 from haast.engine.rules import rule_named
 from haast.target.target import Target
 
-HEADED = ("eagle", "eagle+suffix")  # decoders that draft with an EAGLE head
+HEADED = ("eagle", "eagle+suffix", "block", "block+suffix")  # decoders that draft with an EAGLE or block head
 # Decoder -> (the decoder whose drafts it verifies, its acceptance rule). All others use sample-and-match. The drafts of
 # the small model are sampled here, because its rules need draft probabilities.
 RULE_VARIANTS = {

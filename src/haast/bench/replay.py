@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from haast.core import SamplingParams
+from haast.drafters.block import BlockDrafter
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.pending_features import EagleState
 from haast.drafters.tree_builder import Growth, best_places
@@ -85,10 +86,14 @@ class _Recorder(EagleDrafter):
         return self.grown[-1]
 
 
+class _BlockRecorder(_Recorder, BlockDrafter):
+    """The same for a block drafter."""
+
+
 def record(target: Target, drafter: EagleDrafter, prompts: Sequence[Sequence[int]], tokens: int) -> Recorded:
     """Answer the prompts with `drafter` and record its candidates. Steps close to the end of a text are left out."""
     steps: list[list[Level]] = []
-    recorder = object.__new__(_Recorder)
+    recorder = object.__new__(_BlockRecorder if isinstance(drafter, BlockDrafter) else _Recorder)
     recorder.__dict__.update(drafter.__dict__)
     shape = recorder.planned(drafter.shape)
     for prompt in prompts:

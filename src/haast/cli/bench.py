@@ -49,8 +49,8 @@ class BenchOptions:
         str,
         Option(
             metavar="A,B,C",
-            help="Any of vanilla, eagle, eagle+suffix, medusa, medusa-typical (LOSSY), small-model, "
-            "small-model-rejection, small-model-block, lookahead, lookup, suffix, hf.",
+            help="Any of vanilla, eagle, eagle+suffix, block, block+suffix, medusa, medusa-typical (LOSSY), "
+            "small-model, small-model-rejection, small-model-block, lookahead, lookup, suffix, hf.",
         ),
     ] = "vanilla,eagle"
     medusa_head: Annotated[Path | None, Option(metavar="DIR", help="Folder of Medusa heads.")] = None

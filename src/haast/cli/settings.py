@@ -92,8 +92,8 @@ class Choice:
     drafter: Annotated[
         str,
         Option(
-            help="auto, eagle, eagle+suffix, suffix, lookup, lookahead, medusa, small-model, or none. auto is "
-            "eagle+suffix with an EAGLE head, else suffix."
+            help="auto, eagle, eagle+suffix, block, block+suffix, suffix, lookup, lookahead, medusa, small-model, or "
+            "none. auto is eagle+suffix with an EAGLE head, else suffix."
         ),
     ] = "auto"
     small_model: Annotated[str | None, Option(metavar="NAME", help="Draft model for --drafter small-model.")] = None

@@ -39,7 +39,8 @@ def trace(
         typer.Option(
             "--drafter",
             "--decoder",
-            help="auto, eagle, eagle+suffix, medusa, small-model, lookahead, lookup, suffix or none.",
+            help="auto, eagle, eagle+suffix, block, block+suffix, medusa, small-model, lookahead, lookup, suffix or "
+            "none.",
         ),
     ] = "auto",
     small_model: Annotated[

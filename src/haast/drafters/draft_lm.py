@@ -48,10 +48,16 @@ def draft_lm_head(target: Target, module: DraftModule, vocab: Tensor | None, pac
     if vocab is None and rows is target_rows and target.logit_scale == 1.0:
         return target.borrowed(target.lm_head)
     rows, bias = rows.detach(), None if module.own_lm_head else target.head_bias(ids)
-    if packed:
-        return PackedLinear(rows, bias, form=DRAFT_LM_FORM)
-    linear = nn.Linear(rows.shape[1], rows.shape[0], bias is not None, device=rows.device, dtype=rows.dtype)
-    linear.weight = nn.Parameter(rows, requires_grad=False)
+    return frozen_linear(rows, bias, DRAFT_LM_FORM if packed else None)
+
+
+def frozen_linear(weight: Tensor, bias: Tensor | None, form: str | None) -> nn.Module:
+    """A linear layer with these weights (out, in), packed in `form`; None leaves them as they are."""
+    if form is not None:
+        return PackedLinear(weight, bias, form=form)
+    outputs, inputs = weight.shape
+    linear = nn.Linear(inputs, outputs, bias is not None, device=weight.device, dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear

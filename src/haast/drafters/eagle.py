@@ -35,7 +35,8 @@ from haast.drafters.tree_shape import DraftShape, Plan, plan
 from haast.drafters.window import DraftWindow
 from haast.errors import HeadMismatchError
 from haast.heads.acceptance import Acceptance
-from haast.heads.checkpoint import Head, check_fits, check_weights, check_widths
+from haast.heads.block import BlockHead
+from haast.heads.checkpoint import AnyModule, Head, check_fits, check_weights, check_widths
 from haast.heads.module import DraftModule
 from haast.heads.precision import warn_of_precision
 from haast.sampling import Sampler
@@ -50,7 +51,7 @@ from haast.tuning.policy import CostModel
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """A shape with its index tensors and native plan, cached."""
 
     plan: Plan
@@ -78,9 +79,7 @@ class EagleDrafter(Drafter):
     name = "eagle"
 
     def __init__(self, target: Target, head: Head, shape: DraftShape | None = None, window: int | None = None) -> None:
-        module = head.module
-        if not isinstance(module, DraftModule):
-            raise HeadMismatchError(f"{type(module).__name__} do not draft as EAGLE: give an EAGLE head")
+        module = self._checked(head.module)
         check_weights(module)
         check_fits(module.config, target.hidden_size, target.vocab_size, type(target.model).__name__)
         check_widths(module, *target.probed.widths, type(target.model).__name__)
@@ -107,6 +106,13 @@ class EagleDrafter(Drafter):
         self.prefix_key = object()
         self.reach = self._pairs.reach
         self.reshape(shape or DraftShape())
+
+    @staticmethod
+    def _checked(module: AnyModule) -> DraftModule:
+        """The module, of a kind that this drafter runs. Raises HeadMismatchError."""
+        if not isinstance(module, DraftModule) or isinstance(module, BlockHead):
+            raise HeadMismatchError(f"{type(module).__name__} can't draft as EAGLE: give an EAGLE head")
+        return module
 
     @property
     def device(self) -> torch.device:
@@ -137,16 +143,20 @@ class EagleDrafter(Drafter):
         """
         self.shape, self.pace = shape, pace
         self.configs: DraftConfigs = {1: DraftConfig(shape, pace), **(configs or {})}
-        self._shapes: dict[tuple[DraftShape, int], _Prepared] = {}
+        self._shapes: dict[tuple[DraftShape, int], Prepared] = {}
         plans = [self.planned(config.shape) for config in self.configs.values() if config.shape is not None]
         self._max_nodes = max(each.nodes for each in plans)
         self.room = max(self._max_nodes, *(sum(each.widths) for each in plans)) + self._max_nodes
+
+    def suited(self, shape: DraftShape) -> DraftShape:
+        """A default shape, changed to what suits this kind of head."""
+        return shape
 
     def planned(self, shape: DraftShape) -> Plan:
         """The index plan of a shape over the draft vocabulary."""
         return plan(shape, self._target.vocab_size if self._vocab is None else len(self._vocab))
 
-    def _prepared(self, config: DraftConfig, budget: int | None) -> _Prepared | None:
+    def _prepared(self, config: DraftConfig, budget: int | None) -> Prepared | None:
         """The config's shape, cut to a budget of nodes, with its tensors; None if nothing is drafted."""
         shape = config.shape
         if shape is None or (budget is not None and budget < 2):
@@ -162,7 +172,7 @@ class EagleDrafter(Drafter):
             one_call = NativeDraft.of(self._embedding, self._module, self._forward.stack, self._lm_head, self._vocab)
             if one_call is not None and not one_call.plan(plan, pace, self.curves):
                 one_call = None
-            prepared = self._shapes[shape, id(config.pace)] = _Prepared(plan, pace, frontier, keep, one_call)
+            prepared = self._shapes[shape, id(config.pace)] = Prepared(plan, pace, frontier, keep, one_call)
         return prepared
 
     @property
@@ -268,7 +278,7 @@ class EagleDrafter(Drafter):
             # The padding of shorter rows is overwritten by later pairs.
             flight = Flight.chain(past, to_device(torch.tensor(past), paired.device), pairs)
             fused = self._module.continued(self._module.fuse(features), [state.extrapolated for state in states])
-            output = self._forward.run(cache, self._embedded(paired), fused, flight)
+            output = self._commit(cache, paired, fused, flight)
             for row, (state, count) in enumerate(zip(states, kept, strict=True)):
                 if count:
                     state.observed += count
@@ -279,13 +289,17 @@ class EagleDrafter(Drafter):
             state.pending, state.pending_count = [], 0
         self._pairs.warn(max(state.past for state in states))
 
+    def _commit(self, cache: KVCache, tokens: Tensor, states: Tensor, flight: Flight) -> Tensor:
+        """Write keys and values of committed pairs, tokens (rows, n) and fused states; returns the head's states."""
+        return self._forward.run(cache, self._embedded(tokens), states, flight)
+
     def _bound(self, states: Sequence[EagleState]) -> tuple[KVCache, list[int]]:
         """The head's KV cache bound to these requests, and the number of committed pairs of each."""
         past = [state.past for state in states]
         return self.cache.bind([state.kv for state in states], past, [state.begin for state in states]), past
 
     def _draft(
-        self, states: Sequence[EagleState], prepared: _Prepared, others: Sequence[Candidates] | None = None
+        self, states: Sequence[EagleState], prepared: Prepared, others: Sequence[Candidates] | None = None
     ) -> DraftTree:
         cache, past = self._bound(states)
         roots, extrapolated = stacked(states, "root"), stacked(states, "extrapolated")
@@ -315,7 +329,7 @@ class EagleDrafter(Drafter):
 
     def _grow(
         self,
-        prepared: _Prepared,
+        prepared: Prepared,
         cache: KVCache,
         past: list[int],
         roots: Tensor,
@@ -368,15 +382,17 @@ class EagleDrafter(Drafter):
 
     def _children(self, states: Tensor, before: Tensor, scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """The `top_k` most likely tokens per state: target ids and cumulative log-probabilities, (rows, w * k) each."""
-        logits = self._lm_head(self._module.lm_input(states, before)).float()  # (rows, w, draft vocabulary)
+        best, ids = self._top(self._lm_head(self._module.lm_input(states, before)).float(), top_k)
+        return ids.flatten(1), (scores.unsqueeze(2) + best).flatten(1)
+
+    def _top(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """The `top_k` likeliest tokens of logits (rows, w, draft vocabulary): log-probabilities, and target ids."""
         if self._native and top_k <= native.MOST_TOP:
             best, ids = native.top(logits, top_k)
         else:
             best, ids = logits.log_softmax(-1).topk(top_k, dim=-1)
             best = best.masked_fill(best.isnan(), -torch.inf)  # NaN logits: draft other tokens
-        if self._vocab is not None:
-            ids = self._vocab[ids]
-        return ids.flatten(1), (scores.unsqueeze(2) + best).flatten(1)
+        return best, ids if self._vocab is None else self._vocab[ids]
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         embeddings: Tensor = self._embedding(tokens)

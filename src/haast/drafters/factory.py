@@ -3,7 +3,8 @@
 If costs are known, drafters that need it get a policy (`haast.tuning.online`): a request whose drafts do not pay gets
 smaller ones, then none.
 
-    auto       with an EAGLE head eagle+suffix, with Medusa heads medusa, with a small model small-model, else suffix
+    auto       with an EAGLE head eagle+suffix, with a block head block+suffix, with Medusa heads medusa, with a small
+               model small-model, else suffix
     none       vanilla decoding; "vanilla" is an alias
 """
 
@@ -11,11 +12,13 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from haast.core import SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.batch_policy import config_for, default_configs, measured_configs
+from haast.drafters.block import BlockDrafter
 from haast.drafters.calibrated import apply_calibration, draft_ms, eagle_cost, find_calibration, small_model_cost
 from haast.drafters.corpus import Corpus
 from haast.drafters.eagle import EagleDrafter
@@ -32,6 +35,7 @@ from haast.formats.files import locate
 from haast.formats.mtp import MTP, mtp_folder
 from haast.formats.opened import OpenedHead, drafter_kind
 from haast.formats.opened import open_head as open_files
+from haast.heads.block import BlockHead
 from haast.heads.checkpoint import Head, head_folder
 from haast.heads.medusa import MedusaHeads
 from haast.target.load import DEFAULT_MODEL
@@ -41,8 +45,9 @@ from haast.tuning.online import DraftSize, OnlinePolicy
 
 _LOG = logging.getLogger(__name__)
 
-HEADED = ("eagle", "eagle+suffix", "medusa")  # drafters with a head
-COPYING = ("eagle+suffix", "suffix")  # drafters that may copy from a corpus
+HEADED = ("eagle", "eagle+suffix", "block", "block+suffix", "medusa")  # drafters with a head
+COPYING = ("eagle+suffix", "block+suffix", "suffix")  # drafters that may copy from a corpus
+_HEADS = {"eagle": "an EAGLE head", "block": "a block head", "medusa": "Medusa heads"}
 NAMES = ("auto", *HEADED, "suffix", "lookup", "lookahead", "small-model", "none")
 # Window, n-gram and guesses: the fastest of ten settings on validation prompts (results/baselines.json). More nodes
 # cost more than they gain there (window 7, n-gram 5, 7 guesses: tau 1.75 instead of 1.33, and far slower).
@@ -57,11 +62,12 @@ AnyHead = Head | OpenedHead | EagleDrafter | MedusaDrafter
 def check_drafter(name: str, head: str | None = None, small: bool = False) -> str:
     """Resolve a drafter name ("auto", "vanilla") before anything is loaded.
 
-    `head` is the kind of the head, "eagle", "medusa" or None; `small` is whether there is a small model. Raises
-    ValueError for an unknown name or a missing head or model, HeadMismatchError for a head of another kind.
+    `head` is the kind of the head, "eagle", "block", "medusa" or None; `small` is whether there is a small model.
+    Raises ValueError for an unknown name or a missing head or model, HeadMismatchError for a head of another kind.
     """
     if name == "auto":
-        return {"eagle": "eagle+suffix", "medusa": "medusa", None: "small-model" if small else "suffix"}[head]
+        headed = {"eagle": "eagle+suffix", "block": "block+suffix", "medusa": "medusa"}
+        return headed[head] if head is not None else "small-model" if small else "suffix"
     if name == "vanilla":
         return "none"
     if name not in NAMES:
@@ -69,11 +75,11 @@ def check_drafter(name: str, head: str | None = None, small: bool = False) -> st
     if name == "small-model" and not small:
         raise ValueError("drafter='small-model' needs a smaller model with the same tokenizer: give one")
     if name in HEADED:
-        wanted = "medusa" if name == "medusa" else "eagle"
+        wanted = name.removesuffix("+suffix")
         if head is None:
             raise ValueError(
-                f"drafter={name!r} needs {'Medusa heads' if wanted == 'medusa' else 'an EAGLE head'}: give head (a "
-                f"folder), or choose one that needs none: suffix, lookup, lookahead, none"
+                f"drafter={name!r} needs {_HEADS[wanted]}: give head (a folder), or choose one that needs none: "
+                f"suffix, lookup, lookahead, none"
             )
         if head != wanted:
             raise HeadMismatchError(f"the head holds {head} heads, which do not draft for {name!r}: give {wanted} ones")
@@ -90,13 +96,15 @@ def check_corpus(name: str, corpus: str | Path | None) -> None:
 
 
 def kind_of(head: AnyHead | None) -> str | None:
-    """The kind of a head for `check_drafter`: "eagle", "medusa" or None."""
+    """The kind of a head for `check_drafter`: "eagle", "block", "medusa" or None."""
     if head is None:
         return None
     if isinstance(head, OpenedHead):
         return head.drafter_kind
-    medusa = isinstance(head, MedusaDrafter) or (isinstance(head, Head) and isinstance(head.module, MedusaHeads))
-    return "medusa" if medusa else "eagle"
+    module = head.module if isinstance(head, Head) else None
+    if isinstance(head, MedusaDrafter) or isinstance(module, MedusaHeads):
+        return "medusa"
+    return "block" if isinstance(head, BlockDrafter) or isinstance(module, BlockHead) else "eagle"
 
 
 def plan_drafter(name: str, head: str | Path | None, model: str | None, small: bool = False) -> tuple[str, Path | None]:
@@ -206,7 +214,7 @@ def make_drafter(
     if isinstance(headed, MedusaDrafter):
         return _medusa_with_policy(target, headed) if use_costs and shape is None else headed
     latency = None if shape is not None else tune_eagle(target, headed, calibration)
-    drafter = HybridDrafter(headed, opened, latency=latency) if chosen == "eagle+suffix" else headed
+    drafter = HybridDrafter(headed, opened, latency=latency) if chosen.endswith("+suffix") else headed
     baseline = drafter.suffix_only if isinstance(drafter, HybridDrafter) else None
     sizes = functools.partial(_eagle_sizes, headed, 0 if drafter is headed else MATCH_DEPTH)
     drafter.policy = None if latency is None else OnlinePolicy(latency, sizes, baseline, drafter.pending_positions)
@@ -243,14 +251,17 @@ def head_drafter(
     """
     if isinstance(head, EagleDrafter | MedusaDrafter):
         return head
-    shape = shape or shape_for(default_nodes(target.device.type))
+    chosen = shape or shape_for(default_nodes(target.device.type))
     if isinstance(head, OpenedHead):
         head, _ = head.fitted(target)
     if not isinstance(head.module, MedusaHeads):
-        return EagleDrafter(target, head, shape, window)
+        drafter = (BlockDrafter if isinstance(head.module, BlockHead) else EagleDrafter)(target, head, chosen, window)
+        if shape is None:
+            drafter.reshape(drafter.suited(chosen))
+        return drafter
     if window is not None:
         raise ValueError(f"draft_window={window} is for EAGLE heads; Medusa heads read one position: leave it out")
-    return MedusaDrafter(target, head, shape.nodes)
+    return MedusaDrafter(target, head, chosen.nodes)
 
 
 def tune_eagle(target: Target, drafter: EagleDrafter, calibration: str | Path = "auto") -> Latency | None:
@@ -259,7 +270,7 @@ def tune_eagle(target: Target, drafter: EagleDrafter, calibration: str | Path = 
     Raises ValueError like `find_calibration`.
     """
     kind = target.device.type
-    default = shape_for(default_nodes(kind))
+    default = drafter.suited(shape_for(default_nodes(kind)))
     drafter.reshape(default, configs=default_configs(default, kind))
     if calibration == "off":
         return None
@@ -271,10 +282,13 @@ def tune_eagle(target: Target, drafter: EagleDrafter, calibration: str | Path = 
         gain = found.expected["tau"] - 1
         _LOG.warning("the calibration found drafting slower than vanilla decoding: few tokens will be drafted")
     else:
-        identity = {"drafter": "eagle", "parameters": drafter.parameters}
+        identity = {"drafter": drafter.name, "parameters": drafter.parameters}
         latency = latency_of(target, lambda: eagle_cost(target, drafter), identity) if measurable(target) else None
     if latency is not None:
-        configs = measured_configs(latency, paced=kind == "cpu", most_gain=gain)
+        configs = {
+            rows: config if config.shape is None else replace(config, shape=drafter.suited(config.shape))
+            for rows, config in measured_configs(latency, paced=kind == "cpu", most_gain=gain).items()
+        }
         first = configs[1]
         assert first.shape is not None, "measured configs have a shape: the online policy decides when to draft nothing"
         drafter.reshape(first.shape, first.pace, configs)

@@ -19,7 +19,7 @@ from haast.formats.conventions import common, conventions, mtp_conventions
 from haast.formats.opened import OpenedHead, facts_of, reading_of
 from haast.formats.probe import ProbeResult, probe_conventions
 from haast.heads.checkpoint import Head
-from haast.heads.config import HeadConfig, rope_of
+from haast.heads.config import FusedConfig, HeadConfig, rope_of
 from haast.heads.eagle3 import Eagle3Config
 from haast.heads.mtp import MtpConfig
 from haast.target.target import Target
@@ -103,10 +103,10 @@ def causes(target: Target, config: Any, about: dict[str, Any], model: str | None
         rope, head_rope = rope_of(target.config), config.rope_parameters or {}
         same = all(rope.get(key) == head_rope.get(key) for key in ("rope_theta", "rope_type", "factor"))
         found.append((same, "rope scaling" if same else f"rope scaling (the head's {head_rope}, the target's {rope})"))
-    if isinstance(config, Eagle3Config):
+    if isinstance(config, FusedConfig):
         usual = facts_of(target).default_layers
         found.append((config.layer_ids == usual, f"layer ids {list(config.layer_ids)} (usual are {list(usual)})"))
-    if isinstance(config, Eagle3Config) or getattr(config, "own_embedding", False):
+    if isinstance(config, FusedConfig) or getattr(config, "own_embedding", False):
         found.append((True, "vocabulary"))  # their sizes were compared when the head was loaded
     found.append((False, "prompts without the chat template that it was trained with"))
     wrong, right = ([text for fine, text in found if fine is wanted] for wanted in (False, True))

@@ -54,8 +54,6 @@ class HybridDrafter(Drafter):
         chain: maximum nodes of such a step, root included, 2 or more.
     """
 
-    name = "eagle+suffix"
-
     def __init__(
         self,
         eagle: EagleDrafter,
@@ -66,6 +64,7 @@ class HybridDrafter(Drafter):
     ) -> None:
         check_at_least("chain", chain, 2, " (root and a draft)")
         self.eagle, self._latency = eagle, latency
+        self.name = f"{eagle.name}+suffix"
         self._chain = 1 if latency is None else chain
         self._suffix = SuffixDrafter(chain, latency=lambda: latency, corpus=corpus)
         self.target_layers, self.prefix_key, self.reach = eagle.target_layers, eagle.prefix_key, eagle.reach

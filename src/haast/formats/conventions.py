@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from haast.formats.base import Option, Question, Reading, TargetFacts
-from haast.heads.config import HeadConfig
+from haast.heads.block import BlockConfig
+from haast.heads.config import FusedConfig, HeadConfig
 from haast.heads.eagle3 import Eagle3Config
 from haast.heads.mtp import MtpConfig
 
@@ -21,12 +22,9 @@ _NORMED = {False: "the state", True: "the normed state"}
 
 def conventions(config: Eagle3Config, facts: TargetFacts) -> list[Question]:
     """Questions about an EAGLE-3 head: keys that trainers understand differently, or leave out."""
-    ids = config.layer_ids
-    shifted = [tuple(layer + shift for layer in ids) for shift in (0, 1, -1)]
-    possible = [layers for layers in shifted if layers[0] >= 0 and layers[-1] <= facts.layers]
     residual = config.norm_before_residual
     return [
-        Question.of("layer ids", "layer_ids", [(", ".join(map(str, layers)), layers) for layers in possible]),
+        _layers_question(config, facts),
         Question.of("residual", "norm_before_residual", [(_NORMED[on], on) for on in (residual, not residual)]),
         *common(config, facts),
         _fed_back(config),
@@ -57,6 +55,28 @@ def swapped_inputs(reading: Reading) -> Reading:
 def _fed_back(config: HeadConfig) -> Question:
     options = [(_NORMED[on], on) for on in (config.norm_output, not config.norm_output)]
     return Question.of("fed back", "norm_output", options)
+
+
+def block_conventions(config: BlockConfig, facts: TargetFacts, mask_stated: bool) -> list[Question]:
+    """Questions about a DFlash or DSpark head; `mask_stated`: whether its files say which slots a slot attends to."""
+    anchor, causal = config.sample_from_anchor, config.causal
+    drafted = {False: "the token at its own place (DFlash)", True: "the token after it (DSpark)"}
+    anchors = [on for on in (anchor, not anchor) if on or config.block_size > 1]
+    questions = [
+        _layers_question(config, facts),
+        Question.of("a slot drafts", "sample_from_anchor", [(drafted[on], on) for on in anchors]),
+        *common(config, facts),
+    ]
+    if not mask_stated:
+        attends = {False: "all slots", True: "those before it"}
+        questions.append(Question.of("a slot sees", "causal", [(attends[on], on) for on in (causal, not causal)]))
+    return [question for question in questions if len(question.options) > 1]
+
+
+def _layers_question(config: FusedConfig, facts: TargetFacts) -> Question:
+    shifted = [tuple(layer + shift for layer in config.layer_ids) for shift in (0, 1, -1)]
+    possible = [layers for layers in shifted if layers[0] >= 0 and layers[-1] <= facts.layers]
+    return Question.of("layer ids", "layer_ids", [(", ".join(map(str, layers)), layers) for layers in possible])
 
 
 def common(config: HeadConfig, facts: TargetFacts) -> list[Question]:
@@ -123,8 +143,9 @@ def as_absolute(first: Tensor, absolute: Tensor) -> Any:
 
     def change(reading: Reading) -> Reading:
         weights = dict(reading.weights)
-        if not reading.shares_lm_head:
-            weights["lm_head.weight"] = weights["lm_head.weight"][back][order]
+        for name in ("lm_head.weight", "markov_head.markov_w2.weight"):
+            if name in weights:
+                weights[name] = weights[name][back][order]
         return replace(reading, weights=weights, draft_vocab=absolute.sort().values)
 
     return change

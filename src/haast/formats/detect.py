@@ -11,20 +11,20 @@ from torch import Tensor
 
 from haast.errors import HeadMismatchError
 
-KINDS = ("eagle", "eagle3", "p-eagle", "medusa", "mtp")
+KINDS = ("eagle", "eagle3", "p-eagle", "medusa", "mtp", "dflash", "dspark")
 _MEDUSA = re.compile(r"(medusa_head\.)?\d{1,4}\.\d{1,4}\.(linear\.)?(weight|bias)")
 _MATRIX = re.compile(r"(medusa_head\.)?\d+\.\d+\.(linear\.)?weight|(fusion_)?fc\.weight")
-# Tensor name prefixes of heads that draft a block in one pass. Order matters: some heads have several of them.
-_BLOCK_HEADS = (
+# Tensor name prefixes of heads that Haast has no drafter for. Order matters: some heads have several of them.
+_REFUSED = (
     ("candidate_selector.", "a DFlash2 head"),
     ("refiner_head.", "an XPress head"),
     ("prefix_gru.", "a Domino head"),
     ("logit_head.prefix_gru.", "a Domino head"),
     ("layer_fusion_weights", "a DFlare head"),
-    ("markov_head.", "a DSpark head"),
-    ("markov_w1", "a DSpark head"),
+    ("markov_head.joint_proj.", "a DSpark head with a recurrent Markov head"),
     ("parallel_draft_heads.", "an EAGLE head with additional Medusa heads (ModelOpt's EagleMedusa)"),
 )
+_MARKOV = ("markov_head.", "markov_w1")
 _PREFIXES = ("module.", "draft_model.", "eagle_module.", "model.")
 
 
@@ -52,9 +52,12 @@ def kind_of(tensors: dict[str, Tensor], source: str) -> str:
         return "medusa"
     if "inputs.0.eh_proj.weight" in tensors:  # as `formats.mtp` renames them
         return "mtp"
-    for prefix, kind in _BLOCK_HEADS:
+    for prefix, kind in _REFUSED:
         if any(name.startswith(prefix) for name in tensors):
-            raise _block_head_error(source, kind)
+            raise HeadMismatchError(
+                f"{source}: this is {kind}, which Haast has no drafter for; use an EAGLE, EAGLE-3, P-EAGLE, DFlash, "
+                f"DSpark or Medusa head for this target, or --drafter suffix"
+            )
     query, fc = tensors.get("layers.0.self_attn.q_proj.weight"), tensors.get("fc.weight")
     if fc is None and "fusion_fc.weight" in tensors:  # speculators' first EAGLE heads
         return "eagle"
@@ -63,14 +66,14 @@ def kind_of(tensors: dict[str, Tensor], source: str) -> str:
         first = ", ".join(sorted(tensors)[:5])
         raise HeadMismatchError(
             f"{source}: these tensors are no head that Haast knows ({len(tensors)} tensors: {first}, ...); expected an "
-            f"EAGLE (fc, layers.0), EAGLE-3 (fc, midlayer or layers.0), P-EAGLE (mask_hidden) or Medusa (0.0.linear) "
-            f"head"
+            f"EAGLE (fc, layers.0), EAGLE-3 (fc, midlayer or layers.0), P-EAGLE (mask_hidden), DFlash (hidden_norm) or "
+            f"Medusa (0.0.linear) head"
         )
     hidden = output.shape[0]
     if query.shape[1] == 2 * hidden:
         return "p-eagle" if "mask_hidden" in tensors else "eagle3"
     if "hidden_norm.weight" in tensors:
-        raise _block_head_error(source, "a DFlash head")
+        return "dspark" if any(name.startswith(_MARKOV) for name in tensors) else "dflash"
     if fc is not None and tuple(fc.shape) == (hidden, 2 * hidden) and query.shape[1] == hidden:
         return "eagle"
     if fc is None:
@@ -79,11 +82,4 @@ def kind_of(tensors: dict[str, Tensor], source: str) -> str:
         f"{source}: layers.0.self_attn.q_proj.weight is {tuple(query.shape)} and fc.weight is {tuple(fc.shape)}: an "
         f"EAGLE head's q_proj takes {hidden} inputs and its fc {2 * hidden}, an EAGLE-3 head's q_proj takes "
         f"{2 * hidden}; fetch the head again, or report which trainer wrote it"
-    )
-
-
-def _block_head_error(source: str, kind: str) -> HeadMismatchError:
-    return HeadMismatchError(
-        f"{source}: this is {kind}, which drafts a block in one pass; Haast has no drafter for it yet; use an EAGLE, "
-        f"EAGLE-3, P-EAGLE or Medusa head for this target, or --drafter suffix"
     )

@@ -29,6 +29,7 @@ from haast.formats.official import Official
 from haast.formats.opened import OpenedHead, open_foreign, reading_of, registered
 from haast.formats.probe import ProbeResult
 from haast.formats.speculators import Speculators
+from haast.heads.block import BlockConfig
 from haast.heads.checkpoint import Head, build_module, save_head
 from haast.heads.eagle3 import Eagle3Config
 from haast.heads.medusa import MedusaConfig
@@ -36,12 +37,9 @@ from haast.heads.module import DraftModule
 from haast.heads.mtp import MtpConfig
 
 _TITLES = {
-    "eagle": "EAGLE head",
-    "eagle3": "EAGLE-3 head",
-    "p-eagle": "P-EAGLE head",
-    "medusa": "Medusa heads",
-    "mtp": "MTP head",
-}
+    "eagle": "EAGLE head", "eagle3": "EAGLE-3 head", "p-eagle": "P-EAGLE head", "medusa": "Medusa heads",
+    "mtp": "MTP head", "dflash": "DFlash head", "dspark": "DSpark head",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,8 @@ def export_head(
         raise ValueError(f"Haast can't export to --to {engine}: choose one of {', '.join(ENGINES)}")
     text = config.get_text_config()
     reading, facts = reading_of(head), TargetFacts(text)
+    if isinstance(reading.config, BlockConfig) and registered(engine) is None:
+        raise ValueError(f"Haast can't export block heads to --to {engine}: they draft in Haast only")
     serving = ServingEngine(engine, target, {**text.to_dict(), "architectures": config.architectures})
     dtype = exact_dtype(reading.weights)
     layout = _format_for(reading, engine)
@@ -182,6 +182,8 @@ def kind_of_reading(reading: Reading) -> str:
         return "medusa"
     if isinstance(config, MtpConfig):
         return "mtp"
+    if isinstance(config, BlockConfig):
+        return "dspark" if config.markov_rank else "dflash"
     if isinstance(config, Eagle3Config):
         return "p-eagle" if config.mask_token_id >= 0 else "eagle3"
     return "eagle"

@@ -19,7 +19,7 @@ from haast.formats.base import HeadFiles, Option, Question, Reading, TargetFacts
 from haast.formats.conventions import as_absolute, common, conventions, later_norms
 from haast.formats.detect import plain_names
 from haast.formats.keys import SIZE_ERRORS
-from haast.heads.config import HeadConfig
+from haast.heads.config import FusedConfig, HeadConfig
 from haast.heads.eagle3 import Eagle3Config
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 
@@ -313,7 +313,7 @@ def vocab_order(vocab: tuple[Tensor, Question | None] | None) -> Any:
     return slice(None) if vocab is None else vocab[0].argsort()
 
 
-def draft_ids(names: Names, config: Eagle3Config) -> tuple[Tensor, Question | None] | None:
+def draft_ids(names: Names, config: FusedConfig) -> tuple[Tensor, Question | None] | None:
     """The target ids that the head drafts, in the order of its LM head rows, and a question if `d2t` is ambiguous.
 
     `d2t` holds offsets in every safetensors format and absolute ids in GGUF files. `t2d`, if present, decides.

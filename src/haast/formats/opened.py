@@ -20,6 +20,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]  # huggingface_hub br
 
 from haast.errors import HeadMismatchError
 from haast.formats.base import Format, HeadFiles, Question, Reading, TargetFacts
+from haast.formats.block import Block
 from haast.formats.deepspec import DeepSpec
 from haast.formats.detect import kind_of, plain_names
 from haast.formats.files import locate, read_files
@@ -32,6 +33,7 @@ from haast.formats.official import Official
 from haast.formats.probe import ProbeResult, Text, module_of, probe_conventions
 from haast.formats.specforge import SpecForge
 from haast.formats.speculators import Speculators
+from haast.heads.block import BlockConfig
 from haast.heads.checkpoint import Head, check_fits, head_folder, is_own, load_head, read_head_config
 from haast.heads.config import HeadConfig
 from haast.heads.mtp import MtpConfig
@@ -40,7 +42,9 @@ from haast.target.target import Target
 
 _LOG = logging.getLogger(__name__)
 # The first format that detects the files reads them; the official layout accepts all others.
-FORMATS: tuple[Format, ...] = (Gguf(), Mtp(), Medusa(), Speculators(), DeepSpec(), ModelOpt(), SpecForge(), Official())
+FORMATS: tuple[Format, ...] = (
+    *(Gguf(), Mtp(), Medusa(), Block(), Speculators(), DeepSpec(), ModelOpt(), SpecForge(), Official()),
+)
 _REGISTERED: dict[str, Format] = {}  # by name
 
 
@@ -68,8 +72,8 @@ class OpenedHead:
 
     @property
     def drafter_kind(self) -> str:
-        """The drafter that runs it: "eagle" or "medusa"."""
-        return "medusa" if self.kind == "medusa" else "eagle"
+        """The drafter that runs it: "eagle", "block" or "medusa"."""
+        return {"medusa": "medusa", "dflash": "block", "dspark": "block"}.get(self.kind, "eagle")
 
     @property
     def summary(self) -> str:
@@ -189,9 +193,10 @@ def open_foreign(path: Path, source: str) -> OpenedHead:
 
 
 def drafter_kind(path: Path) -> str:
-    """The drafter that runs the head at `path`: "eagle" or "medusa". Raises as `open_head` does."""
+    """The drafter that runs the head at `path`: "eagle", "block" or "medusa". Raises as `open_head` does."""
     if path.is_dir() and is_own(path):
-        return "eagle" if isinstance(read_head_config(path), HeadConfig) else "medusa"
+        config = read_head_config(path)
+        return "block" if isinstance(config, BlockConfig) else "eagle" if isinstance(config, HeadConfig) else "medusa"
     head = open_head(path)
     assert isinstance(head, OpenedHead), "it is not Haast's own"
     return head.drafter_kind

@@ -12,7 +12,7 @@ Readings that can't be distinguished are reported.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from haast.device import without_autograd
 from haast.formats.base import Question, Reading
+from haast.heads.block import BlockHead
 from haast.heads.checkpoint import build_module
 from haast.heads.medusa import MedusaHeads
 from haast.heads.module import DraftModule
@@ -27,6 +28,7 @@ from haast.target.target import Target
 from haast.tree import DraftTree
 
 DEPTHS = 3
+_BLOCKS = 32  # blocks of a block head that are measured at a time
 TOKENS = 208  # greedy tokens over all prompts
 # In standard errors: above the first, a reading is better; below the second, two readings are indistinguishable.
 _BETTER_ERRORS, _SAME_ERRORS = 3.5, 2.0
@@ -281,10 +283,10 @@ def _prompts(target: Target) -> list[list[int]]:
 def agreement(target: Target, reading: Reading, texts: Sequence[Text]) -> Agreement:
     """Measure how well the head, in this reading, drafts on these texts."""
     module = module_of(target, reading).to(target.device, target.dtype).eval()
-    count = _accepted_medusa if isinstance(module, MedusaHeads) else _accepted_eagle
+    count = {MedusaHeads: _accepted_medusa, BlockHead: _accepted_block}.get(type(module), _accepted_eagle)
     vocab = None if reading.draft_vocab is None else reading.draft_vocab.to(target.device)
     with target.lock:
-        counts = [count(target, module, vocab, text) for text in texts]  # type: ignore[arg-type]
+        counts = [count(target, module, vocab, text) for text in texts]  # type: ignore[operator]
     distinct = _distinct_positions(texts)
     return Agreement(torch.cat([torch.zeros(0, dtype=torch.int64), *(each.cpu() for each in counts)])[distinct])
 
@@ -367,16 +369,32 @@ def _logits(target: Target, module: DraftModule, vocab: Tensor | None, states: T
     return logits if bias is None else logits + bias
 
 
+def _accepted_block(target: Target, module: BlockHead, vocab: Tensor | None, text: Text) -> Tensor:
+    """`_accepted_eagle` for block heads: the block after position t is anchored at the token of t + 1."""
+    tokens, pairs, depths = text.tokens, text.pairs, min(DEPTHS, module.config.depths)
+    context = module.fuse(torch.cat([text.hidden[layer][:pairs] for layer in module.target_layers], dim=-1))
+    embed, places = module.embedding(target.borrowed(target.embedding)), torch.arange(1, pairs + 1).to(context.device)
+    states = torch.cat([module.at_anchors(context, embed, tokens[part], part) for part in torch.split(places, _BLOCKS)])
+    guesses = []
+    for depth in range(depths):
+        before = tokens[depth + 1 : depth + 1 + pairs]
+        logits = _logits(target, module, vocab, states[:, depth].unsqueeze(0), before.unsqueeze(0))[0]
+        bias = module.markov_bias(module.normed(states[:, depth]), before)
+        guesses.append((logits if bias is None else logits + bias).argmax(-1))
+    return _followed(text, guesses, vocab)
+
+
 def _accepted_medusa(target: Target, module: MedusaHeads, vocab: Tensor | None, text: Text) -> Tensor:
     """`_accepted_eagle` for Medusa heads: head i at position t predicts the token at t + 2 + i."""
-    tokens, depths = text.tokens, min(DEPTHS, len(module))
-    pairs = text.pairs
-    logits = module(text.features[:pairs])
-    alive = torch.ones(pairs, dtype=torch.bool, device=tokens.device)
-    accepted = torch.zeros(pairs, dtype=torch.int64, device=tokens.device)
-    for depth in range(depths):
-        best = logits[depth].argmax(-1)
+    return _followed(text, module(text.features[: text.pairs])[:DEPTHS].argmax(-1), vocab)
+
+
+def _followed(text: Text, guesses: Iterable[Tensor], vocab: Tensor | None) -> Tensor:
+    """(pairs,): how many depths' best draft tokens, (pairs,) each, the text follows without a miss."""
+    alive = torch.ones(text.pairs, dtype=torch.bool, device=text.tokens.device)
+    accepted = torch.zeros(text.pairs, dtype=torch.int64, device=text.tokens.device)
+    for depth, best in enumerate(guesses):
         best = best if vocab is None else vocab[best]
-        alive = alive & (best == tokens[depth + 2 : depth + 2 + pairs])
+        alive = alive & (best == text.tokens[depth + 2 : depth + 2 + text.pairs])
         accepted += alive
     return accepted

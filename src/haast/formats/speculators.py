@@ -46,7 +46,9 @@ class Speculators(Format):
         return kind in self.kinds and (kind == "p-eagle" or named)
 
     def read_config(self, files: HeadFiles, facts: TargetFacts) -> HeadSizes:
-        document = self._document(files)
+        document = completed_document(files)
+        if "sliding_attention" in (document.get("layer_types") or ()):
+            raise files.error("layer_types has sliding_attention", "use a head with full attention")
         if "fusion_fc.weight" in files.tensors:
             files = _renamed_first_version(files)
             norms = "embedding_norm.weight" in files.tensors
@@ -117,23 +119,22 @@ class Speculators(Format):
             notes.append("speculators' own class needs a head as wide as the target: this folder works only for vLLM")
         return WrittenHead(document, {**_zero_biases(config), **eagle3_tensors(reading)}, tuple(notes))
 
-    def _document(self, files: HeadFiles) -> dict[str, Any]:
-        """config.json merged with the layer configuration, which is completed with the defaults of its class."""
-        document = files.document
-        layers = document.get("transformer_layer_config")
-        if not isinstance(layers, dict):
-            return document
-        kind = str(layers.get("model_type") or "qwen3")
-        if kind not in _CLASSES:
-            raise files.error(f"transformer_layer_config is of type {kind!r}", "use a head with llama or qwen3 layers")
-        try:
-            kept = {key: value for key, value in layers.items() if key not in ("torch_dtype", "dtype")}
-            complete = _CLASSES[kind](**kept).to_dict()
-        except SIZE_ERRORS as error:
-            raise files.error(f"transformer_layer_config is invalid for {kind} ({error})", "correct it") from error
-        if "sliding_attention" in (layers.get("layer_types") or ()):
-            raise files.error("layer_types has sliding_attention", "use a head with full attention")
-        return {**complete, **{key: value for key, value in document.items() if value is not None}}
+
+def completed_document(files: HeadFiles) -> dict[str, Any]:
+    """config.json merged with the layer configuration, which is completed with the defaults of its class."""
+    document = files.document
+    layers = document.get("transformer_layer_config")
+    if not isinstance(layers, dict):
+        return document
+    kind = str(layers.get("model_type") or "qwen3")
+    if kind not in _CLASSES:
+        raise files.error(f"transformer_layer_config is of type {kind!r}", "use a head with llama or qwen3 layers")
+    try:
+        kept = {key: value for key, value in layers.items() if key not in ("torch_dtype", "dtype")}
+        complete = _CLASSES[kind](**kept).to_dict()
+    except SIZE_ERRORS as error:
+        raise files.error(f"transformer_layer_config is invalid for {kind} ({error})", "correct it") from error
+    return {**complete, **{key: value for key, value in document.items() if value is not None}}
 
 
 def _zero_biases(config: Eagle3Config) -> dict[str, Tensor]:

@@ -1,12 +1,12 @@
 """Save and load a head: `config.json`, `model.safetensors` and, for EAGLE-1 and Medusa, `draft_vocab.safetensors`.
 
 Owns the files and their checks; `acceptance.json`, which may be next to them, is `acceptance`'s. `model.safetensors`
-holds the official EAGLE-1, EAGLE-3 or Medusa layout. Above 20 MB it is split into shards with an index, as
-transformers does. Options that the official layouts do not have (more layers,
-a Markov bias, normed states) add tensors with their own names. A draft vocabulary that is smaller than the target's is
-stored as `d2t` (target id = draft id + d2t[draft id]). For EAGLE-1 and Medusa heads, whose official layouts have no
-such tensor, it is in the file of its own; for EAGLE-3 heads it is among the weights together with `t2d` (which target
-ids are drafted), as in the official files.
+holds the official EAGLE-1, EAGLE-3, Medusa or DSpark layout. Above 20 MB it is split into shards with an index, as
+transformers does. Options that the official layouts do not have (more layers, a Markov bias, normed states) add tensors
+with their own names. A draft vocabulary that is smaller than the target's is stored as `d2t` (target id = draft id +
+d2t[draft id]). For EAGLE-1 and Medusa heads, whose official layouts have no such tensor, it is in the file of its own;
+for EAGLE-3 and block heads it is among the weights together with `t2d` (which target ids are drafted), as in the
+official files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from haast.errors import HeadMismatchError, expanded
 from haast.files import replacing, write_json
 from haast.heads.acceptance import Acceptance
 from haast.heads.acceptance import load as load_acceptance
-from haast.heads.config import HeadSizes
+from haast.heads.block import BlockConfig, BlockHead
+from haast.heads.config import FusedConfig, HeadSizes
 from haast.heads.eagle3 import Eagle3Config, Eagle3Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.heads.medusa import MedusaConfig, MedusaHeads
@@ -40,6 +41,7 @@ _CONFIGS: dict[str, type[HeadSizes]] = {
     "haast-eagle3-1": Eagle3Config,
     "haast-medusa-1": MedusaConfig,
     "haast-mtp-1": MtpConfig,
+    "haast-block-1": BlockConfig,
 }
 _SHARD_SIZE = "20MB"  # largest weight file, small enough for code hosts
 _INDEX = "model.safetensors.index.json"
@@ -95,7 +97,7 @@ def save_head(
     if draft_vocab is not None:
         document["draft_vocab_size"] = len(draft_vocab)
         offsets = {"d2t": draft_vocab.long() - torch.arange(len(draft_vocab))}
-        if isinstance(config, Eagle3Config):
+        if isinstance(config, FusedConfig):
             stored |= {**offsets, "t2d": _drafted(draft_vocab, config.vocab_size)}
         else:
             _write(folder / "draft_vocab.safetensors", offsets)
@@ -136,7 +138,7 @@ def load_head(folder: Path) -> Head:
     except _SIZE_ERRORS as error:
         raise _damaged(folder / "config.json", f": invalid sizes of a head: {error}") from error
     vocab = None
-    if isinstance(config, Eagle3Config):
+    if isinstance(config, FusedConfig):
         mapping: dict[str, Tensor] = {n: weights.pop(n) for n in ("d2t", "t2d") if n in weights}
         if len(mapping) == 1:
             raise _damaged(path, f" has {next(iter(mapping))} but not the other one of d2t and t2d")
@@ -153,14 +155,16 @@ def load_head(folder: Path) -> Head:
 
 
 def build_module(config: HeadSizes, draft_vocab_size: int | None) -> AnyModule:
-    """The module for these sizes. An Eagle3Config has its own `draft_vocab_size`; the argument is ignored for it."""
+    """The module for these sizes. A FusedConfig has its own `draft_vocab_size`; the argument is ignored for it."""
     if isinstance(config, Eagle3Config):
         return Eagle3Head(config)
+    if isinstance(config, BlockConfig):
+        return BlockHead(config)
     if isinstance(config, MedusaConfig):
         return MedusaHeads(config, draft_vocab_size)
     if isinstance(config, MtpConfig):
         return (MtpHead if config.num_hidden_layers == 1 else MtpChain)(config, draft_vocab_size)
-    assert isinstance(config, FeatExtrapolatorConfig), "there are four kinds"
+    assert isinstance(config, FeatExtrapolatorConfig), "there are five kinds"
     return FeatExtrapolator(config, draft_vocab_size)
 
 
@@ -180,7 +184,7 @@ def check_fits(head: HeadSizes, hidden_size: int, vocab_size: int, target: str) 
     """Raise HeadMismatchError, with both sizes, if the head's sizes are not those of `target`."""
     for name, target_size in (("hidden_size", hidden_size), ("vocab_size", vocab_size)):
         head_size = getattr(head, name)
-        if name == "hidden_size" and isinstance(head, Eagle3Config):
+        if name == "hidden_size" and isinstance(head, FusedConfig):
             head_size = head.read_size
         if head_size != target_size:
             raise HeadMismatchError(

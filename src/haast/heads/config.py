@@ -93,6 +93,50 @@ class HeadConfig(HeadSizes):
         return config
 
 
+@dataclass(frozen=True)
+class FusedConfig(HeadConfig):
+    """Sizes of a head that reads several layers of the target and drafts over a vocabulary of its own.
+
+    Attributes:
+        layer_ids: HF `hidden_states` indices (0: the embedding's output), low to high.
+        draft_vocab_size: size of the draft vocabulary; 0 is the target's vocabulary.
+        target_hidden_size: size of one of the target's features if it differs from the head's; 0 is `hidden_size`.
+        mask_token_id: token that stands for an unknown one, in heads that draft several depths in one pass; -1 is none.
+    """
+
+    layer_ids: tuple[int, ...] = ()
+    draft_vocab_size: int = 0
+    target_hidden_size: int = 0
+    mask_token_id: int = -1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "layer_ids", tuple(int(i) for i in self.layer_ids))  # JSON has lists
+        if not self.layer_ids or sorted(set(self.layer_ids)) != list(self.layer_ids) or self.layer_ids[0] < 0:
+            raise ValueError(f"layer_ids={list(self.layer_ids)} is not allowed: give hidden_states indices, ascending")
+        if self.target_hidden_size not in (0, self.hidden_size) and not self.own_embedding:
+            raise ValueError(
+                f"target_hidden_size={self.target_hidden_size} differs from hidden_size={self.hidden_size}: the "
+                f"target's embedding doesn't fit this head, and it has none of its own (embed_tokens.weight)"
+            )
+        if not -1 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(f"mask_token_id={self.mask_token_id} is not allowed: give 0 to {self.vocab_size - 1}")
+        if not 0 <= self.draft_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size={self.draft_vocab_size} is not allowed: give 1 to {self.vocab_size}, or 0 for all"
+            )
+
+    @property
+    def read_size(self) -> int:
+        """Size of one of the target's features."""
+        return self.target_hidden_size or self.hidden_size
+
+    @property
+    def drafts(self) -> int:
+        """Size of the draft vocabulary."""
+        return self.draft_vocab_size or self.vocab_size
+
+
 def rope_of(config: PretrainedConfig) -> dict[str, Any]:
     """RoPE parameters of the draft layers, which rotate all of an attention head's dimensions: the target's own.
 

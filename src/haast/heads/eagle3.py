@@ -24,62 +24,27 @@ from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP
 
-from haast.heads.config import HeadConfig
+from haast.heads.config import FusedConfig
 from haast.heads.module import DraftModule, decoder_layers, set_projections
 
 
 @dataclass(frozen=True)
-class Eagle3Config(HeadConfig):
-    """Sizes and options of an Eagle3Head.
+class Eagle3Config(FusedConfig):
+    """Sizes and options of an Eagle3Head; `mask_token_id` is that of a P-EAGLE head.
 
     Attributes:
-        layer_ids: HF `hidden_states` indices (0: the embedding's output), low to high.
-        draft_vocab_size: rows of the LM head; 0 is the target's vocabulary.
         fc_norm: a norm on each captured feature before `fc` (EAGLE-3.1).
         input_norm: one norm on the concatenated captured features.
-        target_hidden_size: size of one of the target's features if it differs from the head's; 0 is `hidden_size`.
         norm_before_residual: the residual is the normed state.
         last_norm: a norm on states before the LM head.
         embedding_everywhere: layers after the first read the embedding too (DeepSpec).
-        mask_token_id: mask token of a P-EAGLE head; -1 is none.
     """
 
-    layer_ids: tuple[int, ...] = ()
-    draft_vocab_size: int = 0
     fc_norm: bool = False
     input_norm: bool = False
-    target_hidden_size: int = 0
     norm_before_residual: bool = False
     last_norm: bool = True
     embedding_everywhere: bool = False
-    mask_token_id: int = -1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "layer_ids", tuple(int(i) for i in self.layer_ids))  # JSON has lists
-        if not self.layer_ids or sorted(set(self.layer_ids)) != list(self.layer_ids) or self.layer_ids[0] < 0:
-            raise ValueError(f"layer_ids={list(self.layer_ids)} is not allowed: give hidden_states indices, ascending")
-        if self.target_hidden_size not in (0, self.hidden_size) and not self.own_embedding:
-            raise ValueError(
-                f"target_hidden_size={self.target_hidden_size} differs from hidden_size={self.hidden_size}: the "
-                f"target's embedding doesn't fit this head, and it has none of its own (embed_tokens.weight)"
-            )
-        if not -1 <= self.mask_token_id < self.vocab_size:
-            raise ValueError(f"mask_token_id={self.mask_token_id} is not allowed: give 0 to {self.vocab_size - 1}")
-        if not 0 <= self.draft_vocab_size <= self.vocab_size:
-            raise ValueError(
-                f"draft_vocab_size={self.draft_vocab_size} is not allowed: give 1 to {self.vocab_size}, or 0 for all"
-            )
-
-    @property
-    def read_size(self) -> int:
-        """Size of one of the target's features."""
-        return self.target_hidden_size or self.hidden_size
-
-    @property
-    def drafts(self) -> int:
-        """Size of the draft vocabulary."""
-        return self.draft_vocab_size or self.vocab_size
 
 
 def default_layers(config: PretrainedConfig) -> tuple[int, ...]:

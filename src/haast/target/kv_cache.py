@@ -244,18 +244,29 @@ class KVCache(Cache):
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
         """Store the keys (rows, nodes, dim) by which a sparse attention selects tokens; returns all, like `update`."""
         return self._store(indexer_key_states.unsqueeze(1), layer_idx, 2).squeeze(1)
+    def write(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
+        """Store the new nodes' keys and values as `update` does, without reading any."""
+        self._write(key_states, layer_idx, 0)
+        self._write(value_states, layer_idx, 1)
 
     def _store(self, states: Tensor, layer: int, which: int) -> Tensor:
-        store = self.stores.of(layer, which, states)  # (kv_heads, slots, dim)
-        rows, heads, nodes, dim = states.shape
+        store = self._write(states, layer, which)
+        rows, heads, _, dim = states.shape
         if self.rows == 1 and (start := self._contiguous_start()) is not None:
-            begin, end = start, start + self.lengths[0]
+            return store[:, start : start + self.reads].unsqueeze(0).to(states.dtype)
+        _, read = self._flat_slots(states.device, heads)
+        return store.view(-1, dim).index_select(0, read).view(rows, heads, self.reads, dim).to(states.dtype)
+
+    def _write(self, states: Tensor, layer: int, which: int) -> Tensor:
+        store = self.stores.of(layer, which, states)  # (kv_heads, slots, dim)
+        nodes, dim = states.shape[2:]
+        if self.rows == 1 and (start := self._contiguous_start()) is not None:
+            end = start + self.lengths[0]
             store[:, end : end + nodes] = states[0].to(store.dtype)
-            return store[:, begin : begin + self.reads].unsqueeze(0).to(states.dtype)
-        write, read = self._flat_slots(states.device, heads)
-        flat = store.view(-1, dim)
-        flat.index_copy_(0, write, states.reshape(-1, dim).to(store.dtype))
-        return flat.index_select(0, read).view(rows, heads, self.reads, dim).to(states.dtype)
+        else:
+            write, _ = self._flat_slots(states.device, states.shape[1])
+            store.view(-1, dim).index_copy_(0, write, states.reshape(-1, dim).to(store.dtype))
+        return store
 
     def _flat_slots(self, device: torch.device, heads: int) -> tuple[Tensor, Tensor]:
         """Flat indices of (rows, heads, nodes) and (rows, heads, read) in a layer's (heads * slots, dim).

@@ -60,6 +60,7 @@ class PackedBatch:
     positions: Tensor  # (N,) int64: t
     queries: Tensor  # (M,) int64: indices of the supervised pairs
     target_features: Tensor  # (M, hidden) float32: f_{t+1}
+    labels: Tensor  # (M,) int64: x_{t+2}
     teacher_ids: Tensor  # (M, k) int64: after t + 1
     teacher_probs: Tensor  # (M, k) float32
     key_slots: Tensor  # (B, L) int64: pair at padded slot j, 0 for padding
@@ -97,6 +98,7 @@ def pack(examples: Sequence[Example], captured: bool = False) -> PackedBatch:
         positions=torch.cat([torch.arange(length) for length in lengths]),
         queries=torch.cat([each[q] for each, q in zip(rows, local, strict=True)]),
         target_features=torch.cat([e.features[q] for e, q in after]).float(),
+        labels=torch.cat([e.tokens[q + 1] for e, q in after]).long(),
         teacher_ids=torch.cat([e.topk_ids[q] for e, q in after]).long(),
         teacher_probs=torch.cat([e.topk_probs[q] for e, q in after]).float(),
         key_slots=pad_sequence(rows, batch_first=True),

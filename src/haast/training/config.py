@@ -31,6 +31,8 @@ _RATES = {"muon": (8e-4, 0.1), "adamw": (2e-3, 0.01)}
 # A larger batch is not better: fewer steps for the same number of supervised tokens.
 _BATCH, _BATCH_BY_SIZE = 1536, 6
 
+_ONE_PASS = ("medusa", "block")  # heads that never read their own states
+
 _ABOVE, _NOT_NEGATIVE, _SHARE, _BELOW_ONE = "above 0", "0 or above", "between 0 and 1", "0 or above and below 1"
 _BOUNDS: dict[str, Callable[[float], bool]] = {
     _ABOVE: lambda value: 0 < value < math.inf,
@@ -150,13 +152,18 @@ class TrainConfig:
     )
     head: str = _option(
         "feat-extrapolator",
-        "EAGLE-1/2's head, or eagle3, medusa, or mtp, which is trained further from a head to start from.",
+        "EAGLE-1/2's head, or eagle3, medusa, block, or mtp, which is trained further from a head to start from.",
         KINDS,
     )
     layers: int = _option(
         1, "Decoder layers of the head, or residual blocks of each Medusa head. Other engines load one.", _ABOVE
     )
     medusa_heads: int = _option(3, "Number of Medusa heads; each drafts one token further ahead.", _ABOVE)
+    block_size: int = _option(8, "Tokens that a block head drafts in one pass.", _ABOVE)
+    block_layers: int = _option(2, "Decoder layers of a block head.", _ABOVE)
+    block_markov_rank: int = _option(64, "Rank of a block head's Markov head; 0 turns it off.", _NOT_NEGATIVE)
+    block_anchors: int = _option(128, "Blocks per sequence and step that a block head trains on.", _ABOVE)
+    block_ce: float = _option(0.1, "Weight of cross-entropy in a block head's loss; the rest is L1's.", _SHARE)
     inputs: str = _option(
         "feature+shifted-token", "Input pairs; ablations are feature+token, feature and token.", INPUTS
     )
@@ -261,6 +268,8 @@ class TrainConfig:
         eagle_only = {name: getattr(self, name) for name in ("alignment_steps", "markov_rank", "teacher_top")}
         if self.head == "medusa" and tuple(eagle_only.values()) != (1, 0, 0):
             raise ValueError(f"head='medusa' has no EAGLE options, so leave out {', '.join(eagle_only)}: {eagle_only}")
+        if self.head == "block":
+            self._check_block()
         if self.head != "eagle3" and self.fc_norm:
             raise ValueError("fc_norm=True needs head='eagle3': the features of other heads are already normed")
         if self.head == "mtp" and (self.layers != 1 or self.markov_rank):
@@ -279,14 +288,25 @@ class TrainConfig:
             "learning_rate": rate,
             "weight_decay": decay,
             "feature_noise": 0.2 if self.head == KINDS[0] else 0.0,
-            "align_after": 0.7 if self.alignment_steps is None and self.head != "medusa" else 0.0,
-            "alignment_steps": 1 if self.head == "medusa" else 2,
+            "align_after": 0.7 if self.alignment_steps is None and self.head not in _ONE_PASS else 0.0,
+            "alignment_steps": 1 if self.head in _ONE_PASS else 2,
         }
 
     def for_data(self, hidden_size: int, supervised: int) -> TrainConfig:
         """A copy with the defaults of `batch_tokens` and `views`, for a hidden size and the supervised tokens."""
         views = self.views or min(max(_EPOCHS * supervised, _FEWEST_VIEWS), _MOST_VIEWS)
         return replace(self.with_batch_tokens(hidden_size), views=views)
+
+    def _check_block(self) -> None:
+        """Raise ValueError for settings that a block head, which has a loss of its own, does not use."""
+        defaults = {each.name: each.default for each in fields(self)} | {"alignment_steps": 1}
+        unused = ("layers", "markov_rank", "alignment_steps", "teacher_top", "rejected_weight", "lk_after", "ce_weight")
+        changed = {name: getattr(self, name) for name in unused if getattr(self, name) != defaults[name]}
+        if changed:
+            raise ValueError(
+                f"head='block' does not use {changed}: leave them out (it has block_layers, block_markov_rank, and a "
+                f"loss of its own)"
+            )
 
     def with_batch_tokens(self, hidden_size: int) -> TrainConfig:
         """A copy with the default `batch_tokens` for this hidden size, if none was given."""

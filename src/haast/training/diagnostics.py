@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from haast.errors import HeadMismatchError
+from haast.heads.block import BlockConfig
 from haast.heads.config import HeadSizes
 from haast.heads.eagle3 import Eagle3Config
 from haast.heads.medusa import MedusaConfig
@@ -34,6 +35,7 @@ from haast.training.trainer import Trainer
 
 _COMPARED_SEQUENCES, _COMPARED_TOKENS = 8, 32  # number of sequences, and of their first tokens, to recompute
 _MIN_COSINE = 0.95  # another precision or a quantised copy of the same weights stays above this
+_NAMES: dict[type, str] = {Eagle3Config: "eagle3", MedusaConfig: "medusa", MtpConfig: "mtp", BlockConfig: "block"}
 _OVERFIT_SEQUENCES, _MIN_OVERFIT_TOP1 = 4, 0.9  # number of sequences, and the top-1 agreement to reach on them
 _MIN_TEACHER_AGREEMENT = 0.9  # less than 1: stored features are rounded to fp16
 _SAMPLE_SEQUENCES = 64  # sequences checked, spread evenly over all: enough to estimate shares, takes a second at most
@@ -116,9 +118,7 @@ def overfit_self_test(
         learning_rate=5e-3,
         alignment_steps=1,
         feature_noise=0.0,
-        head={Eagle3Config: "eagle3", MedusaConfig: "medusa", MtpConfig: "mtp"}.get(
-            type(head_config), "feat-extrapolator"
-        ),
+        head=_NAMES.get(type(head_config), "feat-extrapolator"),
         log_every=views,
         evaluate_every=views,
         checkpoint_every=views,

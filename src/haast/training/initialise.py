@@ -156,15 +156,34 @@ def _layer_activations(
     return activations
 
 
-def _last_layer_or_reason(target: Target) -> _LastLayer | str:
-    """The last layer, or one line that says why it cannot be used."""
+def last_layers(target: Target, config: HeadConfig, count: int) -> tuple[dict[str, Tensor], ...]:
+    """The weights (out, in) of the target's last `count` layers, for a head with several layers of their sizes.
+
+    By name: q_proj, k_proj, ..., down_proj. The gains of the norms are multiplied into the weights that read them.
+    Empty if the target has other layers or sizes.
+    """
+    if count > target.layers or why_not_last_layer(target, config):
+        return ()
+    found = []
+    for number in range(-count, 0):
+        layer = _last_layer_or_reason(target, number)
+        if isinstance(layer, str):
+            return ()
+        attention, feed_forward, _ = layer.gains
+        gains = dict.fromkeys(_LINEARS[:3], attention) | dict.fromkeys(("gate_proj", "up_proj"), feed_forward)
+        found.append({name: w * gains[name] if name in gains else w for name, w in layer.weights.items()})
+    return tuple(found)
+
+
+def _last_layer_or_reason(target: Target, number: int = -1) -> _LastLayer | str:
+    """The last layer, or the one of this index, or one line that says why it cannot be used."""
     name = type(target.model).__name__
     decoder: nn.Module = target.model.get_decoder()  # type: ignore[no-untyped-call]
     parts = dict(decoder.named_children())
     layers, final = parts.get("layers"), parts.get("norm")
     if not isinstance(layers, nn.ModuleList) or final is None:
         return f"the decoder of {name} has no `layers` and `norm`"
-    inside = dict(layers[-1].named_children())
+    inside = dict(layers[number].named_children())
     if set(inside) != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
         return f"the layers of {name} have {sorted(inside)}, not a Llama layer's four parts"
     norms = (inside["input_layernorm"], inside["post_attention_layernorm"], final)

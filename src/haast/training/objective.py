@@ -2,7 +2,8 @@
 
 Owns the joining of head, target weights and losses. Does not know optimisers or processes. It is one module so that
 DistributedDataParallel and FSDP can wrap all uses of the parameters in one call. An EAGLE head makes one prediction in
-each training pass (see `training_time_test`). Medusa heads (Medusa-1, arXiv 2401.10774, section 3.2) make one each:
+each training pass (see `training_time_test`), a block head one per slot (see `block_objective`). Medusa heads
+(Medusa-1, arXiv 2401.10774, section 3.2) make one each:
 
     supervised pair at t      feature f_t; the teacher after t + 1 predicts x_{t+2}: the label of head 0
     head i at t               the teacher of the pair at t + i, if that pair is supervised and of the same answer
@@ -19,9 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from haast.heads.block import BlockHead
 from haast.heads.medusa import MedusaHeads
 from haast.heads.module import DraftModule
 from haast.training.batches import Example, PackedBatch, pack, usable
+from haast.training.block_objective import Teacher, block_objective
+from haast.training.block_passes import choose_anchors
 from haast.training.config import TrainConfig
 from haast.training.losses import Loss, own_loss, teacher_loss
 from haast.training.scaled_head import TrainedHead
@@ -79,7 +83,12 @@ class Objective(nn.Module):
         self._feature_units, self._input_units = head.scales.feature.to(device), head.input_units.to(device)
 
     def forward(
-        self, batch: PackedBatch, noise: Tensor | None = None, sharpness: float | None = None, passes: int = 1
+        self,
+        batch: PackedBatch,
+        noise: Tensor | None = None,
+        sharpness: float | None = None,
+        passes: int = 1,
+        seed: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss summed over supervised tokens, and sums to report.
 
@@ -88,6 +97,7 @@ class Objective(nn.Module):
             noise: (N, width) added to the features, in units of each dimension's RMS.
             sharpness: of the LK mix; None is cross-entropy.
             passes: number of training passes of an EAGLE head; all but the first read its own states.
+            seed: of the choice of a block head's anchors; None spreads them evenly.
 
         Returns:
             The loss: the weighted mean over predictions, times M supervised tokens. A dict of sums over supervised
@@ -98,6 +108,11 @@ class Objective(nn.Module):
         features = batch.features.to(self._input_units.dtype)
         features = features if noise is None else features + noise * self._input_units
         ids, probs = self._teacher(batch)
+        if isinstance(self.head.module, BlockHead):
+            labels = Teacher(self._draft_index[batch.labels], ids, probs)
+            anchors = choose_anchors(batch, config.block_anchors, seed)
+            given = (self.head.module, batch, self._embeddings, features, anchors, labels)
+            return block_objective(*given, self._lm_head_rows, self._bias, config.block_ce)
         total, weights, sums = features.new_zeros(()), 0.0, {"views": torch.tensor(float(batch.supervised_count))}
         module = self.head.module
         predictions = (

@@ -174,7 +174,8 @@ def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
     return result
 
 
-_EMBEDDINGS = ("lm_head", "embed", "rows")  # modules of embeddings and LM heads; Medusa's LM heads have numbers
+# Embeddings and LM heads, and vectors that are stored as matrices. Medusa's LM heads have numbers.
+_EMBEDDINGS = {"lm_head", "embed", "rows", "markov_w1", "markov_w2", "mask_embedding", "confidence_head"}
 _STACKED = (("k_proj", "v_proj"), ("gate_proj", "up_proj"))  # pairs with the same input: one matrix for Muon
 
 
@@ -192,7 +193,7 @@ class HeadOptimizer:
         matrices, others = dict[str, nn.Parameter](), list[nn.Parameter]()
         for name, parameter in parameters:
             owner = name.removesuffix(".parametrizations.weight.original").removesuffix(".weight").rpartition(".")[2]
-            inside = parameter.ndim == 2 and owner not in _EMBEDDINGS and not owner.isdigit()
+            inside = parameter.ndim == 2 and not _EMBEDDINGS & set(name.split(".")) and not owner.isdigit()
             if use_muon and inside:
                 matrices[name] = parameter
             else:

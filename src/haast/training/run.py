@@ -10,7 +10,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from haast.api import Haast
 from haast.core import SamplingParams
+from haast.drafters.block import BlockDrafter
 from haast.drafters.factory import head_drafter
 from haast.drafters.tree_shape import shape_for
 from haast.drafters.vanilla import VanillaDrafter
@@ -30,6 +31,7 @@ from haast.engine.engine import Engine, Stats, StopParams, check_prompts
 from haast.errors import HeadMismatchError
 from haast.files import write_text
 from haast.heads import INPUTS
+from haast.heads.block import BlockConfig
 from haast.heads.checkpoint import AnyModule, Head, check_fits, save_head
 from haast.heads.config import HeadSizes
 from haast.heads.eagle3 import Eagle3Config, default_layers
@@ -46,7 +48,7 @@ from haast.training.config import TrainConfig, TrainingData
 from haast.training.curves import curves, tensorboard
 from haast.training.dataset import Report, examples_of, read_inputs, warn_of_foreign_answers, with_shards
 from haast.training.diagnostics import diagnose, overfit_self_test
-from haast.training.initialise import last_layer_weights, why_not_last_layer
+from haast.training.initialise import last_layer_weights, last_layers, why_not_last_layer
 from haast.training.losses import Loss
 from haast.training.objective import rank_accuracies
 from haast.training.processes import is_main_process
@@ -142,7 +144,7 @@ class Run:
         trainer = Trainer(
             self._settings,
             self._head_config,
-            TargetWeights.of(self._target),
+            self._target_weights(),
             self._train,
             self._valid,
             out,
@@ -158,6 +160,12 @@ class Run:
             evaluate_first=start_from is not None,
         )
         return {**trainer.run(resume), "head": str(out / "best")}
+
+    def _target_weights(self) -> TargetWeights:
+        found, sizes = TargetWeights.of(self._target), self._head_config
+        if not isinstance(sizes, BlockConfig) or self._settings.initialisation == "random":
+            return found
+        return replace(found, layers=last_layers(self._target, sizes, sizes.num_hidden_layers))
 
     def _initial_weights(self) -> dict[str, Tensor] | None:
         initialisation, sizes = self._settings.initialisation, self._head_config
@@ -176,6 +184,8 @@ class Run:
         stored = copy.deepcopy(head).half().float()  # rounded to fp16 as in an exported head
         about = self._accuracies(head, draft_vocab)
         drafter = head_drafter(self._target, Head(stored, draft_vocab, about), self._shape)
+        if isinstance(drafter, BlockDrafter):
+            drafter.reshape(drafter.suited(self._shape))
         stats = Stats()
         stop = StopParams(self._tokens, Haast(self._target, drafter).eos_ids())
         Engine(self._target, drafter).complete(self._prompts, SamplingParams(), stop, stats)
@@ -231,16 +241,17 @@ class Run:
         """The model card."""
         templates = Environment(loader=PackageLoader("haast", "training/templates"), **_MARKDOWN)
         own = sum("response_ids" in r and r.get("model", self._name) == self._name for r in self._records)
-        kind = {"medusa": "Medusa heads", "mtp": "MTP head"}.get(self._settings.head, "EAGLE head")
+        kinds = {"medusa": "Medusa heads", "mtp": "MTP head", "block": "block head"}
+        kind = kinds.get(self._settings.head, "EAGLE head")
         counts = {"draft_vocab": draft_vocab, "own": own, "answers": len(self._records)}
         return templates.get_template("card.md").render(kind=kind, base_model=hub_name(self._name), **counts, **about)
 
 
 def layer_ids(settings: TrainConfig, target: Target, initial: Head | None = None) -> tuple[int, ...]:
-    """The states of the target that an Eagle3Head reads, or an MtpHead instead of features; empty for other heads."""
+    """The states of the target that an Eagle3Head or a BlockHead reads, or an MtpHead instead of features; else none."""
     if settings.head == "mtp":
         return _mtp_config(initial).layer_ids
-    return default_layers(target.config) if settings.head == "eagle3" else ()
+    return default_layers(target.config) if settings.head in ("eagle3", "block") else ()
 
 
 def _mtp_config(initial: Head | None) -> MtpConfig:
@@ -265,8 +276,13 @@ def head_config(settings: TrainConfig, target: Target, initial: Head | None = No
     shared: dict[str, Any] = {"num_hidden_layers": settings.layers, "markov_rank": settings.markov_rank}
     if settings.head == "medusa":
         return MedusaConfig.for_target(target.config, settings.medusa_heads, settings.layers)
+    layers = layer_ids(settings, target)
+    if settings.head == "block":
+        shared = {"num_hidden_layers": settings.block_layers, "markov_rank": settings.block_markov_rank}
+        markov = settings.block_markov_rank > 0
+        shared |= {"block_size": settings.block_size, "confidence": True, "confidence_markov": markov}
+        return BlockConfig.for_target(target.config, layer_ids=layers, **shared)
     if settings.head == "eagle3":
-        layers = layer_ids(settings, target)
         return Eagle3Config.for_target(target.config, layer_ids=layers, fc_norm=settings.fc_norm, **shared)
     return FeatExtrapolatorConfig.for_target(target.config, inputs=settings.inputs, **shared)
 
@@ -322,6 +338,8 @@ def prepare(
             f"the loss {loss.name!r} takes the place of the cross-entropy, to which lk_after={settings.lk_after} and "
             f"rejected_weight={settings.rejected_weight} belong: leave both at 1"
         )
+    if loss is not None and settings.head == "block":
+        raise ValueError(f"head='block' has a loss of its own: leave out the loss {loss.name!r}")
     if initial is not None:  # check it before the features are extracted
         start_parts(initial, head_config(settings, target, initial))
     layers = layer_ids(settings, target, initial)

@@ -8,7 +8,9 @@ dimension, e of embeddings, s of captured states, u the unit of each dimension o
     FeatExtrapolator  u = r                 fc = diag(u) fc' diag(1/e, 1/r)
     Eagle3Head        u = r / |w|           fc = diag(u) fc' diag(1/s), or with fc_norm: fc = diag(u) fc',
                                             w_c = w_c' rms(s_c) / s_c; hidden_norm and norm = g w' / u
-    both              q, k, v = W' diag(1/u) if they read the stream without a norm
+    BlockHead         u as for an Eagle3Head, fc = fc' diag(1/s), norm = r w' / u; the mask's embedding = e times its
+                      trained tensor
+    all three         q, k, v = W' diag(1/u) if they read the stream without a norm
                       o_proj and down_proj = diag(u) W'; norms of the stream = g w' / u
     MedusaHeads       linear = W' diag(1/r), LM heads = W' diag(1/r)
     MtpHead           none: it norms what it reads
@@ -20,14 +22,15 @@ training starts from the target's norm and LM head.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
+from haast.heads.block import BlockConfig
 from haast.heads.checkpoint import AnyModule, build_module
-from haast.heads.config import HeadConfig, HeadSizes
+from haast.heads.config import FusedConfig, HeadConfig, HeadSizes
 from haast.heads.eagle3 import Eagle3Config
 from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.heads.medusa import MedusaConfig
@@ -106,7 +109,7 @@ class TrainedHead(nn.Module):
         for name, factor in factors.items():
             owner, _, leaf = name.rpartition(".")
             register_parametrization(module.get_submodule(owner), leaf, _FixedScale(factor.to(scales.feature.dtype)))
-            self._keys[name] = f"module.{owner}.parametrizations.{leaf}.original"
+            self._keys[name] = ".".join(filter(None, ("module", owner, "parametrizations", leaf, "original")))
 
     def _build(self) -> AnyModule:
         return build_module(self.config, self._draft_vocab_size).to(self.scales.feature.dtype)
@@ -119,7 +122,7 @@ class TrainedHead(nn.Module):
     @property
     def reads_captured(self) -> bool:
         """Whether it reads captured states instead of features."""
-        return isinstance(self.config, Eagle3Config | MtpConfig) and bool(self.config.layer_ids)
+        return isinstance(self.config, FusedConfig | MtpConfig) and bool(self.config.layer_ids)
 
     @property
     def input_units(self) -> Tensor:
@@ -189,8 +192,10 @@ def make_head(
             head.trained("fc.weight")[:, -sizes.hidden_size :] += torch.eye(sizes.hidden_size)
             if from_target:
                 head.trained("lm_head.weight").copy_(target_weights.lm_head[draft_vocab] * scales.feature)
+    elif isinstance(sizes, BlockConfig):
+        return _make_block_head(config, sizes, target_weights, scales, drafted)
     else:
-        assert isinstance(sizes, FeatExtrapolatorConfig), "there are four kinds of heads"
+        assert isinstance(sizes, FeatExtrapolatorConfig), "there are five kinds of heads"
         head = TrainedHead(sizes, drafted, scales, _feat_extrapolator_factors(sizes, scales))
         _init_random(head, sizes, config, fc=config.output_init)
     if sizes.markov_rank and from_target:
@@ -201,20 +206,45 @@ def make_head(
 
 
 @torch.no_grad()
+def _make_block_head(
+    config: TrainConfig, sizes: BlockConfig, target_weights: TargetWeights, scales: Scales, drafted: int
+) -> TrainedHead:
+    """A block head whose layers start as the target's last ones, if they fit, and whose norm starts as the target's."""
+    sizes = replace(sizes, draft_vocab_size=drafted)
+    units = _stream_units(scales, target_weights.final_gain)
+    head = TrainedHead(sizes, drafted, scales, _block_factors(sizes, scales, units, target_weights.final_gain))
+    _init_random(head, sizes, config, fc=0.2)
+    head.trained("fc.weight")[:, -sizes.hidden_size :] += torch.eye(sizes.hidden_size)
+    if config.initialisation == "random" or len(target_weights.layers) != sizes.num_hidden_layers:
+        return head
+    assert scales.hidden is not None, "_block_factors has checked it"
+    size = _rms(scales.hidden[-sizes.hidden_size :])  # of the target's stream, in which its layers write
+    plain = head.plain_weights()
+    for number, weights in enumerate(target_weights.layers):
+        for name, weight in weights.items():
+            part = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+            writes = name in ("o_proj", "down_proj")
+            plain[f"layers.{number}.{part}.{name}.weight"] = weight / size if writes else weight * units / _rms(units)
+    head.load_plain(plain)
+    return head
+
+
+@torch.no_grad()
 def _init_random(head: TrainedHead, sizes: HeadConfig, config: TrainConfig, fc: float) -> None:
     """Random matrices whose outputs have their inputs' RMS times a gain; norms of one; a Markov bias of zero."""
     generator = torch.Generator().manual_seed(config.seed)
     gains = {"fc": fc, "o_proj": 0.5 * config.output_init, "down_proj": 0.5 * config.output_init}
-    gains["embed"] = sizes.markov_rank**0.5  # its entries have unit RMS
+    gains["embed"] = gains["markov_w1"] = sizes.markov_rank**0.5  # entries have unit RMS
+    gains["mask_embedding"] = sizes.hidden_size**0.5
     for name in head.plain_weights():
         part = head.trained(name)
         if part.ndim == 1:
             part.fill_(1.0)
-        elif name == "markov.rows.weight":
+        elif name in ("markov.rows.weight", "markov_head.markov_w2.weight", "confidence_head.proj.weight"):
             part.zero_()
         else:
             normal = torch.randn(part.shape, generator=generator)
-            part.copy_(normal * gains.get(name.split(".")[-2], 1.0) * part.shape[1] ** -0.5)
+            part.copy_(normal * gains.get(name.removesuffix(".weight").split(".")[-1], 1.0) * part.shape[1] ** -0.5)
 
 
 def _rms(units: Tensor) -> Tensor:
@@ -242,10 +272,7 @@ def _feat_extrapolator_factors(config: FeatExtrapolatorConfig, scales: Scales) -
 def _eagle3_factors(config: Eagle3Config, scales: Scales, final_gain: Tensor | None) -> Factors:
     if scales.hidden is None:
         raise ValueError("an Eagle3Head needs captured states of several layers: extract features with --head eagle3")
-    units = scales.feature
-    if final_gain is not None:
-        gain = final_gain.to(units).abs()
-        units = units / gain.clamp_min(_MIN_GAIN * float(gain.mean()))
+    units = _stream_units(scales, final_gain)
     read = torch.ones_like(scales.hidden) if config.fc_norm else 1 / scales.hidden
     factors = {"fc.weight": units[:, None] * read, "norm.weight": _rms(units) / units}
     if config.fc_norm:
@@ -254,6 +281,26 @@ def _eagle3_factors(config: Eagle3Config, scales: Scales, final_gain: Tensor | N
     factors |= _layer_factors("midlayer", units, ["hidden_norm", "post_attention_layernorm"])
     for number in range(config.num_hidden_layers - 1):
         factors |= _layer_factors(f"more.{number}", units)
+    return factors
+
+
+def _stream_units(scales: Scales, final_gain: Tensor | None) -> Tensor:
+    """u: the features' RMS before the target's final norm's gain."""
+    if final_gain is None:
+        return scales.feature
+    gain = final_gain.to(scales.feature).abs()
+    return scales.feature / gain.clamp_min(_MIN_GAIN * float(gain.mean()))
+
+
+def _block_factors(config: BlockConfig, scales: Scales, units: Tensor, final_gain: Tensor | None) -> Factors:
+    if scales.hidden is None:
+        raise ValueError("a block head needs captured states of several layers: extract features with --head block")
+    sign = 1.0 if final_gain is None else torch.where(final_gain < 0, -1.0, 1.0)
+    factors = {"fc.weight": 1 / scales.hidden, "norm.weight": sign * _rms(units) * scales.feature / units}
+    if config.mask_token_id < 0:
+        factors["mask_embedding"] = torch.tensor(scales.embedding)
+    for number in range(config.num_hidden_layers):
+        factors |= _layer_factors(f"layers.{number}", units)
     return factors
 
 

@@ -20,13 +20,17 @@ from haast.training.batches import Example
 
 @dataclass(frozen=True)
 class TargetWeights:
-    """The target's embedding and LM head, in the training dtype on the CPU; they are not trained."""
+    """The target's embedding and LM head, in the training dtype on the CPU; they are not trained.
+
+    `layers` are the weights of its last layers by name, for heads that start from them; see `initialise.last_layers`.
+    """
 
     embeddings: Tensor  # (vocab, hidden)
     lm_head: Tensor  # (vocab, hidden)
     lm_head_bias: Tensor | None  # (vocab,)
     eos_ids: tuple[int, ...]
     final_gain: Tensor | None = None  # (hidden,) gain of the norm before the LM head; None if it is not an RMS norm
+    layers: tuple[dict[str, Tensor], ...] = ()
 
     @staticmethod
     def of(target: Target) -> TargetWeights:

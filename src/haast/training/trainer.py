@@ -66,7 +66,7 @@ class Trainer:
 
     Args:
         config: settings.
-        head_config: sizes of the head; an Eagle3Config's `draft_vocab_size` is set here.
+        head_config: sizes of the head; a FusedConfig's `draft_vocab_size` is set here.
         target_weights: the target's embedding and LM head.
         train: training sequences.
         valid: held-out sequences for cross-entropy and top-1 agreement.
@@ -223,11 +223,12 @@ class Trainer:
         """Gradients of all batches of all processes, and one optimiser step; returns sums over supervised tokens."""
         config, totals = self.config, dict[str, Tensor]()
         for number, batch in enumerate(batches):
-            noise = self._noise(batch, self._processes.index * len(batches) + number)
+            seed = self._seed(self._processes.index * len(batches) + number)
+            noise = self._noise(batch, seed)
             batch = batch.to(self._processes.device)
             sharpness = config.sharpness_at(self._state.views)
             with self._processes.autocast():
-                loss, sums = self._objective(batch, noise, sharpness, config.passes_at(self._state.views))
+                loss, sums = self._objective(batch, noise, sharpness, config.passes_at(self._state.views), seed)
             self._processes.backward(self._objective, loss, sync=number == len(batches) - 1)
             for name in ("views", "loss", "ce", "feature", "top1", "accepted"):
                 totals[name] = totals.get(name, torch.zeros(())) + sums.get(name, torch.zeros(())).cpu()
@@ -248,12 +249,16 @@ class Trainer:
             get_ema_multi_avg_fn(decay)(self._averages, trained, 0)  # type: ignore[no-untyped-call]
         return step_sums
 
-    def _noise(self, batch: PackedBatch, number: int) -> Tensor | None:
-        """Uniform noise that depends only on the seed, the step and the batch's index in the step."""
+    def _seed(self, number: int) -> int:
+        """Seed of the random draws for a batch: depends on the run's seed, the step and the batch's index in it."""
+        return (self.config.seed * 1_000_003 + self._state.step) * 1024 + number
+
+    def _noise(self, batch: PackedBatch, seed: int) -> Tensor | None:
+        """Uniform noise on the batch's features."""
         width = self.config.feature_noise
         if not width:
             return None
-        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self._state.step) * 1024 + number)
+        generator = torch.Generator().manual_seed(seed)
         noise = (torch.rand(batch.features.shape, generator=generator) - 0.5) * width
         return noise.to(self._processes.device)
 

@@ -14,6 +14,7 @@ from test_medusa import medusa
 
 from haast.core import Accepted, SamplingParams
 from haast.drafters.block import BlockDrafter
+from haast.drafters.candidates import Candidates
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.pending_features import EagleState
 from haast.drafters.tree_shape import DraftShape, shape_for
@@ -53,8 +54,10 @@ class Watched(BlockDrafter):
         self.text.extend(accepted.host_tokens()[0])
         super().observe(states, accepted)
 
-    def propose(self, states: Sequence[Any], budget: int | None = None) -> DraftTree:
-        tree = super().propose(states, budget)
+    def propose(
+        self, states: Sequence[Any], budget: int | None = None, others: Sequence[Candidates] | None = None
+    ) -> DraftTree:
+        tree = super().propose(states, budget, others)
         self.proposals.append((list(self.text), tree))
         return tree
 

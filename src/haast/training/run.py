@@ -248,7 +248,7 @@ class Run:
 
 
 def layer_ids(settings: TrainConfig, target: Target, initial: Head | None = None) -> tuple[int, ...]:
-    """The states of the target that an Eagle3Head or a BlockHead reads, or an MtpHead instead of features; else none."""
+    """The states of the target that an Eagle3Head, a BlockHead or an MtpHead reads; empty for other heads."""
     if settings.head == "mtp":
         return _mtp_config(initial).layer_ids
     return default_layers(target.config) if settings.head in ("eagle3", "block") else ()

@@ -299,11 +299,11 @@ def dies_after(append: Callable[..., None], count: int, tail: bytes = b"") -> Ca
     """Stands in for `jsonl_log.append`: after `count` records a kill, in the middle of the line `tail`."""
     left = iter(range(count))
 
-    def dying(file: Any, record: dict[str, Any], path: Path) -> None:
+    def dying(file: Any, record: dict[str, Any], path: Path, synced: bool) -> None:
         if next(left, None) is None:
             file.write(tail)
             raise KeyboardInterrupt
-        append(file, record, path)
+        append(file, record, path, synced)
 
     return dying
 

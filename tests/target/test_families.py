@@ -244,10 +244,8 @@ def test_wrong_calls_are_refused() -> None:
     [
         ("gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 4}),
         ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 128}),
-        ("bart", {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
-                  "is_decoder": True, "is_encoder_decoder": False}),
     ],
-)  # fmt: skip
+)
 def test_models_that_take_positions_from_slots_are_refused(kind: str, extra: dict[str, Any]) -> None:
     """They would answer a node of a tree otherwise than vanilla does: lossy without a word."""
     with pytest.raises(UnsupportedModelError, match=r"slots|can't verify a tree|can't take a tree"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from hybrids import (
     stock_text,
     tiny_hybrid,
 )
+from torch import Tensor
 from zoo_sizes import VOCAB
 
 import haast
@@ -143,6 +145,74 @@ def test_preempted_requests_say_what_they_say_alone(kind: str, monkeypatch: pyte
     monkeypatch.setattr(admission, "preempt", preempting)
     assert collect(engine.run(prompts, sampling, StopParams(30)), len(prompts)) == expected
     assert any(said), "one was in the middle of its text"
+
+
+class Recorder:
+    """Chooses greedily, and keeps the logits."""
+
+    stateless = False
+
+    def __init__(self) -> None:
+        self.logits: list[Tensor] = []
+
+    def choose(self, history: Sequence[int], logits: Tensor) -> int:
+        self.logits.append(logits.clone())
+        return int(logits.argmax())
+
+
+def heard(target: Target, prompt: list[int], new: int, chunk: int = 512) -> tuple[list[int], Tensor]:
+    """New tokens and the logits (tokens, vocab) of each."""
+    engine, recorder = Engine(target, VanillaDrafter(), prefill_chunk=chunk), Recorder()
+    request = engine.submit(prompt, SamplingParams(), StopParams(new), chooser=recorder)
+    return [token for emission in engine.read(request) for token in emission.tokens], torch.stack(recorder.logits)
+
+
+inconsistent = pytest.mark.parametrize(
+    "kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in INCONSISTENT]
+)
+
+
+@inconsistent
+def test_no_token_of_a_prompt_is_computed_as_if_decoded(kind: str) -> None:
+    """Wherever chunks end, where a prefix is taken up, and after a preemption: several tokens of a prompt at once."""
+    for length, chunk in ((17, 16), (17, 1), (18, 1), (33, 32), (2, 1)):
+        for seed in range(3):
+            prompt = some_text(length, seed)
+            alone = heard(hybrid_target(kind), prompt, 2)
+            torch.testing.assert_close(heard(hybrid_target(kind), prompt, 2, chunk), alone, rtol=0, atol=2e-5)
+    target, prompt = hybrid_target(kind), some_text(65, 3)
+    heard(target, some_text(65, 3)[:64] + some_text(36, 5), 1, chunk=32)  # leaves states after 32 and 64 tokens
+    torch.testing.assert_close(heard(target, prompt, 2), heard(hybrid_target(kind), prompt, 2), rtol=0, atol=2e-5)
+
+
+@inconsistent
+def test_prompts_reuse_nothing_that_was_decoded(kind: str) -> None:
+    """A prompt that repeats an answer leaves states, which must not meet keys and values from when it was decoded."""
+    for seed in range(3):
+        target, prompt = hybrid_target(kind), some_text(17, seed)
+        repeated = [*prompt, *heard(target, prompt, 70)[0][:60]]
+        for text in (repeated, [*repeated, 5], [*repeated, *some_text(20, seed)]):
+            said = heard(target, text, 4, chunk=16)
+            torch.testing.assert_close(said, heard(hybrid_target(kind), text, 4), rtol=0, atol=2e-5)
+
+
+@inconsistent
+def test_a_preempted_answer_takes_up_no_prompt(kind: str) -> None:
+    """Another prompt that repeats the answer so far is computed before the preempted request goes on."""
+    for seed in range(3):
+        prompt = some_text(17, seed)
+        expected = heard(hybrid_target(kind), prompt, 60)
+        target = hybrid_target(kind)
+        engine, recorder = Engine(target, VanillaDrafter(), prefill_chunk=16), Recorder()
+        request = engine.submit(prompt, SamplingParams(), StopParams(60), chooser=recorder)
+        while len(request.new_tokens) < 55:
+            engine.scheduler.step()
+        engine.scheduler._admission.preempt(request)
+        engine.scheduler._admission.waiting.clear()
+        heard(target, [*request.tokens, 5], 1, chunk=16)
+        engine.scheduler._admission.waiting.append(request)
+        said = [token for emission in engine.read(request) for token in emission.tokens]
+        torch.testing.assert_close((said, torch.stack(recorder.logits)), expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", WINDOWED)

@@ -133,9 +133,9 @@ class Admission:
 
     def _begin(self, request: Request) -> None:
         drafter, cache, kv = request.drafter, self.target.cache, request.kv
-        text = request.tokens[: request.prefill_end]
         reused, source, copy = 0, 0, 0
         if request.inputs is None:
+            text = self._recallable(request)
             reused, source, copy = kv.reuse(text, drafter.prefix_key, drafter.reach, drafter.drafting_off)
         else:
             kv.position_shift = request.inputs.shift
@@ -150,7 +150,7 @@ class Admission:
             if request.hints.prediction:
                 drafter.add_prediction(request.draft_state, (*request.hints.prediction, *request.tokens[: reused + 1]))
         if len(request.tokens) == request.prompt_length:
-            request.stats.prompt_tokens += len(text)
+            request.stats.prompt_tokens += request.prompt_length
             request.stats.recalled_tokens += reused
         self.running.append(request)
 
@@ -169,17 +169,36 @@ class Admission:
             return int(request.kv.length)
         if request.inputs is not None:
             return 0
-        drafter, text = request.drafter, request.tokens[: request.prefill_end]
+        drafter, text = request.drafter, self._recallable(request)
         return self.target.pool.usable(text, drafter.prefix_key, drafter.reach, drafter.drafting_off)
 
-    def chunk(self, done: int, count: int) -> int:
-        """Size of a prefill chunk of at most `count` positions after `done`.
+    def chunk(self, request: Request, done: int, count: int) -> int:
+        """Size of a prefill chunk of about `count` positions after `done`.
 
-        Recurrent states can be kept where a chunk ends on a border of blocks, so a large one ends there.
+        Recurrent states can be kept where a chunk ends on a border of blocks, so a large one ends there. If the model
+        computes several tokens otherwise than one, no chunk has a single token of a prompt that has more.
         """
-        snapshots = self.target.pool.snapshots
+        snapshots, prompt = self.target.pool.snapshots, request.prompt_length
         border = (done + count) // BLOCK * BLOCK - done
-        return border if snapshots is not None and snapshots.limit and border >= _LARGE_CHUNK else count
+        if snapshots is not None and snapshots.limit and border >= _LARGE_CHUNK:
+            count = border
+        if self._prompt_apart and done < prompt:
+            count = max(count, min(2, prompt - done))
+            count += done + count == prompt - 1
+        return count
+
+    @property
+    def _prompt_apart(self) -> bool:
+        """Whether the model computes several tokens of a prompt otherwise than the same ones as they are decoded."""
+        snapshots = self.target.pool.snapshots
+        return snapshots is not None and not snapshots.of_decoded
+
+    def _recallable(self, request: Request) -> list[int]:
+        """The tokens to prefill that may be found in the prefix cache.
+
+        What is cached is of prompts only if the model computes them otherwise; at least two tokens of one are left.
+        """
+        return request.tokens[: request.prompt_length - 1 if self._prompt_apart else request.prefill_end]
 
     def reserve_prompt(self, request: Request, count: int) -> bool:
         """Reserve blocks for the next positions of a prompt; if there are none, preempt it and return False."""
@@ -230,7 +249,7 @@ class Admission:
         """Slots that other requests may reuse: their number, and the first one that is complete for the drafter."""
         drafter, state, length = request.drafter, request.draft_state, request.kv.length
         slots = self._agreement.numbers(lambda: (drafter.filled(state, length), drafter.head_kv_from(state)))
-        return slots[0], slots[1]
+        return min(slots[0], request.prompt_length) if self._prompt_apart else slots[0], slots[1]
 
 
 def _draft_slots(*requests: Request) -> int:

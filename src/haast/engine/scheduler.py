@@ -251,7 +251,7 @@ class Scheduler:
             most = (min(chunk, PREFILL_WHILE_DECODING) if decoding else chunk) if budget is None else min(budget, chunk)
             # Before admission: of the positions that it would share, the last one is computed again.
             done = max(self._admission.computed(request) - (request.kv is None), 0)
-            return self._admission.chunk(done, max(min(most, request.prefill_end - done), 1))
+            return self._admission.chunk(request, done, max(min(most, request.prefill_end - done), 1))
 
         def fits(request: Request) -> bool:
             if not batch:

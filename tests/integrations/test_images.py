@@ -137,6 +137,33 @@ def test_embeddings_stand_in_for_tokens() -> None:
         said(model, {**given, "inputs_embeds": embeddings[:, :4]}, custom_generate=haast.custom_generate)
 
 
+def padded(given: dict[str, Any], count: int = 3) -> dict[str, Any]:
+    """With `count` padding tokens on the left."""
+    by_token = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+    more = {name: torch.nn.functional.pad(given[name], (count, 0)) for name in by_token if name in given}
+    if "inputs_embeds" in given:
+        more["inputs_embeds"] = torch.nn.functional.pad(given["inputs_embeds"], (0, 0, count, 0), value=1.0)
+    return {**given, **more}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_padded_prompt_with_an_image(kind: str) -> None:
+    model = model_of(kind)
+    given = prompt(model)
+    wide, stock = padded(given), said(model, given)
+    assert said(model, wide) == stock, "a control: stock ignores padding"
+    assert said(model, wide, custom_generate=trees(model, given, stock)) == stock
+
+
+def test_padded_embeddings() -> None:
+    model = tiny_llama()
+    ids = torch.tensor([[5, 6, 7, 9, 5, 6, 7]])
+    embeddings = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(3)).double()
+    given: dict[str, Any] = {"input_ids": ids, "inputs_embeds": embeddings, "attention_mask": torch.ones_like(ids)}
+    stock = said(model, given)
+    assert said(model, padded(given), custom_generate=trees(model, given, stock)) == stock
+
+
 # ------------------------------------------------------------------ refused by name
 
 

@@ -234,7 +234,7 @@ def _check_call(
     left_padding = arguments.padding(input_ids, forward_arguments, images=bool(names))
     arguments.check_ids(input_ids, int(model.config.get_text_config().vocab_size))
     if names:
-        return left_padding, PromptInputs.of(model, input_ids, model_kwargs)
+        return left_padding, PromptInputs.of(model, input_ids, model_kwargs, left_padding[0])
     arguments.check_prepared_inputs(model, input_ids, model_kwargs)
     return left_padding, None
 

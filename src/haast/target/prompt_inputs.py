@@ -26,6 +26,7 @@ _OF_IMAGES = (
     *("pixel_values", "mm_encoder_outputs", "pixel_attention_mask", "image_sizes", "image_grid_thw"),
     *_TYPES,
 )
+_OF_EACH_TOKEN = ("attention_mask", "position_ids", *_TYPES)  # (..., tokens)
 _NOT_PASSED = {"input_ids", "use_cache", "logits_to_keep", *CACHE_NAMES}
 
 
@@ -47,8 +48,12 @@ class PromptInputs:
     shift: int = 0
 
     @classmethod
-    def of(cls, model: PreTrainedModel, tokens: Tensor, given: Mapping[str, Any]) -> PromptInputs | None:
+    def of(
+        cls, model: PreTrainedModel, tokens: Tensor, given: Mapping[str, Any], padding: int = 0
+    ) -> PromptInputs | None:
         """From a prompt (1, tokens) and all that `generate` would pass on with it; None if that is no more than text.
+
+        The first `padding` tokens are left out, and what is given of them.
 
         Raises:
             UnsupportedArgumentError: what is given would be needed after the prompt too.
@@ -57,9 +62,18 @@ class PromptInputs:
             return None
         name = "pixel_values" if given.get("inputs_embeds") is None else "inputs_embeds"
         _refuse(model, tokens, given, name)
+        tokens, given = tokens[:, padding:], _without(padding, given)
         prepared = prepared_inputs(model, tokens, **given)
         passed = {key: value for key, value in prepared.items() if value is not None and key not in _NOT_PASSED}
         return cls(passed, _shift(model, tokens, passed.get("position_ids"), name))
+
+
+def _without(padding: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given, without that of the first `padding` tokens."""
+    cut = {name: given[name][..., padding:] for name in _OF_EACH_TOKEN if given.get(name) is not None}
+    if (embeddings := given.get("inputs_embeds")) is not None:
+        cut["inputs_embeds"] = embeddings[:, padding:]
+    return {**given, **cut}
 
 
 def _refuse(model: PreTrainedModel, tokens: Tensor, given: Mapping[str, Any], name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import llguidance.hf
@@ -119,6 +120,36 @@ def test_other_ways_between_the_same_tags_are_read_too() -> None:
     assert read("<tool_call>nobody\n<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>", form("pairs")) != []
 
 
+@pytest.mark.parametrize("arguments", ['{"at": NaN}', '{"at": -Infinity}', '{"at": 1e999}'])
+def test_numbers_that_json_lacks_are_no_arguments(arguments: str) -> None:
+    text = f'<tool_call>{{"name": "look", "arguments": {arguments}}}</tool_call>'
+    assert read(text, TAGS) == [text]
+
+
+def test_half_a_surrogate_pair_stays_escaped() -> None:
+    call = read('<tool_call>{"name": "look", "arguments": {"at": "\\ud83d \\ud83d\\ude00"}}</tool_call>', TAGS)[0]
+    assert call == ToolCall("look", '{"at": "\\ud83d \U0001f600"}')
+
+
+def test_an_object_without_arguments_is_no_call() -> None:
+    assert read('{"name": "Bob", "age": 3}', form("object")) == ['{"name": "Bob", "age": 3}']
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("named", "[TOOL_CALLS]look" + " " * 100_000 + "x"),
+        ("named", "[TOOL_CALLS]look[CALL_ID]" + " " * 100_000 + "x"),
+        ("named", "[TOOL_CALLS]look" + " " * 100_000 + "{x"),
+        ("pairs", "<tool_call>look" + "<arg_key>a</arg_key><arg_value>" * 20_000 + "</tool_call>"),
+    ],
+)
+def test_what_is_nearly_a_call_is_read_in_linear_time(name: str, text: str) -> None:
+    start = time.process_time()
+    assert read(text, form(name)) == [text]
+    assert time.process_time() - start < 5, "backtracking takes minutes here"
+
+
 @given(st.text(alphabet='<>tool_cal/{}"[]ARGS=name:x\n', max_size=40), st.sampled_from(sorted(TEMPLATES)), st.data())
 def test_calls_are_read_alike_however_a_text_is_cut(text: str, name: str, data: st.DataObject) -> None:
     written = WRITTEN.get(name, '{"name": "look", "parameters": {}}')
@@ -139,7 +170,8 @@ def guided() -> Any:
 def fits(guided: Any, text: str, name: str, **options: Any) -> bool:
     tokenizer, tokens = guided
     special = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in form(name).marks if mark in SPECIAL}
-    grammar = call_grammar([LOOK, WAIT], form(name), options.pop("several", True), SPACING, special=special, **options)
+    tools, several = options.pop("tools", [LOOK, WAIT]), options.pop("several", True)
+    grammar = call_grammar(tools, form(name), several, SPACING, special=special, **options)
     matcher = LLMatcher(tokens, llguidance.grammar_from("grammar", grammar))
     assert not matcher.is_error(), matcher.get_error()
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -164,6 +196,39 @@ def test_grammars_take_the_calls_of_their_format_only(guided: Any, name: str) ->
     assert not fits(guided, text.replace("look", "leap"), name), "a tool that is not there"
     assert not fits(guided, text.replace("3", '"x"'), name), "far is an integer"
     assert not fits(guided, text.replace("12 <b>", "12", 1).replace("at", "to", 1), name), "no such parameter"
+
+
+@pytest.mark.parametrize("name", ["functions", "pairs"])
+def test_a_text_may_not_hold_the_mark_that_ends_it(guided: Any, name: str) -> None:
+    """Texts that the grammar takes are read as calls."""
+    mark = {"functions": "</parameter>", "pairs": "</arg_value>"}[name]
+    one = WRITTEN[name].partition("\n<tool_call>")[0]
+    assert fits(guided, one.replace("<b>", "</b>"), name)
+    for inside in (mark, "</tool_call>"):
+        assert not fits(guided, one.replace("<b>", inside + " b"), name)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        'tags: <tool_call>\n{"name": "look", "arguments": {"a": VALUE}}\n</tool_call>',
+        "functions: <tool_call>\n<function=look>\n<parameter=a>\nVALUE\n</parameter>\n</function>\n</tool_call>",
+        "pairs: <tool_call>\nlook\n<arg_key>a</arg_key>\n<arg_value>VALUE</arg_value>\n\n</tool_call>",
+        'named: [TOOL_CALLS]look[ARGS]{"a": VALUE}',
+        'object: {"name": "look", "parameters": {"a": VALUE}}',
+    ],
+)
+@pytest.mark.parametrize(
+    ("refers", "right", "wrong"),
+    [("#/$defs/n", "1", "true"), ("#/properties/b~1 c", "true", "1"), ("#", '{"b/ c": true}', '{"b/ c": 1}')],
+)
+def test_references_within_the_parameters(guided: Any, written: str, refers: str, right: str, wrong: str) -> None:
+    properties = {"a": {"$ref": refers.replace(" ", "%20")}, "b/ c": {"type": "boolean"}}
+    schema = {"type": "object", "properties": properties, "$defs": {"n": {"type": "integer"}}}
+    tools = [{"type": "function", "function": {"name": "look", "parameters": schema}}]
+    name, _, text = written.partition(": ")
+    assert fits(guided, text.replace("VALUE", right), name, tools=tools)
+    assert not fits(guided, text.replace("VALUE", wrong), name, tools=tools)
 
 
 def test_marks_that_are_special_tokens_keep_their_text() -> None:

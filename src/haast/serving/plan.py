@@ -146,12 +146,14 @@ def completion_plan(body: CompletionRequest, model: ModelLimits) -> Plan:
 
 
 def usable_tools(body: ChatRequest) -> list[Tool]:
-    """The tools that may be called. Raises ApiError for duplicate names and for a tool_choice without its tool."""
+    """The tools that may be called. Raises ApiError for duplicate names, malformed schemas, a choice without a tool."""
     tools = list(body.tools or ())
     names = [tool.function.name for tool in tools]
     choice = body.tool_choice
     if len(set(names)) < len(names):
         raise ApiError(400, f"tools has two functions with the same name: {names}", param="tools", code="invalid_value")
+    for number, tool in enumerate(tools):
+        _check_schema(tool.function.parameters or {}, f"tools[{number}].function.parameters")
     if choice == "none":
         return []
     if choice is not None and choice != "auto" and not tools:
@@ -160,6 +162,12 @@ def usable_tools(body: ChatRequest) -> list[Tool]:
         words = f"tool_choice names {choice.function.name!r}: the tools are {', '.join(names)}"
         raise ApiError(400, words, param="tool_choice", code="invalid_value")
     return tools
+
+
+def _check_schema(schema: Mapping[str, Any], where: str) -> None:
+    for key, kind, words in (("properties", dict, "an object"), ("required", list, "a list")):
+        if not isinstance(schema.get(key, kind()), kind):
+            raise ApiError(400, f"{where}.{key} must be {words}", param=f"{where}.{key}", code="invalid_value")
 
 
 def check_unknown(body: Body, neutral: Mapping[str, Any] | None = None) -> None:

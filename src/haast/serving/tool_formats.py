@@ -29,6 +29,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 # Parameters' schemas by name, by tool.
 Schemas = Mapping[str, Mapping[str, Any]]
@@ -38,12 +39,13 @@ _CALLS_BEGIN, _CALLS_END = f"<{_DEEPSEEK}calls\u2581begin\uff5c>", f"<{_DEEPSEEK
 _CALL_BEGIN, _CALL_END = f"<{_DEEPSEEK}call\u2581begin\uff5c>", f"<{_DEEPSEEK}call\u2581end\uff5c>"
 _SEPARATOR = f"<{_DEEPSEEK}sep\uff5c>"
 _MISTRAL, _ARGS, _CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
+# Atomic groups and possessive quantifiers keep the time linear for texts that are nearly calls.
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*)</function>\s*", re.DOTALL)
 _PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
 _PAIRS = re.compile(r"\s*([^\s<]+)\s*(.*)", re.DOTALL)
-_PAIR = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL)
+_PAIR = re.compile(r"\s*<arg_key>(?>(.*?)</arg_key>)\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL)
 _FENCED = re.compile(r"\w*" + _SEPARATOR + r"([^\n]+)\n```json\n(.*)\n```\s*", re.DOTALL)
-_BY_NAME = re.compile(r"\s*([^\s\[{]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(\{.*\})\s*", re.DOTALL)
+_BY_NAME = re.compile(r"\s*+([^\s\[{]++)\s*+(?:\[CALL_ID\][^\[{]*+)?(?:\[ARGS\])?\s*+(\{.*\})\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,13 @@ class CallFormat:
 def read_object(text: str, _schemas: Schemas | None = None) -> list[ToolCall] | None:
     """One call as a JSON object, with `arguments` or `parameters`."""
     call = _call_of(_json(text))
+    return None if call is None else [call]
+
+
+def _read_answer(text: str, _schemas: Schemas) -> list[ToolCall] | None:
+    """A whole answer that is a call. Other objects may have a name too, so the arguments must be there."""
+    read = _json(text)
+    call = _call_of(read) if isinstance(read, dict) and {"arguments", "parameters"} & read.keys() else None
     return None if call is None else [call]
 
 
@@ -125,7 +134,8 @@ def _read_values(name: str, text: str, pattern: re.Pattern[str], schemas: Schema
         if match is None:
             return None
         values[match[1]], at = _value(match[2], own.get(match[1])), match.end()
-    return [ToolCall(name, json.dumps(values, ensure_ascii=False))]
+    call = _call(name, values)
+    return None if call is None else [call]
 
 
 def _value(text: str, schema: Any) -> Any:
@@ -157,21 +167,39 @@ def _call_of(read: Any) -> ToolCall | None:
     arguments = read.get("arguments", read.get("parameters", {}))
     if isinstance(arguments, str):
         arguments = _json(arguments)
-    return ToolCall(read["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+    return _call(read["name"], arguments) if isinstance(arguments, dict) else None
+
+
+def _call(name: str, arguments: dict[str, Any]) -> ToolCall | None:
+    """The call; None if JSON can't hold the arguments: numbers that are too large, or too many levels."""
+    try:
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    except (ValueError, RecursionError):
+        return None
+    return ToolCall(_unicode(name), _unicode(text))
+
+
+def _unicode(text: str) -> str:
+    """The text with halves of surrogate pairs, which no encoding can send, as JSON's escapes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _json(text: str) -> Any:
-    """The value of a JSON text; None if it is not JSON."""
+    """The value of a JSON text; None if it is not JSON, as with NaN and Infinity."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 TAGS = CallFormat("tags", "<tool_call>", "</tool_call>", _read_tags)
 _FUNCTIONS = CallFormat("functions", TAGS.open, TAGS.close, _read_tags)
 _PAIRED = CallFormat("pairs", TAGS.open, TAGS.close, _read_tags)
-_OBJECT = CallFormat("object", "", "", read_object)
+_OBJECT = CallFormat("object", "", "", _read_answer)
 _MISTRAL_MARKS = (_MISTRAL, _ARGS, _CALL_ID)
 _LIST = CallFormat("list", _MISTRAL, "", _read_list, _MISTRAL_MARKS)
 _NAMED = CallFormat("named", _MISTRAL, "", _read_named, _MISTRAL_MARKS)
@@ -283,17 +311,19 @@ def _values_grammar(
         "pairs": ("<arg_key>{}</arg_key>\n<arg_value>", "</arg_value>\n"),
     }[form.name]
     rules, parts = list[str](), list[str]()
-    kept = _definitions(arguments)
+    end = around[1].strip()
+    # What the reader takes as an end may not stand in a text.
+    ended = _pattern(f"(.|\n)*{around[1]}")
+    once = _pattern(f"(.|\n)*({end}(.|\n)*{end}|{form.close})(.|\n)*")
     for number, (key, schema) in enumerate(arguments.get("properties", {}).items()):
         value = f"{rule}_{number}"
         wants = schema.get("type") if isinstance(schema, dict) else None
-        closing = re.escape(around[1]).replace("/", r"\/").replace("\\\n", r"\n")
         if wants == "string" and "enum" in schema:
             rules.append(f"{value}: ({' | '.join(_quoted(each) for each in schema['enum'])}) {_quoted(around[1])}")
         elif wants == "string":
-            rules.append(rf"{value}[lazy]: /(.|\n)*{closing}/")
+            rules += [f"{value}[lazy]: {value.upper()}", f"{value.upper()}: {ended} & ~{once}"]
         else:
-            own = {**schema, **kept, "x-guidance": dict(spacing)} if isinstance(schema, dict) else {}
+            own = {**_alone(key, arguments), "x-guidance": dict(spacing)} if isinstance(schema, dict) else {}
             rules += [f"{value}: {value}_json {_quoted(around[1])}", f"{value}_json: %json {json.dumps(own)}"]
         part = f"{_quoted(around[0].format(key))} {value}"
         parts.append(part if key in arguments.get("required", ()) else f"({part})?")
@@ -304,20 +334,41 @@ def _values_grammar(
 def _call_schema(name: str, arguments: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {
         "type": "object",
-        "properties": {"name": {"const": name}, key: arguments},
+        "properties": {"name": {"const": name}, key: _moved(arguments, f"#/properties/{key}")},
         "required": ["name", key],
         "additionalProperties": False,
-        **_definitions(arguments),
     }
 
 
-def _definitions(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: arguments[key] for key in ("$defs", "definitions") if key in arguments}  # targets of $ref
+def _alone(key: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of one parameter; with all of the tool's if it refers to them."""
+    schema: dict[str, Any] = arguments["properties"][key]
+    if '"$ref"' not in json.dumps(schema):
+        return schema
+    place = quote(key.replace("~", "~0").replace("/", "~1"), safe="~")
+    return {"$ref": f"#/$defs/all/properties/{place}", "$defs": {"all": _moved(arguments, "#/$defs/all")}}
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema that becomes a part of another one, at `place`: what it refers to in itself is there too."""
+    if isinstance(schema, list):
+        return [_moved(each, place) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(value, place) for key, value in schema.items()}
+    if isinstance(refers := schema.get("$ref"), str) and refers.startswith("#"):
+        moved["$ref"] = place + refers[1:]
+    return moved
 
 
 def _mark(mark: str, special: Mapping[str, int]) -> str:
     """A mark in a grammar: the special token, or its text."""
     return f"<[{special[mark]}]>" if mark in special else _quoted(mark)
+
+
+def _pattern(pattern: str) -> str:
+    """A regular expression in a grammar."""
+    return "/" + pattern.replace("/", r"\/").replace("\n", r"\n") + "/"
 
 
 def _quoted(text: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 from fakes import random_head, tiny_target
@@ -19,6 +22,7 @@ from haast.drafters.ngram import SuffixDrafter
 from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine.engine import Engine
+from haast.files import write_text
 from haast.stats import Stats
 from haast.target.target import Target
 from haast.tuning.online import MatchOdds
@@ -95,6 +99,71 @@ def test_it_is_bounded_and_read_again(tmp_path: Path) -> None:
         file.write('{"tokens": [4, 5')  # a process was killed while writing
     with Corpus(path, 100, most=40) as corpus:
         assert corpus.tokens == held and corpus.match([49] * 5)[0] >= 4
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """Logs are cut off after `room` more bytes, and no file is replaced, as on a full disk."""
+
+    def append(file: IO[bytes], value: dict[str, Any], path: Path, synced: bool) -> None:
+        file.write(json.dumps(value).encode()[:room])
+        raise ValueError(f"cannot write {path}")
+
+    def write_text(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("haast.jsonl_log.append", append)
+    monkeypatch.setattr("haast.drafters.corpus.write_text", write_text)
+
+
+@pytest.mark.parametrize("room", [0, 5])
+def test_a_full_disk_ends_no_request(
+    room: int, target: Target, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, prompts = tmp_path / "answers.jsonl", [[3, 4, 5], [6, 7]]
+    expected = Engine(target, VanillaDrafter()).complete(prompts, SamplingParams(), StopParams(24))
+    with Corpus(path, target.vocab_size, most=40) as corpus:
+        corpus.add([1, 2, 3, 4, 5])
+        engine = Engine(target, SuffixDrafter(6, corpus=corpus))
+        fill_disk(monkeypatch, room)
+        for _ in range(3):
+            assert engine.complete(prompts, SamplingParams(), StopParams(24)) == expected
+        assert caplog.text.count("no longer added to the corpus") == 1
+        assert 0 < corpus.tokens <= 80, "the corpus goes on in memory, with the same bound"
+        with Corpus(path, target.vocab_size) as again:
+            assert again.tokens == 6, "an incomplete line is repaired, and the file is free"
+
+
+def test_a_file_that_cannot_be_shortened_ends_no_request(
+    tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "answers.jsonl"
+    with Corpus(path, 100, most=40) as corpus:
+        for number in range(8):
+            corpus.add([number] * 9)
+        before = path.read_bytes()
+        fill_disk(monkeypatch, 0)
+        for number in range(8, 30):
+            corpus.add([number] * 9)
+        assert corpus.match([29] * 5)[0] == 5 and corpus.tokens <= 80
+    assert path.read_bytes() == before and "no longer added to the corpus" in caplog.text
+
+
+def test_another_process_may_take_a_file_while_it_is_shortened(
+    tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, others = tmp_path / "answers.jsonl", list[Corpus]()
+
+    def written(path: Path, text: str) -> None:
+        write_text(path, text)
+        others.append(Corpus(path, 100))
+
+    with Corpus(path, 100, most=40) as corpus:
+        monkeypatch.setattr("haast.drafters.corpus.write_text", written)
+        for number in range(12):
+            corpus.add([number] * 9)
+        assert corpus.match([11] * 5)[0] == 5 and corpus.tokens <= 80
+    others[0].close()
+    assert others[0].tokens and "no longer added to the corpus" in caplog.text
 
 
 def test_what_is_not_a_corpus_of_this_model_is_refused(tmp_path: Path) -> None:

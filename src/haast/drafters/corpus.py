@@ -2,7 +2,8 @@
 
 Owns the file (JSON lines: a header, then one answer of token ids per line), its bound, and the search for the longest
 match of a text's end. One process at a time uses a file; a second one is refused. Answers are appended as requests end;
-the oldest are dropped, and the file is rewritten atomically, when it is twice as long as the bound. Drafting from other
+the oldest are dropped, and the file is rewritten atomically, when it is twice as long as the bound. A file that can't
+be written any more ends no request: the corpus goes on in memory, with a warning. Drafting from other
 users' answers does not change a text, but lets times depend on them: give each user a corpus of their own.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import logging
 import math
 import threading
 from collections import Counter
@@ -23,6 +25,7 @@ from haast.files import write_text
 from haast.jsonl_log import JsonlLog
 from haast.tuning.online import MatchOdds
 
+_LOG = logging.getLogger(__name__)
 FORMAT = "haast-corpus-1"
 MOST_TOKENS = 1 << 18  # kept at least, if there are so many; about 40 MB of memory
 _GRAM = 4  # least length of a match
@@ -45,8 +48,8 @@ class Corpus:
 
     def __init__(self, path: Path, vocab_size: int, most: int = MOST_TOKENS) -> None:
         self.path, self._vocab_size, self._most = path, vocab_size, most
-        self._lock, self._files = threading.Lock(), ExitStack()
-        self._open()
+        self._lock, self._files, self._kept = threading.Lock(), ExitStack(), True
+        self._read(self._open())
 
     def __enter__(self) -> Corpus:
         return self
@@ -55,7 +58,8 @@ class Corpus:
         self.close()
 
     def close(self) -> None:
-        """Release the file; nothing can be added afterwards."""
+        """Release the file; what is added afterwards is not kept."""
+        self._kept = False
         self._files.close()
 
     @property
@@ -71,7 +75,8 @@ class Corpus:
         if len(answer) <= _GRAM:
             return
         with self._lock:
-            self._log.add({"tokens": list(answer)})
+            if self._kept:
+                self._keep(answer)
             self._index(answer)
             if len(self._text) > 2 * self._most:
                 self._shorten()
@@ -135,15 +140,19 @@ class Corpus:
             length += 1
         return length
 
-    def _open(self) -> None:
+    def _open(self) -> list[list[int]]:
+        """Open and lock the file; returns its answers. Raises ValueError."""
         remedy = "give another corpus file"
         self._log = JsonlLog(self.path, b'{"tokens"', b'{"format"', remedy=remedy, synced=False)
         self._files.enter_context(self._log)
         try:
-            answers = self._checked()
+            return self._checked()
         except ValueError:
             self._files.close()
             raise
+
+    def _read(self, answers: Sequence[Sequence[int]]) -> None:
+        """Index these answers alone."""
         self._text: list[int] = []
         self._before: list[int] = []  # [p - 1]: the earlier position after the tokens before position p; 0: none
         self._last: dict[int, int] = {}  # hash of the tokens before a position -> the latest such position
@@ -151,6 +160,17 @@ class Corpus:
             self._index(answer)
         if len(self._text) > 2 * self._most:
             self._shorten()
+
+    def _keep(self, answer: Sequence[int]) -> None:
+        try:
+            self._log.add({"tokens": list(answer)})
+        except ValueError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Go on in memory. The file is released at once, so that no line follows one that is incomplete."""
+        self.close()
+        _LOG.warning("answers are no longer added to the corpus: %s", error)
 
     def _checked(self) -> list[list[int]]:
         """The answers of the file, which gets its header if it is new. Raises ValueError if it is no such corpus."""
@@ -186,16 +206,24 @@ class Corpus:
     def _shorten(self) -> None:
         """Keep the newest answers, in the file and in the index."""
         first = self._text.index(_END, len(self._text) - self._most) + 1
-        lines, answer = [json.dumps({"format": FORMAT, "vocabulary": self._vocab_size})], list[int]()
+        answers: list[list[int]] = [[]]
         for token in self._text[first:]:
             if token == _END:
-                lines.append(json.dumps({"tokens": answer}))
-                answer = []
+                answers.append([])
             else:
-                answer.append(token)
-        write_text(self.path, "\n".join(lines) + "\n")
-        self._files.close()  # the lock is of the replaced file
-        self._open()
+                answers[-1].append(token)
+        self._read(answers[:-1])
+        if self._kept:
+            self._rewrite(answers[:-1])
+
+    def _rewrite(self, answers: Sequence[Sequence[int]]) -> None:
+        lines = [{"format": FORMAT, "vocabulary": self._vocab_size}, *({"tokens": answer} for answer in answers)]
+        try:
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+            self._files.close()  # the lock is of the replaced file
+            self._open()
+        except (OSError, ValueError) as error:
+            self._give_up(error)
 
 
 class CorpusIndex(SuffixIndex):

@@ -66,6 +66,11 @@ def test_curves_are_next_to_their_head(tmp_path: Path) -> None:
     assert load(tmp_path) == saved
     document = json.loads((tmp_path / FILE).read_text())
     damages: list[dict[str, Any]] = [{"format": "other"}, {"head": {}}, {"text": {"greedy": {"scores": [0]}}}]
+    flat = {"greedy": {"scores": [0.0], "chances": [0.0]}, "sampled": {"scores": [0.0], "chances": [0.0]}}
+    damages += [  # beyond single precision, or equal in it
+        {"head": flat | {"greedy": {"scores": scores, "chances": [0.0] * len(scores)}}}
+        for scores in ([10**400], [-1e300], [-1.0, -1.0 + 1e-12])
+    ]
     for damage in damages:
         (tmp_path / FILE).write_text(json.dumps(document | damage))
         with pytest.raises(HeadMismatchError, match="is damaged"):

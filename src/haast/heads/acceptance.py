@@ -12,6 +12,7 @@ import json
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from ctypes import c_float
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +29,14 @@ _LEAST_STEP = 1e-3  # between the scores of two knots
 _BINS = 24  # before neighbours that are not monotone are joined
 
 
+def _single(number: float) -> float:
+    """The nearest number of single precision. Raises ValueError if there is none."""
+    try:
+        return c_float(float(number)).value
+    except OverflowError as error:
+        raise ValueError(f"a number with {len(str(number))} digits is too large") from error
+
+
 @dataclass(frozen=True)
 class Curve:
     """A non-decreasing, piecewise linear map of log-scores (at most 0) to log-probabilities of acceptance.
@@ -42,8 +51,9 @@ class Curve:
     chances: tuple[float, ...] = (0.0,)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scores", tuple(map(float, self.scores)))
-        object.__setattr__(self, "chances", tuple(map(float, self.chances)))
+        # Trees are drafted with single precision, so the knots must differ and be finite there.
+        object.__setattr__(self, "scores", tuple(map(_single, self.scores)))
+        object.__setattr__(self, "chances", tuple(map(_single, self.chances)))
         ascending = all(a < b for a, b in pairwise(self.scores)) and all(a <= b for a, b in pairwise(self.chances))
         finite = all(map(math.isfinite, (*self.scores, *self.chances)))
         if not (self.scores and len(self.scores) == len(self.chances) and ascending and finite):
@@ -60,7 +70,7 @@ class Curve:
             return self.chances[-1]
         left, right = self.scores[place - 1], self.scores[place]
         low, high = self.chances[place - 1], self.chances[place]
-        return low + (high - low) * (score - left) / (right - left)
+        return min(low + (high - low) * (score - left) / (right - left), high)  # rounding must not reorder scores
 
     def apply(self, scores: Tensor) -> Tensor:
         """The log-probabilities for a tensor of log-scores, of any shape; -inf stays -inf."""

@@ -259,6 +259,22 @@ def test_a_model_in_training_mode_is_refused() -> None:
         run(tiny_llama().train())
 
 
+@pytest.mark.skipif(transformers.__version__ >= "5.24", reason="the probe refuses BART's kind there")
+def test_padding_that_counts_as_positions_is_refused() -> None:
+    """Stock BART's text depends on it; each row's own text would be another one."""
+    make: Any = transformers.BartForCausalLM
+    sizes: dict[str, Any] = {"d_model": 32, "decoder_ffn_dim": 48, "vocab_size": 64, "max_position_embeddings": 64}
+    sizes |= {"encoder_layers": 2, "decoder_layers": 2, "decoder_attention_heads": 4, "pad_token_id": 0}
+    model = make(transformers.BartConfig(**sizes, is_decoder=True, is_encoder_decoder=False)).double().eval()
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    own = model.generate(prompt, max_new_tokens=6, do_sample=False)
+    mine = model.generate(prompt, max_new_tokens=6, do_sample=False, custom_generate=haast.custom_generate)
+    assert mine.tolist() == own.tolist()
+    padded = {"input_ids": torch.tensor([[0, 0, 5, 6]]), "attention_mask": torch.tensor([[0, 0, 1, 1]])}
+    with pytest.raises(UnsupportedArgumentError, match="padding on the left"):
+        model.generate(**padded, max_new_tokens=6, custom_generate=haast.custom_generate)
+
+
 def test_a_model_that_cannot_take_a_tree_is_refused_and_left_as_it_was() -> None:
     from test_families import tiny
 

@@ -37,6 +37,7 @@ from haast.integrations.model_lock import LockedModel, tree_attention
 from haast.integrations.processors import for_rows, refuse_linked
 from haast.integrations.rows import Ends, RowChooser, Rows
 from haast.target.kv_cache import CACHE_NAMES, is_empty
+from haast.target.positions import counting_embeddings
 from haast.target.prompt_inputs import PromptInputs, carried
 from haast.target.support import has_recurrent_layers, own_model, refuse_unsupported
 from haast.target.target import Target
@@ -232,6 +233,9 @@ def _check_call(
     arguments.refuse_arguments({**forward_arguments, **more}, names)
     arguments.check_model(model)
     left_padding = arguments.padding(input_ids, forward_arguments, images=bool(names))
+    if any(left_padding) and counting_embeddings(model):
+        reason = f"{type(model).__name__} counts padding as positions, so its text depends on it; give each row alone"
+        raise UnsupportedArgumentError("padding on the left", reason)
     arguments.check_ids(input_ids, int(model.config.get_text_config().vocab_size))
     if names:
         return left_padding, PromptInputs.of(model, input_ids, model_kwargs, left_padding[0])

@@ -44,7 +44,8 @@ def settings_of(
     minutes: float | None,
 ) -> dict[str, Any]:
     """The settings that all runs in a folder share."""
-    texts = hashlib.sha256(json.dumps([[prompt.id, prompt.turns, prompt.category] for prompt in prompts]).encode()).hexdigest()[:16]
+    kept = [[prompt.id, prompt.turns, prompt.category] for prompt in prompts]
+    texts = hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:16]
     own = {name: value for name, value in asdict(answering).items() if name not in ("batch", "shards", "max_gb")}
     return {
         "model": model,

@@ -244,6 +244,7 @@ class KVCache(Cache):
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
         """Store the keys (rows, nodes, dim) by which a sparse attention selects tokens; returns all, like `update`."""
         return self._store(indexer_key_states.unsqueeze(1), layer_idx, 2).squeeze(1)
+
     def write(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
         """Store the new nodes' keys and values as `update` does, without reading any."""
         self._write(key_states, layer_idx, 0)

@@ -23,9 +23,10 @@ from torch import Tensor
 from haast.device import to_device
 from haast.drafters.batch_policy import DraftConfigs
 from haast.drafters.draft_lm import draft_form, frozen_linear
-from haast.drafters.eagle import EagleDrafter, Prepared
+from haast.drafters.eagle import EagleDrafter
 from haast.drafters.head_runner import Flight
-from haast.drafters.tree_builder import Growth, best_places, calibrated
+from haast.drafters.prepared import Prepared
+from haast.drafters.tree_builder import Growth
 from haast.drafters.tree_shape import DraftShape, Plan
 from haast.errors import HeadMismatchError
 from haast.heads.block import BlockHead
@@ -103,17 +104,16 @@ class BlockDrafter(EagleDrafter):
         extrapolated: Tensor,
         setting: Sequence[tuple[float, float]],
     ) -> Growth:
-        plan, pace = prepared.plan, prepared.pace
+        plan = prepared.plan
         hidden, trunk = self._block_pass(cache, past, roots, len(plan.widths) + 1)
         grown, before = Growth(roots), roots.unsqueeze(1)
         tokens, scores = self._branches(hidden[:, :1], trunk[:, :1], before, grown.root_scores(), plan.top_k)
         index = grown.add(tokens, scores, parents=None)
-        for level, width in enumerate(plan.widths):
-            chosen = prepared.frontier[level] if plan.frontier is not None else best_places(scores, width)
-            chosen = chosen.expand(len(scores), -1)  # (rows, width) within this level's candidates
-            above = scores.gather(1, chosen)
-            if pace is not None and prepared.keep is None and not pace.deeper(calibrated(above, self.curves, setting)):
+        for level in range(len(plan.widths)):
+            expanded = prepared.expanded(level, scores, self.curves, setting)
+            if expanded is None:
                 break
+            chosen, above = expanded
             before = tokens.gather(1, chosen) if self._conditioned else self._likeliest(tokens, scores, chosen)
             depth = slice(level + 1, level + 2)
             frontier = index.gather(1, chosen)

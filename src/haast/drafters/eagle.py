@@ -13,7 +13,7 @@ fused from several layers. The head's module decides between EAGLE and EAGLE-3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -30,7 +30,8 @@ from haast.drafters.head_check import HeadWatch, causes
 from haast.drafters.head_runner import Flight, HeadForward
 from haast.drafters.native_draft import NativeDraft
 from haast.drafters.pending_features import MAX_PENDING, EagleState, drop_first, join_pending, remember
-from haast.drafters.tree_builder import Growth, best_places, calibrated
+from haast.drafters.prepared import Prepared
+from haast.drafters.tree_builder import Growth
 from haast.drafters.tree_shape import DraftShape, Plan, plan
 from haast.drafters.window import DraftWindow
 from haast.errors import HeadMismatchError
@@ -48,17 +49,6 @@ from haast.target.packing import is_packed, linear_sizes, pack_linears
 from haast.target.target import Target
 from haast.tree import DraftTree
 from haast.tuning.policy import CostModel
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A shape with its index tensors and native plan, cached."""
-
-    plan: Plan
-    pace: CostModel | None
-    frontier: list[Tensor]  # static trees: per level, candidate indices (1, width)
-    keep: Tensor | None  # static trees: (1, nodes - 1)
-    one_call: NativeDraft | None
 
 
 class EagleDrafter(Drafter):
@@ -337,7 +327,7 @@ class EagleDrafter(Drafter):
         setting: Sequence[tuple[float, float]],
     ) -> Growth:
         """Expand the trees level by level; returns all candidates, with calibrated scores."""
-        plan, pace = prepared.plan, prepared.pace
+        plan = prepared.plan
         committed = to_device(torch.tensor(past), roots.device)
         features = extrapolated.unsqueeze(1)  # (rows, 1, hidden)
         grown = Growth(roots)
@@ -347,11 +337,10 @@ class EagleDrafter(Drafter):
         flight = Flight.chain(past, committed, 0)
         parallel = self._parallel_states(cache, past, committed, len(plan.widths))
         for level, width in enumerate(plan.widths):
-            chosen = prepared.frontier[level] if plan.frontier is not None else best_places(scores, width)
-            chosen = chosen.expand(len(scores), -1)  # (rows, width) within this level's candidates
-            above = scores.gather(1, chosen)
-            if pace is not None and prepared.keep is None and not pace.deeper(calibrated(above, self.curves, setting)):
+            expanded = prepared.expanded(level, scores, self.curves, setting)
+            if expanded is None:
                 break
+            chosen, above = expanded
             parent = chosen // plan.top_k
             picked = tokens.gather(1, chosen)
             if parallel is None:

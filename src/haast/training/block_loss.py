@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_CHUNK = 256  # positions per chunk: with 8k tokens 8 MB of logits, which stay in the CPU cache
+from haast.training.losses import ChunkedLoss, LogitGradients
 
 
 class BlockSums(NamedTuple):
@@ -30,7 +30,7 @@ class BlockSums(NamedTuple):
     overlap: Tensor
 
 
-class _BlockLoss(torch.autograd.Function):
+class _BlockLoss(ChunkedLoss):
     """Gradients for the features, and for the weight's columns from `frozen_columns` on."""
 
     @staticmethod
@@ -45,17 +45,11 @@ class _BlockLoss(torch.autograd.Function):
         frozen_columns: int,
         ce_weight: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        needs_grad, l1_weight = ctx.needs_input_grad, 1 - ce_weight
+        l1_weight = 1 - ce_weight
         loss, ce, hits = (features.new_zeros(()) for _ in range(3))
         overlaps = features.new_empty(len(features))
-        gradient = torch.empty_like(features) if needs_grad[0] else features.new_empty(0)
-        trained = weight[:, frozen_columns:]
-        weight_gradient = torch.zeros_like(trained) if needs_grad[1] else features.new_empty(0)
-        for start in range(0, len(features), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            logits = features[part] @ weight.T  # (chunk, vocab)
-            if bias is not None:
-                logits += bias
+        gradients = LogitGradients(ctx, features, weight, bias, frozen_columns)
+        for part, logits in gradients.chunks():
             label = labels[part].clamp_min(0).unsqueeze(1)
             known = (labels[part] >= 0).unsqueeze(1).to(logits)
             top = logits.gather(1, ids[part, :1])
@@ -68,26 +62,13 @@ class _BlockLoss(torch.autograd.Function):
             overlaps[part] = overlap.squeeze(1)
             ce += position_ce.sum()
             loss += (ce_weight * position_ce + l1_weight * 2 * (1 - overlap)).sum()
-            if needs_grad[0] or needs_grad[1]:
+            if gradients.needed:
                 draft_probs *= ce_weight * known + 2 * l1_weight * below.sum(-1, keepdim=True)
                 draft_probs.scatter_add_(1, ids[part], -2 * l1_weight * below)
                 draft_probs.scatter_add_(1, label, -ce_weight * known)
-                if needs_grad[0]:
-                    torch.mm(draft_probs, weight, out=gradient[part])
-                if needs_grad[1]:
-                    weight_gradient.addmm_(draft_probs.T, features[part, frozen_columns:])
-        ctx.save_for_backward(gradient, weight_gradient)
-        ctx.frozen_columns, ctx.needs_grad = frozen_columns, (needs_grad[0], needs_grad[1])
-        ctx.mark_non_differentiable(ce, hits, overlaps)
+                gradients.add(part, draft_probs)
+        gradients.save(ce, hits, overlaps)
         return loss, ce, hits, overlaps
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, weight_gradient = ctx.saved_tensors
-        feature_gradient = gradient * outer[0] if ctx.needs_grad[0] else None
-        padding = (ctx.frozen_columns, 0)
-        whole = torch.nn.functional.pad(weight_gradient * outer[0], padding) if ctx.needs_grad[1] else None
-        return feature_gradient, whole, None, None, None, None, None, None
 
 
 def block_loss(

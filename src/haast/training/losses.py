@@ -19,6 +19,7 @@ A `Loss` of your own replaces both. Autograd computes its gradient, so the logit
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +65,62 @@ class Sums(NamedTuple):
     acceptance: Tensor
 
 
-class _TeacherLoss(torch.autograd.Function):
+class ChunkedLoss(torch.autograd.Function):
+    """A loss of softmax(features @ weight.T + bias), of which `forward` computes the gradients too (`LogitGradients`).
+
+    The first two arguments are features and weight. Only the first result has a gradient.
+    """
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, weight_gradient = ctx.saved_tensors
+        feature_gradient = gradient * outer[0] if ctx.needs_grad[0] else None
+        whole = functional.pad(weight_gradient * outer[0], (ctx.frozen_columns, 0)) if ctx.needs_grad[1] else None
+        return feature_gradient, whole, *[None] * (len(ctx.needs_input_grad) - 2)
+
+
+class LogitGradients:
+    """Logits of a `ChunkedLoss` chunk by chunk, and gradients for features and the weight's trained columns.
+
+    Args:
+        ctx: of the autograd function, in whose `forward` this is used.
+        features, weight, bias: (n, width), (draft vocabulary, width) and (draft vocabulary,) or None.
+        frozen_columns: columns of the weight before this one get no gradient.
+    """
+
+    def __init__(self, ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, frozen_columns: int) -> None:
+        self._ctx, self._features, self._weight, self._bias = ctx, features, weight, bias
+        self._frozen = frozen_columns
+        of_features, of_weight = ctx.needs_input_grad[:2]
+        self.needed = of_features or of_weight
+        self._gradient = torch.empty_like(features) if of_features else features.new_empty(0)
+        trained = weight[:, frozen_columns:]
+        self._weight_gradient = torch.zeros_like(trained) if of_weight else features.new_empty(0)
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Each chunk of positions, and its logits (chunk, draft vocabulary)."""
+        for start in range(0, len(self._features), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            logits = self._features[part] @ self._weight.T
+            if self._bias is not None:
+                logits += self._bias
+            yield part, logits
+
+    def add(self, part: slice, of_logits: Tensor) -> None:
+        """Add a chunk's gradient (chunk, draft vocabulary) for its logits."""
+        if self._ctx.needs_input_grad[0]:
+            torch.mm(of_logits, self._weight, out=self._gradient[part])
+        if self._ctx.needs_input_grad[1]:
+            self._weight_gradient.addmm_(of_logits.T, self._features[part, self._frozen :])
+
+    def save(self, *undifferentiated: Tensor) -> None:
+        """Keep the gradients for `ChunkedLoss.backward`; the given results have none."""
+        self._ctx.save_for_backward(self._gradient, self._weight_gradient)
+        self._ctx.frozen_columns, self._ctx.needs_grad = self._frozen, self._ctx.needs_input_grad[:2]
+        self._ctx.mark_non_differentiable(*undifferentiated)
+
+
+class _TeacherLoss(ChunkedLoss):
     """Sums over positions, with gradients for the features and for the weight's columns from `frozen_columns` on."""
 
     @staticmethod
@@ -81,15 +137,8 @@ class _TeacherLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         loss, ce, accepted = (features.new_zeros(()) for _ in range(3))
         hits = torch.zeros((), dtype=torch.long, device=features.device)
-        needs_grad = ctx.needs_input_grad
-        gradient = torch.empty_like(features) if needs_grad[0] else features.new_empty(0)
-        trained = weight[:, frozen_columns:]
-        weight_gradient = torch.zeros_like(trained) if needs_grad[1] else features.new_empty(0)
-        for start in range(0, features.shape[0], _CHUNK):
-            part = slice(start, start + _CHUNK)
-            logits = features[part] @ weight.T  # (chunk, vocab)
-            if bias is not None:
-                logits += bias
+        gradients = LogitGradients(ctx, features, weight, bias, frozen_columns)
+        for part, logits in gradients.chunks():
             teacher_logits = logits.gather(1, ids[part])  # (chunk, k): the head's logits of the teacher's tokens
             max_logit = logits.amax(-1, keepdim=True)
             # The teacher's top token comes first; its probability is 0 if the draft vocabulary lacks it.
@@ -105,28 +154,16 @@ class _TeacherLoss(torch.autograd.Function):
             accepted += overlap.sum()
             ce_weight = torch.ones_like(overlap) if sharpness is None else torch.exp(-sharpness * overlap)
             loss += (position_weight * (ce_weight * position_ce - (1 - ce_weight) * overlap)).sum()
-            if needs_grad[0] or needs_grad[1]:
+            if gradients.needed:
                 below = (head_probs < probs[part]) * head_probs * (1 - ce_weight)  # (1 - w) I q
                 # w (mass q - p) - (1 - w) q (I - sum I q)
                 draft_probs *= position_weight * (
                     ce_weight * probs[part].sum(-1, keepdim=True) + below.sum(-1, keepdim=True)
                 )
                 draft_probs.scatter_add_(1, ids[part], -position_weight * (ce_weight * probs[part] + below))
-                if needs_grad[0]:
-                    torch.mm(draft_probs, weight, out=gradient[part])
-                if needs_grad[1]:
-                    weight_gradient.addmm_(draft_probs.T, features[part, frozen_columns:])
-        ctx.save_for_backward(gradient, weight_gradient)
-        ctx.frozen_columns, ctx.needs_grad = frozen_columns, (needs_grad[0], needs_grad[1])
-        ctx.mark_non_differentiable(ce, hits, accepted)
+                gradients.add(part, draft_probs)
+        gradients.save(ce, hits, accepted)
         return loss, ce, hits, accepted
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, weight_gradient = ctx.saved_tensors
-        feature_gradient = gradient * outer[0] if ctx.needs_grad[0] else None
-        whole = functional.pad(weight_gradient * outer[0], (ctx.frozen_columns, 0)) if ctx.needs_grad[1] else None
-        return feature_gradient, whole, None, None, None, None, None, None
 
 
 def teacher_loss(

@@ -75,7 +75,7 @@ def read_plan(out: Path, shared: dict[str, Any]) -> Plan | None:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it to start again, the answers are kept") from error
     names = sorted({*then_flat, *now_flat})
-    changed = {n: (then_flat.get(n), now_flat.get(n)) for n in names if then_flat.get(n) != now_flat.get(n)}
+    changed = {n[-1]: (then_flat.get(n), now_flat.get(n)) for n in names if then_flat.get(n) != now_flat.get(n)}
     if changed:
         raise ValueError(
             f"{out} was begun with other settings; (then, now): {changed}. Use the same settings, or another folder"
@@ -83,10 +83,11 @@ def read_plan(out: Path, shared: dict[str, Any]) -> Plan | None:
     return found
 
 
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    flat = dict[str, Any]()
+def _flat(settings: dict[str, Any]) -> dict[tuple[str, ...], Any]:
+    """Settings by their path: answering and training have some of the same names."""
+    flat = dict[tuple[str, ...], Any]()
     for name, value in settings.items():
-        flat |= value if isinstance(value, dict) else {name: value}
+        flat |= {(name, own): each for own, each in value.items()} if isinstance(value, dict) else {(name,): value}
     return flat
 
 

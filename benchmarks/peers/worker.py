@@ -96,6 +96,52 @@ def llama_cpp(kind: str, weights: Path, threads: int) -> Answer:
     return answer
 
 
+def llama_server(kind: str, weights: Path, threads: int) -> Answer:
+    """llama.cpp's server, which drafts by the n-gram methods that its Python binding lacks; from PATH."""
+    import atexit
+    import http.client
+    import socket
+    import subprocess
+
+    _, name, method = kind.split()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {
+        "--model": weights / f"{name.lower()}.gguf",
+        "--port": port,
+        "--threads": threads,
+        "--threads-batch": threads,
+        "--ctx-size": 2048,
+        "--parallel": 1,
+        "--spec-type": method.removeprefix("server:"),
+    }
+    command = ["llama-server", *(str(part) for pair in options.items() for part in pair)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    atexit.register(server.kill)
+    while True:  # until it has loaded
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        try:
+            connection.request("GET", "/health")
+            if connection.getresponse().status == http.client.OK:
+                break
+        except ConnectionError:
+            if server.poll() is not None:
+                raise RuntimeError(f"llama-server ended with {server.returncode}") from None
+        time.sleep(0.1)
+
+    def answer(ids: list[int], new: int) -> Iterator[list[int] | float]:
+        body = {"prompt": ids, "n_predict": new, "temperature": 0, "top_k": 1, "repeat_penalty": 1.0}
+        more = {"stream": True, "cache_prompt": False, "return_tokens": True}
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+        connection.request("POST", "/completion", json.dumps(body | more), {"Content-Type": "application/json"})
+        for line in connection.getresponse():
+            if line.startswith(b"data: {"):
+                yield json.loads(line[6:])["tokens"]
+
+    return answer
+
+
 def ort(kind: str, weights: Path, threads: int) -> Answer:
     import onnxruntime_genai as og
 
@@ -208,6 +254,10 @@ PEERS: dict[str, Callable[[str, Path, int], Answer]] = {
     "llama.cpp F16": llama_cpp,
     "llama.cpp Q8_0": llama_cpp,
     "llama.cpp Q4_1": llama_cpp,
+    "llama.cpp Q4_1 server:none": llama_server,
+    "llama.cpp Q4_1 server:ngram-simple": llama_server,
+    "llama.cpp Q4_1 server:ngram-mod": llama_server,
+    "llama.cpp Q4_1 server:ngram-cache": llama_server,
     "onnxruntime-genai fp32": ort,
     "onnxruntime-genai int4": ort,
     "openvino F16": openvino,

@@ -126,6 +126,20 @@ def test_numbers_that_json_lacks_are_no_arguments(arguments: str) -> None:
     assert read(text, TAGS) == [text]
 
 
+@pytest.mark.parametrize("sizes", [None, lambda: 1])
+def test_a_string_of_a_call_may_hold_the_mark_that_ends_calls(sizes: Any) -> None:
+    held = json.dumps({"at": 'so: "</tool_call>" and \\ </tool_call>'})
+    text = f'<tool_call>{{"name": "look", "arguments": {held}}}</tool_call>'
+    assert read(text + " " + text, TAGS, sizes) == [ToolCall("look", held)] * 2
+    # A string that is never closed ends with the call, and what follows is read.
+    broken = '<tool_call>{"name": "look, "arguments": {}}</tool_call>'
+    assert read(broken + " Hm. " + text + " So.", TAGS, sizes) == [broken + " Hm.", ToolCall("look", held), " So."]
+    assert read(broken, TAGS, sizes) == [broken]
+    # Values that are text may have quotes as they like.
+    quote = "<tool_call>\n<function=look>\n<parameter=at>\n6\" wide\n</parameter>\n</function>\n</tool_call>"
+    assert read(quote, TAGS, sizes) == [ToolCall("look", json.dumps({"at": '6" wide'}))]
+
+
 def test_half_a_surrogate_pair_stays_escaped() -> None:
     call = read('<tool_call>{"name": "look", "arguments": {"at": "\\ud83d \\ud83d\\ude00"}}</tool_call>', TAGS)[0]
     assert call == ToolCall("look", '{"at": "\\ud83d \U0001f600"}')
@@ -141,6 +155,7 @@ def test_an_object_without_arguments_is_no_call() -> None:
         ("named", "[TOOL_CALLS]look" + " " * 100_000 + "x"),
         ("named", "[TOOL_CALLS]look[CALL_ID]" + " " * 100_000 + "x"),
         ("named", "[TOOL_CALLS]look" + " " * 100_000 + "{x"),
+        ("tags", '<tool_call>{"name": "' + "</tool_call>" * 20_000),
         ("pairs", "<tool_call>look" + "<arg_key>a</arg_key><arg_value>" * 20_000 + "</tool_call>"),
     ],
 )

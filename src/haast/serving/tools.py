@@ -7,10 +7,13 @@ pieces.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from haast.serving.tool_formats import TAGS, CallFormat, Schemas, ToolCall
+
+_QUOTES = re.compile(r'\\.|"', re.DOTALL)  # of a JSON text, with what a backslash escapes
 
 
 def instruction(tools: Sequence[Mapping[str, Any]]) -> str:
@@ -34,6 +37,8 @@ class CallReader:
     def __init__(self, form: CallFormat | None, schemas: Schemas | None = None) -> None:
         self._form, self._schemas = form, schemas or {}
         self._buffer, self._inside, self._whitespace = "", False, ""
+        self._closings = list[int]()  # closing marks within a string of the call's JSON, which may be a part of it
+        self._scanned, self._in_string = 0, False  # how far the call's quotes were counted, and what they say
         self._started = False  # whether any output was returned
         self.calls = 0
 
@@ -51,6 +56,9 @@ class CallReader:
             return [self._whitespace + self._form.open] if self._form and self._inside else []
         if not self._form.open and not self._started:
             return self._emit(self._form.read(held.strip(), self._schemas) or [held])
+        if self._inside and self._closings:  # a string that never ended
+            self._buffer = held
+            return self._emit(self._end_call(self._form, self._closings[0])) + self.push("") + self.finish()
         if self._inside:
             calls = None if self._form.close else self._form.read(held.strip(), self._schemas)
             return self._emit(calls or [self._whitespace + self._form.open + held])
@@ -66,20 +74,18 @@ class CallReader:
     def _read_marked(self, form: CallFormat) -> list[str | ToolCall]:
         parts: list[str | ToolCall] = []
         while not self._inside or form.close:
-            mark = form.close if self._inside else form.open
-            before, here, after = self._buffer.partition(mark)
+            if self._inside:
+                if (end := self._closing(form)) is None:
+                    break
+                parts += self._end_call(form, end)
+                continue
+            before, here, after = self._buffer.partition(form.open)
             if not here:
                 break
-            self._buffer = after
-            if self._inside:
-                calls = form.read(before.strip(), self._schemas)
-                parts += calls or [f"{self._whitespace}{form.open}{before}{form.close}"]
-                self.calls += len(calls or [])
-            else:
-                words = before.rstrip()
-                self._whitespace = before[len(words) :]  # dropped, if a call follows
-                parts += [words] if words else []
-            self._inside = not self._inside
+            words = before.rstrip()
+            self._buffer, self._whitespace = after, before[len(words) :]  # dropped, if a call follows
+            parts += [words] if words else []
+            self._inside = True
         if not self._inside:
             keep = _undecided(self._buffer, form.open)
             if not self._buffer[: len(self._buffer) - keep].strip():
@@ -88,6 +94,30 @@ class CallReader:
             if words:
                 parts.append(words)
         return parts
+
+    def _closing(self, form: CallFormat) -> int | None:
+        """Where the call ends. A mark in a string of its JSON is a part of it, unless it can't be read so."""
+        while (end := self._buffer.find(form.close, self._closings[-1] + 1 if self._closings else 0)) >= 0:
+            if not self._string_at(end):
+                whole = not self._closings or form.read(self._buffer[:end].strip(), self._schemas)
+                return end if whole else self._closings[0]
+            self._closings.append(end)
+        return None
+
+    def _string_at(self, end: int) -> bool:
+        """Whether the buffer before `end` is a JSON object that stops within a string."""
+        for quote in _QUOTES.finditer(self._buffer, self._scanned, end):
+            self._in_string ^= quote[0] == '"'
+        self._scanned = end
+        return self._in_string and self._buffer.lstrip().startswith("{")
+
+    def _end_call(self, form: CallFormat, end: int) -> list[str | ToolCall]:
+        """The call that ends at `end`, or its text; what follows stays in the buffer."""
+        before, self._buffer = self._buffer[:end], self._buffer[end + len(form.close) :]
+        self._closings, self._scanned, self._in_string, self._inside = [], 0, False, False
+        calls = form.read(before.strip(), self._schemas)
+        self.calls += len(calls or [])
+        return list(calls) if calls else [f"{self._whitespace}{form.open}{before}{form.close}"]
 
     def _emit(self, parts: Sequence[str | ToolCall]) -> list[str | ToolCall]:
         self._started = self._started or bool(parts)

@@ -32,7 +32,7 @@ from haast.target.load import DEFAULT_MODEL, load_target
 from haast.target.target import Target
 from haast.tuning.calibration import Calibration
 
-_SIZES = (1, 2, 4, 8)
+_SIZES = (1, 2, 4, 8, 16, 32)
 _TREES = (3, 4, 6)  # nodes; a node costs more in larger batches
 
 
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--limit", type=int, default=16)
+    parser.add_argument("--limit", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, required=True)

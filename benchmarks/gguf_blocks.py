@@ -82,8 +82,6 @@ def _part(name: str, python: str, **arguments: Any) -> dict[str, Any]:
 
 def load(file: str, threads: int) -> dict[str, Any]:
     """Seconds and memory from the first import to the first token; then milliseconds of a forward by rows."""
-    import resource
-
     import torch
 
     begin = time.perf_counter()
@@ -110,13 +108,15 @@ def load(file: str, threads: int) -> dict[str, Any]:
                 target.forward(tree, cache)
                 times.append(1e3 * (time.perf_counter() - start))
             milliseconds[str(rows)] = median(times)
+    from haast.bench.runner import peak_rss_mb  # not before, since it takes memory itself
+
     return {
         "import_s": imported - begin,
         "load_s": loaded - imported,
         "first_token_s": first - imported,
         "rss_before_mb": before,
         "rss_mb": _rss(),
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+        "peak_rss_mb": peak_rss_mb(),
         "forward_ms": milliseconds,
         "one_call": target.one_call,
         "forms": _forms(target),

@@ -1,16 +1,17 @@
 """Load test of a server: throughput and latency by number of clients, with and without drafting, and of peers.
 
     haast serve --port 8000 &
+    haast serve --port 8003 --drafter none &
     llama-server --model f16.gguf --threads 2 --parallel 32 --ctx-size 65536 --port 8001 &
     python benchmarks/serving_load.py --prompts mt_bench.jsonl --haast http://127.0.0.1:8000 \\
-        --peer "llama.cpp F16=http://127.0.0.1:8001" --clients 1,2,4,8,16,32 --json results/serving-load.json
+        --off http://127.0.0.1:8003 --peer "llama.cpp F16=http://127.0.0.1:8001" --json results/serving-load.json
 
 Each client sends its next prompt when the last answer is complete: streamed, greedy, with mixed limits of new tokens.
 For every number of clients each system runs for `--seconds`; requests that still run at the end are dropped, but their
 tokens count. Measured per turn: tokens per second, time to the first token, and time between the tokens of an answer
-(p50 and p99 over answers). "haast, drafting off" is the same server with `haast: {"drafter": "none"}` in the request;
-its texts are compared with the drafted ones. The client is plain asyncio, because it shares the cores with the server;
-run nothing else on the machine meanwhile.
+(p50 and p99 over answers). "haast, drafting off" is a second process of the server: in the same one, whose turn comes
+second would find the first one's prefixes computed. Its texts are compared with the drafted ones. The client is plain
+asyncio, because it shares the cores with the server; run nothing else on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -38,11 +39,10 @@ LENGTHS = (16, 48, 96, 192)  # limits of new tokens, chosen at random
 
 @dataclass(frozen=True)
 class System:
-    """A server, with extra fields for its requests."""
+    """A server."""
 
     name: str
     url: str
-    fields: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -79,7 +79,6 @@ async def ask(system: System, prompt: str, length: int, answer: Answer) -> None:
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},
-            **system.fields,
         }
     ).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\n"
@@ -155,6 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--haast", required=True, metavar="URL")
+    parser.add_argument("--off", required=True, metavar="URL", help="the server with --drafter none")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=URL")
     parser.add_argument("--clients", default="1,2,4,8,16,32")
     parser.add_argument("--seconds", type=float, default=60)
@@ -170,7 +170,7 @@ def main() -> None:
     draw.shuffle(questions)
     systems = [
         System("haast", arguments.haast),
-        System("haast, drafting off", arguments.haast, {"haast": {"drafter": "none"}}),
+        System("haast, drafting off", arguments.off),
         *(System(*peer.split("=", 1)) for peer in arguments.peer),
     ]
     rows, texts, differ = list[dict[str, Any]](), dict[tuple[int, int], str](), 0
@@ -183,10 +183,11 @@ def main() -> None:
             rows.append(row)
             sys.stderr.write(json.dumps(row) + "\n")
             for answer in answers:
-                if answer.whole and system.url == arguments.haast:
+                if answer.whole and system.url in (arguments.haast, arguments.off):
                     expected = texts.setdefault((0, answer.question), answer.text)
                     differ += expected != answer.text
             time.sleep(2)  # let dropped requests end
+    flags = [f"--clients {arguments.clients}", f"--seconds {arguments.seconds:g}"]
     document = {
         "kind": "serving-load",
         "load": rows,
@@ -195,7 +196,7 @@ def main() -> None:
         "differing_texts": differ,
         "compared_texts": len(texts),
         "notes": arguments.note,
-        "environment": machine() | {"command": "python benchmarks/serving_load.py, see its docstring"},
+        "environment": machine() | {"command": " ".join(["python benchmarks/serving_load.py", *flags])},
     }
     write_json(document, arguments.json)
 

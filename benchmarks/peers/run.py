@@ -71,9 +71,12 @@ class Peer:
         return answer
 
     def stop(self) -> None:
-        """Kill the process."""
-        self._process.kill()
-        self._process.wait()
+        """End the process by the end of its input, since it may have to stop a server; kill it after ten seconds."""
+        try:
+            self._process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None

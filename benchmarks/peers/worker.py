@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from typing import Any
 # Answers a prompt and yields new tokens as they come. A peer without streaming first generates one token, yields the
 # seconds that it took, and then generates the whole answer again; that time is its time to the first token.
 Answer = Callable[[list[int], int], Iterator[list[int] | float]]
+
+_PROCESSES = ["self"]  # whose memory is a peer's
 
 
 def haast(kind: str, weights: Path, threads: int) -> Answer:
@@ -119,6 +122,7 @@ def llama_server(kind: str, weights: Path, threads: int) -> Answer:
     command = ["llama-server", *(str(part) for pair in options.items() for part in pair)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     atexit.register(server.kill)
+    _PROCESSES.append(str(server.pid))
     while True:  # until it has loaded
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         try:
@@ -306,9 +310,9 @@ def _timed(answer: Answer, ids: list[int], new: int) -> dict[str, Any]:
 
 
 def _peak() -> float:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    """Peak memory in MB. Not `ru_maxrss`, which a process inherits from who starts it."""
+    statuses = [Path(f"/proc/{process}/status").read_text() for process in _PROCESSES]
+    return max(float(re.findall(r"VmHWM:\s*(\d+)", status)[0]) for status in statuses) * 1024 / 1e6
 
 
 if __name__ == "__main__":

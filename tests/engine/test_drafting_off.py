@@ -173,12 +173,28 @@ def test_prefixes_of_a_crowd_are_shared_and_made_whole_again(law: SamplingParams
 
     expected = Engine(at, VanillaDrafter()).complete([prompt], law, StopParams(9), Stats())
     at.pool.clear()
-    whole = (len(prompt) - 1) // BLOCK * BLOCK
-    assert [told(crowd=True) for _ in range(3)] == [0, whole, whole]
+    assert [told(crowd=True) for _ in range(3)] == [0, len(prompt) - 1, len(prompt) - 1]
     assert told(crowd=False) == 0, "the head has not seen it"
     assert told(crowd=False) == len(prompt) - 1
     assert told(crowd=True) == len(prompt) - 1
     assert at.pool.available == at.pool.blocks
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("length", range(2 * BLOCK - 1, 3 * BLOCK, 3))
+def test_a_text_taken_up_within_a_block_drafts_from_the_next_one_on(length: int, law: SamplingParams) -> None:
+    """Where a crowd has computed a prompt, two rows go on from its last token; the one that is left then drafts."""
+    at, (other, prompt) = tiny_target(), texts(2, 60)
+    drafter, seen, prompt = drafter_of(at), list[Step](), prompt[:length]
+    expected = say(at, VanillaDrafter(), [other, prompt], (3, 40), law)
+    at.pool.clear()
+    for _ in range(2):
+        seen.clear()
+        assert say(at, drafter, [other, prompt], (3, 40), law, watch=seen.append) == expected
+    alone = [step.tree.nodes > 1 for step in seen if len(step.rows) == 1]
+    known = length + 2  # the text without its last token, when it is left alone
+    missing = max(0, -(-(length - 1) // BLOCK) * BLOCK + 1 - known)
+    assert alone[: missing + 2] == [False] * missing + [True] * 2, "drafts begin with the block after the reused text"
 
 
 def test_a_sequence_says_whether_its_prefix_lacks_the_head() -> None:
@@ -190,7 +206,8 @@ def test_a_sequence_says_whether_its_prefix_lacks_the_head() -> None:
     kv.release(text, 100, "head", head_kv_from=100)
     drafting, crowd, near = (pool.sequence() for _ in range(3))
     assert drafting.reuse(text, "head")[0] == 47 and not drafting.headless
-    assert crowd.reuse(text, "head", headless=True) == (96, 0, 0) and crowd.headless
+    reused, source, copy = crowd.reuse(text, "head", headless=True)
+    assert reused == 99 and crowd.headless and source != copy and copy == crowd.table[6]
     assert near.reuse(text[:40], "head", headless=True)[0] == 39 and not near.headless, "the head has seen so much"
     assert pool.usable(text, "head", None, False) == 48 and pool.usable(text, "head", None, True) == 100
     for each in (drafting, crowd, near):

@@ -237,6 +237,8 @@ class EagleDrafter(Drafter):
             self._watch.proposed(1)
             return DraftTree.roots(stacked(states, "root"))
         self._catch_up(states)
+        if any(state.extrapolated is None for state in states):  # its first block is still to come
+            return DraftTree.roots(stacked(states, "root"))
         tree = self._draft(states, prepared, others if others is not None and any(map(len, others)) else None)
         self._watch.proposed(tree.nodes)
         return tree
@@ -264,15 +266,18 @@ class EagleDrafter(Drafter):
         if pairs:
             if pairs < paired.shape[1]:
                 paired, features = paired[:, :pairs], features[:, :pairs]
-            cache, past = self._bound(states)
+            rows = [row for row, count in enumerate(kept) if count]
+            running = [states[row] for row in rows]
+            if len(rows) < len(states):  # a text that has not reached its head's first block has no place in it
+                paired, features = paired[rows], features[rows]
+            cache, past = self._bound(running)
             # The padding of shorter rows is overwritten by later pairs.
             flight = Flight.chain(past, to_device(torch.tensor(past), paired.device), pairs)
-            fused = self._module.continued(self._module.fuse(features), [state.extrapolated for state in states])
+            fused = self._module.continued(self._module.fuse(features), [state.extrapolated for state in running])
             output = self._commit(cache, paired, fused, flight)
-            for row, (state, count) in enumerate(zip(states, kept, strict=True)):
-                if count:
-                    state.observed += count
-                    state.extrapolated = output[row, count - 1]
+            for place, (state, row) in enumerate(zip(running, rows, strict=True)):
+                state.observed += kept[row]
+                state.extrapolated = output[place, kept[row] - 1]
         for state in states:
             state.update_root()
             state.before = state.before if state.root is None else state.root

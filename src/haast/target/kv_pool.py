@@ -278,7 +278,7 @@ class Sequence:
             reach: number of slots before the end of the prefix for which the head needs its own keys and values; None
                 is all.
             headless: accept a longer prefix that lacks the head's keys and values. `self.headless` is then whether it
-                was used; only whole blocks are reused, and the head starts after them.
+                was used; the head starts with the next block.
 
         Returns:
             (filled slots, block to copy from, block to copy to). The blocks are 0, 0 unless the last block is shared
@@ -287,8 +287,6 @@ class Sequence:
         prefixes, self.headless, self.state = self.pool._usable(text, key, reach, headless)
         reused = max(sum(count for _, count in prefixes) - 1, 0)
         whole, rest = divmod(reused, BLOCK)
-        if self.headless and self.state is None:
-            rest = 0
         for prefix, _ in prefixes[:whole]:
             prefix.users += 1
             self.pool._idle.pop(prefix, None)

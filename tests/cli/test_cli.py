@@ -30,6 +30,7 @@ from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConf
 from haast.prompts import read_json_lines
 from haast.target import load as models_module
 from haast.tree import DraftTree
+from haast.tuning.online import OnlinePolicy
 
 SPECIAL = ["<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
@@ -407,6 +408,20 @@ def test_verify_finds_nothing_wrong(home: Path, tmp_path: Path) -> None:
     assert [c["check"] for c in written["comparisons"]] == ["greedy", "sampled"] * 2
     assert [law["expected_to_fail"] for law in written["laws"][:2]] == [False, True]
     assert len(written["laws"]) >= 3 and all(law["passed"] for law in written["laws"])
+
+
+def test_verify_drafts_where_drafts_do_not_pay(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise it would compare vanilla with vanilla."""
+    monkeypatch.setattr(OnlinePolicy, "drafting_off", lambda self, rows: True)
+    monkeypatch.setattr(OnlinePolicy, "budget", lambda self, requests: 1)
+    tuned = parts(home)[: -len(SMALL)]
+    words = ["--prompts", home / "prompts.jsonl", "--limit", 1, "--max-new-tokens", 12, "--samples", 0]
+    out = tmp_path / "verify.json"
+    result = haast_run("verify", *tuned, *words, "--json", out)
+    assert result.exit_code == 0 and "do not pay on this machine" in result.stdout, result.output
+    assert all(each["drafts"] > 0 for each in json.loads(out.read_text())["comparisons"])
+    one = haast_run("verify", *tuned, *words[:4], "--max-new-tokens", 1, "--samples", 0)
+    assert "nothing was drafted" in one.stdout
 
 
 def test_verify_exits_1_on_a_planted_bug(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

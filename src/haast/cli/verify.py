@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,8 +61,11 @@ def verify(
     kinds = {"greedy": SamplingParams(), "sampled": SamplingParams(temperature=temperature, seed=seed)}
     loading.check()
     target, drafter = load_chosen(choice, loading, drafting)
-    encoded, stop = encoded_prompts(target, selected), StopParams(max_new_tokens, target.end_ids)
     out = human_output(json_out)
+    if drafter.policy is not None and drafter.policy.drafting_off(1):
+        print("drafts do not pay on this machine: their default size is verified, as with --calibration off", file=out)
+        target, drafter = load_chosen(choice, loading, replace(drafting, calibration="off"))
+    encoded, stop = encoded_prompts(target, selected), StopParams(max_new_tokens, target.end_ids)
     results: list[dict[str, Any]] = []
     with Progress("verifying", "texts", len(kinds) * len(encoded)) as progress:
         for prompt, kind in product(encoded, kinds):
@@ -85,6 +88,8 @@ def _end(document: dict[str, Any], json_out: str | None) -> None:
     results = document["comparisons"]
     summary = f"{sum(each['same'] for each in results)} of {len(results)} texts are the same, "
     summary += f"{document['ties']} floating-point ties, {document['bugs']} bugs"
+    if not any(each["drafts"] for each in results):
+        summary += "; nothing was drafted, so this says nothing of drafting"
     print(summary, file=human_output(json_out))
     write_json({"kind": "verify", **document}, json_out)
     if document["bugs"]:
@@ -98,6 +103,7 @@ def _comparison_entry(comparison: Comparison, prompt: str, kind: str) -> dict[st
         "same": comparison.divergence is None,
         "tokens": len(comparison.vanilla),
         "tau": comparison.drafted_stats.tau,
+        "drafts": comparison.drafted_stats.nodes - comparison.drafted_stats.target_forwards,
         "divergence": None if comparison.divergence is None else asdict(comparison.divergence),
     }
 

@@ -136,7 +136,7 @@ def test_a_string_of_a_call_may_hold_the_mark_that_ends_calls(sizes: Any) -> Non
     assert read(broken + " Hm. " + text + " So.", TAGS, sizes) == [broken + " Hm.", ToolCall("look", held), " So."]
     assert read(broken, TAGS, sizes) == [broken]
     # Values that are text may have quotes as they like.
-    quote = "<tool_call>\n<function=look>\n<parameter=at>\n6\" wide\n</parameter>\n</function>\n</tool_call>"
+    quote = '<tool_call>\n<function=look>\n<parameter=at>\n6" wide\n</parameter>\n</function>\n</tool_call>'
     assert read(quote, TAGS, sizes) == [ToolCall("look", json.dumps({"at": '6" wide'}))]
 
 

@@ -197,6 +197,21 @@ def test_a_text_taken_up_within_a_block_drafts_from_the_next_one_on(length: int,
     assert alone[: missing + 2] == [False] * missing + [True] * 2, "drafts begin with the block after the reused text"
 
 
+@pytest.mark.parametrize("law", LAWS)
+def test_texts_taken_up_at_different_places_of_a_block_draft_together(law: SamplingParams) -> None:
+    """One row's head can begin at once, the other's block is still to come: both wait for it, and say what they say."""
+    at, (other, long) = tiny_target(), texts(2, 60)
+    drafter, seen = drafter_of(at, most=2), list[Step]()
+    prompts, ends = [other, long[: 2 * BLOCK - 1], long[: 2 * BLOCK + 2]], (3, 40, 40)
+    expected = say(at, VanillaDrafter(), prompts, ends, law)
+    at.pool.clear()
+    for _ in range(2):
+        seen.clear()
+        assert say(at, drafter, prompts, ends, law, watch=seen.append) == expected
+    drafted = [step.tree.nodes > 1 for step in seen if len(step.rows) == 2]
+    assert True in drafted and False in drafted and drafted == sorted(drafted)
+
+
 def test_a_sequence_says_whether_its_prefix_lacks_the_head() -> None:
     pool, text = KVPool(40 * BLOCK), list(range(100))
     kv = pool.sequence()

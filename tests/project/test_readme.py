@@ -61,6 +61,18 @@ def test_its_make_targets_exist(command: str) -> None:
     assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 
 
+def test_every_row_of_a_table_has_the_columns_of_its_head() -> None:
+    for page in PAGES:
+        columns = 0
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.startswith("|"):
+                columns = 0
+                continue
+            found = len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", line)))
+            assert found == (columns or found), f"{page.name}:{number}: {line}"
+            columns = found
+
+
 def test_no_absolute_path_of_a_machine_in_results() -> None:
     for path in (ROOT / "results").glob("*.json"):
         assert not re.search(r'"[^"]*(/home/|/work/|/root/|/tmp/|\.\./)', path.read_text(encoding="utf-8")), path.name

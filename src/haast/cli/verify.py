@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,6 +55,7 @@ def verify(
     from haast.checking.distribution import distribution_tests
     from haast.checking.divergence import compare
     from haast.core import SamplingParams
+    from haast.drafters.factory import draft_always
     from haast.engine.engine import StopParams
     from haast.progress import Progress
 
@@ -63,8 +64,8 @@ def verify(
     target, drafter = load_chosen(choice, loading, drafting)
     out = human_output(json_out)
     if drafter.policy is not None and drafter.policy.drafting_off(1):
-        print("drafts do not pay on this machine: their default size is verified, as with --calibration off", file=out)
-        target, drafter = load_chosen(choice, loading, replace(drafting, calibration="off"))
+        print("drafts do not pay on this machine: trees of the default size are verified", file=out)
+        draft_always(target, drafter)
     encoded, stop = encoded_prompts(target, selected), StopParams(max_new_tokens, target.end_ids)
     results: list[dict[str, Any]] = []
     with Progress("verifying", "texts", len(kinds) * len(encoded)) as progress:

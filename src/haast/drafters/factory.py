@@ -295,6 +295,14 @@ def tune_eagle(target: Target, drafter: EagleDrafter, calibration: str | Path = 
     return latency
 
 
+def draft_always(target: Target, drafter: Drafter) -> None:
+    """Let a drafter with a policy draft trees of the default size in every step from the next one on, pay or not."""
+    drafter.policy = None
+    headed = drafter.eagle if isinstance(drafter, HybridDrafter) else drafter
+    if isinstance(headed, EagleDrafter):
+        tune_eagle(target, headed, "off")
+
+
 def _with_policy(drafter: Drafter, latency: Latency | None, sizes: tuple[DraftSize, ...]) -> Drafter:
     drafter.policy = None if latency is None else OnlinePolicy(latency, lambda rows: sizes)
     return drafter

@@ -114,7 +114,7 @@ def test_answers_and_features_are_the_same_where_requests_have_to_wait_for_memor
     ask(target, tmp_path / "a.jsonl", max_new_tokens=40)
     assert not waited
     narrow = Target(target.model, TOKENIZER)
-    narrow.use_pool(tokens=320)
+    narrow.use_pool(tokens=352)
     settled = settings(max_new_tokens=40, shards=tmp_path / "shards", topk=4)
     regenerate(narrow, AnswerRun(TOKENIZER, prompts(), tmp_path / "b.jsonl", settled, quiet=True))
     assert waited and by_id(tmp_path / "a.jsonl") == by_id(tmp_path / "b.jsonl")

@@ -12,7 +12,7 @@ import typer
 from typer import Argument, Option
 
 from haast.cli.boundary import human_output
-from haast.cli.settings import JsonOption, Loading, PromptsOption, check_at_least
+from haast.cli.settings import JsonOption, KVDtypeOption, Loading, PromptsOption, check_at_least
 from haast.files import check_writable, write_json
 from haast.training.config import RegenerateConfig, TrainConfig
 
@@ -55,6 +55,7 @@ def make_head(
     name: Annotated[str | None, Argument(metavar="[MODEL]", help="The target; the same as --model.")] = None,
     prompts: PromptsOption = None,
     plan: Annotated[bool, Option("--plan", help="Only measure this machine and print the plan.")] = False,
+    kv_dtype: KVDtypeOption = "auto",
     json_out: JsonOption = None,
 ) -> None:
     """Make a head for a model: answers, features, training and model card. Run again to resume.
@@ -64,6 +65,7 @@ def make_head(
     haast make-head smollm2-135m-instruct --prompts prompts.jsonl --minutes 120 --out my-head
     """
     from haast.prompts import read_prompts
+    from haast.target.kv_budget import KVBudget
 
     loading = loading if name is None else replace(loading, model=name)
     answering, settings = making.check()
@@ -72,12 +74,14 @@ def make_head(
         raise ValueError("make-head needs prompts: give --prompts FILE (JSON lines with `turns` or `prompt`)")
     chosen = read_prompts(prompts)
     check_writable(json_out)
+    KVBudget(kv_dtype=kv_dtype)
     from haast.training.make_head import make_head as run
     from haast.training.make_head import plan_head, read_plan, settings_of
 
     shared = settings_of(loading.model, chosen, answering, settings, making.valid_limit, making.minutes)
     planned = read_plan(out, shared)
     target = loading.load()
+    target.use_pool(kv_dtype=kv_dtype)
     if planned is None:
         _report("measuring this machine ...")
         planned = plan_head(target, chosen, answering, settings, making.minutes)

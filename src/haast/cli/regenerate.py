@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
-from haast.cli.settings import JsonOption, LimitOption, Loading, PromptsOption
+from haast.cli.settings import JsonOption, KVDtypeOption, LimitOption, Loading, PromptsOption
 from haast.files import check_writable, write_json
 from haast.training.config import RegenerateConfig
 
@@ -63,6 +63,7 @@ def regenerate(
     serving: EndpointOptions,
     prompts: PromptsOption = None,
     limit: LimitOption = None,
+    kv_dtype: KVDtypeOption = "auto",
     json_out: JsonOption = None,
 ) -> None:
     """Generate the target's answers to prompts: the text that a head is trained on. Run again to resume.
@@ -75,6 +76,7 @@ def regenerate(
     haast regenerate --prompts prompts.jsonl --turns 3 --out answers.jsonl --endpoint http://localhost:8000/v1
     """
     from haast.prompts import read_prompts
+    from haast.target.kv_budget import KVBudget
     from haast.training.checkpoints import write_probe
 
     endpoint = serving.check()
@@ -83,6 +85,7 @@ def regenerate(
             "--shards stores features, which an endpoint does not return: give --shards to `haast train` instead"
         )
     loading.check()
+    KVBudget(kv_dtype=kv_dtype)
     if prompts is None:
         raise ValueError("regenerate needs prompts: give --prompts FILE (JSON lines with `turns` or `prompt`)")
     chosen = read_prompts(prompts, limit)
@@ -95,7 +98,7 @@ def regenerate(
     check_writable(json_out)
     start = time.monotonic()
     try:
-        outcome = _run(loading, chosen, out, config, endpoint)
+        outcome = _run(loading, chosen, out, config, endpoint, kv_dtype)
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; finished answers are in {out}, the same command resumes from there", err=True)
         raise
@@ -113,7 +116,12 @@ def regenerate(
 
 
 def _run(
-    loading: Loading, prompts: Sequence[Prompt], out: Path, config: RegenerateConfig, endpoint: EndpointConfig | None
+    loading: Loading,
+    prompts: Sequence[Prompt],
+    out: Path,
+    config: RegenerateConfig,
+    endpoint: EndpointConfig | None,
+    kv_dtype: str,
 ) -> Outcome:
     from haast.training.generation_queue import AnswerRun
 
@@ -127,6 +135,7 @@ def _run(
     from haast.training.regenerate import regenerate as run
 
     target = loading.load()
+    target.use_pool(kv_dtype=kv_dtype)
     if target.tokenizer is None:
         raise ValueError(f"{name} has no tokenizer, so it cannot answer prompts")
     return run(target, AnswerRun(target.tokenizer, prompts, out, config, name))

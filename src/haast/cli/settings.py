@@ -40,6 +40,14 @@ JsonOption = Annotated[
     str | None, Option("--json", metavar="OUT", help="Write the result to this file; '-' is stdout.")
 ]
 PromptsOption = Annotated[Path | None, Option("--prompts", metavar="FILE", help="JSON lines with `turns` or `prompt`.")]
+KVDtypeOption = Annotated[
+    str,
+    Option(
+        "--kv-dtype",
+        help="Dtype of stored keys and values: auto (the model's), float16 or bfloat16, which make many answers at a "
+        "time faster.",
+    ),
+]
 LimitOption = Annotated[int | None, Option("--limit", metavar="N", help="Use only the first N prompts.")]
 ChunkOption = Annotated[
     int, Option("--prefill-chunk", metavar="N", help="Prompt tokens per forward; fewer need less memory.")

@@ -22,6 +22,7 @@ from haast.training.shards import ShardIdentity, check_room, read_shards, write_
 from haast.tree import DraftTree
 
 _LOGIT_ROWS = 256  # positions per chunk of logits
+LEAST_TOKENS = 3  # of a sequence: two pairs of a feature and the token after, so that one predicts the other
 
 
 @torch.inference_mode()
@@ -56,7 +57,7 @@ def stream_examples(
         features, hidden = _states(target, tokens.to(target.device), mask.to(target.device), layer_ids)
         for row, index in enumerate(batch):
             length = len(sequences[index].tokens)
-            yield index, _example(target, sequences[index], features[row, :length], topk, hidden[row, :length])
+            yield index, make_example(target, sequences[index], features[row, :length], topk, hidden[row, :length])
 
 
 def _states(target: Target, tokens: Tensor, mask: Tensor, layer_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -74,17 +75,33 @@ def _states(target: Target, tokens: Tensor, mask: Tensor, layer_ids: Sequence[in
     return torch.cat(features, 1), torch.cat(hidden, 1)
 
 
-def _example(target: Target, sequence: TokenSequence, features: Tensor, topk: int, hidden: Tensor) -> Example:
+@torch.inference_mode()
+def make_example(
+    target: Target, sequence: TokenSequence, features: Tensor, topk: int, hidden: Tensor | None = None
+) -> Example:
+    """A sequence with its features and the teacher's top tokens.
+
+    Args:
+        target: the model.
+        sequence: n tokens.
+        features: (n, hidden).
+        topk: number of the teacher's top tokens per supervised position.
+        hidden: captured states (n, width) in fp16; None: no layers are captured.
+
+    Raises:
+        ValueError: states that fp16 cannot hold.
+    """
     supervised = torch.tensor(sequence.supervised)
     # Positions with a teacher: supervised ones, and those that predict the first token of an answer.
     answers = supervised | torch.cat([supervised[1:], supervised.new_zeros(1)])
     ids = torch.zeros(len(sequence.tokens), topk, dtype=torch.int32)
     probs = torch.zeros(len(sequence.tokens), topk, dtype=torch.float16)
     for rows in torch.split(answers.nonzero()[:, 0], _LOGIT_ROWS):
-        logits = target.head_logits(features[rows.to(features.device)]).float()
+        logits = target.head_logits(features[rows.to(features.device)].to(target.device)).float()
         values, best = logits.topk(topk, dim=-1)
         ids[rows], probs[rows] = best.int().cpu(), (values - logits.logsumexp(-1, keepdim=True)).exp().half().cpu()
     tokens, features = torch.tensor(sequence.tokens, dtype=torch.int32), features.half().cpu()
+    hidden = features[:, :0] if hidden is None else hidden
     if not all(bool(torch.isfinite(states).all()) for states in (features, hidden)):
         raise ValueError(
             "features or hidden states of this target exceed the range of fp16 (65504), so they cannot be stored"
@@ -112,7 +129,7 @@ def extract(
     if folder.exists() and any(folder.glob("*.safetensors")):
         done = {record_key(record) for record in read_shards(folder, identity, exactly=True)[1]}
         sequences = [s for s in sequences if record_key(s.record) not in done]
-    sequences = [s for s in sequences if len(s.tokens) >= 3]
+    sequences = [s for s in sequences if len(s.tokens) >= LEAST_TOKENS]
     check_room(folder, sum(len(s.tokens) for s in sequences), identity, max_gb)
     stream = stream_examples(target, sequences, identity.topk, layer_ids=identity.layer_ids)
     examples = _with_progress(stream, sequences, quiet)

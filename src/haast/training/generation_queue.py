@@ -203,8 +203,8 @@ class AnswerRun:
                 return question, tokens, limit
         return None
 
-    def keep(self, question: Question, text: str, tokens: list[int], finished: bool, **more: Any) -> None:
-        """Store the answer as a record (format: see `answers`), with the fields of `more` at its end.
+    def keep(self, question: Question, text: str, tokens: list[int], finished: bool, **more: Any) -> dict[str, Any]:
+        """Store the answer as a record (format: see `answers`), with the fields of `more` at its end; returns it.
 
         Unless `config.loops` is "keep", an answer that ends in a loop is stored up to the first repetition.
         """
@@ -235,6 +235,7 @@ class AnswerRun:
         self.questions.mark_answered(question)
         self.added += 1
         self._progress.step(counted=len(tokens))
+        return record
 
     @property
     def records(self) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from haast.training.dataset import Report, read_inputs
 from haast.training.generation_queue import AnswerRun
 from haast.training.plan import Plan, make_plan, measure_rates
 from haast.training.regenerate import regenerate
-from haast.training.run import prepare
+from haast.training.run import layer_ids, prepare
 
 _LOG = logging.getLogger("haast.training")
 
@@ -141,14 +141,15 @@ def make_head(
         raise ValueError(f"{name} has no tokenizer, so it cannot answer prompts")
     write_json({"settings": shared, "plan": asdict(plan)}, out / "make-head.json")
     report("1 of 3: answers")
-    answers = out / "answers.jsonl"
-    outcome = regenerate(
-        target, AnswerRun(target.tokenizer, prompts, answers, replace(answering, answers=plan.answers), name)
-    )
+    answers, features = out / "answers.jsonl", out / "features"
+    # A head that reads features alone gets them from the generation itself; others need more states of the text.
+    shards = None if layer_ids(settings, target) else features
+    answering = replace(answering, answers=plan.answers, shards=shards)
+    outcome = regenerate(target, AnswerRun(target.tokenizer, prompts, answers, answering, name))
     left = f"{outcome.looped} cut at a loop, {outcome.duplicates} near-duplicate prompts, {outcome.left_out} left out"
     report(f"{outcome.before + outcome.added} answers ({left})")
     report("2 of 3: features")
-    data = TrainingData(answers=answers, shards=out / "features", valid_limit=valid_limit, max_gb=answering.max_gb)
+    data = TrainingData(answers=answers, shards=features, valid_limit=valid_limit, max_gb=answering.max_gb)
     records, valid = read_inputs(data, None)
     run = prepare(target, name, data, settings, records, command=command, report=report)
     run.plan = {"answers": plan.answers, **{each: shared["answering"][each] for each in ("mix", "lengths", "turns")}}

@@ -6,13 +6,18 @@ other requests in the batch, a drafter or an interruption do not change it (if t
 otherwise up to floating-point ties).
 
     answers file   see `answers`
-    features       optional shards, for all answers in the file that have none yet; see `features.extract`
+    features       optional shards: of new answers as they are generated (`recorder`), then of those in the file that
+                   have none yet (`features.extract`)
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
+from typing import Any
+
+from torch.nn.functional import pad
 
 from haast.core import Request, SamplingParams, StopParams
 from haast.drafters.base import Drafter
@@ -21,11 +26,13 @@ from haast.engine.engine import Engine, raise_error
 from haast.sampling import Sampler
 from haast.stats import tail_loops
 from haast.target.target import Target
+from haast.training.batches import Example
 from haast.training.checkpoints import write_probe
-from haast.training.data import encode_answers
-from haast.training.features import extract
+from haast.training.data import TokenSequence, encode_answers
+from haast.training.features import LEAST_TOKENS, extract, make_example
 from haast.training.generation_queue import POSITIONS_PER_TURN, AnswerRun, Outcome, Question
-from haast.training.shards import ShardIdentity
+from haast.training.recorder import FeatureRecorder
+from haast.training.shards import ShardIdentity, write_shards
 
 
 class TurnSampler(Sampler):
@@ -54,20 +61,49 @@ def regenerate(target: Target, run: AnswerRun, drafter: Drafter | None = None) -
         ValueError: before the model runs, a folder that cannot be written or an error of `AnswerRun`; a full disk.
         KVPoolError: the longest prompt and answer do not fit the target's KV pool.
     """
-    config, engine, ends = run.config, Engine(target, drafter or VanillaDrafter()), target.end_ids
-    identity = None
+    config, ends = run.config, target.end_ids
+    identity, recorder = None, None
     if config.shards is not None:
         write_probe(config.shards)
         identity = ShardIdentity.of(target, run.name, config.topk)
+        recorder = FeatureRecorder() if drafter is None else None
+    engine = Engine(target, recorder or drafter or VanillaDrafter())
     with run, closing(_generate_answers(engine, run, ends)) as answers:
-        for question, request in answers:
-            tokens = request.new_tokens
-            text = str(run.tokenizer.decode(tokens, skip_special_tokens=True))
-            run.keep(question, text, tokens, tokens[-1] in ends)
+        kept = _keep(target, run, answers, recorder)
+        if config.shards is None or identity is None or recorder is None:
+            deque(kept, maxlen=0)
+        else:
+            write_shards(config.shards, identity, kept, config.max_gb)
     if config.shards is not None and identity is not None:
         sequences = encode_answers(run.tokenizer, run.records, vocab_size=target.vocab_size)
         extract(target, sequences, config.shards, identity, max_gb=config.max_gb, quiet=run.quiet)
     return run.outcome()
+
+
+def _keep(
+    target: Target,
+    run: AnswerRun,
+    answers: Iterable[tuple[Question, Request]],
+    recorder: FeatureRecorder | None,
+) -> Iterator[tuple[Example, dict[str, Any]]]:
+    """Store finished answers; with a recorder yield their examples and records.
+
+    The last token was never run: its features are zeros, which no example needs (see `batches`).
+    """
+    for question, request in answers:
+        tokens = request.new_tokens
+        text = str(run.tokenizer.decode(tokens, skip_special_tokens=True))
+        record = run.keep(question, text, tokens, tokens[-1] in target.end_ids)
+        if recorder is None:
+            continue
+        run_features = recorder.take(request)
+        length = request.prompt_length + len(record["response_ids"])  # without what was cut off as a loop
+        if length < LEAST_TOKENS:
+            continue
+        features = pad(run_features, (0, 0, 0, 1))[:length]
+        supervised = [position >= request.prompt_length for position in range(length)]
+        sequence = TokenSequence(request.tokens[:length], supervised, record)
+        yield make_example(target, sequence, features, run.config.topk), record
 
 
 def _loops(tokens: Sequence[int]) -> bool:

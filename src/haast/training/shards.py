@@ -86,16 +86,22 @@ def check_room(folder: Path, tokens: int, identity: ShardIdentity, max_gb: float
         raise ValueError(f"{needs}, {free:.3g} GB are free: free disk space, {remedy}")
 
 
-def write_shards(folder: Path, identity: ShardIdentity, entries: Iterable[tuple[Example, dict[str, Any]]]) -> None:
+def write_shards(
+    folder: Path,
+    identity: ShardIdentity,
+    entries: Iterable[tuple[Example, dict[str, Any]]],
+    max_gb: float | None = None,
+) -> None:
     """Write sequences, 256 per shard; after an interruption (Ctrl-C) the sequences so far are written too.
 
     Args:
         folder: created if missing.
         identity: written into each shard.
         entries: sequences and their records.
+        max_gb: checked before each shard; None: the caller has checked the size of all.
 
     Raises:
-        ValueError: the disk is full.
+        ValueError: the disk is full, or the shards have reached `max_gb`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pending: list[tuple[Example, dict[str, Any]]] = []
@@ -104,6 +110,8 @@ def write_shards(folder: Path, identity: ShardIdentity, entries: Iterable[tuple[
             pending.append(entry)
             if len(pending) == _PER_SHARD:
                 full, pending = pending, []
+                if max_gb is not None:
+                    check_room(folder, sum(len(example.tokens) for example, _ in full), identity, max_gb)
                 _write_shard(folder, identity, full)
     finally:
         if pending:

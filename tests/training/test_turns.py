@@ -137,6 +137,31 @@ def test_neither_the_batch_nor_a_kill_between_turns_changes_answers(
     assert len(by_id(cut)["p2#3"]["history"]) == 4
 
 
+def test_features_come_from_the_generation_itself(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No second pass over the text; one is left for answers that are in the file without features."""
+    passes, states = list[int](), features._states
+
+    def counted(target: Target, tokens: torch.Tensor, *rest: Any) -> Any:
+        passes.append(len(tokens))
+        return states(target, tokens, *rest)
+
+    monkeypatch.setattr(features, "_states", counted)
+    ask(target, tmp_path / "a.jsonl", shards=tmp_path / "shards", topk=4, loops="keep")
+    assert not passes and len(shards.read_shards(tmp_path / "shards")[0]) == 8
+    ask(target, tmp_path / "b.jsonl", loops="keep")
+    ask(target, tmp_path / "b.jsonl", loops="keep", shards=tmp_path / "late", topk=4)
+    assert sum(passes) == 8
+    now, late = (
+        dict(zip([r["id"] for r in records], examples, strict=True))
+        for examples, records in (shards.read_shards(tmp_path / name) for name in ("shards", "late"))
+    )
+    for name, example in now.items():
+        assert torch.equal(example.tokens, late[name].tokens)
+        assert torch.equal(example.topk_ids[:-1], late[name].topk_ids[:-1])
+
+
 def same_as_extracted(target: Target, folder: Path) -> None:
     stored, records = shards.read_shards(folder)
     wanted = dict(features.stream_examples(target, [encode_answer(TOKENIZER, r) for r in records], topk=4))

@@ -6,7 +6,9 @@
 Quality: perplexity of `--tokens` tokens of the text in pieces of 512, each with the model's start token, of the file's
 blocks (`packing="gguf"`), of the same weights dequantised (fp32, `packing="off"`), and of llama.cpp if an interpreter
 with llama-cpp-python is given; the KL divergence of the first from the second, and how often they agree on the most
-likely token. Each file is loaded in processes of its own, so that peak memory is its own.
+likely token. Each file is loaded in processes of its own, so that peak memory is its own: that of loading, a prompt of
+160 tokens and forwards of up to 32. The JSON is written after every part, and parts that it has are kept, so the same
+command resumes.
 """
 
 from __future__ import annotations
@@ -47,19 +49,8 @@ def main() -> None:
     from haast.bench.report import machine
     from haast.files import write_json
 
-    texts, rows = sorted(arguments.text), list[dict[str, Any]]()
+    texts = sorted(arguments.text)
     text = "\n".join(path.read_text(encoding="utf-8") for path in texts)
-    for file in arguments.files:
-        row: dict[str, Any] = {"file": file.name, "mb": file.stat().st_size / 1e6}
-        common = {"file": str(file), "threads": arguments.threads}
-        row |= _part("load", sys.executable, **common)
-        quality = _part("quality", sys.executable, text=text, tokens=arguments.tokens, **common)
-        ids = quality.pop("ids")
-        row |= quality
-        if arguments.llama_python:
-            row |= _part("llama", arguments.llama_python, ids=ids, **common)
-        rows.append(row)
-        print(_line(row), flush=True)
     names = " ".join(file.name for file in arguments.files)
     settings = {"tokens": arguments.tokens, "threads": arguments.threads, "piece": PIECE, "context": _CONTEXT}
     where = machine() | {
@@ -68,7 +59,26 @@ def main() -> None:
         "packing": "gguf",
         "settings": settings,
     }
-    write_json({"kind": "gguf", "rows": rows, "environment": where}, str(arguments.json))
+    kept = json.loads(arguments.json.read_text())["rows"] if arguments.json.exists() else []
+    rows = {row["file"]: row for row in kept}
+
+    def write(rows: dict[str, dict[str, Any]]) -> None:
+        write_json({"kind": "gguf", "rows": list(rows.values()), "environment": where}, str(arguments.json))
+
+    for file in arguments.files:
+        row = rows.setdefault(file.name, {"file": file.name, "mb": file.stat().st_size / 1e6})
+        common: dict[str, Any] = {"file": str(file), "threads": arguments.threads}
+        if "load_s" not in row:
+            row |= _part("load", sys.executable, **common)
+            write(rows)
+        if "kl" not in row or (arguments.llama_python and "ppl_llama_cpp" not in row):
+            quality = _part("quality", sys.executable, text=text, tokens=arguments.tokens, **common)
+            ids = quality.pop("ids")
+            row |= quality
+            if arguments.llama_python:
+                row |= _part("llama", arguments.llama_python, ids=ids, **common)
+            write(rows)
+        print(_line(row), flush=True)
 
 
 def _part(name: str, python: str, **arguments: Any) -> dict[str, Any]:
@@ -99,7 +109,7 @@ def load(file: str, threads: int) -> dict[str, Any]:
         target.forward(DraftTree.chain(ids[:, :8]), target.new_cache(1, 64))
         first = time.perf_counter()
         cache = target.new_cache(1, 512)
-        target.forward(DraftTree.chain(ids), cache)
+        target.forward(DraftTree.chain(ids), cache, last_only=True)  # as prefill does
         cache.advance([_CONTEXT])
         for rows in ROWS:
             tree, times = DraftTree.chain(ids[:, :rows]), []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from gguf_files import FLOATS, HIDDEN, K_TYPES, LAYERS, LEGACY, TOKENS, shapes_o
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from haast import native
 from haast.errors import UnsupportedModelError
 from haast.target import gguf_model, gguf_plan, load
 from haast.target.device_map import Placement
@@ -318,3 +321,27 @@ def test_the_default_model_has_the_bits_of_transformers() -> None:
     pages = [each.read_text(encoding="utf-8") for each in sorted((Path(__file__).parents[2] / "docs").glob("*.md"))]
     for text in (*TEXTS, *pages, "<|im_start|>user\nHi<|im_end|>\n"):
         assert ours(text)["input_ids"] == others(text)["input_ids"]
+
+
+_LOADING = """
+import re, sys
+from pathlib import Path
+import torch
+from haast.target.load import load_target
+from haast.tree import DraftTree
+target = load_target(sys.argv[1])
+with torch.inference_mode():
+    target.forward(DraftTree.chain(torch.arange(100, 108)[None]), target.new_cache(1, 64))
+print(re.search("VmHWM:[^0-9]*([0-9]+) kB", Path("/proc/self/status").read_text())[1])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
+def test_the_peak_of_memory_is_bounded_by_the_file() -> None:
+    """1.3 times the file and 0.5 GB, of which importing PyTorch and transformers takes 0.4."""
+    file = load.resolve(load.DEFAULT_MODEL).open_gguf()
+    if file is None or not native.available():
+        pytest.skip("the default model is no GGUF file here, or its blocks can't be kept")
+    command = [sys.executable, "-c", _LOADING, str(file.path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 < 1.3 * file.path.stat().st_size + 500e6

@@ -21,10 +21,12 @@ from haast.native import WEIGHT_FORMS
 from haast.native.stack import FORMS, CBlockTables, CLayer, CPass, CStack, CWeight, Refusal, run_stack
 from haast.target.fusing import FusedAttention, FusedRMSNorm, FusedSwiGLU
 from haast.target.kv_pool import BLOCK
+from haast.target.memory import release_freed_memory
 from haast.target.packing import PackedLinear
 
 _CHILDREN = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
 LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}  # RoPE types whose angles depend on a forward's largest position
+_RELEASE = 1 << 23  # bytes of moved weights after which their old memory is returned to the system
 _ALIGN = 64
 
 
@@ -358,7 +360,9 @@ def _gather(linears: Sequence[PackedLinear]) -> Tensor:
     with torch.inference_mode(False):  # inference tensors could not be loaded into later
         arena = native.huge_bytes(size)
         for linear, offset in zip(linears, offsets, strict=True):
-            packed = linear.packed
-            slot = arena[offset : offset + packed.nbytes].view(packed.dtype).view(packed.shape)
-            linear.packed = slot.copy_(packed)
+            end = offset + linear.packed.nbytes
+            slot = arena[offset:end].view(linear.packed.dtype).view(linear.packed.shape)
+            linear.packed = slot.copy_(linear.packed)
+            if end // _RELEASE != offset // _RELEASE:
+                release_freed_memory()  # otherwise the peak would hold the weights twice
     return arena

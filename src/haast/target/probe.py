@@ -44,6 +44,7 @@ _ALLOWED = {
 }
 _EXACT = (torch.float64, torch.float32)
 _SAME_SHAPE = 0.2  # share of these bounds for two forwards of equal shape, which compute the same sums
+_AT_A_TIME = 4  # tokens whose logits are compared at a time: in float64 they would set the peak of memory
 _TRIALS = 3  # texts in 16 bits: rounding may change an expert router's choice, but a real fault shows in every text
 _WINDOW = 4
 _PAST, _SHORT_PAST, _PATH = 6, 3, 4  # tokens of the committed past, of the third row's past, and of the path after it
@@ -91,6 +92,11 @@ class Gap:
 
 def gaps(logits: Tensor, expected: Tensor) -> list[Gap]:
     """One gap per token, for logits (tokens, vocab) each; in float64 on the CPU, as not every device has float64."""
+    few = zip(torch.split(logits, _AT_A_TIME), torch.split(expected, _AT_A_TIME), strict=True)
+    return [gap for pair in few for gap in _gaps(*pair)]
+
+
+def _gaps(logits: Tensor, expected: Tensor) -> list[Gap]:
     logits, expected = logits.cpu().double(), expected.cpu().double()
     impossible = torch.isneginf(expected) & torch.isneginf(logits)  # some models mask unused ids
     p, q = expected.log_softmax(-1), logits.log_softmax(-1)

@@ -6,8 +6,8 @@
 Quality: perplexity of `--tokens` tokens of the text in pieces of 512, each with the model's start token, of the file's
 blocks (`packing="gguf"`), of the same weights dequantised (fp32, `packing="off"`), and of llama.cpp if an interpreter
 with llama-cpp-python is given; the KL divergence of the first from the second, and how often they agree on the most
-likely token. Each file is loaded in processes of its own, so that peak memory is its own: that of loading, a prompt of
-160 tokens and forwards of up to 32. The JSON is written after every part, and parts that it has are kept, so the same
+likely token. Each file is loaded in processes of its own, so that peak memory is its own: that of loading, the
+first token and a prompt of 160 tokens. The JSON is written after every part, and parts that it has are kept, so the same
 command resumes.
 """
 
@@ -100,7 +100,7 @@ def load(file: str, threads: int) -> dict[str, Any]:
 
     imported = time.perf_counter()
     torch.set_num_threads(threads)
-    before = _rss()
+    before = _memory("VmRSS")
     target = load_target(file)
     loaded = time.perf_counter()
     ids = torch.arange(100, 100 + _CONTEXT).unsqueeze(0)
@@ -111,6 +111,7 @@ def load(file: str, threads: int) -> dict[str, Any]:
         cache = target.new_cache(1, 512)
         target.forward(DraftTree.chain(ids), cache, last_only=True)  # as prefill does
         cache.advance([_CONTEXT])
+        memory = {"rss_mb": _memory("VmRSS"), "peak_rss_mb": _memory("VmHWM")}
         for rows in ROWS:
             tree, times = DraftTree.chain(ids[:, :rows]), []
             for _ in range(_ROUNDS):
@@ -118,15 +119,12 @@ def load(file: str, threads: int) -> dict[str, Any]:
                 target.forward(tree, cache)
                 times.append(1e3 * (time.perf_counter() - start))
             milliseconds[str(rows)] = median(times)
-    from haast.bench.runner import peak_rss_mb  # not before, since it takes memory itself
-
     return {
         "import_s": imported - begin,
         "load_s": loaded - imported,
         "first_token_s": first - imported,
         "rss_before_mb": before,
-        "rss_mb": _rss(),
-        "peak_rss_mb": peak_rss_mb(),
+        **memory,
         "forward_ms": milliseconds,
         "one_call": target.one_call,
         "forms": _forms(target),
@@ -204,9 +202,10 @@ def _pieces(ids: list[int], start: int) -> list[list[int]]:
     return [[start, *ids[at : at + PIECE - 1]] for at in range(0, len(ids), PIECE - 1)]
 
 
-def _rss() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 1e6
+def _memory(name: str) -> float:
+    """MB of this process: `VmRSS` now, `VmHWM` the peak."""
+    line = next(each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith(name))
+    return int(line.split()[1]) * 1024 / 1e6
 
 
 def _line(row: dict[str, Any]) -> str:

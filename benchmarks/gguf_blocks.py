@@ -7,8 +7,8 @@ Quality: perplexity of `--tokens` tokens of the text in pieces of 512, each with
 blocks (`packing="gguf"`), of the same weights dequantised (fp32, `packing="off"`), and of llama.cpp if an interpreter
 with llama-cpp-python is given; the KL divergence of the first from the second, and how often they agree on the most
 likely token. Each file is loaded in processes of its own, so that peak memory is its own: that of loading, the
-first token and a prompt of 160 tokens. The JSON is written after every part, and parts that it has are kept, so the same
-command resumes.
+first token and a prompt of 160 tokens. The JSON is written after every part, and parts that it has are kept, so the
+same command resumes.
 """
 
 from __future__ import annotations

@@ -19,8 +19,9 @@ from haast import native
 from haast.core import Accepted, SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.batch_policy import DraftConfig, DraftConfigs, config_for, default_configs
+from haast.drafters.candidates import Candidates
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.hybrid import HybridDrafter
+from haast.drafters.hybrid import HybridDrafter, HybridState
 from haast.drafters.pending_features import EagleState, join_pending
 from haast.drafters.small_model import SmallModelDrafter
 from haast.drafters.tree_shape import DraftShape, shape_for
@@ -146,6 +147,22 @@ def test_what_is_drafted_after_a_pause_is_what_a_head_without_one_drafts() -> No
     assert 0 < len(last) <= len(seen[0])
     # Steps do not fall on the same tokens, so trees are compared by what they draft behind a root at its end.
     assert torch.equal(last[-1].tokens, seen[0][-1].tokens) and torch.equal(last[-1].parents, seen[0][-1].parents)
+
+
+def test_text_is_searched_only_where_the_head_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched, copies = list[int](), HybridDrafter._copies
+
+    def counted(self: HybridDrafter, state: HybridState, most: int) -> Candidates:
+        searched.append(most)
+        return copies(self, state, most)
+
+    monkeypatch.setattr(HybridDrafter, "_copies", counted)
+    eagle = EagleDrafter(target(), random_head(target()))
+    eagle.reshape(shape_for(6), configs={2: DraftConfig(None)})
+    for prompts, expected in (([[1, 2, 1]], True), ([[1, 2, 1], [3, 4, 3]], False)):
+        searched.clear()
+        Engine(target(), HybridDrafter(eagle)).complete(prompts, SamplingParams(), StopParams(12))
+        assert bool(searched) is expected
 
 
 def test_a_long_pause_is_observed_in_parts() -> None:

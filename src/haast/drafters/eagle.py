@@ -243,6 +243,10 @@ class EagleDrafter(Drafter):
         self._watch.proposed(tree.nodes)
         return tree
 
+    def drafts(self, rows: int, budget: int | None = None) -> bool:
+        """Whether it drafts for a batch of `rows` rows."""
+        return self._prepared(config_for(self.configs, rows), budget) is not None
+
     @staticmethod
     def pending_positions(states: Sequence[EagleState]) -> int:
         """Positions of all rows that the head has not processed yet."""

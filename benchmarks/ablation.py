@@ -18,11 +18,13 @@ import copy
 import json
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from haast.api import Haast
@@ -34,7 +36,7 @@ from haast.drafters.tree_shape import shape_for
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine.engine import Engine, Stats, StopParams
 from haast.files import write_json
-from haast.heads.checkpoint import Head
+from haast.heads.checkpoint import Head, build_module
 from haast.heads.config import HeadConfig
 from haast.progress import Progress
 from haast.prompts import read_prompts
@@ -61,6 +63,7 @@ class Row:
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, Callable[[HeadConfig], Any]] = field(default_factory=dict)  # of the head, from the usual ones
     data: str = "own"
     times: int = 1  # amount of data, as a multiple of the base
 
@@ -86,6 +89,8 @@ ROWS = (
     Row("rejected drafts count double", {"rejected_weight": 2.0}),
     Row("Markov bias, rank 64", {"markov_rank": 64}),
     Row("two layers", {"layers": 2}),
+    Row("q/k norms", sizes={"qk_norm": lambda _: True}),
+    Row("MLP twice as wide", sizes={"intermediate_size": lambda usual: 2 * usual.intermediate_size}),
     Row("no feature loss", {"feature_weight": 0.0}),
     Row("average of weights", {"ema": 0.99}),
     Row("AdamW", {"optimizer": "adamw", "learning_rate": 2e-3, "weight_decay": 0.01}),
@@ -137,6 +142,22 @@ class Bench:
         return measured
 
 
+@torch.no_grad()
+def grown(start: dict[str, Tensor], sizes: HeadConfig, drafted: int) -> dict[str, Tensor]:
+    """Weights of a larger head that computes what `start` does: what is added writes zeros (but for q/k norms)."""
+    weights = dict[str, Tensor]()
+    for name, value in build_module(sizes, drafted).state_dict().items():
+        known = start.get(name.replace("layers.1.", "layers.0."))
+        if known is not None and value.dim() == 2 and not name.endswith("fc.weight"):
+            value.normal_(std=float(known.std()))
+        if name.endswith(("o_proj.weight", "down_proj.weight", "markov.rows.weight")):
+            value.zero_()
+        if name in start:
+            value[tuple(map(slice, start[name].shape))] = start[name]
+        weights[name] = value
+    return weights
+
+
 def train_row(
     row: Row, base: TrainConfig, bench: Bench, data: dict[str, list[Example]], seconds: float
 ) -> dict[str, Any]:
@@ -144,10 +165,12 @@ def train_row(
     config = replace(base, **row.settings)
     size = len(data["own"]) * row.times
     examples = (data["own"] + data["more"])[:size] if row.data == "own" else data[row.data]
-    sizes, frozen = head_config(config, bench.target), TargetWeights.of(bench.target)
-    assert isinstance(sizes, HeadConfig), "every row trains an EAGLE head"
-    has_start = config.head != "eagle3" and config.layers == 1 and not config.markov_rank
-    start = bench.start(sizes, examples) if has_start and config.initialisation != "random" else None
+    plain, frozen = head_config(config, bench.target), TargetWeights.of(bench.target)
+    assert isinstance(plain, HeadConfig), "every row trains an EAGLE head"
+    sizes, start = replace(plain, **{name: change(plain) for name, change in row.sizes.items()}), None
+    if config.head != "eagle3" and config.initialisation != "random":
+        one = replace(plain, num_hidden_layers=1, markov_rank=0)
+        start = grown(bench.start(one, examples), sizes, min(config.draft_vocab, sizes.vocab_size))
     parts = (sizes, frozen, examples, data["valid"])
     with TemporaryDirectory() as folder:
         late = replace(config, views=10**9, align_after=0.0)
@@ -163,7 +186,7 @@ def train_row(
     tokens = sum(int(e.supervised.sum()) for e in examples)
     return {
         "row": row.name,
-        "settings": row.settings,
+        "settings": row.settings | {name: getattr(sizes, name) for name in row.sizes},
         "data": {
             "kind": row.data,
             "sequences": len(examples),

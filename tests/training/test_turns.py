@@ -162,6 +162,14 @@ def test_features_come_from_the_generation_itself(
         assert torch.equal(example.topk_ids[:-1], late[name].topk_ids[:-1])
 
 
+def test_features_over_the_cap_are_not_written_and_no_answer_is_lost(target: Target, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the limit is 1e-06 GB"):
+        ask(target, tmp_path / "a.jsonl", shards=tmp_path / "shards", topk=4, max_gb=1e-6)
+    assert len(by_id(tmp_path / "a.jsonl")) == 8 and not list((tmp_path / "shards").glob("*.safetensors"))
+    assert ask(target, tmp_path / "a.jsonl", shards=tmp_path / "shards", topk=4).added == 0
+    same_as_extracted(target, tmp_path / "shards")
+
+
 def same_as_extracted(target: Target, folder: Path) -> None:
     stored, records = shards.read_shards(folder)
     wanted = dict(features.stream_examples(target, [encode_answer(TOKENIZER, r) for r in records], topk=4))

@@ -105,17 +105,21 @@ def write_shards(
     """
     folder.mkdir(parents=True, exist_ok=True)
     pending: list[tuple[Example, dict[str, Any]]] = []
+
+    def flush() -> None:
+        full, pending[:] = list(pending), []
+        if max_gb is not None:
+            check_room(folder, sum(len(example.tokens) for example, _ in full), identity, max_gb)
+        _write_shard(folder, identity, full)
+
     try:
         for entry in entries:
             pending.append(entry)
             if len(pending) == _PER_SHARD:
-                full, pending = pending, []
-                if max_gb is not None:
-                    check_room(folder, sum(len(example.tokens) for example, _ in full), identity, max_gb)
-                _write_shard(folder, identity, full)
+                flush()
     finally:
         if pending:
-            _write_shard(folder, identity, pending)
+            flush()
 
 
 def _write_shard(folder: Path, identity: ShardIdentity, entries: Sequence[tuple[Example, dict[str, Any]]]) -> None:

@@ -59,8 +59,10 @@ def main() -> None:
         "packing": "gguf",
         "settings": settings,
     }
-    kept = json.loads(arguments.json.read_text())["rows"] if arguments.json.exists() else []
-    rows = {row["file"]: row for row in kept}
+    before = json.loads(arguments.json.read_text()) if arguments.json.exists() else {"rows": []}
+    if before["rows"] and before["environment"]["settings"] != settings:
+        parser.error(f"{arguments.json} was measured with {before['environment']['settings']}: give another --json")
+    rows = {row["file"]: row for row in before["rows"]}
 
     def write(rows: dict[str, dict[str, Any]]) -> None:
         write_json({"kind": "gguf", "rows": list(rows.values()), "environment": where}, str(arguments.json))

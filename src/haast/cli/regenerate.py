@@ -84,8 +84,10 @@ def regenerate(
         raise ValueError(
             "--shards stores features, which an endpoint does not return: give --shards to `haast train` instead"
         )
-    loading.check()
+    if endpoint is not None and kv_dtype != "auto":
+        raise ValueError(f"--kv-dtype {kv_dtype} is for a target in this process: leave it out with --endpoint")
     KVBudget(kv_dtype=kv_dtype)
+    loading.check()
     if prompts is None:
         raise ValueError("regenerate needs prompts: give --prompts FILE (JSON lines with `turns` or `prompt`)")
     chosen = read_prompts(prompts, limit)

@@ -111,7 +111,7 @@ class HybridDrafter(Drafter):
     @without_autograd
     def propose(self, states: Sequence[HybridState], budget: int | None = None) -> DraftTree:
         heads = [state.eagle for state in states]
-        if budget == 1 or not self.eagle.drafts(len(states), budget):
+        if not self.eagle.drafts(len(states), budget):
             tree = self.eagle.propose(heads, 1)
             texts = [state.text for state in states]
             drafts = 0 if self._latency is None else self._suffix.paying_drafts(texts, self._chain - 1)[0]

@@ -70,10 +70,10 @@ def regenerate(target: Target, run: AnswerRun, drafter: Drafter | None = None) -
     engine = Engine(target, recorder or drafter or VanillaDrafter())
     with run, closing(_generate_answers(engine, run, ends)) as answers:
         kept = _keep(target, run, answers, recorder)
-        if config.shards is None or identity is None or recorder is None:
-            deque(kept, maxlen=0)
-        else:
+        if config.shards is not None and identity is not None:
             write_shards(config.shards, identity, kept, config.max_gb)
+        else:
+            deque(kept, maxlen=0)
     if config.shards is not None and identity is not None:
         sequences = encode_answers(run.tokenizer, run.records, vocab_size=target.vocab_size)
         extract(target, sequences, config.shards, identity, max_gb=config.max_gb, quiet=run.quiet)

@@ -8,7 +8,7 @@ are kept, so the same command resumes. tau and times are measured with the engin
 
 Data: --shards hold the target's own answers with the states of several layers (`haast train --head eagle3 --shards`
 writes them); --more-shards more answers, for the rows with 2x and 4x data; --given-shards text that the target did not
-generate.
+generate. The rows of answers by temperature take equal numbers of supervised tokens from --shards and --more-shards.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ from haast.training.trainer import Trainer
 
 _PROBE_SECONDS = 8.0  # of training, to measure the speed of a row
 _VANILLA_PROMPTS = 4  # prompts that time a one-token forward, together with each head
-_TREES = {"small": (6, None), "large": (60, 10)}  # (nodes, number of prompts; None: all)
+# (nodes, number of prompts; None: all, temperature)
+_TREES = {"small": (6, None, 0.0), "large": (60, 10, 0.0), "sampled": (60, 10, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ ROWS = (
     Row("alignment, 2 steps", {"alignment_steps": 2}),
     Row("alignment, 3 steps", {"alignment_steps": 3}),
     Row("alignment, 2 steps, after 70 %", {"alignment_steps": 2, "align_after": 0.7}),
+    Row("alignment, 2 steps, weighted by reach (D-PACE)", {"alignment_steps": 2, "reach_weights": True}),
     Row("EAGLE-3 head", {"head": "eagle3"}),
     Row("EAGLE-3 head, 3 steps", {"head": "eagle3", "alignment_steps": 3}),
     Row("EAGLE-3 head, 3 steps, normed states", {"head": "eagle3", "alignment_steps": 3, "fc_norm": True}),
@@ -80,6 +82,9 @@ ROWS = (
     Row("draft vocabulary 16k", {"draft_vocab": 16384}),
     Row("draft vocabulary full", {"draft_vocab": 10**6}),
     Row("given text", data="given"),
+    Row("answers of all temperatures", data="mixed"),
+    Row("greedy answers", data="greedy"),
+    Row("answers at temperature 1", data="sampled"),
     Row("random start", {"initialisation": "random"}),
     Row("teacher's first choice only", {"teacher_top": 1}),
     Row("data 2x", times=2),
@@ -111,22 +116,20 @@ class Bench:
             self._initial[id(examples[0])] = last_layer_weights(self.target, sizes, examples)
         return self._initial[id(examples[0])]
 
-    def run(self, drafter: Drafter, limit: int | None = None) -> Stats:
-        """Decode the prompts greedily."""
-        stats = Stats()
+    def run(self, drafter: Drafter, limit: int | None = None, temperature: float = 0.0) -> Stats:
+        """Decode the prompts."""
+        stats, params = Stats(), SamplingParams(temperature=temperature)
         for prompt in self._prompts[:limit]:
-            Engine(self.target, drafter).complete(
-                [prompt], SamplingParams(), StopParams(self._tokens, self._eos), stats
-            )
+            Engine(self.target, drafter).complete([prompt], params, StopParams(self._tokens, self._eos), stats)
         return stats
 
     def measure(self, head: Head) -> dict[str, Any]:
         """Per tree size: tau, the costs c (of a draft level), v and o in target forwards, and the speed-up."""
         measured: dict[str, Any] = {}
-        for name, (nodes, limit) in _TREES.items():
+        for name, (nodes, limit, temperature) in _TREES.items():
             shape = shape_for(nodes)
             drafter = EagleDrafter(self.target, copy.deepcopy(head), shape)
-            vanilla, own = self.run(VanillaDrafter(), _VANILLA_PROMPTS), self.run(drafter, limit)
+            vanilla, own = self.run(VanillaDrafter(), _VANILLA_PROMPTS), self.run(drafter, limit, temperature)
             one = vanilla.ms_decode / vanilla.target_forwards
             steps = own.target_forwards
             measured[name] = {
@@ -183,14 +186,13 @@ def train_row(
         run = Trainer(replace(config, views=views), *parts, Path(folder) / "run", start_from=start, quiet=True)
         result = run.run()
         head = Head(run.plain_head().requires_grad_(False), run.draft_vocab, {})
-    tokens = sum(int(e.supervised.sum()) for e in examples)
     return {
         "row": row.name,
         "settings": row.settings | {name: getattr(sizes, name) for name in row.sizes},
         "data": {
             "kind": row.data,
             "sequences": len(examples),
-            "supervised_tokens": tokens,
+            "supervised_tokens": _supervised(examples),
         },
         "views": views,
         "views_per_s": rate,
@@ -270,14 +272,45 @@ def main() -> None:
 def _data(arguments: argparse.Namespace) -> dict[str, list[Example]]:
     own, records = read_shards(arguments.shards)
     keys, more = {record_key(record) for record in records}, list[Example]()
+    temperatures = {id(example): record.get("temperature") for example, record in zip(own, records, strict=True)}
     if arguments.more_shards is not None:
-        pairs = zip(*read_shards(arguments.more_shards), strict=True)
-        more = [example for example, record in pairs if record_key(record) not in keys]
+        pairs = [
+            pair for pair in zip(*read_shards(arguments.more_shards), strict=True) if record_key(pair[1]) not in keys
+        ]
+        more = [example for example, _ in pairs]
+        temperatures |= {id(example): record.get("temperature") for example, record in pairs}
     other = [] if arguments.given_shards is None else read_shards(arguments.given_shards)[0]
     for examples in (own, more, other):  # shards are sorted by length
         random.Random(0).shuffle(examples)
     valid = own[arguments.sequences : arguments.sequences + 150]
-    return {"own": own[: arguments.sequences], "more": more, "given": other[: arguments.sequences], "valid": valid}
+    free = [example for example in [*own, *more] if all(example is not each for each in valid)]
+    by_temperature = {
+        "mixed": free,
+        "greedy": [example for example in free if temperatures[id(example)] == 0],
+        "sampled": [example for example in free if temperatures[id(example)] == 1],
+    }
+    least = min(_supervised(each[: arguments.sequences]) for each in by_temperature.values())
+    equal = {name: _first(each, least) for name, each in by_temperature.items()}
+    return {
+        "own": own[: arguments.sequences],
+        "more": more,
+        "given": other[: arguments.sequences],
+        "valid": valid,
+        **equal,
+    }
+
+
+def _supervised(examples: list[Example]) -> int:
+    return sum(int(example.supervised.sum()) for example in examples)
+
+
+def _first(examples: list[Example], tokens: int) -> list[Example]:
+    """The first examples that have `tokens` supervised tokens together."""
+    count, found = 0, 0
+    while found < tokens:
+        found += int(examples[count].supervised.sum())
+        count += 1
+    return examples[:count]
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -248,15 +248,17 @@ def test_the_lk_mix_is_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(11, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     ids = torch.stack([torch.randperm(11, generator=generator)[:3] for _ in range(8)])
     probs = torch.rand(8, 3, generator=generator, dtype=torch.float64) / 3
-    sums = teacher_loss(states, weight, ids, probs, frozen_columns=2, sharpness=3.0, rejected=2.0)
+    importance = torch.rand(8, generator=generator, dtype=torch.float64)
+    settings: dict[str, Any] = {"frozen_columns": 2, "sharpness": 3.0, "rejected": 2.0, "weights": importance}
+    sums = teacher_loss(states, weight, ids, probs, **settings)
     own = torch.autograd.grad(sums.loss, (states, weight))
     law = (states @ weight.T).softmax(-1).gather(1, ids)
     acceptance = torch.minimum(law, probs).sum(-1)
     share = torch.exp(-3.0 * acceptance).detach()
-    counts = torch.where((states @ weight.T).argmax(-1) == ids[:, 0], 1.0, 2.0)
+    counts = importance * torch.where((states @ weight.T).argmax(-1) == ids[:, 0], 1.0, 2.0)
     wanted = (counts * (share * -(law.log() * probs).sum(-1) - (1 - share) * acceptance)).sum()
     reference = torch.autograd.grad(wanted, (states, weight))
-    assert torch.allclose(sums.loss, wanted) and torch.allclose(sums.acceptance, acceptance.sum())
+    assert torch.allclose(sums.loss, wanted) and torch.allclose(sums.acceptance, acceptance)
     assert torch.allclose(own[0], reference[0])
     assert torch.allclose(own[1][:, 2:], reference[1][:, 2:]) and not own[1][:, :2].any()
 
@@ -356,6 +358,65 @@ def test_mixed_precision_learns_nearly_the_same(kind: str, examples: list[Exampl
         )
         losses.append(run.run()["valid_ce"])
     assert losses[0] == pytest.approx(losses[1], rel=0.03) and losses[0] != losses[1]
+
+
+def test_mixed_precision_multiplies_by_the_lm_head_in_bf16() -> None:
+    """Its products are most of the work; sums, gradients and the softmax stay in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(40, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(30, 16, generator=generator, requires_grad=True)
+    ids = torch.stack([torch.randperm(30, generator=generator)[:3] for _ in range(40)])
+    probs = torch.rand(40, 3, generator=generator) / 3
+    found = []
+    for mixed in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = teacher_loss(states, weight, ids, probs, frozen_columns=4).loss
+        found.append([loss.detach(), *torch.autograd.grad(loss, (states, weight))])
+    for exact, rounded in zip(*found, strict=True):
+        assert rounded.dtype is torch.float32 and not torch.equal(exact, rounded)
+        assert float((exact - rounded).norm() / exact.norm()) < 0.01
+
+
+def test_a_run_goes_on_in_the_precision_it_began_with(
+    examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on another machine, where auto would choose differently."""
+    target = llama(torch.float32)
+    some = [e for _, e in stream_examples(target, sequences(), topk=8, layer_ids=LAYERS)]
+    for began, fast in (("bf16", True), ("no", False)):
+        monkeypatch.setattr("haast.training.processes.multiplies_bf16", lambda fast=fast: fast)
+        first = run_of(target, some, tmp_path / began)
+        first.run()
+        monkeypatch.setattr("haast.training.processes.multiplies_bf16", lambda fast=fast: not fast)
+        again = run_of(target, some, tmp_path / began)
+        assert first.config.mixed_precision == again.config.mixed_precision == began
+        again.run(resume=True)
+
+
+def test_passes_are_weighted_by_how_likely_drafting_reaches_them(examples: list[Example]) -> None:
+    """D-PACE: a position of pass 1 has the weight of its predecessor's acceptance in pass 0."""
+    target = llama(torch.float32)
+    some = [e for _, e in stream_examples(target, sequences(), topk=8, layer_ids=LAYERS)]
+    drafted, frozen = torch.arange(target.vocab_size), TargetWeights.of(target)
+    found = {}
+    for reach in (False, True):
+        config = TrainConfig(draft_vocab=10**6, initialisation="random", reach_weights=reach, feature_weight=0.0)
+        head = make_head(config, sizes(target, "feat"), frozen, some, drafted)
+        objective, batch = Objective(head, frozen, drafted, config), pack(some)
+        found[reach] = [float(objective(batch, passes=n)[0].detach()) / batch.supervised_count for n in (1, 2)]
+    assert found[True][0] == found[False][0]
+    states = list(chain_passes(head.module, batch, target.embed(batch.next_tokens).float(), batch.features, 2))
+    by_pass = []
+    for state, rows in states:
+        law = (state @ target.head_rows(drafted).T.float()).softmax(-1).gather(1, batch.teacher_ids[rows])
+        probs = batch.teacher_probs[rows]
+        by_pass.append((-(law.log() * probs).sum(-1), torch.minimum(law, probs).sum(-1), rows))
+    (first, accepted, _), (second, _, rows) = by_pass
+    reached = accepted[rows - 1]
+    wanted = (first.mean() + (reached * second).mean()) / (1 + reached.mean())
+    plain_weights = (first.mean() + 0.8 * second.mean()) / 1.8
+    assert found[True][1] == pytest.approx(wanted.item(), rel=1e-4)
+    assert found[False][1] == pytest.approx(plain_weights.item(), rel=1e-4)
 
 
 def run_of(target: Target, some: list[Example], out: Path, kind: str = "eagle3", **more: Any) -> Trainer:

@@ -68,7 +68,7 @@ class NativeDraft:
         vocab: Tensor | None,
     ) -> NativeDraft | None:
         """Create one for a plain FeatExtrapolator on a packed target; None for any other head or embedding."""
-        if stack is None or not isinstance(module, FeatExtrapolator) or not is_packed(lm_head):
+        if stack is None or type(module) is not FeatExtrapolator or not is_packed(lm_head):
             return None
         config = module.config
         if config.markov_rank or config.norms or config.inputs != "feature+shifted-token" or lm_head.reference:

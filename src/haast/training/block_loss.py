@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from haast.training.losses import ChunkedLoss, LogitGradients
+from haast.training.losses import ChunkedLoss, LogitGradients, product_dtype
 
 
 class BlockSums(NamedTuple):
@@ -44,11 +44,12 @@ class _BlockLoss(ChunkedLoss):
         probs: Tensor,
         frozen_columns: int,
         ce_weight: float,
+        products: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         l1_weight = 1 - ce_weight
         loss, ce, hits = (features.new_zeros(()) for _ in range(3))
         overlaps = features.new_empty(len(features))
-        gradients = LogitGradients(ctx, features, weight, bias, frozen_columns)
+        gradients = LogitGradients(ctx, features, weight, bias, frozen_columns, products)
         for part, logits in gradients.chunks():
             label = labels[part].clamp_min(0).unsqueeze(1)
             known = (labels[part] >= 0).unsqueeze(1).to(logits)
@@ -94,7 +95,8 @@ def block_loss(
         frozen_columns: number of leading weight columns without a gradient.
         ce_weight: a, between 0 and 1.
     """
+    products = product_dtype(weight)
     features, probs = features.to(weight.dtype), probs.to(weight.dtype)  # under autocast they may be bf16
     with torch.autocast(features.device.type, enabled=False):  # in-place arithmetic needs one dtype
         apply: Any = _BlockLoss.apply  # untyped in torch
-        return BlockSums(*apply(features, weight, bias, labels, ids, probs, frozen_columns, ce_weight))
+        return BlockSums(*apply(features, weight, bias, labels, ids, probs, frozen_columns, ce_weight, products))

@@ -210,7 +210,9 @@ class TrainConfig:
     accumulate: int = _option(1, "Batches per step in each process.", _ABOVE)
     shard: bool = _option(False, "Shard parameters and optimiser state over the processes (FSDP).")
     mixed_precision: str = _option(
-        "no", "no or bf16: matmuls under autocast; slow on devices without bf16 units.", ("no", "bf16")
+        "auto",
+        "bf16 (matrix products under autocast), no, or auto: bf16 on a CPU with bf16 products (AVX512-BF16, AMX).",
+        ("auto", "no", "bf16"),
     )
     initialisation: str = _option(
         "auto",
@@ -239,6 +241,9 @@ class TrainConfig:
         _SHARE,
     )
     step_decay: float = _option(0.8, "Loss weight of pass s: this value to the power of s.", _ABOVE)
+    reach_weights: bool = _option(
+        False, "Instead of --step-decay, weigh a position by how likely the passes before it are accepted (D-PACE)."
+    )
     log_every: int = _option(50_000, "Supervised tokens between log lines.", _ABOVE)
     evaluate_every: int = _option(500_000, "Supervised tokens between evaluations.", _ABOVE)
     checkpoint_every: int = _option(250_000, "Supervised tokens between checkpoints.", _ABOVE)

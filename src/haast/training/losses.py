@@ -57,7 +57,7 @@ class Loss(ABC):
 
 
 class Sums(NamedTuple):
-    """Sums over positions: the loss, cross-entropy in nats, top-1 hits, acceptance at temperature 1."""
+    """Sums over positions of the loss, cross-entropy in nats, top-1 hits; per position (n,), acceptance at T = 1."""
 
     loss: Tensor
     ce: Tensor
@@ -86,13 +86,22 @@ class LogitGradients:
         ctx: of the autograd function, in whose `forward` this is used.
         features, weight, bias: (n, width), (draft vocabulary, width) and (draft vocabulary,) or None.
         frozen_columns: columns of the weight before this one get no gradient.
+        products: dtype of the matrix products' factors; sums and everything else have the features' dtype.
     """
 
-    def __init__(self, ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, frozen_columns: int) -> None:
-        self._ctx, self._features, self._weight, self._bias = ctx, features, weight, bias
-        self._frozen = frozen_columns
+    def __init__(
+        self,
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        frozen_columns: int,
+        products: torch.dtype,
+    ) -> None:
+        self._ctx, self._bias, self._frozen, self._products = ctx, bias, frozen_columns, products
+        self._features, self._weight = features.to(products), weight.to(products)
         of_features, of_weight = ctx.needs_input_grad[:2]
-        self.needed = of_features or of_weight
+        self.needed, self._dtype = of_features or of_weight, features.dtype
         self._gradient = torch.empty_like(features) if of_features else features.new_empty(0)
         trained = weight[:, frozen_columns:]
         self._weight_gradient = torch.zeros_like(trained) if of_weight else features.new_empty(0)
@@ -101,23 +110,30 @@ class LogitGradients:
         """Each chunk of positions, and its logits (chunk, draft vocabulary)."""
         for start in range(0, len(self._features), _CHUNK):
             part = slice(start, start + _CHUNK)
-            logits = self._features[part] @ self._weight.T
+            logits = (self._features[part] @ self._weight.T).to(self._dtype)
             if self._bias is not None:
                 logits += self._bias
             yield part, logits
 
     def add(self, part: slice, of_logits: Tensor) -> None:
         """Add a chunk's gradient (chunk, draft vocabulary) for its logits."""
+        of_logits = of_logits.to(self._products)
         if self._ctx.needs_input_grad[0]:
-            torch.mm(of_logits, self._weight, out=self._gradient[part])
+            self._gradient[part] = of_logits @ self._weight
         if self._ctx.needs_input_grad[1]:
-            self._weight_gradient.addmm_(of_logits.T, self._features[part, self._frozen :])
+            self._weight_gradient += of_logits.T @ self._features[part, self._frozen :]
 
     def save(self, *undifferentiated: Tensor) -> None:
         """Keep the gradients for `ChunkedLoss.backward`; the given results have none."""
         self._ctx.save_for_backward(self._gradient, self._weight_gradient)
         self._ctx.frozen_columns, self._ctx.needs_grad = self._frozen, self._ctx.needs_input_grad[:2]
         self._ctx.mark_non_differentiable(*undifferentiated)
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """Dtype of matrix products with a weight: autocast's where it is on, as for any other layer."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 class _TeacherLoss(ChunkedLoss):
@@ -134,10 +150,13 @@ class _TeacherLoss(ChunkedLoss):
         frozen_columns: int,
         sharpness: float | None,
         rejected: float,
+        weights: Tensor | None,
+        products: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        loss, ce, accepted = (features.new_zeros(()) for _ in range(3))
+        loss, ce = features.new_zeros(()), features.new_zeros(())
+        acceptance = features.new_empty(len(features))
         hits = torch.zeros((), dtype=torch.long, device=features.device)
-        gradients = LogitGradients(ctx, features, weight, bias, frozen_columns)
+        gradients = LogitGradients(ctx, features, weight, bias, frozen_columns, products)
         for part, logits in gradients.chunks():
             teacher_logits = logits.gather(1, ids[part])  # (chunk, k): the head's logits of the teacher's tokens
             max_logit = logits.amax(-1, keepdim=True)
@@ -145,13 +164,15 @@ class _TeacherLoss(ChunkedLoss):
             hit = (teacher_logits[:, :1] >= max_logit) & (probs[part, :1] > 0)
             hits += hit.sum()
             position_weight = torch.where(hit, 1.0, rejected)  # (chunk, 1)
+            if weights is not None:
+                position_weight = position_weight * weights[part].unsqueeze(1)
             draft_probs = torch.softmax(logits, -1, out=logits)
             log_total = max_logit - draft_probs.amax(-1, keepdim=True).log()
             position_ce = ((log_total - teacher_logits) * probs[part]).sum(-1, keepdim=True)
             head_probs = draft_probs.gather(1, ids[part])  # q on the teacher's tokens
             overlap = torch.minimum(head_probs, probs[part]).sum(-1, keepdim=True)
             ce += position_ce.sum()
-            accepted += overlap.sum()
+            acceptance[part] = overlap.squeeze(1)
             ce_weight = torch.ones_like(overlap) if sharpness is None else torch.exp(-sharpness * overlap)
             loss += (position_weight * (ce_weight * position_ce - (1 - ce_weight) * overlap)).sum()
             if gradients.needed:
@@ -162,8 +183,8 @@ class _TeacherLoss(ChunkedLoss):
                 )
                 draft_probs.scatter_add_(1, ids[part], -position_weight * (ce_weight * probs[part] + below))
                 gradients.add(part, draft_probs)
-        gradients.save(ce, hits, accepted)
-        return loss, ce, hits, accepted
+        gradients.save(ce, hits, acceptance)
+        return loss, ce, hits, acceptance
 
 
 def teacher_loss(
@@ -176,6 +197,7 @@ def teacher_loss(
     frozen_columns: int | None = None,
     sharpness: float | None = None,
     rejected: float = 1.0,
+    weights: Tensor | None = None,
 ) -> Sums:
     """Loss of softmax(features @ weight.T + bias) against the teacher's top-k, and agreement.
 
@@ -193,22 +215,30 @@ def teacher_loss(
         sharpness: of the LK mix, see the module docstring; None is cross-entropy alone.
         rejected: weight of a position where the target would reject the head's first choice. This trains on the
             current head's rejections, as on-policy distillation does (Draft-OPD, arXiv 2605.29343), without decoding.
+        weights: (positions,) of each position's loss; None is 1.
 
     Returns:
-        Sums over positions; only `loss` has a gradient.
+        Sums over positions, and acceptance; only `loss` has a gradient.
     """
     columns = weight.shape[1] if frozen_columns is None else frozen_columns
+    products = product_dtype(weight)
     features, probs = features.to(weight.dtype), probs.to(weight.dtype)  # under autocast they may be bf16
     with torch.autocast(features.device.type, enabled=False):  # in-place arithmetic needs one dtype
         apply: Any = _TeacherLoss.apply  # untyped in torch
-        sums = apply(features, weight, bias, ids, probs, columns, sharpness, rejected)
+        sums = apply(features, weight, bias, ids, probs, columns, sharpness, rejected, weights, products)
     return Sums(*sums)
 
 
 def own_loss(
-    loss: Loss, features: Tensor, weight: Tensor, ids: Tensor, probs: Tensor, bias: Tensor | None = None
+    loss: Loss,
+    features: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    probs: Tensor,
+    bias: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """The sum over positions of a `Loss`. The arguments are as for `teacher_loss`.
+    """The weighted sum over positions of a `Loss`. The arguments are as for `teacher_loss`.
 
     Raises:
         ValueError: it does not return one value per position.
@@ -221,4 +251,4 @@ def own_loss(
             f"the loss {loss.name!r} returned {tuple(values.shape)}: return one value for each of the {len(logits)} "
             f"positions, without their mean"
         )
-    return values.sum()
+    return values.sum() if weights is None else (values * weights).sum()

@@ -113,14 +113,21 @@ class Objective(nn.Module):
             anchors = choose_anchors(batch, config.block_anchors, seed)
             given = (self.head.module, batch, self._embeddings, features, anchors, labels)
             return block_objective(*given, self._lm_head_rows, self._bias, config.block_ce)
-        total, weights, sums = features.new_zeros(()), 0.0, {"views": torch.tensor(float(batch.supervised_count))}
+        total, weights, sums = (
+            features.new_zeros(()),
+            features.new_zeros(()),
+            {"views": torch.tensor(float(batch.supervised_count))},
+        )
         module = self.head.module
         predictions = (
             _medusa_predictions(module, batch, features)
             if isinstance(module, MedusaHeads)
             else self._eagle_predictions(module, batch, features, passes)
         )
+        reached = features.new_ones(batch.supervised_count)  # probability that drafting gets past each supervised pair
         for number, (lm_input, weight, rows, state) in enumerate(predictions):
+            decayed = features.new_full(rows.shape, config.step_decay**number)
+            position_weights = reached[rows - 1] if config.reach_weights and number else decayed
             teacher, own = (ids[rows], probs[rows], self._bias), self._loss
             read = (lm_input, weight) if own is None else (lm_input.detach(), weight.detach())
             label_loss = teacher_loss(
@@ -130,19 +137,21 @@ class Objective(nn.Module):
                 frozen_columns=self._frozen_columns,
                 sharpness=sharpness,
                 rejected=config.rejected_weight,
+                weights=position_weights,
             )
-            learnt = label_loss.loss if own is None else own_loss(own, lm_input, weight, *teacher)
-            loss = config.ce_weight * learnt / len(rows)
+            learnt = label_loss.loss if own is None else own_loss(own, lm_input, weight, *teacher, position_weights)
+            loss, pass_weight = config.ce_weight * learnt / len(rows), position_weights.mean()
             if state is not None:
                 label = batch.target_features[rows].to(state.dtype)
                 regression = functional.smooth_l1_loss(state / self._feature_units, label / self._feature_units)
-                loss = loss + config.feature_weight * regression
+                loss = loss + config.feature_weight * pass_weight * regression
                 sums.setdefault("feature", regression.detach() * batch.supervised_count)
             if not number:
-                sums |= {"ce": label_loss.ce, "accepted": label_loss.acceptance, "top1": label_loss.hits}
+                sums |= {"ce": label_loss.ce, "accepted": label_loss.acceptance.sum(), "top1": label_loss.hits}
             sums |= {f"right_{number}": label_loss.hits, f"tried_{number}": torch.tensor(float(len(rows)))}
-            total = total + config.step_decay**number * loss
-            weights += config.step_decay**number
+            total, weights = total + loss, weights + pass_weight
+            reached = torch.zeros_like(reached)
+            reached[rows] = position_weights * label_loss.acceptance.to(reached)
         loss = total / weights * batch.supervised_count
         sums["loss"] = loss.detach()
         return loss, {name: value.detach() for name, value in sums.items()}

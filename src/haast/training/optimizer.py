@@ -3,8 +3,8 @@
 Owns the choice of optimiser per parameter, and a Muon with the precision that suits the device. Muon's constants
 (momentum, coefficients, steps, step scale) and state are those of `torch.optim.Muon`, so each can resume from the
 other's checkpoint. torch iterates in bf16 on all devices, which is far too slow on a CPU that emulates bf16 matmuls.
-Here bf16 is used only where torch's fp32 matmuls round their inputs anyway, that is on devices with 16-bit matmul units
-(see `matmul_rounds_inputs`), and fp32 elsewhere.
+Here bf16 is used only in mixed precision, and where torch's fp32 matmuls round their inputs anyway (see
+`matmul_rounds_inputs`), and fp32 elsewhere.
 
 One step of the iteration is X <- P X with P = a I + b G + c G^2 and G = X X^T. All P are polynomials in the first G, so
 they commute, and the next G is P G P. For a long X in fp32 the steps therefore only use the small (rows, rows)
@@ -43,6 +43,7 @@ class Muon(torch.optim.Optimizer):
         momentum: decay of the momentum.
         stacked: tuples of parameters with the same input, stacked by rows into one matrix for the iteration: its cost
             grows with the cube of the shorter side, so one tall matrix costs less than two.
+        bf16: iterate in bf16 on every device.
 
     Raises:
         ValueError: a parameter is not a matrix.
@@ -55,10 +56,12 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         momentum: float = 0.95,
         stacked: Sequence[tuple[nn.Parameter, ...]] = (),
+        bf16: bool = False,
     ) -> None:
         settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "ns_steps": STEPS}
         fixed = {"nesterov": True, "ns_coefficients": COEFFICIENTS, "eps": _EPS, "adjust_lr_fn": "match_rms_adamw"}
         super().__init__(params, settings | fixed)
+        self._bf16 = bf16
         self._stacked_after = {stack[0]: stack[1:] for stack in stacked}
         self._stacked_members = {parameter for stack in stacked for parameter in stack[1:]}
         for group in self.param_groups:
@@ -78,7 +81,7 @@ class Muon(torch.optim.Optimizer):
     def _apply(self, stack: list[nn.Parameter], group: dict[str, Any]) -> None:
         momenta = [self._nesterov(parameter, float(group["momentum"])) for parameter in stack]
         whole = torch.cat(momenta) if len(momenta) > 1 else momenta[0]
-        update = orthogonalise(whole)
+        update = orthogonalise(whole, bf16=self._bf16)
         rate = float(group["lr"])
         for parameter, part in zip(stack, torch.split(update, [len(each) for each in stack]), strict=True):
             parameter.mul_(1 - rate * group["weight_decay"])
@@ -95,19 +98,21 @@ class Muon(torch.optim.Optimizer):
         return gradient.lerp(momentum, decay)
 
 
-def orthogonalise(matrix: Tensor, steps: int = STEPS) -> Tensor:
+def orthogonalise(matrix: Tensor, steps: int = STEPS, bf16: bool = False) -> Tensor:
     """Move the singular values of a matrix near one (0.7 to 1.2; values near zero grow less).
 
     Args:
         matrix: (rows, columns).
         steps: 1 or more.
+        bf16: iterate in bf16 on every device.
 
     Returns:
-        (rows, columns): fp64 for an fp64 matrix, else bf16 on devices with 16-bit matmul units and fp32 elsewhere.
+        (rows, columns): fp64 for an fp64 matrix, else bf16 on devices that round fp32 products anyway, or with `bf16`,
+        and fp32 elsewhere.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    use_bf16 = matrix.dtype is not torch.float64 and matmul_rounds_inputs(
-        matrix.device, torch.get_float32_matmul_precision()
+    use_bf16 = matrix.dtype is not torch.float64 and (
+        bf16 or matmul_rounds_inputs(matrix.device, torch.get_float32_matmul_precision())
     )
     start = wide.to(torch.bfloat16 if use_bf16 else torch.promote_types(matrix.dtype, torch.float32))
     start = start / start.norm().clamp(min=_EPS)
@@ -185,7 +190,7 @@ class HeadOptimizer:
     Args:
         parameters: (name, parameter) of the head; AdamW also takes embeddings and LM heads, since they do not map
             states to states.
-        config: `optimizer`, `beta1`, `beta2`, `weight_decay`.
+        config: `optimizer`, `beta1`, `beta2`, `weight_decay`, `mixed_precision`.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> None:
@@ -209,7 +214,8 @@ class HeadOptimizer:
                 for name, parameter in matrices.items()
                 if f".{first}." in name
             ]
-            self.parts.append(Muon(matrices.values(), rate, decay, stacked=stacked))
+            bf16 = config.mixed_precision == "bf16"
+            self.parts.append(Muon(matrices.values(), rate, decay, stacked=stacked, bf16=bf16))
 
     def step(self, learning_rate: float) -> None:
         """Apply the gradients and reset them."""

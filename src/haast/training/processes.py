@@ -36,7 +36,7 @@ class Processes:
     """The processes of a run.
 
     Args:
-        mixed_precision: "no" or "bf16".
+        mixed_precision: "no", "bf16" or "auto".
         shard: use FSDP instead of a full copy of the parameters in each process.
         on_cpu: train on the CPU even if there is an accelerator.
 
@@ -46,11 +46,12 @@ class Processes:
 
     def __init__(self, mixed_precision: str = "no", shard: bool = False, on_cpu: bool = False) -> None:
         self._accelerator: Any = Accelerator(cpu=on_cpu)
-        self._mixed = mixed_precision == "bf16"
         self.count: int = self._accelerator.num_processes
         self.index: int = self._accelerator.process_index
         self.main: bool = self._accelerator.is_main_process
         self.device: torch.device = self._accelerator.device
+        fast = self.device.type == "cpu" and multiplies_bf16()
+        self.mixed_precision = ("bf16" if fast else "no") if mixed_precision == "auto" else mixed_precision
         self.sharded = shard
         if shard and self.count == 1:
             raise ValueError("shard=True needs several processes: start the command with `accelerate launch`")
@@ -59,7 +60,7 @@ class Processes:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Autocast to bf16 if mixed precision is on. torch's own context, so it also works for sharded modules."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16")
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """The module on this process's device, wrapped so that gradients are synchronised."""
@@ -125,6 +126,12 @@ class Processes:
     def wait(self) -> None:
         """A barrier: wait for all processes."""
         self._accelerator.wait_for_everyone()
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU has bf16 products, which are faster than those in fp32 (on Zen 4 2 to 3 times)."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in names)
 
 
 def _destroy_process_group() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -110,11 +110,15 @@ class Trainer:
         self.train_set, self.valid_set = usable(train), usable(valid)
         # Checkpoints have the numbers.
         config = config.for_data(head_config.hidden_size, sum(len(each.queries()) for each in self.train_set))
+        self._checkpoint = checkpoints.load_newest(out_dir)
+        if self._checkpoint is not None and config.mixed_precision == "auto":  # a run goes on as it began
+            config = replace(config, mixed_precision=self._checkpoint["config"]["mixed_precision"])
+        self._processes = Processes(config.mixed_precision, config.shard, on_cpu)
+        config = replace(config, mixed_precision=self._processes.mixed_precision)
         self.config, self.out_dir = config, out_dir
         self._order = BatchOrder([e.pairs for e in self.train_set], config.positions, config.seed)
         check_sizes(head_config, target_weights, self.train_set[0])
         self._data = digest([*self.train_set, *self.valid_set])
-        self._processes = Processes(config.mixed_precision, config.shard, on_cpu)
         if self._processes.main:
             checkpoints.write_probe(out_dir)
         self._measure_tau, self._export, self._explain = measure_tau, export, explain
@@ -125,7 +129,6 @@ class Trainer:
             raise ValueError(
                 f"teacher_top={config.teacher_top} is more than the {stored} tokens per position in the data"
             )
-        self._checkpoint = checkpoints.load_newest(out_dir)
         if self._checkpoint is not None:  # the checkpoint's rows belong to these ids
             draft_vocab = self._checkpoint.get("draft_vocab", draft_vocab)
         if draft_vocab is None:

@@ -23,7 +23,7 @@ KINDS = (  # whose table is the macro of this name in results.md; "-" is "_" the
     "ablation", "baselines", "batches", "block-drafter", "calibration", "calibration-curves", "context",
     "conversation", "forwards", "gguf", "grammars", "head-check", "hybrid", "interop-vllm", "long-context",
     "low-rank", "optimizer", "oracle", "peers", "precision", "regenerate", "roofline", "sampling-loss", "serving-load",
-    "training", "why-it-works", "zoo",
+    "tau-by-turn", "training", "why-it-works", "zoo",
 )  # fmt: skip
 _JOINED = ("interop-vllm", "regenerate", "zoo")  # kinds that show several documents in one table
 _BLOCK = re.compile(r"(<!-- results:(?P<name>[a-z0-9+-]+)(?P<short>#short)? -->\n).*?(?P<end><!-- end -->)", re.DOTALL)

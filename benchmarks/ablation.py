@@ -98,6 +98,7 @@ ROWS = (
     Row("MLP twice as wide", sizes={"intermediate_size": lambda usual: 2 * usual.intermediate_size}),
     Row("no feature loss", {"feature_weight": 0.0}),
     Row("average of weights", {"ema": 0.99}),
+    Row("fp32 products", {"mixed_precision": "no"}),
     Row("AdamW", {"optimizer": "adamw", "learning_rate": 2e-3, "weight_decay": 0.01}),
 )
 

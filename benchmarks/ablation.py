@@ -8,7 +8,7 @@ are kept, so the same command resumes. tau and times are measured with the engin
 
 Data: --shards hold the target's own answers with the states of several layers (`haast train --head eagle3 --shards`
 writes them); --more-shards more answers, for the rows with 2x and 4x data; --given-shards text that the target did not
-generate. The rows of answers by temperature take equal numbers of supervised tokens from --shards and --more-shards.
+generate. The rows by temperature have equally many supervised tokens, from --shards first, then --more-shards.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from haast.training.target_weights import TargetWeights
 from haast.training.trainer import Trainer
 
 _PROBE_SECONDS = 8.0  # of training, to measure the speed of a row
+_START_EXAMPLES = 400  # that the initial weights are fitted to
 _VANILLA_PROMPTS = 4  # prompts that time a one-token forward, together with each head
 # (nodes, number of prompts; None: all, temperature)
 _TREES = {"small": (6, None, 0.0), "large": (60, 10, 0.0), "sampled": (60, 10, 1.0)}
@@ -74,7 +75,7 @@ ROWS = (
     Row("alignment, 2 steps", {"alignment_steps": 2}),
     Row("alignment, 3 steps", {"alignment_steps": 3}),
     Row("alignment, 2 steps, after 70 %", {"alignment_steps": 2, "align_after": 0.7}),
-    Row("alignment, 2 steps, weighted by reach (D-PACE)", {"alignment_steps": 2, "reach_weights": True}),
+    Row("alignment, 2 steps, weighted by reach", {"alignment_steps": 2, "reach_weights": True}),
     Row("EAGLE-3 head", {"head": "eagle3"}),
     Row("EAGLE-3 head, 3 steps", {"head": "eagle3", "alignment_steps": 3}),
     Row("EAGLE-3 head, 3 steps, normed states", {"head": "eagle3", "alignment_steps": 3, "fc_norm": True}),
@@ -109,13 +110,14 @@ class Bench:
     def __init__(self, target: Target, prompts: list[str], tokens: int) -> None:
         self.target, encoder = target, Haast(target, VanillaDrafter())
         self._prompts, self._tokens, self._eos = [encoder.encode(p) for p in prompts], tokens, encoder.eos_ids()
-        self._initial: dict[int, dict[str, Tensor]] = {}
+        self._initial: dict[tuple[int, ...], dict[str, Tensor]] = {}
 
     def start(self, sizes: HeadConfig, examples: list[Example]) -> dict[str, Tensor]:
         """Initial weights from the target's last layer, computed once per choice of data."""
-        if id(examples[0]) not in self._initial:
-            self._initial[id(examples[0])] = last_layer_weights(self.target, sizes, examples)
-        return self._initial[id(examples[0])]
+        choice = tuple(map(id, examples[:_START_EXAMPLES]))
+        if choice not in self._initial:
+            self._initial[choice] = last_layer_weights(self.target, sizes, examples[:_START_EXAMPLES])
+        return self._initial[choice]
 
     def run(self, drafter: Drafter, limit: int | None = None, temperature: float = 0.0) -> Stats:
         """Decode the prompts."""
@@ -197,6 +199,7 @@ def train_row(
         },
         "views": views,
         "views_per_s": rate,
+        "mixed_precision": run.config.mixed_precision,
         "seconds": result["seconds"],
         "parameters": sum(p.numel() for p in head.module.parameters()),
         **{name: value for name, value in result.items() if name.startswith("valid")},
@@ -264,7 +267,8 @@ def main() -> None:
             ),
             "base": {name: getattr(base, name) for name in base.__dataclass_fields__},
             "seconds_per_row": arguments.seconds,
-            "measured_on": f"{arguments.valid_limit} validation prompts, greedy, {arguments.valid_tokens} new tokens",
+            "measured_on": f"{arguments.valid_limit} validation prompts, {arguments.valid_tokens} new tokens; greedy "
+            "except `sampled`",
         }
         write_json(done, str(arguments.json))
         print(_line(done["rows"][-1]), f"({time.monotonic() - begin:.0f} s)", flush=True)
@@ -291,7 +295,7 @@ def _data(arguments: argparse.Namespace) -> dict[str, list[Example]]:
         "sampled": [example for example in free if temperatures[id(example)] == 1],
     }
     least = min(_supervised(each[: arguments.sequences]) for each in by_temperature.values())
-    equal = {name: _first(each, least) for name, each in by_temperature.items()}
+    equal = {name: [_bare(example) for example in _first(each, least)] for name, each in by_temperature.items()}
     return {
         "own": own[: arguments.sequences],
         "more": more,
@@ -299,6 +303,11 @@ def _data(arguments: argparse.Namespace) -> dict[str, list[Example]]:
         "valid": valid,
         **equal,
     }
+
+
+def _bare(example: Example) -> Example:
+    """Without captured states, which not all shards have."""
+    return replace(example, hidden=example.features[:, :0])
 
 
 def _supervised(examples: list[Example]) -> int:

@@ -83,6 +83,8 @@ def closed_form(weight: Tensor, features: Tensor, rank: int) -> tuple[Tensor, Te
     whitened = weight.double() @ root  # its squared error is the logits'
     values, vectors = torch.linalg.eigh(whitened.T @ whitened)
     best = vectors[:, values.argsort(descending=True)[:rank]]
+    # Any orthogonal mix of the columns is as good. One spreads their sizes, for 8-bit blocks and for equal steps.
+    best = best @ torch.linalg.qr(torch.randn(rank, rank, generator=torch.Generator().manual_seed(0)).double())[0]
     return (whitened @ best).float(), torch.linalg.solve(root.T, best).T.float()
 
 
@@ -166,7 +168,7 @@ def main() -> None:
             up, down, positions, loss = distil(up, down, data, arguments.seconds)
         row(f"rank {rank}, trained", LowRank(config, up, down), None, size, positions=positions, loss=loss)
     settings = {"limit": arguments.limit, "tokens": arguments.tokens, "seconds": arguments.seconds}
-    found = environment(target, DEFAULT_MODEL, arguments.prompts, arguments.limit, settings)
+    found = environment(target, DEFAULT_MODEL, arguments.prompts, len(prompts), settings)
     write_json({"kind": "low-rank", "rows": rows, "environment": found}, str(arguments.json))
 
 

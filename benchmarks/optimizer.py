@@ -53,9 +53,9 @@ class Arm:
     def __init__(self, hidden: int, optimizer: str) -> None:
         uses_torch = optimizer == "torch's muon"
         self.hidden, self.optimizer = hidden, optimizer
-        config = TrainConfig(optimizer="muon" if uses_torch else optimizer, initialisation="random").with_batch_tokens(
-            hidden
-        )
+        config = TrainConfig(
+            optimizer="muon" if uses_torch else optimizer, initialisation="random", mixed_precision="no"
+        ).with_batch_tokens(hidden)
         self.config = config
         vocab = config.draft_vocab
         sizes = FeatExtrapolatorConfig.for_target(LlamaConfig(hidden_size=hidden, vocab_size=vocab, **_SIZES[hidden]))

@@ -2,8 +2,8 @@
 
     python benchmarks/tau_by_turn.py --prompts mt_bench.jsonl --limit 40 --json results/tau-by-turn.json
 
-The target answers the first turn, and the second with its own first answer before it; then the first turn again with
-longer answers. The heads of several folders are measured on the same prompts, in turn (`--heads`). Nothing is timed.
+The target answers the first turn, then again with a longer answer, and the second turn after the shorter one. The heads
+of several folders are measured on the same prompts, in turn (`--heads`). Nothing is timed.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def main() -> None:
     target, rows = load_target(DEFAULT_MODEL), list[dict[str, Any]]()
     prompts = read_prompts(arguments.prompts, arguments.limit, spread=True)
     settings = {"tokens": arguments.tokens, "longer": arguments.longer}
-    where = environment(target, DEFAULT_MODEL, arguments.prompts, arguments.limit, settings)
+    where = environment(target, DEFAULT_MODEL, arguments.prompts, len(prompts), settings)
     for temperature in map(float, arguments.temperatures.split(",")):
         for nodes in map(int, arguments.nodes.split(",")):
             for name in arguments.heads.split(","):

@@ -363,10 +363,11 @@ def test_mixed_precision_learns_nearly_the_same(kind: str, examples: list[Exampl
 def test_mixed_precision_multiplies_by_the_lm_head_in_bf16() -> None:
     """Its products are most of the work; sums, gradients and the softmax stay in fp32."""
     generator = torch.Generator().manual_seed(0)
-    states = torch.randn(40, 16, generator=generator, requires_grad=True)
+    count = 600  # several chunks
+    states = torch.randn(count, 16, generator=generator, requires_grad=True)
     weight = torch.randn(30, 16, generator=generator, requires_grad=True)
-    ids = torch.stack([torch.randperm(30, generator=generator)[:3] for _ in range(40)])
-    probs = torch.rand(40, 3, generator=generator) / 3
+    ids = torch.stack([torch.randperm(30, generator=generator)[:3] for _ in range(count)])
+    probs = torch.rand(count, 3, generator=generator) / 3
     found = []
     for mixed in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
@@ -394,7 +395,7 @@ def test_a_run_goes_on_in_the_precision_it_began_with(
 
 
 def test_passes_are_weighted_by_how_likely_drafting_reaches_them(examples: list[Example]) -> None:
-    """D-PACE: a position of pass 1 has the weight of its predecessor's acceptance in pass 0."""
+    """A position of pass 1 has the weight of its predecessor's acceptance in pass 0."""
     target = llama(torch.float32)
     some = [e for _, e in stream_examples(target, sequences(), topk=8, layer_ids=LAYERS)]
     drafted, frozen = torch.arange(target.vocab_size), TargetWeights.of(target)

@@ -216,7 +216,9 @@ def examples_of(at: Target) -> list[Example]:
     return [example for _, example in sorted(made_ones, key=lambda pair: pair[0])]
 
 
-@pytest.mark.parametrize("more", [{"layers": 2}, {"markov_rank": 8}, {"alignment_steps": 2}, {"lk_after": 0.5}])
+@pytest.mark.parametrize(
+    "more", [{"layers": 2}, {"markov_rank": 8}, {"alignment_steps": 2}, {"lk_after": 0.5}, {"reach_weights": True}]
+)
 def test_settings_of_other_heads_are_refused(more: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"head='block' does not use .*{next(iter(more))}"):
         TrainConfig(head="block", **more)

@@ -71,6 +71,11 @@ def test_one_command_makes_a_head_and_goes_on_after_ctrl_c(
     assert stopped.exit_code == 130 and "the same command resumes" in stopped.stderr and len(answers(out)) == 2
     monkeypatch.undo()
     refused(haast_run(*begin(home, out, "--seed", 1)), "begun with other settings", "'seed': (0, 1)")
+    plan = json.loads((out / "make-head.json").read_text())
+    training = plan["settings"]["training"]
+    assert training["mixed_precision"] == "auto" and not training.pop("reach_weights")
+    training["mixed_precision"] = "no"
+    (out / "make-head.json").write_text(json.dumps(plan))  # as a version without these settings wrote it
     refused(haast_run(*begin(home, out, "--temperatures", "0:1")), "'temperatures'")
     made = document(haast_run(*begin(home, out, "--json", "-")))
     assert made["head"] == str(out / "best") and len(answers(out)) == 4

@@ -35,7 +35,7 @@ examples = [example for _, example in sorted(made, key=lambda pair: pair[0])]
 config = TrainConfig(
     views=1500, batch_tokens=60, draft_vocab=48, accumulate=accumulate, shard=bool(shard), feature_noise=0.1,
     alignment_steps=2, log_every=100, evaluate_every=500, checkpoint_every=300, initialisation="random",
-    optimizer="adamw",
+    optimizer="adamw", mixed_precision="no",
 )
 weights = TargetWeights.of(target)
 run = Trainer(config, tiny.sizes(target, "feat"), weights, examples[:20], examples[20:], out, quiet=True)

@@ -210,8 +210,9 @@ class TrainConfig:
     accumulate: int = _option(1, "Batches per step in each process.", _ABOVE)
     shard: bool = _option(False, "Shard parameters and optimiser state over the processes (FSDP).")
     mixed_precision: str = _option(
-        "auto",
-        "bf16 (matrix products under autocast), no, or auto: bf16 on a CPU with bf16 products (AVX512-BF16, AMX).",
+        None,
+        "bf16 (matrix products under autocast; slow without units for it), no, or auto: bf16 on a CPU that has them "
+        "(AVX512-BF16, AMX); by default auto, with --matmul-precision highest no.",
         ("auto", "no", "bf16"),
     )
     initialisation: str = _option(
@@ -242,7 +243,7 @@ class TrainConfig:
     )
     step_decay: float = _option(0.8, "Loss weight of pass s: this value to the power of s.", _ABOVE)
     reach_weights: bool = _option(
-        False, "Instead of --step-decay, weigh a position by how likely the passes before it are accepted (D-PACE)."
+        False, "Of several passes: weigh a position by how likely drafting gets there, instead of by --step-decay."
     )
     log_every: int = _option(50_000, "Supervised tokens between log lines.", _ABOVE)
     evaluate_every: int = _option(500_000, "Supervised tokens between evaluations.", _ABOVE)
@@ -292,6 +293,7 @@ class TrainConfig:
             "optimizer": optimizer,
             "learning_rate": rate,
             "weight_decay": decay,
+            "mixed_precision": "no" if self.matmul_precision == "highest" else "auto",
             "feature_noise": 0.2 if self.head == KINDS[0] else 0.0,
             "align_after": 0.7 if self.alignment_steps is None and self.head not in _ONE_PASS else 0.0,
             "alignment_steps": 1 if self.head in _ONE_PASS else 2,
@@ -305,7 +307,10 @@ class TrainConfig:
     def _check_block(self) -> None:
         """Raise ValueError for settings that a block head, which has a loss of its own, does not use."""
         defaults = {each.name: each.default for each in fields(self)} | {"alignment_steps": 1}
-        unused = ("layers", "markov_rank", "alignment_steps", "teacher_top", "rejected_weight", "lk_after", "ce_weight")
+        unused = (
+            *("layers", "markov_rank", "alignment_steps", "teacher_top", "rejected_weight", "lk_after", "ce_weight"),
+            "reach_weights",
+        )
         changed = {name: getattr(self, name) for name in unused if getattr(self, name) != defaults[name]}
         if changed:
             raise ValueError(

@@ -43,7 +43,8 @@ class Loss(ABC):
     def __call__(self, logits: Tensor, ids: Tensor, probs: Tensor) -> Tensor:
         """The loss at n positions, which need not be of one sequence.
 
-        Called once for each training pass or Medusa head, and weighted by `ce_weight`. It has no parameters.
+        Called once for each training pass or Medusa head. Its values are weighted by `ce_weight`, and by `step_decay`
+        or `reach_weights`. It has no parameters.
 
         Args:
             logits: (n, draft vocabulary) float, of the head.
@@ -117,11 +118,18 @@ class LogitGradients:
 
     def add(self, part: slice, of_logits: Tensor) -> None:
         """Add a chunk's gradient (chunk, draft vocabulary) for its logits."""
-        of_logits = of_logits.to(self._products)
+        of_logits, mixed = of_logits.to(self._products), self._products != self._dtype
         if self._ctx.needs_input_grad[0]:
-            self._gradient[part] = of_logits @ self._weight
+            if mixed:
+                self._gradient[part] = of_logits @ self._weight
+            else:
+                torch.mm(of_logits, self._weight, out=self._gradient[part])
         if self._ctx.needs_input_grad[1]:
-            self._weight_gradient += of_logits.T @ self._features[part, self._frozen :]
+            trained = self._features[part, self._frozen :]
+            if mixed:
+                self._weight_gradient += of_logits.T @ trained
+            else:
+                self._weight_gradient.addmm_(of_logits.T, trained)
 
     def save(self, *undifferentiated: Tensor) -> None:
         """Keep the gradients for `ChunkedLoss.backward`; the given results have none."""
@@ -131,9 +139,10 @@ class LogitGradients:
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:
-    """Dtype of matrix products with a weight: autocast's where it is on, as for any other layer."""
+    """Dtype of matrix products with a weight: autocast's for an fp32 weight where it is on, as for any other layer."""
     device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    mixed = weight.dtype is torch.float32 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if mixed else weight.dtype
 
 
 class _TeacherLoss(ChunkedLoss):
@@ -243,8 +252,10 @@ def own_loss(
     Raises:
         ValueError: it does not return one value per position.
     """
+    products = product_dtype(weight)
     with torch.autocast(features.device.type, enabled=False):
-        logits = functional.linear(features.to(weight.dtype), weight, bias)  # (positions, draft vocabulary)
+        logits = functional.linear(features.to(products), weight.to(products)).to(weight.dtype)
+        logits = logits if bias is None else logits + bias  # (positions, draft vocabulary)
         values = loss(logits, ids, probs.to(weight.dtype))
     if values.shape != logits.shape[:1]:
         raise ValueError(

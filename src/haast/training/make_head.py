@@ -70,6 +70,9 @@ def read_plan(out: Path, shared: dict[str, Any]) -> Plan | None:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         then, plan = document["settings"], document["plan"]
+        then["training"] = asdict(TrainConfig()) | then["training"]  # folders of before some settings existed
+        if shared["training"]["mixed_precision"] == "auto":  # training goes on in the precision it began with
+            then["training"]["mixed_precision"] = "auto"
         then_flat, now_flat = _flat(then), _flat(shared)
         found = Plan(**plan | {"minutes": tuple(plan["minutes"])})
     except (ValueError, KeyError, TypeError) as error:

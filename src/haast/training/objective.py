@@ -140,16 +140,17 @@ class Objective(nn.Module):
                 weights=position_weights,
             )
             learnt = label_loss.loss if own is None else own_loss(own, lm_input, weight, *teacher, position_weights)
-            loss, pass_weight = config.ce_weight * learnt / len(rows), position_weights.mean()
+            loss = config.ce_weight * learnt / len(rows)
             if state is not None:
-                label = batch.target_features[rows].to(state.dtype)
-                regression = functional.smooth_l1_loss(state / self._feature_units, label / self._feature_units)
-                loss = loss + config.feature_weight * pass_weight * regression
-                sums.setdefault("feature", regression.detach() * batch.supervised_count)
+                state, label = state.to(self._feature_units), batch.target_features[rows].to(self._feature_units)
+                units = self._feature_units
+                regression = functional.smooth_l1_loss(state / units, label / units, reduction="none").mean(-1)
+                loss = loss + config.feature_weight * (position_weights * regression).mean()
+                sums.setdefault("feature", regression.detach().mean() * batch.supervised_count)
             if not number:
                 sums |= {"ce": label_loss.ce, "accepted": label_loss.acceptance.sum(), "top1": label_loss.hits}
             sums |= {f"right_{number}": label_loss.hits, f"tried_{number}": torch.tensor(float(len(rows)))}
-            total, weights = total + loss, weights + pass_weight
+            total, weights = total + loss, weights + position_weights.mean()
             reached = torch.zeros_like(reached)
             reached[rows] = position_weights * label_loss.acceptance.to(reached)
         loss = total / weights * batch.supervised_count

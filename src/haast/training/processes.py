@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from haast.training.config import TrainConfig, TrainingData
+from haast.training.optimizer import multiplies_bf16
 
 _GLOO_WAIT = 0.2  # seconds
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -51,7 +52,8 @@ class Processes:
         self.main: bool = self._accelerator.is_main_process
         self.device: torch.device = self._accelerator.device
         fast = self.device.type == "cpu" and multiplies_bf16()
-        self.mixed_precision = ("bf16" if fast else "no") if mixed_precision == "auto" else mixed_precision
+        chosen = ("bf16" if fast else "no") if mixed_precision == "auto" else mixed_precision
+        self.mixed_precision: str = self.broadcast(chosen)  # also where the processes run on unlike CPUs
         self.sharded = shard
         if shard and self.count == 1:
             raise ValueError("shard=True needs several processes: start the command with `accelerate launch`")
@@ -126,12 +128,6 @@ class Processes:
     def wait(self) -> None:
         """A barrier: wait for all processes."""
         self._accelerator.wait_for_everyone()
-
-
-def multiplies_bf16() -> bool:
-    """Whether this CPU has bf16 products, which are faster than those in fp32 (on Zen 4 2 to 3 times)."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in names)
 
 
 def _destroy_process_group() -> None:

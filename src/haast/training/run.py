@@ -159,6 +159,7 @@ class Run:
             loss=self._loss,
             evaluate_first=start_from is not None,
         )
+        self._settings = trainer.config  # with the precision that auto chose, for the card
         return {**trainer.run(resume), "head": str(out / "best")}
 
     def _target_weights(self) -> TargetWeights:

@@ -112,7 +112,7 @@ class Trainer:
         config = config.for_data(head_config.hidden_size, sum(len(each.queries()) for each in self.train_set))
         self._checkpoint = checkpoints.load_newest(out_dir)
         if self._checkpoint is not None and config.mixed_precision == "auto":  # a run goes on as it began
-            config = replace(config, mixed_precision=self._checkpoint["config"]["mixed_precision"])
+            config = replace(config, mixed_precision=self._checkpoint["config"].get("mixed_precision", "no"))
         self._processes = Processes(config.mixed_precision, config.shard, on_cpu)
         config = replace(config, mixed_precision=self._processes.mixed_precision)
         self.config, self.out_dir = config, out_dir

@@ -103,7 +103,7 @@ def distil(
         features, ids, probs = (each[picked] for each in data)
         loss = teacher_loss(features @ down.T, up, ids, probs, frozen_columns=0).loss / _BATCH
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(float(loss.detach()))
     last = losses[-max(len(losses) // 10, 1) :]

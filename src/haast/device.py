@@ -1,4 +1,4 @@
-"""Device helpers: CPU name, dtype of probabilities, free memory, copies that do not block, and inference mode."""
+"""Device helpers: the CPU, dtype of probabilities, free memory, copies that do not block, and inference mode."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 _MEMORY = Path("/proc/meminfo")
 _ASSUMED_FREE = 4 << 30  # free bytes to assume if the system does not report them
 _P = ParamSpec("_P")
@@ -37,14 +38,26 @@ def exact(device: torch.device) -> torch.dtype:
 
 
 @functools.cache
-def cpu_name() -> str:
-    """The CPU's model name from /proc/cpuinfo, else from `platform`."""
+def _cpu_field(name: str) -> str | None:
+    """The first core's field of /proc/cpuinfo; None without the file or the field."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), None)
+
+
+def cpu_name() -> str:
+    """The CPU's model name from /proc/cpuinfo, else from `platform`."""
+    return _cpu_field("model name") or platform.processor() or platform.machine()
+
+
+def multiplies_bf16() -> bool:
+    """Whether this is an x86 CPU with bf16 products, which are faster than those in fp32 (on Zen 4 2 to 3 times).
+
+    False where the system has no /proc/cpuinfo.
+    """
+    return not _BF16_FLAGS.isdisjoint((_cpu_field("flags") or "").split())
 
 
 def free_memory(device: torch.device) -> int:

@@ -406,7 +406,8 @@ def test_passes_are_weighted_by_how_likely_drafting_reaches_them(examples: list[
         objective, batch = Objective(head, frozen, drafted, config), pack(some)
         found[reach] = [float(objective(batch, passes=n)[0].detach()) / batch.supervised_count for n in (1, 2)]
     assert found[True][0] == found[False][0]
-    states = list(chain_passes(head.module, batch, target.embed(batch.next_tokens).float(), batch.features, 2))
+    module: Any = head.module
+    states = list(chain_passes(module, batch, target.embed(batch.next_tokens).float(), batch.features, 2))
     by_pass = []
     for state, rows in states:
         law = (state @ target.head_rows(drafted).T.float()).softmax(-1).gather(1, batch.teacher_ids[rows])

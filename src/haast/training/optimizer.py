@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from haast.device import multiplies_bf16
 from haast.training.config import TrainConfig
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c: the steepest start that still ends near one
@@ -139,13 +140,6 @@ def matmul_rounds_inputs(device: torch.device, precision: str) -> bool:
     assert precision == torch.get_float32_matmul_precision(), "only the current setting can be measured"
     factor = torch.full((256, 256), 1 + 2**-12, device=device)  # TF32 has 10 bits after the point, bf16 has 7
     return float((factor @ factor)[0, 0]) == 256.0  # and not 256.125
-
-
-@functools.cache
-def multiplies_bf16() -> bool:
-    """Whether this CPU has bf16 products, which are faster than those in fp32 (on Zen 4 2 to 3 times)."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in names)
 
 
 def _iterate_matrix(x: Tensor, steps: int, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

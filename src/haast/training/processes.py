@@ -26,8 +26,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from haast.device import multiplies_bf16
 from haast.training.config import TrainConfig, TrainingData
-from haast.training.optimizer import multiplies_bf16
 
 _GLOO_WAIT = 0.2  # seconds
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)

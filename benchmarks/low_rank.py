@@ -92,9 +92,9 @@ def distil(
     up: Tensor, down: Tensor, data: tuple[Tensor, Tensor, Tensor], seconds: float
 ) -> tuple[Tensor, Tensor, int, float]:
     """U and D after training for `seconds`, the number of positions seen, and the mean loss of the last tenth."""
+    scale = float(up.square().mean().sqrt()), float(down.square().mean().sqrt())
     up, down = nn.Parameter(up.clone()), nn.Parameter(down.clone())
     optimizer = torch.optim.AdamW([{"params": [up]}, {"params": [down]}], _LEARNING_RATE, weight_decay=0.0)
-    scale = float(up.square().mean().sqrt()), float(down.square().mean().sqrt())
     generator, begin, losses = torch.Generator().manual_seed(0), time.monotonic(), list[float]()
     while (share := (time.monotonic() - begin) / seconds) < 1:
         for group, size in zip(optimizer.param_groups, scale, strict=True):

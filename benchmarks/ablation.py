@@ -53,7 +53,6 @@ from haast.training.target_weights import TargetWeights
 from haast.training.trainer import Trainer
 
 _PROBE_SECONDS = 8.0  # of training, to measure the speed of a row
-_START_EXAMPLES = 400  # that the initial weights are fitted to
 _VANILLA_PROMPTS = 4  # prompts that time a one-token forward, together with each head
 # (nodes, number of prompts; None: all, temperature)
 _TREES = {"small": (6, None, 0.0), "large": (60, 10, 0.0), "sampled": (60, 10, 1.0)}
@@ -114,9 +113,9 @@ class Bench:
 
     def start(self, sizes: HeadConfig, examples: list[Example]) -> dict[str, Tensor]:
         """Initial weights from the target's last layer, computed once per choice of data."""
-        choice = tuple(map(id, examples[:_START_EXAMPLES]))
+        choice = tuple(map(id, examples))
         if choice not in self._initial:
-            self._initial[choice] = last_layer_weights(self.target, sizes, examples[:_START_EXAMPLES])
+            self._initial[choice] = last_layer_weights(self.target, sizes, examples)
         return self._initial[choice]
 
     def run(self, drafter: Drafter, limit: int | None = None, temperature: float = 0.0) -> Stats:

@@ -307,10 +307,8 @@ class TrainConfig:
     def _check_block(self) -> None:
         """Raise ValueError for settings that a block head, which has a loss of its own, does not use."""
         defaults = {each.name: each.default for each in fields(self)} | {"alignment_steps": 1}
-        unused = (
-            *("layers", "markov_rank", "alignment_steps", "teacher_top", "rejected_weight", "lk_after", "ce_weight"),
-            "reach_weights",
-        )
+        unused = ["layers", "markov_rank", "alignment_steps", "reach_weights", "teacher_top", "rejected_weight"]
+        unused += ["lk_after", "ce_weight"]
         changed = {name: getattr(self, name) for name in unused if getattr(self, name) != defaults[name]}
         if changed:
             raise ValueError(

@@ -244,8 +244,8 @@ def own_loss(
     weight: Tensor,
     ids: Tensor,
     probs: Tensor,
-    bias: Tensor | None = None,
-    weights: Tensor | None = None,
+    bias: Tensor | None,
+    weights: Tensor,
 ) -> Tensor:
     """The weighted sum over positions of a `Loss`. The arguments are as for `teacher_loss`.
 
@@ -262,4 +262,4 @@ def own_loss(
             f"the loss {loss.name!r} returned {tuple(values.shape)}: return one value for each of the {len(logits)} "
             f"positions, without their mean"
         )
-    return values.sum() if weights is None else (values * weights).sum()
+    return (values * weights).sum()

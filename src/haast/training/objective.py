@@ -113,11 +113,8 @@ class Objective(nn.Module):
             anchors = choose_anchors(batch, config.block_anchors, seed)
             given = (self.head.module, batch, self._embeddings, features, anchors, labels)
             return block_objective(*given, self._lm_head_rows, self._bias, config.block_ce)
-        total, weights, sums = (
-            features.new_zeros(()),
-            features.new_zeros(()),
-            {"views": torch.tensor(float(batch.supervised_count))},
-        )
+        total = weights = features.new_zeros(())
+        sums = {"views": torch.tensor(float(batch.supervised_count))}
         module = self.head.module
         predictions = (
             _medusa_predictions(module, batch, features)
@@ -142,8 +139,8 @@ class Objective(nn.Module):
             learnt = label_loss.loss if own is None else own_loss(own, lm_input, weight, *teacher, position_weights)
             loss = config.ce_weight * learnt / len(rows)
             if state is not None:
-                state, label = state.to(self._feature_units), batch.target_features[rows].to(self._feature_units)
                 units = self._feature_units
+                state, label = state.to(units), batch.target_features[rows].to(units)
                 regression = functional.smooth_l1_loss(state / units, label / units, reduction="none").mean(-1)
                 loss = loss + config.feature_weight * (position_weights * regression).mean()
                 sums.setdefault("feature", regression.detach().mean() * batch.supervised_count)

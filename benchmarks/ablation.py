@@ -38,6 +38,7 @@ from haast.engine.engine import Engine, Stats, StopParams
 from haast.files import write_json
 from haast.heads.checkpoint import Head, build_module
 from haast.heads.config import HeadConfig
+from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.progress import Progress
 from haast.prompts import read_prompts
 from haast.target.load import load_target
@@ -94,6 +95,7 @@ ROWS = (
     Row("rejected drafts count double", {"rejected_weight": 2.0}),
     Row("Markov bias, rank 64", {"markov_rank": 64}),
     Row("two layers", {"layers": 2}),
+    Row("reads low, middle and high layers", {"context_layers": "2,15,27"}),
     Row("q/k norms", sizes={"qk_norm": lambda _: True}),
     Row("MLP twice as wide", sizes={"intermediate_size": lambda usual: 2 * usual.intermediate_size}),
     Row("no feature loss", {"feature_weight": 0.0}),
@@ -155,7 +157,7 @@ def grown(start: dict[str, Tensor], sizes: HeadConfig, drafted: int) -> dict[str
         known = start.get(name.replace("layers.1.", "layers.0."))
         if known is not None and value.dim() == 2 and not name.endswith("fc.weight"):
             value.normal_(std=float(known.std()))
-        if name.endswith(("o_proj.weight", "down_proj.weight", "markov.rows.weight")):
+        if name.endswith(("o_proj.weight", "down_proj.weight", "markov.rows.weight", "context.weight")):
             value.zero_()
         if name in start:
             value[tuple(map(slice, start[name].shape))] = start[name]
@@ -174,7 +176,7 @@ def train_row(
     assert isinstance(plain, HeadConfig), "every row trains an EAGLE head"
     sizes, start = replace(plain, **{name: change(plain) for name, change in row.sizes.items()}), None
     if config.head != "eagle3" and config.initialisation != "random":
-        one = replace(plain, num_hidden_layers=1, markov_rank=0)
+        one = FeatExtrapolatorConfig.for_target(bench.target.config, inputs=config.inputs)
         start = grown(bench.start(one, examples), sizes, min(config.draft_vocab, sizes.vocab_size))
     parts = (sizes, frozen, examples, data["valid"])
     with TemporaryDirectory() as folder:

@@ -129,6 +129,14 @@ def test_what_an_engine_does_not_know_is_refused_by_name(
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("engine", ["official", "vllm", "sglang"])
+def test_a_head_that_reads_more_layers_than_eagle1_is_refused(target: Target, tmp_path: Path, engine: str) -> None:
+    head = others.eagle1(target, layer_ids=(1, target.layers))
+    with pytest.raises(ValueError, match=r"cannot read a FeatExtrapolator that also reads layers \[1\]"):
+        export_head(head, engine, "someone/tiny", target.model.config, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_numbers_are_kept_as_they_are(target: Target, tmp_path: Path, engine: str) -> None:
     head = others.eagle3(target)

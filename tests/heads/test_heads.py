@@ -22,7 +22,7 @@ from haast.errors import HeadMismatchError
 from haast.heads.checkpoint import Head, load_head, save_head
 from haast.heads.config import HeadConfig
 from haast.heads.eagle3 import Eagle3Config, default_layers
-from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
+from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.heads.module import DraftModule
 from haast.target.fusing import fuse_small_modules
 from haast.target.packing import pack_linears
@@ -35,6 +35,7 @@ from haast.training.diagnostics import overfit_self_test
 from haast.training.features import extract, stream_examples
 from haast.training.losses import teacher_loss
 from haast.training.objective import Objective
+from haast.training.run import head_config, start_parts
 from haast.training.scaled_head import TrainedHead, make_head
 from haast.training.shards import ShardIdentity, read_shards
 from haast.training.target_weights import TargetWeights, bigram_directions
@@ -50,6 +51,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "feat, unshifted": {"inputs": "feature+token"},
     "feat, feature alone": {"inputs": "feature"},
     "feat, token alone": {"inputs": "token"},
+    "feat, context": {"layer_ids": (*LAYERS, 4)},
     "eagle3": {"layer_ids": LAYERS},
     "eagle3, all options": {"layer_ids": LAYERS, "fc_norm": True, "num_hidden_layers": 2, "markov_rank": 4},
 }
@@ -127,7 +129,7 @@ def test_passes_read_what_drafts_read(kind: str, target: Target, examples: list[
     """Pass s at the end of a chain equals the users' module over true pairs, then over its own states."""
     head = trained(target, kind, examples)
     module = plain(head)
-    batch = pack(examples[:2], captured=not head.regresses)
+    batch = pack(examples[:2], head.reads)
     embedded = target.embed(batch.next_tokens if module.follows_token else batch.tokens).clone()
     assert isinstance(head.module, DraftModule)
     first = int(batch.lengths[0])
@@ -153,12 +155,12 @@ def test_training_and_drafting_see_the_same_logits(kind: str, target: Target, ex
     frozen = TargetWeights.of(target)
     frozen = replace(frozen, embeddings=frozen.embeddings.double(), lm_head=frozen.lm_head.double())
     config = TrainConfig(head="eagle3" if not head.regresses else "feat-extrapolator")
-    batch, wanted = pack(examples[:3], captured=not head.regresses), torch.zeros((), dtype=torch.float64)
+    batch, wanted = pack(examples[:3], head.reads), torch.zeros((), dtype=torch.float64)
     _, sums = Objective(head, frozen, DRAFTED, config)(batch)
     place = {int(token): number for number, token in enumerate(DRAFTED)}
     rows = module.lm_rows(target.head_rows(DRAFTED))
     for example in examples[:3]:
-        one = pack([example], captured=not head.regresses)
+        one = pack([example], head.reads)
         embedded = target.embed(one.next_tokens if module.follows_token else one.tokens).clone().unsqueeze(0)
         states = module(embedded, module.fuse(one.features.double().unsqueeze(0)), one.positions.unsqueeze(0))
         read = module.lm_input(states, one.next_tokens.unsqueeze(0))[0, one.queries]
@@ -199,7 +201,9 @@ def test_any_head_drafts_losslessly(kind: str, target: Target, examples: list[Ex
     assert texts[:2] == texts[2:]
 
 
-@pytest.mark.parametrize("kind", ["feat", "feat, markov", "feat, two layers", "eagle3", "eagle3, all options"])
+@pytest.mark.parametrize(
+    "kind", ["feat", "feat, markov", "feat, two layers", "feat, context", "eagle3", "eagle3, all options"]
+)
 def test_a_batch_learnt_by_heart_is_drafted_by_heart(kind: str, examples: list[Example], tmp_path: Path) -> None:
     """Training, export and engine belong together: what the head was overfitted on is accepted nearly whole."""
     target = llama(torch.float32)
@@ -209,7 +213,8 @@ def test_a_batch_learnt_by_heart_is_drafted_by_heart(kind: str, examples: list[E
     sequence = TokenSequence(text, [False] * 4 + [True] * 40, {})
     some = [e for _, e in stream_examples(target, [sequence], topk=4, layer_ids=LAYERS)]
     config = TrainConfig(
-        views=38 * (350 if kind == "feat" else 250), batch_tokens=60, draft_vocab=VOCAB, learning_rate=5e-3,
+        views=38 * (350 if kind in ("feat", "feat, context") else 250), batch_tokens=60, draft_vocab=VOCAB,
+        learning_rate=5e-3,
         alignment_steps=3,
         initialisation="random",
         log_every=10**6, evaluate_every=10**6, checkpoint_every=10**6,
@@ -227,7 +232,7 @@ def test_a_batch_learnt_by_heart_is_drafted_by_heart(kind: str, examples: list[E
     assert prompt + got == text and steps <= 16, steps  # 40 tokens in chains of 3 drafts and a bonus
 
 
-@pytest.mark.parametrize("kind", ["eagle3", "eagle3, all options", "feat, markov"])
+@pytest.mark.parametrize("kind", ["eagle3", "eagle3, all options", "feat, markov", "feat, context"])
 def test_packed_targets_pack_every_head(kind: str, examples: list[Example]) -> None:
     target = llama(torch.float32)
     pack_linears(target.model)
@@ -326,6 +331,14 @@ def test_wrong_sizes_and_settings_are_named(target: Target) -> None:
         Eagle3Config.for_target(target.config, layer_ids=(1,), draft_vocab_size=99)
     with pytest.raises(ValueError, match="inputs='both'"):
         FeatExtrapolatorConfig.for_target(target.config, inputs="both")
+    for layers in ((4,), (2, 1), (-1, 4)):
+        with pytest.raises(ValueError, match="layer_ids"):
+            FeatExtrapolatorConfig.for_target(target.config, layer_ids=layers)
+    for given in ("2,x", "2,1", "-1,2"):
+        with pytest.raises(ValueError, match=f"context_layers='{given}' is not allowed"):
+            TrainConfig(context_layers=given)
+    with pytest.raises(ValueError, match="context_layers='1,2' needs head='feat-extrapolator'"):
+        TrainConfig(context_layers="1,2", head="eagle3")
     with pytest.raises(ValueError, match="num_hidden_layers=0"):
         FeatExtrapolatorConfig.for_target(target.config, num_hidden_layers=0)
     with pytest.raises(ValueError, match="head='hydra'"):
@@ -550,3 +563,25 @@ def test_the_self_test_overfits_an_eagle3_head(examples: list[Example], tmp_path
         sizes(target, "eagle3"), TargetWeights.of(target), some, tmp_path, draft_vocab=VOCAB, steps=150
     )
     assert reached > 0.9
+
+
+def test_a_head_may_start_to_read_more_layers(target: Target, examples: list[Example]) -> None:
+    """It begins by not using them; a head that reads layers keeps them, and fits no target of another depth."""
+    before = Head(plain(trained(target, "feat", examples)).requires_grad_(False), DRAFTED, {})
+    wider = head_config(TrainConfig(context_layers="1,2,3"), target, before)
+    assert isinstance(wider, FeatExtrapolatorConfig) and wider.layer_ids == (1, 2, 3, 4)
+    weights, _ = start_parts(before, wider)
+    grown = FeatExtrapolator(wider).double().requires_grad_(False)
+    grown.load_state_dict(weights)
+    states = torch.randn(2, 5, 4 * HIDDEN, dtype=torch.float64)
+    assert torch.equal(grown.fuse(states), states[..., 3 * HIDDEN :])
+    after = Head(grown, DRAFTED, {})
+    assert head_config(TrainConfig(), target, after) == wider
+    with pytest.raises(HeadMismatchError, match="layer_ids"):
+        start_parts(after, head_config(TrainConfig(context_layers=""), target, after))
+    with pytest.raises(ValueError, match=r"context_layers='1,4' is not allowed: give 0 to 3"):
+        head_config(TrainConfig(context_layers="1,4"), target, before)
+    with pytest.raises(HeadMismatchError, match=r"reads layers \[1, 5\].*has 4 layers"):
+        EagleDrafter(target, Head(FeatExtrapolator(replace(wider, layer_ids=(1, 5))), None, {}))
+    with pytest.raises(HeadMismatchError, match=r"reads layers \[1, 3\].*has 4 layers"):
+        EagleDrafter(target, Head(FeatExtrapolator(replace(wider, layer_ids=(1, 3))), None, {}))

@@ -74,7 +74,7 @@ def test_packed_blocks_have_the_states_that_drafting_has(more: dict[str, Any]) -
     head: Any = made(config(**more)).plain()
     head.double()
     chosen = examples()[:3]
-    batch = pack(chosen, captured=True)
+    batch = pack(chosen, ("hidden",))
     anchors = choose_anchors(batch, 4, seed=3)
     found = block_states(head, batch, weights().embeddings, batch.features.double(), anchors)
     sequence = batch.query_places[anchors] // batch.query_slots.shape[1]
@@ -85,7 +85,7 @@ def test_packed_blocks_have_the_states_that_drafting_has(more: dict[str, Any]) -
 
 
 def test_anchors_are_a_function_of_the_seed_and_limited_per_sequence() -> None:
-    batch = pack(examples(), captured=True)
+    batch = pack(examples(), ("hidden",))
     sequence = batch.query_places // batch.query_slots.shape[1]
     for seed in (None, 1):
         anchors = choose_anchors(batch, 3, seed)
@@ -120,7 +120,7 @@ def test_the_loss_is_the_papers_and_so_is_its_gradient() -> None:
 
 def test_slots_learn_the_tokens_that_follow_their_anchor() -> None:
     """The labels of the objective, written down from the text: shifted by one they give another loss."""
-    head, batch = made(), pack(examples(), captured=True)
+    head, batch = made(), pack(examples(), ("hidden",))
     settings = TrainConfig(head="block", block_anchors=2)
     objective = Objective(head, weights(), DRAFTED, settings)
     _, sums = objective(batch)

@@ -37,7 +37,7 @@ from haast.drafters.window import DraftWindow
 from haast.errors import HeadMismatchError
 from haast.heads.acceptance import Acceptance
 from haast.heads.block import BlockHead
-from haast.heads.checkpoint import AnyModule, Head, check_fits, check_weights, check_widths
+from haast.heads.checkpoint import AnyModule, Head, check_fits, check_layers, check_weights, check_widths
 from haast.heads.module import DraftModule
 from haast.heads.precision import warn_of_precision
 from haast.sampling import Sampler
@@ -73,6 +73,7 @@ class EagleDrafter(Drafter):
         check_weights(module)
         check_fits(module.config, target.hidden_size, target.vocab_size, type(target.model).__name__)
         check_widths(module, *target.probed.widths, type(target.model).__name__)
+        check_layers(module, target.layers, type(target.model).__name__)
         warn_of_precision(head.about, target.precision)
         self._pairs = DraftWindow(window, module.config.num_hidden_layers, head.trained_length)
         self._target, self._built = target, (target.device, target.dtype)

@@ -136,6 +136,11 @@ def _write_eagle1(reading: Reading, config: FeatExtrapolatorConfig, engine: Serv
     """For the official code, vLLM and SGLang, which differ in the class name and in whether `fc` has a bias."""
     if engine.name == "llama.cpp":
         raise ValueError("llama.cpp can only read EAGLE-3 heads: train one (haast train --head eagle3)")
+    if config.layer_ids:
+        raise ValueError(
+            f"{engine.name} cannot read a FeatExtrapolator that also reads layers {list(config.layer_ids[:-1])} of its "
+            f"target: train one without context_layers, or an EAGLE-3 head (--head eagle3)"
+        )
     sglang = engine.name == "sglang"
     biased = engine.name != "vllm"
     refuse_unsupported(

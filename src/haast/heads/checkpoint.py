@@ -207,6 +207,17 @@ def check_widths(module: DraftModule, embedding: int, features: int, target: str
             )
 
 
+def check_layers(module: DraftModule, layers: int, target: str) -> None:
+    """Raise HeadMismatchError if the head reads layers that a target with this number of layers does not have."""
+    ids = module.target_layers
+    wrong = max(ids, default=0) > layers or (isinstance(module, FeatExtrapolator) and ids and ids[-1] != layers)
+    if wrong:
+        raise HeadMismatchError(
+            f"the head was made for another model: it reads layers {list(ids)}, {target} has {layers} layers; use a "
+            f"head trained for {target}"
+        )
+
+
 def check_weights(module: nn.Module) -> None:
     """Raise HeadMismatchError for a head whose weights are not finite or on the meta device."""
     for name, tensor in module.state_dict().items():

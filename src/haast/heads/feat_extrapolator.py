@@ -5,6 +5,9 @@
     feature         f_t          f_{t+1}
     input pair     (f_t, embedding of x_{t+1}), rotary position t
 
+With `layer_ids` a linear map of the target's lower layers at t is added to f_t (EAGLE-3's fused features, arXiv
+2503.01840, on top of EAGLE-1's pairs); a drafted state has none. Other engines cannot read such a head.
+
 The layers are Llama's for every target. By default there is no norm before the first layer or after the last, and no
 bias in `fc`: the layout that vLLM expects (it supports one layer). Biases and norms are options for heads of other
 trainers.
@@ -30,23 +33,32 @@ class FeatExtrapolatorConfig(HeadConfig):
     """Sizes and options of a FeatExtrapolator. `inputs` other than the default are ablations (EAGLE, figure 4).
 
     `norms` adds a norm on the embedding, one before the first layer's attention and one before the LM head
-    (speculators' first EAGLE heads).
+    (speculators' first EAGLE heads). `layer_ids` are the HF `hidden_states` indices of the layers that are added to the
+    feature, low to high, and last the feature's own: the target's number of layers. Empty: the feature alone.
     """
 
     inputs: str = "feature+shifted-token"
     norms: bool = False
+    layer_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "layer_ids", tuple(int(i) for i in self.layer_ids))  # JSON has lists
         if self.inputs not in INPUTS:
             raise ValueError(f"inputs={self.inputs!r} is unknown: give one of {', '.join(INPUTS)}")
+        ids = self.layer_ids
+        if ids and (len(ids) < 2 or sorted(set(ids)) != list(ids) or ids[0] < 0):
+            raise ValueError(
+                f"layer_ids={list(ids)} is not allowed: give hidden_states indices, ascending, the feature's own last"
+            )
 
 
 class FeatExtrapolator(DraftModule):
     """fuse(embedding of the next token, feature) -> decoder layers (one by default) -> the next feature.
 
     Tensor names: `fc.weight` (H, 2H), `layers.0.*` of a Llama layer without `input_layernorm`; further layers
-    `layers.1.*` and so on have it. Options add `markov.*`, `embedding_norm`, `norm` and `embed_tokens`.
+    `layers.1.*` and so on have it. Options add `context.weight` (H, layers * H), `markov.*`, `embedding_norm`, `norm`
+    and `embed_tokens`.
     """
 
     def __init__(self, config: FeatExtrapolatorConfig, draft_vocab_size: int | None = None) -> None:
@@ -60,6 +72,9 @@ class FeatExtrapolator(DraftModule):
             self.norm = LlamaRMSNorm(hidden, config.rms_norm_eps)
         else:  # the official layout has no norm before attention
             self.layers[0].add_module("input_layernorm", nn.Identity())
+        if config.layer_ids:
+            self.context = nn.Linear((len(config.layer_ids) - 1) * hidden, hidden, bias=False)
+        self.target_layers = config.layer_ids
         self.add_embedding()
         self.rotary = LlamaRotaryEmbedding(llama)
         self.add_markov(draft_vocab_size or config.vocab_size)
@@ -70,7 +85,11 @@ class FeatExtrapolator(DraftModule):
         return list(self.layers)
 
     def fuse(self, features: Tensor) -> Tensor:
-        return features
+        if not self.config.layer_ids:
+            return features
+        hidden = self.config.hidden_size
+        output: Tensor = features[..., -hidden:] + self.context(features[..., :-hidden])
+        return output
 
     def mix(self, embeddings: Tensor, states: Tensor) -> Tensor:
         """Input of the first layer, (rows, nodes, hidden)."""

@@ -153,8 +153,8 @@ class ModuleForward(TreeForward):
             rows = torch.arange(tree.rows, device=device)
             kept = "logits_to_keep" in arguments and logits.shape[1] == tree.rows  # some models ignore it
             logits = logits[rows, rows if kept else last].unsqueeze(1)
-        states: dict[str | int, Tensor] = {**captured}
-        states |= dict(enumerate(output.hidden_states or ())) if layers is None else {self.depth: features}
+        states: dict[str | int, Tensor] = {**captured, **dict(enumerate(output.hidden_states or ()))}
+        states[self.depth] = features
         hidden = {index: states[index].to(device) for index in hidden_layers}
         return TargetOutput(features.to(device), logits, hidden)
 

@@ -309,8 +309,8 @@ class Target:
             tree: (rows, nodes); positions are the row's committed length plus the node's depth.
             cache: of this target, bound to the same number of rows. `KVCache.keep` and `advance` commit nodes.
             last_only: logits of each row's last live node only (prefill), as (rows, 1, vocab).
-            hidden_layers: HF `hidden_states` indices to return in addition (0 is the embedding's output), and
-                `haast.target.hf.BEFORE_NORM`.
+            hidden_layers: HF `hidden_states` indices to return in addition (0 is the embedding's output, the number of
+                layers the features), and `haast.target.hf.BEFORE_NORM`.
             inputs: of a prompt that has more than tokens; then the tree is the whole prompt, and the cache empty.
 
         Raises:

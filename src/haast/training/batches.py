@@ -54,7 +54,7 @@ class Example:
 class PackedBatch:
     """Concatenated sequences. N pairs, M of them supervised, B sequences of at most L pairs and Q queries each."""
 
-    features: Tensor  # (N, width) float32: f_t, or the captured states at t
+    features: Tensor  # (N, width) float32: f_t, the captured states at t, or these and then f_t
     tokens: Tensor  # (N,) int64: x_t
     next_tokens: Tensor  # (N,) int64: x_{t+1}
     positions: Tensor  # (N,) int64: t
@@ -84,15 +84,15 @@ class PackedBatch:
         return PackedBatch(*(getattr(self, each.name).to(device) for each in fields(self)))
 
 
-def pack(examples: Sequence[Example], captured: bool = False) -> PackedBatch:
-    """Concatenate sequences; see the module docstring for the shift. `captured` uses `hidden` instead of features."""
+def pack(examples: Sequence[Example], reads: tuple[str, ...] = ("features",)) -> PackedBatch:
+    """Concatenate sequences; see the module docstring for the shift. `reads` are the fields that the head reads."""
     lengths, local = [example.pairs for example in examples], [example.queries() for example in examples]
     counts = [len(q) for q in local]  # local: positions within the sequence
     rows = list(torch.split(torch.arange(sum(lengths)), lengths))
     numbers = list(torch.split(torch.arange(sum(counts)), counts))
     after = [(example, q + 1) for example, q in zip(examples, local, strict=True)]
     return PackedBatch(
-        features=torch.cat([(e.hidden if captured else e.features)[: e.pairs] for e in examples]).float(),
+        features=torch.cat([torch.cat([getattr(e, name)[: e.pairs] for e in examples]) for name in reads], -1).float(),
         tokens=torch.cat([e.tokens[:-2] for e in examples]).long(),
         next_tokens=torch.cat([e.tokens[1:-1] for e in examples]).long(),
         positions=torch.cat([torch.arange(length) for length in lengths]),

@@ -167,6 +167,11 @@ class TrainConfig:
     inputs: str = _option(
         "feature+shifted-token", "Input pairs; ablations are feature+token, feature and token.", INPUTS
     )
+    context_layers: str | None = _option(
+        None,
+        "Layers of the target that a FeatExtrapolator also reads, as hidden_states indices such as 8,16,23,28; by "
+        "default those of the head to start from, or none. Other engines cannot load such a head.",
+    )
     fc_norm: bool = _option(False, "RMS norm on each captured state before an Eagle3Head's fc (EAGLE-3.1).")
     markov_rank: int = _option(0, "Rank of a previous-token bias on the draft logits; 0 turns it off.", _NOT_NEGATIVE)
     optimizer: str = _option(
@@ -259,18 +264,11 @@ class TrainConfig:
         _check(self, "training")
         if self.head != KINDS[0] and not self.ce_weight:
             raise ValueError(f"ce_weight=0 leaves nothing to learn: head={self.head!r} has no feature loss")
-        plain = self.head == KINDS[0] and self.layers == 1 and not self.markov_rank and self.inputs == INPUTS[0]
-        if self.initialisation == "last-layer" and not plain:
-            raise ValueError(
-                "initialisation='last-layer' needs a FeatExtrapolator with one layer, no Markov bias and EAGLE's own "
-                "inputs: use 'auto'"
-            )
+        self._check_feat_extrapolator()
         if self.shard and (self.optimizer == "muon" or self.ema):
             raise ValueError(
                 "shard=True splits parameters, but optimizer='muon' and ema need them whole: use adamw and ema=0"
             )
-        if self.head != KINDS[0] and self.inputs != INPUTS[0]:
-            raise ValueError(f"inputs={self.inputs!r} is an ablation of head='feat-extrapolator', not of {self.head!r}")
         eagle_only = {name: getattr(self, name) for name in ("alignment_steps", "markov_rank", "teacher_top")}
         if self.head == "medusa" and tuple(eagle_only.values()) != (1, 0, 0):
             raise ValueError(f"head='medusa' has no EAGLE options, so leave out {', '.join(eagle_only)}: {eagle_only}")
@@ -285,6 +283,21 @@ class TrainConfig:
         if not self.ce_weight + self.feature_weight > 0:
             raise ValueError("ce_weight=0 and feature_weight=0 leave nothing to learn: set one of them above 0")
 
+    def _check_feat_extrapolator(self) -> None:
+        """Raise ValueError for settings that need a FeatExtrapolator of another form, or one at all."""
+        plain = self.head == KINDS[0] and self.layers == 1 and not self.markov_rank and self.inputs == INPUTS[0]
+        if self.initialisation == "last-layer" and not plain:
+            raise ValueError(
+                "initialisation='last-layer' needs a FeatExtrapolator with one layer, no Markov bias and EAGLE's own "
+                "inputs: use 'auto'"
+            )
+        if self.head != KINDS[0] and self.inputs != INPUTS[0]:
+            raise ValueError(f"inputs={self.inputs!r} is an ablation of head='feat-extrapolator', not of {self.head!r}")
+        if self.layers_read and (self.head != KINDS[0] or self.inputs != INPUTS[0]):
+            raise ValueError(
+                f"context_layers={self.context_layers!r} needs head={KINDS[0]!r} with EAGLE's own inputs: leave it out"
+            )
+
     def _recipe(self) -> dict[str, Any]:
         """The defaults that depend on other settings."""
         optimizer = self.optimizer or ("adamw" if self.shard else "muon")
@@ -298,6 +311,19 @@ class TrainConfig:
             "align_after": 0.7 if self.alignment_steps is None and self.head not in _ONE_PASS else 0.0,
             "alignment_steps": 1 if self.head in _ONE_PASS else 2,
         }
+
+    @property
+    def layers_read(self) -> tuple[int, ...]:
+        """`context_layers` as numbers. Raises ValueError if they are none, or not ascending."""
+        try:
+            layers = tuple(int(each) for each in (self.context_layers or "").split(",") if each)
+        except ValueError:
+            layers = (-1,)
+        if list(layers) != sorted({*layers}) or min(layers, default=0) < 0:
+            raise ValueError(
+                f"context_layers={self.context_layers!r} is not allowed: give ascending layers, such as 8,16,23,28"
+            )
+        return layers
 
     def for_data(self, hidden_size: int, supervised: int) -> TrainConfig:
         """A copy with the defaults of `batch_tokens` and `views`, for a hidden size and the supervised tokens."""

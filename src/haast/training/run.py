@@ -177,7 +177,10 @@ class Run:
         if initialisation == "random" or not fits or unfit:
             return None
         with Progress("initial weights"):
-            return last_layer_weights(self._target, sizes, self._train)
+            weights = last_layer_weights(self._target, sizes, self._train)
+        if sizes.layer_ids:
+            weights["context.weight"] = torch.zeros(sizes.hidden_size, (len(sizes.layer_ids) - 1) * sizes.hidden_size)
+        return weights
 
     def measure_tau(self, head: AnyModule, draft_vocab: Tensor) -> float:
         """Greedy tau of the real engine on the validation prompts."""
@@ -249,10 +252,23 @@ class Run:
 
 
 def layer_ids(settings: TrainConfig, target: Target, initial: Head | None = None) -> tuple[int, ...]:
-    """The states of the target that an Eagle3Head, a BlockHead or an MtpHead reads; empty for other heads."""
+    """The states of the target that a head reads beside the feature, or instead of it; often none."""
     if settings.head == "mtp":
         return _mtp_config(initial).layer_ids
+    if settings.head == "feat-extrapolator":
+        return _context_layers(settings, target, initial)
     return default_layers(target.config) if settings.head in ("eagle3", "block") else ()
+
+
+def _context_layers(settings: TrainConfig, target: Target, initial: Head | None) -> tuple[int, ...]:
+    """The layers that a FeatExtrapolator reads beside the feature. Raises ValueError for one that does not exist."""
+    if settings.context_layers is None and initial is not None:
+        config = initial.module.config
+        return config.layer_ids[:-1] if isinstance(config, FeatExtrapolatorConfig) else ()
+    layers = settings.layers_read
+    if layers and layers[-1] >= target.layers:
+        raise ValueError(f"context_layers={settings.context_layers!r} is not allowed: give 0 to {target.layers - 1}")
+    return layers
 
 
 def _mtp_config(initial: Head | None) -> MtpConfig:
@@ -277,7 +293,7 @@ def head_config(settings: TrainConfig, target: Target, initial: Head | None = No
     shared: dict[str, Any] = {"num_hidden_layers": settings.layers, "markov_rank": settings.markov_rank}
     if settings.head == "medusa":
         return MedusaConfig.for_target(target.config, settings.medusa_heads, settings.layers)
-    layers = layer_ids(settings, target)
+    layers = layer_ids(settings, target, initial)
     if settings.head == "block":
         shared = {"num_hidden_layers": settings.block_layers, "markov_rank": settings.block_markov_rank}
         markov = settings.block_markov_rank > 0
@@ -285,11 +301,14 @@ def head_config(settings: TrainConfig, target: Target, initial: Head | None = No
         return BlockConfig.for_target(target.config, layer_ids=layers, **shared)
     if settings.head == "eagle3":
         return Eagle3Config.for_target(target.config, layer_ids=layers, fc_norm=settings.fc_norm, **shared)
-    return FeatExtrapolatorConfig.for_target(target.config, inputs=settings.inputs, **shared)
+    read = (*layers, target.layers) if layers else ()
+    return FeatExtrapolatorConfig.for_target(target.config, inputs=settings.inputs, layer_ids=read, **shared)
 
 
 def start_parts(head: Head, sizes: HeadSizes) -> tuple[dict[str, Tensor], Tensor | None]:
     """A head's weights, and its draft vocabulary if some weights have a row per draft token.
+
+    A FeatExtrapolator may be given layers to read that it did not read before: it starts by not using them.
 
     Raises:
         HeadMismatchError: it is of another kind than the settings require, or has other options.
@@ -300,6 +319,10 @@ def start_parts(head: Head, sizes: HeadSizes) -> tuple[dict[str, Tensor], Tensor
         )
     existing = asdict(head.module.config) | {"draft_vocab_size": None}  # follows from the vocabulary below
     required = asdict(sizes) | {"draft_vocab_size": None}
+    weights = dict(head.module.state_dict())
+    if isinstance(sizes, FeatExtrapolatorConfig) and sizes.layer_ids and not existing["layer_ids"]:
+        existing["layer_ids"] = sizes.layer_ids
+        weights["context.weight"] = torch.zeros(sizes.hidden_size, (len(sizes.layer_ids) - 1) * sizes.hidden_size)
     other = {name: (existing[name], required[name]) for name in existing if _differ(existing[name], required[name])}
     if other:
         raise HeadMismatchError(f"start_from is a head with other settings; (its value, required): {other}")
@@ -308,7 +331,7 @@ def start_parts(head: Head, sizes: HeadSizes) -> tuple[dict[str, Tensor], Tensor
     else:
         uses_vocab = not isinstance(sizes, FeatExtrapolatorConfig) or sizes.markov_rank > 0
     draft_vocab = torch.arange(sizes.vocab_size) if head.draft_vocab is None else head.draft_vocab
-    return dict(head.module.state_dict()), draft_vocab if uses_vocab else None
+    return weights, draft_vocab if uses_vocab else None
 
 
 def _differ(one: Any, other: Any) -> bool:

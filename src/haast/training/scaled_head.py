@@ -5,7 +5,7 @@ users get ("plain" weights) are hard to optimise. Each plain weight is a fixed f
 factors scale inputs and outputs of the trained tensor to unit RMS and never change. With r the RMS of each feature
 dimension, e of embeddings, s of captured states, u the unit of each dimension of the residual stream and g = rms(u):
 
-    FeatExtrapolator  u = r                 fc = diag(u) fc' diag(1/e, 1/r)
+    FeatExtrapolator  u = r                 fc = diag(u) fc' diag(1/e, 1/r), context = diag(u) context' diag(1/s)
     Eagle3Head        u = r / |w|           fc = diag(u) fc' diag(1/s), or with fc_norm: fc = diag(u) fc',
                                             w_c = w_c' rms(s_c) / s_c; hidden_norm and norm = g w' / u
     BlockHead         u as for an Eagle3Head, fc = fc' diag(1/s), norm = r w' / u; the mask's embedding = e times its
@@ -120,15 +120,16 @@ class TrainedHead(nn.Module):
         return isinstance(self.config, FeatExtrapolatorConfig)
 
     @property
-    def reads_captured(self) -> bool:
-        """Whether it reads captured states instead of features."""
-        return isinstance(self.config, FusedConfig | MtpConfig) and bool(self.config.layer_ids)
+    def reads(self) -> tuple[str, ...]:
+        """The fields of an `Example` that the head reads, in this order: the captured states, the feature, or both."""
+        captured = isinstance(self.config, FusedConfig | MtpConfig | FeatExtrapolatorConfig) and self.config.layer_ids
+        return ("hidden",) * bool(captured) + ("features",) * (self.regresses or not captured)
 
     @property
     def input_units(self) -> Tensor:
         """(width,) RMS of each dimension of the target's states that the module reads."""
-        hidden = self.scales.hidden
-        return hidden if self.reads_captured and hidden is not None else self.scales.feature
+        units = {"hidden": self.scales.hidden, "features": self.scales.feature}
+        return torch.cat([part for name in self.reads if (part := units[name]) is not None])
 
     def trained(self, name: str) -> nn.Parameter:
         """The trained parameter of a plain weight."""
@@ -198,6 +199,8 @@ def make_head(
         assert isinstance(sizes, FeatExtrapolatorConfig), "there are five kinds of heads"
         head = TrainedHead(sizes, drafted, scales, _feat_extrapolator_factors(sizes, scales))
         _init_random(head, sizes, config, fc=config.output_init)
+        if sizes.layer_ids:
+            torch.nn.init.zeros_(head.trained("context.weight"))
     if sizes.markov_rank and from_target:
         with torch.no_grad():
             directions = bigram_directions(examples, sizes.vocab_size, draft_vocab, sizes.markov_rank)
@@ -266,6 +269,10 @@ def _feat_extrapolator_factors(config: FeatExtrapolatorConfig, scales: Scales) -
     factors |= {f"layers.0.self_attn.{name}.weight": 1 / units for name in ("q_proj", "k_proj", "v_proj")}
     for number in range(1, config.num_hidden_layers):
         factors |= _layer_factors(f"layers.{number}", units)
+    if config.layer_ids:
+        if scales.hidden is None:
+            raise ValueError("context_layers needs captured states: extract features with the same --context-layers")
+        factors["context.weight"] = units[:, None] / scales.hidden
     return factors
 
 

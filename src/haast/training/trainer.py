@@ -140,7 +140,6 @@ class Trainer:
         self.head_config = self.head.config
         if start_from is not None:
             self.head.load_plain(start_from)
-        self._captured = self.head.reads_captured
         self._objective = self._processes.prepare(
             Objective(self.head, target_weights, draft_vocab, config, self._processes.device, loss)
         )
@@ -203,7 +202,7 @@ class Trainer:
         step_batches = [next(batches) for _ in range(share * self._processes.count)]
         first = share * self._processes.index
         local = step_batches[first : first + share]
-        sums = self._step([pack([self.train_set[i] for i in indices], self._captured) for _, _, indices in local])
+        sums = self._step([pack([self.train_set[i] for i in indices], self.head.reads) for _, _, indices in local])
         self._state.step, (self._state.epoch, self._state.place, _) = self._state.step + 1, step_batches[-1]
         self._state.views += int(sums["views"])
         self._report.step(self._state.views, sums, self._state.tau)
@@ -296,7 +295,7 @@ class Trainer:
         """Means over held-out supervised tokens; `valid_alpha[n]`: agreement if n of the head's inputs are its own."""
         order, sums = BatchOrder([e.pairs for e in self.valid_set], self.config.positions, 0), dict[str, float]()
         for indices in order.epoch(0):
-            batch = pack([self.valid_set[i] for i in indices], self._captured).to(self._processes.device)
+            batch = pack([self.valid_set[i] for i in indices], self.head.reads).to(self._processes.device)
             for name, value in self._objective(batch, passes=ALPHAS)[1].items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         kinds = ("ce", "feature", "top1", "accepted") if self.head.regresses else ("ce", "top1", "accepted")

@@ -252,7 +252,7 @@ class Run:
 
 
 def layer_ids(settings: TrainConfig, target: Target, initial: Head | None = None) -> tuple[int, ...]:
-    """The states of the target that a head reads beside the feature, or instead of it; often none."""
+    """The states of the target that a head reads in addition to the feature, or instead of it; often none."""
     if settings.head == "mtp":
         return _mtp_config(initial).layer_ids
     if settings.head == "feat-extrapolator":
@@ -261,7 +261,7 @@ def layer_ids(settings: TrainConfig, target: Target, initial: Head | None = None
 
 
 def _context_layers(settings: TrainConfig, target: Target, initial: Head | None) -> tuple[int, ...]:
-    """The layers that a FeatExtrapolator reads beside the feature. Raises ValueError for one that does not exist."""
+    """The layers that a FeatExtrapolator reads in addition to the feature. Raises ValueError for one that does not exist."""
     if settings.context_layers is None and initial is not None:
         config = initial.module.config
         return config.layer_ids[:-1] if isinstance(config, FeatExtrapolatorConfig) else ()

@@ -331,9 +331,9 @@ def test_wrong_sizes_and_settings_are_named(target: Target) -> None:
         Eagle3Config.for_target(target.config, layer_ids=(1,), draft_vocab_size=99)
     with pytest.raises(ValueError, match="inputs='both'"):
         FeatExtrapolatorConfig.for_target(target.config, inputs="both")
-    for layers in ((4,), (2, 1), (-1, 4)):
+    for wrong in ((4,), (2, 1), (-1, 4)):
         with pytest.raises(ValueError, match="layer_ids"):
-            FeatExtrapolatorConfig.for_target(target.config, layer_ids=layers)
+            FeatExtrapolatorConfig.for_target(target.config, layer_ids=wrong)
     for given in ("2,x", "2,1", "-1,2"):
         with pytest.raises(ValueError, match=f"context_layers='{given}' is not allowed"):
             TrainConfig(context_layers=given)

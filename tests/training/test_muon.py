@@ -301,7 +301,7 @@ def share(config: TrainConfig, hidden: int) -> float:
     objective = Objective(head, frozen, torch.arange(VOCAB), config, meta)
     optimizer = HeadOptimizer([(n, p) for n, p in objective.named_parameters() if p.requires_grad], config)
     with FlopCounterMode(display=False) as counter:
-        loss, _ = objective(pack(some, head.reads_captured).to(meta), passes=1)
+        loss, _ = objective(pack(some, head.reads).to(meta), passes=1)
         loss.backward()
         before = counter.get_total_flops()
         optimizer.step(1e-3)

@@ -261,7 +261,7 @@ def layer_ids(settings: TrainConfig, target: Target, initial: Head | None = None
 
 
 def _context_layers(settings: TrainConfig, target: Target, initial: Head | None) -> tuple[int, ...]:
-    """The layers that a FeatExtrapolator reads in addition to the feature. Raises ValueError for one that does not exist."""
+    """The layers that a FeatExtrapolator reads in addition to the feature. Raises ValueError for one out of range."""
     if settings.context_layers is None and initial is not None:
         config = initial.module.config
         return config.layer_ids[:-1] if isinstance(config, FeatExtrapolatorConfig) else ()

@@ -783,3 +783,23 @@ def test_training_is_a_library(tmp_path: Path) -> None:
         train(target, data, tmp_path / "run", settings)
     with pytest.raises(ValueError, match="train needs data"):
         train(target, TrainingData(), tmp_path / "other", settings)
+
+
+def test_a_run_from_before_a_head_had_some_option_goes_on(
+    target: Target, frozen: TargetWeights, examples: list[Example], tmp_path: Path
+) -> None:
+    def make() -> trainer.Trainer:
+        return trainer.Trainer(small(views=100), head_config(target), frozen, examples, [], tmp_path, quiet=True)
+
+    make().run()
+    for path in tmp_path.glob("state-*.pt"):
+        state = torch.load(path)
+        del state["head"]["layer_ids"]
+        torch.save(state, path)
+    make().run(resume=True)
+    for path in tmp_path.glob("state-*.pt"):
+        state = torch.load(path)
+        state["head"]["layer_ids"] = (0, 2)
+        torch.save(state, path)
+    with pytest.raises(ValueError, match="layer_ids"):
+        make().run(resume=True)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from haast.heads.config import HeadConfig
+from haast.heads.feat_extrapolator import FeatExtrapolatorConfig
 from haast.target.fusing import FusedAttention, FusedSwiGLU
 from haast.target.packing import is_linear
 from haast.target.precision import weight_rows
@@ -90,7 +91,14 @@ def last_layer_weights(target: Target, config: HeadConfig, examples: Sequence[Ex
     units = torch.where(units.abs() < 1e-8, torch.full_like(units, 1e-8), units)
     weights = _layer_weights(layer, units, scales, layer_in, mlp_in)
     weights["fc.weight"] = _fit_fc(sample, embeddings, scales, layer_in * units)
-    return weights
+    return weights | unused_context(config)
+
+
+def unused_context(config: HeadConfig) -> dict[str, Tensor]:
+    """The weights with which a FeatExtrapolator begins to read lower layers: zeros, or none if it reads none."""
+    if not isinstance(config, FeatExtrapolatorConfig) or not config.layer_ids:
+        return {}
+    return {"context.weight": torch.zeros(config.hidden_size, (len(config.layer_ids) - 1) * config.hidden_size)}
 
 
 def _layer_weights(

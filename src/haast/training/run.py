@@ -48,7 +48,7 @@ from haast.training.config import TrainConfig, TrainingData
 from haast.training.curves import curves, tensorboard
 from haast.training.dataset import Report, examples_of, read_inputs, warn_of_foreign_answers, with_shards
 from haast.training.diagnostics import diagnose, overfit_self_test
-from haast.training.initialise import last_layer_weights, last_layers, why_not_last_layer
+from haast.training.initialise import last_layer_weights, last_layers, unused_context, why_not_last_layer
 from haast.training.losses import Loss
 from haast.training.objective import rank_accuracies
 from haast.training.processes import is_main_process
@@ -177,10 +177,7 @@ class Run:
         if initialisation == "random" or not fits or unfit:
             return None
         with Progress("initial weights"):
-            weights = last_layer_weights(self._target, sizes, self._train)
-        if sizes.layer_ids:
-            weights["context.weight"] = torch.zeros(sizes.hidden_size, (len(sizes.layer_ids) - 1) * sizes.hidden_size)
-        return weights
+            return last_layer_weights(self._target, sizes, self._train)
 
     def measure_tau(self, head: AnyModule, draft_vocab: Tensor) -> float:
         """Greedy tau of the real engine on the validation prompts."""
@@ -322,7 +319,7 @@ def start_parts(head: Head, sizes: HeadSizes) -> tuple[dict[str, Tensor], Tensor
     weights = dict(head.module.state_dict())
     if isinstance(sizes, FeatExtrapolatorConfig) and sizes.layer_ids and not existing["layer_ids"]:
         existing["layer_ids"] = sizes.layer_ids
-        weights["context.weight"] = torch.zeros(sizes.hidden_size, (len(sizes.layer_ids) - 1) * sizes.hidden_size)
+        weights |= unused_context(sizes)
     other = {name: (existing[name], required[name]) for name in existing if _differ(existing[name], required[name])}
     if other:
         raise HeadMismatchError(f"start_from is a head with other settings; (its value, required): {other}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -360,7 +360,8 @@ class Trainer:
         now = asdict(self.config) | asdict(self.head_config)
         now |= {"format": _FORMAT, "processes": self._processes.count, "data": self._data, "loss": self._loss_name}
         # The default of a setting that is newer than the checkpoint is what the old run did.
-        then = asdict(TrainConfig()) | state["config"] | state["head"]
+        sizes = {each.name: each.default for each in fields(self.head_config) if each.default is not MISSING}
+        then = asdict(TrainConfig()) | sizes | state["config"] | state["head"]
         then |= {name: state.get(name) for name in ("format", "processes", "data", "loss")}
         changed = {k: (then.get(k), now.get(k)) for k in sorted({*then, *now}) if then.get(k) != now.get(k)}
         if changed:

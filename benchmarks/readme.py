@@ -22,7 +22,7 @@ from haast.serving.conform.report import markdown as conformance
 KINDS = (  # whose table is the macro of this name in results.md; "-" is "_" there
     "ablation", "baselines", "batches", "block-drafter", "calibration", "calibration-curves", "context",
     "conversation", "forwards", "gguf", "grammars", "head-check", "hybrid", "interop-vllm", "long-context",
-    "low-rank", "optimizer", "oracle", "peers", "precision", "regenerate", "roofline", "sampling-loss", "serving-load",
+    "draft-vocab", "optimizer", "oracle", "peers", "precision", "regenerate", "roofline", "sampling-loss", "serving-load",
     "tau-by-turn", "training", "why-it-works", "zoo",
 )  # fmt: skip
 _JOINED = ("interop-vllm", "regenerate", "zoo")  # kinds that show several documents in one table

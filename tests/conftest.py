@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from contextlib import nullcontext
 
 import pytest
@@ -27,6 +28,37 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("haast")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test that is `one_of_each`, the default suite takes a diagonal of the table of its parameters' values."""
+    marked = [item for item in items if item.get_closest_marker("one_of_each")]
+    counts = Counter[tuple[str, str]]()
+    for item in marked:
+        for name, index in indices(item).items():
+            counts[_function(item), name] = max(counts[_function(item), name], index + 1)
+    for item in marked:
+        if not on_diagonal(indices(item), {name: counts[_function(item), name] for name in indices(item)}):
+            item.add_marker(pytest.mark.slow)
+
+
+def indices(item: pytest.Item) -> dict[str, int]:
+    """Which value of each parameter an item has."""
+    return dict(getattr(item, "callspec").indices)  # noqa: B009 - not part of pytest's types
+
+
+def _function(item: pytest.Item) -> str:
+    return item.nodeid.partition("[")[0]
+
+
+def on_diagonal(chosen: dict[str, int], counts: dict[str, int]) -> bool:
+    """Whether a combination is one of max(counts) that together have every value of every parameter."""
+    longest = max(counts, key=lambda name: counts[name])
+    row = chosen[longest]
+    # Parameters of equal length would always go in step: each further one is shifted after every round.
+    others = [name for name in counts if name != longest]
+    return all(chosen[name] == (row + k * (row // counts[name])) % counts[name] for k, name in enumerate(others))
 
 
 @pytest.fixture

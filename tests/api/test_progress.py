@@ -222,6 +222,7 @@ def test_every_long_command_tells_a_log(
     told = list[str]()
     monkeypatch.setattr(Progress, "_show", lambda job: told.append(job.line()))
     monkeypatch.setattr("haast.bench.calibrate.BUDGETS", (2, 4))  # a small search, for one row
+    monkeypatch.setattr("haast.bench.calibrate.WIDTHS", (1,))
     monkeypatch.setattr("haast.bench.calibrate.measure_batches", lambda *_: {})
     words = f"{command} --model {home}/model --packing off --threads 1".format(home=home, out=tmp_path).split()
     done = CliRunner().invoke(app, words)

@@ -618,7 +618,11 @@ def test_what_libraries_log_at_import_stays_out_of_commands(
 
 
 @pytest.mark.parametrize(
-    "begin", ["from haast import Haast", "import haast.engine.engine; from haast.api import Haast"]
+    "begin",
+    [
+        "from haast import Haast",
+        pytest.param("import haast.engine.engine; from haast.api import Haast", marks=pytest.mark.slow),
+    ],
 )
 def test_the_library_says_nothing_while_it_is_imported_and_loads(home: Path, begin: str) -> None:
     """Where torchao is installed, transformers imports it, and it has a lot to tell."""

@@ -88,6 +88,7 @@ EVERY = [name for name in NAMES if name != "auto"]
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("costs", COSTS, indirect=True)
 @pytest.mark.parametrize("name", EVERY)
+@pytest.mark.one_of_each
 def test_the_text_is_vanillas_with_the_closed_loop(name: str, costs: Latency, law: SamplingParams) -> None:
     made_one = drafter(name, "auto")
     assert decode(target(), made_one, PROMPTS, 40, law) == vanilla(target(), PROMPTS, 40, law)

@@ -354,7 +354,7 @@ def say(drafter: Drafter, prompts: list[list[int]], params: SamplingParams) -> t
     return Engine(target(), drafter).complete(prompts, params, StopParams(30), stats), stats
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(
     prompts=st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=9), min_size=1, max_size=3),
     temperature=st.sampled_from([0.0, 0.7]),

@@ -75,6 +75,7 @@ def test_eight_ragged_rows_say_what_each_says_alone(name: str) -> None:
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.one_of_each
 def test_every_drafter_says_what_vanilla_says_while_rows_leave(name: str, law: SamplingParams) -> None:
     assert together(target(), DRAFTERS[name](target()), law) == together(target(), VanillaDrafter(), law)
 

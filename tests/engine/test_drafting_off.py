@@ -77,6 +77,7 @@ def say(
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("make", [lambda eagle: eagle, HybridDrafter])
 @pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.one_of_each
 def test_a_head_that_goes_on_in_the_middle_changes_no_text(
     make: Callable[[EagleDrafter], Drafter], law: SamplingParams, window: int | None
 ) -> None:
@@ -182,6 +183,7 @@ def test_prefixes_of_a_crowd_are_shared_and_made_whole_again(law: SamplingParams
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("length", range(2 * BLOCK - 1, 3 * BLOCK, 3))
+@pytest.mark.one_of_each
 def test_a_text_taken_up_within_a_block_drafts_from_the_next_one_on(length: int, law: SamplingParams) -> None:
     """Where a crowd has computed a prompt, two rows go on from its last token; the one that is left then drafts."""
     at, (other, prompt) = tiny_target(), texts(2, 60)

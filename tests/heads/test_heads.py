@@ -202,7 +202,13 @@ def test_any_head_drafts_losslessly(kind: str, target: Target, examples: list[Ex
 
 
 @pytest.mark.parametrize(
-    "kind", ["feat", "feat, markov", "feat, two layers", "feat, context", "eagle3", "eagle3, all options"]
+    "kind",
+    [
+        "feat",
+        "feat, context",
+        "eagle3, all options",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("feat, markov", "feat, two layers", "eagle3")),
+    ],
 )
 def test_a_batch_learnt_by_heart_is_drafted_by_heart(kind: str, examples: list[Example], tmp_path: Path) -> None:
     """Training, export and engine belong together: what the head was overfitted on is accepted nearly whole."""
@@ -501,6 +507,7 @@ def other(name: str) -> Target:
 
 @pytest.mark.parametrize("name", ["cohere", "olmo", "phi"])
 @pytest.mark.parametrize("kind", ["feat", "eagle3"])
+@pytest.mark.one_of_each
 def test_targets_with_other_norms_and_logits_train_and_draft(name: str, kind: str, tmp_path: Path) -> None:
     target = other(name)
     prompt = [5, 9, 3, 7]

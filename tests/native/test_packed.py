@@ -105,6 +105,7 @@ def test_a_nodes_logits_and_features_have_the_same_bits_alone_and_in_a_tree(targ
 
 @pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(temperature=1.0, top_p=0.9, seed=3)])
 @pytest.mark.parametrize("kind", ["dynamic", "static", "chain"])
+@pytest.mark.one_of_each
 def test_drafted_text_is_vanillas(target: Target, kind: str, sampling: SamplingParams) -> None:
     for seed in range(6):
         prompt = torch.randint(0, target.vocab_size, (9,), generator=torch.Generator().manual_seed(seed)).tolist()

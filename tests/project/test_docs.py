@@ -238,7 +238,7 @@ def _server(page: Path) -> Iterator[str]:
     pytest.importorskip("llguidance", reason="the server comes with haast[serve]")
     from serving import served, tiny_service
 
-    service = tiny_service()
+    service = tiny_service(context=256)  # what the page asks fills it
     service.name = DEFAULT_MODEL
     with served(service) as url:
         yield url

@@ -336,6 +336,7 @@ print(re.search("VmHWM:[^0-9]*([0-9]+) kB", Path("/proc/self/status").read_text(
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
 def test_the_peak_of_memory_is_bounded_by_the_file() -> None:
     """1.3 times the file and 0.5 GB, of which importing PyTorch and transformers takes 0.4."""

@@ -31,6 +31,7 @@ from haast.drafters.head_runner import Flight, HeadForward
 from haast.drafters.native_draft import NativeDraft
 from haast.drafters.pending_features import MAX_PENDING, EagleState, drop_first, join_pending, remember
 from haast.drafters.prepared import Prepared
+from haast.drafters.text_vocab import TextVocab
 from haast.drafters.tree_builder import Growth
 from haast.drafters.tree_shape import DraftShape, Plan, plan
 from haast.drafters.window import DraftWindow
@@ -61,6 +62,9 @@ class EagleDrafter(Drafter):
         shape: chain, static or dynamic tree, and its size.
         window: attention window of the head in positions, so that its time does not grow with the text; None is all.
 
+    Attributes:
+        parameters: number of weights of the head's linear layers and of the draft LM head.
+
     Raises:
         HeadMismatchError: the head was trained for another target.
         ValueError: a window below 1.
@@ -84,11 +88,13 @@ class EagleDrafter(Drafter):
         packed = is_packed(target.lm_head)
         self._embedding = self._module.embedding(target.borrowed(target.embedding))
         self._lm_head = draft_lm_head(target, self._module, vocab, packed)
+        self._text_vocab = TextVocab.of(target, self._module, vocab, self._lm_head)
         if packed:
             pack_linears(self._module, form=draft_form(target))
             fuse_small_modules(self._module)
             release_freed_memory()
         self._native = packed and native.available()
+        self.parameters: int = linear_sizes([*self._module.modules(), self._lm_head])[1]
         acceptance = head.acceptance or Acceptance()
         self.curves, self.text_curves = acceptance.head, acceptance.text
         self._watch = HeadWatch(head.about, partial(causes, target, module.config, head.about))
@@ -114,11 +120,6 @@ class EagleDrafter(Drafter):
     def window(self) -> int | None:
         """Attention window of the head in positions; None is all."""
         return self._pairs.window
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights of the head's linear layers and of the draft LM head."""
-        return linear_sizes([*self._module.modules(), self._lm_head])[1]
 
     def tensors(self) -> dict[str, Tensor]:
         """The head's tensors, packed if the target is."""
@@ -192,6 +193,8 @@ class EagleDrafter(Drafter):
         state = EagleState(kv, reused, self._pairs.skipped(len(prompt)), before)
         if kv.headless:
             state.begin_after(reused)
+        if self._text_vocab is not None:
+            self._text_vocab.note(state.rare, prompt)
         return state
 
     def filled(self, state: EagleState, length: int) -> int:
@@ -218,6 +221,8 @@ class EagleDrafter(Drafter):
             state.pending_count += len(tokens)
             if accepted.verdict is not None:
                 state.count_accepted(tokens)
+                if self._text_vocab is not None:
+                    self._text_vocab.note(state.rare, tokens)
         # The head processes pending positions at the next proposal; prompts at once, so that other requests can reuse
         # their blocks. Under high load nothing is drafted and the head is not run.
         if self.drafting_off:
@@ -240,6 +245,8 @@ class EagleDrafter(Drafter):
         self._catch_up(states)
         if any(state.extrapolated is None for state in states):  # its first block is still to come
             return DraftTree.roots(stacked(states, "root"))
+        if self._text_vocab is not None:
+            self._lm_head, self._vocab = self._text_vocab.over([state.rare for state in states])
         tree = self._draft(states, prepared, others if others is not None and any(map(len, others)) else None)
         self._watch.proposed(tree.nodes)
         return tree
@@ -312,6 +319,8 @@ class EagleDrafter(Drafter):
                 if store is not None:
                     packed = None if others is None else CandidateRows.of(others)
                     one_call, place = prepared.one_call, (past, cache.tables, store, cache.shift)
+                    assert is_packed(self._lm_head), "as it was prepared"
+                    one_call.draft_over(self._lm_head, self._vocab)
                     tree, scores = one_call.propose(extrapolated, roots, *place, others=packed, setting=setting)
                     if prepared.pace is not None or others is not None:
                         remember(states, tree, scores)

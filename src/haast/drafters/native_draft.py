@@ -41,17 +41,18 @@ class NativeDraft:
         fc = module.fc
         assert is_packed(fc), "a packed module has packed linears"
         self._stack: NativeStack = stack
-        keep: list[object] = [fc, lm_head, embedding, vocab]
+        keep: list[object] = [fc, embedding]
         if isinstance(embedding, PackedEmbedding):
             table = weight_of(embedding.table, keep)
         else:
             weight = embedding.weight.detach()
             table = CWeight(weight.data_ptr(), None, weight.size(1), weight.size(0), PLAIN)
             keep.append(weight)
-        self._draft: CDraft = CDraft(fc=weight_of(fc, keep), lm=weight_of(lm_head, keep), embedding=table)
+        self._draft: CDraft = CDraft(fc=weight_of(fc, keep), embedding=table)
         self._referenced: list[object] = keep  # keeps alive what `_draft` points to
         self._draft.stack = stack.pointer
-        self._draft.vocab = None if vocab is None else vocab.data_ptr()
+        self._lm_head: PackedLinear | None = None
+        self.draft_over(lm_head, vocab)
         self._nodes: int = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -81,6 +82,13 @@ class NativeDraft:
         else:
             return None
         return cls(stack, module, lm_head, embedding, vocab) if usable else None
+
+    def draft_over(self, lm_head: PackedLinear, vocab: Tensor | None) -> None:
+        """Draft with another LM head from now on; `vocab` are the ids of its outputs, None if they are the ids."""
+        if lm_head is not self._lm_head:
+            self._lm_head, kept = lm_head, list[object]([vocab])
+            self._draft.lm, self._drafted = weight_of(lm_head, kept), kept
+            self._draft.vocab = None if vocab is None else vocab.data_ptr()
 
     def plan(self, plan: Plan, pace: CostModel | None, curves: Source | None = None) -> bool:
         """Set the plan of the next proposals; False if the native code does not support it.

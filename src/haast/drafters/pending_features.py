@@ -15,6 +15,7 @@ from torch import Tensor
 
 from haast.core import Accepted
 from haast.device import to_device
+from haast.drafters.text_vocab import Rare
 from haast.target.kv_pool import BLOCK
 from haast.target.kv_pool import Sequence as KVSequence
 from haast.tree import DraftTree
@@ -68,6 +69,7 @@ class EagleState:
         extrapolated: (hidden,), the head's state after the last pair: the extrapolated feature of the root.
         pending: accepted features not processed yet, each with the request's row.
         pending_count: number of their positions.
+        rare: the text's tokens outside the draft vocabulary, see `TextVocab`.
     """
 
     kv: KVSequence
@@ -82,6 +84,7 @@ class EagleState:
     temperature: float = 0.0
     correction: Correction = field(default_factory=Correction)
     drafted: Drafted | None = None
+    rare: Rare = field(default_factory=dict)
 
     @property
     def warmth(self) -> float:

@@ -108,7 +108,7 @@ def check_placement(model: nn.Module) -> None:
         )
     for prefix, module in model.named_modules():
         for weight, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta and not _offloaded(module):
+            if parameter.is_meta and not offloaded(module):
                 raise UnsupportedModelError(
                     f"{name} has no weights: {prefix}.{weight} is on the meta device and no hook loads it; load "
                     f"the model with from_pretrained (device_map='auto' for a large one), or dispatch it first"
@@ -137,7 +137,7 @@ def read_weight(module: nn.Module, name: str) -> Tensor | None:
     Loads an offloaded weight. Gathers a sharded one: then all processes must call this together.
     """
     with ExitStack() as loaded:
-        if _offloaded(module):
+        if offloaded(module):
             for hook in _hooks(module):
                 hook.pre_forward(module)
                 loaded.callback(hook.post_forward, module, None)
@@ -184,5 +184,6 @@ def _hooks(module: nn.Module) -> Iterator[AlignDevicesHook | CpuOffload]:
             yield each
 
 
-def _offloaded(module: nn.Module) -> bool:
+def offloaded(module: nn.Module) -> bool:
+    """Whether accelerate loads the module's weights for each forward."""
     return any(isinstance(hook, AlignDevicesHook) and hook.offload for hook in _hooks(module))

@@ -166,6 +166,12 @@ class PackedLinear(nn.Module):
         made._set(packed, dense, bias, first.packing, first.form, outputs, first.in_features, rest)
         return made
 
+    def followed_by(self, rest: PackedLinear) -> PackedLinear:
+        """A layer with the outputs of this one, whose memory it shares, then those of `rest`."""
+        made = type(self).__new__(type(self))
+        made._set(self.packed, self.dense, self.bias, self.packing, self.form, self.outputs, self.in_features, rest)
+        return made
+
     def parts(self) -> list[PackedLinear]:
         """This layer and those for its further outputs, in order."""
         return [self, *([] if self.rest is None else self.rest.parts())]

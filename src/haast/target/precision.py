@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from haast.target.device_map import read_weight
+from haast.target.device_map import offloaded, read_weight
 from haast.target.packing import PackedLinear
 
 TORCHAO = ("torchao-int8", "torchao-int4")  # the forms that `quantise` takes
@@ -77,6 +77,15 @@ def weight_rows(module: nn.Module, inputs: int, dtype: torch.dtype | None = None
         return module.unpack(rows)
     whole = _plain_weight(module, inputs, dtype)
     return whole if rows is None else whole[rows.to(whole.device)]
+
+
+def reads_rows(module: nn.Module) -> bool:
+    """Whether `weight_rows` reads a few rows alone: not of a sharded, an offloaded or a quantised layer."""
+    if isinstance(module, PackedLinear):
+        return module.rest is None
+    weight = getattr(module, "weight", None)
+    plain = isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.is_floating_point()
+    return plain and not offloaded(module)
 
 
 def _plain_weight(module: nn.Module, inputs: int, dtype: torch.dtype | None) -> Tensor:

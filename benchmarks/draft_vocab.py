@@ -1,12 +1,13 @@
-"""A low-rank LM head over the whole vocabulary (SlimSpec, arXiv 2605.10453) against a reduced draft vocabulary.
+"""What the draft LM head is over: a reduced vocabulary, that and the text's own tokens, all tokens, or a low rank of all.
 
-    python benchmarks/low_rank.py --shards features/ --prompts valid.jsonl --json results/low-rank.json
+    python benchmarks/draft_vocab.py --shards features/ --prompts valid.jsonl --json results/draft-vocab.json
 
 The shipped head drafts with different LM heads, all measured in one run, on validation prompts:
 
-    rows of the target's LM head      for the draft vocabulary, or for all tokens: the most that a low rank can reach
-    rank r                            U D of the target's whole LM head: U (vocabulary, r), D (r, hidden). At first the
-                                      closed form with the least squared error of the logits on the target's features
+    rows of the target's LM head      for the draft vocabulary, for that and the text's tokens (the default), or for all
+    rank r                            U D of the target's whole LM head: U (vocabulary, r), D (r, hidden), as in SlimSpec
+                                      (arXiv 2605.10453). At first the closed form with the least squared error of the
+                                      logits on the target's features
     rank r, trained                   then `--seconds` of distillation from the target's best tokens on these features
 
 Costs are those of the drafter without the one-call path, which reads rows of the target's LM head only.
@@ -110,12 +111,14 @@ def distil(
     return up.detach(), down.detach(), len(losses) * _BATCH, sum(last) / len(last)
 
 
-def measure(target: Target, head: Head, prompts: list[list[int]], stop: StopParams) -> dict[str, Any]:
+def measure(target: Target, head: Head, prompts: list[list[int]], stop: StopParams, own_tokens: bool) -> dict[str, Any]:
     """tau, and the draft's time a step and a level, per number of nodes."""
     measured = dict[str, Any]()
     for nodes in NODES:
         shape, stats = shape_for(nodes), Stats()
         drafter = EagleDrafter(target, head, shape)
+        if not own_tokens:
+            drafter._text_vocab = None
         for prompt in prompts:
             Engine(target, drafter).complete([prompt], SamplingParams(), stop, stats)
         draft_ms = stats.ms_draft / stats.target_forwards
@@ -148,17 +151,21 @@ def main() -> None:
     data = features_of(examples[: arguments.answers])
     whole = target.head_rows(torch.arange(target.vocab_size)).float()
 
-    def row(name: str, head: FeatExtrapolator, vocab: Tensor | None, weights_read: int, **more: Any) -> None:
+    def row(
+        name: str, head: FeatExtrapolator, vocab: Tensor | None, weights_read: int, own: bool = False, **more: Any
+    ) -> None:
         head.load_state_dict(weights, strict=False)  # U and D are the head's own
         with Progress(name):
-            found = measure(target, Head(head.eval(), vocab, {}), prompts, stop)
+            found = measure(target, Head(head.eval(), vocab, {}), prompts, stop, own)
         rows.append({"lm_head": name, "weights": weights_read, **more, "by_nodes": found})
         taus = "  ".join(f"{nodes}: {each['tau']:.3f} ({each['level_ms']:.2f} ms)" for nodes, each in found.items())
         print(f"{name:28s} {taus}", flush=True)
 
     rows = list[dict[str, Any]]()
     config, hidden = module.config, module.config.hidden_size
-    row("draft vocabulary", WithRows(config), shipped.draft_vocab, len(shipped.draft_vocab) * hidden)
+    size = len(shipped.draft_vocab) * hidden
+    row("draft vocabulary", WithRows(config), shipped.draft_vocab, size)
+    row("with the text's tokens", WithRows(config), shipped.draft_vocab, size, own=True)
     row("all tokens", WithRows(config), None, whole.numel())
     for rank in map(int, arguments.ranks.split(",")):
         up, down = closed_form(whole, data[0], rank)
@@ -169,7 +176,7 @@ def main() -> None:
         row(f"rank {rank}, trained", LowRank(config, up, down), None, size, positions=positions, loss=loss)
     settings = {"limit": arguments.limit, "tokens": arguments.tokens, "seconds": arguments.seconds}
     found = environment(target, DEFAULT_MODEL, arguments.prompts, len(prompts), settings)
-    write_json({"kind": "low-rank", "rows": rows, "environment": found}, str(arguments.json))
+    write_json({"kind": "draft-vocab", "rows": rows, "environment": found}, str(arguments.json))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""What the draft LM head is over: a reduced vocabulary, that and the text's own tokens, all tokens, or a low rank of all.
+"""What the draft LM head is over: a reduced vocabulary, that and the text's tokens, all tokens, or a low rank of all.
 
     python benchmarks/draft_vocab.py --shards features/ --prompts valid.jsonl --json results/draft-vocab.json
 
 The shipped head drafts with different LM heads, all measured in one run, on validation prompts:
 
-    rows of the target's LM head      for the draft vocabulary, for that and the text's tokens (the default), or for all
-    rank r                            U D of the target's whole LM head: U (vocabulary, r), D (r, hidden), as in SlimSpec
-                                      (arXiv 2605.10453). At first the closed form with the least squared error of the
-                                      logits on the target's features
+    rows of the target's LM head      for the draft vocabulary, for that and the text's tokens (the default),
+                                      or for all tokens
+    rank r                            U D of the target's whole LM head: U (vocabulary, r), D (r, hidden), as in
+                                      SlimSpec (arXiv 2605.10453). At first the closed form with the least squared error
+                                      of the logits on the target's features
     rank r, trained                   then `--seconds` of distillation from the target's best tokens on these features
 
 Costs are those of the drafter without the one-call path, which reads rows of the target's LM head only.

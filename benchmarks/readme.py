@@ -21,9 +21,9 @@ from haast.serving.conform.report import markdown as conformance
 
 KINDS = (  # whose table is the macro of this name in results.md; "-" is "_" there
     "ablation", "baselines", "batches", "block-drafter", "calibration", "calibration-curves", "context",
-    "conversation", "forwards", "gguf", "grammars", "head-check", "hybrid", "interop-vllm", "long-context",
-    "draft-vocab", "optimizer", "oracle", "peers", "precision", "regenerate", "roofline", "sampling-loss", "serving-load",
-    "tau-by-turn", "training", "why-it-works", "zoo",
+    "conversation", "draft-vocab", "forwards", "gguf", "grammars", "head-check", "hybrid", "interop-vllm",
+    "long-context", "optimizer", "oracle", "peers", "precision", "regenerate", "roofline", "sampling-loss",
+    "serving-load", "tau-by-turn", "training", "why-it-works", "zoo",
 )  # fmt: skip
 _JOINED = ("interop-vllm", "regenerate", "zoo")  # kinds that show several documents in one table
 _BLOCK = re.compile(r"(<!-- results:(?P<name>[a-z0-9+-]+)(?P<short>#short)? -->\n).*?(?P<end><!-- end -->)", re.DOTALL)

@@ -49,9 +49,9 @@ def eagle3(target: Target) -> Head:
 
 DRAFTERS: dict[str, Callable[[Target], Drafter]] = {
     "vanilla": lambda target: VanillaDrafter(),
-    "eagle": lambda target: EagleDrafter(target, random_head(target), DraftShape(depth=3, nodes=8)),
+    "eagle": lambda target: EagleDrafter(target, random_head(target), DraftShape(nodes=8)),
     "eagle, chain": lambda target: EagleDrafter(target, random_head(target), DraftShape("chain", depth=3)),
-    "eagle3": lambda target: EagleDrafter(target, eagle3(target), DraftShape(depth=3, nodes=8)),
+    "eagle3": lambda target: EagleDrafter(target, eagle3(target), DraftShape(nodes=8)),
     "eagle, batches' ways": lambda target: EagleDrafter(target, random_head(target), shape_for(6)),
     "block": lambda target: BlockDrafter(target, block_head(target), DraftShape(nodes=8)),
     "block, chain": lambda target: BlockDrafter(target, block_head(target), DraftShape("chain", depth=4)),

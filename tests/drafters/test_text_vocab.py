@@ -152,6 +152,14 @@ def test_sizes_are_those_of_the_head_alone() -> None:
     assert added(drafter) and drafter.parameters == before
 
 
+def test_a_vocabulary_smaller_than_the_children_of_a_node() -> None:
+    """Shapes are planned for the vocabulary alone, whatever the text at hand adds."""
+    target = tiny_target()
+    drafter = eagle(target, [4, 6])
+    for prompt in ([3, 9, 21, 23], [4, 6], [3, 4]):
+        assert trees(target, drafter, prompt, LAWS[0])[0] == vanilla(target, [prompt], 24)[0]
+
+
 def test_heads_with_rows_of_their_own_keep_their_vocabulary() -> None:
     target = tiny_target()
     module = Eagle3Head(Eagle3Config.for_target(target.config, layer_ids=(0, 1, 2), draft_vocab_size=len(COMMON)))

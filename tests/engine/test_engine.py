@@ -341,6 +341,9 @@ def test_eagle_drafts_what_the_papers_say(
     for state in states:
         state.kv.release()
     assert tree.nodes == drafter.nodes
+    if vocab is not None:  # the texts' own tokens follow
+        rare = sorted({token for text in texts for token in text} - set(vocab))
+        head = Head(head.module, torch.tensor([*vocab, *rare]), {})
     for row, text in enumerate(texts):
         naive = Naive(head, text, features[row], 1 if shape.kind == "chain" else shape.top_k)
         paths = paths_of(tree, row)

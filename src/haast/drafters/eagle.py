@@ -85,6 +85,7 @@ class EagleDrafter(Drafter):
         self.target_layers = module.target_layers
         vocab = None if head.draft_vocab is None else checked_vocab(head.draft_vocab, target)
         self._vocab = vocab
+        self._drafted = target.vocab_size if vocab is None else len(vocab)
         packed = is_packed(target.lm_head)
         self._embedding = self._module.embedding(target.borrowed(target.embedding))
         self._lm_head = draft_lm_head(target, self._module, vocab, packed)
@@ -146,7 +147,7 @@ class EagleDrafter(Drafter):
 
     def planned(self, shape: DraftShape) -> Plan:
         """The index plan of a shape over the draft vocabulary."""
-        return plan(shape, self._target.vocab_size if self._vocab is None else len(self._vocab))
+        return plan(shape, self._drafted)
 
     def _prepared(self, config: DraftConfig, budget: int | None) -> Prepared | None:
         """The config's shape, cut to a budget of nodes, with its tensors; None if nothing is drafted."""

@@ -16,7 +16,7 @@ from haast.device import to_device
 from haast.drafters.draft_lm import DRAFT_LM_FORM, frozen_linear
 from haast.heads.block import BlockHead
 from haast.heads.module import DraftModule
-from haast.target.packing import PackedLinear
+from haast.target.packing import PackedLinear, is_packed
 from haast.target.precision import reads_rows
 from haast.target.target import Target
 
@@ -73,7 +73,7 @@ class TextVocab:
         ids = to_device(torch.tensor(added), self._vocab.device)
         rows, bias = self._target.head_rows(ids).detach(), self._target.head_bias(ids)
         both: nn.Module
-        if isinstance(self._lm_head, PackedLinear):
+        if is_packed(self._lm_head):
             both = self._lm_head.followed_by(PackedLinear(rows, bias, form=DRAFT_LM_FORM))
         else:
             both = _Both(self._lm_head, frozen_linear(rows, bias, None))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
+from haast import native
 from haast.core import Accepted, SamplingParams
 from haast.drafters.base import Drafter
 from haast.drafters.vanilla import VanillaDrafter
@@ -21,8 +22,10 @@ from haast.heads.checkpoint import Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.heads.module import DraftModule
 from haast.sampling import keyed_uniform
+from haast.target.fusing import fuse_small_modules
 from haast.target.kv_cache import KVCache
 from haast.target.kv_pool import Sequence as KVSequence
+from haast.target.packing import pack_linears
 from haast.target.target import Target
 from haast.tree import DraftTree
 
@@ -55,6 +58,17 @@ def tiny_llama(
 def tiny_target(vocab: int = VOCAB, layers: int = 2, context: int = 512, std: float = 0.4, seed: int = 0) -> Target:
     """`tiny_llama` as a Target."""
     return Target(tiny_llama(vocab, layers=layers, context=context, std=std, seed=seed))
+
+
+def packed_target(vocab: int = VOCAB) -> Target:
+    """`tiny_target` in fp32 with packed and fused layers, run in one native call where there is native code."""
+    model: Any = tiny_llama(vocab)
+    model.float()
+    pack_linears(model)
+    fuse_small_modules(model)
+    target = Target(model)
+    assert target.use_one_call() == native.available()
+    return target
 
 
 def random_head(target: Target, draft_vocab: Sequence[int] | None = None, seed: int = 1) -> Head:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from chats import SMOLLM2, bytes_tokenizer
-from fakes import block_head, random_head, tiny_target
+from fakes import block_head, packed_target, random_head, tiny_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_medusa import medusa
@@ -36,9 +36,8 @@ from haast.generation import Generation, Message
 from haast.heads.checkpoint import Head
 from haast.heads.eagle3 import Eagle3Config, Eagle3Head
 from haast.session import Session, Sessions
-from haast.target.fusing import fuse_small_modules
 from haast.target.kv_pool import BLOCK, common_length
-from haast.target.packing import PackedLinear, pack_linears
+from haast.target.packing import PackedLinear
 from haast.target.target import Target
 
 
@@ -129,15 +128,6 @@ def test_an_edited_text_is_used_as_far_as_it_is_the_same(
             text = [*text, *said]
 
     holds()
-
-
-def packed_target() -> Target:
-    model: Any = tiny_target().model
-    target = Target(model.float())
-    pack_linears(target.model)
-    fuse_small_modules(target.model)
-    target.use_one_call()
-    return target
 
 
 def test_a_packed_target_recalls_the_same_bits() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from block_reference import Reference, captured_states
-from fakes import block_head, decode, random_head, tiny_target, vanilla
+from fakes import block_head, decode, packed_target, random_head, tiny_target, vanilla
 from test_medusa import medusa
 
 from haast.core import Accepted, SamplingParams
@@ -21,9 +21,7 @@ from haast.drafters.tree_shape import DraftShape, shape_for
 from haast.errors import HeadMismatchError
 from haast.heads.block import BlockConfig
 from haast.heads.checkpoint import Head, load_head, save_head
-from haast.target.fusing import fuse_small_modules
 from haast.target.kv_pool import Sequence as KVSequence
-from haast.target.packing import pack_linears
 from haast.target.target import Target
 from haast.tree import DraftTree
 
@@ -160,11 +158,7 @@ def test_drafts_do_not_depend_on_the_batch_the_cache_or_the_draws() -> None:
 
 
 def test_packed_targets_draft_the_same_text() -> None:
-    model: Any = tiny_target().model
-    at = Target(model.float())
-    pack_linears(at.model)
-    fuse_small_modules(at.model)
-    at.use_one_call()
+    at = packed_target()
     other: Any = tiny_target().model
     plain = Target(other.float())
     native, modules = (Watched(each, block_head(each), shape_for(8)) for each in (at, plain))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import tiny_target, vanilla
+from fakes import packed_target, vanilla
 from torch import Tensor
 
 from haast import native
@@ -26,9 +26,7 @@ from haast.heads.checkpoint import Head
 from haast.heads.eagle3 import Eagle3Config, Eagle3Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
 from haast.stats import Stats
-from haast.target.fusing import fuse_small_modules
 from haast.target.kv_cache import KVCache
-from haast.target.packing import pack_linears
 from haast.target.target import Target
 from haast.tree import DraftTree
 
@@ -175,20 +173,10 @@ def test_a_window_as_long_as_the_context_drafts_as_none_does(llama: Target) -> N
     assert any(not torch.equal(a.tokens, b.tokens) for a, b in zip(every.trees, narrow.trees, strict=False))
 
 
-def packed_target() -> Target:
-    model: Any = tiny_target(vocab=61).model
-    model.float()
-    pack_linears(model)
-    fuse_small_modules(model)
-    target = Target(model)
-    assert target.use_one_call()
-    return target
-
-
 @pytest.mark.skipif(not native.available(), reason=native.why_not())
 @pytest.mark.parametrize("layers", [1, 2])
 def test_native_code_drafts_through_the_window_as_modules_do(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = packed_target()
+    target = packed_target(vocab=61)
     torch.manual_seed(7)
     sizes = FeatExtrapolatorConfig.for_target(target.config, num_hidden_layers=layers)
     head = Head(FeatExtrapolator(sizes).requires_grad_(False), torch.arange(0, 61, 2), {})

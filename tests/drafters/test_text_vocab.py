@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import block_head, collect, random_head, tiny_target, vanilla
+from fakes import block_head, collect, packed_target, random_head, tiny_target, vanilla
 from test_medusa import medusa
 from torch import nn
 
@@ -25,8 +25,7 @@ from haast.engine.step import Step
 from haast.heads.checkpoint import Head
 from haast.heads.eagle3 import Eagle3Config, Eagle3Head
 from haast.heads.feat_extrapolator import FeatExtrapolator, FeatExtrapolatorConfig
-from haast.target.fusing import fuse_small_modules
-from haast.target.packing import PackedLinear, pack_linears
+from haast.target.packing import PackedLinear
 from haast.target.precision import reads_rows
 from haast.target.target import Target
 
@@ -34,15 +33,6 @@ COMMON = list(range(0, 32, 2))
 SHAPE = DraftShape("dynamic", 3, 4, 4, 10)
 PROMPTS = [[3, 4, 9, 4, 3], [8, 6], [21, 2, 23, 25]]
 LAWS = [SamplingParams(), SamplingParams(temperature=1.0, seed=4)]
-
-
-def packed_target() -> Target:
-    model: Any = tiny_target().model
-    target = Target(model.float())
-    pack_linears(target.model)
-    fuse_small_modules(target.model)
-    target.use_one_call()
-    return target
 
 
 def eagle(target: Target, vocab: list[int]) -> EagleDrafter:

@@ -87,7 +87,7 @@ class NativeDraft:
         """Draft with another LM head from now on; `vocab` are the ids of its outputs, None if they are the ids."""
         if lm_head is not self._lm_head:
             self._lm_head, kept = lm_head, list[object]([vocab])
-            self._draft.lm, self._drafted = weight_of(lm_head, kept), kept
+            self._draft.lm, self._referenced_by_lm = weight_of(lm_head, kept), kept
             self._draft.vocab = None if vocab is None else vocab.data_ptr()
 
     def plan(self, plan: Plan, pace: CostModel | None, curves: Source | None = None) -> bool:

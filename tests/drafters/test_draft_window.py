@@ -17,7 +17,6 @@ from haast.drafters.base import Drafter
 from haast.drafters.candidates import Candidates
 from haast.drafters.eagle import EagleDrafter
 from haast.drafters.head_runner import Flight
-from haast.drafters.native_draft import NativeDraft
 from haast.drafters.pending_features import EagleState
 from haast.drafters.tree_shape import DraftShape
 from haast.drafters.window import DraftWindow
@@ -175,7 +174,7 @@ def test_a_window_as_long_as_the_context_drafts_as_none_does(llama: Target) -> N
 
 @pytest.mark.skipif(not native.available(), reason=native.why_not())
 @pytest.mark.parametrize("layers", [1, 2])
-def test_native_code_drafts_through_the_window_as_modules_do(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_code_drafts_through_the_window_as_modules_do(layers: int) -> None:
     target = packed_target(vocab=61)
     torch.manual_seed(7)
     sizes = FeatExtrapolatorConfig.for_target(target.config, num_hidden_layers=layers)
@@ -188,13 +187,12 @@ def test_native_code_drafts_through_the_window_as_modules_do(layers: int, monkey
             growing = drafter._prepared(drafter.configs[1], None)
             assert growing is not None and growing.one_call is not None and drafter._forward.stack is not None
             if path != "proposals":
-                monkeypatch.setattr(NativeDraft, "of", lambda *_: None)
+                drafter._native_head = None
                 drafter._shapes.clear()
             if path == "modules":
                 drafter._forward.stack = None
             found.append(drafter)
             assert run(drafter, target, chunk=32) == expected
-            monkeypatch.undo()
         for trees in zip(*(drafter.trees for drafter in found), strict=True):
             assert all(torch.equal(trees[0].tokens, tree.tokens) for tree in trees[1:])
             assert all(torch.equal(trees[0].parents, tree.parents) for tree in trees[1:])

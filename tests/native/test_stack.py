@@ -26,7 +26,7 @@ from haast.core import Accepted, SamplingParams
 from haast.drafters.candidates import CandidateRows, Candidates
 from haast.drafters.draft_lm import draft_lm_head
 from haast.drafters.eagle import EagleDrafter
-from haast.drafters.native_draft import NativeDraft
+from haast.drafters.native_draft import NativeDraft, NativeHead
 from haast.drafters.tree_builder import Growth, best_places, calibrated
 from haast.drafters.tree_shape import DraftShape, Plan, plan
 from haast.drafters.vanilla import VanillaDrafter
@@ -259,7 +259,8 @@ class Quick:
     def ready(
         self, shape: DraftShape, pace: CostModel | None = None, curves: Source | None = None
     ) -> tuple[NativeDraft, Plan]:
-        one_call = NativeDraft.of(self.target.embedding, self.module, self.stack, self.lm_head, self.vocab)
+        head = NativeHead.of(self.target.embedding, self.module, self.stack)
+        one_call = NativeDraft.of(head, self.lm_head, self.vocab)
         fixed = plan(shape, len(self.vocab))
         assert one_call is not None and one_call.plan(fixed, pace, curves)
         return one_call, fixed

@@ -89,9 +89,12 @@ class BlockDrafter(EagleDrafter):
     def planned(self, shape: DraftShape) -> Plan:
         return super().planned(replace(shape, depth=min(shape.depth, self.depths)))
 
-    def _commit(self, cache: KVCache, tokens: Tensor, states: Tensor, flight: Flight) -> Tensor:
-        cache.begin(states.shape[1])
-        for layer, (keys, values) in enumerate(self._head.context_keys(self._context(states), flight.positions)):
+    def _commit(
+        self, cache: KVCache, past: list[int], tokens: Tensor, features: Tensor, before: Sequence[Tensor | None]
+    ) -> Tensor:
+        states, positions = self._head.fuse(features), self._following(past, tokens).positions
+        cache.begin(tokens.shape[1])
+        for layer, (keys, values) in enumerate(self._head.context_keys(self._context(states), positions)):
             cache.write(keys, values, layer)
         return states
 

@@ -1,7 +1,7 @@
-"""Drafts a FeatExtrapolator's tree in one native call: `NativeDraft`.
+"""Runs a FeatExtrapolator in native calls: `NativeHead` over committed pairs, `NativeDraft` for a whole tree.
 
-Owns the pointers that the native code reads: head, embedding and plan. It proposes the same trees as `EagleDrafter` by
-tensor operations (a test compares them), without the overhead of the operators.
+Owns the pointers that the native code reads: head, embedding and plan. Gives the same states and trees as `EagleDrafter`
+by tensor operations (tests compare them), without the overhead of the operators.
 """
 
 from __future__ import annotations
@@ -19,60 +19,46 @@ from haast.drafters.tree_shape import Plan
 from haast.heads.acceptance import Source
 from haast.heads.feat_extrapolator import FeatExtrapolator
 from haast.heads.module import DraftModule
-from haast.native.stack import PLAIN, CDraft, CProposal, CWeight, Refusal, run_draft
+from haast.native.stack import PLAIN, CDraft, CHead, CPairs, CProposal, CWeight, Refusal, run_commit, run_draft
 from haast.target.native_cpu import NativeStack, int64s, refuse, weight_of
 from haast.target.packing import PackedEmbedding, PackedLinear, is_packed
 from haast.tree import DraftTree
 from haast.tuning.policy import CostModel
 
 
-class NativeDraft:
-    """Create with `of`; `plan` sets the tree, `propose` drafts it."""
+class NativeHead:
+    """A head's two kinds of forward: committed pairs (`commit`), and a draft (`NativeDraft`). Create with `of`."""
 
     def __init__(
-        self,
-        stack: NativeStack,
-        module: FeatExtrapolator,
-        lm_head: PackedLinear,
-        embedding: nn.Embedding | PackedEmbedding,
-        vocab: Tensor | None,
+        self, stack: NativeStack, module: FeatExtrapolator, embedding: nn.Embedding | PackedEmbedding
     ) -> None:
         """Use `of`, which checks the arguments."""
-        fc = module.fc
-        assert is_packed(fc), "a packed module has packed linears"
-        self._stack: NativeStack = stack
-        keep: list[object] = [fc, embedding]
+        fc, context = module.fc, module.context if module.config.layer_ids else None
+        assert is_packed(fc) and (context is None or is_packed(context)), "a packed module has packed linears"
+        self.stack: NativeStack = stack
+        keep: list[object] = [fc, context, embedding]
         if isinstance(embedding, PackedEmbedding):
             table = weight_of(embedding.table, keep)
         else:
             weight = embedding.weight.detach()
             table = CWeight(weight.data_ptr(), None, weight.size(1), weight.size(0), PLAIN)
             keep.append(weight)
-        self._draft: CDraft = CDraft(fc=weight_of(fc, keep), embedding=table)
-        self._referenced: list[object] = keep  # keeps alive what `_draft` points to
-        self._draft.stack = stack.pointer
-        self._lm_head: PackedLinear | None = None
-        self.draft_over(lm_head, vocab)
-        self._nodes: int = 0
+        lower = CWeight() if context is None else weight_of(context, keep)
+        self.structure: CHead = CHead(stack.pointer, weight_of(fc, keep), lower, table)
+        self.width: int = stack.hidden + lower.inputs  # of features
+        self._referenced: list[object] = keep  # keeps alive what `structure` points to
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is None, like a copy of a `NativeStack`: pointers can't be copied."""
         return type(None), ()
 
     @classmethod
-    def of(
-        cls,
-        embedding: nn.Module,
-        module: DraftModule,
-        stack: NativeStack | None,
-        lm_head: nn.Module,
-        vocab: Tensor | None,
-    ) -> NativeDraft | None:
+    def of(cls, embedding: nn.Module, module: DraftModule, stack: NativeStack | None) -> NativeHead | None:
         """Create one for a plain FeatExtrapolator on a packed target; None for any other head or embedding."""
-        if stack is None or type(module) is not FeatExtrapolator or not is_packed(lm_head):
+        if stack is None or type(module) is not FeatExtrapolator:
             return None
         config = module.config
-        if config.markov_rank or config.norms or config.inputs != "feature+shifted-token" or lm_head.reference:
+        if config.markov_rank or config.norms or config.inputs != "feature+shifted-token":
             return None
         if isinstance(embedding, PackedEmbedding):
             usable = embedding.table.rest is None and not embedding.table.reference
@@ -81,7 +67,82 @@ class NativeDraft:
             usable = weight.dtype is torch.float32 and weight.is_contiguous() and weight.device.type == "cpu"
         else:
             return None
-        return cls(stack, module, lm_head, embedding, vocab) if usable else None
+        return cls(stack, module, embedding) if usable else None
+
+    def commit(
+        self,
+        tokens: Tensor,
+        features: Tensor,
+        past: Sequence[int] | Tensor,
+        tables: Tensor,
+        store: Tensor,
+        shift: int = 1,
+    ) -> Tensor:
+        """Run the head over pairs after each row's committed ones, and store their keys and values.
+
+        Args:
+            tokens: (rows, n) int64, each the token after the feature's position.
+            features: (rows, n, `width`) fp32: the layers that the head reads, as in `Drafter.target_layers`.
+            past, tables, store, shift: as for `NativeDraft.propose`; `tables` reach n slots further.
+
+        Returns:
+            the head's states, (rows, n, hidden).
+
+        Raises:
+            ValueError: shapes or dtypes do not match, or a token is not in the vocabulary; nothing was computed.
+        """
+        rows, pairs = tokens.shape
+        blocks, form = self.stack.check_store(store, tables, rows, shift)
+        tokens, features = tokens.contiguous(), features.contiguous()
+        if tokens.dtype is not torch.int64 or features.dtype is not torch.float32 or not tokens.is_cpu:
+            raise ValueError(f"tokens are {tokens.dtype}, features {features.dtype}: give int64 and fp32, on the CPU")
+        if features.shape != (rows, pairs, self.width) or not features.is_cpu:
+            raise ValueError(
+                f"features have shape {tuple(features.shape)} on {features.device}: give {(rows, pairs, self.width)}, "
+                "on the CPU"
+            )
+        lengths, lengths_at = int64s("past", past, rows)
+        output = features.new_empty(rows, pairs, self.stack.hidden)
+        cosine, sine, angles = self.stack.angles()
+        arguments = CPairs(
+            tokens.data_ptr(), lengths_at, features.data_ptr(), output.data_ptr(), store.data_ptr(), cosine, sine,
+            blocks, rows, pairs, angles, form,
+        )  # fmt: skip
+        refused = run_commit(self.structure, arguments)
+        if refused == -Refusal.FEW_ANGLES:
+            last = max(map(int, lengths)) + pairs
+            arguments.cosine, arguments.sine, arguments.angles = self.stack.angles(last)
+            refused = run_commit(self.structure, arguments)
+        if refused == -Refusal.STRANGE_TOKEN:
+            low, high = int(tokens.min()), int(tokens.max())
+            last = self.structure.embedding.outputs - 1
+            raise ValueError(f"tokens are from {low} to {high}, the embedding has ids from 0 to {last}")
+        if refused:
+            refuse(refused, lengths, pairs, store, tables, shift)
+        return output
+
+
+class NativeDraft:
+    """Drafts a head's trees. Create with `of`; `plan` sets the tree, `propose` drafts it."""
+
+    def __init__(self, head: NativeHead, lm_head: PackedLinear, vocab: Tensor | None) -> None:
+        """Use `of`, which checks the arguments."""
+        self._head = head
+        self._draft: CDraft = CDraft(ctypes.pointer(head.structure))
+        self._lm_head: PackedLinear | None = None
+        self.draft_over(lm_head, vocab)
+        self._nodes: int = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is None, like a copy of a `NativeHead`."""
+        return type(None), ()
+
+    @classmethod
+    def of(cls, head: NativeHead | None, lm_head: nn.Module, vocab: Tensor | None) -> NativeDraft | None:
+        """Create one; None without a native head, and for LM heads that are not packed."""
+        if head is None or not is_packed(lm_head) or lm_head.reference:
+            return None
+        return cls(head, lm_head, vocab)
 
     def draft_over(self, lm_head: PackedLinear, vocab: Tensor | None) -> None:
         """Draft with another LM head from now on; `vocab` are the ids of its outputs, None if they are the ids."""
@@ -150,8 +211,8 @@ class NativeDraft:
             ValueError: shapes or dtypes do not match; nothing was drafted.
         """
         rows, max_nodes = roots.size(0), self._nodes
-        blocks, form = self._stack.check_store(store, tables, rows, shift)
-        self._stack.check_states(states := states.contiguous(), rows)
+        blocks, form = self._head.stack.check_store(store, tables, rows, shift)
+        self._head.stack.check_states(states := states.contiguous(), rows)
         _, roots_at = int64s("roots", roots := roots.contiguous(), rows)
         lengths, lengths_at = int64s("past", past, rows)
         numbers = torch.empty(3, rows * max_nodes, dtype=torch.int64)  # tokens, parents, depths
@@ -165,7 +226,7 @@ class NativeDraft:
         arrays = () if others is None else others.arrays()  # kept until the call has returned
         competing = [ctypes.addressof(each) for each in arrays] or (None, None, None)
         width, height = (0, 0) if others is None else (others.width, others.height)
-        cosine, sine, angles = self._stack.angles()
+        cosine, sine, angles = self._head.stack.angles()
         proposal = CProposal(
             *inputs, cosine, sine, blocks, rows, angles, form,
             at, at + 4 * rows, *competing, width, *outputs, ancestors.data_ptr(), scores.data_ptr(),
@@ -173,7 +234,7 @@ class NativeDraft:
         nodes = run_draft(self._draft, proposal)
         if nodes == -Refusal.FEW_ANGLES:
             last = max(map(int, lengths)) + self._levels
-            proposal.cosine, proposal.sine, proposal.angles = self._stack.angles(last)
+            proposal.cosine, proposal.sine, proposal.angles = self._head.stack.angles(last)
             nodes = run_draft(self._draft, proposal)
         if nodes < 0:
             refuse(nodes, lengths, self._room, store, tables, shift)

@@ -1,7 +1,7 @@
-// A whole EAGLE draft in one call: all levels of drafting, the selection of the best candidates, and their tree.
+// The two calls of an EAGLE head: committed pairs, and a whole draft (all levels, the best candidates, and their tree).
 //
-// Takes the same steps as `EagleDrafter._grow` and `Growth.tree`, with the same candidates (a test compares them).
-// Saves the small operators between them, which take longer than the head itself on a small model.
+// They take the same steps as `EagleDrafter._commit`, `EagleDrafter._grow` and `Growth.tree`, with the same results
+// (tests compare them). They save the small operators between them, which take longer than the head on a small model.
 #pragma once
 
 #include <algorithm>
@@ -17,10 +17,62 @@
 
 namespace {
 
-struct Draft {
+// A FeatExtrapolator. Its pairs are the embedding of a token, then a state, which is a target's feature or an output.
+struct Head {
     const Stack* stack;
-    Weight fc, lm;         // (hidden, embedding and state concatenated), (draft vocabulary, hidden)
-    Weight embedding;      // (vocabulary, hidden) of the target
+    Weight fc;         // (hidden, embedding and state concatenated)
+    Weight context;    // (hidden, lower layers of the target), added to features; packed null: none
+    Weight embedding;  // (vocabulary, hidden) of the target
+};
+
+// Pairs of tokens and features, which are committed after each row's past.
+struct Pairs {
+    const int64_t *tokens, *past;  // (rows, n), (rows)
+    const float* features;         // (rows, n, width): lower layers of the target, if the head reads any, then the feature
+    float* output;                 // (rows, n, hidden)
+    void* cache;                   // from here to `form` as in struct Pass
+    const float *cosine, *sine;
+    BlockTables blocks;
+    int64_t rows, n, angles;
+    Form form;
+};
+
+inline void embed(const Head& head, int64_t token, float* to) {
+    one_row(static_cast<WeightForm>(head.embedding.form), head.embedding.packed, token, head.stack->hidden, to);
+}
+
+// Writes the pairs' keys and values to the cache and the head's states to the output, or does nothing.
+Refusal commit(const Head& head, const Pairs& p, int threads) {
+    const int64_t count = p.rows * p.n, hidden = head.stack->hidden;
+    const int64_t lower = head.context.packed ? head.context.in : 0, width = lower + hidden;
+    for (int64_t i = 0; i < count; ++i)
+        if (p.tokens[i] < 0 || p.tokens[i] >= outputs_of(head.embedding)) return kStrangeToken;
+    std::vector<float> mixed(static_cast<size_t>(count * 2 * hidden)), states(static_cast<size_t>(count * hidden));
+    if (lower) product(p.features, width, head.context, states.data(), hidden, count, threads);
+    std::vector<int64_t> positions(static_cast<size_t>(count));
+    std::vector<uint8_t> seen(static_cast<size_t>(count * p.n), 0);
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t at = i % p.n;
+        float* pair = mixed.data() + i * 2 * hidden;
+        embed(head, p.tokens[i], pair);
+        std::memcpy(pair + hidden, p.features + i * width + lower, sizeof(float) * static_cast<size_t>(hidden));
+        if (lower)
+            for (int64_t j = 0; j < hidden; ++j) pair[hidden + j] += states[static_cast<size_t>(i * hidden + j)];
+        positions[static_cast<size_t>(i)] = p.past[i / p.n] + at;
+        std::memset(seen.data() + i * p.n, 1, static_cast<size_t>(at + 1));
+    }
+    product(mixed.data(), head.fc, states.data(), count, threads);
+    Pass pass{};
+    pass.states = states.data(), pass.output = p.output, pass.cosine = p.cosine, pass.sine = p.sine;
+    pass.positions = pass.flight_positions = positions.data(), pass.past = p.past, pass.seen = seen.data();
+    pass.cache = p.cache, pass.blocks = p.blocks, pass.form = p.form;
+    pass.rows = p.rows, pass.n = pass.flight = p.n, pass.angles = p.angles;
+    return run_stack(*head.stack, pass, threads);
+}
+
+struct Draft {
+    const Head* head;
+    Weight lm;             // (draft vocabulary, hidden)
     const int64_t* vocab;  // (draft vocabulary): target ids; null: the ids are equal
     int64_t top_k, levels;   // levels after the first
     const int64_t* widths;   // (levels): number of nodes that are expanded for each level
@@ -87,8 +139,8 @@ struct Candidates {
 class Drafting {
   public:
     Drafting(const Draft& draft, const Proposal& proposal, int threads)
-        : d_(draft), p_(proposal), threads_(threads), hidden_(draft.stack->hidden), rows_(proposal.rows),
-          first_(first_seen(*draft.stack, proposal.past, proposal.rows, 1)),
+        : d_(draft), p_(proposal), threads_(threads), hidden_(draft.head->stack->hidden), rows_(proposal.rows),
+          first_(first_seen(*draft.head->stack, proposal.past, proposal.rows, 1)),
           places_(proposal.blocks, proposal.past, first_.empty() ? nullptr : first_.data(), proposal.rows,
                   std::accumulate(draft.widths, draft.widths + draft.levels, int64_t{0})),
           found_(static_cast<size_t>(proposal.rows)) {}
@@ -131,8 +183,7 @@ class Drafting {
                     own[flight_before + i] = 1;
                     float* pair = mixed.data() + (r * width + i) * 2 * hidden_;
                     const int64_t token = found_[static_cast<size_t>(r)].tokens[static_cast<size_t>(at)];
-                    const auto form = static_cast<WeightForm>(d_.embedding.form);
-                    one_row(form, d_.embedding.packed, token, hidden_, pair);
+                    embed(*d_.head, token, pair);
                     std::memcpy(pair + hidden_, states.data() + (r * width_before + above) * hidden_,
                                 sizeof(float) * static_cast<size_t>(hidden_));
                 }
@@ -191,13 +242,13 @@ class Drafting {
                 for (int64_t i = 0; i < d_.widths[l]; ++i)
                     flying[static_cast<size_t>(r * flight + at++)] = next + l;
         }
-        product(mixed, d_.fc, fused.data(), count, threads_);
+        product(mixed, d_.head->fc, fused.data(), count, threads_);
         Pass pass{};
         pass.states = fused.data(), pass.output = out, pass.cosine = p_.cosine, pass.sine = p_.sine;
         pass.positions = positions.data(), pass.flight_positions = flying.data(), pass.past = p_.past;
         pass.seen = seen, pass.cache = p_.cache, pass.blocks = p_.blocks, pass.form = p_.form;
         pass.rows = rows_, pass.n = width, pass.flight = flight, pass.angles = p_.angles;
-        run_layers(*d_.stack, pass, places_, threads_);
+        run_layers(*d_.head->stack, pass, places_, threads_);
     }
 
     // Number of candidates that are worth verifying (CostModel.nodes), at most `most`; 0 if none is.

@@ -118,6 +118,9 @@ EXPORT int64_t haast_stack_f32(const Stack* stack, const Pass* pass, int threads
     return run_stack(*stack, *pass, threads);
 }
 
+// Committed pairs of an EAGLE head, see draft.h. Returns a Refusal; if it is not 0, nothing was written.
+EXPORT int64_t haast_commit(const Head* head, const Pairs* pairs, int threads) { return commit(*head, *pairs, threads); }
+
 // One draft of an EAGLE head, see draft.h. Returns the number of nodes of the trees, or minus a Refusal.
 EXPORT int64_t haast_draft(const Draft* draft, const Proposal* proposal, int threads) {
     Drafting drafting(*draft, *proposal, threads);

@@ -47,6 +47,7 @@ _ARGUMENTS = {
     "haast_read": "p n p n i",
     "haast_multiply": "n p n i",
     "haast_stack_f32": "pp i",
+    "haast_commit": "pp i",
     "haast_draft": "pp i",
     "haast_keep": "ppppp nnnnnnnnn i",
 }
@@ -56,6 +57,7 @@ _RETURN_INT64 = {
     "haast_unpack_rows",
     "haast_multiply",
     "haast_stack_f32",
+    "haast_commit",
     "haast_draft",
     "haast_keep",
 }

@@ -22,7 +22,7 @@ struct BlockTables {
 };
 
 // Reason why a call did nothing. native/stack.py has the same enum.
-enum Refusal : int64_t { kFine = 0, kFewAngles = 1, kShortTable = 2, kStrangeBlock = 3 };
+enum Refusal : int64_t { kFine = 0, kFewAngles = 1, kShortTable = 2, kStrangeBlock = 3, kStrangeToken = 4 };
 
 // The physical slots of a forward, computed once for all layers and threads.
 class Slots {

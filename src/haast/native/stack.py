@@ -1,4 +1,4 @@
-"""All decoder layers, or a whole EAGLE draft, in one native call: the C structures of stack.h, draft.h and slots.h.
+"""All decoder layers, or what an EAGLE head does, in one native call: structures of stack.h, draft.h and slots.h.
 
 Owns the memory layout, the error codes of native code, and moving accepted slots in a KV pool.
 `haast.target.native_cpu` knows modules and checks shapes and dtypes.
@@ -72,12 +72,28 @@ class CPass(ctypes.Structure):
     )
 
 
+class CHead(ctypes.Structure):
+    """struct Head."""
+
+    _fields_ = _members((ctypes.POINTER(CStack), "stack"), (CWeight, "fc context embedding"))
+
+
+class CPairs(ctypes.Structure):
+    """struct Pairs."""
+
+    _fields_ = _members(
+        (_Pointer, "tokens past features output cache cosine sine"),
+        (CBlockTables, "blocks"),
+        (_Count, "rows n angles form"),
+    )
+
+
 class CDraft(ctypes.Structure):
     """struct Draft."""
 
     _fields_ = _members(
-        (ctypes.POINTER(CStack), "stack"),
-        (CWeight, "fc lm embedding"),
+        (ctypes.POINTER(CHead), "head"),
+        (CWeight, "lm"),
         (_Pointer, "vocab"),
         (_Count, "top_k levels"),
         (_Pointer, "widths frontier keep"),
@@ -108,11 +124,17 @@ class Refusal(enum.IntEnum):
     FEW_ANGLES = 1  # a position outside the tables of angles, or a negative one
     SHORT_TABLE = 2  # a block table has too few blocks
     STRANGE_BLOCK = 3  # a block number outside the store
+    STRANGE_TOKEN = 4  # a token id outside the embedding
 
 
 def run_stack(stack: CStack, arguments: CPass) -> int:
     """Run all layers over one tree. Returns 0, or the negative of a `Refusal`."""
     return -int(library().haast_stack_f32(ctypes.addressof(stack), ctypes.addressof(arguments), thread_count()))
+
+
+def run_commit(head: CHead, pairs: CPairs) -> int:
+    """Run a head over committed pairs. Returns 0, or the negative of a `Refusal`."""
+    return -int(library().haast_commit(ctypes.addressof(head), ctypes.addressof(pairs), thread_count()))
 
 
 def run_draft(draft: CDraft, proposal: CProposal) -> int:

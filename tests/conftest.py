@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
-from collections import Counter
+import os
 from contextlib import nullcontext
 
 import pytest
@@ -20,6 +21,7 @@ from haast.tuning.latency import Latency
 SERVES = all(importlib.util.find_spec(name) for name in ("llguidance", "prometheus_client", "uvicorn"))
 collect_ignore_glob = [] if SERVES else ["serving/test_*.py"]
 torch.set_num_threads(1)
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # commands that tests start would compile all of Haast anew
 settings.register_profile(
     "haast",
     deadline=None,
@@ -33,23 +35,24 @@ settings.load_profile("haast")
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of a test that is `one_of_each`, the default suite takes a diagonal of the table of its parameters' values."""
-    marked = [item for item in items if item.get_closest_marker("one_of_each")]
-    counts = Counter[tuple[str, str]]()
-    for item in marked:
-        for name, index in indices(item).items():
-            counts[_function(item), name] = max(counts[_function(item), name], index + 1)
-    for item in marked:
-        if not on_diagonal(indices(item), {name: counts[_function(item), name] for name in indices(item)}):
-            item.add_marker(pytest.mark.slow)
+    tables = dict[str, list[pytest.Item]]()
+    for item in items:
+        if item.get_closest_marker("one_of_each"):
+            tables.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for table in tables.values():
+        values = [dict(getattr(item, "callspec").params) for item in table]  # noqa: B009 - not part of pytest's types
+        # Which value an item has is found by identity: of tables over several decorators pytest numbers the items.
+        seen = {name: list(dict.fromkeys(id(each[name]) for each in values)) for name in values[0]}
+        counts = {name: len(each) for name, each in seen.items()}
+        for item, own in zip(table, values, strict=True):
+            if not on_diagonal({name: seen[name].index(id(value)) for name, value in own.items()}, counts):
+                item.add_marker(pytest.mark.slow)
 
 
-def indices(item: pytest.Item) -> dict[str, int]:
-    """Which value of each parameter an item has."""
-    return dict(getattr(item, "callspec").indices)  # noqa: B009 - not part of pytest's types
-
-
-def _function(item: pytest.Item) -> str:
-    return item.nodeid.partition("[")[0]
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def on_diagonal(chosen: dict[str, int], counts: dict[str, int]) -> bool:

@@ -424,7 +424,7 @@ def test_a_suffix_branch_is_the_eagles_in_everything_that_the_pool_asks() -> Non
         assert getattr(hybrid, name) == getattr(eagle, name), name
 
 
-@pytest.mark.parametrize("budget", [1, 2, 3, 4, 6, 9, 99])
+@pytest.mark.parametrize("budget", [1, 2, 4, 99, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 6, 9))])
 def test_every_drafter_keeps_to_a_budget(budget: int) -> None:
     class Told:
         def budget(self, requests: object) -> int:

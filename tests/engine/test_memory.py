@@ -65,7 +65,7 @@ def test_a_long_limit_costs_nothing_until_text_is_there(name: str) -> None:
     assert pool.available == pool.blocks
 
 
-@pytest.mark.parametrize(("name", "new"), [("vanilla", 150), ("eagle", 50)])
+@pytest.mark.parametrize(("name", "new"), [pytest.param("vanilla", 150, marks=pytest.mark.slow), ("eagle", 50)])
 def test_a_small_pool_serves_many_requests(name: str, new: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """50 requests of 300 tokens in a pool of 2,000: they wait, are preempted, and say what they say alone."""
     target, prompts = tiny_target(), some_prompts(50, 300 - new)

@@ -215,7 +215,7 @@ def examine(name: str, examples: int) -> None:
 
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_each_request_says_what_vanilla_says_for_it_alone(name: str) -> None:
-    examine(name, 8)
+    examine(name, 6)
 
 
 @pytest.mark.slow
@@ -253,6 +253,7 @@ def test_choices_of_one_prompt_differ_and_the_first_is_the_prompts_own() -> None
 
 @pytest.mark.parametrize("name", ["vanilla", "eagle", "hybrid", "small-model"])
 @pytest.mark.parametrize("where", ["processor", "stop rule", "watcher"])
+@pytest.mark.one_of_each
 def test_what_goes_wrong_in_a_request_ends_it_alone(name: str, where: str) -> None:
     engine, others = small("llama", name), crowd[1:4]
 

@@ -170,7 +170,13 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "rope": ({"attentive": True}, {"rope_theta": 3.0}, "rope", "the target's, base 10000"),
     "rope style": ({"attentive": True}, {"interleaved": True}, "rope style", "interleaved pairs"),
 }
+QUICK = ("layer ids + 1", "residual", "rope style")
 EARLY = (1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 15, 16)  # absolute ids that make a vocabulary as offsets too
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    """Each learns a head of its own by heart; the default suite has one of each kind of question."""
+    return [] if name in QUICK else [pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +236,7 @@ def _paired(head: Head) -> Head:
     return Head(module, head.draft_vocab, {})
 
 
-@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("wrong", [pytest.param(each, id=name, marks=marks(name)) for name, each in WRONG.items()])
 def test_a_wrong_convention_is_caught(
     target: Target, tmp_path: Path, learnt: Any, texts: Any, wrong: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -204,10 +204,12 @@ def test_any_head_drafts_losslessly(kind: str, target: Target, examples: list[Ex
 @pytest.mark.parametrize(
     "kind",
     [
-        "feat",
         "feat, context",
         "eagle3, all options",
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("feat, markov", "feat, two layers", "eagle3")),
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("feat", "feat, markov", "feat, two layers", "eagle3")
+        ),
     ],
 )
 def test_a_batch_learnt_by_heart_is_drafted_by_heart(kind: str, examples: list[Example], tmp_path: Path) -> None:

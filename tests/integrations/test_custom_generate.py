@@ -201,7 +201,7 @@ class Allowed:
         return list(range(begin, WIDER, 1 + self._step % 3))
 
 
-@pytest.mark.parametrize("examples", [60, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [40, pytest.param(200, marks=pytest.mark.slow)])
 def test_processors_that_look_at_history_give_stock_generates_tokens(examples: int) -> None:
     settings(max_examples=examples)(given(config=configurations, rows=prompts, seed=st.integers(0, 9))(compared))()
 

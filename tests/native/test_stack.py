@@ -238,10 +238,11 @@ def test_a_head_drafts_the_same_trees_by_one_call(layers: int) -> None:
 class Quick:
     """A head with pairs behind it: drafted in one native call over a store of blocks, and by its modules, uncached."""
 
-    def __init__(self, layers: int = 1, window: int = 0) -> None:
+    def __init__(self, layers: int = 1, window: int = 0, layer_ids: tuple[int, ...] = ()) -> None:
         self.target = made(KINDS["llama"])
         torch.manual_seed(7)
-        sizes = FeatExtrapolatorConfig.for_target(self.target.config, num_hidden_layers=layers)
+        options: dict[str, Any] = {"num_hidden_layers": layers, "layer_ids": layer_ids}
+        sizes = FeatExtrapolatorConfig.for_target(self.target.config, **options)
         self.module, self.window = FeatExtrapolator(sizes).requires_grad_(False), window
         for parameter in self.module.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
@@ -411,6 +412,61 @@ def test_a_proposal_is_the_same_wherever_its_blocks_lie_and_who_else_drafts(dtyp
     for row in every:
         alone, _ = head.propose(one_call, [row], blocks(1, 5, row), 1, dtype)
         assert torch.equal(alone.tokens[0], whole.tokens[row]) and torch.equal(alone.parents[0], whole.parents[row])
+
+
+@pytest.mark.parametrize(("layers", "window"), [(1, 0), (2, 0), (1, 9)])
+@pytest.mark.parametrize("layer_ids", [(), (0, 2, 3)])
+def test_pairs_committed_in_one_call_have_the_bits_of_the_layers(
+    layers: int, window: int, layer_ids: tuple[int, ...]
+) -> None:
+    head = Quick(layers, window, layer_ids)
+    width, rows = 40 * max(len(layer_ids), 1), torch.tensor(head.lengths)
+    one_call = NativeHead.of(head.target.embedding, head.module, head.stack)
+    assert one_call is not None and one_call.width == width
+    features = torch.randn(3, 40, width, generator=torch.Generator().manual_seed(1))
+    tables = blocks(3, 5, 0)
+    stores = [torch.zeros(2 * layers, 2, 40 * BLOCK, 16) for _ in range(3)]
+    mixed = head.module.mix(head.target.embedding(head.tokens), head.module.fuse(features))
+    seen = torch.ones(3, 40, 40, dtype=torch.bool).tril()
+    positions = torch.arange(40).expand(3, -1)
+    expected, _ = head.stack.run(mixed, positions, seen, [0, 0, 0], stores[0], tables, shift=1)
+    found = one_call.commit(head.tokens, features, [0, 0, 0], tables, stores[1])
+    assert torch.equal(found, expected) and torch.equal(stores[0], stores[1])
+    # In two parts, of which the second begins in another place in every row.
+    begun = rows - 9
+    first = one_call.commit(head.tokens[:, :31], features[:, :31], torch.zeros(3, dtype=torch.int64), tables, stores[2])
+    assert torch.equal(first, expected[:, :31])
+    index = begun.unsqueeze(1) + torch.arange(9)
+    wide = index.unsqueeze(2)
+    part = features.gather(1, wide.expand(-1, -1, width))
+    second = one_call.commit(head.tokens.gather(1, index), part, begun, tables, stores[2])
+    assert torch.equal(second, expected.gather(1, wide.expand(-1, -1, 40)))
+
+
+def test_pairs_that_do_not_fit_are_refused() -> None:
+    head = Quick()
+    one_call = NativeHead.of(head.target.embedding, head.module, head.stack)
+    assert one_call is not None
+    store, features, tokens = torch.zeros(2, 2, 8 * BLOCK, 16), torch.zeros(1, 3, 40), torch.tensor([[0, 60, 1]])
+    place = (torch.arange(2, dtype=torch.int32).unsqueeze(0), store)
+    assert one_call.commit(tokens, features, [28], *place).shape == (1, 3, 40)
+    before = store.clone()
+    for strange in (-1, 61):
+        with pytest.raises(
+            ValueError, match=rf"tokens are from {min(0, strange)} to .*, the embedding has ids from 0 to 60"
+        ):
+            one_call.commit(torch.tensor([[0, strange, 1]]), features, [0], *place)
+    with pytest.raises(ValueError, match=r"29 past slots, 3 in flight and a shift of 1 do not fit .* 2 blocks"):
+        one_call.commit(tokens, features, [29], *place)
+    with pytest.raises(ValueError, match="must not be negative"):
+        one_call.commit(tokens, features, [-1], *place)
+    with pytest.raises(ValueError, match=r"features have shape \(1, 3, 80\) on cpu: give \(1, 3, 40\)"):
+        one_call.commit(tokens, torch.zeros(1, 3, 80), [0], *place)
+    with pytest.raises(ValueError, match=r"tokens are torch\.int32, features torch\.float32"):
+        one_call.commit(tokens.int(), features, [0], *place)
+    assert torch.equal(store, before)
+    far = torch.zeros(1, 40, dtype=torch.int32)  # more positions than there are angles at first
+    assert one_call.commit(tokens, features, [600], far, store).isfinite().all()
 
 
 def test_what_does_not_fit_a_proposal_is_refused() -> None:

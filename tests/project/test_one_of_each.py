@@ -22,3 +22,16 @@ def test_values_of_equally_many_kinds_do_not_always_go_together() -> None:
     every = [dict(zip(counts, chosen, strict=True)) for chosen in product(range(9), range(3), range(3))]
     taken = [chosen for chosen in every if on_diagonal(chosen, counts)]
     assert len({(chosen["cost"], chosen["law"]) for chosen in taken}) == 9
+
+
+@pytest.mark.parametrize("letter", "abcd")
+@pytest.mark.parametrize("number", [10**6, 10**7])
+@pytest.mark.one_of_each
+def test_the_default_suite_takes_a_diagonal(request: pytest.FixtureRequest, letter: str, number: int) -> None:
+    name = request.node.originalname
+    alike = [item for item in request.session.items if getattr(item, "originalname", None) == name]
+    fast = [vars(getattr(item, "callspec"))["params"] for item in alike if not item.get_closest_marker("slow")]  # noqa: B009
+    assert len(fast) <= 4
+    if len(fast) > 1:  # else only this one was asked for
+        assert {each["letter"] for each in fast} == set("abcd") and {each["number"] for each in fast} == {10**6, 10**7}
+    assert {"letter": letter, "number": number} in fast or request.node.get_closest_marker("slow")

@@ -115,6 +115,7 @@ def drafters(target: Target) -> dict[str, Drafter]:
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("name", ["vanilla", *SHAPES])
 @pytest.mark.parametrize("law", SAMPLING)
+@pytest.mark.one_of_each
 def test_a_step_reads_once(rows: int, name: str, law: str) -> None:
     target = tiny_target()
     engine = Engine(target, drafters(target)[name])
@@ -207,6 +208,7 @@ def meta_step(sampling: SamplingParams, shape: DraftShape, spoil: Callable[[Draf
 
 @pytest.mark.parametrize("law", SAMPLING)
 @pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.one_of_each
 def test_the_device_part_of_a_step_runs_where_nothing_can_be_read(law: str, kind: str, no_autocast: None) -> None:
     meta_step(SAMPLING[law], SHAPES[kind])
 

@@ -193,8 +193,8 @@ def test_prompts_at_the_edge_of_the_context(busy: Live) -> None:
 
 
 def test_bodies_that_no_friend_sends(busy: Live) -> None:
-    found = run(faults.fuzz(busy.port, 250))
-    assert found.wrong == [] and sum(found.statuses.values()) == 250
+    found = run(faults.fuzz(busy.port, 120))
+    assert found.wrong == [] and sum(found.statuses.values()) == 120
     assert {"200", "400", "415", "422"} <= set(found.statuses)
     assert found.stalled_s < 1 + found.machine_stalled_s, "others are answered meanwhile"
 

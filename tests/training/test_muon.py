@@ -321,6 +321,7 @@ def test_adamw_multiplies_no_matrices(without_data: None) -> None:
 
 @pytest.mark.parametrize("hidden", [576, 896])
 @pytest.mark.parametrize("kind", ["feat-extrapolator", "eagle3"])
+@pytest.mark.one_of_each
 def test_the_optimiser_takes_a_quarter_of_a_step_at_most(
     kind: str, hidden: int, without_data: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,9 +29,7 @@ from haast.tuning.policy import CostModel
 class NativeHead:
     """A head's two kinds of forward: committed pairs (`commit`), and a draft (`NativeDraft`). Create with `of`."""
 
-    def __init__(
-        self, stack: NativeStack, module: FeatExtrapolator, embedding: nn.Embedding | PackedEmbedding
-    ) -> None:
+    def __init__(self, stack: NativeStack, module: FeatExtrapolator, embedding: nn.Embedding | PackedEmbedding) -> None:
         """Use `of`, which checks the arguments."""
         fc, context = module.fc, module.context if module.config.layer_ids else None
         assert is_packed(fc) and (context is None or is_packed(context)), "a packed module has packed linears"

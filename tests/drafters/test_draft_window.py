@@ -187,7 +187,7 @@ def test_native_code_drafts_through_the_window_as_modules_do(layers: int) -> Non
             growing = drafter._prepared(drafter.configs[1], None)
             assert growing is not None and growing.one_call is not None and drafter._forward.stack is not None
             if path != "proposals":
-                drafter._native_head = None
+                drafter._forward._native_head = None
                 drafter._shapes.clear()
             if path == "modules":
                 drafter._forward.stack = None

@@ -28,7 +28,7 @@ from haast.drafters.candidates import CandidateRows, Candidates
 from haast.drafters.draft_lm import checked_vocab, draft_form, draft_lm_head
 from haast.drafters.head_check import HeadWatch, causes
 from haast.drafters.head_runner import Flight, HeadForward
-from haast.drafters.native_draft import NativeDraft, NativeHead
+from haast.drafters.native_draft import NativeDraft
 from haast.drafters.pending_features import MAX_PENDING, EagleState, drop_first, join_pending, remember
 from haast.drafters.prepared import Prepared
 from haast.drafters.text_vocab import TextVocab
@@ -99,8 +99,7 @@ class EagleDrafter(Drafter):
         acceptance = head.acceptance or Acceptance()
         self.curves, self.text_curves = acceptance.head, acceptance.text
         self._watch = HeadWatch(head.about, partial(causes, target, module.config, head.about))
-        self._forward = HeadForward(target, self._module, window, self._native)
-        self._native_head = NativeHead.of(self._embedding, self._module, self._forward.stack)
+        self._forward = HeadForward(target, self._module, self._embedding, window, self._native)
         self._cache: KVCache | None = None
         self.prefix_key = object()
         self.reach = self._pairs.reach
@@ -163,7 +162,7 @@ class EagleDrafter(Drafter):
             pace = config.pace if device.type == "cpu" else None
             frontier = [torch.tensor(level, device=device).unsqueeze(0) for level in plan.frontier or ()]
             keep = None if plan.keep is None else torch.tensor(plan.keep, device=device).unsqueeze(0)
-            one_call = NativeDraft.of(self._native_head, self._lm_head, self._vocab)
+            one_call = NativeDraft.of(self._forward.native_head, self._lm_head, self._vocab)
             if one_call is not None and not one_call.plan(plan, pace, self.curves):
                 one_call = None
             prepared = self._shapes[shape, id(config.pace)] = Prepared(plan, pace, frontier, keep, one_call)
@@ -190,7 +189,6 @@ class EagleDrafter(Drafter):
         stack = self._forward.stack
         self._forward.refresh()
         if self._forward.stack is not stack:  # the head was changed: its modules run from now on
-            self._native_head = None
             self._shapes.clear()
         before = torch.tensor(prompt[reused], device=self.device)
         state = EagleState(kv, reused, self._pairs.skipped(len(prompt)), before)
@@ -308,11 +306,11 @@ class EagleDrafter(Drafter):
             features: (rows, n, width) of the target.
             before: per row, the head's state after its last committed pair; None if there is none.
         """
-        if self._native_head is not None:
+        head = self._forward.native_head
+        if head is not None:
             cache.begin(tokens.shape[1])
-            store = self._native_store(cache, features)
-            if store is not None:
-                return self._native_head.commit(tokens, features, past, cache.tables, store, cache.shift)
+            if (store := self._forward.store(cache, features.dtype)) is not None:
+                return head.commit(tokens, features, past, cache.tables, store, cache.shift)
         fused = self._module.continued(self._module.fuse(features), before)
         return self._forward.run(cache, self._embedded(tokens), fused, self._following(past, tokens))
 
@@ -320,11 +318,6 @@ class EagleDrafter(Drafter):
     def _following(past: list[int], tokens: Tensor) -> Flight:
         """The flight of pairs after each row's committed ones; `tokens` are theirs, (rows, n)."""
         return Flight.chain(past, to_device(torch.tensor(past), tokens.device), tokens.shape[1])
-
-    def _native_store(self, cache: KVCache, states: Tensor) -> Tensor | None:
-        """The cache's tensor for native code; None if it has another layout. `states` have the values' dtype."""
-        stack = self._forward.stack
-        return None if stack is None else cache.stores.together(stack.kv_heads, stack.head_dim, states.dtype)
 
     def _bound(self, states: Sequence[EagleState]) -> tuple[KVCache, list[int]]:
         """The head's KV cache bound to these requests, and the number of committed pairs of each."""
@@ -339,8 +332,7 @@ class EagleDrafter(Drafter):
         setting = [(state.warmth, state.correction.shift) for state in states]
         if prepared.one_call is not None:
             cache.begin(prepared.one_call.room)
-            store = self._native_store(cache, extrapolated)
-            if store is not None:
+            if (store := self._forward.store(cache, extrapolated.dtype)) is not None:
                 packed = None if others is None else CandidateRows.of(others)
                 one_call, place = prepared.one_call, (past, cache.tables, store, cache.shift)
                 assert is_packed(self._lm_head), "as it was prepared"

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from haast.drafters.native_draft import NativeHead
 from haast.heads.module import DraftModule
 from haast.target.attention import tree_mask
 from haast.target.compiled import CompiledLayers, nodes_for, slots_for
@@ -84,16 +85,30 @@ class HeadForward:
     Args:
         target: decides what may be compiled; its KV pool is used.
         module: the head, on the target's device and in its dtype.
+        embedding: the head's.
         window: attention window in positions; None is all.
         packed: the module's linear layers are packed, so native code may run them.
     """
 
-    def __init__(self, target: Target, module: DraftModule, window: int | None, packed: bool) -> None:
+    def __init__(
+        self, target: Target, module: DraftModule, embedding: nn.Module, window: int | None, packed: bool
+    ) -> None:
         self._target, self._module, self._window = target, module, window
         self.stack: NativeStack | None = module.native_stack(window or 0) if packed else None
+        self._native_head = NativeHead.of(embedding, module, self.stack)
         self._compiled: CompiledLayers | None = None
         changing = (module.config.rope_parameters or {}).get("rope_type") in LENGTH_DEPENDENT_ROPE
         self._limit = target.context_length if changing else None
+
+    @property
+    def native_head(self) -> NativeHead | None:
+        """The head with its embedding as native calls; None if it, or a changed one, is not supported."""
+        return None if self.stack is None else self._native_head
+
+    def store(self, cache: KVCache, dtype: torch.dtype) -> Tensor | None:
+        """The keys and values of a cache after `begin`, for native code; None if it has another layout."""
+        stack = self.stack
+        return None if stack is None else cache.stores.together(stack.kv_heads, stack.head_dim, dtype)
 
     def refresh(self) -> None:
         """Check whether the head's weights, or whether the target is compiled, have changed since the last request."""
@@ -113,12 +128,10 @@ class HeadForward:
         """
         pairs = states.shape[1]
         slots = cache.begin(pairs)
-        if self.stack is not None:
-            store = cache.stores.together(self.stack.kv_heads, self.stack.head_dim, states.dtype)
-            if store is not None:
-                mixed = self._module.mix(embeddings, states)
-                where = (flight.positions, flight.seen, flight.past, store, cache.tables)
-                return self.stack.run(mixed, *where, (), flight.flying, cache.shift)[0]
+        if self.stack is not None and (store := self.store(cache, states.dtype)) is not None:
+            mixed = self._module.mix(embeddings, states)
+            where = (flight.positions, flight.seen, flight.past, store, cache.tables)
+            return self.stack.run(mixed, *where, (), flight.flying, cache.shift)[0]
         if self._compiled is not None and not self._compiled.problem:
             compiled_output = self._run_compiled(self._compiled, cache, embeddings, states, flight)
             if compiled_output is not None:

@@ -1,7 +1,7 @@
 """Runs a FeatExtrapolator in native calls: `NativeHead` over committed pairs, `NativeDraft` for a whole tree.
 
-Owns the pointers that the native code reads: head, embedding and plan. Gives the same states and trees as `EagleDrafter`
-by tensor operations (tests compare them), without the overhead of the operators.
+Owns the pointers that the native code reads: head, embedding and plan. Gives the states and trees that `EagleDrafter`
+gives by tensor operations (tests compare them), without the overhead of the operators.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from haast.drafters.tree_shape import Plan
 from haast.heads.acceptance import Source
 from haast.heads.feat_extrapolator import FeatExtrapolator
 from haast.heads.module import DraftModule
-from haast.native.stack import PLAIN, CDraft, CHead, CPairs, CProposal, CWeight, Refusal, run_commit, run_draft
-from haast.target.native_cpu import NativeStack, int64s, refuse, weight_of
-from haast.target.packing import PackedEmbedding, PackedLinear, is_packed
+from haast.native.stack import CDraft, CHead, CPairs, CProposal, CWeight, Refusal, run_commit, run_draft
+from haast.target.native_cpu import NativeStack, embedding_weight, int64s, refuse, weight_of
+from haast.target.packing import PackedLinear, is_packed
 from haast.tree import DraftTree
 from haast.tuning.policy import CostModel
 
@@ -29,22 +29,15 @@ from haast.tuning.policy import CostModel
 class NativeHead:
     """A head's two kinds of forward: committed pairs (`commit`), and a draft (`NativeDraft`). Create with `of`."""
 
-    def __init__(self, stack: NativeStack, module: FeatExtrapolator, embedding: nn.Embedding | PackedEmbedding) -> None:
-        """Use `of`, which checks the arguments."""
+    def __init__(self, stack: NativeStack, module: FeatExtrapolator, embedding: nn.Module, table: CWeight) -> None:
+        """Use `of`, which checks the arguments; `table` is the embedding's structure."""
         fc, context = module.fc, module.context if module.config.layer_ids else None
         assert is_packed(fc) and (context is None or is_packed(context)), "a packed module has packed linears"
         self.stack: NativeStack = stack
-        keep: list[object] = [fc, context, embedding]
-        if isinstance(embedding, PackedEmbedding):
-            table = weight_of(embedding.table, keep)
-        else:
-            weight = embedding.weight.detach()
-            table = CWeight(weight.data_ptr(), None, weight.size(1), weight.size(0), PLAIN)
-            keep.append(weight)
-        lower = CWeight() if context is None else weight_of(context, keep)
-        self.structure: CHead = CHead(stack.pointer, weight_of(fc, keep), lower, table)
+        self._referenced: list[object] = [embedding, fc, context]  # keeps alive what `structure` points to
+        lower = CWeight() if context is None else weight_of(context, self._referenced)
+        self.structure: CHead = CHead(stack.pointer, weight_of(fc, self._referenced), lower, table)
         self.width: int = stack.hidden + lower.inputs  # of features
-        self._referenced: list[object] = keep  # keeps alive what `structure` points to
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is None, like a copy of a `NativeStack`: pointers can't be copied."""
@@ -58,14 +51,8 @@ class NativeHead:
         config = module.config
         if config.markov_rank or config.norms or config.inputs != "feature+shifted-token":
             return None
-        if isinstance(embedding, PackedEmbedding):
-            usable = embedding.table.rest is None and not embedding.table.reference
-        elif type(embedding) is nn.Embedding and embedding.max_norm is None:
-            weight = embedding.weight
-            usable = weight.dtype is torch.float32 and weight.is_contiguous() and weight.device.type == "cpu"
-        else:
-            return None
-        return cls(stack, module, embedding) if usable else None
+        table = embedding_weight(embedding)
+        return None if table is None else cls(stack, module, embedding, table)
 
     def commit(
         self,
@@ -112,9 +99,10 @@ class NativeHead:
             arguments.cosine, arguments.sine, arguments.angles = self.stack.angles(last)
             refused = run_commit(self.structure, arguments)
         if refused == -Refusal.STRANGE_TOKEN:
-            low, high = int(tokens.min()), int(tokens.max())
-            last = self.structure.embedding.outputs - 1
-            raise ValueError(f"tokens are from {low} to {high}, the embedding has ids from 0 to {last}")
+            raise ValueError(
+                f"tokens are from {int(tokens.min())} to {int(tokens.max())}, the embedding has ids from 0 to "
+                f"{self.structure.embedding.outputs - 1}"
+            )
         if refused:
             refuse(refused, lengths, pairs, store, tables, shift)
         return output

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from haast import native
 from haast.compat import foreign_hooks
 from haast.native import WEIGHT_FORMS
-from haast.native.stack import FORMS, CBlockTables, CLayer, CPass, CStack, CWeight, Refusal, run_stack
+from haast.native.stack import FORMS, PLAIN, CBlockTables, CLayer, CPass, CStack, CWeight, Refusal, run_stack
 from haast.target.fusing import FusedAttention, FusedRMSNorm, FusedSwiGLU
 from haast.target.kv_pool import BLOCK
 from haast.target.memory import release_freed_memory
-from haast.target.packing import PackedLinear
+from haast.target.packing import PackedEmbedding, PackedLinear
 
 _CHILDREN = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
 LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}  # RoPE types whose angles depend on a forward's largest position
@@ -332,6 +332,19 @@ def weight_of(linear: PackedLinear, keep: list[object]) -> CWeight:
         keep.append(rest)
         following = ctypes.addressof(rest)
     return CWeight(linear.packed.data_ptr(), bias, *sizes, following)
+
+
+def embedding_weight(embedding: nn.Module) -> CWeight | None:
+    """The C structure of an embedding, which must outlive it; None if native code can't read it."""
+    if isinstance(embedding, PackedEmbedding):
+        table = embedding.table
+        return None if table.rest is not None or table.reference else weight_of(table, [])
+    if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
+        return None
+    weight = embedding.weight
+    if weight.dtype is not torch.float32 or not weight.is_contiguous() or not weight.is_cpu:
+        return None
+    return CWeight(weight.data_ptr(), None, weight.size(1), weight.size(0), PLAIN)
 
 
 def _window(attention: FusedAttention) -> int:

@@ -4,9 +4,10 @@
     python benchmarks/against.py --other ../before --prompts mt_bench.jsonl --regenerate valid.jsonl \
         --json results/against.json
 
-Two processes load the default model, one per checkout, and only one of them works at a time. Decoding: batch 1, greedy,
-vanilla, eagle and eagle+suffix with the same tree; speeds are decoded tokens over decode time. With `--regenerate`,
-both also answer prompts 96 at a time. Texts are compared. Run nothing else on the machine meanwhile.
+Two processes load the default model, one per checkout, and only one of them works at a time. Both pack it to 16 bits,
+so that the texts can be compared; `--packing auto` takes what each checkout has as its default. Decoding: batch 1,
+greedy, vanilla, eagle and eagle+suffix with the same tree; speeds are decoded tokens over decode time. With
+`--regenerate`, both also answer prompts 96 at a time. Texts are compared. Run nothing else on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ BATCH = 96
 class Worker:
     """A process that runs one checkout."""
 
-    def __init__(self, source: Path) -> None:
+    def __init__(self, source: Path, packing: str) -> None:
         environment = os.environ | {"PYTHONPATH": str(source / "src")}
-        command = [sys.executable, __file__, "--work"]
+        command = [sys.executable, __file__, "--work", "--packing", packing]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, text=True)
         self.commit = str(self.ask({"hello": True})["source"])
@@ -53,7 +54,7 @@ class Worker:
         self._process.terminate()
 
 
-def work() -> None:
+def work(packing: str) -> None:
     """Answer requests from standard input; handles the module names of older checkouts too."""
     import haast
     from haast.api import find_head
@@ -65,7 +66,7 @@ def work() -> None:
     engine, load = module("engine.engine", "engine"), module("target.load", "models")
     stop = getattr(engine, "StopParams", None) or engine.StopConfig
     sampling = getattr(engine, "SamplingParams", None) or sys.modules["haast.sampling"].SamplingConfig
-    target, folder = load.load_target(load.DEFAULT_MODEL), find_head("default", load.DEFAULT_MODEL)
+    target, folder = load.load_target(load.DEFAULT_MODEL, packing=packing), find_head("default", load.DEFAULT_MODEL)
     assert folder is not None, "it is shipped"
     shape = module("drafters.tree_shape", "drafters.shape").shape_for(6)
     eagle = EagleDrafter(target, load_head(folder), shape)
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--other", type=Path, help="another checkout, with its native library built in place")
     parser.add_argument("--prompts", type=Path)
+    parser.add_argument("--packing", default="f16", help="of the target, in both")
     parser.add_argument("--limit", type=int, default=20)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=1)
@@ -143,14 +145,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("results/against.json"))
     arguments = parser.parse_args()
     if arguments.work:
-        return work()
+        return work(arguments.packing)
     if arguments.other is None or arguments.prompts is None:
         parser.error("give --other, a checkout, and --prompts, a file of JSON lines")
     from haast.bench.report import machine
     from haast.files import write_json
 
     here = Path(__file__).resolve().parents[1]
-    workers = {"before": Worker(arguments.other.resolve()), "now": Worker(here)}
+    workers = {"before": Worker(arguments.other.resolve(), arguments.packing), "now": Worker(here, arguments.packing)}
     speeds: dict[str, dict[str, list[float]]] = {arm: {name: [] for name in workers} for arm in ARMS}
     taus: dict[str, dict[str, list[float]]] = {arm: {name: [] for name in workers} for arm in ARMS}
     different = 0
@@ -179,7 +181,7 @@ def main() -> None:
         for arm in ARMS
     }
     document = {"kind": "against", "rows": rows, "texts_that_differ": different, "prompts": len(prompts), **machine()}
-    document["max_new_tokens"], document["rounds"] = arguments.max_new_tokens, arguments.rounds
+    document |= {"max_new_tokens": arguments.max_new_tokens, "rounds": arguments.rounds, "packing": arguments.packing}
     if arguments.regenerate is not None:
         request = {
             "regenerate": read(arguments.regenerate, arguments.regenerate_limit),

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fakes import random_head, tiny_llama, tiny_target
+from fakes import packed_target, random_head, tiny_llama, tiny_target
 from torch import Tensor
 
 from haast import native
 from haast.api import Haast
 from haast.core import Request, RequestState, SamplingParams, StopParams
+from haast.drafters.base import Drafter
 from haast.drafters.eagle import EagleDrafter
+from haast.drafters.hybrid import HybridDrafter
 from haast.drafters.tree_shape import DraftShape
 from haast.drafters.vanilla import VanillaDrafter
 from haast.engine.engine import Engine
@@ -89,6 +91,33 @@ def test_a_fault_ends_its_own_request_alone(name: str, culprit: str) -> None:
         finish(engine, bad)
     assert len(finish(engine, also)) == LONG
     assert engine.scheduler.running == engine.scheduler.waiting == 0
+
+
+@pytest.mark.parametrize("wrap", [lambda eagle: eagle, HybridDrafter])
+@pytest.mark.parametrize("when", ["prompt", "answer"])
+@pytest.mark.skipif(
+    not native.available(), reason="as sums of PyTorch, a drafted NaN reaches its neighbours by 0 * NaN"
+)
+def test_where_no_token_is_possible_that_request_ends_alone(wrap: Callable[[EagleDrafter], Drafter], when: str) -> None:
+    """One token has no embedding; it is in a prompt, or the first token of an answer."""
+    law, prompts = SamplingParams(0.8, seed=3), [[1, 2, 3], [7, 30, 4], [6, 2]]
+    (first,) = Engine(packed_target(), VanillaDrafter()).complete([prompts[1]], law, StopParams(1))[0]
+
+    def said(drafter_of: Callable[[Target], Drafter]) -> list[Any]:
+        target = packed_target()
+        weight: Any = target.embedding.weight
+        weight.data[30 if when == "prompt" else first] = torch.nan
+        engine = Engine(target, drafter_of(target))
+        requests = [engine.submit(prompt, law, StopParams(12)) for prompt in prompts]
+        while any(not request.finished for request in requests):
+            engine.scheduler.advance()
+        assert target.pool.available == target.pool.blocks
+        return [(type(request.error), request.finish_reason, request.new_tokens) for request in requests]
+
+    expected = said(lambda _: VanillaDrafter())
+    assert expected[1][0] is PromptError and len(expected[1][2]) == (when == "answer")
+    assert expected[0][0] is type(None) or when == "answer"
+    assert said(lambda target: wrap(EagleDrafter(target, random_head(target), SHAPE))) == expected
 
 
 def test_a_watcher_sees_one_emission_a_row() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -658,6 +658,44 @@ def test_a_head_that_changes_is_drafted_by_its_modules_in_every_later_shape() ->
         drafter.reshape(DraftShape(depth=2, top_k=4, width=2, nodes=nodes))
         assert Engine(target, drafter).complete([[1, 2, 3]], SamplingParams(), StopParams(20)) == expected
         assert drafter._forward.stack is None
+
+
+def _assign(module: torch.nn.Module) -> None:
+    """New memory for every weight, which frees the old one unless somebody holds it."""
+    module.load_state_dict({name: each.clone() for name, each in module.state_dict().items()}, assign=True)
+
+
+def _data(module: torch.nn.Module) -> None:
+    for each in (*module.parameters(), *module.buffers()):
+        each.data = each.data.clone()
+
+
+@pytest.mark.parametrize("how", [_assign, _data])
+@pytest.mark.parametrize("where", ["embedding", "fc", "context", "lm_head"])
+def test_weights_that_are_assigned_are_never_read_where_they_were(
+    how: Callable[[torch.nn.Module], None], where: str
+) -> None:
+    target = made(KINDS["llama"])
+    assert target.use_one_call()
+    sizes = FeatExtrapolatorConfig.for_target(target.config, layer_ids=(0, 2, 3))
+    drafter = EagleDrafter(target, Head(FeatExtrapolator(sizes).requires_grad_(False), None, {}))
+    engine, law = Engine(target, drafter), (SamplingParams(), StopParams(20))
+    expected = engine.complete([[1, 2, 3]], *law)
+    native_head, one_call = drafter._forward.native_head, drafter._prepared(drafter.configs[1], None)
+    assert native_head is not None and one_call is not None and one_call.one_call is not None
+    addresses = [part.packed for part in (native_head.structure.fc, one_call.one_call._draft.lm)]
+    holders: dict[str, Any] = {"embedding": target.embedding, "lm_head": drafter._lm_head}
+    how(holders.get(where) or getattr(drafter._module, where))
+    del holders
+    assert engine.complete([[1, 2, 3]], *law) == expected
+    if where == "lm_head":
+        assert one_call.one_call._draft.lm.packed == target.lm_head.packed.data_ptr() != addresses[1]  # type: ignore[operator]
+    else:
+        assert drafter._forward.native_head is None and drafter._forward.stack is not None
+    # What the old structures point to has stayed what it was, as long as they exist.
+    memory = [held.data_ptr() for kept in native_head._referenced for held in kept]  # type: ignore[attr-defined]
+    assert native_head.structure.fc.packed == addresses[0] and addresses[0] in memory
+    assert native_head.structure.embedding.packed in memory and native_head.structure.context.packed in memory
 
 
 @pytest.mark.parametrize(

@@ -186,9 +186,9 @@ class EagleDrafter(Drafter):
 
     def begin(self, prompt: Sequence[int], kv: KVSequence, reused: int) -> EagleState:
         self._target.check_device(self._built)
-        stack = self._forward.stack
+        head = self._forward.native_head
         self._forward.refresh()
-        if self._forward.stack is not stack:  # the head was changed: its modules run from now on
+        if self._forward.native_head is not head:  # a weight was changed: modules run from now on
             self._shapes.clear()
         before = torch.tensor(prompt[reused], device=self.device)
         state = EagleState(kv, reused, self._pairs.skipped(len(prompt)), before)

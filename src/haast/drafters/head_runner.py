@@ -111,9 +111,11 @@ class HeadForward:
         return None if stack is None else cache.stores.together(stack.kv_heads, stack.head_dim, dtype)
 
     def refresh(self) -> None:
-        """Check whether the head's weights, or whether the target is compiled, have changed since the last request."""
+        """Check whether weights, or whether the target is compiled, have changed since the last request."""
         if self.stack is not None and not self.stack.current():
             self.stack = None  # from now on the modules run
+        if self._native_head is not None and not self._native_head.current():
+            self._native_head = None
         compiled = self._target.compiled
         self._compiled = None if compiled is None else self._compiled or compiled.sibling("the draft")
 

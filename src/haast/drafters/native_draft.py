@@ -20,7 +20,15 @@ from haast.heads.acceptance import Source
 from haast.heads.feat_extrapolator import FeatExtrapolator
 from haast.heads.module import DraftModule
 from haast.native.stack import CDraft, CHead, CPairs, CProposal, CWeight, Refusal, run_commit, run_draft
-from haast.target.native_cpu import NativeStack, embedding_weight, int64s, refuse, weight_of
+from haast.target.native_cpu import (
+    NativeStack,
+    embedding_weight,
+    fingerprint,
+    int64s,
+    memory_of,
+    refuse,
+    weight_of,
+)
 from haast.target.packing import PackedLinear, is_packed
 from haast.tree import DraftTree
 from haast.tuning.policy import CostModel
@@ -34,7 +42,9 @@ class NativeHead:
         fc, context = module.fc, module.context if module.config.layer_ids else None
         assert is_packed(fc) and (context is None or is_packed(context)), "a packed module has packed linears"
         self.stack: NativeStack = stack
-        self._referenced: list[object] = [embedding, fc, context]  # keeps alive what `structure` points to
+        self._modules: list[nn.Module] = [embedding, fc, *([] if context is None else [context])]
+        self._referenced: list[object] = [memory_of(self._modules)]  # keeps alive what `structure` points to
+        self._built_from = fingerprint(self._modules)
         lower = CWeight() if context is None else weight_of(context, self._referenced)
         self.structure: CHead = CHead(stack.pointer, weight_of(fc, self._referenced), lower, table)
         self.width: int = stack.hidden + lower.inputs  # of features
@@ -42,6 +52,10 @@ class NativeHead:
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is None, like a copy of a `NativeStack`: pointers can't be copied."""
         return type(None), ()
+
+    def current(self) -> bool:
+        """Whether embedding, `fc` and context are unchanged; the stack has a check of its own."""
+        return fingerprint(self._modules) == self._built_from
 
     @classmethod
     def of(cls, embedding: nn.Module, module: DraftModule, stack: NativeStack | None) -> NativeHead | None:
@@ -115,7 +129,7 @@ class NativeDraft:
         """Use `of`, which checks the arguments."""
         self._head = head
         self._draft: CDraft = CDraft(ctypes.pointer(head.structure))
-        self._lm_head: PackedLinear | None = None
+        self._lm_head: tuple[PackedLinear, int] | None = None  # and the address of its weights
         self.draft_over(lm_head, vocab)
         self._nodes: int = 0
 
@@ -132,8 +146,9 @@ class NativeDraft:
 
     def draft_over(self, lm_head: PackedLinear, vocab: Tensor | None) -> None:
         """Draft with another LM head from now on; `vocab` are the ids of its outputs, None if they are the ids."""
-        if lm_head is not self._lm_head:
-            self._lm_head, kept = lm_head, list[object]([vocab])
+        read = lm_head, lm_head.packed.data_ptr()
+        if read != self._lm_head:
+            self._lm_head, kept = read, list[object]([vocab, memory_of([lm_head])])
             self._draft.lm, self._referenced_by_lm = weight_of(lm_head, kept), kept
             self._draft.vocab = None if vocab is None else vocab.data_ptr()
 

@@ -31,6 +31,7 @@ from haast.engine.guiding import guided
 from haast.engine.rules import AcceptanceRule
 from haast.engine.tensor_parallel import Alone
 from haast.engine.verify import Failures, check_possible, verify
+from haast.errors import PromptError
 from haast.stats import Stats
 from haast.target.target import Target, TargetOutput
 from haast.tree import DraftTree
@@ -67,6 +68,7 @@ def decode(target: Target, group: Sequence[Request], rule: AcceptanceRule | None
     verdict = _verify(group, tree, output.logits, rule, agreement)
     if tree.height:
         cache.keep(verdict.path, verdict.counts)
+    verdict = _possible(group, verdict)
     verified = perf_counter()
     if agreement.leads:
         drafter.observe(states, _accepted(drafter, verdict, output))
@@ -109,7 +111,8 @@ def prefill(target: Target, batch: Sequence[tuple[Request, int]], agreement: Alo
     if complete:
         last = [counts[row] - 1 for row in complete]
         roots, logits = DraftTree.roots(text[complete, last]), output.logits[complete]
-        verdict = _verify([requests[row] for row in complete], roots, logits, None, agreement)
+        ending = [requests[row] for row in complete]
+        verdict = _possible(ending, _verify(ending, roots, logits, None, agreement))
         following[complete, last] = verdict.tokens[:, 0]
         for row, row_verdict in zip(complete, verdict.rows, strict=True):
             next_tokens[row] += [] if row_verdict is None else row_verdict.tokens
@@ -135,6 +138,21 @@ def _verify(
     for row, error in failures.items():
         group[row].fail(error)
     return verdict
+
+
+def _possible(group: Sequence[Request], verdict: Verdict) -> Verdict:
+    """The verdict without rows that reached a node after which no token is possible: these requests end.
+
+    A drafter must not see such a row: what it does with its token would fail for all rows.
+    """
+    rows = list(verdict.rows)
+    for place, (request, row) in enumerate(zip(group, verdict.rows, strict=True)):
+        try:
+            check_possible(row, len(request.tokens))
+        except PromptError as error:
+            request.fail(error)
+            rows[place] = None
+    return verdict if rows == list(verdict.rows) else Verdict.of_rows(rows, verdict.packed.device)
 
 
 def _accepted(drafter: Drafter, verdict: Verdict, output: TargetOutput) -> Accepted:
@@ -189,7 +207,6 @@ def _stop_point(request: Request, row: RowVerdict | None) -> tuple[int, str]:
     new = request.new_tokens if request.stop.stop is not None else []
     count = len(request.tokens) - request.prompt_length
     try:
-        check_possible(row, len(request.tokens))
         for kept, token in enumerate(row.tokens, start=1):
             new.append(token)
             reason = "stop" if token in request.stop.eos_ids else ""

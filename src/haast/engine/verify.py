@@ -202,8 +202,8 @@ def _walk(batch: _Rows) -> Verdict:
         path.append(match)
 
 
-def check_possible(verdict: RowVerdict, length: int) -> None:
+def check_possible(verdict: RowVerdict | None, length: int) -> None:
     """Raise PromptError if no token was possible after an accepted node; `length` counts tokens up to the root."""
-    for depth, token in enumerate(verdict.tokens):
+    for depth, token in enumerate(() if verdict is None else verdict.tokens):
         if token < 0:
             raise impossible(f"after {length + depth} tokens")

@@ -57,8 +57,8 @@ class NativeStack:
         final_norm = None if norm is None else norm.weight.data_ptr()
         self._stack = CStack(self._structures, len(parts), *sizes, *numbers, final_norm)
         self._angles = torch.empty(2, 0, self.head_dim)  # cosines and sines per position
-        self._tensor_refs = _tensors(self._modules)  # keeps alive what the structures point to
-        self._built_from = _fingerprint(self._modules)
+        self._memory = memory_of(self._modules)  # what the structures point to
+        self._built_from = fingerprint(self._modules)
 
     @classmethod
     def of(
@@ -95,7 +95,7 @@ class NativeStack:
 
         False if a weight was replaced, moved or converted, a setting changed, or a hook added to a layer.
         """
-        return _fingerprint(self._modules if layers is None else _modules(layers, norm)) == self._built_from
+        return fingerprint(self._modules if layers is None else _modules(layers, norm)) == self._built_from
 
     def run(
         self,
@@ -262,12 +262,20 @@ def _modules(layers: Sequence[nn.Module], norm: nn.Module | None) -> list[nn.Mod
     return [*layers, *([] if norm is None else [norm])]
 
 
+def memory_of(modules: Sequence[nn.Module]) -> list[Tensor]:
+    """What keeps the memory of all parameters and buffers alive, for those who have addresses in it.
+
+    Without it, assigning a weight, or to its `.data`, would free the old memory.
+    """
+    return [tensor.detach() for tensor in _tensors(modules)]
+
+
 def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
     return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
-def _fingerprint(roots: Sequence[nn.Module]) -> tuple[Any, ...]:
-    """What must stay unchanged for the stack to give the modules' results: objects, memory, settings, hooks."""
+def fingerprint(roots: Sequence[nn.Module]) -> tuple[Any, ...]:
+    """What must stay unchanged for native code to give the modules' results: objects, memory, settings, hooks."""
     modules = [inner for module in roots for inner in module.modules()]
     tensors = tuple((tensor.data_ptr(), tensor.dtype) for tensor in _tensors(roots))
     settings = tuple(

@@ -38,10 +38,11 @@ from haast.integrations.decoder import Decoder
 from haast.stats import Stats
 from haast.target.device_map import Placement, execution_device
 from haast.target.kv_budget import KVBudget
-from haast.target.load import DEFAULT_MODEL, check_compile, load_target
+from haast.target.load import DEFAULT_MODEL, check_compile, load_target, resolve
 from haast.target.support import own_model
 from haast.target.target import Target
 from haast.text import StopWatch, TextStream, checked_stops
+from haast.tuning.calibration import Calibration
 
 __all__ = ["Generation", "Haast", "Piece", "Prompt", "find_head"]
 MAX_BATCH = 256  # requests that are decoded at once
@@ -125,8 +126,12 @@ class Haast:
         """
         KVBudget(kv_tokens, kv_bytes, kv_dtype=kv_dtype)
         check_limits(max_batch, max_waiting)
-        # Check the drafter's name and the head's files before the model loads.
-        requested = drafter if isinstance(drafter, str) else "none"
+        # Check what can be checked before the model loads.
+        if isinstance(model, str):
+            resolve(model)
+        if calibration not in ("auto", "off"):
+            Calibration.load(Path(calibration))
+        requested = "none" if isinstance(drafter, Drafter) else drafter
         known = model if isinstance(model, str) else (model.name_or_path or None if head == MTP else None)
         name, folder = plan_drafter(requested, head, known, small is not None)
         check_corpus(name, corpus)
@@ -255,7 +260,13 @@ class Haast:
         if not prompt or not isinstance(prompt[0], Mapping):
             return cast(list[int], prompt)
         with self._tokenizing:
-            encoded: Any = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+            try:
+                encoded: Any = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+            except Exception as error:  # a template is code of its own, which can raise anything
+                raise PromptError(
+                    f"the model's chat template can't take these messages ({type(error).__name__}: {error}): give each "
+                    "a role and a content, both text, in an order that the template knows"
+                ) from error
         return list(encoded["input_ids"])
 
     @property

@@ -367,6 +367,50 @@ def test_a_head_of_other_sizes_or_none_is_refused(watched: Watched) -> None:
 # ------------------------------------------------------------------ Haast.generate
 
 
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"drafter": None}, "drafter=None is unknown: choose one of auto, eagle"),
+        ({"drafter": 3}, "drafter=3 is unknown"),
+        ({"drafter": ["eagle"]}, r"drafter=\['eagle'\] is unknown"),
+        ({"model": "/no/such.gguf"}, "no GGUF file at /no/such.gguf"),
+        ({"calibration": "/no/such.json"}, r"no calibration at /no/such.json \(.*\): run `haast calibrate`"),
+        ({"kv_tokens": 0}, "kv_tokens=0 is not allowed for a KV pool: give 1 or more"),
+        ({"kv_bytes": 10, "kv_tokens": 1}, "kv_tokens=1 and kv_bytes=10 both set the size"),
+    ],
+)
+def test_it_is_refused_before_a_model_is_loaded(
+    given: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("haast.api.load_target", lambda *_, **__: pytest.fail("it loads"))
+    with pytest.raises(ValueError, match=why):
+        Haast.from_pretrained(**given)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user"}],
+        [{"content": "Hi"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": 5}],
+        [{"role": "assistant", "content": "Hi"}],
+    ],
+)
+def test_messages_that_the_template_cannot_take_are_told(messages: Any) -> None:
+    words: Any = tokenizer()
+    words.chat_template = (
+        "{% for m in messages %}{% if loop.first and m.role != 'user' %}{{ raise_exception('begin with the user') }}"
+        "{% endif %}{{ m.role + ' ' + m.content }}{% endfor %}"
+    )
+    model = Haast(Target(tiny_llama(), words), VanillaDrafter())
+    with pytest.raises(
+        PromptError, match=r"the model's chat template can't take these messages \(\w+: .*\): give each"
+    ):
+        model.generate(messages, max_new_tokens=2)
+    assert model.generate([{"role": "user", "content": "a"}], max_new_tokens=2).text is not None
+
+
 @pytest.fixture(scope="module")
 def loaded() -> Iterator[Haast]:
     yield Haast(Target(tiny_llama(), tokenizer()), VanillaDrafter())

@@ -222,7 +222,8 @@ def _compare(
     texts = {name: [streamed.tokens for streamed, _ in answers] for name, answers in runs.items()}
     same = all(tokens == texts["vanilla"][0] for outputs in texts.values() for tokens in outputs)
     out.write("--- the same text" if same else "--- NOT the same text")
-    out.write(f": speed-up {speedup:.2f}x, tau {tau:.2f} tokens per target forward\n")
+    of_runs = f" (medians of {rounds} runs)" if rounds > 1 else ""
+    out.write(f": speed-up {speedup:.2f}x{of_runs}, tau {tau:.2f} tokens per target forward\n")
     kind = None
     if not same:
         expected = texts["vanilla"][0]

@@ -70,7 +70,7 @@ def check_drafter(name: str, head: str | None = None, small: bool = False) -> st
         return headed[head] if head is not None else "small-model" if small else "suffix"
     if name == "vanilla":
         return "none"
-    if name not in NAMES:
+    if not isinstance(name, str) or name not in NAMES:
         raise ValueError(f"drafter={name!r} is unknown: choose one of {', '.join(NAMES)}")
     if name == "small-model" and not small:
         raise ValueError("drafter='small-model' needs a smaller model with the same tokenizer: give one")

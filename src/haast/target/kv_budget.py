@@ -40,11 +40,17 @@ class KVBudget:
     kv_dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, value, least in (("tokens", self.tokens, 1), ("size", self.size, 1), ("retain", self.retain, 0)):
+        for name, value, least in (
+            ("kv_tokens", self.tokens, 1),
+            ("kv_bytes", self.size, 1),
+            ("retain", self.retain, 0),
+        ):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise KVPoolError(f"{name}={value!r} is not allowed for a KV pool: give {least} or more")
         if self.tokens is not None and self.size is not None:
-            raise KVPoolError(f"tokens={self.tokens} and size={self.size} both set the size of a KV pool: give one")
+            raise KVPoolError(
+                f"kv_tokens={self.tokens} and kv_bytes={self.size} both set the size of a KV pool: give one"
+            )
         if self.kv_dtype != "auto" and self.kv_dtype not in KV_DTYPES:
             raise KVPoolError(f"kv_dtype={self.kv_dtype!r} is unknown: choose auto, {' or '.join(KV_DTYPES)}")
 

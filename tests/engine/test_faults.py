@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fakes import packed_target, random_head, tiny_llama, tiny_target
+from fakes import always, packed_target, random_head, tiny_llama, tiny_target
 from torch import Tensor
 
 from haast import native
@@ -118,6 +118,30 @@ def test_where_no_token_is_possible_that_request_ends_alone(wrap: Callable[[Eagl
     assert expected[1][0] is PromptError and len(expected[1][2]) == (when == "answer")
     assert expected[0][0] is type(None) or when == "answer"
     assert said(lambda target: wrap(EagleDrafter(target, random_head(target), SHAPE))) == expected
+
+
+@pytest.mark.skipif(not native.available(), reason="as above")
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("depth", [1, 4, 9])
+def test_a_draft_beyond_the_end_changes_nothing(depth: int, ends: bool) -> None:
+    """No token is possible after one of the text, which ends there, or does not."""
+    law, prompt = SamplingParams(0.8, seed=3), [1, 2, 3]
+    (text,) = Engine(packed_target(), VanillaDrafter()).complete([prompt], law, StopParams(20))
+    last = next(token for place, token in enumerate(text) if place > 2 and token not in [*prompt, *text[:place]])
+
+    def said(drafter: Drafter) -> tuple[Any, ...]:
+        target = packed_target()
+        weight: Any = target.embedding.weight
+        weight.data[last] = torch.nan
+        engine = Engine(target, drafter)
+        request = engine.submit(prompt, law, StopParams(20, (last,) if ends else ()))
+        while not request.finished:
+            engine.scheduler.advance()
+        return request.new_tokens, request.finish_reason, str(request.error)
+
+    expected = said(VanillaDrafter())
+    assert expected[0][-1] == last and expected[1] == ("stop" if ends else "error")
+    assert said(always([[*prompt, *text]], depth)) == expected
 
 
 def test_a_watcher_sees_one_emission_a_row() -> None:

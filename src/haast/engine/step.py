@@ -141,17 +141,22 @@ def _verify(
 
 
 def _possible(group: Sequence[Request], verdict: Verdict) -> Verdict:
-    """The verdict without rows that reached a node after which no token is possible: these requests end.
+    """The verdict, each row up to the first node after which no token is possible; at the root, its request ends.
 
-    A drafter must not see such a row: what it does with its token would fail for all rows.
+    A drafter must not see such a token: what it does with it would fail for all rows. Below the root the text may end
+    before, as in vanilla decoding; if it does not, that node is the next step's root.
     """
     rows = list(verdict.rows)
     for place, (request, row) in enumerate(zip(group, verdict.rows, strict=True)):
-        try:
-            check_possible(row, len(request.tokens))
-        except PromptError as error:
-            request.fail(error)
+        kept = 0 if row is None else next((depth for depth, token in enumerate(row.tokens) if token < 0), None)
+        if row is not None and kept:
+            rows[place] = RowVerdict(row.path[:kept], row.tokens[:kept], row.first_choice[:kept])
+        elif kept == 0:
             rows[place] = None
+            try:
+                check_possible(row, len(request.tokens))
+            except PromptError as error:
+                request.fail(error)
     return verdict if rows == list(verdict.rows) else Verdict.of_rows(rows, verdict.packed.device)
 
 
